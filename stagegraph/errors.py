@@ -1,0 +1,51 @@
+"""The one family of errors a user may see, by phase; the process boundary maps each to an exit code.
+
+A message says what is wrong, where (``file:line:column``, a node, a tensor) and what to do. All problems that a
+phase finds travel in one error, so that a user mends them in one go.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+class PipelineError(Exception):
+    """Root of every error meant for a user: one or more problems, each a complete sentence with its place."""
+
+    exit_code = EXIT_USAGE
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SpecError(PipelineError):
+    """The pipeline file, or an override of it, is not well formed."""
+
+
+class PlanError(PipelineError):
+    """The pipeline is well formed but cannot be planned: a missing source, a stale input under ``--only``."""
+
+
+class StageError(PipelineError):
+    """A stage cannot do its work because of its input; raised by stage authors for mistakes a user can mend."""
+
+    exit_code = EXIT_NODE_FAILED
+
+
+class StoreError(PipelineError):
+    """The store under ``artifacts/`` is damaged or unusable."""
+
+    exit_code = EXIT_STORE
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of known names if none is close."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,175 @@
+"""What a stage author writes against: typed parameters, ports, and the context of one run.
+
+A stage module imports this module and the standard library at its top level and nothing else, so that planning
+and every looking verb stay light. Heavy libraries and the domain's rooms are imported inside ``run``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from stagegraph.errors import StageError
+from stagegraph.tools import dist_versions
+
+__all__ = ["Context", "In", "Instance", "Out", "Source", "SourceFiles", "Stage", "StageError", "dist_versions", "param", "source"]
+
+Json = Any  # what the json module reads and writes
+
+
+class Source(str):
+    """A parameter naming an external file or directory; it enters the key by content, never by path or time."""
+
+    __slots__ = ()
+
+
+def param(
+    doc: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    choices: Sequence[str] | str | None = None,
+    minimum: int | None = None,
+    hashed: bool = True,
+) -> Any:
+    """Declare one parameter of a stage.
+
+    ``choices`` is a sequence of names, or ``"module:TABLE"`` naming a mapping whose keys are the allowed names (read
+    only when a parameter is checked). ``hashed=False`` marks a parameter that cannot influence outputs.
+    A mutable default is given as a tuple.
+    """
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "hashed": hashed}
+    return field(default=default, metadata=metadata)
+
+
+def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
+    """Declare a parameter of type :class:`Source`; ``include`` are the glob patterns of the files the stage may read.
+
+    Only files that match enter the key: a stage that reads tokenizer files does not rerun because weights moved.
+    The parameter may name a single file too, which must then match. ``optional`` allows an empty path.
+    """
+    metadata = {"doc": doc, "choices": None, "minimum": None, "hashed": True, "include": tuple(include)}
+    return field(default="" if optional else dataclasses.MISSING, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class In:
+    """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one."""
+
+    stage: str
+    port: str
+    doc: str
+    many: bool = False
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Out:
+    """An output port: one file, or one directory, at ``path`` relative to the node's directory."""
+
+    path: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of one source that the stage declared: relative POSIX path -> where to open it, and its digest."""
+
+    root: Path
+    files: Mapping[str, Path]
+    digests: Mapping[str, str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.files
+
+    def path(self, name: str) -> Path:
+        """Return where to open ``name``; :class:`StageError` if the source has no such file."""
+        try:
+            return self.files[name]
+        except KeyError:
+            raise StageError(f"{self.root}: no file named {name!r} there") from None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One upstream instance on a ``many`` port: its ``foreach`` values and the path of its output port."""
+
+    each: Mapping[str, str]
+    path: Path
+
+
+class Context(Protocol):
+    """What ``run`` gets. Inputs are read-only; outputs go under ``out`` at their ports' declared paths."""
+
+    params: Any
+    out: Path
+
+    def input(self, port: str) -> Path:
+        """Return the file or directory of a single input port."""
+
+    def inputs(self, port: str) -> list[Instance]:
+        """Return every instance of a ``many`` input port, ordered by its ``foreach`` values."""
+
+    def has_input(self, port: str) -> bool:
+        """Say whether an optional input port is connected."""
+
+    def source(self, name: str) -> SourceFiles:
+        """Return the declared files of the source parameter ``name``."""
+
+    def progress(self, done: int, total: int, unit: str = "") -> None:
+        """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items. Cheap: the engine throttles."""
+
+    def warn(self, message: str) -> None:
+        """Record a finding that does not fail the node; ``run`` and ``show`` print it, also on later hits."""
+
+    def fact(self, name: str, value: Json) -> None:
+        """Record a small value that :meth:`Stage.rows` of this node's consumers gets to see."""
+
+    def view(self, name: str, text: str) -> None:
+        """Store a rendered page of this node (plain text, Markdown or IR) that ``pipeline show`` prints at once."""
+
+    def summary(self, text: str) -> None:
+        """Say in a few words what came out; ``run`` prints it in the node's row, also on later hits."""
+
+
+class Stage:
+    """One implementation: typed parameters, ports, a version, and ``run``.
+
+    Class attributes: ``id``; ``version``, raised when the meaning of the outputs changes in a way the code digest
+    cannot see; ``profile``, the kind of worker process it runs in; ``Params``, a frozen dataclass made with
+    :func:`param` and :func:`source`; ``inputs`` and ``outputs``, port name -> :class:`In` / :class:`Out`.
+    """
+
+    id: ClassVar[str]
+    version: ClassVar[int] = 1
+    profile: ClassVar[str] = "light"
+    Params: ClassVar[type]
+    inputs: ClassVar[Mapping[str, In]] = {}
+    outputs: ClassVar[Mapping[str, Out]] = {}
+
+    def resolve(self, params: Any) -> Any:
+        """Return ``params`` with every ``auto`` replaced by a literal (CPU name, toolchain, reference).
+
+        Runs while planning, before hashing: standard library and light domain modules only. May raise
+        :class:`StageError` for values that are wrong together; the engine adds where they were written.
+        """
+        return params
+
+    def tools(self, params: Any) -> Mapping[str, str]:  # noqa: ARG002 - part of the interface
+        """Return the versions of the tools that influence the outputs: tool name -> version. Runs while planning."""
+        return {}
+
+    def rows(self, params: Any, facts: Mapping[str, Json]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+        """Say which rows of lookup tables this node uses: ``"module:TABLE"`` -> row name(s).
+
+        A table is a module-level dictionary literal. Only the named rows, and the modules named in their
+        strings, enter the code digest; a table that is reached but not named here enters whole. ``facts`` are those
+        recorded by the nodes on the input ports.
+        """
+        return {}
+
+    def run(self, ctx: Context) -> None:
+        """Do the work: read inputs and sources, write every declared output under ``ctx.out``."""
+        raise NotImplementedError
