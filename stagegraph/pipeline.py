@@ -1,0 +1,59 @@
+"""What a pipeline file says once it is read, interpolated, expanded and checked: plain data with places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was written; prints as ``pipeline.yaml:12:7``, or as ``--set vars.x`` for an override."""
+
+    file: str
+    line: int = 0
+    column: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one node may take: memory in MiB that must be free to start it, and whether it runs alone."""
+
+    memory: int = 0
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """One instance of an entry: typed parameters (autos not yet resolved) and where each was written."""
+
+    name: str
+    entry: str
+    uses: str
+    each: Mapping[str, str]
+    params: Any
+    places: Mapping[str, Place]
+    place: Place
+    needs: tuple[str, ...]
+    need_places: Mapping[str, Place]
+    resources: Resources = field(default_factory=Resources)
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline file: its name, where it is, and its nodes in the order they are written."""
+
+    name: str
+    file: Path
+    nodes: tuple[NodeSpec, ...]
+
+    @property
+    def root(self) -> Path:
+        """The directory of the file; relative sources and ``artifacts/`` live below it."""
+        return self.file.parent

@@ -1,0 +1,68 @@
+"""Which stages exist and in what kind of worker they run: the shipped provider by name, others by entry point.
+
+The table holds strings, so that naming a stage imports nothing; a third-party provider (entry point group
+``stagegraph.stages``) is looked up only for an id that the table lacks, because the look-up costs 50 ms.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.errors import PipelineError
+
+if TYPE_CHECKING:
+    from stagegraph.stage import Stage
+
+SHIPPED = {
+    "config-parse": "stages.config_parse:ConfigParse",
+    "param-register": "stages.param_register:ParamRegister",
+    "graph-build": "stages.graph_build:GraphBuild",
+    "quantize": "stages.quantize:Quantize",
+    "compile": "stages.compile:Compile",
+    "tokenizer-bundle": "stages.tokenizer_bundle:TokenizerBundle",
+    "bundle": "stages.bundle:Bundle",
+    "verify": "stages.verify:Verify",
+}
+
+# What a worker process calls before it runs stages of a profile: what is loaded before a compiler differs.
+PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.profiles:runtime"}
+
+# Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`.
+VERBS = {"generate": "stages.cli.generate"}
+
+
+def load_object(reference: str) -> Any:
+    """Import ``"module:NAME"`` and return the object."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def stage_reference(stage_id: str) -> str:
+    """Return ``"module:Class"`` of a stage id; :class:`KeyError` if nobody provides it."""
+    if stage_id in SHIPPED:
+        return SHIPPED[stage_id]
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="stagegraph.stages"):
+        if point.name == stage_id:
+            return point.value
+    raise KeyError(stage_id)
+
+
+@functools.cache
+def get_stage(stage_id: str) -> Stage:
+    """Return the one instance of a stage; :class:`KeyError` if nobody provides it."""
+    stage: Stage = load_object(stage_reference(stage_id))()
+    if stage.id != stage_id:
+        raise PipelineError(f"{stage_reference(stage_id)}: provides stage '{stage.id}' but is registered as '{stage_id}'")
+    return stage
+
+
+def known_stages() -> list[str]:
+    """Return the ids of every shipped stage and every stage a third party provides."""
+    from importlib.metadata import entry_points
+
+    return sorted({*SHIPPED, *(point.name for point in entry_points(group="stagegraph.stages"))})
