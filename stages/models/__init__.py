@@ -1,0 +1,21 @@
+"""Model families by the ``model_type`` of their config.json; each is one module, loaded when it is used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.models.record import Family
+
+# model_type -> where its Family is; strings, so that naming a family imports none
+FAMILIES: dict[str, str] = {
+    "qwen": "stages.models.qwen:FAMILY",
+}
+
+
+def load_family(name: str) -> Family:
+    """Return the family of ``model_type`` ``name``; :class:`KeyError` if it is not in :data:`FAMILIES`."""
+    module, _, attribute = FAMILIES[name].partition(":")
+    family: Family = getattr(importlib.import_module(module), attribute)
+    return family

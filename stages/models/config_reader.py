@@ -1,0 +1,80 @@
+"""Read a raw config.json strictly: every key classified, aliases of two generations, all problems collected."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any
+
+from stages.models.record import ConfigError, KeyClass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class ConfigReader:
+    """Takes values out of ``raw`` and notes what is wrong; :meth:`finish` raises everything at once."""
+
+    def __init__(self, raw: Mapping[str, Any], keys: Mapping[str, KeyClass], family: str) -> None:
+        self.raw = raw
+        self.problems: list[str] = []
+        for key, value in raw.items():
+            if key not in keys:
+                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+                hint = f"did you mean '{near[0]}'?" if near else "its effect on the model is unknown"
+                self.problems.append(f"config.json: key '{key}' is not known for model_type '{family}'; {hint}")
+            elif keys[key] == "refused" and value:
+                self.problems.append(f"config.json: {key} = {value!r} is not supported for model_type '{family}'")
+
+    def problem(self, text: str) -> None:
+        """Note one more problem, a complete sentence."""
+        self.problems.append(f"config.json: {text}")
+
+    def _value(self, names: tuple[str, ...]) -> Any:
+        """Return the value under any of ``names`` (synonyms), None if absent or null."""
+        present = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
+        if len(set(map(repr, present.values()))) > 1:
+            self.problem("contradiction: " + ", ".join(f"{k} = {v!r}" for k, v in present.items()))
+        return next(iter(present.values()), None)
+
+    def integer(self, *names: str, default: int | None = None) -> int:
+        """Return a positive integer under the first of ``names`` that is present."""
+        value = self._value(names)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        found = "is missing" if value is None else f"= {value!r}"
+        self.problem(f"{' / '.join(names)} {found}; expected a positive integer")
+        return 1  # keeps the checks that follow running; finish() raises anyway
+
+    def number(self, *names: str, default: float) -> float:
+        """Return a positive number under the first of ``names`` that is present."""
+        value = self._value(names)
+        if value is None:
+            return default
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+            return float(value)
+        self.problem(f"{' / '.join(names)} = {value!r}; expected a positive number")
+        return default
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Return a boolean."""
+        value = self._value((name,))
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.problem(f"{name} = {value!r}; expected true or false")
+            return default
+        return value
+
+    def must_be(self, name: str, wanted: Any, why: str) -> None:
+        """Note a problem if ``name`` is there with another value than ``wanted``."""
+        value = self._value((name,))
+        same = value == wanted and isinstance(value, bool) == isinstance(wanted, bool)  # 1 == True in Python
+        if value is not None and not same:
+            self.problem(f"{name} = {value!r}; only {wanted!r} is supported: {why}")
+
+    def finish(self) -> None:
+        """Raise :class:`ConfigError` with every problem noted, if there is one."""
+        if self.problems:
+            raise ConfigError(*self.problems)

@@ -1,0 +1,183 @@
+"""Qwen, first generation (``model_type: qwen``): fused QKV with bias, RMSNorm, rotary positions, gated SiLU MLP.
+
+Both generations of its config.json keys are read. Within ``seq_length`` positions dynamic NTK and log-n attention are
+identities, so the model equals Qwen2 with renamed tensors: that is its reference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.models.config_reader import ConfigReader
+from stages.models.record import Family, KeyClass, Param
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class QWenConfig:
+    """Sizes and options that determine the graph; ``intermediate_size`` is that of one branch of the gated MLP."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    rms_eps: float
+    rope_theta: float
+    seq_length: int
+    use_dynamic_ntk: bool
+    use_logn_attn: bool
+
+
+HONOURED = """
+    model_type architectures vocab_size padded_vocab_size hidden_size n_embd intermediate_size ffn_hidden_size
+    num_hidden_layers n_layer num_attention_heads n_head kv_channels layer_norm_epsilon rotary_emb_base rope_theta
+    rotary_pct seq_length use_dynamic_ntk use_logn_attn no_bias tie_word_embeddings scale_attn_weights activation
+    hidden_act pos_emb apply_residual_connection_post_layernorm bos_token_id eos_token_id pad_token_id
+"""
+# Provenance, training and implementation switches. The positions' limit is seq_length: the model's own code reads
+# neither max_position_embeddings nor n_positions.
+IRRELEVANT = """
+    _name_or_path _commit_hash auto_map transformers_version torch_dtype dtype params_dtype bf16 fp16 fp32
+    initializer_range attn_dropout_prob emb_dropout_prob attn_pdrop embd_pdrop resid_pdrop bias_dropout_fusion
+    onnx_safe use_cache use_cache_kernel use_flash_attn softmax_in_fp32 tokenizer_class tokenizer_type
+    max_position_embeddings n_positions return_dict output_attentions output_hidden_states use_return_dict
+"""
+REFUSED = """
+    quantization_config quantization_bit use_cache_quantization rope_scaling n_inner pruned_heads add_cross_attention
+    is_encoder_decoder extra_vocab_file
+"""
+KEYS: dict[str, KeyClass] = {
+    **dict.fromkeys(HONOURED.split(), "honoured"),
+    **dict.fromkeys(IRRELEVANT.split(), "irrelevant"),
+    **dict.fromkeys(REFUSED.split(), "refused"),
+}
+
+
+def parse(raw: Mapping[str, Any]) -> QWenConfig:
+    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    read = ConfigReader(raw, KEYS, "qwen")
+    hidden, heads = read.integer("hidden_size", "n_embd"), read.integer("num_attention_heads", "n_head")
+    head_dim = read.integer("kv_channels", default=max(hidden // heads, 1))
+    intermediate = read.integer("intermediate_size", "ffn_hidden_size")
+    vocab = read.integer("vocab_size")
+    rows = read.integer("padded_vocab_size", default=vocab)
+    if heads * head_dim != hidden:
+        read.problem(f"hidden_size {hidden} is not {heads} attention heads x {head_dim} channels (kv_channels)")
+    if head_dim % 2:
+        read.problem(f"kv_channels = {head_dim} is odd; rotary positions turn pairs of channels")
+    if intermediate % 2:
+        read.problem(f"intermediate_size = {intermediate} is odd; it is the width of two equal branches together")
+    if rows < vocab:
+        read.problem(f"padded_vocab_size {rows} is smaller than vocab_size {vocab}")
+    read.must_be("rotary_pct", 1.0, "all channels of a head are rotated")
+    read.must_be("no_bias", True, "only the fused QKV projection has a bias")
+    read.must_be("tie_word_embeddings", False, "the output head is a tensor of its own")
+    read.must_be("scale_attn_weights", True, "scores are scaled by 1/sqrt(kv_channels)")
+    read.must_be("pos_emb", "rotary", "positions are rotary")
+    read.must_be("activation", "swiglu", "the MLP is w1(x) * silu(w2(x))")
+    read.must_be("hidden_act", "silu", "the MLP is w1(x) * silu(w2(x))")
+    read.must_be("apply_residual_connection_post_layernorm", False, "the residual is taken before the norm")
+    config = QWenConfig(
+        vocab_size=rows,
+        hidden_size=hidden,
+        intermediate_size=intermediate // 2,
+        num_layers=read.integer("num_hidden_layers", "n_layer"),
+        num_heads=heads,
+        head_dim=head_dim,
+        rms_eps=read.number("layer_norm_epsilon", default=1e-6),
+        rope_theta=read.number("rotary_emb_base", "rope_theta", default=10000.0),
+        seq_length=read.integer("seq_length"),
+        use_dynamic_ntk=read.flag("use_dynamic_ntk", default=True),
+        use_logn_attn=read.flag("use_logn_attn", default=True),
+    )
+    read.finish()
+    return config
+
+
+def params(config: QWenConfig) -> tuple[Param, ...]:
+    """Return the parameters in packed order; names are the checkpoint's, except the fused gate and up projection."""
+    h, ff, rows = config.hidden_size, config.intermediate_size, config.vocab_size
+    found = [_copied("transformer.wte.weight", (rows, h), "embedding")]
+    for i in range(config.num_layers):
+        block = f"transformer.h.{i}"
+        found += [
+            _copied(f"{block}.ln_1.weight", (h,), "norm"),
+            _copied(f"{block}.attn.c_attn.weight", (3 * h, h), "linear"),
+            _copied(f"{block}.attn.c_attn.bias", (3 * h,), "bias"),
+            _copied(f"{block}.attn.c_proj.weight", (h, h), "linear"),
+            _copied(f"{block}.ln_2.weight", (h,), "norm"),
+            Param(
+                f"{block}.mlp.gate_up_proj.weight",
+                (2 * ff, h),
+                "linear",
+                (f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"),  # w2 is the side that goes through SiLU
+                ((ff, h), (ff, h)),
+                "concat0",
+            ),
+            _copied(f"{block}.mlp.c_proj.weight", (h, ff), "linear"),
+        ]
+    return (*found, _copied("transformer.ln_f.weight", (h,), "norm"), _copied("lm_head.weight", (rows, h), "head"))
+
+
+def _copied(name: str, shape: tuple[int, ...], kind: Any) -> Param:
+    return Param(name, shape, kind, (name,), (shape,))
+
+
+def causal_lm(config: QWenConfig, make: Any) -> Any:
+    """Return the graph's module composed of the layers of ``make``; its attribute order is that of :func:`params`."""
+    raise NotImplementedError
+
+
+def to_reference(config: QWenConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the same model as transformers' Qwen2: class name, config keywords, state dict (views of ``tensors``)."""
+    keywords = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "rms_norm_eps": config.rms_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.seq_length,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    }
+    state = {
+        "model.embed_tokens.weight": tensors["transformer.wte.weight"],
+        "model.norm.weight": tensors["transformer.ln_f.weight"],
+        "lm_head.weight": tensors["lm_head.weight"],
+    }
+    h = config.hidden_size
+    for i in range(config.num_layers):
+        old, new = f"transformer.h.{i}", f"model.layers.{i}"
+        state[f"{new}.input_layernorm.weight"] = tensors[f"{old}.ln_1.weight"]
+        state[f"{new}.post_attention_layernorm.weight"] = tensors[f"{old}.ln_2.weight"]
+        for part, name in enumerate(("q_proj", "k_proj", "v_proj")):  # contiguous thirds of the fused projection
+            for leaf in ("weight", "bias"):
+                fused = tensors[f"{old}.attn.c_attn.{leaf}"]
+                state[f"{new}.self_attn.{name}.{leaf}"] = fused[part * h : (part + 1) * h]
+        state[f"{new}.self_attn.o_proj.weight"] = tensors[f"{old}.attn.c_proj.weight"]
+        state[f"{new}.mlp.gate_proj.weight"] = tensors[f"{old}.mlp.w2.weight"]
+        state[f"{new}.mlp.up_proj.weight"] = tensors[f"{old}.mlp.w1.weight"]
+        state[f"{new}.mlp.down_proj.weight"] = tensors[f"{old}.mlp.c_proj.weight"]
+    return "Qwen2ForCausalLM", keywords, state
+
+
+FAMILY = Family(
+    name="qwen",
+    architectures=("QWenLMHeadModel",),
+    config=QWenConfig,
+    parse=parse,
+    params=params,
+    causal_lm=causal_lm,
+    to_reference=to_reference,
+    keys=KEYS,
+    recomputed=("*.rotary_emb.inv_freq",),
+)

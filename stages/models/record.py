@@ -1,0 +1,61 @@
+"""What a model family is to the stages: its config, its parameters in packed order, its graph, its reference model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Kind = Literal["linear", "embedding", "head", "norm", "bias"]
+Transform = Literal["copy", "concat0"]
+KeyClass = Literal["honoured", "irrelevant", "refused"]
+
+
+class ConfigError(ValueError):
+    """A config.json that cannot be built: every problem found, each a complete sentence."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Param:
+    """One logical parameter of the graph and where it comes from in a checkpoint.
+
+    ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
+    (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    transform: Transform = "copy"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    ``config`` is the family's frozen config dataclass: JSON scalars only, so ``config(**model["config"])`` restores
+    what config-parse wrote. ``parse`` makes one from a raw config.json or raises :class:`ConfigError`. ``params``
+    lists the parameters in packed order, which is the attribute order of the module that ``causal_lm(config, make)``
+    composes from the layers of ``make``. ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to
+    ``(transformers class name, config keywords, state dict)``. ``keys`` classifies every known key of config.json:
+    honoured, irrelevant to inference, or refused unless null, false or empty. ``recomputed`` are name patterns of
+    tensors that old checkpoints store although the model derives them.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config: type
+    parse: Callable[[Mapping[str, Any]], Any]
+    params: Callable[[Any], tuple[Param, ...]]
+    causal_lm: Callable[[Any, Any], Any]
+    to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
+    keys: Mapping[str, KeyClass]
+    recomputed: tuple[str, ...] = ()
