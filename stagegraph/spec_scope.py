@@ -1,0 +1,167 @@
+"""Interpolation: what ``${vars.x}``, ``${each.x}`` and ``${env.X}`` stand for, and ``--set`` overrides of variables.
+
+A resolved value keeps the place where it was defined, for that is where a user mends it, and the directory that a
+relative path starts from: of a text with references, that of its first part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from stagegraph.errors import nearest
+from stagegraph.pipeline import Place
+from stagegraph.spec_cycles import circle, order
+from stagegraph.spec_item import Item, Problems, text_of
+from stagegraph.spec_yaml import core_scalar, parse
+
+_PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_FORMS = "${vars.NAME}, ${each.NAME} or ${env.NAME}"
+
+Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
+
+
+class Scope:
+    """The variables of a pipeline and the environment: resolves items that refer to them."""
+
+    def __init__(self, env: Mapping[str, str], problems: Problems) -> None:
+        self._env, self._problems = env, problems
+        self._variables: dict[str, Item | None] = {}
+
+    def define(self, variables: Mapping[str, Item]) -> None:
+        """Resolve the variables themselves, which may refer to one another, in the order this needs."""
+        self._variables = dict.fromkeys(variables)
+        uses = {name: [ref for ref in _variables_in(item) if ref in variables] for name, item in variables.items()}
+        ordered, cycles = order(uses)
+        for cycle in cycles:
+            places = ", ".join(f"{name}: {variables[name].place}" for name in cycle)
+            text = f"variables refer to each other in a circle: {circle(cycle)} ({places}); expected one with a value"
+            self._problems.add(variables[cycle[0]].place, text)
+        for name in ordered:
+            self._variables[name] = self._variable(name, variables[name])
+
+    def _variable(self, name: str, item: Item) -> Item | None:
+        if not _NAME.fullmatch(name):
+            text = f"'{name}' cannot name a variable; expected letters, digits, '_' and '-'"
+            self._problems.add(item.named_at, text)
+            return None
+        resolved = self.resolve(item)
+        if resolved is None:
+            return None
+        for part in resolved.value if isinstance(resolved.value, list) else [resolved]:
+            if isinstance(part.value, list | dict):
+                self._problems.unexpected(part, "a scalar or a list of scalars", f"vars.{name}")
+                return None
+        return resolved
+
+    def resolve(self, item: Item, each: Bindings | None = None) -> Item | None:
+        """Return the item with its references replaced; ``None``, with a problem noted, where that is impossible.
+
+        A text that is one reference and nothing else becomes the typed value; ``each`` holds the instance's values.
+        """
+        value = item.value
+        if isinstance(value, str):
+            return self._text(item, value, each) if "${" in value else item
+        if isinstance(value, list):
+            resolved = [self.resolve(part, each) for part in value]
+            parts = [part for part in resolved if part is not None]
+            return item._replace(value=parts) if len(parts) == len(value) else None
+        return item
+
+    def _text(self, item: Item, text: str, each: Bindings | None) -> Item | None:
+        whole = _PART.fullmatch(text)
+        if whole and whole[2]:
+            return self._look_up(whole[1].strip(), item, each)
+        written: list[str] = []
+        base, end, sound = item.base, 0, True
+        for match in _PART.finditer(text):
+            written.append(text[end : match.start()])
+            end = match.end()
+            part = self._part(match, item, each)
+            if part is None:
+                sound = False
+                continue
+            if match.start() == 0:
+                base = part.base
+            written.append(text_of(part.value))
+        return Item("".join(written) + text[end:], item.place, base) if sound else None
+
+    def _part(self, match: re.Match[str], item: Item, each: Bindings | None) -> Item | None:
+        """Return what one match within a longer text contributes to it."""
+        if match[1] is None:
+            return item._replace(value="${")
+        if not match[2]:
+            text = f"'{match[0]}' has no closing brace; expected {_FORMS}, or '$${{' for a literal '${{'"
+            self._problems.add(item.place, text)
+            return None
+        part = self._look_up(match[1].strip(), item, each)
+        if part is not None and isinstance(part.value, list | dict):
+            text = f"'{match[0]}' is a list inside a text; expected a scalar there, or the list alone"
+            self._problems.add(item.place, text)
+            return None
+        return part
+
+    def _look_up(self, reference: str, item: Item, each: Bindings | None) -> Item | None:
+        kind, _, name = reference.partition(".")
+        if kind == "vars" and name in self._variables:
+            return self._variables[name]
+        if kind == "each" and each is not None and name in each:
+            return each[name]
+        if kind == "env" and name in self._env:
+            return Item(core_scalar(self._env[name]), item.place, Path.cwd())
+        if kind == "env" and name:
+            text = f"environment variable '{name}' is not set; expected it to be, for '${{env.{name}}}'"
+        elif kind == "each" and each is None:
+            where = "expected it under 'with', 'resources' or 'timeout' of an entry with 'foreach'"
+            text = f"'${{{reference}}}' means nothing here; {where}"
+        elif kind == "vars" and name:
+            text = _unknown(name, self._variables)
+        elif kind == "each" and each is not None:
+            text = f"unknown '${{{reference}}}'{nearest(name, each)}"
+        else:
+            hint = f"; did you mean '${{vars.{reference}}}'?" if reference in self._variables else ""
+            text = f"unknown reference '${{{reference}}}'; expected {_FORMS}{hint}"
+        self._problems.add(item.place, text)
+        return None
+
+
+def override(variables: Mapping[str, Item], settings: Sequence[str], problems: Problems) -> dict[str, Item]:
+    """Return the variables with each ``vars.NAME=VALUE`` applied; VALUE is a YAML scalar or flow list."""
+    merged = dict(variables)
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        kind, _, name = target.partition(".")
+        place = Place(f"--set {target}")
+        if not equals or not name:
+            problems.add(Place(f"--set {setting}"), "has no variable and value; expected vars.NAME=VALUE")
+        elif kind != "vars":
+            problems.add(place, "only variables can be set; expected vars.NAME=VALUE")
+        elif name not in variables:
+            problems.add(place, _unknown(name, variables))
+        else:
+            item = _given(text.strip(), place, problems)
+            if item is not None:
+                merged[name] = item
+    return merged
+
+
+def _unknown(name: str, variables: Mapping[str, object]) -> str:
+    return f"unknown variable '{name}'" + (nearest(name, variables) or "; the pipeline defines none")
+
+
+def _given(text: str, place: Place, problems: Problems) -> Item | None:
+    """Read a value of the command line: YAML where it is a list or quoted, else as it stands, so that any path is."""
+    if text.startswith(("[", "'", '"')):
+        return parse(text, lambda _line, _column: place, Path.cwd(), problems)
+    return Item(core_scalar(text), place, Path.cwd())
+
+
+def _variables_in(item: Item) -> Iterable[str]:
+    for part in item.value if isinstance(item.value, list) else [item]:
+        if isinstance(part.value, str) and "${" in part.value:
+            for match in _PART.finditer(part.value):
+                kind, _, name = (match[1] or "").strip().partition(".")
+                if kind == "vars":
+                    yield name
