@@ -37,7 +37,7 @@ class ConfigReader:
         return next(iter(present.values()), None)
 
     def integer(self, *names: str, default: int | None = None) -> int:
-        """Return a positive integer under the first of ``names`` that is present."""
+        """Return a positive integer under the first of ``names`` that is present, 0 after noting a problem."""
         value = self._value(names)
         if value is None and default is not None:
             return default
@@ -45,7 +45,7 @@ class ConfigReader:
             return value
         found = "is missing" if value is None else f"= {value!r}"
         self.problem(f"{' / '.join(names)} {found}; expected a positive integer")
-        return 1  # keeps the checks that follow running; finish() raises anyway
+        return 0
 
     def number(self, *names: str, default: float) -> float:
         """Return a positive number under the first of ``names`` that is present."""

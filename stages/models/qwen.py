@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import ConfigReader
-from stages.models.record import Family, KeyClass, Param
+from stages.models.record import ConfigError, Family, KeyClass, Param
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,7 +48,7 @@ IRRELEVANT = """
     max_position_embeddings n_positions return_dict output_attentions output_hidden_states use_return_dict
 """
 REFUSED = """
-    quantization_config quantization_bit use_cache_quantization rope_scaling n_inner pruned_heads add_cross_attention
+    quantization_bit use_cache_quantization rope_scaling n_inner pruned_heads add_cross_attention
     is_encoder_decoder extra_vocab_file
 """
 KEYS: dict[str, KeyClass] = {
@@ -62,17 +62,17 @@ def parse(raw: Mapping[str, Any]) -> QWenConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, "qwen")
     hidden, heads = read.integer("hidden_size", "n_embd"), read.integer("num_attention_heads", "n_head")
-    head_dim = read.integer("kv_channels", default=max(hidden // heads, 1))
+    head_dim = read.integer("kv_channels", default=hidden // max(heads, 1))
     intermediate = read.integer("intermediate_size", "ffn_hidden_size")
     vocab = read.integer("vocab_size")
     rows = read.integer("padded_vocab_size", default=vocab)
-    if heads * head_dim != hidden:
+    if hidden and heads and heads * head_dim != hidden:
         read.problem(f"hidden_size {hidden} is not {heads} attention heads x {head_dim} channels (kv_channels)")
     if head_dim % 2:
         read.problem(f"kv_channels = {head_dim} is odd; rotary positions turn pairs of channels")
     if intermediate % 2:
         read.problem(f"intermediate_size = {intermediate} is odd; it is the width of two equal branches together")
-    if rows < vocab:
+    if rows and rows < vocab:
         read.problem(f"padded_vocab_size {rows} is smaller than vocab_size {vocab}")
     read.must_be("rotary_pct", 1.0, "all channels of a head are rotated")
     read.must_be("no_bias", True, "only the fused QKV projection has a bias")
@@ -97,6 +97,20 @@ def parse(raw: Mapping[str, Any]) -> QWenConfig:
     )
     read.finish()
     return config
+
+
+def context_window(config: QWenConfig, requested: int) -> int:
+    """Return the number of positions to build for, ``seq_length`` for 0; ConfigError if the model has fewer."""
+    if requested > config.seq_length:
+        options = [name for name in ("use_dynamic_ntk", "use_logn_attn") if getattr(config, name)]
+        reason = (
+            f"beyond it {' and '.join(options)} would change the model" if options else "it was trained for no more"
+        )
+        raise ConfigError(
+            f"context_window = {requested} exceeds seq_length = {config.seq_length} of config.json; {reason}, "
+            f"which is not supported: choose context_window <= {config.seq_length}"
+        )
+    return requested or config.seq_length
 
 
 def params(config: QWenConfig) -> tuple[Param, ...]:
@@ -130,7 +144,28 @@ def _copied(name: str, shape: tuple[int, ...], kind: Any) -> Param:
 
 def causal_lm(config: QWenConfig, make: Any) -> Any:
     """Return the graph's module composed of the layers of ``make``; its attribute order is that of :func:`params`."""
-    raise NotImplementedError
+    from stages.models import layers
+
+    h, ff = config.hidden_size, config.intermediate_size
+
+    def decoder_layer(block: str) -> layers.DecoderLayer:
+        qkv = make.linear(f"{block}.attn.c_attn", 3 * h, h, bias=True)
+        out = make.linear(f"{block}.attn.c_proj", h, h)
+        heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_heads, "head_dim": config.head_dim}
+        gate_up = make.linear(f"{block}.mlp.gate_up_proj", 2 * ff, h)
+        return layers.DecoderLayer(
+            make.norm(f"{block}.ln_1", h, config.rms_eps),
+            layers.Attention(qkv, out, **heads),
+            make.norm(f"{block}.ln_2", h, config.rms_eps),
+            layers.GatedMLP(gate_up, make.linear(f"{block}.mlp.c_proj", h, ff)),
+        )
+
+    return layers.CausalLM(
+        make.embedding("transformer.wte", config.vocab_size, h),
+        [decoder_layer(f"transformer.h.{i}") for i in range(config.num_layers)],
+        make.norm("transformer.ln_f", h, config.rms_eps),
+        make.head("lm_head", config.vocab_size, h),
+    )
 
 
 def to_reference(config: QWenConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -175,6 +210,7 @@ FAMILY = Family(
     architectures=("QWenLMHeadModel",),
     config=QWenConfig,
     parse=parse,
+    context_window=context_window,
     params=params,
     causal_lm=causal_lm,
     to_reference=to_reference,

@@ -42,18 +42,20 @@ class Family:
     """A model family.
 
     ``config`` is the family's frozen config dataclass: JSON scalars only, so ``config(**model["config"])`` restores
-    what config-parse wrote. ``parse`` makes one from a raw config.json or raises :class:`ConfigError`. ``params``
-    lists the parameters in packed order, which is the attribute order of the module that ``causal_lm(config, make)``
-    composes from the layers of ``make``. ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to
-    ``(transformers class name, config keywords, state dict)``. ``keys`` classifies every known key of config.json:
-    honoured, irrelevant to inference, or refused unless null, false or empty. ``recomputed`` are name patterns of
-    tensors that old checkpoints store although the model derives them.
+    what config-parse wrote. ``parse`` makes one from a raw config.json or raises :class:`ConfigError`.
+    ``context_window(config, requested)`` resolves the number of positions to build for (0: the model's own) or raises
+    it too. ``params`` lists the parameters in packed order, which is the attribute order of the module that
+    ``causal_lm(config, make)`` composes from the layers of ``make``. ``to_reference(config, tensors)`` maps float32
+    checkpoint tensors by name to ``(transformers class name, config keywords, state dict)``. ``keys`` classifies
+    every known key of config.json: honoured, irrelevant to inference, or refused unless null, false or empty.
+    ``recomputed`` are name patterns of tensors that old checkpoints store although the model derives them.
     """
 
     name: str
     architectures: tuple[str, ...]
     config: type
     parse: Callable[[Mapping[str, Any]], Any]
+    context_window: Callable[[Any, int], int]
     params: Callable[[Any], tuple[Param, ...]]
     causal_lm: Callable[[Any, Any], Any]
     to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]

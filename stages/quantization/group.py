@@ -12,9 +12,9 @@ The arithmetic, for a weight ``w`` of shape [n, k], group size g and b bits (4: 
 5. Dequantization: ``(code - top) * scale``.
 
 Where MLC-LLM's own converter differs: for float16 schemes it does all of this in float16, and rounds after adding
-``top``: ``round(w / scale + 7)``. The quotient plus 7 then has a step of up to 1/128, so values near the middle between two
-codes fall to the other one. The format is the same; a few packed words in a hundred differ, each in a code by one
-(3.6 % for normally distributed bfloat16 weights). For float32 schemes only exact ties and last bits can differ.
+``top``: ``round(w / scale + 7)``. The quotient plus 7 then has a step of up to 1/128, so values near the middle
+between two codes fall to the other one. The format is the same; a few packed words in a hundred differ, each in a
+code by one (3.6 % for normally distributed bfloat16 weights). For float32 schemes only exact ties and last bits can.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.quantization.blocks import row_blocks
+
 if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
-
-BLOCK_BYTES = 256 * 1024  # float32 rows worked on at a time: they stay in a core's L2 cache
 
 
 def quantize(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
@@ -41,20 +41,21 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     words, padded = -(-k // per_word), groups * scheme.group_size
     q_weight = np.empty((n, words), "<u4")
     q_scale = np.empty((n, groups), scheme.storage_dtype)
-    step = max(1, BLOCK_BYTES // (4 * padded))
-    buffer = np.zeros((min(step, n), padded), np.float32)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        rows = buffer[: stop - start]
-        rows[:, :k] = weight[start:stop]
+    buffer = np.zeros((0, padded), np.float32)
+    for block in row_blocks((n, padded)):
+        size = block.stop - block.start
+        if len(buffer) < size:
+            buffer = np.empty((size, padded), np.float32)
+        rows = buffer[:size]
+        rows[:, :k] = weight[block]
         rows[:, k:] = 0
-        by_group = rows.reshape(stop - start, groups, scheme.group_size)
+        by_group = rows.reshape(size, groups, scheme.group_size)
         peak = np.maximum(by_group.max(-1), -by_group.min(-1))
         with np.errstate(over="ignore"):
             scale = (peak / np.float32(top)).astype(scheme.storage_dtype)
         if not np.isfinite(scale).all():
-            raise ValueError(_why_not_finite(rows, start, scheme))
-        q_scale[start:stop] = scale
+            raise ValueError(_why_not_finite(rows, block.start, scheme))
+        q_scale[block] = scale
         divisor = scale.astype(np.float32)
         divisor[divisor == 0] = np.inf  # makes every code of the group the one of zero
         np.divide(by_group, divisor[..., None], out=by_group)
@@ -62,7 +63,7 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
         rows += top
         np.clip(rows, 0, 2 * top, out=rows)
         rows[:, k:] = 0
-        q_weight[start:stop] = _pack(rows.astype(np.uint8), scheme.bits)[:, :words]
+        q_weight[block] = _pack(rows.astype(np.uint8), scheme.bits)[:, :words]
     return q_weight, q_scale
 
 

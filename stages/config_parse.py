@@ -1,0 +1,192 @@
+"""config-parse: config.json, generation_config.json and the tensors' headers -> one validated, typed description."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Out, Source, Stage, StageError, param, source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stagegraph.stage import Context
+    from stages.models.record import Family
+    from stages.models.safetensors import TensorInfo
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+LEGACY = (".bin", ".pt", ".pth", ".ckpt")
+CONVERT = (
+    "load it once with transformers where you trust it and save it again: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+)
+
+
+class ConfigParse(Stage):
+    """Every key of config.json is classified, every contradiction reported; no weight is read."""
+
+    id = "config-parse"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters."""
+
+        checkpoint: Source = source(
+            "checkpoint directory in Hugging Face format",
+            include=(CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json"),
+        )
+        context_window: int = param("positions to build for; 0: all the model was made for", default=0, minimum=0)
+
+    outputs = {
+        "config": Out("model.json", "family, architecture, sizes and options of the model"),
+        "generation": Out("generation.json", "special token ids, chat format and sampling defaults"),
+        "tensors": Out("tensors.json", "dtype, shape and file of every tensor in the checkpoint"),
+    }
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+        """Return the one family that config.json names, if it names a known one."""
+        from stages.models import FAMILIES
+
+        try:
+            model_type = json.loads((Path(params.checkpoint) / CONFIG).read_bytes())["model_type"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
+        return {"stages.models:FAMILIES": model_type} if model_type in FAMILIES else {}
+
+    def run(self, ctx: Context) -> None:
+        """Read and check everything, raise all problems at once, write the three documents."""
+        from stages.models import load_family
+        from stages.models.checkpoint import read_headers
+        from stages.models.record import ConfigError
+
+        checkpoint = ctx.source("checkpoint")
+        files = {name: path for name, path in checkpoint.files.items() if "/" not in name}
+        raw = _read_config(checkpoint.root, files)
+        family = load_family(raw["model_type"])
+        problems: list[str] = []
+        config: Any = None
+        tensors: dict[str, tuple[str, TensorInfo]] = {}
+        generation: dict[str, Any] = {}
+        window = 0
+        try:
+            config = family.parse({key: value for key, value in raw.items() if key != "quantization_config"})
+            window = family.context_window(config, ctx.params.context_window)
+        except ConfigError as error:
+            problems += error.problems
+        problems += _quantized_already(raw)
+        try:
+            tensors = read_headers(files)
+        except ConfigError as error:
+            problems += [_legacy_hint(checkpoint.root, files) or problem for problem in error.problems]
+        try:
+            generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
+
+        model = {
+            "schema": 1,
+            "family": family.name,
+            "architecture": (raw.get("architectures") or family.architectures)[0],
+            "config": asdict(config),
+            "context_window": window,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_layers": config.num_layers,
+        }
+        table = {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in tensors.items()}
+        _write(ctx.out / "model.json", model)
+        _write(ctx.out / "generation.json", generation)
+        _write(ctx.out / "tensors.json", {"schema": 1, "tensors": table})
+        ctx.fact("family", family.name)
+        ctx.view("config", _view(family, raw, model, tensors))
+        size = sum(info.nbytes for _, info in tensors.values())
+        ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+
+
+def _read_config(root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return config.json, of a model_type and architecture that are known."""
+    from stagegraph.errors import nearest
+    from stages.models import FAMILIES, load_family, strict_json
+
+    if CONFIG not in files:
+        raise StageError(f"{root}: no {CONFIG} there; expected a checkpoint directory in Hugging Face format")
+    try:
+        raw = strict_json.read_object(files[CONFIG], CONFIG)
+    except ValueError as error:
+        raise StageError(f"{root}: {error}") from None
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise StageError(f"{root}: {CONFIG}: model_type is missing; known: {', '.join(sorted(FAMILIES))}")
+    if model_type not in FAMILIES:
+        raise StageError(f"{root}: {CONFIG}: unknown model_type '{model_type}'; known: {', '.join(sorted(FAMILIES))}")
+    known = load_family(model_type).architectures
+    found = raw.get("architectures") or [known[0]]
+    if not isinstance(found, list) or len(found) != 1 or found[0] not in known:
+        hint = nearest(found[0], known) if isinstance(found, list) and isinstance(found[0], str) else ""
+        names = ", ".join(known)
+        raise StageError(
+            f"{root}: {CONFIG}: architectures = {json.dumps(found)} of model_type '{model_type}'; "
+            f"expected one of: {names}{hint if 'mean' in hint else ''}"
+        )
+    return raw
+
+
+def _quantized_already(raw: Mapping[str, Any]) -> list[str]:
+    quantization = raw.get("quantization_config")
+    if not quantization:
+        return []
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+    problem = (
+        f"{CONFIG}: quantization_config: the checkpoint is already quantized by the method '{method}', which cannot "
+        "be read; start from the unquantized checkpoint and choose a scheme here"
+    )
+    return [problem]
+
+
+def _legacy_hint(root: Path, files: Mapping[str, Path]) -> str:
+    """Say how to convert, if there is no safetensors file but there are pickled weights."""
+    if any(name.endswith(".safetensors") for name in files) or not root.is_dir():
+        return ""
+    legacy = sorted(path.name for path in root.iterdir() if path.suffix in LEGACY)
+    if not legacy:
+        return ""
+    return f"the weights are pickle files ({', '.join(legacy)}), which can run code when read; {CONVERT}"
+
+
+def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> dict[str, Any]:
+    """Return the normalised generation defaults of generation_config.json, or else of config.json."""
+    from stages.models import strict_json
+    from stages.models.generation import normalise
+    from stages.models.record import ConfigError
+
+    try:
+        settings = strict_json.read_object(files[GENERATION], GENERATION) if GENERATION in files else {}
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    generation, skipped = normalise(settings, raw, vocab_size)
+    for words in skipped:
+        ctx.warn(f"{GENERATION}: the stop sequence {words} has several ids; only single ids stop generation")
+    return generation
+
+
+def _view(
+    family: Family, raw: Mapping[str, Any], model: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]
+) -> str:
+    rows = [("model", ""), *((f"  {key}", value) for key, value in model["config"].items())]
+    rows.append(("  context_window", model["context_window"]))
+    for kind in ("honoured", "irrelevant", "refused"):
+        keys = [key for key in sorted(raw) if family.keys.get(key) == kind]
+        if keys:
+            rows += [(f"{kind} keys of {CONFIG}", ""), *((f"  {key}", json.dumps(raw[key])) for key in keys)]
+    dtypes = sorted({info.dtype for _, info in tensors.values()})
+    rows += [("tensors", f"{len(tensors)} in {len({file for file, _ in tensors.values()})} files, {'/'.join(dtypes)}")]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}".rstrip() for key, value in rows) + "\n"
+
+
+def _write(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,92 @@
+"""Headers of safetensors files, read without their weights: 8-byte length, a JSON table of contents, bounds checked.
+
+Format: https://huggingface.co/docs/safetensors (little-endian u64 length, JSON, then the tensors back to back).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.models import strict_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
+DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1} | {
+    f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)
+}
+DTYPE_BYTES["BOOL"] = 1
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: safetensors dtype name, shape, and its first byte's offset in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
+    """Return tensor name -> info, in file order; :class:`ValueError` calling the file ``name`` if it is damaged."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{name}: truncated: a header of {length} bytes does not fit a file of {size} bytes")
+        if length > MAX_HEADER:
+            raise ValueError(f"{name}: not a safetensors file: its header claims {length} bytes")
+        try:
+            header = strict_json.parse(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: damaged header: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{name}: damaged header: expected a JSON object")
+    header.pop("__metadata__", None)
+    payload, expected = 8 + length, 0
+    tensors = {}
+    for tensor, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
+        info, end = _tensor_info(entry, payload, f"{name}: tensor {tensor}")
+        if info.offset != payload + expected:
+            raise ValueError(f"{name}: tensor {tensor} begins at byte {info.offset - payload}, not {expected}")
+        tensors[tensor] = info
+        expected = end
+    if payload + expected != size:
+        state = "truncated" if payload + expected > size else "has trailing bytes"
+        raise ValueError(f"{name}: {state}: its header describes {payload + expected} bytes, the file has {size}")
+    return tensors
+
+
+def _begin(entry: Any) -> int:
+    """Return the sort key of a header entry, before it is known to be well formed."""
+    try:
+        return int(entry["data_offsets"][0])
+    except (TypeError, KeyError, IndexError, ValueError):
+        return -1
+
+
+def _tensor_info(entry: Any, payload: int, where: str) -> tuple[TensorInfo, int]:
+    """Return the info of one header entry and where it ends in the payload."""
+    if not (isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()):
+        raise ValueError(f"{where}: needs dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BYTES))}")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"{where}: shape {shape!r} and data_offsets {offsets!r} must be lists of sizes")
+    info = TensorInfo(dtype, tuple(shape), payload + offsets[0])
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise ValueError(f"{where}: {dtype} {shape} takes {info.nbytes} bytes, its offsets {offsets} say otherwise")
+    return info, offsets[1]
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)

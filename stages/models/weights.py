@@ -1,0 +1,47 @@
+"""Checkpoint tensors as memory-mapped NumPy arrays; one mapping per tensor, so that its pages leave with it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from stages.models.safetensors import DTYPE_BYTES, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+class Weights:
+    """Tensors by name. ``files`` are shard names -> paths, ``tensors`` config-parse's table: dtype, shape, file."""
+
+    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, Mapping[str, Any]]) -> None:
+        self._files = files
+        self._tensors = tensors
+        self._headers: dict[str, dict[str, TensorInfo]] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
+        wanted = self._tensors[name]
+        file = wanted["file"]
+        if file not in self._headers:
+            if file not in self._files:
+                raise ValueError(f"{file}: the shard is missing")
+            self._headers[file] = read_header(self._files[file], file)
+        info = self._headers[file].get(name)
+        if info is None or [info.dtype, *info.shape] != [wanted["dtype"], *wanted["shape"]]:
+            expected = f"{wanted['dtype']} {wanted['shape']}"
+            raise ValueError(f"{file}: tensor {name} is not the {expected} that config-parse saw")
+        mapped = np.memmap(self._files[file], np.uint8, "r", info.offset, (info.nbytes,))
+        array: np.ndarray = mapped.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape).view(np.ndarray)
+        return array
+
+    def nbytes(self, name: str) -> int:
+        """Return the size of a tensor in its file."""
+        tensor = self._tensors[name]
+        return int(math.prod(tensor["shape"])) * DTYPE_BYTES[tensor["dtype"]]

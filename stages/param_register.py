@@ -1,0 +1,166 @@
+"""param-register: every parameter the graph needs, how it is stored, and which checkpoint tensors it is made of."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import In, Out, Stage, StageError, param
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from stagegraph.stage import Context
+    from stages.models.record import Param
+    from stages.quantization.schemes import Scheme
+
+READABLE = ("F32", "F16", "BF16")
+LAYOUT = "nk"  # rows are out features: the order of the checkpoint, and of both targets' kernels
+
+
+class ParamRegister(Stage):
+    """Missing, unexpected and misshapen tensors fail here, all listed at once, before any weight is read."""
+
+    id = "param-register"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters."""
+
+        scheme: str = param("quantization scheme", choices="stages.quantization.schemes:SCHEMES")
+        target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+
+    inputs = {
+        "config": In("config-parse", "config", "the model's family and sizes"),
+        "tensors": In("config-parse", "tensors", "dtype and shape of the checkpoint's tensors"),
+    }
+    outputs = {"params": Out("params.json", "stored tensors in packed order, and where each comes from")}
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
+        """Return the model's family and the one scheme."""
+        rows: dict[str, str | Sequence[str]] = {"stages.quantization.schemes:SCHEMES": params.scheme}
+        if "family" in facts:
+            rows["stages.models:FAMILIES"] = facts["family"]
+        return rows
+
+    def run(self, ctx: Context) -> None:
+        """Compare what the family's graph needs with the headers, and write the register."""
+        from stages.models import load_family
+        from stages.quantization.schemes import SCHEMES
+
+        model = json.loads(ctx.input("config").read_bytes())
+        tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
+        family, scheme = load_family(model["family"]), SCHEMES[ctx.params.scheme]
+        params = family.params(family.config(**model["config"]))
+        problems = _check_tensors(params, tensors, family.recomputed, model["vocab_size"])
+        problems += _check_groups(params, scheme)
+        if problems:
+            raise StageError(*problems)
+
+        stored: list[dict[str, Any]] = []
+        logical: list[dict[str, Any]] = []
+        for parameter in params:
+            parts = _stored(parameter, scheme)
+            stored += parts
+            logical.append(_logical(parameter, scheme, [part["name"] for part in parts]))
+        document = {
+            "schema": 1,
+            "family": model["family"],
+            "scheme": scheme.name,
+            "target": ctx.params.target,
+            "layout": LAYOUT,
+            "params": stored,
+            "logical": logical,
+        }
+        text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+        (ctx.out / "params.json").write_text(text, encoding="utf-8")
+        for name, value in (("family", model["family"]), ("scheme", scheme.name), ("target", ctx.params.target)):
+            ctx.fact(name, value)
+        ctx.view("params", _view(logical, stored))
+        count = sum(math.prod(entry["shape"]) for entry in logical)
+        ctx.summary(f"{count:,} parameters in {len(stored)} tensors as {scheme.name}")
+
+
+def _check_tensors(
+    params: Iterable[Param], tensors: Mapping[str, Any], recomputed: Sequence[str], vocab_size: int
+) -> list[str]:
+    """Return every disagreement between what the graph needs and what the checkpoint has."""
+    expected = {
+        source: (shape, parameter)
+        for parameter in params
+        for source, shape in zip(parameter.sources, parameter.source_shapes, strict=True)
+    }
+    missing, wrong = [], []
+    for name, (shape, parameter) in expected.items():
+        found = tensors.get(name)
+        if found is None:
+            missing.append(f"tensor {name} {list(shape)} is missing from the checkpoint")
+            continue
+        if found["dtype"] not in READABLE:
+            wrong.append(f"tensor {name} is {found['dtype']}; only {', '.join(READABLE)} can be read")
+        if tuple(found["shape"]) != shape:
+            rows = parameter.kind in ("embedding", "head") and found["shape"][1:] == list(shape[1:])
+            reason = f": config.json says vocab_size = {vocab_size}" if rows else ""
+            wrong.append(f"tensor {name} is {found['shape']}, the config asks for {list(shape)}{reason}")
+    unexpected = [
+        f"tensor {name} {found['shape']} is in the checkpoint, but no parameter of the model is made of it"
+        for name, found in tensors.items()
+        if name not in expected and not any(fnmatchcase(name, pattern) for pattern in recomputed)
+    ]
+    return missing + wrong + unexpected
+
+
+def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:
+    """A group never spans two rows and a row never ends within one: kernels read whole words and whole groups."""
+    return [
+        f"parameter {parameter.name} {list(parameter.shape)}: rows of {parameter.shape[-1]} values do not split into "
+        f"groups of {scheme.group_size} as {scheme.name} asks; choose a scheme without groups, such as q0f32"
+        for parameter in params
+        if scheme.quantizes(parameter.kind) and parameter.shape[-1] % scheme.group_size
+    ]
+
+
+def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
+    """Return the stored tensors of one parameter, in packed order."""
+    if not scheme.quantizes(parameter.kind):
+        entry = {"name": parameter.name, "shape": [*parameter.shape], "dtype": scheme.storage_dtype}
+        return [{**entry, "of": parameter.name}]
+    stem = parameter.name.removesuffix("weight")
+    n, k = parameter.shape
+    words, groups = k * scheme.bits // 32, k // scheme.group_size
+    return [
+        {"name": f"{stem}q_weight", "shape": [n, words], "dtype": "uint32", "of": parameter.name},
+        {"name": f"{stem}q_scale", "shape": [n, groups], "dtype": scheme.storage_dtype, "of": parameter.name},
+    ]
+
+
+def _logical(parameter: Param, scheme: Scheme, stored: list[str]) -> dict[str, Any]:
+    return {
+        "name": parameter.name,
+        "shape": [*parameter.shape],
+        "kind": parameter.kind,
+        "sources": [*parameter.sources],
+        "source_shapes": [[*shape] for shape in parameter.source_shapes],
+        "transform": parameter.transform,
+        "quantize": scheme.quantizes(parameter.kind),
+        "dtype": scheme.storage_dtype,
+        "stored": stored,
+    }
+
+
+def _view(logical: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> str:
+    """Render the register: one line per parameter, with how it is stored and made."""
+    layout = {entry["name"]: f"{entry['dtype']} {entry['shape']}" for entry in stored}
+    rows = [("parameter", "shape", "stored as", "made of")]
+    for entry in logical:
+        kept = " + ".join(layout[name] for name in entry["stored"])
+        made = "" if entry["transform"] == "copy" else f"{entry['transform']}: "
+        rows.append((entry["name"], str(entry["shape"]), kept, made + ", ".join(entry["sources"])))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (
+        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
+    )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,51 @@
+"""Work through an array in blocks of rows that fit a core's L2 cache as float32."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+BLOCK_BYTES = 256 * 1024
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Yield slices of axis 0 that cover ``shape``, each of at most :data:`BLOCK_BYTES` as float32 (or one row)."""
+    step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Return ``array`` as ``dtype``, rounded half to even; :class:`ValueError` naming a value that is not finite."""
+    stored = np.empty(array.shape, dtype)
+    with np.errstate(over="ignore"):
+        for rows in row_blocks(array.shape):
+            stored[rows] = array[rows]
+            if not np.isfinite(stored[rows]).all():
+                first = np.argwhere(~np.isfinite(stored[rows]))[0]
+                index, value = tuple(map(int, first)), array[rows][tuple(first)]
+                place = [index[0] + rows.start, *index[1:]]
+                reason = f", which does not fit {dtype}" if np.isfinite(value) else ""
+                raise ValueError(f"the value at {place} is {value}{reason}")
+    return stored
+
+
+def relative_error(source: np.ndarray, restored: Callable[[slice], np.ndarray]) -> tuple[float, float]:
+    """Compare what is stored with ``source``, block by block: ``restored(rows)`` returns those rows as float32.
+
+    Returns (RMSE over the source's root mean square, largest |difference| over the largest |value|); 0 for zeros.
+    """
+    squares = power = worst = peak = 0.0
+    for rows in row_blocks(source.shape):
+        values = source[rows].astype(np.float32).reshape(-1)
+        power += float(np.dot(values, values))
+        peak = max(peak, float(np.abs(values).max()))
+        values -= restored(rows).reshape(-1)
+        squares += float(np.dot(values, values))
+        worst = max(worst, float(np.abs(values).max()))
+    return (math.sqrt(squares / power), worst / peak) if power else (0.0, 0.0)
