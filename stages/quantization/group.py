@@ -41,16 +41,13 @@ def quantize(weight: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray
     words, padded = -(-k // per_word), groups * scheme.group_size
     q_weight = np.empty((n, words), "<u4")
     q_scale = np.empty((n, groups), scheme.storage_dtype)
-    buffer = np.zeros((0, padded), np.float32)
     for block in row_blocks((n, padded)):
         size = block.stop - block.start
-        if len(buffer) < size:
-            buffer = np.empty((size, padded), np.float32)
-        rows = buffer[:size]
+        rows = np.empty((size, padded), np.float32)
         rows[:, :k] = weight[block]
         rows[:, k:] = 0
         by_group = rows.reshape(size, groups, scheme.group_size)
-        peak = np.maximum(by_group.max(-1), -by_group.min(-1))
+        peak = _group_peak(rows, scheme.group_size).reshape(size, groups)
         with np.errstate(over="ignore"):
             scale = (peak / np.float32(top)).astype(scheme.storage_dtype)
         if not np.isfinite(scale).all():
@@ -78,12 +75,25 @@ def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, scheme: Scheme, k: int
     return values
 
 
+def _group_peak(rows: np.ndarray, group_size: int) -> np.ndarray:
+    """Return the largest |value| of each group, flat; ``group_size`` is a power of two.
+
+    Pairwise, because NumPy's own reduction over an axis this short takes six times as long.
+    """
+    peak = np.abs(rows).reshape(-1)
+    while group_size > 1:
+        peak = np.maximum(peak[0::2], peak[1::2])
+        group_size //= 2
+    return peak
+
+
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack uint8 codes [n, m] into uint32 words, low bits first; m is a multiple of a word's codes."""
     while bits < 8:
         codes = codes[:, 0::2] | (codes[:, 1::2] << bits)
         bits *= 2
-    return np.ascontiguousarray(codes).view("<u4")
+    words: np.ndarray = np.ascontiguousarray(codes).view("<u4")
+    return words
 
 
 def _why_not_finite(rows: np.ndarray, start: int, scheme: Scheme) -> str:
