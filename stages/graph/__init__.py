@@ -1,0 +1,13 @@
+"""The functions a model is exported as: one module each, all written against stages/graph/export.py.
+
+A row is ``"module:function"``; the function takes a :class:`stages.graph.export.Build` and returns the IRModule of
+that one function (with its batch form). Nothing shared imports these modules, so that editing one leaves the others.
+"""
+
+FUNCTIONS: dict[str, str] = {
+    "embed": "stages.graph.embed:export",
+    "prefill": "stages.graph.prefill:export",
+    "decode": "stages.graph.decode:export",
+    "kv": "stages.graph.kv:export",
+    "softmax": "stages.graph.softmax:export",
+}

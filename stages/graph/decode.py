@@ -1,0 +1,39 @@
+"""decode and batch_decode: one more token for one or several sequences."""
+
+from __future__ import annotations
+
+import tvm
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from stages.graph.export import CACHE, Build, export_model
+from stages.graph.trunk import hidden_states
+from stages.models.layers import CausalLM
+
+
+class Decode(nn.Module):
+    """The exported functions; see docs/abi.md for their convention."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+
+    def decode(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Read one token of one sequence; return its logits [1, 1, V]."""
+        return self.model.logits(hidden_states(self.model, states, cache)), cache
+
+    def batch_decode(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Read one token of each of b sequences; return their logits [b, 1, V]."""
+        return self.model.logits(hidden_states(self.model, states, cache)), cache
+
+
+def export(build: Build) -> tvm.IRModule:
+    """Return the module of ``decode`` and ``batch_decode``."""
+    return export_model(
+        build,
+        Decode,
+        {
+            "decode": {"states": build.states([1, 1]), "cache": CACHE},
+            "batch_decode": {"states": build.states(["batch_size", 1]), "cache": CACHE},
+        },
+    )

@@ -1,0 +1,84 @@
+"""What a reader sees of an exported graph: signatures, the table of operators, readable IR."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import tvm
+from tvm import relax as rx
+from tvm import tirx
+
+
+def signatures(module: tvm.IRModule) -> dict[str, dict[str, Any]]:
+    """Return function name -> {"inputs": [[name, type]], "output": type}; packed parameters are one entry."""
+    return {name: _signature(function) for name, function in _relax_functions(module)}
+
+
+def _signature(function: rx.Function) -> dict[str, Any]:
+    inputs = [[var.name, _type(var.ty)] for var in function.params]
+    return {"inputs": inputs, "output": _type(function.ret_ty)}
+
+
+def _type(ty: Any) -> str:
+    if isinstance(ty, rx.TensorType):
+        return f"{ty.dtype}[{_dims(ty.shape.values)}]"
+    if isinstance(ty, rx.ShapeType):
+        return f"shape[{_dims(ty.values)}]"
+    if isinstance(ty, rx.TupleType):
+        if len(ty.fields) > 4:
+            return f"tuple of {len(ty.fields)}"
+        return f"({', '.join(_type(field) for field in ty.fields)})"
+    return "object"
+
+
+def _dims(dims: Any) -> str:
+    return ", ".join(str(int(dim)) if isinstance(dim, tirx.IntImm) else str(dim) for dim in dims)
+
+
+def operators(module: tvm.IRModule) -> dict[str, dict[str, int]]:
+    """Return function name -> operator -> how often it is called; a kernel call counts under the kernel's name."""
+    return {name: _count(function) for name, function in _relax_functions(module)}
+
+
+def _count(function: rx.Function) -> dict[str, int]:
+    found: Counter[str] = Counter()
+
+    def visit(node: Any) -> None:
+        if isinstance(node, rx.Call):
+            found[_operator(node)] += 1
+
+    rx.analysis.post_order_visit(function, visit)
+    return dict(sorted(found.items()))
+
+
+def _operator(call: rx.Call) -> str:
+    name = getattr(call.op, "name", None) or getattr(call.op, "global_symbol", None) or call.op.name_hint
+    if name in {"relax.call_tir", "relax.call_pure_packed", "relax.call_dps_packed"}:
+        callee = call.args[0]
+        return str(getattr(callee, "name_hint", None) or callee.global_symbol)
+    return str(name).removeprefix("relax.")
+
+
+def kernels(module: tvm.IRModule) -> list[str]:
+    """Return the names of the module's kernels (PrimFuncs), sorted."""
+    return sorted(var.name_hint for var, function in module.functions_items() if isinstance(function, tirx.PrimFunc))
+
+
+def operator_table(counts: dict[str, dict[str, int]]) -> str:
+    """Render :func:`operators` as a Markdown table."""
+    names = sorted({operator for found in counts.values() for operator in found})
+    lines = ["| operator | " + " | ".join(counts) + " |", "|---|" + "---:|" * len(counts)]
+    for operator in names:
+        lines.append(f"| {operator} | " + " | ".join(str(found.get(operator, "")) for found in counts.values()) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def script(module: tvm.IRModule) -> str:
+    """Return the module as TVMScript text, to be read (it does not parse back)."""
+    return str(module.script(show_meta=False))
+
+
+def _relax_functions(module: tvm.IRModule) -> list[tuple[str, rx.Function]]:
+    found = [(var.name_hint, fn) for var, fn in module.functions_items() if isinstance(fn, rx.Function)]
+    return sorted(found, key=lambda pair: pair[0])

@@ -1,0 +1,101 @@
+"""What every exported function shares: the build it is exported for, and the export of an nn.Module to an IRModule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from stages.models.layers import CausalLM, LayerFactory
+
+CACHE = nn.spec.Object(object_type=PagedKVCache)
+tensor = nn.spec.Tensor
+
+
+class GraphError(ValueError):
+    """The model as composed and the parameters as registered disagree; ``problems`` says where, all at once."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Build:
+    """One model on one target: its config, the registered parameters, and the sizes the graph is bounded by.
+
+    ``compose(config, factory)`` is the family's ``causal_lm``. ``group`` is (bits, group size) of quantized matrices.
+    """
+
+    config: Any
+    compose: Callable[[Any, LayerFactory], CausalLM]
+    registry: Mapping[str, Any]
+    target: tvm.target.Target
+    compute_dtype: str
+    kv_dtype: str
+    group: tuple[int, int]
+    sep_embed: bool
+    prefill_chunk: int
+    max_batch: int
+    page_size: int
+
+    def model(self) -> tuple[CausalLM, LayerFactory]:
+        """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""
+        bits, group_size = self.group
+        factory = LayerFactory(self.registry, self.compute_dtype, bits=bits, group_size=group_size)
+        model = self.compose(self.config, factory)
+        if factory.problems:
+            raise GraphError(*factory.problems)
+        return model, factory
+
+    def states(self, tokens: list[Any]) -> nn.spec.Tensor:
+        """Spec of what prefill and decode take for ``tokens`` [b, s]: embeddings, or ids if embedding is inside."""
+        if self.sep_embed:
+            return tensor([*tokens, self.config.hidden_size], self.compute_dtype)
+        return tensor(tokens, "int32")
+
+
+def export_model(build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Mapping[str, Mapping[str, Any]]) -> tvm.IRModule:
+    """Export the methods named in ``spec`` of ``wrap(model)``; every function takes the packed parameters last."""
+    model, factory = build.model()
+    module, params = _export(build, wrap(model), spec, "packed")
+    made = [factory.names[parameter] for _, parameter in params]
+    registered = [entry["name"] for entry in build.registry["params"]]
+    if made != registered:
+        raise GraphError(*_order_problems(made, registered))
+    return module
+
+
+def export_plain(build: Build, module: nn.Module, spec: Mapping[str, Mapping[str, Any]]) -> tvm.IRModule:
+    """Export the methods named in ``spec`` of a module without parameters."""
+    return _export(build, module, spec, "none")[0]
+
+
+def _export(
+    build: Build, module: nn.Module, spec: Mapping[str, Mapping[str, Any]], params: str
+) -> tuple[tvm.IRModule, list[tuple[str, nn.Parameter]]]:
+    # The exporter pops "$" out of what it is given.
+    modes = {"param_mode": params, "effect_mode": "none"}
+    raw = {name: {**arguments, "$": dict(modes)} for name, arguments in spec.items()}
+    with build.target:
+        exported, named, _ = module.export_tvm(spec=nn.spec.ModuleSpec.from_raw(raw, module), allow_extern=True)
+    # Memory is planned for these bounds; the names are those of the specs' symbolic dimensions.
+    bounds = {"seq_len": build.prefill_chunk, "batch_size": build.max_batch}
+    for var, function in exported.functions_items():
+        if isinstance(function, rx.Function):
+            exported[var] = function.with_attr("tir_var_upper_bound", bounds)
+    return exported, named
+
+
+def _order_problems(made: list[str], registered: list[str]) -> list[str]:
+    unused = [f"{name}: registered, but the model does not use it" for name in registered if name not in set(made)]
+    missing = [f"{name}: used by the model, but not registered" for name in made if name not in set(registered)]
+    if unused or missing:
+        return unused + missing
+    at = next(i for i, pair in enumerate(zip(made, registered, strict=True)) if pair[0] != pair[1])
+    return [f"parameter {at}: the model packs {made[at]} where {registered[at]} is registered"]

@@ -1,0 +1,49 @@
+"""prefill and batch_prefill: read a chunk of tokens into the KV cache, return logits of chosen positions."""
+
+from __future__ import annotations
+
+import tvm
+from tvm import te
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from stages.graph.export import CACHE, Build, export_model, tensor
+from stages.graph.trunk import hidden_states
+from stages.models.layers import CausalLM, take
+
+
+class Prefill(nn.Module):
+    """The exported functions; see docs/abi.md for their convention."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+
+    def prefill(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Read one sequence's chunk; return the logits [1, 1, V] of its last token."""
+        hidden = op.tensor_expr_op(_last, "last_token", [hidden_states(self.model, states, cache)])
+        return self.model.logits(hidden), cache
+
+    def batch_prefill(self, states: Tensor, logit_positions: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Read chunks of several sequences laid end to end; return the logits [1, b, V] at ``logit_positions``."""
+        hidden = take(hidden_states(self.model, states, cache), logit_positions, axis=1)
+        return self.model.logits(hidden), cache
+
+
+def _last(x: te.Tensor) -> te.Tensor:
+    batch, seq, width = x.shape
+    return te.compute((batch, 1, width), lambda b, _, k: x[b, seq - 1, k], name="last_token")
+
+
+def export(build: Build) -> tvm.IRModule:
+    """Return the module of ``prefill`` and ``batch_prefill``."""
+    states = build.states([1, "seq_len"])
+    positions = tensor(["batch_size"], "int32")
+    return export_model(
+        build,
+        Prefill,
+        {
+            "prefill": {"states": states, "cache": CACHE},
+            "batch_prefill": {"states": states, "logit_positions": positions, "cache": CACHE},
+        },
+    )

@@ -1,0 +1,130 @@
+"""graph-build: one exported function of the model (with its batch form) as an IRModule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+
+if TYPE_CHECKING:
+    from stages.graph.export import Build
+
+
+class GraphBuild(Stage):
+    """Compose the model from its family's layers and export one function; one node per function."""
+
+    id = "graph-build"
+    profile = "compiler"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of graph-build."""
+
+        target: str = param("what the graph is built for", choices="stages.targets.table:TARGETS")
+        function: str = param("which function to export", choices="stages.graph:FUNCTIONS")
+        sep_embed: bool = param("prefill and decode take embeddings (true) or token ids (false)", default=True)
+        prefill_chunk: int = param("longest chunk one prefill call reads, in tokens", default=512, minimum=1)
+        max_batch: int = param("most sequences in one batch call", default=4, minimum=1)
+        page_size: int = param("tokens per page of the KV cache", default=16, minimum=1)
+        kv_dtype: str = param(
+            "dtype of the KV cache; auto takes the compute dtype", default="auto", choices=("auto", "float32", "float16")
+        )
+
+    inputs = {
+        "config": In("config-parse", "config", "the model's config"),
+        "params": In("param-register", "params", "the parameters the graph takes"),
+    }
+    outputs = {
+        "module": Out("module.json", "the IRModule, as TVM writes it"),
+        "graph": Out("graph.json", "signatures, operator counts, and the sizes the graph is bounded by"),
+    }
+
+    def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
+        """The compiler's versions: its operators and kernels end up in the module."""
+        return dist_versions("apache-tvm", "apache-tvm-ffi")
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:
+        """The function, the target, and the family and scheme of the model on the input ports."""
+        rows: dict[str, str | Sequence[str]] = {
+            "stages.graph:FUNCTIONS": params.function,
+            "stages.targets.table:TARGETS": params.target,
+        }
+        if "family" in facts:
+            rows["stages.models:FAMILIES"] = facts["family"]
+        if "scheme" in facts:
+            rows["stages.quantization.schemes:SCHEMES"] = facts["scheme"]
+        return rows
+
+    def run(self, ctx: Context) -> None:
+        """Export the function; every parameter that the model and the register see differently is listed at once."""
+        import importlib
+
+        import tvm
+
+        from stages.graph import FUNCTIONS, describe
+        from stages.graph.export import GraphError
+
+        model = json.loads(ctx.input("config").read_text("utf-8"))
+        registry = json.loads(ctx.input("params").read_text("utf-8"))
+        build, facts = _build(ctx.params, model, registry)
+        module_name, _, name = FUNCTIONS[ctx.params.function].partition(":")
+        try:
+            exported = getattr(importlib.import_module(module_name), name)(build)
+        except GraphError as error:
+            raise StageError(*error.problems) from None
+
+        counts = describe.operators(exported)
+        signatures = describe.signatures(exported)
+        graph = {"schema": 1, **facts, "functions": signatures, "operators": counts, "kernels": describe.kernels(exported)}
+        (ctx.out / "module.json").write_text(tvm.ir.save_json(exported), "utf-8")
+        (ctx.out / "graph.json").write_text(json.dumps(graph, indent=1, sort_keys=True) + "\n", "utf-8")
+        ctx.view("operators", describe.operator_table(counts))
+        ctx.view("ir", describe.script(exported))
+        ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
+
+
+def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -> tuple[Build, dict[str, Any]]:
+    """Return the build, and the facts of it that go into graph.json."""
+    from stages.graph.export import Build
+    from stages.models import load_family
+    from stages.quantization.schemes import SCHEMES
+    from stages.targets.table import TARGETS
+    from stages.targets.tvm_target import export_target
+
+    family, scheme, target = load_family(model["family"]), SCHEMES[registry["scheme"]], TARGETS[params.target]
+    if registry["target"] != params.target:
+        raise StageError(f"the parameters are registered for target {registry['target']}, this graph is for {params.target}")
+    compute_dtype = target.compute_dtype or scheme.model_dtype
+    kv_dtype = compute_dtype if params.kv_dtype == "auto" else params.kv_dtype
+    if kv_dtype != compute_dtype:
+        raise StageError(
+            f"kv_dtype: {kv_dtype} does not fit: target {target.name} computes {registry['scheme']} in {compute_dtype}, "
+            f"and the cache kernels know one dtype; use auto"
+        )
+    config = family.config(**model["config"])
+    sizes = {
+        "sep_embed": params.sep_embed,
+        "prefill_chunk": min(params.prefill_chunk, model["context_window"]),
+        "max_batch": params.max_batch,
+        "page_size": params.page_size,
+        "compute_dtype": compute_dtype,
+        "kv_dtype": kv_dtype,
+    }
+    build = Build(
+        config=config,
+        compose=family.causal_lm,
+        registry=registry,
+        target=export_target(target),
+        group=(scheme.bits, scheme.group_size),
+        **sizes,
+    )
+    facts = {
+        **sizes,
+        **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
+        "scheme": registry["scheme"],
+        "target": params.target,
+    }
+    return build, facts

@@ -1,0 +1,77 @@
+"""The one list of passes, in phases, and the function that runs it from merged graphs to a module ready to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import tvm
+from tvm import relax as rx
+
+from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
+from stages.lowering.fuse_transpose import fuse_transpose_matmul
+from stages.lowering.memory_plan import planned_bytes
+from stages.lowering.metadata import attach_metadata
+from stages.lowering.scatter_get_item import scatter_tuple_get_item
+from stages.lowering.schedule import schedule_kernels
+from stages.targets.table import Target
+
+
+def phases(row: Target) -> dict[str, list[Any]]:
+    """Return phase -> passes, in order. ``finalize`` comes after the memory plan has been read."""
+    passes = rx.transform
+    return {
+        "graph": [
+            fuse_transpose_matmul,
+            rx.backend.DispatchSampling(),
+            rx.backend.DispatchSortScan(),
+        ],
+        "kernels": [
+            passes.LegalizeOps(),
+            passes.AnnotateTIROpPattern(),
+            passes.FoldConstant(),
+            passes.FuseOps(),
+            passes.FuseTIR(),
+            fuse_dequantize_matmul(),
+            passes.DeadCodeElimination(),
+            scatter_tuple_get_item,
+        ],
+        "schedule": [schedule_kernels(row.schedules)],
+        "plan": [
+            passes.RewriteDataflowReshape(),
+            passes.ToNonDataflow(),
+            passes.RemovePurityChecking(),
+            passes.CallTIRRewrite(),
+            passes.StaticPlanBlockMemory(),
+        ],
+        "finalize": [
+            passes.LowerAllocTensor(),
+            passes.KillAfterLastUse(),
+            passes.LowerRuntimeBuiltin(),
+            # The KV cache's sizes are computed from symbolic shapes, which the shape lowering alone does not cover.
+            passes.ComputePrimValue(),
+            passes.VMShapeLower(),
+            passes.AttachGlobalSymbol(),
+        ],
+    }
+
+
+def lower(
+    module: tvm.IRModule,
+    row: Target,
+    target: tvm.target.Target,
+    describe: Callable[[Mapping[str, int]], Mapping[str, Any]],
+    progress: Callable[[int, int], None],
+) -> tvm.IRModule:
+    """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
+    each function. ``progress`` is called with phases done and in all.
+    """
+    steps = phases(row)
+    with target:
+        for number, (phase, passes) in enumerate(steps.items()):
+            progress(number, len(steps))
+            if phase == "finalize":
+                module = attach_metadata(describe(planned_bytes(module)))(module)
+            module = tvm.transform.Sequential(passes, name=phase)(module)
+    progress(len(steps), len(steps))
+    return module

@@ -1,0 +1,32 @@
+"""Loop schedules: the rules a target names in its row, tried in order on every kernel that has no schedule yet."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import tvm
+
+# Names as targets use them -> where the rule is. GPU rules are imported only for a GPU target: their tensor-core
+# intrinsics take seconds.
+RULES: dict[str, str] = {
+    "cpu-matmul": "stages.lowering.schedule_cpu_matmul:CPUMatmul",
+    "cpu-reduction": "tvm.s_tir.dlight.cpu:Reduction",
+    "gpu-matmul": "tvm.s_tir.dlight.gpu:Matmul",
+    "gpu-gemv": "tvm.s_tir.dlight.gpu:GEMV",
+    "gpu-reduction": "tvm.s_tir.dlight.gpu:Reduction",
+    "gpu-general-reduction": "tvm.s_tir.dlight.gpu:GeneralReduction",
+    "gpu-fallback": "tvm.s_tir.dlight.gpu:Fallback",
+}
+
+
+def schedule_kernels(names: Sequence[str]) -> tvm.transform.Pass:
+    """Return the pass that schedules kernels by the rules ``names``; one that no rule takes stays as it is."""
+    from tvm.s_tir import dlight
+
+    return dlight.ApplyDefaultSchedule(*(_rule(name) for name in names))
+
+
+def _rule(name: str) -> object:
+    module, _, attribute = RULES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)()

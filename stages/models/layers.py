@@ -1,0 +1,266 @@
+"""The layers every family is composed of, and the factory that gives them the parameters registered for a build.
+
+A parameter keeps its storage dtype; arithmetic happens in the compute dtype. A matrix is stored [n, k] (n = output
+features); one that is quantized is rebuilt inside the graph by an operator named ``dequantize``, which the lowering
+folds into the kernel that uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tvm import relax as rx
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+
+def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
+    """Select ``ids`` (int32 [s]) along ``axis``; an id out of range is clipped, for the default mode reads wild."""
+    return op.wrap_nested(rx.op.take(table._expr, ids._expr, axis=axis, mode="clip"), "take")  # noqa: SLF001
+
+
+class FloatMatrix(nn.Module):
+    """A matrix [n, k] stored as floats; ``matrix`` and ``rows`` return it in the compute dtype."""
+
+    def __init__(self, weight: nn.Parameter, compute_dtype: str) -> None:
+        self.weight = weight
+        self.compute_dtype = compute_dtype
+
+    def matrix(self) -> Tensor:
+        """Return all of it, [n, k]."""
+        if self.weight.dtype == self.compute_dtype:
+            return self.weight
+        # Named like the unpacking of a quantized weight, so that the same fusion keeps it inside the kernel: a
+        # float32 copy of every float16 weight at every step would be the slowest thing in the model.
+        return op.tensor_expr_op(self._convert, "dequantize", [self.weight])
+
+    def _convert(self, weight: te.Tensor) -> te.Tensor:
+        return te.compute(weight.shape, lambda i, j: weight[i, j].astype(self.compute_dtype), name="dequantize")
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows ``ids`` [s], [s, k]."""
+        return take(self.weight, ids).astype(self.compute_dtype)
+
+
+class GroupMatrix(nn.Module):
+    """A matrix [n, k] in groups of ``group_size`` along k: ``q_weight`` uint32 [n, k / per word], ``q_scale``
+    [n, k / group_size]. Element j of a word sits at bit j * bits; value = (element - (2 ** (bits - 1) - 1)) * scale.
+    """
+
+    def __init__(
+        self,
+        q_weight: nn.Parameter,
+        q_scale: nn.Parameter,
+        *,
+        columns: int,
+        bits: int,
+        group_size: int,
+        compute_dtype: str,
+    ) -> None:
+        self.q_weight = q_weight
+        self.q_scale = q_scale
+        self.columns = columns
+        self.bits = bits
+        self.group_size = group_size
+        self.compute_dtype = compute_dtype
+
+    def matrix(self) -> Tensor:
+        """Return all of it, dequantized, [n, k] in the compute dtype."""
+        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows ``ids`` [s], dequantized, [s, k]: the packed rows are taken first."""
+        taken = [take(self.q_weight, ids), take(self.q_scale, ids)]
+        return op.tensor_expr_op(self._unpack, "dequantize", taken)
+
+    def _unpack(self, words: te.Tensor, scale: te.Tensor) -> te.Tensor:
+        per_word, dtype = 32 // self.bits, self.compute_dtype
+        mask, middle = (1 << self.bits) - 1, (1 << (self.bits - 1)) - 1
+
+        def value(i: tirx.Var, j: tirx.Var) -> tirx.PrimExpr:
+            shifted = tirx.shift_right(words[i, j // per_word], ((j % per_word) * self.bits).astype("uint32"))
+            element = tirx.bitwise_and(shifted, tirx.const(mask, "uint32")).astype(dtype)
+            return (element - tirx.const(middle, dtype)) * scale[i, j // self.group_size].astype(dtype)
+
+        return te.compute((words.shape[0], self.columns), value, name="dequantize")
+
+
+Matrix = FloatMatrix | GroupMatrix
+
+
+class Linear(nn.Module):
+    """x [..., k] -> x @ W.T (+ bias), [..., n], in ``out_dtype`` (the compute dtype where it is empty)."""
+
+    def __init__(self, weight: Matrix, bias: nn.Parameter | None = None, out_dtype: str = "") -> None:
+        self.weight = weight
+        self.bias = bias
+        self.out_dtype = out_dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = op.matmul(x, op.permute_dims(self.weight.matrix()), out_dtype=self.out_dtype or None)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+
+class Embedding(nn.Module):
+    """ids [s] int32 -> rows of the table, [s, h] in the compute dtype."""
+
+    def __init__(self, weight: Matrix) -> None:
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight.rows(ids)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x ** 2) + eps) * weight over the last axis."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return op.rms_norm(x, self.weight.astype(x.dtype), axes=-1, epsilon=self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one matrix, gate's rows first."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = op.split(self.gate_up(x), 2, axis=-1)
+        return self.down(op.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over the paged KV cache, which also applies the rotary embedding.
+
+    ``qkv`` yields the heads of q, then k, then v, ``head_dim`` wide each.
+    """
+
+    def __init__(self, qkv: Linear, out: Linear, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        self.qkv = qkv
+        self.out = out
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        batch, seq, _ = x.shape
+        qkv = op.reshape(self.qkv(x), (batch, seq, self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        y = cache.attention_with_fused_qkv(layer, qkv, self.num_heads, sm_scale=self.head_dim**-0.5)
+        return self.out(op.reshape(y, (batch, seq, self.num_heads * self.head_dim)))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: nn.Module) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CausalLM(nn.Module):
+    """Token embedding, decoder layers, final norm, head; parameters are packed in this order."""
+
+    def __init__(self, embedding: Embedding, layers: Sequence[DecoderLayer], norm: nn.Module, head: Linear) -> None:
+        self.embedding = embedding
+        self.layers = nn.ModuleList(list(layers))
+        self.norm = norm
+        self.head = head
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids [s] int32 -> embeddings [s, h] in the compute dtype."""
+        return self.embedding(ids)
+
+    def hidden(self, x: Tensor, cache: PagedKVCache) -> Tensor:
+        """Embeddings [b, s, h] -> normalised hidden states [b, s, h]."""
+        for number, layer in enumerate(self.layers):
+            x = layer(x, cache, number)
+        return self.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalised hidden states [b, s, h] -> logits [b, s, V] in float32."""
+        y = self.head(x)
+        return y if y.dtype == "float32" else y.astype("float32")
+
+
+class LayerFactory:
+    """Makes layers whose parameters are those registered for the build, and notes every disagreement.
+
+    ``registry`` is the content of params.json; ``bits`` and ``group_size`` describe its quantized matrices. A family
+    asks for layers by checkpoint name and the shape that its config implies. After the model is composed, ``problems``
+    lists what the registry lacks or has otherwise, and ``names`` gives the stored name of each parameter made.
+    """
+
+    def __init__(self, registry: Mapping[str, Any], compute_dtype: str, *, bits: int = 0, group_size: int = 0) -> None:
+        self.compute_dtype = compute_dtype
+        self.bits = bits
+        self.group_size = group_size
+        self.problems: list[str] = []
+        self.names: dict[nn.Parameter, str] = {}
+        self._logical = {entry["name"]: entry for entry in registry["logical"]}
+        self._stored = {entry["name"]: entry for entry in registry["params"]}
+
+    def linear(self, name: str, out_features: int, in_features: int, *, bias: bool = False) -> Linear:
+        """Make ``name``.weight [out, in] and, where asked, ``name``.bias [out]."""
+        weight = self._matrix(f"{name}.weight", (out_features, in_features))
+        return Linear(weight, self._vector(f"{name}.bias", out_features) if bias else None)
+
+    def head(self, name: str, vocab_size: int, hidden_size: int) -> Linear:
+        """Make the output projection ``name``.weight [V, h]; it yields float32."""
+        return Linear(self._matrix(f"{name}.weight", (vocab_size, hidden_size)), out_dtype="float32")
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding:
+        """Make the token table ``name``.weight [V, h]."""
+        return Embedding(self._matrix(f"{name}.weight", (vocab_size, hidden_size)))
+
+    def norm(self, name: str, features: int, eps: float) -> RMSNorm:
+        """Make the root-mean-square norm ``name``.weight [features]."""
+        return RMSNorm(self._vector(f"{name}.weight", features), eps)
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        logical = self._check(name, shape)
+        if not logical.get("quantize"):
+            return FloatMatrix(self._parameter(name, shape), self.compute_dtype)
+        rows, columns = shape
+        base = name.removesuffix("weight")
+        return GroupMatrix(
+            self._parameter(f"{base}q_weight", (rows, -(-columns * self.bits // 32))),
+            self._parameter(f"{base}q_scale", (rows, -(-columns // self.group_size))),
+            columns=columns,
+            bits=self.bits,
+            group_size=self.group_size,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def _vector(self, name: str, features: int) -> nn.Parameter:
+        self._check(name, (features,))
+        return self._parameter(name, (features,))
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Any]:
+        logical: Mapping[str, Any] = self._logical.get(name, {})
+        if logical and tuple(logical["shape"]) != shape:
+            self.problems.append(f"{name}: registered as {list(logical['shape'])}, the model needs {list(shape)}")
+        return logical
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        stored = self._stored.get(name)
+        if stored is None:
+            self.problems.append(f"{name}: the model needs it, the register has no such parameter")
+        elif tuple(stored["shape"]) != shape:
+            self.problems.append(f"{name}: stored as {list(stored['shape'])}, the model needs {list(shape)}")
+        parameter = nn.Parameter(shape, stored["dtype"] if stored else self.compute_dtype)
+        self.names[parameter] = name
+        return parameter

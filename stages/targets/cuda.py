@@ -1,0 +1,115 @@
+"""CUDA device code without a GPU: TVM's CUDA side without a driver, and nvcc for several architectures at once."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tvm
+
+from stages.targets import toolchain
+from stages.targets.toolchain import Program
+
+LOADER = "ffi.Module.create.cuda"  # registered by TVM's CUDA side; without it code generation ships source, silently
+COMPILE = "tvm_callback_cuda_compile"
+# Every function that TVM's CUDA side takes from the driver; 100 is CUDA_ERROR_NO_DEVICE.
+DRIVER_FUNCTIONS = (
+    "cuDeviceGetName",
+    "cuFuncSetAttribute",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuLaunchKernelEx",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuTensorMapEncodeTiled",
+)
+LOG_TAIL = 30
+
+
+class CudaError(ValueError):
+    """Device code could not be made; the message says what failed and what to do."""
+
+
+def load_cuda_side(nvcc: Program, cxx: Program) -> None:
+    """Load TVM's CUDA side, with a stand-in for the driver where there is none. :class:`CudaError` says what is missing.
+
+    The stand-in only satisfies the linker: every call of it reports that there is no device.
+    """
+    if tvm.get_global_func(LOADER, allow_missing=True):
+        return
+    runtime = toolchain.cudart(nvcc)
+    if runtime is None:
+        raise CudaError(f"libcudart.so.13 not found beside {nvcc.path}: pip install -e '.[cuda]', or use a CUDA 13 toolkit")
+    try:
+        try:
+            ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
+        except OSError:
+            _load_driver_stub(cxx)
+        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise CudaError(f"TVM's CUDA side cannot be loaded: {error}") from None
+    if not tvm.get_global_func(LOADER, allow_missing=True):
+        raise CudaError(f"TVM's CUDA side was loaded but registers no {LOADER}: this TVM was built without CUDA")
+
+
+def _load_driver_stub(cxx: Program) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "stub.cc", Path(folder) / "libcuda.so.1"
+        source.write_text("".join(f'extern "C" int {name}() {{ return 100; }}\n' for name in DRIVER_FUNCTIONS), "utf-8")
+        command = [cxx.path, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise CudaError(f"{cxx.path} cannot build a shared library:\n{_tail(done.stderr)}")
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def use_nvcc(nvcc: Program, cxx: Program, archs: Sequence[int], *, fast_math: bool) -> Callable[[], list[str]]:
+    """Make code generation call ``nvcc`` for ``archs``; the result returns the names of the kernels compiled so far."""
+    sources: list[str] = []
+
+    def compile_source(code: str) -> bytes:
+        sources.append(code)
+        return compile_fatbin(code, nvcc, cxx, archs, fast_math=fast_math)
+
+    tvm.register_global_func(COMPILE, compile_source, override=True)
+    return lambda: sorted(name for code in sources for name in kernel_names(code))
+
+
+def kernel_names(code: str) -> list[str]:
+    """Return the names of the ``__global__`` functions that CUDA source ``code`` defines, in order."""
+    definition = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\([^;{]*\)\s*\{"
+    return re.findall(definition, code)
+
+
+def compile_fatbin(code: str, nvcc: Program, cxx: Program, archs: Sequence[int], *, fast_math: bool) -> bytes:
+    """Compile CUDA source to a fatbin: machine code for each of ``archs`` (80 is sm_80), PTX of the highest for GPUs to
+    come. :class:`CudaError` ends with the last lines of nvcc's log.
+    """
+    generate = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    generate.append(f"arch=compute_{max(archs)},code=compute_{max(archs)}")
+    command = [nvcc.path, "--fatbin", "-O3", "-std=c++17", "-ccbin", cxx.path]
+    command += [part for flag in generate for part in ("-gencode", flag)]
+    # The half-precision headers hide the operators that generated code uses.
+    command += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS")]
+    command += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
+    command += ["--expt-relaxed-constexpr", "--threads", "0", *(["--use_fast_math"] if fast_math else [])]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernels.cu").write_text(code, "utf-8")
+        # Relative names inside the folder: no path of this machine gets into the device code.
+        command += ["-o", "kernels.fatbin", "kernels.cu"]
+        done = subprocess.run(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+        )
+        if done.returncode:
+            raise CudaError(f"{nvcc.path} {nvcc.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}")
+        return Path(folder, "kernels.fatbin").read_bytes()
+
+
+def _tail(log: str) -> str:
+    return "\n".join(log.strip().splitlines()[-LOG_TAIL:])

@@ -1,0 +1,113 @@
+"""The processor of this machine, as LLVM names it: a baseline CPU plus an explicit list of what it adds.
+
+``native`` would mean another thing on every machine, and virtual machines mask features: only what the kernel reports
+is used, and all of it is spelt out.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+# The levels of the x86-64 psABI: name -> (LLVM features it adds to the level before).
+LEVELS: dict[str, tuple[str, ...]] = {
+    "x86-64": ("sse", "sse2"),
+    "x86-64-v2": ("cx16", "popcnt", "sahf", "sse3", "sse4.1", "sse4.2", "ssse3"),
+    "x86-64-v3": ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"),
+    "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
+}
+# Instructions beyond the levels that kernels can gain from.
+EXTRAS = (
+    "amx-bf16",
+    "amx-int8",
+    "amx-tile",
+    "avx512bf16",
+    "avx512bitalg",
+    "avx512fp16",
+    "avx512ifma",
+    "avx512vbmi",
+    "avx512vbmi2",
+    "avx512vnni",
+    "avx512vpopcntdq",
+    "avxifma",
+    "avxvnni",
+    "gfni",
+    "vaes",
+    "vpclmulqdq",
+)
+# LLVM's name -> the flag of /proc/cpuinfo, where they differ.
+FLAGS = {
+    "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
+    "amx-tile": "amx_tile",
+    "avx512bf16": "avx512_bf16",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512fp16": "avx512_fp16",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avxifma": "avx_ifma",
+    "avxvnni": "avx_vnni",
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "sahf": "lahf_lm",
+    "sse3": "pni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+}
+
+
+@functools.cache
+def host_cpu() -> str:
+    """Return this machine's processor as one literal, such as ``x86-64-v4+avx512vnni+gfni``; ``generic`` if unknown."""
+    if platform.machine() not in {"x86_64", "AMD64"}:
+        return "generic"
+    return describe(_flags(Path("/proc/cpuinfo")))
+
+
+def describe(flags: frozenset[str]) -> str:
+    """Return the literal of an x86-64 processor that reports ``flags``: its highest full level, then the extras."""
+    best = "x86-64"
+    for level, features in LEVELS.items():
+        if not all(_has(feature, flags) for feature in features):
+            break
+        best = level
+    # Above an incomplete level nothing is picked singly: an AVX-512 feature without AVX-512 enabled is worth nothing.
+    extras = EXTRAS if best == "x86-64-v4" else ("avxifma", "avxvnni") if best == "x86-64-v3" else ()
+    return "+".join([best, *(feature for feature in extras if _has(feature, flags))])
+
+
+def parse(cpu: str) -> tuple[str, tuple[str, ...]]:
+    """Split a literal into LLVM's CPU name and the features added to it, as they stand."""
+    mcpu, *features = cpu.split("+")
+    return mcpu, tuple(features)
+
+
+def required_features(cpu: str) -> tuple[str, ...]:
+    """Return every feature that code for the literal ``cpu`` may use, sorted; only the added ones if its CPU is unknown."""
+    mcpu, added = parse(cpu)
+    names = list(LEVELS)
+    implied = names[: names.index(mcpu) + 1] if mcpu in LEVELS else []
+    return tuple(sorted({*added, *(feature for level in implied for feature in LEVELS[level])}))
+
+
+def problems(cpu: str) -> list[str]:
+    """Say what is wrong with a literal that a user wrote; names of single CPUs (``znver4``) are LLVM's to judge."""
+    _, added = parse(cpu)
+    known = {*EXTRAS, *(feature for features in LEVELS.values() for feature in features)}
+    return [f"unknown processor feature {name!r}; known: {', '.join(sorted(known))}" for name in added if name not in known]
+
+
+def _has(feature: str, flags: frozenset[str]) -> bool:
+    return FLAGS.get(feature, feature) in flags
+
+
+def _flags(cpuinfo: Path) -> frozenset[str]:
+    try:
+        text = cpuinfo.read_text("utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    start = text.find("\nflags")
+    line = text[start + 1 : text.find("\n", start + 1)] if start >= 0 else ""
+    return frozenset(line.partition(":")[2].split())

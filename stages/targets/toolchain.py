@@ -1,0 +1,119 @@
+"""Finds the compilers a build calls, g++ and nvcc, and their versions, without running them while planning.
+
+A version is asked of the program once and remembered under the user's cache directory for as long as the file is the
+same by size and time; everything here works, slower, where that directory cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CXX_NAMES = ("g++", "clang++", "c++")
+INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
+INSTALL_NVCC = "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiler on this machine; ``kind`` says where it comes from: ``system``, or ``pypi`` for a package."""
+
+    kind: str
+    path: str
+    version: str
+
+
+@functools.cache
+def cxx() -> Program | None:
+    """Return the C++ compiler: CXX if set, else the first of the usual names on PATH; None if there is none."""
+    for name in (os.environ.get("CXX", ""), *CXX_NAMES):
+        found = shutil.which(name) if name else None
+        if found:
+            return Program("system", found, f"{Path(found).name} {_remembered(found, ['-dumpfullversion', '-dumpversion'])}")
+    return None
+
+
+@functools.cache
+def nvcc(kind: str = "auto") -> Program | None:
+    """Return nvcc of ``kind`` ``pypi`` or ``system``, or for ``auto`` the packaged one before the system's; else None."""
+    finders = {"pypi": _packaged_nvcc, "system": _system_nvcc}
+    for name, find in finders.items():
+        if kind in {name, "auto"} and (found := find()):
+            return found
+    return None
+
+
+def cudart(compiler: Program) -> Path | None:
+    """Return libcudart.so.13 of the toolkit that ``compiler`` (nvcc) belongs to, or the packaged one; None if absent."""
+    toolkit = Path(compiler.path).resolve().parent.parent
+    roots = [toolkit, *(Path(entry) / "nvidia" / "cu13" for entry in sys.path)]
+    for root in roots:
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
+            if (library := root / folder / "libcudart.so.13").is_file():
+                return library
+    return None
+
+
+def _packaged_nvcc() -> Program | None:
+    for entry in sys.path:
+        path = Path(entry) / "nvidia" / "cu13" / "bin" / "nvcc"
+        if entry and path.is_file():
+            infos = sorted(Path(entry).glob("nvidia_cuda_nvcc-*.dist-info"))
+            version = infos[0].name.split("-")[1].removesuffix(".dist") if infos else _nvcc_version(str(path))
+            return Program("pypi", str(path), version.removesuffix(".dist-info"))
+    return None
+
+
+def _system_nvcc() -> Program | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
+    for candidate in (*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if found := shutil.which(candidate):
+            return Program("system", found, _nvcc_version(found))
+    return None
+
+
+def _nvcc_version(path: str) -> str:
+    text = _remembered(path, ["--version"])
+    found = re.search(r"V(\d+(?:\.\d+)+)", text)
+    return found.group(1) if found else text
+
+
+def _remembered(path: str, arguments: list[str]) -> str:
+    """Return what the program prints for ``arguments``, from memory if its file is the one asked before."""
+    stat = Path(path).stat()
+    key = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns} {' '.join(arguments)}"
+    memory = _memory_file()
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(memory.read_text("utf-8"))
+    if key not in known:
+        known[key] = _ask(path, arguments)
+        with contextlib.suppress(OSError):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = memory.with_suffix(f".{os.getpid()}")
+            temporary.write_text(json.dumps(known), "utf-8")
+            temporary.replace(memory)
+    return str(known[key])
+
+
+def _ask(path: str, arguments: list[str]) -> str:
+    try:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    except OSError as error:
+        return f"unknown ({error.strerror})"
+    return done.stdout.strip()
+
+
+def _memory_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "stagegraph" / "compilers.json"

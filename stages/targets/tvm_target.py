@@ -1,0 +1,32 @@
+"""TVM's target objects from our rows. The only module of this room that imports tvm."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+
+import tvm
+
+from stages.targets.table import Target
+
+
+def host_triple(machine: str = "") -> str:
+    """Return the LLVM triple of Linux on ``machine`` (this machine's processor type where empty)."""
+    return f"{machine or platform.machine()}-unknown-linux-gnu"
+
+
+def export_target(row: Target) -> tvm.target.Target:
+    """Return the target that graphs are exported for: it decides which kernels, and knows of no particular machine."""
+    if row.kind == "llvm":
+        return tvm.target.Target("llvm")
+    return tvm.target.Target({"kind": row.kind, **row.limits, "host": "llvm"})
+
+
+def build_target(row: Target, mcpu: str, features: Sequence[str], arch: int = 0) -> tvm.target.Target:
+    """Return the target that code is generated for: ``mcpu`` plus ``features`` (like ``+avx2``) name the processor
+    that runs the host code; ``arch`` is the lowest GPU architecture (80 is sm_80), 0 where there is none.
+    """
+    host = {"kind": "llvm", "mtriple": host_triple(), "mcpu": mcpu, "mattr": list(features)}
+    if row.kind == "llvm":
+        return tvm.target.Target(host)
+    return tvm.target.Target({"kind": row.kind, "arch": f"sm_{arch}", **row.limits, "host": host})
