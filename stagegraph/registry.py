@@ -57,7 +57,9 @@ def get_stage(stage_id: str) -> Stage:
     """Return the one instance of a stage; :class:`KeyError` if nobody provides it."""
     stage: Stage = load_object(stage_reference(stage_id))()
     if stage.id != stage_id:
-        raise PipelineError(f"{stage_reference(stage_id)}: provides stage '{stage.id}' but is registered as '{stage_id}'")
+        raise PipelineError(
+            f"{stage_reference(stage_id)}: provides stage '{stage.id}' but is registered as '{stage_id}'"
+        )
     return stage
 
 

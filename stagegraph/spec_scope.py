@@ -17,7 +17,7 @@ from stagegraph.spec_item import Item, Problems, text_of
 from stagegraph.spec_yaml import core_scalar, parse
 
 _PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _FORMS = "${vars.NAME}, ${each.NAME} or ${env.NAME}"
 
 Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
@@ -43,7 +43,7 @@ class Scope:
             self._variables[name] = self._variable(name, variables[name])
 
     def _variable(self, name: str, item: Item) -> Item | None:
-        if not _NAME.fullmatch(name):
+        if not VARIABLE_NAME.fullmatch(name):
             text = f"'{name}' cannot name a variable; expected letters, digits, '_' and '-'"
             self._problems.add(item.named_at, text)
             return None

@@ -15,7 +15,19 @@ from typing import Any, ClassVar, Protocol
 from stagegraph.errors import StageError
 from stagegraph.tools import dist_versions
 
-__all__ = ["Context", "In", "Instance", "Out", "Source", "SourceFiles", "Stage", "StageError", "dist_versions", "param", "source"]
+__all__ = [
+    "Context",
+    "In",
+    "Instance",
+    "Out",
+    "Source",
+    "SourceFiles",
+    "Stage",
+    "StageError",
+    "dist_versions",
+    "param",
+    "source",
+]
 
 Json = Any  # what the json module reads and writes
 

@@ -1,0 +1,53 @@
+"""``pipeline fsck``: read every stored object and compare it with its name; quarantine what does not match."""
+
+from __future__ import annotations
+
+import argparse
+
+from stagegraph.cli.common import add_file, opened, print_json, size_text
+from stagegraph.errors import EXIT_OK, EXIT_STORE
+from stagegraph.workspace import Workspace, record_files
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    with opened(args.file, args.overrides) as work:
+        workspace = work.workspace
+        checked = size = 0
+        bad: dict[str, str] = {}
+        for digest in list(workspace.store.digests()):
+            size += workspace.store.path(digest).stat().st_size
+            checked += 1
+            wrong = workspace.store.check(digest)
+            if wrong:
+                bad[digest] = wrong
+        missing = _missing(workspace)
+        if args.json:
+            print_json({"checked": checked, "bytes": size, "damaged": bad, "missing": missing})
+        else:
+            print(f"{checked} objects, {size_text(size)} read")
+            for digest, wrong in bad.items():
+                print(f"{wrong}: {digest} (moved to {workspace.store.quarantine})")
+            for digest, name in missing.items():
+                print(f"missing: {digest} ({name})")
+            print(
+                "all intact" if not bad and not missing else "the next `pipeline run` rebuilds what it needs of these"
+            )
+    return EXIT_STORE if bad or missing else EXIT_OK
+
+
+def _missing(workspace: Workspace) -> dict[str, str]:
+    """Return the objects that records name but the store lacks: digest -> stage and file."""
+    missing = {}
+    for name in list(workspace.index.names("rec:")):
+        record = workspace.record(name.removeprefix("rec:"))
+        for file, (digest, _) in record_files(record).items() if record else ():
+            if not workspace.store.path(digest).exists():
+                missing[digest] = f"{record['stage']}: {file}" if record else file
+    return missing

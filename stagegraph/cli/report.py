@@ -1,0 +1,130 @@
+"""What a person sees while nodes run: live lines on a terminal, plain lines otherwise; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.cli.common import seconds_text, size_text
+
+if TYPE_CHECKING:
+    from stagegraph.dag import Node
+    from stagegraph.scheduler import Outcome, Reporter
+
+PLAIN_SECONDS = 5.0
+
+
+@contextmanager
+def reporter_for(total: int) -> Iterator[Reporter]:
+    """Yield the reporter that suits stderr."""
+    reporter = LiveReporter(total) if sys.stderr.isatty() else PlainReporter(total)
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+class PlainReporter:
+    """One line when a node starts, one when it ends, and one every few seconds of progress between."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._said: dict[str, float] = {}
+
+    def started(self, node: Node, reason: str) -> None:
+        """Show that a node begins."""
+        self._said[node.name] = time.monotonic()
+        self._line(f"{node.name}: running ({reason})")
+
+    def waiting(self, node: Node, what: str) -> None:
+        """Show what holds a node up."""
+        self._line(f"{node.name}: waiting for {what}")
+
+    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+        """Show how far a node is."""
+        if time.monotonic() - self._said.get(node.name, 0.0) >= PLAIN_SECONDS:
+            self._said[node.name] = time.monotonic()
+            self._line(f"{node.name}: {progress_text(done, total, unit)}")
+
+    def finished(self, outcome: Outcome) -> None:
+        """Show how a node ended."""
+        self._done += 1
+        if outcome.outcome != "HIT":
+            self._line(f"[{self._done}/{self._total}] {outcome_text(outcome)}")
+
+    def close(self) -> None:
+        """Nothing to tidy up."""
+
+    @staticmethod
+    def _line(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+class LiveReporter:
+    """A line per running node with a bar where the stage reports progress; finished nodes scroll above."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def _start(self) -> Any:
+        if self._bars is None:  # only a run that executes something pays for drawing it
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[amount]}", markup=False),
+                TimeElapsedColumn(),
+            )
+            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bars.start()
+        return self._bars
+
+    def started(self, node: Node, reason: str) -> None:
+        """Show that a node begins."""
+        self._tasks[node.name] = self._start().add_task(node.name, total=None, amount=reason)
+
+    def waiting(self, node: Node, what: str) -> None:
+        """Show what holds a node up."""
+        self._start().console.print(f"{node.name}: waiting for {what}", markup=False, highlight=False)
+
+    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+        """Show how far a node is."""
+        self._bars.update(self._tasks[node.name], completed=done, total=total, amount=progress_text(done, total, unit))
+
+    def finished(self, outcome: Outcome) -> None:
+        """Show how a node ended."""
+        self._done += 1
+        if outcome.node.name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(outcome.node.name))
+        if outcome.outcome != "HIT" and self._bars is not None:
+            self._bars.console.print(
+                f"[{self._done}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
+            )
+
+    def close(self) -> None:
+        """Take the bars off the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def progress_text(done: int, total: int, unit: str) -> str:
+    """Return ``3 of 12 tensors`` or ``1.2 MiB of 3.4 MiB``."""
+    return f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
+
+
+def outcome_text(outcome: Outcome) -> str:
+    """Return one finished node in one line."""
+    said = (outcome.record or {}).get("summary") or outcome.reason
+    if outcome.problems:
+        said = outcome.problems[0]
+    return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {said}".rstrip()

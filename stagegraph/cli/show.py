@@ -1,0 +1,83 @@
+"""``pipeline show NODE``: what a node made, from its stored record and the views its stage rendered when it ran."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, size_text, table
+from stagegraph.errors import PlanError, nearest
+
+if TYPE_CHECKING:
+    from stagegraph.dag import Node
+
+PREVIEW_LINES = 40
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "node",
+        metavar="NODE",
+        help="a node's name, as tokenizer-bundle or compile[llvm]; a bare name means all instances",
+    )
+    add_file(parser)
+    parser.add_argument("--view", metavar="NAME", help="print one view whole")
+    parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    with opened(args.file, args.overrides) as work:
+        records = {node: _record(work, node) for node in work.dag.select(args.node)}
+        if args.json:
+            print_json({node.name: record for node, record in records.items()})
+        elif args.view:
+            for node, record in records.items():
+                print(_view(work, node, record, args.view), end="")
+        else:
+            print("\n\n".join(_page(work, node, record) for node, record in records.items()))
+    return 0
+
+
+def _record(work: Opened, node: Node) -> dict[str, Any]:
+    record = work.workspace.last_record(work.dag.pipeline.name, node.name)
+    if record is None:
+        raise PlanError(f"{node.name} has no result yet; `pipeline run --stage '{node.name}'` makes it")
+    return record
+
+
+def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
+    if name not in record["views"]:
+        raise PlanError(f"{node.name} has no view '{name}'{nearest(name, record['views'])}")
+    digest = record["views"][name][0]
+    wrong = work.workspace.store.verify(digest)
+    if wrong:
+        raise PlanError(f"{node.name}: view '{name}' is {wrong} in the store; `pipeline run` rebuilds it")
+    return work.workspace.store.path(digest).read_text(encoding="utf-8")
+
+
+def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
+    document = record["document"]
+    cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
+    built = f"built {record['started'][:19]}Z on {record['host']} in {seconds_text(record['seconds'])} ({cost})"
+    lines = [
+        f"{node.name}  {record['summary']}".rstrip(),
+        f"  key {record['key'][:16]}  {built}",
+        "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
+        "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
+    ]
+    lines += [f"  warning: {warning}" for warning in record["warnings"]]
+    folder = work.workspace.node_dir(work.dag.pipeline.name, node.name)
+    rows = [
+        (port, str(folder / name), size_text(size), digest[:16])
+        for port, output in record["outputs"].items()
+        for name, (digest, size) in output["files"].items()
+    ]
+    lines += ["", table(("output", "file", "size", "digest"), rows, flexible=1)]
+    for name in record["views"]:
+        text = _view(work, node, record, name).splitlines()
+        lines += ["", f"-- {name} --", *text[:PREVIEW_LINES]]
+        if len(text) > PREVIEW_LINES:
+            lines.append(f"… {len(text) - PREVIEW_LINES} more lines: pipeline show '{node.name}' --view {name}")
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""Content digests (BLAKE3) and the canonical JSON they are taken over.
+
+Files are read in large blocks and hashed on all cores; a memory map would be no faster and would turn a file that is
+truncated meanwhile into a crash of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+BLOCK = 8 << 20
+StatId = tuple[int, int, int, int, int]
+
+
+def stat_id(path: str | Path) -> StatId:
+    """Return (device, inode, size, mtime_ns, ctime_ns) of what ``path`` points to; :class:`OSError` if nothing."""
+    s = os.stat(path)  # noqa: PTH116 - on the path of every no-op
+    return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+def digest_bytes(data: bytes) -> str:
+    """Return the BLAKE3 hex digest (64 digits) of ``data``."""
+    return blake3(data).hexdigest()
+
+
+def digest_file(path: str | Path) -> str:
+    """Return the BLAKE3 hex digest of a file's content."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        size = os.fstat(file.fileno()).st_size
+        buffer = bytearray(min(BLOCK, size + 1))
+        view = memoryview(buffer)
+        while count := file.readinto(buffer):
+            hasher.update(view[:count])
+    return hasher.hexdigest()
+
+
+def canonical(document: Any) -> bytes:
+    """Return the one JSON encoding of ``document`` that digests are taken over: sorted keys, no spaces, UTF-8."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest_json(document: Any) -> str:
+    """Return the BLAKE3 hex digest of a document's canonical encoding."""
+    return digest_bytes(canonical(document))

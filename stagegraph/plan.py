@@ -1,0 +1,166 @@
+"""Deciding, as distinct from doing: whether a node's result is known, and if not, why not.
+
+``Planner.prepare`` resolves what can be known before anything runs (autos, sources, tools) and reports every
+problem at once. ``Planner.decide`` then settles one node whose inputs are settled; ``run``, ``--dry-run`` and
+``status`` all go through it, so an explanation cannot drift from what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.code import CodeDigests
+from stagegraph.errors import PlanError, StageError
+from stagegraph.key import Document, differences, key_document, key_of
+from stagegraph.registry import stage_reference
+from stagegraph.sources import Sources, SourceState
+
+if TYPE_CHECKING:
+    from stagegraph.dag import Dag, Node
+    from stagegraph.workspace import Workspace
+
+HIT, STALE, NEVER, UNKNOWN = "HIT", "STALE", "NEVER", "UNKNOWN"
+Record = dict[str, Any]
+
+
+@dataclass
+class Prepared:
+    """What is fixed about a node before anything runs."""
+
+    params: Any
+    sources: dict[str, SourceState]
+    tools: dict[str, str]
+
+
+@dataclass
+class Decision:
+    """A settled node: its key and, on a HIT, its record; otherwise the reasons why it must run."""
+
+    node: Node
+    status: str
+    reasons: list[str]
+    key: str = ""
+    document: Document | None = None
+    record: Record | None = None
+    previous: Record | None = None
+
+    @property
+    def reason(self) -> str:
+        """The first reason, and how many more there are."""
+        more = f" (+{len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+        return f"{self.reasons[0]}{more}" if self.reasons else ""
+
+
+class Planner:
+    """Settles nodes of one pipeline against one workspace."""
+
+    def __init__(self, dag: Dag, workspace: Workspace) -> None:
+        self.dag = dag
+        self.workspace = workspace
+        self.sources = Sources(workspace.index)
+        self._code = CodeDigests(workspace.index)
+        self._prepared: dict[Node, Prepared] = {}
+
+    def prepare(self, nodes: Iterable[Node]) -> None:
+        """Resolve autos, digest sources and collect tool versions of ``nodes``; :class:`PlanError` with all problems."""
+        problems: list[str] = []
+        for node in nodes:
+            if node not in self._prepared:
+                try:
+                    self._prepared[node] = self._prepare(node)
+                except (PlanError, StageError) as error:
+                    problems += error.problems
+        if problems:
+            raise PlanError(*dict.fromkeys(problems))
+
+    def _prepare(self, node: Node) -> Prepared:
+        spec = node.spec
+        try:
+            params = node.stage.resolve(spec.params)
+            tools = dict(node.stage.tools(params))
+        except StageError as error:
+            raise PlanError(*(f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems)) from None
+        sources = {}
+        problems = []
+        for f in dataclasses.fields(params):
+            path = getattr(params, f.name)
+            if "include" in f.metadata and path:
+                try:
+                    sources[f.name] = self.sources.state(path, f.metadata["include"])
+                except FileNotFoundError:
+                    place = spec.places.get(f.name, spec.place)
+                    problems.append(f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}")
+                except OSError as error:
+                    problems.append(f"{spec.places.get(f.name, spec.place)}: {spec.entry}.{f.name}: {error}")
+        if problems:
+            raise PlanError(*problems)
+        return Prepared(params, sources, tools)
+
+    def prepared(self, node: Node) -> Prepared:
+        """Return what :meth:`prepare` found for a node."""
+        return self._prepared[node]
+
+    def decide(self, node: Node, records: Callable[[Node], Record]) -> Decision:
+        """Settle a node whose upstream nodes all have records."""
+        prepared = self._prepared[node]
+        inputs: dict[str, list[Any]] = {}
+        facts: dict[str, Any] = {}
+        for port, upstream in node.inputs.items():
+            for u in upstream:
+                record = records(u)
+                inputs.setdefault(port, []).append(
+                    (u.spec.each, record["outputs"][node.stage.inputs[port].port]["digest"])
+                )
+                facts |= record["facts"]
+        rows = node.stage.rows(prepared.params, facts)
+        module = stage_reference(node.spec.uses).partition(":")[0]
+        code = self._code.closure(module, rows)
+        document = key_document(node.stage, prepared.params, prepared.sources, inputs, code, prepared.tools)
+        decision = self._look_up(node, key_of(document))
+        decision.document = document
+        if decision.status != HIT and not decision.reasons:
+            decision.reasons = self._why(decision)
+        return decision
+
+    def _look_up(self, node: Node, key: str) -> Decision:
+        workspace = self.workspace
+        previous = workspace.last_record(self.dag.pipeline.name, node.name)
+        record = workspace.record(key)
+        if record is None:
+            return Decision(node, STALE if previous else NEVER, [], key, previous=previous)
+        lost = workspace.lost_files(record)
+        if lost:
+            return Decision(node, STALE, lost, key, previous=previous)
+        return Decision(node, HIT, [], key, record=record, previous=previous)
+
+    def _why(self, decision: Decision) -> list[str]:
+        if decision.previous is None:
+            return ["never built"]
+        assert decision.document is not None
+        return differences(decision.previous["document"], decision.document) or ["its record is gone"]
+
+    def plan(self, nodes: Iterable[Node]) -> list[Decision]:
+        """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""
+        self.prepare(nodes)
+        settled: dict[Node, Decision] = {}
+        for node in nodes:
+            below = [settled[u] for u in node.upstream if settled[u].status != HIT]
+            if below:
+                settled[node] = Decision(node, UNKNOWN, [f"after {below[0].node.name}"])
+            else:
+                settled[node] = self.decide(node, lambda n: settled[n].record or {})
+        self.save()
+        return list(settled.values())
+
+    def save(self) -> None:
+        """Keep what planning learned about source code, also when nothing runs."""
+        self._code.save()
+
+
+def sources_changed(prepared: Prepared) -> list[str]:
+    """Return the source files that are no longer what the key was made of."""
+    return [str(Path(state.root) / name) for state in prepared.sources.values() for name in state.changed()]

@@ -1,0 +1,170 @@
+"""The parent's side of execution: private work directories and handles of worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.registry import stage_reference
+from stagegraph.store import remove_tree
+
+if TYPE_CHECKING:
+    from stagegraph.dag import Node
+    from stagegraph.plan import Prepared, Record
+    from stagegraph.workspace import Workspace
+
+EXIT_GRACE_SECONDS = 2.0
+
+
+@dataclass
+class Sandbox:
+    """The private directory of one execution: ``in/`` links to verified objects, ``out/`` takes the outputs."""
+
+    folder: Path
+
+    @property
+    def out(self) -> Path:
+        """Where the stage writes."""
+        return self.folder / "out"
+
+    @classmethod
+    def create(cls, workspace: Workspace, key: str) -> Sandbox:
+        """Make an empty sandbox for the execution of ``key``, whose lock the caller holds."""
+        folder = workspace.work / key
+        remove_tree(folder)
+        (folder / "out").mkdir(parents=True)
+        return cls(folder)
+
+    def link_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
+        """Lay out the inputs as links to objects; return port -> [(``foreach`` values, path)]."""
+        inputs: dict[str, list[Any]] = {}
+        for port, upstream in node.inputs.items():
+            declared = node.stage.inputs[port]
+            for u in sorted(upstream, key=lambda n: sorted(n.spec.each.items())):
+                base = self.folder / "in" / port / u.name
+                output = records[u]["outputs"][declared.port]
+                for name, (digest, _) in output["files"].items():
+                    link = base / name
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(workspace.store.path(digest).resolve())
+                inputs.setdefault(port, []).append([dict(u.spec.each), str(base / u.stage.outputs[declared.port].path)])
+        return inputs
+
+
+def request_for(
+    node: Node, prepared: Prepared, inputs: Mapping[str, list[Any]], out: Path, log: Path
+) -> dict[str, Any]:
+    """Return the message that makes a worker run a node."""
+    params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
+    sources = {
+        name: {
+            "root": str(state.root),
+            "files": {n: str(p.absolute()) for n, p in state.files.items()},
+            "digests": state.digests,
+        }
+        for name, state in prepared.sources.items()
+    }
+    return {
+        "reference": stage_reference(node.spec.uses),
+        "params": params,
+        "inputs": inputs,
+        "sources": sources,
+        "out": str(out.absolute()),
+        "log": str(log.absolute()),
+    }
+
+
+class Worker:
+    """A worker process of one profile, in a process group of its own so that a terminal's Ctrl-C does not reach it."""
+
+    def __init__(self, profile: str) -> None:
+        self.profile = profile
+        reader, writer = os.pipe()
+        self._events = os.fdopen(reader, "rb", buffering=0)
+        os.set_blocking(reader, False)
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONHASHSEED": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "stagegraph.worker", profile, str(writer)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[writer],
+            env=env,
+            start_new_session=True,
+        )
+        os.close(writer)
+        self._pending = b""
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there are events."""
+        return self._events.fileno()
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        """Start a request; if the process is gone, its end shows on the event stream."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the events that have arrived; an event ``gone`` when the process has ended."""
+        chunk = self._events.read(1 << 16)
+        if chunk is None:
+            return []
+        self._pending += chunk
+        *lines, self._pending = self._pending.split(b"\n")
+        events = [json.loads(line) for line in lines]
+        if not chunk:
+            events.append({"event": "gone", "code": self._process.wait()})
+        return events
+
+    def kill(self) -> None:
+        """End the process and everything it started, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._close()
+
+    def stop(self) -> None:
+        """Let an idle process end by itself."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(EXIT_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        self._events.close()
+
+
+def describe_exit(code: int) -> str:
+    """Say how a process ended: the signal's name, and what it usually means."""
+    if code >= 0:
+        return f"its worker process ended with status {code}"
+    name = signal.Signals(-code).name
+    meaning = {
+        "SIGKILL": "; usually out of memory: raise its resources.memory so that less runs beside it",
+        "SIGSEGV": "; a crash in native code, often a mismatch of library versions: see the pins in pyproject.toml",
+    }.get(name, "")
+    return f"its worker process was killed by {name}{meaning}"

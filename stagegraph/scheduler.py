@@ -1,0 +1,350 @@
+"""Doing, as distinct from deciding: bring a selection of nodes up to date with worker processes.
+
+Life of one node, in the order of the code below:
+1. wait until every upstream node has a record; if one failed, skip
+2. decide: key -> record; a HIT is materialised and done, without a worker
+3. take the key's lock (another run may hold it: wait), then look up again: that run may have done the work
+4. run in a private work directory, in a worker of the stage's profile, within ``-j`` and the node's resources
+5. check that no source changed meanwhile; adopt the outputs into the store; write the record: that is the commit
+6. materialise; a failure keeps its work directory and log and is never served from the cache
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import selectors
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stagegraph.key import artifact_digest
+from stagegraph.plan import HIT, Decision, Planner, Record, sources_changed
+from stagegraph.runner import Sandbox, Worker, describe_exit, request_for
+from stagegraph.store import remove_tree
+from stagegraph.workspace import RECORD_SCHEMA, Workspace, record_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stagegraph.dag import Node
+
+BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
+LOCK_POLL_SECONDS = 0.1
+
+
+@dataclass
+class Outcome:
+    """How one node ended in this run: HIT, BUILT, UNCHANGED, FAILED or SKIPPED, and why."""
+
+    node: Node
+    outcome: str
+    reason: str
+    key: str = ""
+    record: Record | None = None
+    seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    log: Path | None = None
+    kept: Path | None = None
+    bug: bool = False
+
+
+class Reporter(Protocol):
+    """Who watches a run; the command line draws, tests count."""
+
+    def started(self, node: Node, reason: str) -> None:
+        """A node begins to execute."""
+
+    def waiting(self, node: Node, what: str) -> None:
+        """A node is held up by ``what``."""
+
+    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+        """A running node reports how far it is."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """A node is done."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: how many at once, which nodes to run even if they are hits, whether the first failure ends it."""
+
+    jobs: int = 0
+    force: frozenset[str] = frozenset()
+    fail_fast: bool = False
+
+
+@dataclass
+class _Running:
+    decision: Decision
+    worker: Worker
+    sandbox: Sandbox
+    lock: int
+    log: Path
+    began: float
+    started_at: str
+    deadline: float | None
+
+
+@dataclass
+class _Ready:
+    decision: Decision
+    said: bool = field(default=False)
+
+
+class Scheduler:
+    """Runs one selection of nodes once."""
+
+    def __init__(self, planner: Planner, workspace: Workspace, reporter: Reporter, options: Options) -> None:
+        self._planner = planner
+        self._workspace = workspace
+        self._pipeline = planner.dag.pipeline.name
+        self._reporter = reporter
+        self._options = options
+        self._jobs = options.jobs or os.cpu_count() or 1
+        self.outcomes: dict[Node, Outcome] = {}
+        self._waiting: list[Node] = []
+        self._ready: list[_Ready] = []
+        self._running: dict[Worker, _Running] = {}
+        self._idle: dict[str, list[Worker]] = {}
+        self._selector = selectors.DefaultSelector()
+        self._swept = False
+
+    def run(self, nodes: Sequence[Node]) -> list[Outcome]:
+        """Bring ``nodes`` (which include all they need, in topological order) up to date."""
+        self._planner.prepare(nodes)
+        self._waiting = list(nodes)
+        try:
+            self._settle()
+            while self._ready or self._running:
+                self._start_ready()
+                self._await_events()
+                self._settle()
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._planner.save()
+            for workers in self._idle.values():
+                for worker in workers:
+                    worker.stop()
+        return [self.outcomes[node] for node in nodes]
+
+    # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        progressed = True
+        while progressed:
+            progressed = False
+            for node in list(self._waiting):
+                if any(u not in self.outcomes for u in node.upstream):
+                    continue
+                self._waiting.remove(node)
+                progressed = True
+                self._settle_node(node)
+
+    def _settle_node(self, node: Node) -> None:
+        broken = [u for u in node.upstream if self.outcomes[u].record is None]
+        if broken:
+            self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].outcome.lower()}"))
+            return
+        if self._options.fail_fast and any(o.outcome == FAILED for o in self.outcomes.values()):
+            self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
+            return
+        decision = self._planner.decide(node, self._record_of)
+        forced = node.name in self._options.force
+        if decision.status == HIT and not forced:
+            self._finish_hit(decision)
+            return
+        if decision.status == HIT:
+            decision.reasons = ["forced"]
+        self._ready.append(_Ready(decision))
+
+    def _record_of(self, node: Node) -> Record:
+        record = self.outcomes[node].record
+        assert record is not None
+        return record
+
+    def _finish_hit(self, decision: Decision, reason: str = "") -> None:
+        assert decision.record is not None
+        name = decision.node.name
+        earlier = self._workspace.last(self._pipeline, name).get("key") not in {None, decision.key}
+        restored = self._workspace.materialise(self._pipeline, name, decision.key, decision.record)
+        if restored:
+            reason = f"restored {restored[0]}" + (f" and {len(restored) - 1} more" if len(restored) > 1 else "")
+        elif earlier and not reason:
+            reason = "back to an earlier result"
+        self._workspace.set_last(self._pipeline, name, key=decision.key)
+        self._finish(Outcome(decision.node, HIT, reason, decision.key, decision.record))
+
+    # -- 3, 4: start what may run ------------------------------------------------------------------------------------
+
+    def _start_ready(self) -> None:
+        for ready in list(self._ready):
+            decision = ready.decision
+            if not self._has_room(decision.node):
+                continue
+            lock = self._workspace.try_lock(decision.key)
+            if lock is None:
+                if not ready.said:
+                    self._reporter.waiting(decision.node, "another run that builds the same thing")
+                    ready.said = True
+                continue
+            self._ready.remove(ready)
+            if "forced" not in decision.reasons and (ready.said or self._workspace.record(decision.key)):
+                again = self._planner.decide(decision.node, self._record_of)
+                if again.status == HIT:
+                    os.close(lock)
+                    self._finish_hit(again, "built by another run meanwhile")
+                    continue
+            self._start(decision, lock)
+
+    def _has_room(self, node: Node) -> bool:
+        running = [r.decision.node.spec.resources for r in self._running.values()]
+        wanted = node.spec.resources
+        if len(running) >= self._jobs or any(r.exclusive for r in running) or (wanted.exclusive and running):
+            return False
+        return not running or sum(r.memory for r in running) + wanted.memory <= _memory_mib()
+
+    def _start(self, decision: Decision, lock: int) -> None:
+        workspace, node = self._workspace, decision.node
+        if not self._swept:
+            workspace.sweep()
+            self._swept = True
+        sandbox = Sandbox.create(workspace, decision.key)
+        inputs = sandbox.link_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
+        log = workspace.log_path(decision.key)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        profile = node.stage.profile
+        worker = self._idle.get(profile, []).pop() if self._idle.get(profile) else Worker(profile)
+        now = time.monotonic()
+        deadline = now + node.spec.timeout if node.spec.timeout else None
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._running[worker] = _Running(decision, worker, sandbox, lock, log, now, started, deadline)
+        self._selector.register(worker, selectors.EVENT_READ)
+        self._reporter.started(node, decision.reason)
+        worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox.out, log))
+
+    # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
+
+    def _await_events(self) -> None:
+        if not self._running:
+            time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
+            return
+        for selected, _ in self._selector.select(LOCK_POLL_SECONDS):
+            worker = selected.fileobj
+            assert isinstance(worker, Worker)
+            running = self._running[worker]
+            for event in worker.receive():
+                if event["event"] == "progress":
+                    self._reporter.progress(running.decision.node, event["done"], event["total"], event["unit"])
+                elif event["event"] == "end":
+                    self._release(running, keep_worker=True)
+                    self._end(running, event)
+                    break
+                else:
+                    self._release(running, keep_worker=False)
+                    self._fail(running, [describe_exit(event["code"])], bug=False)
+        now = time.monotonic()
+        for running in [r for r in self._running.values() if r.deadline and now > r.deadline]:
+            self._release(running, keep_worker=False)
+            self._fail(
+                running, [f"took longer than its timeout of {running.decision.node.spec.timeout:g} s"], bug=False
+            )
+
+    def _release(self, running: _Running, *, keep_worker: bool) -> None:
+        self._selector.unregister(running.worker)
+        del self._running[running.worker]
+        if keep_worker:
+            self._idle.setdefault(running.worker.profile, []).append(running.worker)
+        else:
+            running.worker.kill()
+
+    def _end(self, running: _Running, event: dict[str, Any]) -> None:
+        decision = running.decision
+        changed = sources_changed(self._planner.prepared(decision.node))
+        if not event["ok"]:
+            self._fail(running, event["problems"], bug=event["bug"])
+        elif changed:
+            self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
+        else:
+            self._commit(running, event)
+
+    def _commit(self, running: _Running, event: dict[str, Any]) -> None:
+        decision, workspace = running.decision, self._workspace
+        record: Record = {
+            "schema": RECORD_SCHEMA,
+            "key": decision.key,
+            "stage": decision.node.stage.id,
+            "document": decision.document,
+            "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
+            "views": event["views"],
+            "facts": event["facts"],
+            "warnings": event["warnings"],
+            "summary": event["summary"],
+            "started": running.started_at,
+            "seconds": round(time.monotonic() - running.began, 3),
+            "cpu_seconds": event["cpu_seconds"],
+            "peak_bytes": event["peak_bytes"],
+            "host": platform.node(),
+        }
+        for name, (digest, _) in record_files(record).items():
+            workspace.store.adopt(running.sandbox.out / name, digest)
+        workspace.index.set(f"rec:{decision.key}", record)
+        remove_tree(running.sandbox.folder)
+        os.close(running.lock)
+        workspace.materialise(self._pipeline, decision.node.name, decision.key, record)
+        workspace.set_last(self._pipeline, decision.node.name, key=decision.key)
+        same = decision.previous is not None and _digests(decision.previous) == _digests(record)
+        reason = decision.reason
+        if reason == "forced" and decision.previous is not None:
+            reason = "forced; the result is identical" if same else "forced; the result differs"
+        outcome = UNCHANGED if same else BUILT
+        self._finish(Outcome(decision.node, outcome, reason, decision.key, record, record["seconds"], log=running.log))
+
+    def _fail(self, running: _Running, problems: Sequence[str], *, bug: bool) -> None:
+        decision = running.decision
+        kept = self._workspace.keep_failed(running.sandbox.folder, self._pipeline, decision.node.name)
+        os.close(running.lock)
+        self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
+        seconds = round(time.monotonic() - running.began, 3)
+        self._finish(
+            Outcome(
+                decision.node,
+                FAILED,
+                decision.reason,
+                decision.key,
+                None,
+                seconds,
+                tuple(problems),
+                running.log,
+                kept,
+                bug,
+            )
+        )
+        if self._options.fail_fast:
+            for ready in self._ready:
+                self._finish(Outcome(ready.decision.node, SKIPPED, f"{decision.node.name} failed (--fail-fast)"))
+            self._ready.clear()
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.node] = outcome
+        self._reporter.finished(outcome)
+
+    def _abandon(self) -> None:
+        """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
+        for running in list(self._running.values()):
+            running.worker.kill()
+            remove_tree(running.sandbox.folder)
+            os.close(running.lock)
+        self._running.clear()
+
+
+def _digests(record: Record) -> dict[str, str]:
+    return {port: output["digest"] for port, output in record["outputs"].items()}
+
+
+def _memory_mib() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 << 20)

@@ -1,0 +1,122 @@
+"""External inputs: which files a source parameter names, and their digests behind a cache of their stats.
+
+A source is identified by content. An unchanged file is never read again, whatever its size; a file that was touched
+but not changed is read once and its stat remembered even if nothing runs. Sources are opened where they are: never
+linked, moved or chmodded.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from stagegraph.digest import StatId, digest_file, stat_id
+from stagegraph.errors import PlanError
+from stagegraph.index import Index
+
+RACY_NS = 50_000_000  # a file changed this shortly before it was digested may change again within one clock tick
+
+
+@dataclass(frozen=True)
+class SourceState:
+    """The declared files of one source at one moment: relative POSIX name -> path, digest, stat."""
+
+    root: Path
+    files: dict[str, Path]
+    digests: dict[str, str]
+    stats: dict[str, StatId]
+
+    def changed(self) -> list[str]:
+        """Return the names whose file is no longer what was digested."""
+        names = []
+        for name, path in self.files.items():
+            try:
+                same = stat_id(path) == self.stats[name]
+            except OSError:
+                same = False
+            if not same:
+                names.append(name)
+        return names
+
+
+class Sources:
+    """Digests of source files, each read at most once per run and only if its stat changed since the last."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._states: dict[tuple[str, tuple[str, ...]], SourceState] = {}
+        self._digests: dict[Path, tuple[StatId, str]] = {}
+        self.digested_bytes = 0
+
+    def state(self, path: str, include: Sequence[str]) -> SourceState:
+        """Return the state of a source; :class:`FileNotFoundError` if there is nothing at ``path``."""
+        asked = (path, tuple(include))
+        if asked not in self._states:
+            root, files = list_files(Path(path), include)
+            self._digest_all(list(files.values()))
+            known = {name: self._digests[file] for name, file in files.items()}
+            self._states[asked] = SourceState(
+                root, files, {n: digest for n, (_, digest) in known.items()}, {n: s for n, (s, _) in known.items()}
+            )
+        return self._states[asked]
+
+    def _digest_all(self, files: list[Path]) -> None:
+        stale: list[Path] = []
+        for file in files:
+            if file in self._digests:
+                continue
+            now = stat_id(file)
+            memo = self._index.get(f"src:{file}")
+            if memo is not None and memo[0] == list(now):
+                self._digests[file] = now, memo[1]
+            else:
+                stale.append(file)
+        if len(stale) < 2:
+            results = [_digest_stable(file) for file in stale]
+        else:
+            with ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
+                results = list(pool.map(_digest_stable, stale))
+        for file, (now, digest) in zip(stale, results, strict=True):
+            self._digests[file] = now, digest
+            self.digested_bytes += now[2]
+            if time.time_ns() - max(now[3], now[4]) > RACY_NS:
+                self._index.set(f"src:{file}", [list(now), digest])
+
+
+def _digest_stable(file: Path) -> tuple[StatId, str]:
+    """Digest a file together with the stat it had all the while; read again if it changed under the reading."""
+    for _ in range(3):
+        before = stat_id(file)
+        digest = digest_file(file)
+        if stat_id(file) == before:
+            return before, digest
+    raise PlanError(f"{file}: changes while it is read; wait until whatever writes it has finished")
+
+
+def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+    """List the files of a source that match a pattern: (root, relative POSIX name -> path).
+
+    A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
+    cache's snapshot is made of them). ``path`` may name one file.
+    """
+    if path.is_file():
+        matches = any(fnmatchcase(path.name, pattern) for pattern in include)
+        return path.parent, {path.name: path} if matches else {}
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    files: dict[str, Path] = {}
+    for pattern in include:
+        folder, _, name = pattern.rpartition("/")
+        try:
+            entries = list(os.scandir(path / folder if folder else path))
+        except OSError:
+            continue
+        for entry in entries:
+            if fnmatchcase(entry.name, name) and entry.is_file():
+                files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
+    return path, dict(sorted(files.items()))

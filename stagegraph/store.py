@@ -1,0 +1,146 @@
+"""The store: immutable objects by content digest, verified whenever they are used.
+
+An object is a file ``objects/ab/abcd...`` of mode 0444. Its stat is remembered after it was verified; any later change
+of the stat means digest again, and content that no longer matches its name is moved to ``quarantine/``: damage is
+reported and rebuilt, never delivered.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from stagegraph.digest import digest_file, stat_id
+from stagegraph.index import Index
+
+HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object
+FICLONE = 0x40049409
+
+
+class Store:
+    """Objects under ``root/objects``, with what is known about them in the index."""
+
+    def __init__(self, root: Path, index: Index) -> None:
+        self.objects = root / "objects"
+        self.quarantine = root / "quarantine"
+        self.index = index
+        self.damaged: list[str] = []
+
+    def path(self, digest: str) -> Path:
+        """Return where the object of this digest lives, whether or not it exists."""
+        return self.objects / digest[:2] / digest
+
+    def adopt(self, file: Path, digest: str) -> None:
+        """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
+        target = self.path(digest)
+        if self.verify(digest) is None:
+            file.unlink()
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(0o444)
+        file.rename(target)
+        self._remember(digest)
+
+    def verify(self, digest: str) -> str | None:
+        """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
+        path = self.path(digest)
+        try:
+            now = stat_id(path)
+        except OSError:
+            return "missing"
+        if self.index.get(f"obj:{digest}") == list(now):
+            return None
+        return self.check(digest)
+
+    def check(self, digest: str) -> str | None:
+        """Digest an object whatever is remembered about it; as :meth:`verify` otherwise."""
+        path = self.path(digest)
+        try:
+            found = digest_file(path)
+        except OSError as error:
+            return f"unreadable ({error.strerror})" if path.exists() else "missing"
+        if found == digest:
+            self._remember(digest)
+            return None
+        self.quarantine.mkdir(parents=True, exist_ok=True)
+        path.rename(self.quarantine / f"{digest}-{int(time.time())}")
+        self.index.delete(f"obj:{digest}")
+        self.damaged.append(digest)
+        return "damaged"
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digest of every object there is."""
+        if self.objects.is_dir():
+            for folder in sorted(self.objects.iterdir()):
+                yield from sorted(p.name for p in folder.iterdir())
+
+    def place(self, digest: str, target: Path) -> None:
+        """Put a read-only file with this content at ``target``, replacing what is there: reflink, copy or hard link."""
+        source = self.path(digest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        if not _reflink(source, temporary):
+            if source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary):
+                self._remember(digest)  # a link changes the ctime of the object
+            else:
+                shutil.copyfile(source, temporary)
+                temporary.chmod(0o444)
+        if target.is_dir() and not target.is_symlink():
+            remove_tree(target)
+        temporary.replace(target)
+        if target.stat().st_ino == source.stat().st_ino:
+            self._remember(digest)  # so does the rename of a link
+
+    def _remember(self, digest: str) -> None:
+        self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    with source.open("rb") as reader, target.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        except OSError:
+            cloned = False
+        else:
+            cloned = True
+    if cloned:
+        target.chmod(0o444)
+    else:
+        target.unlink()
+    return cloned
+
+
+def _hardlink(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP}:
+            return False
+        raise
+    return True
+
+
+def fsync_file(path: Path) -> None:
+    """Push a file's content to the disk, so that a record never points to content that a crash loses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or directory, read-only parts too; no error if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        for folder, _, _ in os.walk(path):
+            Path(folder).chmod(stat.S_IRWXU)
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,234 @@
+"""The worker process: runs stages of one profile, one after the other, and stays warm between them.
+
+Requests come as JSON lines on standard input, events go out as JSON lines on the descriptor given as the first
+argument. While a stage runs, everything it prints, native code included, goes to its log file. Output files are
+synced and digested here, next to the work, so that the parent stays responsive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from stagegraph.digest import digest_file
+from stagegraph.errors import StageError
+from stagegraph.registry import PROFILES, load_object
+from stagegraph.stage import Context, Instance, SourceFiles, Stage
+from stagegraph.store import fsync_file
+
+PROGRESS_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+class WorkerContext(Context):
+    """The stage author's context, backed by files and the event stream."""
+
+    def __init__(self, request: Mapping[str, Any], params: Any, events: TextIO) -> None:
+        self.params = params
+        self.out = Path(request["out"])
+        self._inputs = request["inputs"]
+        self._sources = request["sources"]
+        self._events = events
+        self._last_progress = 0.0
+        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": ""}
+
+    def input(self, port: str) -> Path:
+        ((_, path),) = self._inputs[port]
+        return Path(path)
+
+    def inputs(self, port: str) -> list[Instance]:
+        return [Instance(each, Path(path)) for each, path in self._inputs[port]]
+
+    def has_input(self, port: str) -> bool:
+        return port in self._inputs
+
+    def source(self, name: str) -> SourceFiles:
+        found = self._sources[name]
+        return SourceFiles(Path(found["root"]), {n: Path(p) for n, p in found["files"].items()}, found["digests"])
+
+    def progress(self, done: int, total: int, unit: str = "") -> None:
+        now = time.monotonic()
+        if now - self._last_progress >= PROGRESS_SECONDS or done == total:
+            self._last_progress = now
+            send(self._events, event="progress", done=done, total=total, unit=unit)
+
+    def warn(self, message: str) -> None:
+        self.found["warnings"].append(message)
+
+    def fact(self, name: str, value: Any) -> None:
+        self.found["facts"][name] = value
+
+    def view(self, name: str, text: str) -> None:
+        folder = self.out / "views"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+
+    def summary(self, text: str) -> None:
+        self.found["summary"] = text
+
+
+def send(events: TextIO, **event: Any) -> None:
+    """Write one event; if the parent is gone there is nobody left to work for."""
+    try:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str]) -> dict[str, Any]:
+    """Check what was written against what was declared; sync and digest it. ``known``: (device, inode) -> digest."""
+    outputs: dict[str, Any] = {}
+    claimed: set[Path] = set()
+    problems = []
+    for port, declared in stage.outputs.items():
+        path = out / declared.path
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+        if not files:
+            problems.append(f"stage '{stage.id}' did not write its output '{port}' ({declared.path})")
+        claimed.update(files)
+        outputs[port] = {p.relative_to(out).as_posix(): _digest_output(p, known) for p in files}
+    views = sorted(p for p in (out / "views").glob("*") if p.is_file())
+    claimed.update(views)
+    strays = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p not in claimed)
+    problems += [f"stage '{stage.id}' wrote {name}, which is none of its declared outputs" for name in strays]
+    if problems:
+        raise RuntimeError("\n".join(problems))
+    return {"outputs": outputs, "views": {p.name: _digest_output(p, known) for p in views}}
+
+
+def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any]:
+    if path.is_symlink():
+        raise RuntimeError(f"output {path.name} is a symbolic link; outputs are real files")
+    status = path.stat()
+    digest = known.get((status.st_dev, status.st_ino))
+    if digest is None:
+        fsync_file(path)
+        digest = digest_file(path)
+    return [digest, status.st_size]
+
+
+def _known_inputs(request: Mapping[str, Any]) -> dict[tuple[int, int], str]:
+    """Objects by identity: an output that is a hard link of an input need not be digested again."""
+    known = {}
+    for found in request["inputs"].values():
+        for _, path in found:
+            top = Path(path)
+            for file in top.rglob("*") if top.is_dir() else [top]:
+                if file.is_symlink():
+                    status = file.stat()
+                    known[status.st_dev, status.st_ino] = file.resolve().name
+    return known
+
+
+def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
+    """Run one stage and return the event that ends it."""
+    usage = _Usage()
+    try:
+        stage: Stage = load_object(request["reference"])()
+        names = {f.name for f in dataclasses.fields(stage.Params)}
+        params = stage.Params(**{k: _tupled(v) for k, v in request["params"].items() if k in names})
+        ctx = WorkerContext(request, params, events)
+        stage.run(ctx)
+        end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, _known_inputs(request))}
+    except StageError as error:
+        end = {"event": "end", "ok": False, "problems": list(error.problems), "bug": False}
+    except OSError as error:
+        traceback.print_exc()
+        end = {
+            "event": "end",
+            "ok": False,
+            "problems": [f"{error.filename or 'I/O'}: {error.strerror or error}"],
+            "bug": False,
+        }
+    except Exception as error:  # noqa: BLE001 - a stage's bug must not take the worker down
+        traceback.print_exc()
+        end = {"event": "end", "ok": False, "problems": [f"{type(error).__name__}: {error}"], "bug": True}
+    return end | usage.spent()
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class _Usage:
+    """CPU seconds (own and of child processes) and the peak memory of one execution, not of the worker's life."""
+
+    def __init__(self) -> None:
+        self._cpu = self._cpu_seconds()
+        self._children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)
+
+    def spent(self) -> dict[str, Any]:
+        children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak = max(_high_water_kib(), children if children > self._children else 0)
+        return {"cpu_seconds": round(self._cpu_seconds() - self._cpu, 3), "peak_bytes": peak * 1024}
+
+    @staticmethod
+    def _cpu_seconds() -> float:
+        t = os.times()
+        return t.user + t.system + t.children_user + t.children_system
+
+
+def _high_water_kib() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Serve requests until standard input closes."""
+    profile, events_fd = sys.argv[1], int(sys.argv[2])
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed run leaves no orphans at work
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    events = os.fdopen(events_fd, "w", encoding="utf-8")
+    os.set_inheritable(events_fd, False)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    prepared = False
+    for line in requests:
+        request = json.loads(line)
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        if not prepared and PROFILES.get(profile):
+            try:
+                load_object(PROFILES[profile])()
+            except Exception as error:  # noqa: BLE001 - reported as the node's failure
+                traceback.print_exc()
+                send(
+                    events,
+                    event="end",
+                    ok=False,
+                    problems=[f"worker '{profile}': {error}"],
+                    bug=True,
+                    cpu_seconds=0,
+                    peak_bytes=0,
+                )
+                continue
+        prepared = True
+        end = run_one(request, events)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        send(events, **end)
+
+
+if __name__ == "__main__":
+    main()

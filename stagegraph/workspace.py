@@ -1,0 +1,185 @@
+"""One ``artifacts/`` directory: store, index, journal, locks, logs, and the materialised outputs people look at.
+
+Layout: ``<pipeline>/<node>/`` holds the files of a node's outputs; everything else lives under ``.stagegraph/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stagegraph.digest import stat_id
+from stagegraph.errors import StoreError
+from stagegraph.index import Index
+from stagegraph.journal import Journal
+from stagegraph.store import Store, remove_tree
+
+Record = dict[str, Any]
+RECORD_SCHEMA = 1
+
+
+class Workspace:
+    """Everything under one ``artifacts/`` directory."""
+
+    def __init__(self, artifacts: Path) -> None:
+        self.artifacts = artifacts
+        self.root = artifacts / ".stagegraph"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.index = Index(self.root / "index")
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
+            ) from None
+        self.store = Store(self.root, self.index)
+        self.journal = Journal(self.root / "journal.jsonl")
+        self.work = self.root / "work"
+        self.failed = self.root / "failed"
+
+    def close(self) -> None:
+        """Release the index."""
+        self.index.close()
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def record(self, key: str) -> Record | None:
+        """Return the record of a key, or None."""
+        record = self.index.get(f"rec:{key}")
+        return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
+
+    def last(self, pipeline: str, node: str) -> dict[str, Any]:
+        """Return what is remembered of a node: the ``key`` of its last result, the ``failed`` key of a later failure."""
+        return self.index.get(f"last:{pipeline}/{node}") or {}
+
+    def last_record(self, pipeline: str, node: str) -> Record | None:
+        """Return the record of the last finished execution or hit of a node, or None."""
+        key = self.last(pipeline, node).get("key")
+        return self.record(key) if key else None
+
+    def set_last(self, pipeline: str, node: str, **facts: str) -> None:
+        """Remember the key of a node's result (``key=``) or of its failure (``failed=``)."""
+        old = self.last(pipeline, node)
+        if old != facts:
+            self.index.set(f"last:{pipeline}/{node}", facts if "key" in facts else {**old, **facts})
+
+    def lost_files(self, record: Record) -> list[str]:
+        """Return what is missing or damaged among the objects of a record, as reasons."""
+        lost = []
+        for name, (digest, _) in record_files(record).items():
+            wrong = self.store.verify(digest)
+            if wrong:
+                lost.append(f"stored {name} was {wrong}")
+        return lost
+
+    # -- materialised outputs --------------------------------------------------------------------------------------
+
+    def node_dir(self, pipeline: str, node: str) -> Path:
+        """Return the directory that shows a node's outputs."""
+        return self.artifacts / pipeline / node
+
+    def materialise(self, pipeline: str, node: str, key: str, record: Record) -> list[str]:
+        """Make the node's directory hold exactly this record's files; return the names that had to be restored."""
+        folder = self.node_dir(pipeline, node)
+        known = self.index.get(f"mat:{pipeline}/{node}") or {}
+        wanted = record_files(record)
+        have: dict[str, Any] = known.get("files", {})
+        restored = []
+        files: dict[str, Any] = {}
+        for name, (digest, _) in wanted.items():
+            target = folder / name
+            if have.get(name) == [digest, _stat_or_none(target)]:
+                files[name] = have[name]
+                continue
+            self.store.place(digest, target)
+            files[name] = [digest, list(stat_id(target))]
+            restored.append(name)
+        fresh = known.get("key") != key
+        stray = _remove_strays(folder, set(wanted)) if restored or fresh or _count(folder) != len(wanted) else []
+        if restored or fresh or have != files:
+            self.index.set(f"mat:{pipeline}/{node}", {"key": key, "files": files})
+        return [] if fresh else restored + stray
+
+    # -- locks, work and logs --------------------------------------------------------------------------------------
+
+    def log_path(self, key: str) -> Path:
+        """Return the file that captures what an execution of this key prints."""
+        return self.root / "logs" / key[:2] / f"{key}.log"
+
+    def try_lock(self, key: str) -> int | None:
+        """Take the lock of a key: a descriptor to close, or None while another process holds it."""
+        path = self.root / "locks" / key[:2] / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[bool]:
+        descriptor = self.try_lock(key)
+        try:
+            yield descriptor is not None
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def sweep(self) -> None:
+        """Remove the work directories that killed runs left behind; those in use are locked and stay."""
+        if self.work.is_dir():
+            for folder in self.work.iterdir():
+                with self._locked(folder.name) as free:
+                    if free:
+                        remove_tree(folder)
+
+    def keep_failed(self, folder: Path, pipeline: str, node: str) -> Path:
+        """Keep the work directory of a failure (the last one of each node) and return where it is."""
+        kept = self.failed / pipeline / node
+        remove_tree(kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(kept)
+        return kept
+
+
+def record_files(record: Record) -> dict[str, tuple[str, int]]:
+    """Return every file of a record, outputs and views: relative name -> (digest, size in bytes)."""
+    files = {name: tuple(entry) for port in record["outputs"].values() for name, entry in port["files"].items()}
+    files |= {f"views/{name}": tuple(entry) for name, entry in record["views"].items()}
+    return files
+
+
+def record_size(record: Record) -> int:
+    """Return the size in bytes of a record's outputs."""
+    return sum(size for _, size in record_files(record).values())
+
+
+def _stat_or_none(path: Path) -> list[int] | None:
+    try:
+        return list(stat_id(path))
+    except OSError:
+        return None
+
+
+def _count(folder: Path) -> int:
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+def _remove_strays(folder: Path, wanted: set[str]) -> list[str]:
+    """Remove files that are no output of the node, and directories left empty; return the files' names."""
+    stray = []
+    for current, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(current, name)
+            relative = path.relative_to(folder).as_posix()
+            if relative not in wanted:
+                path.unlink()
+                stray.append(relative)
+        if current != str(folder) and not os.listdir(current):  # noqa: PTH208
+            Path(current).rmdir()
+    return stray
