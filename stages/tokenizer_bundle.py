@@ -1,0 +1,155 @@
+"""tokenizer-bundle: the tokenizer files that a runtime needs, proven equal to the checkpoint's own tokenizer."""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, source
+
+if TYPE_CHECKING:
+    from stages.tokenizers.checks import Finding
+    from stages.tokenizers.record import ModelFacts, Reference
+    from stages.tokenizers.resolution import Resolution
+
+FILES = (
+    "*.tiktoken",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "tekken.json",
+    "rwkv_vocab_*.txt",
+    "chat_template.jinja",
+)
+
+
+class TokenizerBundle(Stage):
+    """Resolve the tokenizer family, convert its one vocabulary, and refuse to pass on anything not proven equal."""
+
+    id = "tokenizer-bundle"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of tokenizer-bundle."""
+
+        checkpoint: Source = source(
+            "directory of a Hugging Face checkpoint; its tokenizer files are read", include=FILES
+        )
+
+    inputs = {
+        "config": In("config-parse", "config", "Model config: vocabulary size, context window, model family."),
+        "generation": In("config-parse", "generation", "Generation config: bos, eos, pad, stop ids, chat format."),
+        "tensors": In("config-parse", "tensors", "Tensor headers: the rows of the embedding bound every id."),
+    }
+    outputs = {"tokenizer": Out("tokenizer", "The three files a runtime reads.")}
+
+    def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
+        """Name the two tokenizer libraries, and Python for its Unicode tables, which normalise the reference's text."""
+        return {
+            **dist_versions("tiktoken", "tokenizers"),
+            "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+            "unicode": unicodedata.unidata_version,
+        }
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str]:
+        """Name the family that the files resolve to; none, and so every row, where they resolve to no family."""
+        from stages.tokenizers import EMBEDDINGS
+        from stages.tokenizers.errors import TokenizerError
+        from stages.tokenizers.resolution import resolve
+
+        root = Path(params.checkpoint)
+        try:
+            files = {p.name: p for p in root.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in FILES)}
+            family = resolve(root, files).family
+        except (OSError, TokenizerError):
+            return {}
+        rows = {"stages.tokenizers:TOKENIZERS": family, "stages.tokenizers.resolution:RULES": family}
+        if facts.get("family") in EMBEDDINGS:
+            rows["stages.tokenizers:EMBEDDINGS"] = facts["family"]
+        return rows
+
+    def run(self, ctx: Context) -> None:
+        """Resolve, convert, emit, prove; one :class:`StageError` carries every problem of the step that failed."""
+        from stages.tokenizers.errors import TokenizerError
+
+        try:
+            _build(ctx)
+        except TokenizerError as error:
+            raise StageError(*error.problems) from None
+
+
+def _build(ctx: Context) -> None:
+    from stages.tokenizers import load_tokenizer_family
+    from stages.tokenizers.emission import emit
+    from stages.tokenizers.proof import fingerprint
+    from stages.tokenizers.resolution import resolve
+
+    files = ctx.source("checkpoint")
+    resolution = resolve(files.root, files.files)
+    ctx.view("trace", resolution.trace)
+    facts = _facts(ctx)
+    family = load_tokenizer_family(resolution.family)
+    tokenizer = family.convert(resolution.vocabulary)
+    reference = family.reference(resolution.vocabulary)
+    directory = ctx.out / "tokenizer"
+    emit(
+        directory,
+        tokenizer,
+        family=family,
+        facts=facts,
+        chat_template=resolution.chat_template,
+        fingerprint=fingerprint(reference),
+    )
+    del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing
+    _prove(ctx, directory, resolution, reference, facts)
+
+
+def _facts(ctx: Context) -> ModelFacts:
+    from stages.tokenizers import EMBEDDINGS
+    from stages.tokenizers.errors import TokenizerError
+    from stages.tokenizers.record import ModelFacts
+
+    model, generation, tensors = (
+        json.loads(ctx.input(port).read_bytes()) for port in ("config", "generation", "tensors")
+    )
+    if model["family"] not in EMBEDDINGS:
+        raise TokenizerError(
+            f"model family {model['family']!r} has no row in stages.tokenizers.EMBEDDINGS; "
+            "add the name of its token embedding there"
+        )
+    return ModelFacts.read(model, generation, tensors["tensors"], EMBEDDINGS[model["family"]])
+
+
+def _prove(ctx: Context, directory: Path, resolution: Resolution, reference: Reference, facts: ModelFacts) -> None:
+    from stages.tokenizers.checks import ERROR, WARNING, examine
+    from stages.tokenizers.proof import prove
+
+    subject, findings = examine(directory, facts, resolution.declared)
+    findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"))
+    ctx.view("checks", _page(subject.info, findings))
+    for finding in findings:
+        if finding.level == WARNING:
+            ctx.warn(str(finding))
+    errors = [str(finding) for finding in findings if finding.level == ERROR]
+    if errors:
+        raise StageError(*errors)
+    ctx.summary(
+        f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
+    )
+
+
+def _page(info: Mapping[str, Any], findings: list[Finding]) -> str:
+    """Render what was checked: the facts a runtime relies on, then every finding, or that there is none."""
+    rows = [(name, json.dumps(info[name], ensure_ascii=False)) for name in sorted(info) if name != "schema"]
+    rows += [(f"{finding.check} ({finding.level})", finding.message) for finding in findings] or [("findings", "none")]
+    return "".join(f"{label:<22}{text}\n" for label, text in rows)

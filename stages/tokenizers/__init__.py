@@ -1,0 +1,23 @@
+"""Tokenizers: one file per family, which family a checkpoint's files are, and the proof that what we emit equals it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.tokenizers.record import TokenizerFamily
+
+# Family name -> where its TokenizerFamily is. Strings, so that naming a family imports nothing.
+TOKENIZERS: dict[str, str] = {"tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY"}
+
+# Model family -> the checkpoint's name of its token embedding, whose first dimension bounds every id. Named and not
+# guessed: the largest first dimension of a small model is a feed-forward matrix, and a guess that is wrong passes.
+EMBEDDINGS: dict[str, str] = {"qwen": "transformer.wte.weight"}
+
+
+def load_tokenizer_family(name: str) -> TokenizerFamily:
+    """Return the family of that name; :class:`KeyError` if there is none."""
+    module, _, attribute = TOKENIZERS[name].partition(":")
+    family: TokenizerFamily = getattr(importlib.import_module(module), attribute)
+    return family

@@ -1,0 +1,262 @@
+"""What must hold of an emitted tokenizer, as small checks T01 to T18: each names one way in which bundles went wrong.
+
+E findings fail the build, W findings are shown by every run, N findings are noted in the node's pages. Comparing ids
+and text with the reference (T19 to T21) is in :mod:`stages.tokenizers.proof`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.tokenizers.byte_level import CHARACTERS
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.ranks import LFS_HEADER
+from stages.tokenizers.record import ModelFacts
+from stages.tokenizers.resolution import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ERROR, WARNING, NOTE = "E", "W", "N"
+MAX_FINDINGS = 5
+NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
+SPECIAL_LITERAL = re.compile(r"<\|[^\s|<>]+\|>")
+CONVERSION = (
+    "the emitted tokenizer is not the checkpoint's and must not ship; the conversion or the installed version of "
+    "tokenizers is at fault, not your files"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check: its id in the catalogue, its level, and a complete message."""
+
+    check: str
+    level: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
+
+
+def error(check: str, text: str, advice: str = "") -> Finding:
+    """Make an E finding; without advice of its own it says that the conversion is at fault."""
+    return Finding(check, ERROR, f"{text}; {advice or CONVERSION}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An emitted directory, read back: the three files parsed, and the tokenizer as a runtime loads it."""
+
+    spec: Mapping[str, Any]
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    tokenizer: Tokenizer
+    facts: ModelFacts
+    declared: Mapping[int, str]
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Token as written in tokenizer.json -> id, added tokens included."""
+        return self.tokenizer.get_vocab(with_added_tokens=True)
+
+
+def examine(directory: Path, facts: ModelFacts, declared: Mapping[int, str]) -> tuple[Subject, list[Finding]]:
+    """Read an emitted directory back and run every check but the proof; ``declared`` are ids the checkpoint states.
+
+    A check gives its first few findings: what is wrong with one token is wrong with its neighbours too.
+    """
+    subject = _read(directory, facts, declared)
+    return subject, [finding for check in CHECKS for finding in islice(check(subject), MAX_FINDINGS)]
+
+
+def _read(directory: Path, facts: ModelFacts, declared: Mapping[int, str]) -> Subject:
+    """T01, T02: the files are there, are not pointers, and load; :class:`TokenizerError` otherwise."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(f"T01: {path}: there is no such file")
+    data = path.read_bytes()
+    if data.startswith(LFS_HEADER):
+        raise TokenizerError(f"T02: {path}: a Git LFS pointer and not the tokenizer itself; run `git lfs pull`")
+    try:
+        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the file
+        raise TokenizerError(f"T01: {path}: cannot be loaded ({error})") from None
+    return Subject(
+        spec=json.loads(data),
+        config=read_json(directory / "tokenizer_config.json"),
+        info=read_json(directory / "tokenizer_info.json"),
+        tokenizer=tokenizer,
+        facts=facts,
+        declared=declared,
+    )
+
+
+def added_tokens_unique(subject: Subject) -> Iterator[Finding]:
+    """T03: no added token twice."""
+    contents = [token["content"] for token in subject.spec["added_tokens"]]
+    for content in sorted({content for content in contents if contents.count(content) > 1}):
+        yield error("T03", f"added token {content!r} is listed {contents.count(content)} times")
+
+
+def ids_consistent(subject: Subject) -> Iterator[Finding]:
+    """T04, T05: a token has one id, an id one token, and both are what the checkpoint states beside its vocabulary."""
+    vocab = subject.spec["model"]["vocab"]
+    owner = {index: token for token, index in vocab.items()}
+    if len(owner) != len(vocab):
+        yield error("T05", f"{len(vocab) - len(owner)} ids of the vocabulary have two tokens")
+    for token in subject.spec["added_tokens"]:
+        content, index = token["content"], token["id"]
+        if vocab.get(content, index) != index:
+            yield error("T04", f"{content!r} is {vocab[content]} in the vocabulary and {index} as added token")
+        if owner.get(index, content) != content:
+            yield error("T05", f"id {index} is {owner[index]!r} in the vocabulary and {content!r} as added token")
+    for index, text in sorted(subject.declared.items()):
+        actual = subject.tokenizer.token_to_id(text)
+        if actual != index:
+            stated = f"the checkpoint states that {text!r} has id {index}, its vocabulary gives it {actual}"
+            yield error("T05", stated, "one of its tokenizer files belongs to another model")
+
+
+def ids_fit_the_embedding(subject: Subject) -> Iterator[Finding]:
+    """T06, T07, T08: every id has a row; rows without a token are few, and noted for masking."""
+    facts, largest = subject.facts, max(subject.ids.values())
+    if facts.rows != facts.vocab_size:
+        text = f"{facts.embedding} has {facts.rows} rows, config.json says vocab_size {facts.vocab_size}"
+        yield error("T06", text, "one of them belongs to another model")
+    if largest >= facts.rows:
+        text = f"the largest id is {largest}, but {facts.embedding} has only {facts.rows} rows"
+        yield error("T06", text, "the vocabulary belongs to another model")
+    if subject.info["active_vocab_size"] != largest + 1:
+        yield error("T08", f"active_vocab_size is {subject.info['active_vocab_size']}, the largest id is {largest}")
+    padded = facts.rows - len(set(subject.ids.values()))
+    if padded > max(1024, facts.rows // 50):
+        text = f"{padded} of the {facts.rows} rows of {facts.embedding} have no token, far more than padding"
+        yield error("T07", text, "the vocabulary is truncated or belongs to another model")
+    elif padded > 0:
+        text = f"{padded} rows of {facts.embedding} have no token: active_vocab_size {largest + 1} for masking"
+        yield Finding("T08", NOTE, text)
+
+
+def decoder_matches_pre_tokenizer(subject: Subject) -> Iterator[Finding]:
+    """T09, T10: what is byte-level going in is byte-level coming out, likewise byte fallback."""
+    into, out = _types(subject.spec["pre_tokenizer"]), _types(subject.spec["decoder"])
+    if ("ByteLevel" in into) != ("ByteLevel" in out):
+        yield error("T09", f"text comes back garbled: pre_tokenizer {sorted(into)}, decoder {sorted(out)}")
+    if subject.spec["model"].get("byte_fallback") and "ByteFallback" not in out:
+        yield error("T10", f"bytes come back as <0xNN>: byte_fallback is on, decoder {sorted(out)}")
+
+
+def every_byte_has_a_token(subject: Subject) -> Iterator[Finding]:
+    """T11: a byte-level vocabulary can write any UTF-8 text."""
+    if "ByteLevel" not in _types(subject.spec["pre_tokenizer"]):
+        return
+    vocab = subject.spec["model"]["vocab"]
+    missing = [f"{byte:02X}" for byte in range(256) if byte not in NEVER_IN_UTF8 and CHARACTERS[byte] not in vocab]
+    if missing:
+        yield error("T11", f"{len(missing)} bytes of UTF-8 have no token: {' '.join(missing[:8])}")
+
+
+def special_tokens_are_single(subject: Subject) -> Iterator[Finding]:
+    """T13: the text of a special token becomes its own id."""
+    for token in subject.spec["added_tokens"]:
+        ids = subject.tokenizer.encode(token["content"], add_special_tokens=False).ids
+        if token["special"] and ids != [token["id"]]:
+            yield error("T13", f"special token {token['content']!r} is id {token['id']} but encodes to {ids}")
+
+
+def control_ids_exist(subject: Subject) -> Iterator[Finding]:
+    """T14, T15: the model's bos, eos, pad and stop ids are special tokens, and one of them ends a text."""
+    facts, info = subject.facts, subject.info
+    special = {token["id"] for token in subject.spec["added_tokens"] if token["special"]}
+    roles = [
+        ("bos", facts.bos),
+        ("pad", facts.pad),
+        *(("eos", i) for i in facts.eos),
+        *(("stop", i) for i in facts.stop),
+    ]
+    for role, index in roles:
+        token = None if index is None else subject.tokenizer.id_to_token(index)
+        if index is not None and token is None:
+            text = f"generation_config.json: {role} id {index} is no token (ids: 0..{info['active_vocab_size'] - 1})"
+            yield error("T14", text, "the file belongs to another model")
+        elif index is not None and index not in special:
+            text = f"generation_config.json: {role} id {index} is the ordinary token {token!r}, not a special one"
+            yield Finding("T15", WARNING, text)
+    if not facts.eos:
+        text = f"generation_config.json names no eos_token_id; the family's end of text, {info['eos']}, is taken"
+        yield Finding("T15", WARNING, text)
+
+
+def control_ids_agree(subject: Subject) -> Iterator[Finding]:
+    """T14: tokenizer_info.json has the model's stop ids, and tokenizer_config.json names the tokens of its ids."""
+    facts, info = subject.facts, subject.info
+    missing = sorted({*facts.eos, *facts.stop} - {*info["stop"]})
+    if missing:
+        yield error("T14", f"stop ids {missing} of generation_config.json are not in tokenizer_info.json")
+    for role, expected in {"bos": [info["bos"]], "eos": info["eos"], "pad": [info["pad"]]}.items():
+        name = subject.config.get(f"{role}_token")
+        index = None if name is None else subject.tokenizer.token_to_id(name)
+        if index not in expected:
+            yield error("T14", f"tokenizer_config.json: {role}_token {name!r} is id {index}, expected {expected}")
+
+
+def template_tokens_are_single(subject: Subject) -> Iterator[Finding]:
+    """T16: what looks like a special token in the chat template is one."""
+    for literal in sorted(set(SPECIAL_LITERAL.findall(subject.config.get("chat_template") or ""))):
+        encoding = subject.tokenizer.encode(literal, add_special_tokens=False)
+        if len(encoding.ids) != 1:
+            text = f"chat template: {literal} is no token here, it encodes to {encoding.tokens}"
+            yield error("T16", text, "the template is another model's")
+
+
+def no_double_bos(subject: Subject) -> Iterator[Finding]:
+    """T17: template and post-processor do not both write the beginning of text."""
+    added = subject.tokenizer.encode("").ids
+    template = subject.config.get("chat_template") or ""
+    bos = subject.config.get("bos_token")
+    if added and ("bos_token" in template or (bos and bos in template)):
+        text = (
+            f"the chat template writes bos and the tokenizer adds {added}: encode chats with add_special_tokens=False"
+        )
+        yield Finding("T17", WARNING, text)
+
+
+def no_clean_up(subject: Subject) -> Iterator[Finding]:
+    """T18: decoding must not delete spaces."""
+    if subject.config.get("clean_up_tokenization_spaces") is not False:
+        text = "clean_up_tokenization_spaces is not false: some runtimes delete spaces before punctuation"
+        yield Finding("T18", WARNING, text)
+
+
+CHECKS = (
+    added_tokens_unique,
+    ids_consistent,
+    ids_fit_the_embedding,
+    decoder_matches_pre_tokenizer,
+    every_byte_has_a_token,
+    special_tokens_are_single,
+    control_ids_exist,
+    control_ids_agree,
+    template_tokens_are_single,
+    no_double_bos,
+    no_clean_up,
+)
+
+
+def _types(part: Any) -> set[str]:
+    """Return the ``type`` of a component of tokenizer.json and of everything inside it."""
+    if isinstance(part, list):
+        return set().union(*map(_types, part))
+    if isinstance(part, dict):
+        own = {part["type"]} if isinstance(part.get("type"), str) else set()
+        return own.union(*map(_types, part.values()))
+    return set()

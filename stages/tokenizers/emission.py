@@ -1,0 +1,96 @@
+"""The directory a runtime reads: one tokenizer.json, tokenizer_config.json for transformers, tokenizer_info.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.record import ChatFormat, ModelFacts, TokenizerFamily
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SCHEMA = 1
+RAW = "raw"
+
+
+def emit(
+    directory: Path,
+    tokenizer: Tokenizer,
+    *,
+    family: TokenizerFamily,
+    facts: ModelFacts,
+    chat_template: str | None,
+    fingerprint: str,
+) -> None:
+    """Write the three files into ``directory``; equal arguments give equal bytes.
+
+    ``chat_template`` is the checkpoint's own; without one, the family's for the model's chat format is written.
+    """
+    ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    chat = _chat_format(family, facts)
+    eos = list(facts.eos) or [ids[family.end_of_text]]
+    turn_ends = [ids[text] for text in chat.stops] if chat else []
+    config = {
+        # Any other class name makes transformers rebuild normalizer and pre-tokenizer from its own code.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": _text(tokenizer, facts.bos),
+        "eos_token": _text(tokenizer, eos[0]),
+        "pad_token": _text(tokenizer, facts.pad),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": facts.context_window,
+    }
+    if chat_template or chat:
+        config["chat_template"] = chat_template or (chat.template if chat else None)
+    info = {
+        "schema": SCHEMA,
+        "family": family.name,
+        "bos": facts.bos,
+        "eos": eos,
+        "pad": facts.pad,
+        "stop": _distinct([*eos, *facts.stop, *turn_ends]),
+        # Rows of the embedding from here on belong to no token: a sampler must mask their logits.
+        "active_vocab_size": max(ids.values()) + 1,
+        "rows": facts.rows,
+        "fingerprint": fingerprint,
+        "normalize": family.normalize,
+        "chat": _describe(chat, facts, chat_template),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    write_json(directory / "tokenizer_config.json", config)
+    write_json(directory / "tokenizer_info.json", info)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as every artifact has it: sorted keys, one space of indentation, a final newline."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _chat_format(family: TokenizerFamily, facts: ModelFacts) -> ChatFormat | None:
+    if facts.chat_format in (None, RAW):
+        return None
+    try:
+        return family.chats[str(facts.chat_format)]
+    except KeyError:
+        known = ", ".join(sorted({*family.chats, RAW}))
+        raise TokenizerError(
+            f"generation_config.json: chat_format {facts.chat_format!r} is not one of {family.name} (known: {known})"
+        ) from None
+
+
+def _describe(chat: ChatFormat | None, facts: ModelFacts, chat_template: str | None) -> dict[str, Any]:
+    if chat:
+        return {"format": facts.chat_format, "piecewise": chat.piecewise, "system": chat.system}
+    return {"format": "template" if chat_template else RAW}
+
+
+def _text(tokenizer: Tokenizer, index: int | None) -> str | None:
+    return None if index is None else tokenizer.id_to_token(index)
+
+
+def _distinct(ids: Iterable[int]) -> list[int]:
+    return list(dict.fromkeys(ids))

@@ -1,0 +1,168 @@
+"""The proof T19 to T21: the emitted tokenizer and an independent reader of the source vocabulary give the same ids.
+
+Text reaches the emitted tokenizer as our runtime feeds it: normalised by Python, whose Unicode tables are newer than
+those of the tokenizers library. The probes go in raw too, because a foreign runtime relies on the file alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from stages.tokenizers.byte_level import unspell
+from stages.tokenizers.checks import Finding, Subject, error
+from stages.tokenizers.record import Reference
+
+SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")
+# Marks and letters of these are older than Unicode 9, where Python's and the library's NFC agree.
+PROBES = (
+    "Hello, world! It's 2024; we've 1,234.56 reasons.",
+    " leading, double  and trailing space ",
+    " " * 37 + "thirty-seven spaces",
+    "\n\n  \t\tindented\r\n\r\n\r\nlines   \n",
+    "def f(x):\n    return {'a': x[0], \"b\": -1.5e-3}  # comment\n",
+    "https://www.example.org/a/b?q=1&r=%20#top",
+    "你好，世界！今天天气怎么样？",
+    "日本語のテキスト、カタカナと한국어 문장",
+    "Привет, мир! Γειά σου Κόσμε. שלום עולם مرحبا بالعالم",
+    "नमस्ते दुनिया สวัสดีชาวโลก",
+    "cafe\u0301 A\u030angstro\u0308m \u1112\u1161\u11ab \u212b \uf900",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e8\U0001f1f3 \U0001f44d\U0001f3fd \u2764\ufe0f",
+    "a\x00b\x07c\x1bd\x7fe\x85f\u200bg\u202eh\ufeffi",
+    "literal \u2581 \u0120 \u010a <0x0A> <unk>",
+    "0123456789 ٣٤٥ ⅷ ½ ² 1234567",
+    "CamelCaseHTTPServer_snake_case don't DON'T i'LL",
+    "special <|im_start|>user\n<|endoftext|><|im_end|> <|not_a_token|>",
+)
+STEPS = (7919, 7927)  # primes; one of them is coprime to any vocabulary below 60 million
+SEQUENCE = 32
+
+
+@cache
+def sample_corpus() -> tuple[tuple[str, str], ...]:
+    """Return the (kind, text) pairs that ship with the project."""
+    lines = SAMPLE_CORPUS.read_text(encoding="utf-8").splitlines()
+    return tuple((kind, text) for kind, text in map(json.loads, lines))
+
+
+def code_points() -> Iterator[tuple[str, str]]:
+    """Yield (kind, text) with every assigned code point of Python's Unicode tables, thirty-two to a text."""
+    assigned = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in {"Cn", "Cs", "Co"}]
+    for start in range(0, len(assigned), SEQUENCE):
+        yield "code points", "".join(f"a{character} " for character in assigned[start : start + SEQUENCE])
+
+
+def fingerprint(reference: Reference) -> str:
+    """Return digest of the probes' ids / digest of the id -> bytes map, as the independent reference has them."""
+    ids = [reference.encode(text, specials=True) for text in PROBES]
+    table = "".join(f"{index} {token.hex()}\n" for index, token in sorted(reference.tokens().items()))
+    return f"{_digest(json.dumps(ids))}/{_digest(table)}"
+
+
+def prove(subject: Subject, reference: Reference, progress: Callable[[int, int], None]) -> list[Finding]:
+    """Run T19, T20 and T21; each yields its first difference only. ``progress`` gets texts done and texts in all."""
+    texts = [("probe", text) for text in PROBES] + [*sample_corpus(), *code_points()]
+    checks = (
+        same_map(subject, reference),
+        probes_raw(subject, reference),
+        round_trip(subject, texts[: len(PROBES)]),
+        same_ids(subject, reference, texts, progress),
+        same_text(subject, reference),
+    )
+    return [finding for check in checks if (finding := next(check, None))]
+
+
+def same_map(subject: Subject, reference: Reference) -> Iterator[Finding]:
+    """T20, map: every id stands for the same bytes; two swapped ids show nowhere else."""
+    added = {token["content"] for token in subject.spec["added_tokens"]}
+    emitted: dict[int, bytes] = {}
+    for token, index in subject.ids.items():
+        try:
+            emitted[index] = token.encode() if token in added else unspell(token)
+        except KeyError:
+            yield error("T20", f"token {token!r} (id {index}) is not spelled in the byte-level alphabet")
+    expected = reference.tokens()
+    for index in sorted({*emitted, *expected}):
+        if emitted.get(index) != expected.get(index):
+            pair = f"{emitted.get(index)!r} in the emitted file and {expected.get(index)!r} in the source vocabulary"
+            yield error("T20", f"id {index} is {pair}")
+
+
+def probes_raw(subject: Subject, reference: Reference) -> Iterator[Finding]:
+    """T20, probes: the file alone, without our runtime's normalisation, gives the reference's ids."""
+    for text in PROBES:
+        emitted, expected = _encode(subject, text, specials=True), reference.encode(text, specials=True)
+        if emitted != expected:
+            yield _difference("T20", "probe", text, emitted, expected)
+
+
+def round_trip(subject: Subject, texts: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """T19: decoding the ids of a text gives the normalised text back."""
+    for _, text in texts:
+        expected = _normalize(subject, text)
+        decoded = _decode(subject, _encode(subject, expected, specials=True))
+        if decoded != expected:
+            yield error("T19", f"probe {expected!r} decodes to {decoded!r}")
+
+
+def same_ids(
+    subject: Subject, reference: Reference, texts: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
+) -> Iterator[Finding]:
+    """T21: equal ids for every text, with special-token text taken as special tokens and as plain text."""
+    for done, (kind, text) in enumerate(texts, 1):
+        normal = _normalize(subject, text)
+        for specials in (True, False) if "<|" in text else (True,):
+            emitted, expected = _encode(subject, normal, specials=specials), reference.encode(text, specials=specials)
+            if emitted != expected:
+                yield _difference("T21", kind if specials else f"{kind}, specials as text", text, emitted, expected)
+        progress(done, len(texts))
+
+
+def same_text(subject: Subject, reference: Reference) -> Iterator[Finding]:
+    """T21, decoding: every id once, beside strangers, so that incomplete UTF-8 meets every kind of neighbour."""
+    known = sorted(reference.tokens())
+    step = next(step for step in STEPS if len(known) % step)
+    ids = [known[i * step % len(known)] for i in range(len(known))]
+    for start in range(0, len(ids), SEQUENCE):
+        sequence = ids[start : start + SEQUENCE]
+        emitted, expected = _decode(subject, sequence), reference.decode(sequence)
+        if emitted != expected:
+            yield error("T21", f"ids {sequence} decode to {emitted!r}, the reference says {expected!r}")
+
+
+def _normalize(subject: Subject, text: str) -> str:
+    form = subject.info["normalize"]
+    return unicodedata.normalize(form, text) if form else text
+
+
+def _encode(subject: Subject, text: str, *, specials: bool) -> list[int]:
+    subject.tokenizer.encode_special_tokens = not specials
+    ids: list[int] = subject.tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _decode(subject: Subject, ids: Sequence[int]) -> str:
+    text: str = subject.tokenizer.decode(ids, skip_special_tokens=False)
+    return text
+
+
+def _difference(check: str, kind: str, text: str, emitted: Sequence[int], expected: Sequence[int]) -> Finding:
+    at = next(
+        (i for i, pair in enumerate(zip(emitted, expected, strict=False)) if pair[0] != pair[1]),
+        min(len(emitted), len(expected)),
+    )
+    window = slice(max(0, at - 4), at + 8)
+    return error(
+        check,
+        f"{kind} {text[:200]!r}: ids differ from position {at} on: emitted {list(emitted[window])}, "
+        f"reference {list(expected[window])}",
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

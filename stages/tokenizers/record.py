@@ -1,0 +1,98 @@
+"""The nouns of this room: a tokenizer family, the independent reference it is held against, facts of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stages.tokenizers.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Reference(Protocol):
+    """An implementation that reads the source vocabulary itself and shares no code with what we emit."""
+
+    def encode(self, text: str, *, specials: bool) -> list[int]:
+        """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+
+    def tokens(self) -> dict[int, bytes]:
+        """Return every id with its bytes; a special token's bytes are its text in UTF-8."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family writes a conversation where its checkpoints bring no template of their own.
+
+    ``stops`` end a turn beside the end of text; ``system`` is the message used when the conversation has none.
+    ``piecewise`` says that role, newline and content are encoded one by one and their ids joined.
+    """
+
+    template: str
+    system: str
+    stops: tuple[str, ...]
+    piecewise: bool
+
+
+@dataclass(frozen=True)
+class TokenizerFamily:
+    """One way of storing a vocabulary.
+
+    ``convert`` turns the vocabulary file into a ``tokenizers.Tokenizer``; ``reference`` opens the same file in an
+    independent implementation. ``normalize`` is the Unicode form that text has before it is split, or None.
+    ``end_of_text`` is the special token that ends a text; ``chats`` are its chat formats by generation_config's name.
+    """
+
+    name: str
+    convert: Callable[[Path], Tokenizer]
+    reference: Callable[[Path], Reference]
+    normalize: str | None
+    end_of_text: str
+    chats: Mapping[str, ChatFormat]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the model says about its tokenizer: model.json, generation.json and the header of the embedding.
+
+    ``rows`` is the first dimension of the tensor named ``embedding``, read from the safetensors header.
+    """
+
+    embedding: str
+    rows: int
+    vocab_size: int
+    context_window: int
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    stop: tuple[int, ...]
+    chat_format: str | None
+
+    @classmethod
+    def read(
+        cls, model: Mapping[str, Any], generation: Mapping[str, Any], tensors: Mapping[str, Any], embedding: str
+    ) -> ModelFacts:
+        """Gather the facts from config-parse's artifacts; :class:`TokenizerError` if there is no such embedding."""
+        tensor = tensors.get(embedding)
+        if tensor is None:
+            raise TokenizerError(
+                f"{embedding}: the checkpoint has no tensor of that name among its {len(tensors)}, so no id can be "
+                "checked against the rows of the embedding; is a shard missing?"
+            )
+        return cls(
+            embedding=embedding,
+            rows=tensor["shape"][0],
+            vocab_size=model["vocab_size"],
+            context_window=model["context_window"],
+            bos=generation.get("bos"),
+            eos=tuple(generation.get("eos") or ()),
+            pad=generation.get("pad"),
+            stop=tuple(generation.get("stop") or ()),
+            chat_format=generation.get("chat_format"),
+        )

@@ -1,0 +1,109 @@
+"""First-generation Qwen: a ``*.tiktoken`` vocabulary, NFC, Qwen's split pattern and 208 special tokens after the ranks.
+
+The pattern, the special tokens and the order of normalising and splitting are those of ``tokenization_qwen.py``, which
+a checkpoint names in ``auto_map`` and which is never executed here.
+"""
+
+from __future__ import annotations
+
+import base64
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.tokenizers.byte_level import spell
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.ranks import derive_merges, read_ranks
+from stages.tokenizers.record import ChatFormat, TokenizerFamily
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Their ids follow the ranks in this order; the published vocabulary has 151,643 ranks.
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+
+def convert(path: Path) -> Tokenizer:
+    """Build the equivalent tokenizer from a file of ranks; :class:`TokenizerError` if the file is not sound."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import BPE
+
+    ranks = read_ranks(path)
+    merges = [(spell(left), spell(right)) for left, right in derive_merges(ranks, path)]
+    tokenizer = Tokenizer(
+        BPE({spell(token): rank for token, rank in ranks.items()}, merges, fuse_unk=False, byte_fallback=False)
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in SPECIALS])
+    misplaced = [text for i, text in enumerate(SPECIALS) if tokenizer.token_to_id(text) != len(ranks) + i]
+    if misplaced:
+        text = misplaced[0]
+        raise TokenizerError(
+            f"{path}: special token {text} must have id {len(ranks) + SPECIALS.index(text)} and has "
+            f"{tokenizer.token_to_id(text)}; does the file hold special tokens among its ranks?"
+        )
+    return tokenizer
+
+
+class TiktokenReference:
+    """What ``QWenTokenizer`` does, on tiktoken: ``NFC`` over the whole text, then ranks; shares no reader with us."""
+
+    def __init__(self, path: Path) -> None:
+        import tiktoken
+
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
+        self._encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+
+    def encode(self, text: str, *, specials: bool) -> list[int]:
+        """Return the ids of ``text``; ``specials`` as in ``allowed_special="all"``, else ``allowed_special=set()``."""
+        normal = unicodedata.normalize("NFC", text)
+        return self._encoding.encode(normal, allowed_special="all" if specials else set(), disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self._encoding.decode(list(ids), errors="replace")
+
+    def tokens(self) -> dict[int, bytes]:
+        """Return every id with its bytes."""
+        return {i: self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)}
+
+
+# The family's own code builds this from pieces; the template is for runtimes that know templates only.
+CHATML = ChatFormat(
+    template=(
+        "{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}"
+        "{% endif %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    system="You are a helpful assistant.",
+    # The chat code of the family adds both to the end of text of generation_config; without them a chat never stops.
+    stops=("<|im_end|>", "<|im_start|>"),
+    piecewise=True,
+)
+
+FAMILY = TokenizerFamily(
+    name="tiktoken-qwen",
+    convert=convert,
+    reference=TiktokenReference,
+    normalize="NFC",
+    end_of_text="<|endoftext|>",
+    chats={"chatml": CHATML},
+)
