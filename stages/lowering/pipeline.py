@@ -7,6 +7,7 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
+from tvm import tirx
 
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
@@ -75,3 +76,8 @@ def lower(
             module = tvm.transform.Sequential(passes, name=phase)(module)
     progress(len(steps), len(steps))
     return module
+
+
+def kernel_names(lowered: tvm.IRModule) -> list[str]:
+    """Return the names of the kernels in a lowered module, sorted."""
+    return sorted(var.name_hint for var, function in lowered.functions_items() if isinstance(function, tirx.PrimFunc))

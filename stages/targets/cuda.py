@@ -69,13 +69,13 @@ def _load_driver_stub(cxx: Program) -> None:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-def use_nvcc(nvcc: Program, cxx: Program, archs: Sequence[int], *, fast_math: bool) -> Callable[[], list[str]]:
+def use_nvcc(nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int, fast_math: bool) -> Callable[[], list[str]]:
     """Make code generation call ``nvcc`` for ``archs``; the result returns the names of the kernels compiled so far."""
     sources: list[str] = []
 
     def compile_source(code: str) -> bytes:
         sources.append(code)
-        return compile_fatbin(code, nvcc, cxx, archs, fast_math=fast_math)
+        return compile_fatbin(code, nvcc, cxx, archs, opt=opt, fast_math=fast_math)
 
     tvm.register_global_func(COMPILE, compile_source, override=True)
     return lambda: sorted(name for code in sources for name in kernel_names(code))
@@ -87,13 +87,15 @@ def kernel_names(code: str) -> list[str]:
     return re.findall(definition, code)
 
 
-def compile_fatbin(code: str, nvcc: Program, cxx: Program, archs: Sequence[int], *, fast_math: bool) -> bytes:
+def compile_fatbin(
+    code: str, nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int = 3, fast_math: bool = False
+) -> bytes:
     """Compile CUDA source to a fatbin: machine code for each of ``archs`` (80 is sm_80), PTX of the highest for GPUs to
     come. :class:`CudaError` ends with the last lines of nvcc's log.
     """
     generate = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     generate.append(f"arch=compute_{max(archs)},code=compute_{max(archs)}")
-    command = [nvcc.path, "--fatbin", "-O3", "-std=c++17", "-ccbin", cxx.path]
+    command = [nvcc.path, "--fatbin", "-std=c++17", "-ccbin", cxx.path, f"--ptxas-options=-O{opt}"]
     command += [part for flag in generate for part in ("-gencode", flag)]
     # The half-precision headers hide the operators that generated code uses.
     command += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS")]

@@ -11,8 +11,6 @@ import functools
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +34,7 @@ class Program:
 def cxx() -> Program | None:
     """Return the C++ compiler: CXX if set, else the first of the usual names on PATH; None if there is none."""
     for name in (os.environ.get("CXX", ""), *CXX_NAMES):
-        found = shutil.which(name) if name else None
-        if found:
+        if found := _which(name):
             return Program("system", found, f"{Path(found).name} {_remembered(found, ['-dumpfullversion', '-dumpversion'])}")
     return None
 
@@ -68,8 +65,8 @@ def _packaged_nvcc() -> Program | None:
         path = Path(entry) / "nvidia" / "cu13" / "bin" / "nvcc"
         if entry and path.is_file():
             infos = sorted(Path(entry).glob("nvidia_cuda_nvcc-*.dist-info"))
-            version = infos[0].name.split("-")[1].removesuffix(".dist") if infos else _nvcc_version(str(path))
-            return Program("pypi", str(path), version.removesuffix(".dist-info"))
+            named = infos[0].name.removesuffix(".dist-info").partition("-")[2] if infos else ""
+            return Program("pypi", str(path), named or _nvcc_version(str(path)))
     return None
 
 
@@ -77,7 +74,7 @@ def _system_nvcc() -> Program | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
     for candidate in (*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"):
-        if found := shutil.which(candidate):
+        if found := _which(candidate):
             return Program("system", found, _nvcc_version(found))
     return None
 
@@ -106,7 +103,19 @@ def _remembered(path: str, arguments: list[str]) -> str:
     return str(known[key])
 
 
+def _which(name: str) -> str:
+    """Return the path of an executable, or "". shutil.which would cost a planner more to import than all this."""
+    folders = [""] if "/" in name else os.get_exec_path()
+    for folder in folders if name else []:
+        path = os.path.join(folder, name)  # noqa: PTH118 - nor is pathlib free, for tens of folders
+        if os.access(path, os.X_OK) and not os.path.isdir(path):  # noqa: PTH112
+            return path
+    return ""
+
+
 def _ask(path: str, arguments: list[str]) -> str:
+    import subprocess
+
     try:
         done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60, check=False)
     except OSError as error:

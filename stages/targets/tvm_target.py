@@ -22,11 +22,12 @@ def export_target(row: Target) -> tvm.target.Target:
     return tvm.target.Target({"kind": row.kind, **row.limits, "host": "llvm"})
 
 
-def build_target(row: Target, mcpu: str, features: Sequence[str], arch: int = 0) -> tvm.target.Target:
-    """Return the target that code is generated for: ``mcpu`` plus ``features`` (like ``+avx2``) name the processor
-    that runs the host code; ``arch`` is the lowest GPU architecture (80 is sm_80), 0 where there is none.
+def build_target(row: Target, mcpu: str, features: Sequence[str], *, opt: int, arch: int = 0) -> tvm.target.Target:
+    """Return the target that code is generated for: ``mcpu`` plus ``features`` (LLVM's names) are the processor that
+    runs the host code, ``opt`` LLVM's level (0 to 3), ``arch`` the lowest GPU architecture (80 is sm_80), if any.
     """
-    host = {"kind": "llvm", "mtriple": host_triple(), "mcpu": mcpu, "mattr": list(features)}
+    attributes = [f"+{feature}" for feature in features]
+    host = {"kind": "llvm", "mtriple": host_triple(), "mcpu": mcpu, "mattr": attributes, "opt-level": opt}
     if row.kind == "llvm":
         return tvm.target.Target(host)
     return tvm.target.Target({"kind": row.kind, "arch": f"sm_{arch}", **row.limits, "host": host})

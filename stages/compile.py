@@ -1,0 +1,225 @@
+"""compile: the exported functions of a model, lowered together and compiled to one library for one target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stages.targets.toolchain import Program
+
+# What all graphs of one library must agree on; it goes into the metadata under "model".
+SHARED = (
+    "compute_dtype",
+    "context_window",
+    "family",
+    "hidden_size",
+    "kv_dtype",
+    "max_batch",
+    "num_layers",
+    "page_size",
+    "prefill_chunk",
+    "scheme",
+    "sep_embed",
+    "vocab_size",
+)
+OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
+STEPS = 8  # of progress: five lowering phases, then code generation, check, description
+
+
+class Compile(Stage):
+    """Merge, lower, generate code, link; needs no GPU for CUDA code."""
+
+    id = "compile"
+    profile = "compiler"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of compile."""
+
+        target: str = param("what the library runs on", choices="stages.targets.table:TARGETS")
+        opt: int = param("optimisation level of LLVM and ptxas, 0 to 3", default=3, minimum=0)
+        mcpu: str = param(
+            "processor of the host code: auto is this machine's, else a name of LLVM's with added features, as in "
+            "x86-64-v3 or x86-64-v4+avx512vnni",
+            default="auto",
+        )
+        archs: tuple[int, ...] = param("CUDA architectures to compile for (80 is sm_80)", default=(80, 86, 89, 90))
+        fast_math: bool = param("let nvcc trade accuracy of CUDA arithmetic for speed", default=False)
+        toolchain: str = param(
+            "where nvcc comes from: the Python package (pypi) or the system; auto prefers the package",
+            default="auto",
+            choices=("auto", "pypi", "system"),
+        )
+        activations: str = param("arithmetic of activations", default="float", choices=("float",))
+
+    inputs = {
+        "module": In("graph-build", "module", "the exported functions", many=True),
+        "graph": In("graph-build", "graph", "their signatures and sizes", many=True),
+        "params": In("param-register", "params", "the parameters the library takes"),
+    }
+    outputs = {
+        "library": Out("model.so", "the shared library that TVM's runtime loads"),
+        "metadata": Out("metadata.json", "what it was built for and with"),
+    }
+
+    def resolve(self, params: Params) -> Params:
+        """Name this machine's processor and toolchain; drop what the target has no use for."""
+        from stages.targets import host, toolchain
+
+        problems = [] if params.mcpu == "auto" else host.problems(params.mcpu)
+        if params.opt > 3:
+            problems.append(f"opt: {params.opt} is not an optimisation level; choose 0 to 3")
+        mcpu = host.host_cpu() if params.mcpu == "auto" else params.mcpu
+        archs, fast_math, kind = (), False, "none"
+        if params.target == "cuda":
+            archs, fast_math, kind = tuple(sorted(set(params.archs))), params.fast_math, params.toolchain
+            if not archs:
+                problems.append("archs: name at least one CUDA architecture, such as 80")
+            problems += [
+                f"archs: {arch} is not an architecture that CUDA 13 compiles for; it starts at {OLDEST_ARCH}"
+                for arch in archs
+                if arch < OLDEST_ARCH
+            ]
+            if kind == "auto":
+                found = toolchain.nvcc()
+                kind = found.kind if found else "missing"
+        if problems:
+            raise StageError(*problems)
+        return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
+
+    def tools(self, params: Params) -> Mapping[str, str]:
+        """The versions of TVM, the C++ compiler and, for CUDA, nvcc."""
+        from stages.targets import toolchain
+
+        cxx = toolchain.cxx()
+        tools = {**dist_versions("apache-tvm", "apache-tvm-ffi"), "c++": cxx.version if cxx else "missing"}
+        if params.target == "cuda":
+            nvcc = toolchain.nvcc(params.toolchain)
+            tools["nvcc"] = nvcc.version if nvcc else "missing"
+        return tools
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+        """The target."""
+        return {"stages.targets.table:TARGETS": params.target}
+
+    def run(self, ctx: Context) -> None:
+        """Build the library and prove what is in it."""
+        from stages.targets import host, toolchain
+
+        graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
+        registry = json.loads(ctx.input("params").read_text("utf-8"))
+        _check_agreement(graphs, registry, ctx.params.target)
+        cxx, nvcc = _compilers(ctx.params)
+        mcpu, _ = host.parse(ctx.params.mcpu)
+        programs = {"c++": cxx, **({"nvcc": nvcc} if nvcc else {})}
+        metadata = {
+            "schema": 1,
+            "target": {name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")},
+            "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
+            "toolchain": {name: {"kind": program.kind, "version": program.version} for name, program in programs.items()},
+            "tools": dist_versions("apache-tvm", "apache-tvm-ffi"),
+            "functions": sorted(name for graph in graphs for name in graph["functions"]),
+            "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
+            "model": {name: graphs[0][name] for name in SHARED},
+        }
+        library = ctx.out / "model.so"
+        found = _build(ctx, metadata, cxx, nvcc, library)
+        metadata |= found
+        (ctx.out / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n", "utf-8")
+        _describe(ctx, metadata, graphs, library.stat().st_size)
+        ctx.progress(STEPS, STEPS, "steps")
+
+
+def _check_agreement(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str) -> None:
+    """Refuse graphs of different builds, and functions that occur twice or that nothing stands for."""
+    problems = []
+    for name in (*SHARED, "target"):
+        values = {json.dumps(graph[name]) for graph in graphs}
+        if len(values) > 1:
+            problems.append(f"the graphs disagree on {name}: {', '.join(sorted(values))}; give every graph-build the same")
+    if target != graphs[0]["target"]:
+        problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
+    if registry["scheme"] != graphs[0]["scheme"]:
+        problems.append(f"the graphs take {graphs[0]['scheme']} parameters, registered are {registry['scheme']}")
+    functions = [name for graph in graphs for name in graph["functions"]]
+    problems += [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]
+    if problems:
+        raise StageError(*problems)
+
+
+def _compilers(params: Any) -> tuple[Program, Program | None]:
+    """Return the C++ compiler and, for CUDA, nvcc; what is missing fails here, with what to install."""
+    from stages.targets import toolchain
+
+    cxx = toolchain.cxx()
+    nvcc = toolchain.nvcc(params.toolchain) if params.target == "cuda" else None
+    missing = [] if cxx else [toolchain.INSTALL_CXX]
+    if params.target == "cuda" and nvcc is None:
+        missing.append(toolchain.INSTALL_NVCC)
+    if cxx is None or missing:
+        raise StageError(*missing)
+    return cxx, nvcc
+
+
+def _build(
+    ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
+) -> dict[str, Any]:
+    """Write the library; return what only its making tells: memory plan, kernels, device code."""
+    import tvm
+
+    from stages.lowering.codegen import CodegenError, build_library
+    from stages.lowering.merge import merge
+    from stages.lowering.pipeline import kernel_names, lower
+    from stages.targets import cuda, fatbin, host
+    from stages.targets.cuda import CudaError
+    from stages.targets.table import TARGETS
+    from stages.targets.tvm_target import build_target
+
+    params, row = ctx.params, TARGETS[ctx.params.target]
+    mcpu, features = host.parse(params.mcpu)
+    target = build_target(row, mcpu, features, opt=params.opt, arch=min(params.archs, default=0))
+    memory: dict[str, int] = {}
+
+    def describe(planned: Mapping[str, int]) -> dict[str, Any]:
+        memory.update(planned)
+        return {**metadata, "memory": dict(planned)}
+
+    module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
+    lowered = lower(module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"))
+    try:
+        device_kernels = None
+        if nvcc is not None:
+            cuda.load_cuda_side(nvcc, cxx)
+            device_kernels = cuda.use_nvcc(nvcc, cxx, params.archs, opt=params.opt, fast_math=params.fast_math)
+        build_library(lowered, target, library, cxx.path)
+    except (CodegenError, CudaError) as error:
+        raise StageError(str(error)) from None
+    ctx.progress(STEPS - 1, STEPS, "steps")
+
+    code = fatbin.entries(library)
+    if params.archs and (missing := fatbin.missing(code, params.archs)):
+        raise StageError(f"the library lacks {', '.join(missing)}: the CUDA compiler did not do what it was asked")
+    names = device_kernels() if device_kernels else kernel_names(lowered)
+    return {"memory": memory, "kernels": names, "device_code": [entry.document() for entry in code]}
+
+
+def _describe(ctx: Context, metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], size: int) -> None:
+    signatures = {name: signature for graph in graphs for name, signature in graph["functions"].items()}
+    rows = [
+        f"| {name} | {', '.join(f'{arg}: {ty}' for arg, ty in signature['inputs'])} | {signature['output']} |"
+        for name, signature in sorted(signatures.items())
+    ]
+    ctx.view("functions", "\n".join(["| function | arguments | result |", "|---|---|---|", *rows]) + "\n")
+    ctx.view("kernels", "\n".join(metadata["kernels"]) + "\n")
+    plan = [f"| {name} | {planned} |" for name, planned in sorted(metadata["memory"].items())]
+    ctx.view("memory", "\n".join(["| function | planned bytes |", "|---|---:|", *plan]) + "\n")
+    code = [f"{entry['kind']} {entry['arch']}" for entry in metadata["device_code"]]
+    ctx.summary(f"{size / 1e6:.2f} MB, {len(metadata['kernels'])} kernels" + (f", {', '.join(code)}" if code else ""))
