@@ -19,7 +19,7 @@ class ConfigReader:
         self.problems: list[str] = []
         for key, value in raw.items():
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
                 hint = f"did you mean '{near[0]}'?" if near else "its effect on the model is unknown"
                 self.problems.append(f"config.json: key '{key}' is not known for model_type '{family}'; {hint}")
             elif keys[key] == "refused" and value:
@@ -32,9 +32,10 @@ class ConfigReader:
     def _value(self, names: tuple[str, ...]) -> Any:
         """Return the value under any of ``names`` (synonyms), None if absent or null."""
         present = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
-        if len(set(map(repr, present.values()))) > 1:
+        first = next(iter(present.values()), None)
+        if any(value != first for value in present.values()):
             self.problem("contradiction: " + ", ".join(f"{k} = {v!r}" for k, v in present.items()))
-        return next(iter(present.values()), None)
+        return first
 
     def integer(self, *names: str, default: int | None = None) -> int:
         """Return a positive integer under the first of ``names`` that is present, 0 after noting a problem."""

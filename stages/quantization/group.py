@@ -80,7 +80,7 @@ def _group_peak(rows: np.ndarray, group_size: int) -> np.ndarray:
 
     Pairwise, because NumPy's own reduction over an axis this short takes six times as long.
     """
-    peak = np.abs(rows).reshape(-1)
+    peak: np.ndarray = np.abs(rows).reshape(-1)
     while group_size > 1:
         peak = np.maximum(peak[0::2], peak[1::2])
         group_size //= 2
