@@ -1,0 +1,73 @@
+"""bundle: library, weights, tokenizer and configuration in the one directory that is deployed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Stage, StageError, param
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Bundle(Stage):
+    """Assemble a bundle: every byte of it is determined by its inputs, and it says itself what it needs."""
+
+    id = "bundle"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of bundle."""
+
+        target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        name: str = param("name of the bundle, on its card and in its bundle.json", default="model")
+
+    inputs = {
+        "library": In("compile", "library", "the compiled library"),
+        "metadata": In("compile", "metadata", "what the library was built for and with"),
+        "weights": In("quantize", "weights", "the weights in TVM's tensor-cache format"),
+        "tokenizer": In("tokenizer-bundle", "tokenizer", "the tokenizer's files"),
+        "config": In("config-parse", "config", "the model's config"),
+        "generation": In("config-parse", "generation", "stop ids and sampling defaults"),
+    }
+    outputs = {"bundle": Out("bundle", "the deployable directory; docs/deploy.md says how to run it")}
+
+    def run(self, ctx: Context) -> None:
+        """Copy the files, write the configuration files and the card, digest everything into bundle.json."""
+        from stages.packing import assemble, documents
+
+        found = {port: json.loads(ctx.input(port).read_text("utf-8")) for port in ("metadata", "config", "generation")}
+        found["tokenizer_info"] = json.loads((ctx.input("tokenizer") / "tokenizer_info.json").read_text("utf-8"))
+        found["tensors"] = json.loads((ctx.input("weights") / "tensor-cache.json").read_text("utf-8"))
+        problems = documents.disagreements(**found)
+        if problems:
+            raise StageError(*problems)
+
+        root = ctx.out / "bundle"
+        root.mkdir()
+        sources = _sources(ctx)
+        total = sum(path.stat().st_size for path in sources.values())
+        done = 0
+        for name, path in sources.items():
+            assemble.copy(path, root / name)
+            done += path.stat().st_size
+            ctx.progress(done, total, "B")
+        chat = documents.chat_config(found, sorted(path.name for path in ctx.input("tokenizer").iterdir()))
+        assemble.write_json(root / "mlc-chat-config.json", chat)
+        card = documents.card(ctx.params.name, ctx.params.target, found)
+        (root / "README.md").write_text(card, "utf-8")
+        manifest = documents.manifest(ctx.params.name, ctx.params.target, found["metadata"], assemble.files(root))
+        assemble.write_json(root / "bundle.json", manifest)
+        ctx.view("card", card)
+        ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")
+
+
+def _sources(ctx: Context) -> dict[str, Path]:
+    """Return what is copied: name in the bundle -> where it is."""
+    weights, tokenizer = ctx.input("weights"), ctx.input("tokenizer")
+    found: dict[str, Any] = {"model.so": ctx.input("library")}
+    for directory in (weights, tokenizer):
+        found |= {path.name: path for path in sorted(directory.iterdir())}
+    return found

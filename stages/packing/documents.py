@@ -1,0 +1,155 @@
+"""The documents of a bundle: bundle.json, mlc-chat-config.json as MLC-LLM reads it, and the card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# The form of mlc-chat-config.json that this is written in.
+MLC_CONFIG_VERSION = "0.1.0"
+_SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size", "num_layers")
+_CHAT_TEMPLATES = {"chatml": "chatml"}
+
+
+def disagreements(
+    *,
+    metadata: Mapping[str, Any],
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    tokenizer_info: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+) -> list[str]:
+    """Return where the parts of one bundle contradict one another; each would load and then give wrong text."""
+    model = metadata["model"]
+    stored = {
+        record["name"]: (record["dtype"], record["shape"])
+        for shard in tensors["records"]
+        for record in shard["records"]
+    }
+    taken = {entry["name"]: (entry["dtype"], list(entry["shape"])) for entry in metadata["params"]}
+    problems = [
+        f"{name}: the library takes {taken.get(name)}, the weights hold {stored.get(name)}; compile and quantize must "
+        "see one param-register"
+        for name in sorted({*stored, *taken})
+        if stored.get(name) != taken.get(name)
+    ]
+    problems += [
+        f"{name}: the library was built for {model[name]} and the model's config says {config[name]}"
+        for name in ("vocab_size", "hidden_size", "num_layers", "context_window")
+        if model[name] != config[name]
+    ]
+    if tokenizer_info["active_vocab_size"] > model["vocab_size"]:
+        problems.append(
+            f"the tokenizer has {tokenizer_info['active_vocab_size']} ids and the model {model['vocab_size']} rows"
+        )
+    unknown = sorted(set(generation["stop"]) - set(tokenizer_info["stop"]))
+    if unknown:
+        problems.append(f"stop ids {unknown} of generation_config.json are not stop ids of the tokenizer")
+    return problems
+
+
+def manifest(
+    name: str, target: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return bundle.json: what the loader checks before it loads anything."""
+    return {
+        "schema": 1,
+        "name": name,
+        "target": target,
+        "tvm": {dist: metadata["tools"][dist] for dist in ("apache-tvm", "apache-tvm-ffi")},
+        "cpu": metadata["cpu"],
+        "device_code": metadata.get("device_code", []),
+        "model": metadata["model"],
+        "files": files,
+    }
+
+
+def chat_config(found: Mapping[str, Mapping[str, Any]], tokenizer_files: Sequence[str]) -> dict[str, Any]:
+    """Return mlc-chat-config.json."""
+    model, info = found["metadata"]["model"], found["tokenizer_info"]
+    sampling = found["generation"].get("sampling") or {}
+    chat_format = (info.get("chat") or {}).get("format")
+    return {
+        "version": MLC_CONFIG_VERSION,
+        "model_type": model["family"],
+        "quantization": model["scheme"],
+        "model_config": {
+            **found["config"]["config"],
+            "context_window_size": model["context_window"],
+            "prefill_chunk_size": model["prefill_chunk"],
+            "max_batch_size": model["max_batch"],
+            "tensor_parallel_shards": 1,
+        },
+        "vocab_size": model["vocab_size"],
+        "active_vocab_size": info["active_vocab_size"],
+        "context_window_size": model["context_window"],
+        "sliding_window_size": -1,
+        "prefill_chunk_size": model["prefill_chunk"],
+        "attention_sink_size": -1,
+        "tensor_parallel_shards": 1,
+        "temperature": sampling.get("temperature", 1.0),
+        "top_p": sampling.get("top_p", 1.0),
+        "repetition_penalty": sampling.get("repetition_penalty", 1.0),
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "tokenizer_files": [name for name in tokenizer_files if name != "tokenizer_info.json"],
+        "tokenizer_info": {
+            "token_postproc_method": "byte_level",
+            "prepend_space_in_encode": False,
+            "strip_space_in_decode": False,
+        },
+        "conv_template": _CHAT_TEMPLATES.get(str(chat_format), "LM"),
+        "bos_token_id": info["bos"],
+        "eos_token_id": info["stop"],
+        "pad_token_id": info["pad"],
+    }
+
+
+def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return README.md: what the bundle is, what it was made of and with, and the command that runs it."""
+    metadata, model = found["metadata"], found["metadata"]["model"]
+    shards = found["tensors"]["records"]
+    tools = ", ".join(f"{tool} {version}" for tool, version in sorted(metadata["tools"].items()))
+    rows = [
+        ("model family", model["family"]),
+        ("architecture", found["config"]["architecture"]),
+        ("quantization", model["scheme"]),
+        ("target", f"{target}, code for {_processors(metadata)}"),
+        ("arithmetic", f"{model['compute_dtype']}, KV cache {model['kv_dtype']}"),
+        *((size.replace("_", " "), model[size]) for size in _SIZES),
+        ("tokens with a text", found["tokenizer_info"]["active_vocab_size"]),
+        ("weights", f"{len(metadata['params'])} tensors in {len(shards)} files, {_bytes(shards):,} bytes"),
+        ("tokenizer", f"{found['tokenizer_info']['family']}, fingerprint {found['tokenizer_info']['fingerprint']}"),
+        ("built with", tools),
+    ]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    needs = " ".join(f"{dist}=={metadata['tools'][dist]}" for dist in ("apache-tvm", "apache-tvm-ffi"))
+    if target == "cuda":
+        needs += " 'nvidia-cuda-runtime==13.0.*'"
+    return f"""# {name} ({model["scheme"]}, {target})
+
+| | |
+| --- | --- |
+{table}
+
+Run it on a machine with Python, this directory and the folder `stages/runtime` of the project that built it:
+
+```sh
+pip install {needs} numpy tokenizers
+TVM_USE_RUNTIME_LIB=1 python -m stages.runtime BUNDLE --prompt "Once upon a time"
+```
+
+The loader checks every file against `bundle.json`, TVM's version and the processor before it loads anything.
+Whether the bundle computes what its checkpoint computes is said by the card of the verify stage, not here.
+"""
+
+
+def _processors(metadata: Mapping[str, Any]) -> str:
+    code = [f"{entry['kind']} {entry['arch']}" for entry in metadata.get("device_code") or ()]
+    return ", ".join([str(metadata["cpu"]["mcpu"]), *code])
+
+
+def _bytes(shards: Sequence[Mapping[str, Any]]) -> int:
+    return sum(shard["nbytes"] for shard in shards)

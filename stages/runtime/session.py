@@ -1,0 +1,205 @@
+"""A loaded bundle and the sequences it holds: prefill in chunks, decode, take tokens back, alone or in batches."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.runtime import backend, tensor_cache
+from stages.runtime.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stages.runtime.manifest import Manifest
+
+_KV = "vm.builtin.kv_state_"
+
+
+class Session:
+    """One library with its weights on a device and a KV cache for up to ``sequences`` sequences.
+
+    Every call that reads tokens returns float32 logits as numpy arrays on the host: [V] for one sequence, [b, V] for
+    several. Token ids and lengths are checked before anything runs; :class:`RequestError` says what was wrong, and
+    the session stays usable.
+    """
+
+    def __init__(self, manifest: Manifest, *, sequences: int = 1) -> None:
+        self.manifest = manifest
+        self.context_window: int = manifest.model["context_window"]
+        self.prefill_chunk: int = manifest.model["prefill_chunk"]
+        self.vocab_size: int = manifest.model["vocab_size"]
+        self.max_batch: int = manifest.model["max_batch"]
+        self.sequences = sequences
+        self._sep_embed: bool = manifest.model["sep_embed"]
+        self._tvm = backend.tvm()
+        self._device = backend.device(manifest.device)
+        self._vm = self._open_library()
+        self._params = self._load_params()
+        self._free = list(range(sequences))[::-1]
+        self._lengths: dict[int, int] = {}
+        self._cache = self._create_cache(sequences)
+
+    def _open_library(self) -> Any:
+        module = self._tvm.runtime.load_module(str(self.manifest.root / "model.so"))
+        return self._tvm.runtime.vm.VirtualMachine(module, self._device)
+
+    def _load_params(self) -> Any:
+        expected = json.loads(self._vm["_metadata"]())["params"]
+        stored = tensor_cache.records(self.manifest.root)
+        problems = [
+            f"{param['name']}: the library takes {param['dtype']} {param['shape']} and the weights hold "
+            f"{stored[param['name']].dtype} {list(stored[param['name']].shape)}"
+            for param in expected
+            if param["name"] in stored
+            and (stored[param["name"]].dtype, list(stored[param["name"]].shape)) != (param["dtype"], param["shape"])
+        ]
+        if problems:
+            raise BundleError(*problems)
+        names = [param["name"] for param in expected]
+        return backend.array(list(tensor_cache.upload(self.manifest.root, names, self._device)))
+
+    def _create_cache(self, sequences: int) -> Any:
+        limit, page = self.max_batch, self.manifest.model["page_size"]
+        if not 1 <= sequences <= limit:
+            raise RequestError(f"{sequences} sequences asked for; the library was built for 1 to {limit} (max_batch)")
+        tokens = sequences * -(-self.context_window // page) * page
+        sizes = (sequences, tokens, self.prefill_chunk, page, 0)
+        shape = self._tvm.runtime.ShapeTuple
+        return self._vm["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
+
+    # Sequences
+
+    def add(self) -> int:
+        """Start an empty sequence and return its number."""
+        if not self._free:
+            raise RequestError(f"all {len(self._lengths)} sequences of this session are in use; remove one first")
+        sequence = self._free.pop()
+        self._call("add_sequence", sequence)
+        self._lengths[sequence] = 0
+        return sequence
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence and free its pages."""
+        self.length(sequence)
+        self._call("remove_sequence", sequence)
+        del self._lengths[sequence]
+        self._free.append(sequence)
+
+    def popn(self, sequence: int, count: int) -> None:
+        """Take the last ``count`` tokens of a sequence back."""
+        if not 0 <= count <= self.length(sequence):
+            raise RequestError(f"cannot take back {count} tokens of a sequence that holds {self.length(sequence)}")
+        self._call("popn", sequence, count)
+        self._lengths[sequence] -= count
+
+    def length(self, sequence: int) -> int:
+        """Return how many tokens a sequence holds."""
+        try:
+            return self._lengths[sequence]
+        except KeyError:
+            raise RequestError(f"there is no sequence {sequence} in this session") from None
+
+    # Tokens in, logits out
+
+    def prefill(self, sequence: int, ids: Sequence[int], *, chunk: int | None = None) -> np.ndarray:
+        """Read ``ids`` in chunks of at most ``chunk`` (default: what the library was built for); logits of the last."""
+        self._check(sequence, ids)
+        size = min(chunk or self.prefill_chunk, self.prefill_chunk)
+        np.empty((0, 0), np.float32)
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            last: np.ndarray = self._forward("prefill", {sequence: part}, self._states(part, (1, len(part))))[0]
+        return last
+
+    def decode(self, sequence: int, token: int) -> np.ndarray:
+        """Read one token; its logits."""
+        self._check(sequence, [token])
+        logits: np.ndarray = self._forward("decode", {sequence: [token]}, self._states([token], (1, 1)))[0]
+        return logits
+
+    def batch_prefill(self, requests: Mapping[int, Sequence[int]]) -> np.ndarray:
+        """Read the ids of several sequences in one pass; logits of each one's last, in the order of ``requests``."""
+        for sequence, ids in requests.items():
+            self._check(sequence, ids)
+        flat = [token for ids in requests.values() for token in ids]
+        if len(flat) > self.prefill_chunk:
+            raise RequestError(
+                f"{len(flat)} tokens in one batch; the library takes {self.prefill_chunk} (prefill_chunk)"
+            )
+        last = np.cumsum([len(ids) for ids in requests.values()], dtype=np.int32) - np.int32(1)
+        return self._forward("batch_prefill", requests, self._states(flat, (1, len(flat))), self._tensor(last))
+
+    def batch_decode(self, tokens: Mapping[int, int]) -> np.ndarray:
+        """Read one token of each of several sequences in one pass; their logits, in the order of ``tokens``."""
+        for sequence, token in tokens.items():
+            self._check(sequence, [token])
+        requests = {sequence: [token] for sequence, token in tokens.items()}
+        return self._forward("batch_decode", requests, self._states(list(tokens.values()), (len(tokens), 1)))
+
+    def embed(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the embeddings [n, h] of ``ids`` in the compute dtype; needs a library with ``sep_embed``."""
+        self._check_ids(ids)
+        if not self._sep_embed:
+            raise RequestError("this library embeds inside prefill and decode (sep_embed is false)")
+        return _on_host(self._embed(ids))
+
+    def softmax(self, logits: np.ndarray, temperature: np.ndarray) -> np.ndarray:
+        """Return the library's softmax of float32 ``logits`` [b, V] divided by ``temperature`` [b]."""
+        scaled = self._tensor(np.ascontiguousarray(logits[:, None, :], dtype=np.float32))
+        result = self._vm["softmax_with_temperature"](scaled, self._tensor(temperature.astype(np.float32)))
+        return _on_host(result)[:, 0, :]
+
+    # Below: what touches TVM
+
+    def _forward(self, function: str, requests: Mapping[int, Sequence[int]], *arguments: Any) -> np.ndarray:
+        shape = self._tvm.runtime.ShapeTuple
+        counts = [len(ids) for ids in requests.values()]
+        self._call("begin_forward", shape(list(requests)), shape(counts))
+        try:
+            logits = _on_host(self._vm[function](*arguments, self._cache, self._params)[0])
+        finally:
+            self._call("end_forward")
+        for sequence, count in zip(requests, counts, strict=True):
+            self._lengths[sequence] += count
+        return logits.reshape(-1, logits.shape[-1])
+
+    def _states(self, ids: Sequence[int], shape: tuple[int, int]) -> Any:
+        if not self._sep_embed:
+            return self._tensor(np.array(ids, dtype=np.int32).reshape(shape))
+        embedded = self._embed(ids)
+        view = self._tvm.runtime.ShapeTuple([*shape, embedded.shape[-1]])
+        return self._tvm.get_global_func("vm.builtin.reshape")(embedded, view)
+
+    def _embed(self, ids: Sequence[int]) -> Any:
+        return self._vm["embed"](self._tensor(np.array(ids, dtype=np.int32)), self._params)
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._tvm.runtime.tensor(array, self._device)
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        self._tvm.get_global_func(_KV + function)(self._cache, *arguments)
+
+    def _check(self, sequence: int, ids: Sequence[int]) -> None:
+        held = self.length(sequence)
+        if not ids:
+            raise RequestError("there are no tokens to read")
+        self._check_ids(ids)
+        if held + len(ids) > self.context_window:
+            raise RequestError(
+                f"the context holds {self.context_window} tokens: {held} are in use, {len(ids)} more were asked for; "
+                "shorten the prompt, or build the bundle with a larger context_window"
+            )
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        # The kernels gather rows without looking: an id outside the vocabulary would read foreign memory.
+        wrong = [token for token in ids if not 0 <= token < self.vocab_size]
+        if wrong:
+            raise RequestError(f"token ids {wrong[:5]} are outside the vocabulary of {self.vocab_size}")
+
+
+def _on_host(tensor: Any) -> np.ndarray:
+    array: np.ndarray = tensor.numpy()
+    return array

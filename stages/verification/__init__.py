@@ -1,0 +1,1 @@
+"""How a bundle is held against its checkpoint: its weights, the logits and text of a reference, its own functions."""

@@ -1,0 +1,181 @@
+"""The checks themselves: every function of a loaded bundle, held against a reference or against its own steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from stages.runtime.session import Session
+    from stages.runtime.tokenizer import BundleTokenizer
+    from stages.verification.reference import Continuation
+
+PROBES = (
+    "Hello, world! It's 2024; 1,234.56 reasons.",
+    " two  spaces and a trailing one ",
+    "tabs\tand\r\nlines\n\n",
+    "你好，世界！今天天气怎么样？",
+    "日本語のテキストと한국어",
+    "naïve café e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked. ``measured`` and ``bound`` are relative differences where the check has numbers."""
+
+    name: str
+    ok: bool
+    detail: str
+    measured: float | None = None
+    bound: float | None = None
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return max |found - wanted| over max |wanted|, of the worst row; infinite where anything is not finite."""
+    found, wanted = np.atleast_2d(found), np.atleast_2d(wanted)
+    worst = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
+    return float(worst.max()) if np.isfinite(worst).all() else math.inf
+
+
+def compare(name: str, found: np.ndarray, wanted: np.ndarray, bound: float) -> Check:
+    """Return the check that :func:`difference` is at most ``bound``."""
+    measured = difference(found, wanted)
+    return Check(name, measured <= bound, f"{measured:.2e}, at most {bound:.0e}", measured, bound)
+
+
+def decode_all(session: Session, tokens: Sequence[int]) -> np.ndarray:
+    """Return the logits [n, V] after each of ``tokens``, read one at a time."""
+    sequence = session.add()
+    rows = [session.prefill(sequence, tokens[:1])]
+    rows += [session.decode(sequence, token) for token in tokens[1:]]
+    session.remove(sequence)
+    return np.stack(rows)
+
+
+def logits(session: Session, tokens: Sequence[int], prompt: int, wanted: np.ndarray, bound: float) -> list[Check]:
+    """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V]."""
+    found = [
+        ("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :]),
+        ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
+        ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
+    ]
+    if session.sequences > 1:
+        first, second = prompt // 2, prompt // 3
+        rows = [first - 1, second - 1, first, second]
+        found.append(("two sequences at once", _batched(session, tokens, first, second), wanted[rows]))
+    return [compare(name, have, want, bound) for name, have, want in found]
+
+
+def _prefill_decode(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
+    sequence = session.add()
+    rows = [session.prefill(sequence, tokens[:prompt])]
+    rows += [session.decode(sequence, token) for token in tokens[prompt:]]
+    session.remove(sequence)
+    return np.stack(rows)
+
+
+def _chunked(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
+    sequence = session.add()
+    # Uneven on purpose: the last chunk is shorter, and no chunk is a whole number of pages.
+    row = session.prefill(sequence, tokens[:prompt], chunk=max(1, prompt // 3 + 1))
+    session.remove(sequence)
+    return row
+
+
+def _taken_back(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
+    sequence = session.add()
+    session.prefill(sequence, tokens[: prompt - 1])
+    for token in tokens[: min(5, len(tokens) - prompt)]:  # a false start
+        session.decode(sequence, token)
+    session.popn(sequence, session.length(sequence) - (prompt - 1))
+    rows = [session.decode(sequence, token) for token in tokens[prompt - 1 : prompt + 1]]
+    session.remove(sequence)
+    return np.stack(rows)
+
+
+def _batched(session: Session, tokens: Sequence[int], first: int, second: int) -> np.ndarray:
+    a, b = session.add(), session.add()
+    if first + second <= session.prefill_chunk:
+        read = session.batch_prefill({a: tokens[:first], b: tokens[:second]})
+    else:
+        read = np.stack([session.prefill(a, tokens[:first]), session.prefill(b, tokens[:second])])
+    decoded = session.batch_decode({a: tokens[first], b: tokens[second]})
+    session.remove(a)
+    session.remove(b)
+    return np.concatenate([read, decoded])
+
+
+def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, bound: float, *, exact: bool) -> Check:
+    """Continue a prompt greedily; the ids and the text must be those of ``wanted``.
+
+    Without ``exact``, where the bundle's two candidates are within twice the tolerance of each other, either is right
+    and the comparison ends there.
+    """
+    name = f"greedy text after {wanted.prompt[-24:]!r}"
+    sequence = session.add()
+    logits = session.prefill(sequence, tokenizer.encode(wanted.prompt))
+    active = min(tokenizer.active_vocab_size, session.vocab_size)
+    ended = ""
+    for position, token in enumerate(wanted.ids):
+        picked = int(logits[:active].argmax())
+        if picked != token:
+            margin = float((logits[picked] - logits[token]) / np.abs(logits).max())
+            ended = f"id {picked} and not {token} at position {position}, ahead by {margin:.1e} of the largest logit"
+            tie = not exact and margin <= 2 * bound
+            break
+        if position + 1 < len(wanted.ids):
+            logits = session.decode(sequence, token)
+    session.remove(sequence)
+    if ended:
+        return Check(name, tie, f"a tie: {ended}" if tie else ended)
+    text = tokenizer.decode(wanted.ids)
+    if text != wanted.text:
+        return Check(name, ok=False, detail=f"equal ids, but they read {text!r} and not {wanted.text!r}")
+    return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, reads {text[:60]!r}")
+
+
+def embedding(session: Session, tokens: Sequence[int], table: np.ndarray) -> Check:
+    """``embed`` must return the rows of the held ``table`` float32 [V, h], in the compute dtype."""
+    ids = sorted(set(tokens))[: session.prefill_chunk]
+    found = session.embed(ids)
+    wanted = table[ids].astype(found.dtype)
+    # One product may round differently in a compute dtype of float16; in float32 it is the same product.
+    return compare("embed", found.astype(np.float32), wanted.astype(np.float32), 1e-3)
+
+
+def softmax(session: Session, rows: np.ndarray) -> Check:
+    """``softmax_with_temperature`` against numpy in float64, with a temperature of its own for each row."""
+    rows = rows[: min(len(rows), session.max_batch)]
+    temperature = np.linspace(0.7, 1.3, len(rows)).astype(np.float32)
+    scaled = rows.astype(np.float64) / temperature[:, None]
+    weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+    wanted = weights / weights.sum(-1, keepdims=True)
+    return compare("softmax_with_temperature", session.softmax(rows, temperature), wanted, 1e-4)
+
+
+def round_trip(tokenizer: BundleTokenizer, texts: Iterable[str]) -> Check:
+    """Encoding and decoding gives the text back, in one piece and streamed id by id."""
+    import unicodedata
+
+    for text in texts:
+        ids, wanted = tokenizer.encode(text), unicodedata.normalize("NFC", text)
+        stream = tokenizer.stream()
+        streamed = "".join([*(stream.step(token) for token in ids), stream.finish()])
+        for how, found in (("decodes", tokenizer.decode(ids)), ("streams", streamed)):
+            if found not in (text, wanted):
+                return Check("tokenizer round trip", ok=False, detail=f"{text!r} {how} to {found!r}")
+    return Check("tokenizer round trip", ok=True, detail="every text comes back")
+
+
+def mean_loss(rows: np.ndarray, tokens: Sequence[int]) -> float:
+    """Return the mean negative log-likelihood in nats of ``tokens[1:]`` under ``rows`` [n, V]."""
+    shifted = rows[: len(tokens) - 1].astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    chosen = shifted[np.arange(len(shifted)), list(tokens[1:])]
+    return float((np.log(np.exp(shifted).sum(-1)) - chosen).mean())

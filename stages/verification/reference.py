@@ -1,0 +1,120 @@
+"""What a bundle is compared with, and the form of it that is recorded next to a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+from stages.models.safetensors import read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+RECORD, TENSORS = "reference/reference.json", "reference/reference.safetensors"
+_CHECKPOINT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".tiktoken")
+_CHECKPOINT_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A text, the ids of its greedy continuation, and that continuation as text."""
+
+    prompt: str
+    ids: Sequence[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``tokens`` are the ``prompt_length`` ids of ``prompt`` and its greedy continuation.
+
+    Row i of ``logits`` float32 [n, V] is what follows ``tokens[: i + 1]``; None where a recording has none.
+    """
+
+    origin: str
+    prompt: str
+    prompt_length: int
+    tokens: Sequence[int]
+    logits: np.ndarray | None
+    continuations: Sequence[Continuation]
+
+
+class RecordingError(ValueError):
+    """A recording that cannot be used; ``problems`` holds every reason."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def checkpoint_digest(digests: Mapping[str, str]) -> str:
+    """Return the digest of a checkpoint from the BLAKE3 digests of its files (relative name -> hex)."""
+    named = {
+        name: digest
+        for name, digest in digests.items()
+        if "/" not in name and (name in _CHECKPOINT_FILES or name.endswith(_CHECKPOINT_SUFFIXES))
+    }
+    return blake3(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_recorded(files: Mapping[str, Path], digests: Mapping[str, str], scheme: str) -> Reference | None:
+    """Read the recording of ``scheme``, None if there is no case of it.
+
+    :class:`RecordingError` if the recording is of another checkpoint or by another script, or is damaged.
+    """
+    try:
+        document = json.loads(files[RECORD].read_text("utf-8"))
+        stale = _stale(document, digests)
+        if stale:
+            raise RecordingError(*stale)
+        case = next((case for case in document["cases"] if case["scheme"] == scheme), None)
+        if case is None:
+            return None
+        tokens = [int(token) for token in case["tokens"]]
+        logits = _tensor(files[TENSORS], case["logits"]) if case["logits"] else None
+        if logits is not None and (logits.ndim != 2 or len(logits) != len(tokens)):
+            raise ValueError(f"{case['logits']} has shape {logits.shape} for {len(tokens)} tokens")
+        continuations = [
+            Continuation(entry["prompt"], [int(token) for token in entry["ids"]], entry["text"])
+            for entry in case["continuations"]
+        ]
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, RecordingError):
+            raise
+        raise RecordingError(f"{RECORD}: damaged: {type(error).__name__}: {error}") from None
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(document.get("versions", {}).items()))
+    origin = f"{RECORD}, recorded by {document['script']['name']} with {versions}"
+    # By the form of the recording the first half is the prompt and the second half was decoded.
+    return Reference(origin, case["prompt"], len(tokens) // 2, tokens, logits, continuations)
+
+
+def recorded_prompts(files: Mapping[str, Path]) -> tuple[str, tuple[str, ...]] | None:
+    """Return the prompt and the prompts of the continuations of a recording, None if there is none to be read."""
+    try:
+        case = json.loads(files[RECORD].read_text("utf-8"))["cases"][0]
+        return str(case["prompt"]), tuple(str(entry["prompt"]) for entry in case["continuations"])
+    except (OSError, KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _stale(document: Any, digests: Mapping[str, str]) -> list[str]:
+    script = document["script"]
+    again = f"record it again with {script['name']}, or set reference to live or none"
+    problems = []
+    if document["checkpoint_digest"] != checkpoint_digest(digests):
+        problems.append(f"{RECORD}: stale: it was recorded from other files than the checkpoint has now; {again}")
+    if script["name"] in digests and digests[script["name"]] != script["digest"]:
+        problems.append(f"{RECORD}: stale: {script['name']} has changed since it made the recording; {again}")
+    return problems
+
+
+def _tensor(path: Path, name: str) -> np.ndarray:
+    info = read_header(path, path.name)[name]
+    if info.dtype != "F32":
+        raise ValueError(f"{path.name}: {name} is {info.dtype}, not F32")
+    return np.memmap(path, "<f4", "r", info.offset, info.shape)

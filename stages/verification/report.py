@@ -1,0 +1,99 @@
+"""What verify says: verify.json and the card, without times and paths, so that equal results are equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from stages.verification.checks import Check
+
+
+@dataclass
+class Findings:
+    """Everything found about one bundle, filled in as the checks run."""
+
+    name: str
+    scheme: str
+    target: str
+    device: str
+    reference: str
+    origin: str = ""
+    checks: list[Check] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    loss: float | None = None
+
+    @property
+    def failures(self) -> list[str]:
+        """Every failed check as a sentence."""
+        return [f"{check.name}: {check.detail}" for check in self.checks if not check.ok]
+
+    @property
+    def verdict(self) -> str:
+        """The most that may be said of the bundle."""
+        if self.failures:
+            return "FAILED"
+        if self.device == "none":
+            return "NOT RUN (no CUDA device)"
+        if self.reference == "none":
+            return "runs, not checked against a reference"
+        return "verified" if any(check.name == "every step" for check in self.checks) else "text verified"
+
+    def summary(self) -> str:
+        """One line."""
+        measured = next((check.measured for check in self.checks if check.name == "every step"), None)
+        return self.verdict if measured is None else f"{self.verdict}, logits within {measured:.1e} of the reference"
+
+    def document(self) -> dict[str, Any]:
+        """Return verify.json; numbers are rounded to three digits, all that they mean."""
+        return {
+            "schema": 1,
+            "verdict": self.verdict,
+            "bundle": self.name,
+            "scheme": self.scheme,
+            "target": self.target,
+            "device": self.device,
+            "reference": {"kind": self.reference, "origin": self.origin},
+            "loss": _rounded(self.loss),
+            "checks": [
+                {
+                    "name": check.name,
+                    "ok": check.ok,
+                    "detail": check.detail,
+                    "measured": _rounded(check.measured),
+                    "bound": check.bound,
+                }
+                for check in self.checks
+            ],
+            "unchecked": self.unchecked,
+        }
+
+    def card(self, quantization: Sequence[Mapping[str, Any]]) -> str:
+        """Return the card in Markdown; ``quantization`` are the lines of quantize's report."""
+        worst = max(quantization, key=lambda line: line["rmse"], default=None)
+        lines = [
+            f"# {self.name} ({self.scheme}, {self.target}): {self.verdict}",
+            "",
+            f"- device: {self.device}",
+            f"- reference: {self.reference}{f', {self.origin}' if self.origin else ''}",
+        ]
+        if worst:
+            lines.append(f"- largest quantization error: {worst['rmse']:.2e} relative RMSE, {worst['name']}")
+        if self.loss is not None:
+            lines.append(f"- mean loss on the prompt: {self.loss:.3f} nats a token")
+        lines += ["", "| check | result | |", "| --- | --- | --- |"]
+        lines += [
+            f"| {check.name} | {'ok' if check.ok else 'FAILED'} | {_cell(check.detail)} |" for check in self.checks
+        ]
+        if self.unchecked:
+            lines += ["", "Not checked:", "", *(f"- {text}" for text in self.unchecked)]
+        return "\n".join(lines) + "\n"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,15 @@
+"""How far a bundle's logits may be from the reference's, by scheme: data, with the reason."""
+
+from __future__ import annotations
+
+# max |difference| over max |reference logit| of one step. The reference computes in float32 from the very weights that
+# the bundle holds, dequantized, so that quantization itself is no part of the difference.
+TOLERANCES: dict[str, float] = {
+    # float32 throughout: only the order of additions differs, about 1e-6 in practice
+    "q0f32": 1e-3,
+    # the same, with kernels that multiply integers by scales inside a sum
+    "q4f32_1": 2e-3,
+    # float16 has 11 bits, and a target may compute in it
+    "q0f16": 2e-2,
+    "q4f16_1": 2e-2,
+}

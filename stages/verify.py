@@ -1,0 +1,129 @@
+"""verify: run the bundle with TVM's runtime alone and hold it against its checkpoint and a reference."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, param, source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_LIVE = ("torch", "transformers")
+
+
+class Verify(Stage):
+    """Check weights, tokenizer, logits and text; the card says what was checked, and what could not be."""
+
+    id = "verify"
+    profile = "runtime"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of verify."""
+
+        checkpoint: Source = source(
+            "directory of the checkpoint that the bundle was made of",
+            include=(
+                "config.json",
+                "generation_config.json",
+                "tokenizer_config.json",
+                "*.safetensors",
+                "*.safetensors.index.json",
+                "*.tiktoken",
+                "reference/*",
+                "record_reference.py",
+            ),
+        )
+        target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        reference: str = param(
+            "live: transformers and torch on the bundle's dequantized weights; recorded: reference/ of the checkpoint; "
+            "none: run it and compare its weights; auto: the first of these that there is",
+            default="auto",
+            choices=("auto", "live", "recorded", "none"),
+        )
+        device: str = param(
+            "where to run; auto: the processor for llvm, a CUDA device if there is one for cuda; none: do not run",
+            default="auto",
+            choices=("auto", "cpu", "cuda", "none"),
+        )
+
+    inputs = {
+        "bundle": In("bundle", "bundle", "the bundle"),
+        "params": In("param-register", "params", "which checkpoint tensors the bundle's weights are made of"),
+        "config": In("config-parse", "config", "the model's config"),
+        "report": In("quantize", "report", "the errors of quantization, for the card"),
+    }
+    outputs = {
+        "report": Out("verify.json", "every check with what was measured"),
+        "card": Out("card.md", "the same for people"),
+    }
+
+    def resolve(self, params: Params) -> Params:
+        """Name the reference and the device that there are here."""
+        from stages.runtime import host
+
+        reference, device = params.reference, params.device
+        if reference == "auto":
+            recorded = (Path(params.checkpoint) / "reference" / "reference.json").is_file()
+            installed = "absent" not in dist_versions(*_LIVE).values()
+            reference = "live" if installed else "recorded" if recorded else "none"
+        if device == "auto":
+            cuda = "cuda" if host.has_nvidia_driver() else "none"
+            device = cuda if params.target == "cuda" else "cpu"
+        if device not in ("none", "cuda" if params.target == "cuda" else "cpu"):
+            raise StageError(f"a bundle for {params.target} does not run on device {device}; use auto")
+        return replace(params, reference=reference, device=device)
+
+    def tools(self, params: Params) -> Mapping[str, str]:
+        """Name the runtime, and what computes a live reference."""
+        names = ("apache-tvm", "apache-tvm-ffi", "tokenizers", "numpy")
+        return dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+        """Name the family and the scheme of the bundle."""
+        rows: dict[str, str | Sequence[str]] = {}
+        if "family" in facts:
+            rows["stages.models:FAMILIES"] = facts["family"]
+        if "scheme" in facts:
+            rows["stages.quantization.schemes:SCHEMES"] = facts["scheme"]
+            rows["stages.verification.tolerances:TOLERANCES"] = facts["scheme"]
+        return rows
+
+    def run(self, ctx: Context) -> None:
+        """Run every check; :class:`StageError` lists those that failed, with their numbers."""
+        from stages.models.record import ConfigError
+        from stages.runtime.errors import BundleError
+        from stages.verification.live import LiveError
+        from stages.verification.procedure import Case, verify
+        from stages.verification.reference import RecordingError
+
+        checkpoint = ctx.source("checkpoint")
+        case = Case(
+            bundle=ctx.input("bundle"),
+            params=ctx.input("params"),
+            config=ctx.input("config"),
+            files=checkpoint.files,
+            digests=checkpoint.digests,
+            root=checkpoint.root,
+            reference=ctx.params.reference,
+            device=ctx.params.device,
+        )
+        try:
+            findings = verify(case, lambda done, total: ctx.progress(done, total, "checks"))
+        except (BundleError, RecordingError, ConfigError, LiveError) as error:
+            raise StageError(*error.problems) from None
+        if findings.failures:
+            raise StageError(*(f"{findings.name}: {failure}" for failure in findings.failures))
+        for warning in findings.warnings:
+            ctx.warn(warning)
+        quantization = json.loads(ctx.input("report").read_text("utf-8"))["tensors"]
+        text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        card = findings.card(quantization)
+        (ctx.out / "verify.json").write_text(text, "utf-8")
+        (ctx.out / "card.md").write_text(card, "utf-8")
+        ctx.view("card", card)
+        ctx.summary(findings.summary())
