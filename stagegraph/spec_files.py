@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from stagegraph.pipeline import Place
+from stagegraph.spec_item import absolute
 from stagegraph.spec_yaml import parse
 
 if TYPE_CHECKING:
@@ -26,14 +27,13 @@ def read_layers(path: Path, problems: Problems) -> dict[str, Item]:
     while (base := layers[-1].pop("extends", None)) is not None:
         if not isinstance(base.value, str) or not base.value or "\0" in base.value:
             problems.unexpected(base, "the path of another pipeline file", "extends")
-            break
+            raise problems.error()
         below = path.parent / base.value
         if os.path.realpath(below) in opened:
             trail = [shown(file) for file in [*opened.values(), below]]
-            problems.add(
-                base.place, f"files extend each other in a circle: {' -> '.join(trail)}; expected one that ends"
-            )
-            break
+            text = f"files extend each other in a circle: {' -> '.join(trail)}; expected one that ends"
+            problems.add(base.place, text)
+            raise problems.error()
         opened[os.path.realpath(below)] = path = below
         layers.append(_read(path, base.place, problems))
     merged = layers.pop()
@@ -54,7 +54,7 @@ def _read(path: Path, named_at: Place, problems: Problems) -> dict[str, Item]:
     name = shown(path)
     text = _text(path, name, named_at, problems)
     if text is not None:
-        item = parse(text, lambda line, column: Place(name, line, column), path.parent.absolute(), problems)
+        item = parse(text, lambda line, column: Place(name, line, column), absolute(path.parent), problems)
         if item is not None and isinstance(item.value, dict):
             return item.value
         if item is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph.errors import SpecError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-    from pathlib import Path
 
     from stagegraph.pipeline import Place
 
@@ -31,6 +32,11 @@ class Item(NamedTuple):
 
 Scalar = None | bool | int | float | str
 Value = Scalar | list[Item] | dict[str, Item]
+
+
+def absolute(path: Path) -> Path:
+    """Return an absolute path without ``..``, which a symbolic link before it makes more than a matter of text."""
+    return Path(os.path.realpath(path)) if ".." in path.parts else path.absolute()
 
 
 def text_of(value: Value) -> str:

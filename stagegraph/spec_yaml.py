@@ -97,14 +97,10 @@ def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Prob
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = at(mark.line + 1, mark.column + 1) if mark else at(1, 1)
-        started = (
-            f" that starts at {at(error.context_mark.line + 1, error.context_mark.column + 1)}"
-            if error.context_mark
-            else ""
-        )
-        problems.add(
-            place, f"cannot be read as YAML: {error.problem}" + (f", {error.context}{started}" if error.context else "")
-        )
+        start = error.context_mark
+        started = f" ({at(start.line + 1, start.column + 1)})" if start else ""
+        context = f"{error.context}{started}, " if error.context else ""
+        problems.add(place, f"cannot be read as YAML: {context}{error.problem}")
         return None
     finally:
         loader.dispose()

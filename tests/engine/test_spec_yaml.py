@@ -39,7 +39,7 @@ def value(text: str) -> object:
         *((text, True) for text in ("true", "True", "TRUE")),
         *((text, False) for text in ("false", "False", "FALSE")),
         *((text, text) for text in ("no", "on", "yes", "off", "y", "N", "nUll", "tRUE", "None")),
-        *((text, text) for text in ("1_000", "12:30", "2020-01-01", "0b11", "0x", "0o8", "-0x1F", "+", ".", "-", "e5")),
+        *((text, text) for text in ("1_000", "12:30", "2020-01-01", "0b11", "0x", "0o8", "-0x1F", "+", ".", "e5")),
         ("0", 0),
         ("010", 10),
         ("-7", -7),
@@ -111,8 +111,10 @@ quoted: {"<<": 7}
         ("a: !path x", "f.yaml:1:4: tag '!path' is not allowed; expected a plain value without a tag"),
         (
             "a: !!python/name:os.system",
-            "f.yaml:1:4: tag 'tag:yaml.org,2002:python/name:os.system' is not allowed; "
-            "expected a plain value without a tag",
+            (
+                "f.yaml:1:4: tag 'tag:yaml.org,2002:python/name:os.system' is not allowed; "
+                "expected a plain value without a tag"
+            ),
         ),
         ("a: {<<: 3}", "f.yaml:1:9: <<: found the number 3; expected a mapping or a list of mappings to merge"),
         ("1: a", "f.yaml:1:1: a key is the number 1; expected text, in quotes where it would not be read as such"),
@@ -132,15 +134,30 @@ def test_refused(text: str, problem: str) -> None:
     ("text", "problem"),
     [
         ("a: b: c", "f.yaml:1:5: cannot be read as YAML: mapping values are not allowed in this context"),
-        ("\ta: 1", "f.yaml:1:1: cannot be read as YAML: found character that cannot start any token, "
-                   "while scanning for the next token that starts at f.yaml:1:1"),
+        (
+            "\ta: 1",
+            (
+                "f.yaml:1:1: cannot be read as YAML: while scanning for the next token (f.yaml:1:1), "
+                "found character that cannot start any token"
+            ),
+        ),
         ("a: *x", "f.yaml:1:4: cannot be read as YAML: found undefined alias"),
-        ("a: [1\nb: 2", "f.yaml:2:2: cannot be read as YAML: did not find expected ',' or ']', "
-                        "while parsing a flow sequence that starts at f.yaml:1:4"),
-        ("a: 1\n---\nb: 2", "f.yaml:2:1: cannot be read as YAML: but found another document, "
-                            "expected a single document in the stream that starts at f.yaml:1:1"),
+        (
+            "a: [1\nb: 2",
+            (
+                "f.yaml:2:2: cannot be read as YAML: while parsing a flow sequence (f.yaml:1:4), "
+                "did not find expected ',' or ']'"
+            ),
+        ),
+        (
+            "a: 1\n---\nb: 2",
+            (
+                "f.yaml:2:1: cannot be read as YAML: expected a single document in the stream (f.yaml:1:1), "
+                "but found another document"
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_syntax_errors_are_one_line_with_their_place(text: str, problem: str) -> None:
     assert read(text) == (None, [problem])
 
