@@ -1,0 +1,104 @@
+"""CPU libraries of a tiny Qwen against transformers with the same weights."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.stages import libraries
+
+CHUNK = 24
+BATCH = 3
+SCHEMES = ("q0f32", "q4f32_1", "q4f16_1", "q0f16")
+IDS = [int(token) for token in np.random.default_rng(3).integers(0, libraries.ROWS, 64)]
+TOLERANCE = 1e-3
+
+
+class Built:
+    """One compiled library with its weights and the reference's logits of IDS."""
+
+    def __init__(self, folder, scheme, **options):
+        self.registered = libraries.register(folder, scheme, "llvm")
+        ports = libraries.build_graphs(folder, self.registered, "llvm", prefill_chunk=CHUNK, max_batch=BATCH, **options)
+        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target="llvm")
+        self.weights = libraries.weights(self.registered)
+        self.expected = libraries.reference_logits(self.registered, self.weights.meant, IDS)
+
+    def runner(self, sequences=1):
+        return libraries.Runner(self.context.out / "model.so", self.weights.stored, sequences=sequences)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    @functools.cache
+    def build(scheme, sep_embed=True):
+        return Built(tmp_path_factory.mktemp(scheme), scheme, sep_embed=sep_embed)
+
+    return build
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
+    library = built(scheme)
+    runner = library.runner()
+    at, errors = 0, []
+    for size in (1, 17, CHUNK):
+        errors.append(libraries.relative(runner.prefill(IDS[at : at + size]), library.expected[at + size - 1]))
+        at += size
+    for position in range(at, len(IDS)):
+        errors.append(libraries.relative(runner.decode(IDS[position]), library.expected[position]))
+    assert max(errors) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("scheme", ["q0f32", "q4f32_1"])
+def test_sequences_of_a_batch_do_not_see_each_other(built, scheme):
+    library = built(scheme)
+    runner = library.runner(BATCH)
+    lengths = (5, 11, 8)
+    chunks = {sequence: IDS[:length] for sequence, length in enumerate(lengths)}
+    last = np.cumsum(lengths, dtype="int32") - 1
+    logits = runner.forward("batch_prefill", chunks, (1, sum(lengths)), last.astype("int32"))
+    for row, length in zip(logits, lengths, strict=True):
+        assert libraries.relative(row, library.expected[length - 1]) < TOLERANCE
+    for step in range(4):
+        tokens = {sequence: [IDS[length + step]] for sequence, length in enumerate(lengths)}
+        logits = runner.forward("batch_decode", tokens, (BATCH, 1))
+        for row, length in zip(logits, lengths, strict=True):
+            assert libraries.relative(row, library.expected[length + step]) < TOLERANCE
+
+
+def test_embedding_inside_prefill_and_decode(built):
+    library = built("q4f32_1", sep_embed=False)
+    runner = library.runner()
+    assert libraries.relative(runner.prefill(IDS[:20]), library.expected[19]) < TOLERANCE
+    assert libraries.relative(runner.decode(IDS[20]), library.expected[20]) < TOLERANCE
+
+
+def test_weights_matter_to_this_comparison(built):
+    """Negative control: with one matrix of one layer changed, the logits leave the tolerance."""
+    library = built("q0f32")
+    stored = list(library.weights.stored)
+    names = [param["name"] for param in library.runner().metadata["params"]]
+    at = names.index("transformer.h.1.mlp.c_proj.weight")
+    stored[at] = stored[at] * np.float32(1.05)
+    runner = libraries.Runner(library.context.out / "model.so", stored)
+    assert libraries.relative(runner.prefill(IDS[:20]), library.expected[19]) > TOLERANCE
+
+
+def test_an_id_outside_the_vocabulary_is_clipped(built):
+    runner = built("q4f32_1").runner()
+    assert np.array_equal(runner.embed([libraries.ROWS + 5, -3]), runner.embed([libraries.ROWS - 1, 0]))
+
+
+def test_softmax_with_temperature(built):
+    runner = built("q0f32").runner()
+    logits = np.random.default_rng(0).standard_normal((2, 1, libraries.ROWS)).astype("float32") * 10
+    temperature = np.array([0.5, 1.7], "float32")
+    tensors = [runner.tvm.runtime.tensor(array) for array in (logits, temperature)]
+    found = runner.vm["softmax_with_temperature"](*tensors).numpy()
+    scaled = logits.astype("float64") / temperature[:, None, None]
+    expected = np.exp(scaled - scaled.max(-1, keepdims=True))
+    expected /= expected.sum(-1, keepdims=True)
+    assert np.abs(found - expected).max() < 1e-6
