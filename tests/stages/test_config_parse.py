@@ -1,0 +1,190 @@
+"""config-parse on whole checkpoints: what it writes, and what it says about bad ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stagegraph.stage import StageError
+from stages.config_parse import ConfigParse
+from tests.checkpoints import write_json, write_qwen
+from tests.local_context import LocalContext, run_stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def parse(checkpoint: Path, out: Path, **params: Any) -> LocalContext:
+    return run_stage(ConfigParse(), out, {"checkpoint": str(checkpoint), **params})
+
+
+def problems(checkpoint: Path, **params: Any) -> list[str]:
+    with pytest.raises(StageError) as caught:
+        parse(checkpoint, checkpoint.parent / "out", **params)
+    return [problem.removeprefix(f"{checkpoint}: ") for problem in caught.value.problems]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write_qwen(tmp_path / "checkpoint")
+
+
+def change(checkpoint: Path, name: str, **values: Any) -> None:
+    write_json(checkpoint / name, {**json.loads((checkpoint / name).read_text()), **values})
+
+
+def test_the_documents(checkpoint: Path, tmp_path: Path):
+    ctx = parse(checkpoint, tmp_path / "out", context_window=128)
+    model, generation, tensors = (
+        json.loads((tmp_path / "out" / name).read_text()) for name in ("model.json", "generation.json", "tensors.json")
+    )
+    assert model == {
+        "schema": 1, "family": "qwen", "architecture": "QWenLMHeadModel", "context_window": 128, "vocab_size": 512,
+        "hidden_size": 64, "num_layers": 2,
+        "config": {
+            "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2,
+            "head_dim": 32, "rms_eps": 1e-6, "rope_theta": 10000.0, "seq_length": 512, "use_dynamic_ntk": True,
+            "use_logn_attn": True,
+        },
+    }  # fmt: skip
+    assert generation == {
+        "schema": 1, "bos": None, "eos": [300], "pad": 300, "stop": [300], "chat_format": "chatml",
+        "sampling": {"do_sample": True, "top_k": 0, "top_p": 0.8, "max_new_tokens": 512},
+    }  # fmt: skip
+    assert len(tensors["tensors"]) == 8 * 2 + 3
+    assert tensors["tensors"]["lm_head.weight"] == {
+        "dtype": "BF16",
+        "shape": [512, 64],
+        "file": "model-00002-of-00002.safetensors",
+    }
+    assert ctx.facts == {"family": "qwen"}
+    assert ctx.said == "qwen, 2 layers, 19 tensors, 0.3 MB"
+    assert "kv_channels" in ctx.views["config"]
+
+
+def test_the_window_is_the_models_own_by_default(checkpoint: Path, tmp_path: Path):
+    parse(checkpoint, tmp_path / "out")
+    assert json.loads((tmp_path / "out/model.json").read_text())["context_window"] == 512
+    assert problems(checkpoint, context_window=1024)[0].startswith("context_window = 1024 exceeds seq_length = 512")
+
+
+def test_rows_name_the_family_and_tolerate_what_is_not_there(checkpoint: Path, tmp_path: Path):
+    def rows(folder: Path) -> Any:
+        return ConfigParse().rows(ConfigParse.Params(checkpoint=str(folder)), {})
+
+    assert rows(checkpoint) == {"stages.models:FAMILIES": "qwen"}
+    change(checkpoint, "config.json", model_type="unheard-of")
+    assert rows(checkpoint) == {}
+    (checkpoint / "config.json").write_text("[1, 2")
+    assert rows(checkpoint) == {}
+    assert rows(tmp_path / "nowhere") == {}
+
+
+def test_no_config_and_no_weights(checkpoint: Path):
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    assert problems(checkpoint) == ["no *.safetensors file with weights there"]
+    (checkpoint / "pytorch_model.bin").write_bytes(b"")
+    assert problems(checkpoint)[0].startswith(
+        "the weights are pickle files (pytorch_model.bin), which can run code when read; load it once with transformers"
+    )
+    (checkpoint / "config.json").unlink()
+    assert problems(checkpoint) == ["no config.json there; expected a checkpoint directory in Hugging Face format"]
+
+
+WRONG = """config.json: architectures = ["QwenLMHeadModel"] of model_type 'qwen'; """
+OTHER = """config.json: architectures = ["Other", "QWenLMHeadModel"] of model_type 'qwen'; """
+EXPECTED = "expected one of: QWenLMHeadModel"
+QUANTIZED = (
+    "config.json: quantization_config: the checkpoint is already quantized by the method 'gptq', which cannot be read; "
+    "start from the unquantized checkpoint and choose a scheme here"
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "qwenn"}, "config.json: unknown model_type 'qwenn'; known: qwen"),
+        ({"model_type": None}, "config.json: model_type is missing; known: qwen"),
+        ({"architectures": ["QwenLMHeadModel"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
+        ({"architectures": ["Other", "QWenLMHeadModel"]}, OTHER + EXPECTED),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, QUANTIZED),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_named(checkpoint: Path, values, message):
+    change(checkpoint, "config.json", **values)
+    assert problems(checkpoint) == [message]
+
+
+def test_config_must_be_strict_json(checkpoint: Path):
+    (checkpoint / "config.json").write_text('{"model_type": "qwen",\n "model_type": "llama"}')
+    assert problems(checkpoint) == ["config.json: not valid JSON: key 'model_type' occurs twice in one object"]
+    (checkpoint / "config.json").write_text('{"model_type": NaN}')
+    assert problems(checkpoint) == ["config.json: not valid JSON: NaN is not a JSON number"]
+    (checkpoint / "config.json").write_text('"qwen"')
+    assert problems(checkpoint) == ["config.json: expected a JSON object, found str"]
+
+
+def test_everything_wrong_is_said_at_once(checkpoint: Path):
+    change(checkpoint, "config.json", no_bias=False, kv_channels=16, mystery=1, quantization_config={"bits": 4})
+    change(checkpoint, "generation_config.json", stop_words_ids="</s>")
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    found = problems(checkpoint)
+    assert len(found) == 6
+    for part in (
+        "no_bias",
+        "kv_channels",
+        "mystery",
+        "'unnamed'",
+        "stop_words_ids = '</s>'",
+        f"{shard.name}: truncated",
+    ):
+        assert sum(part in problem for problem in found) == 1, part
+
+
+def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
+    change(checkpoint, "config.json", bos_token_id=299, eos_token_id=1)
+    change(checkpoint, "generation_config.json", eos_token_id=[300, 302], stop_words_ids=[[301], [300], [5, 6]])
+    ctx = parse(checkpoint, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation.json").read_text())
+    assert (generation["bos"], generation["eos"], generation["stop"]) == (299, [300, 302], [300, 302, 301])
+    assert len(ctx.warnings) == 1
+    assert "[5, 6]" in ctx.warnings[0]
+    (checkpoint / "generation_config.json").unlink()
+    parse(checkpoint, tmp_path / "again")
+    generation = json.loads((tmp_path / "again/generation.json").read_text())
+    assert (generation["eos"], generation["chat_format"], generation["sampling"]) == ([1], None, {})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eos_token_id": 512}, "eos_token_id = 512 is outside the model's vocabulary of 512 rows"),
+        ({"pad_token_id": -1}, "pad_token_id = -1; expected token ids"),
+        ({"stop_words_ids": [300]}, "stop_words_ids = [300]; expected a list of lists of token ids"),
+        ({"stop_words_ids": [[1, "x"]]}, "stop_words_ids = [1, 'x']; expected token ids"),
+        ({"chat_format": 7}, "chat_format = 7; expected a name"),
+        ({"top_p": "high"}, "top_p = 'high'; expected a number"),
+    ],
+)
+def test_bad_generation_settings_are_named(checkpoint: Path, values, message):
+    change(checkpoint, "generation_config.json", **values)
+    assert problems(checkpoint) == [f"generation_config.json: {message}"]
+
+
+def test_symlinks_and_other_folders(checkpoint: Path, tmp_path: Path):
+    """A hub snapshot is a folder of links; what lies in subfolders is not part of the checkpoint."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in checkpoint.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (snapshot / "reference").mkdir()
+    shutil.copy(checkpoint / "model-00001-of-00002.safetensors", snapshot / "reference" / "reference.safetensors")
+    parse(snapshot, tmp_path / "a")
+    parse(checkpoint, tmp_path / "b")
+    for name in ("model.json", "tensors.json", "generation.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -1,0 +1,119 @@
+"""param-register: the register's contents, and every disagreement with a checkpoint listed at once."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stagegraph.stage import StageError
+from stages.config_parse import ConfigParse
+from stages.param_register import ParamRegister
+from tests.checkpoints import write_qwen
+from tests.local_context import LocalContext, run_stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def parsed(tmp_path: Path) -> Path:
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)})
+    return tmp_path / "parsed"
+
+
+def register(parsed: Path, scheme: str) -> LocalContext:
+    inputs = {"config": parsed / "model.json", "tensors": parsed / "tensors.json"}
+    return run_stage(ParamRegister(), parsed.parent / scheme, {"scheme": scheme, "target": "llvm"}, inputs)
+
+
+def change_tensors(parsed: Path, **changes: Any) -> None:
+    """Replace entries of the tensor table; ``...`` removes one."""
+    document = json.loads((parsed / "tensors.json").read_text())
+    tensors = {**document["tensors"], **changes}
+    document["tensors"] = {name: entry for name, entry in tensors.items() if entry is not ...}
+    (parsed / "tensors.json").write_text(json.dumps(document))
+
+
+def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path):
+    ctx = register(parsed, "q4f16_1")
+    document = json.loads((parsed.parent / "q4f16_1/params.json").read_text())
+    names = [entry["name"] for entry in document["params"]]
+    block = "transformer.h.0"
+    assert names == [
+        "transformer.wte.q_weight", "transformer.wte.q_scale", f"{block}.ln_1.weight", f"{block}.attn.c_attn.q_weight",
+        f"{block}.attn.c_attn.q_scale", f"{block}.attn.c_attn.bias", f"{block}.attn.c_proj.q_weight",
+        f"{block}.attn.c_proj.q_scale", f"{block}.ln_2.weight", f"{block}.mlp.gate_up_proj.q_weight",
+        f"{block}.mlp.gate_up_proj.q_scale", f"{block}.mlp.c_proj.q_weight", f"{block}.mlp.c_proj.q_scale",
+        "transformer.ln_f.weight", "lm_head.q_weight", "lm_head.q_scale",
+    ]  # fmt: skip
+    stored = {entry["name"]: (entry["dtype"], entry["shape"], entry["of"]) for entry in document["params"]}
+    assert stored["lm_head.q_weight"] == ("uint32", [512, 8], "lm_head.weight")
+    assert stored["lm_head.q_scale"] == ("float16", [512, 2], "lm_head.weight")
+    assert stored[f"{block}.attn.c_attn.bias"] == ("float16", [192], f"{block}.attn.c_attn.bias")
+    logical = {entry["name"]: entry for entry in document["logical"]}
+    assert logical[f"{block}.mlp.gate_up_proj.weight"] == {
+        "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
+        "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
+        "quantize": True, "dtype": "float16",
+        "stored": [f"{block}.mlp.gate_up_proj.q_weight", f"{block}.mlp.gate_up_proj.q_scale"],
+    }  # fmt: skip
+    assert [name for entry in document["logical"] for name in entry["stored"]] == names
+    head = {key: document[key] for key in document if key not in ("params", "logical")}
+    assert head == {"schema": 1, "family": "qwen", "scheme": "q4f16_1", "target": "llvm", "layout": "nk"}
+    assert ctx.facts == {"family": "qwen", "scheme": "q4f16_1", "target": "llvm"}
+    assert "concat0: transformer.h.0.mlp.w2.weight" in ctx.views["params"]
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("q0f32", "float32"), ("q0f16", "float16")])
+def test_unquantized_weights_keep_their_names(parsed: Path, scheme, dtype):
+    register(parsed, scheme)
+    document = json.loads((parsed.parent / scheme / "params.json").read_text())
+    for stored, logical in zip(document["params"], document["logical"], strict=True):
+        assert stored == {"name": logical["name"], "shape": logical["shape"], "dtype": dtype, "of": logical["name"]}
+
+
+def test_every_disagreement_is_listed_at_once(parsed: Path):
+    change_tensors(
+        parsed,
+        **{
+            "transformer.ln_f.weight": ...,
+            "transformer.h.0.mlp.w1.weight": ...,
+            "transformer.wte.weight": {"dtype": "BF16", "shape": [640, 64], "file": "x"},
+            "transformer.h.0.attn.c_proj.weight": {"dtype": "I8", "shape": [64, 65], "file": "x"},
+            "transformer.h.1.ln_1.weight": {"dtype": "BF16", "shape": [64], "file": "x"},
+            "transformer.rotary_emb.inv_freq": {"dtype": "F32", "shape": [16], "file": "x"},
+        },
+    )
+    with pytest.raises(StageError) as caught:
+        register(parsed, "q4f32_1")
+    assert caught.value.problems == (
+        "tensor transformer.h.0.mlp.w1.weight [96, 64] is missing from the checkpoint",
+        "tensor transformer.ln_f.weight [64] is missing from the checkpoint",
+        "tensor transformer.wte.weight is [640, 64], the config asks for [512, 64]: config.json says vocab_size = 512",
+        "tensor transformer.h.0.attn.c_proj.weight is I8; only F32, F16, BF16 can be read",
+        "tensor transformer.h.0.attn.c_proj.weight is [64, 65], the config asks for [64, 64]",
+        "tensor transformer.h.1.ln_1.weight [64] is in the checkpoint, but no parameter of the model is made of it",
+    )
+
+
+def test_rows_must_split_into_groups(tmp_path: Path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, ff=80)
+    run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)})
+    with pytest.raises(StageError) as caught:
+        register(tmp_path / "parsed", "q4f16_1")
+    assert caught.value.problems == (
+        (
+            "parameter transformer.h.0.mlp.c_proj.weight [64, 80]: rows of 80 values do not split into groups of 32 as "
+            "q4f16_1 asks; choose a scheme without groups, such as q0f32"
+        ),
+    )
+    register(tmp_path / "parsed", "q0f32")
+
+
+def test_rows_name_scheme_and_family():
+    params = ParamRegister.Params(scheme="q0f32", target="llvm")
+    expected = {"stages.quantization.schemes:SCHEMES": "q0f32", "stages.models:FAMILIES": "qwen"}
+    assert ParamRegister().rows(params, {"family": "qwen"}) == expected

@@ -1,0 +1,245 @@
+"""The quantize stage on whole checkpoints: what is stored, what is reported, memory, and disks that are too small."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stagegraph.stage import Source, SourceFiles, StageError
+from stages.config_parse import ConfigParse
+from stages.param_register import ParamRegister
+from stages.quantization.group import dequantize
+from stages.quantization.schemes import SCHEMES
+from stages.quantization.tensor_cache import TensorCacheWriter
+from stages.quantize import Quantize
+from tests.checkpoints import (
+    qwen_config,
+    qwen_tensors,
+    write_json,
+    write_qwen,
+    write_raw_safetensors,
+    write_safetensors,
+)
+from tests.local_context import LocalContext, run_stage
+
+
+def register(checkpoint: Path, work: Path, scheme: str) -> dict[str, Path]:
+    run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)})
+    inputs = {"config": work / "parsed/model.json", "tensors": work / "parsed/tensors.json"}
+    run_stage(ParamRegister(), work / "registered", {"scheme": scheme, "target": "llvm"}, inputs)
+    return {"params": work / "registered/params.json", "tensors": work / "parsed/tensors.json"}
+
+
+def quantize(checkpoint: Path, out: Path, scheme: str, inputs: dict[str, Path]) -> LocalContext:
+    return run_stage(Quantize(), out, {"checkpoint": str(checkpoint), "scheme": scheme, "target": "llvm"}, inputs)
+
+
+def convert(checkpoint: Path, work: Path, scheme: str) -> LocalContext:
+    return quantize(checkpoint, work / scheme, scheme, register(checkpoint, work, scheme))
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    """Read a tensor cache by its documented fields."""
+    tensors = {}
+    for shard in json.loads((folder / "tensor-cache.json").read_text())["records"]:
+        data = (folder / shard["dataPath"]).read_bytes()
+        assert len(data) == shard["nbytes"]
+        for record in shard["records"]:
+            array = np.frombuffer(data, record["dtype"], record["nbytes"] // np.dtype(record["dtype"]).itemsize,
+                                  record["byteOffset"])  # fmt: skip
+            tensors[record["name"]] = array.reshape(record["shape"])
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, dtype=dtype)
+    ctx = convert(checkpoint, tmp_path, scheme)
+    weights = stored(tmp_path / scheme / "weights")
+    register = json.loads((tmp_path / "registered/params.json").read_text())
+    described = [(entry["name"], entry["dtype"], entry["shape"]) for entry in register["params"]]
+    assert [(name, str(array.dtype), [*array.shape]) for name, array in weights.items()] == described
+
+    source = qwen_tensors(hidden=64, layers=1, ff=96, rows=512, seed=0)
+    w1, w2 = (source.pop(f"transformer.h.0.mlp.{name}.weight") for name in ("w1", "w2"))
+    source["transformer.h.0.mlp.gate_up_proj.weight"] = np.concatenate([w2, w1])
+    report = {line["name"]: line for line in json.loads((tmp_path / scheme / "report.json").read_text())["tensors"]}
+    assert report.keys() == source.keys()
+    for name, expected in source.items():
+        stem = name.removesuffix("weight")
+        if f"{stem}q_weight" in weights:
+            found = dequantize(
+                weights[f"{stem}q_weight"], weights[f"{stem}q_scale"], SCHEMES[scheme], expected.shape[1]
+            )
+            assert np.abs(found - expected).max() < np.abs(expected).max() / 13
+            assert 0.05 < report[name]["rmse"] < 0.15
+        else:
+            coarsest = min((dtype, SCHEMES[scheme].storage_dtype), key=["bfloat16", "float16", "float32"].index)
+            limit = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 0}[coarsest]
+            assert np.abs(weights[name].astype(np.float32) - expected).max() <= limit * np.abs(expected).max()
+            assert report[name]["rmse"] <= 2**-11
+    errors = [float(line.split()[0]) for line in ctx.views["errors"].splitlines()[1:]]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_bytes_do_not_depend_on_the_run_or_the_sharding(tmp_path: Path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", dtype="float32")
+    convert(checkpoint, tmp_path / "a", "q4f16_1")
+    tensors = qwen_tensors(hidden=64, layers=2, ff=96, rows=512, seed=0)
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    write_safetensors(checkpoint / "model.safetensors", dict(reversed(tensors.items())), "float32")
+    convert(checkpoint, tmp_path / "b", "q4f16_1")
+    names = sorted(path.relative_to(tmp_path / "a/q4f16_1") for path in (tmp_path / "a/q4f16_1").rglob("*.*"))
+    assert len(names) == 3
+    for name in names:
+        assert (tmp_path / "a/q4f16_1" / name).read_bytes() == (tmp_path / "b/q4f16_1" / name).read_bytes()
+
+
+def test_values_that_are_not_finite_name_their_tensor(tmp_path: Path):
+    tensors = qwen_tensors(hidden=64, layers=2, ff=96, rows=512, seed=0)
+    tensors["transformer.h.1.mlp.w1.weight"][7, 5] = np.nan
+    checkpoint = write_qwen(tmp_path / "checkpoint")
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    write_safetensors(checkpoint / "model.safetensors", tensors, "float32")
+    with pytest.raises(StageError) as caught:
+        convert(checkpoint, tmp_path, "q4f16_1")
+    assert str(caught.value) == (
+        "parameter transformer.h.1.mlp.gate_up_proj.weight (from transformer.h.1.mlp.w2.weight, "
+        "transformer.h.1.mlp.w1.weight): the value at [103, 5] is nan"
+    )
+    assert not (tmp_path / "q4f16_1/weights").exists()
+
+
+def test_scheme_and_register_must_agree(tmp_path: Path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    inputs = register(checkpoint, tmp_path, "q4f16_1")
+    with pytest.raises(StageError, match="registered for q4f16_1 on llvm, quantize is asked for q0f32 on llvm"):
+        quantize(checkpoint, tmp_path / "out", "q0f32", inputs)
+
+
+def test_a_checkpoint_that_changed_after_config_parse_is_noticed(tmp_path: Path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    inputs = register(checkpoint, tmp_path, "q0f32")
+    write_qwen(checkpoint, layers=1, dtype="float32")
+    with pytest.raises(StageError, match=r"transformer.wte.weight is not the BF16 \[512, 64\] that config-parse saw"):
+        quantize(checkpoint, tmp_path / "out", "q0f32", inputs)
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    inputs = register(checkpoint, tmp_path, "q0f32")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(StageError, match="the weights take 402,944 bytes as q0f32, the disk has 1,000 bytes free"):
+        quantize(checkpoint, tmp_path / "out", "q0f32", inputs)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    inputs = register(checkpoint, tmp_path, "q0f32")
+    add, added = TensorCacheWriter.add, []
+
+    def add_until_full(self: TensorCacheWriter, name: str, array: np.ndarray) -> None:
+        if len(added) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        added.append(name)
+        add(self, name, array)
+
+    monkeypatch.setattr(TensorCacheWriter, "add", add_until_full)
+    with pytest.raises(StageError, match=r"the disk is full after \d[\d,]* of 201,472 bytes of weights were read"):
+        quantize(checkpoint, tmp_path / "out", "q0f32", inputs)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_small_file_system_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
+    inputs = register(checkpoint, tmp_path, "q0f32")
+    out = tmp_path / "out"
+    out.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(out)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        # what fills it is somebody else, after the check
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 10**9))
+        with pytest.raises(StageError, match="the disk is full after"):
+            quantize(checkpoint, out, "q0f32", inputs)
+        assert list(out.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path):
+    few, many = (peak_memory(layers) for layers in (2, 12))
+    assert many < few + 12, f"{few:.0f} MB for 2 layers, {many:.0f} MB for 12 layers of 26 MB each"
+    largest = 2 * 2816 * 1024 * 4 / 1e6  # the fused gate and up projection in float32
+    assert many < 3 * largest + 300
+
+
+def peak_memory(layers: int) -> float:
+    """Return the peak resident memory in MB of a process that quantizes a sparse checkpoint of ``layers`` layers."""
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        checkpoint = work / "checkpoint"
+        checkpoint.mkdir()
+        write_json(
+            checkpoint / "config.json",
+            qwen_config(hidden=1024, layers=layers, heads=8, ff=2816, rows=1024, dtype="bfloat16"),
+        )
+        write_sparse_shard(checkpoint / "model.safetensors", layers)
+        inputs = register(checkpoint, work, "q4f16_1")
+        program = (
+            "import sys\nfrom pathlib import Path\nfrom tests.stages.test_quantize import quantize_alone\n"
+            "quantize_alone(*map(Path, sys.argv[1:]))\nprint(Path('/proc/self/status').read_text())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(work), str(inputs["params"]), str(inputs["tensors"])],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    found = re.search(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert found
+    return int(found[1]) / 1e3
+
+
+def quantize_alone(work: Path, params: Path, tensors: Path) -> None:
+    """Run the stage as an engine does: without reading the checkpoint for its digest in this process."""
+    out, file = work / "out", "model.safetensors"
+    out.mkdir()
+    source = SourceFiles(work / "checkpoint", {file: work / "checkpoint" / file}, {})
+    stage_params = Quantize.Params(Source(work / "checkpoint"), "q4f16_1", "llvm")
+    Quantize().run(LocalContext(stage_params, out, {"params": params, "tensors": tensors}, {"checkpoint": source}))
+
+
+def write_sparse_shard(path: Path, layers: int) -> None:
+    """Write a header for a model of zeros whose payload is a hole in the file."""
+    shapes: dict[str, Any] = {"transformer.wte.weight": [1024, 1024], "lm_head.weight": [1024, 1024]}
+    shapes["transformer.ln_f.weight"] = [1024]
+    for i in range(layers):
+        shapes |= {f"transformer.h.{i}.{name}": shape for name, shape in {
+            "ln_1.weight": [1024], "ln_2.weight": [1024],
+            "attn.c_attn.weight": [3072, 1024], "attn.c_attn.bias": [3072],
+            "attn.c_proj.weight": [1024, 1024], "mlp.w1.weight": [2816, 1024], "mlp.w2.weight": [2816, 1024],
+            "mlp.c_proj.weight": [1024, 2816],
+        }.items()}  # fmt: skip
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    write_raw_safetensors(path, json.dumps(header).encode(), b"")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + end)
