@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,13 @@ EXIT_GRACE_SECONDS = 2.0
 
 @dataclass
 class Sandbox:
-    """The private directory of one execution: ``in/`` links to verified objects, ``out/`` takes the outputs."""
+    """The private directory of one execution: ``in/`` holds its verified inputs, ``out/`` takes its outputs.
+
+    Inputs are real files, not symbolic links: small ones copied, large ones hard links to their objects.
+    """
 
     folder: Path
+    linked: dict[str, str] = field(default_factory=dict)  # path of a hard link -> digest of its object
 
     @property
     def out(self) -> Path:
@@ -44,24 +48,37 @@ class Sandbox:
         (folder / "out").mkdir(parents=True)
         return cls(folder)
 
-    def link_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
-        """Lay out the inputs as links to objects; return port -> [(``foreach`` values, path)]."""
+    def lay_out_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
+        """Put the inputs below ``in/``; return port -> [(``foreach`` values, path)]."""
         inputs: dict[str, list[Any]] = {}
         for port, upstream in node.inputs.items():
             declared = node.stage.inputs[port]
             for u in sorted(upstream, key=lambda n: sorted(n.spec.each.items())):
                 base = self.folder / "in" / port / u.name
-                output = records[u]["outputs"][declared.port]
-                for name, (digest, _) in output["files"].items():
-                    link = base / name
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(workspace.store.path(digest).resolve())
-                inputs.setdefault(port, []).append([dict(u.spec.each), str(base / u.stage.outputs[declared.port].path)])
+                for name, (digest, _) in records[u]["outputs"][declared.port]["files"].items():
+                    if workspace.store.place(digest, base / name):
+                        self.linked[str((base / name).absolute())] = digest
+                path = base / u.stage.outputs[declared.port].path
+                inputs.setdefault(port, []).append([dict(u.spec.each), str(path.absolute())])
         return inputs
+
+    def remove(self, workspace: Workspace) -> None:
+        """Remove everything; objects whose links go with it stay known as intact."""
+        remove_tree(self.folder)
+        self._relearn(workspace)
+
+    def drop_inputs(self, workspace: Workspace) -> None:
+        """Remove the inputs and keep what was written, for a look at a failure."""
+        remove_tree(self.folder / "in")
+        self._relearn(workspace)
+
+    def _relearn(self, workspace: Workspace) -> None:
+        for digest in self.linked.values():
+            workspace.store.remember(digest)
 
 
 def request_for(
-    node: Node, prepared: Prepared, inputs: Mapping[str, list[Any]], out: Path, log: Path
+    node: Node, prepared: Prepared, inputs: Mapping[str, list[Any]], sandbox: Sandbox, log: Path
 ) -> dict[str, Any]:
     """Return the message that makes a worker run a node."""
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
@@ -78,7 +95,8 @@ def request_for(
         "params": params,
         "inputs": inputs,
         "sources": sources,
-        "out": str(out.absolute()),
+        "linked": sandbox.linked,
+        "out": str(sandbox.out.absolute()),
         "log": str(log.absolute()),
     }
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stagegraph.key import artifact_digest
 from stagegraph.plan import HIT, Decision, Planner, Record, sources_changed
 from stagegraph.runner import Sandbox, Worker, describe_exit, request_for
-from stagegraph.store import remove_tree
 from stagegraph.workspace import RECORD_SCHEMA, Workspace, record_files
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ class Scheduler:
             workspace.sweep()
             self._swept = True
         sandbox = Sandbox.create(workspace, decision.key)
-        inputs = sandbox.link_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
+        inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
         log = workspace.log_path(decision.key)
         log.parent.mkdir(parents=True, exist_ok=True)
         profile = node.stage.profile
@@ -225,7 +224,7 @@ class Scheduler:
         self._running[worker] = _Running(decision, worker, sandbox, lock, log, now, started, deadline)
         self._selector.register(worker, selectors.EVENT_READ)
         self._reporter.started(node, decision.reason)
-        worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox.out, log))
+        worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox, log))
 
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
@@ -293,7 +292,7 @@ class Scheduler:
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
-        remove_tree(running.sandbox.folder)
+        running.sandbox.remove(workspace)
         os.close(running.lock)
         workspace.materialise(self._pipeline, decision.node.name, decision.key, record)
         workspace.set_last(self._pipeline, decision.node.name, key=decision.key)
@@ -306,6 +305,7 @@ class Scheduler:
 
     def _fail(self, running: _Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision
+        running.sandbox.drop_inputs(self._workspace)
         kept = self._workspace.keep_failed(running.sandbox.folder, self._pipeline, decision.node.name)
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
@@ -337,7 +337,7 @@ class Scheduler:
         """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
         for running in list(self._running.values()):
             running.worker.kill()
-            remove_tree(running.sandbox.folder)
+            running.sandbox.remove(self._workspace)
             os.close(running.lock)
         self._running.clear()
 

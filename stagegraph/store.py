@@ -39,13 +39,17 @@ class Store:
     def adopt(self, file: Path, digest: str) -> None:
         """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
         target = self.path(digest)
+        if self.is_object(digest, file):
+            file.unlink()
+            self.remember(digest)
+            return
         if self.verify(digest) is None:
             file.unlink()
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         file.chmod(0o444)
         file.rename(target)
-        self._remember(digest)
+        self.remember(digest)
 
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
@@ -66,7 +70,7 @@ class Store:
         except OSError as error:
             return f"unreadable ({error.strerror})" if path.exists() else "missing"
         if found == digest:
-            self._remember(digest)
+            self.remember(digest)
             return None
         self.quarantine.mkdir(parents=True, exist_ok=True)
         path.rename(self.quarantine / f"{digest}-{int(time.time())}")
@@ -80,26 +84,35 @@ class Store:
             for folder in sorted(self.objects.iterdir()):
                 yield from sorted(p.name for p in folder.iterdir())
 
-    def place(self, digest: str, target: Path) -> None:
-        """Put a read-only file with this content at ``target``, replacing what is there: reflink, copy or hard link."""
+    def is_object(self, digest: str, path: Path) -> bool:
+        """Say whether ``path`` is the object itself under another name."""
+        try:
+            return path.samefile(self.path(digest))
+        except OSError:
+            return False
+
+    def remember(self, digest: str) -> None:
+        """Take the stat of an object as it is now for that of its content: a link was made or removed by us."""
+        self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
+
+    def place(self, digest: str, target: Path) -> bool:
+        """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link."""
         source = self.path(digest)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
+        linked = False
         if not _reflink(source, temporary):
-            if source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary):
-                self._remember(digest)  # a link changes the ctime of the object
-            else:
+            linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
+            if not linked:
                 shutil.copyfile(source, temporary)
                 temporary.chmod(0o444)
         if target.is_dir() and not target.is_symlink():
             remove_tree(target)
         temporary.replace(target)
-        if target.stat().st_ino == source.stat().st_ino:
-            self._remember(digest)  # so does the rename of a link
-
-    def _remember(self, digest: str) -> None:
-        self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
+        if linked:
+            self.remember(digest)  # a link changes the ctime of the object
+        return linked
 
 
 def _reflink(source: Path, target: Path) -> bool:

@@ -120,16 +120,9 @@ def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any
 
 
 def _known_inputs(request: Mapping[str, Any]) -> dict[tuple[int, int], str]:
-    """Objects by identity: an output that is a hard link of an input need not be digested again."""
-    known = {}
-    for found in request["inputs"].values():
-        for _, path in found:
-            top = Path(path)
-            for file in top.rglob("*") if top.is_dir() else [top]:
-                if file.is_symlink():
-                    status = file.stat()
-                    known[status.st_dev, status.st_ino] = file.resolve().name
-    return known
+    """Large inputs by identity: an output that is a hard link of one need not be digested again."""
+    statuses = {digest: Path(path).stat() for path, digest in request["linked"].items()}
+    return {(status.st_dev, status.st_ino): digest for digest, status in statuses.items()}
 
 
 def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class Workspace:
             if have.get(name) == [digest, _stat_or_none(target)]:
                 files[name] = have[name]
                 continue
+            if have.get(name, [None])[0] == digest and self.store.is_object(digest, target):
+                files[name] = [digest, list(stat_id(target))]  # another link to it came or went
+                continue
             self.store.place(digest, target)
             files[name] = [digest, list(stat_id(target))]
             restored.append(name)
