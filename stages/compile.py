@@ -78,7 +78,8 @@ class Compile(Stage):
         if params.opt > 3:
             problems.append(f"opt: {params.opt} is not an optimisation level; choose 0 to 3")
         mcpu = host.host_cpu() if params.mcpu == "auto" else params.mcpu
-        archs, fast_math, kind = (), False, "none"
+        archs: tuple[int, ...] = ()
+        fast_math, kind = False, "none"
         if params.target == "cuda":
             archs, fast_math, kind = tuple(sorted(set(params.archs))), params.fast_math, params.toolchain
             if not archs:
@@ -112,7 +113,7 @@ class Compile(Stage):
 
     def run(self, ctx: Context) -> None:
         """Build the library and prove what is in it."""
-        from stages.targets import host, toolchain
+        from stages.targets import host
 
         graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
         registry = json.loads(ctx.input("params").read_text("utf-8"))
@@ -122,9 +123,13 @@ class Compile(Stage):
         programs = {"c++": cxx, **({"nvcc": nvcc} if nvcc else {})}
         metadata = {
             "schema": 1,
-            "target": {name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")},
+            "target": {
+                name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")
+            },
             "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
-            "toolchain": {name: {"kind": program.kind, "version": program.version} for name, program in programs.items()},
+            "toolchain": {
+                name: {"kind": program.kind, "version": program.version} for name, program in programs.items()
+            },
             "tools": dist_versions("apache-tvm", "apache-tvm-ffi"),
             "functions": sorted(name for graph in graphs for name in graph["functions"]),
             "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
@@ -144,7 +149,9 @@ def _check_agreement(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str,
     for name in (*SHARED, "target"):
         values = {json.dumps(graph[name]) for graph in graphs}
         if len(values) > 1:
-            problems.append(f"the graphs disagree on {name}: {', '.join(sorted(values))}; give every graph-build the same")
+            problems.append(
+                f"the graphs disagree on {name}: {', '.join(sorted(values))}; give every graph-build the same"
+            )
     if target != graphs[0]["target"]:
         problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
     if registry["scheme"] != graphs[0]["scheme"]:

@@ -30,7 +30,9 @@ class GraphBuild(Stage):
         max_batch: int = param("most sequences in one batch call", default=4, minimum=1)
         page_size: int = param("tokens per page of the KV cache", default=16, minimum=1)
         kv_dtype: str = param(
-            "dtype of the KV cache; auto takes the compute dtype", default="auto", choices=("auto", "float32", "float16")
+            "dtype of the KV cache; auto takes the compute dtype",
+            default="auto",
+            choices=("auto", "float32", "float16"),
         )
 
     inputs = {
@@ -78,7 +80,13 @@ class GraphBuild(Stage):
 
         counts = describe.operators(exported)
         signatures = describe.signatures(exported)
-        graph = {"schema": 1, **facts, "functions": signatures, "operators": counts, "kernels": describe.kernels(exported)}
+        graph = {
+            "schema": 1,
+            **facts,
+            "functions": signatures,
+            "operators": counts,
+            "kernels": describe.kernels(exported),
+        }
         (ctx.out / "module.json").write_text(tvm.ir.save_json(exported), "utf-8")
         (ctx.out / "graph.json").write_text(json.dumps(graph, indent=1, sort_keys=True) + "\n", "utf-8")
         ctx.view("operators", describe.operator_table(counts))
@@ -96,13 +104,15 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
 
     family, scheme, target = load_family(model["family"]), SCHEMES[registry["scheme"]], TARGETS[params.target]
     if registry["target"] != params.target:
-        raise StageError(f"the parameters are registered for target {registry['target']}, this graph is for {params.target}")
+        raise StageError(
+            f"the parameters are registered for target {registry['target']}, this graph is for {params.target}"
+        )
     compute_dtype = target.compute_dtype or scheme.model_dtype
     kv_dtype = compute_dtype if params.kv_dtype == "auto" else params.kv_dtype
     if kv_dtype != compute_dtype:
         raise StageError(
-            f"kv_dtype: {kv_dtype} does not fit: target {target.name} computes {registry['scheme']} in {compute_dtype}, "
-            f"and the cache kernels know one dtype; use auto"
+            f"kv_dtype: {kv_dtype} does not fit: target {target.name} computes {scheme.name} in {compute_dtype}, "
+            "and the cache kernels know one dtype; use auto"
         )
     config = family.config(**model["config"])
     sizes = {

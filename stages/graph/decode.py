@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tvm
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor
+from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.graph.export import CACHE, Build, export_model
@@ -20,11 +20,15 @@ class Decode(nn.Module):
 
     def decode(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """Read one token of one sequence; return its logits [1, 1, V]."""
-        return self.model.logits(hidden_states(self.model, states, cache)), cache
+        return self._logits(states, cache), cache
 
     def batch_decode(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """Read one token of each of b sequences; return their logits [b, 1, V]."""
-        return self.model.logits(hidden_states(self.model, states, cache)), cache
+        return self._logits(states, cache), cache
+
+    def _logits(self, states: Tensor, cache: PagedKVCache) -> Tensor:
+        logits = self.model.logits(hidden_states(self.model, states, cache))
+        return op.reshape(logits, (states.shape[0], 1, logits.shape[-1]))
 
 
 def export(build: Build) -> tvm.IRModule:

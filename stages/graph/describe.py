@@ -70,7 +70,8 @@ def operator_table(counts: dict[str, dict[str, int]]) -> str:
     names = sorted({operator for found in counts.values() for operator in found})
     lines = ["| operator | " + " | ".join(counts) + " |", "|---|" + "---:|" * len(counts)]
     for operator in names:
-        lines.append(f"| {operator} | " + " | ".join(str(found.get(operator, "")) for found in counts.values()) + " |")
+        cells = [operator, *(str(found.get(operator, "")) for found in counts.values())]
+        lines += [f"| {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
 
 

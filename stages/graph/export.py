@@ -60,7 +60,9 @@ class Build:
         return tensor(tokens, "int32")
 
 
-def export_model(build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Mapping[str, Mapping[str, Any]]) -> tvm.IRModule:
+def export_model(
+    build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Mapping[str, Mapping[str, Any]]
+) -> tvm.IRModule:
     """Export the methods named in ``spec`` of ``wrap(model)``; every function takes the packed parameters last."""
     model, factory = build.model()
     module, params = _export(build, wrap(model), spec, "packed")

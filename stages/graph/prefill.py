@@ -24,7 +24,9 @@ class Prefill(nn.Module):
         hidden = op.tensor_expr_op(_last, "last_token", [hidden_states(self.model, states, cache)])
         return self.model.logits(hidden), cache
 
-    def batch_prefill(self, states: Tensor, logit_positions: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+    def batch_prefill(
+        self, states: Tensor, logit_positions: Tensor, cache: PagedKVCache
+    ) -> tuple[Tensor, PagedKVCache]:
         """Read chunks of several sequences laid end to end; return the logits [1, b, V] at ``logit_positions``."""
         hidden = take(hidden_states(self.model, states, cache), logit_positions, axis=1)
         return self.model.logits(hidden), cache

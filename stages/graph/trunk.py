@@ -9,9 +9,12 @@ from stages.models.layers import CausalLM
 
 
 def hidden_states(model: CausalLM, states: Tensor, cache: PagedKVCache) -> Tensor:
-    """Embeddings [b, s, h], or ids int32 [b, s] if embedding is inside -> normalised hidden states [b, s, h]."""
+    """Embeddings [b, s, h], or ids int32 [b, s] if embedding is inside -> normalised hidden states [1, b * s, h].
+
+    All tokens are rows of one batch, for nothing but the cache knows of sequences: so the kernels of a batch of decode
+    steps are those of a prefill.
+    """
+    rows = states.shape[0] * states.shape[1]
     if len(states.shape) == 2:
-        batch, seq = states.shape
-        embedded = model.embed(op.reshape(states, (batch * seq,)))
-        states = op.reshape(embedded, (batch, seq, embedded.shape[-1]))
-    return model.hidden(states, cache)
+        states = model.embed(op.reshape(states, (rows,)))
+    return model.hidden(op.reshape(states, (1, rows, states.shape[-1])), cache)

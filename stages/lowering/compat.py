@@ -21,10 +21,10 @@ def cache_module_lookups() -> None:
     def getmodule(obj: Any, _filename: str | None = None) -> ModuleType | None:
         if not (inspect.isframe(obj) or inspect.istraceback(obj) or inspect.iscode(obj)):
             return original(obj, _filename)
-        file = _filename or getattr(getattr(obj, "f_code", obj), "co_filename", "")
+        file = str(_filename or getattr(getattr(obj, "f_code", obj), "co_filename", ""))
         if file not in known:
             known[file] = original(obj, _filename)
         return known[file]
 
     getmodule.cached = True  # type: ignore[attr-defined]
-    inspect.getmodule = getmodule
+    inspect.getmodule = getmodule  # type: ignore[assignment]

@@ -9,7 +9,7 @@ from tvm import relax as rx
 from tvm.relax.dpl import GlobalVarPattern, TuplePattern, is_op, wildcard
 from tvm.relax.transform import PatternCheckContext
 
-# Arguments of the kernel beside x and the weight: bias, residual and the like, from earlier fusion, symbolic sizes apart.
+# Arguments of the kernel beside x and the weight: bias, residual and the like, from earlier fusion.
 _MOST_EXTRA_ARGUMENTS = 4
 
 

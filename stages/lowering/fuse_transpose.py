@@ -21,7 +21,7 @@ def fuse_transpose_matmul(module: tvm.IRModule, _context: tvm.transform.PassCont
 
 
 @mutator
-class _Rewriter(PyExprMutator):  # type: ignore[misc]
+class _Rewriter(PyExprMutator):
     """Visits the calls of one module."""
 
     def visit_call_(self, call: rx.Call) -> Any:

@@ -42,7 +42,7 @@ def _anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
 
 
 @mutator
-class _Rename(PyExprMutator):  # type: ignore[misc]
+class _Rename(PyExprMutator):
     """Points calls at the kernels of the merged module."""
 
     def __init__(self, kernels: Mapping[str, tvm.ir.GlobalVar]) -> None:

@@ -29,6 +29,8 @@ def phases(row: Target) -> dict[str, list[Any]]:
         ],
         "kernels": [
             passes.LegalizeOps(),
+            # Before fusion and scheduling hide that a kernel only reshapes: what is recognised becomes a view.
+            passes.RewriteDataflowReshape(),
             passes.AnnotateTIROpPattern(),
             passes.FoldConstant(),
             passes.FuseOps(),
@@ -39,7 +41,6 @@ def phases(row: Target) -> dict[str, list[Any]]:
         ],
         "schedule": [schedule_kernels(row.schedules)],
         "plan": [
-            passes.RewriteDataflowReshape(),
             passes.ToNonDataflow(),
             passes.RemovePurityChecking(),
             passes.CallTIRRewrite(),

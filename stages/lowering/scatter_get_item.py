@@ -19,7 +19,7 @@ def scatter_tuple_get_item(module: tvm.IRModule, _context: tvm.transform.PassCon
 
 
 @mutator
-class _Scatter(PyExprMutator):  # type: ignore[misc]
+class _Scatter(PyExprMutator):
     """Drops the binding of each field and binds it anew in front of the first expression that uses it."""
 
     def __init__(self, function: rx.Function) -> None:

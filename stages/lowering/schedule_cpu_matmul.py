@@ -37,9 +37,7 @@ class CPUMatmul(CPUScheduleRule):
         self._schedule(schedule, block, [schedule.get_sblock(name) for name in before], after, len(rows))
         return schedule
 
-    def _schedule(
-        self, schedule: s_tir.Schedule, block: Any, weights: list[Any], after: list[str], rows: int
-    ) -> None:
+    def _schedule(self, schedule: s_tir.Schedule, block: Any, weights: list[Any], after: list[str], rows: int) -> None:
         epilogues = [schedule.get_sblock(name) for name in after]
         for extra in epilogues[:-1]:
             schedule.compute_inline(extra)

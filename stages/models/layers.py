@@ -100,6 +100,7 @@ class Linear(nn.Module):
         self.out_dtype = out_dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply it."""
         y = op.matmul(x, op.permute_dims(self.weight.matrix()), out_dtype=self.out_dtype or None)
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
@@ -111,6 +112,7 @@ class Embedding(nn.Module):
         self.weight = weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Look ``ids`` up."""
         return self.weight.rows(ids)
 
 
@@ -122,6 +124,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply it; the mean is taken in float32."""
         return op.rms_norm(x, self.weight.astype(x.dtype), axes=-1, epsilon=self.eps)
 
 
@@ -133,6 +136,7 @@ class GatedMLP(nn.Module):
         self.down = down
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply it to x [b, s, h]."""
         gate, up = op.split(self.gate_up(x), 2, axis=-1)
         return self.down(op.silu(gate) * up)
 
@@ -151,6 +155,7 @@ class Attention(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        """Attend from x [b, s, h] to everything ``cache`` holds of its sequences, in the layer of that number."""
         batch, seq, _ = x.shape
         qkv = op.reshape(self.qkv(x), (batch, seq, self.num_heads + 2 * self.num_kv_heads, self.head_dim))
         y = cache.attention_with_fused_qkv(layer, qkv, self.num_heads, sm_scale=self.head_dim**-0.5)
@@ -167,6 +172,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        """Apply the layer of that number to x [b, s, h]."""
         x = x + self.attention(self.attention_norm(x), cache, layer)
         return x + self.mlp(self.mlp_norm(x))
 

@@ -36,15 +36,18 @@ class CudaError(ValueError):
 
 
 def load_cuda_side(nvcc: Program, cxx: Program) -> None:
-    """Load TVM's CUDA side, with a stand-in for the driver where there is none. :class:`CudaError` says what is missing.
+    """Load TVM's CUDA side, with a stand-in for the driver where there is none.
 
-    The stand-in only satisfies the linker: every call of it reports that there is no device.
+    The stand-in only satisfies the linker: every call of it reports that there is no device. :class:`CudaError` says
+    what is missing.
     """
     if tvm.get_global_func(LOADER, allow_missing=True):
         return
     runtime = toolchain.cudart(nvcc)
     if runtime is None:
-        raise CudaError(f"libcudart.so.13 not found beside {nvcc.path}: pip install -e '.[cuda]', or use a CUDA 13 toolkit")
+        raise CudaError(
+            f"libcudart.so.13 not found beside {nvcc.path}: pip install -e '.[cuda]', or use a CUDA 13 toolkit"
+        )
     try:
         try:
             ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
@@ -69,7 +72,9 @@ def _load_driver_stub(cxx: Program) -> None:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-def use_nvcc(nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int, fast_math: bool) -> Callable[[], list[str]]:
+def use_nvcc(
+    nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int, fast_math: bool
+) -> Callable[[], list[str]]:
     """Make code generation call ``nvcc`` for ``archs``; the result returns the names of the kernels compiled so far."""
     sources: list[str] = []
 
@@ -100,16 +105,24 @@ def compile_fatbin(
     # The half-precision headers hide the operators that generated code uses.
     command += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS")]
     command += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
-    command += ["--expt-relaxed-constexpr", "--threads", "0", *(["--use_fast_math"] if fast_math else [])]
+    command += ["--expt-relaxed-constexpr", "--threads", "0", "-w", *(["--use_fast_math"] if fast_math else [])]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "kernels.cu").write_text(code, "utf-8")
         # Relative names inside the folder: no path of this machine gets into the device code.
         command += ["-o", "kernels.fatbin", "kernels.cu"]
         done = subprocess.run(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
         )
         if done.returncode:
-            raise CudaError(f"{nvcc.path} {nvcc.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}")
+            raise CudaError(
+                f"{nvcc.path} {nvcc.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}"
+            )
         return Path(folder, "kernels.fatbin").read_bytes()
 
 

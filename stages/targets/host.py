@@ -85,7 +85,7 @@ def parse(cpu: str) -> tuple[str, tuple[str, ...]]:
 
 
 def required_features(cpu: str) -> tuple[str, ...]:
-    """Return every feature that code for the literal ``cpu`` may use, sorted; only the added ones if its CPU is unknown."""
+    """Return every feature that code for the literal ``cpu`` may use, sorted; of an unknown CPU only those added."""
     mcpu, added = parse(cpu)
     names = list(LEVELS)
     implied = names[: names.index(mcpu) + 1] if mcpu in LEVELS else []
@@ -96,7 +96,9 @@ def problems(cpu: str) -> list[str]:
     """Say what is wrong with a literal that a user wrote; names of single CPUs (``znver4``) are LLVM's to judge."""
     _, added = parse(cpu)
     known = {*EXTRAS, *(feature for features in LEVELS.values() for feature in features)}
-    return [f"unknown processor feature {name!r}; known: {', '.join(sorted(known))}" for name in added if name not in known]
+    return [
+        f"unknown processor feature {name!r}; known: {', '.join(sorted(known))}" for name in added if name not in known
+    ]
 
 
 def _has(feature: str, flags: frozenset[str]) -> bool:

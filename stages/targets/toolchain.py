@@ -18,7 +18,9 @@ from typing import Any
 
 CXX_NAMES = ("g++", "clang++", "c++")
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
-INSTALL_NVCC = "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
+INSTALL_NVCC = (
+    "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
+)
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,15 @@ def cxx() -> Program | None:
     """Return the C++ compiler: CXX if set, else the first of the usual names on PATH; None if there is none."""
     for name in (os.environ.get("CXX", ""), *CXX_NAMES):
         if found := _which(name):
-            return Program("system", found, f"{Path(found).name} {_remembered(found, ['-dumpfullversion', '-dumpversion'])}")
+            return Program(
+                "system", found, f"{Path(found).name} {_remembered(found, ['-dumpfullversion', '-dumpversion'])}"
+            )
     return None
 
 
 @functools.cache
 def nvcc(kind: str = "auto") -> Program | None:
-    """Return nvcc of ``kind`` ``pypi`` or ``system``, or for ``auto`` the packaged one before the system's; else None."""
+    """Return nvcc of ``kind`` ``pypi`` or ``system``, for ``auto`` the package's before the system's; else None."""
     finders = {"pypi": _packaged_nvcc, "system": _system_nvcc}
     for name, find in finders.items():
         if kind in {name, "auto"} and (found := find()):
@@ -50,7 +54,7 @@ def nvcc(kind: str = "auto") -> Program | None:
 
 
 def cudart(compiler: Program) -> Path | None:
-    """Return libcudart.so.13 of the toolkit that ``compiler`` (nvcc) belongs to, or the packaged one; None if absent."""
+    """Return libcudart.so.13 of the toolkit that ``compiler`` (nvcc) belongs to, else the package's, else None."""
     toolkit = Path(compiler.path).resolve().parent.parent
     roots = [toolkit, *(Path(entry) / "nvidia" / "cu13" for entry in sys.path)]
     for root in roots:

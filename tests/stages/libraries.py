@@ -1,4 +1,4 @@
-"""Build the library of a tiny random Qwen through the stages, run it with TVM directly, and compute what it should say."""
+"""A tiny random Qwen built through the stages, run with TVM directly, and what transformers makes of its weights."""
 
 from __future__ import annotations
 
@@ -131,7 +131,9 @@ class Runner:
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         return self.vm["embed"](self.tvm.runtime.tensor(np.array(ids, "int32")), self.params).numpy()
 
-    def forward(self, function: str, chunks: Mapping[int, Sequence[int]], shape: tuple[int, int], *more: Any) -> np.ndarray:
+    def forward(
+        self, function: str, chunks: Mapping[int, Sequence[int]], shape: tuple[int, int], *more: Any
+    ) -> np.ndarray:
         """Return float32 logits [rows, V] of ``function`` on the ids of each sequence, laid out as ``shape``."""
         ids = np.array([token for chunk in chunks.values() for token in chunk], "int32")
         states = self.embed(ids).reshape(*shape, -1) if self.sep_embed else ids.reshape(shape)

@@ -48,7 +48,7 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
         errors.append(libraries.relative(runner.prefill(IDS[at : at + size]), library.expected[at + size - 1]))
         at += size
     for position in range(at, len(IDS)):
-        errors.append(libraries.relative(runner.decode(IDS[position]), library.expected[position]))
+        errors += [libraries.relative(runner.decode(IDS[position]), library.expected[position])]
     assert max(errors) < TOLERANCE, errors
 
 
