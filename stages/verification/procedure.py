@@ -137,9 +137,7 @@ def _reference(case: Case, findings: Findings) -> Reference | None:
     if case.reference == "recorded":
         reference = read_recorded(case.files, case.digests, scheme)
         if reference is None:
-            findings.unchecked.append(
-                f"logits and text: nothing is recorded for {scheme}; reference live computes them"
-            )
+            findings.unchecked.append(f"logits and text: none are recorded for {scheme}; reference live computes them")
         elif reference.logits is None:
             findings.unchecked.append(f"logits: the recording for {scheme} holds text alone")
     elif case.reference == "live":
@@ -180,8 +178,9 @@ def _prompts(case: Case) -> tuple[str, tuple[str, ...]]:
 
 def _prompt_ids(case: Case, prompt: str) -> list[int]:
     length = min(PROMPT_TOKENS, case.manifest.model["context_window"] // 2)
-    ids = list(case.tokenizer.encode(prompt))
-    return (ids * (length // len(ids) + 1))[:length]
+    ids: list[int] = case.tokenizer.encode(prompt)
+    repeated = ids * (length // len(ids) + 1)
+    return repeated[:length]
 
 
 def _check_session(case: Case, reference: Reference | None, findings: Findings) -> None:

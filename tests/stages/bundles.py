@@ -1,0 +1,140 @@
+"""Bundles of a tiny random Qwen made through the stages, and ways to spoil them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from stages import profiles
+from stages.bundle import Bundle
+from stages.config_parse import ConfigParse
+from stages.packing import assemble
+from stages.param_register import ParamRegister
+from stages.quantize import Quantize
+from stages.runtime.manifest import sha256
+from stages.runtime.tokenizer import BundleTokenizer
+from stages.tokenizer_bundle import TokenizerBundle
+from stages.verification import live
+from stages.verification.reference import checkpoint_digest
+from stages.verify import Verify
+from tests.checkpoints import write_qwen, write_raw_safetensors
+from tests.local_context import LocalContext, run_stage, source_files
+from tests.stages.libraries import Registered, build_graphs, compile_library
+
+INCLUDE = Verify.Params.__dataclass_fields__["checkpoint"].metadata["include"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One bundle with the artifacts that verify reads beside it."""
+
+    folder: Path
+    checkpoint: Path
+    scheme: str
+    config: Path
+    params: Path
+    report: Path
+    bundle: Path
+
+    def copy(self, folder: Path) -> Built:
+        """A copy that may be spoilt."""
+        shutil.copytree(self.bundle, folder / "bundle")
+        shutil.copy(self.params, folder / "params.json")
+        return replace(self, bundle=folder / "bundle", params=folder / "params.json")
+
+    def sign(self) -> None:
+        """Make bundle.json name the files as they are now, as an unlucky build would have."""
+        document = json.loads((self.bundle / "bundle.json").read_text())
+        for name in document["files"]:
+            path = self.bundle / name
+            document["files"][name] = {"sha256": sha256(path), "size": path.stat().st_size}
+        assemble.write_json(self.bundle / "bundle.json", document)
+
+    def edit(self, change: Any) -> None:
+        """Let ``change`` alter bundle.json's document."""
+        document = json.loads((self.bundle / "bundle.json").read_text())
+        change(document)
+        assemble.write_json(self.bundle / "bundle.json", document)
+
+
+def build(folder: Path, scheme: str, *, checkpoint: Path | None = None, target: str = "llvm", **options: Any) -> Built:
+    """Run every stage up to bundle; a ``target`` of cuda is a label on code for the processor."""
+    profiles.compiler()
+    checkpoint = checkpoint or write_qwen(folder / "checkpoint")
+    run_stage(ConfigParse(), folder / "config", {"checkpoint": str(checkpoint)})
+    parsed = {name: folder / "config" / out.path for name, out in ConfigParse.outputs.items()}
+    run_stage(TokenizerBundle(), folder / "tokenizer", {"checkpoint": str(checkpoint)}, parsed)
+    choice = {"scheme": scheme, "target": "llvm"}
+    run_stage(ParamRegister(), folder / "params", choice, {key: parsed[key] for key in ("config", "tensors")})
+    params = folder / "params" / "params.json"
+    stored = {"params": params, "tensors": parsed["tensors"]}
+    run_stage(Quantize(), folder / "quantize", {**choice, "checkpoint": str(checkpoint)}, stored)
+    registered = Registered(parsed["config"], params)
+    compile_library(folder / "compile", build_graphs(folder, registered, "llvm", **options), registered, target="llvm")
+    inputs = {
+        "library": folder / "compile" / "model.so",
+        "metadata": folder / "compile" / "metadata.json",
+        "weights": folder / "quantize" / "weights",
+        "tokenizer": folder / "tokenizer" / "tokenizer",
+        "config": parsed["config"],
+        "generation": parsed["generation"],
+    }
+    run_stage(Bundle(), folder / "bundle", {"target": target, "name": "tiny"}, inputs)
+    report = folder / "quantize" / "report.json"
+    return Built(folder, checkpoint, scheme, parsed["config"], params, report, folder / "bundle" / "bundle")
+
+
+def verify(built: Built, out: Path, **params: Any) -> LocalContext:
+    params = {"checkpoint": str(built.checkpoint), "target": "llvm", **params}
+    inputs = {"bundle": built.bundle, "params": built.params, "config": built.config, "report": built.report}
+    return run_stage(Verify(), out, params, inputs)
+
+
+def record(built: Built) -> None:
+    """Write reference/ next to the checkpoint of ``built`` from what transformers computes now."""
+    tokenizer = BundleTokenizer(built.bundle)
+    prompt, greeting = "The old lighthouse keeper walked slowly down. " * 8, "every morning"
+    request = live.Request(
+        bundle=built.bundle,
+        params=built.params,
+        config=built.config,
+        prompt=tokenizer.encode(prompt)[:64],
+        steps=64,
+        prompts={greeting: tokenizer.encode(greeting)},
+        length=24,
+        active_vocab_size=tokenizer.active_vocab_size,
+        stop=(),
+    )
+    found = live.reference(request, prompt, tokenizer.decode)
+    assert found.logits is not None
+    (built.checkpoint / "reference").mkdir()
+    script = built.checkpoint / "record_reference.py"
+    script.write_text("# stands for the script that makes a recording\n")
+    write_array(built.checkpoint / "reference" / "reference.safetensors", "logits", found.logits)
+    case = {
+        "scheme": built.scheme,
+        "prompt": prompt,
+        "tokens": list(found.tokens),
+        "logits": "logits",
+        "continuations": [{"prompt": c.prompt, "ids": list(c.ids), "text": c.text} for c in found.continuations],
+    }
+    document = {
+        "schema": 1,
+        "checkpoint_digest": checkpoint_digest(source_files(built.checkpoint, INCLUDE).digests),
+        "script": {"name": script.name, "digest": blake3(script.read_bytes()).hexdigest()},
+        "versions": {"transformers": "5"},
+        "cases": [case],
+    }
+    (built.checkpoint / "reference" / "reference.json").write_text(json.dumps(document))
+
+
+def write_array(path: Path, name: str, array: np.ndarray) -> None:
+    data = np.ascontiguousarray(array, "<f4").tobytes()
+    header = {name: {"dtype": "F32", "shape": [*array.shape], "data_offsets": [0, len(data)]}}
+    write_raw_safetensors(path, json.dumps(header).encode(), data)

@@ -1,0 +1,228 @@
+"""verify end to end on a tiny random checkpoint, and that it fails for everything it exists to find."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from stagegraph.stage import StageError
+from stages.verify import Verify
+from tests.checkpoints import qwen_tensors, write_qwen, write_shards
+from tests.stages import bundles
+
+LOGIT_CHECKS = {
+    "every step",
+    "prefill, then decode",
+    "prefill in chunks",
+    "tokens taken back",
+    "two sequences at once",
+}
+
+
+def checks(context):
+    return {check["name"]: check for check in json.loads((context.out / "verify.json").read_text())["checks"]}
+
+
+def failure(built, tmp_path, **params):
+    with pytest.raises(StageError) as caught:
+        bundles.verify(built, tmp_path / "verify", **{"reference": "recorded", **params})
+    return str(caught.value)
+
+
+# What holds
+
+
+def test_a_recorded_reference_is_met_closely(recorded, tmp_path):
+    context = bundles.verify(recorded, tmp_path, reference="recorded")
+    found = checks(context)
+    assert set(found) >= LOGIT_CHECKS
+    assert all(check["ok"] for check in found.values())
+    assert all(found[name]["measured"] < 2e-5 for name in LOGIT_CHECKS)  # the tolerance is 1e-3
+    assert found["embed"]["measured"] == 0
+    assert context.said.startswith("verified, logits within")
+    assert "24 ids equal" in found["greedy text after 'every morning'"]["detail"]
+    again = bundles.verify(recorded, tmp_path / "again", reference="recorded")
+    for name in ("verify.json", "card.md"):
+        assert (context.out / name).read_bytes() == (again.out / name).read_bytes()
+
+
+def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
+    context = bundles.verify(quantized, tmp_path)
+    found = checks(context)
+    assert context.params.reference == "live"
+    assert found["every step"]["measured"] < 2e-5  # the tolerance is 2e-3
+    assert found["weights"]["detail"].endswith("within half a step of q4f32_1")
+    assert sum(name.startswith("greedy text") for name in found) == 2
+    assert "embed" not in found  # sep_embed is false
+    card = (tmp_path / "card.md").read_text()
+    assert "verified" in card
+    assert "batches: the library was built for one sequence" in card
+    assert any("mean loss" in warning for warning in context.warnings)  # the weights are random, and it shows
+
+
+def test_without_a_reference_nothing_says_verified(recorded, tmp_path):
+    context = bundles.verify(recorded, tmp_path, reference="none")
+    assert context.said == "runs, not checked against a reference"
+    assert "verified" not in (tmp_path / "card.md").read_text()
+    assert LOGIT_CHECKS - {"every step"} <= set(checks(context))
+
+
+def test_a_scheme_that_is_not_recorded_is_said_plainly(quantized, recorded, tmp_path):
+    checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
+    built = bundles.replace(quantized, checkpoint=checkpoint)
+    context = bundles.verify(built, tmp_path / "out", reference="recorded")
+    assert context.said == "runs, not checked against a reference"
+    assert "none are recorded for q4f32_1" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_where_there_is_no_device_the_card_says_not_run(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda"))
+    context = bundles.verify(built, tmp_path / "out", target="cuda", device="none", reference="recorded")
+    assert context.said == "NOT RUN (no CUDA device)"
+    text = (tmp_path / "out" / "card.md").read_text() + (tmp_path / "out" / "verify.json").read_text()
+    assert "NOT RUN (no CUDA device)" in text
+    assert "verified" not in text
+    assert checks(context)["weights"]["ok"]
+
+
+def test_auto_takes_what_there_is(recorded, quantized, monkeypatch):
+    def resolved(checkpoint, target="llvm"):
+        found = Verify().resolve(Verify.Params(checkpoint=str(checkpoint), target=target))
+        return found.reference, found.device
+
+    assert resolved(recorded.checkpoint) == ("live", "cpu")
+    monkeypatch.setattr("stages.verify.dist_versions", lambda *names: dict.fromkeys(names, "absent"))
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: False)
+    assert resolved(recorded.checkpoint) == ("recorded", "cpu")
+    assert resolved(quantized.checkpoint, "cuda") == ("none", "none")
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: True)
+    assert resolved(quantized.checkpoint, "cuda") == ("none", "cuda")
+    with pytest.raises(StageError, match="does not run on device cuda"):
+        Verify().resolve(Verify.Params(checkpoint="", target="llvm", device="cuda"))
+
+
+# What must fail
+
+
+def swap_halves(built, name):
+    """Exchange the gate and up halves of a fused tensor in the stored weights."""
+    records = json.loads((built.bundle / "tensor-cache.json").read_text())["records"]
+    shard, record = next((s, r) for s in records for r in s["records"] if r["name"] == name)
+    path = built.bundle / shard["dataPath"]
+    data = bytearray(path.read_bytes())
+    start, half = record["byteOffset"], record["nbytes"] // 2
+    whole = data[start : start + 2 * half]
+    data[start : start + 2 * half] = whole[half:] + whole[:half]
+    path.write_bytes(data)
+
+
+def test_changed_weights_are_found_by_their_digest_and_without_it_by_their_values(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    shard = built.bundle / "params_shard_0.bin"
+    data = bytearray(shard.read_bytes())
+    data[1003] ^= 0x10
+    shard.write_bytes(data)
+    assert "params_shard_0.bin: its SHA-256 is not the one" in failure(built, tmp_path)
+    built.sign()
+    message = failure(built, tmp_path)
+    assert "transformer.wte.weight: 1 of 32,768 values are not the checkpoint's" in message
+
+
+def test_weights_of_exchanged_tensors_are_found(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    swap_halves(built, "transformer.h.1.mlp.gate_up_proj.weight")
+    built.sign()
+    message = failure(built, tmp_path)
+    assert "transformer.h.1.mlp.w1.weight" in message
+    assert "transformer.h.1.mlp.w2.weight" in message
+    assert "every step" in message
+
+
+def test_a_wrong_mapping_that_agrees_with_itself_is_found_by_the_logits(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    name = "transformer.h.0.mlp.gate_up_proj.weight"
+    swap_halves(built, name)
+    built.sign()
+    document = json.loads(built.params.read_text())
+    entry = next(entry for entry in document["logical"] if entry["name"] == name)
+    entry["sources"].reverse()
+    built.params.write_text(json.dumps(document))
+    message = failure(built, tmp_path)
+    assert "not the checkpoint's" not in message  # the weights are all there, in the place that params.json says
+    assert {line.split(": ")[1] for line in message.splitlines() if "at most" in line} == LOGIT_CHECKS
+
+
+def test_quantized_weights_of_another_checkpoint_are_found(quantized, tmp_path):
+    checkpoint = write_qwen(tmp_path / "checkpoint")
+    tensors = qwen_tensors(64, 2, 96, 512, 0)
+    tensors["lm_head.weight"][17, 40] += np.float32(0.3)
+    write_shards(checkpoint, tensors, "bfloat16")
+    built = bundles.replace(quantized, checkpoint=checkpoint)
+    assert "lm_head.weight: 1 of 32,768 values are not the checkpoint's within what q4f32_1 explains" in failure(
+        built, tmp_path, reference="none"
+    )
+
+
+def test_a_tokenizer_with_two_ids_exchanged_is_found(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    path = built.bundle / "tokenizer.json"
+    document = json.loads(path.read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    path.write_text(json.dumps(document))
+    built.sign()
+    message = failure(built, tmp_path)
+    assert "tokenizer against the source vocabulary: other ids" in message
+    assert "tokenizer against the reference" in message
+
+
+def test_another_recorded_text_is_found(recorded, tmp_path):
+    checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
+    path = checkpoint / "reference" / "reference.json"
+    document = json.loads(path.read_text())
+    continuation = document["cases"][0]["continuations"][0]
+    continuation["ids"][3] = (continuation["ids"][3] + 1) % 500
+    path.write_text(json.dumps(document))
+    message = failure(bundles.replace(recorded, checkpoint=checkpoint), tmp_path)
+    assert "greedy text after 'every morning': id" in message
+    assert "at position 3" in message
+
+
+@pytest.mark.parametrize("changed", ["generation_config.json", "record_reference.py"])
+def test_a_stale_recording_fails_and_says_how_to_make_another(recorded, tmp_path, changed):
+    checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
+    (checkpoint / changed).write_text((checkpoint / changed).read_text() + "\n")
+    message = failure(bundles.replace(recorded, checkpoint=checkpoint), tmp_path)
+    assert "stale" in message
+    assert "record it again with record_reference.py" in message
+
+
+def test_a_damaged_recording(recorded, tmp_path):
+    checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "reference" / "reference.json").write_text("{}")
+    assert "damaged" in failure(bundles.replace(recorded, checkpoint=checkpoint), tmp_path)
+
+
+def test_a_machine_that_does_not_fit_fails_before_anything_is_loaded(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+
+    def change(document):
+        document["tvm"]["apache-tvm-ffi"] = "0.1.15"
+        document["cpu"]["features"].append("avx10.2-512")
+
+    built.edit(change)
+    message = failure(built, tmp_path)
+    assert "apache-tvm-ffi 0.1.15 is needed" in message
+    assert "lacks avx10.2-512" in message
+
+
+def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "transformers.py").write_text("raise SystemExit('no transformers today')")
+    assert "the live reference ended with exit code 1: no transformers today" in failure(
+        recorded, tmp_path, reference="live"
+    )
