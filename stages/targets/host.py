@@ -7,7 +7,7 @@ is used, and all of it is spelt out.
 from __future__ import annotations
 
 import functools
-import platform
+import os
 from pathlib import Path
 
 # The levels of the x86-64 psABI: name -> (LLVM features it adds to the level before).
@@ -61,7 +61,7 @@ FLAGS = {
 @functools.cache
 def host_cpu() -> str:
     """Return this machine's processor as one literal, such as ``x86-64-v4+avx512vnni+gfni``; ``generic`` if unknown."""
-    if platform.machine() not in {"x86_64", "AMD64"}:
+    if os.uname().machine != "x86_64":
         return "generic"
     return describe(_flags(Path("/proc/cpuinfo")))
 

@@ -12,9 +12,8 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CXX_NAMES = ("g++", "clang++", "c++")
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
@@ -23,8 +22,7 @@ INSTALL_NVCC = (
 )
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """A compiler on this machine; ``kind`` says where it comes from: ``system``, or ``pypi`` for a package."""
 
     kind: str
