@@ -138,7 +138,7 @@ Run it on a machine with Python, this directory and the folder `stages/runtime` 
 
 ```sh
 pip install {needs} numpy tokenizers
-TVM_USE_RUNTIME_LIB=1 python -m stages.runtime BUNDLE --prompt "Once upon a time"
+python -m stages.runtime BUNDLE --prompt "Once upon a time"
 ```
 
 The loader checks every file against `bundle.json`, TVM's version and the processor before it loads anything.

@@ -59,6 +59,12 @@ def device(kind: str) -> Any:
     return found
 
 
+def capability(found: Any) -> int:
+    """Return the compute capability of a CUDA device: 90 for 9.0."""
+    major, minor = str(found.compute_version).split(".")
+    return 10 * int(major) + int(minor)
+
+
 @functools.cache
 def _load_cuda_runtime() -> None:
     """Load libtvm_runtime_cuda.so, which runtime-only mode leaves out; without it no CUDA library can be opened."""

@@ -15,7 +15,7 @@ from stages.runtime import host
 from stages.runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 SCHEMA = 1
 FILE = "bundle.json"
@@ -41,6 +41,7 @@ class Manifest:
     tvm: Mapping[str, str]
     cpu: Mapping[str, Any]
     model: Mapping[str, Any]
+    device_code: Sequence[Mapping[str, Any]]
     files: Mapping[str, Entry]
 
     @property
@@ -68,6 +69,7 @@ def read(path: Path) -> Manifest:
         tvm=document["tvm"],
         cpu=document["cpu"],
         model=document["model"],
+        device_code=document["device_code"],
         files={name: Entry(entry["sha256"], entry["size"]) for name, entry in document["files"].items()},
     )
 
@@ -91,12 +93,25 @@ def check(manifest: Manifest, *, digest_limit: int | None = None, run: bool = Tr
     return problems
 
 
+def capability_problems(manifest: Manifest, capability: int) -> list[str]:
+    """Say whether none of the library's device code runs on a device of compute capability ``capability`` (90 is 9.0).
+
+    Machine code runs on the same major version from its minor version on, PTX on everything from its version on.
+    """
+    code = [(str(entry["kind"]), int(entry["arch"])) for entry in manifest.device_code]
+    for kind, arch in code:
+        if arch <= capability and (kind == "ptx" or arch // 10 == capability // 10):
+            return []
+    held = ", ".join(f"{kind} {arch}" for kind, arch in code) or "none"
+    return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
+
+
 def _problems_of_form(document: Any) -> list[str]:
     if not isinstance(document, dict):
         return ["expected an object"]
     if document.get("schema") != SCHEMA:
         return [f"schema {document.get('schema')!r} is not {SCHEMA}: use the runtime that it was built with"]
-    kinds = {"name": str, "target": str, "tvm": dict, "cpu": dict, "model": dict, "files": dict}
+    kinds = {"name": str, "target": str, "tvm": dict, "cpu": dict, "model": dict, "device_code": list, "files": dict}
     problems = [
         f"'{key}' must be {kind.__name__}, found {type(document.get(key)).__name__}"
         for key, kind in kinds.items()

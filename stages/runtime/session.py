@@ -13,7 +13,7 @@ from stages.runtime.errors import BundleError, RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stages.runtime.manifest import Manifest
+    from stages.runtime.manifest import Manifest, capability_problems
 
 _KV = "vm.builtin.kv_state_"
 
@@ -36,6 +36,10 @@ class Session:
         self._sep_embed: bool = manifest.model["sep_embed"]
         self._tvm = backend.tvm()
         self._device = backend.device(manifest.device)
+        if manifest.device == "cuda":
+            problems = capability_problems(manifest, backend.capability(self._device))
+            if problems:
+                raise BundleError(*problems)
         self._vm = self._open_library()
         self._params = self._load_params()
         self._free = list(range(sequences))[::-1]

@@ -172,6 +172,18 @@ def test_a_directory_that_is_no_bundle(tmp_path):
         manifest.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("capability", "fits"), [(75, False), (80, True), (86, True), (87, True), (89, True), (90, True), (120, True)]
+)
+def test_device_code_covers_its_major_version_and_ptx_what_follows(recorded, tmp_path, capability, fits):
+    code = [{"kind": "elf", "arch": 80}, {"kind": "ptx", "arch": 89}]
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(device_code=code))
+    problems = manifest.capability_problems(manifest.read(built.bundle), capability)
+    assert problems == ([] if fits else [problems[0]])
+    assert fits or "(elf 80, ptx 89) does not run on sm_75" in problems[0]
+
+
 # The machine
 
 
