@@ -3,7 +3,7 @@
 Kinds of document, by the prefix of their name:
 ``rec:<key>`` the record of one execution; writing it is the commit of a node
 ``last:<pipeline>/<node>`` the key of the last finished execution of a node, and of the last failed attempt
-``mat:<pipeline>/<node>`` what was materialised: key and, per file, digest and stat
+``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 

@@ -38,7 +38,10 @@ class Prepared:
 
 @dataclass
 class Decision:
-    """A settled node: its key and, on a HIT, its record; otherwise the reasons why it must run."""
+    """A settled node: its key and, on a HIT, its record; otherwise the reasons why it must run.
+
+    ``previous`` is the result to compare with: that of the same key, else the last one of the node.
+    """
 
     node: Node
     status: str
@@ -66,7 +69,7 @@ class Planner:
         self._prepared: dict[Node, Prepared] = {}
 
     def prepare(self, nodes: Iterable[Node]) -> None:
-        """Resolve autos, digest sources and collect tool versions of ``nodes``; :class:`PlanError` with all problems."""
+        """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError."""
         problems: list[str] = []
         for node in nodes:
             if node not in self._prepared:
@@ -128,14 +131,15 @@ class Planner:
 
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
-        previous = workspace.last_record(self.dag.pipeline.name, node.name)
+        pipeline = self.dag.pipeline.name
         record = workspace.record(key)
         if record is None:
+            previous = workspace.last_record(pipeline, node.name)
             return Decision(node, STALE if previous else NEVER, [], key, previous=previous)
-        lost = workspace.lost_files(record)
+        lost = workspace.lost_files(pipeline, node.name, record)
         if lost:
-            return Decision(node, STALE, lost, key, previous=previous)
-        return Decision(node, HIT, [], key, record=record, previous=previous)
+            return Decision(node, STALE, lost, key, previous=record)
+        return Decision(node, HIT, [], key, record=record, previous=record)
 
     def _why(self, decision: Decision) -> list[str]:
         if decision.previous is None:

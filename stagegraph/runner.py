@@ -147,7 +147,7 @@ class Worker:
         *lines, self._pending = self._pending.split(b"\n")
         events = [json.loads(line) for line in lines]
         if not chunk:
-            events.append({"event": "gone", "code": self._process.wait()})
+            events.append({"event": "gone", "meaning": describe_exit(self._process.wait())})
         return events
 
     def kill(self) -> None:

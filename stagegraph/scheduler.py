@@ -11,10 +11,7 @@ Life of one node, in the order of the code below:
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
-import selectors
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,13 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stagegraph.key import artifact_digest
 from stagegraph.plan import HIT, Decision, Planner, Record, sources_changed
-from stagegraph.runner import Sandbox, Worker, describe_exit, request_for
 from stagegraph.workspace import RECORD_SCHEMA, Workspace, record_files
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from selectors import BaseSelector
 
     from stagegraph.dag import Node
+    from stagegraph.runner import Sandbox, Worker
 
 BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
 LOCK_POLL_SECONDS = 0.1
@@ -108,8 +106,7 @@ class Scheduler:
         self._ready: list[_Ready] = []
         self._running: dict[Worker, _Running] = {}
         self._idle: dict[str, list[Worker]] = {}
-        self._selector = selectors.DefaultSelector()
-        self._swept = False
+        self._selector: BaseSelector | None = None
 
     def run(self, nodes: Sequence[Node]) -> list[Outcome]:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
@@ -208,10 +205,14 @@ class Scheduler:
         return not running or sum(r.memory for r in running) + wanted.memory <= _memory_mib()
 
     def _start(self, decision: Decision, lock: int) -> None:
+        from selectors import EVENT_READ, DefaultSelector
+
+        from stagegraph.runner import Sandbox, Worker, request_for
+
         workspace, node = self._workspace, decision.node
-        if not self._swept:
+        if self._selector is None:  # the first execution of this run
+            self._selector = DefaultSelector()
             workspace.sweep()
-            self._swept = True
         sandbox = Sandbox.create(workspace, decision.key)
         inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
         log = workspace.log_path(decision.key)
@@ -220,9 +221,9 @@ class Scheduler:
         worker = self._idle.get(profile, []).pop() if self._idle.get(profile) else Worker(profile)
         now = time.monotonic()
         deadline = now + node.spec.timeout if node.spec.timeout else None
-        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._running[worker] = _Running(decision, worker, sandbox, lock, log, now, started, deadline)
-        self._selector.register(worker, selectors.EVENT_READ)
+        self._selector.register(worker, EVENT_READ)
         self._reporter.started(node, decision.reason)
         worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox, log))
 
@@ -232,9 +233,9 @@ class Scheduler:
         if not self._running:
             time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
             return
+        assert self._selector is not None  # something is running
         for selected, _ in self._selector.select(LOCK_POLL_SECONDS):
-            worker = selected.fileobj
-            assert isinstance(worker, Worker)
+            worker: Any = selected.fileobj
             running = self._running[worker]
             for event in worker.receive():
                 if event["event"] == "progress":
@@ -245,7 +246,7 @@ class Scheduler:
                     break
                 else:
                     self._release(running, keep_worker=False)
-                    self._fail(running, [describe_exit(event["code"])], bug=False)
+                    self._fail(running, [event["meaning"]], bug=False)
         now = time.monotonic()
         for running in [r for r in self._running.values() if r.deadline and now > r.deadline]:
             self._release(running, keep_worker=False)
@@ -254,6 +255,7 @@ class Scheduler:
             )
 
     def _release(self, running: _Running, *, keep_worker: bool) -> None:
+        assert self._selector is not None
         self._selector.unregister(running.worker)
         del self._running[running.worker]
         if keep_worker:
@@ -287,7 +289,7 @@ class Scheduler:
             "seconds": round(time.monotonic() - running.began, 3),
             "cpu_seconds": event["cpu_seconds"],
             "peak_bytes": event["peak_bytes"],
-            "host": platform.node(),
+            "host": os.uname().nodename,
         }
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -79,6 +78,8 @@ class Sources:
         if len(stale) < 2:
             results = [_digest_stable(file) for file in stale]
         else:
+            from concurrent.futures import ThreadPoolExecutor  # 5 ms that a run without news does not pay
+
             with ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
                 results = list(pool.map(_digest_stable, stale))
         for file, (now, digest) in zip(stale, results, strict=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Workspace:
             ) from None
         self.store = Store(self.root, self.index)
         self.journal = Journal(self.root / "journal.jsonl")
+        self._materialised: dict[str, dict[str, Any]] = {}
+        self._lasts: dict[str, dict[str, Any]] = {}
         self.work = self.root / "work"
         self.failed = self.root / "failed"
 
@@ -52,8 +54,11 @@ class Workspace:
         return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
 
     def last(self, pipeline: str, node: str) -> dict[str, Any]:
-        """Return what is remembered of a node: the ``key`` of its last result, the ``failed`` key of a later failure."""
-        return self.index.get(f"last:{pipeline}/{node}") or {}
+        """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
+        name = f"last:{pipeline}/{node}"
+        if name not in self._lasts:
+            self._lasts[name] = self.index.get(name) or {}
+        return self._lasts[name]
 
     def last_record(self, pipeline: str, node: str) -> Record | None:
         """Return the record of the last finished execution or hit of a node, or None."""
@@ -63,17 +68,32 @@ class Workspace:
     def set_last(self, pipeline: str, node: str, **facts: str) -> None:
         """Remember the key of a node's result (``key=``) or of its failure (``failed=``)."""
         old = self.last(pipeline, node)
-        if old != facts:
-            self.index.set(f"last:{pipeline}/{node}", facts if "key" in facts else {**old, **facts})
+        new = facts if "key" in facts else {**old, **facts}
+        if old != new:
+            self.index.set(f"last:{pipeline}/{node}", new)
+            self._lasts[f"last:{pipeline}/{node}"] = new
 
-    def lost_files(self, record: Record) -> list[str]:
-        """Return what is missing or damaged among the objects of a record, as reasons."""
+    def lost_files(self, pipeline: str, node: str, record: Record) -> list[str]:
+        """Return what is missing or damaged among the objects of a record, as reasons.
+
+        Their stats are remembered together with the node's directory, so that a no-op asks the index once a node.
+        """
+        known = self._shown(pipeline, node).get("objects", {})
         lost = []
         for name, (digest, _) in record_files(record).items():
+            if known.get(digest) == _stat_or_none(self.store.path(digest)) is not None:
+                continue
             wrong = self.store.verify(digest)
             if wrong:
                 lost.append(f"stored {name} was {wrong}")
         return lost
+
+    def _shown(self, pipeline: str, node: str) -> dict[str, Any]:
+        """Return what is known of a node's directory; read once a run."""
+        name = f"mat:{pipeline}/{node}"
+        if name not in self._materialised:
+            self._materialised[name] = self.index.get(name) or {}
+        return self._materialised[name]
 
     # -- materialised outputs --------------------------------------------------------------------------------------
 
@@ -84,7 +104,8 @@ class Workspace:
     def materialise(self, pipeline: str, node: str, key: str, record: Record) -> list[str]:
         """Make the node's directory hold exactly this record's files; return the names that had to be restored."""
         folder = self.node_dir(pipeline, node)
-        known = self.index.get(f"mat:{pipeline}/{node}") or {}
+        known = self._shown(pipeline, node)
+        fresh = known.get("key") != key
         wanted = record_files(record)
         have: dict[str, Any] = known.get("files", {})
         restored = []
@@ -100,11 +121,14 @@ class Workspace:
             self.store.place(digest, target)
             files[name] = [digest, list(stat_id(target))]
             restored.append(name)
-        fresh = known.get("key") != key
-        stray = _remove_strays(folder, set(wanted)) if restored or fresh or _count(folder) != len(wanted) else []
-        if restored or fresh or have != files:
-            self.index.set(f"mat:{pipeline}/{node}", {"key": key, "files": files})
-        return [] if fresh else restored + stray
+        folders = _folder_times(folder, wanted)
+        objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+        if fresh or (files, folders, objects) != (have, known.get("folders"), known.get("objects")):
+            restored += _remove_strays(folder, set(wanted))
+            state = {"key": key, "files": files, "folders": _folder_times(folder, wanted), "objects": objects}
+            self.index.set(f"mat:{pipeline}/{node}", state)
+            self._materialised[f"mat:{pipeline}/{node}"] = state
+        return [] if fresh else restored
 
     # -- locks, work and logs --------------------------------------------------------------------------------------
 
@@ -169,8 +193,16 @@ def _stat_or_none(path: Path) -> list[int] | None:
         return None
 
 
-def _count(folder: Path) -> int:
-    return sum(len(names) for _, _, names in os.walk(folder))
+def _folder_times(folder: Path, wanted: Iterable[str]) -> dict[str, int]:
+    """Return the modification times of the directories that hold ``wanted``: they move when a file comes or goes."""
+    names = {"", *(parent for name in wanted for parent in _parents(name))}
+    times = {name: _stat_or_none(folder / name) for name in sorted(names)}
+    return {name: found[3] for name, found in times.items() if found}
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def _remove_strays(folder: Path, wanted: set[str]) -> list[str]:

@@ -60,7 +60,7 @@ def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
 def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
     document = record["document"]
     cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
-    built = f"built {record['started'][:19]}Z on {record['host']} in {seconds_text(record['seconds'])} ({cost})"
+    built = f"built {record['started']} on {record['host']} in {seconds_text(record['seconds'])} ({cost})"
     lines = [
         f"{node.name}  {record['summary']}".rstrip(),
         f"  key {record['key'][:16]}  {built}",
