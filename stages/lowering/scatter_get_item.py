@@ -12,10 +12,11 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 @tvm.transform.module_pass(opt_level=0, name="ScatterTupleGetItem")
 def scatter_tuple_get_item(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     """Move every ``x = tuple[i]`` of the packed parameters down to its first use."""
+    scattered = module.clone()
     for var, function in module.functions_items():
         if isinstance(function, rx.Function):
-            module[var] = rx.analysis.remove_all_unused(_Scatter(function).visit_expr(function))
-    return module
+            scattered[var] = rx.analysis.remove_all_unused(_Scatter(function).visit_expr(function))
+    return scattered
 
 
 @mutator

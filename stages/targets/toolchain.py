@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CXX_NAMES = ("g++", "clang++", "c++")
+SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # where the toolkit installs itself, often not on PATH
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
 INSTALL_NVCC = (
     "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
@@ -75,7 +76,7 @@ def _packaged_nvcc() -> Program | None:
 def _system_nvcc() -> Program | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
-    for candidate in (*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"):
+    for candidate in (*candidates, "nvcc", SYSTEM_NVCC):
         if found := _which(candidate):
             return Program("system", found, _nvcc_version(found))
     return None

@@ -151,6 +151,16 @@ class Runner:
         return self.forward("decode", {sequence: [token]}, (1, 1))[0]
 
 
+def metadata_of(library: Path) -> dict[str, Any]:
+    """Return what the library tells of itself."""
+    import tvm
+    from tvm import relax
+
+    machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), tvm.cpu())
+    found: dict[str, Any] = json.loads(machine["_metadata"]())
+    return found
+
+
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     """Return max |difference| over max |expected|."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())

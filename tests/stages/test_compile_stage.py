@@ -1,0 +1,219 @@
+"""compile as a stage: what it resolves, refuses and repeats, its interface page, and its CUDA libraries."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stagegraph.stage import Instance, StageError
+from stages.compile import Compile
+from stages.targets import fatbin, host, toolchain
+from stages.targets.fatbin import DeviceCode
+from stages.targets.toolchain import Program
+from tests.stages import libraries
+
+ROOT = Path(__file__).parents[2]
+ABI = ROOT / "docs" / "abi.md"
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    @functools.cache
+    def build(target, scheme="q4f16_1"):
+        folder = tmp_path_factory.mktemp(target)
+        registered = libraries.register(folder, scheme, target)
+        return registered, libraries.build_graphs(folder, registered, target, prefill_chunk=32, max_batch=2)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory, graphs):
+    registered, ports = graphs("llvm")
+    return libraries.compile_library(tmp_path_factory.mktemp("library"), ports, registered, target="llvm")
+
+
+def resolved(**params):
+    return Compile().resolve(Compile.Params(**params))
+
+
+def test_auto_becomes_a_literal():
+    params = resolved(target="llvm")
+    assert params.mcpu == host.host_cpu() != "auto"
+    assert (params.archs, params.fast_math, params.toolchain) == ((), False, "none")
+    assert resolved(target="llvm", archs=(90,), fast_math=True) == params, "what llvm has no use for must not matter"
+
+
+def test_architectures_are_sorted_and_checked():
+    assert resolved(target="cuda", archs=(90, 80, 90)).archs == (80, 90)
+    with pytest.raises(StageError) as error:
+        resolved(target="cuda", archs=(60, 80), opt=4, mcpu="x86-64-v3+mmxx")
+    assert [line.split(":")[0] for line in str(error.value).splitlines()][:1]
+    for part in ("60 is not an architecture", "opt: 4", "'mmxx'"):
+        assert part in str(error.value)
+
+
+def test_planning_works_without_any_compiler(monkeypatch):
+    monkeypatch.setattr(toolchain, "cxx", lambda: None)
+    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)
+    params = resolved(target="cuda")
+    assert params.toolchain == "missing"
+    assert Compile().tools(params)["nvcc"] == "missing"
+    assert Compile().tools(params)["c++"] == "missing"
+
+
+def test_a_missing_compiler_fails_with_what_to_install(tmp_path, graphs, monkeypatch):
+    registered, ports = graphs("llvm")
+    monkeypatch.setattr(toolchain, "cxx", lambda: None)
+    with pytest.raises(StageError, match="apt-get install g"):
+        libraries.compile_library(tmp_path, ports, registered, target="llvm")
+
+
+def test_a_missing_nvcc_fails_with_what_to_install(tmp_path, graphs, monkeypatch):
+    registered, ports = graphs("cuda")
+    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)
+    with pytest.raises(StageError, match=r"pip install -e '\.\[cuda\]'"):
+        libraries.compile_library(tmp_path, ports, registered, target="cuda")
+
+
+def test_a_failing_linker_is_quoted(tmp_path, graphs, monkeypatch):
+    registered, ports = graphs("llvm")
+    linker = tmp_path / "g++"
+    linker.write_text("#!/bin/sh\necho 'ld: out of luck' >&2\nexit 1\n")
+    linker.chmod(0o755)
+    monkeypatch.setattr(toolchain, "cxx", lambda: Program("system", str(linker), "0"))
+    with pytest.raises(StageError, match="ld: out of luck"):
+        libraries.compile_library(tmp_path / "out", ports, registered, target="llvm")
+
+
+def test_graphs_of_different_builds_are_refused(tmp_path, graphs):
+    registered, ports = graphs("llvm")
+    libraries.build_graph(tmp_path / "other", registered, "llvm", "softmax", prefill_chunk=16, max_batch=2)
+    mixed = {port: list(instances) for port, instances in ports.items()}
+    for port, instances in mixed.items():
+        instances[-1] = Instance({"function": "softmax"}, tmp_path / "other" / f"{port}.json")
+    with pytest.raises(StageError, match="the graphs disagree on prefill_chunk: 16, 32"):
+        libraries.compile_library(tmp_path / "a", mixed, registered, target="llvm")
+    twice = {port: [*instances, instances[-1]] for port, instances in ports.items()}
+    with pytest.raises(StageError, match="two graphs export softmax_with_temperature"):
+        libraries.compile_library(tmp_path / "b", twice, registered, target="llvm")
+    with pytest.raises(StageError, match="built for target llvm, the library for cuda"):
+        libraries.compile_library(tmp_path / "c", ports, registered, target="cuda")
+
+
+SCRIPT = """
+import json, sys, pathlib
+from stagegraph.stage import Instance
+from tests.stages import libraries
+params, out, folders = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), [pathlib.Path(p) for p in sys.argv[3:]]
+ports = {port: [Instance({}, folder / f"{port}.json") for folder in folders] for port in ("module", "graph")}
+libraries.compile_library(out, ports, libraries.Registered(params, params), target="llvm")
+"""
+
+
+def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
+    registered, ports = graphs("llvm")
+    folders = [str(instance.path.parent) for instance in ports["module"]]
+    out = tmp_path / "elsewhere" / "deeper"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TVM_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, str(registered.params), str(out), *folders]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "arning" not in done.stderr
+    for file in ("model.so", "metadata.json"):
+        assert (out / file).read_bytes() == (library.out / file).read_bytes(), file
+    assert str(tmp_path).encode() not in (out / "model.so").read_bytes()
+
+
+def table(heading, columns):
+    """Return the rows of the first table after ``heading`` in the interface page."""
+    text = ABI.read_text("utf-8").split(f"## {heading}", 1)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows[2:] if len(row) == columns]
+
+
+def test_the_interface_page_tells_the_signatures(graphs):
+    _, ports = graphs("llvm")
+    documents = [json.loads(instance.path.read_text()) for instance in ports["graph"]]
+    found = {}
+    for graph in documents:
+        for name, signature in graph["functions"].items():
+            inputs = [f"{argument}: {re.sub(r'tuple of .*', 'tuple', ty)}" for argument, ty in signature["inputs"]]
+            found[name] = (", ".join(inputs), signature["output"])
+    letters = {"C": "compute_dtype", "h": "hidden_size", "V": "vocab_size"}
+    expected = {}
+    for name, arguments, result in list(table("Functions", 3)):
+        cells = [
+            re.sub(r"\b[ChV]\b", lambda m: str(documents[0][letters[m.group()]]), cell) for cell in (arguments, result)
+        ]
+        expected[name] = tuple(cells)
+    assert found == expected
+
+
+def test_the_interface_page_tells_the_metadata(library):
+    metadata = json.loads((library.out / "metadata.json").read_text())
+    fields = dict(table("Metadata", 2))
+    assert set(fields) == set(metadata)
+    assert set(metadata["model"]) == set(fields["model"].split(", "))
+
+
+def test_the_library_tells_what_the_metadata_says(library):
+    metadata = json.loads((library.out / "metadata.json").read_text())
+    runner_metadata = libraries.metadata_of(library.out / "model.so")
+    assert set(metadata) - set(runner_metadata) == {"kernels", "device_code"}
+    assert all(metadata[name] == value for name, value in runner_metadata.items())
+    assert set(library.views) == {"functions", "kernels", "memory"}
+
+
+needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+
+
+@needs_nvcc
+def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs):
+    registered, ports = graphs("cuda")
+    context = libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))
+    expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+    assert fatbin.entries(context.out / "model.so") == expected
+    metadata = json.loads((context.out / "metadata.json").read_text())
+    assert [DeviceCode(**entry) for entry in metadata["device_code"]] == expected
+    assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
+    assert "batch_prefill_paged_kv_kernel" in metadata["kernels"]
+    assert metadata["model"]["compute_dtype"] == "float16"
+    assert b"__global__" not in (context.out / "model.so").read_bytes()
+
+
+KERNEL = (
+    'extern "C" __global__ void __launch_bounds__(8) twice(float* x) {\n  x[threadIdx.x] = expf(x[threadIdx.x]);\n}\n'
+)
+
+
+@needs_nvcc
+def test_nvcc_is_told_the_architectures_and_the_arithmetic(tmp_path):
+    from stages.targets import cuda
+
+    nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
+    exact = cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
+    assert exact == cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
+    assert exact != cuda.compile_fatbin(KERNEL, nvcc, cxx, [80], fast_math=True)
+    (tmp_path / "k").write_bytes(exact)
+    assert fatbin.missing(fatbin.entries(tmp_path / "k"), [80]) == []
+    assert cuda.kernel_names(KERNEL) == ["twice"]
+    with pytest.raises(cuda.CudaError, match=r'(?s)exit code.*"undeclared" is undefined'):
+        cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), nvcc, cxx, [80])
+
+
+@needs_nvcc
+def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs, monkeypatch):
+    from stages.targets import cuda
+
+    registered, ports = graphs("cuda")
+    fatbinary = cuda.compile_fatbin(KERNEL, toolchain.nvcc(), toolchain.cxx(), [80])
+    monkeypatch.setattr(cuda, "compile_fatbin", lambda *args, **options: fatbinary)
+    with pytest.raises(StageError, match="lacks machine code for sm_90, PTX for compute_90"):
+        libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))

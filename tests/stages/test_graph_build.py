@@ -1,0 +1,122 @@
+"""graph-build: what is exported, that it is the same every time, and what a disagreement looks like."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tvm
+
+from stagegraph.stage import StageError
+from stages.graph import FUNCTIONS
+from stages.graph_build import GraphBuild
+from tests.stages import libraries
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory):
+    return libraries.register(tmp_path_factory.mktemp("registered"), "q4f32_1", "llvm")
+
+
+@pytest.mark.parametrize(
+    ("function", "exported"),
+    [
+        ("embed", ["embed"]),
+        ("prefill", ["batch_prefill", "prefill"]),
+        ("decode", ["batch_decode", "decode"]),
+        ("kv", ["create_tir_paged_kv_cache"]),
+        ("softmax", ["softmax_with_temperature"]),
+    ],
+)
+def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, exported):
+    context = libraries.build_graph(tmp_path, registered, "llvm", function, prefill_chunk=32, max_batch=3)
+    graph = json.loads((tmp_path / "graph.json").read_text())
+    module = tvm.ir.load_json((tmp_path / "module.json").read_text())
+    assert sorted(graph["functions"]) == exported
+    found = [var.name_hint for var, fn in module.functions_items() if isinstance(fn, tvm.relax.Function)]
+    assert sorted(found) == exported
+    for name in exported:
+        assert dict(module[name].attrs["tir_var_upper_bound"]) == {"batch_size": 3, "seq_len": 32}
+    assert set(context.views) == {"operators", "ir"}
+    assert graph["prefill_chunk"] == 32
+
+
+def test_the_chunk_is_no_longer_than_the_context(tmp_path, registered):
+    libraries.build_graph(tmp_path, registered, "llvm", "softmax", prefill_chunk=100_000)
+    context_window = json.loads(registered.model.read_text())["context_window"]
+    assert json.loads((tmp_path / "graph.json").read_text())["prefill_chunk"] == context_window
+
+
+SCRIPT = """
+import sys, pathlib
+from tests.stages import libraries
+model, params, out = map(pathlib.Path, sys.argv[1:])
+for function in ("decode", "kv"):
+    libraries.build_graph(out / function, libraries.Registered(model, params), "llvm", function)
+"""
+
+
+def test_two_processes_write_the_same_bytes(tmp_path, registered):
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        out = tmp_path / seed
+        command = [sys.executable, "-c", SCRIPT, str(registered.model), str(registered.params), str(out)]
+        subprocess.run(command, env=environment, check=True, cwd=tmp_path)
+    for function in ("decode", "kv"):
+        for file in ("module.json", "graph.json"):
+            assert (tmp_path / "1" / function / file).read_bytes() == (tmp_path / "2" / function / file).read_bytes()
+
+
+def test_every_disagreement_with_the_register_is_listed(tmp_path, registered):
+    registry = json.loads(registered.params.read_text())
+    by_name = {entry["name"]: entry for entry in registry["params"]}
+    by_name["transformer.h.1.mlp.c_proj.q_weight"]["shape"][0] += 1
+    registry["params"] = [entry for entry in registry["params"] if entry["name"] != "transformer.ln_f.weight"]
+    (tmp_path / "params.json").write_text(json.dumps(registry))
+    changed = libraries.Registered(registered.model, tmp_path / "params.json")
+    with pytest.raises(StageError) as error:
+        libraries.build_graph(tmp_path / "out", changed, "llvm", "embed")
+    text = str(error.value)
+    assert "transformer.h.1.mlp.c_proj.q_weight: stored as [65, 12], the model needs [64, 12]" in text
+    assert "transformer.ln_f.weight: the model needs it, the register has no such parameter" in text
+
+
+@pytest.mark.parametrize("change", ["surplus", "order"])
+def test_the_packed_order_is_checked(tmp_path, registered, change):
+    registry = json.loads(registered.params.read_text())
+    if change == "surplus":
+        registry["params"].append({"name": "extra.weight", "shape": [1], "dtype": "float32"})
+        message = "extra.weight: registered, but the model does not use it"
+    else:
+        registry["params"][:2] = registry["params"][1::-1]
+        message = "parameter 0: the model packs transformer.wte.q_weight where transformer.wte.q_scale is registered"
+    (tmp_path / "params.json").write_text(json.dumps(registry))
+    with pytest.raises(StageError, match=message):
+        libraries.build_graph(
+            tmp_path / "out", libraries.Registered(registered.model, tmp_path / "params.json"), "llvm", "embed"
+        )
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path, registered):
+    with pytest.raises(StageError, match="float16 does not fit: target llvm computes q4f32_1 in float32"):
+        libraries.build_graph(tmp_path, registered, "llvm", "kv", kv_dtype="float16")
+    with pytest.raises(StageError, match="registered for target llvm, this graph is for cuda"):
+        libraries.build_graph(tmp_path, registered, "cuda", "kv")
+
+
+def test_a_node_uses_its_own_row_and_nothing_shared_reaches_a_function():
+    params = GraphBuild.Params(target="llvm", function="softmax")
+    assert GraphBuild().rows(params, {})["stages.graph:FUNCTIONS"] == "softmax"
+    modules = {row.partition(":")[0] for row in FUNCTIONS.values()}
+    for path in (ROOT / "stages").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not imported & modules, f"{path} imports {imported & modules}"

@@ -1,0 +1,273 @@
+"""Each pass of the lowering: the IR before and after, and what the result computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax as rx
+from tvm import te, tirx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import op
+
+from stages.graph.describe import kernels, operators
+from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
+from stages.lowering.fuse_transpose import fuse_transpose_matmul
+from stages.lowering.memory_plan import planned_bytes
+from stages.lowering.merge import merge
+from stages.lowering.metadata import attach_metadata
+from stages.lowering.pipeline import lower, phases
+from stages.lowering.scatter_get_item import scatter_tuple_get_item
+from stages.lowering.schedule_cpu_matmul import CPUMatmul
+from stages.models.layers import FloatMatrix, GroupMatrix, Linear, take
+from stages.targets.table import TARGETS
+
+LLVM = tvm.target.Target("llvm")
+K, N = 64, 24
+
+
+def function(inputs, emit, attrs=None):
+    """Return a module with one function ``main`` of ``inputs``: (name, shape, dtype); ``emit(builder, *vars)``."""
+    builder = rx.BlockBuilder()
+    names = {dim: tirx.Var(dim, "int64") for _, shape, _ in inputs for dim in shape if isinstance(dim, str)}
+    types = [rx.TensorType([names.get(dim, dim) for dim in shape], dtype) for _, shape, dtype in inputs]
+    variables = [rx.Var(name, ty) for (name, _, _), ty in zip(inputs, types, strict=True)]
+    with builder.function("main", variables, attrs=attrs):
+        with builder.dataflow():
+            result = builder.emit_output(emit(builder, *variables))
+        builder.emit_func_output(result)
+    return builder.finalize()
+
+
+def export(module, **inputs):
+    spec = {name: nn.spec.Tensor(shape, dtype) for name, (shape, dtype) in inputs.items()}
+    modes = {"param_mode": "packed", "effect_mode": "none"}
+    raw = {"forward": {**spec, "$": modes}}
+    return module.export_tvm(spec=nn.spec.ModuleSpec.from_raw(raw, module), allow_extern=True)[0]
+
+
+def run(module, name, *arrays):
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+    library = tvm.compile(module, target=target, relax_pipeline=rx.get_default_pipeline(target))
+    machine = rx.VirtualMachine(library, tvm.cpu())
+    tensors = [
+        tvm.runtime.tensor(a) if isinstance(a, np.ndarray) else [tvm.runtime.tensor(b) for b in a] for a in arrays
+    ]
+    return machine[name](*tensors).numpy()
+
+
+def to_kernels(module):
+    passes = rx.transform
+    steps = [passes.LegalizeOps(), passes.AnnotateTIROpPattern(), passes.FuseOps(), passes.FuseTIR()]
+    with LLVM:
+        return tvm.transform.Sequential(steps)(module)
+
+
+def random(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype("float32")
+
+
+def packed_matrix(n=N, k=K):
+    return GroupMatrix(
+        nn.Parameter((n, k // 8), "uint32"),
+        nn.Parameter((n, k // 32), "float32"),
+        columns=k,
+        bits=4,
+        group_size=32,
+        compute_dtype="float32",
+    )
+
+
+def test_a_transpose_before_matmul_is_folded_and_nothing_else():
+    def emit(builder, x, w, plain):
+        y = builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w))))
+        return builder.emit(rx.op.matmul(y, plain))
+
+    before = function([("x", (1, "s", K), "float32"), ("w", (N, K), "float32"), ("p", (N, 8), "float32")], emit)
+    assert operators(before)["main"] == {"matmul": 2, "permute_dims": 1}
+    after = fuse_transpose_matmul(before)
+    assert operators(after)["main"] == {"NT_matmul": 1, "matmul": 1}
+    x, w, p = random(1, 5, K), random(N, K), random(N, 8)
+    assert np.allclose(run(after, "main", x, w, p), x @ w.T @ p, atol=1e-3)
+
+
+def test_a_transpose_of_other_axes_stays():
+    def emit(builder, x, w):
+        return builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w, [0, 2, 1]))))
+
+    before = function([("x", (2, 5, K), "float32"), ("w", (2, N, K), "float32")], emit)
+    assert operators(fuse_transpose_matmul(before))["main"] == {"matmul": 1, "permute_dims": 1}
+
+
+@pytest.mark.parametrize("stored", ["group", "float16"])
+def test_a_linear_with_bias_and_residual_becomes_one_kernel(stored):
+    class Block(nn.Module):
+        def __init__(self):
+            matrix = packed_matrix() if stored == "group" else FloatMatrix(nn.Parameter((N, K), "float16"), "float32")
+            self.linear = Linear(matrix, nn.Parameter((N,), "float32"))
+
+        def forward(self, x, residual):
+            return self.linear(x) + residual
+
+    shapes = {"x": ([1, "s", K], "float32"), "residual": ([1, "s", N], "float32")}
+    before = to_kernels(fuse_transpose_matmul(export(Block(), **shapes)))
+    assert sorted(operators(before)["forward"]) == ["dequantize", "fused_NT_matmul_add_add1"]
+    with LLVM:
+        after = tvm.transform.Sequential([fuse_dequantize_matmul(), rx.transform.DeadCodeElimination()])(before)
+    assert list(operators(after)["forward"].values()) == [1]
+    (kernel,) = kernels(after)
+    assert "dequantize" in kernel
+    assert "NT_matmul" in kernel
+
+    x, residual, bias = random(1, 6, K), random(1, 6, N), random(N)
+    if stored == "group":
+        words = np.random.default_rng(1).integers(0, 2**32, (N, K // 8), dtype="uint32")
+        scale = random(N, K // 32)
+        elements = (words[:, np.arange(K) // 8] >> (np.arange(K) % 8 * 4).astype("uint32")) & 15
+        weight = (elements.astype("float32") - 7) * np.repeat(scale, 32, axis=1)
+        packed = [words, scale, bias]
+    else:
+        half = random(N, K).astype("float16")
+        weight, packed = half.astype("float32"), [half, bias]
+    found = run(after, "forward", x, residual, packed)
+    assert np.allclose(found, x @ weight.T + bias + residual, atol=1e-3)
+
+
+def test_rows_of_a_quantized_table_are_taken_before_they_are_rebuilt():
+    class Table(nn.Module):
+        def __init__(self):
+            self.matrix = packed_matrix(n=1000)
+
+        def forward(self, ids):
+            return self.matrix.rows(ids)
+
+    module = to_kernels(export(Table(), ids=(["s"], "int32")))
+    largest = [max(_elements(buffer) for buffer in _outputs(module, name)) for name in kernels(module)]
+    assert max(largest) <= 1000, "a kernel writes the whole table"
+
+
+def _outputs(module, name):
+    return [module[name].params[-1]] if isinstance(module[name].params[-1], tirx.Buffer) else []
+
+
+def _elements(buffer):
+    return int(np.prod([int(dim) if isinstance(dim, tirx.IntImm) else 1 for dim in buffer.shape]))
+
+
+def test_fields_are_taken_where_they_are_used_first():
+    class Two(nn.Module):
+        def __init__(self):
+            self.first = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), "float32"))
+            self.unused = nn.Parameter((3,), "float32")
+            self.second = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), "float32"))
+
+        def forward(self, x):
+            return op.silu(self.second(op.silu(self.first(x))))
+
+    before = export(Two(), x=([1, "s", K], "float32"))
+    after = scatter_tuple_get_item(before)
+    assert _kinds(before).startswith("fff")
+    kinds = _kinds(after)
+    assert kinds.count("f") == 2, "the unused parameter is not taken"
+    assert not kinds.startswith("ff"), "the second weight is taken before the first is used"
+    arrays = random(1, 4, K), [random(K, K), random(3), random(K, K)]
+    assert np.allclose(run(before, "forward", *arrays), run(after, "forward", *arrays), atol=1e-5)
+
+
+def _kinds(module):
+    """Return one letter per binding: f for a field taken, o for anything else."""
+    bindings = [binding for block in module["forward"].body.blocks for binding in block.bindings]
+    return "".join("f" if isinstance(binding.value, rx.TupleGetItem) else "o" for binding in bindings)
+
+
+def test_merge_shares_equal_kernels_and_renames_others():
+    def scaled(factor):
+        def emit(builder, x):
+            return builder.emit_te(
+                lambda a: te.compute(a.shape, lambda i: a[i] * factor), x, primfunc_name_hint="scale"
+            )
+
+        return function([("x", ("s",), "float32")], emit)
+
+    def named(module, name):
+        out = tvm.IRModule({var: fn for var, fn in module.functions_items() if isinstance(fn, tirx.PrimFunc)})
+        out[name] = module["main"].with_attr("global_symbol", name)
+        return out
+
+    same = merge([named(scaled(2.0), "a"), named(scaled(2.0), "b")])
+    assert kernels(same) == ["scale"]
+    both = merge([named(scaled(2.0), "a"), named(scaled(3.0), "b")])
+    assert len(kernels(both)) == 2
+    x = random(5)
+    assert np.allclose(run(both, "a", x), 2 * x)
+    assert np.allclose(run(both, "b", x), 3 * x)
+    with pytest.raises(ValueError, match="two graphs define the function a"):
+        merge([named(scaled(2.0), "a"), named(scaled(3.0), "a")])
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [("s", 24, 64), (1, 13, 32), ("s", 8, 4096)])
+def test_cpu_matmul_runs_features_in_parallel_and_sums_in_lanes(rows, n, k):
+    module = _nt_matmul(rows, n, k)
+    schedule = CPUMatmul().apply(module["NT_matmul"], LLVM, False)
+    text = schedule.mod["main"].script()
+    assert "T.parallel" in text
+    assert "T.vectorized(T.int64(16))" in text
+    module["NT_matmul"] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    x, w = random(1, 3 if rows == "s" else rows, k), random(n, k)
+    assert np.allclose(run(module, "main", x, w), x @ w.T, atol=1e-2)
+
+
+@pytest.mark.parametrize(("n", "k"), [(24, 40), ("n", 64)])
+def test_cpu_matmul_leaves_other_shapes_alone(n, k):
+    assert CPUMatmul().apply(_nt_matmul("s", n, k)["NT_matmul"], LLVM, False) is None
+
+
+def _nt_matmul(rows, n, k):
+    def emit(builder, x, w):
+        return builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w))))
+
+    return fuse_transpose_matmul(function([("x", (1, rows, k), "float32"), ("w", (n, k), "float32")], emit))
+
+
+def test_take_clips_where_the_default_would_read_outside():
+    class Table(nn.Module):
+        def __init__(self):
+            self.table = nn.Parameter((4, 3), "float32")
+
+        def forward(self, ids):
+            return take(self.table, ids)
+
+    module = export(Table(), ids=(["s"], "int32"))
+    assert 'mode="clip"' in module.script()
+    table = random(4, 3)
+    assert np.array_equal(run(module, "forward", np.array([9, -2, 1], "int32"), [table]), table[[3, 0, 1]])
+
+
+def test_the_pipeline_plans_memory_at_the_bounds_and_tells_it():
+    def emit(builder, x):
+        y = builder.emit(rx.op.nn.softmax(x))
+        return builder.emit(rx.op.nn.softmax(builder.emit(rx.op.matmul(y, y))))
+
+    bound = 32
+    module = function([("x", (1, "s", "s"), "float32")], emit, {"tir_var_upper_bound": {"s": bound}, "num_input": 1})
+    told: dict[str, int] = {}
+    steps: list[int] = []
+    row = TARGETS["llvm"]
+    lowered = lower(
+        module, row, LLVM, lambda memory: told.update(memory) or {"memory": told}, lambda i, n: steps.append(i)
+    )
+    assert told["main"] >= 2 * bound * bound * 4
+    assert told["main"] % (bound * bound * 4) == 0
+    assert steps == list(range(len(phases(row)) + 1))
+    machine = rx.VirtualMachine(tvm.compile(lowered, target=LLVM, relax_pipeline=None), tvm.cpu())
+    assert machine["_metadata"]() == f'{{"memory": {{"main": {told["main"]}}}}}'
+
+
+def test_planned_bytes_counts_nothing_before_planning():
+    module = function([("x", (4,), "float32")], lambda builder, x: builder.emit(rx.op.add(x, x)))
+    assert planned_bytes(module) == {"main": 0}
+
+
+def test_metadata_is_one_more_function():
+    module = function([("x", (4,), "float32")], lambda builder, x: builder.emit(rx.op.add(x, x)))
+    assert sorted(operators(attach_metadata({"a": 1})(module))) == ["_metadata", "main"]

@@ -1,0 +1,150 @@
+"""The host's processor as a literal, the look-up of compilers, and the reading of device code."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from stages.targets import fatbin, host, toolchain
+from stages.targets.fatbin import DeviceCode
+from stages.targets.table import TARGETS
+from stages.targets.toolchain import Program
+
+V2 = "cx16 popcnt lahf_lm pni sse4_1 sse4_2 ssse3"
+V3 = f"{V2} avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
+V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "literal"),
+    [
+        ("", "x86-64"),
+        (V2, "x86-64-v2"),
+        (V3, "x86-64-v3"),
+        (f"{V3} avx_vnni", "x86-64-v3+avxvnni"),
+        (V3.replace(" fma", ""), "x86-64-v2"),
+        # A virtual machine that hides AVX-512 itself but not an extension of it.
+        (f"{V3} avx512_vnni", "x86-64-v3"),
+        (f"{V4} avx512_vnni gfni", "x86-64-v4+avx512vnni+gfni"),
+    ],
+)
+def test_a_processor_is_its_highest_full_level_and_the_extras(flags, literal):
+    assert host.describe(frozenset(f"sse sse2 {flags}".split())) == literal
+
+
+def test_required_features_spell_out_the_levels():
+    assert set(host.required_features("x86-64-v4+avx512vnni")) >= {"sse2", "avx2", "avx512f", "avx512vnni"}
+    assert "avx512f" not in host.required_features("x86-64-v3")
+    assert host.required_features("znver4+gfni") == ("gfni",)
+
+
+def test_this_machine_has_what_its_literal_says():
+    mcpu, added = host.parse(host.host_cpu())
+    assert mcpu in {*host.LEVELS, "generic"}
+    assert not host.problems(host.host_cpu()), added
+
+
+def test_a_misspelt_feature_is_named():
+    (problem,) = host.problems("x86-64-v3+avx512vni")
+    assert "avx512vni" in problem
+    assert "avx512vnni" in problem
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with nothing on PATH; returns a function that installs a program which prints a text and counts."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.path", [])
+    monkeypatch.setattr(toolchain, "SYSTEM_NVCC", "/nonexistent/nvcc")
+
+    def forget():
+        toolchain.cxx.cache_clear()
+        toolchain.nvcc.cache_clear()
+
+    def install(name, text):
+        program = folder / name
+        program.write_text(f"#!/bin/sh\necho called >> {tmp_path}/calls\necho '{text}'\n")
+        program.chmod(0o755)
+        forget()
+        return program
+
+    forget()
+    yield install
+    forget()
+
+
+def test_no_compiler_is_none(machine):
+    assert toolchain.cxx() is None
+    assert toolchain.nvcc() is None
+
+
+def test_a_version_is_asked_once_and_again_when_the_file_changes(machine, tmp_path):
+    path = machine("g++", "13.9.0")
+    assert toolchain.cxx() == Program("system", str(path), "g++ 13.9.0")
+    toolchain.cxx.cache_clear()
+    assert toolchain.cxx().version == "g++ 13.9.0"
+    assert (tmp_path / "calls").read_text().count("called") == 1
+    machine("g++", "14.0.1 longer")
+    assert toolchain.cxx().version == "g++ 14.0.1 longer"
+
+
+def test_a_damaged_memory_is_ignored(machine, tmp_path):
+    (tmp_path / "cache" / "stagegraph").mkdir(parents=True)
+    (tmp_path / "cache" / "stagegraph" / "compilers.json").write_text("[not json")
+    machine("clang++", "19.1")
+    assert toolchain.cxx().version == "clang++ 19.1"
+
+
+def test_the_packaged_nvcc_comes_before_the_system_one(machine, tmp_path, monkeypatch):
+    system = machine("nvcc", "Cuda compilation tools, release 12.4, V12.4.131")
+    assert toolchain.nvcc() == Program("system", str(system), "12.4.131")
+    site = tmp_path / "site"
+    packaged = site / "nvidia" / "cu13" / "bin" / "nvcc"
+    packaged.parent.mkdir(parents=True)
+    packaged.write_text("")
+    (site / "nvidia_cuda_nvcc-13.0.88.dist-info").mkdir()
+    monkeypatch.setattr("sys.path", [str(site)])
+    toolchain.nvcc.cache_clear()
+    assert toolchain.nvcc() == Program("pypi", str(packaged), "13.0.88")
+    assert toolchain.nvcc("system").path == str(system)
+
+
+def entry(kind, arch, payload=b"code"):
+    header = struct.pack("<HHIQ", kind, 0x101, 64, len(payload)).ljust(28, b"\0") + struct.pack("<I", arch)
+    return header.ljust(64, b"\0") + payload
+
+
+def fat(*entries):
+    body = b"".join(entries)
+    return fatbin.MAGIC + struct.pack("<HHQ", 1, 16, len(body)) + body
+
+
+def test_device_code_is_found_inside_other_bytes(tmp_path):
+    library = tmp_path / "x.so"
+    noise = fatbin.MAGIC + b"\xff" * 40  # the magic as an ordinary constant
+    library.write_bytes(
+        b"\x7fELF" + noise + fat(entry(2, 80), entry(1, 90)) + b"tail" + fat(entry(2, 90)) + fatbin.MAGIC
+    )
+    assert fatbin.entries(library) == [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+
+
+def test_missing_device_code_is_named(tmp_path):
+    library = tmp_path / "x.so"
+    library.write_bytes(fat(entry(2, 80), entry(1, 80)))
+    found = fatbin.entries(library)
+    assert fatbin.missing(found, [80]) == []
+    assert fatbin.missing(found, [80, 90]) == ["machine code for sm_90", "PTX for compute_90"]
+    library.write_bytes(b'extern "C" __global__ void source_only()')
+    assert fatbin.missing(fatbin.entries(library), [80]) == ["machine code for sm_80", "PTX for compute_80"]
+
+
+def test_rows_are_named_as_they_are_keyed():
+    assert {name: row.name for name, row in TARGETS.items()} == {name: name for name in TARGETS}
+    json.dumps({name: dict(row.limits) for name, row in TARGETS.items()})
