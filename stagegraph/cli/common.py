@@ -15,6 +15,8 @@ from stagegraph.plan import Planner
 from stagegraph.spec import load
 from stagegraph.workspace import Workspace
 
+MIN_FLEXIBLE = 24  # characters
+
 
 def add_file(parser: argparse.ArgumentParser) -> None:
     """Add the pipeline file and ``--set``."""
@@ -74,18 +76,32 @@ def seconds_text(seconds: float) -> str:
     return f"{int(seconds // 60)} m {int(seconds % 60):02} s"
 
 
+def shown(path: Path) -> str:
+    """Return a path as people want it: relative where it lies below the current directory."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, width: int | None = None) -> str:
-    """Lay out a table in the terminal's width; the ``flexible`` column is shortened where the others leave no room."""
+    """Lay out a table in the terminal's width.
+
+    The ``flexible`` column is shortened where the others leave no room; last columns go before it becomes unreadable.
+    """
     width = width or shutil.get_terminal_size((120, 24)).columns
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
-    others = sum(widths) - widths[flexible] + 2 * (len(widths) - 1)
-    widths[flexible] = max(min(widths[flexible], width - others), 12)
-    lines = []
-    for row in [header, *rows]:
-        cells = [_fit(cell, w) for cell, w in zip(row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+
+    def room() -> int:
+        return width - sum(widths) + widths[flexible] - 2 * (len(widths) - 1)
+
+    while room() < min(widths[flexible], MIN_FLEXIBLE) and len(widths) > max(flexible + 1, 3):
+        columns.pop()
+        widths.pop()
+    widths[flexible] = max(min(widths[flexible], room()), 12)
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def _fit(cell: str, width: int) -> str:

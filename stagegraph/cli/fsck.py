@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from stagegraph.cli.common import add_file, opened, print_json, size_text
+from stagegraph.cli.common import add_file, opened, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
 from stagegraph.workspace import Workspace, record_files
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{checked} objects, {size_text(size)} read")
             for digest, wrong in bad.items():
-                print(f"{wrong}: {digest} (moved to {workspace.store.quarantine})")
+                print(f"{wrong}: {digest} (moved to {shown(workspace.store.quarantine)})")
             for digest, name in missing.items():
                 print(f"missing: {digest} ({name})")
             print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stagegraph.cli.common import add_file, opened
+from stagegraph.cli.common import add_file, opened, shown
 from stagegraph.errors import PlanError
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
                 raise PlanError(f"{node.name} has no log yet: it has never run")
             said = path.read_bytes()
             kind = "failed" if last.get("failed") else "finished"
-            print(f"==> {node.name} ({kind}; {path})" + ("" if said else "\n(it printed nothing)"), flush=True)
+            print(f"==> {node.name} ({kind}; {shown(path)})" + ("" if said else "\n(it printed nothing)"), flush=True)
             sys.stdout.buffer.write(said)
             sys.stdout.buffer.flush()
     return 0

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, size_text, table
+from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
 from stagegraph.cli.report import reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.plan import HIT, UNKNOWN, Decision
@@ -192,7 +192,9 @@ def _print(work: Opened, outcomes: Sequence[Outcome], seconds: float) -> None:
             print(f"warning: {o.node.name}: {warning}")
     for digest in work.workspace.store.damaged:
         where = work.workspace.store.quarantine
-        print(f"warning: stored object {digest[:16]} was damaged; it is in {where} and was rebuilt if it was needed")
+        print(
+            f"warning: stored object {digest[:16]} was damaged; it is in {shown(where)} and was rebuilt if it was needed"
+        )
     counts = {
         kind: sum(o.outcome == kind for o in outcomes) for kind in ("BUILT", "UNCHANGED", HIT, "FAILED", "SKIPPED")
     }
@@ -208,5 +210,6 @@ def _print_failure(outcome: Outcome) -> None:
     if outcome.bug:
         lines.append("  this is a bug of the stage, not of your input; the log has the traceback")
     lines.append(f"  log:  pipeline log '{outcome.node.name}'")
-    lines.append(f"  kept: {outcome.kept}")
+    if outcome.kept:
+        lines.append(f"  kept: {shown(outcome.kept)}/out")
     print("\n".join(lines), file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, size_text, table
+from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, nearest
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
     lines += [f"  warning: {warning}" for warning in record["warnings"]]
     folder = work.workspace.node_dir(work.dag.pipeline.name, node.name)
     rows = [
-        (port, str(folder / name), size_text(size), digest[:16])
+        (port, name, size_text(size), digest[:16])
         for port, output in record["outputs"].items()
         for name, (digest, size) in output["files"].items()
     ]
-    lines += ["", table(("output", "file", "size", "digest"), rows, flexible=1)]
+    lines += [f"  in     {shown(folder)}/", "", table(("output", "file", "size", "digest"), rows, flexible=1)]
     for name in record["views"]:
         text = _view(work, node, record, name).splitlines()
         lines += ["", f"-- {name} --", *text[:PREVIEW_LINES]]

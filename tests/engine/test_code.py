@@ -1,0 +1,91 @@
+"""What code a stage reaches, and which edits of it count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stagegraph.code import CodeDigests
+from stagegraph.index import Index
+
+FILES = {
+    "__init__.py": "",
+    "stage.py": "from lib.tools import helper\ndef run():\n    from lib import late\n    return helper, late\n",
+    "tools.py": 'DATA = "words.txt"\ndef helper(): return 1\n',
+    "late.py": "import lib.rows\n",
+    "rows.py": 'ROWS = {"a": "lib.row_a:run", "b": ("lib.row_b:run", 2)}\nOTHER = {"x": 1}\n',
+    "row_a.py": "def run(): return 'a'\n",
+    "row_b.py": "def run(): return 'b'\n",
+    "unused.py": "x = 1\n",
+    "words.txt": "one two\n",
+}
+
+
+@pytest.fixture
+def lib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "lib"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return folder
+
+
+def closure(lib: Path, rows: dict[str, str]) -> dict[str, str]:
+    index = Index(lib.parent / "index")
+    try:
+        code = CodeDigests(index)
+        found = code.closure("lib.stage", rows)
+        code.save()
+        return found
+    finally:
+        index.close()
+
+
+def test_the_closure_follows_imports_rows_and_data_files(lib: Path) -> None:
+    assert sorted(closure(lib, {"lib.rows:ROWS": "a"})) == [
+        "lib", "lib.late", "lib.row_a", "lib.rows", "lib.rows:OTHER[x]", "lib.rows:ROWS[a]", "lib.stage", "lib.tools",
+        "words.txt",
+    ]  # fmt: skip
+
+
+def test_a_table_without_a_choice_counts_whole(lib: Path) -> None:
+    assert {"lib.row_a", "lib.row_b", "lib.rows:ROWS[b]"} <= set(closure(lib, {}))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "counts"),
+    [
+        ("row_a.py", "'a'", "'c'", True),
+        ("row_b.py", "'b'", "'c'", False),
+        ("rows.py", '"lib.row_b:run", 2', '"lib.row_b:run", 3', False),
+        ("rows.py", '{"a"', '{"c": "lib.row_b:run", "a"', False),
+        ("rows.py", '"lib.row_a:run"', '"lib.row_a:walk"', True),
+        ("rows.py", '{"x": 1}', '{"x": 2}', True),
+        ("late.py", "import lib.rows", "import lib.rows  # why", False),
+        ("tools.py", "def helper(): return 1", 'def helper():\n    """Say."""\n    return 1', False),
+        ("tools.py", "return 1", "return 2", True),
+        ("words.txt", "two", "three", True),
+        ("unused.py", "x = 1", "x = 2", False),
+        ("late.py", "import lib.rows", "import lib.rows, lib.unused", True),
+    ],
+)
+def test_which_edits_count(lib: Path, file: str, old: str, new: str, counts: bool) -> None:
+    before = closure(lib, {"lib.rows:ROWS": "a"})
+    text = (lib / file).read_text()
+    assert old in text
+    (lib / file).write_text(text.replace(old, new))
+    assert (closure(lib, {"lib.rows:ROWS": "a"}) != before) is counts
+
+
+def test_unchanged_files_are_not_parsed_again(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = closure(lib, {})
+    monkeypatch.setattr("stagegraph.code.summarise", None)
+    assert closure(lib, {}) == before
+
+
+def test_a_file_that_does_not_parse_counts_by_its_bytes(lib: Path) -> None:
+    before = closure(lib, {})
+    (lib / "tools.py").write_text("def (:\n")
+    assert closure(lib, {})["lib.tools"] != before["lib.tools"]

@@ -1,0 +1,92 @@
+"""What is hashed and what is not; the digests of old keys must not move by accident."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from stagegraph.digest import canonical, digest_json
+from stagegraph.key import differences, key_document, key_of
+from stagegraph.pipeline import NodeSpec
+from stagegraph.sources import SourceState
+from stagegraph.stage import In, Out, Source, Stage, param, source
+
+# Every field of a node, and whether it can influence the key. A new field must be put into one of the two.
+HASHED = {"uses", "each", "params", "needs"}
+NOT_HASHED = {"name", "entry", "places", "place", "need_places", "resources", "timeout"}
+STAGE_HASHED = {"id", "version", "inputs"}
+STAGE_NOT_HASHED = {"profile", "Params", "outputs"}  # Params by value; outputs and run by the code digest
+
+
+class Example(Stage):
+    """An example."""
+
+    id = "example"
+    version = 3
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Parameters."""
+
+        checkpoint: Source = source("files", include=("*.bin",))
+        scheme: str = param("scheme", default="q4")
+        note: str = param("note", default="", hashed=False)
+
+    inputs = {"config": In("other", "config", "one"), "parts": In("other", "part", "many", many=True)}
+    outputs = {"out": Out("out.txt", "a file")}
+
+
+def document(params: Example.Params, *, root: str = "/a", parts: tuple[str, ...] = ("p1", "p2")) -> dict:
+    state = SourceState(Path(root), {}, {"w.bin": "d1"}, {})
+    instances = [({"f": str(i)}, digest) for i, digest in enumerate(parts)]
+    inputs = {"config": [({"t": "llvm"}, "c1")], "parts": instances}
+    return key_document(Example(), params, {"checkpoint": state}, inputs, {"stages.x": "s1"}, {"tool": "1.0"})
+
+
+BASE = Example.Params(checkpoint=Source("/a"))
+
+
+def test_every_field_is_classified() -> None:
+    assert {f.name for f in dataclasses.fields(NodeSpec)} == HASHED | NOT_HASHED
+    assert set(Stage.__annotations__) == STAGE_HASHED | STAGE_NOT_HASHED
+
+
+def test_the_document_holds_exactly_what_it_says() -> None:
+    assert document(BASE) == {
+        "schema": 1,
+        "stage": "example",
+        "version": 3,
+        "params": {"scheme": "q4"},
+        "sources": {"checkpoint": {"w.bin": "d1"}},
+        "inputs": {"config": "c1", "parts": [[{"f": "0"}, "p1"], [{"f": "1"}, "p2"]]},
+        "code": {"stages.x": "s1"},
+        "tools": {"tool": "1.0"},
+    }
+
+
+def test_paths_and_unhashed_parameters_do_not_count() -> None:
+    moved = Example.Params(checkpoint=Source("/elsewhere"), note="a remark")
+    assert key_of(document(moved, root="/elsewhere")) == key_of(document(BASE))
+
+
+def test_the_digest_of_a_document_is_pinned() -> None:
+    assert canonical({"b": 1, "a": ["é"]}) == '{"a":["é"],"b":1}'.encode()
+    assert digest_json({}) == "6e46dd10defc9b56c29a6ec56b508c21f54c08192194e4df25bf36f0c9c3c279"
+    assert key_of(document(BASE)) == PINNED
+
+
+def test_differences_name_the_cause() -> None:
+    other = document(Example.Params(checkpoint=Source("/a"), scheme="q0"), parts=("p1", "px"))
+    other["code"] = {"stages.x": "s2"}
+    other["tools"] = {"tool": "2.0"}
+    other["sources"] = {"checkpoint": {"w.bin": "d2"}}
+    assert differences(document(BASE), other) == [
+        "scheme: q4 -> q0",
+        "checkpoint w.bin changed",
+        "input parts changed",
+        "code stages.x changed",
+        "tool 1.0 -> 2.0",
+    ]
+
+
+PINNED = "93348bf46fad5baf8f0c92a5b8b3e7d1402fc26c379db691df5779a0d750bb57"

@@ -1,0 +1,101 @@
+"""The store: what goes in comes out, or is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stagegraph import store as module
+from stagegraph.digest import digest_bytes
+from stagegraph.index import Index
+from stagegraph.journal import Journal
+from stagegraph.store import Store, remove_tree
+from stagegraph.workspace import Workspace
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    index = Index(tmp_path / "index")
+    yield Store(tmp_path, index)
+    index.close()
+
+
+def put(store: Store, tmp_path: Path, content: bytes) -> str:
+    file = tmp_path / "incoming"
+    file.write_bytes(content)
+    digest = digest_bytes(content)
+    store.adopt(file, digest)
+    assert not file.exists()
+    return digest
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["linked", "copied"])
+def test_objects_are_read_only_and_placed_whole(store: Store, tmp_path: Path, limit: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "HARDLINK_FROM", limit)
+    digest = put(store, tmp_path, b"content")
+    target = tmp_path / "shown" / "deep" / "file"
+    store.place(digest, target)
+    assert target.read_bytes() == b"content"
+    assert target.stat().st_mode & 0o777 == 0o444
+    assert store.is_object(digest, target) is (limit == 0)
+    assert store.verify(digest) is None
+    assert sorted(p.name for p in target.parent.iterdir()) == ["file"]
+
+
+def test_a_link_made_by_us_is_not_read_again(store: Store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "HARDLINK_FROM", 0)
+    digest = put(store, tmp_path, b"content")
+    store.place(digest, tmp_path / "link")
+    monkeypatch.setattr(module, "digest_file", None)
+    assert store.verify(digest) is None
+
+
+def test_damage_is_quarantined(store: Store, tmp_path: Path) -> None:
+    digest = put(store, tmp_path, b"content")
+    path = store.path(digest)
+    path.chmod(0o644)
+    path.write_bytes(b"CONTENT")
+    assert store.verify(digest) == "damaged"
+    assert store.verify(digest) == "missing"
+    assert [p.read_bytes() for p in store.quarantine.iterdir()] == [b"CONTENT"]
+    assert put(store, tmp_path, b"content") == digest
+    assert store.verify(digest) is None
+
+
+def test_an_output_that_is_a_link_to_its_object_is_taken_back(store: Store, tmp_path: Path) -> None:
+    digest = put(store, tmp_path, b"content")
+    link = tmp_path / "out"
+    link.hardlink_to(store.path(digest))
+    store.adopt(link, digest)
+    assert not link.exists()
+    assert store.verify(digest) is None
+
+
+def test_a_torn_journal_line_is_skipped_and_closed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.append({"run": 1})
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"run": 2, "no')
+    journal.append({"run": 3})
+    assert [e["run"] for e in journal.entries()] == [1, 3]
+
+
+def test_sweeping_leaves_work_in_progress_alone(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "artifacts")
+    for name in ("busy", "left"):
+        (workspace.work / name / "out").mkdir(parents=True)
+    lock = workspace.try_lock("busy")
+    assert lock is not None
+    assert workspace.try_lock("busy") is None
+    workspace.sweep()
+    assert [p.name for p in workspace.work.iterdir()] == ["busy"]
+    workspace.close()
+
+
+def test_remove_tree_removes_read_only_trees(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_text("x")
+    (tmp_path / "a" / "b").chmod(0o555)
+    remove_tree(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
