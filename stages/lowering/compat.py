@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import ModuleType
 from typing import Any
@@ -13,11 +14,12 @@ def cache_module_lookups() -> None:
     TVMScript asks for it at every parsed function, and the standard answer walks all of sys.modules: dlight's
     tensor-core intrinsics take two minutes to import without this, four seconds with it. Idempotent.
     """
-    if getattr(inspect.getmodule, "cached", False):
-        return
     original = inspect.getmodule
+    if getattr(original, "remembers", False):
+        return
     known: dict[str, ModuleType | None] = {}
 
+    @functools.wraps(original)
     def getmodule(obj: Any, _filename: str | None = None) -> ModuleType | None:
         if not (inspect.isframe(obj) or inspect.istraceback(obj) or inspect.iscode(obj)):
             return original(obj, _filename)
@@ -26,5 +28,5 @@ def cache_module_lookups() -> None:
             known[file] = original(obj, _filename)
         return known[file]
 
-    getmodule.cached = True  # type: ignore[attr-defined]
+    getmodule.remembers = True  # type: ignore[attr-defined]
     inspect.getmodule = getmodule  # type: ignore[assignment]

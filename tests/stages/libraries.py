@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stagegraph.stage import Instance
+from stages import profiles
 from stages.compile import Compile
 from stages.config_parse import ConfigParse
 from stages.graph_build import GraphBuild
@@ -36,6 +37,7 @@ class Registered:
 
 
 def register(folder: Path, scheme: str, target: str) -> Registered:
+    profiles.compiler()
     checkpoint = write_qwen(folder / "checkpoint", **MODEL, rows=ROWS, dtype="float32", seed=SEED)
     run_stage(ConfigParse(), folder / "config", {"checkpoint": str(checkpoint)})
     ports = {name: folder / "config" / out.path for name, out in ConfigParse.outputs.items()}
