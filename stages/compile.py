@@ -192,7 +192,10 @@ def _build(
 
     params, row = ctx.params, TARGETS[ctx.params.target]
     mcpu, features = host.parse(params.mcpu)
-    target = build_target(row, mcpu, features, opt=params.opt, arch=min(params.archs, default=0))
+    try:
+        target = build_target(row, mcpu, features, opt=params.opt, arch=min(params.archs, default=0))
+    except ValueError as error:
+        raise StageError(str(error)) from None
     memory: dict[str, int] = {}
 
     def describe(planned: Mapping[str, int]) -> dict[str, Any]:

@@ -94,7 +94,9 @@ def required_features(cpu: str) -> tuple[str, ...]:
 
 def problems(cpu: str) -> list[str]:
     """Say what is wrong with a literal that a user wrote; names of single CPUs (``znver4``) are LLVM's to judge."""
-    _, added = parse(cpu)
+    mcpu, added = parse(cpu)
+    if mcpu in {"", "native"}:
+        return [f"mcpu: {cpu!r} names no processor; auto is this machine's, spelt out"]
     known = {*EXTRAS, *(feature for features in LEVELS.values() for feature in features)}
     return [
         f"unknown processor feature {name!r}; known: {', '.join(sorted(known))}" for name in added if name not in known

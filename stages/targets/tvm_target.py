@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import platform
 from collections.abc import Sequence
 
 import tvm
+from tvm.target.codegen import llvm_get_cpu_archlist
 
 from stages.targets.table import Target
 
@@ -26,7 +28,12 @@ def export_target(row: Target) -> tvm.target.Target:
 def build_target(row: Target, mcpu: str, features: Sequence[str], *, opt: int, arch: int = 0) -> tvm.target.Target:
     """Return the target that code is generated for: ``mcpu`` plus ``features`` (LLVM's names) are the processor that
     runs the host code, ``opt`` LLVM's level (0 to 3), ``arch`` the lowest GPU architecture (80 is sm_80), if any.
+    :class:`ValueError` for a processor that LLVM does not know: it would warn and take the plainest.
     """
+    known = [str(name) for name in llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": host_triple()}))]
+    if mcpu not in known:
+        close = ", ".join(difflib.get_close_matches(mcpu, known, cutoff=0.4)) or ", ".join(known)
+        raise ValueError(f"mcpu: LLVM knows no processor {mcpu!r} on {host_triple()}; near: {close}")
     attributes = [f"+{feature}" for feature in features]
     host = {"kind": "llvm", "mtriple": host_triple(), "mcpu": mcpu, "mattr": attributes, "opt-level": opt}
     if row.kind == "llvm":

@@ -76,6 +76,14 @@ def test_a_missing_compiler_fails_with_what_to_install(tmp_path, graphs, monkeyp
         libraries.compile_library(tmp_path, ports, registered, target="llvm")
 
 
+def test_a_processor_unknown_to_llvm_is_refused(tmp_path, graphs):
+    registered, ports = graphs("llvm")
+    with pytest.raises(StageError, match=r"knows no processor 'x86-64-v9' .*x86-64-v"):
+        libraries.compile_library(tmp_path, ports, registered, target="llvm", mcpu="x86-64-v9")
+    with pytest.raises(StageError, match="'native' names no processor"):
+        resolved(target="llvm", mcpu="native")
+
+
 def test_a_missing_nvcc_fails_with_what_to_install(tmp_path, graphs, monkeypatch):
     registered, ports = graphs("cuda")
     monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)
