@@ -50,8 +50,8 @@ class Quantize(Stage):
         return dist_versions("numpy", "ml-dtypes")
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
-        """Return the one scheme."""
-        return {"stages.quantization.schemes:SCHEMES": params.scheme}
+        """Return the one scheme; what the weights are is in the register, so no family is looked up."""
+        return {"stages.quantization.schemes:SCHEMES": params.scheme, "stages.models:FAMILIES": ()}
 
     def run(self, ctx: Context) -> None:
         """Quantize in packed order; report each parameter's error as read back from what is stored."""
