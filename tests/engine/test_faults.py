@@ -57,6 +57,7 @@ def wait_for(demo: Demo, name: str) -> None:
     ("kind", "said"),
     [
         ("segfault", "killed by SIGSEGV; a crash in native code"),
+        ("killed", "killed by SIGKILL; usually out of memory"),
         ("bug", "KeyError: 'oops'"),
         ("stray", "wrote stray.txt, which is none of its declared outputs"),
         ("nothing", "did not write its output 'out' (out.txt)"),
