@@ -42,7 +42,13 @@ def command(demo: Demo, *argv: str) -> list[str]:
 
 def start(demo: Demo, *argv: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": f"{demo.package.parent}{os.pathsep}{Path(__file__).parents[2]}"}
-    return subprocess.Popen(command(demo, *argv), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(demo, *argv),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )
 
 
 def wait_for(demo: Demo, name: str) -> None:
