@@ -9,11 +9,12 @@ import numpy as np
 
 from stages.runtime import backend, tensor_cache
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.manifest import capability_problems
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stages.runtime.manifest import Manifest, capability_problems
+    from stages.runtime.manifest import Manifest
 
 _KV = "vm.builtin.kv_state_"
 
@@ -112,7 +113,6 @@ class Session:
         """Read ``ids`` in chunks of at most ``chunk`` (default: what the library was built for); logits of the last."""
         self._check(sequence, ids)
         size = min(chunk or self.prefill_chunk, self.prefill_chunk)
-        np.empty((0, 0), np.float32)
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
             last: np.ndarray = self._forward("prefill", {sequence: part}, self._states(part, (1, len(part))))[0]

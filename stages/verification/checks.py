@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stages.runtime.session import Session
     from stages.runtime.tokenizer import BundleTokenizer
@@ -37,9 +37,14 @@ class Check:
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Return max |found - wanted| over max |wanted|, of the worst row; infinite where anything is not finite."""
+    """Return max |found - wanted| over max |wanted|, of the worst row; infinite where anything is not finite.
+
+    A row of zeros is met by zeros alone.
+    """
     found, wanted = np.atleast_2d(found), np.atleast_2d(wanted)
-    worst = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
+    away, scale = np.abs(found - wanted).max(-1), np.abs(wanted).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worst = np.where(away == 0, 0.0, away / scale)
     return float(worst.max()) if np.isfinite(worst).all() else math.inf
 
 
@@ -140,11 +145,11 @@ def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, b
     return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, reads {text[:60]!r}")
 
 
-def embedding(session: Session, tokens: Sequence[int], table: np.ndarray) -> Check:
-    """``embed`` must return the rows of the held ``table`` float32 [V, h], in the compute dtype."""
+def embedding(session: Session, tokens: Sequence[int], rows: Callable[[list[int]], np.ndarray]) -> Check:
+    """``embed`` must return the held table's ``rows`` of the ids, float32 [n, h], in the compute dtype."""
     ids = sorted(set(tokens))[: session.prefill_chunk]
     found = session.embed(ids)
-    wanted = table[ids].astype(found.dtype)
+    wanted = rows(ids).astype(found.dtype)
     # One product may round differently in a compute dtype of float16; in float32 it is the same product.
     return compare("embed", found.astype(np.float32), wanted.astype(np.float32), 1e-3)
 

@@ -81,6 +81,9 @@ def verify(case: Case, progress: Callable[[int, int], None]) -> Findings:
         raise BundleError(*problems)
     findings.checks.append(Check("files", ok=True, detail=f"{len(case.manifest.files)} files as bundle.json has them"))
     progress(1, 4)
+    problems = weights.misplaced(case.registry, case.records)
+    if problems:
+        raise BundleError(*problems)
     _check_weights(case, findings)
     _check_tokenizer(case, findings)
     progress(2, 4)
@@ -104,7 +107,8 @@ def _check_weights(case: Case, findings: Findings) -> None:
         findings.checks += [Check("weights", ok=False, detail=text) for text in differing]
         return
     how = f"within half a step of {scheme.name}" if scheme.kind == "group" else f"bit for bit as {scheme.storage_dtype}"
-    findings.checks.append(Check("weights", ok=True, detail=f"{len(headers)} tensors of the checkpoint, {how}"))
+    compared = sum(len(entry["sources"]) for entry in case.registry["logical"])
+    findings.checks.append(Check("weights", ok=True, detail=f"{compared} tensors of the checkpoint, {how}"))
 
 
 def _check_tokenizer(case: Case, findings: Findings) -> None:
@@ -212,8 +216,9 @@ def _check_session(case: Case, reference: Reference | None, findings: Findings) 
 def _check_functions(case: Case, session: Session, tokens: list[int], rows: np.ndarray, findings: Findings) -> None:
     if case.manifest.model["sep_embed"]:
         held = weights.held(case.registry, case.records, SCHEMES[case.registry["scheme"]])
-        table = next(array for entry, array in held if entry["kind"] == "embedding")
-        findings.checks.append(checks.embedding(session, tokens, table))
+        name = next(entry["sources"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
+        table = next(tensor for tensor in held if tensor.name == name)
+        findings.checks.append(checks.embedding(session, tokens, table.rows))
     findings.checks.append(checks.softmax(session, rows))
     if session.sequences == 1:
         findings.unchecked.append("batches: the library was built for one sequence (max_batch)")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from stagegraph.stage import StageError
+from stages.verification import checks as checks_of
 from stages.verify import Verify
 from tests.checkpoints import qwen_tensors, write_qwen, write_shards
 from tests.stages import bundles
@@ -167,6 +168,45 @@ def test_quantized_weights_of_another_checkpoint_are_found(quantized, tmp_path):
     )
 
 
+def stored(built, name, dtype):
+    """A stored tensor, mapped to be written."""
+    records = json.loads((built.bundle / "tensor-cache.json").read_text())["records"]
+    shard, record = next((s, r) for s in records for r in s["records"] if r["name"] == name)
+    path = built.bundle / shard["dataPath"]
+    return np.memmap(path, dtype, "r+", record["byteOffset"], tuple(record["shape"]))
+
+
+def test_scales_that_excuse_wrong_codes_are_found(quantized, tmp_path):
+    """Codes of zero everywhere, with steps so wide that each value lies within half of one."""
+    built = quantized.copy(tmp_path)
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        stored(built, f"{name}.q_weight", "<u4")[:] = 0x77777777
+        scale = stored(built, f"{name}.q_scale", "<f4")
+        scale[:] = scale * 14 + 1e-3
+    built.sign()
+    message = failure(built, tmp_path, reference="none")
+    assert "transformer.h.0.attn.c_attn.weight: " in message
+    assert "transformer.h.1.mlp.c_proj.weight: " in message
+
+
+def test_a_tensor_that_the_bundle_does_not_hold_is_named(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    path = built.bundle / "tensor-cache.json"
+    document = json.loads(path.read_text())
+    shard = document["records"][-1]
+    lost = shard["records"].pop()["name"]
+    path.write_text(json.dumps(document))
+    built.sign()
+    assert f"{lost}: params.json has float32" in failure(built, tmp_path, reference="live")
+
+
+def test_a_difference_from_zeros():
+    zeros, ones = np.zeros(3), np.ones(3)
+    assert checks_of.difference(zeros, zeros) == 0
+    assert checks_of.difference(ones, zeros) == np.inf
+    assert checks_of.difference(zeros * np.nan, zeros) == np.inf
+
+
 def test_a_tokenizer_with_two_ids_exchanged_is_found(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     path = built.bundle / "tokenizer.json"
@@ -226,3 +266,11 @@ def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_pat
     assert "the live reference ended with exit code 1: no transformers today" in failure(
         recorded, tmp_path, reference="live"
     )
+
+
+@pytest.mark.parametrize("inherited", ["", ":", ":/nowhere"])
+def test_nothing_in_the_working_directory_is_executed(quantized, tmp_path, monkeypatch, inherited):
+    (tmp_path / "transformers.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", inherited)
+    assert bundles.verify(quantized, tmp_path / "verify", reference="live").said.startswith("verified")
