@@ -116,9 +116,16 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
             "and the cache kernels know one dtype; use auto"
         )
     config = family.config(**model["config"])
+    window = config.attention.sliding_window
+    chunk = min(params.prefill_chunk, model["context_window"])
+    if 0 < window < model["context_window"]:
+        _check_window(window, params.target)
+        # A token of a chunk sees all before it in the chunk and at least one before the chunk: the kernels are right
+        # only if that is within its window.
+        chunk = min(chunk, window - 1)
     sizes = {
         "sep_embed": params.sep_embed,
-        "prefill_chunk": min(params.prefill_chunk, model["context_window"]),
+        "prefill_chunk": chunk,
         "max_batch": params.max_batch,
         "compute_dtype": compute_dtype,
         "kv_dtype": kv_dtype,
@@ -129,6 +136,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         registry=registry,
         target=export_target(target),
         group=(scheme.bits, scheme.group_size),
+        context_window=model["context_window"],
         **sizes,
     )
     facts = {
@@ -139,3 +147,13 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         "target": params.target,
     }
     return build, facts
+
+
+def _check_window(window: int, target: str) -> None:
+    """Refuse a context longer than the model's sliding window where that is not known to be exact."""
+    if target != "llvm" or window == 1:
+        reason = "a window of one token" if window == 1 else f"contexts beyond it on target {target}"
+        raise StageError(
+            f"sliding_window = {window} of config.json: {reason} cannot be built; set context_window of config-parse "
+            f"to at most {window}, where the window has no effect"
+        )

@@ -27,6 +27,7 @@ TABLE = {
     "fsck": ("stagegraph.cli.fsck", "read and check every stored object"),
     "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
     "generate": (VERBS["generate"], "generate text from a bundle"),
+    "models": (VERBS["models"], "list the model families, what each supports and the config keys it honours"),
 }
 
 

@@ -43,6 +43,12 @@ class Build:
     sep_embed: bool
     prefill_chunk: int
     max_batch: int
+    context_window: int
+
+    @property
+    def sliding(self) -> bool:
+        """Whether some layers forget: the context is longer than the model's sliding window."""
+        return 0 < self.config.attention.sliding_window < self.context_window
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""

@@ -8,6 +8,7 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 
+from stages.graph import window
 from stages.graph.export import Build, export_plain
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
@@ -28,31 +29,37 @@ class Cache(nn.Module):
         support_sliding_window: tirx.Var,
     ) -> PagedKVCache:
         """Return an empty cache for so many sequences and tokens in all."""
-        config = self.build.config
-        num_kv_heads = getattr(config, "num_kv_heads", config.num_heads)
+        attention, layers = self.build.config.attention, self.build.config.num_layers
+        kinds = ["mha"] * layers
+        if self.build.sliding:
+            kinds[attention.full_layers :] = ["mha_sliding"] * (layers - attention.full_layers)
+            if attention.full_layers == 0:
+                # The runtime allots no memory to a cache of sliding layers alone: one more layer, which nothing uses.
+                kinds.append("mha")
         return TIRPagedKVCache(
-            attn_kind="mha",
+            attn_kind=kinds,
+            layer_sliding_window_size=attention.sliding_window or 1024,
             max_batch_size=max_batch_size,
             max_total_seq_len=max_total_seq_len,
             prefill_chunk_size=prefill_chunk_size,
             page_size=page_size,
             support_sliding_window=support_sliding_window,
-            layer_partition=rx.ShapeExpr([0, config.num_layers]),
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=num_kv_heads,
-            qk_head_dim=config.head_dim,
-            v_head_dim=config.head_dim,
+            layer_partition=rx.ShapeExpr([0, len(kinds)]),
+            num_hidden_layers=len(kinds),
+            num_attention_heads=attention.num_heads,
+            num_key_value_heads=attention.num_kv_heads,
+            qk_head_dim=attention.head_dim,
+            v_head_dim=attention.head_dim,
             mla_original_qk_head_dim=0,
             mla_original_v_head_dim=0,
             # Rotated once when appended, both halves of a head against each other; the inline mode of the kernels is
             # wrong for a partial rotary dimension.
             rope_mode=RopeMode.NORMAL,
-            rope_scale=1,
-            rope_theta=config.rope_theta,
-            rope_scaling={},
+            rope_scale=attention.rope_scale,
+            rope_theta=attention.rope_theta,
+            rope_scaling=dict(attention.rope_scaling),
             rope_ext_factors=rx.prim_value(0),
-            rotary_dim=config.head_dim,
+            rotary_dim=attention.rotary_dim,
             enable_disaggregation=False,
             dtype=self.build.kv_dtype,
             target=self.build.target,
@@ -61,4 +68,11 @@ class Cache(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``create_tir_paged_kv_cache`` and the kernels it hands to the runtime."""
-    return export_plain(build, Cache(build), {"create_tir_paged_kv_cache": dict.fromkeys(SIZES, int)})
+    module = export_plain(build, Cache(build), {"create_tir_paged_kv_cache": dict.fromkeys(SIZES, int)})
+    if build.sliding:
+        attention = build.config.attention
+        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        kernel = window.prefill_kernel(*heads, build.kv_dtype, attention.sliding_window)
+        variable = module.get_global_var(window.KERNEL)
+        module[variable] = kernel.with_attr("global_symbol", module[variable].attrs["global_symbol"])
+    return module

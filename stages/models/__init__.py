@@ -10,7 +10,12 @@ if TYPE_CHECKING:
 
 # model_type -> where its Family is; strings, so that naming a family imports none
 FAMILIES: dict[str, str] = {
+    "gpt_neox": "stages.models.gpt_neox:FAMILY",
+    "llama": "stages.models.llama:FAMILY",
+    "mistral": "stages.models.mistral:FAMILY",
     "qwen": "stages.models.qwen:FAMILY",
+    "qwen2": "stages.models.qwen2:FAMILY",
+    "qwen3": "stages.models.qwen3:FAMILY",
 }
 
 

@@ -16,6 +16,29 @@ MAX_GUESSES = 20  # keys to look for a near one of, which takes time
 LARGEST = 2**31 - 1  # of a size: what kernels index with
 
 
+# What transformers writes into any config.json and no inference depends on: provenance, training, output switches.
+PROVENANCE = """
+    _name_or_path _commit_hash auto_map transformers_version torch_dtype dtype initializer_range use_cache
+    attention_dropout attn_implementation _attn_implementation return_dict output_attentions output_hidden_states
+    use_return_dict torchscript tokenizer_class transformers.js_config gradient_checkpointing
+"""
+# What every causal language model's config.json is read for.
+SHARED = """
+    model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act
+    max_position_embeddings tie_word_embeddings bos_token_id eos_token_id pad_token_id
+"""
+NEVER = "pruned_heads add_cross_attention is_encoder_decoder tie_encoder_decoder"
+
+
+def classify(honoured: str, irrelevant: str, refused: str) -> dict[str, KeyClass]:
+    """Return key -> class of three lists of keys separated by white space."""
+    return {
+        **dict.fromkeys(honoured.split(), "honoured"),
+        **dict.fromkeys(irrelevant.split(), "irrelevant"),
+        **dict.fromkeys(refused.split(), "refused"),
+    }
+
+
 class ConfigReader:
     """Takes values out of ``raw`` and notes what is wrong; :meth:`finish` raises everything at once."""
 

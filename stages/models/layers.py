@@ -7,7 +7,7 @@ folds into the kernel that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import relax as rx
@@ -115,6 +115,10 @@ class Embedding(nn.Module):
         """Look ``ids`` up."""
         return self.weight.rows(ids)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Multiply x [..., h] with the table as an output projection, [..., V] in float32."""
+        return op.matmul(x, op.permute_dims(self.weight.matrix()), out_dtype="float32")
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x ** 2) + eps) * weight over the last axis."""
@@ -126,6 +130,43 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it; the mean is taken in float32."""
         return op.rms_norm(x, self.weight.astype(x.dtype), axes=-1, epsilon=self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter, eps: float) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it; mean and variance are taken in float32."""
+        return op.layer_norm(x, x.shape[-1], self.weight.astype(x.dtype), self.bias.astype(x.dtype), eps=self.eps)
+
+
+# Activations by the names of config.json's hidden_act.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": op.gelu,
+    "gelu_new": lambda x: op.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: op.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: op.gelu(x, approximate="tanh"),
+    "relu": op.relu,
+    "silu": op.silu,
+}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
+        self.up = up
+        self.down = down
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to x [b, s, h]."""
+        return self.down(self.activation(self.up(x)))
 
 
 class GatedMLP(nn.Module):
@@ -144,12 +185,25 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention over the paged KV cache, which also applies the rotary embedding.
 
-    ``qkv`` yields the heads of q, then k, then v, ``head_dim`` wide each.
+    ``qkv`` yields the heads of q, then k, then v, ``head_dim`` wide each; ``q_norm`` and ``k_norm`` normalise every
+    head before it is rotated.
     """
 
-    def __init__(self, qkv: Linear, out: Linear, *, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        qkv: Linear,
+        out: Linear,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: nn.Module | None = None,
+        k_norm: nn.Module | None = None,
+    ) -> None:
         self.qkv = qkv
         self.out = out
+        self.q_norm = q_norm
+        self.k_norm = k_norm
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -158,6 +212,9 @@ class Attention(nn.Module):
         """Attend from x [b, s, h] to everything ``cache`` holds of its sequences, in the layer of that number."""
         batch, seq, _ = x.shape
         qkv = op.reshape(self.qkv(x), (batch, seq, self.num_heads + 2 * self.num_kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k, v = op.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=2)
+            qkv = op.concat([self.q_norm(q), self.k_norm(k), v], dim=2)
         y = cache.attention_with_fused_qkv(layer, qkv, self.num_heads, sm_scale=self.head_dim**-0.5)
         return self.out(op.reshape(y, (batch, seq, self.num_heads * self.head_dim)))
 
@@ -177,10 +234,23 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class CausalLM(nn.Module):
-    """Token embedding, decoder layers, final norm, head; parameters are packed in this order."""
+class ParallelDecoderLayer(DecoderLayer):
+    """x + attention(attention_norm(x)) + mlp(mlp_norm(x)): both read the layer's input."""
 
-    def __init__(self, embedding: Embedding, layers: Sequence[DecoderLayer], norm: nn.Module, head: Linear) -> None:
+    def forward(self, x: Tensor, cache: PagedKVCache, layer: int) -> Tensor:
+        """Apply the layer of that number to x [b, s, h]."""
+        return self.mlp(self.mlp_norm(x)) + self.attention(self.attention_norm(x), cache, layer) + x
+
+
+class CausalLM(nn.Module):
+    """Token embedding, decoder layers, final norm, head; parameters are packed in this order.
+
+    Without a ``head``, the embedding's table is the output projection too (tied).
+    """
+
+    def __init__(
+        self, embedding: Embedding, layers: Sequence[DecoderLayer], norm: nn.Module, head: Linear | None
+    ) -> None:
         self.embedding = embedding
         self.layers = nn.ModuleList(list(layers))
         self.norm = norm
@@ -198,7 +268,7 @@ class CausalLM(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised hidden states [b, s, h] -> logits [b, s, V] in float32."""
-        y = self.head(x)
+        y = self.embedding.project(x) if self.head is None else self.head(x)
         return y if y.dtype == "float32" else y.astype("float32")
 
 
@@ -231,6 +301,10 @@ class LayerFactory:
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding:
         """Make the token table ``name``.weight [V, h]."""
         return Embedding(self._matrix(f"{name}.weight", (vocab_size, hidden_size)))
+
+    def layer_norm(self, name: str, features: int, eps: float) -> LayerNorm:
+        """Make the norm ``name``.weight and ``name``.bias [features]."""
+        return LayerNorm(self._vector(f"{name}.weight", features), self._vector(f"{name}.bias", features), eps)
 
     def norm(self, name: str, features: int, eps: float) -> RMSNorm:
         """Make the root-mean-square norm ``name``.weight [features]."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import ConfigReader
-from stages.models.record import ConfigError, Family, KeyClass, Param
+from stages.models.record import AttentionCache, ConfigError, Family, KeyClass, Param
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +31,11 @@ class QWenConfig:
     seq_length: int
     use_dynamic_ntk: bool
     use_logn_attn: bool
+
+    @property
+    def attention(self) -> AttentionCache:
+        """What the KV cache must know."""
+        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, self.head_dim, self.rope_theta)
 
 
 HONOURED = """
@@ -216,4 +221,5 @@ FAMILY = Family(
     to_reference=to_reference,
     keys=KEYS,
     recomputed=("*.rotary_emb.inv_freq",),
+    supports=("both generations of config keys", "contexts up to seq_length, where dynamic NTK and log-n do not act"),
 )

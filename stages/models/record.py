@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 Kind = Literal["linear", "embedding", "head", "norm", "bias"]
-Transform = Literal["copy", "concat0"]
+Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
 KeyClass = Literal["honoured", "irrelevant", "refused"]
 
 
@@ -44,17 +44,39 @@ class Param:
 
 
 @dataclass(frozen=True)
+class AttentionCache:
+    """What the paged KV cache and its kernels must know of a model's attention.
+
+    The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, by the position
+    times ``rope_scale`` over powers of ``rope_theta``; ``rope_scaling`` adjusts the frequencies further (TVM's keys).
+    With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w tokens alone.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    rope_theta: float
+    rope_scale: float = 1.0
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    sliding_window: int = 0
+    full_layers: int = 0
+
+
+@dataclass(frozen=True)
 class Family:
     """A model family.
 
     ``config`` is the family's frozen config dataclass: JSON scalars only, so ``config(**model["config"])`` restores
-    what config-parse wrote. ``parse`` makes one from a raw config.json or raises :class:`ConfigError`.
-    ``context_window(config, requested)`` resolves the number of positions to build for (0: the model's own) or raises
-    it too. ``params`` lists the parameters in packed order, which is the attribute order of the module that
-    ``causal_lm(config, make)`` composes from the layers of ``make``. ``to_reference(config, tensors)`` maps float32
-    checkpoint tensors by name to ``(transformers class name, config keywords, state dict)``. ``keys`` classifies
-    every known key of config.json: honoured, irrelevant to inference, or refused unless null, false or empty.
-    ``recomputed`` are name patterns of tensors that old checkpoints store although the model derives them.
+    what config-parse wrote; its property ``attention`` is the :class:`AttentionCache`. ``parse`` makes one from a raw
+    config.json or raises :class:`ConfigError`. ``context_window(config, requested)`` resolves the number of positions
+    to build for (0: the model's own) or raises it too. ``params`` lists the parameters in packed order, which is the
+    attribute order of the module that ``causal_lm(config, make)`` composes from the layers of ``make``.
+    ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
+    keywords, state dict)``. ``keys`` classifies every known key of config.json: honoured, irrelevant to inference, or
+    refused unless null, false or empty. ``recomputed`` are name patterns of tensors that old checkpoints store although
+    the model derives them.
+    ``supports`` says in a few words each what of the family can be built.
     """
 
     name: str
@@ -67,3 +89,4 @@ class Family:
     to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
     keys: Mapping[str, KeyClass]
     recomputed: tuple[str, ...] = ()
+    supports: tuple[str, ...] = ()

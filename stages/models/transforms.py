@@ -1,36 +1,81 @@
-"""The few ways a graph parameter is made from checkpoint tensors, and back. NumPy arrays in, NumPy arrays out."""
+"""The few ways a graph parameter is made from checkpoint tensors, and back. NumPy arrays in, NumPy arrays out.
+
+A transform is a row's name, with an argument after a colon where it takes one: ``interleaved_qkv:32``.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Arrays = Sequence[np.ndarray]
+Shapes = Sequence[Sequence[int]]
 
 
-def apply(transform: str, tensors: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the parameter made of ``tensors``: ``copy`` of exactly one (a view), or ``concat0`` along axis 0."""
-    if transform == "copy":
-        (tensor,) = tensors
-        return tensor
-    if transform == "concat0":
-        return np.concatenate(list(tensors), axis=0)
-    raise ValueError(f"unknown transform {transform!r}; known: copy, concat0")
+@dataclass(frozen=True)
+class Transform:
+    """``apply(tensors, argument)`` makes the parameter; ``invert(array, source shapes, argument)`` undoes it."""
+
+    apply: Callable[[Arrays, str], np.ndarray]
+    invert: Callable[[np.ndarray, Shapes, str], list[np.ndarray]]
 
 
-def invert(transform: str, array: np.ndarray, source_shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """Return the tensors, of ``source_shapes``, that :func:`apply` made ``array`` of; views of it."""
-    if transform == "copy":
-        parts = [array]
-    elif transform == "concat0":
-        ends = np.cumsum([shape[0] for shape in source_shapes])
-        if ends[-1] != array.shape[0]:
-            raise ValueError(f"concat0 of {[*map(tuple, source_shapes)]} has {ends[-1]} rows, not {array.shape[0]}")
-        parts = np.split(array, ends[:-1])
-    else:
-        raise ValueError(f"unknown transform {transform!r}; known: copy, concat0")
+def apply(transform: str, tensors: Arrays) -> np.ndarray:
+    """Return the parameter made of ``tensors``; :class:`ValueError` for a transform that is not in the table."""
+    name, _, argument = transform.partition(":")
+    return _row(name).apply(tensors, argument)
+
+
+def invert(transform: str, array: np.ndarray, source_shapes: Shapes) -> list[np.ndarray]:
+    """Return the tensors, of ``source_shapes``, that :func:`apply` made ``array`` of."""
+    name, _, argument = transform.partition(":")
+    parts = _row(name).invert(array, source_shapes, argument)
     if [part.shape for part in parts] != [tuple(shape) for shape in source_shapes]:
         raise ValueError(f"{[part.shape for part in parts]} are not the shapes {[*map(tuple, source_shapes)]}")
     return parts
+
+
+def _row(name: str) -> Transform:
+    if name not in TRANSFORMS:
+        raise ValueError(f"unknown transform {name!r}; known: {', '.join(TRANSFORMS)}")
+    return TRANSFORMS[name]
+
+
+def _only(tensors: Arrays, _argument: str) -> np.ndarray:
+    (tensor,) = tensors
+    return tensor
+
+
+def _split_rows(array: np.ndarray, source_shapes: Shapes, _argument: str) -> list[np.ndarray]:
+    ends = np.cumsum([shape[0] for shape in source_shapes])
+    if ends[-1] != array.shape[0]:
+        raise ValueError(f"concat0 of {[*map(tuple, source_shapes)]} has {ends[-1]} rows, not {array.shape[0]}")
+    return list(np.split(array, ends[:-1]))
+
+
+def _by_part(tensors: Arrays, heads: str) -> np.ndarray:
+    (tensor,) = tensors
+    return _swap(tensor, int(heads), 3)
+
+
+def _by_head(array: np.ndarray, _source_shapes: Shapes, heads: str) -> list[np.ndarray]:
+    return [_swap(array, 3, int(heads))]
+
+
+def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    """Reorder rows [outer][inner][d] to [inner][outer][d]."""
+    if array.shape[0] % (outer * inner):
+        raise ValueError(f"{array.shape[0]} rows are not {outer} x {inner} equal parts")
+    split = array.reshape(outer, inner, -1, *array.shape[1:])
+    return np.ascontiguousarray(split.swapaxes(0, 1)).reshape(array.shape)
+
+
+# copy: the one tensor (a view). concat0: one under the other. interleaved_qkv:HEADS: rows that go head by head, each
+# with its q, k and v, become all q, all k, all v.
+TRANSFORMS: dict[str, Transform] = {
+    "copy": Transform(_only, lambda array, _shapes, _argument: [array]),
+    "concat0": Transform(lambda tensors, _argument: np.concatenate(list(tensors), axis=0), _split_rows),
+    "interleaved_qkv": Transform(_by_part, _by_head),
+}

@@ -1,0 +1,195 @@
+"""GPT-NeoX (``model_type: gpt_neox``): RedPajama-INCITE, Pythia. LayerNorm with bias, partly rotated heads, parallel or
+sequential residual; the fused QKV projection of the checkpoint goes head by head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.record import AttentionCache, ConfigError, Family, Param
+from stages.models.rope import Rope, read_rope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stages.models.record import Kind
+
+THETA, SHARE = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
+GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+KEYS = classify(
+    f"""{SHARED} layer_norm_eps rotary_pct rotary_emb_base partial_rotary_factor rope_theta rope_scaling
+    rope_parameters use_parallel_residual attention_bias""",
+    f"{PROVENANCE} hidden_dropout classifier_dropout is_decoder",
+    NEVER,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeoXConfig(Rope):
+    """Sizes and options that determine the graph; ``attention_bias`` is that of QKV and output projection."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    norm_eps: float
+    max_positions: int
+    activation: str
+    parallel_residual: bool
+    attention_bias: bool
+    tied: bool
+
+    @property
+    def attention(self) -> AttentionCache:
+        """What the KV cache must know."""
+        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, **self.kernel_options())
+
+
+def parse(raw: Mapping[str, Any]) -> NeoXConfig:
+    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    read = ConfigReader(raw, KEYS, "gpt_neox")
+    hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    head_dim = hidden // max(heads, 1)
+    if heads and hidden % heads:
+        read.problem(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
+    activation = raw.get("hidden_act", "gelu")
+    if activation not in (*GELUS, "relu", "silu"):
+        read.problem(f"hidden_act = {activation!r} is not implemented; known: {', '.join((*GELUS, 'relu', 'silu'))}")
+    config = NeoXConfig(
+        **read_rope(read, head_dim, theta_keys=THETA, share_keys=SHARE),
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read.integer("intermediate_size"),
+        num_layers=read.integer("num_hidden_layers"),
+        num_heads=heads,
+        head_dim=head_dim,
+        norm_eps=read.number("layer_norm_eps", default=1e-5),
+        max_positions=read.integer("max_position_embeddings"),
+        activation=activation,
+        parallel_residual=read.flag("use_parallel_residual", default=True),
+        attention_bias=read.flag("attention_bias", default=True),
+        tied=read.flag("tie_word_embeddings", default=False),
+    )
+    read.finish()
+    return config
+
+
+def context_window(config: NeoXConfig, requested: int) -> int:
+    """Return the number of positions to build for, all the model has for 0; ConfigError if it has fewer."""
+    if requested > config.max_positions:
+        raise ConfigError(
+            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
+            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
+        )
+    return requested or config.max_positions
+
+
+def params(config: NeoXConfig) -> tuple[Param, ...]:
+    """Return the parameters in packed order; names are the checkpoint's, QKV is reordered to all q, all k, all v."""
+    h, ff, rows = config.hidden_size, config.intermediate_size, config.vocab_size
+    reorder = f"interleaved_qkv:{config.num_heads}"
+    found = [_param("gpt_neox.embed_in.weight", (rows, h), "embedding")]
+    for i in range(config.num_layers):
+        block = f"gpt_neox.layers.{i}"
+        found += [
+            *_norm(f"{block}.input_layernorm", h),
+            *_linear(f"{block}.attention.query_key_value", 3 * h, h, reorder, bias=config.attention_bias),
+            *_linear(f"{block}.attention.dense", h, h, bias=config.attention_bias),
+            *_norm(f"{block}.post_attention_layernorm", h),
+            *_linear(f"{block}.mlp.dense_h_to_4h", ff, h),
+            *_linear(f"{block}.mlp.dense_4h_to_h", h, ff),
+        ]
+    found += _norm("gpt_neox.final_layer_norm", h)
+    return (*found, *(() if config.tied else (_param("embed_out.weight", (rows, h), "head"),)))
+
+
+def _param(name: str, shape: tuple[int, ...], kind: Kind, transform: str = "copy") -> Param:
+    return Param(name, shape, kind, (name,), (shape,), transform)
+
+
+def _norm(name: str, features: int) -> list[Param]:
+    return [_param(f"{name}.weight", (features,), "norm"), _param(f"{name}.bias", (features,), "bias")]
+
+
+def _linear(name: str, n: int, k: int, transform: str = "copy", *, bias: bool = True) -> list[Param]:
+    found = [_param(f"{name}.weight", (n, k), "linear", transform)]
+    return [*found, _param(f"{name}.bias", (n,), "bias", transform)] if bias else found
+
+
+def causal_lm(config: NeoXConfig, make: Any) -> Any:
+    """Return the graph's module composed of the layers of ``make``; its attribute order is that of :func:`params`."""
+    from stages.models import layers
+
+    h, ff, eps, bias = config.hidden_size, config.intermediate_size, config.norm_eps, config.attention_bias
+    form = layers.ParallelDecoderLayer if config.parallel_residual else layers.DecoderLayer
+
+    def decoder_layer(block: str) -> layers.DecoderLayer:
+        return form(
+            make.layer_norm(f"{block}.input_layernorm", h, eps),
+            layers.Attention(
+                make.linear(f"{block}.attention.query_key_value", 3 * h, h, bias=bias),
+                make.linear(f"{block}.attention.dense", h, h, bias=bias),
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_heads,
+                head_dim=config.head_dim,
+            ),
+            make.layer_norm(f"{block}.post_attention_layernorm", h, eps),
+            layers.MLP(
+                make.linear(f"{block}.mlp.dense_h_to_4h", ff, h, bias=True),
+                make.linear(f"{block}.mlp.dense_4h_to_h", h, ff, bias=True),
+                config.activation,
+            ),
+        )
+
+    return layers.CausalLM(
+        make.embedding("gpt_neox.embed_in", config.vocab_size, h),
+        [decoder_layer(f"gpt_neox.layers.{i}") for i in range(config.num_layers)],
+        make.layer_norm("gpt_neox.final_layer_norm", h, eps),
+        None if config.tied else make.head("embed_out", config.vocab_size, h),
+    )
+
+
+def to_reference(config: NeoXConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return transformers' class name, config keywords and state dict."""
+    keywords = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": config.activation,
+        "use_parallel_residual": config.parallel_residual,
+        "attention_bias": config.attention_bias,
+        "rope_parameters": {**config.reference(), "partial_rotary_factor": config.rotary_dim / config.head_dim},
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tied,
+    }
+    state = dict(tensors)
+    head = state.pop("embed_out.weight", state["gpt_neox.embed_in.weight"])
+    return "GPTNeoXForCausalLM", keywords, {**state, "lm_head.weight": head}
+
+
+FAMILY = Family(
+    name="gpt_neox",
+    architectures=("GPTNeoXForCausalLM",),
+    config=NeoXConfig,
+    parse=parse,
+    context_window=context_window,
+    params=params,
+    causal_lm=causal_lm,
+    to_reference=to_reference,
+    keys=KEYS,
+    recomputed=("*.rotary_emb.inv_freq", "*.attention.masked_bias", "*.attention.bias"),
+    supports=(
+        "parallel and sequential residual",
+        "partly rotated heads",
+        "rope scaling linear and llama3",
+        "gelu exact or by tanh, relu, silu",
+        "tied embeddings",
+    ),
+)

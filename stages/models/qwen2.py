@@ -1,0 +1,55 @@
+"""Qwen2 and 2.5 (``model_type: qwen2``): biases on q, k and v."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.models import decoder, rope
+from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.decoder import DecoderConfig
+from stages.models.record import Family
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WINDOW = "use_sliding_window sliding_window max_window_layers layer_types"
+KEYS = classify(f"{SHARED} {decoder.HONOURED} {rope.KEYS} {WINDOW}", PROVENANCE, NEVER + " use_mrope")
+
+
+def parse(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    read = ConfigReader(raw, KEYS, "qwen2")
+    sizes = decoder.read_sizes(read)
+    config = DecoderConfig(**sizes, **decoder.read_window(read, sizes["num_layers"]), qkv_bias=True)
+    read.finish()
+    return config
+
+
+def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return transformers' class name, config keywords and state dict."""
+    window = config.sliding_window or None
+    options = {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": config.full_layers}
+    keywords, state = decoder.reference(config, tensors, **options)
+    return "Qwen2ForCausalLM", keywords, state
+
+
+FAMILY = Family(
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM",),
+    config=DecoderConfig,
+    parse=parse,
+    context_window=decoder.context_window,
+    params=decoder.params,
+    causal_lm=decoder.causal_lm,
+    to_reference=to_reference,
+    keys=KEYS,
+    recomputed=("*.rotary_emb.inv_freq",),
+    supports=(
+        "grouped-query attention",
+        "biases on q, k and v",
+        "rope scaling linear and llama3",
+        "tied embeddings",
+        "padded vocabulary",
+        "sliding window in the later layers (beyond it on llvm)",
+    ),
+)

@@ -1,0 +1,59 @@
+"""Qwen3 (``model_type: qwen3``): every head of q and k is normalised, head_dim is a size of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.models import decoder, rope
+from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.decoder import DecoderConfig
+from stages.models.record import Family
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HEAD_DIM = 128  # what transformers takes where config.json does not say
+WINDOW = "use_sliding_window sliding_window max_window_layers layer_types"
+KEYS = classify(f"{SHARED} {decoder.HONOURED} {rope.KEYS} {WINDOW} attention_bias", PROVENANCE, NEVER)
+
+
+def parse(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    read = ConfigReader(raw, KEYS, "qwen3")
+    sizes = decoder.read_sizes(read, head_dim=HEAD_DIM)
+    bias = read.flag("attention_bias", default=False)
+    window = decoder.read_window(read, sizes["num_layers"])
+    config = DecoderConfig(**sizes, **window, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    read.finish()
+    return config
+
+
+def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return transformers' class name, config keywords and state dict."""
+    window = config.sliding_window or None
+    options = {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": config.full_layers}
+    keywords, state = decoder.reference(config, tensors, attention_bias=config.qkv_bias, **options)
+    return "Qwen3ForCausalLM", keywords, state
+
+
+FAMILY = Family(
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    config=DecoderConfig,
+    parse=parse,
+    context_window=decoder.context_window,
+    params=decoder.params,
+    causal_lm=decoder.causal_lm,
+    to_reference=to_reference,
+    keys=KEYS,
+    supports=(
+        "grouped-query attention",
+        "norms on q and k",
+        "head_dim of its own",
+        "attention biases",
+        "rope scaling linear and llama3",
+        "tied embeddings",
+        "padded vocabulary",
+        "sliding window in the later layers (beyond it on llvm)",
+    ),
+)

@@ -1,0 +1,196 @@
+"""Tiny checkpoints of every family, written by transformers itself, built through the stages, and their references."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import profiles
+from stages.bundle import Bundle
+from stages.config_parse import ConfigParse
+from stages.models import load_family
+from stages.param_register import ParamRegister
+from stages.quantization.schemes import SCHEMES
+from stages.quantize import Quantize
+from stages.runtime import manifest, tensor_cache
+from stages.runtime.session import Session
+from stages.verification import weights
+from tests.checkpoints import write_json
+from tests.local_context import run_stage
+from tests.stages.libraries import Registered, build_graphs, compile_library
+
+CHUNK, BATCH = 64, 2
+ODD_VOCAB = 515
+SIZES = {
+    "vocab_size": ODD_VOCAB, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "max_position_embeddings": 128,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}
+NEOX = {**SIZES, "hidden_size": 160, "num_attention_heads": 2}  # heads of 80 channels
+
+
+def theta(value: float, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": value, **more}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model: transformers' prefix of its classes, its config, and what is built of it."""
+
+    prefix: str
+    config: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    context_window: int = 0
+
+
+CASES = {
+    "llama": Case("Llama", {
+        **SIZES, "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "mlp_bias": True,
+        "rope_parameters": LLAMA3,
+    }),
+    "llama-tied": Case(
+        "Llama",
+        {**SIZES, "num_key_value_heads": 3, "tie_word_embeddings": True, "rope_parameters": LINEAR},
+        {"sep_embed": False},
+    ),
+    "qwen2": Case("Qwen2", {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True,
+                            "rope_parameters": theta(1e6)}),
+    "qwen3": Case("Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": theta(1e6)}),
+    "gpt_neox": Case("GPTNeoX", {
+        **NEOX, "use_parallel_residual": True, "rope_parameters": theta(1e4, partial_rotary_factor=0.25),
+    }),
+    "redpajama": Case("GPTNeoX", {
+        **NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new",
+        "rope_parameters": theta(1e4, partial_rotary_factor=1.0),
+    }),
+    "mistral": Case("Mistral", {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 20,
+                                "rope_parameters": theta(1e4)}),
+    "mistral-full": Case("Mistral", {**SIZES, "num_key_value_heads": 2, "sliding_window": None,
+                                     "rope_parameters": theta(1e6)}),
+}  # fmt: skip
+
+
+def write(folder: Path, case: Case, *, shards: int = 2, seed: int = 0) -> Path:
+    """Write a random checkpoint whose logits spread over a few units, so that every weight and option matters."""
+    import torch
+    import transformers
+
+    model = getattr(transformers, f"{case.prefix}ForCausalLM")(
+        getattr(transformers, f"{case.prefix}Config")(**case.config)
+    )
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                gain = 3.0 if name in ("lm_head.weight", "embed_out.weight") else 1.6 if "attn" in name else 1.0
+                parameter.normal_(0, gain / math.sqrt(parameter.shape[1]))
+            else:
+                parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(folder, max_shard_size=int(total / shards * 1.15))
+    assert len(list(folder.glob("*.safetensors"))) == shards
+    return folder
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Write what stands for a tokenizer's directory: a bundle needs one, a session does not."""
+    folder.mkdir(parents=True)
+    info = {"schema": 1, "family": "none", "fingerprint": "", "active_vocab_size": vocab_size, "stop": [0, 2]}
+    write_json(folder / "tokenizer_info.json", {**info, "bos": None, "pad": None})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        write_json(folder / name, {})
+    return folder
+
+
+@dataclass(frozen=True)
+class Built:
+    """One bundle, and what it was made of."""
+
+    checkpoint: Path
+    scheme: str
+    config: Path
+    params: Path
+    bundle: Path
+
+    def session(self, sequences: int = 1) -> Session:
+        found = manifest.read(self.bundle)
+        assert not manifest.check(found)
+        return Session(found, sequences=sequences)
+
+    @cached_property
+    def held(self) -> dict[str, np.ndarray]:
+        """The checkpoint's tensors, float32, with the values that the bundle stores."""
+        registry, records = json.loads(self.params.read_text()), tensor_cache.records(self.bundle)
+        tensors: dict[str, np.ndarray] = {}
+        for entry, array in weights.held(registry, records, SCHEMES[self.scheme]):
+            tensors |= weights.by_source(entry, array)
+        return tensors
+
+    def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,
+        else of its own model with the values that the bundle stores."""
+        import torch
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        if tensors is not None or self.scheme != "q0f32":
+            described = json.loads(self.config.read_text())
+            family = load_family(described["family"])
+            _, _, state = family.to_reference(family.config(**described["config"]), tensors or self.held)
+            model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+        with torch.no_grad():
+            logits: np.ndarray = model.eval()(torch.tensor([list(ids)])).logits[0].float().numpy()
+        return logits
+
+
+def parse_and_register(
+    folder: Path, checkpoint: Path, scheme: str, target: str = "llvm", context_window: int = 0
+) -> dict[str, Path]:
+    """Run config-parse and param-register; return their artifacts by port."""
+    source = {"checkpoint": str(checkpoint), "context_window": context_window}
+    run_stage(ConfigParse(), folder / "config", source)
+    ports = {name: folder / "config" / out.path for name, out in ConfigParse.outputs.items()}
+    inputs = {name: ports[name] for name in ("config", "tensors")}
+    run_stage(ParamRegister(), folder / "params", {"scheme": scheme, "target": target}, inputs)
+    return {**ports, "params": folder / "params" / "params.json"}
+
+
+def build(folder: Path, case: Case, scheme: str, *, checkpoint: Path | None = None, **options: Any) -> Built:
+    """Run every stage but the tokenizer's and verify."""
+    profiles.compiler()
+    checkpoint = checkpoint or write(folder / "checkpoint", case)
+    ports = parse_and_register(folder, checkpoint, scheme, context_window=case.context_window)
+    choice = {"scheme": scheme, "target": "llvm", "checkpoint": str(checkpoint)}
+    run_stage(Quantize(), folder / "quantize", choice, {name: ports[name] for name in ("params", "tensors")})
+    registered = Registered(ports["config"], ports["params"])
+    sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, **case.options, **options}
+    graphs = build_graphs(folder, registered, "llvm", **sizes)
+    compile_library(folder / "compile", graphs, registered, target="llvm")
+    inputs = {
+        "library": folder / "compile" / "model.so",
+        "metadata": folder / "compile" / "metadata.json",
+        "weights": folder / "quantize" / "weights",
+        "tokenizer": write_tokenizer(folder / "tokenizer", case.config["vocab_size"]),
+        "config": ports["config"],
+        "generation": ports["generation"],
+    }
+    run_stage(Bundle(), folder / "bundle", {"target": "llvm", "name": "tiny"}, inputs)
+    return Built(checkpoint, scheme, ports["config"], ports["params"], folder / "bundle" / "bundle")
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return max |difference| over max |expected|, infinite where something is not finite."""
+    if not np.isfinite(found).all():
+        return math.inf
+    return float(np.abs(found - expected).max() / np.abs(expected).max())

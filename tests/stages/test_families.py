@@ -1,0 +1,209 @@
+"""Every family's bundle, run by the runtime alone, against transformers on the same weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages import profiles
+from stages.runtime.errors import RequestError
+from stages.targets import fatbin, toolchain
+from stages.targets.fatbin import DeviceCode
+from tests.stages import families
+from tests.stages.families import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
+from tests.stages.libraries import Registered, build_graphs, compile_library
+
+LIMIT = CASES["llama"].config["max_position_embeddings"]
+IDS = [int(token) for token in np.random.default_rng(5).integers(3, ODD_VOCAB, LIMIT)]
+OTHER = [int(token) for token in np.random.default_rng(6).integers(3, ODD_VOCAB, LIMIT)]
+TOLERANCES = {"q0f32": 1e-3, "q4f32_1": 2e-3, "q4f16_1": 2e-2}
+STEPS = 32
+# What follows needs a library each; those that differ from others in the scheme alone wait for `-m slow`.
+QUICK = {("q4f32_1", "llama"), *(("q0f32", name) for name in CASES if name != "mistral-full")}
+BUILDS = [
+    pytest.param(name, scheme, marks=[] if (scheme, name) in QUICK else pytest.mark.slow, id=f"{name}-{scheme}")
+    for scheme in TOLERANCES
+    for name in CASES
+]
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+    @functools.cache
+    def build(name: str, scheme: str) -> Built:
+        return families.build(tmp_path_factory.mktemp(name), CASES[name], scheme)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def expected(built: Callable[..., Built]) -> Callable[..., np.ndarray]:
+    @functools.cache
+    def compute(name: str, scheme: str, ids: tuple[int, ...]) -> np.ndarray:
+        return built(name, scheme).reference(ids)
+
+    return compute
+
+
+def within(scheme: str, found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
+    errors = [error(have, want) for have, want in zip(found, wanted, strict=True)]
+    assert max(errors) <= TOLERANCES[scheme], errors
+
+
+@pytest.mark.parametrize(("name", "scheme"), BUILDS)
+def test_prompts_of_any_length_then_decoding(built, expected, name, scheme):
+    logits = expected(name, scheme, tuple(IDS))
+    session = built(name, scheme).session()
+    for length in (1, 7, 64, session.prefill_chunk + 1):
+        sequence = session.add()
+        found = [session.prefill(sequence, IDS[:length])]
+        found += [session.decode(sequence, IDS[i]) for i in range(length, length + STEPS)]
+        within(scheme, found, list(logits[length - 1 : length + STEPS]))
+        session.remove(sequence)
+
+
+@pytest.mark.parametrize(("name", "scheme"), BUILDS)
+def test_two_sequences_taken_back_and_read_on(built, expected, name, scheme):
+    first, second = expected(name, scheme, tuple(IDS)), expected(name, scheme, tuple(OTHER))
+    session = built(name, scheme).session(BATCH)
+    a, b = session.add(), session.add()
+    sizes = 11, 5  # together below every chunk, also those shorter than a sliding window
+    within(scheme, list(session.batch_prefill({a: IDS[: sizes[0]], b: OTHER[: sizes[1]]})), [first[10], second[4]])
+    for step in range(20):
+        at = [size + step for size in sizes]
+        found = session.batch_decode({a: IDS[at[0]], b: OTHER[at[1]]})
+        within(scheme, list(found), [first[at[0]], second[at[1]]])
+    within(scheme, list(session.batch_prefill({a: IDS[31:40], b: OTHER[25:32]})), [first[39], second[31]])
+    for count in (3, 30):
+        session.popn(a, count)
+        held = session.length(a)
+        within(scheme, [session.prefill(a, IDS[held : held + 9])], [first[held + 8]])
+        held = session.length(a)
+        within(scheme, [session.decode(a, IDS[held])], [first[held]])
+    within(scheme, [session.prefill(b, OTHER[32:])], [second[-1]])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if ("q0f32", name) in QUICK])
+def test_the_context_to_its_last_token_and_not_one_more(built, expected, name):
+    logits = expected(name, "q0f32", tuple(IDS))
+    session = built(name, "q0f32").session()
+    sequence = session.add()
+    within("q0f32", [session.prefill(sequence, IDS[:-1]), session.decode(sequence, IDS[-1])], list(logits[-2:]))
+    with pytest.raises(RequestError, match=f"the context holds {LIMIT} tokens: {LIMIT} are in use, 1 more"):
+        session.decode(sequence, IDS[0])
+
+
+def test_chunks_are_shorter_than_the_window_where_the_context_is_not(built):
+    window = CASES["mistral"].config["sliding_window"]
+    assert built("mistral", "q0f32").session().prefill_chunk == window - 1
+    assert built("llama", "q0f32").session().prefill_chunk == CHUNK
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt_neox", "mistral-full"])
+def test_a_cuda_library_holds_device_code(tmp_path, name):
+    profiles.compiler()
+    checkpoint = families.write(tmp_path / "checkpoint", CASES[name])
+    ports = families.parse_and_register(tmp_path, checkpoint, "q4f16_1", "cuda")
+    registered = Registered(ports["config"], ports["params"])
+    graphs = build_graphs(tmp_path, registered, "cuda", prefill_chunk=CHUNK, max_batch=BATCH)
+    context = compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
+    expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+    assert fatbin.entries(context.out / "model.so") == expected
+    metadata = json.loads((context.out / "metadata.json").read_text())
+    assert "batch_prefill_paged_kv_kernel" in metadata["kernels"]
+    assert metadata["model"]["compute_dtype"] == "float16"
+
+
+def test_ids_and_embeddings_give_equal_logits(built, tmp_path):
+    """``llama-tied`` embeds inside prefill and decode; the same model with embed apart."""
+    inside = built("llama-tied", "q0f32")
+    apart = families.build(tmp_path, CASES["llama-tied"], "q0f32", checkpoint=inside.checkpoint, sep_embed=True)
+    rows = []
+    for library in (inside, apart):
+        session = library.session()
+        sequence = session.add()
+        rows.append([session.prefill(sequence, IDS[:20]), session.decode(sequence, IDS[20])])
+    assert np.abs(np.array(rows[0]) - np.array(rows[1])).max() < 1e-6
+
+
+def _swapped(first: str, second: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    return change
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({name: np.zeros_like(tensors[name])})
+
+
+def _heads_swapped(tensors: dict[str, Any]) -> None:
+    """Exchange q and k of every head of a fused projection that goes head by head."""
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    heads = CASES["gpt_neox"].config["num_attention_heads"]
+    split = tensors[name].reshape(heads, 3, -1, tensors[name].shape[1])
+    tensors[name] = split[:, [1, 0, 2]].reshape(tensors[name].shape)
+
+
+BLOCK = "model.layers.1"
+MISTAKES = [
+    ("gpt_neox", _heads_swapped),
+    ("qwen3", _swapped(f"{BLOCK}.self_attn.q_norm.weight", f"{BLOCK}.self_attn.k_norm.weight")),
+    ("mistral", _swapped(f"{BLOCK}.mlp.gate_proj.weight", f"{BLOCK}.mlp.up_proj.weight")),
+    ("llama", _without(f"{BLOCK}.self_attn.v_proj.bias")),
+    ("llama", _without(f"{BLOCK}.mlp.down_proj.bias")),
+    ("qwen2", _without(f"{BLOCK}.self_attn.q_proj.bias")),
+    ("gpt_neox", _without("gpt_neox.layers.1.attention.dense.bias")),
+    ("redpajama", _without("gpt_neox.final_layer_norm.bias")),
+]
+
+
+@pytest.mark.parametrize(("name", "mistake"), MISTAKES)
+def test_a_weight_out_of_place_is_seen(built, expected, name, mistake):
+    """Negative control: with a mistake in either of the two models, here the reference, they must differ."""
+    library = built(name, "q0f32")
+    wrong = dict(library.held)
+    assert error(library.reference(IDS, wrong), expected(name, "q0f32", tuple(IDS))) < 1e-6
+    mistake(wrong)
+    assert differs(library, library.reference(IDS, wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"rms_norm_eps": 1e-2}),
+        ("gpt_neox", {"layer_norm_eps": 3e-2}),
+        ("qwen3", {"rope_parameters": families.theta(1e4)}),
+        ("llama", {"rope_parameters": {**families.LLAMA3, "factor": 4.0}}),
+        ("llama-tied", {"rope_parameters": families.theta(1000.0)}),
+        ("gpt_neox", {"rope_parameters": families.theta(1e4, partial_rotary_factor=0.5)}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("redpajama", {"hidden_act": "relu"}),
+        ("mistral", {"sliding_window": 21}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_an_option_read_wrongly_is_seen(built, tmp_path, name, change):
+    """Negative control: the reference is given the mistake in its config."""
+    library = built(name, "q0f32")
+    for path in library.checkpoint.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    config = json.loads((library.checkpoint / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    wrong = Built(tmp_path, library.scheme, library.config, library.params, library.bundle)
+    assert differs(library, wrong.reference(IDS))
+
+
+def differs(library: Built, logits: np.ndarray) -> bool:
+    session = library.session()
+    sequence = session.add()
+    found = [session.prefill(sequence, IDS[:64])] + [session.decode(sequence, IDS[i]) for i in range(64, 68)]
+    return max(error(have, want) for have, want in zip(found, logits[63:68], strict=True)) > TOLERANCES["q0f32"]
