@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-Kind = Literal["linear", "embedding", "head", "norm", "bias"]
+Kind = Literal["linear", "embedding", "head", "norm", "bias", "vector"]
 Transform = Literal["copy", "concat0"]
 KeyClass = Literal["honoured", "irrelevant", "refused"]
 
@@ -27,6 +27,7 @@ class Param:
 
     ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
     (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
+    ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Param:
     sources: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
     transform: Transform = "copy"
+    dtype: Literal["", "float32"] = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Family:
     ``causal_lm(config, make)`` composes from the layers of ``make``. ``to_reference(config, tensors)`` maps float32
     checkpoint tensors by name to ``(transformers class name, config keywords, state dict)``. ``keys`` classifies
     every known key of config.json: honoured, irrelevant to inference, or refused unless null, false or empty.
-    ``recomputed`` are name patterns of tensors that old checkpoints store although the model derives them.
+    ``recomputed`` are name patterns of tensors that old checkpoints store although the model derives them. ``state`` is
+    what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model, whose graph is
+    built by the functions of ``stages.graph.RECURRENT``.
     """
 
     name: str
@@ -61,3 +65,4 @@ class Family:
     to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
     keys: Mapping[str, KeyClass]
     recomputed: tuple[str, ...] = ()
+    state: Literal["kv", "rnn"] = "kv"
