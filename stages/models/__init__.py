@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # model_type -> where its Family is; strings, so that naming a family imports none
 FAMILIES: dict[str, str] = {
     "qwen": "stages.models.qwen:FAMILY",
+    "rwkv": "stages.models.rwkv:FAMILY",
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
+from stages.models import FAMILIES
 from tests.checkpoints import write_json, write_qwen
 from tests.local_context import LocalContext, run_stage
 
@@ -95,6 +96,7 @@ def test_no_config_and_no_weights(checkpoint: Path):
     assert problems(checkpoint) == ["no config.json there; expected a checkpoint directory in Hugging Face format"]
 
 
+KNOWN = f"known: {', '.join(sorted(FAMILIES))}"
 WRONG = """config.json: architectures = ["QwenLMHeadModel"] of model_type 'qwen'; """
 OTHER = """config.json: architectures = ["Other", "QWenLMHeadModel"] of model_type 'qwen'; """
 EXPECTED = "expected one of: QWenLMHeadModel"
@@ -107,8 +109,8 @@ QUANTIZED = (
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "qwenn"}, "config.json: unknown model_type 'qwenn'; known: qwen"),
-        ({"model_type": None}, "config.json: model_type is missing; known: qwen"),
+        ({"model_type": "qwenn"}, f"config.json: unknown model_type 'qwenn'; {KNOWN}"),
+        ({"model_type": None}, f"config.json: model_type is missing; {KNOWN}"),
         ({"architectures": ["QwenLMHeadModel"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
         ({"architectures": ["Other", "QWenLMHeadModel"]}, OTHER + EXPECTED),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, QUANTIZED),
