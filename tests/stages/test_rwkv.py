@@ -16,6 +16,7 @@ from stages.graph_build import GraphBuild
 from stages.models import load_family
 from stages.models.record import ConfigError
 from stages.models.rwkv import FAMILY, RwkvConfig
+from stages.runtime import manifest
 from stages.targets import toolchain
 from tests.stages import libraries, recurrent
 
@@ -202,6 +203,19 @@ def test_the_interface_page_tells_what_creates_the_state(tmp_path, checkpoint):
     told = ", ".join(f"{name}: {ty}" for name, ty in signature["inputs"])
     page = " ".join((ROOT / "docs" / "abi.md").read_text("utf-8").split())
     assert f"create_rnn_state({told}) -> {signature['output']}" in page
+
+
+def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
+    sizes = dict.fromkeys(("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size"), 1)
+    files = {name: {"sha256": "", "size": 1} for name in manifest._NEEDED}
+    texts = {"schema": 1, "name": "", "target": "", "tvm": {}, "cpu": {}, "device_code": [], "files": files}
+
+    def problems(**model):
+        return manifest._problems_of_form({**texts, "model": {**sizes, **model}})
+
+    assert problems(state="rnn", page_size=None) == problems(state="kv", page_size=16) == []
+    assert problems(state="kv", page_size=None) == ["'model.page_size' must be a positive integer, found None"]
+    assert problems(state="ssm") == ["'model.state' is 'ssm'; this runtime knows kv, rnn"]
 
 
 @pytest.mark.slow
