@@ -28,6 +28,7 @@ SHARED = (
     "prefill_chunk",
     "scheme",
     "sep_embed",
+    "state",
     "vocab_size",
 )
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for

@@ -51,10 +51,13 @@ class GraphBuild(Stage):
         """The function, the target, and the family and scheme of the model on the input ports."""
         rows: dict[str, str | Sequence[str]] = {
             "stages.graph:FUNCTIONS": params.function,
+            "stages.graph:RECURRENT": (),
             "stages.targets.table:TARGETS": params.target,
         }
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
+            if _is_recurrent(facts["family"]):
+                rows["stages.graph:RECURRENT"] = params.function
         if "scheme" in facts:
             rows["stages.quantization.schemes:SCHEMES"] = facts["scheme"]
         return rows
@@ -65,13 +68,14 @@ class GraphBuild(Stage):
 
         import tvm
 
-        from stages.graph import FUNCTIONS, describe
+        from stages.graph import FUNCTIONS, RECURRENT, describe
         from stages.graph.export import GraphError
 
         model = json.loads(ctx.input("config").read_text("utf-8"))
         registry = json.loads(ctx.input("params").read_text("utf-8"))
         build, facts = _build(ctx.params, model, registry)
-        module_name, _, name = FUNCTIONS[ctx.params.function].partition(":")
+        exports = {**FUNCTIONS, **RECURRENT} if facts["state"] == "rnn" else FUNCTIONS
+        module_name, _, name = exports[ctx.params.function].partition(":")
         try:
             exported = getattr(importlib.import_module(module_name), name)(build)
         except GraphError as error:
@@ -95,6 +99,12 @@ class GraphBuild(Stage):
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 
 
+def _is_recurrent(family: str) -> bool:
+    from stages.models import load_family
+
+    return load_family(family).state == "rnn"
+
+
 def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -> tuple[Build, dict[str, Any]]:
     """Return the build, and the facts of it that go into graph.json."""
     from stages.graph.export import PAGE_SIZE, Build
@@ -115,8 +125,10 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
             f"kv_dtype: {kv_dtype} does not fit: target {target.name} computes {scheme.name} in {compute_dtype}, "
             "and the cache kernels know one dtype; use auto"
         )
+    if family.state == "rnn" and params.kv_dtype != "auto":
+        raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
     config = family.config(**model["config"])
-    window = config.attention.sliding_window
+    window = config.attention.sliding_window if family.state == "kv" else 0
     chunk = min(params.prefill_chunk, model["context_window"])
     if 0 < window < model["context_window"]:
         _check_window(window, params.target)
@@ -142,6 +154,8 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
     facts = {
         **sizes,
         "page_size": PAGE_SIZE,
+        **({"kv_dtype": None, "page_size": None} if family.state == "rnn" else {}),
+        "state": family.state,
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
         "scheme": registry["scheme"],
         "target": params.target,

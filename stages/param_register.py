@@ -134,7 +134,7 @@ def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:
 def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
     """Return the stored tensors of one parameter, in packed order."""
     if not scheme.quantizes(parameter.kind):
-        entry = {"name": parameter.name, "shape": [*parameter.shape], "dtype": scheme.storage_dtype}
+        entry = {"name": parameter.name, "shape": [*parameter.shape], "dtype": parameter.dtype or scheme.storage_dtype}
         return [{**entry, "of": parameter.name}]
     stem = parameter.name.removesuffix("weight")
     n, k = parameter.shape
@@ -154,7 +154,7 @@ def _logical(parameter: Param, scheme: Scheme, stored: list[str]) -> dict[str, A
         "source_shapes": [[*shape] for shape in parameter.source_shapes],
         "transform": parameter.transform,
         "quantize": scheme.quantizes(parameter.kind),
-        "dtype": scheme.storage_dtype,
+        "dtype": parameter.dtype or scheme.storage_dtype,
         "stored": stored,
     }
 

@@ -2,6 +2,7 @@
 
 A row is ``"module:function"``; the function takes a :class:`stages.graph.export.Build` and returns the IRModule of
 that one function (with its batch form). Nothing shared imports these modules, so that editing one leaves the others.
+A recurrent model takes the rows of ``RECURRENT`` where there is one: it has a state in place of the KV cache.
 """
 
 FUNCTIONS: dict[str, str] = {
@@ -10,4 +11,10 @@ FUNCTIONS: dict[str, str] = {
     "decode": "stages.graph.decode:export",
     "kv": "stages.graph.kv:export",
     "softmax": "stages.graph.softmax:export",
+}
+
+RECURRENT: dict[str, str] = {
+    "prefill": "stages.graph.recurrent_prefill:export",
+    "decode": "stages.graph.recurrent_decode:export",
+    "kv": "stages.graph.recurrent_state:export",
 }

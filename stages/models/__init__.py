@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "qwen": "stages.models.qwen:FAMILY",
     "qwen2": "stages.models.qwen2:FAMILY",
     "qwen3": "stages.models.qwen3:FAMILY",
+    "rwkv": "stages.models.rwkv:FAMILY",
 }
 
 

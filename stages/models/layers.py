@@ -310,6 +310,11 @@ class LayerFactory:
         """Make the root-mean-square norm ``name``.weight [features]."""
         return RMSNorm(self._vector(f"{name}.weight", features), eps)
 
+    def vector(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
+        """Make the parameter ``name`` of that shape, which is no matrix, in the dtype it is stored in."""
+        self._check(name, shape)
+        return self._parameter(name, shape)
+
     def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         logical = self._check(name, shape)
         if not logical.get("quantize"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-Kind = Literal["linear", "embedding", "head", "norm", "bias"]
+Kind = Literal["linear", "embedding", "head", "norm", "bias", "vector"]
 Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
 KeyClass = Literal["honoured", "irrelevant", "refused"]
 
@@ -33,6 +33,7 @@ class Param:
 
     ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
     (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
+    ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Param:
     sources: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
     transform: Transform = "copy"
+    dtype: Literal["", "float32"] = ""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ class Family:
     ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
     keywords, state dict)``. ``keys`` classifies every known key of config.json: honoured, irrelevant to inference, or
     refused unless null, false or empty. ``recomputed`` are name patterns of tensors that old checkpoints store although
-    the model derives them.
-    ``supports`` says in a few words each what of the family can be built.
+    the model derives them. ``supports`` says in a few words each what of the family can be built. ``state`` is what a
+    sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which has no
+    ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
     """
 
     name: str
@@ -90,3 +93,4 @@ class Family:
     keys: Mapping[str, KeyClass]
     recomputed: tuple[str, ...] = ()
     supports: tuple[str, ...] = ()
+    state: Literal["kv", "rnn"] = "kv"

@@ -117,8 +117,8 @@ def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
         ("architecture", found["config"]["architecture"]),
         ("quantization", model["scheme"]),
         ("target", f"{target}, code for {_processors(metadata)}"),
-        ("arithmetic", f"{model['compute_dtype']}, KV cache {model['kv_dtype']}"),
-        *((size.replace("_", " "), model[size]) for size in _SIZES),
+        ("arithmetic", f"{model['compute_dtype']}, {_state(model)}"),
+        *((size.replace("_", " "), model[size]) for size in _SIZES if model[size] is not None),
         ("tokens with a text", found["tokenizer_info"]["active_vocab_size"]),
         ("weights", f"{len(metadata['params'])} tensors in {len(shards)} files, {_bytes(shards):,} bytes"),
         ("tokenizer", f"{found['tokenizer_info']['family']}, fingerprint {found['tokenizer_info']['fingerprint']}"),
@@ -144,6 +144,10 @@ python -m stages.runtime BUNDLE --prompt "Once upon a time"
 The loader checks every file against `bundle.json`, TVM's version and the processor before it loads anything.
 Whether the bundle computes what its checkpoint computes is said by the card of the verify stage, not here.
 """
+
+
+def _state(model: Mapping[str, Any]) -> str:
+    return "recurrent state in place of a KV cache" if model["state"] == "rnn" else f"KV cache {model['kv_dtype']}"
 
 
 def _processors(metadata: Mapping[str, Any]) -> str:

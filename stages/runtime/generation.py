@@ -50,7 +50,7 @@ class Generation:
                 yield stream.step(token)
                 if len(self.ids) == max_tokens:
                     break
-                if session.length(sequence) == session.context_window:
+                if session.full(sequence):
                     self.finish = "context"
                     break
                 started = time.perf_counter()

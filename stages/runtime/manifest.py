@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILE = "bundle.json"
 _NEEDED = ("model.so", "tensor-cache.json", "tokenizer.json", "tokenizer_info.json")
-_MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size")
+_MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
+_STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,10 @@ def _problems_of_form(document: Any) -> list[str]:
     ]
     if problems:
         return problems
-    for key in _MODEL_SIZES:
+    state = document["model"].get("state", "kv")
+    if str(state) not in _STATES:
+        problems.append(f"'model.state' is {state!r}; this runtime knows {', '.join(_STATES)}")
+    for key in (*_MODEL_SIZES, *_STATES.get(str(state), ())):
         value = document["model"].get(key)
         if type(value) is not int or value <= 0:
             problems.append(f"'model.{key}' must be a positive integer, found {value!r}")

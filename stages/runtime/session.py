@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.runtime import backend, tensor_cache
+from stages.runtime import backend, state, tensor_cache
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.manifest import capability_problems
 
@@ -20,8 +20,10 @@ _KV = "vm.builtin.kv_state_"
 
 
 class Session:
-    """One library with its weights on a device and a KV cache for up to ``sequences`` sequences.
+    """One library with its weights on a device and the state of up to ``sequences`` sequences.
 
+    The state is a KV cache, which ends at the context window and can go back to any token, or that of a recurrent
+    model, which does not end and goes back over the newest tokens that were read one at a time.
     Every call that reads tokens returns float32 logits as numpy arrays on the host: [V] for one sequence, [b, V] for
     several. Token ids and lengths are checked before anything runs; :class:`RequestError` says what was wrong, and
     the session stays usable.
@@ -45,7 +47,8 @@ class Session:
         self._params = self._load_params()
         self._free = list(range(sequences))[::-1]
         self._lengths: dict[int, int] = {}
-        self._cache = self._create_cache(sequences)
+        self._reach: dict[int, int] = {}  # how many tokens of each sequence can be taken back
+        self._state = self._create_state(sequences)
 
     def _open_library(self) -> Any:
         module = self._tvm.runtime.load_module(str(self.manifest.root / "model.so"))
@@ -66,14 +69,11 @@ class Session:
         names = [param["name"] for param in expected]
         return backend.array(list(tensor_cache.upload(self.manifest.root, names, self._device)))
 
-    def _create_cache(self, sequences: int) -> Any:
-        limit, page = self.max_batch, self.manifest.model["page_size"]
+    def _create_state(self, sequences: int) -> state.State:
+        limit = self.max_batch
         if not 1 <= sequences <= limit:
             raise RequestError(f"{sequences} sequences asked for; the library was built for 1 to {limit} (max_batch)")
-        tokens = sequences * -(-self.context_window // page) * page
-        sizes = (sequences, tokens, self.prefill_chunk, page, 0)
-        shape = self._tvm.runtime.ShapeTuple
-        return self._vm["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
+        return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences)
 
     # Sequences
 
@@ -83,11 +83,11 @@ class Session:
             raise RequestError(f"all {len(self._lengths)} sequences of this session are in use; remove one first")
         sequence = self._free.pop()
         self._call("add_sequence", sequence)
-        self._lengths[sequence] = 0
+        self._lengths[sequence] = self._reach[sequence] = 0
         return sequence
 
     def remove(self, sequence: int) -> None:
-        """Forget a sequence and free its pages."""
+        """Forget a sequence and free its place."""
         self.length(sequence)
         self._call("remove_sequence", sequence)
         del self._lengths[sequence]
@@ -97,8 +97,15 @@ class Session:
         """Take the last ``count`` tokens of a sequence back."""
         if not 0 <= count <= self.length(sequence):
             raise RequestError(f"cannot take back {count} tokens of a sequence that holds {self.length(sequence)}")
+        if count > self._reach[sequence]:
+            raise RequestError(
+                f"cannot take back {count} tokens: the state of this recurrent model goes back over tokens read one at "
+                f"a time, at most {(self._state.history or 1) - 1} of them, and never into tokens read together; "
+                f"{self._reach[sequence]} can be taken back now. Remove the sequence and read it again"
+            )
         self._call("popn", sequence, count)
         self._lengths[sequence] -= count
+        self._reach[sequence] -= count
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence holds."""
@@ -106,6 +113,10 @@ class Session:
             return self._lengths[sequence]
         except KeyError:
             raise RequestError(f"there is no sequence {sequence} in this session") from None
+
+    def full(self, sequence: int) -> bool:
+        """Say whether a sequence can take no more tokens."""
+        return self.length(sequence) == self._state.limit
 
     # Tokens in, logits out
 
@@ -163,11 +174,12 @@ class Session:
         counts = [len(ids) for ids in requests.values()]
         self._call("begin_forward", shape(list(requests)), shape(counts))
         try:
-            logits = _on_host(self._vm[function](*arguments, self._cache, self._params)[0])
+            logits = _on_host(self._vm[function](*arguments, self._state.held, self._params)[0])
         finally:
             self._call("end_forward")
         for sequence, count in zip(requests, counts, strict=True):
             self._lengths[sequence] += count
+            self._reach[sequence] = self._state.reach(self._reach[sequence], count)
         return logits.reshape(-1, logits.shape[-1])
 
     def _states(self, ids: Sequence[int], shape: tuple[int, int]) -> Any:
@@ -184,16 +196,17 @@ class Session:
         return self._tvm.runtime.tensor(array, self._device)
 
     def _call(self, function: str, *arguments: Any) -> None:
-        self._tvm.get_global_func(_KV + function)(self._cache, *arguments)
+        self._tvm.get_global_func(_KV + function)(self._state.held, *arguments)
 
     def _check(self, sequence: int, ids: Sequence[int]) -> None:
         held = self.length(sequence)
         if not ids:
             raise RequestError("there are no tokens to read")
         self._check_ids(ids)
-        if held + len(ids) > self.context_window:
+        limit = self._state.limit
+        if limit is not None and held + len(ids) > limit:
             raise RequestError(
-                f"the context holds {self.context_window} tokens: {held} are in use, {len(ids)} more were asked for; "
+                f"the context holds {limit} tokens: {held} are in use, {len(ids)} more were asked for; "
                 "shorten the prompt, or build the bundle with a larger context_window"
             )
 

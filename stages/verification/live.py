@@ -94,7 +94,7 @@ def compute(request: Request) -> dict[str, Any]:
     model = _model(request)
     tokens = [*request.prompt, *_greedy(model, request.prompt, request.steps, request.active_vocab_size, ())]
     with torch.inference_mode():
-        logits = model(torch.tensor([tokens])).logits[0].float().numpy()
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
     origin = f"transformers {transformers.__version__} and torch {torch.__version__}"
     result: dict[str, Any] = {"origin": origin, "tokens": np.array(tokens, np.int64), "logits": logits}
     for i, prompt in enumerate(request.prompts.values()):
@@ -146,14 +146,15 @@ def _greedy(model: Any, prompt: Sequence[int], length: int, active: int, stop: C
 
     ids: list[int] = []
     cache, feed = None, list(prompt)
+    argument = "state" if model.config.model_type == "rwkv" else "past_key_values"
     with torch.inference_mode():
         while len(ids) < length:
-            output = model(torch.tensor([feed]), past_key_values=cache, use_cache=True)
+            output = model(torch.tensor([feed]), use_cache=True, **{argument: cache})
             token = int(output.logits[0, -1, :active].argmax())
             if token in stop:
                 break
             ids.append(token)
-            cache, feed = output.past_key_values, [token]
+            cache, feed = output[argument], [token]
     return ids
 
 

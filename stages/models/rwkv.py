@@ -1,0 +1,176 @@
+"""RWKV-4 (``model_type: rwkv``): a recurrent model; a state of five vectors per layer in place of a KV cache.
+
+Parameters keep the names and the values of the checkpoint: ``time_decay`` becomes -exp(time_decay) in the graph.
+``rescale_every`` = n, transformers' guard against float16's range, halves the residual stream after every n-th layer
+and scales what is added to it alike. A norm sees the scale of its input through its epsilon alone: so the graph does
+not halve, keeps the residual stream in float32, and multiplies each epsilon by 4 ** (times halved), which is equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.models.config_reader import ConfigReader
+from stages.models.record import Family, KeyClass, Param
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FINAL_EPS = 1e-5  # of the last norm: transformers takes no notice of layer_norm_epsilon there
+
+
+@dataclass(frozen=True)
+class RwkvConfig:
+    """Sizes and options that determine the graph; ``rescale_every`` is 0 for never."""
+
+    vocab_size: int
+    hidden_size: int
+    attention_hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    norm_eps: float
+    rescale_every: int
+    context_length: int
+
+
+HONOURED = """
+    model_type architectures vocab_size hidden_size attention_hidden_size intermediate_size num_hidden_layers
+    layer_norm_epsilon rescale_every context_length max_position_embeddings tie_word_embeddings
+    bos_token_id eos_token_id pad_token_id
+"""
+# Provenance, training and implementation switches.
+IRRELEVANT = """
+    _name_or_path _commit_hash transformers_version torch_dtype dtype use_cache return_dict output_attentions
+    output_hidden_states use_return_dict initializer_range tokenizer_class
+"""
+REFUSED = "pruned_heads add_cross_attention is_encoder_decoder auto_map"
+KEYS: dict[str, KeyClass] = {
+    **dict.fromkeys(HONOURED.split(), "honoured"),
+    **dict.fromkeys(IRRELEVANT.split(), "irrelevant"),
+    **dict.fromkeys(REFUSED.split(), "refused"),
+}
+
+
+def parse(raw: Mapping[str, Any]) -> RwkvConfig:
+    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    read = ConfigReader(raw, KEYS, "rwkv")
+    hidden = read.integer("hidden_size")
+    rescale = raw.get("rescale_every", 6)
+    if not isinstance(rescale, int) or isinstance(rescale, bool):
+        read.problem(f"rescale_every = {rescale!r}; expected a number of layers, 0 for never")
+        rescale = 0
+    read.must_be("tie_word_embeddings", False, "the output head is a tensor of its own")
+    config = RwkvConfig(
+        vocab_size=read.integer("vocab_size"),
+        hidden_size=hidden,
+        attention_hidden_size=read.integer("attention_hidden_size", default=hidden),
+        intermediate_size=read.integer("intermediate_size", default=4 * hidden),
+        num_layers=read.integer("num_hidden_layers"),
+        norm_eps=read.number("layer_norm_epsilon", default=1e-5),
+        rescale_every=max(rescale, 0),
+        context_length=read.integer("context_length", "max_position_embeddings", default=1024),
+    )
+    read.finish()
+    return config
+
+
+def context_window(config: RwkvConfig, requested: int) -> int:
+    """Return ``requested``, for 0 the length that the model was trained on: a state has no limit of its own."""
+    return requested or config.context_length
+
+
+def params(config: RwkvConfig) -> tuple[Param, ...]:
+    """Return the parameters in packed order under the checkpoint's names; all that is no matrix stays float32."""
+    h, a, ff, rows = config.hidden_size, config.attention_hidden_size, config.intermediate_size, config.vocab_size
+    found = [_copied("rwkv.embeddings.weight", (rows, h), "embedding"), *_norm("rwkv.blocks.0.pre_ln", h)]
+    for i in range(config.num_layers):
+        block = f"rwkv.blocks.{i}"
+        time, channel = f"{block}.attention", f"{block}.feed_forward"
+        found += [
+            *_norm(f"{block}.ln1", h),
+            *(_vector(f"{time}.{name}", (a,)) for name in ("time_decay", "time_first")),
+            *(_vector(f"{time}.time_mix_{name}", (1, 1, h)) for name in ("key", "value", "receptance")),
+            *(_copied(f"{time}.{name}.weight", (a, h), "linear") for name in ("key", "value", "receptance")),
+            _copied(f"{time}.output.weight", (h, a), "linear"),
+            *_norm(f"{block}.ln2", h),
+            *(_vector(f"{channel}.time_mix_{name}", (1, 1, h)) for name in ("key", "receptance")),
+            _copied(f"{channel}.key.weight", (ff, h), "linear"),
+            _copied(f"{channel}.receptance.weight", (h, h), "linear"),
+            _copied(f"{channel}.value.weight", (h, ff), "linear"),
+        ]
+    return (*found, *_norm("rwkv.ln_out", h), _copied("head.weight", (rows, h), "head"))
+
+
+def _copied(name: str, shape: tuple[int, ...], kind: Any) -> Param:
+    return Param(name, shape, kind, (name,), (shape,))
+
+
+def _vector(name: str, shape: tuple[int, ...], kind: Any = "vector") -> Param:
+    return Param(name, shape, kind, (name,), (shape,), dtype="float32")
+
+
+def _norm(name: str, width: int) -> tuple[Param, Param]:
+    return _vector(f"{name}.weight", (width,), "norm"), _vector(f"{name}.bias", (width,), "bias")
+
+
+def causal_lm(config: RwkvConfig, make: Any) -> Any:
+    """Return the graph's module composed of the layers of ``make``; its attribute order is that of :func:`params`."""
+    from stages.models import rwkv_layers as layers
+
+    h, a = config.hidden_size, config.attention_hidden_size
+
+    def block(i: int) -> layers.Block:
+        name, eps = f"rwkv.blocks.{i}", config.norm_eps * 4 ** _halvings(config, i)
+        return layers.Block(
+            layers.LayerNorm(make, f"{name}.ln1", h, eps),
+            layers.TimeMixing(make, f"{name}.attention", h, a),
+            layers.LayerNorm(make, f"{name}.ln2", h, eps),
+            layers.ChannelMixing(make, f"{name}.feed_forward", h, config.intermediate_size),
+        )
+
+    return layers.RecurrentLM(
+        make,
+        make.embedding("rwkv.embeddings", config.vocab_size, h),
+        layers.LayerNorm(make, "rwkv.blocks.0.pre_ln", h, config.norm_eps),
+        [block(i) for i in range(config.num_layers)],
+        layers.LayerNorm(make, "rwkv.ln_out", h, FINAL_EPS * 4 ** _halvings(config, config.num_layers)),
+        make.head("head", config.vocab_size, h),
+        width=h,
+        attention_width=a,
+    )
+
+
+def _halvings(config: RwkvConfig, layer: int) -> int:
+    """Return how often transformers has halved the residual stream that enters ``layer``."""
+    return layer // config.rescale_every if config.rescale_every else 0
+
+
+def to_reference(config: RwkvConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return transformers' model: class name, config keywords, state dict (``tensors``, whose names are its own)."""
+    keywords = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "attention_hidden_size": config.attention_hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "layer_norm_epsilon": config.norm_eps,
+        "rescale_every": config.rescale_every,
+        "context_length": config.context_length,
+        "tie_word_embeddings": False,
+    }
+    return "RwkvForCausalLM", keywords, dict(tensors)
+
+
+FAMILY = Family(
+    name="rwkv",
+    architectures=("RwkvForCausalLM",),
+    config=RwkvConfig,
+    parse=parse,
+    context_window=context_window,
+    params=params,
+    causal_lm=causal_lm,
+    to_reference=to_reference,
+    keys=KEYS,
+    state="rnn",
+)

@@ -1,0 +1,41 @@
+"""What the sequences of a session leave behind on the device: a paged KV cache, or the state of a recurrent model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+HISTORY = 16  # states a session keeps of each sequence, the newest among them
+
+
+@dataclass(frozen=True)
+class State:
+    """The library's object that holds it, and what it allows.
+
+    ``limit`` is the most tokens a sequence may have, None where none is. ``history`` is how many states are kept of
+    a sequence, None where every token is.
+    """
+
+    held: Any
+    limit: int | None
+    history: int | None
+
+    def reach(self, before: int, count: int) -> int:
+        """Return how many tokens can be taken back after ``count`` were read at once, where it was ``before``."""
+        if self.history is None:
+            return before + count
+        # A state is kept per call: between the tokens of one call there is none to return to.
+        return min(before + 1, self.history - 1) if count == 1 else 0
+
+
+def create(functions: Any, shape: Callable[[list[int]], Any], model: Mapping[str, Any], sequences: int) -> State:
+    """Create the state that ``model`` (metadata's) asks for; ``functions`` are the library's, ``shape`` TVM's tuple."""
+    if model.get("state", "kv") == "rnn":
+        return State(functions["create_rnn_state"](shape([sequences]), shape([HISTORY])), None, HISTORY)
+    window, page = model["context_window"], model["page_size"]
+    tokens = sequences * -(-window // page) * page
+    sizes = (sequences, tokens, model["prefill_chunk"], page, 0)
+    return State(functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes)), window, None)
