@@ -128,7 +128,7 @@ def _independent_reader(case: Case) -> Any:
         resolution = resolve(case.root, case.files)
     except TokenizerError:
         return None
-    return load_tokenizer_family(resolution.family).reference(resolution.vocabulary)
+    return load_tokenizer_family(resolution.family).reference(resolution)
 
 
 def _reference(case: Case, findings: Findings) -> Reference | None:
