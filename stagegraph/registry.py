@@ -30,7 +30,7 @@ SHIPPED = {
 PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.profiles:runtime"}
 
 # Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`.
-VERBS = {"generate": "stages.cli.generate"}
+VERBS = {"generate": "stages.cli.generate", "tokenize": "stages.cli.tokenize"}
 
 
 def load_object(reference: str) -> Any:

@@ -24,6 +24,7 @@ TABLE = {
     "fsck": ("stagegraph.cli.fsck", "read and check every stored object"),
     "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
     "generate": (VERBS["generate"], "generate text from a bundle"),
+    "tokenize": (VERBS["tokenize"], "show how a bundle's tokenizer reads a text, and where another differs"),
 }
 
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FILE = "bundle.json"
-_NEEDED = ("model.so", "tensor-cache.json", "tokenizer.json", "tokenizer_info.json")
+_NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
+_VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size")
 
 
@@ -133,6 +134,8 @@ def _problems_of_form(document: Any) -> list[str]:
         ):
             problems.append(f"file {name!r} must have a 'sha256' and a 'size'")
     problems += [f"it does not list {name}" for name in _NEEDED if name not in document["files"]]
+    if not set(_VOCABULARIES) & set(document["files"]):
+        problems.append(f"it does not list {' or '.join(_VOCABULARIES)}")
     return problems
 
 
