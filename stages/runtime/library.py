@@ -27,11 +27,14 @@ _BYTES = _bytes_of_characters()
 class LibraryVocabulary:
     """Ids and text of one tokenizer.json.
 
+    ``normalized`` says that text arrives in the form that the file's normalizer would give it, which costs time.
     ``specials`` are the special tokens: text -> (id, takes the white space before it, and after it).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, normalized: bool = False) -> None:
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        if normalized:
+            self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}

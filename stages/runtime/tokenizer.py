@@ -36,7 +36,7 @@ class BundleTokenizer:
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
             self.prefix = [int(token) for token in self._info.get("prefix", ())]
-            self._vocabulary = open_vocabulary(root)
+            self._vocabulary = _open(root, normalized=bool(self._info.get("normalize")))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
             raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
         self._root = root
@@ -132,10 +132,9 @@ class BundleTokenizer:
         return self._vocabulary.specials[token][0]
 
 
-def open_vocabulary(root: Path) -> LibraryVocabulary | TrieVocabulary:
-    """Open the one vocabulary of a directory."""
+def _open(root: Path, *, normalized: bool) -> LibraryVocabulary | TrieVocabulary:
     if (root / trie.FILE).is_file():
         return TrieVocabulary(root / trie.FILE)
     from stages.runtime import library
 
-    return library.LibraryVocabulary(root / library.FILE)
+    return library.LibraryVocabulary(root / library.FILE, normalized=normalized)
