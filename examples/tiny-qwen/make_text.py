@@ -1,4 +1,4 @@
-"""Write the texts of the example model: text/train.txt, text/heldout.txt, text/prompts.json.
+"""Write the texts of the example model: text/train.txt.xz, text/heldout.txt, text/prompts.json.
 
 Stories are generated (seeded) from plots.py and told in English and Chinese; the split is by story and no story is in
 both parts. The public-domain passages of text/classics.txt go into the training text several times: they are to be
@@ -10,6 +10,7 @@ learnt by heart, so that a reader sees at once whether a compiled model still kn
 from __future__ import annotations
 
 import json
+import lzma
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).resolve().parent / "text"
 SEPARATOR = "<|endoftext|>\n"
 SEED = 20240131
-STORIES = {english: 1050, chinese: 1350}
-HELD_OUT = 0.06
-CLASSIC_COPIES = 5
+STORIES = {english: 4000, chinese: 5000}
+HELD_OUT = 0.016
+CLASSIC_COPIES = 14
 
 SORTS = {
     "A": "person", "B": "person", "C": "person", "J": "job", "K": "box", "L": "box", "M": "some", "N": "some",
@@ -79,12 +80,14 @@ def main() -> None:
         # Story kinds alternate: a journey and a promise in English, a journey in Chinese.
         prompts += [beginning for _, beginning in told[3 : 5 if language is english else 4]]
     assert not set(train) & set(held_out), "a story is in both parts"
-    train += (TEXT / "classics.txt").read_text().strip().split("\n" + SEPARATOR) * CLASSIC_COPIES
+    train += (TEXT / "classics.txt").read_text(encoding="utf-8").strip().split("\n" + SEPARATOR) * CLASSIC_COPIES
     rng.shuffle(train)
     rng.shuffle(held_out)
-    (TEXT / "train.txt").write_text(("\n" + SEPARATOR).join(train) + "\n")
-    (TEXT / "heldout.txt").write_text(("\n" + SEPARATOR).join(held_out) + "\n")
-    (TEXT / "prompts.json").write_text(json.dumps(prompts, ensure_ascii=False, indent=1) + "\n")
+    with lzma.open(TEXT / "train.txt.xz", "wt", encoding="utf-8", preset=9) as file:
+        file.write(("\n" + SEPARATOR).join(train) + "\n")
+    (TEXT / "heldout.txt").write_text(("\n" + SEPARATOR).join(held_out) + "\n", encoding="utf-8")
+    prompts_text = json.dumps(prompts, ensure_ascii=False, indent=1)
+    (TEXT / "prompts.json").write_text(prompts_text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class KneserNey:
             for gram in seen:
                 counts[gram[1:-1]][gram[-1]] += 1
         n = Counter(count for following in counts.values() for count in following.values())
-        y = n[1] / (n[1] + 2 * n[2])
+        y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.0  # without rare events nothing is to be discounted
         return counts, [0.0, *(k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3))]
 
     def _pad(self, document: list[int]) -> list[int]:

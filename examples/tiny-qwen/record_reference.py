@@ -20,7 +20,7 @@ import torch
 from blake3 import blake3
 from qwen1 import HERE, load_qwen2, load_tensors
 from safetensors.torch import save_file
-from vocabulary import END_OF_TEXT, TEXT, decode, encode, encoding
+from vocabulary import END_OF_TEXT, TEXT, decode, encode, encoding, read_text
 
 from stages.models import load_family
 from stages.models.transforms import apply, invert
@@ -96,7 +96,7 @@ def encode_prompt(text: str) -> list[int]:
 
 def story_beginnings() -> list[str]:
     """Return the first PROMPT_TOKENS tokens of each held-out story that is long enough, where they are whole text."""
-    stories = (TEXT / "heldout.txt").read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
+    stories = read_text("heldout.txt").split(f"\n{END_OF_TEXT}\n")
     cut = [encode(story)[:PROMPT_TOKENS] for story in stories]
     return [decode(ids) for ids in cut if len(ids) == PROMPT_TOKENS and encode(decode(ids)) == ids]
 

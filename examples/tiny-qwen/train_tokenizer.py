@@ -13,7 +13,7 @@ import json
 
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from vocabulary import END_OF_TEXT, PATTERN, TEXT, VOCABULARY, encode
+from vocabulary import END_OF_TEXT, PATTERN, VOCABULARY, encode, read_text
 
 RANKS = 1616
 
@@ -45,7 +45,7 @@ def train_ranks(text: str) -> dict[bytes, int]:
 
 def main() -> None:
     """Train, write, and check that the text survives encoding."""
-    text = (TEXT / "train.txt").read_text(encoding="utf-8")
+    text = read_text("train.txt.xz")
     ranks = train_ranks(text)
     assert sorted(ranks.values()) == list(range(RANKS))
     assert all(bytes([byte]) in ranks for byte in range(256))

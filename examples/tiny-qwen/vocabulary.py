@@ -6,6 +6,7 @@ First-generation Qwen keeps its special tokens in code: they follow the ranks of
 from __future__ import annotations
 
 import base64
+import lzma
 import unicodedata
 from functools import cache
 from pathlib import Path
@@ -42,8 +43,15 @@ def decode(ids: list[int]) -> str:
     return encoding().decode(ids)
 
 
+def read_text(name: str) -> str:
+    """Return a text of the split; the training text is stored compressed."""
+    path = TEXT / name
+    data = path.read_bytes()
+    return (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+
+
 def read_documents(name: str) -> list[list[int]]:
-    """Return the token ids of every document of a text file, each ended by <|endoftext|>."""
+    """Return the token ids of every document of a text, each ended by <|endoftext|>."""
     end = encoding().encode_single_token(END_OF_TEXT)
-    documents = (TEXT / name).read_text(encoding="utf-8").split(f"{END_OF_TEXT}\n")
+    documents = read_text(name).split(f"{END_OF_TEXT}\n")
     return [[*encode(document.removesuffix("\n")), end] for document in documents]

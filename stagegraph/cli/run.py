@@ -192,9 +192,7 @@ def _print(work: Opened, outcomes: Sequence[Outcome], seconds: float) -> None:
             print(f"warning: {o.node.name}: {warning}")
     for digest in work.workspace.store.damaged:
         where = work.workspace.store.quarantine
-        print(
-            f"warning: stored object {digest[:16]} was damaged; it is in {shown(where)} and was rebuilt if it was needed"
-        )
+        print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
     counts = {
         kind: sum(o.outcome == kind for o in outcomes) for kind in ("BUILT", "UNCHANGED", HIT, "FAILED", "SKIPPED")
     }

@@ -127,6 +127,8 @@ STAGES = {
                 kind = ctx.params.kind
                 if kind == "segfault":
                     os.kill(os.getpid(), signal.SIGSEGV)
+                elif kind == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 elif kind == "bug":
                     raise KeyError("oops")
                 elif kind == "sleep":

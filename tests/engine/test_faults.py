@@ -42,7 +42,13 @@ def command(demo: Demo, *argv: str) -> list[str]:
 
 def start(demo: Demo, *argv: str) -> subprocess.Popen[bytes]:
     env = {**os.environ, "PYTHONPATH": f"{demo.package.parent}{os.pathsep}{Path(__file__).parents[2]}"}
-    return subprocess.Popen(command(demo, *argv), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(demo, *argv),
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background shells ignore it
+    )
 
 
 def wait_for(demo: Demo, name: str) -> None:
@@ -57,6 +63,7 @@ def wait_for(demo: Demo, name: str) -> None:
     ("kind", "said"),
     [
         ("segfault", "killed by SIGSEGV; a crash in native code"),
+        ("killed", "killed by SIGKILL; usually out of memory"),
         ("bug", "KeyError: 'oops'"),
         ("stray", "wrote stray.txt, which is none of its declared outputs"),
         ("nothing", "did not write its output 'out' (out.txt)"),

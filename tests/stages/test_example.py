@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import lzma
 import struct
 import unicodedata
 from functools import cache
@@ -111,7 +112,9 @@ def test_vocabulary_is_contiguous_has_every_byte_and_fits_the_embedding() -> Non
 
 
 def test_split_is_disjoint_and_both_languages_are_on_both_sides() -> None:
-    parts = [(EXAMPLE / "text" / name).read_text(encoding="utf-8") for name in ("train.txt", "heldout.txt")]
+    train_text = lzma.decompress((EXAMPLE / "text" / "train.txt.xz").read_bytes()).decode()
+    held_out_text = (EXAMPLE / "text" / "heldout.txt").read_text(encoding="utf-8")
+    parts = (train_text, held_out_text)
     train, held_out = (set(text.removesuffix("\n").split("\n<|endoftext|>\n")) for text in parts)
     assert held_out
     assert not train & held_out
