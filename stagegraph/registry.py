@@ -37,7 +37,11 @@ HIDDEN_VARIABLES = frozenset({
 })  # fmt: skip
 
 # Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`.
-VERBS = {"generate": "stages.cli.generate", "models": "stages.cli.models"}
+VERBS = {
+    "generate": "stages.cli.generate",
+    "models": "stages.cli.models",
+    "tokenize": "stages.cli.tokenize",
+}
 
 
 def load_object(reference: str) -> Any:

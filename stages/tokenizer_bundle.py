@@ -54,9 +54,9 @@ class TokenizerBundle(Stage):
     outputs = {"tokenizer": Out("tokenizer", "The three files a runtime reads.")}
 
     def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
-        """Name the two tokenizer libraries, and Python for its Unicode tables, which normalise the reference's text."""
+        """Name the libraries, and Python for its Unicode tables, which normalise the reference's text."""
         return {
-            **dist_versions("tiktoken", "tokenizers"),
+            **dist_versions("tiktoken", "tokenizers", "regex"),
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
             "unicode": unicodedata.unidata_version,
         }
@@ -99,8 +99,8 @@ def _build(ctx: Context) -> None:
     ctx.view("trace", resolution.trace)
     facts = _facts(ctx)
     family = load_tokenizer_family(resolution.family)
-    tokenizer = family.convert(resolution.vocabulary)
-    reference = family.reference(resolution.vocabulary)
+    tokenizer = family.convert(resolution)
+    reference = family.reference(resolution)
     directory = ctx.out / "tokenizer"
     emit(
         directory,
@@ -134,7 +134,7 @@ def _prove(ctx: Context, directory: Path, resolution: Resolution, reference: Ref
     from stages.tokenizers.checks import ERROR, WARNING, examine
     from stages.tokenizers.proof import prove
 
-    subject, findings = examine(directory, facts, resolution.declared)
+    subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
     findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"))
     ctx.view("checks", _page(subject.info, findings))
     for finding in findings:

@@ -28,6 +28,7 @@ TABLE = {
     "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
     "generate": (VERBS["generate"], "generate text from a bundle"),
     "models": (VERBS["models"], "list the model families, what each supports and the config keys it honours"),
+    "tokenize": (VERBS["tokenize"], "show how a bundle's tokenizer reads a text, and where another differs"),
 }
 
 

@@ -82,7 +82,7 @@ def _generate(
 
     active = min(tokenizer.active_vocab_size, session.vocab_size)
     sampler = Sampler(active, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    generation = Generation(tokenizer.chat(args.prompt) if args.chat else tokenizer.encode(args.prompt))
+    generation = Generation(tokenizer.chat(args.prompt) if args.chat else tokenizer.prompt(args.prompt))
     pieces = []
     for piece in generation.text(session, tokenizer, sampler, args.max_tokens):
         pieces.append(piece)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 FILE = "bundle.json"
-_NEEDED = ("model.so", "tensor-cache.json", "tokenizer.json", "tokenizer_info.json")
+_NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
+_VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 _STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
 
@@ -137,6 +138,8 @@ def _problems_of_form(document: Any) -> list[str]:
         ):
             problems.append(f"file {name!r} must have a 'sha256' and a 'size'")
     problems += [f"it does not list {name}" for name in _NEEDED if name not in document["files"]]
+    if not set(_VOCABULARIES) & set(document["files"]):
+        problems.append(f"it does not list {' or '.join(_VOCABULARIES)}")
     return problems
 
 

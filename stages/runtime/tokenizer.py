@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-
+from stages.runtime import trie
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.trie import TrieVocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from stages.runtime.library import LibraryVocabulary, TextStream
+    from stages.runtime.trie import TrieStream
 
+INFO, CONFIG = "tokenizer_info.json", "tokenizer_config.json"
 DEFAULT_SYSTEM = "You are a helpful assistant."
+_MARKS = range(0xE000, 0xF900)  # private use: no text has all of them
 
 
 class BundleTokenizer:
-    """tokenizer.json with what tokenizer_info.json says about it.
+    """The vocabulary with what tokenizer_info.json says about it.
 
     ``stop`` are the ids that end a text; ``active_vocab_size`` is the number of ids that have a token, beyond which
     the model's logits are padding.
@@ -28,67 +32,109 @@ class BundleTokenizer:
 
     def __init__(self, root: Path) -> None:
         try:
-            self._info: dict[str, Any] = json.loads((root / "tokenizer_info.json").read_text(encoding="utf-8"))
+            self._info: dict[str, Any] = json.loads((root / INFO).read_text(encoding="utf-8"))
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
-            self._tokenizer: Tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
+            self.prefix = [int(token) for token in self._info.get("prefix", ())]
+            self._vocabulary = _open(root, normalized=bool(self._info.get("normalize")))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
             raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
-        self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+        self._root = root
+        longest = sorted(self._vocabulary.specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, special tokens' spellings included as ordinary text."""
+    def normalize(self, text: str) -> str:
+        """Return ``text`` in the Unicode form that it has before it is split."""
         form = self._info.get("normalize")
         # Python's tables are newer than those inside tokenizer.json, and are what the original used.
-        normal = unicodedata.normalize(form, text) if form else text
-        return self._tokenizer.encode(normal, add_special_tokens=False).ids
+        return unicodedata.normalize(form, text) if form else text
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Return the ids of ``text``; what spells a special token is ordinary text unless ``specials``."""
+        return self._with_specials(self.normalize(text)) if specials else self._vocabulary.encode(self.normalize(text))
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a text to continue: those of ``text`` after what the model wants before every text."""
+        return [*self.prefix, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return self._vocabulary.decode(ids)
 
-    def chat(self, message: str, *, system: str = DEFAULT_SYSTEM) -> list[int]:
-        """Return the ids of one user turn up to where the assistant speaks; the pieces are encoded one by one.
+    def piece(self, index: int) -> bytes | None:
+        """Return the bytes that an id stands for; None if it has no token."""
+        return self._vocabulary.piece(index)
+
+    def is_special(self, index: int) -> bool:
+        """Say whether an id is a special token."""
+        return any(index == special[0] for special in self._vocabulary.specials.values())
+
+    def chat(self, message: str, *, system: str | None = None) -> list[int]:
+        """Return the ids of one user turn up to where the assistant speaks, in the bundle's chat format."""
+        form = (self._info.get("chat") or {}).get("format")
+        if form == "chatml":
+            return self._chatml(message, system or self._info["chat"].get("system") or DEFAULT_SYSTEM)
+        if form == "template":
+            return self._templated(message, system)
+        raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
+
+    def stream(self) -> TextStream | TrieStream:
+        """Return a decoder of ids that arrive one at a time."""
+        return self._vocabulary.stream()
+
+    def _chatml(self, message: str, system: str) -> list[int]:
+        """Encode the pieces one by one, as the family's own code does.
 
         Encoding the whole string at once would merge across the pieces: other ids than the model was trained on.
         """
-        form = (self._info.get("chat") or {}).get("format")
-        if form != "chatml":
-            raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
-        start, end, newline = self._special("<|im_start|>"), self._special("<|im_end|>"), self.encode("\n")
+        start, end, newline = self._id("<|im_start|>"), self._id("<|im_end|>"), self.encode("\n")
         ids: list[int] = []
         for role, content in (("system", system), ("user", message)):
             ids += [start, *self.encode(role), *newline, *self.encode(content), end, *newline]
         return [*ids, start, *self.encode("assistant"), *newline]
 
-    def stream(self) -> TextStream:
-        """Return a decoder of ids that arrive one at a time."""
-        return TextStream(self._tokenizer)
+    def _templated(self, message: str, system: str | None) -> list[int]:
+        from stages.runtime.render import render
 
-    def _special(self, token: str) -> int:
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
+        config = json.loads((self._root / CONFIG).read_text(encoding="utf-8"))
+        template = config["chat_template"]
+        mark = next(chr(i) for i in _MARKS if chr(i) not in message + (system or "") + template)
+        turns = [("system", system)] if system else []
+        messages = [{"role": role, "content": self._guard(text, mark)} for role, text in (*turns, ("user", message))]
+        roles = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
+        text = render(template, {"messages": messages, "add_generation_prompt": True, **roles})
+        return self._with_specials(text, mark)
+
+    def _guard(self, text: str, mark: str) -> str:
+        """Break every beginning of a special token with ``mark``, so that only the template can write one."""
+        starts = "".join({special[0] for special in self._vocabulary.specials})
+        return re.sub(f"[{re.escape(starts)}]", lambda found: found[0] + mark, text) if starts else text
+
+    def _with_specials(self, text: str, mark: str = "") -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in self._special.finditer(text):
+            special, before, after = self._vocabulary.specials[match[0]]
+            part = text[start : match.start()]
+            ids += self._plain(part.rstrip() if before else part, mark)
+            ids.append(special)
+            start = match.end()
+            if after:
+                start = len(text) - len(text[start:].lstrip())
+        return ids + self._plain(text[start:], mark)
+
+    def _plain(self, text: str, mark: str) -> list[int]:
+        return self.encode(text.replace(mark, "") if mark else text)
+
+    def _id(self, token: str) -> int:
+        if token not in self._vocabulary.specials:
             raise BundleError(f"the tokenizer has no {token}, which its chat format needs")
-        return found
+        return self._vocabulary.specials[token][0]
 
 
-class TextStream:
-    """Text of ids that arrive one at a time; a character whose bytes are still coming is held back."""
+def _open(root: Path, *, normalized: bool) -> LibraryVocabulary | TrieVocabulary:
+    if (root / trie.FILE).is_file():
+        return TrieVocabulary(root / trie.FILE)
+    from stages.runtime import library
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._emitted = ""
-
-    def step(self, token: int) -> str:
-        """Return the text that ``token`` completes, which may be none."""
-        self._ids.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._emitted += text
-        return text
-
-    def finish(self) -> str:
-        """Return what was held back at the end: bytes that never became a character, as U+FFFD."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return whole.removeprefix(self._emitted) if whole.startswith(self._emitted) else ""
+    return library.LibraryVocabulary(root / library.FILE, normalized=normalized)

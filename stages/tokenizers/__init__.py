@@ -9,11 +9,24 @@ if TYPE_CHECKING:
     from stages.tokenizers.record import TokenizerFamily
 
 # Family name -> where its TokenizerFamily is. Strings, so that naming a family imports nothing.
-TOKENIZERS: dict[str, str] = {"tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY"}
+TOKENIZERS: dict[str, str] = {
+    "tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY",
+    "byte-level-bpe": "stages.tokenizers.byte_level_bpe:FAMILY",
+    "tiktoken-llama3": "stages.tokenizers.tiktoken_llama3:FAMILY",
+    "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",
+}
 
 # Model family -> the checkpoint's name of its token embedding, whose first dimension bounds every id. Named and not
 # guessed: the largest first dimension of a small model is a feed-forward matrix, and a guess that is wrong passes.
-EMBEDDINGS: dict[str, str] = {"qwen": "transformer.wte.weight"}
+EMBEDDINGS: dict[str, str] = {
+    "qwen": "transformer.wte.weight",
+    "llama": "model.embed_tokens.weight",
+    "mistral": "model.embed_tokens.weight",
+    "qwen2": "model.embed_tokens.weight",
+    "qwen3": "model.embed_tokens.weight",
+    "gpt_neox": "gpt_neox.embed_in.weight",
+    "rwkv": "rwkv.embeddings.weight",
+}
 
 
 def load_tokenizer_family(name: str) -> TokenizerFamily:

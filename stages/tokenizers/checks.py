@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.ranks import LFS_HEADER
 from stages.tokenizers.record import ModelFacts
-from stages.tokenizers.resolution import read_json
+from stages.tokenizers.resolution import LFS_HEADER, read_json
+from stages.tokenizers.world import FILE as WORLD
+from stages.tokenizers.world import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,6 +61,7 @@ class Subject:
     tokenizer: Tokenizer
     facts: ModelFacts
     declared: Mapping[int, str]
+    roles: Mapping[str, str]
 
     @property
     def ids(self) -> dict[str, int]:
@@ -67,17 +69,38 @@ class Subject:
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
 
-def examine(directory: Path, facts: ModelFacts, declared: Mapping[int, str]) -> tuple[Subject, list[Finding]]:
-    """Read an emitted directory back and run every check but the proof; ``declared`` are ids the checkpoint states.
+def examine(
+    directory: Path, facts: ModelFacts, declared: Mapping[int, str], roles: Mapping[str, str] | None = None
+) -> tuple[Subject, list[Finding]]:
+    """Read an emitted directory back and run every check but the proof.
 
+    ``declared`` are ids that the checkpoint states, ``roles`` the tokens it names as bos, eos, pad and unk.
     A check gives its first few findings: what is wrong with one token is wrong with its neighbours too.
     """
-    subject = _read(directory, facts, declared)
+    subject = _read(directory, facts, declared, roles or {})
     return subject, [finding for check in CHECKS for finding in islice(check(subject), MAX_FINDINGS)]
 
 
-def _read(directory: Path, facts: ModelFacts, declared: Mapping[int, str]) -> Subject:
+def _read(directory: Path, facts: ModelFacts, declared: Mapping[int, str], roles: Mapping[str, str]) -> Subject:
     """T01, T02: the files are there, are not pointers, and load; :class:`TokenizerError` otherwise."""
+    tokenizer, spec = _load_world(directory) if (directory / WORLD).is_file() else _load(directory)
+    return Subject(
+        spec=spec,
+        config=read_json(directory / "tokenizer_config.json"),
+        info=read_json(directory / "tokenizer_info.json"),
+        tokenizer=tokenizer,
+        facts=facts,
+        declared=declared,
+        roles=roles,
+    )
+
+
+def _load_world(directory: Path) -> tuple[Any, Any]:
+    tokenizer = WorldTokenizer.load(directory / WORLD)
+    return tokenizer, tokenizer.spec()
+
+
+def _load(directory: Path) -> tuple[Tokenizer, Any]:
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
@@ -90,14 +113,7 @@ def _read(directory: Path, facts: ModelFacts, declared: Mapping[int, str]) -> Su
         tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the file
         raise TokenizerError(f"T01: {path}: cannot be loaded ({error})") from None
-    return Subject(
-        spec=json.loads(data),
-        config=read_json(directory / "tokenizer_config.json"),
-        info=read_json(directory / "tokenizer_info.json"),
-        tokenizer=tokenizer,
-        facts=facts,
-        declared=declared,
-    )
+    return tokenizer, json.loads(data)
 
 
 def added_tokens_unique(subject: Subject) -> Iterator[Finding]:
@@ -196,6 +212,18 @@ def control_ids_exist(subject: Subject) -> Iterator[Finding]:
         yield Finding("T15", WARNING, text)
 
 
+def named_roles_exist(subject: Subject) -> Iterator[Finding]:
+    """T14, T15: what the checkpoint names as bos, eos, pad or unk is a token, and its eos stops a text."""
+    for role, text in subject.roles.items():
+        index = subject.tokenizer.token_to_id(text)
+        if index is None:
+            found = f"tokenizer_config.json: {role}_token {text!r} is no token of the vocabulary"
+            yield error("T14", found, "one of the two files belongs to another model")
+        elif role == "eos" and index not in subject.info["stop"]:
+            found = f"tokenizer_config.json: eos_token {text!r} (id {index}) is none of the stop ids"
+            yield Finding("T15", WARNING, f"{found} {subject.info['stop']}, which generation_config.json gives")
+
+
 def control_ids_agree(subject: Subject) -> Iterator[Finding]:
     """T14: tokenizer_info.json has the model's stop ids, and tokenizer_config.json names the tokens of its ids."""
     facts, info = subject.facts, subject.info
@@ -245,6 +273,7 @@ CHECKS = (
     every_byte_has_a_token,
     special_tokens_are_single,
     control_ids_exist,
+    named_roles_exist,
     control_ids_agree,
     template_tokens_are_single,
     no_double_bos,

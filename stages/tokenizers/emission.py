@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +26,24 @@ def emit(
     chat_template: str | None,
     fingerprint: str,
 ) -> None:
-    """Write the three files into ``directory``; equal arguments give equal bytes.
+    """Write the three files, the vocabulary by its family's name, into ``directory``; equal arguments give equal bytes.
 
     ``chat_template`` is the checkpoint's own; without one, the family's for the model's chat format is written.
     """
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     chat = _chat_format(family, facts)
-    eos = list(facts.eos) or [ids[family.end_of_text]]
+    eos = list(facts.eos) or [_end_of_text(ids, family)]
     turn_ends = [ids[text] for text in chat.stops] if chat else []
     config = {
-        # Any other class name makes transformers rebuild normalizer and pre-tokenizer from its own code.
-        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _text(tokenizer, facts.bos),
         "eos_token": _text(tokenizer, eos[0]),
         "pad_token": _text(tokenizer, facts.pad),
         "clean_up_tokenization_spaces": False,
         "model_max_length": facts.context_window,
     }
+    if family.file == "tokenizer.json":
+        # Any other class name makes transformers rebuild normalizer and pre-tokenizer from its own code.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if chat_template or chat:
         config["chat_template"] = chat_template or (chat.template if chat else None)
     info = {
@@ -51,6 +52,8 @@ def emit(
         "bos": facts.bos,
         "eos": eos,
         "pad": facts.pad,
+        # What the checkpoint's tokenizer puts before every text that is no chat.
+        "prefix": tokenizer.encode("").ids,
         "stop": _distinct([*eos, *facts.stop, *turn_ends]),
         # Rows of the embedding from here on belong to no token: a sampler must mask their logits.
         "active_vocab_size": max(ids.values()) + 1,
@@ -60,7 +63,7 @@ def emit(
         "chat": _describe(chat, facts, chat_template),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    tokenizer.save(str(directory / family.file), pretty=False)
     write_json(directory / "tokenizer_config.json", config)
     write_json(directory / "tokenizer_info.json", info)
 
@@ -69,6 +72,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON as every artifact has it: sorted keys, one space of indentation, a final newline."""
     text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1, sort_keys=True)
     path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _end_of_text(ids: Mapping[str, int], family: TokenizerFamily) -> int:
+    if family.end_of_text not in ids:
+        raise TokenizerError(
+            f"T15: generation_config.json names no eos_token_id and the vocabulary has no {family.end_of_text}: "
+            "nothing would ever end a text; add eos_token_id"
+        )
+    return ids[family.end_of_text]
 
 
 def _chat_format(family: TokenizerFamily, facts: ModelFacts) -> ChatFormat | None:

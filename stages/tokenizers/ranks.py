@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.resolution import LFS_HEADER
 
-LFS_HEADER = b"version https://git-lfs"
 # Far above any real vocabulary (the largest published ones: 3.6 MB, tokens of 128 bytes); replaying merges is
 # quadratic in the length of a token, so a hostile file must not choose it.
 MAX_FILE_BYTES = 64 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.tokenizers.errors import TokenizerError
@@ -12,9 +11,15 @@ from stages.tokenizers.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.tokenizers.resolution import Resolution
+
 
 class Reference(Protocol):
     """An implementation that reads the source vocabulary itself and shares no code with what we emit."""
+
+    @property
+    def prefix(self) -> list[int]:
+        """Return the ids that the checkpoint's own tokenizer puts before every text, such as bos."""
 
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
@@ -44,17 +49,19 @@ class ChatFormat:
 class TokenizerFamily:
     """One way of storing a vocabulary.
 
-    ``convert`` turns the vocabulary file into a ``tokenizers.Tokenizer``; ``reference`` opens the same file in an
-    independent implementation. ``normalize`` is the Unicode form that text has before it is split, or None.
-    ``end_of_text`` is the special token that ends a text; ``chats`` are its chat formats by generation_config's name.
+    ``convert`` turns the resolved files into a ``tokenizers.Tokenizer``, or what is used like one; ``reference`` opens
+    the same files in an independent implementation. ``normalize`` is the Unicode form that a runtime gives text before
+    it is split, or None. ``end_of_text`` is the special token that ends a text; ``chats`` are its chat formats by
+    generation_config's name. ``file`` is the vocabulary in the bundle.
     """
 
     name: str
-    convert: Callable[[Path], Tokenizer]
-    reference: Callable[[Path], Reference]
+    convert: Callable[[Resolution], Tokenizer]
+    reference: Callable[[Resolution], Reference]
     normalize: str | None
     end_of_text: str
     chats: Mapping[str, ChatFormat]
+    file: str = "tokenizer.json"
 
 
 @dataclass(frozen=True)

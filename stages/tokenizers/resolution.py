@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,25 +20,66 @@ MAX_CONFIG_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Rule:
-    """How to recognise a family: its tokenizer classes, and the pattern and usual name of its vocabulary file."""
+    """How to recognise a family: its tokenizer classes, and the patterns and usual name of its vocabulary file.
+
+    Patterns are in the order of preference. ``evidence`` is a regular expression that the file of the usual name must
+    match somewhere, where that name is not the family's alone; a family ``yields`` to those that are preferred where
+    both have files. ``beside`` are files that belong to the vocabulary.
+    """
 
     classes: tuple[str, ...]
-    pattern: str
+    patterns: tuple[str, ...]
     usual: str
+    evidence: bytes = b""
+    yields: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
 
 RULES: dict[str, Rule] = {
-    "tiktoken-qwen": Rule(classes=("QWenTokenizer",), pattern="*.tiktoken", usual="qwen.tiktoken"),
+    "tiktoken-qwen": Rule(classes=("QWenTokenizer",), patterns=("*.tiktoken",), usual="qwen.tiktoken"),
+    "byte-level-bpe": Rule(
+        classes=("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"),
+        patterns=("tokenizer.json", "vocab.json"),
+        usual="tokenizer.json",
+        evidence=rb'"ByteLevel"',
+        beside=("merges.txt",),
+    ),
+    "tiktoken-llama3": Rule(
+        classes=(),
+        patterns=("tokenizer.model",),
+        usual="tokenizer.model",
+        evidence=rb"\A[A-Za-z0-9+/]+=* [0-9]+\r?\n",
+        yields=("byte-level-bpe",),
+        beside=("tokenizer.json",),
+    ),
+    "rwkv-world": Rule(
+        classes=("RwkvTokenizer", "RWKVWorldTokenizer", "RwkvWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer"),
+        patterns=("rwkv_vocab_*.txt",),
+        usual="rwkv_vocab_v20230424.txt",
+    ),
 }
+# Classes that say nothing of the vocabulary: the files decide, as they do in transformers.
+ANY_FAMILY = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer")
+LFS_HEADER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The decision: family, vocabulary file, what the checkpoint says beside it, and a trace a person can follow."""
+    """The decision: family, vocabulary file, what the checkpoint says beside it, and a trace a person can follow.
+
+    ``name`` is the vocabulary's in the checkpoint, ``vocabulary`` is where to open it. ``files`` are all of the
+    checkpoint's tokenizer files, ``config`` is tokenizer_config.json, and ``class_name`` the tokenizer class that it
+    names, without "Fast". ``declared`` are ids it states, ``roles`` its bos, eos, pad and unk.
+    """
 
     family: str
+    name: str
     vocabulary: Path
+    files: Mapping[str, Path]
+    config: Mapping[str, Any]
+    class_name: str | None
     declared: Mapping[int, str]
+    roles: Mapping[str, str]
     chat_template: str | None
     trace: str
 
@@ -63,13 +106,21 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         ("family", f"{family}: {why}"),
         ("vocabulary", f"{vocabulary}: {why_file}"),
     ]
-    ignored = [name for name in files if name not in {vocabulary, CONFIG, TEMPLATE, "added_tokens.json"}]
+    read = {vocabulary, CONFIG, TEMPLATE, "added_tokens.json"}
+    if vocabulary != "tokenizer.json":
+        read |= set(RULES[family].beside)
+    ignored = [name for name in files if name not in read]
     if ignored:
         lines.append(("not read", f"{', '.join(ignored)}: {family} is made from {vocabulary} alone"))
     return Resolution(
         family=family,
+        name=vocabulary,
         vocabulary=files[vocabulary],
+        files=files,
+        config=config,
+        class_name=_class_name(config),
         declared=_declared(files, config),
+        roles=_roles(config),
         chat_template=_chat_template(files, config),
         trace="".join(f"{label:<22}{text}\n" for label, text in lines),
     )
@@ -79,8 +130,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object; :class:`TokenizerError` for anything else."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise TokenizerError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, which no tokenizer configuration is")
+    data = path.read_bytes()
+    if data.startswith(LFS_HEADER):
+        raise TokenizerError(f"{path}: T02: a Git LFS pointer and not the file itself; run `git lfs pull`")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON in UTF-8 ({error})") from None
     if not isinstance(value, dict):
@@ -97,38 +151,60 @@ def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) ->
         if named is None:
             continue
         plain = str(named).removesuffix("Fast")
+        if plain in ANY_FAMILY:
+            break
         for family, rule in RULES.items():
             if plain in rule.classes:
                 return family, f"{key} names {named}"
         raise TokenizerError(
             f"{root}/{CONFIG}: {key} names {named}, which is of no tokenizer family known here; {_known()}"
         )
-    fitting = [family for family, rule in RULES.items() if _matching(files, rule.pattern)]
+    fitting = [family for family, rule in RULES.items() if _matching(files, rule)]
+    fitting = [family for family in fitting if not set(RULES[family].yields) & set(fitting)]
+    said = f"{_class_name(config)} is no family's own" if _class_name(config) else "no class is named"
     if len(fitting) == 1:
-        return fitting[0], f"no class is named, and only this family reads {RULES[fitting[0]].pattern}"
+        return fitting[0], f"{said}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
     found = "the files fit several families" if fitting else f"no vocabulary of a known family among {', '.join(files)}"
-    raise TokenizerError(f"{root}: no tokenizer_class is named and {found}; {_known()}")
+    said = said if _class_name(config) else "no tokenizer_class is named"
+    raise TokenizerError(f"{root}: {said} and {found}; {_known()}")
 
 
 def _vocabulary(root: Path, files: Mapping[str, Path], family: str) -> tuple[str, str]:
     rule = RULES[family]
-    found = _matching(files, rule.pattern)
+    found = _named(files, rule)
     if rule.usual in found:
         return rule.usual, "the usual name" + (
             f", preferred to {', '.join(n for n in found if n != rule.usual)}" if found[1:] else ""
         )
     if len(found) == 1:
-        return found[0], f"the only {rule.pattern}"
+        return found[0], f"the only {' or '.join(rule.patterns)}"
     what = (
         f"there are {len(found)} ({', '.join(found)}) and none is {rule.usual}"
         if found
         else f"it is not among {', '.join(files)}"
     )
-    raise TokenizerError(f"{root}: {family} needs its vocabulary, {rule.pattern}; {what}")
+    raise TokenizerError(f"{root}: {family} needs its vocabulary, {' or '.join(rule.patterns)}; {what}")
 
 
-def _matching(files: Mapping[str, Path], pattern: str) -> list[str]:
-    return [name for name in files if fnmatchcase(name, pattern)]
+def _named(files: Mapping[str, Path], rule: Rule) -> list[str]:
+    return [name for pattern in rule.patterns for name in files if fnmatchcase(name, pattern)]
+
+
+def _matching(files: Mapping[str, Path], rule: Rule) -> list[str]:
+    return [name for name in _named(files, rule) if name != rule.usual or _shows(files[name], rule.evidence)]
+
+
+def _shows(path: Path, evidence: bytes) -> bool:
+    """Say whether a file shows the evidence; a pointer shows any, so that the reader says what it is."""
+    if not evidence or not path.stat().st_size:
+        return not evidence
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content[: len(LFS_HEADER)] == LFS_HEADER or re.search(evidence, content) is not None
+
+
+def _class_name(config: Mapping[str, Any]) -> str | None:
+    named = config.get("tokenizer_class") or (_remote_class(config) or "").rpartition(".")[2]
+    return str(named).removesuffix("Fast") if named else None
 
 
 def _remote_class(config: Mapping[str, Any]) -> str | None:
@@ -164,6 +240,12 @@ def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int,
     return stated
 
 
+def _roles(config: Mapping[str, Any]) -> dict[str, str]:
+    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in named.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
 def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
     """Return the checkpoint's own template; a file of its own wins over the key, as in transformers."""
     if TEMPLATE in files:
@@ -180,5 +262,8 @@ def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str 
 
 
 def _known() -> str:
-    rules = (f"{name} ({' or '.join(rule.classes)}, vocabulary {rule.pattern})" for name, rule in RULES.items())
+    rules = (
+        f"{name} ({' or '.join(rule.classes) or 'by its files'}, vocabulary {' or '.join(rule.patterns)})"
+        for name, rule in RULES.items()
+    )
     return f"known families: {', '.join(rules)}"

@@ -9,29 +9,30 @@ from __future__ import annotations
 import base64
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.tokenizers.byte_level import spell
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.patterns import QWEN
 from stages.tokenizers.ranks import derive_merges, read_ranks
 from stages.tokenizers.record import ChatFormat, TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+    from stages.tokenizers.resolution import Resolution
+
+PATTERN = QWEN
 # Their ids follow the ranks in this order; the published vocabulary has 151,643 ranks.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
-def convert(path: Path) -> Tokenizer:
+def convert(resolution: Resolution) -> Tokenizer:
     """Build the equivalent tokenizer from a file of ranks; :class:`TokenizerError` if the file is not sound."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
 
+    path = resolution.vocabulary
     ranks = read_ranks(path)
     merges = [(spell(left), spell(right)) for left, right in derive_merges(ranks, path)]
     tokenizer = Tokenizer(
@@ -60,10 +61,12 @@ def convert(path: Path) -> Tokenizer:
 class TiktokenReference:
     """What ``QWenTokenizer`` does, on tiktoken: ``NFC`` over the whole text, then ranks; shares no reader with us."""
 
-    def __init__(self, path: Path) -> None:
+    prefix: list[int] = []
+
+    def __init__(self, resolution: Resolution) -> None:
         import tiktoken
 
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        lines = [line.split() for line in resolution.vocabulary.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
         self._encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)

@@ -184,3 +184,11 @@ def mean_loss(rows: np.ndarray, tokens: Sequence[int]) -> float:
     shifted -= shifted.max(-1, keepdims=True)
     chosen = shifted[np.arange(len(shifted)), list(tokens[1:])]
     return float((np.log(np.exp(shifted).sum(-1)) - chosen).mean())
+
+
+def losses(session: Session, ids: Sequence[int], active_vocab_size: int) -> tuple[float, float]:
+    """Return the mean loss of ``ids``, and that of ``ids`` under one fixed permutation of the vocabulary."""
+    size = min(active_vocab_size, session.vocab_size)
+    table = np.random.default_rng(22).permutation(size)
+    disorder = [int(table[token]) for token in ids]
+    return mean_loss(decode_all(session, ids), ids), mean_loss(decode_all(session, disorder), disorder)

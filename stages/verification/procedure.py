@@ -21,7 +21,7 @@ from stages.verification.checks import Check
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import Reference, read_recorded, recorded_prompts
 from stages.verification.report import Findings
-from stages.verification.tolerances import TOLERANCES
+from stages.verification.tolerances import LOSS_RATIO, TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -132,7 +132,7 @@ def _independent_reader(case: Case) -> Any:
         resolution = resolve(case.root, case.files)
     except TokenizerError:
         return None
-    return load_tokenizer_family(resolution.family).reference(resolution.vocabulary)
+    return load_tokenizer_family(resolution.family).reference(resolution)
 
 
 def _reference(case: Case, findings: Findings) -> Reference | None:
@@ -210,7 +210,7 @@ def _check_session(case: Case, reference: Reference | None, findings: Findings) 
     _check_functions(case, session, tokens, rows, findings)
     if reference is not None:
         _check_text(case, session, reference, findings)
-    _check_loss(rows[:prompt], tokens[:prompt], findings)
+    _check_loss(case, session, findings)
 
 
 def _check_functions(case: Case, session: Session, tokens: list[int], rows: np.ndarray, findings: Findings) -> None:
@@ -236,11 +236,26 @@ def _check_text(case: Case, session: Session, reference: Reference, findings: Fi
     ]
 
 
-def _check_loss(rows: np.ndarray, tokens: list[int], findings: Findings) -> None:
-    findings.loss = checks.mean_loss(rows, tokens)
-    limit = _LOSS_SHARE * math.log(rows.shape[-1])
+def _check_loss(case: Case, session: Session, findings: Findings) -> None:
+    """Read a text with the bundle's own ids, and with those ids under a permutation of the vocabulary.
+
+    A model that was trained with other ids is no better at the first than at the second: the one symptom of a wrong
+    vocabulary in the checkpoint itself. Weights that know nothing look the same, so this warns and does not fail.
+    """
+    ids = case.tokenizer.prompt(_prompts(case)[0])[: min(PROMPT_TOKENS, session.context_window)]
+    findings.loss, control = checks.losses(session, ids, case.tokenizer.active_vocab_size)
+    guessing = math.log(session.vocab_size)
+    limit = _LOSS_SHARE * guessing
     if findings.loss > limit:
         findings.warnings.append(
             f"the mean loss on the prompt is {findings.loss:.2f} nats a token, above {limit:.2f} "
             f"({_LOSS_SHARE} of guessing): the checkpoint does not know such text, or its tokenizer is another's"
+        )
+    ratio = findings.loss / control
+    detail = f"{findings.loss:.2f} nats a token, {ratio:.2f} of what the same ids permuted give ({control:.2f})"
+    findings.checks.append(Check("loss", ok=True, detail=detail, measured=ratio, bound=LOSS_RATIO))
+    if ratio > LOSS_RATIO:
+        findings.warnings.append(
+            f"the model reads the prompt no better than its ids in disorder ({detail}; with its own tokenizer at most "
+            f"{LOSS_RATIO}): the vocabulary is another model's, or the weights know nothing"
         )

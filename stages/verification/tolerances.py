@@ -13,3 +13,9 @@ TOLERANCES: dict[str, float] = {
     "q0f16": 2e-2,
     "q4f16_1": 2e-2,
 }
+
+# The mean loss of a text over the mean loss of the same ids under a permutation of the vocabulary. Measured on the
+# example checkpoint: with its own tokenizer 0.03 on its text, 0.13 on held out text, 0.66 on text of another kind;
+# with ids permuted or shifted 0.93 to 1.04. Random weights are at 1. A wrong split pattern is
+# not seen here (0.24, 0.33): the comparison of ids finds that.
+LOSS_RATIO = 0.8

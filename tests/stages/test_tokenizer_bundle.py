@@ -20,6 +20,7 @@ from tests.stages.tokenizer_samples import (
     QWEN_CONFIG,
     SHARED,
     SPECIALS,
+    resolved,
     tiktoken_text,
     tiny_ranks,
     write_checkpoint,
@@ -77,6 +78,7 @@ def test_the_directory_holds_one_vocabulary_and_what_a_runtime_needs(tiny):
         "eos": [RANKS],
         "pad": RANKS,
         "stop": [RANKS, RANKS + 2, RANKS + 1],
+        "prefix": [],
         "active_vocab_size": RANKS + SPECIALS,
         "rows": RANKS + SPECIALS + 16,
         "normalize": "NFC",
@@ -110,7 +112,9 @@ def test_transformers_loads_the_directory_offline_and_agrees(tiny, monkeypatch):
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(directory)
-    reference = load_tokenizer_family("tiktoken-qwen").reference(directory.parents[1] / "checkpoint" / "qwen.tiktoken")
+    reference = load_tokenizer_family("tiktoken-qwen").reference(
+        resolved(directory.parents[1] / "checkpoint" / "qwen.tiktoken")
+    )
     for text in (*PROBES, *(text for _, text in sample_corpus())):
         normal = unicodedata.normalize("NFC", text)
         ids = loaded(normal, add_special_tokens=False)["input_ids"]
@@ -216,7 +220,7 @@ def test_planning_names_the_rows_without_the_libraries(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == (
         "[('stages.tokenizers.resolution:RULES', 'tiktoken-qwen'), ('stages.tokenizers:EMBEDDINGS', 'qwen'), "
-        "('stages.tokenizers:TOKENIZERS', 'tiktoken-qwen')] ['python', 'tiktoken', 'tokenizers', 'unicode']"
+        "('stages.tokenizers:TOKENIZERS', 'tiktoken-qwen')] ['python', 'regex', 'tiktoken', 'tokenizers', 'unicode']"
     )
     stage = TokenizerBundle()
     assert stage.rows(stage.Params(str(tmp_path / "nowhere")), {}) == {}
@@ -267,7 +271,7 @@ def differences(directory, documents):
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    reference = load_tokenizer_family("tiktoken-qwen").reference(REAL)
+    reference = load_tokenizer_family("tiktoken-qwen").reference(resolved(REAL))
     found = []
     for kind, text in documents:
         normal = unicodedata.normalize("NFC", text)
@@ -300,7 +304,7 @@ def test_the_published_vocabulary_equals_tiktoken_on_the_whole_nasty_corpus(real
     assert len(documents) == 9_804
     assert differences(real[1], documents) == []
     tokenizer = Tokenizer.from_file(str(real[1] / "tokenizer.json"))
-    reference = load_tokenizer_family("tiktoken-qwen").reference(REAL)
+    reference = load_tokenizer_family("tiktoken-qwen").reference(resolved(REAL))
     generator = random.Random(20_000)  # noqa: S311 - the same ids on every run
     for _ in range(20_000):
         ids = [generator.randrange(REAL_RANKS + SPECIALS) for _ in range(generator.randrange(1, 40))]
@@ -311,6 +315,6 @@ def test_the_published_vocabulary_equals_tiktoken_on_the_whole_nasty_corpus(real
 def test_the_published_vocabulary_of_another_model_is_refused(tmp_path):
     config = {"tokenizer_class": "GPTNeoXTokenizer"}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", REAL, tokenizer_config=config)
-    assert "known families: tiktoken-qwen" in refusal(tmp_path, checkpoint)[0]
+    assert "byte-level-bpe needs its vocabulary, tokenizer.json or vocab.json" in refusal(tmp_path, checkpoint)[0]
     checkpoint = write_checkpoint(tmp_path / "other", REAL, tokenizer_config=QWEN_CONFIG)
     assert any("T06" in problem for problem in refusal(tmp_path, checkpoint))

@@ -19,6 +19,7 @@ from tests.local_context import run_stage
 from tests.stages.tokenizer_samples import (
     EMBEDDING,
     SPECIALS,
+    resolved,
     tiktoken_text,
     tiny_ranks,
     write_checkpoint,
@@ -53,7 +54,7 @@ def family():
 
 @pytest.fixture(scope="module")
 def reference(family, source):
-    return family.reference(source)
+    return family.reference(resolved(source))
 
 
 @pytest.fixture
@@ -62,7 +63,14 @@ def emitted(tmp_path, family, source):
 
 
 def emit_with(facts, directory, family, source, *, chat_template=None):
-    emit(directory, family.convert(source), family=family, facts=facts, chat_template=chat_template, fingerprint="")
+    emit(
+        directory,
+        family.convert(resolved(source)),
+        family=family,
+        facts=facts,
+        chat_template=chat_template,
+        fingerprint="",
+    )
     return directory
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from stages.tokenizers.byte_level import unspell
 from stages.tokenizers.proof import sample_corpus
+from stages.tokenizers.resolution import Resolution, resolve
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SPECIALS = 208
@@ -62,6 +63,11 @@ def write_checkpoint(directory: Path, vocabulary: bytes | Path | None = None, **
     for stem, value in {"tokenizer_config": QWEN_CONFIG, **files}.items():
         (directory / f"{stem}.json").write_text(json.dumps(value), encoding="utf-8")
     return directory
+
+
+def resolved(path: Path) -> Resolution:
+    """Resolve a folder that holds one vocabulary file, named as it must be."""
+    return resolve(path.parent, {path.name: path})
 
 
 def write_inputs(directory: Path, ranks: int, rows: int | None = None, **generation: Any) -> dict[str, Path]:

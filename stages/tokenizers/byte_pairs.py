@@ -1,0 +1,122 @@
+"""A byte-level byte-pair encoding as data, and the tokenizer.json that says it: one form for all ways to store it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.patterns import DIGIT, GPT2
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Added:
+    """A token matched in the text before it is split; ``normalized`` ones are sought in the normalised text.
+
+    ``lstrip`` and ``rstrip`` take the white space beside it along; ``single_word`` wants no letter beside it.
+    """
+
+    id: int
+    content: str
+    special: bool
+    normalized: bool
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True)
+class BytePairs:
+    """``vocab`` and ``merges`` are spelled in the byte-level alphabet; ``splits`` are patterns, applied in turn.
+
+    ``prefix`` are the tokens that go before every text. With ``ignore_merges`` a piece that is a token stays one.
+    """
+
+    vocab: Mapping[str, int]
+    merges: Sequence[tuple[str, str]]
+    added: Sequence[Added]
+    nfc: bool
+    splits: tuple[str, ...]
+    ignore_merges: bool
+    prefix: tuple[str, ...]
+
+
+def build(pairs: BytePairs) -> Tokenizer:
+    """Return the tokenizer; :class:`TokenizerError` where the library refuses the merges or gives other ids."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(document(pairs), ensure_ascii=False))
+    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the content
+        raise TokenizerError(f"the vocabulary is no byte-pair encoding: {error}") from None
+    moved = [token for token in pairs.added if tokenizer.token_to_id(token.content) != token.id]
+    if moved:
+        raise TokenizerError(
+            f"added token {moved[0].content!r} has id {moved[0].id}, which is not the next one after the vocabulary "
+            f"(it would become {tokenizer.token_to_id(moved[0].content)}); the ids of {len(moved)} added tokens leave "
+            "a gap or repeat: the vocabulary is truncated, or the added tokens belong to another model"
+        )
+    return tokenizer
+
+
+def document(pairs: BytePairs) -> dict[str, Any]:
+    """Return tokenizer.json as a value."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [asdict(token) for token in sorted(pairs.added, key=lambda token: token.id)],
+        "normalizer": {"type": "NFC"} if pairs.nfc else None,
+        "pre_tokenizer": _pre_tokenizer(pairs.splits),
+        "post_processor": _post_processor(pairs),
+        "decoder": _byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pairs.ignore_merges,
+            "vocab": dict(pairs.vocab),
+            "merges": [list(pair) for pair in pairs.merges],
+        },
+    }
+
+
+def _pre_tokenizer(splits: Sequence[str]) -> dict[str, Any]:
+    # GPT-2's pattern is the ByteLevel's own; as a Split it would be the same, but no file has it so.
+    own = splits[-1] == GPT2
+    parts = [_split(pattern) for pattern in splits[: len(splits) - own]]
+    last = _byte_level(trim_offsets=True, use_regex=own)
+    return {"type": "Sequence", "pretokenizers": [*parts, last]} if parts else last
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    if pattern == DIGIT:
+        return {"type": "Digits", "individual_digits": True}
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _byte_level(*, trim_offsets: bool = True, use_regex: bool = True) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": use_regex}
+
+
+def _post_processor(pairs: BytePairs) -> dict[str, Any]:
+    if not pairs.prefix:
+        return _byte_level(trim_offsets=False)
+    ids = {token.content: token.id for token in pairs.added}
+    before = [{"SpecialToken": {"id": text, "type_id": 0}} for text in pairs.prefix]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*before, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in pairs.prefix},
+    }
+    return {"type": "Sequence", "processors": [_byte_level(trim_offsets=False), template]}

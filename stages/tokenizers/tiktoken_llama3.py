@@ -1,0 +1,133 @@
+"""Llama 3: a ``tokenizer.model`` of ranks as tiktoken has them, and the special tokens that other files state."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stages.tokenizers import json_tables
+from stages.tokenizers.byte_level import spell
+from stages.tokenizers.byte_pairs import Added, BytePairs, build
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.patterns import LLAMA3
+from stages.tokenizers.ranks import read_ranks
+from stages.tokenizers.record import TokenizerFamily
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from stages.tokenizers.resolution import Resolution
+
+TABLES = "tokenizer.json"
+BEGIN = "<|begin_of_text|>"
+WHAT = "the special tokens are not in tokenizer.model"
+
+
+def convert(resolution: Resolution) -> Tokenizer:
+    """Build the tokenizer; :class:`TokenizerError` if no file states the special tokens, or other ids than follow."""
+    path = resolution.vocabulary
+    ranks = read_ranks(path)
+    added = _special_tokens(resolution)
+    wrong = [token for token in added if token.id < len(ranks)]
+    if wrong:
+        raise TokenizerError(
+            f"{path}: special token {wrong[0].content!r} is stated to have id {wrong[0].id}, which is a rank of the "
+            f"vocabulary (0..{len(ranks) - 1}): the files belong to different models"
+        )
+    return build(
+        BytePairs(
+            vocab={spell(token): rank for token, rank in ranks.items()},
+            merges=_all_splits(ranks),
+            added=added,
+            nfc=False,
+            splits=(LLAMA3,),
+            ignore_merges=True,
+            prefix=tuple(_prefix(resolution, added)),
+        )
+    )
+
+
+def _all_splits(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
+    """Return every way to make each token of two others, by rank: what joining by rank does, whatever led there.
+
+    Some tokens are not reached by merging at all; ``ignore_merges`` finds those, as tiktoken does.
+    """
+    merges = []
+    for token in ranks:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return [(spell(left), spell(right)) for left, right in merges]
+
+
+def _special_tokens(resolution: Resolution) -> tuple[Added, ...]:
+    stated = resolution.config.get("added_tokens_decoder")
+    if isinstance(stated, dict) and stated:
+        entries: list[Any] = [{**entry, "id": int(index)} for index, entry in stated.items()]
+        where = "tokenizer_config.json: added_tokens_decoder"
+    elif TABLES in resolution.files:
+        entries = json_tables.read_object(resolution.files[TABLES]).get("added_tokens") or []
+        where = f"{resolution.files[TABLES]}: added_tokens"
+    else:
+        entries = []
+    if not entries:
+        raise TokenizerError(
+            f"{resolution.vocabulary}: {WHAT}; add tokenizer_config.json with its added_tokens_decoder, or {TABLES}"
+        )
+    return json_tables.added_tokens(entries, where)
+
+
+def _prefix(resolution: Resolution, added: Sequence[Added]) -> list[str]:
+    """Return the begin of text, which goes before every text unless the checkpoint says otherwise."""
+    bos = resolution.config.get("bos_token", BEGIN)
+    text = bos.get("content") if isinstance(bos, dict) else bos
+    if resolution.config.get("add_bos_token", True) is False or text is None:
+        return []
+    if text not in {token.content for token in added}:
+        raise TokenizerError(f"{resolution.vocabulary}: T14: bos_token {text!r} is none of the special tokens")
+    return [text]
+
+
+class TiktokenReference:
+    """tiktoken on the same ranks and the special tokens as the JSON beside them states them."""
+
+    def __init__(self, resolution: Resolution) -> None:
+        import tiktoken
+
+        lines = [line.split() for line in resolution.vocabulary.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        stated = resolution.config.get("added_tokens_decoder")
+        if not stated:
+            table = json.loads(resolution.files[TABLES].read_bytes())["added_tokens"]
+            stated = {entry["id"]: entry for entry in table}
+        specials = {entry["content"]: int(index) for index, entry in stated.items()}
+        self._encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=specials)
+        self._known = [*ranks.values(), *specials.values()]
+        bos = resolution.config.get("bos_token", BEGIN)
+        wanted = resolution.config.get("add_bos_token", True)
+        text = bos["content"] if isinstance(bos, dict) else bos
+        self.prefix = [specials[text]] if wanted and text is not None else []
+
+    def encode(self, text: str, *, specials: bool) -> list[int]:
+        """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
+        return self._encoding.encode(text, allowed_special="all" if specials else set(), disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self._encoding.decode(list(ids), errors="replace")
+
+    def tokens(self) -> dict[int, bytes]:
+        """Return every id with its bytes."""
+        return {index: self._encoding.decode_single_token_bytes(index) for index in self._known}
+
+
+FAMILY = TokenizerFamily(
+    name="tiktoken-llama3",
+    convert=convert,
+    reference=TiktokenReference,
+    normalize=None,
+    end_of_text="<|end_of_text|>",
+    chats={},
+)
