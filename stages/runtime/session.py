@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.manifest import capability_problems
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stages.runtime.manifest import Manifest
 
@@ -48,11 +49,14 @@ class Session:
         self._cache = self._create_cache(sequences)
 
     def _open_library(self) -> Any:
-        module = self._tvm.runtime.load_module(str(self.manifest.root / "model.so"))
-        return self._tvm.runtime.vm.VirtualMachine(module, self._device)
+        path = self.manifest.root / "model.so"
+        with _refusing(f"{path}: not a library that can be loaded"):
+            module = self._tvm.runtime.load_module(str(path))
+            return self._tvm.runtime.vm.VirtualMachine(module, self._device)
 
     def _load_params(self) -> Any:
-        expected = json.loads(self._vm["_metadata"]())["params"]
+        with _refusing(f"{self.manifest.root / 'model.so'}: does not say what it takes"):
+            expected = json.loads(self._vm["_metadata"]())["params"]
         stored = tensor_cache.records(self.manifest.root)
         problems = [
             f"{param['name']}: the library takes {param['dtype']} {param['shape']} and the weights hold "
@@ -73,7 +77,10 @@ class Session:
         tokens = sequences * -(-self.context_window // page) * page
         sizes = (sequences, tokens, self.prefill_chunk, page, 0)
         shape = self._tvm.runtime.ShapeTuple
-        return self._vm["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
+        with _refusing(
+            f"{self.manifest.root}: no KV cache for {tokens:,} tokens: lower context_window, or free memory"
+        ):
+            return self._vm["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
 
     # Sequences
 
@@ -202,6 +209,16 @@ class Session:
         wrong = [token for token in ids if not 0 <= token < self.vocab_size]
         if wrong:
             raise RequestError(f"token ids {wrong[:5]} are outside the vocabulary of {self.vocab_size}")
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    # Errors of TVM come as classes of many kinds, whatever a function of its own raised.
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise BundleError(f"{what} ({reason})") from None
 
 
 def _on_host(tensor: Any) -> np.ndarray:

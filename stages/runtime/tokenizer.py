@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-DEFAULT_SYSTEM = "You are a helpful assistant."
-
-
 class BundleTokenizer:
     """tokenizer.json with what tokenizer_info.json says about it.
 
@@ -31,6 +28,7 @@ class BundleTokenizer:
             self._info: dict[str, Any] = json.loads((root / "tokenizer_info.json").read_text(encoding="utf-8"))
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
+            _check(self._info)
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(root / "tokenizer.json"))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
             raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
@@ -41,24 +39,31 @@ class BundleTokenizer:
         form = self._info.get("normalize")
         # Python's tables are newer than those inside tokenizer.json, and are what the original used.
         normal = unicodedata.normalize(form, text) if form else text
+        try:
+            normal.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not UTF-8 at character {error.start}") from None
         return self._tokenizer.encode(normal, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def chat(self, message: str, *, system: str = DEFAULT_SYSTEM) -> list[int]:
-        """Return the ids of one user turn up to where the assistant speaks; the pieces are encoded one by one.
+    def chat(self, message: str) -> list[int]:
+        """Return the ids of one user turn up to where the assistant speaks, after the format's own system message.
 
-        Encoding the whole string at once would merge across the pieces: other ids than the model was trained on.
+        Where tokenizer_info.json says piecewise, role and content are encoded one by one: at once they would merge,
+        to other ids than the model was trained on.
         """
-        form = (self._info.get("chat") or {}).get("format")
+        chat = self._info.get("chat") or {}
+        form = chat.get("format")
         if form != "chatml":
             raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
         start, end, newline = self._special("<|im_start|>"), self._special("<|im_end|>"), self.encode("\n")
         ids: list[int] = []
-        for role, content in (("system", system), ("user", message)):
-            ids += [start, *self.encode(role), *newline, *self.encode(content), end, *newline]
+        for role, content in (("system", chat["system"]), ("user", message)):
+            pieces = (role, "\n", content) if chat["piecewise"] else (f"{role}\n{content}",)
+            ids += [start, *(token for piece in pieces for token in self.encode(piece)), end, *newline]
         return [*ids, start, *self.encode("assistant"), *newline]
 
     def stream(self) -> TextStream:
@@ -70,6 +75,19 @@ class BundleTokenizer:
         if found is None:
             raise BundleError(f"the tokenizer has no {token}, which its chat format needs")
         return found
+
+
+def _check(info: Any) -> None:
+    """Raise :class:`ValueError` where tokenizer_info.json does not hold what is read from it."""
+    active, form, chat = info["active_vocab_size"], info.get("normalize"), info.get("chat") or {}
+    if type(active) is not int or active < 1:
+        raise ValueError(f"active_vocab_size must be a positive integer, found {active!r:.60}")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"normalize must be a Unicode form or null, found {form!r:.60}")
+    if chat.get("format") == "chatml" and not (
+        isinstance(chat.get("system"), str) and isinstance(chat.get("piecewise"), bool)
+    ):
+        raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
 class TextStream:
