@@ -41,7 +41,11 @@ class Bundle(Stage):
         found = {port: json.loads(ctx.input(port).read_text("utf-8")) for port in ("metadata", "config", "generation")}
         found["tokenizer_info"] = json.loads((ctx.input("tokenizer") / "tokenizer_info.json").read_text("utf-8"))
         found["tensors"] = json.loads((ctx.input("weights") / "tensor-cache.json").read_text("utf-8"))
-        problems = documents.disagreements(**found)
+        problems = documents.disagreements(target=ctx.params.target, **found)
+        try:
+            machine = assemble.machine(ctx.input("library"))
+        except ValueError as error:
+            problems.append(str(error))
         if problems:
             raise StageError(*problems)
 
@@ -58,7 +62,8 @@ class Bundle(Stage):
         assemble.write_json(root / "mlc-chat-config.json", chat)
         card = documents.card(ctx.params.name, ctx.params.target, found)
         (root / "README.md").write_text(card, "utf-8")
-        manifest = documents.manifest(ctx.params.name, ctx.params.target, found["metadata"], assemble.files(root))
+        name, target = ctx.params.name, ctx.params.target
+        manifest = documents.manifest(name, target, machine, found["metadata"], assemble.files(root))
         assemble.write_json(root / "bundle.json", manifest)
         ctx.view("card", card)
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 
 def copy(source: Path, target: Path) -> None:
@@ -23,13 +26,27 @@ def copy(source: Path, target: Path) -> None:
             while left:
                 copied = os.copy_file_range(src.fileno(), dst.fileno(), left)
                 if not copied:
-                    break
+                    raise OSError(errno.EIO, "nothing was copied", str(source))
                 left -= copied
-        except OSError:  # across file systems on old kernels, and on some network file systems
+        except OSError:  # across file systems on old kernels; on some network and virtual ones, which copy nothing
             src.seek(0)
             dst.seek(0)
             dst.truncate()
             shutil.copyfileobj(src, dst, 1 << 20)
+    size, wanted = target.stat().st_size, source.stat().st_size
+    if size != wanted:
+        raise OSError(errno.EIO, f"{size} of {wanted} bytes were copied", str(target))
+
+
+def machine(library: Path) -> str:
+    """Return the machine that an ELF library is code for, by Linux's name of it; :class:`ValueError` if it is none."""
+    with library.open("rb") as file:
+        head = file.read(20)
+    if head[:4] != b"\x7fELF" or len(head) < 20:
+        raise ValueError(f"{library.name}: not an ELF library")
+    order: Literal["little", "big"] = "little" if head[5] == 1 else "big"
+    code = int.from_bytes(head[18:20], order)
+    return _MACHINES.get(code, f"ELF machine {code}")
 
 
 def files(root: Path) -> dict[str, dict[str, Any]]:

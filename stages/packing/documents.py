@@ -15,6 +15,7 @@ _CHAT_TEMPLATES = {"chatml": "chatml"}
 
 def disagreements(
     *,
+    target: str,
     metadata: Mapping[str, Any],
     config: Mapping[str, Any],
     generation: Mapping[str, Any],
@@ -29,7 +30,10 @@ def disagreements(
         for record in shard["records"]
     }
     taken = {entry["name"]: (entry["dtype"], list(entry["shape"])) for entry in metadata["params"]}
-    problems = [
+    problems = []
+    if metadata["target"]["target"] != target:
+        problems.append(f"the library was built for {metadata['target']['target']} and the bundle is for {target}")
+    problems += [
         f"{name}: the library takes {taken.get(name)}, the weights hold {stored.get(name)}; compile and quantize must "
         "see one param-register"
         for name in sorted({*stored, *taken})
@@ -51,13 +55,14 @@ def disagreements(
 
 
 def manifest(
-    name: str, target: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+    name: str, target: str, machine: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return bundle.json: what the loader checks before it loads anything."""
     return {
         "schema": 1,
         "name": name,
         "target": target,
+        "machine": machine,
         "tvm": {dist: metadata["tools"][dist] for dist in ("apache-tvm", "apache-tvm-ffi")},
         "cpu": metadata["cpu"],
         "device_code": metadata.get("device_code", []),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -38,19 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO | None = None, err: TextIO | None = None) -> int:
     """Run the command: text goes to ``out`` as it is made, rates and errors to ``err``.
 
-    Returns 0, or 2 for a request or a bundle that cannot be served here.
+    Returns 0, 2 for a request or a bundle that cannot be served here, or 141 where the reader of the text has gone.
     """
     out, err = out or sys.stdout, err or sys.stderr
     try:
-        session, tokenizer = _open(args)
-        generation, text = _generate(args, session, tokenizer, out)
+        return _run(args, out, err)
+    except BrokenPipeError:
+        # Who read the text has gone. What Python still holds for stdout must go somewhere when the process ends.
+        if out is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return 128 + signal.SIGPIPE
     except (BundleError, RequestError) as error:
         for problem in getattr(error, "problems", (error,)):
             err.write(f"error: {problem}\n")
         return 2
+
+
+def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    if not args.prompt:
+        raise RequestError("the prompt is empty: give a text to continue")
+    session, tokenizer = _open(args)
+    generation, text = _generate(args, session, tokenizer, out)
     if args.json:
         document = {"prompt": args.prompt, "text": text, **_counts(generation, session)}
         out.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+        out.flush()
     else:
         out.write("\n")
         out.flush()
@@ -103,7 +117,8 @@ def _counts(generation: Generation, session: Session) -> dict[str, Any]:
         "prefill_seconds": round(generation.prefill_seconds, 6),
         "decode_seconds": round(generation.decode_seconds, 6),
         "prefill_tokens_per_second": round(generation.prefill_rate, 2),
-        "decode_tokens_per_second": round(generation.decode_rate, 2),
+        "decode_steps": generation.decode_steps,
+        "decode_tokens_per_second": round(generation.decode_rate, 2) if generation.decode_steps else None,
         "bundle": session.manifest.name,
         "target": session.manifest.target,
         "device": session.manifest.device,
@@ -112,7 +127,9 @@ def _counts(generation: Generation, session: Session) -> dict[str, Any]:
 
 
 def _rates(generation: Generation) -> str:
+    steps = generation.decode_steps  # one fewer than the tokens, the first of which prefill gives
+    rate = f", {generation.decode_rate:.1f} tokens/s" if steps else ""
     return (
-        f"prefill {len(generation.prompt)} tokens, {generation.prefill_rate:.1f} tokens/s; "
-        f"decode {len(generation.ids)} tokens, {generation.decode_rate:.1f} tokens/s; ended by {generation.finish}\n"
+        f"{len(generation.ids)} tokens; prefill {len(generation.prompt)} tokens, {generation.prefill_rate:.1f} "
+        f"tokens/s; decode {steps} steps{rate}; ended by {generation.finish}\n"
     )

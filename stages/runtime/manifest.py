@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 _STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
+_DEVICES = {"llvm": "cpu", "cuda": "cuda"}  # target -> the kind of device that its kernels run on
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Manifest:
     root: Path
     name: str
     target: str
+    machine: str
     tvm: Mapping[str, str]
     cpu: Mapping[str, Any]
     model: Mapping[str, Any]
@@ -49,7 +52,7 @@ class Manifest:
     @property
     def device(self) -> str:
         """The kind of device that the library's kernels run on: ``"cpu"`` or ``"cuda"``."""
-        return "cuda" if self.target == "cuda" else "cpu"
+        return _DEVICES[self.target]
 
 
 def read(path: Path) -> Manifest:
@@ -59,7 +62,8 @@ def read(path: Path) -> Manifest:
         raise BundleError(f"{path}: no {FILE} there, so it is not a bundle; give the directory that bundle wrote")
     try:
         document = json.loads((root / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{root / FILE}: cannot be read as JSON: {error}") from None
     problems = _problems_of_form(document)
     if problems:
@@ -68,6 +72,7 @@ def read(path: Path) -> Manifest:
         root=root,
         name=document["name"],
         target=document["target"],
+        machine=document["machine"],
         tvm=document["tvm"],
         cpu=document["cpu"],
         model=document["model"],
@@ -86,8 +91,9 @@ def check(manifest: Manifest, *, digest_limit: int | None = None, run: bool = Tr
     if not run:
         return problems
     problems += _version_problems(manifest)
-    if platform.machine() not in ("x86_64", "AMD64"):
-        problems.append(f"the library is x86-64 code and this machine is {platform.machine()}: build the bundle for it")
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if machine != manifest.machine:
+        problems.append(f"the library is {manifest.machine} code and this machine is {machine}: build the bundle on it")
     else:
         problems += _cpu_problems(manifest, host.cpu_flags())
     if manifest.device == "cuda" and not host.has_nvidia_driver():
@@ -113,7 +119,8 @@ def _problems_of_form(document: Any) -> list[str]:
         return ["expected an object"]
     if document.get("schema") != SCHEMA:
         return [f"schema {document.get('schema')!r} is not {SCHEMA}: use the runtime that it was built with"]
-    kinds = {"name": str, "target": str, "tvm": dict, "cpu": dict, "model": dict, "device_code": list, "files": dict}
+    kinds = {"name": str, "target": str, "machine": str, "tvm": dict, "cpu": dict, "model": dict, "device_code": list}
+    kinds["files"] = dict
     problems = [
         f"'{key}' must be {kind.__name__}, found {type(document.get(key)).__name__}"
         for key, kind in kinds.items()
@@ -121,13 +128,44 @@ def _problems_of_form(document: Any) -> list[str]:
     ]
     if problems:
         return problems
-    state = document["model"].get("state", "kv")
+    if document["target"] not in _DEVICES:
+        problems.append(f"target {document['target']!r} is not known here; known: {', '.join(_DEVICES)}")
+    return problems + _problems_of_model(document) + _problems_of_machine(document) + _problems_of_files(document)
+
+
+def _problems_of_model(document: Mapping[str, Any]) -> list[str]:
+    model, problems = document["model"], []
+    state = model.get("state", "kv")
     if str(state) not in _STATES:
-        problems.append(f"'model.state' is {state!r}; this runtime knows {', '.join(_STATES)}")
+        problems.append(f"'model.state' is {state!r:.60}; this runtime knows {', '.join(_STATES)}")
     for key in (*_MODEL_SIZES, *_STATES.get(str(state), ())):
-        value = document["model"].get(key)
-        if type(value) is not int or value <= 0:
-            problems.append(f"'model.{key}' must be a positive integer, found {value!r}")
+        value = model.get(key)
+        if type(value) is not int or not 0 < value < 2**31:
+            problems.append(f"'model.{key}' must be a positive 32-bit integer, found {value!r:.60}")
+    for key, kind in (("sep_embed", bool), ("scheme", str), ("compute_dtype", str)):
+        if not isinstance(model.get(key), kind):
+            problems.append(f"'model.{key}' must be {kind.__name__}, found {model.get(key)!r:.60}")
+    return problems
+
+
+def _problems_of_machine(document: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for dist, version in document["tvm"].items():
+        if not re.fullmatch(r"[a-z0-9-]+", dist) or not isinstance(version, str):
+            problems.append(f"'tvm' must map distributions to versions, found {dist!r:.60}: {version!r:.60}")
+    features = document["cpu"].get("features", ())
+    if not isinstance(features, list | tuple) or not all(isinstance(feature, str) for feature in features):
+        problems.append(f"'cpu.features' must be a list of names, found {features!r:.60}")
+    problems += [
+        f"'device_code' must hold a 'kind' and an 'arch' each, found {code!r:.60}"
+        for code in document["device_code"]
+        if not isinstance(code, dict) or not isinstance(code.get("kind"), str) or type(code.get("arch")) is not int
+    ]
+    return problems
+
+
+def _problems_of_files(document: Mapping[str, Any]) -> list[str]:
+    problems = []
     for name, entry in document["files"].items():
         if not _stays_inside(name):
             problems.append(f"file name {name!r} leaves the bundle; this is not a bundle to trust")
@@ -150,20 +188,26 @@ def _stays_inside(name: str) -> bool:
 
 def _file_problems(manifest: Manifest, digest_limit: int | None) -> list[str]:
     problems = []
-    root = manifest.root.resolve()
     for name, entry in sorted(manifest.files.items()):
-        path = root / name
-        if not path.resolve().is_relative_to(root):
-            problems.append(f"{path}: a link that leaves the bundle; copy the bundle with its links followed (cp -L)")
-        elif not path.is_file():
-            problems.append(f"{path}: missing; copy the whole bundle again")
-        elif path.stat().st_size != entry.size:
-            problems.append(
-                f"{path}: {path.stat().st_size} bytes, not the {entry.size} of {FILE}; copy the bundle again"
-            )
-        elif (digest_limit is None or entry.size <= digest_limit) and sha256(path) != entry.sha256:
-            problems.append(f"{path}: its SHA-256 is not the one in {FILE}: damaged or changed; copy the bundle again")
+        try:
+            problem = _file_problem(manifest.root.resolve(), name, entry, digest_limit)
+        except OSError as error:  # not to be read, or a name that no file can have
+            problem = f"{manifest.root / name}: {error.strerror}; copy the bundle again"
+        problems += [problem] if problem else []
     return problems
+
+
+def _file_problem(root: Path, name: str, entry: Entry, digest_limit: int | None) -> str:
+    path = root / name
+    if not path.resolve().is_relative_to(root):
+        return f"{path}: a link that leaves the bundle; copy the bundle with its links followed (cp -L)"
+    if not path.is_file():
+        return f"{path}: missing; copy the whole bundle again"
+    if path.stat().st_size != entry.size:
+        return f"{path}: {path.stat().st_size} bytes, not the {entry.size} of {FILE}; copy the bundle again"
+    if (digest_limit is None or entry.size <= digest_limit) and sha256(path) != entry.sha256:
+        return f"{path}: its SHA-256 is not the one in {FILE}: damaged or changed; copy the bundle again"
+    return ""
 
 
 def sha256(path: Path) -> str:

@@ -31,8 +31,9 @@ class Sampler:
         logits = logits[: self._active]
         if self._temperature == 0:
             return int(np.argmax(logits))
-        scaled = logits.astype(np.float64) / self._temperature
-        weights = np.exp(scaled - scaled.max())
+        below = logits.astype(np.float64) - logits.max()  # before dividing, which may overflow to minus infinity alone
+        with np.errstate(over="ignore"):
+            weights = np.exp(below / self._temperature)
         order = np.argsort(-weights, kind="stable")
         share = np.cumsum(weights[order]) / weights.sum()
         kept = order[: int(np.searchsorted(share, self._top_p)) + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.manifest import capability_problems
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stages.runtime.manifest import Manifest
 
@@ -51,11 +52,14 @@ class Session:
         self._state = self._create_state(sequences)
 
     def _open_library(self) -> Any:
-        module = self._tvm.runtime.load_module(str(self.manifest.root / "model.so"))
-        return self._tvm.runtime.vm.VirtualMachine(module, self._device)
+        path = self.manifest.root / "model.so"
+        with _refusing(f"{path}: not a library that can be loaded"):
+            module = self._tvm.runtime.load_module(str(path))
+            return self._tvm.runtime.vm.VirtualMachine(module, self._device)
 
     def _load_params(self) -> Any:
-        expected = json.loads(self._vm["_metadata"]())["params"]
+        with _refusing(f"{self.manifest.root / 'model.so'}: does not say what it takes"):
+            expected = json.loads(self._vm["_metadata"]())["params"]
         stored = tensor_cache.records(self.manifest.root)
         problems = [
             f"{param['name']}: the library takes {param['dtype']} {param['shape']} and the weights hold "
@@ -73,7 +77,11 @@ class Session:
         limit = self.max_batch
         if not 1 <= sequences <= limit:
             raise RequestError(f"{sequences} sequences asked for; the library was built for 1 to {limit} (max_batch)")
-        return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences)
+        with _refusing(
+            f"{self.manifest.root}: no room for the state of {self.context_window:,} tokens: lower context_window, "
+            "or free memory"
+        ):
+            return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences)
 
     # Sequences
 
@@ -215,6 +223,16 @@ class Session:
         wrong = [token for token in ids if not 0 <= token < self.vocab_size]
         if wrong:
             raise RequestError(f"token ids {wrong[:5]} are outside the vocabulary of {self.vocab_size}")
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    # Errors of TVM come as classes of many kinds, whatever a function of its own raised.
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise BundleError(f"{what} ({reason})") from None
 
 
 def _on_host(tensor: Any) -> np.ndarray:

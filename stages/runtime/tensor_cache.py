@@ -46,9 +46,9 @@ def records(root: Path) -> dict[str, Record]:
     try:
         document = json.loads((root / FILE).read_text(encoding="utf-8"))
         found = [_record(root, shard, entry) for shard in document["records"] for entry in shard["records"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems = [problem for record in found if (problem := _problem(root, record))]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{root / FILE}: not a tensor cache: {type(error).__name__}: {error}") from None
-    problems = [problem for record in found if (problem := _problem(root, record))]
     if problems:
         raise BundleError(*problems)
     return {record.name: record for record in found}
@@ -90,7 +90,7 @@ def _problem(root: Path, record: Record) -> str:
     if record.shard.parent != root or not record.shard.resolve().is_relative_to(root.resolve()):
         return f"{where}: its shard {record.shard} is not in the bundle"
     width = 2 if record.encoding != "raw" else {"float16": 2, "uint8": 1, "int8": 1}.get(record.dtype, 4)
-    if record.nbytes != width * math.prod(record.shape) or record.offset < 0:
+    if record.nbytes != width * math.prod(record.shape) or record.offset < 0 or min(record.shape, default=1) < 1:
         return f"{where}: {record.nbytes} bytes at {record.offset} cannot be {record.dtype} {list(record.shape)}"
     if not record.shard.is_file() or record.shard.stat().st_size < record.offset + record.nbytes:
         return f"{where}: {record.shard.name} ends before the tensor does"

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from stages.runtime.trie import TrieStream
 
 INFO, CONFIG = "tokenizer_info.json", "tokenizer_config.json"
-DEFAULT_SYSTEM = "You are a helpful assistant."
 _MARKS = range(0xE000, 0xF900)  # private use: no text has all of them
 
 
@@ -35,6 +34,7 @@ class BundleTokenizer:
             self._info: dict[str, Any] = json.loads((root / INFO).read_text(encoding="utf-8"))
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
+            _check(self._info)
             self.prefix = [int(token) for token in self._info.get("prefix", ())]
             self._vocabulary = _open(root, normalized=bool(self._info.get("normalize")))
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
@@ -47,7 +47,12 @@ class BundleTokenizer:
         """Return ``text`` in the Unicode form that it has before it is split."""
         form = self._info.get("normalize")
         # Python's tables are newer than those inside tokenizer.json, and are what the original used.
-        return unicodedata.normalize(form, text) if form else text
+        normal = unicodedata.normalize(form, text) if form else text
+        try:
+            normal.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"the text is not UTF-8 at character {error.start}") from None
+        return normal
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Return the ids of ``text``; what spells a special token is ordinary text unless ``specials``."""
@@ -73,7 +78,7 @@ class BundleTokenizer:
         """Return the ids of one user turn up to where the assistant speaks, in the bundle's chat format."""
         form = (self._info.get("chat") or {}).get("format")
         if form == "chatml":
-            return self._chatml(message, system or self._info["chat"].get("system") or DEFAULT_SYSTEM)
+            return self._chatml(message, system)
         if form == "template":
             return self._templated(message, system)
         raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
@@ -82,15 +87,18 @@ class BundleTokenizer:
         """Return a decoder of ids that arrive one at a time."""
         return self._vocabulary.stream()
 
-    def _chatml(self, message: str, system: str) -> list[int]:
-        """Encode the pieces one by one, as the family's own code does.
+    def _chatml(self, message: str, system: str | None) -> list[int]:
+        """Encode one turn after ``system`` or the format's own system message.
 
-        Encoding the whole string at once would merge across the pieces: other ids than the model was trained on.
+        Where tokenizer_info.json says piecewise, role and content are encoded one by one: at once they would merge,
+        to other ids than the model was trained on.
         """
+        chat = self._info["chat"]
         start, end, newline = self._id("<|im_start|>"), self._id("<|im_end|>"), self.encode("\n")
         ids: list[int] = []
-        for role, content in (("system", system), ("user", message)):
-            ids += [start, *self.encode(role), *newline, *self.encode(content), end, *newline]
+        for role, content in (("system", system or chat["system"]), ("user", message)):
+            pieces = (role, "\n", content) if chat["piecewise"] else (f"{role}\n{content}",)
+            ids += [start, *(token for piece in pieces for token in self.encode(piece)), end, *newline]
         return [*ids, start, *self.encode("assistant"), *newline]
 
     def _templated(self, message: str, system: str | None) -> list[int]:
@@ -130,6 +138,19 @@ class BundleTokenizer:
         if token not in self._vocabulary.specials:
             raise BundleError(f"the tokenizer has no {token}, which its chat format needs")
         return self._vocabulary.specials[token][0]
+
+
+def _check(info: Any) -> None:
+    """Raise :class:`ValueError` where tokenizer_info.json does not hold what is read from it."""
+    active, form, chat = info["active_vocab_size"], info.get("normalize"), info.get("chat") or {}
+    if type(active) is not int or active < 1:
+        raise ValueError(f"active_vocab_size must be a positive integer, found {active!r:.60}")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"normalize must be a Unicode form or null, found {form!r:.60}")
+    if chat.get("format") == "chatml" and not (
+        isinstance(chat.get("system"), str) and isinstance(chat.get("piecewise"), bool)
+    ):
+        raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
 def _open(root: Path, *, normalized: bool) -> LibraryVocabulary | TrieVocabulary:

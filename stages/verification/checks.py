@@ -25,6 +25,12 @@ PROBES = (
 )
 
 
+# The shortest prompt that can be cut into chunks, halves and thirds.
+SHORTEST = 3
+# What the checks of text are called, and of the logits after every token.
+TEXT, EVERY_STEP = "greedy text after", "every step"
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was checked. ``measured`` and ``bound`` are relative differences where the check has numbers."""
@@ -64,13 +70,17 @@ def decode_all(session: Session, tokens: Sequence[int]) -> np.ndarray:
 
 
 def logits(session: Session, tokens: Sequence[int], prompt: int, wanted: np.ndarray, bound: float) -> list[Check]:
-    """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V]."""
-    found = [
-        ("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :]),
-        ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
-        ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
-    ]
-    if session.sequences > 1:
+    """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V].
+
+    A ``prompt`` of fewer than :data:`SHORTEST` tokens is read by prefill and decode alone.
+    """
+    found = [("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :])]
+    if prompt >= SHORTEST:
+        found += [
+            ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
+            ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
+        ]
+    if prompt >= SHORTEST and session.sequences > 1:
         first, second = prompt // 2, prompt // 3
         rows = [first - 1, second - 1, first, second]
         found.append(("two sequences at once", _batched(session, tokens, first, second), wanted[rows]))
@@ -122,9 +132,9 @@ def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, b
     Without ``exact``, where the bundle's two candidates are within twice the tolerance of each other, either is right
     and the comparison ends there.
     """
-    name = f"greedy text after {wanted.prompt[-24:]!r}"
+    name = f"{TEXT} {wanted.prompt[-24:]!r}{wanted.note}"
     sequence = session.add()
-    logits = session.prefill(sequence, tokenizer.encode(wanted.prompt))
+    logits = session.prefill(sequence, wanted.prompt_ids)
     active = min(tokenizer.active_vocab_size, session.vocab_size)
     ended = ""
     for position, token in enumerate(wanted.ids):

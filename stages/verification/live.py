@@ -82,7 +82,10 @@ def reference(request: Request, prompt: str, decode: Callable[[Sequence[int]], s
             tokens, logits = result["tokens"].tolist(), result["logits"]
             continued = [result[f"continuation_{i}"].tolist() for i in range(len(request.prompts))]
             origin = f"{result['origin']} in float32 on the bundle's own weights"
-    continuations = [Continuation(text, ids, decode(ids)) for text, ids in zip(request.prompts, continued, strict=True)]
+    continuations = [
+        Continuation(text, prompt_ids, ids, decode(ids))
+        for (text, prompt_ids), ids in zip(request.prompts.items(), continued, strict=True)
+    ]
     return Reference(origin, prompt, len(request.prompt), tokens, logits, continuations)
 
 

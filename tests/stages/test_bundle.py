@@ -88,6 +88,19 @@ def test_parts_that_contradict_one_another_are_all_named(recorded, tmp_path):
     assert "stop ids [7]" in message
 
 
+def test_a_library_for_another_target_is_refused(recorded, tmp_path):
+    with pytest.raises(StageError, match="the library was built for llvm and the bundle is for cuda"):
+        run_stage(Bundle(), tmp_path, {"target": "cuda"}, inputs(recorded))
+
+
+def test_a_copy_that_copies_nothing_falls_back(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    assemble.copy(source, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"content"
+
+
 def test_copies_do_not_touch_their_source(tmp_path, monkeypatch):
     source = tmp_path / "source"
     source.write_bytes(os.urandom(300_000))

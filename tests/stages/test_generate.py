@@ -40,7 +40,21 @@ def test_greedy_text_is_that_of_the_argmax_of_every_step(recorded):
     assert (code, out) == (0, tokenizer.decode(ids) + "\n")
     assert "prefill" in err
     assert "tokens/s" in err
-    assert "decode 12 tokens" in err
+    assert "12 tokens; prefill" in err
+    assert "decode 11 steps, " in err
+
+
+def test_one_token_takes_no_decode_step(recorded):
+    assert "decode 0 steps; ended by length" in run(recorded.bundle, "--prompt", "every", "--max-tokens", 1)[2]
+
+
+def test_a_reader_that_leaves_is_no_traceback(recorded):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "stages.runtime", recorded.bundle, "--prompt", "every morning"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_one_document_with_json(quantized):
@@ -69,7 +83,8 @@ def test_a_prompt_longer_than_a_chunk_and_a_full_context(quantized):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", ""], "no tokens to read"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a\udcff"], "not UTF-8 at character 1"),
         (["--prompt", "e" * 2000], "the context holds 512 tokens"),
         (["--prompt", "a", "--top-p", "2"], "top_p 2.0"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens 0"),

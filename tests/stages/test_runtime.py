@@ -159,12 +159,52 @@ def test_a_link_that_leaves_the_bundle_is_refused(recorded, tmp_path):
         ("[]", "expected an object"),
         ('{"schema": 2}', "schema 2 is not 1"),
         ('{"schema": 1, "name": 3}', "'name' must be str, found int"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ('{"schema": "\\ud800"}', "cannot be read as JSON"),
     ],
 )
 def test_a_damaged_bundle_json(tmp_path, text, message):
     (tmp_path / "bundle.json").write_text(text)
     with pytest.raises(BundleError, match=message):
         manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda document: document.update(target="vulkan"), "target 'vulkan' is not known here"),
+        (lambda document: document["cpu"].update(features=[1]), r"'cpu.features' must be a list of names, found \[1\]"),
+        (lambda document: document["cpu"].update(features=None), "'cpu.features' must be a list of names"),
+        (lambda document: document.update(tvm={"": ".."}), "'tvm' must map distributions to versions"),
+        (lambda document: document["model"].pop("sep_embed"), "'model.sep_embed' must be bool"),
+        (lambda document: document["model"].update(context_window=2**63), "'model.context_window' must be a positive"),
+        (lambda document: document.update(device_code=[{}]), "'device_code' must hold"),
+    ],
+)
+def test_a_bundle_json_with_values_of_another_kind(recorded, tmp_path, change, message):
+    built = recorded.copy(tmp_path)
+    built.edit(change)
+    with pytest.raises(BundleError, match=message):
+        manifest.read(built.bundle)
+
+
+def test_another_machines_code_is_refused(recorded, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert "the library is x86_64 code and this machine is aarch64" in problems(recorded)[0]
+
+
+def test_a_cache_that_does_not_fit(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document["model"].update(context_window=2**31 - 1))
+    with pytest.raises(BundleError, match="no KV cache for 2,147,483,648 tokens"):
+        Session(manifest.read(built.bundle))
+
+
+def test_a_library_that_is_none(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    (built.bundle / "model.so").write_bytes(b"not a library")
+    with pytest.raises(BundleError, match="not a library that can be loaded"):
+        Session(manifest.read(built.bundle))
 
 
 def test_a_directory_that_is_no_bundle(tmp_path):
@@ -238,6 +278,7 @@ def test_tensors_are_read_as_tvm_writes_them(tmp_path):
     [
         ("byteOffset", 10**9, "ends before the tensor does"),
         ("byteOffset", -4, "cannot be"),
+        ("byteOffset", float("inf"), "not a tensor cache"),
         ("nbytes", 8, "cannot be"),
         ("dtype", "object", "dtype object is not one of"),
         ("format", "zip", "stored as zip"),
@@ -257,10 +298,12 @@ def test_a_shard_outside_the_bundle_is_refused(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     path = built.bundle / "tensor-cache.json"
     document = json.loads(path.read_text())
-    document["records"][0]["dataPath"] = "../" + document["records"][0]["dataPath"]
-    path.write_text(json.dumps(document))
-    with pytest.raises(BundleError, match="is not in the bundle"):
-        tensor_cache.records(built.bundle)
+    shard = document["records"][0]["dataPath"]
+    for place, message in ((f"../{shard}", "is not in the bundle"), ("a\0b", "not a tensor cache")):
+        document["records"][0]["dataPath"] = place
+        path.write_text(json.dumps(document))
+        with pytest.raises(BundleError, match=message):
+            tensor_cache.records(built.bundle)
 
 
 # Text
@@ -327,6 +370,15 @@ def test_a_chat_needs_a_chat_format(recorded, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat": None}))
     with pytest.raises(RequestError, match="no chat format"):
         BundleTokenizer(built.bundle).chat("hello")
+
+
+@pytest.mark.parametrize("wrong", [{"active_vocab_size": "x"}, {"normalize": "NFX"}, {"chat": {"format": "chatml"}}])
+def test_a_tokenizer_info_of_another_kind(recorded, tmp_path, wrong):
+    built = recorded.copy(tmp_path)
+    path = built.bundle / "tokenizer_info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(BundleError, match=f"{next(iter(wrong))} must"):
+        BundleTokenizer(built.bundle)
 
 
 def test_a_tokenizer_that_cannot_be_read(recorded, tmp_path):

@@ -50,6 +50,7 @@ def test_a_seed_fixes_the_draws():
 def test_extreme_logits_do_not_overflow():
     logits = np.array([-3e38, 3e38, 0.0], np.float32)
     assert Sampler(3, temperature=1e-3, seed=0).pick(logits) == 1
+    assert Sampler(4, temperature=1e-310, seed=0).pick(LOGITS) == 1
 
 
 @pytest.mark.parametrize(
