@@ -142,6 +142,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
     facts = {
         **sizes,
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
+        "cache_bytes_per_token": build.cache_bytes_per_token,
         "scheme": registry["scheme"],
         "target": params.target,
     }
