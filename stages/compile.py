@@ -251,5 +251,5 @@ def _memory(metadata: Mapping[str, Any]) -> str:
         ("in all for one sequence", weights + token * tokens + results),
         (f"in all for {model['max_batch']} sequences", weights + token * tokens * model["max_batch"] + results),
     ]
-    lines = [f"| {what} | {size:,} |" for what, size in rows]
+    lines = [f"| {what} | {size:,} |" for what, size in rows if size]
     return "\n".join(["| memory | bytes |", "|---|---:|", *lines]) + "\n"

@@ -61,8 +61,11 @@ class Build:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in the KV cache, k and v of all layers."""
-        attention, width = self.config.attention, {"float32": 4, "float16": 2}[self.kv_dtype]
+        """What one token of one sequence takes in the KV cache, k and v of all layers; 0 for a model without one."""
+        attention = getattr(self.config, "attention", None)
+        if attention is None:
+            return 0
+        width = {"float32": 4, "float16": 2}[self.kv_dtype]
         return len(self.cache_kinds) * 2 * attention.num_kv_heads * attention.head_dim * width
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
