@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # What all graphs of one library must agree on; it goes into the metadata under "model".
 SHARED = (
+    "cache_bytes_per_token",
     "compute_dtype",
     "context_window",
     "family",
@@ -31,6 +33,7 @@ SHARED = (
     "state",
     "vocab_size",
 )
+DTYPE_BYTES = {"float32": 4, "uint32": 4, "float16": 2}
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
 STEPS = 8  # of progress: five lowering phases, then code generation, check, description
 
@@ -244,7 +247,24 @@ def _describe(ctx: Context, metadata: Mapping[str, Any], graphs: Sequence[Mappin
     ]
     ctx.view("functions", "\n".join(["| function | arguments | result |", "|---|---|---|", *rows]) + "\n")
     ctx.view("kernels", "\n".join(metadata["kernels"]) + "\n")
-    plan = [f"| {name} | {planned} |" for name, planned in sorted(metadata["memory"].items())]
-    ctx.view("memory", "\n".join(["| function | planned bytes |", "|---|---:|", *plan]) + "\n")
+    ctx.view("memory", _memory(metadata))
     code = [f"{entry['kind']} {entry['arch']}" for entry in metadata["device_code"]]
     ctx.summary(f"{size / 1e6:.2f} MB, {len(metadata['kernels'])} kernels" + (f", {', '.join(code)}" if code else ""))
+
+
+def _memory(metadata: Mapping[str, Any]) -> str:
+    """Render what the library needs on its device: a user asks whether it fits."""
+    model, plan = metadata["model"], metadata["memory"]
+    weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])
+    token, tokens = model["cache_bytes_per_token"], model["context_window"]
+    results = max(plan.values(), default=0)
+    rows = [
+        ("weights", weights),
+        ("KV cache, one token", token),
+        (f"KV cache, one sequence of {tokens} tokens", token * tokens),
+        *((f"intermediate results of {name}, at most", size) for name, size in sorted(plan.items())),
+        ("in all for one sequence", weights + token * tokens + results),
+        (f"in all for {model['max_batch']} sequences", weights + token * tokens * model["max_batch"] + results),
+    ]
+    lines = [f"| {what} | {size:,} |" for what, size in rows if size]
+    return "\n".join(["| memory | bytes |", "|---|---:|", *lines]) + "\n"

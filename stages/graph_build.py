@@ -157,6 +157,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         **({"kv_dtype": None, "page_size": None} if family.state == "rnn" else {}),
         "state": family.state,
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
+        "cache_bytes_per_token": build.cache_bytes_per_token,
         "scheme": registry["scheme"],
         "target": params.target,
     }

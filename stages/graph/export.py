@@ -50,6 +50,24 @@ class Build:
         """Whether some layers forget: the context is longer than the model's sliding window."""
         return 0 < self.config.attention.sliding_window < self.context_window
 
+    @property
+    def cache_kinds(self) -> list[str]:
+        """TVM's name for the attention of each layer of the KV cache."""
+        full, layers = self.config.attention.full_layers, self.config.num_layers
+        if not self.sliding:
+            return ["mha"] * layers
+        # The runtime allots no memory to a cache of sliding layers alone: one more layer then, which nothing uses.
+        return ["mha"] * full + ["mha_sliding"] * (layers - full) + ["mha"] * (full == 0)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in the KV cache, k and v of all layers; 0 for a model without one."""
+        attention = getattr(self.config, "attention", None)
+        if attention is None:
+            return 0
+        width = {"float32": 4, "float16": 2}[self.kv_dtype]
+        return len(self.cache_kinds) * 2 * attention.num_kv_heads * attention.head_dim * width
+
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""
         bits, group_size = self.group

@@ -29,13 +29,7 @@ class Cache(nn.Module):
         support_sliding_window: tirx.Var,
     ) -> PagedKVCache:
         """Return an empty cache for so many sequences and tokens in all."""
-        attention, layers = self.build.config.attention, self.build.config.num_layers
-        kinds = ["mha"] * layers
-        if self.build.sliding:
-            kinds[attention.full_layers :] = ["mha_sliding"] * (layers - attention.full_layers)
-            if attention.full_layers == 0:
-                # The runtime allots no memory to a cache of sliding layers alone: one more layer, which nothing uses.
-                kinds.append("mha")
+        attention, kinds = self.build.config.attention, self.build.cache_kinds
         return TIRPagedKVCache(
             attn_kind=kinds,
             layer_sliding_window_size=attention.sliding_window or 1024,

@@ -77,7 +77,7 @@ class Case:
             resolution = resolve(self.root, self.files)
         except TokenizerError:
             return None
-        return load_tokenizer_family(resolution.family).reference(resolution.vocabulary)
+        return load_tokenizer_family(resolution.family).reference(resolution)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, by the checkpoint's own vocabulary where it can be read."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stages import compile as compile_stage
 from stages import profiles
+from stages.models import load_family
+from stages.runtime import tensor_cache
 from stages.runtime.errors import RequestError
 from stages.targets import fatbin, toolchain
 from stages.targets.fatbin import DeviceCode
@@ -102,6 +107,24 @@ def test_chunks_are_shorter_than_the_window_where_the_context_is_not(built):
     window = CASES["mistral"].config["sliding_window"]
     assert built("mistral", "q0f32").session().prefill_chunk == window - 1
     assert built("llama", "q0f32").session().prefill_chunk == CHUNK
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if ("q0f32", name) in QUICK])
+def test_verify_is_given_the_same_model_as_transformers_reads(built, expected, name):
+    """The family's words for transformers, without the checkpoint's config.json."""
+    import torch
+    import transformers
+
+    library = built(name, "q0f32")
+    described = json.loads(library.config.read_text())
+    family = load_family(described["family"])
+    class_name, keywords, state = family.to_reference(family.config(**described["config"]), library.held)
+    cls = getattr(transformers, class_name)
+    model = cls(cls.config_class(**keywords, attn_implementation="eager")).float().eval()
+    model.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()}, strict=True)
+    with torch.inference_mode():
+        logits = model(torch.tensor([IDS])).logits[0].numpy()
+    assert error(logits, expected(name, "q0f32", tuple(IDS))) < 1e-5
 
 
 @pytest.mark.slow
@@ -207,3 +230,34 @@ def differs(library: Built, logits: np.ndarray) -> bool:
     sequence = session.add()
     found = [session.prefill(sequence, IDS[:64])] + [session.decode(sequence, IDS[i]) for i in range(64, 68)]
     return max(error(have, want) for have, want in zip(found, logits[63:68], strict=True)) > TOLERANCES["q0f32"]
+
+
+CACHE_SIZES = """
+import sys, tvm
+from tvm import relax
+
+def reserved():
+    return int(open("/proc/self/statm").read().split()[0]) * 4096
+
+vm = relax.VirtualMachine(tvm.runtime.load_module(sys.argv[1]), tvm.cpu())
+shape, kept, sizes = tvm.runtime.ShapeTuple, [], []
+for tokens in (100_000, 300_000):
+    before = reserved()
+    kept.append(vm["create_tir_paged_kv_cache"](*(shape([size]) for size in (1, tokens, 16, 16, 0))))
+    sizes.append(reserved() - before)
+print((sizes[1] - sizes[0]) / 200_000)
+"""
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mistral"])
+def test_the_memory_that_compile_promises_is_what_the_runtime_takes(built, name):
+    library = built(name, "q0f32")
+    metadata = json.loads((library.bundle.parents[1] / "compile" / "metadata.json").read_text())
+    per_token = metadata["model"]["cache_bytes_per_token"]
+    command = [sys.executable, "-c", CACHE_SIZES, str(library.bundle / "model.so")]
+    measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert abs(measured / per_token - 1) < 0.01
+    weights = sum(record.load().nbytes for record in tensor_cache.records(library.bundle).values())
+    table = compile_stage._memory(metadata)
+    assert f"| weights | {weights:,} |" in table
+    assert f"| KV cache, one sequence of {LIMIT} tokens | {per_token * LIMIT:,} |" in table
