@@ -121,7 +121,7 @@ def touched(folder: Path) -> list[Figure]:
     shard = next((folder / "examples" / "tiny-qwen").glob("*.safetensors"))
     code = (
         "import sys; from stagegraph import sources; from stagegraph.cli.main import dispatch; seen = [];"
-        "real = sources.digest_file; sources.digest_file = lambda p: (seen.append(p), real(p))[1];"
+        "real = sources.digest_file; sources.digest_file = lambda *a: (seen.append(a[0]), real(*a))[1];"
         "dispatch(['run', 'pipeline.yaml']); print(len(seen), file=sys.stderr)"
     )
     time.sleep(0.1)

@@ -5,7 +5,7 @@ The closure follows imports wherever they stand, also inside functions. Two thin
 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
-- a data file beside a module, named by a string constant in it, contributes its bytes.
+- a data file beside a module, named by a string constant in it, contributes its bytes; it may come and go.
 
 Parsing is slow, so what one file contributes is summarised once and kept in the index under the file's stat.
 """
@@ -14,16 +14,21 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
+from stagegraph.errors import PlanError
 from stagegraph.index import Index
 
-SUMMARY_SCHEMA = f"1/py{sys.version_info.major}.{sys.version_info.minor}"
-Summary = dict[str, Any]  # {"digest", "imports": [...], "tables": {table: {row: {"digest", "imports"}}}, "data": [...]}
+FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
+SUMMARY_SCHEMA = f"2/py{sys.version_info.major}.{sys.version_info.minor}"
+# A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
+# first-party modules, "data" are strings that may name a file beside the module.
+Summary = dict[str, Any]
 
 
 class CodeDigests:
@@ -36,15 +41,34 @@ class CodeDigests:
         self._summaries: dict[str, Summary] = {}
         self._paths: dict[str, Path | None] = {}
         self._closures: dict[tuple[str, str], dict[str, str]] = {}
+        self._packages: dict[str, list[Path]] = {}
         self._grown = False
 
     def closure(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
-        """Return what ``module`` reaches: module, ``module:TABLE[row]`` or data file -> digest."""
+        """Return what ``module`` reaches: module, ``module:TABLE[row]`` or ``module/data file`` -> digest."""
         chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
         asked = (module, digest_json(chosen))
         if asked not in self._closures:
-            self._closures[asked] = dict(sorted(self._walk(module, chosen)))
+            found = dict(sorted(self._walk(module, chosen)))
+            if module not in found:
+                raise PlanError(f"the source of {module} cannot be found, so its results cannot be cached")
+            self._closures[asked] = found
         return self._closures[asked]
+
+    def changed(self, closure: Mapping[str, str]) -> list[str]:
+        """Return the files behind a closure whose content is no longer what was digested."""
+        fresh = CodeDigests(self._index)
+        fresh._saved = self._saved
+        files = []
+        for name, digest in closure.items():
+            module, slash, data = name.partition("/")
+            path = self._paths.get(module)
+            if slash and path:
+                found = path.with_name(data)
+                files += [] if found.is_file() and digest_file(found) == digest else [str(found)]
+            elif path and fresh.summary(module, path) != self._summaries[module]:
+                files.append(str(path))
+        return files
 
     def save(self) -> None:
         """Write new summaries back to the index."""
@@ -57,22 +81,27 @@ class CodeDigests:
         seen: set[str] = set()
         queue = [module]
         while queue:
-            name = queue.pop()
-            for part in _with_parents(name):
+            for part in _with_parents(queue.pop()):
                 path = None if part in seen else self._find(part, root)
                 if path is None:
                     continue
                 seen.add(part)
-                summary = self._summary(part, path)
+                summary = self.summary(part, path)
                 yield part, summary["digest"]
-                queue += summary["imports"]
-                for file in summary["data"]:
-                    yield file, digest_file(path.with_name(file))
+                parts = [summary]
                 for table, contents in summary["tables"].items():
-                    for row in chosen.get(f"{part}:{table}", contents):
-                        if row in contents:
-                            yield f"{part}:{table}[{row}]", contents[row]["digest"]
-                            queue += contents[row]["imports"]
+                    rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
+                    yield from ((f"{part}:{table}[{row}]", contents[row]["digest"]) for row in rows)
+                    parts += [contents[row] for row in rows]
+                for found in parts:
+                    queue += found["imports"]
+                    yield from self._data(part, path.parent, found["data"])
+
+    def _data(self, module: str, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        for name in names:
+            path = folder / name
+            if path.is_file():
+                yield f"{module}/{name}", self._remembered(path, digest_file)
 
     def _find(self, module: str, root: str) -> Path | None:
         """Return the source file of a first-party module, without importing it."""
@@ -83,28 +112,35 @@ class CodeDigests:
         return self._paths[module]
 
     def _locate(self, module: str, root: str) -> Path | None:
-        if module == root:
-            spec = importlib.util.find_spec(root)
-            return Path(spec.origin) if spec and spec.origin else None
-        top = self._find(root, root)
-        if top is None:
-            return None
-        base = top.parent.joinpath(*module.split(".")[1:])
-        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-            if candidate.is_file():
-                return candidate
+        for base in self._roots(root):
+            path = base.joinpath(*module.split(".")[1:])
+            candidates = [path / "__init__.py"] if path == base else [path.with_suffix(".py"), path / "__init__.py"]
+            for candidate in candidates:
+                if candidate.is_file():
+                    return candidate
         return None
 
-    def _summary(self, module: str, path: Path) -> Summary:
+    def _roots(self, root: str) -> list[Path]:
+        """Return the directories of a top-level package, which need not have an ``__init__.py``."""
+        if root not in self._packages:
+            spec = importlib.util.find_spec(root)
+            self._packages[root] = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+        return self._packages[root]
+
+    def summary(self, module: str, path: Path) -> Summary:
+        """Return what one source file contributes; parsed only if its stat is not the one remembered."""
         if module not in self._summaries:
-            now = list(stat_id(path))
-            saved = self._saved.get(str(path))
-            if saved is None or saved[0] != now:
-                saved = [now, summarise(module, path)]
-                self._saved[str(path)] = saved
-                self._grown = True
-            self._summaries[module] = saved[1]
+            self._summaries[module] = self._remembered(path, lambda file: summarise(module, file))
         return self._summaries[module]
+
+    def _remembered(self, path: Path, compute: Callable[[Path], Any]) -> Any:
+        now = list(stat_id(path))
+        saved = self._saved.get(str(path))
+        if saved is None or saved[0] != now:
+            saved = [now, compute(path)]
+            self._saved[str(path)] = saved
+            self._grown = True
+        return saved[1]
 
 
 def summarise(module: str, path: Path) -> Summary:
@@ -113,7 +149,7 @@ def summarise(module: str, path: Path) -> Summary:
     try:
         tree = ast.parse(source)
     except SyntaxError:
-        return {"digest": digest_bytes(source), "imports": [], "tables": {}, "data": []}
+        return {"digest": digest_bytes(source), "imports": [], "data": [], "tables": {}}
     tables = {name: _rows(module, value) for name, value in _tables(tree)}
     tree.body = [node for node in tree.body if _table_name(node) not in tables]
     _strip_docstrings(tree)
@@ -122,7 +158,7 @@ def summarise(module: str, path: Path) -> Summary:
         "digest": digest_bytes(ast.dump(tree).encode()),
         "imports": sorted(set(_imports(tree, package))),
         "tables": tables,
-        "data": sorted(set(_data_files(tree, path.parent))),
+        "data": sorted(set(_data_names(tree))),
     }
 
 
@@ -158,8 +194,10 @@ def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
     for key, value in zip(table.keys, table.values, strict=True):
         strings = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         modules = sorted({s.partition(":")[0] for s in strings if s.startswith(f"{root}.")})
+        data = sorted(set(_data_names(value)))
         if isinstance(key, ast.Constant):
-            rows[str(key.value)] = {"digest": digest_bytes(ast.dump(value).encode()), "imports": modules}
+            digest = digest_bytes(ast.dump(value).encode())
+            rows[str(key.value)] = {"digest": digest, "imports": modules, "data": data}
     return rows
 
 
@@ -193,19 +231,17 @@ def _imports(tree: ast.Module, package: str) -> Iterable[str]:
 def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
     """Walk a tree, leaving out ``if TYPE_CHECKING:`` blocks."""
     if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        for branch in node.orelse:
+            yield from _runtime_nodes(branch)
         return
     yield node
     for child in ast.iter_child_nodes(node):
         yield from _runtime_nodes(child)
 
 
-def _data_files(tree: ast.Module, folder: Path) -> Iterator[str]:
+def _data_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the strings that look like the name of a file; whether there is one is asked at every use."""
     for node in ast.walk(tree):
         text = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and _like_file_name(text) and (folder / text).is_file():
+        if isinstance(text, str) and FILE_NAME.fullmatch(text) and not text.endswith(".py"):
             yield text
-
-
-def _like_file_name(text: str) -> bool:
-    plain = 3 < len(text) < 100 and "." in text and not {"/", "\n", "\0"} & set(text)
-    return plain and not text.endswith(".py")

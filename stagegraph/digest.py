@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from blake3 import blake3
@@ -28,8 +29,8 @@ def digest_bytes(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def digest_file(path: str | Path) -> str:
-    """Return the BLAKE3 hex digest of a file's content."""
+def digest_file(path: str | Path, stop: Event | None = None) -> str:
+    """Return the BLAKE3 hex digest of a file's content; :class:`InterruptedError` soon after ``stop`` is set."""
     hasher = blake3(max_threads=blake3.AUTO)
     with open(path, "rb", buffering=0) as file:  # noqa: PTH123
         size = os.fstat(file.fileno()).st_size
@@ -37,6 +38,8 @@ def digest_file(path: str | Path) -> str:
         view = memoryview(buffer)
         while count := file.readinto(buffer):
             hasher.update(view[:count])
+            if stop is not None and stop.is_set():
+                raise InterruptedError(path)
     return hasher.hexdigest()
 
 

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_PIPE = 141  # what a shell reports for a program whose reader went away
 
 
 class PipelineError(Exception):

@@ -17,7 +17,6 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,10 @@ class Index:
         try:
             self._cache = self._open()
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-                raise
-            self.set_aside = directory.with_name(f"{directory.name}.damaged-{int(time.time())}")
-            directory.rename(self.set_aside)
-            self._cache = self._open()
+            self._begin_anew(error)
 
     def _open(self) -> diskcache.Cache:
-        cache = diskcache.Cache(
+        return diskcache.Cache(
             str(self.directory),
             disk=diskcache.JSONDisk,
             disk_compress_level=1,
@@ -50,8 +45,14 @@ class Index:
             cull_limit=0,
             size_limit=UNLIMITED,
         )
-        cache.get("code")  # a damaged page shows now, not in the middle of a run
-        return cache
+
+    def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
+        """Set a damaged database aside; anything else (a full disk, a lock) is the caller's to report."""
+        if (error.sqlite_errorcode & 0xFF) not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+            raise error
+        self.set_aside = self.directory.with_name(f"{self.directory.name}.damaged-{time.time_ns()}")
+        self.directory.rename(self.set_aside)
+        self._cache = self._open()
 
     def get(self, name: str) -> Any:
         """Return the document, or None if there is none or it cannot be decoded."""
@@ -59,10 +60,17 @@ class Index:
             return self._cache.get(name)
         except (ValueError, zlib.error, OSError):
             return None
+        except sqlite3.DatabaseError as error:
+            self._begin_anew(error)
+            return None
 
     def set(self, name: str, document: Any) -> None:
         """Write a document; atomic, visible to other processes at once."""
-        self._cache.set(name, document)
+        try:
+            self._cache.set(name, document)
+        except sqlite3.DatabaseError as error:
+            self._begin_anew(error)
+            self._cache.set(name, document)
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
@@ -73,12 +81,6 @@ class Index:
         for name in self._cache.iterkeys():
             if isinstance(name, str) and name.startswith(prefix):
                 yield name
-
-    @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Group many reads and writes into one transaction."""
-        with self._cache.transact(retry=True):
-            yield
 
     def close(self) -> None:
         """Release the database."""

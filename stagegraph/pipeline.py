@@ -22,7 +22,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one node may take: memory in MiB that must be free to start it, and whether it runs alone."""
+    """What one node takes: memory in MiB (nodes run together only if all of it fits), or the whole machine."""
 
     memory: int = 0
     exclusive: bool = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.code import CodeDigests
@@ -91,6 +90,10 @@ class Planner:
         problems = []
         for f in dataclasses.fields(params):
             path = getattr(params, f.name)
+            if "include" not in f.metadata and "Source" in str(f.type):
+                raise PlanError(
+                    f"stage '{node.stage.id}': declare '{f.name}' with source(), or its content is not seen"
+                )
             if "include" in f.metadata and path:
                 try:
                     sources[f.name] = self.sources.state(path, f.metadata["include"])
@@ -147,6 +150,13 @@ class Planner:
         assert decision.document is not None
         return differences(decision.previous["document"], decision.document) or ["its record is gone"]
 
+    def changed(self, decision: Decision) -> list[str]:
+        """Return the source files and the code that are no longer what the key was made of."""
+        assert decision.document is not None
+        sources = self._prepared[decision.node].sources.values()
+        files = [str(state.root / name) for state in sources for name in state.changed()]
+        return files + self._code.changed(decision.document["code"])
+
     def plan(self, nodes: Iterable[Node]) -> list[Decision]:
         """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""
         self.prepare(nodes)
@@ -163,8 +173,3 @@ class Planner:
     def save(self) -> None:
         """Keep what planning learned about source code, also when nothing runs."""
         self._code.save()
-
-
-def sources_changed(prepared: Prepared) -> list[str]:
-    """Return the source files that are no longer what the key was made of."""
-    return [str(Path(state.root) / name) for state in prepared.sources.values() for name in state.changed()]

@@ -29,6 +29,13 @@ SHIPPED = {
 # What a worker process calls before it runs stages of a profile: what is loaded before a compiler differs.
 PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.profiles:runtime"}
 
+# Variables that change what compilers make, unseen by any key: workers do not get them.
+HIDDEN_VARIABLES = frozenset({
+    "CPATH", "CPLUS_INCLUDE_PATH", "C_INCLUDE_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LIBRARY_PATH",
+    "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "SOURCE_DATE_EPOCH", "TVM_USE_RUNTIME_LIB",
+    "TVM_CUDA_COMPILE_MODE", "TVM_CUDA_NVCC_NO_FAST_MATH", "TVM_LIBRARY_PATH",
+})  # fmt: skip
+
 # Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`.
 VERBS = {"generate": "stages.cli.generate"}
 

@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.registry import stage_reference
+from stagegraph.registry import HIDDEN_VARIABLES, stage_reference
 from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Sandbox:
     @classmethod
     def create(cls, workspace: Workspace, key: str) -> Sandbox:
         """Make an empty sandbox for the execution of ``key``, whose lock the caller holds."""
-        folder = workspace.work / key
-        remove_tree(folder)
+        # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
+        folder = workspace.work / key / str(time.time_ns())
         (folder / "out").mkdir(parents=True)
         return cls(folder)
 
@@ -53,18 +54,23 @@ class Sandbox:
         inputs: dict[str, list[Any]] = {}
         for port, upstream in node.inputs.items():
             declared = node.stage.inputs[port]
-            for u in sorted(upstream, key=lambda n: sorted(n.spec.each.items())):
-                base = self.folder / "in" / port / u.name
+            for i, u in enumerate(sorted(upstream, key=lambda n: sorted(n.spec.each.items()))):
+                base = self.folder / "in" / port / str(i)  # nothing that is not in the key may be seen
                 for name, (digest, _) in records[u]["outputs"][declared.port]["files"].items():
-                    if workspace.store.place(digest, base / name):
-                        self.linked[str((base / name).absolute())] = digest
+                    target = base / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if workspace.store.place(digest, target):
+                        self.linked[str(target.absolute())] = digest
+                each = dict(u.spec.each) if declared.many else {}
                 path = base / u.stage.outputs[declared.port].path
-                inputs.setdefault(port, []).append([dict(u.spec.each), str(path.absolute())])
+                inputs.setdefault(port, []).append([each, str(path.absolute())])
         return inputs
 
     def remove(self, workspace: Workspace) -> None:
         """Remove everything; objects whose links go with it stay known as intact."""
         remove_tree(self.folder)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
         self._relearn(workspace)
 
     def drop_inputs(self, workspace: Workspace) -> None:
@@ -74,7 +80,7 @@ class Sandbox:
 
     def _relearn(self, workspace: Workspace) -> None:
         for digest in self.linked.values():
-            workspace.store.remember(digest)
+            workspace.store.relink(digest)
 
 
 def request_for(
@@ -110,7 +116,7 @@ class Worker:
         self._events = os.fdopen(reader, "rb", buffering=0)
         os.set_blocking(reader, False)
         env = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES},
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "PYTHONHASHSEED": "0",
             "PYTHONUNBUFFERED": "1",
@@ -140,15 +146,18 @@ class Worker:
 
     def receive(self) -> list[dict[str, Any]]:
         """Return the events that have arrived; an event ``gone`` when the process has ended."""
-        chunk = self._events.read(1 << 16)
-        if chunk is None:
-            return []
-        self._pending += chunk
+        ended = self._process.poll() is not None  # asked first: what it wrote before it ended is read below
+        while chunk := self._events.read(1 << 16):
+            self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
         events = [json.loads(line) for line in lines]
-        if not chunk:
+        if ended or chunk == b"":
             events.append({"event": "gone", "meaning": describe_exit(self._process.wait())})
         return events
+
+    def alive(self) -> bool:
+        """Say whether the process still runs."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """End the process and everything it started, at once."""
@@ -162,12 +171,9 @@ class Worker:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        else:
-            self._close()
+        self.kill()  # whatever it started ends with it
 
     def _close(self) -> None:
         with contextlib.suppress(BrokenPipeError):

@@ -11,18 +11,20 @@ Life of one node, in the order of the code below:
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stagegraph.key import artifact_digest
-from stagegraph.plan import HIT, Decision, Planner, Record, sources_changed
+from stagegraph.plan import HIT, Decision, Planner, Record
 from stagegraph.workspace import RECORD_SCHEMA, Workspace, record_files
 
 if TYPE_CHECKING:
-    from pathlib import Path
     from selectors import BaseSelector
 
     from stagegraph.dag import Node
@@ -88,7 +90,7 @@ class _Running:
 @dataclass
 class _Ready:
     decision: Decision
-    said: bool = field(default=False)
+    waited_for: str = field(default="")
 
 
 class Scheduler:
@@ -164,16 +166,16 @@ class Scheduler:
         return record
 
     def _finish_hit(self, decision: Decision, reason: str = "") -> None:
-        assert decision.record is not None
         name = decision.node.name
         earlier = self._workspace.last(self._pipeline, name).get("key") not in {None, decision.key}
-        restored = self._workspace.materialise(self._pipeline, name, decision.key, decision.record)
+        outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
+        restored = self._show(outcome)
         if restored:
-            reason = f"restored {restored[0]}" + (f" and {len(restored) - 1} more" if len(restored) > 1 else "")
+            more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
+            outcome.reason = f"restored {restored[0]}{more}"
         elif earlier and not reason:
-            reason = "back to an earlier result"
-        self._workspace.set_last(self._pipeline, name, key=decision.key)
-        self._finish(Outcome(decision.node, HIT, reason, decision.key, decision.record))
+            outcome.reason = "back to an earlier result"
+        self._finish(outcome)
 
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
 
@@ -182,20 +184,27 @@ class Scheduler:
             decision = ready.decision
             if not self._has_room(decision.node):
                 continue
-            lock = self._workspace.try_lock(decision.key)
+            lock = self._lock(ready)
             if lock is None:
-                if not ready.said:
-                    self._reporter.waiting(decision.node, "another run that builds the same thing")
-                    ready.said = True
                 continue
             self._ready.remove(ready)
-            if "forced" not in decision.reasons and (ready.said or self._workspace.record(decision.key)):
+            if "forced" not in decision.reasons and (ready.waited_for or self._workspace.record(decision.key)):
                 again = self._planner.decide(decision.node, self._record_of)
                 if again.status == HIT:
                     os.close(lock)
-                    self._finish_hit(again, "built by another run meanwhile")
+                    self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
                     continue
             self._start(decision, lock)
+
+    def _lock(self, ready: _Ready) -> int | None:
+        """Take the key's lock, or note who holds it: another node of this run with the same key, or another run."""
+        decision = ready.decision
+        twins = [r.decision.node.name for r in self._running.values() if r.decision.key == decision.key]
+        lock = None if twins else self._workspace.try_lock(decision.key)
+        if lock is None and not ready.waited_for:
+            ready.waited_for = twins[0] if twins else "another run"
+            self._reporter.waiting(decision.node, f"{ready.waited_for}, which builds the same thing")
+        return lock
 
     def _has_room(self, node: Node) -> bool:
         running = [r.decision.node.spec.resources for r in self._running.values()]
@@ -214,11 +223,16 @@ class Scheduler:
             self._selector = DefaultSelector()
             workspace.sweep()
         sandbox = Sandbox.create(workspace, decision.key)
-        inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
         log = workspace.log_path(decision.key)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        profile = node.stage.profile
-        worker = self._idle.get(profile, []).pop() if self._idle.get(profile) else Worker(profile)
+        try:
+            inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
+            log.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sandbox.remove(workspace)
+            os.close(lock)
+            self._finish(Outcome(node, FAILED, decision.reason, decision.key, problems=(_said(error),)))
+            return
+        worker = self._worker(node.stage.profile) or Worker(node.stage.profile)
         now = time.monotonic()
         deadline = now + node.spec.timeout if node.spec.timeout else None
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -227,6 +241,15 @@ class Scheduler:
         self._reporter.started(node, decision.reason)
         worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox, log))
 
+    def _worker(self, profile: str) -> Worker | None:
+        """Return a warm worker; one that died while it was idle is no node's fault and is let go."""
+        while self._idle.get(profile):
+            worker = self._idle[profile].pop()
+            if worker.alive():
+                return worker
+            worker.kill()
+        return None
+
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
     def _await_events(self) -> None:
@@ -234,9 +257,8 @@ class Scheduler:
             time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
             return
         assert self._selector is not None  # something is running
-        for selected, _ in self._selector.select(LOCK_POLL_SECONDS):
-            worker: Any = selected.fileobj
-            running = self._running[worker]
+        self._selector.select(LOCK_POLL_SECONDS)
+        for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
             for event in worker.receive():
                 if event["event"] == "progress":
                     self._reporter.progress(running.decision.node, event["done"], event["total"], event["unit"])
@@ -265,13 +287,17 @@ class Scheduler:
 
     def _end(self, running: _Running, event: dict[str, Any]) -> None:
         decision = running.decision
-        changed = sources_changed(self._planner.prepared(decision.node))
         if not event["ok"]:
             self._fail(running, event["problems"], bug=event["bug"])
-        elif changed:
+            return
+        changed = self._planner.changed(decision)
+        if changed:
             self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
-        else:
+            return
+        try:
             self._commit(running, event)
+        except (OSError, sqlite3.OperationalError) as error:
+            self._fail(running, [_said(error)], bug=False)
 
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
@@ -296,14 +322,26 @@ class Scheduler:
         workspace.index.set(f"rec:{decision.key}", record)
         running.sandbox.remove(workspace)
         os.close(running.lock)
-        workspace.materialise(self._pipeline, decision.node.name, decision.key, record)
-        workspace.set_last(self._pipeline, decision.node.name, key=decision.key)
         same = decision.previous is not None and _digests(decision.previous) == _digests(record)
         reason = decision.reason
         if reason == "forced" and decision.previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
-        outcome = UNCHANGED if same else BUILT
-        self._finish(Outcome(decision.node, outcome, reason, decision.key, record, record["seconds"], log=running.log))
+        outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
+        outcome.log = running.log
+        self._show(outcome)
+        self._finish(outcome)
+
+    def _show(self, outcome: Outcome) -> list[str]:
+        """Materialise a result and remember it as the node's last; a full disk there fails the node, not the run."""
+        assert outcome.record is not None
+        name = outcome.node.name
+        try:
+            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record)
+            self._workspace.set_last(self._pipeline, name, key=outcome.key)
+        except (OSError, sqlite3.OperationalError) as error:
+            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (_said(error),)
+            return []
+        return restored
 
     def _fail(self, running: _Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision
@@ -348,5 +386,15 @@ def _digests(record: Record) -> dict[str, str]:
     return {port: output["digest"] for port, output in record["outputs"].items()}
 
 
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the store under artifacts/'}: {error.strerror or error}"
+    return f"the index under artifacts/ cannot be written: {error}"
+
+
 def _memory_mib() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 << 20)
+    """Return the memory of the machine or of the control group, whichever is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total // (1 << 20)

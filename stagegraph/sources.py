@@ -8,6 +8,7 @@ linked, moved or chmodded.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,20 +81,26 @@ class Sources:
         else:
             from concurrent.futures import ThreadPoolExecutor  # 5 ms that a run without news does not pay
 
+            stop = threading.Event()
             with ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
-                results = list(pool.map(_digest_stable, stale))
+                try:
+                    results = list(pool.map(lambda file: _digest_stable(file, stop), stale))
+                except BaseException:
+                    stop.set()  # leaving the pool waits for what is under way
+                    pool.shutdown(cancel_futures=True)
+                    raise
         for file, (now, digest) in zip(stale, results, strict=True):
             self._digests[file] = now, digest
             self.digested_bytes += now[2]
-            if time.time_ns() - max(now[3], now[4]) > RACY_NS:
+            if time.time_ns() - now[4] > RACY_NS:
                 self._index.set(f"src:{file}", [list(now), digest])
 
 
-def _digest_stable(file: Path) -> tuple[StatId, str]:
+def _digest_stable(file: Path, stop: threading.Event | None = None) -> tuple[StatId, str]:
     """Digest a file together with the stat it had all the while; read again if it changed under the reading."""
     for _ in range(3):
         before = stat_id(file)
-        digest = digest_file(file)
+        digest = digest_file(file, stop)
         if stat_id(file) == before:
             return before, digest
     raise PlanError(f"{file}: changes while it is read; wait until whatever writes it has finished")
@@ -119,5 +126,7 @@ def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path
             continue
         for entry in entries:
             if fnmatchcase(entry.name, name) and entry.is_file():
+                if not entry.name.isprintable() or any("\ud800" <= c <= "\udfff" for c in entry.name):
+                    raise PlanError(f"{path}: the file name {entry.name!r} is not text; rename it")
                 files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
     return path, dict(sorted(files.items()))

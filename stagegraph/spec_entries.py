@@ -86,8 +86,9 @@ class _Reader:
             return name, get_stage(name)
         except KeyError:
             self._problems.add(place, f"unknown stage '{name}'{nearest(name, known_stages())}")
-        except (ImportError, PipelineError) as error:
-            self._problems.add(place, f"stage '{name}' cannot be loaded: {error}")
+        except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
+            kind = "" if isinstance(error, PipelineError | ImportError) else f"{type(error).__name__}: "
+            self._problems.add(place, f"stage '{name}' cannot be loaded: {kind}{error}")
         return name, None
 
     def _check_params(self, stage: Stage, given: Mapping[str, Item], place: Place) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from typing import TYPE_CHECKING
 
 from stagegraph import params
@@ -138,7 +139,7 @@ def _quantity(item: Item, units: Mapping[str, int], expected: str, problems: Pro
     quantity = 0.0
     if match and match[2] in units:
         quantity = float(match[1]) * units[match[2]]
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, int | float) and not isinstance(value, bool) and value < sys.float_info.max:
         quantity = float(value)
     if not 0 < quantity < math.inf:
         problems.unexpected(item, expected, subject)

@@ -41,7 +41,7 @@ class Store:
         target = self.path(digest)
         if self.is_object(digest, file):
             file.unlink()
-            self.remember(digest)
+            self.relink(digest)
             return
         if self.verify(digest) is None:
             file.unlink()
@@ -92,26 +92,41 @@ class Store:
             return False
 
     def remember(self, digest: str) -> None:
-        """Take the stat of an object as it is now for that of its content: a link was made or removed by us."""
+        """Take the stat of an object, just verified or written, for that of its content."""
         self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
 
+    def relink(self, digest: str) -> None:
+        """Remember an object after a link to it was made or removed, which moves its ctime and nothing else."""
+        known = self.index.get(f"obj:{digest}")
+        now = list(stat_id(self.path(digest)))
+        if known is not None and known[:4] == now[:4]:
+            self.remember(digest)
+        else:
+            self.check(digest)
+
     def place(self, digest: str, target: Path) -> bool:
-        """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link."""
+        """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link.
+
+        Reflink, copy or, for a large file, hard link. The directory must exist.
+        """
         source = self.path(digest)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         temporary.unlink(missing_ok=True)
         linked = False
-        if not _reflink(source, temporary):
-            linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
-            if not linked:
-                shutil.copyfile(source, temporary)
-                temporary.chmod(0o444)
-        if target.is_dir() and not target.is_symlink():
-            remove_tree(target)
-        temporary.replace(target)
+        try:
+            if not _reflink(source, temporary):
+                linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
+                if not linked:
+                    shutil.copyfile(source, temporary)
+                    temporary.chmod(0o444)
+            if target.is_dir() and not target.is_symlink():
+                remove_tree(target)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a half copy must not keep a full disk full
+            raise
         if linked:
-            self.remember(digest)  # a link changes the ctime of the object
+            self.relink(digest)
         return linked
 
 

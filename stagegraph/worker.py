@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -29,6 +30,7 @@ from stagegraph.store import fsync_file
 
 PROGRESS_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
+VIEW_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 class WorkerContext(Context):
@@ -64,18 +66,26 @@ class WorkerContext(Context):
             send(self._events, event="progress", done=done, total=total, unit=unit)
 
     def warn(self, message: str) -> None:
-        self.found["warnings"].append(message)
+        self.found["warnings"].append(_text(message))
 
     def fact(self, name: str, value: Any) -> None:
-        self.found["facts"][name] = value
+        self.found["facts"][_text(name)] = json.loads(json.dumps(value))  # as every later run will see it
 
     def view(self, name: str, text: str) -> None:
+        if not VIEW_NAME.fullmatch(name):
+            raise ValueError(f"view name {name!r} must be letters, digits, '-', '_' and '.'")
         folder = self.out / "views"
         folder.mkdir(exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(_text(text), encoding="utf-8")
 
     def summary(self, text: str) -> None:
-        self.found["summary"] = text
+        self.found["summary"] = _text(text)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {type(value).__name__}: {value!r}")
+    return value
 
 
 def send(events: TextIO, **event: Any) -> None:
@@ -89,30 +99,46 @@ def send(events: TextIO, **event: Any) -> None:
 
 def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str]) -> dict[str, Any]:
     """Check what was written against what was declared; sync and digest it. ``known``: (device, inode) -> digest."""
-    outputs: dict[str, Any] = {}
-    claimed: set[Path] = set()
+    written = written_files(out)
+    outputs: dict[str, dict[str, Any]] = {port: {} for port in stage.outputs}
+    views: dict[str, Any] = {}
     problems = []
-    for port, declared in stage.outputs.items():
-        path = out / declared.path
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+    for name, path in written.items():
+        ports = [port for port, o in stage.outputs.items() if name == o.path or name.startswith(f"{o.path}/")]
+        if ports:
+            outputs[ports[0]][name] = _digest_output(path, known)
+        elif name.startswith("views/"):
+            views[path.name] = _digest_output(path, known)
+        else:
+            problems.append(f"stage '{stage.id}' wrote {name}, which is none of its declared outputs")
+    for port, files in outputs.items():
         if not files:
-            problems.append(f"stage '{stage.id}' did not write its output '{port}' ({declared.path})")
-        claimed.update(files)
-        outputs[port] = {p.relative_to(out).as_posix(): _digest_output(p, known) for p in files}
-    views = sorted(p for p in (out / "views").glob("*") if p.is_file())
-    claimed.update(views)
-    strays = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file() and p not in claimed)
-    problems += [f"stage '{stage.id}' wrote {name}, which is none of its declared outputs" for name in strays]
+            problems.append(f"stage '{stage.id}' did not write its output '{port}' ({stage.outputs[port].path})")
     if problems:
         raise RuntimeError("\n".join(problems))
-    return {"outputs": outputs, "views": {p.name: _digest_output(p, known) for p in views}}
+    return {"outputs": outputs, "views": views}
+
+
+def written_files(out: Path) -> dict[str, Path]:
+    """List the files below ``out`` by relative name; anything but real files and directories is refused."""
+    files = {}
+    for folder, folders, names in os.walk(out, followlinks=False):
+        for name in sorted(folders + names):
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                raise RuntimeError(
+                    f"output {path.relative_to(out)} is a link or a special file; outputs are real files"
+                )
+            if not path.is_dir():
+                files[path.relative_to(out).as_posix()] = path
+    return dict(sorted(files.items()))
 
 
 def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any]:
-    if path.is_symlink():
-        raise RuntimeError(f"output {path.name} is a symbolic link; outputs are real files")
     status = path.stat()
     digest = known.get((status.st_dev, status.st_ino))
+    if digest is None and status.st_nlink > 1:
+        raise RuntimeError(f"output {path.name} is a hard link to a file that is no input; copy it")
     if digest is None:
         fsync_file(path)
         digest = digest_file(path)
@@ -135,6 +161,7 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
         ctx = WorkerContext(request, params, events)
         stage.run(ctx)
         end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, _known_inputs(request))}
+        json.dumps(end)  # what cannot be recorded is the stage's bug, and is said as one
     except StageError as error:
         end = {"event": "end", "ok": False, "problems": list(error.problems), "bug": False}
     except OSError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stagegraph.digest import stat_id
+from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
 from stagegraph.index import Index
 from stagegraph.journal import Journal
@@ -118,17 +118,31 @@ class Workspace:
             if have.get(name, [None])[0] == digest and self.store.is_object(digest, target):
                 files[name] = [digest, list(stat_id(target))]  # another link to it came or went
                 continue
-            self.store.place(digest, target)
-            files[name] = [digest, list(stat_id(target))]
             restored.append(name)
         folders = _folder_times(folder, wanted)
         objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
-        if fresh or (files, folders, objects) != (have, known.get("folders"), known.get("objects")):
-            restored += _remove_strays(folder, set(wanted))
+        if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
+            return []
+        with self._locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
+            for name in restored:
+                _real_directories(self.artifacts, (folder / name).parent)
+                self.store.place(wanted[name][0], folder / name)
+                files[name] = [wanted[name][0], list(stat_id(folder / name))]
+            strays = _remove_strays(folder, set(wanted))
+            objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
             state = {"key": key, "files": files, "folders": _folder_times(folder, wanted), "objects": objects}
             self.index.set(f"mat:{pipeline}/{node}", state)
             self._materialised[f"mat:{pipeline}/{node}"] = state
-        return [] if fresh else restored
+        return [] if fresh else restored + strays
+
+    def is_shown(self, pipeline: str, node: str, key: str, record: Record) -> bool:
+        """Say whether the node's directory holds this record's files as they were put there."""
+        known = self._shown(pipeline, node)
+        folder = self.node_dir(pipeline, node)
+        wanted = record_files(record)
+        have = known.get("files", {})
+        same = all(have.get(name) == [digest, _stat_or_none(folder / name)] for name, (digest, _) in wanted.items())
+        return same and known.get("key") == key and known.get("folders") == _folder_times(folder, wanted)
 
     # -- locks, work and logs --------------------------------------------------------------------------------------
 
@@ -138,9 +152,7 @@ class Workspace:
 
     def try_lock(self, key: str) -> int | None:
         """Take the lock of a key: a descriptor to close, or None while another process holds it."""
-        path = self.root / "locks" / key[:2] / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = self._lock_file(key)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -148,20 +160,30 @@ class Workspace:
             return None
         return descriptor
 
+    def _lock_file(self, name: str) -> int:
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
     @contextlib.contextmanager
-    def _locked(self, key: str) -> Iterator[bool]:
-        descriptor = self.try_lock(key)
+    def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold a lock meanwhile; yields whether it is held, which without ``wait`` another process may prevent."""
+        descriptor = self._lock_file(name)
         try:
-            yield descriptor is not None
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
         finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.close(descriptor)
 
     def sweep(self) -> None:
         """Remove the work directories that killed runs left behind; those in use are locked and stay."""
         if self.work.is_dir():
             for folder in self.work.iterdir():
-                with self._locked(folder.name) as free:
+                with self._locked(folder.name, wait=False) as free:
                     if free:
                         remove_tree(folder)
 
@@ -171,6 +193,8 @@ class Workspace:
         remove_tree(kept)
         kept.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(kept)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
         return kept
 
 
@@ -203,6 +227,16 @@ def _folder_times(folder: Path, wanted: Iterable[str]) -> dict[str, int]:
 def _parents(name: str) -> Iterator[str]:
     while name := name.rpartition("/")[0]:
         yield name
+
+
+def _real_directories(base: Path, folder: Path) -> None:
+    """Make ``folder`` below ``base`` a real directory all the way; a link or file in its way is removed."""
+    path = base
+    for part in folder.relative_to(base).parts:
+        path /= part
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            path.unlink()
+        path.mkdir(exist_ok=True)
 
 
 def _remove_strays(folder: Path, wanted: set[str]) -> list[str]:

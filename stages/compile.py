@@ -48,7 +48,7 @@ class Compile(Stage):
         target: str = param("what the library runs on", choices="stages.targets.table:TARGETS")
         opt: int = param("optimisation level of LLVM and ptxas, 0 to 3", default=3, minimum=0)
         mcpu: str = param(
-            "processor of the host code: auto is this machine's, else a name of LLVM's with added features, as in "
+            "processor of the host code: auto is this machine's, else a level of x86-64 with added features, as in "
             "x86-64-v3 or x86-64-v4+avx512vnni",
             default="auto",
         )
@@ -76,6 +76,10 @@ class Compile(Stage):
         from stages.targets import host, toolchain
 
         problems = [] if params.mcpu == "auto" else host.problems(params.mcpu)
+        try:
+            toolchain.cxx()
+        except toolchain.ToolchainError as error:
+            problems.append(str(error))
         if params.opt > 3:
             problems.append(f"opt: {params.opt} is not an optimisation level; choose 0 to 3")
         mcpu = host.host_cpu() if params.mcpu == "auto" else params.mcpu
@@ -98,14 +102,14 @@ class Compile(Stage):
         return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """The versions of TVM, the C++ compiler and, for CUDA, nvcc."""
+        """The versions of TVM, the C++ compiler and, for CUDA, nvcc with the packages it is made of."""
         from stages.targets import toolchain
 
         cxx = toolchain.cxx()
         tools = {**dist_versions("apache-tvm", "apache-tvm-ffi"), "c++": cxx.version if cxx else "missing"}
         if params.target == "cuda":
             nvcc = toolchain.nvcc(params.toolchain)
-            tools["nvcc"] = nvcc.version if nvcc else "missing"
+            tools |= {"nvcc": nvcc.version if nvcc else "missing", **_packages(nvcc)}
         return tools
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
@@ -129,7 +133,8 @@ class Compile(Stage):
             },
             "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
             "toolchain": {
-                name: {"kind": program.kind, "version": program.version} for name, program in programs.items()
+                name: {"kind": program.kind, "version": program.version, "packages": _packages(program)}
+                for name, program in programs.items()
             },
             "tools": dist_versions("apache-tvm", "apache-tvm-ffi"),
             "functions": sorted(name for graph in graphs for name in graph["functions"]),
@@ -139,7 +144,9 @@ class Compile(Stage):
         library = ctx.out / "model.so"
         found = _build(ctx, metadata, cxx, nvcc, library)
         metadata |= found
-        (ctx.out / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n", "utf-8")
+        (ctx.out / "metadata.json").write_text(
+            json.dumps(metadata, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
+        )
         _describe(ctx, metadata, graphs, library.stat().st_size)
         ctx.progress(STEPS, STEPS, "steps")
 
@@ -161,6 +168,13 @@ def _check_agreement(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str,
     problems += [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]
     if problems:
         raise StageError(*problems)
+
+
+def _packages(program: Program | None) -> dict[str, str]:
+    """Return the versions of the packages that a packaged compiler is made of; a system's has the one version."""
+    from stages.targets import toolchain
+
+    return dist_versions(*toolchain.NVCC_PACKAGES) if program and program.kind == "pypi" else {}
 
 
 def _compilers(params: Any) -> tuple[Program, Program | None]:
@@ -186,7 +200,7 @@ def _build(
     from stages.lowering.codegen import CodegenError, build_library
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import kernel_names, lower
-    from stages.targets import cuda, fatbin, host
+    from stages.targets import cuda, fatbin, host, toolchain
     from stages.targets.cuda import CudaError
     from stages.targets.table import TARGETS
     from stages.targets.tvm_target import build_target
@@ -210,7 +224,7 @@ def _build(
         if nvcc is not None:
             cuda.load_cuda_side(nvcc, cxx)
             device_kernels = cuda.use_nvcc(nvcc, cxx, params.archs, opt=params.opt, fast_math=params.fast_math)
-        build_library(lowered, target, library, cxx.path)
+        build_library(lowered, target, library, cxx.path, toolchain.environment())
     except (CodegenError, CudaError) as error:
         raise StageError(str(error)) from None
     ctx.progress(STEPS - 1, STEPS, "steps")

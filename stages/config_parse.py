@@ -51,9 +51,10 @@ class ConfigParse(Stage):
 
         try:
             model_type = json.loads((Path(params.checkpoint) / CONFIG).read_bytes())["model_type"]
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
-        return {"stages.models:FAMILIES": model_type} if model_type in FAMILIES else {}
+        known = isinstance(model_type, str) and model_type in FAMILIES
+        return {"stages.models:FAMILIES": model_type} if known else {}
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
@@ -122,7 +123,8 @@ def _read_config(root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     if not isinstance(model_type, str):
         raise StageError(f"{root}: {CONFIG}: model_type is missing; known: {', '.join(sorted(FAMILIES))}")
     if model_type not in FAMILIES:
-        raise StageError(f"{root}: {CONFIG}: unknown model_type '{model_type}'; known: {', '.join(sorted(FAMILIES))}")
+        named = strict_json.shown(model_type)
+        raise StageError(f"{root}: {CONFIG}: unknown model_type {named}; known: {', '.join(sorted(FAMILIES))}")
     known = load_family(model_type).architectures
     found = raw.get("architectures") or [known[0]]
     if not isinstance(found, list) or len(found) != 1 or found[0] not in known:
@@ -189,4 +191,4 @@ def _view(
 
 
 def _write(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -28,7 +28,6 @@ class GraphBuild(Stage):
         sep_embed: bool = param("prefill and decode take embeddings (true) or token ids (false)", default=True)
         prefill_chunk: int = param("longest chunk one prefill call reads, in tokens", default=512, minimum=1)
         max_batch: int = param("most sequences in one batch call", default=4, minimum=1)
-        page_size: int = param("tokens per page of the KV cache", default=16, minimum=1)
         kv_dtype: str = param(
             "dtype of the KV cache; auto takes the compute dtype",
             default="auto",
@@ -92,7 +91,9 @@ class GraphBuild(Stage):
             "kernels": describe.kernels(exported),
         }
         (ctx.out / "module.json").write_text(tvm.ir.save_json(exported), "utf-8")
-        (ctx.out / "graph.json").write_text(json.dumps(graph, indent=1, sort_keys=True) + "\n", "utf-8")
+        (ctx.out / "graph.json").write_text(
+            json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
+        )
         ctx.view("operators", describe.operator_table(counts))
         ctx.view("ir", describe.script(exported))
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
@@ -106,7 +107,7 @@ def _is_recurrent(family: str) -> bool:
 
 def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -> tuple[Build, dict[str, Any]]:
     """Return the build, and the facts of it that go into graph.json."""
-    from stages.graph.export import Build
+    from stages.graph.export import PAGE_SIZE, Build
     from stages.models import load_family
     from stages.quantization.schemes import SCHEMES
     from stages.targets.table import TARGETS
@@ -131,7 +132,6 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         "sep_embed": params.sep_embed,
         "prefill_chunk": min(params.prefill_chunk, model["context_window"]),
         "max_batch": params.max_batch,
-        "page_size": params.page_size,
         "compute_dtype": compute_dtype,
         "kv_dtype": kv_dtype,
     }
@@ -145,6 +145,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
     )
     facts = {
         **sizes,
+        "page_size": PAGE_SIZE,
         **({"kv_dtype": None, "page_size": None} if family.state == "rnn" else {}),
         "state": family.state,
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},

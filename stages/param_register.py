@@ -49,16 +49,24 @@ class ParamRegister(Stage):
     def run(self, ctx: Context) -> None:
         """Compare what the family's graph needs with the headers, and write the register."""
         from stages.models import load_family
+        from stages.models.record import capped
         from stages.quantization.schemes import SCHEMES
 
         model = json.loads(ctx.input("config").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
         family, scheme = load_family(model["family"]), SCHEMES[ctx.params.scheme]
+        if model["num_layers"] > len(tensors):  # said before a parameter is thought up for each
+            raise StageError(
+                f"config.json asks for {model['num_layers']:,} layers, but the checkpoint has only {len(tensors):,} "
+                "tensors; one of them belongs to another model"
+            )
         params = family.params(family.config(**model["config"]))
-        problems = _check_tensors(params, tensors, family.recomputed, model["vocab_size"])
-        problems += _check_groups(params, scheme)
-        if problems:
-            raise StageError(*problems)
+        kinds = (
+            *_check_tensors(params, tensors, family.recomputed, model["vocab_size"]),
+            _check_groups(params, scheme),
+        )
+        if any(kinds):
+            raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
         stored: list[dict[str, Any]] = []
         logical: list[dict[str, Any]] = []
@@ -75,7 +83,7 @@ class ParamRegister(Stage):
             "params": stored,
             "logical": logical,
         }
-        text = json.dumps(document, indent=1, sort_keys=True) + "\n"
+        text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
         (ctx.out / "params.json").write_text(text, encoding="utf-8")
         for name, value in (("family", model["family"]), ("scheme", scheme.name), ("target", ctx.params.target)):
             ctx.fact(name, value)
@@ -86,8 +94,8 @@ class ParamRegister(Stage):
 
 def _check_tensors(
     params: Iterable[Param], tensors: Mapping[str, Any], recomputed: Sequence[str], vocab_size: int
-) -> list[str]:
-    """Return every disagreement between what the graph needs and what the checkpoint has."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
     expected = {
         source: (shape, parameter)
         for parameter in params
@@ -110,7 +118,7 @@ def _check_tensors(
         for name, found in tensors.items()
         if name not in expected and not any(fnmatchcase(name, pattern) for pattern in recomputed)
     ]
-    return missing + wrong + unexpected
+    return missing, wrong, unexpected
 
 
 def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:

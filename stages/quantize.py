@@ -88,7 +88,8 @@ class Quantize(Stage):
                 f"{ctx.out}: the disk is full after {done:,} of {total:,} bytes of weights were read; what was written "
                 f"is removed again. The weights take {size:,} bytes as {scheme.name}: free as much, then run again"
             ) from None
-        text = json.dumps({"schema": 1, "scheme": scheme.name, "tensors": report}, indent=1, sort_keys=True) + "\n"
+        document = {"schema": 1, "scheme": scheme.name, "tensors": report}
+        text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
         (ctx.out / "report.json").write_text(text, encoding="utf-8")
         ctx.view("errors", _view(report))
         ctx.summary(f"{scheme.name}: {total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB, {bits:.2f} bits per parameter")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _LIVE = ("torch", "transformers")
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.tiktoken",
+    "reference/*",
+    "record_reference.py",
+)
 
 
 class Verify(Stage):
@@ -27,16 +40,7 @@ class Verify(Stage):
 
         checkpoint: Source = source(
             "directory of the checkpoint that the bundle was made of",
-            include=(
-                "config.json",
-                "generation_config.json",
-                "tokenizer_config.json",
-                "*.safetensors",
-                "*.safetensors.index.json",
-                "*.tiktoken",
-                "reference/*",
-                "record_reference.py",
-            ),
+            include=_FILES,
         )
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
         reference: str = param(
@@ -63,29 +67,36 @@ class Verify(Stage):
     }
 
     def resolve(self, params: Params) -> Params:
-        """Name the reference and the device that there are here."""
-        from stages.runtime import host
-
+        """Name the reference and the processor; whether a CUDA device can be used shows when it is asked to work."""
         reference, device = params.reference, params.device
         if reference == "auto":
             recorded = (Path(params.checkpoint) / "reference" / "reference.json").is_file()
             installed = "absent" not in dist_versions(*_LIVE).values()
             reference = "live" if installed else "recorded" if recorded else "none"
         if device == "auto":
-            cuda = "cuda" if host.has_nvidia_driver() else "none"
-            device = cuda if params.target == "cuda" else "cpu"
-        if device not in ("none", "cuda" if params.target == "cuda" else "cpu"):
+            device = "auto" if params.target == "cuda" else "cpu"
+        if device not in ("auto", "none", "cuda" if params.target == "cuda" else "cpu"):
             raise StageError(f"a bundle for {params.target} does not run on device {device}; use auto")
         return replace(params, reference=reference, device=device)
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name the runtime, and what computes a live reference."""
-        names = ("apache-tvm", "apache-tvm-ffi", "tokenizers", "numpy")
-        return dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
+        """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
+        from stages.runtime import host
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
-        """Name the family and the scheme of the bundle."""
-        rows: dict[str, str | Sequence[str]] = {}
+        names = ("apache-tvm", "apache-tvm-ffi", "tokenizers", "tiktoken", "numpy", "ml-dtypes")
+        found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
+        found["unicode"] = unicodedata.unidata_version
+        if params.target == "cuda" and params.device != "none":
+            found["nvidia-driver"] = host.nvidia_driver()
+            found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        return found
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:
+        """Name the family, the scheme and the tokenizer family; of what is not known, every row counts."""
+        rows: dict[str, str | Sequence[str]] = {"stages.tokenizers:EMBEDDINGS": ()}
+        tokenizer = _tokenizer_family(Path(params.checkpoint))
+        if tokenizer:
+            rows["stages.tokenizers:TOKENIZERS"] = rows["stages.tokenizers.resolution:RULES"] = tokenizer
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
         if "scheme" in facts:
@@ -96,7 +107,7 @@ class Verify(Stage):
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
         from stages.models.record import ConfigError
-        from stages.runtime.errors import BundleError
+        from stages.runtime.errors import BundleError, RequestError
         from stages.verification.live import LiveError
         from stages.verification.procedure import Case, verify
         from stages.verification.reference import RecordingError
@@ -109,6 +120,7 @@ class Verify(Stage):
             files=checkpoint.files,
             digests=checkpoint.digests,
             root=checkpoint.root,
+            target=ctx.params.target,
             reference=ctx.params.reference,
             device=ctx.params.device,
         )
@@ -116,6 +128,8 @@ class Verify(Stage):
             findings = verify(case, lambda done, total: ctx.progress(done, total, "checks"))
         except (BundleError, RecordingError, ConfigError, LiveError) as error:
             raise StageError(*error.problems) from None
+        except RequestError as error:
+            raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
         if findings.failures:
             raise StageError(*(f"{findings.name}: {failure}" for failure in findings.failures))
         for warning in findings.warnings:
@@ -127,3 +141,14 @@ class Verify(Stage):
         (ctx.out / "card.md").write_text(card, "utf-8")
         ctx.view("card", card)
         ctx.summary(findings.summary())
+
+
+def _tokenizer_family(root: Path) -> str | None:
+    from stages.tokenizers.errors import TokenizerError
+    from stages.tokenizers.resolution import resolve
+
+    try:
+        files = {p.name: p for p in root.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in _FILES)}
+        return resolve(root, files).family
+    except (OSError, TokenizerError):
+        return None

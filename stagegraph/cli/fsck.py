@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{checked} objects, {size_text(size)} read")
             for digest, wrong in bad.items():
-                print(f"{wrong}: {digest} (moved to {shown(workspace.store.quarantine)})")
+                moved = f" (moved to {shown(workspace.store.quarantine)})" if wrong == "damaged" else ""
+                print(f"{wrong}: {digest}{moved}")
             for digest, name in missing.items():
                 print(f"missing: {digest} ({name})")
             print(

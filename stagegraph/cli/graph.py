@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.cli.common import add_file, opened
+from stagegraph.cli.common import add_file
+from stagegraph.dag import Dag
+from stagegraph.spec import load
 
 if TYPE_CHECKING:
     import networkx as nx
-
-    from stagegraph.dag import Dag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with opened(args.file, args.overrides) as work:
-        reduced = _reduced(work.dag, by_entry=args.entries)
-        print({"ascii": _ascii, "mermaid": _mermaid, "dot": _dot}[args.format](reduced))
+    reduced = _reduced(Dag(load(Path(args.file), args.overrides)), by_entry=args.entries)
+    print({"ascii": _ascii, "mermaid": _mermaid, "dot": _dot}[args.format](reduced))
     return 0
 
 

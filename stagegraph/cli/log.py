@@ -18,15 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with opened(args.file, args.overrides) as work:
+        unrun: list[str] = []
         for node in work.dag.select(args.node):
             last = work.workspace.last(work.dag.pipeline.name, node.name)
             key = last.get("failed") or last.get("key")
             path = work.workspace.log_path(key) if key else None
             if path is None or not path.exists():
-                raise PlanError(f"{node.name} has no log yet: it has never run")
+                unrun.append(f"{node.name} has no log yet: it has never run")
+                continue
             said = path.read_bytes()
             kind = "failed" if last.get("failed") else "finished"
             print(f"==> {node.name} ({kind}; {shown(path)})" + ("" if said else "\n(it printed nothing)"), flush=True)
             sys.stdout.buffer.write(said)
             sys.stdout.buffer.flush()
+        if unrun:
+            raise PlanError(*unrun)
     return 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import json
 import os
 import signal
 import sqlite3
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
-from stagegraph.errors import EXIT_INTERRUPTED, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
+from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
 from stagegraph.registry import VERBS
 
 # Verb -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
@@ -60,24 +63,36 @@ def dispatch(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``pipeline``; exits the process."""
+    arguments = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
     try:
-        code = dispatch(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
+        code = dispatch(arguments)
     except PipelineError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        code = error.exit_code
+        code = _report(error.problems, arguments, error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run again to continue where this stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a pager was closed; nothing more to say to it
-        code = 0
-    except (OSError, sqlite3.OperationalError) as error:
-        print(f"error: {_system_error(error)}", file=sys.stderr)
-        code = EXIT_STORE
+        code = EXIT_PIPE
+    except (OSError, sqlite3.DatabaseError) as error:
+        code = _report([_system_error(error)], arguments, EXIT_STORE)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # a pager was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
+
+
+def _report(problems: Sequence[str], arguments: Sequence[str], code: int) -> int:
+    """Say what is wrong on stderr, and with ``--json`` in the one document on stdout too."""
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if "--json" in arguments:
+        print(json.dumps({"ok": False, "problems": list(problems)}, indent=1, ensure_ascii=False))
+    return code
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
@@ -61,7 +62,8 @@ class PlainReporter:
 
     @staticmethod
     def _line(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # whoever read along has left; the work goes on
+            print(text, file=sys.stderr, flush=True)
 
 
 class LiveReporter:

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and run nothing")
     parser.add_argument("--fail-fast", action="store_true", help="start nothing more after the first failure")
     parser.add_argument(
-        "-j", "--jobs", type=int, default=0, metavar="N", help="how many nodes at once (default: one per processor)"
+        "-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     began = time.monotonic()
-    if args.jobs < 0:
-        raise PlanError(f"-j {args.jobs}: the number of jobs must be positive")
+    if args.jobs is not None and args.jobs < 1:
+        raise PlanError(f"-j {args.jobs}: the number of jobs must be at least 1")
     if args.only and not (args.stage or args.start):
         raise PlanError("--only needs a selection: add --stage NAME or --from NAME")
     with opened(args.file, args.overrides) as work:
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
                     "pipeline": work.dag.pipeline.name,
                     "ok": not failed,
                     "seconds": round(seconds, 3),
+                    "damaged": work.workspace.store.damaged,
                     "nodes": [_document(o) for o in outcomes],
                 }
             )
@@ -150,7 +151,7 @@ def _execute(work: Opened, nodes: Sequence[Node], selected: set[Node], args: arg
     from stagegraph.scheduler import Options, Scheduler
 
     force = frozenset(node.name for node in selected) if args.force else frozenset()
-    options = Options(jobs=args.jobs, force=force, fail_fast=args.fail_fast)
+    options = Options(jobs=args.jobs or 0, force=force, fail_fast=args.fail_fast)
     if work.workspace.index.set_aside:
         aside = work.workspace.index.set_aside
         print(f"warning: the index could not be read; it was set aside as {aside} and is begun anew", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
-from stagegraph.errors import PlanError, nearest
+from stagegraph.errors import PlanError, StoreError, nearest
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with opened(args.file, args.overrides) as work:
-        records = {node: _record(work, node) for node in work.dag.select(args.node)}
+        nodes = work.dag.select(args.node)
+        found = {node: work.workspace.last_record(work.dag.pipeline.name, node.name) for node in nodes}
+        records = {node: record for node, record in found.items() if record is not None}
         if args.json:
             print_json({node.name: record for node, record in records.items()})
         elif args.view:
@@ -37,14 +39,10 @@ def run(args: argparse.Namespace) -> int:
                 print(_view(work, node, record, args.view), end="")
         else:
             print("\n\n".join(_page(work, node, record) for node, record in records.items()))
+    unbuilt = [node.name for node in nodes if node not in records]
+    if unbuilt:
+        raise PlanError(*(f"{name} has no result yet; `pipeline run --stage '{name}'` makes it" for name in unbuilt))
     return 0
-
-
-def _record(work: Opened, node: Node) -> dict[str, Any]:
-    record = work.workspace.last_record(work.dag.pipeline.name, node.name)
-    if record is None:
-        raise PlanError(f"{node.name} has no result yet; `pipeline run --stage '{node.name}'` makes it")
-    return record
 
 
 def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
@@ -53,7 +51,7 @@ def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
     digest = record["views"][name][0]
     wrong = work.workspace.store.verify(digest)
     if wrong:
-        raise PlanError(f"{node.name}: view '{name}' is {wrong} in the store; `pipeline run` rebuilds it")
+        raise StoreError(f"{node.name}: view '{name}' is {wrong} in the store; `pipeline run` rebuilds it")
     return work.workspace.store.path(digest).read_text(encoding="utf-8")
 
 

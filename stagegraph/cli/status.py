@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
         rows = []
         for d in decisions:
             record = d.record or d.previous or work.workspace.last_record(name, d.node.name)
+            if d.record and not work.workspace.is_shown(name, d.node.name, d.key, d.record):
+                d.reasons = ["a run restores its files under artifacts/"]
             rows.append((d, record))
         if args.json:
             print_json({
@@ -55,5 +57,5 @@ def run(args: argparse.Namespace) -> int:
                 for d, r in rows
             ]
             print(table(("node", "status", "reason", "time", "size", "memory"), cells, flexible=2))
-        to_do = sum(d.status != HIT for d in decisions)
+        to_do = sum(d.status != HIT or bool(d.reasons) for d in decisions)
     return EXIT_WORK_TO_DO if args.check and to_do else EXIT_OK

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 from stages.models.layers import CausalLM, LayerFactory
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
+PAGE_SIZE = 16  # tokens per page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
 tensor = nn.spec.Tensor
 
 
@@ -42,7 +43,6 @@ class Build:
     sep_embed: bool
     prefill_chunk: int
     max_batch: int
-    page_size: int
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""

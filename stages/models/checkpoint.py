@@ -6,7 +6,7 @@ import difflib
 from typing import TYPE_CHECKING, Any
 
 from stages.models import strict_json
-from stages.models.record import ConfigError
+from stages.models.record import ConfigError, capped
 from stages.models.safetensors import TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
+MAX_GUESSES = 20  # tensors to look for a near name of, which takes time
 SINGLE = "model.safetensors"
 
 
@@ -38,7 +39,7 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[str, TensorInfo]]
     if not problems and weight_map is not None:
         problems = _disagreements(weight_map, {name: shard for name, (shard, _) in found.items()})
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*capped(problems))
     return found
 
 
@@ -72,16 +73,16 @@ def _weight_map(path: Path, index: str, files: Mapping[str, Path]) -> dict[str, 
         elif shard not in files:
             problems.append(f"{shard}: the shard is missing, although {index} names it")
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*capped(problems))
     return weight_map
 
 
 def _disagreements(weight_map: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Say where an index and the headers of its shards differ."""
-    problems = []
+    problems: list[str] = []
     for name, shard in weight_map.items():
         if name not in found:
-            near = difflib.get_close_matches(name, found, n=1)
+            near = difflib.get_close_matches(name, found, n=1) if len(problems) < MAX_GUESSES else []
             hint = f"; there is {near[0]}" if near else ""
             problems.append(f"tensor {name}: the index puts it in {shard}, no shard holds it{hint}")
         elif found[name] != shard:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from stages.models.record import ConfigError, KeyClass
+from stages.models.record import ConfigError, KeyClass, capped
+from stages.models.strict_json import shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+MAX_GUESSES = 20  # keys to look for a near one of, which takes time
+LARGEST = 2**31 - 1  # of a size: what kernels index with
 
 
 class ConfigReader:
@@ -17,13 +22,15 @@ class ConfigReader:
     def __init__(self, raw: Mapping[str, Any], keys: Mapping[str, KeyClass], family: str) -> None:
         self.raw = raw
         self.problems: list[str] = []
+        unknown: list[str] = []
         for key, value in raw.items():
             if key not in keys:
-                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+                near = difflib.get_close_matches(key, keys, n=1, cutoff=0.75) if len(unknown) < MAX_GUESSES else []
                 hint = f"did you mean '{near[0]}'?" if near else "its effect on the model is unknown"
-                self.problems.append(f"config.json: key '{key}' is not known for model_type '{family}'; {hint}")
+                unknown.append(f"config.json: key {shown(key)} is not known for model_type '{family}'; {hint}")
             elif keys[key] == "refused" and value:
-                self.problems.append(f"config.json: {key} = {value!r} is not supported for model_type '{family}'")
+                self.problems.append(f"config.json: {key} = {shown(value)} is not supported for model_type '{family}'")
+        self.problems += capped(unknown)
 
     def problem(self, text: str) -> None:
         """Note one more problem, a complete sentence."""
@@ -34,7 +41,7 @@ class ConfigReader:
         present = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
         first = next(iter(present.values()), None)
         if any(value != first for value in present.values()):
-            self.problem("contradiction: " + ", ".join(f"{k} = {v!r}" for k, v in present.items()))
+            self.problem("contradiction: " + ", ".join(f"{k} = {shown(v)}" for k, v in present.items()))
         return first
 
     def integer(self, *names: str, default: int | None = None) -> int:
@@ -42,10 +49,10 @@ class ConfigReader:
         value = self._value(names)
         if value is None and default is not None:
             return default
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if type(value) is int and 1 <= value <= LARGEST:
             return value
-        found = "is missing" if value is None else f"= {value!r}"
-        self.problem(f"{' / '.join(names)} {found}; expected a positive integer")
+        found = "is missing" if value is None else f"= {shown(value)}"
+        self.problem(f"{' / '.join(names)} {found}; expected a positive integer of at most {LARGEST}")
         return 0
 
     def number(self, *names: str, default: float) -> float:
@@ -53,9 +60,9 @@ class ConfigReader:
         value = self._value(names)
         if value is None:
             return default
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf"):
+        if type(value) in (int, float) and 0 < value <= sys.float_info.max:
             return float(value)
-        self.problem(f"{' / '.join(names)} = {value!r}; expected a positive number")
+        self.problem(f"{' / '.join(names)} = {shown(value)}; expected a positive number")
         return default
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -64,7 +71,7 @@ class ConfigReader:
         if value is None:
             return default
         if not isinstance(value, bool):
-            self.problem(f"{name} = {value!r}; expected true or false")
+            self.problem(f"{name} = {shown(value)}; expected true or false")
             return default
         return value
 
@@ -73,7 +80,7 @@ class ConfigReader:
         value = self._value((name,))
         same = value == wanted and isinstance(value, bool) == isinstance(wanted, bool)  # 1 == True in Python
         if value is not None and not same:
-            self.problem(f"{name} = {value!r}; only {wanted!r} is supported: {why}")
+            self.problem(f"{name} = {shown(value)}; only {wanted!r} is supported: {why}")
 
     def finish(self) -> None:
         """Raise :class:`ConfigError` with every problem noted, if there is one."""

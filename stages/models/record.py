@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 Kind = Literal["linear", "embedding", "head", "norm", "bias", "vector"]
 Transform = Literal["copy", "concat0"]
@@ -19,6 +19,12 @@ class ConfigError(ValueError):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def capped(problems: Sequence[str], limit: int = 20) -> list[str]:
+    """Return the first problems of one kind and how many more there are: one wrong number can make thousands."""
+    hidden = len(problems) - limit
+    return [*problems[:limit], *([f"and {hidden:,} more of this kind"] if hidden > 0 else [])]
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models import strict_json
+from stages.models.strict_json import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
+MAX_RANK = 8  # dimensions; no weight has more than four
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1} | {
     f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)
 }
@@ -54,7 +56,7 @@ def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
     payload, expected = 8 + length, 0
     tensors = {}
     for tensor, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
-        info, end = _tensor_info(entry, payload, f"{name}: tensor {tensor}")
+        info, end = _tensor_info(entry, payload, f"{name}: tensor {tensor[:200]}")
         if info.offset != payload + expected:
             raise ValueError(f"{name}: tensor {tensor} begins at byte {info.offset - payload}, not {expected}")
         tensors[tensor] = info
@@ -68,9 +70,10 @@ def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
 def _begin(entry: Any) -> int:
     """Return the sort key of a header entry, before it is known to be well formed."""
     try:
-        return int(entry["data_offsets"][0])
-    except (TypeError, KeyError, IndexError, ValueError):
+        begin = entry["data_offsets"][0]
+    except (TypeError, KeyError, IndexError):
         return -1
+    return begin if type(begin) is int else -1
 
 
 def _tensor_info(entry: Any, payload: int, where: str) -> tuple[TensorInfo, int]:
@@ -79,9 +82,10 @@ def _tensor_info(entry: Any, payload: int, where: str) -> tuple[TensorInfo, int]
         raise ValueError(f"{where}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(sorted(DTYPE_BYTES))}")
+        raise ValueError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(sorted(DTYPE_BYTES))}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: shape {shape!r} and data_offsets {offsets!r} must be lists of sizes")
+        found = f"shape {shown(shape)} and data_offsets {shown(offsets)}"
+        raise ValueError(f"{where}: {found} must be lists of sizes, of at most {MAX_RANK} dimensions")
     info = TensorInfo(dtype, tuple(shape), payload + offsets[0])
     if offsets[1] - offsets[0] != info.nbytes:
         raise ValueError(f"{where}: {dtype} {shape} takes {info.nbytes} bytes, its offsets {offsets} say otherwise")
@@ -89,4 +93,5 @@ def _tensor_info(entry: Any, payload: int, where: str) -> tuple[TensorInfo, int]
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    fits = isinstance(value, list) and len(value) <= MAX_RANK
+    return fits and all(type(size) is int and 0 <= size < 2**63 for size in value)

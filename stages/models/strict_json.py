@@ -1,17 +1,30 @@
-"""Read a JSON object strictly: no duplicate keys, no NaN; what is wrong is said with its place."""
+"""Read a JSON object strictly: no duplicate keys, no NaN or infinity, no half characters, no endless files."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+MAX_BYTES = 64 << 20  # far above any real file: the index of a checkpoint of 100,000 tensors has 10 MB
+MAX_SHOWN = 80  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` as it reads in a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
 
 def read_object(path: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in ``path``; :class:`ValueError` calling the file ``name`` if it is none."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"{name}: {size:,} bytes is no description of a model (at most {MAX_BYTES:,} are read)")
     try:
         value = parse(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -23,17 +36,42 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 def parse(data: bytes) -> Any:
     """Return the JSON value in UTF-8 ``data``; :class:`ValueError` says what is wrong, without the file."""
-    return json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    text = data.decode("utf-8")
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+    if "\\u" in text:  # nothing else can make half a character
+        _no_surrogates(value)
+    return value
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key '{key}' occurs twice in one object")
+            raise ValueError(f"key {shown(key)} occurs twice in one object")
         found[key] = value
     return found
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:MAX_SHOWN]} is beyond every floating-point number")
+    return value
+
+
+def _no_surrogates(value: Any) -> None:
+    """Refuse an escape that is one half of a pair, in a key or a text: it can be neither written nor printed."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{shown(value)} holds half of a surrogate pair, which is no character")
+    elif isinstance(value, list):
+        for item in value:
+            _no_surrogates(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _no_surrogates(key)
+            _no_surrogates(item)

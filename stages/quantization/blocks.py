@@ -42,7 +42,8 @@ def relative_error(source: np.ndarray, restored: Callable[[slice], np.ndarray]) 
     """
     squares = power = worst = peak = 0.0
     for rows in row_blocks(source.shape):
-        values = source[rows].astype(np.float32).reshape(-1)
+        # The squares of a float32 need not fit one.
+        values = source[rows].astype(np.float64).reshape(-1)
         power += float(np.dot(values, values))
         peak = max(peak, float(np.abs(values).max()))
         values -= restored(rows).reshape(-1)

@@ -64,7 +64,7 @@ class TensorCacheWriter:
     def finish(self, metadata: Mapping[str, Any]) -> None:
         """Close the last shard and write tensor-cache.json with ``metadata``."""
         self._close_shard()
-        text = json.dumps({"metadata": dict(metadata), "records": self._shards}, indent=1) + "\n"
+        text = json.dumps({"metadata": dict(metadata), "records": self._shards}, allow_nan=False, indent=1) + "\n"
         (self.folder / "tensor-cache.json").write_text(text, encoding="utf-8")
 
     def _shard_for(self, nbytes: int) -> tuple[BinaryIO, dict[str, Any]]:

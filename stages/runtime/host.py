@@ -84,4 +84,12 @@ def _quota() -> int | None:
 
 def has_nvidia_driver() -> bool:
     """Say whether an NVIDIA kernel driver is loaded; asks no library."""
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
+    return nvidia_driver() != "absent"
+
+
+def nvidia_driver() -> str:
+    """Return what the NVIDIA kernel driver says of its version, ``"unknown"`` or, without a driver, ``"absent"``."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace").splitlines()[0]
+    except (OSError, IndexError):
+        return "unknown" if Path("/dev/nvidiactl").exists() else "absent"

@@ -124,7 +124,6 @@ class Session:
         """Read ``ids`` in chunks of at most ``chunk`` (default: what the library was built for); logits of the last."""
         self._check(sequence, ids)
         size = min(chunk or self.prefill_chunk, self.prefill_chunk)
-        np.empty((0, 0), np.float32)
         for start in range(0, len(ids), size):
             part = ids[start : start + size]
             last: np.ndarray = self._forward("prefill", {sequence: part}, self._states(part, (1, len(part))))[0]

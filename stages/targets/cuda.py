@@ -36,10 +36,11 @@ class CudaError(ValueError):
 
 
 def load_cuda_side(nvcc: Program, cxx: Program) -> None:
-    """Load TVM's CUDA side, with a stand-in for the driver where there is none.
+    """Load TVM's CUDA side with a stand-in for the driver, also where there is one.
 
-    The stand-in only satisfies the linker: every call of it reports that there is no device. :class:`CudaError` says
-    what is missing.
+    Compiling asks nothing of a driver, and an installed one may lack functions or answer for a GPU that is not the
+    target. The stand-in only satisfies the linker: every call of it reports that there is no device.
+    :class:`CudaError` says what is missing.
     """
     if tvm.get_global_func(LOADER, allow_missing=True):
         return
@@ -49,10 +50,7 @@ def load_cuda_side(nvcc: Program, cxx: Program) -> None:
             f"libcudart.so.13 not found beside {nvcc.path}: pip install -e '.[cuda]', or use a CUDA 13 toolkit"
         )
     try:
-        try:
-            ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
-        except OSError:
-            _load_driver_stub(cxx)
+        _load_driver_stub(cxx)
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
     except OSError as error:
@@ -66,7 +64,7 @@ def _load_driver_stub(cxx: Program) -> None:
         source, library = Path(folder) / "stub.cc", Path(folder) / "libcuda.so.1"
         source.write_text("".join(f'extern "C" int {name}() {{ return 100; }}\n' for name in DRIVER_FUNCTIONS), "utf-8")
         command = [cxx.path, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=toolchain.environment())
         if done.returncode:
             raise CudaError(f"{cxx.path} cannot build a shared library:\n{_tail(done.stderr)}")
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
@@ -118,6 +116,7 @@ def compile_fatbin(
             text=True,
             errors="replace",
             check=False,
+            env=toolchain.environment(),
         )
         if done.returncode:
             raise CudaError(

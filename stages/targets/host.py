@@ -17,7 +17,8 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "x86-64-v3": ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave"),
     "x86-64-v4": ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"),
 }
-# Instructions beyond the levels that kernels can gain from.
+# Instructions beyond the levels that kernels can gain from. Above an incomplete level nothing is picked singly: an
+# AVX-512 feature without AVX-512 enabled is worth nothing.
 EXTRAS = (
     "amx-bf16",
     "amx-int8",
@@ -36,6 +37,9 @@ EXTRAS = (
     "vaes",
     "vpclmulqdq",
 )
+EXTRAS_OF_LEVEL = {"x86-64-v3": ("avxifma", "avxvnni"), "x86-64-v4": EXTRAS}
+# What LLVM turns on with an extra, beyond the extra's level.
+IMPLIED = {"amx-bf16": "amx-tile", "amx-int8": "amx-tile", "vaes": "aes", "vpclmulqdq": "pclmul"}
 # LLVM's name -> the flag of /proc/cpuinfo, where they differ.
 FLAGS = {
     "amx-bf16": "amx_bf16",
@@ -51,6 +55,7 @@ FLAGS = {
     "avxvnni": "avx_vnni",
     "bmi": "bmi1",
     "lzcnt": "abm",
+    "pclmul": "pclmulqdq",
     "sahf": "lahf_lm",
     "sse3": "pni",
     "sse4.1": "sse4_1",
@@ -73,9 +78,12 @@ def describe(flags: frozenset[str]) -> str:
         if not all(_has(feature, flags) for feature in features):
             break
         best = level
-    # Above an incomplete level nothing is picked singly: an AVX-512 feature without AVX-512 enabled is worth nothing.
-    extras = EXTRAS if best == "x86-64-v4" else ("avxifma", "avxvnni") if best == "x86-64-v3" else ()
-    return "+".join([best, *(feature for feature in extras if _has(feature, flags))])
+    extras = (
+        feature
+        for feature in EXTRAS_OF_LEVEL.get(best, ())
+        if _has(feature, flags) and _has(IMPLIED.get(feature, feature), flags)
+    )
+    return "+".join([best, *extras])
 
 
 def parse(cpu: str) -> tuple[str, tuple[str, ...]]:
@@ -85,21 +93,30 @@ def parse(cpu: str) -> tuple[str, tuple[str, ...]]:
 
 
 def required_features(cpu: str) -> tuple[str, ...]:
-    """Return every feature that code for the literal ``cpu`` may use, sorted; of an unknown CPU only those added."""
+    """Return every feature that code for the literal ``cpu`` may use, sorted; a processor without x86-64 has none."""
     mcpu, added = parse(cpu)
     names = list(LEVELS)
-    implied = names[: names.index(mcpu) + 1] if mcpu in LEVELS else []
-    return tuple(sorted({*added, *(feature for level in implied for feature in LEVELS[level])}))
+    levels = names[: names.index(mcpu) + 1] if mcpu in LEVELS else []
+    implied = {IMPLIED[feature] for feature in added if feature in IMPLIED}
+    return tuple(sorted({*added, *implied, *(feature for level in levels for feature in LEVELS[level])}))
 
 
 def problems(cpu: str) -> list[str]:
-    """Say what is wrong with a literal that a user wrote; names of single CPUs (``znver4``) are LLVM's to judge."""
+    """Say what is wrong with a literal that a user wrote.
+
+    Names of single processors (``znver4``) are refused: which instructions LLVM takes them to have is written nowhere,
+    so a loader could not tell whether its machine has them.
+    """
     mcpu, added = parse(cpu)
-    if mcpu in {"", "native"}:
-        return [f"mcpu: {cpu!r} names no processor; auto is this machine's, spelt out"]
-    known = {*EXTRAS, *(feature for features in LEVELS.values() for feature in features)}
+    baselines = tuple(LEVELS) if os.uname().machine == "x86_64" else ("generic",)
+    if mcpu not in baselines:
+        advice = "take the highest that the processor has and add what it has beyond, as in x86-64-v4+avx512vnni"
+        return [f"mcpu: {mcpu!r} is not one of {', '.join(baselines)}; {advice} (auto does, here {host_cpu()})"]
+    known = EXTRAS_OF_LEVEL.get(mcpu, ())
     return [
-        f"unknown processor feature {name!r}; known: {', '.join(sorted(known))}" for name in added if name not in known
+        f"mcpu: {mcpu} cannot be given {name!r}; what it can be given: {', '.join(known) or 'nothing'}"
+        for name in added
+        if name not in known
     ]
 
 

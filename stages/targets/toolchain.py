@@ -16,11 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CXX_NAMES = ("g++", "clang++", "c++")
+# All that a compiler may see of our environment: its own variables (NVCC_APPEND_FLAGS, CPATH, LIBRARY_PATH, ...) change
+# what it makes without a trace in any version.
+PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "PATH", "TEMP", "TMP", "TMPDIR")
+# The packages behind the packaged nvcc: driver, code generator with libdevice, headers. Each has a version of its own.
+NVCC_PACKAGES = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-nvvm")
+ASK_SECONDS = 60
+UNKNOWN = "unknown"
 SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # where the toolkit installs itself, often not on PATH
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
 INSTALL_NVCC = (
     "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
 )
+
+
+class ToolchainError(ValueError):
+    """A compiler that was asked for cannot be used; the message says what to set instead."""
 
 
 class Program(NamedTuple):
@@ -31,14 +42,29 @@ class Program(NamedTuple):
     version: str
 
 
+def environment() -> dict[str, str]:
+    """Return the environment to run a compiler in: the same command makes the same code whoever's shell it is."""
+    return {"LC_ALL": "C", **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
+
+
 @functools.cache
 def cxx() -> Program | None:
-    """Return the C++ compiler: CXX if set, else the first of the usual names on PATH; None if there is none."""
-    for name in (os.environ.get("CXX", ""), *CXX_NAMES):
+    """Return the C++ compiler: CXX if set, else the first of the usual names on PATH; None if there is none.
+
+    :class:`ToolchainError` if CXX is set to anything but a compiler.
+    """
+    asked = os.environ.get("CXX", "")
+    for name in [asked] if asked else CXX_NAMES:
         if found := _which(name):
-            return Program(
-                "system", found, f"{Path(found).name} {_remembered(found, ['-dumpfullversion', '-dumpversion'])}"
-            )
+            version = _remembered(found, ["-dumpfullversion", "-dumpversion"])
+            if asked and not version[:1].isdigit():
+                raise ToolchainError(f"CXX is set to {asked!r}, which does not tell the version of a C++ compiler")
+            return Program("system", found, f"{Path(found).name} {version}")
+    if asked:
+        raise ToolchainError(
+            f"CXX is set to {asked!r}, which is no executable file, here or on PATH: set it to the name or path of a "
+            "C++ compiler, without options, or unset it"
+        )
     return None
 
 
@@ -94,16 +120,19 @@ def _remembered(path: str, arguments: list[str]) -> str:
     key = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns} {' '.join(arguments)}"
     memory = _memory_file()
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        known = json.loads(memory.read_text("utf-8"))
-    if key not in known:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        remembered = json.loads(memory.read_text("utf-8"))
+        known = remembered if isinstance(remembered, dict) else {}
+    if not isinstance(known.get(key), str):
         known[key] = _ask(path, arguments)
+        if known[key].startswith(UNKNOWN):
+            return known[key]  # it may answer next time
         with contextlib.suppress(OSError):
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_suffix(f".{os.getpid()}")
             temporary.write_text(json.dumps(known), "utf-8")
             temporary.replace(memory)
-    return str(known[key])
+    return known[key]
 
 
 def _which(name: str) -> str:
@@ -120,9 +149,13 @@ def _ask(path: str, arguments: list[str]) -> str:
     import subprocess
 
     try:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [path, *arguments], capture_output=True, text=True, timeout=ASK_SECONDS, check=False, env=environment()
+        )
     except OSError as error:
-        return f"unknown ({error.strerror})"
+        return f"{UNKNOWN} ({error.strerror})"
+    except subprocess.TimeoutExpired:
+        return f"{UNKNOWN} (no answer in {ASK_SECONDS} seconds)"
     return done.stdout.strip()
 
 

@@ -67,7 +67,8 @@ def emit(
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as every artifact has it: sorted keys, one space of indentation, a final newline."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1, sort_keys=True)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _chat_format(family: TokenizerFamily, facts: ModelFacts) -> ChatFormat | None:

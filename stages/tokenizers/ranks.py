@@ -14,6 +14,7 @@ LFS_HEADER = b"version https://git-lfs"
 # quadratic in the length of a token, so a hostile file must not choose it.
 MAX_FILE_BYTES = 64 << 20
 MAX_TOKEN_BYTES = 1024
+MAX_RANK_DIGITS = 9
 MAX_SHOWN = 20
 NO_RANK = 1 << 62
 
@@ -64,6 +65,8 @@ def _parse(line: bytes) -> tuple[bytes, int]:
         raise ValueError(f"{fields[0][:60]!r} is not base64 ({error})") from None
     if not 0 < len(token) <= MAX_TOKEN_BYTES:
         raise ValueError(f"a token of {len(token)} bytes (1 to {MAX_TOKEN_BYTES} are possible)")
+    if len(fields[1]) > MAX_RANK_DIGITS:
+        raise ValueError(f"a rank of {len(fields[1])} digits (1 to {MAX_RANK_DIGITS} are possible)")
     return token, int(fields[1])
 
 

@@ -14,6 +14,8 @@ from stages.tokenizers.errors import TokenizerError
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20
+MAX_ID_DIGITS = 9
+MAX_SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     vocabulary, why_file = _vocabulary(root, files, family)
     if config.get("extra_vocab_file"):
         raise TokenizerError(
-            f"{files[CONFIG]}: extra_vocab_file is set ({config['extra_vocab_file']!r}); vocabularies in two "
+            f"{files[CONFIG]}: extra_vocab_file is set ({_shown(config['extra_vocab_file'])}); vocabularies in two "
             "files are not supported: merge the ranks into one"
         )
     lines = [
@@ -81,6 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise TokenizerError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, which no tokenizer configuration is")
     try:
         value = json.loads(path.read_bytes().decode("utf-8"))
+        # Half of a surrogate pair passes as an escape, but can be neither written nor printed.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not JSON in UTF-8 ({error})") from None
     if not isinstance(value, dict):
@@ -90,13 +94,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[str, str]:
     remote = _remote_class(config)
-    for key, named in (
+    for key, value in (
         ("tokenizer_class", config.get("tokenizer_class")),
         ("auto_map", remote and remote.rpartition(".")[2]),
     ):
-        if named is None:
+        if value is None:
             continue
-        plain = str(named).removesuffix("Fast")
+        named = str(value)[:MAX_SHOWN]
+        plain = named.removesuffix("Fast")
         for family, rule in RULES.items():
             if plain in rule.classes:
                 return family, f"{key} names {named}"
@@ -150,15 +155,18 @@ def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int,
     """Return the tokens whose ids the checkpoint states beside its vocabulary: id -> text."""
     stated: dict[int, str] = {}
     if "added_tokens.json" in files:
-        stated |= {
-            index: text for text, index in read_json(files["added_tokens.json"]).items() if isinstance(index, int)
-        }
+        for text, index in read_json(files["added_tokens.json"]).items():
+            if type(index) is not int or not 0 <= index < 10**MAX_ID_DIGITS:
+                raise TokenizerError(
+                    f"{files['added_tokens.json']}: {_shown(text)} has {_shown(index)}, which is no id"
+                )
+            stated[index] = text
     decoder = config.get("added_tokens_decoder")
     for index, entry in (decoder if isinstance(decoder, dict) else {}).items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        if not (index.isdecimal() and isinstance(content, str)):
+        if not (index.isdecimal() and len(index) <= MAX_ID_DIGITS and isinstance(content, str)):
             raise TokenizerError(
-                f"{files[CONFIG]}: added_tokens_decoder[{index!r}] is not an id with a token's content"
+                f"{files[CONFIG]}: added_tokens_decoder[{_shown(index)}] is not an id with a token's content"
             )
         stated[int(index)] = content
     return stated
@@ -177,6 +185,11 @@ def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str 
             (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
         )
     return template if isinstance(template, str) else None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _known() -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stages.runtime.session import Session
     from stages.runtime.tokenizer import BundleTokenizer
@@ -25,6 +25,12 @@ PROBES = (
 )
 
 
+# The shortest prompt that can be cut into chunks, halves and thirds.
+SHORTEST = 3
+# What the checks of text are called, and of the logits after every token.
+TEXT, EVERY_STEP = "greedy text after", "every step"
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that was checked. ``measured`` and ``bound`` are relative differences where the check has numbers."""
@@ -37,9 +43,14 @@ class Check:
 
 
 def difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Return max |found - wanted| over max |wanted|, of the worst row; infinite where anything is not finite."""
+    """Return max |found - wanted| over max |wanted|, of the worst row; infinite where anything is not finite.
+
+    A row of zeros is met by zeros alone.
+    """
     found, wanted = np.atleast_2d(found), np.atleast_2d(wanted)
-    worst = np.abs(found - wanted).max(-1) / np.abs(wanted).max(-1)
+    away, scale = np.abs(found - wanted).max(-1), np.abs(wanted).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        worst = np.where(away == 0, 0.0, away / scale)
     return float(worst.max()) if np.isfinite(worst).all() else math.inf
 
 
@@ -59,13 +70,17 @@ def decode_all(session: Session, tokens: Sequence[int]) -> np.ndarray:
 
 
 def logits(session: Session, tokens: Sequence[int], prompt: int, wanted: np.ndarray, bound: float) -> list[Check]:
-    """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V]."""
-    found = [
-        ("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :]),
-        ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
-        ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
-    ]
-    if session.sequences > 1:
+    """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V].
+
+    A ``prompt`` of fewer than :data:`SHORTEST` tokens is read by prefill and decode alone.
+    """
+    found = [("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :])]
+    if prompt >= SHORTEST:
+        found += [
+            ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
+            ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
+        ]
+    if prompt >= SHORTEST and session.sequences > 1:
         first, second = prompt // 2, prompt // 3
         rows = [first - 1, second - 1, first, second]
         found.append(("two sequences at once", _batched(session, tokens, first, second), wanted[rows]))
@@ -117,9 +132,9 @@ def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, b
     Without ``exact``, where the bundle's two candidates are within twice the tolerance of each other, either is right
     and the comparison ends there.
     """
-    name = f"greedy text after {wanted.prompt[-24:]!r}"
+    name = f"{TEXT} {wanted.prompt[-24:]!r}{wanted.note}"
     sequence = session.add()
-    logits = session.prefill(sequence, tokenizer.encode(wanted.prompt))
+    logits = session.prefill(sequence, wanted.prompt_ids)
     active = min(tokenizer.active_vocab_size, session.vocab_size)
     ended = ""
     for position, token in enumerate(wanted.ids):
@@ -140,11 +155,11 @@ def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, b
     return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, reads {text[:60]!r}")
 
 
-def embedding(session: Session, tokens: Sequence[int], table: np.ndarray) -> Check:
-    """``embed`` must return the rows of the held ``table`` float32 [V, h], in the compute dtype."""
+def embedding(session: Session, tokens: Sequence[int], rows: Callable[[list[int]], np.ndarray]) -> Check:
+    """``embed`` must return the held table's ``rows`` of the ids, float32 [n, h], in the compute dtype."""
     ids = sorted(set(tokens))[: session.prefill_chunk]
     found = session.embed(ids)
-    wanted = table[ids].astype(found.dtype)
+    wanted = rows(ids).astype(found.dtype)
     # One product may round differently in a compute dtype of float16; in float32 it is the same product.
     return compare("embed", found.astype(np.float32), wanted.astype(np.float32), 1e-3)
 

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from stages.verification import weights
 from stages.verification.reference import Continuation, Reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 
 class LiveError(RuntimeError):
@@ -60,9 +61,11 @@ def reference(request: Request, prompt: str, decode: Callable[[Sequence[int]], s
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.npz"
         asked.write_text(json.dumps(asdict(request), default=str), "utf-8")
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # An empty entry would be the working directory, which -P keeps out: nothing that lies there may be imported.
+        inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        path = os.pathsep.join([str(Path(__file__).parents[2]), *inherited])
         done = subprocess.run(
-            [sys.executable, "-m", "stages.verification.live", asked, answered],
+            [sys.executable, "-P", "-m", "stages.verification.live", asked, answered],
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -79,7 +82,10 @@ def reference(request: Request, prompt: str, decode: Callable[[Sequence[int]], s
             tokens, logits = result["tokens"].tolist(), result["logits"]
             continued = [result[f"continuation_{i}"].tolist() for i in range(len(request.prompts))]
             origin = f"{result['origin']} in float32 on the bundle's own weights"
-    continuations = [Continuation(text, ids, decode(ids)) for text, ids in zip(request.prompts, continued, strict=True)]
+    continuations = [
+        Continuation(text, prompt_ids, ids, decode(ids))
+        for (text, prompt_ids), ids in zip(request.prompts.items(), continued, strict=True)
+    ]
     return Reference(origin, prompt, len(request.prompt), tokens, logits, continuations)
 
 
@@ -108,14 +114,34 @@ def _model(request: Request) -> Any:
     described = json.loads(Path(request.config).read_text("utf-8"))
     records = tensor_cache.records(Path(request.bundle))
     tensors: dict[str, np.ndarray] = {}
-    for entry, array in weights.held(registry, records, SCHEMES[registry["scheme"]]):
-        tensors |= weights.by_source(entry, array)
+    for tensor in weights.held(registry, records, SCHEMES[registry["scheme"]]):
+        tensors[tensor.name] = tensor.values()
     family = load_family(described["family"])
     name, keywords, state = family.to_reference(family.config(**described["config"]), tensors)
     cls = getattr(transformers, name)
-    model = cls(cls.config_class(**keywords, attn_implementation="eager")).float().eval()
-    model.load_state_dict({key: torch.from_numpy(np.array(value)) for key, value in state.items()}, strict=True)
+    with _parameters_without_memory():
+        model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
+    # assign: the arrays become the parameters, so that the weights are in memory once.
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True, assign=True)
     return model
+
+
+@contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """Let modules be made with parameters on the meta device; buffers, which no checkpoint holds, stay real."""
+    import torch
+
+    module_class: Any = torch.nn.Module
+    register = module_class.register_parameter
+
+    def on_meta(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    module_class.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        module_class.register_parameter = register
 
 
 def _greedy(model: Any, prompt: Sequence[int], length: int, active: int, stop: Collection[int]) -> list[int]:

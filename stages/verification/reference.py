@@ -12,7 +12,7 @@ from blake3 import blake3
 from stages.models.safetensors import read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
 RECORD, TENSORS = "reference/reference.json", "reference/reference.safetensors"
@@ -22,11 +22,16 @@ _CHECKPOINT_FILES = ("config.json", "generation_config.json", "tokenizer_config.
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text, the ids of its greedy continuation, and that continuation as text."""
+    """A text and its ids, the ids of its greedy continuation, and that continuation as text.
+
+    ``note`` tells it from another continuation of the same text.
+    """
 
     prompt: str
+    prompt_ids: Sequence[int]
     ids: Sequence[int]
     text: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,44 +67,77 @@ def checkpoint_digest(digests: Mapping[str, str]) -> str:
     return blake3(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def read_recorded(files: Mapping[str, Path], digests: Mapping[str, str], scheme: str) -> Reference | None:
-    """Read the recording of ``scheme``, None if there is no case of it.
+def read_recorded(
+    files: Mapping[str, Path],
+    digests: Mapping[str, str],
+    scheme: str,
+    *,
+    vocab_size: int,
+    encode: Callable[[str], Sequence[int]],
+) -> Reference | None:
+    """Read the recording of ``scheme``, None if there is no case of it; ``encode`` gives the ids of a text.
 
     :class:`RecordingError` if the recording is of another checkpoint or by another script, or is damaged.
     """
     try:
-        document = json.loads(files[RECORD].read_text("utf-8"))
+        document = _load(files[RECORD])
         stale = _stale(document, digests)
         if stale:
             raise RecordingError(*stale)
         case = next((case for case in document["cases"] if case["scheme"] == scheme), None)
         if case is None:
             return None
-        tokens = [int(token) for token in case["tokens"]]
+        prompt, tokens = _text(case["prompt"]), _ids(case["tokens"], vocab_size)
+        if len(tokens) < 2:
+            raise ValueError(f"{len(tokens)} tokens are no prompt and its continuation")
         logits = _tensor(files[TENSORS], case["logits"]) if case["logits"] else None
-        if logits is not None and (logits.ndim != 2 or len(logits) != len(tokens)):
-            raise ValueError(f"{case['logits']} has shape {logits.shape} for {len(tokens)} tokens")
-        continuations = [
-            Continuation(entry["prompt"], [int(token) for token in entry["ids"]], entry["text"])
-            for entry in case["continuations"]
-        ]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, RecordingError):
-            raise
+        if logits is not None and logits.shape != (len(tokens), vocab_size):
+            raise ValueError(
+                f"{case['logits']} has shape {logits.shape} for {len(tokens)} tokens and a vocabulary of {vocab_size}"
+            )
+        continuations = [_continuation(entry, vocab_size, encode) for entry in case["continuations"]]
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(document.get("versions", {}).items()))
+    except RecordingError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RecordingError(f"{RECORD}: damaged: {type(error).__name__}: {error}") from None
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(document.get("versions", {}).items()))
     origin = f"{RECORD}, recorded by {document['script']['name']} with {versions}"
     # By the form of the recording the first half is the prompt and the second half was decoded.
-    return Reference(origin, case["prompt"], len(tokens) // 2, tokens, logits, continuations)
+    return Reference(origin, prompt, len(tokens) // 2, tokens, logits, continuations)
 
 
 def recorded_prompts(files: Mapping[str, Path]) -> tuple[str, tuple[str, ...]] | None:
     """Return the prompt and the prompts of the continuations of a recording, None if there is none to be read."""
     try:
-        case = json.loads(files[RECORD].read_text("utf-8"))["cases"][0]
-        return str(case["prompt"]), tuple(str(entry["prompt"]) for entry in case["continuations"])
-    except (OSError, KeyError, TypeError, ValueError, IndexError):
+        case = _load(files[RECORD])["cases"][0]
+        return _text(case["prompt"]), tuple(_text(entry["prompt"]) for entry in case["continuations"])
+    except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError):
         return None
+
+
+def _load(path: Path) -> Any:
+    document = json.loads(path.read_text("utf-8"))
+    json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
+    return document
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"a prompt must be text, found {value!r:.60}")
+    return value
+
+
+def _ids(value: Any, vocab_size: int) -> list[int]:
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < vocab_size for token in value):
+        raise ValueError(f"ids must be a list of integers from 0 to {vocab_size - 1}, found {value!r:.60}")
+    return value
+
+
+def _continuation(entry: Any, vocab_size: int, encode: Callable[[str], Sequence[int]]) -> Continuation:
+    prompt, text = _text(entry["prompt"]), entry["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"the text of a continuation is {type(text).__name__}, not str")
+    return Continuation(prompt, encode(prompt), _ids(entry["ids"], vocab_size), text)
 
 
 def _stale(document: Any, digests: Mapping[str, str]) -> list[str]:

@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.verification.checks import Check
+from stages.verification.checks import EVERY_STEP, TEXT, Check
 
 
 @dataclass
 class Findings:
-    """Everything found about one bundle, filled in as the checks run."""
+    """Everything found about one bundle, filled in as the checks run; ``not_run`` says why it was not run."""
 
     name: str
     scheme: str
     target: str
     device: str
     reference: str
+    not_run: str = ""
     origin: str = ""
     checks: list[Check] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
@@ -35,14 +36,16 @@ class Findings:
         if self.failures:
             return "FAILED"
         if self.device == "none":
-            return "NOT RUN (no CUDA device)"
-        if self.reference == "none":
-            return "runs, not checked against a reference"
-        return "verified" if any(check.name == "every step" for check in self.checks) else "text verified"
+            return f"NOT RUN ({self.not_run})"
+        if self.reference != "none" and any(check.name == EVERY_STEP for check in self.checks):
+            return "verified"
+        if self.reference != "none" and any(check.name.startswith(TEXT) for check in self.checks):
+            return "text verified"
+        return "runs, not checked against a reference"
 
     def summary(self) -> str:
         """One line."""
-        measured = next((check.measured for check in self.checks if check.name == "every step"), None)
+        measured = next((check.measured for check in self.checks if check.name == EVERY_STEP), None)
         return self.verdict if measured is None else f"{self.verdict}, logits within {measured:.1e} of the reference"
 
     def document(self) -> dict[str, Any]:

@@ -103,10 +103,34 @@ STAGES = {
                 parts = [f"{i.each['shape']}={(i.path / 'deep' / 'text').read_text()}" for i in ctx.inputs("laid")]
                 (ctx.out / "joined.txt").write_text(ctx.params.glue.join(parts) + ctx.input("count").read_text())
     ''',
+    "deface": '''
+        """Writes into its input."""
+        from __future__ import annotations
+        from dataclasses import dataclass
+        from stagegraph.stage import Context, In, Out, Stage
+
+        class Deface(Stage):
+            """Spoils what it reads."""
+            id = "deface"
+
+            @dataclass(frozen=True)
+            class Params:
+                """None."""
+
+            inputs = {"words": In("read", "words", "the words")}
+            outputs = {"out": Out("out.txt", "a file")}
+
+            def run(self, ctx: Context) -> None:
+                path = ctx.input("words")
+                path.chmod(0o644)
+                with path.open("r+") as file:
+                    file.write("DAMAGED")
+                (ctx.out / "out.txt").write_text("done")
+    ''',
     "trouble": '''
         """Misbehaves on demand."""
         from __future__ import annotations
-        import os, signal, time
+        import os, signal, subprocess, time
         from dataclasses import dataclass
         from fakes.counting import count
         from stagegraph.stage import Context, Out, Stage, param
@@ -134,6 +158,25 @@ STAGES = {
                 elif kind == "sleep":
                     (ctx.out / "half.txt").write_text("half")
                     time.sleep(60)
+                elif kind == "link":
+                    os.symlink(os.environ["COUNT_FILE"], ctx.out / "out.txt")
+                    return
+                elif kind == "orphan":
+                    if os.fork() == 0:
+                        time.sleep(30)
+                        os._exit(0)
+                    os.kill(os.getpid(), signal.SIGSEGV)
+                elif kind == "late":
+                    if "LINGER" in os.environ:
+                        subprocess.Popen(["sh", "-c", f"sleep 1; echo x > {ctx.out}/late.txt"], start_new_session=True)
+                        time.sleep(60)
+                    time.sleep(2)
+                elif kind == "number":
+                    ctx.summary(5)
+                elif kind == "set":
+                    ctx.fact("n", {1, 2})
+                elif kind == "escape":
+                    ctx.view("../escape", "x")
                 elif kind == "short":
                     time.sleep(1.0)
                 elif kind == "stray":

@@ -46,7 +46,7 @@ def closure(lib: Path, rows: dict[str, str]) -> dict[str, str]:
 def test_the_closure_follows_imports_rows_and_data_files(lib: Path) -> None:
     assert sorted(closure(lib, {"lib.rows:ROWS": "a"})) == [
         "lib", "lib.late", "lib.row_a", "lib.rows", "lib.rows:OTHER[x]", "lib.rows:ROWS[a]", "lib.stage", "lib.tools",
-        "words.txt",
+        "lib.tools/words.txt",
     ]  # fmt: skip
 
 
@@ -89,3 +89,49 @@ def test_a_file_that_does_not_parse_counts_by_its_bytes(lib: Path) -> None:
     before = closure(lib, {})
     (lib / "tools.py").write_text("def (:\n")
     assert closure(lib, {})["lib.tools"] != before["lib.tools"]
+
+
+def test_a_data_file_may_come_and_go(lib: Path) -> None:
+    before = closure(lib, {})
+    (lib / "words.txt").unlink()
+    without = closure(lib, {})
+    assert set(before) - set(without) == {"lib.tools/words.txt"}
+    (lib / "words.txt").write_text("one two\n")
+    assert closure(lib, {}) == before
+
+
+def test_data_files_of_one_name_are_kept_apart_and_rows_name_theirs(lib: Path) -> None:
+    for name in ("a", "b"):
+        (lib / name).mkdir()
+        (lib / name / "__init__.py").write_text('TABLE = {"row": "words.txt"}\n')
+        (lib / name / "words.txt").write_text(name)
+    (lib / "late.py").write_text("import lib.a, lib.b\n")
+    before = closure(lib, {})
+    assert {"lib.a/words.txt", "lib.b/words.txt"} <= set(before)
+    (lib / "a" / "words.txt").write_text("other")
+    assert closure(lib, {}) != before
+
+
+def test_a_package_without_init_is_followed(lib: Path) -> None:
+    (lib / "__init__.py").unlink()
+    assert "lib.tools" in closure(lib, {})
+
+
+def test_the_else_of_a_type_checking_block_runs(lib: Path) -> None:
+    (lib / "late.py").write_text("if TYPE_CHECKING:\n    import lib.rows\nelse:\n    import lib.unused\n")
+    found = closure(lib, {})
+    assert "lib.unused" in found
+    assert "lib.rows" not in found
+
+
+def test_an_edit_under_way_is_noticed(lib: Path) -> None:
+    index = Index(lib.parent / "index")
+    code = CodeDigests(index)
+    found = code.closure("lib.stage", {})
+    assert code.changed(found) == []
+    (lib / "tools.py").write_text("# a remark\n" + (lib / "tools.py").read_text())
+    assert code.changed(found) == []
+    (lib / "row_a.py").write_text("def run(): return 'c'\n")
+    (lib / "words.txt").write_text("other")
+    assert code.changed(found) == [str(lib / "row_a.py"), str(lib / "words.txt")]
+    index.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ def start(demo: Demo, *argv: str) -> subprocess.Popen[bytes]:
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background shells ignore it
     )
 
 
@@ -65,6 +67,11 @@ def wait_for(demo: Demo, name: str) -> None:
         ("segfault", "killed by SIGSEGV; a crash in native code"),
         ("killed", "killed by SIGKILL; usually out of memory"),
         ("bug", "KeyError: 'oops'"),
+        ("link", "output out.txt is a link or a special file"),
+        ("number", "TypeError: expected text, found int: 5"),
+        ("set", "TypeError: Object of type set is not JSON serializable"),
+        ("escape", "ValueError: view name '../escape' must be"),
+        ("orphan", "killed by SIGSEGV"),
         ("stray", "wrote stray.txt, which is none of its declared outputs"),
         ("nothing", "did not write its output 'out' (out.txt)"),
     ],
@@ -113,7 +120,13 @@ def test_fail_fast_starts_nothing_more(demo: Demo) -> None:
 
 
 def test_peak_memory_is_of_the_node(troubled: Demo) -> None:
+    first, _, second = TROUBLE.partition("  read:")
+    read, _, trouble = second.partition("  trouble:")
+    troubled.pipeline.write_text(
+        f"{first}  trouble:{trouble}  read:{read}"
+    )  # the hungry one first, one worker for both
     result = troubled.run("-j", "1", "--set", "vars.kind=memory")
+    assert [n["node"] for n in result.json["nodes"]] == ["trouble", "read"]
     peaks = {n["node"]: n["peak_bytes"] for n in result.json["nodes"]}
     assert peaks["trouble"] > 200 << 20
     assert peaks["read"] < 150 << 20
@@ -216,3 +229,111 @@ def test_what_is_not_read_needs_not_be_there(demo: Demo) -> None:
     result = demo.run()
     assert result.code == 2
     assert "join reads read.count on port 'count': add 'read' to its needs" in result.err
+
+
+def test_code_edited_during_a_run_is_not_stored_under_the_old_key(troubled: Demo) -> None:
+    process = start(troubled, "-j", "1", "--stage", "trouble", "--set", "vars.kind=short")
+    wait_for(troubled, "trouble")
+    troubled.edit("trouble", '"done" if', '"edited" if')
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert b"trouble.py: changed while it was being read; run again" in out
+    assert troubled.run("--stage", "trouble", "--set", "vars.kind=short").code == 0
+    assert troubled.path("trouble", "out.txt").read_text() == "edited"
+
+
+def test_what_outlives_a_killed_run_cannot_write_into_the_next(troubled: Demo, monkeypatch) -> None:
+    monkeypatch.setenv("LINGER", "1")
+    process = start(troubled, "--set", "vars.kind=late")
+    wait_for(troubled, "trouble")
+    time.sleep(0.3)
+    process.kill()
+    process.communicate()
+    monkeypatch.delenv("LINGER")
+    assert troubled.run("--set", "vars.kind=late").code == 0
+    assert sorted(p.name for p in troubled.path("trouble").iterdir()) == ["out.txt"]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["linked", "copied"])
+def test_a_stage_that_writes_into_its_input_spoils_nothing_unseen(demo: Demo, limit: int, monkeypatch) -> None:
+    monkeypatch.setattr("stagegraph.store.HARDLINK_FROM", limit)
+    demo.pipeline.write_text(demo.pipeline.read_text().partition("  shape:")[0] + "  deface: {needs: [read]}\n")
+    demo.run()
+    demo.counts  # noqa: B018
+    again = demo.run()
+    assert demo.path("read", "words.txt").read_text() == "some words here\n"
+    assert demo.counts == (["read"] if limit == 0 else [])
+    assert again.code == 0
+
+
+def test_links_and_files_in_the_way_are_replaced_never_followed(demo: Demo) -> None:
+    demo.run()
+    demo.counts  # noqa: B018
+    precious = demo.folder / "precious"
+    (precious / "deep").mkdir(parents=True)
+    (precious / "deep" / "text").write_text("mine")
+    shutil.rmtree(demo.path("shape[line]"))
+    demo.path("shape[line]").symlink_to(precious)
+    shutil.rmtree(demo.path("shape[column]", "laid"))
+    demo.path("shape[column]", "laid").symlink_to(precious)
+    shutil.rmtree(demo.path("join"))
+    demo.path("join").write_text("in the way")
+    assert demo("status", str(demo.pipeline), "--check").code == 4
+    assert demo.run().code == 0
+    assert demo.counts == []
+    assert (precious / "deep" / "text").read_text() == "mine"
+    assert demo.path("join", "joined.txt").exists()
+    assert demo("status", str(demo.pipeline), "--check").code == 0
+
+
+def test_nodes_with_one_key_run_once(demo: Demo) -> None:
+    demo.pipeline.write_text(
+        demo.pipeline.read_text().replace("  join:", "  again: {uses: read, with: {text: words}}\n  join:")
+    )
+    result = demo.run("--stage", "read", "--stage", "again")
+    assert demo.counts == ["read"]
+    assert sorted(result.outcomes.values()) == ["BUILT", "HIT"]
+
+
+def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch) -> None:
+    demo.run()
+    demo.counts  # noqa: B018
+
+    def full(*_args: object, **_kwargs: object) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("diskcache.Cache.__init__", full)
+        result = demo("status", str(demo.pipeline))
+        assert result.code == 3
+        assert "disk is full" in result.err
+    assert set(demo.run().outcomes.values()) == {"HIT"}
+
+
+def test_a_damaged_page_of_the_index_heals(demo: Demo) -> None:
+    demo.run()
+    path = demo.folder / "artifacts/.stagegraph/index/cache.db"
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[16:18], "big") or 65536
+    content[size:] = b"\x55" * (len(content) - size)  # every page but the first
+    for extra in path.parent.glob("cache.db-*"):
+        extra.unlink()
+    path.write_bytes(content)
+    assert demo.run().code == 0
+    assert demo.run().outcomes["join"] == "HIT"
+
+
+def test_problems_are_json_too(demo: Demo) -> None:
+    result = demo.run("--set", "vars.text=nowhere")
+    assert result.json["ok"] is False
+    assert "there is no file or directory" in result.json["problems"][0]
+
+
+def test_a_stage_module_that_does_not_load_is_said_with_its_place(demo: Demo) -> None:
+    (demo.package / "join.py").write_text("def (:\n")
+    result = demo("status", str(demo.pipeline))
+    assert result.code == 2
+    assert "stage 'join' cannot be loaded: SyntaxError" in result.err
+    assert "Traceback" not in result.err

@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from stagegraph.digest import canonical, digest_json
 from stagegraph.key import differences, key_document, key_of
 from stagegraph.pipeline import NodeSpec
 from stagegraph.sources import SourceState
 from stagegraph.stage import In, Out, Source, Stage, param, source
+from tests.engine.conftest import Demo
 
 # Every field of a node, and whether it can influence the key. A new field must be put into one of the two.
-HASHED = {"uses", "each", "params", "needs"}
-NOT_HASHED = {"name", "entry", "places", "place", "need_places", "resources", "timeout"}
+HASHED = {"uses", "params", "needs"}  # by stage id, value, and the content of what is needed
+NOT_HASHED = {"name", "entry", "each", "places", "place", "need_places", "resources", "timeout"}
 STAGE_HASHED = {"id", "version", "inputs"}
 STAGE_NOT_HASHED = {"profile", "Params", "outputs"}  # Params by value; outputs and run by the code digest
 
@@ -73,6 +76,37 @@ def test_the_digest_of_a_document_is_pinned() -> None:
     assert canonical({"b": 1, "a": ["é"]}) == '{"a":["é"],"b":1}'.encode()
     assert digest_json({}) == "6e46dd10defc9b56c29a6ec56b508c21f54c08192194e4df25bf36f0c9c3c279"
     assert key_of(document(BASE)) == PINNED
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stage": "other"},
+        {"version": 4},
+        {"params": {"scheme": "q0"}},
+        {"sources": {"checkpoint": {"w.bin": "d2"}}},
+        {"inputs": {"config": "c2", "parts": []}},
+        {"code": {"stages.x": "s2"}},
+        {"tools": {"tool": "1.1"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_part_of_the_document_moves_the_key(change: dict) -> None:
+    assert key_of({**document(BASE), **change}) != key_of(document(BASE))
+
+
+def test_names_places_limits_and_instances_do_not_move_the_key(demo: Demo) -> None:
+    demo.run()
+    demo.counts  # noqa: B018
+    text = demo.pipeline.read_text()
+    text = text.replace(
+        "  read:", "\n\n  reader: {uses: read, timeout: 1h, resources: {memory: 1 GiB, exclusive: true}, with:"
+    )
+    text = text.replace('with: {with: {text: "${vars.text}"}}', 'with: {text: "${vars.text}"}}')
+    text = text.replace("[read]", "[reader]").replace("[shape, read]", "[shape, reader]")
+    demo.pipeline.write_text(text)
+    assert set(demo.run().outcomes.values()) == {"HIT"}
+    assert demo.counts == []
 
 
 def test_differences_name_the_cause() -> None:

@@ -83,7 +83,7 @@ def test_a_file_that_never_rests_is_refused(tmp_path: Path, index: Index, monkey
     path = tmp_path / "w.bin"
     path.write_text("x")
 
-    def growing(file: Path) -> str:
+    def growing(file: Path, _stop: object) -> str:
         with file.open("a") as out:
             out.write("x")
         return "digest"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,10 @@ print(json.dumps({"compiler": not tvm.base._RUNTIME_ONLY, "torch": "torch" in sy
 
 
 def test_the_compiler_is_loaded_quietly_and_without_torch():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "TVM_USE_RUNTIME_LIB": "1"}  # as a shell may have it that ran a bundle before
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+    )
     assert json.loads(done.stdout) == {"compiler": True, "torch": False}
     assert done.stderr == ""
 

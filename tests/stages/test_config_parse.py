@@ -10,7 +10,7 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
-from stages.models import FAMILIES
+from stages.models import FAMILIES, strict_json
 from tests.checkpoints import write_json, write_qwen
 from tests.local_context import LocalContext, run_stage
 
@@ -82,6 +82,9 @@ def test_rows_name_the_family_and_tolerate_what_is_not_there(checkpoint: Path, t
     (checkpoint / "config.json").write_text("[1, 2")
     assert rows(checkpoint) == {}
     assert rows(tmp_path / "nowhere") == {}
+    for text in ('{"model_type": ["qwen"]}', "[" * 100_000, '{"a":' * 100_000, '"qwen"'):
+        (checkpoint / "config.json").write_text(text)
+        assert rows(checkpoint) == {}
 
 
 def test_no_config_and_no_weights(checkpoint: Path):
@@ -126,8 +129,37 @@ def test_config_must_be_strict_json(checkpoint: Path):
     assert problems(checkpoint) == ["config.json: not valid JSON: key 'model_type' occurs twice in one object"]
     (checkpoint / "config.json").write_text('{"model_type": NaN}')
     assert problems(checkpoint) == ["config.json: not valid JSON: NaN is not a JSON number"]
+    (checkpoint / "config.json").write_text('{"model_type": 1e999}')
+    assert problems(checkpoint) == [
+        "config.json: not valid JSON: 1e999 is beyond every floating-point number",
+    ]
+    for text in (r'{"\udce9": 1}', r'{"a": [{"b": "x\ud800y"}]}'):
+        (checkpoint / "config.json").write_text(text)
+        (problem,) = problems(checkpoint)
+        assert problem.endswith("holds half of a surrogate pair, which is no character")
+        assert problem.encode()
     (checkpoint / "config.json").write_text('"qwen"')
     assert problems(checkpoint) == ["config.json: expected a JSON object, found str"]
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path):
+    (tmp_path / "x").write_text(r'{"a": "\ud83d\ude00"}')
+    assert strict_json.read_object(tmp_path / "x", "x") == {"a": "\N{GRINNING FACE}"}
+
+
+def test_an_endless_config_is_not_read(checkpoint: Path):
+    with (checkpoint / "config.json").open("wb") as file:
+        file.truncate(strict_json.MAX_BYTES + 1)
+    assert problems(checkpoint) == [
+        "config.json: 67,108,865 bytes is no description of a model (at most 67,108,864 are read)"
+    ]
+
+
+def test_hostile_numbers_and_keys_make_short_messages(checkpoint: Path):
+    change(checkpoint, "config.json", hidden_size=10**4000, layer_norm_epsilon=10**400, **{"k" * 10_000: 1})
+    assert all(len(problem) < 300 for problem in problems(checkpoint))
+    change(checkpoint, "config.json", **{f"unknown{i}": 1 for i in range(1000)})
+    assert sum("unknown" in problem for problem in problems(checkpoint)) < 25
 
 
 def test_everything_wrong_is_said_at_once(checkpoint: Path):
@@ -170,7 +202,11 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
         ({"stop_words_ids": [300]}, "stop_words_ids = [300]; expected a list of lists of token ids"),
         ({"stop_words_ids": [[1, "x"]]}, "stop_words_ids = [1, 'x']; expected token ids"),
         ({"chat_format": 7}, "chat_format = 7; expected a name"),
-        ({"top_p": "high"}, "top_p = 'high'; expected a number"),
+        ({"top_p": "high"}, "top_p = 'high'; expected a number above 0 and at most 1"),
+        ({"top_p": True}, "top_p = True; expected a number above 0 and at most 1"),
+        ({"temperature": -1}, "temperature = -1; expected a number, at least 0"),
+        ({"top_k": 0.5}, "top_k = 0.5; expected a whole number, at least 0"),
+        ({"do_sample": 1}, "do_sample = 1; expected true or false"),
     ],
 )
 def test_bad_generation_settings_are_named(checkpoint: Path, values, message):

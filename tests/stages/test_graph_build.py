@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +48,21 @@ def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, e
         assert dict(module[name].attrs["tir_var_upper_bound"]) == {"batch_size": 3, "seq_len": 32}
     assert set(context.views) == {"operators", "ir"}
     assert graph["prefill_chunk"] == 32
+    assert graph["page_size"] == 16
+
+
+@pytest.mark.parametrize("target", ["llvm", "cuda"])
+def test_the_kernels_of_the_cache_read_pages_of_the_one_size(tmp_path, target):
+    registered = libraries.register(tmp_path / "registered", "q4f16_1", target)
+    libraries.build_graph(tmp_path, registered, target, "kv")
+    page_size = json.loads((tmp_path / "graph.json").read_text())["page_size"]
+    module = tvm.ir.load_json((tmp_path / "module.json").read_text())
+    found = set()
+    for _, function in module.functions_items():
+        shapes = re.findall(r"\bpages: T.Buffer\(\(([^)]+)\)", function.script())
+        found |= {shape.split(", ")[-2] for shape in shapes}
+    assert {size for size in found if size.isdigit()} == {str(page_size)}
+    assert "page_size" not in {field.name for field in dataclasses.fields(GraphBuild.Params)}
 
 
 def test_the_chunk_is_no_longer_than_the_context(tmp_path, registered):

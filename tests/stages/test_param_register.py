@@ -99,6 +99,24 @@ def test_every_disagreement_is_listed_at_once(parsed: Path):
     )
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_listed(parsed: Path):
+    model = json.loads((parsed / "model.json").read_text())
+    model["num_layers"] = model["config"]["num_layers"] = 10**9
+    (parsed / "model.json").write_text(json.dumps(model))
+    with pytest.raises(StageError, match="asks for 1,000,000,000 layers, but the checkpoint has only 11 tensors"):
+        register(parsed, "q0f32")
+
+
+def test_thousands_of_problems_of_a_kind_are_counted(parsed: Path):
+    change_tensors(parsed, **{f"x.{i}": {"dtype": "F32", "shape": [1], "file": "x"} for i in range(1000)})
+    change_tensors(parsed, **{"lm_head.weight": ...})
+    with pytest.raises(StageError) as caught:
+        register(parsed, "q0f32")
+    assert caught.value.problems[0] == "tensor lm_head.weight [512, 64] is missing from the checkpoint"
+    assert len(caught.value.problems) == 22
+    assert caught.value.problems[-1] == "and 980 more of this kind"
+
+
 def test_rows_must_split_into_groups(tmp_path: Path):
     checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, ff=80)
     run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)})

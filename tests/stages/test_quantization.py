@@ -165,3 +165,12 @@ def test_a_failed_writer_leaves_nothing(tmp_path: Path):
     with pytest.raises(RuntimeError):
         interrupted()
     assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_error_of_values_whose_squares_fit_no_float32(scale):
+    """The same error at every scale."""
+    source = np.linspace(1, 2, 64, dtype=np.float32).reshape(8, 8) * np.float32(scale)
+    rmse, worst = relative_error(source, lambda rows: source[rows] * np.float32(1.25))
+    assert rmse == pytest.approx(0.25, rel=1e-5)
+    assert worst == pytest.approx(0.25, rel=1e-5)

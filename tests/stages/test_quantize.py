@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -121,6 +122,11 @@ def test_values_that_are_not_finite_name_their_tensor(tmp_path: Path):
         "transformer.h.1.mlp.w1.weight): the value at [103, 5] is nan"
     )
     assert not (tmp_path / "q4f16_1/weights").exists()
+
+
+def test_the_libraries_that_compute_are_in_the_key():
+    params = Quantize.Params(checkpoint="x", scheme="q0f32", target="llvm")
+    assert Quantize().tools(params) == {"numpy": np.__version__, "ml-dtypes": ml_dtypes.__version__}
 
 
 def test_scheme_and_register_must_agree(tmp_path: Path):

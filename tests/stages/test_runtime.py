@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from stages.runtime import host, manifest, tensor_cache
+from stages.runtime import backend, host, manifest, tensor_cache
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
@@ -182,6 +182,20 @@ def test_device_code_covers_its_major_version_and_ptx_what_follows(recorded, tmp
     problems = manifest.capability_problems(manifest.read(built.bundle), capability)
     assert problems == ([] if fits else [problems[0]])
     assert fits or "(elf 80, ptx 89) does not run on sm_75" in problems[0]
+
+
+@pytest.mark.parametrize(("capability", "fits"), [(75, False), (80, True)])
+def test_a_session_on_cuda_asks_for_code_that_the_device_runs(recorded, tmp_path, monkeypatch, capability, fits):
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda", device_code=[{"kind": "elf", "arch": 80}]))
+    processor = backend.device("cpu")
+    monkeypatch.setattr(backend, "device", lambda _: processor)
+    monkeypatch.setattr(backend, "capability", lambda _: capability)
+    if fits:
+        assert Session(manifest.read(built.bundle)).manifest.device == "cuda"
+    else:
+        with pytest.raises(BundleError, match=r"\(elf 80\) does not run on sm_75"):
+            Session(manifest.read(built.bundle))
 
 
 # The machine

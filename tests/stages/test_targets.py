@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import struct
 
 import pytest
 
+from stagegraph.stage import StageError
+from stages.compile import Compile
+from stages.runtime.host import missing_features
 from stages.targets import fatbin, host, toolchain
 from stages.targets.fatbin import DeviceCode
 from stages.targets.table import TARGETS
@@ -37,7 +42,36 @@ def test_a_processor_is_its_highest_full_level_and_the_extras(flags, literal):
 def test_required_features_spell_out_the_levels():
     assert set(host.required_features("x86-64-v4+avx512vnni")) >= {"sse2", "avx2", "avx512f", "avx512vnni"}
     assert "avx512f" not in host.required_features("x86-64-v3")
-    assert host.required_features("znver4+gfni") == ("gfni",)
+    assert {"aes", "vaes"} <= set(host.required_features("x86-64-v4+vaes"))
+
+
+# What LLVM lists beside instructions that a loader could look for: its tuning, and what every x86-64 processor has.
+EVERY_X86_64 = ["64bit", "cmov", "crc32", "cx8", "fxsr", "mmx", "nopl", "x87"]
+TUNING = re.compile(r"64bit-mode|idivq-to-divl|macrofusion|vzeroupper|(allow|fast|false-deps|prefer|slow)-.*")
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the levels are those of x86-64")
+@pytest.mark.parametrize("cpu", [*host.LEVELS, *(f"x86-64-v4+{extra}" for extra in host.EXTRAS)])
+def test_required_features_are_all_that_llvm_may_use(cpu):
+    import tvm
+    from tvm.target.codegen import llvm_get_cpu_features
+
+    mcpu, added = host.parse(cpu)
+    triple = "x86_64-unknown-linux-gnu"
+    attributes = [f"+{feature}" for feature in added]
+    target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu, "mattr": attributes})
+    used = {str(feature) for feature in llvm_get_cpu_features(target)}
+    instructions = {feature for feature in used if not TUNING.fullmatch(feature)} - {*EVERY_X86_64}
+    assert instructions == set(host.required_features(cpu))
+
+
+def test_the_runtime_reads_the_kernels_flags_as_we_do():
+    for cpu in ("x86-64-v4", *(f"x86-64-v4+{extra}" for extra in host.EXTRAS)):
+        features = host.required_features(cpu)
+        flags = frozenset(host.FLAGS.get(feature, feature) for feature in features)
+        assert missing_features(features, flags) == [], cpu
+        for feature in features:
+            assert missing_features(features, flags - {host.FLAGS.get(feature, feature)}) == [feature]
 
 
 def test_this_machine_has_what_its_literal_says():
@@ -46,10 +80,22 @@ def test_this_machine_has_what_its_literal_says():
     assert not host.problems(host.host_cpu()), added
 
 
-def test_a_misspelt_feature_is_named():
-    (problem,) = host.problems("x86-64-v3+avx512vni")
-    assert "avx512vni" in problem
-    assert "avx512vnni" in problem
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the levels are those of x86-64")
+@pytest.mark.parametrize(
+    ("cpu", "says"),
+    [
+        ("znver4", "'znver4' is not one of x86-64, x86-64-v2, x86-64-v3, x86-64-v4; take the highest"),
+        ("native", "'native' is not one of"),
+        ("generic", "'generic' is not one of"),
+        ("", "'' is not one of"),
+        ("x86-64-v4+avx512vni", "x86-64-v4 cannot be given 'avx512vni'; what it can be given: amx-bf16"),
+        # LLVM would silently add all of AVX-512 and what is below it.
+        ("x86-64-v2+avx512vnni", "x86-64-v2 cannot be given 'avx512vnni'; what it can be given: nothing"),
+    ],
+)
+def test_a_processor_whose_instructions_nobody_wrote_down_is_refused(cpu, says):
+    (problem,) = host.problems(cpu)
+    assert says in problem
 
 
 @pytest.fixture
@@ -95,11 +141,44 @@ def test_a_version_is_asked_once_and_again_when_the_file_changes(machine, tmp_pa
     assert toolchain.cxx().version == "g++ 14.0.1 longer"
 
 
-def test_a_damaged_memory_is_ignored(machine, tmp_path):
+@pytest.mark.parametrize("memory", ["[not json", "[]", "7", "[" * 100_000])
+def test_a_damaged_memory_is_ignored(machine, tmp_path, memory):
     (tmp_path / "cache" / "stagegraph").mkdir(parents=True)
-    (tmp_path / "cache" / "stagegraph" / "compilers.json").write_text("[not json")
+    (tmp_path / "cache" / "stagegraph" / "compilers.json").write_text(memory)
     machine("clang++", "19.1")
     assert toolchain.cxx().version == "clang++ 19.1"
+
+
+def test_a_compiler_that_does_not_answer_is_asked_again(machine, monkeypatch):
+    path = machine("g++", "13.9.0")
+    answering = path.read_text()
+    path.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(toolchain, "ASK_SECONDS", 0.1)
+    assert toolchain.cxx().version == "g++ unknown (no answer in 0.1 seconds)"
+    path.write_text(answering)
+    monkeypatch.undo()
+    toolchain.cxx.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["g++ -O0", "/missing/g++", "nvcc"])
+def test_a_cxx_that_is_no_compiler_is_refused(machine, monkeypatch, value):
+    machine("g++", "13.9.0")
+    machine("nvcc", "usage: nvcc")
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(toolchain.ToolchainError, match=re.escape(f"CXX is set to {value!r}, which")):
+        toolchain.cxx()
+    with pytest.raises(StageError, match="CXX is set to"):
+        Compile().resolve(Compile.Params(target="llvm"))
+    monkeypatch.setenv("CXX", "g++")
+    assert toolchain.cxx().version == "g++ 13.9.0"
+
+
+def test_compilers_see_no_variable_that_changes_what_they_make(monkeypatch):
+    monkeypatch.setenv("TMPDIR", "/somewhere")
+    for name in ("CPATH", "LIBRARY_PATH", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "LD_RUN_PATH"):
+        monkeypatch.setenv(name, "x")
+    assert toolchain.environment()["TMPDIR"] == "/somewhere"
+    assert set(toolchain.environment()) <= {"LC_ALL", *toolchain.PASSED_ON}
 
 
 def test_the_packaged_nvcc_comes_before_the_system_one(machine, tmp_path, monkeypatch):

@@ -52,6 +52,8 @@ def test_git_lfs_pointer_is_named_as_such(tmp_path):
         (b"aGk 256", "is not base64"),
         (b"\xff\xfe 256", "is not base64"),
         (base64.b64encode(b"a" * (MAX_TOKEN_BYTES + 1)) + b" 256", f"a token of {MAX_TOKEN_BYTES + 1} bytes"),
+        (b"aGk= " + b"1" * 4299, "a rank of 4299 digits"),
+        (b"aGk= " + b"1" * 5000, "a rank of 5000 digits"),
         (b"YQ== 256", "token b'a' again; line 98 gave it rank 97"),
         (b"aGk= 97", "rank 97 again; line 98 has it too"),
     ],
@@ -61,6 +63,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path, line, says):
     (problem,) = problems_of(path, tiktoken_text(SINGLE) + line + b"\n")
     assert problem.startswith(f"{path}:257: ")
     assert says in problem
+    assert len(problem) < len(str(path)) + 200
 
 
 def test_all_problems_of_a_file_come_at_once(tmp_path):

@@ -94,10 +94,24 @@ def test_no_files_no_vocabulary_and_ambiguity_are_each_said(tmp_path):
         (b'{"tokenizer_class": "QWenTokenizer", "extra_vocab_file": "more.tiktoken"}', "extra_vocab_file is set"),
         (b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "added_tokens_decoder['x']"),
         (b'{"added_tokens_decoder": {"1": "a"}}', "added_tokens_decoder['1']"),
+        (b'{"added_tokens_decoder": {"' + b"1" * 5000 + b'": {"content": "a"}}}', "added_tokens_decoder['111"),
+        (b'{"chat_template": "\\ud800"}', "surrogates not allowed"),
+        (b'{"added_tokens_decoder": {"1": {"content": "\\udfff"}}}', "surrogates not allowed"),
+        (b'{"tokenizer_class": "' + b"x" * 5000 + b'"}', "tokenizer_class names xxx"),
     ],
 )
 def test_bad_configurations_are_one_clear_error(tmp_path, config, says):
-    assert says in error_of(tmp_path, qwen__tiktoken=b"x", tokenizer_config__json=config)
+    message = error_of(tmp_path, qwen__tiktoken=b"x", tokenizer_config__json=config)
+    assert says in message
+    assert len(message) < 2 * len(str(tmp_path)) + 400
+    assert message.encode()
+
+
+@pytest.mark.parametrize("index", [-1, 10**4000, True, "8", None])
+def test_an_added_token_needs_an_id(tmp_path, index):
+    message = error_of(tmp_path, qwen__tiktoken=b"x", added_tokens__json={"<|eight|>": index})
+    assert "'<|eight|>' has" in message
+    assert len(message) < len(str(tmp_path)) + 200
 
 
 def test_a_vocab_file_elsewhere_is_never_followed(tmp_path):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from stagegraph.stage import StageError
+from stages.runtime.errors import BundleError
+from stages.verification import checks as checks_of
 from stages.verify import Verify
 from tests.checkpoints import qwen_tensors, write_qwen, write_shards
 from tests.stages import bundles
@@ -82,9 +84,9 @@ def test_where_there_is_no_device_the_card_says_not_run(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document.update(target="cuda"))
     context = bundles.verify(built, tmp_path / "out", target="cuda", device="none", reference="recorded")
-    assert context.said == "NOT RUN (no CUDA device)"
+    assert context.said == "NOT RUN (device is none)"
     text = (tmp_path / "out" / "card.md").read_text() + (tmp_path / "out" / "verify.json").read_text()
-    assert "NOT RUN (no CUDA device)" in text
+    assert "NOT RUN (device is none)" in text
     assert "verified" not in text
     assert checks(context)["weights"]["ok"]
 
@@ -96,16 +98,84 @@ def test_auto_takes_what_there_is(recorded, quantized, monkeypatch):
 
     assert resolved(recorded.checkpoint) == ("live", "cpu")
     monkeypatch.setattr("stages.verify.dist_versions", lambda *names: dict.fromkeys(names, "absent"))
-    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: False)
     assert resolved(recorded.checkpoint) == ("recorded", "cpu")
-    assert resolved(quantized.checkpoint, "cuda") == ("none", "none")
-    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: True)
-    assert resolved(quantized.checkpoint, "cuda") == ("none", "cuda")
+    assert resolved(quantized.checkpoint, "cuda") == ("none", "auto")
     with pytest.raises(StageError, match="does not run on device cuda"):
         Verify().resolve(Verify.Params(checkpoint="", target="llvm", device="cuda"))
 
 
+@pytest.mark.parametrize("driver", [False, True])
+def test_without_a_device_that_can_be_used_auto_says_why_nothing_was_run(recorded, tmp_path, monkeypatch, driver):
+    def none_there(_):
+        raise BundleError("TVM finds no CUDA device")
+
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr("stages.runtime.backend.device", none_there)
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda"))
+    context = bundles.verify(built, tmp_path / "out", target="cuda", reference="none")
+    assert context.said == f"NOT RUN ({'TVM finds no CUDA device' if driver else 'no NVIDIA driver is loaded'})"
+    assert "no CUDA device" in failure(built, tmp_path, target="cuda", device="cuda") or not driver
+
+
+def test_a_device_that_runs_none_of_the_code_is_not_run_on(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: True)
+    monkeypatch.setattr("stages.runtime.backend.device", lambda _: None)
+    monkeypatch.setattr("stages.runtime.backend.capability", lambda _: 75)
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda"))
+    context = bundles.verify(built, tmp_path / "out", target="cuda", reference="none")
+    assert "does not run on sm_75" in context.said
+
+
+@pytest.mark.parametrize(("window", "reference"), [(88, "live"), (16, "recorded"), (2, "recorded"), (1, "live")])
+def test_any_context_window_is_verified_as_far_as_it_goes(recorded, tmp_path, window, reference):
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document["model"].update(context_window=window))
+    context = bundles.verify(built, tmp_path / "out", reference=reference)
+    document = json.loads((context.out / "verify.json").read_text())
+    assert document["verdict"] == "verified"
+    assert ("every step" in checks(context), window < 3) == (
+        True,
+        any("too few" in text for text in document["unchecked"]),
+    )
+    assert any(text.startswith("text after 'every morning'") for text in document["unchecked"]) == (window < 88)
+
+
+def test_a_live_reference_meets_the_recorded_text_too(recorded, tmp_path):
+    found = checks(bundles.verify(recorded, tmp_path / "out", reference="live"))
+    assert found["greedy text after 'every morning', recorded"]["ok"]
+    assert recording_failure(recorded, tmp_path, other_text, reference="live").endswith("and not 'another text'")
+
+
+def test_no_text_compared_is_no_verified_text(recorded, tmp_path):
+    def nothing_said(document):
+        document["cases"][0].update(logits=None)
+        document["cases"][0]["continuations"][0].update(ids=[], text="")
+
+    built = with_recording(recorded, tmp_path, nothing_said)
+    assert bundles.verify(built, tmp_path / "out", reference="recorded").said == (
+        "runs, not checked against a reference"
+    )
+    assert "text after 'every morning': the reference ends it there" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_another_tokenizer_family_reruns_nothing(recorded):
+    rows = Verify().rows(Verify.Params(checkpoint=str(recorded.checkpoint), target="llvm"), {"family": "qwen"})
+    assert rows["stages.tokenizers:TOKENIZERS"] == rows["stages.tokenizers.resolution:RULES"] == "tiktoken-qwen"
+    assert rows["stages.tokenizers:EMBEDDINGS"] == ()
+
+
+def test_what_reads_the_checkpoint_is_among_the_tools():
+    assert {"tiktoken", "ml-dtypes", "unicode"} <= set(Verify().tools(Verify.Params(checkpoint="", target="llvm")))
+    assert "nvidia-driver" in Verify().tools(Verify.Params(checkpoint="", target="cuda", device="auto"))
+
+
 # What must fail
+
+
+def test_a_bundle_for_another_target_is_refused(recorded, tmp_path):
+    assert "built for llvm; verify is asked about cuda" in failure(recorded, tmp_path, target="cuda", device="none")
 
 
 def swap_halves(built, name):
@@ -167,6 +237,45 @@ def test_quantized_weights_of_another_checkpoint_are_found(quantized, tmp_path):
     )
 
 
+def stored(built, name, dtype):
+    """A stored tensor, mapped to be written."""
+    records = json.loads((built.bundle / "tensor-cache.json").read_text())["records"]
+    shard, record = next((s, r) for s in records for r in s["records"] if r["name"] == name)
+    path = built.bundle / shard["dataPath"]
+    return np.memmap(path, dtype, "r+", record["byteOffset"], tuple(record["shape"]))
+
+
+def test_scales_that_excuse_wrong_codes_are_found(quantized, tmp_path):
+    """Codes of zero everywhere, with steps so wide that each value lies within half of one."""
+    built = quantized.copy(tmp_path)
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"):
+        stored(built, f"{name}.q_weight", "<u4")[:] = 0x77777777
+        scale = stored(built, f"{name}.q_scale", "<f4")
+        scale[:] = scale * 14 + 1e-3
+    built.sign()
+    message = failure(built, tmp_path, reference="none")
+    assert "transformer.h.0.attn.c_attn.weight: " in message
+    assert "transformer.h.1.mlp.c_proj.weight: " in message
+
+
+def test_a_tensor_that_the_bundle_does_not_hold_is_named(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    path = built.bundle / "tensor-cache.json"
+    document = json.loads(path.read_text())
+    shard = document["records"][-1]
+    lost = shard["records"].pop()["name"]
+    path.write_text(json.dumps(document))
+    built.sign()
+    assert f"{lost}: params.json has float32" in failure(built, tmp_path, reference="live")
+
+
+def test_a_difference_from_zeros():
+    zeros, ones = np.zeros(3), np.ones(3)
+    assert checks_of.difference(zeros, zeros) == 0
+    assert checks_of.difference(ones, zeros) == np.inf
+    assert checks_of.difference(zeros * np.nan, zeros) == np.inf
+
+
 def test_a_tokenizer_with_two_ids_exchanged_is_found(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     path = built.bundle / "tokenizer.json"
@@ -201,9 +310,52 @@ def test_a_stale_recording_fails_and_says_how_to_make_another(recorded, tmp_path
     assert "record it again with record_reference.py" in message
 
 
-def test_a_damaged_recording(recorded, tmp_path):
+def with_recording(built, tmp_path, change):
+    """The same bundle, with ``change`` made to a copy of its recording."""
+    checkpoint = shutil.copytree(built.checkpoint, tmp_path / "checkpoint")
+    path = checkpoint / "reference" / "reference.json"
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return bundles.replace(built, checkpoint=checkpoint)
+
+
+def recording_failure(built, tmp_path, change, **params):
+    return failure(with_recording(built, tmp_path, change), tmp_path, **params)
+
+
+def other_text(document):
+    document["cases"][0]["continuations"][0]["text"] = "another text"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda document: document.clear(),
+        lambda document: document.update(versions=["torch"]),
+        lambda document: document.update(cases=3),
+        lambda document: document.update(script="record_reference.py"),
+        lambda document: document["cases"][0].pop("prompt"),
+        lambda document: document["cases"][0].update(prompt=7),
+        lambda document: document["cases"][0].update(prompt="\ud800"),
+        lambda document: document["cases"][0].update(tokens=[]),
+        lambda document: document["cases"][0]["tokens"].__setitem__(70, 512),
+        lambda document: document["cases"][0]["tokens"].__setitem__(70, "1"),
+        lambda document: document["cases"][0].update(logits="other"),
+        lambda document: document["cases"][0].update(continuations=[None]),
+        lambda document: document["cases"][0]["continuations"][0].update(ids=[-1]),
+        lambda document: document["cases"][0]["continuations"][0].update(text=None),
+    ],
+)
+def test_a_damaged_recording(recorded, tmp_path, change):
+    message = recording_failure(recorded, tmp_path, change)
+    assert message.startswith("reference/reference.json: damaged")
+    assert "\n" not in message
+
+
+def test_a_recording_nested_too_deeply(recorded, tmp_path):
     checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
-    (checkpoint / "reference" / "reference.json").write_text("{}")
+    (checkpoint / "reference" / "reference.json").write_text("[" * 100_000)
     assert "damaged" in failure(bundles.replace(recorded, checkpoint=checkpoint), tmp_path)
 
 
@@ -226,3 +378,11 @@ def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_pat
     assert "the live reference ended with exit code 1: no transformers today" in failure(
         recorded, tmp_path, reference="live"
     )
+
+
+@pytest.mark.parametrize("inherited", ["", ":", ":/nowhere"])
+def test_nothing_in_the_working_directory_is_executed(quantized, tmp_path, monkeypatch, inherited):
+    (tmp_path / "transformers.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", inherited)
+    assert bundles.verify(quantized, tmp_path / "verify", reference="live").said.startswith("verified")
