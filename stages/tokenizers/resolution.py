@@ -16,6 +16,7 @@ from stages.tokenizers.errors import TokenizerError
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20
+MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,9 @@ def _matching(files: Mapping[str, Path], rule: Rule) -> list[str]:
 
 def _shows(path: Path, evidence: bytes) -> bool:
     """Say whether a file shows the evidence; a pointer shows any, so that the reader says what it is."""
-    if not evidence or not path.stat().st_size:
-        return not evidence
+    size = path.stat().st_size
+    if not evidence or not size or size > MAX_EVIDENCE_BYTES:
+        return not evidence or size > 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content[: len(LFS_HEADER)] == LFS_HEADER or re.search(evidence, content) is not None
 
