@@ -50,6 +50,7 @@ def build(pairs: BytePairs) -> Tokenizer:
     """Return the tokenizer; :class:`TokenizerError` where the library refuses the merges or gives other ids."""
     from tokenizers import Tokenizer
 
+    _reachable(pairs)
     try:
         tokenizer = Tokenizer.from_str(json.dumps(document(pairs), ensure_ascii=False))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the content
@@ -62,6 +63,19 @@ def build(pairs: BytePairs) -> Tokenizer:
             "a gap or repeat: the vocabulary is truncated, or the added tokens belong to another model"
         )
     return tokenizer
+
+
+def _reachable(pairs: BytePairs) -> None:
+    """Raise :class:`TokenizerError` if many tokens are made by no merge: then merges are missing."""
+    if pairs.ignore_merges:
+        return
+    known = {left + right for left, right in pairs.merges} | {token.content for token in pairs.added}
+    lost = [token for token in pairs.vocab if len(token) > 1 and token not in known]
+    if len(lost) > len(pairs.vocab) // 100:
+        raise TokenizerError(
+            f"{len(lost)} of the {len(pairs.vocab)} tokens are made by no merge, the first is {lost[0]!r}: the merges "
+            "are truncated or belong to another model"
+        )
 
 
 def document(pairs: BytePairs) -> dict[str, Any]:

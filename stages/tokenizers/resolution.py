@@ -18,6 +18,7 @@ TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20
 MAX_ID_DIGITS = 9
 MAX_SHOWN = 80  # characters of a value in a message
+MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 
 
 @dataclass(frozen=True)
@@ -201,8 +202,9 @@ def _matching(files: Mapping[str, Path], rule: Rule) -> list[str]:
 
 def _shows(path: Path, evidence: bytes) -> bool:
     """Say whether a file shows the evidence; a pointer shows any, so that the reader says what it is."""
-    if not evidence or not path.stat().st_size:
-        return not evidence
+    size = path.stat().st_size
+    if not evidence or not size or size > MAX_EVIDENCE_BYTES:
+        return not evidence or size > 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content[: len(LFS_HEADER)] == LFS_HEADER or re.search(evidence, content) is not None
 
