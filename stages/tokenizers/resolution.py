@@ -16,9 +16,9 @@ from stages.tokenizers.errors import TokenizerError
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 16 << 20
+MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 MAX_ID_DIGITS = 9
 MAX_SHOWN = 80  # characters of a value in a message
-MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def _shown(value: Any) -> str:
 
 def _known() -> str:
     rules = (
-        f"{name} ({' or '.join(rule.classes) or 'by its files'}, vocabulary {' or '.join(rule.patterns)})"
+        f"{name} ({' or '.join(rule.classes[:1]) or 'by its files'}, vocabulary {' or '.join(rule.patterns)})"
         for name, rule in RULES.items()
     )
     return f"known families: {', '.join(rules)}"

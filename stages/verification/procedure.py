@@ -281,8 +281,7 @@ def _check_session(case: Case, reference: Reference | None, findings: Findings) 
         _check_text(case, session, reference, findings)
     if prompt < checks.SHORTEST:
         findings.unchecked.append(f"chunks, tokens taken back, batches: {window} tokens of context are too few")
-    if prompt > 1:
-        _check_loss(case, session, findings)
+    _check_loss(case, session, findings)
 
 
 def _check_functions(case: Case, session: Session, tokens: list[int], rows: np.ndarray, findings: Findings) -> None:
@@ -322,6 +321,8 @@ def _check_loss(case: Case, session: Session, findings: Findings) -> None:
     vocabulary in the checkpoint itself. Weights that know nothing look the same, so this warns and does not fail.
     """
     ids = case.tokenizer.prompt(_prompts(case)[0])[: min(PROMPT_TOKENS, session.context_window)]
+    if len(ids) < 2:
+        return
     findings.loss, control = checks.losses(session, ids, case.tokenizer.active_vocab_size)
     guessing = math.log(session.vocab_size)
     limit = _LOSS_SHARE * guessing
