@@ -172,5 +172,9 @@ FAMILY = Family(
     causal_lm=causal_lm,
     to_reference=to_reference,
     keys=KEYS,
+    supports=(
+        "RWKV-4: a recurrent state of five tensors a layer, texts of any length",
+        "rescale_every, folded exactly",
+    ),
     state="rnn",
 )

@@ -123,6 +123,7 @@ def _model(request: Request) -> Any:
         model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
     # assign: the arrays become the parameters, so that the weights are in memory once.
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True, assign=True)
+    model.tie_weights()
     return model
 
 

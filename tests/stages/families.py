@@ -132,10 +132,7 @@ class Built:
     def held(self) -> dict[str, np.ndarray]:
         """The checkpoint's tensors, float32, with the values that the bundle stores."""
         registry, records = json.loads(self.params.read_text()), tensor_cache.records(self.bundle)
-        tensors: dict[str, np.ndarray] = {}
-        for entry, array in weights.held(registry, records, SCHEMES[self.scheme]):
-            tensors |= weights.by_source(entry, array)
-        return tensors
+        return {tensor.name: tensor.values() for tensor in weights.held(registry, records, SCHEMES[self.scheme])}
 
     def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,

@@ -84,7 +84,9 @@ class Built:
 
     def session(self, sequences: int = 1) -> Session:
         metadata = json.loads((self.root / "metadata.json").read_text())
-        return Session(Manifest(self.root, "tiny", "llvm", {}, {}, metadata["model"], [], {}), sequences=sequences)
+        return Session(
+            Manifest(self.root, "tiny", "llvm", "x86_64", {}, {}, metadata["model"], [], {}), sequences=sequences
+        )
 
 
 def parse(folder: Path, checkpoint: Path, scheme: str, target: str = "llvm") -> tuple[Registered, dict[str, Path]]:

@@ -196,7 +196,7 @@ def test_another_machines_code_is_refused(recorded, monkeypatch):
 def test_a_cache_that_does_not_fit(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document["model"].update(context_window=2**31 - 1))
-    with pytest.raises(BundleError, match="no KV cache for 2,147,483,648 tokens"):
+    with pytest.raises(BundleError, match="no room for the state of 2,147,483,647 tokens"):
         Session(manifest.read(built.bundle))
 
 

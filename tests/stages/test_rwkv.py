@@ -207,14 +207,15 @@ def test_the_interface_page_tells_what_creates_the_state(tmp_path, checkpoint):
 
 def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
     sizes = dict.fromkeys(("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size"), 1)
-    files = {name: {"sha256": "", "size": 1} for name in manifest._NEEDED}
-    texts = {"schema": 1, "name": "", "target": "", "tvm": {}, "cpu": {}, "device_code": [], "files": files}
+    sizes |= {"sep_embed": True, "scheme": "q0f32", "compute_dtype": "float32"}
+    files = {name: {"sha256": "", "size": 1} for name in (*manifest._NEEDED, "rwkv_vocab.txt")}
+    texts = {"schema": 1, "name": "", "target": "llvm", "machine": "x86_64", "tvm": {}, "cpu": {}, "device_code": []}
 
     def problems(**model):
-        return manifest._problems_of_form({**texts, "model": {**sizes, **model}})
+        return manifest._problems_of_form({**texts, "files": files, "model": {**sizes, **model}})
 
     assert problems(state="rnn", page_size=None) == problems(state="kv", page_size=16) == []
-    assert problems(state="kv", page_size=None) == ["'model.page_size' must be a positive integer, found None"]
+    assert problems(state="kv", page_size=None) == ["'model.page_size' must be a positive 32-bit integer, found None"]
     assert problems(state="ssm") == ["'model.state' is 'ssm'; this runtime knows kv, rnn"]
 
 
