@@ -103,6 +103,7 @@ class ConfigParse(Stage):
         _write(ctx.out / "generation.json", generation)
         _write(ctx.out / "tensors.json", {"schema": 1, "tensors": table})
         ctx.fact("family", family.name)
+        ctx.fact("state", family.state)
         ctx.view("config", _view(family, raw, model, tensors))
         size = sum(info.nbytes for _, info in tensors.values())
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")

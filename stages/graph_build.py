@@ -56,7 +56,7 @@ class GraphBuild(Stage):
         }
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
-            if _is_recurrent(facts["family"]):
+            if facts.get("state") == "rnn":
                 rows["stages.graph:RECURRENT"] = params.function
         if "scheme" in facts:
             rows["stages.quantization.schemes:SCHEMES"] = facts["scheme"]
@@ -74,7 +74,7 @@ class GraphBuild(Stage):
         model = json.loads(ctx.input("config").read_text("utf-8"))
         registry = json.loads(ctx.input("params").read_text("utf-8"))
         build, facts = _build(ctx.params, model, registry)
-        exports = {**FUNCTIONS, **RECURRENT} if facts["state"] == "rnn" else FUNCTIONS
+        exports = {**FUNCTIONS, **RECURRENT} if facts.get("state") == "rnn" else FUNCTIONS
         module_name, _, name = exports[ctx.params.function].partition(":")
         try:
             exported = getattr(importlib.import_module(module_name), name)(build)
@@ -97,12 +97,6 @@ class GraphBuild(Stage):
         ctx.view("operators", describe.operator_table(counts))
         ctx.view("ir", describe.script(exported))
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
-
-
-def _is_recurrent(family: str) -> bool:
-    from stages.models import load_family
-
-    return load_family(family).state == "rnn"
 
 
 def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -> tuple[Build, dict[str, Any]]:

@@ -141,8 +141,8 @@ def test_a_kv_dtype_is_refused(tmp_path, checkpoint):
 
 def test_only_recurrent_families_reach_the_recurrent_functions():
     params = GraphBuild.Params(target="llvm", function="prefill")
-    assert GraphBuild().rows(params, {"family": "qwen"})["stages.graph:RECURRENT"] == ()
-    assert GraphBuild().rows(params, {"family": "rwkv"})["stages.graph:RECURRENT"] == "prefill"
+    assert GraphBuild().rows(params, {"family": "qwen", "state": "kv"})["stages.graph:RECURRENT"] == ()
+    assert GraphBuild().rows(params, {"family": "rwkv", "state": "rnn"})["stages.graph:RECURRENT"] == "prefill"
     assert load_family("qwen").state == "kv"
     modules = {row.partition(":")[0] for row in RECURRENT.values()}
     for path in (ROOT / "stages").rglob("*.py"):
