@@ -43,7 +43,11 @@ class Sandbox:
 
     @classmethod
     def create(cls, workspace: Workspace, key: str) -> Sandbox:
-        """Make an empty sandbox for the execution of ``key``, whose lock the caller holds."""
+        """Make an empty sandbox for the execution of ``key``, whose lock the caller holds.
+
+        What a killed run left behind for this key goes now: the sweep passes over a key that is locked.
+        """
+        remove_tree(workspace.work / key)
         # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
         folder = workspace.work / key / str(time.time_ns())
         (folder / "out").mkdir(parents=True)

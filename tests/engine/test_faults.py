@@ -150,6 +150,16 @@ def test_killed_in_the_middle_the_next_run_resumes(troubled: Demo, how: signal.S
     assert not list((troubled.folder / "artifacts/.stagegraph/work").iterdir())
 
 
+def test_what_a_killed_run_left_of_the_first_node_to_rerun_goes_too(demo: Demo) -> None:
+    demo.run()
+    key = demo("show", "read", str(demo.pipeline), "--json").json["read"]["key"]
+    work = demo.folder / "artifacts/.stagegraph/work"
+    (work / key / "1" / "out").mkdir(parents=True)
+    (work / key / "1" / "out" / "half.txt").write_text("half")
+    assert demo.run("--stage", "read", "--force").code == 0
+    assert not list(work.iterdir())
+
+
 def test_two_runs_at_once_execute_each_key_once_and_status_works_meanwhile(troubled: Demo) -> None:
     both = [start(troubled, "--set", "vars.kind=short") for _ in range(2)]
     wait_for(troubled, "trouble")
