@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError("--only needs a selection: add --stage NAME or --from NAME")
     with opened(args.file, args.overrides) as work:
         selected = _selected(work, args)
-        nodes = [node for node in work.dag.nodes if node in work.dag.above(selected)]
+        needed = work.dag.above(selected)
+        nodes = [node for node in work.dag.nodes if node in needed]
         if args.only:
             _refuse_others(work, nodes, selected)
         if args.dry_run:
