@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from stagegraph.errors import StageError
+from stagegraph.sources import list_files
 from stagegraph.tools import dist_versions
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Stage",
     "StageError",
     "dist_versions",
+    "list_files",
     "param",
     "source",
 ]
