@@ -7,20 +7,18 @@ linked, moved or chmodded.
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from stagegraph.digest import StatId, digest_file, stat_id
 from stagegraph.errors import PlanError
+from stagegraph.files import list_files
 from stagegraph.index import Index
 
-WILDCARD = frozenset("*?[")
 RACY_NS = 50_000_000  # a file changed this shortly before it was digested may change again within one clock tick
 
 
@@ -106,42 +104,3 @@ def _digest_stable(file: Path, stop: threading.Event | None = None) -> tuple[Sta
         if stat_id(file) == before:
             return before, digest
     raise PlanError(f"{file}: changes while it is read; wait until whatever writes it has finished")
-
-
-def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """List the files of a source that match a pattern: (root, relative POSIX name -> path).
-
-    A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
-    cache's snapshot is made of them). ``path`` may name one file. :class:`FileNotFoundError` if nothing is there.
-    """
-    if path.is_file():
-        return path.parent, {path.name: path} if _matcher(tuple(include))(path.name) else {}
-    if not path.is_dir():
-        raise FileNotFoundError(path)
-    folders: dict[str, list[str]] = {}
-    for pattern in include:
-        folder, _, name = pattern.rpartition("/")
-        folders.setdefault(folder, []).append(name)
-    files: dict[str, Path] = {}
-    for folder, names in folders.items():
-        matches = _matcher(tuple(names))
-        try:
-            entries = list(os.scandir(path / folder if folder else path))
-        except OSError:
-            continue
-        for entry in entries:
-            if matches(entry.name) and entry.is_file():
-                if not entry.name.isprintable() or any("\ud800" <= c <= "\udfff" for c in entry.name):
-                    raise PlanError(f"{path}: the file name {entry.name!r} is not text; rename it")
-                files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
-    return path, dict(sorted(files.items()))
-
-
-@functools.cache
-def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    """Return whether a file name matches one of ``patterns``; names and ``*.suffix`` need no regular expression."""
-    names = {p for p in patterns if not WILDCARD & set(p)}
-    suffixes = {p for p in patterns if p[:1] == "*" and not WILDCARD & set(p[1:])}
-    others = set(patterns) - names - suffixes
-    endings = tuple(p[1:] for p in suffixes)
-    return lambda name: name in names or name.endswith(endings) or any(fnmatchcase(name, p) for p in others)

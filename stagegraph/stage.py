@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from stagegraph.errors import StageError
-from stagegraph.sources import list_files
+from stagegraph.files import list_files
 from stagegraph.tools import dist_versions
 
 __all__ = [

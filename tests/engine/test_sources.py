@@ -11,8 +11,9 @@ import pytest
 from stagegraph import sources
 from stagegraph.digest import digest_bytes, digest_file
 from stagegraph.errors import PlanError
+from stagegraph.files import list_files
 from stagegraph.index import Index
-from stagegraph.sources import Sources, list_files
+from stagegraph.sources import Sources
 
 
 @pytest.fixture
