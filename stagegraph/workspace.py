@@ -144,6 +144,16 @@ class Workspace:
         same = all(have.get(name) == [digest, _stat_or_none(folder / name)] for name, (digest, _) in wanted.items())
         return same and known.get("key") == key and known.get("folders") == _folder_times(folder, wanted)
 
+    def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
+        """Return the files of a record that a run would have to put into the node's directory: name -> bytes."""
+        have = self._shown(pipeline, node).get("files", {})
+        folder = self.node_dir(pipeline, node)
+        return {
+            name: size
+            for name, (digest, size) in record_files(record).items()
+            if have.get(name) != [digest, _stat_or_none(folder / name)]
+        }
+
     # -- locks, work and logs --------------------------------------------------------------------------------------
 
     def log_path(self, key: str) -> Path:

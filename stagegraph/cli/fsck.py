@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from stagegraph.cli.common import add_file, opened, print_json, shown, size_text
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
 from stagegraph.workspace import Workspace, record_files
 
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with opened(args.file, args.overrides) as work:
+    with Pipeline(args.file, args.overrides) as work:
         workspace = work.workspace
         checked = size = 0
         bad: dict[str, str] = {}
