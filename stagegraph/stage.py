@@ -130,6 +130,20 @@ class Context(Protocol):
     def source(self, name: str) -> SourceFiles:
         """Return the declared files of the source parameter ``name``."""
 
+    def recall(self, kind: str, document: Mapping[str, Json]) -> Path | None:
+        """Return the part that was remembered for ``document``, a read-only file, or None if there is none (any more).
+
+        ``kind`` says in a word what it is (``tensor``); the record counts by it. ``document`` must hold everything
+        that may influence the part, the version of the algorithm included. The file may be linked into ``out``.
+        Like :meth:`remember` it may be called from several threads.
+        """
+
+    def remember(self, kind: str, document: Mapping[str, Json], file: Path) -> Path:
+        """Keep a finished file below ``out`` as the part for ``document``, also if this run is killed later.
+
+        The file becomes read-only and stays where it is, as an output or to be removed again; returns the kept one.
+        """
+
     def progress(self, done: int, total: int, unit: str = "") -> None:
         """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items. Cheap: the engine throttles."""
 

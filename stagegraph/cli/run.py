@@ -12,7 +12,7 @@ from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_
 from stagegraph.cli.report import reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.plan import HIT, UNKNOWN, Decision
-from stagegraph.workspace import record_size
+from stagegraph.workspace import parts_text, record_size
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -170,6 +170,7 @@ def _document(outcome: Outcome) -> dict[str, Any]:
         "bytes": record_size(record) if record else 0,
         "peak_bytes": record.get("peak_bytes", 0),
         "summary": record.get("summary", ""),
+        "parts": record.get("parts", {}),
         "warnings": record.get("warnings", []),
         "problems": list(outcome.problems),
         "log": str(outcome.log) if outcome.log else None,
@@ -181,7 +182,7 @@ def _print(work: Opened, outcomes: Sequence[Outcome], seconds: float) -> None:
         (
             o.node.name,
             o.outcome,
-            o.reason or (o.record or {}).get("summary", ""),
+            _why(o),
             seconds_text(o.seconds) if o.seconds else "-",
             size_text(record_size(o.record)) if o.record else "-",
         )
@@ -201,6 +202,13 @@ def _print(work: Opened, outcomes: Sequence[Outcome], seconds: float) -> None:
     for o in outcomes:
         if o.outcome == "FAILED":
             _print_failure(o)
+
+
+def _why(outcome: Outcome) -> str:
+    """Return a node's reason or, without one, what came out; with the parts it made and reused if it ran."""
+    record = outcome.record or {}
+    said = [outcome.reason or record.get("summary", ""), parts_text(record) if outcome.outcome != HIT else ""]
+    return "; ".join(filter(None, said))
 
 
 def _print_failure(outcome: Outcome) -> None:

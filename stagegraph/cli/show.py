@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -65,6 +66,8 @@ def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
         "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
     ]
+    if record.get("parts"):
+        lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {warning}" for warning in record["warnings"]]
     folder = work.workspace.node_dir(work.dag.pipeline.name, node.name)
     rows = [
