@@ -15,6 +15,7 @@ from typing import Any
 
 from stagegraph.digest import digest_file, digest_json
 from stagegraph.index import Index
+from stagegraph.stage import Part
 from stagegraph.store import Store, fsync_file
 
 PART_SCHEMA = 1
@@ -36,8 +37,8 @@ class Memo:
         """Open the memo of the store at ``root`` from a process that has no workspace."""
         return cls(Store(root, Index(root / "index")), fresh=fresh)
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Path | None:
-        """Return the object of a part, verified, or None if it is not known, is lost or was damaged."""
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
         entry = None if self._fresh else self._store.index.get(part_name(kind, document))
         if not isinstance(entry, dict) or entry.get("schema") != PART_SCHEMA:
             return None
@@ -45,18 +46,18 @@ class Memo:
         if self._store.verify(digest) is not None:
             return None
         self._count(kind, "reused", digest)
-        return self._store.path(digest)
+        return Part(self._store.path(digest), entry["facts"])
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path) -> Path:
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
         """Take a finished file for a part: it becomes a read-only object, under a second name if that is possible."""
         digest, size = digest_file(file), file.stat().st_size
         if self._store.share(file, digest):
             with self._lock:
                 self._made.add(digest)
-        entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size}
+        entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
         self._store.index.set(part_name(kind, document), entry)
         self._count(kind, "made", digest)
-        return self._store.path(digest)
+        return Part(self._store.path(digest), facts)
 
     @property
     def damaged(self) -> list[str]:

@@ -27,7 +27,7 @@ from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
 from stagegraph.memo import Memo
 from stagegraph.registry import PROFILES, load_object
-from stagegraph.stage import Context, Instance, SourceFiles, Stage
+from stagegraph.stage import Context, Instance, Part, SourceFiles, Stage
 from stagegraph.store import fsync_file
 
 PROGRESS_SECONDS = 0.1
@@ -65,11 +65,11 @@ class WorkerContext(Context):
         found = self._sources[name]
         return SourceFiles(Path(found["root"]), {n: Path(p) for n, p in found["files"].items()}, found["digests"])
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Path | None:
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
         return self.memo.recall(kind, document)
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path) -> Path:
-        return self.memo.remember(kind, document, file)
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        return self.memo.remember(kind, document, file, **facts)
 
     @property
     def memo(self) -> Memo:

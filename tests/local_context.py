@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from stagegraph.index import Index
 from stagegraph.memo import Memo
-from stagegraph.stage import Instance, Source, SourceFiles, Stage
+from stagegraph.stage import Instance, Part, Source, SourceFiles, Stage
 from stagegraph.store import Store
 
 
@@ -47,11 +47,11 @@ class LocalContext:
     def source(self, name: str) -> SourceFiles:
         return self.sources[name]
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Path | None:
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
         return self.memo.recall(kind, document)
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path) -> Path:
-        return self.memo.remember(kind, document, file)
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        return self.memo.remember(kind, document, file, **facts)
 
     def progress(self, done: int, total: int, unit: str = "") -> None:
         assert 0 <= done <= total, f"progress {done} of {total} {unit}"

@@ -43,7 +43,8 @@ PARTS = '''
                 target = ctx.out / "out" / f"{i}.txt"
                 part = ctx.recall("word", {"word": word})
                 if part is not None:
-                    os.link(part, target)
+                    os.link(part.path, target)
+                    assert part.facts == {"letters": len(word)}
                     continue
                 if word == "FAIL":
                     raise StageError("FAIL")
@@ -51,7 +52,7 @@ PARTS = '''
                     count("sleeping")
                     time.sleep(60)
                 target.write_text(word)
-                assert ctx.remember("word", {"word": word}, target).read_text() == word
+                assert ctx.remember("word", {"word": word}, target, letters=len(word)).path.read_text() == word
                 count(word)
 '''
 PIPELINE = """\
@@ -158,7 +159,7 @@ def test_rivals_that_remember_the_same_part(memo: Memo, tmp_path: Path, links: b
         thread.join()
     found = memo.recall("part", {"n": 1})
     assert found is not None
-    assert found.read_bytes() == b"x" * 100_000
+    assert found.path.read_bytes() == b"x" * 100_000
     assert [file.read_bytes() for file in files] == [b"x" * 100_000] * 8
     assert memo.recall("part", {"n": 2}) is None
     assert memo.counts["part"] == {"made": 8, "reused": 1}
