@@ -67,6 +67,7 @@ def outcome_document(outcome: Outcome) -> dict[str, Any]:
         "bytes": record_size(record) if record else 0,
         "peak_bytes": record.get("peak_bytes", 0),
         "summary": record.get("summary", ""),
+        "parts": record.get("parts", {}),
         "warnings": record.get("warnings", []),
         "problems": list(outcome.problems),
         "log": str(outcome.log) if outcome.log else None,

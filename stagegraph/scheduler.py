@@ -246,7 +246,8 @@ class Scheduler:
         self._selector.register(worker, EVENT_READ)
         workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
-        worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox, log))
+        prepared, fresh = self._planner.prepared(node), node.name in self._options.force
+        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, fresh=fresh))
 
     def _worker(self, profile: str) -> Worker | None:
         """Return a warm worker; one that died while it was idle is no node's fault and is let go."""
@@ -308,6 +309,7 @@ class Scheduler:
 
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
+        workspace.store.damaged += event["damaged"]
         record: Record = {
             "schema": RECORD_SCHEMA,
             "key": decision.key,
@@ -321,6 +323,7 @@ class Scheduler:
             "facts": event["facts"],
             "warnings": event["warnings"],
             "summary": event["summary"],
+            "parts": event["parts"],
             "started": running.started_at,
             "seconds": round(time.monotonic() - running.began, 3),
             "cpu_seconds": event["cpu_seconds"],

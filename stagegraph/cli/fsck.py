@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _missing(workspace: Workspace) -> dict[str, str]:
-    """Return the objects that records name but the store lacks: digest -> stage and file."""
+    """Return the objects that records and parts name but the store lacks: digest -> what it was."""
     missing = {}
     for name in list(workspace.index.names("rec:")):
         record = workspace.record(name.removeprefix("rec:"))
         for file, (digest, _) in record_files(record).items() if record else ():
             if not workspace.store.path(digest).exists():
                 missing[digest] = f"{record['stage']}: {file}" if record else file
+    for _, part in list(workspace.parts()):
+        if not workspace.store.path(part["digest"]).exists():
+            missing[part["digest"]] = f"memoised {part['kind']}"
     return missing

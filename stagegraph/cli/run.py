@@ -11,7 +11,7 @@ from stagegraph.cli.common import add_file, add_selection, print_json, seconds_t
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.plan import HIT
-from stagegraph.workspace import record_size
+from stagegraph.workspace import parts_text, record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Run, Selection
@@ -104,7 +104,7 @@ def _print(pipeline: Pipeline, done: Run) -> None:
         (
             o.node.name,
             o.outcome,
-            o.reason or (o.record or {}).get("summary", ""),
+            _why(o),
             seconds_text(o.seconds) if o.seconds else "-",
             size_text(record_size(o.record)) if o.record else "-",
         )
@@ -122,6 +122,13 @@ def _print(pipeline: Pipeline, done: Run) -> None:
     print("\n" + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) + f" in {seconds_text(done.seconds)}")
     if counts["UNCHANGED"]:
         _print_saved(pipeline, done)
+
+
+def _why(outcome: Outcome) -> str:
+    """Return a node's reason or, without one, what came out; with the parts it made and reused if it ran."""
+    record = outcome.record or {}
+    said = [outcome.reason or record.get("summary", ""), parts_text(record) if outcome.outcome != HIT else ""]
+    return "; ".join(filter(None, said))
 
 
 def _print_saved(pipeline: Pipeline, done: Run) -> None:

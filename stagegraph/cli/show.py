@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -66,6 +67,8 @@ def _page(work: Pipeline, node: Node, record: dict[str, Any]) -> str:
         "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
     ]
+    if record.get("parts"):
+        lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {warning}" for warning in record["warnings"]]
     folder = work.workspace.node_dir(work.name, node.name)
     rows = [
