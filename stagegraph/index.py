@@ -6,6 +6,7 @@ Kinds of document, by the prefix of their name:
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
 ``part:<digest>`` the object of a part that a stage memoised
+``text:<digest>`` source text of a module by the digest that stands for it in keys
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
 Values are JSON (never pickle), nothing is ever evicted. A database that cannot be read is set aside and begun anew:

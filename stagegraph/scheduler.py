@@ -333,6 +333,7 @@ class Scheduler:
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
+        self._planner.keep_code(decision)
         running.sandbox.remove(workspace)
         os.close(running.lock)
         same = decision.previous is not None and _digests(decision.previous) == _digests(record)

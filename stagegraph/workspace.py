@@ -53,6 +53,13 @@ class Workspace:
         record = self.index.get(f"rec:{key}")
         return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
 
+    def records(self) -> Iterator[Record]:
+        """Yield every record there is."""
+        for name in self.index.names("rec:"):
+            record = self.record(name.removeprefix("rec:"))
+            if record is not None:
+                yield record
+
     def last(self, pipeline: str, node: str) -> dict[str, Any]:
         """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
         name = f"last:{pipeline}/{node}"
