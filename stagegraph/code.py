@@ -73,6 +73,10 @@ class CodeDigests:
                 files.append(path)
         return files
 
+    def files(self, closure: Mapping[str, str]) -> dict[str, Path]:
+        """Return where the modules of a closure are: module -> source file."""
+        return {name: path for name in closure if (path := self._paths.get(name))}
+
     def save(self) -> None:
         """Write new summaries back to the index."""
         if self._grown:
@@ -164,8 +168,8 @@ def summarise(module: str, path: Path) -> Summary:
     except SyntaxError:
         return {"digest": digest_bytes(source), "imports": [], "data": [], "tables": {}}
     tables = {name: _rows(module, value) for name, value in _tables(tree)}
-    tree.body = [node for node in tree.body if _table_name(node) not in tables]
-    _strip_docstrings(tree)
+    tree.body = [node for node in tree.body if table_name(node) not in tables]
+    strip_docstrings(tree)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     return {
         "digest": digest_bytes(ast.dump(tree).encode()),
@@ -181,7 +185,7 @@ def _with_parents(module: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _table_name(node: ast.stmt) -> str | None:
+def table_name(node: ast.stmt) -> str | None:
     """Return the name of a table, if this statement defines one."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
         target: ast.expr = node.targets[0]
@@ -197,7 +201,7 @@ def _table_name(node: ast.stmt) -> str | None:
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
     for node in tree.body:
-        name = _table_name(node)
+        name = table_name(node)
         if name is not None and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             yield name, node.value
 
@@ -215,7 +219,8 @@ def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
+def strip_docstrings(tree: ast.Module) -> None:
+    """Remove the docstrings of a module and of all it defines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None

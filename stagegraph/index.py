@@ -5,6 +5,8 @@ Kinds of document, by the prefix of their name:
 ``last:<pipeline>/<node>`` the key of the last finished execution of a node, and of the last failed attempt
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
+``part:<digest>`` the object of a part that a stage memoised
+``text:<digest>`` source text of a module by the digest that stands for it in keys
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
 Values are JSON (never pickle), nothing is ever evicted. A database that cannot be read is set aside and begun anew:
@@ -77,7 +79,10 @@ class Index:
         try:
             if self._reader is None:
                 address = (self.directory / "cache.db").absolute().as_uri()
-                self._reader = sqlite3.connect(f"{address}?mode=rw", BUSY_SECONDS, isolation_level=None, uri=True)
+                # Threads may share it (a memo's do): SQLite is built to serialise them.
+                self._reader = sqlite3.connect(
+                    f"{address}?mode=rw", BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+                )
             return self._reader.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             if (error.sqlite_errorcode & 0xFF) not in NOTHING_YET:

@@ -21,6 +21,7 @@ __all__ = [
     "In",
     "Instance",
     "Out",
+    "Part",
     "Source",
     "SourceFiles",
     "Stage",
@@ -114,6 +115,14 @@ class Instance:
     path: Path
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part that was remembered: its read-only file, and the small facts kept with it."""
+
+    path: Path
+    facts: Mapping[str, Json]
+
+
 class Context(Protocol):
     """What ``run`` gets. Inputs are read-only; outputs go under ``out`` at their ports' declared paths."""
 
@@ -131,6 +140,20 @@ class Context(Protocol):
 
     def source(self, name: str) -> SourceFiles:
         """Return the declared files of the source parameter ``name``."""
+
+    def recall(self, kind: str, document: Mapping[str, Json]) -> Part | None:
+        """Return the part that was remembered for ``document``, or None if there is none (any more).
+
+        ``kind`` says in a word what it is (``tensor``); the record counts by it. ``document`` must hold everything
+        that may influence the part, the version of the algorithm included. Its file may be linked into ``out``.
+        Like :meth:`remember` it may be called from several threads.
+        """
+
+    def remember(self, kind: str, document: Mapping[str, Json], file: Path, **facts: Json) -> Part:
+        """Keep a finished file below ``out`` as the part for ``document``, also if this run is killed later.
+
+        The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
+        """
 
     def progress(self, done: int, total: int, unit: str = "") -> None:
         """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items. Cheap: the engine throttles."""

@@ -51,6 +51,29 @@ class Store:
         file.rename(target)
         self.remember(digest)
 
+    def share(self, file: Path, digest: str) -> bool:
+        """Make a finished file with this digest an object too; True if the two are one file now.
+
+        The file becomes read-only. Nothing is synced, so the object's stat is not remembered yet.
+        """
+        target = self.path(digest)
+        file.chmod(0o444)
+        if self.is_object(digest, file):
+            return True
+        if self.verify(digest) is None:
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if _hardlink(file, target):
+                return True
+        except FileExistsError:  # another run was faster
+            return False
+        copy = file.with_name(f".{file.name}.object")
+        shutil.copyfile(file, copy)
+        copy.chmod(0o444)
+        copy.rename(target)
+        return False
+
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
         path = self.path(digest)

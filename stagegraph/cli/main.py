@@ -21,6 +21,7 @@ from stagegraph.registry import VERBS
 TABLE = {
     "run": ("stagegraph.cli.run", "bring nodes up to date: do the work whose inputs changed, nothing else"),
     "status": ("stagegraph.cli.status", "say what a run would do, without running"),
+    "explain": ("stagegraph.cli.explain", "say what changed since a node's last result, and where that began"),
     "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid or Graphviz dot"),
     "show": ("stagegraph.cli.show", "look at a node: its outputs, views, parameters, cost"),
     "log": ("stagegraph.cli.log", "print what a node printed when it last ran"),
