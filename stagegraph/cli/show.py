@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.cli import lookup
 from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, StoreError, nearest
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_file(parser)
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
+    lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
 
@@ -32,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
         nodes = work.dag.select(args.node)
         found = {node: work.workspace.last_record(work.dag.pipeline.name, node.name) for node in nodes}
         records = {node: record for node, record in found.items() if record is not None}
-        if args.json:
+        if option := lookup.asked(args):
+            lookup.run(args, work, records, option)
+        elif args.json:
             print_json({node.name: record for node, record in records.items()})
         elif args.view:
             for node, record in records.items():
