@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.api import Pipeline
+from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, StoreError, nearest
 from stagegraph.workspace import parts_text
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_file(parser)
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
+    lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
 
@@ -34,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
         nodes = work.dag.select(args.node)
         found = {node: work.workspace.last_record(work.name, node.name) for node in nodes}
         records = {node: record for node, record in found.items() if record is not None}
-        if args.json:
+        if option := lookup.asked(args):
+            lookup.run(args, work, records, option)
+        elif args.json:
             print_json({node.name: record for node, record in records.items()})
         elif args.view:
             for node, record in records.items():
