@@ -75,7 +75,7 @@ class CodeDigests:
 
     def files(self, closure: Mapping[str, str]) -> dict[str, Path]:
         """Return where the modules of a closure are: module -> source file."""
-        return {name: path for name in closure if (path := self._paths.get(name))}
+        return {name: Path(path) for name in closure if (path := self._paths.get(name))}
 
     def save(self) -> None:
         """Write new summaries back to the index."""
