@@ -68,7 +68,7 @@ class GraphBuild(Stage):
 
         import tvm
 
-        from stages.graph import FUNCTIONS, RECURRENT, describe
+        from stages.graph import FUNCTIONS, RECURRENT, cost, describe
         from stages.graph.export import GraphError
 
         model = json.loads(ctx.input("config").read_text("utf-8"))
@@ -95,7 +95,9 @@ class GraphBuild(Stage):
             json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )
         ctx.view("operators", describe.operator_table(counts))
+        ctx.view("cost", cost.cost_table(exported))
         ctx.view("ir", describe.script(exported))
+        ctx.view("structure.json", cost.structure(exported))
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 
 

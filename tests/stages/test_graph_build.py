@@ -46,7 +46,7 @@ def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, e
     assert sorted(found) == exported
     for name in exported:
         assert dict(module[name].attrs["tir_var_upper_bound"]) == {"batch_size": 3, "seq_len": 32}
-    assert set(context.views) == {"operators", "ir"}
+    assert set(context.views) == {"operators", "cost", "ir", "structure.json"}
     assert graph["prefill_chunk"] == 32
     assert graph["page_size"] == 16
 
