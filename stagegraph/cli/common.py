@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -95,12 +94,23 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def _terminal_width() -> int:
+    """Return what ``shutil.get_terminal_size`` would, without all that shutil imports."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 120
+    except OSError:
+        return 120
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, width: int | None = None) -> str:
     """Lay out a table in the terminal's width.
 
     The ``flexible`` column is shortened where the others leave no room; last columns go before it becomes unreadable.
     """
-    width = width or shutil.get_terminal_size((120, 24)).columns
+    width = width or _terminal_width()
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
 

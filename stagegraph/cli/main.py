@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import io
 import json
@@ -72,6 +73,7 @@ def dispatch(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run ``pipeline``; exits the process."""
     arguments = sys.argv[1:] if argv is None else argv
+    gc.set_threshold(10_000)  # starting up makes many objects and next to no garbage
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

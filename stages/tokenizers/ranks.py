@@ -89,6 +89,19 @@ def _gaps(ranks: Mapping[bytes, int]) -> list[str]:
     return problems
 
 
+def all_splits(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return every way to make each token of two others, by rank: what joining by rank does, whatever led there.
+
+    Some tokens are not reached by merging at all; ``ignore_merges`` finds those, as tiktoken does.
+    """
+    merges: list[tuple[bytes, bytes]] = []
+    for token in ranks:
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
 def derive_merges(ranks: Mapping[bytes, int], path: Path) -> list[tuple[bytes, bytes]]:
     """Return the pair that makes each longer token, in rank order.
 
