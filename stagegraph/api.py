@@ -26,6 +26,7 @@ from stagegraph.workspace import Workspace
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
+    from stagegraph.diff import Difference
     from stagegraph.explain import Explanation
     from stagegraph.forecast import Plan
     from stagegraph.gc import Sweep
@@ -136,6 +137,12 @@ class Pipeline:
         from stagegraph.history import past_runs
 
         return past_runs(self.workspace.journal, self.name)
+
+    def diff(self, a: str, b: str) -> Difference:
+        """Return how two artifacts differ."""
+        from stagegraph.diff import difference
+
+        return difference(self.artifact(a), self.artifact(b))
 
     def lineage(self, reference: str) -> Lineage:
         """Return where an artifact, or one file of it, comes from."""

@@ -25,6 +25,7 @@ TABLE = {
     "explain": ("stagegraph.cli.explain", "say what changed since a node's last result, and where that began"),
     "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
     "show": ("stagegraph.cli.show", "look at a node's outputs, views, parameters and cost, now or as of a run"),
+    "diff": ("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
     "lineage": ("stagegraph.cli.lineage", "follow a file back to the sources, parameters, code and tools behind it"),
     "runs": ("stagegraph.cli.runs", "list past runs, and what each did"),
     "log": ("stagegraph.cli.log", "print what a node prints as it runs, or printed when it last ran"),
