@@ -101,6 +101,8 @@ def test_the_context_to_its_last_token_and_not_one_more(built, expected, name):
     logits = expected(name, "q0f32", tuple(IDS))
     session = built(name, "q0f32").session()
     sequence = session.add()
+    with pytest.raises(RequestError, match=f"the context holds {LIMIT} tokens: 0 are in use, {LIMIT + 1} more"):
+        session.prefill(sequence, [*IDS, IDS[0]])
     within("q0f32", [session.prefill(sequence, IDS[:-1]), session.decode(sequence, IDS[-1])], list(logits[-2:]))
     with pytest.raises(RequestError, match=f"the context holds {LIMIT} tokens: {LIMIT} are in use, 1 more"):
         session.decode(sequence, IDS[0])
