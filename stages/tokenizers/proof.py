@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from stages.tokenizers.byte_level import unspell
@@ -43,6 +44,7 @@ PROBES = (
 )
 STEPS = (7919, 7927)  # primes; one of them is coprime to any vocabulary below 60 million
 SEQUENCE = 32
+MAX_OVERLAP, MAX_OVERLAPS = 65, 50_000  # longer tokens and more overlaps are no published vocabulary's
 MAX_ADDED = 128  # of a long list its beginning and its end are tried
 
 
@@ -103,9 +105,10 @@ def _overlapping(subject: Subject) -> Iterator[tuple[str, str]]:
     if not _over_characters(subject):
         return
     added = {token["content"] for token in subject.spec["added_tokens"]}
-    tokens = [token.replace(SPACE, " ") for token in subject.ids if len(token) > 2 and token not in added]
+    lengths = range(3, MAX_OVERLAP)
+    tokens = [token.replace(SPACE, " ") for token in subject.ids if len(token) in lengths and token not in added]
     ends = ((token, size) for token in tokens for size in range(1, len(token)) if token.startswith(token[-size:]))
-    twice = [f"{token}{token[size:]}" for token, size in ends]
+    twice = [f"{token}{token[size:]}" for token, size in islice(ends, MAX_OVERLAPS)]
     for start in range(0, len(twice), SEQUENCE):
         yield "overlap", "|".join(twice[start : start + SEQUENCE])
 
