@@ -26,9 +26,12 @@ from stagegraph.workspace import Workspace
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
+    from stagegraph.diff import Difference
     from stagegraph.explain import Explanation
     from stagegraph.forecast import Plan
+    from stagegraph.gc import Sweep
     from stagegraph.history import PastRun
+    from stagegraph.lineage import Lineage
     from stagegraph.scheduler import Outcome, Reporter
 
 
@@ -134,6 +137,24 @@ class Pipeline:
         from stagegraph.history import past_runs
 
         return past_runs(self.workspace.journal, self.name)
+
+    def diff(self, a: str, b: str) -> Difference:
+        """Return how two artifacts differ."""
+        from stagegraph.diff import difference
+
+        return difference(self.artifact(a), self.artifact(b))
+
+    def lineage(self, reference: str) -> Lineage:
+        """Return where an artifact, or one file of it, comes from."""
+        from stagegraph.lineage import lineage
+
+        return lineage(self, self.artifact(reference))
+
+    def gc(self, *, keep_runs: int = 10, max_size: int | None = None, dry_run: bool = False) -> Sweep:
+        """Remove results older than the last runs, then the oldest until ``max_size`` bytes; never one in use."""
+        from stagegraph.gc import collect
+
+        return collect(self.workspace, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run)
 
     def explain(self, *patterns: str) -> list[Explanation]:
         """Say why each of these nodes would run, or would not."""

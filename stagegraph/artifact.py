@@ -88,6 +88,15 @@ class Artifact:
             raise PlanError(f"{self.label} has no view '{name}'{nearest(name, self.record['views'])}")
         return self.read_text(f"views/{name}") if not self.path else self.whole.view(name)
 
+    def export(self, target: Path, *, replace: bool = False) -> list[str]:
+        """Write real files to the directory ``target`` at once or not at all; return their names, views left out.
+
+        A ``path`` that is a folder becomes the directory itself. Every copy is read back and compared with its digest.
+        """
+        from stagegraph.export import export
+
+        return export(self, target, replace=replace)
+
     @property
     def whole(self) -> Artifact:
         """The artifact without its ``path``."""
