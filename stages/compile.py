@@ -33,7 +33,7 @@ SHARED = (
     "state",
     "vocab_size",
 )
-DTYPE_BYTES = {"float32": 4, "uint32": 4, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
 STEPS = 8  # of progress: five lowering phases, then code generation, check, description
 
