@@ -162,16 +162,18 @@ class Conversion:
     def _convert(
         self, entry: Mapping[str, Any], target: Path, document: Mapping[str, Any], library: Kernels | None
     ) -> Part:
-        array = transforms.apply(entry["transform"], [self._weights[name] for name in entry["sources"]])
+        arrays = [self._weights[name] for name in entry["sources"]]
+        if entry["transform"] != "concat0":  # which is what stacked parts mean: nothing is copied for it
+            arrays = [transforms.apply(entry["transform"], arrays)]
         made = convert(
-            array, self._plan.scheme, entry["kind"], dtype=entry["dtype"], scales=self._plan.scales, kernels=library
+            arrays, self._plan.scheme, entry["kind"], dtype=entry["dtype"], scales=self._plan.scales, kernels=library
         )
         with target.open("xb", buffering=0) as file:
             for tensor in made.stored:
                 _write(file, tensor)
         # Four digits: kernels and NumPy add up in another order.
         facts = {"rmse": float(f"{made.rmse:.4g}"), "max_error": float(f"{made.worst:.4g}")}
-        return self._keeper.remember("tensor", document, target, source_dtype=str(array.dtype), **facts)
+        return self._keeper.remember("tensor", document, target, source_dtype=str(arrays[0].dtype), **facts)
 
     def _join_small(self) -> None:
         """Write the shards that several parameters share."""

@@ -37,24 +37,30 @@ def kernel_names(source: str, scheme: Scheme, scales: str, *, dtypes: Sequence[s
 
 
 def convert(
-    array: np.ndarray, scheme: Scheme, kind: str, *, dtype: str, scales: str, kernels: Kernels | None
+    parts: Sequence[np.ndarray], scheme: Scheme, kind: str, *, dtype: str, scales: str, kernels: Kernels | None
 ) -> Converted:
-    """Convert a parameter of ``kind``; one that the scheme does not quantize is cast to ``dtype``.
+    """Convert a parameter of ``kind``, made of ``parts`` one under the other; one that the scheme does not quantize is
+    cast to ``dtype``.
 
     :class:`ValueError` for a value that is not finite or does not fit, naming its index. What is stored is the same
     with and without ``kernels``.
     """
-    array = np.require(array, requirements=("C", "A"))
-    if not scheme.quantizes(kind):
+    parts = [np.require(part, requirements=("C", "A")) for part in parts]
+    quantizes = scheme.quantizes(kind)
+    if kernels and quantizes and scheme.kind == "group" and len({part.dtype for part in parts}) == 1:
+        done = kernels.quantize(parts, scheme, scales)
+        error = done[2].relative() if done else None
+        if done and error:
+            return Converted(done[:2], *error)
+    array = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    if not quantizes:
         return _cast(array, dtype, kernels)
     if scheme.kind == "tensor":
-        pair = float8.quantize(array)
-        return Converted(pair, *relative_error(array, lambda rows: float8.dequantize(pair[0][rows], pair[1])))
-    done = kernels.quantize(array, scheme, scales) if kernels else None
-    words, scale = done[:2] if done else group.quantize(array, scheme, scales)
-    error = done[2].relative() if done else None
-    if error is None:
-        error = relative_error(array, lambda rows: group.dequantize(words[rows], scale[rows], scheme, array.shape[1]))
+        codes, scale = float8.quantize(array)
+        error = relative_error(array, lambda rows: float8.dequantize(codes[rows], scale))
+        return Converted((codes, scale), *error)
+    words, scale = group.quantize(array, scheme, scales)
+    error = relative_error(array, lambda rows: group.dequantize(words[rows], scale[rows], scheme, array.shape[1]))
     return Converted((words, scale), *error)
 
 

@@ -104,16 +104,34 @@ class Kernels:
         ctypes.CDLL(str(Path(ffi.origin).parent / "lib" / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
 
-    def quantize(self, weight: np.ndarray, scheme: Scheme, scales: str) -> tuple[np.ndarray, np.ndarray, Sums] | None:
-        """Quantize contiguous ``weight`` [n, k] as :func:`.group.quantize` does; None where that says what is wrong.
+    def quantize(
+        self, parts: Sequence[np.ndarray], scheme: Scheme, scales: str
+    ) -> tuple[np.ndarray, np.ndarray, Sums] | None:
+        """Quantize the weight [n, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
+
+        None where that says what is wrong. Parts are contiguous and of one dtype.
 
         A short last group is quantized from a copy that is filled up with zeros.
         """
-        n, k = weight.shape
-        size, whole = scheme.group_size, k // scheme.group_size
+        n, k = sum(len(part) for part in parts), parts[0].shape[1]
         words = np.empty((n, scheme.words(k)), "<u4")
         scale = np.empty((n, scheme.groups(k)), numpy_dtype(scheme.storage_dtype))
         stats = np.zeros((2, n, 4), np.float32)
+        at = 0
+        for part in parts:
+            rows = slice(at, at + len(part))
+            self._quantize(part, words[rows], scale[rows], stats[:, rows], scheme, scales)
+            at = rows.stop
+        sums = _sums(stats.reshape(-1, 4))
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(np.float32(np.float32(sums.peak / scheme.top).astype(scale.dtype)))
+        return (words, scale, sums) if fits else None
+
+    def _quantize(
+        self, weight: np.ndarray, words: np.ndarray, scale: np.ndarray, stats: np.ndarray, scheme: Scheme, scales: str
+    ) -> None:
+        (n, k), size = weight.shape, scheme.group_size
+        whole = k // size
         name = quantize_name(str(weight.dtype), scheme, scales)
         strides = words.shape[1], scale.shape[1]
         if whole:
@@ -124,10 +142,6 @@ class Kernels:
             per_group = size // scheme.per_word
             self._call(name, [last, words[:, whole * per_group :], scale[:, whole:], stats[1]], n, 1, size, *strides)
             _clear_past_end(words[:, whole * per_group :], k % size, scheme)
-        sums = _sums(stats.reshape(-1, 4))
-        with np.errstate(over="ignore"):
-            fits = np.isfinite(np.float32(np.float32(sums.peak / scheme.top).astype(scale.dtype)))
-        return (words, scale, sums) if fits else None
 
     def cast(self, array: np.ndarray, dtype: str) -> tuple[np.ndarray, Sums] | None:
         """Return contiguous ``array`` as ``dtype`` as :func:`.blocks.cast` does; None where that says what is wrong."""

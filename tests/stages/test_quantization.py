@@ -100,7 +100,7 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
     assert q_scale.tolist() == scales
     elsewhere = np.empty(weight.size + 1, dtype)[1:].reshape(shape)
     elsewhere[:] = weight
-    q_weight, q_scale, sums = kernels.quantize(elsewhere, scheme, "max")
+    q_weight, q_scale, sums = kernels.quantize([elsewhere], scheme, "max")
     assert q_weight.tolist() == words
     assert q_scale.tolist() == scales
     expected = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], scheme, shape[1]))
@@ -123,10 +123,10 @@ def test_compiled_casts_are_numpys(dtype, stored, shape, kernels):
 def test_kernels_leave_it_to_numpy_to_say_what_is_wrong(value, kernels):
     weight = np.ones((9, 64), np.float32)
     weight[7, 33] = value
-    assert kernels.quantize(weight, SCHEMES["q4f16_1"], "max") is None
+    assert kernels.quantize([weight], SCHEMES["q4f16_1"], "max") is None
     assert kernels.cast(weight, "float16") is None
     with pytest.raises(ValueError, match=r"\[7, 33\]"):
-        convert(weight, SCHEMES["q4f16_1"], "linear", dtype="float16", scales="max", kernels=kernels)
+        convert([weight], SCHEMES["q4f16_1"], "linear", dtype="float16", scales="max", kernels=kernels)
 
 
 def squared_error(weight: np.ndarray, scheme: Scheme, q_weight: np.ndarray, q_scale: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def test_a_searched_group_computed_by_hand():
 
 def test_compiled_search_finds_scales_as_good(kernels):
     scheme, weight = SCHEMES["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
-    q_weight, q_scale, _ = kernels.quantize(weight, scheme, "mse")
+    q_weight, q_scale, _ = kernels.quantize([weight], scheme, "mse")
     ours, theirs = quantize(weight, scheme, "mse")
     assert (q_scale == theirs).mean() > 0.99  # near ties may go either way
     found = squared_error(weight.astype(np.float32), scheme, q_weight, q_scale)
