@@ -35,7 +35,7 @@ SHARED = (
     "state_bytes",
     "vocab_size",
 )
-DTYPE_BYTES = {"float32": 4, "uint32": 4, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
 # What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
 # processor takes memory when it is written to, which next to nothing of this is; a GPU takes all of it at once.
 CACHE_TABLES = 128 * 2**20

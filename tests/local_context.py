@@ -55,7 +55,7 @@ class LocalContext:
         assert self.memo
         return self.memo.remember(kind, document, file, **facts)
 
-    def progress(self, done: int, total: int, unit: str = "") -> None:
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         assert 0 <= done <= total, f"progress {done} of {total} {unit}"
 
     def warn(self, message: str) -> None:
