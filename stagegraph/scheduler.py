@@ -61,7 +61,7 @@ class Reporter:
     def waiting(self, node: Node, what: str) -> None:
         """A node is held up by ``what``."""
 
-    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """A running node reports how far it is."""
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
@@ -287,7 +287,8 @@ class Scheduler:
         for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
             for event in worker.receive():
                 if event["event"] == "progress":
-                    self._reporter.progress(running.decision.node, event["done"], event["total"], event["unit"])
+                    amount = event["done"], event["total"], event["unit"], event["note"]
+                    self._reporter.progress(running.decision.node, *amount)
                 elif event["event"] == "end":
                     self._release(running, keep_worker=True)
                     self._end(running, event)

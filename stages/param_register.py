@@ -61,10 +61,8 @@ class ParamRegister(Stage):
                 "tensors; one of them belongs to another model"
             )
         params = family.params(family.config(**model["config"]))
-        kinds = (
-            *_check_tensors(params, tensors, family.recomputed, model["vocab_size"]),
-            _check_groups(params, scheme),
-        )
+        ignored = (*family.recomputed, *(family.tied or ())[:1])  # a stored head of a tied model repeats its embedding
+        kinds = _check_tensors(params, tensors, ignored, model["vocab_size"])
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
@@ -121,16 +119,6 @@ def _check_tensors(
     return missing, wrong, unexpected
 
 
-def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:
-    """A group never spans two rows and a row never ends within one: kernels read whole words and whole groups."""
-    return [
-        f"parameter {parameter.name} {list(parameter.shape)}: rows of {parameter.shape[-1]} values do not split into "
-        f"groups of {scheme.group_size} as {scheme.name} asks; choose a scheme without groups, such as q0f32"
-        for parameter in params
-        if scheme.quantizes(parameter.kind) and parameter.shape[-1] % scheme.group_size
-    ]
-
-
 def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
     """Return the stored tensors of one parameter, in packed order."""
     if not scheme.quantizes(parameter.kind):
@@ -138,10 +126,9 @@ def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
         return [{**entry, "of": parameter.name}]
     stem = parameter.name.removesuffix("weight")
     n, k = parameter.shape
-    words, groups = k * scheme.bits // 32, k // scheme.group_size
     return [
-        {"name": f"{stem}q_weight", "shape": [n, words], "dtype": "uint32", "of": parameter.name},
-        {"name": f"{stem}q_scale", "shape": [n, groups], "dtype": scheme.storage_dtype, "of": parameter.name},
+        {"name": f"{stem}{part}", "shape": [*shape], "dtype": dtype, "of": parameter.name}
+        for part, shape, dtype in scheme.stored(n, k)
     ]
 
 

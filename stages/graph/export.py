@@ -78,6 +78,14 @@ class Build:
         sums = 2 * attention.num_heads * DTYPE_BYTES["float32"]
         return PAGE_SIZE * self.cache_bytes_per_token + self.prefill_chunk * (rows + sums)
 
+    @property
+    def state_bytes(self) -> int:
+        """What one step of one sequence takes in the state of a recurrent model; 0 for a model with a KV cache."""
+        if hasattr(self.config, "attention"):
+            return 0
+        states: Any = self.model()[0]
+        return int(self.config.num_layers * sum(each.width * DTYPE_BYTES[each.dtype] for each in states.states))
+
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""
         bits, group_size = self.group

@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from stages.tokenizers.byte_level import unspell
@@ -20,6 +21,7 @@ from stages.tokenizers.metaspace import RUNS, SPACE
 from stages.tokenizers.record import Reference
 
 SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")
+GENERATED_CORPUS = Path(__file__).with_name("generated_corpus.jsonl")
 # Marks and letters of these are older than Unicode 9, where Python's and the library's NFC agree.
 PROBES = (
     "Hello, world! It's 2024; we've 1,234.56 reasons.",
@@ -42,13 +44,24 @@ PROBES = (
 )
 STEPS = (7919, 7927)  # primes; one of them is coprime to any vocabulary below 60 million
 SEQUENCE = 32
+MAX_OVERLAP, MAX_OVERLAPS = 65, 50_000  # longer tokens and more overlaps are no published vocabulary's
 MAX_ADDED = 128  # of a long list its beginning and its end are tried
 
 
 @cache
 def sample_corpus() -> tuple[tuple[str, str], ...]:
-    """Return the (kind, text) pairs that ship with the project."""
-    lines = SAMPLE_CORPUS.read_text(encoding="utf-8").splitlines()
+    """Return the written (kind, text) pairs that ship with the project, 27 KB."""
+    return _pairs(SAMPLE_CORPUS)
+
+
+@cache
+def generated_corpus() -> tuple[tuple[str, str], ...]:
+    """Return the drawn (kind, text) pairs that ship with the project, 180 KB; benchmarks/corpus.py writes them."""
+    return _pairs(GENERATED_CORPUS)
+
+
+def _pairs(path: Path) -> tuple[tuple[str, str], ...]:
+    lines = path.read_text(encoding="utf-8").splitlines()
     return tuple((kind, text) for kind, text in map(json.loads, lines))
 
 
@@ -68,8 +81,8 @@ def fingerprint(reference: Reference) -> str:
 
 def prove(subject: Subject, reference: Reference, progress: Callable[[int, int], None]) -> list[Finding]:
     """Run T19, T20 and T21; each yields its first difference only. ``progress`` gets texts done and texts in all."""
-    texts = [("probe", text) for text in PROBES] + [*sample_corpus(), *code_points(), *_added(subject)]
-    texts += _overlapping(subject)
+    texts = [("probe", text) for text in PROBES] + [*sample_corpus(), *generated_corpus(), *code_points()]
+    texts += [*_added(subject), *_overlapping(subject)]
     checks = (
         same_map(subject, reference),
         probes_raw(subject, reference),
@@ -92,9 +105,10 @@ def _overlapping(subject: Subject) -> Iterator[tuple[str, str]]:
     if not _over_characters(subject):
         return
     added = {token["content"] for token in subject.spec["added_tokens"]}
-    tokens = [token.replace(SPACE, " ") for token in subject.ids if len(token) > 2 and token not in added]
+    lengths = range(3, MAX_OVERLAP)
+    tokens = [token.replace(SPACE, " ") for token in subject.ids if len(token) in lengths and token not in added]
     ends = ((token, size) for token in tokens for size in range(1, len(token)) if token.startswith(token[-size:]))
-    twice = [f"{token}{token[size:]}" for token, size in ends]
+    twice = [f"{token}{token[size:]}" for token, size in islice(ends, MAX_OVERLAPS)]
     for start in range(0, len(twice), SEQUENCE):
         yield "overlap", "|".join(twice[start : start + SEQUENCE])
 

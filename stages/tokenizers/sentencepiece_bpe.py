@@ -12,6 +12,7 @@ from stages.tokenizers.byte_pairs import Added, load
 from stages.tokenizers.character_loop import CharacterLoop
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.metaspace import NEVER, SEGMENT, SPACE, TEXT, CharacterPairs, document
+from stages.tokenizers.ranks import bound_cuts, bound_lengths
 from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.sentencepiece_model import (
     BPE,
@@ -176,12 +177,15 @@ def _prefix(resolution: Resolution, model: SentencePieceModel, added: tuple[Adde
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """Return every way to make each piece of two others, the best score first."""
     known = {piece.text for piece in model.pieces if piece.kind == NORMAL}
+    bound_lengths(known)
     cuts: list[tuple[str, str]] = []
     for tied in _tied(model):
+        bound_cuts(len(cuts))
         # Pieces of one score are runs of one character. Of these the leftmost grows, so the longest left side is first.
-        runs = [(text[:at], text[at:]) for text in tied for at in splits(text)]
-        cuts += runs if len(tied) == 1 else sorted(runs, key=lambda pair: (-len(pair[0]), -len(pair[1])))
-    return [(left, right) for left, right in cuts if left in known and right in known]
+        found = [(text[:at], text[at:]) for text in tied for at in splits(text)]
+        pairs = [pair for pair in found if pair[0] in known and pair[1] in known]
+        cuts += pairs if len(tied) == 1 else sorted(pairs, key=lambda pair: (-len(pair[0]), -len(pair[1])))
+    return cuts
 
 
 def splits(text: str) -> list[int]:

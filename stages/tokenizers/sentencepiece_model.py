@@ -19,6 +19,7 @@ from stages.tokenizers.resolution import LFS_HEADER
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 MODELS = {UNIGRAM: "Unigram", BPE: "BPE", 3: "Word", 4: "Char"}
+MAX_PIECES = 1 << 20
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
@@ -72,6 +73,8 @@ def _model(data: bytes) -> SentencePieceModel:
     for number, value in _fields(data):
         if number == 1:
             pieces.append(_piece(_message(number, value)))
+            if len(pieces) > MAX_PIECES:
+                raise ValueError(f"more than {MAX_PIECES:,} pieces, far more than any model has")
         elif number == 2:
             trainer.update(_fields(_message(number, value)))
         elif number == 3:

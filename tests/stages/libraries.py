@@ -17,7 +17,8 @@ from stages.config_parse import ConfigParse
 from stages.graph_build import GraphBuild
 from stages.models import load_family, transforms
 from stages.param_register import ParamRegister
-from stages.quantization import group
+from stages.quantization.convert import convert, restored
+from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.schemes import SCHEMES
 from tests.checkpoints import qwen_tensors, write_qwen
 from tests.local_context import LocalContext, run_stage
@@ -81,11 +82,11 @@ def weights(registered: Registered) -> Weights:
     for entry in registry["logical"]:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
-            packed = group.quantize(array, scheme)
+            packed = convert([array], scheme, entry["kind"], dtype="", scales="max", kernels=None).stored
             stored += packed
-            array = group.dequantize(*packed, scheme, array.shape[1])
+            array = restored(packed, scheme, array.shape[1])
         else:
-            stored.append(np.ascontiguousarray(array.astype(entry["dtype"])))
+            stored.append(np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"]))))
             array = stored[-1].astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))

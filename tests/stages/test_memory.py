@@ -14,7 +14,8 @@ import sys
 import pytest
 
 from stages import compile as compile_stage
-from tests.stages import families
+from stages.runtime import state
+from tests.stages import families, recurrent
 
 CONTEXT, CHUNK = 2048, 1024  # large enough for what is planned to stand out from what is not
 MEASURE = """
@@ -46,7 +47,13 @@ class Measured(Session):
     def _create_state(self, sequences):
         return note("cache", lambda: super(Measured, self)._create_state(sequences))
 
-session = Measured(manifest.read(Path(sys.argv[1])), sequences=int(sys.argv[2]))
+root = Path(sys.argv[1])
+if (root / "bundle.json").is_file():
+    described = manifest.read(root)
+else:
+    model = json.loads((root / "metadata.json").read_text())["model"]
+    described = manifest.Manifest(root, "tiny", "llvm", "x86_64", {}, {}, model, [], {})
+session = Measured(described, sequences=int(sys.argv[2]))
 sequence, ids = session.add(), list(range(3, 403))
 chunk = (ids * 10)[: session.prefill_chunk]
 note("results", lambda: session.prefill(sequence, chunk))
@@ -84,6 +91,7 @@ def test_the_memory_that_compile_promises_is_what_a_session_takes(tmp_path, name
 
 def test_a_gpu_gives_the_tables_their_memory():
     model = {"cache_bytes_per_token": 10, "cache_workspace_bytes": 7, "context_window": 100, "prefill_chunk": 8}
+    model["state_bytes"] = 0
     metadata = {
         "model": {**model, "max_batch": 3},
         "memory": {"embed": 40, "prefill": 500, "decode": 5},
@@ -96,3 +104,16 @@ def test_a_gpu_gives_the_tables_their_memory():
     assert f"| in all for one sequence | {40 + 7 + tables + 40 + 500 + 1000:,} |" in table
     assert f"| in all for 3 sequences | {40 + 7 + tables + 40 + 500 + 3000:,} |" in table
     assert "tables" not in compile_stage._memory({**metadata, "target": {"target": "llvm"}})
+
+
+def test_the_state_of_a_recurrent_model_is_what_its_session_takes(tmp_path):
+    assert compile_stage.STEPS_KEPT == state.HISTORY
+    built = recurrent.build(tmp_path, recurrent.write_checkpoint(tmp_path / "checkpoint"), "q4f32_1")
+    metadata = json.loads((tmp_path / "compile" / "metadata.json").read_text())
+    table = compile_stage._memory(metadata)
+    sizes = recurrent.MODEL["hidden_size"] * recurrent.MODEL["num_hidden_layers"] * 5 * 4
+    assert f"| recurrent state, one sequence, 16 steps of it | {16 * sizes:,} |" in table
+    assert "KV cache" not in table
+    command = [sys.executable, "-c", MEASURE, str(built.root), "2"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0 <= found["cache"] - 2 * 16 * sizes <= 0.1 * 2 * 16 * sizes

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +14,13 @@ from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.merge_loop import MergeLoop
 from stages.tokenizers.old_nfc import nfc
 from stages.tokenizers.patterns import GPT2
-from stages.tokenizers.proof import code_points, sample_corpus
+from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.world import WorldTokenizer
 from tests.stages.tokenizer_folders import FOLDERS, PREFIXES, SIZE, build, merges, vocab, world_text
 from tests.stages.tokenizer_samples import SHARED, tiny_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 NEOX = SHARED / "tokenizers" / "gpt-neox-20b.tokenizer.json"
 WORLD = SHARED / "tokenizers" / "rwkv_vocab_v20230424.txt"
 needs_shared = pytest.mark.skipif(not NEOX.is_file(), reason="the published vocabularies are not beside the repository")
@@ -126,6 +130,14 @@ def test_the_world_vocabulary_is_written_as_documented(built, tmp_path):
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     assert world_text().startswith(b"1 '\\x00' 1\n2 '\\x01' 1\n")
     assert again.decode(again.encode("héllo <|endoftext|>").ids, skip_special_tokens=False) == "héllo <|endoftext|>"
+
+
+def test_the_corpora_that_ship_are_200_kilobytes_as_their_script_draws_them():
+    script = ROOT / "benchmarks" / "corpus.py"
+    drawn = subprocess.run([sys.executable, script], check=True, capture_output=True).stdout
+    assert drawn == GENERATED_CORPUS.read_bytes()
+    assert sum(len(text.encode()) for _, text in (*sample_corpus(), *generated_corpus())) > 200_000
+    assert len({kind for kind, _ in generated_corpus()}) > 15
 
 
 def test_a_merge_is_found_whatever_the_piece(built):

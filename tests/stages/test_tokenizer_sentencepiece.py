@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 
 import pytest
 import sentencepiece
@@ -209,6 +210,26 @@ def test_a_small_length_that_claims_gigabytes_costs_nothing(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n" + b"\xff\xff\xff\xff\x0f" + b"x" * 50)
     with pytest.raises(TokenizerError, match="truncated"):
         read_model(tmp_path / "tokenizer.model")
+
+
+def hostile():
+    """Every run of one character up to the longest, and a long one after each of 9,000 characters."""
+    runs = [("a" * n, -float(n), 1) for n in range(1, 1024)]
+    others = [chr(0x4E00 + i) for i in range(9_000)]
+    after = [(c + "a" * 990, -2e4 - i, 1) for i, c in enumerate(others)]
+    return [*META, *runs, *((c, -1e5 - i, 1) for i, c in enumerate(others)), *after]
+
+
+def test_pieces_that_can_be_cut_in_millions_of_ways_are_refused_in_bounded_time(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    message = refusal(tmp_path, model(hostile()))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert "which is no vocabulary" in message
+    assert after.ru_utime - before.ru_utime < 20
+    assert after.ru_maxrss - before.ru_maxrss < 400_000  # KiB
+    small = [("a" * n, -float(n), 1) for n in range(1, 1024)] + [("é" * n, -3e3 - n, 1) for n in range(1, 1024)]
+    more = [(c * n, -1e4 * ord(c) - n, 1) for c in "bcdefgh" for n in range(1, 1024)]
+    assert "more than 2,000,000 ways" in refusal(tmp_path / "ways", model([*META, *small, *more]))
 
 
 def both(folder, spec, data):
