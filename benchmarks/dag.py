@@ -163,7 +163,7 @@ def doit(folder: Path, program: str) -> Tool:
         lines.append(f"def task_{name}(): return {{{task}}}")
     (folder / "dodo.py").write_text("import doit.tools\n" + "\n".join(lines) + "\n", encoding="utf-8")
     parameter = (folder / "params.yaml", f"value: '{MARK}'\n")
-    return Tool("doit", folder, [program], {}, lambda: [*folder.glob("s*.txt")], parameter, folder / "s03.py")
+    return Tool("doit", folder, [program], {}, lambda: [*folder.glob("s[0-9]*.txt")], parameter, folder / "s03.py")
 
 
 def dvc(folder: Path, program: str) -> Tool:
@@ -178,9 +178,8 @@ def dvc(folder: Path, program: str) -> Tool:
     parameter = (folder / "params.yaml", f"value: '{MARK}'\n")
     env = {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(folder / "site")}
     subprocess.run([program, "init", "--no-scm", "-q"], cwd=folder, check=True, env={**os.environ, **env})
-    return Tool(
-        "dvc", folder, [program, "repro", "-q"], env, lambda: [*folder.glob("s*.txt")], parameter, folder / "s03.py"
-    )
+    command = [program, "repro", "-q"]
+    return Tool("dvc", folder, command, env, lambda: [*folder.glob("s[0-9]*.txt")], parameter, folder / "s03.py")
 
 
 def delete_outputs(tool: Tool, _: int) -> None:
@@ -192,7 +191,7 @@ def delete_outputs(tool: Tool, _: int) -> None:
 def set_parameter(tool: Tool, number: int) -> None:
     """Give s12 a value it never had."""
     path, template = tool.parameter
-    path.write_text(template.replace(MARK, f"value {number}"), encoding="utf-8")
+    path.write_text(template.replace(MARK, f"v{number}"), encoding="utf-8")
 
 
 def touch_input(tool: Tool, _: int) -> None:

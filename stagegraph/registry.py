@@ -75,6 +75,9 @@ COMPARERS = {
     "tokenizer-bundle": "stages.cli.compare:tokenizers",
 }
 
+# Suffix of a source file -> what says which of its parts changed: (recall, digest before, path now) -> text or None.
+DISSECTORS = {".safetensors": "stages.cli.shards:changed"}
+
 
 def load_object(reference: str) -> Any:
     """Import ``"module:NAME"`` and return the object."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from stages.models.safetensors import read_header
 from tests.e2e.conftest import Project
 from tests.e2e.test_main_job import executed
 
@@ -31,6 +32,17 @@ def test_an_edited_function_is_named_and_the_graphs_compared(project: Project) -
     back = project.run("--stage", node)
     assert executed(back) == set()
     assert back[node]["reason"] == "back to an earlier result"
+
+
+def test_changed_weights_are_named_by_tensor(project: Project) -> None:
+    shard = sorted(project.checkpoint.glob("*.safetensors"))[0]
+    header = read_header(shard, shard.name)
+    name, info = list(header.items())[1]
+    content = bytearray(shard.read_bytes())
+    content[info.offset : info.offset + 4] = b"\x01\x02\x03\x04"
+    shard.write_bytes(content)
+    said = project("explain", "quantize", "overlay.yaml").stdout
+    assert f"{shard.name} changed: 1 tensor: {name} (source checkpoint)" in said
 
 
 def test_graphs_can_be_read_with_what_they_cost(built: Project) -> None:
