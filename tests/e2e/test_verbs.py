@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from stages.models.safetensors import read_header
-from tests.e2e.conftest import Project
+from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
 
 
@@ -70,3 +73,14 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in target.rglob("*") if path.is_file())
     said = json.loads(built("generate", str(target), "--prompt", "It was", "--max-tokens", "3", "--json").stdout)
     assert said["text"]
+
+
+def test_the_page_on_python_runs_as_it_stands(built: Project) -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0].replace("pipeline.yaml", "overlay.yaml")
+    path = os.pathsep.join([str(built.folder / "lib"), str(ROOT)])
+    env = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=built.folder, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "qwen"
+    assert "config-parse HIT" in done.stdout

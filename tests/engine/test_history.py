@@ -40,7 +40,7 @@ def test_runs_are_listed_with_what_each_did(demo: Demo) -> None:
     assert text[1].split()[:2] == [runs[0]["id"][:8], "failed"]
     one = demo("runs", str(demo.pipeline), "--run", runs[0]["id"][:6]).out
     assert "error: read: the text says FAIL" in one
-    assert "glue: - -> +" in demo("runs", str(demo.pipeline), "--run", "~1").out
+    assert "glue: - -> +" in demo("runs", str(demo.pipeline), "--run", "@~1").out
     assert "no run begins with 'zz'" in demo("runs", str(demo.pipeline), "--run", "zz").err
 
 
