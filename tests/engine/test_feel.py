@@ -108,7 +108,8 @@ def test_quiet_prints_problems_only(demo: Demo) -> None:
 
 LOOKS = [
     ["run"], ["run", "--dry-run"], ["status"], ["explain", "join"], ["show", "join"], ["runs"], ["lineage", "join"],
-    ["diff", "join@~1", "join"], ["diff", "@~1", "@~0"], ["du"], ["gc", "--dry-run"], ["fsck"],
+    ["diff", "join@~1", "join"], ["diff", "@~1", "@~0"], ["du"], ["gc", "--dry-run"], ["fsck"], ["graph"],
+    ["log", "shape"],
 ]  # fmt: skip
 
 
