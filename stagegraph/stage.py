@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from stagegraph.errors import StageError
 from stagegraph.files import list_files
@@ -69,8 +69,7 @@ def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
     return field(default="" if optional else dataclasses.MISSING, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class In:
+class In(NamedTuple):
     """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one."""
 
     stage: str
@@ -80,8 +79,7 @@ class In:
     optional: bool = False
 
 
-@dataclass(frozen=True)
-class Out:
+class Out(NamedTuple):
     """An output port: one file, or one directory, at ``path`` relative to the node's directory."""
 
     path: str
@@ -107,16 +105,14 @@ class SourceFiles:
             raise StageError(f"{self.root}: no file named {name!r} there") from None
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """One upstream instance on a ``many`` port: its ``foreach`` values and the path of its output port."""
 
     each: Mapping[str, str]
     path: Path
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A part that was remembered: its read-only file, and the small facts kept with it."""
 
     path: Path

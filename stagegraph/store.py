@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -69,7 +68,7 @@ class Store:
         except FileExistsError:  # another run was faster
             return False
         copy = file.with_name(f".{file.name}.object")
-        shutil.copyfile(file, copy)
+        _copy(file, copy)
         copy.chmod(0o444)
         copy.rename(target)
         return False
@@ -140,7 +139,7 @@ class Store:
             if not _reflink(source, temporary):
                 linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
                 if not linked:
-                    shutil.copyfile(source, temporary)
+                    _copy(source, temporary)
                     temporary.chmod(0o444)
             if target.is_dir() and not target.is_symlink():
                 remove_tree(target)
@@ -168,6 +167,12 @@ def _reflink(source: Path, target: Path) -> bool:
     return cloned
 
 
+def _copy(source: Path, target: Path) -> None:
+    import shutil  # with every archive format there is; a run without news copies nothing
+
+    shutil.copyfile(source, target)
+
+
 def _hardlink(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
@@ -192,6 +197,8 @@ def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for folder, _, _ in os.walk(path):
             Path(folder).chmod(stat.S_IRWXU)
+        import shutil
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

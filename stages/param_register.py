@@ -61,7 +61,8 @@ class ParamRegister(Stage):
                 "tensors; one of them belongs to another model"
             )
         params = family.params(family.config(**model["config"]))
-        kinds = _check_tensors(params, tensors, family.recomputed, model["vocab_size"])
+        ignored = (*family.recomputed, *(family.tied or ())[:1])  # a stored head of a tied model repeats its embedding
+        kinds = _check_tensors(params, tensors, ignored, model["vocab_size"])
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -47,7 +46,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add the options that select nodes by name or pattern."""
     for option, target, help_ in (
-        ("--stage", "stage", "these nodes and what they need; repeatable, patterns as graph-build[*,decode]"),
+        ("--stage", "stage", "nodes and what they need, as graph-build[*,decode]"),
         ("--from", "start", "these nodes and everything below them (and what they need)"),
         ("--until", "until", "of all that, nothing below these nodes"),
     ):
@@ -95,12 +94,23 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def _terminal_width() -> int:
+    """Return what ``shutil.get_terminal_size`` would, without all that shutil imports."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 120
+    except OSError:
+        return 120
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, width: int | None = None) -> str:
     """Lay out a table in the terminal's width.
 
     The ``flexible`` column is shortened where the others leave no room; last columns go before it becomes unreadable.
     """
-    width = width or shutil.get_terminal_size((120, 24)).columns
+    width = width or _terminal_width()
     columns = list(zip(header, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
 
@@ -110,7 +120,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, w
     while room() < min(widths[flexible], MIN_FLEXIBLE) and len(widths) > max(flexible + 1, 3):
         columns.pop()
         widths.pop()
-    widths[flexible] = max(min(widths[flexible], room()), 12)
+    widths[flexible] = min(widths[flexible], max(room(), 12))
     paint = _paint if coloured() else str.rstrip
     lines = zip(*columns, strict=True)
     return "\n".join(
