@@ -72,8 +72,14 @@ LOOKUPS = {
 COMPARERS = {
     "graph-build": "stages.cli.compare:graphs",
     "compile": "stages.cli.compare:libraries",
+    "quantize": "stages.quantization.compare:weights",
     "tokenizer-bundle": "stages.cli.compare:tokenizers",
 }
+
+
+# Stage -> the file whose JSON `show --plot` draws, the function (document, file to draw into) that does; what
+# it cannot draw is a ValueError.
+PLOTS = {"quantize": ("report.json", "stages.quantization.plot:draw")}
 
 
 def load_object(reference: str) -> Any:
