@@ -174,9 +174,15 @@ def _quantized_already(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _legacy_hint(root: Path, files: Mapping[str, Path]) -> str:
-    """Say how to convert, if there is no safetensors file but there are pickled weights."""
+    """Say what to do, if there is no safetensors file but there are pickled weights or a GGUF file."""
     if any(name.endswith(".safetensors") for name in files) or not root.is_dir():
         return ""
+    gguf = sorted(path.name for path in root.iterdir() if path.suffix == ".gguf")
+    if gguf:
+        return (
+            f"the weights are GGUF ({', '.join(gguf)}), llama.cpp's quantized format, which cannot be read; "
+            "start from the unquantized checkpoint in safetensors files and choose a scheme here"
+        )
     legacy = sorted(path.name for path in root.iterdir() if path.suffix in LEGACY)
     if not legacy:
         return ""

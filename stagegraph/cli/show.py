@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
@@ -10,6 +11,7 @@ from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.errors import PlanError
+from stagegraph.registry import PLOTS, load_object
 from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
     parser.add_argument("--views", action="store_true", help="list the views")
     parser.add_argument("--ir", action="store_const", const="ir", dest="view", help="the view ir: readable code")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture of quantize's errors into FILE (.png, .svg)")
     lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
@@ -41,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         if option := lookup.asked(args):
             nodes = pipeline.dag.by_name
             lookup.run(args, pipeline, {nodes[a.label]: a.record for a in found if a.label in nodes}, option)
+        elif args.plot:
+            _plot(found, Path(args.plot))
         elif args.json:
             print_json({artifact.label: artifact.record for artifact in found})
         elif args.views:
@@ -53,6 +58,18 @@ def run(args: argparse.Namespace) -> int:
             page("\n\n".join(_page(pipeline, artifact) for artifact in found) + "\n")
         _refuse_unbuilt(pipeline, args.reference, found)
     return 0
+
+
+def _plot(found: list[Artifact], path: Path) -> None:
+    """Draw the picture of a node's report that its stage knows how to draw."""
+    if len(found) != 1 or found[0].record["stage"] not in PLOTS:
+        raise PlanError(f"--plot draws one result of {', '.join(PLOTS)}; name one, as 'quantize[llvm]'")
+    file, reference = PLOTS[found[0].record["stage"]]
+    try:
+        load_object(reference)(found[0].read_json(file), path)
+    except (ValueError, OSError) as error:
+        raise PlanError(str(error)) from None
+    print(f"drew {shown(path)}")
 
 
 def _refuse_unbuilt(pipeline: Pipeline, reference: str, found: list[Artifact]) -> None:

@@ -1,0 +1,49 @@
+"""A picture of what quantization costs: the error of every parameter by layer and kind, and how errors are spread."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+LAYER = re.compile(r"\.(\d+)\.")
+FORMATS = (".png", ".svg")
+
+
+class PlotError(ValueError):
+    """The picture cannot be drawn; the message says what to do."""
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Draw a report of quantize into ``path``, whose suffix is .png or .svg."""
+    if path.suffix not in FORMATS:
+        raise PlotError(f"{path}: a picture is drawn as {' or '.join(FORMATS)}; name the file so")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise PlotError("matplotlib is not installed, which draws pictures: pip install 'stagegraph[plot]'") from None
+    lines = [line for line in report["tensors"] if line["rmse"] > 0]
+    if not lines:
+        raise PlotError(f"nothing to draw: {report['scheme']} stores every parameter without error")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_layer, spread = figure.subplots(1, 2)
+    for kind, found in sorted(_by_kind(lines).items()):
+        by_layer.plot(*zip(*found, strict=True), "o", markersize=4, label=kind)
+    by_layer.set(xlabel="layer (-1: none)", ylabel="relative RMSE", yscale="log", title="error by layer and kind")
+    by_layer.legend(fontsize="small")
+    spread.hist([line["rmse"] for line in lines], bins=30)
+    spread.set(xlabel="relative RMSE", ylabel="parameters", title=f"{report['scheme']}, scales {report['scales']}")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _by_kind(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Return what a parameter is called without its layer -> its (layer, error) in each."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in lines:
+        layer = LAYER.search(line["name"])
+        kind = ".".join(line["name"].removesuffix(".weight").split(".")[-2:]) if layer else line["kind"]
+        found.setdefault(kind, []).append((int(layer[1]) if layer else -1, line["rmse"]))
+    return found
