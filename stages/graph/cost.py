@@ -22,7 +22,6 @@ from stages.graph.describe import operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
 FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
 
 
 class Amount(Counter[tuple[str, ...]]):
@@ -121,7 +120,7 @@ def _size(ty: rx.TensorType) -> Amount:
 
 
 def _bytes(ty: rx.TensorType) -> Amount:
-    return _scaled(_size(ty), tirx.IntImm("int64", DTYPE_BYTES[str(ty.dtype)]), 1)
+    return _scaled(_size(ty), tirx.IntImm("int64", tvm.DataType(str(ty.dtype)).itemsize), 1)
 
 
 def _scaled(amount: Amount, dim: Any, factor: int) -> Amount:
