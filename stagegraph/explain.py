@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.changes import Change, changes, instances
 from stagegraph.plan import HIT, UNKNOWN, Decision, Record
+from stagegraph.registry import DISSECTORS, load_object
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
@@ -117,13 +118,24 @@ class _Teller:
             cause.place = _line(spec.places.get(change.name, spec.place))
         elif change.kind == "source":
             cause.place = _line(spec.places.get(change.name, spec.place))
-            cause.text = f"{change.item} {_fate(change)} (source {change.name})"
+            cause.text = f"{change.item} {_fate(change)}{self._inside(change, decision)} (source {change.name})"
         elif change.kind == "code":
             self._tell_code(cause, change, self._pipeline.planner.code_files(decision))
         elif change.kind == "input":
             cause.text = f"input {change.name} {_fate(change)}"
             cause.because = list(self._inputs(change, decision.node, previous))
         return cause
+
+    def _inside(self, change: Change, decision: Decision) -> str:
+        """Say which parts of a changed source file changed, where its kind of file has parts and both are known."""
+        dissector = DISSECTORS.get(Path(change.item).suffix)
+        source = self._pipeline.planner.prepared(decision.node).sources.get(change.name)
+        if dissector is None or source is None or change.old is None or change.item not in source.files:
+            return ""
+        from stagegraph.memo import Memo
+
+        found = load_object(dissector)(Memo(self._workspace.store).recall, change.old, source.files[change.item])
+        return f": {found}" if found else ""
 
     # -- code --------------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,11 @@ def _past(entry: Mapping[str, Any]) -> PastRun:
 
 
 def find_run(runs: Sequence[PastRun], name: str) -> int:
-    """Return the position of the run that ``name`` means: the first digits of its id, or ``~N``, N before the last."""
+    """Return the position of the run that ``name`` means: the first digits of its id, or ``~N``, N before the last.
+
+    An ``@`` may stand before it, which keeps shells from reading ``~N`` as a directory.
+    """
+    name = name.removeprefix("@")
     if name.startswith("~") and name[1:].isdigit():
         if int(name[1:]) < len(runs):
             return len(runs) - 1 - int(name[1:])

@@ -76,6 +76,9 @@ COMPARERS = {
     "tokenizer-bundle": "stages.cli.compare:tokenizers",
 }
 
+# Suffix of a source file -> what says which of its parts changed: (recall, digest before, path now) -> text or None.
+DISSECTORS = {".safetensors": "stages.cli.shards:changed"}
+
 
 # Stage -> the file whose JSON `show --plot` draws, the function (document, file to draw into) that does; what
 # it cannot draw is a ValueError.

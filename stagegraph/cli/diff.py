@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from stagegraph.diff import Difference, Sets
 
 EXAMPLE = "pipeline diff 'quantize[llvm]@~1' 'quantize[llvm]'"
-RUN = re.compile(r"~\d+|[0-9a-f]{6,64}")
+RUN = re.compile(r"@?(~\d+|[0-9a-f]{6,64})")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    kinds = "NODE, NODE@RUN or a digest; a run (~1 or its id); or a pipeline file"
+    kinds = "NODE, NODE@RUN or a digest; a run (@~1 or its id); or a pipeline file"
     parser.add_argument("a", metavar="A", help=kinds)
     parser.add_argument("b", metavar="B", help="the same of the other side")
     add_file(parser)
@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_run(pipeline: Pipeline, name: str) -> bool:
-    return bool(RUN.fullmatch(name)) and any(name.startswith("~") or run.id.startswith(name) for run in pipeline.runs())
+    digits = name.removeprefix("@")
+    known = digits.startswith("~") or any(run.id.startswith(digits) for run in pipeline.runs())
+    return bool(RUN.fullmatch(name)) and known
 
 
 def _compare(a: Pipeline, run_a: str, b: Pipeline, run_b: str) -> Sets:

@@ -26,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from stagegraph.gc import usage
 
     with Pipeline(args.file, args.overrides) as pipeline:
-        found = usage(pipeline.workspace)
+        with pipeline.workspace.alone():
+            found = usage(pipeline.workspace)
         sweep = pipeline.gc(dry_run=True)
     rows = _rows(found)
     if args.json:

@@ -7,7 +7,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.cli.common import add_file
+from stagegraph.cli.common import add_file, add_json, print_json
 from stagegraph.dag import Dag
 from stagegraph.spec import load
 
@@ -24,11 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), default="ascii", help="default: ascii")
     parser.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    reduced = _reduced(Dag(load(Path(args.file), args.overrides)), by_entry=args.entries)
+    dag = Dag(load(Path(args.file), args.overrides))
+    if args.json:
+        nodes = [{"node": n.name, "stage": n.stage.id, "reads": [u.name for u in n.upstream]} for n in dag.nodes]
+        print_json({"pipeline": dag.pipeline.name, "nodes": nodes})
+        return 0
+    reduced = _reduced(dag, by_entry=args.entries)
     print(FORMATS[args.format](reduced))
     return 0
 

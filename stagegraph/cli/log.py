@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, shown
+from stagegraph.cli.common import add_file, add_json, print_json, shown
 from stagegraph.errors import PlanError
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("node", metavar="NODE", help="a node's name, as graph-build[llvm,decode]")
     add_file(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="of one node that runs: print on until it ends")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         if args.follow and len(nodes) > 1:
             raise PlanError(f"--follow follows one node: name one of {', '.join(node.name for node in nodes)}")
         unrun: list[str] = []
+        logs: list[dict[str, str]] = []
         for node in nodes:
             kind, key = _latest(pipeline.workspace, pipeline.workspace.last(pipeline.name, node.name))
             path = pipeline.workspace.log_path(key) if key else None
@@ -41,12 +43,17 @@ def run(args: argparse.Namespace) -> int:
                 unrun.append(f"{node.name} has no log yet: it has never run")
                 continue
             said = path.read_bytes()
+            if args.json:
+                logs.append({"node": node.name, "state": kind, "log": str(path), "text": said.decode(errors="replace")})
+                continue
             nothing = "" if said or kind == "running" else "\n(it printed nothing)"
             print(f"==> {node.name} ({kind}; {shown(path)}){nothing}", flush=True)
             _write(said)
             if args.follow and kind == "running":
                 _follow(pipeline.workspace, key, path, len(said))
-        if unrun:
+        if args.json and logs:
+            print_json({"pipeline": pipeline.name, "logs": logs})
+        if unrun and not (args.json and logs):
             raise PlanError(*unrun)
     return 0
 

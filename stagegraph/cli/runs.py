@@ -13,13 +13,13 @@ from stagegraph.cli.common import add_file, add_json, age_text, print_json, seco
 if TYPE_CHECKING:
     from stagegraph.history import PastRun
 
-EXAMPLE = "pipeline runs --run ~0"
+EXAMPLE = "pipeline runs --run @~0"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
-    parser.add_argument("--run", metavar="RUN", help="one run: the first digits of its id, or ~N, N before the last")
+    parser.add_argument("--run", metavar="RUN", help="one run: the first digits of its id, or @~N, N before the last")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="how many to list (default: 20)")
     add_json(parser)
 

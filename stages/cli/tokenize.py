@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from stages.runtime.tokenizer import INFO, BundleTokenizer
 
 if TYPE_CHECKING:
     import argparse
+
+TEXT_COLUMN = 57  # characters before the last column of the table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,10 +99,13 @@ def _page(found: dict[str, Any]) -> str:
     if found["before_a_prompt"]:
         lines.append(f"before a prompt: ids {found['before_a_prompt']}")
     lines += ["", f"{'':>5}  {'id':>7}  {'':<7}  {'bytes':<30}  text"]
+    room = max(shutil.get_terminal_size((120, 24)).columns - TEXT_COLUMN, 12)
     for at, piece in enumerate(found["pieces"]):
         mark = "special" if piece["special"] else ""
         shown = piece["bytes"] if len(piece["bytes"]) <= 30 else f"{piece['bytes'][:29]}…"
-        lines.append(f"{at:>5}  {piece['id']:>7}  {mark:<7}  {shown:<30}  {piece['text']!r}")
+        text = repr(piece["text"])
+        text = text if len(text) <= room else f"{text[: room - 1]}…"
+        lines.append(f"{at:>5}  {piece['id']:>7}  {mark:<7}  {shown:<30}  {text}")
     lines += ["", f"decoded     {found['decoded']!r}", _verdict(found)]
     return "\n".join(lines)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from tests.e2e.conftest import Project
+from stages.models.safetensors import read_header
+from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
 
 
@@ -33,6 +37,17 @@ def test_an_edited_function_is_named_and_the_graphs_compared(project: Project) -
     assert back[node]["reason"] == "back to an earlier result"
 
 
+def test_changed_weights_are_named_by_tensor(project: Project) -> None:
+    shard = sorted(project.checkpoint.glob("*.safetensors"))[0]
+    header = read_header(shard, shard.name)
+    name, info = list(header.items())[1]
+    content = bytearray(shard.read_bytes())
+    content[info.offset : info.offset + 4] = b"\x01\x02\x03\x04"
+    shard.write_bytes(content)
+    said = project("explain", "quantize", "overlay.yaml").stdout
+    assert f"{shard.name} changed: 1 tensor: {name} (source checkpoint)" in said
+
+
 def test_graphs_can_be_read_with_what_they_cost(built: Project) -> None:
     ir = built("show", "graph-build[llvm,decode]", "overlay.yaml", "--ir").stdout
     assert "def decode(" in ir
@@ -58,3 +73,14 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in target.rglob("*") if path.is_file())
     said = json.loads(built("generate", str(target), "--prompt", "It was", "--max-tokens", "3", "--json").stdout)
     assert said["text"]
+
+
+def test_the_page_on_python_runs_as_it_stands(built: Project) -> None:
+    page = (ROOT / "docs" / "python.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0].replace("pipeline.yaml", "overlay.yaml")
+    path = os.pathsep.join([str(built.folder / "lib"), str(ROOT)])
+    env = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=built.folder, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "qwen"
+    assert "config-parse HIT" in done.stdout

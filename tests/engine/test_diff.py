@@ -73,7 +73,7 @@ def test_two_runs(demo: Demo) -> None:
     assert found["only_b"] == ["shape[column]"]
     assert [each["b"].partition("@")[0] for each in found["differing"]] == ["join"]
     assert found["same"] == 2
-    assert "1 differ, 3 are the same" in demo("diff", "~1", "~0", str(demo.pipeline)).out
+    assert "1 differ, 3 are the same" in demo("diff", "@~1", "@~0", str(demo.pipeline)).out
 
 
 def test_two_pipelines(demo: Demo) -> None:

@@ -108,7 +108,8 @@ def test_quiet_prints_problems_only(demo: Demo) -> None:
 
 LOOKS = [
     ["run"], ["run", "--dry-run"], ["status"], ["explain", "join"], ["show", "join"], ["runs"], ["lineage", "join"],
-    ["diff", "join@~1", "join"], ["diff", "~1", "~0"], ["du"], ["gc", "--dry-run"], ["fsck"],
+    ["diff", "join@~1", "join"], ["diff", "@~1", "@~0"], ["du"], ["gc", "--dry-run"], ["fsck"], ["graph"],
+    ["log", "shape"],
 ]  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_json_documents_are_as_documented(demo: Demo) -> None:
     demo.run("--set", "vars.glue=+")
     demo.edit("line", '" ".join', '"  ".join')
     for verb, *rest in [*LOOKS[1:], *LOOKS]:
-        kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["~1", "~0"] else verb
+        kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["@~1", "@~0"] else verb
         names, options = [r for r in rest if r[0] != "-"], [r for r in rest if r[0] == "-"]
         document = demo(verb, *names, str(demo.pipeline), *options, "--json").json
         jsonschema.validate(document, {**SCHEMA, "$ref": f"#/$defs/{kind}"})

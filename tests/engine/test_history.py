@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stagegraph import registry
+from stagegraph import Pipeline, registry
 from tests.engine.conftest import Demo
 from tests.engine.test_faults import start, wait_for
 
@@ -40,7 +40,7 @@ def test_runs_are_listed_with_what_each_did(demo: Demo) -> None:
     assert text[1].split()[:2] == [runs[0]["id"][:8], "failed"]
     one = demo("runs", str(demo.pipeline), "--run", runs[0]["id"][:6]).out
     assert "error: read: the text says FAIL" in one
-    assert "glue: - -> +" in demo("runs", str(demo.pipeline), "--run", "~1").out
+    assert "glue: - -> +" in demo("runs", str(demo.pipeline), "--run", "@~1").out
     assert "no run begins with 'zz'" in demo("runs", str(demo.pipeline), "--run", "zz").err
 
 
@@ -48,10 +48,12 @@ def test_an_interrupted_run_is_in_the_history(demo: Demo) -> None:
     demo.pipeline.write_text(TROUBLE.replace("stages: {", "stages: {read: {with: {text: words}}, "))
     process = start(demo, "--set", "vars.kind=sleep", "-j", "2")
     wait_for(demo, "trouble")
-    for _ in range(100):
-        if demo.path("read", "count.txt").exists():
-            break
-        time.sleep(0.05)
+    with Pipeline(demo.pipeline) as pipeline:
+        for _ in range(200):
+            if (pipeline.workspace.index.get("last:demo/read") or {}).get("key"):
+                break
+            time.sleep(0.05)
+    time.sleep(0.5)  # until the outcome is noted, too
     process.send_signal(2)
     assert process.wait(20) == 130
     (run,) = demo("runs", str(demo.pipeline), "--json").json["runs"]
