@@ -1,0 +1,75 @@
+"""llama.cpp's quantizer as a baseline of benchmarks/quantize.py; needs gguf and llama-cpp-python and nothing of ours.
+
+Usage: python benchmarks/quantize_llama.py write MODEL.gguf HIDDEN LAYERS HEADS KV_HEADS FF VOCAB
+       python benchmarks/quantize_llama.py quantize MODEL.gguf OUT.gguf THREADS   (prints the seconds it took)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import time
+
+import gguf
+import llama_cpp
+import numpy as np
+
+
+def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int) -> None:
+    """Write a Llama of random float16 weights."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(ff)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"t{i}" for i in range(vocab)])
+    writer.add_token_scores([0.0] * vocab)
+    writer.add_token_types([1] * vocab)
+    random = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float16) * np.float16(0.02)
+
+    def matrix(name: str, n: int, k: int) -> None:
+        writer.add_tensor(f"{name}.weight", np.resize(random, (n, k)))
+
+    matrix("token_embd", vocab, hidden)
+    for i in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(hidden, np.float32))
+        matrix(f"blk.{i}.attn_q", hidden, hidden)
+        matrix(f"blk.{i}.attn_k", hidden * kv_heads // heads, hidden)
+        matrix(f"blk.{i}.attn_v", hidden * kv_heads // heads, hidden)
+        matrix(f"blk.{i}.attn_output", hidden, hidden)
+        matrix(f"blk.{i}.ffn_gate", ff, hidden)
+        matrix(f"blk.{i}.ffn_up", ff, hidden)
+        matrix(f"blk.{i}.ffn_down", hidden, ff)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    matrix("output", vocab, hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize(source: str, out: str, threads: int) -> dict[str, float]:
+    """Quantize all matrices to Q4_0; return the seconds it took, by the clock and of the processor."""
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure = threads, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    silent = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    began, cpu = time.perf_counter(), time.process_time()
+    status = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    assert status == 0, f"llama.cpp could not quantize {source}"
+    return {"seconds": seconds, "cpu": cpu}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "write":
+        write(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        print(json.dumps(quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]))))

@@ -1,0 +1,101 @@
+"""The perplexity of the example checkpoints in every scheme; needs torch and transformers, run by quantize.py.
+
+Held-out text is that of examples/tiny-qwen/text, which none of the examples was trained on. The model is transformers'
+in float32 on the weights as they are stored, dequantized.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ("tiny-qwen", "tiny-llama")
+
+sys.path.append(str(ROOT / "examples" / "tiny-qwen"))
+
+
+class Example:
+    """A checkpoint as arrays, and transformers' model of it."""
+
+    def __init__(self, folder: Path) -> None:
+        from stages.models import load_family
+        from stages.models.checkpoint import read_headers
+        from stages.models.weights import Weights
+
+        raw = json.loads((folder / "config.json").read_text())
+        self.family = load_family(raw["model_type"])
+        self.config = self.family.parse(raw)
+        files = {path.name: path for path in folder.glob("*.safetensors*")}
+        tensors = {
+            name: {"file": file, "dtype": info.dtype, "shape": [*info.shape]}
+            for name, (file, info) in read_headers(files).items()
+        }
+        weights = Weights(files, tensors)
+        self.arrays = {name: weights[name] for name in tensors}
+        self.model: Any = None
+
+    def stored(self, scheme_name: str, scales: str) -> dict[str, np.ndarray]:
+        """Return the checkpoint's tensors in float32 as they are after a scheme."""
+        from stages.models.transforms import apply, invert
+        from stages.quantization.convert import convert, restored
+        from stages.quantization.schemes import SCHEMES
+
+        scheme, found = SCHEMES[scheme_name], {}
+        for param in self.family.params(self.config):
+            array = apply(param.transform, [self.arrays[source] for source in param.sources])
+            dtype = param.dtype or scheme.storage_dtype
+            kept = convert([array], scheme, param.kind, dtype=dtype, scales=scales, kernels=None).stored
+            quantized = scheme.quantizes(param.kind)
+            array = restored(kept, scheme, array.shape[1]) if quantized else kept[0].astype(np.float32)
+            found |= dict(zip(param.sources, invert(param.transform, array, param.source_shapes), strict=True))
+        return found
+
+    @torch.no_grad()
+    def perplexity(self, tensors: dict[str, np.ndarray], documents: list[list[int]]) -> float:
+        """Return the perplexity per token over whole documents, each begun behind its end-of-text token."""
+        import transformers
+
+        name, keywords, state = self.family.to_reference(self.config, tensors)
+        if self.model is None:
+            cls = getattr(transformers, name)
+            self.model = cls(cls.config_class(**keywords)).eval()
+        state = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in state.items()}
+        self.model.load_state_dict(state, strict=True)
+        loss = tokens = 0.0
+        for document in documents:
+            ids = torch.tensor([[document[-1], *document]])
+            logits = self.model(ids[:, :-1]).logits[0]
+            loss += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            tokens += len(document)
+        return math.exp(loss / tokens)
+
+
+def table() -> list[tuple[str, str, str, bool]]:
+    """Print the perplexity in every scheme; return what is required of the search for scales."""
+    from vocabulary import read_documents
+
+    from stages.quantization.schemes import SCHEMES
+
+    documents, rows = read_documents("heldout.txt"), []
+    for name in EXAMPLES:
+        example, measured = Example(ROOT / "examples" / name), {}
+        for scheme in SCHEMES.values():
+            for scales in ("max", "mse") if scheme.kind == "group" else ("max",):
+                found = example.perplexity(example.stored(scheme.name, scales), documents)
+                measured[scheme.name, scales] = found
+                floor = measured["q0f32", "max"]
+                more = f"+{100 * (found / floor - 1):.2f} %"
+                print(f"{name:<11} {scheme.name:<9} {scales if scheme.kind == 'group' else '':<4} {found:8.4f}  {more}")
+        for scheme in SCHEMES.values():
+            if scheme.kind == "group" and scheme.bits < 8:
+                plain, searched = measured[scheme.name, "max"], measured[scheme.name, "mse"]
+                shown = f"{searched:.4f}, max {plain:.4f}, float32 {measured['q0f32', 'max']:.4f}"
+                rows.append((f"{name}, {scheme.name}, scales mse", shown, "below max", searched < plain))
+    return rows
