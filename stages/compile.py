@@ -142,7 +142,7 @@ class Compile(Stage):
             "tools": dist_versions("apache-tvm", "apache-tvm-ffi"),
             "functions": sorted(name for graph in graphs for name in graph["functions"]),
             "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
-            "model": {name: graphs[0][name] for name in SHARED},
+            "model": {**{name: graphs[0][name] for name in SHARED}, "layout": registry["layout"]},
         }
         library = ctx.out / "model.so"
         found = _build(ctx, metadata, cxx, nvcc, library)
@@ -221,7 +221,8 @@ def _build(
         return {**metadata, "memory": dict(planned)}
 
     module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
-    lowered = lower(module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"))
+    available = host.required_features(params.mcpu)
+    lowered = lower(module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"), available)
     try:
         device_kernels = None
         if nvcc is not None:

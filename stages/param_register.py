@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 READABLE = ("F32", "F16", "BF16")
-LAYOUT = "nk"  # rows are out features: the order of the checkpoint, and of both targets' kernels
 
 
 class ParamRegister(Stage):
@@ -40,8 +39,11 @@ class ParamRegister(Stage):
     outputs = {"params": Out("params.json", "stored tensors in packed order, and where each comes from")}
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
-        """Return the model's family and the one scheme."""
-        rows: dict[str, str | Sequence[str]] = {"stages.quantization.schemes:SCHEMES": params.scheme}
+        """Return the model's family, the scheme and the target."""
+        rows: dict[str, str | Sequence[str]] = {
+            "stages.quantization.schemes:SCHEMES": params.scheme,
+            "stages.targets.table:TARGETS": params.target,
+        }
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
         return rows
@@ -51,6 +53,7 @@ class ParamRegister(Stage):
         from stages.models import load_family
         from stages.models.record import capped
         from stages.quantization.schemes import SCHEMES
+        from stages.targets.table import TARGETS
 
         model = json.loads(ctx.input("config").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
@@ -68,10 +71,11 @@ class ParamRegister(Stage):
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
+        layout = TARGETS[ctx.params.target].layout
         stored: list[dict[str, Any]] = []
         logical: list[dict[str, Any]] = []
         for parameter in params:
-            parts = _stored(parameter, scheme)
+            parts = _stored(parameter, scheme, layout)
             stored += parts
             logical.append(_logical(parameter, scheme, [part["name"] for part in parts]))
         document = {
@@ -79,7 +83,7 @@ class ParamRegister(Stage):
             "family": model["family"],
             "scheme": scheme.name,
             "target": ctx.params.target,
-            "layout": LAYOUT,
+            "layout": layout,
             "params": stored,
             "logical": logical,
         }
@@ -131,17 +135,20 @@ def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:
     ]
 
 
-def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
+def _stored(parameter: Param, scheme: Scheme, layout: str) -> list[dict[str, Any]]:
     """Return the stored tensors of one parameter, in packed order."""
+    from stages.quantization import layouts
+
     if not scheme.quantizes(parameter.kind):
-        entry = {"name": parameter.name, "shape": [*parameter.shape], "dtype": parameter.dtype or scheme.storage_dtype}
+        shape = layouts.shape(layout, parameter.shape) if parameter.kind in layouts.MATRICES else [*parameter.shape]
+        entry = {"name": parameter.name, "shape": shape, "dtype": parameter.dtype or scheme.storage_dtype}
         return [{**entry, "of": parameter.name}]
     stem = parameter.name.removesuffix("weight")
     n, k = parameter.shape
-    words, groups = k * scheme.bits // 32, k // scheme.group_size
+    words, groups = (layouts.shape(layout, (n, k // per)) for per in (32 // scheme.bits, scheme.group_size))
     return [
-        {"name": f"{stem}q_weight", "shape": [n, words], "dtype": "uint32", "of": parameter.name},
-        {"name": f"{stem}q_scale", "shape": [n, groups], "dtype": scheme.storage_dtype, "of": parameter.name},
+        {"name": f"{stem}q_weight", "shape": words, "dtype": "uint32", "of": parameter.name},
+        {"name": f"{stem}q_scale", "shape": groups, "dtype": scheme.storage_dtype, "of": parameter.name},
     ]
 
 

@@ -74,7 +74,7 @@ class Quantize(Stage):
         try:
             with TensorCacheWriter(ctx.out / "weights") as writer:
                 for entry in register["logical"]:
-                    report.append(_convert(entry, weights, scheme, writer))
+                    report.append(_convert(entry, weights, scheme, register["layout"], writer))
                     done += sum(weights.nbytes(name) for name in entry["sources"])
                     ctx.progress(done, total, "B")
                 count = sum(math.prod(entry["shape"]) for entry in register["logical"])
@@ -103,10 +103,12 @@ def _check_space(ctx: Context, size: int) -> None:
         )
 
 
-def _convert(entry: Mapping[str, Any], weights: Weights, scheme: Scheme, writer: TensorCacheWriter) -> dict[str, Any]:
+def _convert(
+    entry: Mapping[str, Any], weights: Weights, scheme: Scheme, layout: str, writer: TensorCacheWriter
+) -> dict[str, Any]:
     """Store one parameter; return its line of the report."""
     from stages.models import transforms
-    from stages.quantization import group
+    from stages.quantization import group, layouts
     from stages.quantization.blocks import cast, relative_error
 
     name = entry["name"]
@@ -123,6 +125,8 @@ def _convert(entry: Mapping[str, Any], weights: Weights, scheme: Scheme, writer:
             rmse, worst = relative_error(array, lambda rows: stored[0][rows].astype("float32"))
     except ValueError as error:
         raise StageError(f"parameter {name} (from {', '.join(entry['sources'])}): {error}") from None
+    if entry["kind"] in layouts.MATRICES:
+        stored = [layouts.arrange(layout, tensor, scheme.bits) for tensor in stored]
     for stored_name, tensor in zip(entry["stored"], stored, strict=True):
         writer.add(stored_name, tensor)
     return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.models import transforms
-from stages.quantization import group
+from stages.quantization import group, layouts
 from stages.quantization.blocks import row_blocks
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Sch
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
         arrays = [records[name].load() for name in entry["stored"]]
+        if entry["kind"] in layouts.MATRICES:
+            rows = entry["shape"][0]
+            arrays = [layouts.restore(registry["layout"], array, rows, scheme.bits) for array in arrays]
         parts = [
             transforms.invert(
                 entry["transform"], array, [[shape[0], *array.shape[1:]] for shape in entry["source_shapes"]]

@@ -17,7 +17,7 @@ from stages.config_parse import ConfigParse
 from stages.graph_build import GraphBuild
 from stages.models import load_family, transforms
 from stages.param_register import ParamRegister
-from stages.quantization import group
+from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
 from tests.checkpoints import qwen_tensors, write_qwen
 from tests.local_context import LocalContext, run_stage
@@ -82,11 +82,13 @@ def weights(registered: Registered) -> Weights:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
             packed = group.quantize(array, scheme)
-            stored += packed
+            stored += [layouts.arrange(registry["layout"], tensor, scheme.bits) for tensor in packed]
             array = group.dequantize(*packed, scheme, array.shape[1])
         else:
-            stored.append(np.ascontiguousarray(array.astype(entry["dtype"])))
-            array = stored[-1].astype(np.float32)
+            array = np.ascontiguousarray(array.astype(entry["dtype"]))
+            matrix = entry["kind"] in layouts.MATRICES
+            stored.append(layouts.arrange(registry["layout"], array, 0) if matrix else array)
+            array = array.astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))
     return Weights(stored, meant)

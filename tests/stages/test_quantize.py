@@ -19,6 +19,7 @@ import pytest
 from stagegraph.stage import Source, SourceFiles, StageError
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
+from stages.quantization import layouts
 from stages.quantization.group import dequantize
 from stages.quantization.schemes import SCHEMES
 from stages.quantization.tensor_cache import TensorCacheWriter
@@ -77,8 +78,12 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
     source["transformer.h.0.mlp.gate_up_proj.weight"] = np.concatenate([w2, w1])
     report = {line["name"]: line for line in json.loads((tmp_path / scheme / "report.json").read_text())["tensors"]}
     assert report.keys() == source.keys()
+    kinds = {entry["name"]: entry["kind"] for entry in register["logical"]}
     for name, expected in source.items():
         stem = name.removesuffix("weight")
+        for part in (name, f"{stem}q_weight", f"{stem}q_scale"):
+            if part in weights and kinds[name] in layouts.MATRICES:
+                weights[part] = layouts.restore("n32", weights[part], len(expected), SCHEMES[scheme].bits)
         if f"{stem}q_weight" in weights:
             found = dequantize(
                 weights[f"{stem}q_weight"], weights[f"{stem}q_scale"], SCHEMES[scheme], expected.shape[1]
