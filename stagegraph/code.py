@@ -13,7 +13,9 @@ Parsing is slow, so what one file contributes is summarised once and kept in the
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,10 +40,11 @@ class CodeDigests:
         self._index = index
         saved = index.get("code") or {}
         self._saved: dict[str, Any] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
-        self._summaries: dict[str, Summary] = {}
-        self._paths: dict[str, Path | None] = {}
+        self._contents: dict[str, Any] = {}
+        self._paths: dict[str, str | None] = {}
         self._closures: dict[tuple[str, str], dict[str, str]] = {}
-        self._packages: dict[str, list[Path]] = {}
+        self._packages: dict[str, list[str]] = {}
+        self._listings: dict[str, frozenset[str]] = {}
         self._grown = False
 
     def closure(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
@@ -49,7 +52,7 @@ class CodeDigests:
         chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
         asked = (module, digest_json(chosen))
         if asked not in self._closures:
-            found = dict(sorted(self._walk(module, chosen)))
+            found = dict(sorted(self._walk(module, chosen).items()))
             if module not in found:
                 raise PlanError(f"the source of {module} cannot be found, so its results cannot be cached")
             self._closures[asked] = found
@@ -64,11 +67,15 @@ class CodeDigests:
             module, slash, data = name.partition("/")
             path = self._paths.get(module)
             if slash and path:
-                found = path.with_name(data)
+                found = Path(path).with_name(data)
                 files += [] if found.is_file() and digest_file(found) == digest else [str(found)]
-            elif path and fresh.summary(module, path) != self._summaries[module]:
-                files.append(str(path))
+            elif path and fresh.summary(module, path) != self._contents[path]:
+                files.append(path)
         return files
+
+    def files(self, closure: Mapping[str, str]) -> dict[str, Path]:
+        """Return where the modules of a closure are: module -> source file."""
+        return {name: Path(path) for name in closure if (path := self._paths.get(name))}
 
     def save(self) -> None:
         """Write new summaries back to the index."""
@@ -76,71 +83,81 @@ class CodeDigests:
             self._index.set("code", {"schema": SUMMARY_SCHEMA, "files": self._saved})
             self._grown = False
 
-    def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> dict[str, str]:
         root = module.partition(".")[0]
-        seen: set[str] = set()
+        found: dict[str, str] = {}
         queue = [module]
         while queue:
             for part in _with_parents(queue.pop()):
-                path = None if part in seen else self._find(part, root)
+                path = None if part in found else self._find(part, root)
                 if path is None:
                     continue
-                seen.add(part)
                 summary = self.summary(part, path)
-                yield part, summary["digest"]
+                found[part] = summary["digest"]
                 parts = [summary]
                 for table, contents in summary["tables"].items():
                     rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
-                    yield from ((f"{part}:{table}[{row}]", contents[row]["digest"]) for row in rows)
+                    found |= {f"{part}:{table}[{row}]": contents[row]["digest"] for row in rows}
                     parts += [contents[row] for row in rows]
-                for found in parts:
-                    queue += found["imports"]
-                    yield from self._data(part, path.parent, found["data"])
+                for reached in parts:
+                    queue += reached["imports"]
+                    found |= self._data(part, path, reached["data"])
+        return found
 
-    def _data(self, module: str, folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-        for name in names:
-            path = folder / name
-            if path.is_file():
-                yield f"{module}/{name}", self._remembered(path, digest_file)
+    def _data(self, module: str, path: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the digests of those ``names`` that are files beside a module; the listing rules out most."""
+        folder = os.path.dirname(path)  # noqa: PTH120 - on the path of every no-op, like all strings here
+        files = [(name, f"{folder}/{name}") for name in names if name in self._listing(folder)]
+        return {f"{module}/{name}": self._remembered(file, digest_file) for name, file in files if Path(file).is_file()}
 
-    def _find(self, module: str, root: str) -> Path | None:
+    def _find(self, module: str, root: str) -> str | None:
         """Return the source file of a first-party module, without importing it."""
-        if module.partition(".")[0] != root:
-            return None
         if module not in self._paths:
-            self._paths[module] = self._locate(module, root)
+            self._paths[module] = self._locate(module) if module.partition(".")[0] == root else None
         return self._paths[module]
 
-    def _locate(self, module: str, root: str) -> Path | None:
+    def _locate(self, module: str) -> str | None:
+        root, *parts = module.split(".")
         for base in self._roots(root):
-            path = base.joinpath(*module.split(".")[1:])
-            candidates = [path / "__init__.py"] if path == base else [path.with_suffix(".py"), path / "__init__.py"]
-            for candidate in candidates:
-                if candidate.is_file():
-                    return candidate
+            folder = "/".join([base, *parts[:-1]])
+            if parts and f"{parts[-1]}.py" in self._listing(folder):
+                return f"{folder}/{parts[-1]}.py"
+            package = f"{folder}/{parts[-1]}" if parts else base
+            if (not parts or parts[-1] in self._listing(folder)) and "__init__.py" in self._listing(package):
+                return f"{package}/__init__.py"
         return None
 
-    def _roots(self, root: str) -> list[Path]:
+    def _listing(self, folder: str) -> frozenset[str]:
+        """Return the names in a directory, none if there is no such directory; asked once a run."""
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(os.listdir(folder))  # noqa: PTH208
+            except OSError:
+                self._listings[folder] = frozenset()
+        return self._listings[folder]
+
+    def _roots(self, root: str) -> list[str]:
         """Return the directories of a top-level package, which need not have an ``__init__.py``."""
         if root not in self._packages:
             spec = importlib.util.find_spec(root)
-            self._packages[root] = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+            self._packages[root] = list(spec.submodule_search_locations or ()) if spec else []
         return self._packages[root]
 
-    def summary(self, module: str, path: Path) -> Summary:
+    def summary(self, module: str, path: str) -> Summary:
         """Return what one source file contributes; parsed only if its stat is not the one remembered."""
-        if module not in self._summaries:
-            self._summaries[module] = self._remembered(path, lambda file: summarise(module, file))
-        return self._summaries[module]
+        found: Summary = self._remembered(path, lambda file: summarise(module, Path(file)))
+        return found
 
-    def _remembered(self, path: Path, compute: Callable[[Path], Any]) -> Any:
-        now = list(stat_id(path))
-        saved = self._saved.get(str(path))
-        if saved is None or saved[0] != now:
-            saved = [now, compute(path)]
-            self._saved[str(path)] = saved
-            self._grown = True
-        return saved[1]
+    def _remembered(self, path: str, compute: Callable[[str], Any]) -> Any:
+        if path not in self._contents:
+            now = list(stat_id(path))
+            saved = self._saved.get(path)
+            if saved is None or saved[0] != now:
+                saved = [now, compute(path)]
+                self._saved[path] = saved
+                self._grown = True
+            self._contents[path] = saved[1]
+        return self._contents[path]
 
 
 def summarise(module: str, path: Path) -> Summary:
@@ -151,8 +168,8 @@ def summarise(module: str, path: Path) -> Summary:
     except SyntaxError:
         return {"digest": digest_bytes(source), "imports": [], "data": [], "tables": {}}
     tables = {name: _rows(module, value) for name, value in _tables(tree)}
-    tree.body = [node for node in tree.body if _table_name(node) not in tables]
-    _strip_docstrings(tree)
+    tree.body = [node for node in tree.body if table_name(node) not in tables]
+    strip_docstrings(tree)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     return {
         "digest": digest_bytes(ast.dump(tree).encode()),
@@ -162,12 +179,13 @@ def summarise(module: str, path: Path) -> Summary:
     }
 
 
+@functools.cache
 def _with_parents(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _table_name(node: ast.stmt) -> str | None:
+def table_name(node: ast.stmt) -> str | None:
     """Return the name of a table, if this statement defines one."""
     if isinstance(node, ast.Assign) and len(node.targets) == 1:
         target: ast.expr = node.targets[0]
@@ -183,7 +201,7 @@ def _table_name(node: ast.stmt) -> str | None:
 
 def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
     for node in tree.body:
-        name = _table_name(node)
+        name = table_name(node)
         if name is not None and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             yield name, node.value
 
@@ -201,7 +219,8 @@ def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _strip_docstrings(tree: ast.Module) -> None:
+def strip_docstrings(tree: ast.Module) -> None:
+    """Remove the docstrings of a module and of all it defines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
+
+if TYPE_CHECKING:
+    from threading import Event
 
 BLOCK = 8 << 20
 StatId = tuple[int, int, int, int, int]

@@ -6,7 +6,6 @@ phase finds travel in one error, so that a user mends them in one go.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -45,6 +44,8 @@ class StoreError(PipelineError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of known names if none is close."""
+    import difflib  # only a mistake pays for it
+
     names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:

@@ -5,24 +5,30 @@ Kinds of document, by the prefix of their name:
 ``last:<pipeline>/<node>`` the key of the last finished execution of a node, and of the last failed attempt
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
+``part:<digest>`` the object of a part that a stage memoised
+``text:<digest>`` source text of a module by the digest that stands for it in keys
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
 Values are JSON (never pickle), nothing is ever evicted. A database that cannot be read is set aside and begun anew:
-what it knew is rebuilt, nothing crashes.
+what it knew is rebuilt, nothing crashes. diskcache owns the database and does all writing; reading goes straight to
+its one table, because a run without news should pay neither for the import nor for the settings it writes on opening.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diskcache
+if TYPE_CHECKING:
+    import diskcache
 
-UNLIMITED = 1 << 62
+BUSY_SECONDS = 60
+# What a database that another process is just creating answers: there is no file, or no table, yet.
+NOTHING_YET = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR}
 
 
 class Index:
@@ -31,57 +37,76 @@ class Index:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.set_aside: Path | None = None
+        self._reader: sqlite3.Connection | None = None
+        self._writer: diskcache.Cache | None = None
+
+    def get(self, name: str) -> Any:
+        """Return the document, or None if there is none or it cannot be decoded."""
+        rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", name)
         try:
-            self._cache = self._open()
+            return json.loads(rows[0][0]) if rows else None
+        except (ValueError, TypeError):
+            return None
+
+    def set(self, name: str, document: Any) -> None:
+        """Write a document; atomic, visible to other processes at once."""
+        text = json.dumps(document)
+        try:
+            self._writing().set(name, text)
         except sqlite3.DatabaseError as error:
             self._begin_anew(error)
+            self._writing().set(name, text)
 
-    def _open(self) -> diskcache.Cache:
-        return diskcache.Cache(
-            str(self.directory),
-            disk=diskcache.JSONDisk,
-            disk_compress_level=1,
-            eviction_policy="none",
-            cull_limit=0,
-            size_limit=UNLIMITED,
-        )
+    def delete(self, name: str) -> None:
+        """Forget a document; no error if there is none."""
+        self._writing().delete(name)
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Yield the names that begin with ``prefix``."""
+        last = f"{prefix}\U0010ffff"
+        for (name,) in self._rows("SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1", prefix, last):
+            yield name
+
+    def close(self) -> None:
+        """Release the database."""
+        if self._reader is not None:
+            self._reader.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._reader = self._writer = None
+
+    def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        try:
+            if self._reader is None:
+                address = (self.directory / "cache.db").absolute().as_uri()
+                # Threads may share it (a memo's do): SQLite is built to serialise them.
+                self._reader = sqlite3.connect(
+                    f"{address}?mode=rw", BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+                )
+            return self._reader.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            if (error.sqlite_errorcode & 0xFF) not in NOTHING_YET:
+                self._begin_anew(error)
+            return []
+
+    def _writing(self) -> diskcache.Cache:
+        if self._writer is None:
+            import diskcache
+
+            self._writer = diskcache.Cache(
+                str(self.directory),
+                BUSY_SECONDS,
+                disk_min_file_size=1 << 30,  # bytes: every value is a row, none a file of its own
+                eviction_policy="none",
+                cull_limit=0,
+                size_limit=1 << 62,
+            )
+        return self._writer
 
     def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
         """Set a damaged database aside; anything else (a full disk, a lock) is the caller's to report."""
         if (error.sqlite_errorcode & 0xFF) not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
             raise error
+        self.close()
         self.set_aside = self.directory.with_name(f"{self.directory.name}.damaged-{time.time_ns()}")
         self.directory.rename(self.set_aside)
-        self._cache = self._open()
-
-    def get(self, name: str) -> Any:
-        """Return the document, or None if there is none or it cannot be decoded."""
-        try:
-            return self._cache.get(name)
-        except (ValueError, zlib.error, OSError):
-            return None
-        except sqlite3.DatabaseError as error:
-            self._begin_anew(error)
-            return None
-
-    def set(self, name: str, document: Any) -> None:
-        """Write a document; atomic, visible to other processes at once."""
-        try:
-            self._cache.set(name, document)
-        except sqlite3.DatabaseError as error:
-            self._begin_anew(error)
-            self._cache.set(name, document)
-
-    def delete(self, name: str) -> None:
-        """Forget a document; no error if there is none."""
-        self._cache.delete(name)
-
-    def names(self, prefix: str) -> Iterator[str]:
-        """Yield the names that begin with ``prefix``."""
-        for name in self._cache.iterkeys():
-            if isinstance(name, str) and name.startswith(prefix):
-                yield name
-
-    def close(self) -> None:
-        """Release the database."""
-        self._cache.close()

@@ -65,35 +65,3 @@ def key_of(document: Document) -> str:
 def artifact_digest(files: Mapping[str, list[Any]]) -> str:
     """Return the digest that identifies one output: of its manifest, file name -> content digest."""
     return digest_json({name: entry[0] for name, entry in files.items()})
-
-
-def differences(old: Document, new: Document) -> list[str]:
-    """Say in a few words each what differs between two key documents, most telling first."""
-    if (old["stage"], old["version"], old["schema"]) != (new["stage"], new["version"], new["schema"]):
-        return [f"stage {old['stage']} v{old['version']} -> {new['stage']} v{new['version']}"]
-    found = [f"{name}: {_show(a)} -> {_show(b)}" for name, a, b in _changed(old["params"], new["params"])]
-    for source in sorted({*old["sources"], *new["sources"]}):
-        files = [name for name, _, _ in _changed(old["sources"].get(source, {}), new["sources"].get(source, {}))]
-        found += [f"{source} {name} changed" for name in files]
-    found += [f"input {port} changed" for port, _, _ in _changed(old["inputs"], new["inputs"])]
-    found += [f"code {name} changed" for name, _, _ in _changed(old["code"], new["code"])]
-    found += [f"{name} {_show(a)} -> {_show(b)}" for name, a, b in _changed(old["tools"], new["tools"])]
-    return found
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    names = sorted({*old, *new})
-    return [(name, old.get(name), new.get(name)) for name in names if _plain(old.get(name)) != _plain(new.get(name))]
-
-
-def _plain(value: Any) -> Any:
-    """A document read back from JSON has lists where a fresh one has tuples."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(str(item) for item in value) + "]"
-    return "none" if value is None else str(value)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where something was written; prints as ``pipeline.yaml:12:7``, or as ``--set vars.x`` for an override."""
 
     file: str
@@ -20,16 +18,14 @@ class Place:
         return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(NamedTuple):
     """What one node takes: memory in MiB (nodes run together only if all of it fits), or the whole machine."""
 
     memory: int = 0
     exclusive: bool = False
 
 
-@dataclass(frozen=True)
-class NodeSpec:
+class NodeSpec(NamedTuple):
     """One instance of an entry: typed parameters (autos not yet resolved) and where each was written."""
 
     name: str
@@ -41,12 +37,11 @@ class NodeSpec:
     place: Place
     needs: tuple[str, ...]
     need_places: Mapping[str, Place]
-    resources: Resources = field(default_factory=Resources)
+    resources: Resources = Resources()
     timeout: float | None = None
 
 
-@dataclass(frozen=True)
-class Pipeline:
+class Pipeline(NamedTuple):
     """A pipeline file: its name, where it is, and its nodes in the order they are written."""
 
     name: str

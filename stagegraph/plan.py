@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.code import CodeDigests
 from stagegraph.errors import PlanError, StageError
-from stagegraph.key import Document, differences, key_document, key_of
+from stagegraph.key import Document, key_document, key_of
 from stagegraph.registry import stage_reference
 from stagegraph.sources import Sources, SourceState
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stagegraph.dag import Dag, Node
     from stagegraph.workspace import Workspace
 
@@ -66,6 +68,7 @@ class Planner:
         self.sources = Sources(workspace.index)
         self._code = CodeDigests(workspace.index)
         self._prepared: dict[Node, Prepared] = {}
+        self._kept: set[str] = set()
 
     def prepare(self, nodes: Iterable[Node]) -> None:
         """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError."""
@@ -147,8 +150,11 @@ class Planner:
     def _why(self, decision: Decision) -> list[str]:
         if decision.previous is None:
             return ["never built"]
+        from stagegraph.changes import changes
+
         assert decision.document is not None
-        return differences(decision.previous["document"], decision.document) or ["its record is gone"]
+        found = changes(decision.previous["document"], decision.document)
+        return [change.text for change in found] or ["its record is gone"]
 
     def changed(self, decision: Decision) -> list[str]:
         """Return the source files and the code that are no longer what the key was made of."""
@@ -156,6 +162,19 @@ class Planner:
         sources = self._prepared[decision.node].sources.values()
         files = [str(state.root / name) for state in sources for name in state.changed()]
         return files + self._code.changed(decision.document["code"])
+
+    def keep_code(self, decision: Decision) -> None:
+        """Keep the source texts behind a result, so that a later explanation can name the functions that changed."""
+        from stagegraph.definitions import keep
+
+        assert decision.document is not None
+        code = {name: d for name, d in decision.document["code"].items() if d not in self._kept}
+        self._kept.update(code.values())
+        keep(self.workspace.index, code, self._code.files(code))
+
+    def code_files(self, decision: Decision) -> dict[str, Path]:
+        """Return where the modules are that a settled node reaches."""
+        return self._code.files(decision.document["code"]) if decision.document else {}
 
     def plan(self, nodes: Iterable[Node]) -> list[Decision]:
         """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""

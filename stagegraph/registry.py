@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import PipelineError
 
@@ -41,6 +41,31 @@ VERBS = {
     "generate": "stages.cli.generate",
     "models": "stages.cli.models",
     "tokenize": "stages.cli.tokenize",
+}
+
+
+class Lookup(NamedTuple):
+    """An option of ``show``: the stage it asks about, the ports whose JSON is read, and the module that answers.
+
+    The module has ``find(documents, name)``, ``names(documents)`` and ``page(found)``; documents are by port.
+    """
+
+    stage: str
+    output: str
+    inputs: tuple[str, ...]
+    module: str
+    doc: str
+
+
+# Options that the shipped provider adds to ``show``.
+LOOKUPS = {
+    "tensor": Lookup(
+        stage="param-register",
+        output="params",
+        inputs=("tensors",),
+        module="stages.cli.tensors",
+        doc="what a parameter is made of, or what a checkpoint tensor becomes",
+    ),
 }
 
 

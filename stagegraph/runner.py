@@ -88,9 +88,16 @@ class Sandbox:
 
 
 def request_for(
-    node: Node, prepared: Prepared, inputs: Mapping[str, list[Any]], sandbox: Sandbox, log: Path
+    node: Node,
+    prepared: Prepared,
+    inputs: Mapping[str, list[Any]],
+    sandbox: Sandbox,
+    log: Path,
+    *,
+    store: Path,
+    fresh: bool,
 ) -> dict[str, Any]:
-    """Return the message that makes a worker run a node."""
+    """Return the message that makes a worker run a node; ``fresh`` makes it reuse no memoised part."""
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
     sources = {
         name: {
@@ -107,6 +114,8 @@ def request_for(
         "sources": sources,
         "linked": sandbox.linked,
         "out": str(sandbox.out.absolute()),
+        "store": str(store.absolute()),
+        "fresh": fresh,
         "log": str(log.absolute()),
     }
 

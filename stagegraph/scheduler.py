@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from stagegraph.key import artifact_digest
 from stagegraph.plan import HIT, Decision, Planner, Record
@@ -48,10 +48,11 @@ class Outcome:
     log: Path | None = None
     kept: Path | None = None
     bug: bool = False
+    reasons: list[str] = field(default_factory=list)
 
 
-class Reporter(Protocol):
-    """Who watches a run; the command line draws, tests count."""
+class Reporter:
+    """Who watches a run; a subclass overrides what it wants to hear of."""
 
     def started(self, node: Node, reason: str) -> None:
         """A node begins to execute."""
@@ -62,17 +63,21 @@ class Reporter(Protocol):
     def progress(self, node: Node, done: int, total: int, unit: str) -> None:
         """A running node reports how far it is."""
 
+    def retrying(self, node: Node, problem: str, attempt: int) -> None:
+        """A node failed and is tried again, for the ``attempt``-th time."""
+
     def finished(self, outcome: Outcome) -> None:
         """A node is done."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: how many at once, which nodes to run even if they are hits, whether the first failure ends it."""
+    """How to run: how many at once, which nodes to run even if they are hits, what a failure means."""
 
     jobs: int = 0
     force: frozenset[str] = frozenset()
     fail_fast: bool = False
+    retries: int = 0
 
 
 @dataclass
@@ -108,6 +113,7 @@ class Scheduler:
         self._ready: list[_Ready] = []
         self._running: dict[Worker, _Running] = {}
         self._idle: dict[str, list[Worker]] = {}
+        self._attempts: dict[Node, int] = {}
         self._selector: BaseSelector | None = None
 
     def run(self, nodes: Sequence[Node]) -> list[Outcome]:
@@ -167,14 +173,14 @@ class Scheduler:
 
     def _finish_hit(self, decision: Decision, reason: str = "") -> None:
         name = decision.node.name
-        earlier = self._workspace.last(self._pipeline, name).get("key") not in {None, decision.key}
+        earlier = self._workspace.last(self._pipeline, name).get("key")
         outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
         restored = self._show(outcome)
         if restored:
             more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
             outcome.reason = f"restored {restored[0]}{more}"
-        elif earlier and not reason:
-            outcome.reason = "back to an earlier result"
+        elif earlier != decision.key and not reason:
+            outcome.reason = "back to an earlier result" if earlier else "already in the store"
         self._finish(outcome)
 
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
@@ -238,8 +244,10 @@ class Scheduler:
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._running[worker] = _Running(decision, worker, sandbox, lock, log, now, started, deadline)
         self._selector.register(worker, EVENT_READ)
+        workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
-        worker.send(request_for(node, self._planner.prepared(node), inputs, sandbox, log))
+        prepared, fresh = self._planner.prepared(node), node.name in self._options.force
+        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, fresh=fresh))
 
     def _worker(self, profile: str) -> Worker | None:
         """Return a warm worker; one that died while it was idle is no node's fault and is let go."""
@@ -301,16 +309,21 @@ class Scheduler:
 
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
+        workspace.store.damaged += event["damaged"]
         record: Record = {
             "schema": RECORD_SCHEMA,
             "key": decision.key,
             "stage": decision.node.stage.id,
             "document": decision.document,
+            "made_from": {
+                port: [self.outcomes[u].key for u in upstream] for port, upstream in decision.node.inputs.items()
+            },
             "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
             "views": event["views"],
             "facts": event["facts"],
             "warnings": event["warnings"],
             "summary": event["summary"],
+            "parts": event["parts"],
             "started": running.started_at,
             "seconds": round(time.monotonic() - running.began, 3),
             "cpu_seconds": event["cpu_seconds"],
@@ -320,6 +333,7 @@ class Scheduler:
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
+        self._planner.keep_code(decision)
         running.sandbox.remove(workspace)
         os.close(running.lock)
         same = decision.previous is not None and _digests(decision.previous) == _digests(record)
@@ -327,7 +341,7 @@ class Scheduler:
         if reason == "forced" and decision.previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
         outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
-        outcome.log = running.log
+        outcome.log, outcome.reasons = running.log, decision.reasons
         self._show(outcome)
         self._finish(outcome)
 
@@ -349,21 +363,15 @@ class Scheduler:
         kept = self._workspace.keep_failed(running.sandbox.folder, self._pipeline, decision.node.name)
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
-        seconds = round(time.monotonic() - running.began, 3)
-        self._finish(
-            Outcome(
-                decision.node,
-                FAILED,
-                decision.reason,
-                decision.key,
-                None,
-                seconds,
-                tuple(problems),
-                running.log,
-                kept,
-                bug,
-            )
-        )
+        attempt = self._attempts[decision.node] = self._attempts.get(decision.node, 0) + 1
+        if attempt <= self._options.retries:
+            self._reporter.retrying(decision.node, problems[0], attempt)
+            self._ready.append(_Ready(decision))
+            return
+        outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
+        outcome.seconds = round(time.monotonic() - running.began, 3)
+        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log, kept, bug, decision.reasons
+        self._finish(outcome)
         if self._options.fail_fast:
             for ready in self._ready:
                 self._finish(Outcome(ready.decision.node, SKIPPED, f"{decision.node.name} failed (--fail-fast)"))

@@ -8,16 +8,19 @@ linked, moved or chmodded.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagegraph.digest import StatId, digest_file, stat_id
 from stagegraph.errors import PlanError
+from stagegraph.files import list_files
 from stagegraph.index import Index
+
+if TYPE_CHECKING:
+    from threading import Event
 
 RACY_NS = 50_000_000  # a file changed this shortly before it was digested may change again within one clock tick
 
@@ -80,8 +83,9 @@ class Sources:
             results = [_digest_stable(file) for file in stale]
         else:
             from concurrent.futures import ThreadPoolExecutor  # 5 ms that a run without news does not pay
+            from threading import Event
 
-            stop = threading.Event()
+            stop = Event()
             with ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
                 try:
                     results = list(pool.map(lambda file: _digest_stable(file, stop), stale))
@@ -96,7 +100,7 @@ class Sources:
                 self._index.set(f"src:{file}", [list(now), digest])
 
 
-def _digest_stable(file: Path, stop: threading.Event | None = None) -> tuple[StatId, str]:
+def _digest_stable(file: Path, stop: Event | None = None) -> tuple[StatId, str]:
     """Digest a file together with the stat it had all the while; read again if it changed under the reading."""
     for _ in range(3):
         before = stat_id(file)
@@ -104,29 +108,3 @@ def _digest_stable(file: Path, stop: threading.Event | None = None) -> tuple[Sta
         if stat_id(file) == before:
             return before, digest
     raise PlanError(f"{file}: changes while it is read; wait until whatever writes it has finished")
-
-
-def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """List the files of a source that match a pattern: (root, relative POSIX name -> path).
-
-    A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
-    cache's snapshot is made of them). ``path`` may name one file.
-    """
-    if path.is_file():
-        matches = any(fnmatchcase(path.name, pattern) for pattern in include)
-        return path.parent, {path.name: path} if matches else {}
-    if not path.is_dir():
-        raise FileNotFoundError(path)
-    files: dict[str, Path] = {}
-    for pattern in include:
-        folder, _, name = pattern.rpartition("/")
-        try:
-            entries = list(os.scandir(path / folder if folder else path))
-        except OSError:
-            continue
-        for entry in entries:
-            if fnmatchcase(entry.name, name) and entry.is_file():
-                if not entry.name.isprintable() or any("\ud800" <= c <= "\udfff" for c in entry.name):
-                    raise PlanError(f"{path}: the file name {entry.name!r} is not text; rename it")
-                files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
-    return path, dict(sorted(files.items()))

@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from stagegraph.errors import StageError
+from stagegraph.files import list_files
 from stagegraph.tools import dist_versions
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "In",
     "Instance",
     "Out",
+    "Part",
     "Source",
     "SourceFiles",
     "Stage",
     "StageError",
     "dist_versions",
+    "list_files",
     "param",
     "source",
 ]
@@ -66,8 +69,7 @@ def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
     return field(default="" if optional else dataclasses.MISSING, metadata=metadata)
 
 
-@dataclass(frozen=True)
-class In:
+class In(NamedTuple):
     """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one."""
 
     stage: str
@@ -77,8 +79,7 @@ class In:
     optional: bool = False
 
 
-@dataclass(frozen=True)
-class Out:
+class Out(NamedTuple):
     """An output port: one file, or one directory, at ``path`` relative to the node's directory."""
 
     path: str
@@ -104,12 +105,18 @@ class SourceFiles:
             raise StageError(f"{self.root}: no file named {name!r} there") from None
 
 
-@dataclass(frozen=True)
-class Instance:
+class Instance(NamedTuple):
     """One upstream instance on a ``many`` port: its ``foreach`` values and the path of its output port."""
 
     each: Mapping[str, str]
     path: Path
+
+
+class Part(NamedTuple):
+    """A part that was remembered: its read-only file, and the small facts kept with it."""
+
+    path: Path
+    facts: Mapping[str, Json]
 
 
 class Context(Protocol):
@@ -129,6 +136,20 @@ class Context(Protocol):
 
     def source(self, name: str) -> SourceFiles:
         """Return the declared files of the source parameter ``name``."""
+
+    def recall(self, kind: str, document: Mapping[str, Json]) -> Part | None:
+        """Return the part that was remembered for ``document``, or None if there is none (any more).
+
+        ``kind`` says in a word what it is (``tensor``); the record counts by it. ``document`` must hold everything
+        that may influence the part, the version of the algorithm included. Its file may be linked into ``out``.
+        Like :meth:`remember` it may be called from several threads.
+        """
+
+    def remember(self, kind: str, document: Mapping[str, Json], file: Path, **facts: Json) -> Part:
+        """Keep a finished file below ``out`` as the part for ``document``, also if this run is killed later.
+
+        The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
+        """
 
     def progress(self, done: int, total: int, unit: str = "") -> None:
         """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items. Cheap: the engine throttles."""

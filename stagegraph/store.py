@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -50,6 +49,29 @@ class Store:
         file.chmod(0o444)
         file.rename(target)
         self.remember(digest)
+
+    def share(self, file: Path, digest: str) -> bool:
+        """Make a finished file with this digest an object too; True if the two are one file now.
+
+        The file becomes read-only. Nothing is synced, so the object's stat is not remembered yet.
+        """
+        target = self.path(digest)
+        file.chmod(0o444)
+        if self.is_object(digest, file):
+            return True
+        if self.verify(digest) is None:
+            return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if _hardlink(file, target):
+                return True
+        except FileExistsError:  # another run was faster
+            return False
+        copy = file.with_name(f".{file.name}.object")
+        _copy(file, copy)
+        copy.chmod(0o444)
+        copy.rename(target)
+        return False
 
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
@@ -117,7 +139,7 @@ class Store:
             if not _reflink(source, temporary):
                 linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
                 if not linked:
-                    shutil.copyfile(source, temporary)
+                    _copy(source, temporary)
                     temporary.chmod(0o444)
             if target.is_dir() and not target.is_symlink():
                 remove_tree(target)
@@ -145,6 +167,12 @@ def _reflink(source: Path, target: Path) -> bool:
     return cloned
 
 
+def _copy(source: Path, target: Path) -> None:
+    import shutil  # with every archive format there is; a run without news copies nothing
+
+    shutil.copyfile(source, target)
+
+
 def _hardlink(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
@@ -169,6 +197,8 @@ def remove_tree(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         for folder, _, _ in os.walk(path):
             Path(folder).chmod(stat.S_IRWXU)
+        import shutil
+
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

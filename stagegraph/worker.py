@@ -20,12 +20,14 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, TextIO
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
+from stagegraph.memo import Memo
 from stagegraph.registry import PROFILES, load_object
-from stagegraph.stage import Context, Instance, SourceFiles, Stage
+from stagegraph.stage import Context, Instance, Part, SourceFiles, Stage
 from stagegraph.store import fsync_file
 
 PROGRESS_SECONDS = 0.1
@@ -43,7 +45,11 @@ class WorkerContext(Context):
         self._sources = request["sources"]
         self._events = events
         self._last_progress = 0.0
-        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": ""}
+        self._store = Path(request["store"])
+        self._fresh: bool = request["fresh"]
+        self._opening = Lock()
+        self._memo: Memo | None = None
+        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "parts": {}, "damaged": []}
 
     def input(self, port: str) -> Path:
         ((_, path),) = self._inputs[port]
@@ -58,6 +64,28 @@ class WorkerContext(Context):
     def source(self, name: str) -> SourceFiles:
         found = self._sources[name]
         return SourceFiles(Path(found["root"]), {n: Path(p) for n, p in found["files"].items()}, found["digests"])
+
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        return self.memo.recall(kind, document)
+
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        return self.memo.remember(kind, document, file, **facts)
+
+    @property
+    def memo(self) -> Memo:
+        """The parts of this execution; most stages have none and never open the index."""
+        with self._opening:
+            if self._memo is None:
+                self._memo = Memo.open(self._store, fresh=self._fresh)
+            return self._memo
+
+    def settle(self) -> dict[tuple[int, int], str]:
+        """Sync what was memoised and count it; return the parts' (device, inode) -> digest."""
+        if self._memo is None:
+            return {}
+        self.found["parts"] = {kind: dict(counts) for kind, counts in sorted(self._memo.counts.items())}
+        self.found["damaged"] = self._memo.damaged
+        return self._memo.settle()
 
     def progress(self, done: int, total: int, unit: str = "") -> None:
         now = time.monotonic()
@@ -138,7 +166,7 @@ def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any
     status = path.stat()
     digest = known.get((status.st_dev, status.st_ino))
     if digest is None and status.st_nlink > 1:
-        raise RuntimeError(f"output {path.name} is a hard link to a file that is no input; copy it")
+        raise RuntimeError(f"output {path.name} is a hard link to a file that is no input and no part; copy it")
     if digest is None:
         fsync_file(path)
         digest = digest_file(path)
@@ -160,7 +188,8 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
         params = stage.Params(**{k: _tupled(v) for k, v in request["params"].items() if k in names})
         ctx = WorkerContext(request, params, events)
         stage.run(ctx)
-        end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, _known_inputs(request))}
+        known = ctx.settle() | _known_inputs(request)
+        end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, known)}
         json.dumps(end)  # what cannot be recorded is the stage's bug, and is said as one
     except StageError as error:
         end = {"event": "end", "ok": False, "problems": list(error.problems), "bug": False}

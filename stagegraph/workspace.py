@@ -53,6 +53,13 @@ class Workspace:
         record = self.index.get(f"rec:{key}")
         return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
 
+    def records(self) -> Iterator[Record]:
+        """Yield every record there is."""
+        for name in self.index.names("rec:"):
+            record = self.record(name.removeprefix("rec:"))
+            if record is not None:
+                yield record
+
     def last(self, pipeline: str, node: str) -> dict[str, Any]:
         """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
         name = f"last:{pipeline}/{node}"
@@ -94,6 +101,13 @@ class Workspace:
         if name not in self._materialised:
             self._materialised[name] = self.index.get(name) or {}
         return self._materialised[name]
+
+    def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the index's name of every memoised part, and its entry: kind, digest of its object, size in bytes."""
+        for name in self.index.names("part:"):
+            entry = self.index.get(name)
+            if isinstance(entry, dict):
+                yield name, entry
 
     # -- materialised outputs --------------------------------------------------------------------------------------
 
@@ -143,6 +157,16 @@ class Workspace:
         have = known.get("files", {})
         same = all(have.get(name) == [digest, _stat_or_none(folder / name)] for name, (digest, _) in wanted.items())
         return same and known.get("key") == key and known.get("folders") == _folder_times(folder, wanted)
+
+    def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
+        """Return the files of a record that a run would have to put into the node's directory: name -> bytes."""
+        have = self._shown(pipeline, node).get("files", {})
+        folder = self.node_dir(pipeline, node)
+        return {
+            name: size
+            for name, (digest, size) in record_files(record).items()
+            if have.get(name) != [digest, _stat_or_none(folder / name)]
+        }
 
     # -- locks, work and logs --------------------------------------------------------------------------------------
 
@@ -208,6 +232,12 @@ def record_files(record: Record) -> dict[str, tuple[str, int]]:
 def record_size(record: Record) -> int:
     """Return the size in bytes of a record's outputs."""
     return sum(size for _, size in record_files(record).values())
+
+
+def parts_text(record: Record) -> str:
+    """Say how many memoised parts a record's execution made and reused: ``tensor: 10 made, 290 reused``."""
+    kinds = record.get("parts", {}).items()
+    return "; ".join(f"{kind}: {counts['made']} made, {counts['reused']} reused" for kind, counts in kinds)
 
 
 def _stat_or_none(path: Path) -> list[int] | None:

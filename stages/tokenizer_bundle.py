@@ -7,11 +7,10 @@ import sys
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, source
+from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, source
 
 if TYPE_CHECKING:
     from stages.tokenizers.checks import Finding
@@ -67,10 +66,8 @@ class TokenizerBundle(Stage):
         from stages.tokenizers.errors import TokenizerError
         from stages.tokenizers.resolution import resolve
 
-        root = Path(params.checkpoint)
         try:
-            files = {p.name: p for p in root.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in FILES)}
-            family = resolve(root, files).family
+            family = resolve(*list_files(Path(params.checkpoint), FILES)).family
         except (OSError, TokenizerError):
             return {}
         rows = {"stages.tokenizers:TOKENIZERS": family, "stages.tokenizers.resolution:RULES": family}

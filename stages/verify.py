@@ -6,11 +6,10 @@ import json
 import os
 import unicodedata
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, param, source
+from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -154,7 +153,7 @@ def _tokenizer_family(root: Path) -> str | None:
     from stages.tokenizers.resolution import resolve
 
     try:
-        files = {p.name: p for p in root.iterdir() if any(fnmatchcase(p.name, pattern) for pattern in _FILES)}
+        root, files = list_files(root, [pattern for pattern in _FILES if "/" not in pattern])
         return resolve(root, files).family
     except (OSError, TokenizerError):
         return None

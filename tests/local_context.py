@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,7 +11,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.stage import Instance, Source, SourceFiles, Stage
+from stagegraph.index import Index
+from stagegraph.memo import Memo
+from stagegraph.stage import Instance, Part, Source, SourceFiles, Stage
+from stagegraph.store import Store
 
 
 @dataclass
@@ -21,6 +25,7 @@ class LocalContext:
     out: Path
     connected: Mapping[str, Path | list[Instance]]
     sources: Mapping[str, SourceFiles]
+    memo: Memo
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
@@ -42,6 +47,12 @@ class LocalContext:
     def source(self, name: str) -> SourceFiles:
         return self.sources[name]
 
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        return self.memo.recall(kind, document)
+
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        return self.memo.remember(kind, document, file, **facts)
+
     def progress(self, done: int, total: int, unit: str = "") -> None:
         assert 0 <= done <= total, f"progress {done} of {total} {unit}"
 
@@ -59,9 +70,16 @@ class LocalContext:
 
 
 def run_stage(
-    stage: Stage, out: Path, params: Mapping[str, Any], inputs: Mapping[str, Path | list[Instance]] | None = None
+    stage: Stage,
+    out: Path,
+    params: Mapping[str, Any],
+    inputs: Mapping[str, Path | list[Instance]] | None = None,
+    memo: Path | None = None,
 ) -> LocalContext:
-    """Resolve params, run the stage into ``out`` and check that every declared output is there."""
+    """Resolve params, run the stage into ``out`` and check that every declared output is there.
+
+    What the stage memoises goes to the folder ``memo``; without one, to a new one beside ``out``.
+    """
     resolved = stage.resolve(stage.Params(**params))
     sources = {}
     for name, spec in stage.Params.__dataclass_fields__.items():
@@ -69,8 +87,15 @@ def run_stage(
         if isinstance(value, Source) or "include" in spec.metadata:
             sources[name] = source_files(Path(value), spec.metadata["include"]) if value else None
     out.mkdir(parents=True, exist_ok=True)
-    ctx = LocalContext(resolved, out, dict(inputs or {}), {k: v for k, v in sources.items() if v})
-    stage.run(ctx)
+    folder = memo or Path(tempfile.mkdtemp(prefix="memo-", dir=out.parent))
+    index = Index(folder / "index")
+    ctx = LocalContext(
+        resolved, out, dict(inputs or {}), {k: v for k, v in sources.items() if v}, Memo(Store(folder, index))
+    )
+    try:
+        stage.run(ctx)
+    finally:
+        index.close()
     for port, spec in stage.outputs.items():
         assert (out / spec.path).exists(), f"{stage.id} did not write its port {port}"
     return ctx

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from stagegraph.cli.common import add_file, opened, print_json, shown, size_text
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
 from stagegraph.workspace import Workspace, record_files
 
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with opened(args.file, args.overrides) as work:
+    with Pipeline(args.file, args.overrides) as work:
         workspace = work.workspace
         checked = size = 0
         bad: dict[str, str] = {}
@@ -44,11 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _missing(workspace: Workspace) -> dict[str, str]:
-    """Return the objects that records name but the store lacks: digest -> stage and file."""
+    """Return the objects that records and parts name but the store lacks: digest -> what it was."""
     missing = {}
     for name in list(workspace.index.names("rec:")):
         record = workspace.record(name.removeprefix("rec:"))
         for file, (digest, _) in record_files(record).items() if record else ():
             if not workspace.store.path(digest).exists():
                 missing[digest] = f"{record['stage']}: {file}" if record else file
+    for _, part in list(workspace.parts()):
+        if not workspace.store.path(part["digest"]).exists():
+            missing[part["digest"]] = f"memoised {part['kind']}"
     return missing

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stagegraph.cli.common import add_file, opened, shown
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, shown
 from stagegraph.errors import PlanError
 
 
@@ -17,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with opened(args.file, args.overrides) as work:
+    with Pipeline(args.file, args.overrides) as work:
         unrun: list[str] = []
         for node in work.dag.select(args.node):
-            last = work.workspace.last(work.dag.pipeline.name, node.name)
+            last = work.workspace.last(work.name, node.name)
             key = last.get("failed") or last.get("key")
             path = work.workspace.log_path(key) if key else None
             if path is None or not path.exists():

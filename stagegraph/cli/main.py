@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import io
 import json
@@ -21,6 +22,7 @@ from stagegraph.registry import VERBS
 TABLE = {
     "run": ("stagegraph.cli.run", "bring nodes up to date: do the work whose inputs changed, nothing else"),
     "status": ("stagegraph.cli.status", "say what a run would do, without running"),
+    "explain": ("stagegraph.cli.explain", "say what changed since a node's last result, and where that began"),
     "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid or Graphviz dot"),
     "show": ("stagegraph.cli.show", "look at a node: its outputs, views, parameters, cost"),
     "log": ("stagegraph.cli.log", "print what a node printed when it last ran"),
@@ -66,6 +68,7 @@ def dispatch(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run ``pipeline``; exits the process."""
     arguments = sys.argv[1:] if argv is None else argv
+    gc.set_threshold(10_000)  # starting up makes many objects and next to no garbage
     signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -5,30 +5,34 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.scheduler import Reporter
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
-    from stagegraph.scheduler import Outcome, Reporter
+    from stagegraph.scheduler import Outcome
 
 PLAIN_SECONDS = 5.0
 
 
-@contextmanager
-def reporter_for(total: int) -> Iterator[Reporter]:
-    """Yield the reporter that suits stderr."""
-    reporter = LiveReporter(total) if sys.stderr.isatty() else PlainReporter(total)
-    try:
-        yield reporter
-    finally:
-        reporter.close()
+def reporter_for(total: int) -> Quiet:
+    """Return the reporter that suits stderr."""
+    return LiveReporter(total) if sys.stderr.isatty() else PlainReporter(total)
 
 
-class PlainReporter:
+class Quiet(Reporter):
+    """Says nothing while nodes run."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take off the screen what is left of the run."""
+
+
+class PlainReporter(Quiet):
     """One line when a node starts, one when it ends, and one every few seconds of progress between."""
 
     def __init__(self, total: int) -> None:
@@ -57,8 +61,9 @@ class PlainReporter:
         if outcome.outcome != "HIT":
             self._line(f"[{self._done}/{self._total}] {outcome_text(outcome)}")
 
-    def close(self) -> None:
-        """Nothing to tidy up."""
+    def retrying(self, node: Node, problem: str, attempt: int) -> None:
+        """Show that a node is tried again."""
+        self._line(f"{node.name}: failed, retry {attempt}: {problem}")
 
     @staticmethod
     def _line(text: str) -> None:
@@ -66,7 +71,7 @@ class PlainReporter:
             print(text, file=sys.stderr, flush=True)
 
 
-class LiveReporter:
+class LiveReporter(Quiet):
     """A line per running node with a bar where the stage reports progress; finished nodes scroll above."""
 
     def __init__(self, total: int) -> None:
@@ -113,7 +118,12 @@ class LiveReporter:
                 f"[{self._done}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
             )
 
-    def close(self) -> None:
+    def retrying(self, node: Node, problem: str, attempt: int) -> None:
+        """Show that a node is tried again."""
+        self._bars.remove_task(self._tasks.pop(node.name))
+        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {problem}", markup=False, highlight=False)
+
+    def __exit__(self, *_: object) -> None:
         """Take the bars off the screen."""
         if self._bars is not None:
             self._bars.stop()
@@ -126,7 +136,6 @@ def progress_text(done: int, total: int, unit: str) -> str:
 
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
-    said = (outcome.record or {}).get("summary") or outcome.reason
-    if outcome.problems:
-        said = outcome.problems[0]
+    summary = (outcome.record or {}).get("summary", "")
+    said = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
     return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {said}".rstrip()

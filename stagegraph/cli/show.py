@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.cli.common import Opened, add_file, opened, print_json, seconds_text, shown, size_text, table
+from stagegraph.api import Pipeline
+from stagegraph.cli import lookup
+from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
 from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -23,16 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_file(parser)
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
+    lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with opened(args.file, args.overrides) as work:
+    with Pipeline(args.file, args.overrides) as work:
         nodes = work.dag.select(args.node)
-        found = {node: work.workspace.last_record(work.dag.pipeline.name, node.name) for node in nodes}
+        found = {node: work.workspace.last_record(work.name, node.name) for node in nodes}
         records = {node: record for node, record in found.items() if record is not None}
-        if args.json:
+        if option := lookup.asked(args):
+            lookup.run(args, work, records, option)
+        elif args.json:
             print_json({node.name: record for node, record in records.items()})
         elif args.view:
             for node, record in records.items():
@@ -45,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
+def _view(work: Pipeline, node: Node, record: dict[str, Any], name: str) -> str:
     if name not in record["views"]:
         raise PlanError(f"{node.name} has no view '{name}'{nearest(name, record['views'])}")
     digest = record["views"][name][0]
@@ -55,7 +61,7 @@ def _view(work: Opened, node: Node, record: dict[str, Any], name: str) -> str:
     return work.workspace.store.path(digest).read_text(encoding="utf-8")
 
 
-def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
+def _page(work: Pipeline, node: Node, record: dict[str, Any]) -> str:
     document = record["document"]
     cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
     built = f"built {record['started']} on {record['host']} in {seconds_text(record['seconds'])} ({cost})"
@@ -65,8 +71,10 @@ def _page(work: Opened, node: Node, record: dict[str, Any]) -> str:
         "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
     ]
+    if record.get("parts"):
+        lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {warning}" for warning in record["warnings"]]
-    folder = work.workspace.node_dir(work.dag.pipeline.name, node.name)
+    folder = work.workspace.node_dir(work.name, node.name)
     rows = [
         (port, name, size_text(size), digest[:16])
         for port, output in record["outputs"].items()

@@ -223,9 +223,9 @@ def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
                 first = T.bind(kv_starts[s])
                 length = T.bind(kv_starts[s + 1] - first)
                 seen = _seen(causal, length, length - (starts[s + 1] - starts[s]), starts[s])
-                with T.If(bounds[0] < bounds[1]), T.Then(), T.serial(0, seen(bounds[1] - 1)) as token:
-                    with T.serial(0, heads.dim) as d:
-                        put(turned, k[first + token, head, d], token // PAGE, d, token % PAGE)
+                needed = T.bind(T.if_then_else(bounds[0] < bounds[1], seen(bounds[1] - 1), 0))
+                with T.serial(0, needed) as token, T.serial(0, heads.dim) as d:
+                    put(turned, k[first + token, head, d], token // PAGE, d, token % PAGE)
                 source = Source(
                     lambda block, channel: turned[block, channel, span(0, PAGE)],
                     lambda token, start, lanes: v[first + token, head, span(start, lanes)],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,20 +162,12 @@ class _Product:
     def rows(self, block: Any) -> None:
         """Emit all rows: tiles of them against one panel of unpacked weights after the other."""
         rows, whole = self.arguments.rows, self.weight.n // BLOCK
-        few = rows <= FEW
-        choose(
-            few if whole == self.weight.blocks else T.Or(few, block >= whole), self._alone(block), self._tiled(block)
-        )
+        alone = rows <= FEW if whole == self.weight.blocks else T.Or(rows <= FEW, block >= whole)
+        choose(alone, lambda: self._alone(block), lambda: self._panels(block))
 
-    def _alone(self, block: Any) -> Callable[[], None]:
-        def emit() -> None:
-            with T.serial(0, self.arguments.rows) as row:
-                self.row(row, block, self.group_sums(row) if self.weight.bits else None)
-
-        return emit
-
-    def _tiled(self, block: Any) -> Callable[[], None]:
-        return lambda: self._panels(block)
+    def _alone(self, block: Any) -> None:
+        with T.serial(0, self.arguments.rows) as row:
+            self.row(row, block, self.group_sums(row) if self.weight.bits else None)
 
     def _panels(self, block: Any) -> None:
         arguments, rows, k = self.arguments, self.arguments.rows, self.weight.k

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tvm
@@ -37,8 +38,10 @@ class _Gates(Rewriter):
     def replace(self, call: rx.Call, _before: rx.Call) -> Any:
         """Return the call of the kernel of a gated product."""
         silu = self.bound(call.args[0], "nn.silu") if is_call(call, "multiply") else None
-        halves = [self._half(value) for value in (silu.args[0], call.args[1])] if silu is not None else [None]
-        if None in halves or [half[1] for half in halves] != [0, 1] or not halves[0][0].same_as(halves[1][0]):
+        if silu is None:
+            return None
+        halves = [self._half(value) for value in (silu.args[0], call.args[1])]
+        if [half and half[1] for half in halves] != [0, 1] or not halves[0][0].same_as(halves[1][0]):
             return None
         both = halves[0][0]
         rows = rows_of(both)
@@ -51,7 +54,9 @@ class _Gates(Rewriter):
     def _half(self, value: Any) -> Any:
         """Return (tensor, which half) if ``value`` is a half of a tensor along the last axis."""
         item = self.lookup_binding(value) if isinstance(value, rx.Var) else None
-        split = self.bound(item.tuple_value, "split") if isinstance(item, rx.TupleGetItem) else None
+        if not isinstance(item, rx.TupleGetItem):
+            return None
+        split = self.bound(item.tuple_value, "split")
         if split is None or int(split.attrs.axis) not in (-1, split.args[0].ty.ndim - 1):
             return None
         width = split.args[0].ty.shape.values[-1]
@@ -78,7 +83,5 @@ def gate_kernel(gate: Gate) -> tirx.PrimFunc:
             put(y, g / (constant(1, lanes) + power) * u, *outer, row, span(at, lanes))
 
         with T.sblock("gate"):  # TVM looks into the body of what has one input, and expects a block
-            each_row(
-                rows, 20 * gate.width, lambda row: along(gate.width, LANES, lambda at, lanes: write(row, at, lanes))
-            )
+            each_row(rows, 20 * gate.width, lambda row: along(gate.width, LANES, partial(write, row)))
     return made.function

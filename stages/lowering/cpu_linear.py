@@ -80,12 +80,14 @@ class _Linears(Rewriter):
 
     def _linear(self, matmul: rx.Call) -> Any:
         """Return the call of a kernel in place of ``matmul``, None where it is not x @ w.T of a stored matrix."""
-        x, weight = matmul.args[0], None
+        x = matmul.args[0]
         transpose, rows = self.bound(matmul.args[1], "permute_dims"), rows_of(x)
-        if transpose is not None and transpose.attrs.axes is None:
-            weight = self.bound(transpose.args[0], "call_tir")
-        stored = _stored(weight) if weight is not None else None
-        if stored is None or rows is None or any(size != 1 for size in rows[0][:-1]):
+        plain = transpose is not None and transpose.attrs.axes is None
+        weight = self.bound(transpose.args[0], "call_tir") if plain else None
+        if weight is None or rows is None or any(size != 1 for size in rows[0][:-1]):
+            return None
+        stored = _stored(weight)
+        if stored is None:
             return None
         layer = Linear(stored, 1 if rows[0][-1] == 1 else None, len(rows[0]) - 1, tile=self.tile)
         return self._call(layer, [x, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
@@ -117,13 +119,12 @@ def _stored(call: rx.Call) -> Stored | None:
     if not call.args[0].name_hint.startswith("dequantize") or any(tensor.ndim != 3 for tensor in tensors):
         return None
     n, k = (int(size) for size in call.ty.shape.values)
-    columns, block = zip(
-        *((int(tensor.shape.values[1]), int(tensor.shape.values[2])) for tensor in tensors), strict=True
-    )
-    if set(block) != {BLOCK}:
+    columns = [int(tensor.shape.values[1]) for tensor in tensors]
+    if any(int(tensor.shape.values[2]) != BLOCK for tensor in tensors):
         return None
     dtype = str(tensors[-1].dtype)
     if len(tensors) == 1:
         return Stored(n, k, dtype)
     words, groups = columns
-    return Stored(n, k, dtype, bits=32 * words // k, group=k // groups)
+    bits, group = 32 * words // k, k // groups
+    return Stored(n, k, dtype, bits, group) if bits in (4, 8) else None

@@ -11,7 +11,9 @@ from tvm.relax.expr_functor import PyExprMutator
 
 
 class Rewriter(PyExprMutator):
-    """Visits the calls of one module; a subclass, which is decorated as a ``mutator``, overrides ``replace``. Equal kernels are made once."""
+    """Visits the calls of one module; a subclass, decorated as a ``mutator``, overrides ``replace``. Equal kernels are
+    made once.
+    """
 
     def __init__(self, module: tvm.IRModule) -> None:
         super().__init__(module)
@@ -37,7 +39,7 @@ class Rewriter(PyExprMutator):
         return visited if replacement is None else replacement
 
     def replace(self, call: rx.Call, before: rx.Call) -> Any:
-        """Return what takes the place of ``call``, whose arguments are visited (in ``before`` they are not), or None."""
+        """Return what takes the place of ``call``, None for itself; ``before`` is the call as it was in the module."""
         raise NotImplementedError
 
     def bound(self, value: Any, name: str) -> Any:

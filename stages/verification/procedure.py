@@ -79,9 +79,18 @@ class Case:
             return None
         return load_tokenizer_family(resolution.family).reference(resolution)
 
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What goes before every text, such as bos, by the checkpoint's own files where they can be read."""
+        return self.reader.prefix if self.reader else self.tokenizer.prefix
+
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, by the checkpoint's own vocabulary where it can be read."""
+        """Return the ids of ``text``, by the checkpoint's own vocabulary likewise."""
         return self.reader.encode(text, specials=False) if self.reader else self.tokenizer.encode(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a text to continue: those of ``text`` after the prefix."""
+        return [*self.prefix, *self.encode(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens, by the checkpoint's own vocabulary likewise."""
@@ -94,6 +103,12 @@ class Case:
     def records(self) -> dict[str, tensor_cache.Record]:
         """Where the bundle's weights are."""
         return tensor_cache.records(self.bundle)
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Any]]:
+        """What the checkpoint's headers say of its tensors: dtype, shape, file."""
+        headers = read_headers({name: path for name, path in self.files.items() if "/" not in name})
+        return {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in headers.items()}
 
 
 def verify(case: Case, progress: Callable[[int, int], None]) -> Findings:
@@ -112,7 +127,7 @@ def verify(case: Case, progress: Callable[[int, int], None]) -> Findings:
     findings.not_run = findings.not_run or _unusable(case)
     findings.checks.append(Check("files", ok=True, detail=f"{len(case.manifest.files)} files as bundle.json has them"))
     progress(1, 4)
-    problems = weights.misplaced(case.registry, case.records)
+    problems = weights.misplaced(case.registry, case.records) + weights.mismatched(case.registry, case.tensors)
     if problems:
         raise BundleError(*problems)
     _check_weights(case, findings)
@@ -155,10 +170,8 @@ def _is_special(reader: SourceReader, token: int) -> bool:
 
 
 def _check_weights(case: Case, findings: Findings) -> None:
-    headers = read_headers({name: path for name, path in case.files.items() if "/" not in name})
-    table = {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in headers.items()}
     scheme = SCHEMES[case.registry["scheme"]]
-    differing = weights.differences(case.registry, case.records, scheme, Weights(case.files, table))
+    differing = weights.differences(case.registry, case.records, scheme, Weights(case.files, case.tensors))
     if differing:
         findings.checks += [Check("weights", ok=False, detail=text) for text in differing]
         return
@@ -171,11 +184,10 @@ def _check_tokenizer(case: Case, findings: Findings) -> None:
     prompt, continued = _prompts(case)
     texts = dict.fromkeys((*checks.PROBES, PARAGRAPH, prompt, *continued))
     findings.checks.append(checks.round_trip(case.tokenizer, texts))
-    reader = case.reader
-    if reader is None:
+    if case.reader is None:
         findings.unchecked.append("the tokenizer: its source vocabulary is of no family known here")
         return
-    wrong = [text for text in texts if case.tokenizer.encode(text) != reader.encode(text, specials=False)]
+    wrong = [text for text in texts if case.tokenizer.prompt(text) != case.prompt(text)]
     detail = f"other ids than the checkpoint's vocabulary gives for {wrong[0][:40]!r}" if wrong else "ids equal"
     findings.checks.append(Check("tokenizer against the source vocabulary", ok=not wrong, detail=detail))
 
@@ -205,7 +217,7 @@ def _reference(case: Case, findings: Findings) -> Reference | None:
 def _recorded(case: Case) -> Reference | None:
     sizes = case.manifest.model
     return read_recorded(
-        case.files, case.digests, case.registry["scheme"], vocab_size=sizes["vocab_size"], encode=case.encode
+        case.files, case.digests, case.registry["scheme"], vocab_size=sizes["vocab_size"], encode=case.prompt
     )
 
 
@@ -214,7 +226,7 @@ def _live(case: Case, findings: Findings) -> Reference:
     ids = _prompt_ids(case, prompt)
     window = case.manifest.model["context_window"]
     half = max(1, window // 2)
-    prompts = {text: case.encode(text) for text in continued}
+    prompts = {text: case.prompt(text) for text in continued}
     cut = [text for text, held in prompts.items() if len(held) > half]
     findings.unchecked += [f"text after {text[-24:]!r}: only its first {half} ids are read" for text in cut]
     request = live.Request(
@@ -251,9 +263,8 @@ def _prompts(case: Case) -> tuple[str, tuple[str, ...]]:
 
 def _prompt_ids(case: Case, prompt: str) -> list[int]:
     length = min(PROMPT_TOKENS, max(1, case.manifest.model["context_window"] // 2))
-    ids: list[int] = case.encode(prompt)
-    repeated = ids * (length // len(ids) + 1)
-    return repeated[:length]
+    ids = case.encode(prompt)
+    return [*case.prefix, *ids * (length // len(ids) + 1)][:length]
 
 
 def _check_session(case: Case, reference: Reference | None, findings: Findings) -> None:
@@ -296,7 +307,7 @@ def _check_functions(case: Case, session: Session, tokens: list[int], rows: np.n
 
 
 def _check_text(case: Case, session: Session, reference: Reference, findings: Findings) -> None:
-    ids = case.tokenizer.encode(reference.prompt)[: reference.prompt_length]
+    ids = case.tokenizer.prompt(reference.prompt)[: reference.prompt_length]
     if ids != list(reference.tokens[: len(ids)]):
         detail = "the bundle's tokenizer gives other ids for the reference's prompt"
         findings.checks.append(Check("tokenizer against the reference", ok=False, detail=detail))

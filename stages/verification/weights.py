@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.models import transforms
+from stages.models.weights import NUMPY_DTYPES
 from stages.quantization import group, layouts
 from stages.quantization.blocks import row_blocks
 
@@ -55,6 +56,22 @@ def misplaced(registry: Mapping[str, Any], records: Mapping[str, Record]) -> lis
         f"{name}: params.json has {text}, the bundle {found.get(name, 'none')}; verify must see the bundle's own params"
         for name, text in wanted.items()
         if found.get(name) != text
+    ]
+
+
+def mismatched(registry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return which of the tensors that params.json is made of the checkpoint lacks, or has in another shape."""
+    wanted = {
+        name: shape
+        for entry in registry["logical"]
+        for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True)
+    }
+    found = {name: tensor["shape"] for name, tensor in tensors.items() if tensor["dtype"] in NUMPY_DTYPES}
+    return [
+        f"{name}: params.json is made of {shape}, the checkpoint has {found.get(name, 'none that can be read')}; "
+        "verify must see the checkpoint that param-register saw"
+        for name, shape in wanted.items()
+        if found.get(name) != shape
     ]
 
 

@@ -306,6 +306,9 @@ def test_nodes_with_one_key_run_once(demo: Demo) -> None:
 
 
 def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch) -> None:
+    before = demo.source.read_text()
+    demo.run()
+    time.sleep(0.1)  # a source this young is digested again
     demo.run()
     demo.counts  # noqa: B018
 
@@ -316,9 +319,12 @@ def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr("diskcache.Cache.__init__", full)
-        result = demo("status", str(demo.pipeline))
+        assert demo("status", str(demo.pipeline)).code == 0  # looking writes nothing
+        demo.source.write_text("other words\n")
+        result = demo.run()
         assert result.code == 3
         assert "disk is full" in result.err
+    demo.source.write_text(before)
     assert set(demo.run().outcomes.values()) == {"HIT"}
 
 

@@ -11,8 +11,9 @@ import pytest
 from stagegraph import sources
 from stagegraph.digest import digest_bytes, digest_file
 from stagegraph.errors import PlanError
+from stagegraph.files import list_files
 from stagegraph.index import Index
-from stagegraph.sources import Sources, list_files
+from stagegraph.sources import Sources
 
 
 @pytest.fixture
@@ -41,6 +42,27 @@ def test_only_declared_files_are_listed(tmp_path: Path) -> None:
     assert list(files) == ["a.safetensors", "config.json", "reference/r.json"]
     root, files = list_files(tmp_path / "c.bin", ("*.bin",))
     assert (root, list(files)) == (tmp_path, ["c.bin"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("a.txt", ["a.txt"]),
+        ("*.txt", ["a.txt", "b.txt"]),
+        ("?.txt", ["a.txt", "b.txt"]),
+        ("[!a].txt", ["b.txt"]),
+        ("a*t", ["a.txt"]),
+        ("*", ["a.txt", "b.txt", "c.bin"]),
+        ("sub/*.txt", ["sub/a.txt"]),
+        (".txt", []),
+    ],
+)
+def test_patterns_name_files(tmp_path: Path, pattern: str, found: list[str]) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "b.txt", "c.bin", "sub/a.txt"):
+        (tmp_path / name).touch()
+    assert list(list_files(tmp_path, (pattern,))[1]) == found
+    assert list(list_files(tmp_path, (pattern, "c.bin"))[1]) == sorted({*found, "c.bin"})
 
 
 def test_a_hub_snapshot_is_read_through_its_links(tmp_path: Path, index: Index) -> None:

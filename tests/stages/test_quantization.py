@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stages.quantization import layouts
 from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
 from stages.quantization.group import dequantize, quantize
 from stages.quantization.schemes import SCHEMES, Scheme
@@ -174,3 +175,22 @@ def test_the_error_of_values_whose_squares_fit_no_float32(scale):
     rmse, worst = relative_error(source, lambda rows: source[rows] * np.float32(1.25))
     assert rmse == pytest.approx(0.25, rel=1e-5)
     assert worst == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 32, 70])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layouts_are_undone_and_put_elements_where_they_say(n, bits):
+    words = np.random.default_rng(n).integers(0, 2**32, (n, 12), dtype=np.uint32)
+    assert layouts.arrange("nk", words, bits) is words
+    blocks = layouts.arrange("n32", words, bits)
+    assert list(blocks.shape) == layouts.shape("n32", words.shape)
+    assert np.array_equal(layouts.restore("n32", blocks, n, bits), words)
+    mask, row = np.uint32(2**bits - 1), n - 1
+    for element in range(32 // bits):
+        bit = 8 * (element % 4) + 4 * (element // 4) if bits == 4 else 8 * element
+        wanted = (words[row] >> np.uint32(bits * element)) & mask
+        assert np.array_equal((blocks[row // 32, :, row % 32] >> np.uint32(bit)) & mask, wanted)
+    floats = words.view("<f2")
+    assert np.array_equal(
+        layouts.restore("n32", layouts.arrange("n32", floats, bits), n, bits).view("<u2"), floats.view("<u2")
+    )

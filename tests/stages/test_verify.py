@@ -12,7 +12,7 @@ from stagegraph.stage import StageError
 from stages.runtime.errors import BundleError
 from stages.verification import checks as checks_of
 from stages.verify import Verify
-from tests.checkpoints import qwen_tensors, write_qwen, write_shards
+from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
 from tests.stages import bundles
 
 LOGIT_CHECKS = {
@@ -267,6 +267,28 @@ def test_a_tensor_that_the_bundle_does_not_hold_is_named(recorded, tmp_path):
     path.write_text(json.dumps(document))
     built.sign()
     assert f"{lost}: params.json has float32" in failure(built, tmp_path, reference="live")
+
+
+def test_a_checkpoint_of_other_shapes_than_were_registered_is_refused(recorded, tmp_path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", ff=128)
+    built = bundles.replace(recorded, checkpoint=checkpoint)
+    problems = failure(built, tmp_path, reference="none").splitlines()
+    assert len(problems) == 2 * 3
+    name = "transformer.h.1.mlp.c_proj.weight"
+    assert f"{name}: params.json is made of [64, 96], the checkpoint has [64, 128]; verify must see" in problems[-1]
+
+
+def test_a_tensor_that_the_checkpoint_lost_or_cannot_give_is_named(recorded, tmp_path):
+    checkpoint = write_qwen(tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors.index.json").unlink()
+    for path in checkpoint.glob("*.safetensors"):
+        path.unlink()
+    tensors = qwen_tensors(64, 2, 96, 512, 0)
+    del tensors["lm_head.weight"]
+    write_safetensors(checkpoint / "model.safetensors", tensors, "bfloat16")
+    built = bundles.replace(recorded, checkpoint=checkpoint)
+    message = failure(built, tmp_path, reference="none")
+    assert message.startswith("lm_head.weight: params.json is made of [512, 64], the checkpoint has none that can be")
 
 
 def test_a_difference_from_zeros():

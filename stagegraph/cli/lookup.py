@@ -1,0 +1,79 @@
+"""``pipeline show NODE --OPTION NAME``: one name followed through what a node read and made.
+
+A provider declares such options in :data:`~stagegraph.registry.LOOKUPS`; its module answers from the parsed documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.errors import PlanError, StoreError
+from stagegraph.key import artifact_digest
+from stagegraph.registry import LOOKUPS, Lookup
+
+if TYPE_CHECKING:
+    from stagegraph.api import Pipeline
+    from stagegraph.dag import Node
+
+Record = dict[str, Any]
+SHOWN = 3  # names like the one that is not known
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    for option, lookup in LOOKUPS.items():
+        parser.add_argument(f"--{option}", metavar="NAME", help=f"of {lookup.stage}: {lookup.doc}")
+
+
+def asked(args: argparse.Namespace) -> str | None:
+    """Return the option that the command line has, if any."""
+    return next((option for option in LOOKUPS if getattr(args, option) is not None), None)
+
+
+def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record], option: str) -> None:
+    """Print what the option's module finds of the name in each node."""
+    lookup, name = LOOKUPS[option], getattr(args, option)
+    module = importlib.import_module(lookup.module)
+    found = {}
+    for node, record in records.items():
+        if node.stage.id != lookup.stage:
+            raise PlanError(f"{node.name}: --{option} asks about {lookup.stage}; name a node of that stage")
+        documents = _documents(work, node, record, lookup)
+        found[node.name] = module.find(documents, name)
+        if found[node.name] is None:
+            raise PlanError(f"{node.name}: nothing is named '{name}'{_like(name, module.names(documents))}")
+    if args.json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        print("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
+
+
+def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> dict[str, Any]:
+    """Return the JSON of the lookup's output port, and of its input ports where what was read is what there is."""
+    documents = {lookup.output: _read(work, node.name, record["outputs"][lookup.output]["files"])}
+    for port in lookup.inputs:
+        (upstream,) = node.inputs[port]
+        last = work.workspace.last_record(work.name, upstream.name)
+        files = last["outputs"][node.stage.inputs[port].port]["files"] if last else {}
+        if artifact_digest(files) == record["document"]["inputs"][port]:
+            documents[port] = _read(work, upstream.name, files)
+    return documents
+
+
+def _read(work: Pipeline, node: str, files: Mapping[str, Any]) -> Any:
+    ((name, (digest, _)),) = files.items()
+    wrong = work.workspace.store.verify(digest)
+    if wrong:
+        raise StoreError(f"{node}: {name} is {wrong} in the store; `pipeline run` rebuilds it")
+    return json.loads(work.workspace.store.path(digest).read_bytes())
+
+
+def _like(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = [each for each in names if name in each] or difflib.get_close_matches(name, names, n=SHOWN, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(each) for each in close[:SHOWN])}?" if close else ""

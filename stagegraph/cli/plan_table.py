@@ -1,0 +1,63 @@
+"""A plan as a table with what it takes below: what ``status`` and ``run --dry-run`` print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stagegraph.cli.common import age_text, seconds_text, size_text, table
+from stagegraph.plan import HIT, NEVER, STALE, UNKNOWN
+from stagegraph.workspace import record_size
+
+if TYPE_CHECKING:
+    from stagegraph.forecast import Plan, Step
+
+
+def plan_lines(plan: Plan, *, costs: bool) -> list[str]:
+    """Return the table, a blank line and the totals; ``costs``: of the last results, else what is predicted."""
+    header: tuple[str, ...] = ("node", "status", "reason", "predicted", "restore")
+    if costs:
+        header = ("node", "status", "reason", "time", "size", "memory", "built")
+    rows = [_costs(step) if costs else _predicted(step) for step in plan.steps]
+    return [table(header, rows, flexible=2), "", *_totals(plan, costs=costs)]
+
+
+def _costs(step: Step) -> tuple[str, ...]:
+    d, r = step.decision, step.record
+    said = d.reason or (r or {}).get("summary", "")
+    if r is None:
+        return d.node.name, d.status, said, "-", "-", "-", "-"
+    seconds, size, memory = seconds_text(r["seconds"]), size_text(record_size(r)), size_text(r["peak_bytes"])
+    return d.node.name, d.status, said, seconds, size, memory, age_text(r["started"])
+
+
+def _predicted(step: Step) -> tuple[str, ...]:
+    d = step.decision
+    seconds = "?" if step.seconds is None else seconds_text(step.seconds)
+    said = d.reason or (step.record or {}).get("summary", "")
+    return d.node.name, d.status, said, "-" if d.status == HIT else seconds, _bytes(step.restore)
+
+
+def _bytes(count: int) -> str:
+    return size_text(count) if count else "-"
+
+
+def _totals(plan: Plan, *, costs: bool) -> list[str]:
+    """Return how much there is to do and, if something is to run, how long it takes."""
+    sure, maybe = plan.count(STALE, NEVER), plan.count(UNKNOWN)
+    if plan.idle:
+        return [f"all {len(plan.steps)} nodes are up to date"]
+    said = [f"would run {sure} of {len(plan.steps)} nodes" + (f", and up to {maybe} below them" if maybe else "")]
+    said += [f"would restore {size_text(plan.restore)}"] if plan.restore else []
+    lines = ["; ".join(said if costs else [*said, "nothing was run"])]
+    if sure:
+        lines.append(_time(plan, sure + maybe))
+    return lines
+
+
+def _time(plan: Plan, count: int) -> str:
+    unknown = len(plan.unpredicted)
+    if unknown == count:
+        return "predicted time: unknown, nothing alike ever ran"
+    most = f" to {seconds_text(plan.most)}" if plan.most > plan.seconds else ""
+    without = f", without {unknown} of which nothing alike ever ran" if unknown else ""
+    return f"predicted time: {seconds_text(plan.seconds)}{most}{without}"

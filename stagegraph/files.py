@@ -1,0 +1,52 @@
+"""Which files of a directory a source parameter names."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from stagegraph.errors import PlanError
+
+WILDCARD = frozenset("*?[")
+
+
+def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+    """List the files of a source that match a pattern: (root, relative POSIX name -> path).
+
+    A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
+    cache's snapshot is made of them). ``path`` may name one file. :class:`FileNotFoundError` if nothing is there.
+    """
+    if path.is_file():
+        return path.parent, {path.name: path} if _matcher(tuple(include))(path.name) else {}
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    folders: dict[str, list[str]] = {}
+    for pattern in include:
+        folder, _, name = pattern.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    files: dict[str, Path] = {}
+    for folder, names in folders.items():
+        matches = _matcher(tuple(names))
+        try:
+            entries = list(os.scandir(path / folder if folder else path))
+        except OSError:
+            continue
+        for entry in entries:
+            if matches(entry.name) and entry.is_file():
+                if not entry.name.isprintable() or any("\ud800" <= c <= "\udfff" for c in entry.name):
+                    raise PlanError(f"{path}: the file name {entry.name!r} is not text; rename it")
+                files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
+    return path, dict(sorted(files.items()))
+
+
+@functools.cache
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Return whether a file name matches one of ``patterns``; names and ``*.suffix`` need no regular expression."""
+    names = {p for p in patterns if not WILDCARD & set(p)}
+    suffixes = {p for p in patterns if p[:1] == "*" and not WILDCARD & set(p[1:])}
+    others = set(patterns) - names - suffixes
+    endings = tuple(p[1:] for p in suffixes)
+    return lambda name: name in names or name.endswith(endings) or any(fnmatchcase(name, p) for p in others)

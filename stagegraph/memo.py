@@ -1,0 +1,90 @@
+"""Memoisation below a node's grain: a stage's finished parts (one quantized tensor, one kernel group) as objects.
+
+``part:<digest of kind and document>`` in the index names the object of a part. It is written as soon as the part is
+finished, by the worker, so that a killed run leaves what it had done to the next one. An object is synced only where
+it becomes part of an output; otherwise it is trusted no further than the digest that is taken when it is next used.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from stagegraph.digest import digest_file, digest_json
+from stagegraph.index import Index
+from stagegraph.stage import Part
+from stagegraph.store import Store, fsync_file
+
+PART_SCHEMA = 1
+
+
+class Memo:
+    """The parts one execution reuses and makes; safe to use from several threads. ``fresh`` reuses nothing."""
+
+    def __init__(self, store: Store, *, fresh: bool = False) -> None:
+        self._store = store
+        self._fresh = fresh
+        self._lock = Lock()
+        self._made: set[str] = set()
+        self._used: set[str] = set()
+        self.counts: dict[str, Counter[str]] = {}  # kind -> reused, made
+
+    @classmethod
+    def open(cls, root: Path, *, fresh: bool) -> Memo:
+        """Open the memo of the store at ``root`` from a process that has no workspace."""
+        return cls(Store(root, Index(root / "index")), fresh=fresh)
+
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
+        entry = None if self._fresh else self._store.index.get(part_name(kind, document))
+        if not isinstance(entry, dict) or entry.get("schema") != PART_SCHEMA:
+            return None
+        digest = entry["digest"]
+        if self._store.verify(digest) is not None:
+            return None
+        self._count(kind, "reused", digest)
+        return Part(self._store.path(digest), entry["facts"])
+
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        """Take a finished file for a part: it becomes a read-only object, under a second name if that is possible."""
+        digest, size = digest_file(file), file.stat().st_size
+        if self._store.share(file, digest):
+            with self._lock:
+                self._made.add(digest)
+        entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
+        self._store.index.set(part_name(kind, document), entry)
+        self._count(kind, "made", digest)
+        return Part(self._store.path(digest), facts)
+
+    @property
+    def damaged(self) -> list[str]:
+        """The objects found damaged, which are in quarantine now."""
+        return self._store.damaged
+
+    def _count(self, kind: str, how: str, digest: str) -> None:
+        with self._lock:
+            self.counts.setdefault(kind, Counter(reused=0, made=0))[how] += 1
+            self._used.add(digest)
+
+    def settle(self) -> dict[tuple[int, int], str]:
+        """Sync the new objects that became outputs; return every part's (device, inode) -> digest."""
+        known = {}
+        for digest in sorted(self._used):
+            path = self._store.path(digest)
+            try:
+                status = path.stat()
+            except OSError:
+                continue  # removed meanwhile: an output that is a link of it is digested like any other
+            known[status.st_dev, status.st_ino] = digest
+            if digest in self._made and status.st_nlink > 1:
+                fsync_file(path)
+                self._store.remember(digest)
+        return known
+
+
+def part_name(kind: str, document: Mapping[str, Any]) -> str:
+    """Return the name under which the index knows a part."""
+    return f"part:{digest_json([kind, document])}"

@@ -1,0 +1,133 @@
+"""``pipeline show param-register --tensor NAME``: what a parameter is made of, and what a checkpoint tensor becomes.
+
+Read from params.json and tensors.json alone; no array and no library of arrays is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+# What the rows of stages.models.transforms:TRANSFORMS do, in words.
+HOW = {
+    "copy": "as it is",
+    "concat0": "one under the other",
+    "interleaved_qkv": "rows that go head by head, each with its q, k and v, become all q, all k, all v",
+}
+
+
+def names(documents: Mapping[str, Any]) -> set[str]:
+    """Return every name that :func:`find` knows: of parameters, of stored tensors, of checkpoint tensors."""
+    logical = documents["params"]["logical"]
+    made = {name for entry in logical for name in (entry["name"], *entry["stored"], *entry["sources"])}
+    return made | set(_headers(documents))
+
+
+def find(documents: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """Return what is known of ``name``, None if nothing is.
+
+    ``parameter`` is there if a parameter or a tensor it is stored as has that name, ``checkpoint`` if a checkpoint
+    tensor has; of one that is copied, both. ``documents`` are params.json under ``params`` and, where it is known,
+    tensors.json under ``tensors``.
+    """
+    logical, headers = documents["params"]["logical"], _headers(documents)
+    entry = next((entry for entry in logical if name == entry["name"] or name in entry["stored"]), None)
+    feeds = [entry for entry in logical if name in entry["sources"]]
+    found: dict[str, Any] = {}
+    if entry:
+        found["parameter"] = _parameter(documents, entry)
+    if feeds or name in headers:
+        shapes = [shape for entry in feeds for shape in _shapes(entry, name)]
+        header = headers.get(name, {"shape": shapes[0]} if shapes else {})
+        made = [_parameter(documents, entry) for entry in feeds]
+        found["checkpoint"] = {"name": name, **header, "feeds": made}
+    return found or None
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Render what :func:`find` returned."""
+    lines: list[str] = []
+    if "parameter" in found:
+        parameter = found["parameter"]
+        lines += [f"parameter {parameter['name']} {parameter['shape']}, {parameter['kind']}"]
+        lines += [*_stored_lines(parameter), *_source_lines(parameter)]
+    if "checkpoint" in found:
+        tensor = found["checkpoint"]
+        lines += ["", _checkpoint_line(tensor)] if lines else [_checkpoint_line(tensor)]
+        lines += [line for parameter in tensor["feeds"] for line in _feed_lines(parameter, tensor["name"])]
+        if not tensor["feeds"]:
+            lines.append("  feeds no parameter: the model does not read it, or derives it")
+    return "\n".join(lines)
+
+
+def _headers(documents: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = documents["tensors"]["tensors"] if "tensors" in documents else {}
+    return found
+
+
+def _shapes(entry: Mapping[str, Any], name: str) -> Iterator[list[int]]:
+    return (s for source, s in zip(entry["sources"], entry["source_shapes"], strict=True) if source == name)
+
+
+def _parameter(documents: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one parameter with the tensors it is stored as, and those it is made of."""
+    headers, packed = _headers(documents), documents["params"]["params"]
+    places = {param["name"]: place for place, param in enumerate(packed)}
+    transform = entry["transform"].partition(":")[0]
+    sources, row = [], 0
+    for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True):
+        source = {"name": name, "shape": shape, **{k: v for k, v in headers.get(name, {}).items() if k != "shape"}}
+        if transform == "concat0":
+            source["rows"] = [row, row + shape[0]]
+            row += shape[0]
+        sources.append(source)
+    return {
+        **{key: entry[key] for key in ("name", "shape", "kind", "transform")},
+        "how": HOW.get(transform, transform),
+        "quantized": documents["params"]["scheme"] if entry["quantize"] else None,
+        "stored": [
+            {"place": places[name], **{key: packed[places[name]][key] for key in ("name", "dtype", "shape")}}
+            for name in entry["stored"]
+        ],
+        "sources": sources,
+    }
+
+
+def _stored_lines(parameter: Mapping[str, Any]) -> list[str]:
+    scheme = f"quantized as {parameter['quantized']}" if parameter["quantized"] else "not quantized"
+    lines = [f"  stored, {scheme}, as"]
+    lines += [
+        f"    {part['name']}  {part['dtype']} {part['shape']}, packed at {part['place']}"
+        for part in parameter["stored"]
+    ]
+    return lines
+
+
+def _source_lines(parameter: Mapping[str, Any]) -> list[str]:
+    lines = [f"  made, {parameter['transform']} ({parameter['how']}), of"]
+    for source in parameter["sources"]:
+        rows = f", rows {source['rows'][0]} to {source['rows'][1] - 1}" if "rows" in source else ""
+        lines.append(f"    {source['name']}  {_described(source)}{rows}")
+    return lines
+
+
+def _feed_lines(parameter: Mapping[str, Any], name: str) -> list[str]:
+    rows = [
+        f", rows {source['rows'][0]} to {source['rows'][1] - 1}"
+        for source in parameter["sources"]
+        if source["name"] == name and "rows" in source
+    ]
+    how = f"{parameter['transform']} ({parameter['how']})"
+    stored = ", ".join(part["name"] for part in parameter["stored"])
+    return [f"  feeds {parameter['name']} {parameter['shape']}{''.join(rows)}, {how}", f"    stored as {stored}"]
+
+
+def _checkpoint_line(tensor: Mapping[str, Any]) -> str:
+    return f"checkpoint tensor {tensor['name']}  {_described(tensor)}"
+
+
+def _described(tensor: Mapping[str, Any]) -> str:
+    held = f" in {tensor['file']}" if "file" in tensor else ""
+    return f"{tensor.get('dtype', '')} {tensor['shape']}{held}".strip()

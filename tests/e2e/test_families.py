@@ -1,0 +1,132 @@
+"""Every family through the whole pipeline as a user runs it: a checkpoint as transformers writes it, with a tokenizer
+of the family's kind, to a bundle that verify holds against transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from stagegraph.stage import StageError
+from stages import profiles
+from tests.checkpoints import write_qwen
+from tests.e2e.conftest import ROOT, Project
+from tests.stages import bundles, families, recurrent
+from tests.stages.tokenizer_folders import FOLDERS, SIZE, write_folder
+
+OVERLAY = f"""\
+extends: {ROOT}/pipeline.yaml
+vars: {{targets: [llvm], checkpoint: checkpoint, context_window: 0, scheme: %(scheme)s}}
+stages:
+  graph-build: {{with: {{prefill_chunk: 48, sep_embed: %(sep_embed)s}}}}
+  verify: {{with: {{reference: live}}}}
+"""
+ROWS = SIZE + 35  # of the embedding: some without a token, and no multiple of anything
+NODES = 12
+
+
+@dataclass(frozen=True)
+class Model:
+    """The folder of :data:`FOLDERS` whose tokenizer is the family's kind, and what is built."""
+
+    tokenizer: str
+    scheme: str = "q4f32_1"
+    sep_embed: str = "true"
+
+
+MODELS = {
+    "llama": Model("llama3 model"),
+    "llama-tied": Model("gpt2 digits", sep_embed="false"),
+    "mistral": Model("llama3 tables"),
+    "mistral-full": Model("llama3 tables", "q0f16"),
+    "qwen": Model("tiktoken", "q4f16_1"),
+    "qwen2": Model("qwen2 vocab", "q4f16_1"),
+    "qwen3": Model("qwen2 tables"),
+    "gpt_neox": Model("neox", "q0f32"),
+    "redpajama": Model("neox"),
+    "rwkv": Model("rwkv world"),
+}
+QUICK = ("llama", "rwkv")  # a prefix before every text; a recurrent state
+
+
+def write_checkpoint(folder: Path, name: str) -> None:
+    """Write model and tokenizer of :data:`MODELS`; transformers lacks Qwen's first generation alone."""
+    if name == "qwen":
+        write_qwen(folder)
+        return
+    files, _, eos = FOLDERS[MODELS[name].tokenizer]
+    control = {"bos_token_id": SIZE if "llama3" in MODELS[name].tokenizer else eos, "eos_token_id": eos}
+    write_folder(folder, files)
+    if name == "rwkv":
+        recurrent.write_checkpoint(folder, vocab_size=ROWS, context_length=128, **control)
+    else:
+        case = families.CASES[name]
+        families.write(folder, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
+    """Run the pipeline on a model of :data:`MODELS`, once; nothing may fail."""
+
+    @functools.cache
+    def run(name: str) -> Project:
+        project = Project(tmp_path_factory.mktemp(name))
+        write_checkpoint(project.checkpoint, name)
+        (project.folder / "overlay.yaml").write_text(OVERLAY % dataclasses.asdict(MODELS[name]))
+        outcomes = project.run()
+        assert {node["outcome"] for node in outcomes.values()} == {"BUILT"}
+        assert len(outcomes) == NODES
+        return project
+
+    return run
+
+
+def node(project: Project, name: str) -> Path:
+    return project.folder / "artifacts" / "tiny-qwen" / name
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
+def test_a_checkpoint_becomes_a_verified_bundle(finished: Callable[[str], Project], name: str) -> None:
+    project = finished(name)
+    report = json.loads((node(project, "verify[llvm]") / "verify.json").read_text())
+    assert (report["verdict"], report["reference"]["kind"]) == ("verified", "live")
+    checked = {check["name"]: check["ok"] for check in report["checks"]}
+    assert {"weights", "tokenizer against the source vocabulary", "every step", "two sequences at once"} <= set(checked)
+    assert sum(check.startswith("greedy text") for check in checked) == 2
+    assert all(checked.values())
+    said = json.loads(
+        project("generate", str(node(project, "bundle[llvm]") / "bundle"), "--prompt", "It", "--json").stdout
+    )
+    assert said["decode_tokens_per_second"] > 0
+
+
+def test_a_bundle_that_forgets_what_goes_before_a_text_is_found(
+    finished: Callable[[str], Project], tmp_path: Path
+) -> None:
+    """Negative control: every id of a text is right, and the one before them is missing."""
+    profiles.compiler()  # verify would load the runtime alone, and other tests of this process compile
+    project = finished("llama")
+    built = bundles.Built(
+        folder=project.folder,
+        checkpoint=project.checkpoint,
+        scheme=MODELS["llama"].scheme,
+        config=node(project, "config-parse") / "model.json",
+        params=node(project, "param-register[llvm]") / "params.json",
+        report=node(project, "quantize[llvm]") / "report.json",
+        bundle=node(project, "bundle[llvm]") / "bundle",
+    ).copy(tmp_path)
+    path = built.bundle / "tokenizer_info.json"
+    info = json.loads(path.read_text())
+    assert info["prefix"] == [SIZE]
+    path.write_text(json.dumps({**info, "prefix": []}))
+    built.sign()
+    with pytest.raises(StageError, match="tokenizer against the source vocabulary: other ids"):
+        bundles.verify(built, tmp_path / "verify", reference="none")
