@@ -20,7 +20,8 @@ class Linear:
 
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
     all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
-    that fit the registers of the target.
+    that fit the registers of the target. ``dot`` is the number of lanes of the instruction that multiplies bytes, where
+    activations are quantized to them; 0 where they stay floats.
     """
 
     weight: Stored
@@ -29,6 +30,7 @@ class Linear:
     bias: str = ""
     residual: bool = False
     tile: tuple[int, int] = (8, BLOCK)
+    dot: int = 0
 
 
 class Arguments:
@@ -39,11 +41,15 @@ class Arguments:
         self.rows: Any = T.int64() if linear.rows is None else linear.rows
         self.outer = (0,) * linear.outer
         shape = (1,) * linear.outer + (self.rows,)
-        self.x = made.argument("x", (*shape, weight.k), "float32")
+        self.inputs(made, shape)
         self.weights = [made.argument(*tensor) for tensor in weight.tensors]
         self.bias = made.argument("bias", (weight.n,), linear.bias) if linear.bias else None
         self.residual = made.argument("residual", (*shape, weight.n), "float32") if linear.residual else None
         self.y = made.argument("y", (*shape, weight.n), "float32")
+
+    def inputs(self, made: Any, shape: tuple[Any, ...]) -> None:
+        """Declare the activations, rows of ``shape``."""
+        self.x = made.argument("x", (*shape, self.linear.weight.k), "float32")
 
     def term(self, row: Any, k: Any) -> Any:
         """Return x[row, k]."""
@@ -85,27 +91,33 @@ class Arguments:
 def linear_kernel(linear: Linear) -> tirx.PrimFunc:
     """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
     with kernel() as made:
-        arguments = Arguments(made, linear)
-        product = _Product(arguments)
-        if linear.rows == 1:
-            sums = product.group_sums(0) if linear.weight.bits else None
-            with T.parallel(0, linear.weight.blocks) as block:
-                product.row(0, block, sums)
-        else:
-            with T.parallel(0, linear.weight.blocks) as block:
-                product.rows(block)
+        Product(Arguments(made, linear)).emit()
     return made.function
 
 
-class _Product:
+class Product:
     """Emits the products of one block of features."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.weight = arguments.linear.weight
 
+    def emit(self) -> None:
+        """Emit the kernel: blocks of features on all threads."""
+        single = self.arguments.linear.rows == 1
+        sums = self.group_sums(0) if single else None
+        with T.parallel(0, self.weight.blocks) as block:
+            if single:
+                self.row(0, block, sums)
+            else:
+                self.rows(block)
+
     def group_sums(self, row: Any) -> Any:
-        """Emit the sums of x over each group, which take the place of the middle in every product."""
+        """Emit the sums of x over each group, which take the place of the middle in every product; None if there is
+        none.
+        """
+        if not self.weight.bits:
+            return None
         groups = self.weight.k // self.weight.group
         sums, lanes = T.alloc_buffer((groups,), "float32"), vector(self.weight.group)
         with T.serial(0, groups) as g:
@@ -118,11 +130,15 @@ class _Product:
         """Emit one row, weights unpacked for it alone."""
         products = vector(BLOCK)
         put(products, constant(0, BLOCK), span(0, BLOCK))
+        self.row_products(row, block, sums, products)
+        self.arguments.write(row, block, products)
+
+    def row_products(self, row: Any, block: Any, sums: Any, products: Any) -> None:
+        """Emit the products of one row, added to ``products``."""
         if self.weight.bits:
             self._packed_row(row, block, sums, products)
         else:
             self._float_row(row, block, products)
-        self.arguments.write(row, block, products)
 
     def _packed_row(self, row: Any, block: Any, sums: Any, products: Any) -> None:
         weight, (q_weight, q_scale) = self.weight, self.arguments.weights
@@ -167,7 +183,7 @@ class _Product:
 
     def _alone(self, block: Any) -> None:
         with T.serial(0, self.arguments.rows) as row:
-            self.row(row, block, self.group_sums(row) if self.weight.bits else None)
+            self.row(row, block, self.group_sums(row))
 
     def _panels(self, block: Any) -> None:
         arguments, rows, k = self.arguments, self.arguments.rows, self.weight.k
@@ -175,20 +191,24 @@ class _Product:
         with T.serial(0, rows) as row:
             added = arguments.added(row, features, BLOCK)
             put(arguments.y, constant(0, BLOCK) if added is None else added, *arguments.outer, row, features)
-        panel = T.alloc_buffer((min(PANEL, k), BLOCK), "float32")
+        panel = self.panel()
         with T.serial(0, -(-k // PANEL)) as number:
             first, terms = number * PANEL, T.min(PANEL, k - number * PANEL)
-            self._unpack(panel, block, first, terms)
+            self.unpack(panel, block, first, terms)
             height, _ = arguments.linear.tile
             with T.serial(0, rows // height) as tile:
-                self._tile(panel, block, first, terms, tile * height, height)
+                self.tile(panel, block, first, terms, tile * height, height)
             half = height // 2
             with T.serial(0, rows % height // half) as tile:
-                self._tile(panel, block, first, terms, rows // height * height + tile * half, half)
+                self.tile(panel, block, first, terms, rows // height * height + tile * half, half)
             with T.serial(0, rows % half) as row:
-                self._tile(panel, block, first, terms, rows // half * half + row, 1)
+                self.tile(panel, block, first, terms, rows // half * half + row, 1)
 
-    def _unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
+    def panel(self) -> Any:
+        """Make room for the weights of a panel."""
+        return T.alloc_buffer((min(PANEL, self.weight.k), BLOCK), "float32")
+
+    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
         """Fill the panel with the values of the weights of k from ``first`` on."""
         weight, stored = self.weight, self.arguments.weights
         if not weight.bits:
@@ -205,7 +225,8 @@ class _Product:
                     at = g * weight.group + w * weight.per_word + element
                     put(panel, difference * scale, at, span(0, BLOCK))
 
-    def _tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
+    def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
+        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel, added to y."""
         arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
         for left in range(0, BLOCK, lanes):
             places = [(*arguments.outer, top + row, span(block * BLOCK + left, lanes)) for row in range(height)]

@@ -13,18 +13,22 @@ from tvm import relax as rx
 from tvm.relax.expr_functor import mutator
 
 from stages.lowering.cpu_float import Linear, linear_kernel
+from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
 from stages.lowering.cpu_weights import BLOCK, Stored
 from stages.lowering.rewriter import Rewriter, is_call, rows_of
 
 _FLOATS = ("float32", "float16")
 
 
-def cpu_linear(features: Collection[str]) -> tvm.transform.Pass:
-    """Return the pass, for a processor with ``features`` (LLVM's names)."""
+def cpu_linear(features: Collection[str], activations: str = "float") -> tvm.transform.Pass:
+    """Return the pass, for a processor with ``features`` (LLVM's names). With ``activations`` ``int8``, those of
+    layers with quantized weights are quantized too; the processor must have an instruction for it.
+    """
+    dot = dot_lanes(features) if activations == "int8" else 0
 
     @tvm.transform.module_pass(opt_level=0, name="CPULinear")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        return _Linears(module, register_tile(features)).rewritten()
+        return _Linears(module, register_tile(features), dot).rewritten()
 
     return run
 
@@ -57,9 +61,10 @@ def _uses(function: rx.Function) -> Counter[Any]:
 class _Linears(Rewriter):
     """``layers`` remembers the layer of each kernel made."""
 
-    def __init__(self, module: tvm.IRModule, tile: tuple[int, int]) -> None:
+    def __init__(self, module: tvm.IRModule, tile: tuple[int, int], dot: int) -> None:
         super().__init__(module)
         self.tile = tile
+        self.dot = dot
         self.uses: Counter[Any] = Counter()
         self.layers: dict[str, Linear] = {}
 
@@ -90,7 +95,21 @@ class _Linears(Rewriter):
         if stored is None:
             return None
         layer = Linear(stored, 1 if rows[0][-1] == 1 else None, len(rows[0]) - 1, tile=self.tile)
-        return self._call(layer, [x, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
+        inputs = [x]
+        if self.dot and stored.bits:
+            layer, inputs = with_bytes(layer, self.dot), self._quantized(x, layer)
+        return self._call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
+
+    def _quantized(self, x: Any, layer: Linear) -> list[Any]:
+        """Emit the quantization of activations; return bytes, scales and sums."""
+        size = layer.rows, layer.outer, layer.weight.k, layer.weight.group
+        if size not in self.kernels:
+            self.kernels[size] = self.builder_.add_func(quantizer(*size), "quantize_rows")
+        rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
+        shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
+        types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
+        made = self.builder_.emit(rx.call_tir(self.kernels[size], rx.Tuple([x]), out_ty=types))
+        return [self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(3)]
 
     def _join(self, product: Any, addend: Any) -> Any:
         """Return the call that also adds ``addend`` to what the kernel behind ``product`` makes, or None."""
@@ -108,7 +127,8 @@ class _Linears(Rewriter):
         return self._call(layer, arguments, product.ty.shape.values)
 
     def _call(self, layer: Linear, arguments: list[Any], shape: Any) -> rx.Call:
-        call = self.call_kernel(layer, lambda: linear_kernel(layer), "linear", arguments, shape)
+        make = int8_kernel if layer.dot else linear_kernel
+        call = self.call_kernel(layer, lambda: make(layer), "linear", arguments, shape)
         self.layers[call.args[0].name_hint] = layer
         return call
 

@@ -21,14 +21,15 @@ from stages.lowering.schedule import schedule_kernels
 from stages.targets.table import Target
 
 
-def phases(row: Target, features: Collection[str] = ()) -> dict[str, list[Any]]:
-    """Return phase -> passes, in order, for a processor with ``features``. ``finalize`` comes after the memory plan has
+def phases(row: Target, features: Collection[str] = (), activations: str = "float") -> dict[str, list[Any]]:
+    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of
+    ``activations``. ``finalize`` comes after the memory plan has
     been read.
     """
     passes = rx.transform
     return {
         "graph": [
-            *([cpu_linear(features), cpu_norm, cpu_gate] if row.kind == "llvm" else []),
+            *([cpu_linear(features, activations), cpu_norm, cpu_gate] if row.kind == "llvm" else []),
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),
@@ -71,12 +72,13 @@ def lower(
     describe: Callable[[Mapping[str, int]], Mapping[str, Any]],
     progress: Callable[[int, int], None],
     features: Collection[str] = (),
+    activations: str = "float",
 ) -> tvm.IRModule:
     """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
     each function. ``progress`` is called with phases done and in all; ``features`` are what the processor that runs the
-    host code has (LLVM's names).
+    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones.
     """
-    steps = phases(row, features)
+    steps = phases(row, features, activations)
     with target:
         for number, (phase, passes) in enumerate(steps.items()):
             progress(number, len(steps))

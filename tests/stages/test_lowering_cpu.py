@@ -13,6 +13,7 @@ from stages.graph.describe import operators
 from stages.lowering.cpu_cache import PAGE, Heads, copy_page
 from stages.lowering.cpu_float import PANEL
 from stages.lowering.cpu_gate import cpu_gate
+from stages.lowering.cpu_int8 import dot_lanes
 from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
 from stages.models.layers import FloatMatrix, GatedMLP, GroupMatrix, LayerNorm, Layout, Linear, RMSNorm
@@ -86,6 +87,36 @@ def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
             x, residual = random(1, count, k), random(1, count, n)
             wanted = x @ values.T + bias.astype("float32") + residual
             assert relative(run(after, cpu, "forward", x, residual, [*arrays, bias]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("cpu", [host.host_cpu(), f"{V3}+avxvnni"])
+@pytest.mark.parametrize(("n", "k"), [(96, 2 * PANEL + 64), (45, 96)])
+def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
+    features = host.required_features(cpu)
+    if not dot_lanes(features) or not set(features) <= set(host.required_features(host.host_cpu())):
+        pytest.skip("this processor cannot run it")
+    weight, arrays, values = matrix(n, k, "q4f16_1")
+    bias = random(n)
+    for rows in ("s", 1):
+        before = export(Block(weight, bias), x=([1, rows, k], "float32"), residual=([1, rows, n], "float32"))
+        after = cpu_linear(features, "int8")(before)
+        assert sorted(name.rstrip("0123456789") for name in operators(after)["forward"]) == ["linear", "quantize_rows"]
+        for count in (1, 2, 7, 13) if rows == "s" else (1,):
+            x, residual = random(1, count, k), random(1, count, n)
+            x[0, 0, :32] = 0
+            groups = x.reshape(count, -1, 32)
+            peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
+            rounded = (np.rint(groups * (np.float32(127) / peak)) * (peak / np.float32(127))).reshape(1, count, k)
+            found = run(after, cpu, "forward", x, residual, [*arrays, bias])
+            assert relative(found, rounded @ values.T + bias + residual) < 1e-5
+            assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2
+
+
+def test_layers_with_float_weights_keep_float_activations():
+    weight, _, _ = matrix(32, 32, "float16")
+    before = export(Block(weight, random(32)), x=([1, "s", 32], "float32"), residual=([1, "s", 32], "float32"))
+    ((kernel, _),) = operators(cpu_linear(("avx512f", "avx512vnni"), "int8")(before))["forward"].items()
+    assert kernel.startswith("linear")
 
 
 def test_what_two_read_is_computed_once():
