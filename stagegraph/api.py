@@ -1,10 +1,11 @@
-"""A pipeline from Python, with the nouns of the command line, which is built on it: select, plan, run.
+"""A pipeline from Python, with the nouns of the command line, which is built on it: plan, run, artifact.
 
     from stagegraph import Pipeline
 
     with Pipeline("pipeline.yaml", {"scheme": "q0f32"}) as pipeline:
         print(pipeline.plan().seconds)
-        run = pipeline.run(stage=["quantize"])
+        run = pipeline.run(pipeline.select(stage=["quantize"]))
+        report = pipeline.artifact("quantize[llvm]").read_json("report.json")
 
 A :class:`Pipeline` sees the files of the moment it first looks at them: open it again after an edit. Mistakes are
 raised as :class:`~stagegraph.errors.PipelineError`; nothing is printed.
@@ -14,9 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from stagegraph.dag import Dag, Node
 from stagegraph.errors import PlanError
@@ -25,20 +25,24 @@ from stagegraph.spec import load
 from stagegraph.workspace import Workspace
 
 if TYPE_CHECKING:
+    from stagegraph.artifact import Artifact
+    from stagegraph.diff import Difference
+    from stagegraph.explain import Explanation
     from stagegraph.forecast import Plan
+    from stagegraph.gc import Sweep
+    from stagegraph.history import PastRun
+    from stagegraph.lineage import Lineage
     from stagegraph.scheduler import Outcome, Reporter
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """Nodes that were asked for by name, and those together with all they need, in topological order."""
 
     chosen: frozenset[Node]
     nodes: tuple[Node, ...]
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A finished run: how each node ended, in topological order, and the wall time in seconds."""
 
     outcomes: tuple[Outcome, ...]
@@ -114,6 +118,49 @@ class Pipeline:
         from stagegraph.forecast import forecast
 
         return forecast(self, selection or self.select(), force=force, jobs=jobs)
+
+    def artifacts(self, reference: str) -> list[Artifact]:
+        """Return what a reference means (:mod:`stagegraph.artifact`): a node's instances that have a result."""
+        from stagegraph.artifact import find_artifacts
+
+        return find_artifacts(self, reference)
+
+    def artifact(self, reference: str) -> Artifact:
+        """Return the one artifact that a reference means."""
+        found = self.artifacts(reference)
+        if len(found) > 1:
+            raise PlanError(f"'{reference}' means {', '.join(a.label for a in found)}: name one of them")
+        return found[0]
+
+    def runs(self) -> list[PastRun]:
+        """Return the runs of this pipeline that did something, oldest first."""
+        from stagegraph.history import past_runs
+
+        return past_runs(self.workspace.journal, self.name)
+
+    def diff(self, a: str, b: str) -> Difference:
+        """Return how two artifacts differ."""
+        from stagegraph.diff import difference
+
+        return difference(self.artifact(a), self.artifact(b))
+
+    def lineage(self, reference: str) -> Lineage:
+        """Return where an artifact, or one file of it, comes from."""
+        from stagegraph.lineage import lineage
+
+        return lineage(self, self.artifact(reference))
+
+    def gc(self, *, keep_runs: int = 10, max_size: int | None = None, dry_run: bool = False) -> Sweep:
+        """Remove results older than the last runs, then the oldest until ``max_size`` bytes; never one in use."""
+        from stagegraph.gc import collect
+
+        return collect(self.workspace, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run)
+
+    def explain(self, *patterns: str) -> list[Explanation]:
+        """Say why each of these nodes would run, or would not."""
+        from stagegraph.explain import explain
+
+        return explain(self, [node for pattern in patterns for node in self.dag.select(pattern)])
 
     def run(
         self,

@@ -68,6 +68,13 @@ LOOKUPS = {
     ),
 }
 
+# Stage -> the function that says what differs inside two of its results (:data:`stagegraph.diff.Comparer`).
+COMPARERS = {
+    "graph-build": "stages.cli.compare:graphs",
+    "compile": "stages.cli.compare:libraries",
+    "tokenizer-bundle": "stages.cli.compare:tokenizers",
+}
+
 
 def load_object(reference: str) -> Any:
     """Import ``"module:NAME"`` and return the object."""

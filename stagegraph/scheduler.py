@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from selectors import BaseSelector
 
     from stagegraph.dag import Node
+    from stagegraph.pins import Pin
     from stagegraph.runner import Sandbox, Worker
 
 BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
@@ -60,7 +61,7 @@ class Reporter:
     def waiting(self, node: Node, what: str) -> None:
         """A node is held up by ``what``."""
 
-    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """A running node reports how far it is."""
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
@@ -115,6 +116,7 @@ class Scheduler:
         self._idle: dict[str, list[Worker]] = {}
         self._attempts: dict[Node, int] = {}
         self._selector: BaseSelector | None = None
+        self._pin: Pin | None = None
 
     def run(self, nodes: Sequence[Node]) -> list[Outcome]:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
@@ -131,6 +133,8 @@ class Scheduler:
             raise
         finally:
             self._planner.save()
+            if self._pin is not None:
+                self._pin.release()
             for workers in self._idle.values():
                 for worker in workers:
                     worker.stop()
@@ -139,6 +143,19 @@ class Scheduler:
     # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
 
     def _settle(self) -> None:
+        with self._workspace.sharing():
+            self._settle_all()
+            if self._ready and self._pin is None:
+                self._claim()
+
+    def _claim(self) -> None:
+        """Claim what this run has settled on; only a run that executes something lasts long enough to need it."""
+        from stagegraph.pins import Pin
+
+        self._pin = Pin(self._workspace.root)
+        self._pin.add(outcome.key for outcome in self.outcomes.values() if outcome.record)
+
+    def _settle_all(self) -> None:
         progressed = True
         while progressed:
             progressed = False
@@ -198,7 +215,8 @@ class Scheduler:
                 again = self._planner.decide(decision.node, self._record_of)
                 if again.status == HIT:
                     os.close(lock)
-                    self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
+                    with self._workspace.sharing():
+                        self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
                     continue
             self._start(decision, lock)
 
@@ -269,7 +287,8 @@ class Scheduler:
         for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
             for event in worker.receive():
                 if event["event"] == "progress":
-                    self._reporter.progress(running.decision.node, event["done"], event["total"], event["unit"])
+                    amount = event["done"], event["total"], event["unit"], event["note"]
+                    self._reporter.progress(running.decision.node, *amount)
                 elif event["event"] == "end":
                     self._release(running, keep_worker=True)
                     self._end(running, event)
@@ -303,7 +322,8 @@ class Scheduler:
             self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
             return
         try:
-            self._commit(running, event)
+            with self._workspace.sharing():
+                self._commit(running, event)
         except (OSError, sqlite3.OperationalError) as error:
             self._fail(running, [_said(error)], bug=False)
 
@@ -379,6 +399,8 @@ class Scheduler:
 
     def _finish(self, outcome: Outcome) -> None:
         self.outcomes[outcome.node] = outcome
+        if self._pin is not None and outcome.record:
+            self._pin.add([outcome.key])
         self._reporter.finished(outcome)
 
     def _abandon(self) -> None:

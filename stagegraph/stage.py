@@ -151,8 +151,11 @@ class Context(Protocol):
         The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
         """
 
-    def progress(self, done: int, total: int, unit: str = "") -> None:
-        """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items. Cheap: the engine throttles."""
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
+        """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items, ``note`` what else there is to say.
+
+        Cheap: the engine throttles.
+        """
 
     def warn(self, message: str) -> None:
         """Record a finding that does not fail the node; ``run`` and ``show`` print it, also on later hits."""

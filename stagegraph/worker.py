@@ -87,11 +87,11 @@ class WorkerContext(Context):
         self.found["damaged"] = self._memo.damaged
         return self._memo.settle()
 
-    def progress(self, done: int, total: int, unit: str = "") -> None:
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_SECONDS or done == total:
             self._last_progress = now
-            send(self._events, event="progress", done=done, total=total, unit=unit)
+            send(self._events, event="progress", done=done, total=total, unit=unit, note=note)
 
     def warn(self, message: str) -> None:
         self.found["warnings"].append(_text(message))

@@ -184,6 +184,13 @@ class Workspace:
             return None
         return descriptor
 
+    def is_running(self, key: str) -> bool:
+        """Say whether a run is executing this key."""
+        lock = self.try_lock(key) if (self.root / "locks" / key).exists() else None
+        if lock is not None:
+            os.close(lock)
+        return lock is None and (self.root / "locks" / key).exists()
+
     def _lock_file(self, name: str) -> int:
         path = self.root / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +207,24 @@ class Workspace:
             held = False
         try:
             yield held
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Keep :meth:`alone` waiting meanwhile: what is looked up or written here stays until it is claimed."""
+        yield from self._hold(fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no run is settling or committing a node, and keep them waiting meanwhile."""
+        yield from self._hold(fcntl.LOCK_EX)
+
+    def _hold(self, mode: int) -> Iterator[None]:
+        descriptor = self._lock_file("store")
+        try:
+            fcntl.flock(descriptor, mode)
+            yield
         finally:
             os.close(descriptor)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What all graphs of one library must agree on; it goes into the metadata under "model".
 SHARED = (
     "cache_bytes_per_token",
+    "cache_workspace_bytes",
     "compute_dtype",
     "context_window",
     "family",
@@ -31,9 +32,14 @@ SHARED = (
     "scheme",
     "sep_embed",
     "state",
+    "state_bytes",
     "vocab_size",
 )
-DTYPE_BYTES = {"float32": 4, "uint32": 4, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
+# What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
+# processor takes memory when it is written to, which next to nothing of this is; a GPU takes all of it at once.
+CACHE_TABLES = 128 * 2**20
+STEPS_KEPT = 16  # of each sequence, in the state of a recurrent model: what the runtime's sessions ask for
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
 STEPS = 8  # of progress: five lowering phases, then code generation, check, description
 
@@ -279,14 +285,21 @@ def _memory(metadata: Mapping[str, Any]) -> str:
     model, plan = metadata["model"], metadata["memory"]
     weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])
     token, tokens = model["cache_bytes_per_token"], model["context_window"]
-    results = max(plan.values(), default=0)
+    tables = CACHE_TABLES if token and metadata["target"]["target"] == "cuda" else 0
+    # Embeddings are there while the function that reads them runs.
+    embeddings, others = plan.get("embed", 0), [size for name, size in plan.items() if name != "embed"]
+    sequence = token * tokens + STEPS_KEPT * model["state_bytes"]
+    fixed = weights + model["cache_workspace_bytes"] + tables + embeddings + max(others, default=0)
     rows = [
         ("weights", weights),
         ("KV cache, one token", token),
         (f"KV cache, one sequence of {tokens} tokens", token * tokens),
-        *((f"intermediate results of {name}, at most", size) for name, size in sorted(plan.items())),
-        ("in all for one sequence", weights + token * tokens + results),
-        (f"in all for {model['max_batch']} sequences", weights + token * tokens * model["max_batch"] + results),
+        (f"KV cache, workspace for chunks of {model['prefill_chunk']} tokens", model["cache_workspace_bytes"]),
+        ("KV cache, tables of the runtime", tables),
+        (f"recurrent state, one sequence, {STEPS_KEPT} steps of it", STEPS_KEPT * model["state_bytes"]),
+        *((f"results of {name}, at most", size) for name, size in sorted(plan.items())),
+        ("in all for one sequence", fixed + sequence),
+        (f"in all for {model['max_batch']} sequences", fixed + sequence * model["max_batch"]),
     ]
     lines = [f"| {what} | {size:,} |" for what, size in rows if size]
     return "\n".join(["| memory | bytes |", "|---|---:|", *lines]) + "\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ CONVERT = (
 
 
 class ConfigParse(Stage):
-    """Every key of config.json is classified, every contradiction reported; no weight is read."""
+    """Every key of config.json is classified, every contradiction reported; of the weights a doubtful head is read."""
 
     id = "config-parse"
 
@@ -88,6 +88,7 @@ class ConfigParse(Stage):
         if problems:
             raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
 
+        config = _with_stored_head(ctx, family, config, files, tensors)
         model = {
             "schema": 1,
             "family": family.name,
@@ -107,6 +108,28 @@ class ConfigParse(Stage):
         ctx.view("config", _view(family, raw, model, tensors))
         size = sum(info.nbytes for _, info in tensors.values())
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+
+
+def _with_stored_head(
+    ctx: Context,
+    family: Family,
+    config: Any,
+    files: Mapping[str, Path],
+    tensors: Mapping[str, tuple[str, TensorInfo]],
+) -> Any:
+    """Return ``config``, untied where the checkpoint stores another head than the embedding: transformers does so."""
+    from stages.models.checkpoint import same_values
+
+    if not family.tied or not config.tied or not {*family.tied} <= tensors.keys():
+        return config
+    (file, head), (other_file, table) = (tensors[name] for name in family.tied)
+    if same_values(files[file], head, files[other_file], table):
+        return config
+    ctx.warn(
+        f"{CONFIG}: tie_word_embeddings is true, but the checkpoint holds a {family.tied[0]} that is not "
+        f"{family.tied[1]}: it is taken as it is, as transformers does; set tie_word_embeddings to false to say so"
+    )
+    return replace(config, tied=False)
 
 
 def _read_config(root: Path, files: Mapping[str, Path]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class GraphBuild(Stage):
 
         import tvm
 
-        from stages.graph import FUNCTIONS, RECURRENT, describe
+        from stages.graph import FUNCTIONS, RECURRENT, cost, describe
         from stages.graph.export import GraphError
 
         model = json.loads(ctx.input("config").read_text("utf-8"))
@@ -95,7 +95,9 @@ class GraphBuild(Stage):
             json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )
         ctx.view("operators", describe.operator_table(counts))
+        ctx.view("cost", cost.cost_table(exported))
         ctx.view("ir", describe.script(exported))
+        ctx.view("structure.json", cost.structure(exported))
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 
 
@@ -152,6 +154,8 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         "state": family.state,
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
         "cache_bytes_per_token": build.cache_bytes_per_token,
+        "cache_workspace_bytes": build.cache_workspace_bytes,
+        "state_bytes": build.state_bytes,
         "scheme": registry["scheme"],
         "target": params.target,
     }

@@ -64,10 +64,8 @@ class ParamRegister(Stage):
                 "tensors; one of them belongs to another model"
             )
         params = family.params(family.config(**model["config"]))
-        kinds = (
-            *_check_tensors(params, tensors, family.recomputed, model["vocab_size"]),
-            _check_groups(params, scheme),
-        )
+        ignored = (*family.recomputed, *(family.tied or ())[:1])  # a stored head of a tied model repeats its embedding
+        kinds = _check_tensors(params, tensors, ignored, model["vocab_size"])
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
@@ -75,9 +73,9 @@ class ParamRegister(Stage):
         stored: list[dict[str, Any]] = []
         logical: list[dict[str, Any]] = []
         for parameter in params:
-            parts = _stored(parameter, scheme, layout)
+            entry, parts = _entries(parameter, scheme, layout)
             stored += parts
-            logical.append(_logical(parameter, scheme, [part["name"] for part in parts]))
+            logical.append(entry)
         document = {
             "schema": 1,
             "family": model["family"],
@@ -125,45 +123,34 @@ def _check_tensors(
     return missing, wrong, unexpected
 
 
-def _check_groups(params: Iterable[Param], scheme: Scheme) -> list[str]:
-    """A group never spans two rows and a row never ends within one: kernels read whole words and whole groups."""
-    return [
-        f"parameter {parameter.name} {list(parameter.shape)}: rows of {parameter.shape[-1]} values do not split into "
-        f"groups of {scheme.group_size} as {scheme.name} asks; choose a scheme without groups, such as q0f32"
-        for parameter in params
-        if scheme.quantizes(parameter.kind) and parameter.shape[-1] % scheme.group_size
-    ]
-
-
-def _stored(parameter: Param, scheme: Scheme, layout: str) -> list[dict[str, Any]]:
-    """Return the stored tensors of one parameter, in packed order."""
+def _entries(parameter: Param, scheme: Scheme, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``."""
     from stages.quantization import layouts
 
-    if not scheme.quantizes(parameter.kind):
-        shape = layouts.shape(layout, parameter.shape) if parameter.kind in layouts.MATRICES else [*parameter.shape]
-        entry = {"name": parameter.name, "shape": shape, "dtype": parameter.dtype or scheme.storage_dtype}
-        return [{**entry, "of": parameter.name}]
-    stem = parameter.name.removesuffix("weight")
-    n, k = parameter.shape
-    words, groups = (layouts.shape(layout, (n, k // per)) for per in (32 // scheme.bits, scheme.group_size))
-    return [
-        {"name": f"{stem}q_weight", "shape": words, "dtype": "uint32", "of": parameter.name},
-        {"name": f"{stem}q_scale", "shape": groups, "dtype": scheme.storage_dtype, "of": parameter.name},
+    quantize, dtype = scheme.quantizes(parameter.kind), parameter.dtype or scheme.storage_dtype
+    layout = layouts.of(target, parameter.kind, scheme, dtype, parameter.shape[-1])
+    tensors: Sequence[tuple[str, tuple[int, ...], str]] = [(parameter.name, parameter.shape, dtype)]
+    if quantize:
+        stem = parameter.name.removesuffix("weight")
+        n, k = parameter.shape
+        tensors = [(f"{stem}{part}", shape, dtype) for part, shape, dtype in scheme.stored(n, k)]
+    stored = [
+        {"name": name, "shape": layouts.shape(layout, shape), "dtype": dtype, "of": parameter.name}
+        for name, shape, dtype in tensors
     ]
-
-
-def _logical(parameter: Param, scheme: Scheme, stored: list[str]) -> dict[str, Any]:
-    return {
+    entry = {
         "name": parameter.name,
         "shape": [*parameter.shape],
         "kind": parameter.kind,
         "sources": [*parameter.sources],
         "source_shapes": [[*shape] for shape in parameter.source_shapes],
         "transform": parameter.transform,
-        "quantize": scheme.quantizes(parameter.kind),
-        "dtype": parameter.dtype or scheme.storage_dtype,
-        "stored": stored,
+        "quantize": quantize,
+        "dtype": dtype,
+        "layout": layout,
+        "stored": [tensor["name"] for tensor in stored],
     }
+    return entry, stored
 
 
 def _view(logical: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -12,19 +13,16 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.models.weights import Weights
-    from stages.quantization.schemes import Scheme
-    from stages.quantization.tensor_cache import TensorCacheWriter
+    from stages.conversion.conversion import Conversion
 
-DTYPE_BYTES = {"uint32": 4, "float32": 4, "float16": 2}
 SLACK = 2**20  # bytes for tensor-cache.json and report.json
 
 
 class Quantize(Stage):
-    """Bounded memory: at any time one parameter's source, mapped, and its result are in the process."""
+    """In parallel over tensors and in bounded memory; a tensor that was converted before is not converted again."""
 
     id = "quantize"
 
@@ -35,6 +33,13 @@ class Quantize(Stage):
         checkpoint: Source = source("checkpoint directory with the weights", include=("*.safetensors",))
         scheme: str = param("quantization scheme", choices="stages.quantization.schemes:SCHEMES")
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        scales: str = param(
+            "how a group's scale is chosen: max takes the one that the largest value asks for, as MLC-LLM does; mse "
+            "searches the one of least squared error, which takes longer to quantize and no longer to run",
+            default="max",
+            choices=("max", "mse"),
+        )
+        threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
 
     inputs = {
         "params": In("param-register", "params", "what to store, and what it is made of"),
@@ -45,54 +50,80 @@ class Quantize(Stage):
         "report": Out("report.json", "per parameter: how it is stored and its error against the source"),
     }
 
+    def resolve(self, params: Params) -> Params:
+        """Refuse a search for scales where there are no groups that have one each."""
+        from stages.quantization.schemes import SCHEMES
+
+        scheme = SCHEMES.get(params.scheme)
+        if params.scales == "mse" and scheme is not None and scheme.kind != "group":
+            raise StageError(f"scales: mse searches the scale of each group, and {scheme.name} has no groups; use max")
+        return params
+
     def tools(self, params: Params) -> dict[str, str]:  # noqa: ARG002
-        """Return the libraries that do the arithmetic."""
+        """Return the libraries that do the arithmetic; compiled kernels store the same, so no compiler counts."""
         return dist_versions("numpy", "ml-dtypes")
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one scheme; what the weights are is in the register, so no family is looked up."""
-        return {"stages.quantization.schemes:SCHEMES": params.scheme, "stages.models:FAMILIES": ()}
+        return {
+            "stages.quantization.schemes:SCHEMES": params.scheme,
+            "stages.models:FAMILIES": (),
+            "stages.targets.table:TARGETS": (),
+        }
 
     def run(self, ctx: Context) -> None:
-        """Quantize in packed order; report each parameter's error as read back from what is stored."""
-        from stages.models.weights import Weights
+        """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
+        from stages.conversion.conversion import Conversion, Plan
         from stages.quantization.schemes import SCHEMES
-        from stages.quantization.tensor_cache import TensorCacheWriter
+        from stages.quantization.tensor_cache import write_index
 
         register = json.loads(ctx.input("params").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
-        if [register["scheme"], register["target"]] != [ctx.params.scheme, ctx.params.target]:
+        scheme, scales, files = SCHEMES[ctx.params.scheme], ctx.params.scales, ctx.source("checkpoint")
+        if [register["scheme"], register["target"]] != [scheme.name, ctx.params.target]:
             raise StageError(
                 f"the parameters are registered for {register['scheme']} on {register['target']}, quantize is asked "
-                f"for {ctx.params.scheme} on {ctx.params.target}: give param-register and quantize the same values"
+                f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
-        size = sum(math.prod(entry["shape"]) * DTYPE_BYTES[entry["dtype"]] for entry in register["params"])
+        compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
+        plan = Plan(register, tensors, files.files, files.digests, scheme, scales, ctx.params.threads, compilers)
+        conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
+        size = conversion.stored_bytes
         _check_space(ctx, size)
-        weights = Weights(ctx.source("checkpoint").files, tensors)
-        total = sum(weights.nbytes(name) for entry in register["logical"] for name in entry["sources"])
-        scheme, report, done = SCHEMES[ctx.params.scheme], [], 0
-        try:
-            with TensorCacheWriter(ctx.out / "weights") as writer:
-                for entry in register["logical"]:
-                    report.append(_convert(entry, weights, scheme, register["layout"], writer))
-                    done += sum(weights.nbytes(name) for name in entry["sources"])
-                    ctx.progress(done, total, "B")
-                count = sum(math.prod(entry["shape"]) for entry in register["logical"])
-                bits = round(8 * writer.nbytes / count, 3)
-                names = len(register["params"])
-                writer.finish({"ParamSize": names, "ParamBytes": writer.nbytes, "BitsPerParam": bits})
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise StageError(
-                f"{ctx.out}: the disk is full after {done:,} of {total:,} bytes of weights were read; what was written "
-                f"is removed again. The weights take {size:,} bytes as {scheme.name}: free as much, then run again"
-            ) from None
-        document = {"schema": 1, "scheme": scheme.name, "tensors": report}
-        text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
-        (ctx.out / "report.json").write_text(text, encoding="utf-8")
+        with _leaving_nothing(ctx, conversion):
+            report = conversion.run()
+            count = sum(math.prod(entry["shape"]) for entry in register["logical"])
+            bits = round(8 * size / count, 3)
+            metadata = {"ParamSize": len(register["params"]), "ParamBytes": size, "BitsPerParam": bits}
+            write_index(ctx.out / "weights", conversion.contents, metadata)
+            document = {"schema": 1, "scheme": scheme.name, "scales": scales, "tensors": report}
+            text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
+            (ctx.out / "report.json").write_text(text, encoding="utf-8")
         ctx.view("errors", _view(report))
-        ctx.summary(f"{scheme.name}: {total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB, {bits:.2f} bits per parameter")
+        read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
+        ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
+
+
+@contextlib.contextmanager
+def _leaving_nothing(ctx: Context, conversion: Conversion) -> Iterator[None]:
+    """Remove what a failure has left half written; say which failure it was in the stage's terms."""
+    from stages.conversion.parts import ConversionError
+
+    try:
+        yield
+    except BaseException as error:
+        for name in ("weights", "parts"):
+            shutil.rmtree(ctx.out / name, ignore_errors=True)
+        (ctx.out / "report.json").unlink(missing_ok=True)
+        if isinstance(error, ConversionError):
+            raise StageError(*error.problems) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(
+                f"{ctx.out}: the disk is full after {conversion.done:,} of {conversion.total:,} bytes of weights were "
+                f"read; what was written is removed again. The weights take {conversion.stored_bytes:,} bytes as "
+                f"{ctx.params.scheme}: free as much, then run again"
+            ) from None
+        raise
 
 
 def _check_space(ctx: Context, size: int) -> None:
@@ -101,44 +132,6 @@ def _check_space(ctx: Context, size: int) -> None:
         raise StageError(
             f"{ctx.out}: the weights take {size:,} bytes as {ctx.params.scheme}, the disk has {free:,} bytes free"
         )
-
-
-def _convert(
-    entry: Mapping[str, Any], weights: Weights, scheme: Scheme, layout: str, writer: TensorCacheWriter
-) -> dict[str, Any]:
-    """Store one parameter; return its line of the report."""
-    from stages.models import transforms
-    from stages.quantization import group, layouts
-    from stages.quantization.blocks import cast, relative_error
-
-    name = entry["name"]
-    try:
-        array = transforms.apply(entry["transform"], [weights[source] for source in entry["sources"]])
-        if entry["quantize"]:
-            q_weight, q_scale = group.quantize(array, scheme)
-            stored = [q_weight, q_scale]
-            rmse, worst = relative_error(
-                array, lambda rows: group.dequantize(q_weight[rows], q_scale[rows], scheme, array.shape[1])
-            )
-        else:
-            stored = [cast(array, entry["dtype"])]
-            rmse, worst = relative_error(array, lambda rows: stored[0][rows].astype("float32"))
-    except ValueError as error:
-        raise StageError(f"parameter {name} (from {', '.join(entry['sources'])}): {error}") from None
-    if entry["kind"] in layouts.MATRICES:
-        stored = [layouts.arrange(layout, tensor, scheme.bits) for tensor in stored]
-    for stored_name, tensor in zip(entry["stored"], stored, strict=True):
-        writer.add(stored_name, tensor)
-    return {
-        "name": name,
-        "kind": entry["kind"],
-        "scheme": scheme.name if entry["quantize"] else entry["dtype"],
-        "shape": entry["shape"],
-        "source_dtype": str(array.dtype),
-        "bytes": sum(tensor.nbytes for tensor in stored),
-        "rmse": rmse,
-        "max_error": worst,
-    }
 
 
 def _view(report: Iterable[Mapping[str, Any]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ def _build(ctx: Context) -> None:
         fingerprint=fingerprint(reference),
     )
     del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing
-    _prove(ctx, directory, resolution, reference, facts)
+    _prove(ctx, directory, resolution, reference, facts, family.doubts(resolution))
 
 
 def _facts(ctx: Context) -> ModelFacts:
@@ -127,12 +127,23 @@ def _facts(ctx: Context) -> ModelFacts:
     return ModelFacts.read(model, generation, tensors["tensors"], EMBEDDINGS[model["family"]])
 
 
-def _prove(ctx: Context, directory: Path, resolution: Resolution, reference: Reference, facts: ModelFacts) -> None:
+def _prove(
+    ctx: Context,
+    directory: Path,
+    resolution: Resolution,
+    reference: Reference,
+    facts: ModelFacts,
+    doubts: Sequence[str],
+) -> None:
     from stages.tokenizers.checks import ERROR, WARNING, examine
     from stages.tokenizers.proof import prove
+    from stages.tokenizers.second import agree
 
+    for doubt in doubts:
+        ctx.warn(doubt)
     subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
     findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"))
+    findings += agree(resolution, reference)
     ctx.view("checks", _page(subject.info, findings))
     for finding in findings:
         if finding.level == WARNING:

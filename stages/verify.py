@@ -117,7 +117,7 @@ class Verify(Stage):
         from stages.verification.procedure import Case, verify
         from stages.verification.reference import RecordingError
 
-        checkpoint = ctx.source("checkpoint")
+        checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))
         case = Case(
             bundle=ctx.input("bundle"),
             params=ctx.input("params"),
@@ -128,6 +128,7 @@ class Verify(Stage):
             target=ctx.params.target,
             reference=ctx.params.reference,
             device=ctx.params.device,
+            scales=quantized["scales"],
         )
         try:
             findings = verify(case, lambda done, total: ctx.progress(done, total, "checks"))
@@ -139,9 +140,8 @@ class Verify(Stage):
             raise StageError(*(f"{findings.name}: {failure}" for failure in findings.failures))
         for warning in findings.warnings:
             ctx.warn(warning)
-        quantization = json.loads(ctx.input("report").read_text("utf-8"))["tensors"]
         text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-        card = findings.card(quantization)
+        card = findings.card(quantized["tensors"])
         (ctx.out / "verify.json").write_text(text, "utf-8")
         (ctx.out / "card.md").write_text(card, "utf-8")
         ctx.view("card", card)

@@ -25,7 +25,7 @@ class LocalContext:
     out: Path
     connected: Mapping[str, Path | list[Instance]]
     sources: Mapping[str, SourceFiles]
-    memo: Memo
+    memo: Memo | None = None
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
@@ -48,12 +48,14 @@ class LocalContext:
         return self.sources[name]
 
     def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        assert self.memo
         return self.memo.recall(kind, document)
 
     def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        assert self.memo
         return self.memo.remember(kind, document, file, **facts)
 
-    def progress(self, done: int, total: int, unit: str = "") -> None:
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         assert 0 <= done <= total, f"progress {done} of {total} {unit}"
 
     def warn(self, message: str) -> None:

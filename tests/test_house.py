@@ -25,6 +25,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "lowering": {"models", "targets"},
     "runtime": set(),
     "packing": set(),
+    "conversion": {"models", "quantization", "targets"},
     "verification": {"models", "quantization", "runtime", "tokenizers"},
     "cli": {"runtime", "models"},
 }

@@ -46,7 +46,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add the options that select nodes by name or pattern."""
     for option, target, help_ in (
-        ("--stage", "stage", "these nodes and what they need; repeatable, patterns as graph-build[*,decode]"),
+        ("--stage", "stage", "nodes and what they need, as graph-build[*,decode]"),
         ("--from", "start", "these nodes and everything below them (and what they need)"),
         ("--until", "until", "of all that, nothing below these nodes"),
     ):
@@ -120,7 +120,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, w
     while room() < min(widths[flexible], MIN_FLEXIBLE) and len(widths) > max(flexible + 1, 3):
         columns.pop()
         widths.pop()
-    widths[flexible] = max(min(widths[flexible], room()), 12)
+    widths[flexible] = min(widths[flexible], max(room(), 12))
     paint = _paint if coloured() else str.rstrip
     lines = zip(*columns, strict=True)
     return "\n".join(

@@ -27,10 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from stagegraph.explain import explain
-
     with Pipeline(args.file, args.overrides) as pipeline:
-        found = explain(pipeline, pipeline.dag.select(args.node))
+        found = pipeline.explain(args.node)
         if args.json:
             print_json({"pipeline": pipeline.name, "nodes": [explanation.document() for explanation in found]})
         else:

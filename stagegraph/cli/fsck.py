@@ -9,6 +9,8 @@ from stagegraph.cli.common import add_file, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
 from stagegraph.workspace import Workspace, record_files
 
+EXAMPLE = "pipeline fsck --json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""

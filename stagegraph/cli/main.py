@@ -11,7 +11,7 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -20,31 +20,77 @@ from stagegraph.registry import VERBS
 
 # Verb -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
 TABLE = {
-    "run": ("stagegraph.cli.run", "bring nodes up to date: do the work whose inputs changed, nothing else"),
-    "status": ("stagegraph.cli.status", "say what a run would do, without running"),
-    "explain": ("stagegraph.cli.explain", "say what changed since a node's last result, and where that began"),
-    "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid or Graphviz dot"),
-    "show": ("stagegraph.cli.show", "look at a node: its outputs, views, parameters, cost"),
-    "log": ("stagegraph.cli.log", "print what a node printed when it last ran"),
+    "run": ("stagegraph.cli.run", "do the work whose inputs changed, and nothing else"),
+    "status": ("stagegraph.cli.status", "say what a run would do and how long it would take"),
+    "explain": ("stagegraph.cli.explain", "say what changed since a node's result, and where that began"),
+    "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
+    "show": ("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
+    "diff": ("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
+    "lineage": ("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
+    "runs": ("stagegraph.cli.runs", "list past runs, and what each did"),
+    "log": ("stagegraph.cli.log", "print what a node prints as it runs, or printed"),
+    "export": ("stagegraph.cli.export", "copy an artifact out as real files, all or nothing"),
+    "du": ("stagegraph.cli.du", "say who uses the space of the store"),
+    "gc": ("stagegraph.cli.gc", "remove earlier results from the store, never what is in use"),
     "fsck": ("stagegraph.cli.fsck", "read and check every stored object"),
+    "completion": ("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
     "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
     "generate": (VERBS["generate"], "generate text from a bundle"),
-    "models": (VERBS["models"], "list the model families, what each supports and the config keys it honours"),
-    "tokenize": (VERBS["tokenize"], "show how a bundle's tokenizer reads a text, and where another differs"),
+    "models": (VERBS["models"], "list the model families and what each supports"),
+    "tokenize": (VERBS["tokenize"], "show how a tokenizer reads a text, and where another differs"),
 }
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
     """Return the parser of one verb."""
     module, summary = TABLE[verb]
-    parser = argparse.ArgumentParser(prog=f"pipeline {verb}", description=summary, allow_abbrev=False)
-    importlib.import_module(module).add_arguments(parser)
+    loaded = importlib.import_module(module)
+    example = f"example: {loaded.EXAMPLE}" if hasattr(loaded, "EXAMPLE") else None
+    parser = argparse.ArgumentParser(
+        prog=f"pipeline {verb}",
+        description=summary,
+        epilog=example,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    loaded.add_arguments(parser)
     return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Options in a narrow column, so that most take one line of a terminal of 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=20)
+
+    def _format_usage(self, *args: Any) -> str:
+        return f"usage: {self._prog} [options]{_positionals(args[1])}\n\n"
+
+
+def _positionals(actions: Iterable[argparse.Action]) -> str:
+    names = [a for a in actions if not a.option_strings]
+    return "".join(f" [{a.metavar}]" if a.nargs == "?" else f" {a.metavar}" for a in names)
+
+
+def parse(verb: str, argv: list[str]) -> argparse.Namespace:
+    """Parse a verb's arguments; an option it does not have is said with the nearest it has."""
+    parser = build_parser(verb)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
+        advice = f"; `pipeline {verb} --help` lists its arguments"
+        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in unknown))
+    return args
+
+
+def _near(word: str, options: list[str]) -> str:
+    found = nearest(word.partition("=")[0], options)
+    return found if "did you mean" in found else ""
 
 
 def usage() -> str:
     """Return the list of verbs."""
-    lines = [f"  {verb:<10}{summary}" for verb, (_, summary) in TABLE.items()]
+    lines = [f"  {verb:<12}{summary}" for verb, (_, summary) in TABLE.items()]
     return "usage: pipeline VERB [arguments]\n\n" + "\n".join(lines) + "\n\n`pipeline VERB --help` explains one verb."
 
 
@@ -58,9 +104,14 @@ def dispatch(argv: list[str]) -> int:
 
         print(f"stagegraph {dist_versions('stagegraph')['stagegraph']}")
         return 0
+    if argv[0] == "complete":
+        from stagegraph.cli.completion import complete
+
+        print("\n".join(complete(argv[1:])))
+        return 0
     if argv[0] not in TABLE:
         raise PipelineError(f"no verb '{argv[0]}'{nearest(argv[0], TABLE)}")
-    args = build_parser(argv[0]).parse_args(argv[1:])
+    args = parse(argv[0], argv[1:])
     code: int = importlib.import_module(TABLE[argv[0]][0]).run(args)
     return code
 

@@ -49,11 +49,11 @@ class PlainReporter(Quiet):
         """Show what holds a node up."""
         self._line(f"{node.name}: waiting for {what}")
 
-    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
         if time.monotonic() - self._said.get(node.name, 0.0) >= PLAIN_SECONDS:
             self._said[node.name] = time.monotonic()
-            self._line(f"{node.name}: {progress_text(done, total, unit)}")
+            self._line(f"{node.name}: {progress_text(done, total, unit, note)}")
 
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
@@ -104,9 +104,11 @@ class LiveReporter(Quiet):
         """Show what holds a node up."""
         self._start().console.print(f"{node.name}: waiting for {what}", markup=False, highlight=False)
 
-    def progress(self, node: Node, done: int, total: int, unit: str) -> None:
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
-        self._bars.update(self._tasks[node.name], completed=done, total=total, amount=progress_text(done, total, unit))
+        self._bars.update(
+            self._tasks[node.name], completed=done, total=total, amount=progress_text(done, total, unit, note)
+        )
 
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
@@ -129,9 +131,10 @@ class LiveReporter(Quiet):
             self._bars.stop()
 
 
-def progress_text(done: int, total: int, unit: str) -> str:
-    """Return ``3 of 12 tensors`` or ``1.2 MiB of 3.4 MiB``."""
-    return f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
+def progress_text(done: int, total: int, unit: str, note: str) -> str:
+    """Return ``3 of 12 tensors`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``."""
+    amount = f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
+    return f"{amount}, {note}" if note else amount
 
 
 def outcome_text(outcome: Outcome) -> str:

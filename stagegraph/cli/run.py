@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     add_selection(parser)
     add = parser.add_argument
-    add("--only", action="store_true", help="nothing but the selected nodes; refuse if what they need is not there")
-    add("--force", action="store_true", help="the selected nodes even if they are hits; says whether it is identical")
+    add("--only", action="store_true", help="nothing else; refuse if what they need is not there")
+    add("--force", action="store_true", help="even hits; says whether the result is identical")
     add("--dry-run", action="store_true", help="say what would run, why and for how long, and run nothing")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")

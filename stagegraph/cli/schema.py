@@ -6,6 +6,8 @@ import argparse
 
 from stagegraph.cli.common import print_json
 
+EXAMPLE = "pipeline schema > pipeline.schema.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """There are none."""

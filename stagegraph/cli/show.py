@@ -1,72 +1,91 @@
-"""``pipeline show NODE``: what a node made, from its stored record and the views its stage rendered when it ran."""
+"""``pipeline show REF``: what a node made, from its stored record and the views its stage rendered when it ran."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
-from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.cli.pager import describe_binary, page
+from stagegraph.errors import PlanError
 from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
-    from stagegraph.dag import Node
+    from stagegraph.artifact import Artifact
 
 PREVIEW_LINES = 40
+EXAMPLE = "pipeline show 'compile[llvm]:metadata.json'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "node",
-        metavar="NODE",
-        help="a node's name, as tokenizer-bundle or compile[llvm]; a bare name means all instances",
+        "reference",
+        metavar="REF",
+        help="NODE (a bare name means all instances), NODE@RUN, or a key or digest; with :PATH a file in it",
     )
     add_file(parser)
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
+    parser.add_argument("--views", action="store_true", help="list the views")
+    parser.add_argument("--ir", action="store_const", const="ir", dest="view", help="the view ir: readable code")
     lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    with Pipeline(args.file, args.overrides) as work:
-        nodes = work.dag.select(args.node)
-        found = {node: work.workspace.last_record(work.name, node.name) for node in nodes}
-        records = {node: record for node, record in found.items() if record is not None}
+    with Pipeline(args.file, args.overrides) as pipeline:
+        found = pipeline.artifacts(args.reference)
         if option := lookup.asked(args):
-            lookup.run(args, work, records, option)
+            nodes = pipeline.dag.by_name
+            lookup.run(args, pipeline, {nodes[a.label]: a.record for a in found if a.label in nodes}, option)
         elif args.json:
-            print_json({node.name: record for node, record in records.items()})
+            print_json({artifact.label: artifact.record for artifact in found})
+        elif args.views:
+            print("\n".join(f"{artifact.label}: {', '.join(artifact.views) or 'no views'}" for artifact in found))
         elif args.view:
-            for node, record in records.items():
-                print(_view(work, node, record, args.view), end="")
+            page("".join(artifact.view(args.view) for artifact in found), "x.py" if args.view == "ir" else "x.md")
+        elif found[0].path:
+            _print_files(found)
         else:
-            print("\n\n".join(_page(work, node, record) for node, record in records.items()))
-    unbuilt = [node.name for node in nodes if node not in records]
-    if unbuilt:
-        raise PlanError(*(f"{name} has no result yet; `pipeline run --stage '{name}'` makes it" for name in unbuilt))
+            page("\n\n".join(_page(pipeline, artifact) for artifact in found) + "\n")
+        _refuse_unbuilt(pipeline, args.reference, found)
     return 0
 
 
-def _view(work: Pipeline, node: Node, record: dict[str, Any], name: str) -> str:
-    if name not in record["views"]:
-        raise PlanError(f"{node.name} has no view '{name}'{nearest(name, record['views'])}")
-    digest = record["views"][name][0]
-    wrong = work.workspace.store.verify(digest)
-    if wrong:
-        raise StoreError(f"{node.name}: view '{name}' is {wrong} in the store; `pipeline run` rebuilds it")
-    return work.workspace.store.path(digest).read_text(encoding="utf-8")
+def _refuse_unbuilt(pipeline: Pipeline, reference: str, found: list[Artifact]) -> None:
+    """Say which of the instances that were asked for have nothing to show, after the others were shown."""
+    labels = {artifact.label for artifact in found}
+    if labels <= set(pipeline.nodes):
+        names = [node.name for node in pipeline.dag.select(reference.partition(":")[0]) if node.name not in labels]
+        if names:
+            raise PlanError(*(f"{name} has no result yet; `pipeline run --stage '{name}'` makes it" for name in names))
 
 
-def _page(work: Pipeline, node: Node, record: dict[str, Any]) -> str:
+def _print_files(found: list[Artifact]) -> None:
+    """Print the one file that a path names, or list the folder."""
+    for artifact in found:
+        if artifact.path not in artifact.files:
+            rows = [(name, size_text(size), digest[:16]) for name, (digest, size) in artifact.files.items()]
+            print(table(("file", "size", "digest"), rows, flexible=0))
+            continue
+        path = artifact.object(artifact.path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = f"{artifact.label}:{artifact.path}  {describe_binary(path)}\n"
+        page(text, artifact.path)
+
+
+def _page(pipeline: Pipeline, artifact: Artifact) -> str:
+    record = artifact.record
     document = record["document"]
     cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
     built = f"built {record['started']} on {record['host']} in {seconds_text(record['seconds'])} ({cost})"
     lines = [
-        f"{node.name}  {record['summary']}".rstrip(),
+        f"{artifact.label}  {record['summary']}".rstrip(),
         f"  key {record['key'][:16]}  {built}",
         "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
@@ -74,16 +93,17 @@ def _page(work: Pipeline, node: Node, record: dict[str, Any]) -> str:
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {warning}" for warning in record["warnings"]]
-    folder = work.workspace.node_dir(work.name, node.name)
     rows = [
         (port, name, size_text(size), digest[:16])
         for port, output in record["outputs"].items()
         for name, (digest, size) in output["files"].items()
     ]
-    lines += [f"  in     {shown(folder)}/", "", table(("output", "file", "size", "digest"), rows, flexible=1)]
-    for name in record["views"]:
-        text = _view(work, node, record, name).splitlines()
+    if artifact.label in pipeline.dag.by_name:
+        lines.append(f"  in     {shown(pipeline.workspace.node_dir(pipeline.name, artifact.label))}/")
+    lines += ["", table(("output", "file", "size", "digest"), rows, flexible=1)]
+    for name in artifact.views:
+        text = artifact.view(name).splitlines()
         lines += ["", f"-- {name} --", *text[:PREVIEW_LINES]]
         if len(text) > PREVIEW_LINES:
-            lines.append(f"… {len(text) - PREVIEW_LINES} more lines: pipeline show '{node.name}' --view {name}")
+            lines.append(f"… {len(text) - PREVIEW_LINES} more lines: pipeline show '{artifact.label}' --view {name}")
     return "\n".join(lines)

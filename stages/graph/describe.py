@@ -12,15 +12,16 @@ from tvm import tirx
 
 def signatures(module: tvm.IRModule) -> dict[str, dict[str, Any]]:
     """Return function name -> {"inputs": [[name, type]], "output": type}; packed parameters are one entry."""
-    return {name: _signature(function) for name, function in _relax_functions(module)}
+    return {name: _signature(function) for name, function in relax_functions(module)}
 
 
 def _signature(function: rx.Function) -> dict[str, Any]:
-    inputs = [[var.name, _type(var.ty)] for var in function.params]
-    return {"inputs": inputs, "output": _type(function.ret_ty)}
+    inputs = [[var.name, type_text(var.ty)] for var in function.params]
+    return {"inputs": inputs, "output": type_text(function.ret_ty)}
 
 
-def _type(ty: Any) -> str:
+def type_text(ty: Any) -> str:
+    """Return a type as people read it: ``float32[1, seq_len, 128]``."""
     if isinstance(ty, rx.TensorType):
         return f"{ty.dtype}[{_dims(ty.shape.values)}]"
     if isinstance(ty, rx.ShapeType):
@@ -28,7 +29,7 @@ def _type(ty: Any) -> str:
     if isinstance(ty, rx.TupleType):
         if len(ty.fields) > 4:
             return f"tuple of {len(ty.fields)}"
-        return f"({', '.join(_type(field) for field in ty.fields)})"
+        return f"({', '.join(type_text(field) for field in ty.fields)})"
     return "object"
 
 
@@ -38,7 +39,7 @@ def _dims(dims: Any) -> str:
 
 def operators(module: tvm.IRModule) -> dict[str, dict[str, int]]:
     """Return function name -> operator -> how often it is called; a kernel call counts under the kernel's name."""
-    return {name: _count(function) for name, function in _relax_functions(module)}
+    return {name: _count(function) for name, function in relax_functions(module)}
 
 
 def _count(function: rx.Function) -> dict[str, int]:
@@ -46,13 +47,14 @@ def _count(function: rx.Function) -> dict[str, int]:
 
     def visit(node: Any) -> None:
         if isinstance(node, rx.Call):
-            found[_operator(node)] += 1
+            found[operator_name(node)] += 1
 
     rx.analysis.post_order_visit(function, visit)
     return dict(sorted(found.items()))
 
 
-def _operator(call: rx.Call) -> str:
+def operator_name(call: rx.Call) -> str:
+    """Return what a call calls: the operator, or the kernel or packed function by its own name."""
     name = getattr(call.op, "name", None) or getattr(call.op, "global_symbol", None) or call.op.name_hint
     if name in {"relax.call_tir", "relax.call_pure_packed", "relax.call_dps_packed"}:
         callee = call.args[0]
@@ -80,6 +82,7 @@ def script(module: tvm.IRModule) -> str:
     return str(module.script(show_meta=False))
 
 
-def _relax_functions(module: tvm.IRModule) -> list[tuple[str, rx.Function]]:
+def relax_functions(module: tvm.IRModule) -> list[tuple[str, rx.Function]]:
+    """Return the functions by name, sorted; kernels left out."""
     found = [(var.name_hint, fn) for var, fn in module.functions_items() if isinstance(fn, rx.Function)]
     return sorted(found, key=lambda pair: pair[0])

@@ -15,6 +15,7 @@ from stages.models.layers import CausalLM, LayerFactory
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
 PAGE_SIZE = 16  # tokens per page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
+DTYPE_BYTES = {"float32": 4, "float16": 2}
 tensor = nn.spec.Tensor
 
 
@@ -65,8 +66,25 @@ class Build:
         attention = getattr(self.config, "attention", None)
         if attention is None:
             return 0
-        width = {"float32": 4, "float16": 2}[self.kv_dtype]
-        return len(self.cache_kinds) * 2 * attention.num_kv_heads * attention.head_dim * width
+        return len(self.cache_kinds) * 2 * attention.num_kv_heads * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
+
+    @property
+    def cache_workspace_bytes(self) -> int:
+        """What the KV cache takes beside its tokens: a page; q, k, v, output, two sums of scores of a chunk."""
+        attention = getattr(self.config, "attention", None)
+        if attention is None:
+            return 0
+        rows = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
+        sums = 2 * attention.num_heads * DTYPE_BYTES["float32"]
+        return PAGE_SIZE * self.cache_bytes_per_token + self.prefill_chunk * (rows + sums)
+
+    @property
+    def state_bytes(self) -> int:
+        """What one step of one sequence takes in the state of a recurrent model; 0 for a model with a KV cache."""
+        if hasattr(self.config, "attention"):
+            return 0
+        states: Any = self.model()[0]
+        return int(self.config.num_layers * sum(each.width * DTYPE_BYTES[each.dtype] for each in states.states))
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""

@@ -9,25 +9,34 @@ import tvm
 from tvm import relax as rx
 from tvm import tirx
 
+from stages.lowering.scratch import largest_scratch
+
 
 def planned_bytes(module: tvm.IRModule) -> dict[str, int]:
-    """Return function -> bytes of the storages it allocates, at the upper bounds of its symbolic sizes.
+    """Return function -> bytes it allocates, its results among them, at the upper bounds of its symbolic sizes.
 
-    ``module`` has been through StaticPlanBlockMemory. A storage whose size is still symbolic there counts as nothing.
+    ``module`` has been through StaticPlanBlockMemory, which shares storage between what is not alive at once; with it
+    counts what the kernel that needs most allocates for itself. A size without a bound counts as nothing.
     """
     functions = [(var.name_hint, fn) for var, fn in module.functions_items() if isinstance(fn, rx.Function)]
-    return {name: _bytes_of(function) for name, function in sorted(functions, key=lambda pair: pair[0])}
+    return {name: _bytes_of(module, function) for name, function in sorted(functions, key=lambda pair: pair[0])}
 
 
-def _bytes_of(function: rx.Function) -> int:
+def _bytes_of(module: tvm.IRModule, function: rx.Function) -> int:
+    bounds = dict(function.attrs["tir_var_upper_bound"]) if "tir_var_upper_bound" in (function.attrs or {}) else {}
+    storage, result = (tvm.ir.Op.get(f"relax.{name}") for name in ("memory.alloc_storage", "builtin.alloc_tensor"))
     total = 0
+
+    def size(dim: Any) -> int:
+        known = isinstance(dim, tirx.IntImm)
+        return int(dim) if known else int(bounds.get(getattr(dim, "name", ""), 0))
 
     def visit(node: Any) -> None:
         nonlocal total
-        if isinstance(node, rx.Call) and node.op == tvm.ir.Op.get("relax.memory.alloc_storage"):
-            sizes = node.args[0].values
-            if all(isinstance(size, tirx.IntImm) for size in sizes):
-                total += math.prod(int(size) for size in sizes)
+        if isinstance(node, rx.Call) and node.op in (storage, result):
+            dims = node.args[0].values
+            width = tvm.DataType(node.args[1].value).itemsize if node.op == result else 1
+            total += width * math.prod(size(dim) for dim in dims)
 
     rx.analysis.post_order_visit(function, visit)
-    return total
+    return total + largest_scratch(module, function, size)

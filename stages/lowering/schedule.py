@@ -10,6 +10,7 @@ import tvm
 # Names as targets use them -> where the rule is. GPU rules are imported only for a GPU target: their tensor-core
 # intrinsics take seconds.
 RULES: dict[str, str] = {
+    "cpu-matmul": "stages.lowering.schedule_cpu_matmul:CPUMatmul",
     "cpu-reduction": "tvm.s_tir.dlight.cpu:Reduction",
     "gpu-matmul": "tvm.s_tir.dlight.gpu:Matmul",
     "gpu-gemv": "tvm.s_tir.dlight.gpu:GEMV",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 MAX_GUESSES = 20  # tensors to look for a near name of, which takes time
 SINGLE = "model.safetensors"
+BLOCK = 2**22  # bytes read at a time
 
 
 def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[str, TensorInfo]]:
@@ -41,6 +42,17 @@ def read_headers(files: Mapping[str, Path]) -> dict[str, tuple[str, TensorInfo]]
     if problems:
         raise ConfigError(*capped(problems))
     return found
+
+
+def same_values(path: Path, info: TensorInfo, other_path: Path, other: TensorInfo) -> bool:
+    """Say whether two tensors have the same dtype, shape and bytes."""
+    if (info.dtype, info.shape) != (other.dtype, other.shape):
+        return False
+    with path.open("rb") as first, other_path.open("rb") as second:
+        first.seek(info.offset)
+        second.seek(other.offset)
+        sizes = [min(BLOCK, info.nbytes - start) for start in range(0, info.nbytes, BLOCK)]
+        return all(first.read(size) == second.read(size) for size in sizes)
 
 
 def _shards(files: Mapping[str, Path]) -> tuple[dict[str, str] | None, list[str]]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stages.models.record import Kind
 
 HONOURED = "num_key_value_heads head_dim rms_norm_eps"
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,6 +185,7 @@ FAMILY = Family(
     to_reference=to_reference,
     keys=KEYS,
     recomputed=("*.rotary_emb.inv_freq", "*.attention.masked_bias", "*.attention.bias"),
+    tied=("embed_out.weight", "gpt_neox.embed_in.weight"),
     supports=(
         "parallel and sequential residual",
         "partly rotated heads",

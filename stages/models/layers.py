@@ -79,7 +79,8 @@ class FloatMatrix(nn.Module):
 
 class GroupMatrix(nn.Module):
     """A matrix [n, k] in groups of ``group_size`` along k: ``q_weight`` uint32 [n, k / per word], ``q_scale``
-    [n, k / group_size], both in the layout. Value = (element - (2 ** (bits - 1) - 1)) * scale.
+    [n, k / group_size], both in the layout. Value = (element - (2 ** (bits - 1) - 1)) * scale. A last group that is
+    short takes the words of a full one.
     """
 
     def __init__(
@@ -139,7 +140,34 @@ def _gather(
     return op.tensor_expr_op(rows, "rows", [ids, *stored])
 
 
-Matrix = FloatMatrix | GroupMatrix
+class ScaledMatrix(nn.Module):
+    """A matrix [n, k] of float8_e4m3fn values ``q_weight`` with one float32 scale for all, ``q_scale`` [1]."""
+
+    def __init__(self, q_weight: nn.Parameter, q_scale: nn.Parameter, compute_dtype: str) -> None:
+        self.q_weight = q_weight
+        self.q_scale = q_scale
+        self.compute_dtype = compute_dtype
+
+    def matrix(self) -> Tensor:
+        """Return all of it, [n, k] in the compute dtype."""
+        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the rows ``ids`` [s], [s, k]."""
+        return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), self.q_scale])
+
+    def _unpack(self, values: te.Tensor, scale: te.Tensor) -> te.Tensor:
+        def value(i: tirx.Var, j: tirx.Var) -> tirx.PrimExpr:
+            # Sign, exponent and fraction moved to where a float32 has them; the difference in bias is 120.
+            bits = tirx.reinterpret("uint8", values[i, j]).astype("uint32")
+            moved = (bits & tirx.const(0x80, "uint32")) << 24 | (bits & tirx.const(0x7F, "uint32")) << 20
+            exact = tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
+            return (exact * scale[0]).astype(self.compute_dtype)
+
+        return te.compute(values.shape, value, name="dequantize")
+
+
+Matrix = FloatMatrix | GroupMatrix | ScaledMatrix
 
 
 class Linear(nn.Module):
@@ -326,16 +354,16 @@ class CausalLM(nn.Module):
 class LayerFactory:
     """Makes layers whose parameters are those registered for the build, and notes every disagreement.
 
-    ``registry`` is the content of params.json; ``bits`` and ``group_size`` describe its quantized matrices. A family
-    asks for layers by checkpoint name and the shape that its config implies. After the model is composed, ``problems``
-    lists what the registry lacks or has otherwise, and ``names`` gives the stored name of each parameter made.
+    ``registry`` is the content of params.json; ``bits`` and ``group_size`` describe its quantized matrices, of which
+    group size 0 has one scale each. A family asks for layers by checkpoint name and the shape that its config implies.
+    After the model is composed, ``problems`` lists what the registry lacks or has otherwise, and ``names`` gives the
+    stored name of each parameter made.
     """
 
     def __init__(self, registry: Mapping[str, Any], compute_dtype: str, *, bits: int = 0, group_size: int = 0) -> None:
         self.compute_dtype = compute_dtype
         self.bits = bits
         self.group_size = group_size
-        self.layout = Layout(registry["layout"])
         self.problems: list[str] = []
         self.names: dict[nn.Parameter, str] = {}
         self._logical = {entry["name"]: entry for entry in registry["logical"]}
@@ -370,18 +398,23 @@ class LayerFactory:
     def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         logical = self._check(name, shape)
         rows, columns = shape
+        layout = Layout(logical.get("layout", "nk"))
         if not logical.get("quantize"):
-            weight = self._parameter(name, self.layout.shape(rows, columns))
-            return FloatMatrix(weight, rows, self.compute_dtype, self.layout)
+            weight = self._parameter(name, layout.shape(rows, columns))
+            return FloatMatrix(weight, rows, self.compute_dtype, layout)
         base = name.removesuffix("weight")
+        if not self.group_size:
+            scale = self._parameter(f"{base}q_scale", (1,))
+            return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, self.compute_dtype)
+        groups = -(-columns // self.group_size)
         return GroupMatrix(
-            self._parameter(f"{base}q_weight", self.layout.shape(rows, -(-columns * self.bits // 32))),
-            self._parameter(f"{base}q_scale", self.layout.shape(rows, -(-columns // self.group_size))),
+            self._parameter(f"{base}q_weight", layout.shape(rows, groups * (self.group_size // (32 // self.bits)))),
+            self._parameter(f"{base}q_scale", layout.shape(rows, groups)),
             shape=shape,
             bits=self.bits,
             group_size=self.group_size,
             compute_dtype=self.compute_dtype,
-            layout=self.layout,
+            layout=layout,
         )
 
     def _vector(self, name: str, features: int) -> nn.Parameter:

@@ -47,6 +47,7 @@ FAMILY = Family(
     causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
+    tied=decoder.TIED,
     recomputed=("*.rotary_emb.inv_freq",),
     supports=(
         "grouped-query attention",

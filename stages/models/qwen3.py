@@ -46,6 +46,7 @@ FAMILY = Family(
     causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
+    tied=decoder.TIED,
     supports=(
         "grouped-query attention",
         "norms on q and k",

@@ -29,17 +29,26 @@ class Weights:
         """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
         wanted = self._tensors[name]
         file = wanted["file"]
-        if file not in self._headers:
-            if file not in self._files:
-                raise ValueError(f"{file}: the shard is missing")
-            self._headers[file] = read_header(self._files[file], file)
-        info = self._headers[file].get(name)
+        info = self._header(file).get(name)
         if info is None or [info.dtype, *info.shape] != [wanted["dtype"], *wanted["shape"]]:
             expected = f"{wanted['dtype']} {wanted['shape']}"
             raise ValueError(f"{file}: tensor {name} is not the {expected} that config-parse saw")
         mapped = np.memmap(self._files[file], np.uint8, "r", info.offset, (info.nbytes,))
         array: np.ndarray = mapped.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape).view(np.ndarray)
         return array
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Return the file a tensor is in, and where there, to read tensors in the order in which they lie."""
+        file = self._tensors[name]["file"]
+        info = self._header(file).get(name)
+        return file, info.offset if info else 0
+
+    def _header(self, file: str) -> dict[str, TensorInfo]:
+        if file not in self._headers:
+            if file not in self._files:
+                raise ValueError(f"{file}: the shard is missing")
+            self._headers[file] = read_header(self._files[file], file)
+        return self._headers[file]
 
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in its file."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.quantization.dtypes import numpy_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +24,7 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """Return ``array`` as ``dtype``, rounded half to even; :class:`ValueError` naming a value that is not finite."""
-    stored = np.empty(array.shape, dtype)
+    stored = np.empty(array.shape, numpy_dtype(dtype))
     with np.errstate(over="ignore"):
         for rows in row_blocks(array.shape):
             stored[rows] = array[rows]

@@ -10,18 +10,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stages.quantization.schemes import Scheme
+
 BLOCK = 32
-MATRICES = ("linear", "embedding", "head")  # kinds of parameters that have a layout; the others are vectors
+_MATRICES = ("linear", "embedding", "head")  # kinds of parameters that are matrices
+_FLOATS = ("float32", "float16")
+
+
+def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
+    """Return the layout of a parameter of ``kind`` with rows of ``k`` values on a target whose layout is ``target``.
+
+    n32 is for matrices that its kernels read directly, of whole groups or of floats. ``dtype`` is what the parameter is
+    stored as where the scheme does not quantize it.
+    """
+    if scheme.quantizes(kind):
+        direct = scheme.kind == "group" and scheme.bits in (4, 8) and k % scheme.group_size == 0
+        dtype = scheme.storage_dtype
+    else:
+        direct = kind in _MATRICES
+    return target if direct and dtype in _FLOATS else "nk"
 
 
 def shape(layout: str, nk: Sequence[int]) -> list[int]:
-    """Return the stored shape of what is [n, columns] in layout ``nk``."""
+    """Return the stored shape of what has the shape ``nk`` in layout nk."""
+    if layout == "nk":
+        return [*nk]
     n, columns = nk
-    return [n, columns] if layout == "nk" else [-(-n // BLOCK), columns, BLOCK]
+    return [-(-n // BLOCK), columns, BLOCK]
 
 
 def arrange(layout: str, tensor: np.ndarray, bits: int) -> np.ndarray:
@@ -29,12 +51,10 @@ def arrange(layout: str, tensor: np.ndarray, bits: int) -> np.ndarray:
     if layout == "nk":
         return tensor
     n, columns = tensor.shape
-    words = _spread(tensor) if tensor.dtype == np.uint32 and bits == 4 else tensor
-    whole = n // BLOCK * BLOCK
     blocks = np.zeros((-(-n // BLOCK), columns, BLOCK), tensor.dtype)
-    blocks[: whole // BLOCK] = words[:whole].reshape(-1, BLOCK, columns).transpose(0, 2, 1)
-    if whole < n:
-        blocks[-1, :, : n - whole] = words[whole:].T
+    for number, block in enumerate(blocks):  # block by block: nothing of the tensor's size is made beside the result
+        rows = tensor[number * BLOCK : (number + 1) * BLOCK]
+        block[:, : len(rows)] = (_spread(rows) if tensor.dtype == np.uint32 and bits == 4 else rows).T
     return blocks
 
 

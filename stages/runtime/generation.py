@@ -40,7 +40,7 @@ class Generation:
             started = time.perf_counter()
             logits = session.prefill(sequence, self.prompt)
             self.prefill_seconds = time.perf_counter() - started
-            stream = tokenizer.stream()
+            stream = tokenizer.stream(self.prompt)
             while True:
                 token = sampler.pick(logits)
                 if token in tokenizer.stop:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel
+from tokenizers.pre_tokenizers import Metaspace
+
+from stages.runtime.stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
 FILE = "tokenizer.json"
+SPACE = "\u2581"  # how a vocabulary over characters writes the space
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _bytes_of_characters() -> dict[str, int]:
@@ -22,6 +28,11 @@ def _bytes_of_characters() -> dict[str, int]:
 
 
 _BYTES = _bytes_of_characters()
+
+
+def _state(part: Any) -> bytes:
+    """Return what a part of the library's pipeline is, as the JSON that it has in the file."""
+    return b"" if part is None else part.__getstate__()
 
 
 class LibraryVocabulary:
@@ -36,51 +47,46 @@ class LibraryVocabulary:
         if normalized:
             self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+        self._byte_level = isinstance(self._tokenizer.decoder, ByteLevel)
+        self._strips = b'"Strip"' in _state(self._tokenizer.decoder)
+        self._leads_text = b'"prepend_scheme":"first"' in _state(self._tokenizer.pre_tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, special tokens' spellings included as ordinary text."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        """Return the ids of ``text``, special tokens' spellings included as ordinary text.
+
+        ``start`` says that nothing comes before it: some vocabularies put a space before the whole text only.
+        """
+        if start or not self._leads_text:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+        usual = self._tokenizer.pre_tokenizer
+        self._tokenizer.pre_tokenizer = Metaspace(SPACE, "never", split=False)
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.pre_tokenizer = usual
 
     def piece(self, index: int) -> bytes | None:
         """Return the bytes of an id; of a token outside the byte-level alphabet, its spelling in UTF-8."""
         token = self._tokenizer.id_to_token(index)
         if index in self._added or token is None:
             return self._added.get(index)
-        if all(character in _BYTES for character in token):
-            return bytes(_BYTES[character] for character in token)
-        return token.encode()
+        if self._byte_level:
+            known = all(character in _BYTES for character in token)
+            return bytes(_BYTES[character] for character in token) if known else token.encode()
+        byte = _BYTE_TOKEN.fullmatch(token)
+        return bytes.fromhex(byte[1]) if byte else token.replace(SPACE, " ").encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        """Return a decoder of ids that arrive one at a time."""
-        return TextStream(self._tokenizer)
-
-
-class TextStream:
-    """Text of ids that arrive one at a time; a character whose bytes are still coming is held back."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._emitted = ""
-
-    def step(self, token: int) -> str:
-        """Return the text that ``token`` completes, which may be none."""
-        self._ids.append(token)
-        text = self._stream.step(self._tokenizer, token) or ""
-        self._emitted += text
-        return text
-
-    def finish(self) -> str:
-        """Return what was held back at the end: bytes that never became a character, as U+FFFD."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return whole.removeprefix(self._emitted) if whole.startswith(self._emitted) else ""
+    def stream(self, after: int | None = None) -> TextStream:
+        """Return a decoder of ids that arrive one at a time, after the id ``after``."""
+        special = {index for index, _, _ in self.specials.values()}
+        strip = self._strips and (after is None or after in special)
+        return TextStream(lambda index: b"" if index in special else self.piece(index) or b"", strip=strip)

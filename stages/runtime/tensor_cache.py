@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FILE = "tensor-cache.json"
-_DTYPES = ("float32", "float16", "uint32", "int32", "uint8", "int8")
+# dtype -> bytes of a value
+_DTYPES = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4, "int32": 4, "uint8": 1, "int8": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Record:
     def load(self) -> np.ndarray:
         """Return the tensor; a read-only view of the mapped shard where the bytes are stored as they are."""
         stored = "uint16" if self.encoding == "f32-to-bf16" else self.dtype
+        if stored in ("bfloat16", "float8_e4m3fn"):
+            backend.tvm()  # makes NumPy know them
         array = np.memmap(self.shard, dtype=stored, mode="r", offset=self.offset, shape=self.shape)
         if self.encoding == "f32-to-bf16":
             return (array.astype(np.uint32) << 16).view(np.float32)
@@ -89,7 +94,7 @@ def _problem(root: Path, record: Record) -> str:
         return f"{where}: {record.dtype} stored as {record.encoding} is not known here"
     if record.shard.parent != root or not record.shard.resolve().is_relative_to(root.resolve()):
         return f"{where}: its shard {record.shard} is not in the bundle"
-    width = 2 if record.encoding != "raw" else {"float16": 2, "uint8": 1, "int8": 1}.get(record.dtype, 4)
+    width = 2 if record.encoding != "raw" else _DTYPES[record.dtype]
     if record.nbytes != width * math.prod(record.shape) or record.offset < 0 or min(record.shape, default=1) < 1:
         return f"{where}: {record.nbytes} bytes at {record.offset} cannot be {record.dtype} {list(record.shape)}"
     if not record.shard.is_file() or record.shard.stat().st_size < record.offset + record.nbytes:

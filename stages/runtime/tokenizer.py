@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from stages.runtime.library import LibraryVocabulary, TextStream
-    from stages.runtime.trie import TrieStream
+    from stages.runtime.library import LibraryVocabulary
+    from stages.runtime.stream import TextStream
 
 INFO, CONFIG = "tokenizer_info.json", "tokenizer_config.json"
 _MARKS = range(0xE000, 0xF900)  # private use: no text has all of them
@@ -83,9 +83,9 @@ class BundleTokenizer:
             return self._templated(message, system)
         raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
 
-    def stream(self) -> TextStream | TrieStream:
-        """Return a decoder of ids that arrive one at a time."""
-        return self._vocabulary.stream()
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """Return a decoder of ids that arrive one at a time and continue the ids ``after``."""
+        return self._vocabulary.stream(after[-1] if after else None)
 
     def _chatml(self, message: str, system: str | None) -> list[int]:
         """Encode one turn after ``system`` or the format's own system message.
@@ -124,15 +124,15 @@ class BundleTokenizer:
         for match in self._special.finditer(text):
             special, before, after = self._vocabulary.specials[match[0]]
             part = text[start : match.start()]
-            ids += self._plain(part.rstrip() if before else part, mark)
+            ids += self._plain(part.rstrip() if before else part, mark, start=not start)
             ids.append(special)
             start = match.end()
             if after:
                 start = len(text) - len(text[start:].lstrip())
-        return ids + self._plain(text[start:], mark)
+        return ids + self._plain(text[start:], mark, start=not start)
 
-    def _plain(self, text: str, mark: str) -> list[int]:
-        return self.encode(text.replace(mark, "") if mark else text)
+    def _plain(self, text: str, mark: str, *, start: bool) -> list[int]:
+        return self._vocabulary.encode(self.normalize(text.replace(mark, "") if mark else text), start=start)
 
     def _id(self, token: str) -> int:
         if token not in self._vocabulary.specials:

@@ -6,8 +6,9 @@ One token a line: its id in decimal, a space, its bytes in base64; id 0 ends a t
 from __future__ import annotations
 
 import base64
-import codecs
 from typing import TYPE_CHECKING, Any
+
+from stages.runtime.stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ class TrieVocabulary:
                 node = node.setdefault(byte, {})
             node[-1] = index  # no byte is negative
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, start: bool = True) -> list[int]:  # noqa: ARG002 - every part is as the first
         """Return the ids of ``text``; bytes that no token begins with, which a sound file has none of, are left out."""
         data = text.encode("utf-8", "surrogatepass")
         ids, at = [], 0
@@ -57,22 +58,6 @@ class TrieVocabulary:
         """Return the text of ``ids`` without the end of text; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self._tokens.get(index, b"") for index in ids).decode(errors="replace")
 
-    def stream(self) -> TrieStream:
-        """Return a decoder of ids that arrive one at a time."""
-        return TrieStream(self._tokens)
-
-
-class TrieStream:
-    """Text of ids that arrive one at a time; a character whose bytes are still coming is held back."""
-
-    def __init__(self, tokens: dict[int, bytes]) -> None:
-        self._tokens = tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def step(self, token: int) -> str:
-        """Return the text that ``token`` completes, which may be none."""
-        return self._decoder.decode(self._tokens.get(token, b""))
-
-    def finish(self) -> str:
-        """Return what was held back at the end, as U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+    def stream(self, after: int | None = None) -> TextStream:  # noqa: ARG002 - no token here depends on others
+        """Return a decoder of ids that arrive one at a time, after the id ``after``."""
+        return TextStream(lambda index: self._tokens.get(index, b""))

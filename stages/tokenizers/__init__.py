@@ -13,6 +13,9 @@ TOKENIZERS: dict[str, str] = {
     "tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY",
     "byte-level-bpe": "stages.tokenizers.byte_level_bpe:FAMILY",
     "tiktoken-llama3": "stages.tokenizers.tiktoken_llama3:FAMILY",
+    "metaspace-bpe": "stages.tokenizers.metaspace_bpe:FAMILY",
+    "sentencepiece-bpe": "stages.tokenizers.sentencepiece_bpe:FAMILY",
+    "tekken": "stages.tokenizers.tekken:FAMILY",
     "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",
 }
 

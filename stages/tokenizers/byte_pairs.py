@@ -48,14 +48,19 @@ class BytePairs:
 
 def build(pairs: BytePairs) -> Tokenizer:
     """Return the tokenizer; :class:`TokenizerError` where the library refuses the merges or gives other ids."""
+    _reachable(pairs)
+    return load(document(pairs), pairs.added)
+
+
+def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json's value; :class:`TokenizerError` if its added tokens get other ids."""
     from tokenizers import Tokenizer
 
-    _reachable(pairs)
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(document(pairs), ensure_ascii=False))
+        tokenizer = Tokenizer.from_str(json.dumps(value, ensure_ascii=False))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the content
         raise TokenizerError(f"the vocabulary is no byte-pair encoding: {error}") from None
-    moved = [token for token in pairs.added if tokenizer.token_to_id(token.content) != token.id]
+    moved = [token for token in added if tokenizer.token_to_id(token.content) != token.id]
     if moved:
         raise TokenizerError(
             f"added token {moved[0].content!r} has id {moved[0].id}, which is not the next one after the vocabulary "
@@ -80,27 +85,54 @@ def _reachable(pairs: BytePairs) -> None:
 
 def document(pairs: BytePairs) -> dict[str, Any]:
     """Return tokenizer.json as a value."""
+    model = {
+        "unk_token": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": pairs.ignore_merges,
+        "vocab": dict(pairs.vocab),
+        "merges": [list(pair) for pair in pairs.merges],
+    }
+    plain, before = _byte_level(trim_offsets=False), template(pairs.prefix, pairs.added)
+    return assemble(
+        pairs.added,
+        normalizer={"type": "NFC"} if pairs.nfc else None,
+        pre_tokenizer=_pre_tokenizer(pairs.splits),
+        post_processor={"type": "Sequence", "processors": [plain, before]} if before else plain,
+        decoder=_byte_level(),
+        model=model,
+    )
+
+
+def assemble(added: Sequence[Added], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+    """Return a tokenizer.json with the ``parts`` of its pipeline and the ``model``'s tables."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [asdict(token) for token in sorted(pairs.added, key=lambda token: token.id)],
-        "normalizer": {"type": "NFC"} if pairs.nfc else None,
-        "pre_tokenizer": _pre_tokenizer(pairs.splits),
-        "post_processor": _post_processor(pairs),
-        "decoder": _byte_level(),
+        "added_tokens": [asdict(token) for token in sorted(added, key=lambda token: token.id)],
+        **parts,
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pairs.ignore_merges,
-            "vocab": dict(pairs.vocab),
-            "merges": [list(pair) for pair in pairs.merges],
+            **model,
         },
+    }
+
+
+def template(prefix: Sequence[str], added: Sequence[Added]) -> dict[str, Any] | None:
+    """Return the post-processor that puts the tokens of ``prefix`` before every text; None for none."""
+    if not prefix:
+        return None
+    ids = {token.content: token.id for token in added}
+    before = [{"SpecialToken": {"id": text, "type_id": 0}} for text in prefix]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*before, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in prefix},
     }
 
 
@@ -120,17 +152,3 @@ def _split(pattern: str) -> dict[str, Any]:
 
 def _byte_level(*, trim_offsets: bool = True, use_regex: bool = True) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": use_regex}
-
-
-def _post_processor(pairs: BytePairs) -> dict[str, Any]:
-    if not pairs.prefix:
-        return _byte_level(trim_offsets=False)
-    ids = {token.content: token.id for token in pairs.added}
-    before = [{"SpecialToken": {"id": text, "type_id": 0}} for text in pairs.prefix]
-    template = {
-        "type": "TemplateProcessing",
-        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [*before, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in pairs.prefix},
-    }
-    return {"type": "Sequence", "processors": [_byte_level(trim_offsets=False), template]}

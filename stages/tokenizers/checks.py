@@ -181,6 +181,17 @@ def every_byte_has_a_token(subject: Subject) -> Iterator[Finding]:
         yield error("T11", f"{len(missing)} bytes of UTF-8 have no token: {' '.join(missing[:8])}")
 
 
+def other_characters_have_bytes(subject: Subject) -> Iterator[Finding]:
+    """T12: with byte fallback all 256 bytes have a token; without it some text is lost."""
+    model = subject.spec["model"]
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in model["vocab"]]
+    if model.get("byte_fallback") and missing:
+        yield error("T12", f"byte_fallback is on and {len(missing)} of the 256 tokens <0xNN> are missing")
+    elif not model.get("byte_fallback") and model.get("unk_token"):
+        text = f"without byte fallback every character that has no token becomes {model['unk_token']!r} and is lost"
+        yield Finding("T12", WARNING, text)
+
+
 def special_tokens_are_single(subject: Subject) -> Iterator[Finding]:
     """T13: the text of a special token becomes its own id."""
     for token in subject.spec["added_tokens"]:
@@ -271,6 +282,7 @@ CHECKS = (
     ids_fit_the_embedding,
     decoder_matches_pre_tokenizer,
     every_byte_has_a_token,
+    other_characters_have_bytes,
     special_tokens_are_single,
     control_ids_exist,
     named_roles_exist,

@@ -1,4 +1,4 @@
-"""The tables of byte-level vocabularies in JSON, read strictly: tokenizer.json, vocab.json with merges.txt."""
+"""The tables of vocabularies in JSON, read strictly: tokenizer.json, vocab.json with merges.txt."""
 
 from __future__ import annotations
 
@@ -56,7 +56,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def vocabulary(value: Any, where: str) -> dict[str, int]:
-    """Check token -> id; every token but whole-text specials is spelled in the byte-level alphabet."""
+    """Check token -> id of a byte-level vocabulary, where every ASCII character has a token."""
+    vocab = table(value, where)
+    absent = [byte for character, byte in BYTES.items() if 0x20 < byte < 0x7F and character not in vocab]
+    if absent:
+        raise TokenizerError(f"{where}: {len(absent)} ASCII characters have no token; this is no byte-level vocabulary")
+    return vocab
+
+
+def table(value: Any, where: str) -> dict[str, int]:
+    """Check token -> id: ids are no less than 0 and of one token each, tokens of possible length."""
     if not isinstance(value, dict) or not value:
         raise TokenizerError(f"{where}: no table of tokens and ids")
     wrong = [token for token, index in value.items() if type(index) is not int or index < 0]
@@ -68,9 +77,6 @@ def vocabulary(value: Any, where: str) -> dict[str, int]:
     if len(set(value.values())) != len(value):
         twice = _first_twice(value.values())
         raise TokenizerError(f"{where}: id {twice} has the tokens {[t for t, i in value.items() if i == twice][:3]}")
-    absent = [byte for character, byte in BYTES.items() if 0x20 < byte < 0x7F and character not in value]
-    if absent:
-        raise TokenizerError(f"{where}: {len(absent)} ASCII characters have no token; this is no byte-level vocabulary")
     return value
 
 
@@ -128,16 +134,16 @@ def added_tokens(value: Any, where: str) -> tuple[Added, ...]:
 
 def pipeline(spec: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
     """Return (NFC or not, split patterns) of a tokenizer.json; anything that is not understood is refused by name."""
-    normalizer = _flat(spec.get("normalizer"), "normalizers")
+    normalizer = flat(spec.get("normalizer"), "normalizers")
     if any(part.get("type") != "NFC" for part in normalizer):
         raise TokenizerError(f"{where}: normalizer {_types(normalizer)} is not NFC or none")
     splits: list[str] = []
-    parts = _flat(spec.get("pre_tokenizer"), "pretokenizers")
+    parts = flat(spec.get("pre_tokenizer"), "pretokenizers")
     for part in parts:
         splits += _splits(part, where)
     if not parts or parts[-1].get("type") != "ByteLevel":
         raise TokenizerError(f"{where}: T09: pre_tokenizer {_types(parts)} does not end in ByteLevel")
-    decoder = _flat(spec.get("decoder"), "decoders")
+    decoder = flat(spec.get("decoder"), "decoders")
     if _types(decoder) != ["ByteLevel"]:
         raise TokenizerError(f"{where}: T09: text comes back garbled: decoder {_types(decoder)} is not ByteLevel")
     if not splits:
@@ -148,7 +154,7 @@ def pipeline(spec: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]
 def prefix(spec: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """Return the tokens that the post-processor puts before a text; anything after it, or else, is refused."""
     before: list[str] = []
-    for part in _flat(spec.get("post_processor"), "processors"):
+    for part in flat(spec.get("post_processor"), "processors"):
         if part.get("type") == "ByteLevel":
             continue
         single = part.get("single") if part.get("type") == "TemplateProcessing" else None
@@ -176,11 +182,12 @@ def _splits(part: Mapping[str, Any], where: str) -> list[str]:
     raise TokenizerError(f"{where}: pre_tokenizer {kind} with {dict(part)} is not supported")
 
 
-def _flat(part: Any, key: str) -> list[dict[str, Any]]:
+def flat(part: Any, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a component of tokenizer.json, whose Sequences hold them under ``key``."""
     if not isinstance(part, dict):
         return []
     if part.get("type") == "Sequence":
-        return [inner for item in part.get(key) or () for inner in _flat(item, key)]
+        return [inner for item in part.get(key) or () for inner in flat(item, key)]
     return [part]
 
 

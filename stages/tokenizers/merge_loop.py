@@ -43,8 +43,8 @@ class MergeLoop:
         self._splits = [regex.compile(pattern) for pattern in splits]
         self._ignore_merges = ignore_merges
         self._specials = frozenset(entry["content"] for entry in added if entry.get("special"))
-        self._raw = _Finder([entry for entry in added if not entry.get("normalized")], str)
-        self._late = _Finder([entry for entry in added if entry.get("normalized")], self._normalize)
+        self._raw = Finder([entry for entry in added if not entry.get("normalized")], str)
+        self._late = Finder([entry for entry in added if entry.get("normalized")], self._normalize)
         self._remembered: dict[str, list[int]] = {}
         self._bytes = {index: bytes(BYTES[c] for c in token) for token, index in vocab.items() if _spelled(token)}
         self._bytes |= {entry["id"]: entry["content"].encode() for entry in added}
@@ -93,35 +93,40 @@ class MergeLoop:
         return found
 
     def _merge(self, spelled: str) -> list[int]:
-        """Join the pair of lowest rank, the leftmost of equals, until no pair has a rank; unknown bytes vanish."""
-        parts: list[str] = [c for c in spelled if c in self._vocab]
-        end = len(parts)
-        following, before = list(range(1, end + 1)), list(range(-1, end - 1))
-        queue: list[tuple[int, int]] = []
-
-        def consider(left: int) -> None:
-            if left >= 0 and following[left] < end:
-                rank = self._ranks.get((parts[left], parts[following[left]]))
-                if rank is not None:
-                    heapq.heappush(queue, (rank, left))
-
-        for i in range(end):
-            consider(i)
-        while queue:
-            rank, left = heapq.heappop(queue)
-            right = following[left]
-            if not parts[left] or right >= end or self._ranks.get((parts[left], parts[right])) != rank:
-                continue  # one of the two was joined to another since
-            parts[left], parts[right] = parts[left] + parts[right], ""
-            following[left] = following[right]
-            if following[left] < end:
-                before[following[left]] = left
-            consider(left)
-            consider(before[left])
-        return [self._vocab[part] for part in parts if part]
+        """Return the ids of one word; bytes without a token vanish."""
+        parts = join([c for c in spelled if c in self._vocab], lambda left, right: self._ranks.get((left, right)))
+        return [self._vocab[part] for part in parts]
 
 
-class _Finder:
+def join(parts: list[str], rank: Callable[[str, str], float | None]) -> list[str]:
+    """Join the neighbours of lowest ``rank``, the leftmost of equals, until no two have one (None)."""
+    end = len(parts)
+    following, before = list(range(1, end + 1)), list(range(-1, end - 1))
+    queue: list[tuple[float, int]] = []
+
+    def consider(left: int) -> None:
+        if left >= 0 and following[left] < end:
+            found = rank(parts[left], parts[following[left]])
+            if found is not None:
+                heapq.heappush(queue, (found, left))
+
+    for i in range(end):
+        consider(i)
+    while queue:
+        lowest, left = heapq.heappop(queue)
+        right = following[left]
+        if not parts[left] or right >= end or rank(parts[left], parts[right]) != lowest:
+            continue  # one of the two was joined to another since
+        parts[left], parts[right] = parts[left] + parts[right], ""
+        following[left] = following[right]
+        if following[left] < end:
+            before[following[left]] = left
+        consider(left)
+        consider(before[left])
+    return [part for part in parts if part]
+
+
+class Finder:
     """Added tokens in a text: the leftmost, of those the longest."""
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], normalize: Callable[[str], str]) -> None:

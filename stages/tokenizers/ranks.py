@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stages.tokenizers.errors import TokenizerError
@@ -15,6 +15,8 @@ from stages.tokenizers.resolution import LFS_HEADER
 MAX_FILE_BYTES = 64 << 20
 MAX_TOKEN_BYTES = 1024
 MAX_RANK_DIGITS = 9
+MAX_LENGTH = 8 << 20  # of all tokens together; real ones have 2 MB, and every cut of every token is looked at
+MAX_CUTS = 2_000_000  # cuts into two tokens; real vocabularies have 300,000
 MAX_SHOWN = 20
 NO_RANK = 1 << 62
 
@@ -87,6 +89,38 @@ def _gaps(ranks: Mapping[bytes, int]) -> list[str]:
             f"{len(absent)} of the 256 single bytes have no token ({shown}{' ...' if len(absent) > 8 else ''})"
         )
     return problems
+
+
+def all_splits(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return every way to make each token of two others, by rank: what joining by rank does, whatever led there.
+
+    Some tokens are not reached by merging at all; ``ignore_merges`` finds those, as tiktoken does.
+    """
+    bound_lengths(ranks)
+    merges: list[tuple[bytes, bytes]] = []
+    for token in ranks:
+        bound_cuts(len(merges))
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
+        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    return merges
+
+
+def bound_lengths(tokens: Iterable[bytes | str]) -> None:
+    """Raise :class:`TokenizerError` for tokens that are far longer together than any vocabulary's."""
+    length = sum(map(len, tokens))
+    if length > MAX_LENGTH:
+        raise TokenizerError(
+            f"the tokens have {length:,} characters together, which is no vocabulary (at most {MAX_LENGTH:,})"
+        )
+
+
+def bound_cuts(count: int) -> None:
+    """Raise :class:`TokenizerError` where tokens can be made of others in far more ways than any vocabulary's."""
+    if count > MAX_CUTS:
+        raise TokenizerError(
+            f"the tokens can be made of two others in more than {MAX_CUTS:,} ways: this is no vocabulary"
+        )
 
 
 def derive_merges(ranks: Mapping[bytes, int], path: Path) -> list[tuple[bytes, bytes]]:

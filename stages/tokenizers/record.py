@@ -52,7 +52,8 @@ class TokenizerFamily:
     ``convert`` turns the resolved files into a ``tokenizers.Tokenizer``, or what is used like one; ``reference`` opens
     the same files in an independent implementation. ``normalize`` is the Unicode form that a runtime gives text before
     it is split, or None. ``end_of_text`` is the special token that ends a text; ``chats`` are its chat formats by
-    generation_config's name. ``file`` is the vocabulary in the bundle.
+    generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the emitted
+    tokenizer deliberately does not do what the checkpoint's own would.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TokenizerFamily:
     end_of_text: str
     chats: Mapping[str, ChatFormat]
     file: str = "tokenizer.json"
+    doubts: Callable[[Resolution], Sequence[str]] = lambda _: ()
 
 
 @dataclass(frozen=True)

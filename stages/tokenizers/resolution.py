@@ -6,7 +6,7 @@ import json
 import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ class Rule:
 
     Patterns are in the order of preference. ``evidence`` is a regular expression that the file of the usual name must
     match somewhere, where that name is not the family's alone; a family ``yields`` to those that are preferred where
-    both have files. ``beside`` are files that belong to the vocabulary.
+    both have files, as transformers prefers them, and that come before it. ``beside`` are files that belong to the
+    vocabulary.
     """
 
     classes: tuple[str, ...]
@@ -47,13 +48,33 @@ RULES: dict[str, Rule] = {
         evidence=rb'"ByteLevel"',
         beside=("merges.txt",),
     ),
+    "metaspace-bpe": Rule(
+        classes=(),
+        patterns=("tokenizer.json",),
+        usual="tokenizer.json",
+        evidence=rb'"(\xe2\x96\x81|\\u2581)"',
+        yields=("byte-level-bpe",),
+    ),
+    "sentencepiece-bpe": Rule(
+        classes=(),
+        patterns=("tokenizer.model",),
+        usual="tokenizer.model",
+        evidence=rb"\A\n",
+        yields=("byte-level-bpe", "metaspace-bpe"),
+    ),
     "tiktoken-llama3": Rule(
         classes=(),
         patterns=("tokenizer.model",),
         usual="tokenizer.model",
         evidence=rb"\A[A-Za-z0-9+/]+=* [0-9]+\r?\n",
-        yields=("byte-level-bpe",),
+        yields=("byte-level-bpe", "metaspace-bpe", "sentencepiece-bpe"),
         beside=("tokenizer.json",),
+    ),
+    "tekken": Rule(
+        classes=(),
+        patterns=("tekken.json",),
+        usual="tekken.json",
+        yields=("byte-level-bpe", "metaspace-bpe"),
     ),
     "rwkv-world": Rule(
         classes=("RwkvTokenizer", "RWKVWorldTokenizer", "RwkvWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer"),
@@ -112,7 +133,11 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     read = {vocabulary, CONFIG, TEMPLATE, "added_tokens.json"}
     if vocabulary != "tokenizer.json":
         read |= set(RULES[family].beside)
-    ignored = [name for name in files if name not in read]
+    second = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
+    if second:
+        preferred = f"{vocabulary} is what transformers takes; the two are held against each other"
+        lines.append(("also there", f"{', '.join(dict.fromkeys(second))}: {preferred}"))
+    ignored = [name for name in files if name not in {*read, *second}]
     if ignored:
         lines.append(("not read", f"{', '.join(ignored)}: {family} is made from {vocabulary} alone"))
     return Resolution(
@@ -127,6 +152,21 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         chat_template=_chat_template(files, config),
         trace="".join(f"{label:<22}{text}\n" for label, text in lines),
     )
+
+
+def yielding(family: str) -> list[str]:
+    """Return the families that yield to ``family`` where a checkpoint has the files of both."""
+    return [name for name, rule in RULES.items() if family in rule.yields]
+
+
+def second_vocabularies(resolution: Resolution) -> list[Resolution]:
+    """Return the checkpoint's other vocabularies, that transformers does not take where it has the one taken."""
+    return [
+        replace(resolution, family=family, name=name, vocabulary=resolution.files[name])
+        for family in yielding(resolution.family)
+        for name in _matching(resolution.files, RULES[family])
+        if name != resolution.name
+    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,8 +205,13 @@ def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) ->
         raise TokenizerError(
             f"{root}/{CONFIG}: {key} names {named}, which is of no tokenizer family known here; {_known()}"
         )
-    fitting = [family for family, rule in RULES.items() if _matching(files, rule)]
-    fitting = [family for family in fitting if not set(RULES[family].yields) & set(fitting)]
+    fitting: list[str] = []
+    for (
+        family,
+        rule,
+    ) in RULES.items():  # those that are preferred first, so that a file is searched no more than it must
+        if not set(rule.yields) & set(fitting) and _matching(files, rule):
+            fitting.append(family)
     said = f"{_class_name(config)} is no family's own" if _class_name(config) else "no class is named"
     if len(fitting) == 1:
         return fitting[0], f"{said}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
@@ -278,7 +323,7 @@ def _shown(value: Any) -> str:
 
 def _known() -> str:
     rules = (
-        f"{name} ({' or '.join(rule.classes[:1]) or 'by its files'}, vocabulary {' or '.join(rule.patterns)})"
+        f"{name} ({''.join(f'{known}, vocabulary ' for known in rule.classes[:1])}{' or '.join(rule.patterns)})"
         for name, rule in RULES.items()
     )
     return f"known families: {', '.join(rules)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import json_tables
@@ -12,7 +12,7 @@ from stages.tokenizers.byte_level import spell
 from stages.tokenizers.byte_pairs import Added, BytePairs, build
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import LLAMA3
-from stages.tokenizers.ranks import read_ranks
+from stages.tokenizers.ranks import all_splits, read_ranks
 from stages.tokenizers.record import TokenizerFamily
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def convert(resolution: Resolution) -> Tokenizer:
     return build(
         BytePairs(
             vocab={spell(token): rank for token, rank in ranks.items()},
-            merges=_all_splits(ranks),
+            merges=[(spell(left), spell(right)) for left, right in all_splits(ranks)],
             added=added,
             nfc=False,
             splits=(LLAMA3,),
@@ -47,19 +47,6 @@ def convert(resolution: Resolution) -> Tokenizer:
             prefix=tuple(_prefix(resolution, added)),
         )
     )
-
-
-def _all_splits(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """Return every way to make each token of two others, by rank: what joining by rank does, whatever led there.
-
-    Some tokens are not reached by merging at all; ``ignore_merges`` finds those, as tiktoken does.
-    """
-    merges = []
-    for token in ranks:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        merges += sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    return [(spell(left), spell(right)) for left, right in merges]
 
 
 def _special_tokens(resolution: Resolution) -> tuple[Added, ...]:

@@ -49,6 +49,7 @@ class Case:
     target: str
     reference: str
     device: str
+    scales: str = "max"  # how quantize chose them
 
     @cached_property
     def registry(self) -> dict[str, Any]:
@@ -182,11 +183,14 @@ def _is_special(reader: SourceReader, token: int) -> bool:
 
 def _check_weights(case: Case, findings: Findings) -> None:
     scheme = SCHEMES[case.registry["scheme"]]
-    differing = weights.differences(case.registry, case.records, scheme, Weights(case.files, case.tensors))
+    checkpoint = Weights(case.files, case.tensors)
+    differing = weights.differences(case.registry, case.records, scheme, checkpoint, case.scales)
     if differing:
         findings.checks += [Check("weights", ok=False, detail=text) for text in differing]
         return
-    how = f"within half a step of {scheme.name}" if scheme.kind == "group" else f"bit for bit as {scheme.storage_dtype}"
+    how = f"bit for bit as {scheme.storage_dtype}" if scheme.kind == "none" else f"within half a step of {scheme.name}"
+    if case.scales != "max":
+        how = f"within what {scheme.name} with searched scales may be off"
     compared = sum(len(entry["sources"]) for entry in case.registry["logical"])
     findings.checks.append(Check("weights", ok=True, detail=f"{compared} tensors of the checkpoint, {how}"))
 

@@ -9,9 +9,16 @@ TOLERANCES: dict[str, float] = {
     "q0f32": 1e-3,
     # the same, with kernels that multiply integers by scales inside a sum
     "q4f32_1": 2e-3,
+    "q8f32_1": 2e-3,
     # float16 has 11 bits, and a target may compute in it
     "q0f16": 2e-2,
+    "q0bf16": 2e-2,
+    "q3f16_1": 2e-2,
     "q4f16_1": 2e-2,
+    "q4f16_2": 2e-2,
+    "q4bf16_1": 2e-2,
+    "q8f16_1": 2e-2,
+    "e4m3_f16": 2e-2,
 }
 
 # Where the library quantizes activations to eight bits as well, which the reference does not. Measured: 1e-2 to 2e-2 on

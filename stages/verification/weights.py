@@ -9,8 +9,9 @@ import numpy as np
 
 from stages.models import transforms
 from stages.models.weights import NUMPY_DTYPES
-from stages.quantization import group, layouts
+from stages.quantization import float8, group, layouts
 from stages.quantization.blocks import row_blocks
+from stages.quantization.convert import restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
     from stages.runtime.tensor_cache import Record
 
-# Beside the half step of a code, by the dtype of the stored scale: the rounding of the scale, seven of which a code may
-# be worth, with the division and the product in float32; and what a scale below the dtype's normal range is off by.
-_SLACK = {"float32": (1e-5, 7 * 2.0**-149), "float16": (7 * 2.0**-11 + 1e-5, 7 * 2.0**-25)}
+# By how much the stored scale may be off, by its dtype: its rounding, and what it is off by below the normal range. A
+# code is worth up to `top` scales. The division and the product in float32 come on top.
+_SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Held:
         if not self.quantized:
             return self.stored[0][rows].astype(np.float32)
         q_weight, q_scale = self.stored
-        return group.dequantize(q_weight[rows], q_scale[rows], self.scheme, self.shape[1])
+        scale = q_scale if self.scheme.kind == "tensor" else q_scale[rows]
+        return restored((q_weight[rows], scale), self.scheme, self.shape[1])
 
     def values(self) -> np.ndarray:
         """Return the whole tensor in float32, made block by block."""
@@ -79,15 +81,16 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Sch
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
         arrays = [records[name].load() for name in entry["stored"]]
-        if entry["kind"] in layouts.MATRICES:
-            rows = entry["shape"][0]
-            arrays = [layouts.restore(registry["layout"], array, rows, scheme.bits) for array in arrays]
+        if entry["layout"] != "nk":
+            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], scheme.bits) for array in arrays]
+        one_for_all = arrays[1:] if entry["quantize"] and scheme.kind == "tensor" else []
         parts = [
             transforms.invert(
                 entry["transform"], array, [[shape[0], *array.shape[1:]] for shape in entry["source_shapes"]]
             )
-            for array in arrays
+            for array in arrays[: len(arrays) - len(one_for_all)]
         ]
+        parts += [[array] * len(entry["sources"]) for array in one_for_all]
         for name, shape, stored in zip(entry["sources"], entry["source_shapes"], zip(*parts, strict=True), strict=True):
             yield Held(name, tuple(shape), stored, entry["quantize"], scheme)
 
@@ -97,11 +100,13 @@ def differences(
     records: Mapping[str, Record],
     scheme: Scheme,
     checkpoint: Mapping[str, np.ndarray] | Any,
+    scales: str = "max",
 ) -> list[str]:
     """Return every tensor whose held values are further from the checkpoint's than its storage explains.
 
     Unquantized parameters must be the checkpoint's values cast to the storage dtype, bit for bit. A quantized value may
-    be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing.
+    be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing. Of
+    ``scales`` that were searched (mse), a value may also be what the smallest scale tried cuts off.
     """
     problems = []
     for tensor in held(registry, records, scheme):
@@ -110,7 +115,7 @@ def differences(
             values, source = tensor.rows(rows), np.asarray(original[rows])
             if tensor.quantized:
                 wanted = source.astype(np.float32)
-                wrong = ~(np.abs(values - wanted) <= _allowed(wanted, scheme))
+                wrong = ~(np.abs(values - wanted) <= _allowed(wanted, scheme, scales))
             else:
                 wanted = source.astype(tensor.stored[0].dtype).astype(np.float32)
                 wrong = values != wanted
@@ -127,10 +132,16 @@ def differences(
     return problems
 
 
-def _allowed(wanted: np.ndarray, scheme: Scheme) -> np.ndarray:
+def _allowed(wanted: np.ndarray, scheme: Scheme, scales: str) -> np.ndarray:
     """Return how far a held value may be from each of ``wanted`` [n, k]."""
-    size, (relative, absolute) = scheme.group_size, _SLACK[scheme.storage_dtype]
+    if scheme.kind == "tensor":
+        # Half a unit of three bits; below the smallest normal number, half of the smallest there is.
+        smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)
+        allowed: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest + np.float32(float8.LEAST_SCALE)
+        return allowed
+    size, (relative, absolute) = scheme.group_size, _SCALE_ERROR[scheme.storage_dtype]
     peak = np.maximum.reduceat(np.abs(wanted), np.arange(0, wanted.shape[1], size), axis=1)
-    step = peak / np.float32(2 ** (scheme.bits - 1) - 1)
-    allowed = step * np.float32(0.5 + relative) + np.float32(absolute)
+    steps = 0.5 if scales == "max" else max(0.5, scheme.top * (1 - group.TRIED[-1] / group.PARTS))
+    step = peak / np.float32(scheme.top)
+    allowed = step * np.float32(steps + scheme.top * relative + 1e-5) + np.float32(scheme.top * absolute)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]

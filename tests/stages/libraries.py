@@ -17,7 +17,9 @@ from stages.config_parse import ConfigParse
 from stages.graph_build import GraphBuild
 from stages.models import load_family, transforms
 from stages.param_register import ParamRegister
-from stages.quantization import group, layouts
+from stages.quantization import layouts
+from stages.quantization.convert import convert, restored
+from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.schemes import SCHEMES
 from tests.checkpoints import qwen_tensors, write_qwen
 from tests.local_context import LocalContext, run_stage
@@ -81,13 +83,12 @@ def weights(registered: Registered) -> Weights:
     for entry in registry["logical"]:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
-            packed = group.quantize(array, scheme)
-            stored += [layouts.arrange(registry["layout"], tensor, scheme.bits) for tensor in packed]
-            array = group.dequantize(*packed, scheme, array.shape[1])
+            packed = convert([array], scheme, entry["kind"], dtype="", scales="max", kernels=None).stored
+            stored += [layouts.arrange(entry["layout"], tensor, scheme.bits) for tensor in packed]
+            array = restored(packed, scheme, array.shape[1])
         else:
-            array = np.ascontiguousarray(array.astype(entry["dtype"]))
-            matrix = entry["kind"] in layouts.MATRICES
-            stored.append(layouts.arrange(registry["layout"], array, 0) if matrix else array)
+            array = np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"])))
+            stored.append(layouts.arrange(entry["layout"], array, scheme.bits))
             array = array.astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))

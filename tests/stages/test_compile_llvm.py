@@ -7,11 +7,14 @@ import functools
 import numpy as np
 import pytest
 
+from stages.quantization.schemes import SCHEMES as TABLE
 from tests.stages import libraries
 
 CHUNK = 24
 BATCH = 3
-SCHEMES = ("q0f32", "q4f32_1", "q4f16_1", "q0f16")
+# Each dequantization once; what differs from another in the dtype of scales alone waits for `-m slow`.
+QUICK = ("q0f32", "q0f16", "q3f16_1", "q4f32_1", "q4f16_1", "q4bf16_1", "e4m3_f16")
+SCHEMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TABLE]
 IDS = [int(token) for token in np.random.default_rng(3).integers(0, libraries.ROWS, 64)]
 TOLERANCE = 1e-3
 

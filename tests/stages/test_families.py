@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -14,11 +15,13 @@ import pytest
 
 from stages import compile as compile_stage
 from stages import profiles
+from stages.config_parse import ConfigParse
 from stages.models import load_family
 from stages.runtime import tensor_cache
 from stages.runtime.errors import RequestError
 from stages.targets import fatbin, toolchain
 from stages.targets.fatbin import DeviceCode
+from tests.local_context import run_stage
 from tests.stages import families
 from tests.stages.families import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
 from tests.stages.libraries import Registered, build_graphs, compile_library
@@ -98,6 +101,8 @@ def test_the_context_to_its_last_token_and_not_one_more(built, expected, name):
     logits = expected(name, "q0f32", tuple(IDS))
     session = built(name, "q0f32").session()
     sequence = session.add()
+    with pytest.raises(RequestError, match=f"the context holds {LIMIT} tokens: 0 are in use, {LIMIT + 1} more"):
+        session.prefill(sequence, [*IDS, IDS[0]])
     within("q0f32", [session.prefill(sequence, IDS[:-1]), session.decode(sequence, IDS[-1])], list(logits[-2:]))
     with pytest.raises(RequestError, match=f"the context holds {LIMIT} tokens: {LIMIT} are in use, 1 more"):
         session.decode(sequence, IDS[0])
@@ -129,13 +134,13 @@ def test_verify_is_given_the_same_model_as_transformers_reads(built, expected, n
 
 @pytest.mark.slow
 @pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt_neox", "mistral-full"])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "mistral"])
 def test_a_cuda_library_holds_device_code(tmp_path, name):
     profiles.compiler()
     checkpoint = families.write(tmp_path / "checkpoint", CASES[name])
     ports = families.parse_and_register(tmp_path, checkpoint, "q4f16_1", "cuda")
     registered = Registered(ports["config"], ports["params"])
-    graphs = build_graphs(tmp_path, registered, "cuda", prefill_chunk=CHUNK, max_batch=BATCH)
+    graphs = build_graphs(tmp_path, registered, "cuda", prefill_chunk=CHUNK, max_batch=BATCH, **CASES[name].options)
     context = compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
     expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
@@ -261,3 +266,37 @@ def test_the_memory_that_compile_promises_is_what_the_runtime_takes(built, name)
     table = compile_stage._memory(metadata)
     assert f"| weights | {weights:,} |" in table
     assert f"| KV cache, one sequence of {LIMIT} tokens | {per_token * LIMIT:,} |" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama-tied", 0.25),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [("llama-tied", 0.0), ("gpt_neox-tied", 0.0), ("gpt_neox-tied", 0.25)]
+        ),
+    ],
+)
+def test_a_head_stored_beside_a_tied_embedding_is_what_transformers_makes_of_it(tmp_path, name, change):
+    """Equal to the embedding it is the embedding; another is a head of its own, whatever config.json says."""
+    from safetensors.numpy import load_file, save_file
+
+    case = CASES["gpt_neox" if name == "gpt_neox-tied" else name]
+    tied = dataclasses.replace(case, config={**case.config, "tie_word_embeddings": True})
+    checkpoint = families.write(tmp_path / "checkpoint", tied)
+    head, table = ("lm_head.weight", "model.embed_tokens.weight")
+    if name == "gpt_neox-tied":
+        head, table = "embed_out.weight", "gpt_neox.embed_in.weight"
+    tensors = {key: value for path in checkpoint.glob("*.safetensors") for key, value in load_file(path).items()}
+    assert head not in tensors
+    tensors[head] = tensors[table] + np.float32(change) * np.sign(tensors[table])
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    context = run_stage(ConfigParse(), tmp_path / "parse", {"checkpoint": str(checkpoint)})
+    assert [head in warning for warning in context.warnings] == ([True] if change else [])
+    library = families.build(tmp_path / "build", tied, "q0f32", checkpoint=checkpoint)
+    assert json.loads(library.config.read_text())["config"]["tied"] is (not change)
+    session = library.session()
+    within("q0f32", [session.prefill(session.add(), IDS[:20])], [library.reference(IDS[:20])[-1]])

@@ -15,8 +15,12 @@ import pytest
 import tvm
 
 from stagegraph.stage import StageError
+from stages.config_parse import ConfigParse
 from stages.graph import FUNCTIONS
 from stages.graph_build import GraphBuild
+from stages.param_register import ParamRegister
+from tests.checkpoints import write_qwen
+from tests.local_context import run_stage
 from tests.stages import libraries
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +50,7 @@ def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, e
     assert sorted(found) == exported
     for name in exported:
         assert dict(module[name].attrs["tir_var_upper_bound"]) == {"batch_size": 3, "seq_len": 32}
-    assert set(context.views) == {"operators", "ir"}
+    assert set(context.views) == {"operators", "cost", "ir", "structure.json"}
     assert graph["prefill_chunk"] == 32
     assert graph["page_size"] == 16
 
@@ -137,3 +141,21 @@ def test_a_node_uses_its_own_row_and_nothing_shared_reaches_a_function():
         imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         assert not imported & modules, f"{path} imports {imported & modules}"
+
+
+@pytest.mark.parametrize("function", ["prefill", "decode"])
+def test_a_graph_grows_by_the_same_with_every_layer(tmp_path, function):
+    """Operators, and the bytes that are written, stored and read for them; benchmarks/families.py has the seconds."""
+    sizes, calls = [], []
+    for layers in (2, 4, 8):
+        folder = tmp_path / str(layers)
+        checkpoint = write_qwen(folder / "checkpoint", hidden=32, ff=32, layers=layers)
+        run_stage(ConfigParse(), folder / "config", {"checkpoint": str(checkpoint)})
+        ports = {name: folder / "config" / ConfigParse.outputs[name].path for name in ("config", "tensors")}
+        run_stage(ParamRegister(), folder / "params", {"scheme": "q4f32_1", "target": "llvm"}, ports)
+        registered = libraries.Registered(ports["config"], folder / "params" / "params.json")
+        out = libraries.build_graph(folder / "graph", registered, "llvm", function).out
+        sizes.append((out / "module.json").stat().st_size)
+        calls.append(sum(json.loads((out / "graph.json").read_text())["operators"][function].values()))
+    assert calls[2] - calls[1] == 2 * (calls[1] - calls[0]) > 0
+    assert sizes[2] - sizes[1] < 2.02 * (sizes[1] - sizes[0])  # more digits in names and numbers, nothing else

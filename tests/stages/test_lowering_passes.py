@@ -18,6 +18,7 @@ from stages.lowering.merge import merge
 from stages.lowering.metadata import attach_metadata
 from stages.lowering.pipeline import lower, phases
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
+from stages.lowering.schedule_cpu_matmul import CPUMatmul
 from stages.models.layers import FloatMatrix, GroupMatrix, Layout, Linear, take
 from stages.targets.table import TARGETS
 
@@ -104,12 +105,8 @@ def test_a_transpose_of_other_axes_stays():
 def test_a_linear_with_bias_and_residual_becomes_one_kernel(stored):
     class Block(nn.Module):
         def __init__(self):
-            matrix = (
-                packed_matrix()
-                if stored == "group"
-                else FloatMatrix(nn.Parameter((N, K), "float16"), N, "float32", ROWS)
-            )
-            self.linear = Linear(matrix, nn.Parameter((N,), "float32"))
+            half = FloatMatrix(nn.Parameter((N, K), "float16"), N, "float32", ROWS)
+            self.linear = Linear(packed_matrix() if stored == "group" else half, nn.Parameter((N,), "float32"))
 
         def forward(self, x, residual):
             return self.linear(x) + residual
@@ -208,6 +205,30 @@ def test_merge_shares_equal_kernels_and_renames_others():
     assert np.allclose(run(both, "b", x), 3 * x)
     with pytest.raises(ValueError, match="two graphs define the function a"):
         merge([named(scaled(2.0), "a"), named(scaled(3.0), "a")])
+
+
+@pytest.mark.parametrize(("rows", "n", "k"), [("s", 24, 64), (1, 13, 32), ("s", 8, 4096)])
+def test_cpu_matmul_runs_features_in_parallel_and_sums_in_lanes(rows, n, k):
+    module = _nt_matmul(rows, n, k)
+    schedule = CPUMatmul().apply(module["NT_matmul"], LLVM, False)
+    text = schedule.mod["main"].script()
+    assert "T.parallel" in text
+    assert "T.vectorized(T.int64(16))" in text
+    module["NT_matmul"] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    x, w = random(1, 3 if rows == "s" else rows, k), random(n, k)
+    assert np.allclose(run(module, "main", x, w), x @ w.T, atol=1e-2)
+
+
+@pytest.mark.parametrize(("n", "k"), [(24, 40), ("n", 64)])
+def test_cpu_matmul_leaves_other_shapes_alone(n, k):
+    assert CPUMatmul().apply(_nt_matmul("s", n, k)["NT_matmul"], LLVM, False) is None
+
+
+def _nt_matmul(rows, n, k):
+    def emit(builder, x, w):
+        return builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w))))
+
+    return fuse_transpose_matmul(function([("x", (1, rows, k), "float32"), ("w", (n, k), "float32")], emit))
 
 
 def test_take_clips_where_the_default_would_read_outside():

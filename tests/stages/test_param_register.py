@@ -58,7 +58,7 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
     assert logical[f"{block}.mlp.gate_up_proj.weight"] == {
         "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
         "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
-        "quantize": True, "dtype": "float16",
+        "quantize": True, "dtype": "float16", "layout": "n32",
         "stored": [f"{block}.mlp.gate_up_proj.q_weight", f"{block}.mlp.gate_up_proj.q_scale"],
     }  # fmt: skip
     assert [name for entry in document["logical"] for name in entry["stored"]] == names
@@ -120,18 +120,17 @@ def test_thousands_of_problems_of_a_kind_are_counted(parsed: Path):
     assert caught.value.problems[-1] == "and 980 more of this kind"
 
 
-def test_rows_must_split_into_groups(tmp_path: Path):
+@pytest.mark.parametrize(("scheme", "words", "groups"), [("q4f16_1", 12, 3), ("q3f16_1", 8, 2)])
+def test_a_short_last_group_takes_the_words_of_a_full_one(tmp_path: Path, scheme: str, words: int, groups: int):
+    """As in MLC-LLM's format; 80 values are two groups and a half of 32, and two of 40."""
     checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, ff=80)
     run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)})
-    with pytest.raises(StageError) as caught:
-        register(tmp_path / "parsed", "q4f16_1")
-    assert caught.value.problems == (
-        (
-            "parameter transformer.h.0.mlp.c_proj.weight [64, 80]: rows of 80 values do not split into groups of 32 as "
-            "q4f16_1 asks; choose a scheme without groups, such as q0f32"
-        ),
-    )
-    register(tmp_path / "parsed", "q0f32")
+    register(tmp_path / "parsed", scheme)
+    stored = {
+        entry["name"]: entry["shape"] for entry in json.loads((tmp_path / scheme / "params.json").read_text())["params"]
+    }
+    assert stored["transformer.h.0.mlp.c_proj.q_weight"] == [64, words]
+    assert stored["transformer.h.0.mlp.c_proj.q_scale"] == [64, groups]
 
 
 def test_rows_name_scheme_and_family():

@@ -9,7 +9,7 @@ import pytest
 
 from stages.tokenizers import EMBEDDINGS, load_tokenizer_family
 from stages.tokenizers.checks import ERROR, examine
-from stages.tokenizers.patterns import QWEN
+from stages.tokenizers.patterns import LLAMA3, QWEN
 from stages.tokenizers.proof import prove
 from stages.tokenizers.record import ModelFacts
 from stages.tokenizers.resolution import resolve
@@ -67,7 +67,43 @@ def eat_spaces(spec):
     spec["added_tokens"][0]["rstrip"] = True
 
 
+def swap_characters(spec):
+    vocab = spec["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def part(key, name, index):
+    """Drop one step of a component of tokenizer.json."""
+    return lambda spec: spec[key][name].pop(index)
+
+
+def bytes_off(spec):
+    spec["model"]["byte_fallback"] = False
+
+
 FAULTS = {
+    "two pieces swapped": ("sentencepiece", swap_characters, {"T20"}),
+    "no space before a text": ("sentencepiece", part("normalizer", "normalizers", 0), {"T20", "T21"}),
+    "spaces not replaced": ("sentencepiece", part("normalizer", "normalizers", 1), {"T20", "T21"}),
+    "byte decoder removed": ("sentencepiece", part("decoder", "decoders", 1), {"T10", "T19"}),
+    "bytes not used": ("sentencepiece", bytes_off, {"T20", "T21"}),
+    "space not stripped": ("sentencepiece", part("decoder", "decoders", 3), {"T19"}),
+    "scores reversed": ("sentencepiece", lambda spec: spec["model"]["merges"].reverse(), {"T20", "T21"}),
+    "pieces cut off": (
+        "sentencepiece",
+        lambda spec: spec["model"].update(merges=spec["model"]["merges"][:50]),
+        {"T20", "T21"},
+    ),
+    "space before each part": (
+        "sentencepiece modern",
+        lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(prepend_scheme="always"),
+        {"T21"},
+    ),
+    "space left out before a space": ("sentencepiece modern", part("pre_tokenizer", "pretokenizers", 0), {"T20"}),
+    "Metaspace splits": ("metaspace first", lambda spec: spec["pre_tokenizer"].update(split=True), {"T20", "T21"}),
+    "Llama 3's pattern": ("tekken", lambda spec: spec.update(pre_tokenizer=split(LLAMA3)), {"T21"}),
+    "nothing before a Tekken text": ("tekken", lambda spec: spec.update(post_processor=None), {"T21"}),
     "two ids swapped": ("neox", swap, {"T20"}),
     "Qwen's pattern": ("neox", use_qwen_pattern, {"T20", "T21"}),
     "NFC dropped": ("neox", lambda spec: spec.update(normalizer=None), {"T20"}),

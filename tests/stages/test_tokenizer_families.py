@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,12 +14,13 @@ from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.merge_loop import MergeLoop
 from stages.tokenizers.old_nfc import nfc
 from stages.tokenizers.patterns import GPT2
-from stages.tokenizers.proof import code_points, sample_corpus
+from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.world import WorldTokenizer
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, build, merges, vocab, world_text
+from tests.stages.tokenizer_folders import FOLDERS, PREFIXES, SIZE, build, merges, vocab, world_text
 from tests.stages.tokenizer_samples import SHARED, tiny_ranks
 
+ROOT = Path(__file__).resolve().parents[2]
 NEOX = SHARED / "tokenizers" / "gpt-neox-20b.tokenizer.json"
 WORLD = SHARED / "tokenizers" / "rwkv_vocab_v20230424.txt"
 needs_shared = pytest.mark.skipif(not NEOX.is_file(), reason="the published vocabularies are not beside the repository")
@@ -45,11 +49,13 @@ def test_every_family_builds_and_is_proven(built, name):
         [vocabulary, "tokenizer_config.json", "tokenizer_info.json"]
     )
     assert info["normalize"] is None
-    assert info["prefix"] == ([SIZE] if name.startswith("llama3") else [])
+    assert info["prefix"] == PREFIXES.get(name, [])
     assert FOLDERS[name][2] in info["stop"]
 
 
-@pytest.mark.parametrize("name", ["neox", "qwen2 tables", "gpt2 digits", "llama3 tables"])
+@pytest.mark.parametrize(
+    "name", ["neox", "qwen2 tables", "gpt2 digits", "llama3 tables", "metaspace", "metaspace first"]
+)
 def test_the_emitted_file_is_the_checkpoints_own_for_the_library(built, name, tmp_path):
     """The proof is against our reader; this is against the library on the file as the checkpoint has it."""
     from tokenizers import Tokenizer
@@ -64,14 +70,15 @@ def test_the_emitted_file_is_the_checkpoints_own_for_the_library(built, name, tm
         assert original.encode(text).ids == emitted.encode(text).ids
 
 
-@pytest.mark.parametrize("name", ["neox", "qwen2 vocab", "llama3 tables"])
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != "rwkv world"])
 def test_transformers_loads_what_is_emitted_and_agrees(built, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
 
-    files, directory, family = FOLDERS[name][0], built(name)[1], "byte-level-bpe"
+    files, directory = FOLDERS[name][0], built(name)[1]
     checkpoint = directory.parents[1] / "checkpoint"
-    reference = load_tokenizer_family(family).reference(resolve(checkpoint, {n: checkpoint / n for n in files}))
+    resolution = resolve(checkpoint, {n: checkpoint / n for n in files})
+    reference = load_tokenizer_family(resolution.family).reference(resolution)
     loaded = AutoTokenizer.from_pretrained(directory)
     for _, text in sample_corpus():
         assert loaded(text)["input_ids"] == [*reference.prefix, *reference.encode(text, specials=True)]
@@ -123,6 +130,14 @@ def test_the_world_vocabulary_is_written_as_documented(built, tmp_path):
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
     assert world_text().startswith(b"1 '\\x00' 1\n2 '\\x01' 1\n")
     assert again.decode(again.encode("héllo <|endoftext|>").ids, skip_special_tokens=False) == "héllo <|endoftext|>"
+
+
+def test_the_corpora_that_ship_are_200_kilobytes_as_their_script_draws_them():
+    script = ROOT / "benchmarks" / "corpus.py"
+    drawn = subprocess.run([sys.executable, script], check=True, capture_output=True).stdout
+    assert drawn == GENERATED_CORPUS.read_bytes()
+    assert sum(len(text.encode()) for _, text in (*sample_corpus(), *generated_corpus())) > 200_000
+    assert len({kind for kind, _ in generated_corpus()}) > 15
 
 
 def test_a_merge_is_found_whatever_the_piece(built):

@@ -10,7 +10,7 @@ from stagegraph.stage import StageError
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.resolution import resolve
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, added, build, merges, tables, vocab, world_text
+from tests.stages.tokenizer_folders import FOLDERS, SIZE, added, build, merges, tables, tekken, vocab, world_text
 from tests.stages.tokenizer_samples import QWEN_CONFIG, tiktoken_text, tiny_ranks
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -96,6 +96,30 @@ FAULTS = {
     "decoder removed": (neox(decoder=None), "gpt_neox", "T09"),
     "sentencepiece decoder": (neox(decoder={"type": "Metaspace"}), "gpt_neox", "T09"),
     "unknown normalizer": (neox(normalizer={"type": "NFKC"}), "gpt_neox", "is not NFC or none"),
+    "pattern of tekken": ({"tekken.json": tekken(config={"pattern": "(a|a)*$"})}, "mistral", "is not Tekken's"),
+    "tekken truncated": ({"tekken.json": tekken(vocab=tekken()["vocab"][:-60])}, "mistral", "it is truncated"),
+    "tekken reordered": ({"tekken.json": tekken(vocab=tekken()["vocab"][::-1])}, "mistral", "not the token of rank 0"),
+    "tekken token twice": (
+        {"tekken.json": tekken(vocab=[{**t, "token_bytes": "YQ=="} for t in tekken()["vocab"]])},
+        "mistral",
+        "token b'a' has the ranks 0 and 1",
+    ),
+    "tekken without specials": ({"tekken.json": tekken(special_tokens=None)}, "mistral", "no list of special tokens"),
+    "tekken special twice": (
+        {"tekken.json": tekken(special_tokens=[{"rank": i, "token_str": "<s>"} for i in range(2)])},
+        "mistral",
+        "T03",
+    ),
+    "tekken special beyond": (
+        {"tekken.json": tekken(special_tokens=[{"rank": 10, "token_str": "<s>"}])},
+        "mistral",
+        "has no id of its own below 10",
+    ),
+    "tekken bos missing": (
+        {"tekken.json": tekken(), "tokenizer_config.json": {"bos_token": "<bos>"}},
+        "mistral",
+        "T14",
+    ),
     "byte without a token": (
         neox(model={"vocab": {k: v for k, v in vocab().items() if k != "!"}, "merges": []}),
         "gpt_neox",
@@ -105,7 +129,11 @@ FAULTS = {
 
 
 def refusal(tmp_path, files, family, eos=None):
-    eos = {"qwen": SIZE, "qwen2": SIZE + 2, "llama": SIZE, "gpt_neox": SIZE, "rwkv": 0}[family] if eos is None else eos
+    eos = (
+        {"qwen": SIZE, "qwen2": SIZE + 2, "llama": SIZE, "gpt_neox": SIZE, "rwkv": 0, "mistral": 2}[family]
+        if eos is None
+        else eos
+    )
     rows = {"qwen": SIZE + SPECIALS + 16}.get(family, SIZE + 32)
     with pytest.raises(StageError) as caught:
         build(tmp_path, files, family, eos, rows=rows, **({"chat_format": "chatml"} if family == "qwen" else {}))
@@ -160,6 +188,8 @@ HOSTILE = {
         "qwen",
         "needs its vocabulary",
     ),
+    "huge number of tekken": ({"tekken.json": tekken(config={"default_num_special_tokens": 10**9})}, "mistral", ""),
+    "nested tekken": ({"tekken.json": b'{"config":' * 200_000}, "mistral", "not JSON as expected"),
     "huge id": (neox(model={"vocab": {**vocab(), "zz": 10**15}}), "gpt_neox", ""),
     "negative id": (neox(model={"vocab": {**vocab(), "zz": -1}}), "gpt_neox", "is no id"),
 }
@@ -173,7 +203,9 @@ def test_hostile_files_are_one_clear_error(tmp_path, name):
     assert len(message) < 20_000
 
 
-@pytest.mark.parametrize("name", ["qwen.tiktoken", "tokenizer.json", "rwkv_vocab_x.txt", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "name", ["qwen.tiktoken", "tokenizer.json", "rwkv_vocab_x.txt", "tokenizer.model", "tekken.json"]
+)
 def test_a_vocabulary_of_two_gigabytes_is_not_read(tmp_path, name):
     with (tmp_path / name).open("wb") as file:
         file.truncate(2 << 30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import EMBEDDINGS
 from stages.tokenizers.byte_level import spell
-from stages.tokenizers.patterns import LLAMA3, QWEN
+from stages.tokenizers.patterns import LLAMA3, QWEN, TEKKEN
 from tests.local_context import LocalContext, run_stage
+from tests.stages import sentencepiece_samples
 from tests.stages.tokenizer_samples import tiktoken_text, tiny_ranks
 
 GPT2_PRE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -129,6 +131,21 @@ def llama3_folder() -> dict[str, Any]:
     }
 
 
+def tekken(specials: int = 10, **changes: Any) -> dict[str, Any]:
+    """tekken.json, with tokens after those in use, as the published files have them."""
+    entries = [{"rank": r, "token_bytes": base64.b64encode(t).decode()} for r, t in enumerate(tiny_ranks())]
+    config = {
+        "pattern": TEKKEN,
+        "num_vocab_tokens": SIZE,
+        "default_vocab_size": SIZE - 50 + specials,
+        "default_num_special_tokens": specials,
+        "version": "v11",
+    }
+    names = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+    stated = [{"rank": i, "token_str": text, "is_control": True} for i, text in enumerate(names)]
+    return {"config": {**config, **changes.pop("config", {})}, "vocab": entries, "special_tokens": stated, **changes}
+
+
 def with_class(name: str, value: dict[str, Any]) -> dict[str, Any]:
     return {"tokenizer.json": value, "tokenizer_config.json": {"tokenizer_class": name}}
 
@@ -145,7 +162,25 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, int]] = {
     "qwen2 vocab": (qwen2_folder(), "qwen2", SIZE + 2),
     "llama3 tables": (with_class("PreTrainedTokenizerFast", llama3_tables()), "llama", SIZE + 1),
     "llama3 model": (llama3_folder(), "llama", SIZE + 1),
+    "sentencepiece": ({"tokenizer.model": sentencepiece_samples.trained("control tokens")}, "mistral", 2),
+    "sentencepiece modern": (
+        {
+            "tokenizer.model": sentencepiece_samples.trained("llama"),
+            "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
+        },
+        "mistral",
+        2,
+    ),
+    "metaspace": (with_class("LlamaTokenizer", sentencepiece_samples.tables()), "llama", 2),
+    "metaspace first": (with_class("LlamaTokenizerFast", sentencepiece_samples.metaspace_first()), "mistral", 2),
+    "tekken": ({"tekken.json": tekken()}, "mistral", 2),
     "rwkv world": ({"rwkv_vocab_v20230424.txt": world_text()}, "rwkv", 0),
+}
+
+
+# What goes before every text.
+PREFIXES = {"llama3 tables": [SIZE], "llama3 model": [SIZE]} | {
+    name: [1] for name in ("sentencepiece", "sentencepiece modern", "metaspace", "metaspace first", "tekken")
 }
 
 

@@ -1,0 +1,98 @@
+"""``pipeline completion SHELL``: a script for the shell that asks ``pipeline complete WORD...`` what may come next.
+
+Completed are verbs, options, the values an option chooses from, and the names of nodes in ./pipeline.yaml or the file
+that the command line names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
+NODES = {"NODE", "REF", "A", "B"}  # arguments that name nodes
+NODE_OPTIONS = {"--stage", "--from", "--until"}
+
+BASH = """\
+_pipeline() {
+  local IFS=$'\\n' found
+  COMPREPLY=()
+  for found in $(pipeline complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null); do
+    COMPREPLY+=("$(printf '%q' "$found")")
+  done
+}
+complete -o default -F _pipeline pipeline
+"""
+ZSH = """\
+#compdef pipeline
+_pipeline() {
+  local -a found
+  found=("${(@f)$(pipeline complete "${(@)words[2,CURRENT]}" 2>/dev/null)}")
+  if [[ -n "$found" ]]; then compadd -- $found; else _files; fi
+}
+compdef _pipeline pipeline
+"""
+FISH = """\
+complete -c pipeline -a '(pipeline complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+"""
+SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("shell", choices=tuple(SCRIPTS), metavar="SHELL", help=f"one of {', '.join(SCRIPTS)}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    print(SCRIPTS[args.shell], end="")
+    return 0
+
+
+def complete(words: list[str]) -> list[str]:
+    """Return what the last word may become; empty where the shell should complete file names."""
+    from stagegraph.cli.main import TABLE, build_parser
+
+    *before, word = words or [""]
+    word = word.strip("'\"").replace("\\", "")  # as the shell quotes it
+    names: Iterable[str] = TABLE if not before else ()
+    if before and before[0] in TABLE:
+        actions = build_parser(before[0])._actions  # noqa: SLF001 - argparse tells its options in no other way
+        options = {option: action for action in actions for option in action.option_strings}
+        expected = _expected(actions, options, before)
+        if word.startswith("-") and not _takes(options, before[-1]):
+            names = options
+        elif expected is not None and (expected.metavar in NODES or NODE_OPTIONS & set(expected.option_strings)):
+            names = _nodes(before)
+        elif expected is not None:
+            names = [str(choice) for choice in expected.choices or ()]
+    return sorted(name for name in names if name.startswith(word))
+
+
+def _expected(
+    actions: list[argparse.Action], options: dict[str, argparse.Action], before: list[str]
+) -> argparse.Action | None:
+    """Return the option whose value comes next, else the positional argument that does."""
+    if _takes(options, before[-1]):
+        return options[before[-1]]
+    given = [w for i, w in enumerate(before[1:]) if not w.startswith("-") and not _takes(options, before[i])]
+    positional = [action for action in actions if not action.option_strings]
+    return positional[len(given)] if len(given) < len(positional) else None
+
+
+def _takes(options: dict[str, argparse.Action], word: str) -> bool:
+    return word in options and options[word].nargs != 0
+
+
+def _nodes(words: list[str]) -> list[str]:
+    """Return the names of entries and nodes of the pipeline file on the command line, or of ./pipeline.yaml."""
+    from stagegraph.errors import PipelineError
+    from stagegraph.spec import load
+
+    file = next((word for word in words if word.endswith((".yaml", ".yml"))), "pipeline.yaml")
+    try:
+        nodes = load(Path(file)).nodes
+    except PipelineError:
+        return []
+    return list({node.entry for node in nodes} | {node.name for node in nodes})

@@ -1,0 +1,92 @@
+"""``pipeline diff A B``: what differs between two results, two runs, or two pipelines."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, add_json, print_json
+from stagegraph.errors import PlanError
+
+if TYPE_CHECKING:
+    from stagegraph.diff import Difference, Sets
+
+EXAMPLE = "pipeline diff 'quantize[llvm]@~1' 'quantize[llvm]'"
+RUN = re.compile(r"~\d+|[0-9a-f]{6,64}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    kinds = "NODE, NODE@RUN or a digest; a run (~1 or its id); or a pipeline file"
+    parser.add_argument("a", metavar="A", help=kinds)
+    parser.add_argument("b", metavar="B", help="the same of the other side")
+    add_file(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    if all(Path(name).suffix in {".yaml", ".yml"} for name in (args.a, args.b)):
+        with Pipeline(args.a, args.overrides) as a, Pipeline(args.b, args.overrides) as b:
+            return _print_sets(_compare(a, "", b, ""), args)
+    with Pipeline(args.file, args.overrides) as pipeline:
+        if all(_is_run(pipeline, name) for name in (args.a, args.b)):
+            return _print_sets(_compare(pipeline, args.a, pipeline, args.b), args)
+        found = _pairs(pipeline, args.a, args.b)
+    if args.json:
+        print_json({"differences": [each.document() for each in found]})
+    else:
+        print("\n\n".join("\n".join(_lines(each)) for each in found))
+    return 0
+
+
+def _is_run(pipeline: Pipeline, name: str) -> bool:
+    return bool(RUN.fullmatch(name)) and any(name.startswith("~") or run.id.startswith(name) for run in pipeline.runs())
+
+
+def _compare(a: Pipeline, run_a: str, b: Pipeline, run_b: str) -> Sets:
+    from stagegraph.diff import compare_sets, state
+
+    files = [str(pipeline.dag.pipeline.file) for pipeline in (a, b)]
+    return compare_sets(run_a or files[0], state(a, run_a), run_b or files[1], state(b, run_b))
+
+
+def _pairs(pipeline: Pipeline, a: str, b: str) -> list[Difference]:
+    """Compare one result with one, or instance by instance where both sides have as many."""
+    from stagegraph.diff import difference
+
+    left, right = pipeline.artifacts(a), pipeline.artifacts(b)
+    if len(left) != len(right):
+        raise PlanError(f"{a} means {len(left)} results and {b} {len(right)}: name one of each")
+    return [difference(x, y) for x, y in zip(left, right, strict=True)]
+
+
+def _print_sets(found: Sets, args: argparse.Namespace) -> int:
+    if args.json:
+        print_json(found.document())
+        return 0
+    for side, nodes in ((found.a, found.only_a), (found.b, found.only_b)):
+        if nodes:
+            print(f"only in {side}: {', '.join(nodes)}")
+    for each in found.differing:
+        print("\n".join([*_lines(each), ""]))
+    print(f"{len(found.differing)} differ, {found.same} are the same")
+    return 0
+
+
+def _lines(found: Difference) -> Iterator[str]:
+    same = "the outputs are identical" if found.same else "the outputs differ"
+    yield f"{found.a} -> {found.b}: {same}"
+    width = shutil.get_terminal_size((120, 24)).columns
+    for row in found.rows:
+        line = f"  {row.kind:<6} {row.what}: {row.a or '-'} -> {row.b or '-'}"
+        if len(line) <= width:
+            yield line
+        else:
+            yield f"  {row.kind:<6} {row.what}:"
+            yield from (f"    {sign} {side}" for sign, side in (("-", row.a), ("+", row.b)) if side)

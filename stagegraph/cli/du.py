@@ -1,0 +1,59 @@
+"""``pipeline du``: who uses the space of the store, each object counted once, and what gc would free."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, add_json, print_json, size_text, table
+
+if TYPE_CHECKING:
+    from stagegraph.gc import Usage
+
+EXAMPLE = "pipeline du --json"
+KINDS = {"result": "earlier results", "part": "memoised parts", "object": "named by nothing"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from stagegraph.gc import usage
+
+    with Pipeline(args.file, args.overrides) as pipeline:
+        found = usage(pipeline.workspace)
+        sweep = pipeline.gc(dry_run=True)
+    rows = _rows(found)
+    if args.json:
+        entries = [{"what": what, "count": count, "bytes": size} for what, count, size in rows]
+        print_json({"bytes": found.total, "gc_frees": sweep.freed, "entries": entries})
+        return 0
+    cells = [(what, str(count or "-"), size_text(size)) for what, count, size in rows]
+    print(table(("what", "files", "size"), cells, flexible=0))
+    print(f"\n{size_text(found.total)} of objects; `pipeline gc` would free {size_text(sweep.freed)}")
+    return 0
+
+
+def _rows(found: Usage) -> list[tuple[str, int, int]]:
+    """Return (what, files, bytes): current results largest first, the rest by kind; shared objects count once."""
+    from stagegraph.workspace import record_files
+
+    seen: set[str] = set()
+
+    def row(what: str, digests: set[str]) -> tuple[str, int, int]:
+        fresh = digests - seen
+        seen.update(fresh)
+        return what, len(fresh), found.size(fresh)
+
+    current = {name: {digest for digest, _ in record_files(r).values()} for name, r in found.current.items()}
+    ordered = sorted(current, key=lambda name: -found.size(current[name]))
+    rows = [row(name, current[name]) for name in ordered]
+    for kind, what in KINDS.items():
+        rows.append(row(what, set().union(*(item.digests for item in found.others if item.kind == kind))))
+    rows += [(f".stagegraph/{name}", 0, size) for name, size in found.folders.items() if size]
+    return [(what, count, size) for what, count, size in rows if size]

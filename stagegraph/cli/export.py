@@ -1,0 +1,31 @@
+"""``pipeline export REF DIR``: real files to ship, which share nothing with the store; all of them or none."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, shown, size_text
+
+EXAMPLE = "pipeline export 'bundle[llvm]:bundle' dist/tiny-qwen"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "reference", metavar="REF", help="NODE, NODE@RUN, a key or a digest; with :PATH a file or folder"
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to; made if it is not there")
+    add_file(parser)
+    parser.add_argument("--force", action="store_true", help="replace what is in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    with Pipeline(args.file, args.overrides) as pipeline:
+        artifact = pipeline.artifact(args.reference)
+        names = artifact.export(args.directory, replace=args.force)
+    size = sum((args.directory / name).stat().st_size for name in names)
+    print(f"{artifact.label}: {len(names)} file{'s' * (len(names) != 1)}, {size_text(size)} in {shown(args.directory)}")
+    return 0

@@ -1,0 +1,61 @@
+"""``pipeline runs``: the runs that did something, newest first; with a run's id, what each node did in it and why."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, add_json, age_text, print_json, seconds_text, size_text, table
+
+if TYPE_CHECKING:
+    from stagegraph.history import PastRun
+
+EXAMPLE = "pipeline runs --run ~0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    parser.add_argument("--run", metavar="RUN", help="one run: the first digits of its id, or ~N, N before the last")
+    parser.add_argument("-n", type=int, default=20, metavar="N", help="how many to list (default: 20)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from stagegraph.history import find_run
+
+    with Pipeline(args.file, args.overrides) as pipeline:
+        runs = pipeline.runs()
+        chosen = [runs[find_run(runs, args.run)]] if args.run else runs[::-1][: args.n]
+        if args.json:
+            print_json({"pipeline": pipeline.name, "runs": [asdict(run) for run in chosen]})
+        elif args.run:
+            print(_page(chosen[0]))
+        else:
+            header = ("run", "state", "command", "ran", "failed", "time", "when")
+            print(table(header, [_row(run) for run in chosen], flexible=2))
+    return 0
+
+
+def _row(run: PastRun) -> tuple[str, ...]:
+    ran, failed = run.count("BUILT", "UNCHANGED"), run.count("FAILED")
+    when = age_text(run.started) if run.started else "-"
+    return run.id[:8], run.state, _command(run), str(ran), str(failed or "-"), seconds_text(run.seconds), when
+
+
+def _command(run: PastRun) -> str:
+    return shlex.join(run.command) or "(Python)"
+
+
+def _page(run: PastRun) -> str:
+    rows = [
+        (n["node"], n["outcome"], n["reason"], seconds_text(n["seconds"]), size_text(n["bytes"]), n["key"][:12])
+        for n in run.nodes
+    ]
+    head = f"run {run.id[:8]}  {run.state}  {run.started}  {seconds_text(run.seconds)}  pipeline {_command(run)}"
+    problems = [f"error: {n['node']}: {problem}" for n in run.nodes for problem in n["problems"]]
+    return "\n".join([head, table(("node", "outcome", "reason", "time", "size", "key"), rows, flexible=2), *problems])

@@ -1,0 +1,159 @@
+"""What differs between two results, and between two sets of them: runs or pipelines.
+
+Parameters, sources, code, inputs and tools come from the key documents, facts and costs from the records, files by
+digest. What is inside is compared by the stage's own function (:data:`~stagegraph.registry.COMPARERS`), else, for JSON,
+by value.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.changes import changes
+from stagegraph.registry import COMPARERS, load_object
+from stagegraph.workspace import record_size
+
+if TYPE_CHECKING:
+    from stagegraph.api import Pipeline
+    from stagegraph.artifact import Artifact
+
+# Given the files of two results, name -> where the content is: rows of what differs, its value in each as text.
+Comparer = Callable[[Mapping[str, Path], Mapping[str, Path]], list[tuple[str, str, str]]]
+JSON_LIMIT = 16 << 20  # bytes; a larger file is compared as a whole
+SHOWN = 20  # values of one JSON file
+
+
+@dataclass
+class Row:
+    """One difference: what it is about, and its value on both sides (empty where it is not there)."""
+
+    kind: str  # stage, param, source, input, code, tool, fact, file, inside, cost
+    what: str
+    a: str
+    b: str
+
+
+@dataclass
+class Difference:
+    """How two results differ; ``same`` if their outputs are byte for byte the same."""
+
+    a: str
+    b: str
+    same: bool
+    rows: list[Row] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """Return the difference as ``--json`` prints it."""
+        return asdict(self)
+
+
+def difference(a: Artifact, b: Artifact) -> Difference:
+    """Compare two results."""
+    old, new = a.record, b.record
+    outputs = [{port: output["digest"] for port, output in record["outputs"].items()} for record in (old, new)]
+    found = Difference(a.label, b.label, outputs[0] == outputs[1])
+    for change in changes(old["document"], new["document"]):
+        by_value = change.kind in {"stage", "param", "tool"}
+        values = (_text(v) if by_value else _digits(v) for v in (change.old, change.new))
+        found.rows.append(Row(change.kind, f"{change.name} {change.item}".rstrip(), *values))
+    facts = [{name: _text(value) for name, value in record["facts"].items()} for record in (old, new)]
+    found.rows += [Row("fact", *row) for row in _unequal(*facts)]
+    files = [{name: f"{size:,} B {digest[:12]}" for name, (digest, size) in x.files.items()} for x in (a, b)]
+    found.rows += [Row("file", *row) for row in _unequal(*files) if not row[0].startswith("views/")]
+    if not found.same:
+        found.rows += [Row("inside", *row) for row in _inside(a, b)]
+    costs = [_costs(record) for record in (old, new)]
+    found.rows += [Row("cost", *row) for row in _unequal(*costs)]
+    return found
+
+
+def _costs(record: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "seconds": f"{record['seconds']:.2f}",
+        "bytes": f"{record_size(dict(record)):,}",
+        "peak_bytes": f"{record['peak_bytes']:,}",
+    }
+
+
+def _inside(a: Artifact, b: Artifact) -> Iterator[tuple[str, str, str]]:
+    stage = a.record["stage"]
+    if stage == b.record["stage"] and stage in COMPARERS:
+        compare: Comparer = load_object(COMPARERS[stage])
+        yield from compare(*({name: x.object(name) for name in x.whole.files} for x in (a.whole, b.whole)))
+        return
+    for name in a.files.keys() & b.files.keys():
+        changed = a.files[name][0] != b.files[name][0] and max(a.files[name][1], b.files[name][1]) <= JSON_LIMIT
+        if name.endswith(".json") and changed:
+            rows = list(_unequal(*(dict(_leaves(x.read_json(name), "")) for x in (a, b))))
+            yield from ((f"{name}: {what}", old, new) for what, old, new in rows[:SHOWN])
+            if len(rows) > SHOWN:
+                yield f"{name}: {len(rows) - SHOWN} more", "", ""
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from _leaves(below, f"{path}.{key}" if path else key)
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for i, below in enumerate(value):
+            yield from _leaves(below, f"{path}[{i}]")
+    else:
+        yield path, json.dumps(value, ensure_ascii=False)
+
+
+def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    names = list(dict.fromkeys([*a, *b]))
+    return [(name, a.get(name, ""), b.get(name, "")) for name in names if a.get(name) != b.get(name)]
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _digits(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else "" if value is None else "several"
+
+
+@dataclass
+class Sets:
+    """Two sets of results: which nodes only one has, how the others differ, and how many do not."""
+
+    a: str
+    b: str
+    only_a: list[str]
+    only_b: list[str]
+    differing: list[Difference]
+    same: int
+
+    def document(self) -> dict[str, Any]:
+        """Return the differences as ``--json`` prints them."""
+        return asdict(self)
+
+
+def compare_sets(name_a: str, a: Mapping[str, Artifact], name_b: str, b: Mapping[str, Artifact]) -> Sets:
+    """Compare the results of the nodes that two runs or pipelines share; equal keys are equal results."""
+    shared = [node for node in a if node in b]
+    differing = [difference(a[node], b[node]) for node in shared if a[node].key != b[node].key]
+    only_a, only_b = [node for node in a if node not in b], [node for node in b if node not in a]
+    return Sets(name_a, name_b, only_a, only_b, differing, len(shared) - len(differing))
+
+
+def state(pipeline: Pipeline, run: str = "") -> dict[str, Artifact]:
+    """Return every node's result, as of a run or as it is now; a record that is gone is left out."""
+    from stagegraph.artifact import Artifact
+    from stagegraph.history import find_run, key_at
+
+    runs = pipeline.runs() if run else []
+    position = find_run(runs, run) if run else -1
+    names = dict.fromkeys([*pipeline.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
+    found = {}
+    for name in names:
+        key = key_at(runs, position, name) if run else pipeline.workspace.last(pipeline.name, name).get("key")
+        record = pipeline.workspace.record(key) if key else None
+        if record is not None:
+            found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, pipeline.workspace)
+    return found

@@ -1,0 +1,50 @@
+"""What a running run still needs, so that cleaning up beside it takes nothing away.
+
+A run that executes something keeps a file ``running/<pid>-<time>`` locked while it lasts and writes the keys of the
+results it has settled on into it. A killed run's lock is gone, and with it its claim.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Pin:
+    """The claim of one run on the results it has settled on."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "running" / f"{os.getpid()}-{time.time_ns()}"
+        self._path.parent.mkdir(exist_ok=True)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Claim more results."""
+        os.write(self._file, "".join(f"{key}\n" for key in keys).encode())
+
+    def release(self) -> None:
+        """End the claim."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def pinned(root: Path) -> tuple[int, set[str]]:
+    """Return how many runs are under way and the keys they claim; files of runs that are gone are removed."""
+    running, keys = 0, set()
+    folder = root / "running"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            running += 1
+            keys.update(path.read_text().split())
+        else:
+            path.unlink()
+        finally:
+            os.close(descriptor)
+    return running, keys

@@ -1,0 +1,218 @@
+"""All parameters of one model, in parallel: which thread makes which, where it goes, what is known already."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.conversion import kernels
+from stages.conversion.digests import Digests
+from stages.conversion.memory import Memory
+from stages.conversion.parts import ConversionError
+from stages.models import transforms
+from stages.models.weights import NUMPY_DTYPES, Weights
+from stages.quantization import layouts
+from stages.quantization.convert import ALGORITHM, convert, kernel_names
+from stages.quantization.tensor_cache import Tensor, shard_name, shards
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from stages.conversion.parts import Keeper, Part
+    from stages.quantization.native import Kernels
+    from stages.quantization.schemes import Scheme
+
+KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
+SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
+
+    ``scales`` is max or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles kernels.
+    """
+
+    register: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Path]
+    digests: Mapping[str, str]
+    scheme: Scheme
+    scales: str
+    threads: int
+    tools: Mapping[str, str]
+
+
+class Conversion:
+    """Writes ``folder``'s shards; ``scratch`` takes what is no output. Both are made and, failing, left behind."""
+
+    def __init__(self, plan: Plan, keeper: Keeper, folder: Path, scratch: Path) -> None:
+        stored = {e["name"]: Tensor(e["name"], tuple(e["shape"]), e["dtype"]) for e in plan.register["params"]}
+        self._plan = plan
+        self._keeper = keeper
+        self._logical: Sequence[Mapping[str, Any]] = plan.register["logical"]
+        self._stored = [[stored[name] for name in entry["stored"]] for entry in self._logical]
+        self._weights = Weights(plan.files, plan.tensors)
+        self._sizes = [sum(self._weights.nbytes(name) for name in entry["sources"]) for entry in self._logical]
+        self._folder = folder
+        self._scratch = scratch
+        self._shards = shards(self._stored)
+        self.contents = [[tensor for index in shard for tensor in self._stored[index]] for shard in self._shards]
+        alone = {shard[0]: shard_name(number) for number, shard in enumerate(self._shards) if len(shard) == 1}
+        self._targets = [
+            folder / alone[index] if index in alone else scratch / str(index) for index in range(len(self._logical))
+        ]
+        self.total = sum(self._sizes)
+        self.stored_bytes = sum(tensor.nbytes for tensors in self._stored for tensor in tensors)
+        self.done = self._written = self._finished = 0
+        self._lock = Lock()
+        self._began = time.monotonic()
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make every parameter and every shard; return a line for each parameter, in packed order.
+
+        :class:`ConversionError` names every parameter that was found wrong until the first one ended the work.
+        """
+        self._folder.mkdir()
+        self._scratch.mkdir()
+        plan, keeper = self._plan, self._keeper
+        library = None
+        if self.total >= KERNELS_FROM:
+            library = kernels.load(keeper, self._kernel_names(), self._scratch, plan.tools)
+        names = [name for entry in self._logical for name in entry["sources"]]
+        digests = Digests(keeper, self._weights, plan.tensors, names, plan.digests, self._scratch)
+        memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
+        in_file_order = sorted(
+            range(len(self._logical)), key=lambda index: self._weights.place(self._logical[index]["sources"][0])
+        )
+        with ThreadPoolExecutor(plan.threads or len(os.sched_getaffinity(0))) as pool:
+            jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in in_file_order}
+            wait(jobs.values(), return_when=FIRST_EXCEPTION)
+            pool.shutdown(cancel_futures=True)
+        _raise_failures(list(jobs.values()))
+        self._join_small()
+        shutil.rmtree(self._scratch)
+        return [jobs[index].result() for index in range(len(self._logical))]
+
+    def _kernel_names(self) -> list[str]:
+        sources = {self._plan.tensors[name]["dtype"] for entry in self._logical for name in entry["sources"]}
+        dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
+        return [
+            name
+            for source in sorted(str(np.dtype(NUMPY_DTYPES[dtype])) for dtype in sources)
+            for name in kernel_names(source, self._plan.scheme, self._plan.scales, dtypes=dtypes)
+        ]
+
+    def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> dict[str, Any]:
+        """Make one parameter unless it is known, and say how far all are; runs in a thread."""
+        entry, target = self._logical[index], self._targets[index]
+        values = math.prod(entry["shape"])
+        copied = 4 * values if entry["transform"] != "copy" else 0
+        made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
+        with memory.reserved(self._sizes[index] + copied + made):
+            try:
+                document = self._document(entry, digests)
+                part = self._keeper.recall("tensor", document)
+                if part is not None:
+                    _link(part.path, target)
+                else:
+                    part = self._convert(entry, target, document, library)
+            except ValueError as error:
+                made_of = ", ".join(entry["sources"])
+                raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
+        with self._lock:
+            self._finished += 1
+            self.done += self._sizes[index]
+            self._written += sum(tensor.nbytes for tensor in self._stored[index])
+            self._keeper.progress(self.done, self.total, "B", self._note())
+        return {
+            "name": entry["name"],
+            "kind": entry["kind"],
+            "scheme": self._plan.scheme.name if entry["quantize"] else entry["dtype"],
+            "shape": entry["shape"],
+            "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
+            **part.facts,
+        }
+
+    def _document(self, entry: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+        """Return all that the stored bytes of a parameter depend on; its name is not among it."""
+        scheme = self._plan.scheme
+        how: dict[str, Any] = {"dtype": entry["dtype"]}
+        if entry["quantize"]:
+            how = {
+                "kind": scheme.kind,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "scale_dtype": scheme.storage_dtype,
+                "scales": self._plan.scales,
+            }
+        tensors = [(name, self._plan.tensors[name]) for name in entry["sources"]]
+        sources = [[digests[name], found["dtype"], found["shape"]] for name, found in tensors]
+        made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
+        return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
+
+    def _convert(
+        self, entry: Mapping[str, Any], target: Path, document: Mapping[str, Any], library: Kernels | None
+    ) -> Part:
+        arrays = [self._weights[name] for name in entry["sources"]]
+        if entry["transform"] != "concat0":  # which is what stacked parts mean: nothing is copied for it
+            arrays = [transforms.apply(entry["transform"], arrays)]
+        made = convert(
+            arrays, self._plan.scheme, entry["kind"], dtype=entry["dtype"], scales=self._plan.scales, kernels=library
+        )
+        with target.open("xb", buffering=0) as file:
+            for tensor in made.stored:
+                _write(file, layouts.arrange(entry["layout"], tensor, self._plan.scheme.bits))
+        # Four digits: kernels and NumPy add up in another order.
+        facts = {"rmse": float(f"{made.rmse:.4g}"), "max_error": float(f"{made.worst:.4g}")}
+        return self._keeper.remember("tensor", document, target, source_dtype=str(arrays[0].dtype), **facts)
+
+    def _join_small(self) -> None:
+        """Write the shards that several parameters share."""
+        for number, shard in enumerate(self._shards):
+            if len(shard) > 1:
+                with (self._folder / shard_name(number)).open("xb") as file:
+                    for index in shard:
+                        file.write(self._targets[index].read_bytes())
+
+    def _note(self) -> str:
+        rate = self.done / max(time.monotonic() - self._began, 1e-6)
+        return (
+            f"{self._finished} of {len(self._logical)} tensors, {self._written / 1e6:,.0f} MB out, "
+            f"{rate / 1e6:,.0f} MB/s, {(self.total - self.done) / max(rate, 1):,.0f} s left"
+        )
+
+
+def _write(file: Any, tensor: np.ndarray) -> None:
+    """Write all of a tensor's bytes; a raw file takes at most 2 GiB at once."""
+    data = tensor.reshape(-1).view(np.uint8).data
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give ``source`` a second name; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _raise_failures(jobs: Sequence[Future[Any]]) -> None:
+    """Raise what ended the work: every wrong parameter at once, or the first failure of another kind."""
+    failed = [error for job in jobs if not job.cancelled() and (error := job.exception())]
+    for error in failed:
+        if not isinstance(error, ConversionError):
+            raise error
+    if failed:
+        raise ConversionError(*(problem for error in failed for problem in getattr(error, "problems", ())))

@@ -1,0 +1,73 @@
+"""Digests of checkpoint tensors, each taken once: those of a file are remembered under the file's own digest."""
+
+from __future__ import annotations
+
+import json
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from stages.conversion.parts import Keeper
+    from stages.models.weights import Weights
+
+KIND = "digests"
+
+
+class Digests:
+    """Content digests by tensor name; safe to ask from several threads. ``files`` are the shards' own digests.
+
+    ``names`` are all that will be asked for: when the last one of a file is known, the file's are kept.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        weights: Weights,
+        tensors: Mapping[str, Mapping[str, Any]],
+        names: Iterable[str],
+        files: Mapping[str, str],
+        scratch: Path,
+    ) -> None:
+        self._keeper = keeper
+        self._weights = weights
+        self._tensors = tensors
+        self._files = files
+        self._scratch = scratch
+        self._lock = Lock()
+        self._known: dict[str, str] = {}
+        self._waiting: dict[str, set[str]] = {}  # file -> its tensors that are not known yet
+        for name in names:
+            self._waiting.setdefault(tensors[name]["file"], set()).add(name)
+        for file, wanted in self._waiting.items():
+            part = keeper.recall(KIND, {"file": files[file]}) if file in files else None
+            if part is not None:
+                found = json.loads(part.path.read_bytes())
+                self._known |= found
+                wanted.difference_update(found)
+
+    def __getitem__(self, name: str) -> str:
+        """Return a tensor's digest, reading the tensor where it is not known."""
+        if name not in self._known:
+            digest = blake3(self._weights[name].reshape(-1).view(np.uint8).data).hexdigest()
+            with self._lock:
+                self._known[name] = digest
+                self._complete(name, self._tensors[name]["file"])
+        return self._known[name]
+
+    def _complete(self, name: str, file: str) -> None:
+        """Note that ``name`` is known; with the last one of its file, keep the file's."""
+        waiting = self._waiting[file]
+        waiting.discard(name)
+        if waiting or file not in self._files:
+            return
+        known = {name: digest for name, digest in self._known.items() if self._tensors[name]["file"] == file}
+        path = self._scratch / "digests.json"
+        path.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
+        self._keeper.remember(KIND, {"file": self._files[file]}, path)
+        path.unlink()

@@ -1,0 +1,45 @@
+"""What a conversion needs of whoever runs it: to keep finished parts and find them again, and to say how far it is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+class Part(Protocol):
+    """A finished part: its file, and small facts kept with it."""
+
+    @property
+    def path(self) -> Path:
+        """The file; read-only."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The facts."""
+
+
+class Keeper(Protocol):
+    """A stage's context, as far as it is used here."""
+
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        """Return the part kept for ``document``, or None."""
+
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        """Keep ``file`` as the part for ``document``."""
+
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
+        """Report progress."""
+
+    def warn(self, message: str) -> None:
+        """Record a finding that fails nothing."""
+
+
+class ConversionError(ValueError):
+    """Parameters that cannot be converted; ``problems`` names each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems

@@ -1,0 +1,173 @@
+"""What an exported function computes and moves: FLOPs, bytes, and the calls it is made of, to compare two builds by.
+
+Counted before lowering: two per multiply-add of a matmul, one per element that another operator yields. Attention over
+the cache is a call of the runtime whose work depends on what the cache holds; it is not in the counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax as rx
+from tvm import tirx
+
+from stages.graph.describe import operator_name, relax_functions, type_text
+
+# Operators that yield a view of what they are given.
+FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+DTYPE_BYTES |= {"uint32": 4, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
+
+
+class Amount(Counter[tuple[str, ...]]):
+    """A number that may depend on symbolic sizes: names of sizes -> factor; ``()`` is the constant part."""
+
+    def text(self, bounds: Mapping[str, int]) -> str:
+        """Return it in full, with its value where every symbolic size is at its bound."""
+        terms = [" * ".join([f"{factor:,}", *names]) for names, factor in sorted(self.items()) if factor]
+        names = sorted({name for term in self for name in term})
+        if names and all(name in bounds for name in names):
+            value = sum(factor * math.prod(bounds[name] for name in term) for term, factor in self.items())
+            at = ", ".join(f"{name} = {bounds[name]}" for name in names)
+            return f"{' + '.join(terms)} ({value:,} at {at})"
+        return " + ".join(terms) or "0"
+
+
+@dataclass
+class Cost:
+    """What one function takes: FLOPs, bytes of parameters read, bytes of other operands and results."""
+
+    flops: Amount = field(default_factory=Amount)
+    weights: Amount = field(default_factory=Amount)
+    moved: Amount = field(default_factory=Amount)
+    runtime_calls: int = 0
+
+
+def costs(module: tvm.IRModule) -> dict[str, Cost]:
+    """Return function name -> what it takes."""
+    return {name: _cost(function) for name, function in relax_functions(module)}
+
+
+def _cost(function: rx.Function) -> Cost:
+    cost = Cost()
+    packed = function.params[-1]
+    parameters: set[Any] = set()  # as they are stored
+    derived: set[Any] = set()  # computed from parameters alone: fusion never writes them to memory
+    for binding in _bindings(function):
+        value = binding.value
+        if isinstance(value, rx.TupleGetItem) and value.tuple_value.same_as(packed):
+            parameters.add(binding.var)
+        if not isinstance(value, rx.Call):
+            continue
+        name, operands = operator_name(value), list(_operands(value))
+        if name.startswith("vm.builtin.attention"):
+            cost.runtime_calls += 1
+        if not isinstance(value.ty, rx.TensorType) or name.startswith("vm.builtin"):
+            continue
+        known = bool(operands) and all(operand in parameters | derived for operand in operands)
+        if name in FREE:
+            (parameters if known and operands[0] in parameters else derived if known else set()).add(binding.var)
+            continue
+        cost.flops.update(_work(value, name))
+        if known:
+            derived.add(binding.var)
+        else:
+            cost.moved.update(_bytes(value.ty))
+        rows, operands = _rows_taken(value, name, operands, parameters)
+        cost.weights.update(rows)
+        for operand in operands:
+            if operand in parameters:
+                cost.weights.update(_bytes(operand.ty))
+            elif operand not in derived:
+                cost.moved.update(_bytes(operand.ty))
+    return cost
+
+
+def _rows_taken(call: rx.Call, name: str, operands: list[Any], parameters: set[Any]) -> tuple[Amount, list[Any]]:
+    """Return the bytes of the rows that ``call`` takes of tables, and its operands without those."""
+    if name == "take" and operands[0] in parameters:
+        return _bytes(call.ty), operands[1:]
+    read = Amount()
+    if name == "rows":  # of a table in blocks of features: all columns that are stored of each row
+        for table in operands[1:]:
+            shape = [call.ty.shape.values[0], table.ty.shape.values[1]]
+            read.update(_bytes(rx.TensorType(shape, table.ty.dtype)))
+        return read, operands[:1]
+    return read, operands
+
+
+def _work(call: rx.Call, name: str) -> Amount:
+    size = _size(call.ty)
+    return _scaled(size, call.args[0].ty.shape.values[-1], 2) if name == "matmul" else size
+
+
+def _bindings(function: rx.Function) -> Iterator[Any]:
+    for block in function.body.blocks:
+        yield from block.bindings
+
+
+def _calls(function: rx.Function) -> Iterator[rx.Call]:
+    for binding in _bindings(function):
+        if isinstance(binding.value, rx.Call):
+            yield binding.value
+
+
+def _operands(call: rx.Call) -> Iterator[Any]:
+    for arg in call.args:
+        for value in arg.fields if isinstance(arg, rx.Tuple) else [arg]:
+            if isinstance(getattr(value, "ty", None), rx.TensorType):
+                yield value
+
+
+def _size(ty: rx.TensorType) -> Amount:
+    size = Amount({(): 1})
+    for dim in ty.shape.values:
+        size = _scaled(size, dim, 1)
+    return size
+
+
+def _bytes(ty: rx.TensorType) -> Amount:
+    return _scaled(_size(ty), tirx.IntImm("int64", DTYPE_BYTES[str(ty.dtype)]), 1)
+
+
+def _scaled(amount: Amount, dim: Any, factor: int) -> Amount:
+    if isinstance(dim, tirx.IntImm):
+        return Amount({names: count * int(dim) * factor for names, count in amount.items()})
+    return Amount({tuple(sorted([*names, str(dim)])): count * factor for names, count in amount.items()})
+
+
+def cost_table(module: tvm.IRModule) -> str:
+    """Render :func:`costs` as a page."""
+    lines = []
+    for name, function in relax_functions(module):
+        cost = _cost(function)
+        bounds = {key: int(value) for key, value in (function.attrs or {}).get("tir_var_upper_bound", {}).items()}
+        lines += [f"{name}", f"  FLOPs                  {cost.flops.text(bounds)}"]
+        lines += [f"  parameters read, bytes {cost.weights.text(bounds)}"]
+        lines += [f"  other values, bytes    {cost.moved.text(bounds)}"]
+        if cost.runtime_calls:
+            lines += [f"  not counted            {cost.runtime_calls} calls of attention over the cache"]
+    return "\n".join([*lines, "", "Counted before lowering: fusion moves fewer bytes."]) + "\n"
+
+
+def structure(module: tvm.IRModule) -> str:
+    """Return JSON for comparing two builds: function -> its calls with types, and kernel -> structural hash."""
+    functions = {name: [_line(call) for call in _calls(function)] for name, function in relax_functions(module)}
+    kernels = {
+        var.name_hint: f"{tvm_ffi.structural_hash(function, map_free_vars=True) & (1 << 64) - 1:016x}"
+        for var, function in module.functions_items()
+        if isinstance(function, tirx.PrimFunc)
+    }
+    return json.dumps({"schema": 1, "functions": functions, "kernels": kernels}, indent=1, sort_keys=True) + "\n"
+
+
+def _line(call: rx.Call) -> str:
+    operands = ", ".join(type_text(operand.ty) for operand in _operands(call))
+    return f"{operator_name(call)}({operands}) -> {type_text(call.ty)}"

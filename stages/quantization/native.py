@@ -1,0 +1,193 @@
+"""Calls compiled kernels by their C interface, without TVM: a process that only quantizes never loads a compiler.
+
+A kernel's name says what it does: ``quantize_bfloat16_float16_4_32_max``, ``cast_bfloat16_float16``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.quantization.dtypes import numpy_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stages.quantization import kernels  # noqa: F401 - runs in a process of its own: what it says counts here
+    from stages.quantization.schemes import Scheme
+
+ROW = 4096  # values of one row of a cast
+POINTER, INTEGER = 4, 1  # TVMFFITypeIndex: kTVMFFIOpaquePtr, kTVMFFIInt
+BUILD_SECONDS = 120
+
+
+class KernelError(ValueError):
+    """The kernels could not be built; the message ends with the last lines the compiler printed."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What an error is made of: sums of squares of error and value, largest |error| and |value|."""
+
+    errors: float
+    squares: float
+    worst: float
+    peak: float
+
+    def relative(self) -> tuple[float, float] | None:
+        """Return (relative RMSE, largest error over largest value); None where float32 sums are no measure."""
+        if not (math.isfinite(self.squares) and (self.squares > 1e-25 or self.peak == 0)):
+            return None
+        return (math.sqrt(self.errors / self.squares), self.worst / self.peak) if self.peak else (0.0, 0.0)
+
+
+def quantize_name(source: str, scheme: Scheme, scales: str) -> str:
+    """Return the name of the kernel that quantizes values of dtype ``source``."""
+    return f"quantize_{source}_{scheme.storage_dtype}_{scheme.bits}_{scheme.group_size}_{scales}"
+
+
+def cast_name(source: str, stored: str) -> str:
+    """Return the name of the kernel that casts ``source`` to ``stored``."""
+    return f"cast_{source}_{stored}"
+
+
+def parse_name(name: str) -> tuple[str, tuple[Any, ...]]:
+    """Return a kernel's algorithm and its arguments."""
+    algorithm, *words = name.split("_")
+    return algorithm, tuple(int(word) if word.isdigit() else word for word in words)
+
+
+def code_of_kernels() -> list[Path]:
+    """Return the files the kernels are made by."""
+    return [Path(__file__).with_name(name) for name in ("kernels.py", "group.py", "native.py")]
+
+
+def build(library: Path, cpu: str, cxx: str, names: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Compile the kernels ``names`` into ``library`` in a process of its own, whose memory goes with it."""
+    command = [sys.executable, "-m", "stages.quantization.kernels", str(library), cpu, cxx, *names]
+    # Without the first, tvm_ffi imports torch wherever it is installed.
+    variables = {"TVM_FFI_DISABLE_TORCH_C_DLPACK": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    try:
+        done = subprocess.run(
+            command,
+            env={**environment, **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=BUILD_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise KernelError(f"{cxx}: the kernels were not built within {BUILD_SECONDS} s") from None
+    if done.returncode:
+        raise KernelError("\n".join(done.stdout.strip().splitlines()[-20:]))
+
+
+class Kernels:
+    """A library of kernels, loaded. Calls may come from several threads; each runs outside the interpreter's lock."""
+
+    def __init__(self, library: Path) -> None:
+        ffi = importlib.util.find_spec("tvm_ffi")
+        assert ffi is not None
+        assert ffi.origin is not None
+        # Where the kernels' argument checks would report to; 3 MB, no compiler.
+        ctypes.CDLL(str(Path(ffi.origin).parent / "lib" / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
+        self._library = ctypes.CDLL(str(library))
+
+    def quantize(
+        self, parts: Sequence[np.ndarray], scheme: Scheme, scales: str
+    ) -> tuple[np.ndarray, np.ndarray, Sums] | None:
+        """Quantize the weight [n, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
+
+        None where that says what is wrong. Parts are contiguous and of one dtype.
+
+        A short last group is quantized from a copy that is filled up with zeros.
+        """
+        n, k = sum(len(part) for part in parts), parts[0].shape[1]
+        words = np.empty((n, scheme.words(k)), "<u4")
+        scale = np.empty((n, scheme.groups(k)), numpy_dtype(scheme.storage_dtype))
+        stats = np.zeros((2, n, 4), np.float32)
+        at = 0
+        for part in parts:
+            rows = slice(at, at + len(part))
+            self._quantize(part, words[rows], scale[rows], stats[:, rows], scheme, scales)
+            at = rows.stop
+        sums = _sums(stats.reshape(-1, 4))
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(np.float32(np.float32(sums.peak / scheme.top).astype(scale.dtype)))
+        return (words, scale, sums) if fits else None
+
+    def _quantize(
+        self, weight: np.ndarray, words: np.ndarray, scale: np.ndarray, stats: np.ndarray, scheme: Scheme, scales: str
+    ) -> None:
+        (n, k), size = weight.shape, scheme.group_size
+        whole = k // size
+        name = quantize_name(str(weight.dtype), scheme, scales)
+        strides = words.shape[1], scale.shape[1]
+        if whole:
+            self._call(name, [weight, words, scale, stats[0]], n, whole, k, *strides)
+        if k % size:
+            last = np.zeros((n, size), weight.dtype)
+            last[:, : k % size] = weight[:, whole * size :]
+            per_group = size // scheme.per_word
+            self._call(name, [last, words[:, whole * per_group :], scale[:, whole:], stats[1]], n, 1, size, *strides)
+            _clear_past_end(words[:, whole * per_group :], k % size, scheme)
+
+    def cast(self, array: np.ndarray, dtype: str) -> tuple[np.ndarray, Sums] | None:
+        """Return contiguous ``array`` as ``dtype`` as :func:`.blocks.cast` does; None where that says what is wrong."""
+        flat = array.reshape(-1)
+        stored = np.empty(array.shape, numpy_dtype(dtype))
+        whole = flat.size // ROW
+        stats = np.zeros((whole + 1, 4), np.float32)
+        name = cast_name(str(array.dtype), dtype)
+        self._call(name, [flat, stored, stats], whole)
+        rest = flat.size - whole * ROW
+        if rest:
+            last, last_stored = np.zeros(ROW, array.dtype), np.empty(ROW, stored.dtype)
+            last[:rest] = flat[whole * ROW :]
+            self._call(name, [last, last_stored, stats[whole:]], 1)
+            stored.reshape(-1)[whole * ROW :] = last_stored[:rest]
+        sums = _sums(stats)
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(np.float32(np.float32(sums.peak).astype(stored.dtype)))
+        return (stored, sums) if fits else None
+
+    def _call(self, name: str, arrays: Sequence[np.ndarray], *numbers: int) -> None:
+        function = getattr(self._library, f"__tvm_ffi_{name}")
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+        values = [*((POINTER, array.ctypes.data) for array in arrays), *((INTEGER, number) for number in numbers)]
+        arguments = (_Any * len(values))(*(_Any(kind, 0, value) for kind, value in values))
+        status = function(None, arguments, len(values), ctypes.byref(_Any()))
+        if status:
+            raise KernelError(f"the kernel {name} refused its arguments ({status})")
+
+
+class _Any(ctypes.Structure):
+    """TVMFFIAny."""
+
+    _fields_ = (("type_index", ctypes.c_int32), ("padding", ctypes.c_uint32), ("value", ctypes.c_int64))
+
+
+def _sums(stats: np.ndarray) -> Sums:
+    """Add up rows; a peak that is no number stays one."""
+    errors, squares = stats[:, :2].sum(axis=0, dtype=np.float64)
+    return Sums(float(errors), float(squares), float(stats[:, 2].max()), float(stats[:, 3].max()))
+
+
+def _clear_past_end(words: np.ndarray, count: int, scheme: Scheme) -> None:
+    """Zero the codes of a last group ``words`` [n, words of a group] behind its ``count`` values."""
+    full, codes = divmod(count, scheme.per_word)
+    if codes:
+        words[:, full] &= np.uint32((1 << codes * scheme.bits) - 1)
+        full += 1
+    words[:, full:] = 0

@@ -1,0 +1,60 @@
+"""The looking verbs on the real pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.e2e.conftest import Project
+from tests.e2e.test_main_job import executed
+
+
+def test_quantize_does_not_run_for_a_tokenizer_file(project: Project) -> None:
+    path = project.checkpoint / "tokenizer_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "model_max_length": 2048}))
+    assert executed(project.run("--stage", "quantize")) == set()
+    said = project("explain", "tokenizer-bundle", "overlay.yaml").stdout
+    assert "tokenizer_config.json changed (source checkpoint) (overlay.yaml:2)" in said
+
+
+def test_an_edited_function_is_named_and_the_graphs_compared(project: Project) -> None:
+    path = project.stages / "graph" / "softmax.py"
+    text, node = path.read_text(), "graph-build[llvm,softmax]"
+    project.edit("graph/softmax.py", "op.softmax(logits / ", "op.softmax(op.negative(logits) / ")
+    said = project("explain", node, "overlay.yaml").stdout
+    assert "stages/graph/softmax.py changed (function Softmax.softmax_with_temperature)" in said
+    project.run("--stage", node)
+    compared = project("diff", f"{node}@~1", node, "overlay.yaml").stdout
+    assert "softmax_with_temperature, call" in compared
+    path.write_text(text)
+    back = project.run("--stage", node)
+    assert executed(back) == set()
+    assert back[node]["reason"] == "back to an earlier result"
+
+
+def test_graphs_can_be_read_with_what_they_cost(built: Project) -> None:
+    ir = built("show", "graph-build[llvm,decode]", "overlay.yaml", "--ir").stdout
+    assert "def decode(" in ir
+    assert "FLOPs" in built("show", "graph-build[llvm,decode]", "overlay.yaml", "--view", "cost").stdout
+    described = built("show", "compile[llvm]:model.so", "overlay.yaml").stdout
+    assert "an ELF binary" in described
+
+
+def test_a_library_in_a_bundle_comes_from_its_compile_and_every_source(built: Project) -> None:
+    found = json.loads(built("lineage", "bundle[llvm]:bundle/model.so", "overlay.yaml", "--json").stdout)
+    assert found["copied"] == {"bundle/model.so": "compile[llvm]:model.so"}
+    labels = [origin["label"] for origin in found["executions"]]
+    assert labels[0] == "compile[llvm]"
+    assert "config-parse" in labels
+    assert "quantize[llvm]" not in labels
+    sources = {name for o in found["executions"] for files in o["sources"].values() for name in files}
+    assert "config.json" in sources
+
+
+def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
+    target = tmp_path / "ship" / "model"
+    built("export", "bundle[llvm]:bundle", str(target), "overlay.yaml")
+    assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in target.rglob("*") if path.is_file())
+    said = json.loads(built("generate", str(target), "--prompt", "It was", "--max-tokens", "3", "--json").stdout)
+    assert said["text"]

@@ -1,0 +1,127 @@
+"""How the command line feels: help that fits, suggestions, completion, colours, documents of a known shape."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from stagegraph.cli import common, main
+from tests.engine.conftest import Demo
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
+OWN = [verb for verb, (module, _) in main.TABLE.items() if module.startswith("stagegraph.")]
+
+
+@pytest.mark.parametrize("verb", main.TABLE)
+def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = main.build_parser(verb).format_help().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 25
+    assert verb not in OWN or lines[-1].startswith("example: ")
+
+
+@pytest.mark.parametrize("verb", OWN)
+def test_the_example_of_each_verb_parses(verb: str, demo: Demo) -> None:
+    import shlex
+
+    example = main.build_parser(verb).format_help().splitlines()[-1].removeprefix("example: ")
+    command = example.partition("pipeline ")[2].partition(" > ")[0].partition(" ||")[0].partition(')"')[0]
+    name, *rest = shlex.split(command)
+    assert name == verb
+    main.parse(verb, rest)
+
+
+def test_the_list_of_verbs_fits_a_screen() -> None:
+    lines = main.usage().splitlines()
+    assert len(lines) <= 25
+    assert max(map(len, lines)) <= 80
+
+
+def test_misspelt_verbs_and_options_get_a_suggestion(demo: Demo) -> None:
+    assert "no verb 'statsu'; did you mean 'status'?" in demo("statsu").err
+    result = demo("run", str(demo.pipeline), "--dry-rum")
+    assert (result.code, result.err) == (2, "error: unknown argument '--dry-rum'; did you mean '--dry-run'?\n")
+    assert "did you mean '--stage'?" in demo("run", str(demo.pipeline), "--stages=x").err
+    assert "unknown argument 'extra'; `pipeline status --help`" in demo("status", str(demo.pipeline), "extra").err
+
+
+def completed(demo: Demo, monkeypatch, *words: str) -> list[str]:
+    monkeypatch.chdir(demo.folder)
+    return demo("complete", *words).out.split("\n")[:-1]
+
+
+def test_completion(demo: Demo, monkeypatch) -> None:
+    assert completed(demo, monkeypatch, "ex") == ["explain", "export"]
+    assert completed(demo, monkeypatch, "show", "sha") == ["shape", "shape[column]", "shape[line]"]
+    assert completed(demo, monkeypatch, "show", "'shape\\[l") == ["shape[line]"]
+    assert completed(demo, monkeypatch, "run", "--stage", "j") == ["join"]
+    assert completed(demo, monkeypatch, "run", "--dr") == ["--dry-run"]
+    assert completed(demo, monkeypatch, "graph", "--format", "") == ["ascii", "dot", "mermaid", "svg"]
+    assert completed(demo, monkeypatch, "diff", "join", "re") == ["read"]
+    assert completed(demo, monkeypatch, "diff", "--json", "join", "re") == ["read"]
+    assert completed(demo, monkeypatch, "completion", "") == ["bash", "fish", "zsh"]
+    assert completed(demo, monkeypatch, "run", "") == [""]  # a file: the shell's to complete
+    demo.pipeline.write_text("broken: [")
+    assert completed(demo, monkeypatch, "show", "") == [""]
+
+
+def test_bash_completes_node_names(demo: Demo) -> None:
+    script = demo("completion", "bash").out
+    stub = 'pipeline() { [ "$1/$2/$3" = complete/show/shape ] && printf "shape\\nshape[a,b]\\n"; }\n'
+    asked = 'COMP_WORDS=(pipeline show shape); COMP_CWORD=2; _pipeline; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    done = subprocess.run(["bash", "-c", script + stub + asked], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["shape", "shape\\[a\\,b\\]"]
+
+
+def test_colours_only_on_terminals_that_take_them(monkeypatch) -> None:
+    rows = [("a", "HIT", "x"), ("b", "STALE", "HIT in the text")]
+    plain = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    assert "\x1b" not in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    painted = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    assert painted.count("\x1b[0m") == 2
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert common.table(("node", "status", "reason"), rows, flexible=2, width=80) == plain
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_tables_keep_to_the_width(demo: Demo, monkeypatch, columns: int) -> None:
+    demo.run()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for argv in (["status"], ["run"], ["run", "--dry-run"], ["runs"], ["du"]):
+        lines = demo(argv[0], str(demo.pipeline), *argv[1:]).out.splitlines()
+        assert max(map(len, lines[:4])) <= columns, argv
+
+
+def test_quiet_prints_problems_only(demo: Demo) -> None:
+    done = demo("run", str(demo.pipeline), "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+LOOKS = [
+    ["run"], ["run", "--dry-run"], ["status"], ["explain", "join"], ["show", "join"], ["runs"], ["lineage", "join"],
+    ["diff", "join@~1", "join"], ["diff", "~1", "~0"], ["du"], ["gc", "--dry-run"], ["fsck"],
+]  # fmt: skip
+
+
+def test_json_documents_are_as_documented(demo: Demo) -> None:
+    demo.run()
+    demo.run("--set", "vars.glue=+")
+    demo.edit("line", '" ".join', '"  ".join')
+    for verb, *rest in [*LOOKS[1:], *LOOKS]:
+        kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["~1", "~0"] else verb
+        names, options = [r for r in rest if r[0] != "-"], [r for r in rest if r[0] == "-"]
+        document = demo(verb, *names, str(demo.pipeline), *options, "--json").json
+        jsonschema.validate(document, {**SCHEMA, "$ref": f"#/$defs/{kind}"})
+    demo.source.write_text("FAIL\n")
+    jsonschema.validate(demo.run().json, {**SCHEMA, "$ref": "#/$defs/run"})
+    failed = demo("show", "nothing", str(demo.pipeline), "--json").json
+    jsonschema.validate(failed, {**SCHEMA, "$ref": "#/$defs/problems"})

@@ -1,0 +1,162 @@
+"""Cleaning up: what goes, what stays, and that a run beside it loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from stagegraph import Pipeline
+from stagegraph.pins import Pin, pinned
+from tests.engine.conftest import Demo
+from tests.engine.test_faults import start, wait_for
+
+
+def glue(demo: Demo, *values: str) -> None:
+    for value in values:
+        assert demo.run("--set", f"vars.glue={value}").code == 0
+    demo.counts  # noqa: B018
+
+
+def gc(demo: Demo, *argv: str) -> dict:
+    result = demo("gc", str(demo.pipeline), "--json", *argv)
+    assert result.code == 0, result.err
+    return result.json
+
+
+def test_results_of_the_last_runs_stay(demo: Demo) -> None:
+    glue(demo, "a", "b", "c", "d")
+    foretold = gc(demo, "--keep-runs", "2", "--dry-run")
+    removed = gc(demo, "--keep-runs", "2")
+    assert {**foretold, "dry_run": False} == removed
+    assert [item["what"] for item in removed["removed"]] == ["join", "join"]
+    assert removed["freed_bytes"] > 0
+    glue(demo, "c")
+    assert demo.counts == []
+    demo.run("--set", "vars.glue=a")
+    assert demo.counts == ["join"]
+    assert gc(demo, "--keep-runs", "100")["removed"] == []
+
+
+def test_what_a_kept_run_had_from_before_stays(demo: Demo) -> None:
+    """The state as of a run includes results it found in place."""
+    demo.run()
+    glue(demo, "b")
+    demo.source.write_text("other words\n")
+    glue(demo, "b")
+    gc(demo, "--keep-runs", "2")
+    with Pipeline(demo.pipeline) as pipeline:
+        assert pipeline.artifact("read@~1:words.txt").read_text("words.txt") == "some words here\n"
+
+
+def test_what_artifacts_show_is_never_removed(demo: Demo) -> None:
+    glue(demo, "a", "b")
+    other = demo.folder / "other.yaml"
+    other.write_text(demo.pipeline.read_text().replace("name: demo", "name: other"))
+    assert demo("run", str(other), "--set", "vars.glue=z").code == 0
+    demo.counts  # noqa: B018
+    removed = gc(demo, "--keep-runs", "0", "--max-size", "0")
+    assert "larger than --max-size" in removed["notes"][0]
+    glue(demo, "b")
+    demo("run", str(other), "--set", "vars.glue=z")
+    assert demo.counts == []
+    assert demo("fsck", str(demo.pipeline)).code == 0
+    demo.path("join", "joined.txt").unlink()
+    glue(demo, "b")
+    assert demo.path("join", "joined.txt").read_text().count("b") == 1
+
+
+def test_the_oldest_go_first_until_it_fits(demo: Demo) -> None:
+    demo.edit("join", "ctx.params.glue.join(parts)", "ctx.params.glue * 1000 + ctx.params.glue.join(parts)")
+    glue(demo, "a", "b", "c", "d")
+    held = demo("du", str(demo.pipeline), "--json").json["bytes"]
+    removed = gc(demo, "--max-size", f"{held - 1500}")
+    assert len(removed["removed"]) == 2
+    assert removed["left_bytes"] <= held - 1500
+    glue(demo, "c", "d")
+    demo.run("--set", "vars.glue=a")
+    assert demo.counts == ["join"]
+
+
+@pytest.mark.parametrize("size", ["50gigs", "-5", "GB", "1e3"])
+def test_sizes_are_checked(demo: Demo, size: str) -> None:
+    result = demo("gc", str(demo.pipeline), f"--max-size={size}")
+    assert (result.code, "expected a size such as 50GB" in result.err) == (2, True)
+
+
+def test_kept_source_texts_and_logs_go_with_their_results(demo: Demo) -> None:
+    demo.run()
+    demo.edit("join", 'count("join")', 'count("join"); print("two")')
+    demo.run()
+    with Pipeline(demo.pipeline) as pipeline:
+        before = set(pipeline.workspace.index.names("text:"))
+    gc(demo, "--keep-runs", "1")
+    with Pipeline(demo.pipeline) as pipeline:
+        after = set(pipeline.workspace.index.names("text:"))
+        logs = list((pipeline.workspace.root / "logs").rglob("*.log"))
+    assert len(before - after) == 1
+    assert len(logs) == 4
+
+
+def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo: Demo) -> None:
+    demo.run()
+    with Pipeline(demo.pipeline) as pipeline:
+        from stagegraph.memo import Memo
+
+        file = demo.folder / "part"
+        file.write_bytes(b"p" * 5000)
+        Memo(pipeline.workspace.store).remember("tensor", {"a": 1}, file)
+        pin = Pin(pipeline.workspace.root)
+        beside = gc(demo, "--max-size", "1000")
+        pin.release()
+        assert [item["kind"] for item in beside["removed"]] == []
+        assert gc(demo)["removed"] == []
+        after = gc(demo, "--max-size", "1000")
+        assert [(item["kind"], item["what"]) for item in after["removed"]] == [("part", "tensor")]
+        assert Memo(pipeline.workspace.store).recall("tensor", {"a": 1}) is None
+    assert demo("fsck", str(demo.pipeline)).code == 0
+
+
+def test_a_run_beside_it_loses_nothing(demo: Demo) -> None:
+    """The run has settled on results that a rival has since replaced in artifacts/; they are no run's last, either."""
+    demo.pipeline.write_text(
+        demo.pipeline.read_text()
+        .replace("  join:", "  trouble: {with: {kind: '${vars.kind}'}}\n  join:")
+        .replace("vars: {", "vars: {kind: none, ")
+    )
+    demo.edit("join", 'count("join")', 'count("join"); import time; time.sleep(2)')
+    assert demo.run("--stage", "shape", "--stage", "trouble").code == 0
+    demo.counts  # noqa: B018
+    slow = start(demo, "--stage", "join", "--stage", "trouble", "--set", "vars.kind=short", "-j", "1")
+    wait_for(demo, "join")
+    demo.source.write_text("other words\n")
+    assert demo.run("--stage", "shape").code == 0
+    removed = gc(demo, "--keep-runs", "0")
+    assert removed["notes"]
+    assert {item["what"] for item in removed["removed"]} <= {"trouble"}
+    assert slow.wait(30) == 0
+    assert gc(demo, "--keep-runs", "0")["notes"] == []
+    assert demo("fsck", str(demo.pipeline)).code == 0
+
+
+def test_claims_of_runs_that_are_gone_lapse(demo: Demo) -> None:
+    root = demo.folder / "root"
+    root.mkdir()
+    pin = Pin(root)
+    pin.add(["k1", "k2"])
+    assert pinned(root) == (1, {"k1", "k2"})
+    pin.release()
+    (root / "running" / "1-1").write_text("k3\n")  # as a killed run leaves it
+    assert pinned(root) == (0, set())
+    assert list((root / "running").iterdir()) == []
+
+
+def test_du_counts_each_object_once(demo: Demo) -> None:
+    demo.run()
+    glue(demo, "b")
+    found = demo("du", str(demo.pipeline), "--json").json
+    entries = {entry["what"]: entry["bytes"] for entry in found["entries"]}
+    objects = sum(p.stat().st_size for p in (demo.folder / "artifacts/.stagegraph/objects").rglob("*") if p.is_file())
+    assert found["bytes"] == objects
+    assert sum(size for what, size in entries.items() if not what.startswith(".stagegraph")) == objects
+    assert "earlier results" in entries
+    assert found["gc_frees"] == 0
+    assert "`pipeline gc` would free 0 B" in demo("du", str(demo.pipeline)).out
