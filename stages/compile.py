@@ -68,7 +68,12 @@ class Compile(Stage):
             default="auto",
             choices=("auto", "pypi", "system"),
         )
-        activations: str = param("arithmetic of activations", default="float", choices=("float",))
+        activations: str = param(
+            "arithmetic of layers with quantized weights: int8 quantizes what they read too, in groups, which is "
+            "faster and less exact; llvm only",
+            default="float",
+            choices=("float", "int8"),
+        )
 
     inputs = {
         "module": In("graph-build", "module", "the exported functions", many=True),
@@ -106,6 +111,12 @@ class Compile(Stage):
             if kind == "auto":
                 found = toolchain.nvcc()
                 kind = found.kind if found else "missing"
+        if params.activations == "int8" and (params.target != "llvm" or not host.multiplies_bytes(mcpu)):
+            built_for = mcpu if params.target == "llvm" else params.target
+            problems.append(
+                f"activations: int8 cannot be built for {built_for}: it takes target llvm and a processor with "
+                "avx512vnni or avxvnni; use float"
+            )
         if problems:
             raise StageError(*problems)
         return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
@@ -131,7 +142,7 @@ class Compile(Stage):
 
         graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
         registry = json.loads(ctx.input("params").read_text("utf-8"))
-        _check_agreement(graphs, registry, ctx.params.target)
+        _check_agreement(graphs, registry, ctx.params.target, ctx.params.activations)
         cxx, nvcc = _compilers(ctx.params)
         mcpu, _ = host.parse(ctx.params.mcpu)
         programs = {"c++": cxx, **({"nvcc": nvcc} if nvcc else {})}
@@ -148,7 +159,11 @@ class Compile(Stage):
             "tools": dist_versions("apache-tvm", "apache-tvm-ffi"),
             "functions": sorted(name for graph in graphs for name in graph["functions"]),
             "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
-            "model": {name: graphs[0][name] for name in SHARED},
+            "model": {
+                **{name: graphs[0][name] for name in SHARED},
+                "layout": registry["layout"],
+                "activations": ctx.params.activations,
+            },
         }
         library = ctx.out / "model.so"
         found = _build(ctx, metadata, cxx, nvcc, library)
@@ -160,7 +175,9 @@ class Compile(Stage):
         ctx.progress(STEPS, STEPS, "steps")
 
 
-def _check_agreement(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str) -> None:
+def _check_agreement(
+    graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str, activations: str
+) -> None:
     """Refuse graphs of different builds, and functions that occur twice or that nothing stands for."""
     problems = []
     for name in (*SHARED, "target"):
@@ -173,6 +190,8 @@ def _check_agreement(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str,
         problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
     if registry["scheme"] != graphs[0]["scheme"]:
         problems.append(f"the graphs take {graphs[0]['scheme']} parameters, registered are {registry['scheme']}")
+    if activations == "int8" and not any(entry["quantize"] for entry in registry["logical"]):
+        problems.append(f"activations: int8 has no effect on the weights of {registry['scheme']}, which are floats")
     functions = [name for graph in graphs for name in graph["functions"]]
     problems += [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]
     if problems:
@@ -227,7 +246,10 @@ def _build(
         return {**metadata, "memory": dict(planned)}
 
     module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
-    lowered = lower(module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"))
+    available = host.required_features(params.mcpu)
+    lowered = lower(
+        module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
+    )
     try:
         device_kernels = None
         if nvcc is not None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 READABLE = ("F32", "F16", "BF16")
-LAYOUT = "nk"  # rows are out features: the order of the checkpoint, and of both targets' kernels
 
 
 class ParamRegister(Stage):
@@ -40,8 +39,11 @@ class ParamRegister(Stage):
     outputs = {"params": Out("params.json", "stored tensors in packed order, and where each comes from")}
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
-        """Return the model's family and the one scheme."""
-        rows: dict[str, str | Sequence[str]] = {"stages.quantization.schemes:SCHEMES": params.scheme}
+        """Return the model's family, the scheme and the target."""
+        rows: dict[str, str | Sequence[str]] = {
+            "stages.quantization.schemes:SCHEMES": params.scheme,
+            "stages.targets.table:TARGETS": params.target,
+        }
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
         return rows
@@ -51,6 +53,7 @@ class ParamRegister(Stage):
         from stages.models import load_family
         from stages.models.record import capped
         from stages.quantization.schemes import SCHEMES
+        from stages.targets.table import TARGETS
 
         model = json.loads(ctx.input("config").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
@@ -66,18 +69,19 @@ class ParamRegister(Stage):
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
+        layout = TARGETS[ctx.params.target].layout
         stored: list[dict[str, Any]] = []
         logical: list[dict[str, Any]] = []
         for parameter in params:
-            parts = _stored(parameter, scheme)
+            entry, parts = _entries(parameter, scheme, layout)
             stored += parts
-            logical.append(_logical(parameter, scheme, [part["name"] for part in parts]))
+            logical.append(entry)
         document = {
             "schema": 1,
             "family": model["family"],
             "scheme": scheme.name,
             "target": ctx.params.target,
-            "layout": LAYOUT,
+            "layout": layout,
             "params": stored,
             "logical": logical,
         }
@@ -119,31 +123,34 @@ def _check_tensors(
     return missing, wrong, unexpected
 
 
-def _stored(parameter: Param, scheme: Scheme) -> list[dict[str, Any]]:
-    """Return the stored tensors of one parameter, in packed order."""
-    if not scheme.quantizes(parameter.kind):
-        entry = {"name": parameter.name, "shape": [*parameter.shape], "dtype": parameter.dtype or scheme.storage_dtype}
-        return [{**entry, "of": parameter.name}]
-    stem = parameter.name.removesuffix("weight")
-    n, k = parameter.shape
-    return [
-        {"name": f"{stem}{part}", "shape": [*shape], "dtype": dtype, "of": parameter.name}
-        for part, shape, dtype in scheme.stored(n, k)
+def _entries(parameter: Param, scheme: Scheme, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``."""
+    from stages.quantization import layouts
+
+    quantize, dtype = scheme.quantizes(parameter.kind), parameter.dtype or scheme.storage_dtype
+    layout = layouts.of(target, parameter.kind, scheme, dtype, parameter.shape[-1])
+    tensors: Sequence[tuple[str, tuple[int, ...], str]] = [(parameter.name, parameter.shape, dtype)]
+    if quantize:
+        stem = parameter.name.removesuffix("weight")
+        n, k = parameter.shape
+        tensors = [(f"{stem}{part}", shape, dtype) for part, shape, dtype in scheme.stored(n, k)]
+    stored = [
+        {"name": name, "shape": layouts.shape(layout, shape), "dtype": dtype, "of": parameter.name}
+        for name, shape, dtype in tensors
     ]
-
-
-def _logical(parameter: Param, scheme: Scheme, stored: list[str]) -> dict[str, Any]:
-    return {
+    entry = {
         "name": parameter.name,
         "shape": [*parameter.shape],
         "kind": parameter.kind,
         "sources": [*parameter.sources],
         "source_shapes": [[*shape] for shape in parameter.source_shapes],
         "transform": parameter.transform,
-        "quantize": scheme.quantizes(parameter.kind),
-        "dtype": parameter.dtype or scheme.storage_dtype,
-        "stored": stored,
+        "quantize": quantize,
+        "dtype": dtype,
+        "layout": layout,
+        "stored": [tensor["name"] for tensor in stored],
     }
+    return entry, stored
 
 
 def _view(logical: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> str:

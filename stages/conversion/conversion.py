@@ -19,6 +19,7 @@ from stages.conversion.memory import Memory
 from stages.conversion.parts import ConversionError
 from stages.models import transforms
 from stages.models.weights import NUMPY_DTYPES, Weights
+from stages.quantization import layouts
 from stages.quantization.convert import ALGORITHM, convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
@@ -117,7 +118,8 @@ class Conversion:
         entry, target = self._logical[index], self._targets[index]
         values = math.prod(entry["shape"])
         copied = 4 * values if entry["transform"] != "copy" else 0
-        with memory.reserved(self._sizes[index] + copied + sum(tensor.nbytes for tensor in self._stored[index])):
+        made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
+        with memory.reserved(self._sizes[index] + copied + made):
             try:
                 document = self._document(entry, digests)
                 part = self._keeper.recall("tensor", document)
@@ -157,7 +159,7 @@ class Conversion:
         tensors = [(name, self._plan.tensors[name]) for name in entry["sources"]]
         sources = [[digests[name], found["dtype"], found["shape"]] for name, found in tensors]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
-        return {"algorithm": ALGORITHM, "layout": self._plan.register["layout"], **made, **how}
+        return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
 
     def _convert(
         self, entry: Mapping[str, Any], target: Path, document: Mapping[str, Any], library: Kernels | None
@@ -170,7 +172,7 @@ class Conversion:
         )
         with target.open("xb", buffering=0) as file:
             for tensor in made.stored:
-                _write(file, tensor)
+                _write(file, layouts.arrange(entry["layout"], tensor, self._plan.scheme.bits))
         # Four digits: kernels and NumPy add up in another order.
         facts = {"rmse": float(f"{made.rmse:.4g}"), "max_error": float(f"{made.worst:.4g}")}
         return self._keeper.remember("tensor", document, target, source_dtype=str(arrays[0].dtype), **facts)

@@ -78,15 +78,27 @@ def _cost(function: rx.Function) -> Cost:
             derived.add(binding.var)
         else:
             cost.moved.update(_bytes(value.ty))
-        if name == "take" and operands[0] in parameters:  # only the rows that are taken
-            cost.weights.update(_bytes(value.ty))
-            operands = operands[1:]
+        rows, operands = _rows_taken(value, name, operands, parameters)
+        cost.weights.update(rows)
         for operand in operands:
             if operand in parameters:
                 cost.weights.update(_bytes(operand.ty))
             elif operand not in derived:
                 cost.moved.update(_bytes(operand.ty))
     return cost
+
+
+def _rows_taken(call: rx.Call, name: str, operands: list[Any], parameters: set[Any]) -> tuple[Amount, list[Any]]:
+    """Return the bytes of the rows that ``call`` takes of tables, and its operands without those."""
+    if name == "take" and operands[0] in parameters:
+        return _bytes(call.ty), operands[1:]
+    read = Amount()
+    if name == "rows":  # of a table in blocks of features: all columns that are stored of each row
+        for table in operands[1:]:
+            shape = [call.ty.shape.values[0], table.ty.shape.values[1]]
+            read.update(_bytes(rx.TensorType(shape, table.ty.dtype)))
+        return read, operands[:1]
+    return read, operands
 
 
 def _work(call: rx.Call, name: str) -> Amount:

@@ -10,6 +10,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 
 from stages.graph import window
 from stages.graph.export import Build, export_plain
+from stages.lowering import cpu_attention, cpu_cache
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
 
@@ -63,10 +64,30 @@ class Cache(nn.Module):
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``create_tir_paged_kv_cache`` and the kernels it hands to the runtime."""
     module = export_plain(build, Cache(build), {"create_tir_paged_kv_cache": dict.fromkeys(SIZES, int)})
-    if build.sliding:
-        attention = build.config.attention
-        heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        kernel = window.prefill_kernel(*heads, build.kv_dtype, attention.sliding_window)
-        variable = module.get_global_var(window.KERNEL)
+    for name, kernel in _replacements(build).items():
+        variable = module.get_global_var(name)
         module[variable] = kernel.with_attr("global_symbol", module[variable].attrs["global_symbol"])
     return module
+
+
+def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
+    """Return our kernels by the names under which TVM's cache adds its own."""
+    attention = build.config.attention
+    numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    if build.sliding:
+        return {window.KERNEL: window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window)}
+    if build.target.kind.name != "llvm" or not cpu_cache.fits(attention.head_dim):
+        return {}
+    heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
+    layers = len(build.cache_kinds)
+    rotary = attention.rotary_dim, attention.rope_theta, attention.rope_scale, attention.rope_scaling
+    return {
+        "fused_rope": cpu_cache.rope(heads, *rotary),
+        "tir_kv_cache_transpose_append": cpu_cache.append(heads),
+        "copy_single_page_cpu": cpu_cache.copy_page(heads),
+        "tir_kv_cache_debug_get_kv": cpu_cache.read_back(heads, layers),
+        "compact_kv_copy_cpu": cpu_cache.move_tokens(heads),
+        "batch_decode_paged_kv_cpu": cpu_attention.decode(heads, width),
+        "batch_prefill_paged_kv_cpu": cpu_attention.prefill(heads, width),
+        "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width),
+    }

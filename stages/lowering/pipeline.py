@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import tvm
 from tvm import relax as rx
 from tvm import tirx
 
+from stages.lowering.cpu_gate import cpu_gate
+from stages.lowering.cpu_linear import cpu_linear
+from stages.lowering.cpu_norm import cpu_norm
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
@@ -18,11 +21,15 @@ from stages.lowering.schedule import schedule_kernels
 from stages.targets.table import Target
 
 
-def phases(row: Target) -> dict[str, list[Any]]:
-    """Return phase -> passes, in order. ``finalize`` comes after the memory plan has been read."""
+def phases(row: Target, features: Collection[str] = (), activations: str = "float") -> dict[str, list[Any]]:
+    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of
+    ``activations``. ``finalize`` comes after the memory plan has
+    been read.
+    """
     passes = rx.transform
     return {
         "graph": [
+            *([cpu_linear(features, activations), cpu_norm, cpu_gate] if row.kind == "llvm" else []),
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),
@@ -64,11 +71,14 @@ def lower(
     target: tvm.target.Target,
     describe: Callable[[Mapping[str, int]], Mapping[str, Any]],
     progress: Callable[[int, int], None],
+    features: Collection[str] = (),
+    activations: str = "float",
 ) -> tvm.IRModule:
     """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
-    each function. ``progress`` is called with phases done and in all.
+    each function. ``progress`` is called with phases done and in all; ``features`` are what the processor that runs the
+    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones.
     """
-    steps = phases(row)
+    steps = phases(row, features, activations)
     with target:
         for number, (phase, passes) in enumerate(steps.items()):
             progress(number, len(steps))

@@ -122,7 +122,7 @@ def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
         ("architecture", found["config"]["architecture"]),
         ("quantization", model["scheme"]),
         ("target", f"{target}, code for {_processors(metadata)}"),
-        ("arithmetic", f"{model['compute_dtype']}, {_state(model)}"),
+        ("arithmetic", f"{model['compute_dtype']}, {_activations(model)}{_state(model)}"),
         *((size.replace("_", " "), model[size]) for size in _SIZES if model[size] is not None),
         ("tokens with a text", found["tokenizer_info"]["active_vocab_size"]),
         ("weights", f"{len(metadata['params'])} tensors in {len(shards)} files, {_bytes(shards):,} bytes"),
@@ -149,6 +149,10 @@ python -m stages.runtime BUNDLE --prompt "Once upon a time"
 The loader checks every file against `bundle.json`, TVM's version and the processor before it loads anything.
 Whether the bundle computes what its checkpoint computes is said by the card of the verify stage, not here.
 """
+
+
+def _activations(model: Mapping[str, Any]) -> str:
+    return "8-bit activations in layers with quantized weights, " if model.get("activations") == "int8" else ""
 
 
 def _state(model: Mapping[str, Any]) -> str:

@@ -101,6 +101,11 @@ def required_features(cpu: str) -> tuple[str, ...]:
     return tuple(sorted({*added, *implied, *(feature for level in levels for feature in LEVELS[level])}))
 
 
+def multiplies_bytes(cpu: str) -> bool:
+    """Say whether code for the literal ``cpu`` can multiply bytes and add the products up in one instruction."""
+    return bool({"avx512vnni", "avxvnni"} & set(required_features(cpu)))
+
+
 def problems(cpu: str) -> list[str]:
     """Say what is wrong with a literal that a user wrote.
 

@@ -11,13 +11,15 @@ class Target:
     """One kind of target.
 
     ``kind`` is TVM's target kind; ``compute_dtype`` the dtype of all arithmetic, empty where the scheme's model dtype
-    is used; ``limits`` the target attributes that kernels are generated for; ``schedules`` names, in order, the
-    scheduling rules tried on every kernel (see stages/lowering/schedule.py).
+    is used; ``layout`` how its kernels want matrices stored (stages/quantization/layouts.py); ``limits`` the target
+    attributes that kernels are generated for; ``schedules`` names, in order, the scheduling rules tried on every kernel
+    (see stages/lowering/schedule.py).
     """
 
     name: str
     kind: str
     compute_dtype: str
+    layout: str
     schedules: tuple[str, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
 
@@ -27,12 +29,14 @@ TARGETS: dict[str, Target] = {
         name="llvm",
         kind="llvm",
         compute_dtype="float32",
+        layout="n32",
         schedules=("cpu-matmul", "cpu-reduction"),
     ),
     "cuda": Target(
         name="cuda",
         kind="cuda",
         compute_dtype="",
+        layout="nk",
         schedules=("gpu-matmul", "gpu-gemv", "gpu-reduction", "gpu-general-reduction", "gpu-fallback"),
         # What every architecture from sm_70 on grants a block without opting in.
         limits={

@@ -21,7 +21,7 @@ from stages.verification.checks import Check
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import RECORD, RecordingError, Reference, read_recorded, recorded_prompts
 from stages.verification.report import Findings
-from stages.verification.tolerances import LOSS_RATIO, TOLERANCES
+from stages.verification.tolerances import INT8_ACTIVATIONS, LOSS_RATIO, TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +61,17 @@ class Case:
     def manifest(self) -> manifest.Manifest:
         """The bundle's own description."""
         return manifest.read(self.bundle)
+
+    @property
+    def bound(self) -> float:
+        """How far logits may be from the reference's."""
+        tolerance = TOLERANCES[self.registry["scheme"]]
+        return max(tolerance, INT8_ACTIVATIONS) if self.rounds_activations else tolerance
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the library quantizes activations."""
+        return bool(self.manifest.model.get("activations") == "int8")
 
     @cached_property
     def tokenizer(self) -> BundleTokenizer:
@@ -275,7 +286,7 @@ def _check_session(case: Case, reference: Reference | None, findings: Findings) 
     from stages.runtime.session import Session
 
     session = Session(case.manifest, sequences=min(2, case.manifest.model["max_batch"]))
-    bound = TOLERANCES[case.registry["scheme"]]
+    bound = case.bound
     window = session.context_window
     if reference is None:
         ids = _prompt_ids(case, _prompts(case)[0])
@@ -315,8 +326,8 @@ def _check_text(case: Case, session: Session, reference: Reference, findings: Fi
     if ids != list(reference.tokens[: len(ids)]):
         detail = "the bundle's tokenizer gives other ids for the reference's prompt"
         findings.checks.append(Check("tokenizer against the reference", ok=False, detail=detail))
-    exact = case.manifest.model["compute_dtype"] == "float32"
-    bound = TOLERANCES[case.registry["scheme"]]
+    exact = case.manifest.model["compute_dtype"] == "float32" and not case.rounds_activations
+    bound = case.bound
     for wanted in reference.continuations:
         count = len(wanted.prompt_ids) + len(wanted.ids) - 1  # the last id is not read
         if not wanted.ids:

@@ -21,6 +21,10 @@ TOLERANCES: dict[str, float] = {
     "e4m3_f16": 2e-2,
 }
 
+# Where the library quantizes activations to eight bits as well, which the reference does not. Measured: 1e-2 to 2e-2 on
+# random weights, which spread every error over all logits.
+INT8_ACTIVATIONS = 5e-2
+
 # The mean loss of a text over the mean loss of the same ids under a permutation of the vocabulary. Measured on the
 # example checkpoint: with its own tokenizer 0.03 on its text, 0.13 on held out text, 0.66 on text of another kind;
 # with ids permuted or shifted 0.93 to 1.04. Random weights are at 1. A wrong split pattern is

@@ -9,7 +9,7 @@ import numpy as np
 
 from stages.models import transforms
 from stages.models.weights import NUMPY_DTYPES
-from stages.quantization import float8, group
+from stages.quantization import float8, group, layouts
 from stages.quantization.blocks import row_blocks
 from stages.quantization.convert import restored
 
@@ -81,6 +81,8 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Sch
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
         arrays = [records[name].load() for name in entry["stored"]]
+        if entry["layout"] != "nk":
+            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], scheme.bits) for array in arrays]
         one_for_all = arrays[1:] if entry["quantize"] and scheme.kind == "tensor" else []
         parts = [
             transforms.invert(

@@ -63,7 +63,15 @@ class Built:
         assemble.write_json(self.bundle / "bundle.json", document)
 
 
-def build(folder: Path, scheme: str, *, checkpoint: Path | None = None, target: str = "llvm", **options: Any) -> Built:
+def build(
+    folder: Path,
+    scheme: str,
+    *,
+    checkpoint: Path | None = None,
+    target: str = "llvm",
+    activations: str = "float",
+    **options: Any,
+) -> Built:
     """Run every stage up to bundle; a ``target`` of cuda is a label on code for the processor."""
     profiles.compiler()
     checkpoint = checkpoint or write_qwen(folder / "checkpoint")
@@ -76,7 +84,8 @@ def build(folder: Path, scheme: str, *, checkpoint: Path | None = None, target: 
     stored = {"params": params, "tensors": parsed["tensors"]}
     run_stage(Quantize(), folder / "quantize", {**choice, "checkpoint": str(checkpoint)}, stored)
     registered = Registered(parsed["config"], params)
-    compile_library(folder / "compile", build_graphs(folder, registered, "llvm", **options), registered, target="llvm")
+    graphs, choices = build_graphs(folder, registered, "llvm", **options), {"activations": activations}
+    compile_library(folder / "compile", graphs, registered, target="llvm", **choices)
     inputs = {
         "library": folder / "compile" / "model.so",
         "metadata": folder / "compile" / "metadata.json",

@@ -17,6 +17,7 @@ from stages.config_parse import ConfigParse
 from stages.graph_build import GraphBuild
 from stages.models import load_family, transforms
 from stages.param_register import ParamRegister
+from stages.quantization import layouts
 from stages.quantization.convert import convert, restored
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.schemes import SCHEMES
@@ -83,11 +84,12 @@ def weights(registered: Registered) -> Weights:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
             packed = convert([array], scheme, entry["kind"], dtype="", scales="max", kernels=None).stored
-            stored += packed
+            stored += [layouts.arrange(entry["layout"], tensor, scheme.bits) for tensor in packed]
             array = restored(packed, scheme, array.shape[1])
         else:
-            stored.append(np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"]))))
-            array = stored[-1].astype(np.float32)
+            array = np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"])))
+            stored.append(layouts.arrange(entry["layout"], array, scheme.bits))
+            array = array.astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))
     return Weights(stored, meant)

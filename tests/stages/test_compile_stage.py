@@ -62,6 +62,22 @@ def test_architectures_are_sorted_and_checked():
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize("choice", [{"target": "cuda"}, {"target": "llvm", "mcpu": "x86-64-v3"}])
+def test_quantized_activations_need_the_instruction(choice):
+    with pytest.raises(StageError, match=f"int8 cannot be built for {choice.get('mcpu', 'cuda')}: it takes"):
+        resolved(activations="int8", **choice)
+    assert resolved(target="llvm", mcpu="x86-64-v3+avxvnni", activations="int8").activations == "int8"
+
+
+def test_quantized_activations_need_quantized_weights(tmp_path):
+    registered = libraries.register(tmp_path, "q0f32", "llvm")
+    graph = libraries.build_graph(tmp_path / "graph", registered, "llvm", "softmax")
+    ports = {port: [Instance({}, graph.out / f"{port}.json")] for port in ("module", "graph")}
+    choice = {"target": "llvm", "mcpu": "x86-64-v4+avx512vnni", "activations": "int8"}
+    with pytest.raises(StageError, match="int8 has no effect on the weights of q0f32, which are floats"):
+        libraries.compile_library(tmp_path / "out", ports, registered, **choice)
+
+
 def test_planning_works_without_any_compiler(monkeypatch):
     monkeypatch.setattr(toolchain, "cxx", lambda: None)
     monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)

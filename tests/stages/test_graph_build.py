@@ -105,7 +105,7 @@ def test_every_disagreement_with_the_register_is_listed(tmp_path, registered):
     with pytest.raises(StageError) as error:
         libraries.build_graph(tmp_path / "out", changed, "llvm", "embed")
     text = str(error.value)
-    assert "transformer.h.1.mlp.c_proj.q_weight: stored as [65, 12], the model needs [64, 12]" in text
+    assert "transformer.h.1.mlp.c_proj.q_weight: stored as [3, 12, 32], the model needs [2, 12, 32]" in text
     assert "transformer.ln_f.weight: the model needs it, the register has no such parameter" in text
 
 

@@ -19,11 +19,12 @@ from stages.lowering.metadata import attach_metadata
 from stages.lowering.pipeline import lower, phases
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
 from stages.lowering.schedule_cpu_matmul import CPUMatmul
-from stages.models.layers import FloatMatrix, GroupMatrix, Linear, take
+from stages.models.layers import FloatMatrix, GroupMatrix, Layout, Linear, take
 from stages.targets.table import TARGETS
 
 LLVM = tvm.target.Target("llvm")
 K, N = 64, 24
+ROWS = Layout("nk")
 
 
 def function(inputs, emit, attrs=None):
@@ -71,10 +72,11 @@ def packed_matrix(n=N, k=K):
     return GroupMatrix(
         nn.Parameter((n, k // 8), "uint32"),
         nn.Parameter((n, k // 32), "float32"),
-        columns=k,
+        shape=(n, k),
         bits=4,
         group_size=32,
         compute_dtype="float32",
+        layout=ROWS,
     )
 
 
@@ -103,8 +105,8 @@ def test_a_transpose_of_other_axes_stays():
 def test_a_linear_with_bias_and_residual_becomes_one_kernel(stored):
     class Block(nn.Module):
         def __init__(self):
-            matrix = packed_matrix() if stored == "group" else FloatMatrix(nn.Parameter((N, K), "float16"), "float32")
-            self.linear = Linear(matrix, nn.Parameter((N,), "float32"))
+            half = FloatMatrix(nn.Parameter((N, K), "float16"), N, "float32", ROWS)
+            self.linear = Linear(packed_matrix() if stored == "group" else half, nn.Parameter((N,), "float32"))
 
         def forward(self, x, residual):
             return self.linear(x) + residual
@@ -157,9 +159,9 @@ def _elements(buffer):
 def test_fields_are_taken_where_they_are_used_first():
     class Two(nn.Module):
         def __init__(self):
-            self.first = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), "float32"))
+            self.first = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), K, "float32", ROWS))
             self.unused = nn.Parameter((3,), "float32")
-            self.second = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), "float32"))
+            self.second = Linear(FloatMatrix(nn.Parameter((K, K), "float32"), K, "float32", ROWS))
 
         def forward(self, x):
             return op.silu(self.second(op.silu(self.first(x))))

@@ -10,6 +10,7 @@ import pytest
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
+from stages.quantization import layouts
 from tests.checkpoints import write_qwen
 from tests.local_context import LocalContext, run_stage
 
@@ -50,19 +51,19 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
         "transformer.ln_f.weight", "lm_head.q_weight", "lm_head.q_scale",
     ]  # fmt: skip
     stored = {entry["name"]: (entry["dtype"], entry["shape"], entry["of"]) for entry in document["params"]}
-    assert stored["lm_head.q_weight"] == ("uint32", [512, 8], "lm_head.weight")
-    assert stored["lm_head.q_scale"] == ("float16", [512, 2], "lm_head.weight")
+    assert stored["lm_head.q_weight"] == ("uint32", [16, 8, 32], "lm_head.weight")
+    assert stored["lm_head.q_scale"] == ("float16", [16, 2, 32], "lm_head.weight")
     assert stored[f"{block}.attn.c_attn.bias"] == ("float16", [192], f"{block}.attn.c_attn.bias")
     logical = {entry["name"]: entry for entry in document["logical"]}
     assert logical[f"{block}.mlp.gate_up_proj.weight"] == {
         "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
         "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
-        "quantize": True, "dtype": "float16",
+        "quantize": True, "dtype": "float16", "layout": "n32",
         "stored": [f"{block}.mlp.gate_up_proj.q_weight", f"{block}.mlp.gate_up_proj.q_scale"],
     }  # fmt: skip
     assert [name for entry in document["logical"] for name in entry["stored"]] == names
     head = {key: document[key] for key in document if key not in ("params", "logical")}
-    assert head == {"schema": 1, "family": "qwen", "scheme": "q4f16_1", "target": "llvm", "layout": "nk"}
+    assert head == {"schema": 1, "family": "qwen", "scheme": "q4f16_1", "target": "llvm", "layout": "n32"}
     assert ctx.facts == {"family": "qwen", "scheme": "q4f16_1", "target": "llvm"}
     assert "concat0: transformer.h.0.mlp.w2.weight" in ctx.views["params"]
 
@@ -72,7 +73,9 @@ def test_unquantized_weights_keep_their_names(parsed: Path, scheme, dtype):
     register(parsed, scheme)
     document = json.loads((parsed.parent / scheme / "params.json").read_text())
     for stored, logical in zip(document["params"], document["logical"], strict=True):
-        assert stored == {"name": logical["name"], "shape": logical["shape"], "dtype": dtype, "of": logical["name"]}
+        matrix = logical["kind"] in ("linear", "embedding", "head")
+        shape = layouts.shape("n32", logical["shape"]) if matrix else logical["shape"]
+        assert stored == {"name": logical["name"], "shape": shape, "dtype": dtype, "of": logical["name"]}
 
 
 def test_every_disagreement_is_listed_at_once(parsed: Path):
@@ -132,5 +135,9 @@ def test_a_short_last_group_takes_the_words_of_a_full_one(tmp_path: Path, scheme
 
 def test_rows_name_scheme_and_family():
     params = ParamRegister.Params(scheme="q0f32", target="llvm")
-    expected = {"stages.quantization.schemes:SCHEMES": "q0f32", "stages.models:FAMILIES": "qwen"}
+    expected = {
+        "stages.quantization.schemes:SCHEMES": "q0f32",
+        "stages.targets.table:TARGETS": "llvm",
+        "stages.models:FAMILIES": "qwen",
+    }
     assert ParamRegister().rows(params, {"family": "qwen"}) == expected

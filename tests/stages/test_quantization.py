@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stages.quantization import float8, native, tensor_cache
+from stages.quantization import float8, layouts, native, tensor_cache
 from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
 from stages.quantization.convert import convert, kernel_names
 from stages.quantization.dtypes import numpy_dtype
@@ -303,3 +303,31 @@ def test_the_error_of_values_whose_squares_fit_no_float32(scale):
     rmse, worst = relative_error(source, lambda rows: source[rows] * np.float32(1.25))
     assert rmse == pytest.approx(0.25, rel=1e-5)
     assert worst == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 32, 70])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layouts_are_undone_and_put_elements_where_they_say(n, bits):
+    words = np.random.default_rng(n).integers(0, 2**32, (n, 12), dtype=np.uint32)
+    assert layouts.arrange("nk", words, bits) is words
+    blocks = layouts.arrange("n32", words, bits)
+    assert list(blocks.shape) == layouts.shape("n32", words.shape)
+    assert np.array_equal(layouts.restore("n32", blocks, n, bits), words)
+    mask, row = np.uint32(2**bits - 1), n - 1
+    for element in range(32 // bits):
+        bit = 8 * (element % 4) + 4 * (element // 4) if bits == 4 else 8 * element
+        wanted = (words[row] >> np.uint32(bits * element)) & mask
+        assert np.array_equal((blocks[row // 32, :, row % 32] >> np.uint32(bit)) & mask, wanted)
+    floats = words.view("<f2")
+    restored = layouts.restore("n32", layouts.arrange("n32", floats, bits), n, bits)
+    assert np.array_equal(restored.view("<u2"), floats.view("<u2"))
+
+
+def test_only_what_cpu_kernels_read_directly_is_stored_in_blocks():
+    def of(scheme, kind, k):
+        return layouts.of("n32", kind, SCHEMES[scheme], SCHEMES[scheme].storage_dtype, k)
+
+    assert {of(scheme, "linear", 64) for scheme in ("q0f32", "q0f16", "q4f16_1", "q8f32_1")} == {"n32"}
+    assert {of(scheme, "linear", 64) for scheme in ("q0bf16", "q4bf16_1", "q3f16_1", "e4m3_f16")} == {"nk"}
+    assert of("q4f16_1", "linear", 70) == of("q4f16_1", "norm", 64) == "nk"
+    assert layouts.of("nk", "linear", SCHEMES["q4f16_1"], "float16", 64) == "nk"

@@ -21,7 +21,7 @@ from stagegraph.stage import Source, SourceFiles, StageError
 from stages.config_parse import ConfigParse
 from stages.conversion import conversion
 from stages.param_register import ParamRegister
-from stages.quantization import native
+from stages.quantization import layouts, native
 from stages.quantization.convert import restored
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.schemes import SCHEMES
@@ -83,8 +83,11 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
     source["transformer.h.0.mlp.gate_up_proj.weight"] = np.concatenate([w2, w1])
     report = {line["name"]: line for line in json.loads((tmp_path / scheme / "report.json").read_text())["tensors"]}
     assert report.keys() == source.keys()
+    layout = {entry["name"]: entry["layout"] for entry in register["logical"]}
     for name, expected in source.items():
         stem = name.removesuffix("weight")
+        for part in {name, f"{stem}q_weight", f"{stem}q_scale"} & set(weights):
+            weights[part] = layouts.restore(layout[name], weights[part], len(expected), SCHEMES[scheme].bits)
         if f"{stem}q_weight" in weights:
             pair = weights[f"{stem}q_weight"], weights[f"{stem}q_scale"]
             found = restored(pair, SCHEMES[scheme], expected.shape[1])

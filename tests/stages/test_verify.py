@@ -10,6 +10,7 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.runtime.errors import BundleError
+from stages.targets import host
 from stages.verification import checks as checks_of
 from stages.verify import Verify
 from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
@@ -63,6 +64,16 @@ def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
     assert "verified" in card
     assert "batches: the library was built for one sequence" in card
     assert any("mean loss" in warning for warning in context.warnings)  # the weights are random, and it shows
+
+
+@pytest.mark.skipif(not host.multiplies_bytes(host.host_cpu()), reason="this processor does not multiply bytes")
+def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
+    built = bundles.build(tmp_path / "built", "q4f32_1", activations="int8", max_batch=2, prefill_chunk=24)
+    found = checks(bundles.verify(built, tmp_path / "verify"))
+    assert json.loads((built.bundle / "bundle.json").read_text())["model"]["activations"] == "int8"
+    for name in ("every step", "prefill in chunks", "two sequences at once"):
+        assert 1e-3 < found[name]["measured"] < found[name]["bound"] == 5e-2
+    assert "8-bit activations" in (built.bundle / "README.md").read_text()
 
 
 def test_without_a_reference_nothing_says_verified(recorded, tmp_path):

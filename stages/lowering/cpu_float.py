@@ -1,0 +1,241 @@
+"""Kernels of linear layers on a CPU in float32: y = x @ w.T (+ bias) (+ residual), weights unpacked on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from stages.lowering.cpu_vectors import T, as_float, choose, constant, get, kernel, put, span, splat, total, vector
+from stages.lowering.cpu_weights import BLOCK, Stored
+
+PANEL = 256  # terms of k whose weights are unpacked at once for all rows: 32 KiB, which stay in the first-level cache
+FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a graph.
+
+    ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
+    all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
+    that fit the registers of the target. ``dot`` is the number of lanes of the instruction that multiplies bytes, where
+    activations are quantized to them; 0 where they stay floats.
+    """
+
+    weight: Stored
+    rows: int | None
+    outer: int
+    bias: str = ""
+    residual: bool = False
+    tile: tuple[int, int] = (8, BLOCK)
+    dot: int = 0
+
+
+class Arguments:
+    """The tensors of a kernel of ``linear``, declared in the order in which it is called; ``rows`` is how many."""
+
+    def __init__(self, made: Any, linear: Linear) -> None:
+        self.linear, weight = linear, linear.weight
+        self.rows: Any = T.int64() if linear.rows is None else linear.rows
+        self.outer = (0,) * linear.outer
+        shape = (1,) * linear.outer + (self.rows,)
+        self.inputs(made, shape)
+        self.weights = [made.argument(*tensor) for tensor in weight.tensors]
+        self.bias = made.argument("bias", (weight.n,), linear.bias) if linear.bias else None
+        self.residual = made.argument("residual", (*shape, weight.n), "float32") if linear.residual else None
+        self.y = made.argument("y", (*shape, weight.n), "float32")
+
+    def inputs(self, made: Any, shape: tuple[Any, ...]) -> None:
+        """Declare the activations, rows of ``shape``."""
+        self.x = made.argument("x", (*shape, self.linear.weight.k), "float32")
+
+    def term(self, row: Any, k: Any) -> Any:
+        """Return x[row, k]."""
+        return self.x[(*self.outer, row, k)]
+
+    def added(self, row: Any, features: Any, lanes: int) -> Any:
+        """Return what is added to the products of ``features``, None for nothing."""
+        parts = []
+        if self.bias is not None:
+            parts.append(as_float(self.bias[features], lanes))
+        if self.residual is not None:
+            parts.append(self.residual[(*self.outer, row, features)])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def write(self, row: Any, block: Any, sums: Any) -> None:
+        """Store the BLOCK ``sums`` of a block of features, as far as there are as many."""
+        n = self.linear.weight.n
+        whole, rest = divmod(n, BLOCK)
+
+        def store(features: Any, value: Any, lanes: int) -> None:
+            added = self.added(row, features, lanes)
+            put(self.y, value if added is None else value + added, *self.outer, row, features)
+
+        def full() -> None:
+            store(span(block * BLOCK, BLOCK), get(sums, BLOCK), BLOCK)
+
+        def part() -> None:
+            with T.serial(0, rest) as v:
+                store(whole * BLOCK + v, sums[v], 1)
+
+        if not rest:
+            full()
+        elif not whole:
+            part()
+        else:
+            choose(block < whole, full, part)
+
+
+def linear_kernel(linear: Linear) -> tirx.PrimFunc:
+    """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
+    with kernel() as made:
+        Product(Arguments(made, linear)).emit()
+    return made.function
+
+
+class Product:
+    """Emits the products of one block of features."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        self.weight = arguments.linear.weight
+
+    def emit(self) -> None:
+        """Emit the kernel: blocks of features on all threads."""
+        single = self.arguments.linear.rows == 1
+        sums = self.group_sums(0) if single else None
+        with T.parallel(0, self.weight.blocks) as block:
+            if single:
+                self.row(0, block, sums)
+            else:
+                self.rows(block)
+
+    def group_sums(self, row: Any) -> Any:
+        """Emit the sums of x over each group, which take the place of the middle in every product; None if there is
+        none.
+        """
+        if not self.weight.bits:
+            return None
+        groups = self.weight.k // self.weight.group
+        sums, lanes = T.alloc_buffer((groups,), "float32"), vector(self.weight.group)
+        with T.serial(0, groups) as g:
+            part = self.arguments.term(row, span(g * self.weight.group, self.weight.group))
+            put(lanes, part, span(0, self.weight.group))
+            put(sums, total(lanes, self.weight.group), g)
+        return sums
+
+    def row(self, row: Any, block: Any, sums: Any) -> None:
+        """Emit one row, weights unpacked for it alone."""
+        products = vector(BLOCK)
+        put(products, constant(0, BLOCK), span(0, BLOCK))
+        self.row_products(row, block, sums, products)
+        self.arguments.write(row, block, products)
+
+    def row_products(self, row: Any, block: Any, sums: Any, products: Any) -> None:
+        """Emit the products of one row, added to ``products``."""
+        if self.weight.bits:
+            self._packed_row(row, block, sums, products)
+        else:
+            self._float_row(row, block, products)
+
+    def _packed_row(self, row: Any, block: Any, sums: Any, products: Any) -> None:
+        weight, (q_weight, q_scale) = self.weight, self.arguments.weights
+        per_group = weight.group // weight.per_word
+        with T.serial(0, weight.k // weight.group) as g:
+            parts = [vector(BLOCK), vector(BLOCK)]
+            put(parts[0], splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
+            put(parts[1], constant(0, BLOCK), span(0, BLOCK))
+            for w in range(per_group):
+                word = q_weight[block, g * per_group + w, span(0, BLOCK)]
+                for element in range(weight.per_word):
+                    x = self.arguments.term(row, g * weight.group + w * weight.per_word + element)
+                    part = parts[element % 2]
+                    value = get(part, BLOCK) + weight.mantissa(word, element) * splat(x, BLOCK)
+                    put(part, value, span(0, BLOCK))
+            part_sum = get(parts[0], BLOCK) + get(parts[1], BLOCK)
+            put(products, get(products, BLOCK) + part_sum * weight.scale(q_scale, block, g), span(0, BLOCK))
+
+    def _float_row(self, row: Any, block: Any, products: Any) -> None:
+        (stored,), k, ways = self.arguments.weights, self.weight.k, 4
+        parts = [products, *(vector(BLOCK) for _ in range(ways - 1))]
+        for part in parts[1:]:
+            put(part, constant(0, BLOCK), span(0, BLOCK))
+
+        def add(part: Any, at: Any) -> None:
+            value = as_float(stored[block, at, span(0, BLOCK)], BLOCK) * splat(self.arguments.term(row, at), BLOCK)
+            put(part, get(part, BLOCK) + value, span(0, BLOCK))
+
+        with T.serial(0, k // ways) as step:
+            for way, part in enumerate(parts):
+                add(part, step * ways + way)
+        for way in range(k % ways):
+            add(parts[way], k // ways * ways + way)
+        for part in parts[1:]:
+            put(products, get(products, BLOCK) + get(part, BLOCK), span(0, BLOCK))
+
+    def rows(self, block: Any) -> None:
+        """Emit all rows: tiles of them against one panel of unpacked weights after the other."""
+        rows, whole = self.arguments.rows, self.weight.n // BLOCK
+        alone = rows <= FEW if whole == self.weight.blocks else T.Or(rows <= FEW, block >= whole)
+        choose(alone, lambda: self._alone(block), lambda: self._panels(block))
+
+    def _alone(self, block: Any) -> None:
+        with T.serial(0, self.arguments.rows) as row:
+            self.row(row, block, self.group_sums(row))
+
+    def _panels(self, block: Any) -> None:
+        arguments, rows, k = self.arguments, self.arguments.rows, self.weight.k
+        features = span(block * BLOCK, BLOCK)
+        with T.serial(0, rows) as row:
+            added = arguments.added(row, features, BLOCK)
+            put(arguments.y, constant(0, BLOCK) if added is None else added, *arguments.outer, row, features)
+        panel = self.panel()
+        with T.serial(0, -(-k // PANEL)) as number:
+            first, terms = number * PANEL, T.min(PANEL, k - number * PANEL)
+            self.unpack(panel, block, first, terms)
+            height, _ = arguments.linear.tile
+            with T.serial(0, rows // height) as tile:
+                self.tile(panel, block, first, terms, tile * height, height)
+            half = height // 2
+            with T.serial(0, rows % height // half) as tile:
+                self.tile(panel, block, first, terms, rows // height * height + tile * half, half)
+            with T.serial(0, rows % half) as row:
+                self.tile(panel, block, first, terms, rows // half * half + row, 1)
+
+    def panel(self) -> Any:
+        """Make room for the weights of a panel."""
+        return T.alloc_buffer((min(PANEL, self.weight.k), BLOCK), "float32")
+
+    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
+        """Fill the panel with the values of the weights of k from ``first`` on."""
+        weight, stored = self.weight, self.arguments.weights
+        if not weight.bits:
+            with T.serial(0, terms) as k:
+                put(panel, as_float(stored[0][block, first + k, span(0, BLOCK)], BLOCK), k, span(0, BLOCK))
+            return
+        per_group = weight.group // weight.per_word
+        with T.serial(0, terms // weight.group) as g:
+            for w in range(per_group):
+                word = stored[0][block, first // weight.per_word + g * per_group + w, span(0, BLOCK)]
+                for element in range(weight.per_word):
+                    difference = weight.mantissa(word, element) - constant(weight.mantissa_middle, BLOCK)
+                    scale = weight.scale(stored[1], block, first // weight.group + g)
+                    at = g * weight.group + w * weight.per_word + element
+                    put(panel, difference * scale, at, span(0, BLOCK))
+
+    def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
+        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel, added to y."""
+        arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
+        for left in range(0, BLOCK, lanes):
+            places = [(*arguments.outer, top + row, span(block * BLOCK + left, lanes)) for row in range(height)]
+            sums = [vector(lanes) for _ in range(height)]
+            for part, place in zip(sums, places, strict=True):
+                put(part, arguments.y[place], span(0, lanes))
+            with T.serial(0, terms) as k:
+                for row, part in enumerate(sums):
+                    x = splat(arguments.term(top + row, first + k), lanes)
+                    put(part, get(part, lanes) + panel[k, span(left, lanes)] * x, span(0, lanes))
+            for part, place in zip(sums, places, strict=True):
+                put(arguments.y, get(part, lanes), *place)

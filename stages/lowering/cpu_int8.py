@@ -1,0 +1,174 @@
+"""Kernels of linear layers on a CPU that multiplies bytes: activations are quantized, group by group, as they come.
+
+A group of activations becomes integers of -127 to 127 and one scale. The instruction multiplies four unsigned bytes of
+weights by four signed ones of activations in each lane and adds them up; that a weight's zero is not 0 is made up for
+by the sum of the activations, which is where the sums begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+
+from stages.lowering.cpu_float import PANEL, Arguments, Linear, Product
+from stages.lowering.cpu_vectors import T, as_float, constant, each_row, get, kernel, put, span, splat, total, vector
+from stages.lowering.cpu_weights import BLOCK
+
+_DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name
+LARGEST = 127
+
+
+def dot_lanes(features: Collection[str]) -> int:
+    """Return how many lanes of four bytes an instruction of the processor multiplies, 0 if it has none."""
+    if "avx512vnni" in features:
+        return 16
+    return 8 if "avxvnni" in features else 0
+
+
+def with_bytes(layer: Linear, dot: int) -> Linear:
+    """Return ``layer`` with quantized activations, for an instruction of so many lanes; its sums of integers and of
+    floats share the registers.
+    """
+    return replace(layer, dot=dot, tile=(4, BLOCK) if dot == 16 else (2, 16))
+
+
+def quantizer(rows: int | None, outer: int, k: int, group: int) -> tirx.PrimFunc:
+    """Return the kernel of (x [.., rows, k] float32, bytes, scales, sums): bytes int32 [rows, k / 4], four to a
+    word; scales float32 and sums of the integers int32 [rows, k / group].
+    """
+    with kernel() as made:
+        n: Any = T.int64() if rows is None else rows
+        ones, zeros = (1,) * outer, (0,) * outer
+        x = made.argument("x", (*ones, n, k), "float32")
+        words = made.argument("words", (n, k // 4), "int32")
+        scales = made.argument("scales", (n, k // group), "float32")
+        sums = made.argument("sums", (n, k // group), "int32")
+
+        def row(i: Any) -> None:
+            with T.serial(0, k // group) as g:
+                peak, part = vector(group), vector(group, "int32")
+                packed = vector(group, "int8")
+                values = x[(*zeros, i, span(g * group, group))]
+                put(peak, T.fabs(values), span(0, group))
+                total(peak, group, T.max)
+                put(peak, T.max(peak[0], T.float32(1e-20)), 0)
+                put(scales, peak[0] * T.float32(1 / LARGEST), i, g)
+                scaled = values * splat(T.float32(LARGEST) / peak[0], group)
+                put(part, T.Cast(f"int32x{group}", T.nearbyint(scaled)), span(0, group))
+                put(packed, T.Cast(f"int8x{group}", get(part, group)), span(0, group))
+                four = T.reinterpret(f"int32x{group // 4}", get(packed, group))
+                put(words, four, i, span(g * (group // 4), group // 4))
+                put(sums, total(part, group), i, g)
+
+        with T.sblock("quantize"):  # TVM looks into the body of what has one input, and expects a block
+            each_row(n, 4 * k, row)
+    return made.function
+
+
+def int8_kernel(linear: Linear) -> tirx.PrimFunc:
+    """Return the kernel of (bytes, scales, sums, stored weight..., [bias], [residual], y)."""
+    with kernel() as made:
+        _ByteProduct(_Bytes(made, linear)).emit()
+    return made.function
+
+
+class _Bytes(Arguments):
+    """Arguments whose activations are quantized."""
+
+    def inputs(self, made: Any, _shape: tuple[Any, ...]) -> None:
+        """Declare what :func:`quantizer` makes."""
+        weight, rows = self.linear.weight, self.rows
+        groups = weight.k // weight.group
+        self.words = made.argument("words", (rows, weight.k // 4), "int32")
+        self.scales = made.argument("scales", (rows, groups), "float32")
+        self.sums = made.argument("sums", (rows, groups), "int32")
+
+    def begin(self, row: Any, group: Any, lanes: int) -> Any:
+        """Return what sums of products begin with: the middle of the weights, taken from every activation."""
+        return splat(self.sums[row, group] * T.int32(-self.linear.weight.middle), lanes)
+
+
+class _ByteProduct(Product):
+    """Products of bytes; the sums of a group become floats when it ends."""
+
+    arguments: _Bytes
+
+    def group_sums(self, _row: Any) -> Any:
+        """They have been made with the bytes."""
+
+    def _dot(self, sums: Any, bytes_of_weights: Any, word: Any) -> Any:
+        lanes = self.arguments.linear.dot
+        weights = T.reinterpret(f"uint8x{4 * lanes}", bytes_of_weights)
+        activations = T.reinterpret(f"int8x{4 * lanes}", splat(word, lanes))
+        return T.call_llvm_pure_intrin(f"int32x{lanes}", _DOT[lanes], sums, weights, activations)
+
+    def _four(self, word: Any, part: int, lanes: int) -> Any:
+        """Return the bytes of elements 4 * part to 4 * part + 3 of a word."""
+        if self.weight.bits == 8:
+            return word
+        shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
+        return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
+
+    def row_products(self, row: Any, block: Any, _sums: Any, products: Any) -> None:
+        """Emit the products of one row, added to ``products``."""
+        arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
+        q_weight, q_scale = arguments.weights
+        per_group, fours = weight.group // weight.per_word, weight.per_word // 4
+        with T.serial(0, weight.k // weight.group) as g:
+            for left in range(0, BLOCK, lanes):
+                sums = vector(lanes, "int32")
+                put(sums, arguments.begin(row, g, lanes), span(0, lanes))
+                for w in range(per_group):
+                    word = q_weight[block, g * per_group + w, span(left, lanes)]
+                    for part in range(fours):
+                        x = arguments.words[row, (g * per_group + w) * fours + part]
+                        put(sums, self._dot(get(sums, lanes), self._four(word, part, lanes), x), span(0, lanes))
+                scale = as_float(q_scale[block, g, span(left, lanes)], lanes) * splat(arguments.scales[row, g], lanes)
+                value = products[span(left, lanes)] + as_float(get(sums, lanes), lanes) * scale
+                put(products, value, span(left, lanes))
+
+    def panel(self) -> Any:
+        """Make room for the bytes of a panel, four to a word."""
+        return T.alloc_buffer((min(PANEL, self.weight.k) // 4, BLOCK), "uint32")
+
+    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
+        """Fill the panel with the bytes of the weights of k from ``first`` on."""
+        weight, fours = self.weight, self.weight.per_word // 4
+        with T.serial(0, terms // weight.per_word) as w:
+            word = self.arguments.weights[0][block, first // weight.per_word + w, span(0, BLOCK)]
+            for part in range(fours):
+                put(panel, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
+
+    def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
+        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel, added to y."""
+        arguments, (_, width) = self.arguments, self.arguments.linear.tile
+        for left in range(0, BLOCK, width):
+            places = [(*arguments.outer, top + row, span(block * BLOCK + left, width)) for row in range(height)]
+            products = [vector(width) for _ in range(height)]
+            for product, place in zip(products, places, strict=True):
+                put(product, arguments.y[place], span(0, width))
+            with T.serial(0, terms // self.weight.group) as g:
+                self._group(panel, block, (first, g), top, left, products)
+            for product, place in zip(products, places, strict=True):
+                put(arguments.y, get(product, width), *place)
+
+    def _group(self, panel: Any, block: Any, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
+        """Emit the products of a group, ``at`` (start of the panel, group in it), added to those of each row."""
+        arguments, group, lanes = self.arguments, self.weight.group, self.arguments.linear.dot
+        width, number = arguments.linear.tile[1], at[0] // group + at[1]
+        parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
+        sums = [vector(lanes, "int32") for _ in parts]
+        for (row, _), part in zip(parts, sums, strict=True):
+            put(part, arguments.begin(top + row, number, lanes), span(0, lanes))
+        for word in range(group // 4):
+            for (row, start), part in zip(parts, sums, strict=True):
+                weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]
+                x = arguments.words[top + row, number * (group // 4) + word]
+                put(part, self._dot(get(part, lanes), weights, x), span(0, lanes))
+        for (row, start), part in zip(parts, sums, strict=True):
+            scale = as_float(arguments.weights[1][block, number, span(left + start, lanes)], lanes)
+            value = as_float(get(part, lanes), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
+            put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))

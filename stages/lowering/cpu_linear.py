@@ -1,0 +1,150 @@
+"""Linear layers on a CPU: x @ w.T of a matrix in layout n32, with the bias and the sum after it, becomes one kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax as rx
+from tvm.relax.expr_functor import mutator
+
+from stages.lowering.cpu_float import Linear, linear_kernel
+from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
+from stages.lowering.cpu_weights import BLOCK, Stored
+from stages.lowering.rewriter import Rewriter, is_call, rows_of
+
+_FLOATS = ("float32", "float16")
+
+
+def cpu_linear(features: Collection[str], activations: str = "float") -> tvm.transform.Pass:
+    """Return the pass, for a processor with ``features`` (LLVM's names). With ``activations`` ``int8``, those of
+    layers with quantized weights are quantized too; the processor must have an instruction for it.
+    """
+    dot = dot_lanes(features) if activations == "int8" else 0
+
+    @tvm.transform.module_pass(opt_level=0, name="CPULinear")
+    def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+        return _Linears(module, register_tile(features), dot).rewritten()
+
+    return run
+
+
+def register_tile(features: Collection[str]) -> tuple[int, int]:
+    """Return (rows, lanes) of the accumulators that leave registers for a row of weights and an activation."""
+    if "avx512f" in features:
+        return 8, 32  # 16 of 32 registers of 16 lanes
+    if "avx2" in features:
+        return 6, 16  # 12 of 16 registers of 8 lanes
+    return 6, 8  # 12 registers of 4 lanes
+
+
+def _uses(function: rx.Function) -> Counter[Any]:
+    """Count how often each variable of ``function`` is read."""
+    found: Counter[Any] = Counter()
+
+    def visit(node: Any) -> None:
+        if isinstance(node, rx.Call):
+            for argument in node.args:
+                found.update(argument.fields if isinstance(argument, rx.Tuple) else [argument])
+        elif isinstance(node, rx.Tuple):
+            found.update(field for field in node.fields if isinstance(field, rx.Var))
+
+    rx.analysis.post_order_visit(function, visit)
+    return found
+
+
+@mutator
+class _Linears(Rewriter):
+    """``layers`` remembers the layer of each kernel made."""
+
+    def __init__(self, module: tvm.IRModule, tile: tuple[int, int], dot: int) -> None:
+        super().__init__(module)
+        self.tile = tile
+        self.dot = dot
+        self.uses: Counter[Any] = Counter()
+        self.layers: dict[str, Linear] = {}
+
+    def enter(self, function: rx.Function) -> None:
+        """Count uses: what is read twice is not taken up by one of its readers."""
+        self.uses = _uses(function)
+
+    def replace(self, call: rx.Call, before: rx.Call) -> Any:
+        """Return the call of a kernel for a product, and for the sum of a product and something else."""
+        if is_call(call, "matmul"):
+            return self._linear(call)
+        if is_call(call, "add"):
+            for own, other in ((0, 1), (1, 0)):
+                joined = self._join(call.args[own], call.args[other]) if self.uses[before.args[own]] == 1 else None
+                if joined is not None:
+                    return joined
+        return None
+
+    def _linear(self, matmul: rx.Call) -> Any:
+        """Return the call of a kernel in place of ``matmul``, None where it is not x @ w.T of a stored matrix."""
+        x = matmul.args[0]
+        transpose, rows = self.bound(matmul.args[1], "permute_dims"), rows_of(x)
+        plain = transpose is not None and transpose.attrs.axes is None
+        weight = self.bound(transpose.args[0], "call_tir") if plain else None
+        if weight is None or rows is None or any(size != 1 for size in rows[0][:-1]):
+            return None
+        stored = _stored(weight)
+        if stored is None:
+            return None
+        layer = Linear(stored, 1 if rows[0][-1] == 1 else None, len(rows[0]) - 1, tile=self.tile)
+        inputs = [x]
+        if self.dot and stored.bits:
+            layer, inputs = with_bytes(layer, self.dot), self._quantized(x, layer)
+        return self._call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
+
+    def _quantized(self, x: Any, layer: Linear) -> list[Any]:
+        """Emit the quantization of activations; return bytes, scales and sums."""
+        size = layer.rows, layer.outer, layer.weight.k, layer.weight.group
+        if size not in self.kernels:
+            self.kernels[size] = self.builder_.add_func(quantizer(*size), "quantize_rows")
+        rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
+        shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
+        types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
+        made = self.builder_.emit(rx.call_tir(self.kernels[size], rx.Tuple([x]), out_ty=types))
+        return [self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(3)]
+
+    def _join(self, product: Any, addend: Any) -> Any:
+        """Return the call that also adds ``addend`` to what the kernel behind ``product`` makes, or None."""
+        call = self.bound(product, "call_tir")
+        layer = self.layers.get(call.args[0].name_hint) if call is not None else None
+        if layer is None or layer.residual:
+            return None
+        arguments, vector = list(call.args[1].fields), self.uncast(addend)
+        if not layer.bias and vector.ty.ndim == 1 and str(vector.ty.dtype) in _FLOATS:
+            layer, arguments = replace(layer, bias=str(vector.ty.dtype)), [*arguments, vector]
+        elif addend.ty.dtype == "float32" and tvm_ffi.structural_equal(addend.ty.shape, product.ty.shape):
+            layer, arguments = replace(layer, residual=True), [*arguments, addend]
+        else:
+            return None
+        return self._call(layer, arguments, product.ty.shape.values)
+
+    def _call(self, layer: Linear, arguments: list[Any], shape: Any) -> rx.Call:
+        make = int8_kernel if layer.dot else linear_kernel
+        call = self.call_kernel(layer, lambda: make(layer), "linear", arguments, shape)
+        self.layers[call.args[0].name_hint] = layer
+        return call
+
+
+def _stored(call: rx.Call) -> Stored | None:
+    """Return what ``call`` rebuilds a matrix from, if that is a matrix in blocks of features."""
+    tensors = [field.ty for field in call.args[1].fields]
+    if not call.args[0].name_hint.startswith("dequantize") or any(tensor.ndim != 3 for tensor in tensors):
+        return None
+    n, k = (int(size) for size in call.ty.shape.values)
+    columns = [int(tensor.shape.values[1]) for tensor in tensors]
+    if any(int(tensor.shape.values[2]) != BLOCK for tensor in tensors):
+        return None
+    dtype = str(tensors[-1].dtype)
+    if len(tensors) == 1:
+        return Stored(n, k, dtype)
+    words, groups = columns
+    bits, group = 32 * words // k, k // groups
+    return Stored(n, k, dtype, bits, group) if bits in (4, 8) else None

@@ -1,0 +1,92 @@
+"""How the stored tensors of a matrix [n, k] lie in memory, by the name that params.json, metadata and bundle record.
+
+- ``nk``: row-major, rows are output features; the element i of a word of b bits at bit b * i. What the arithmetic of
+  :mod:`.group` makes, and what GPU kernels read.
+- ``n32``: blocks of 32 output features side by side, [ceil(n / 32), columns, 32], where an ``nk`` tensor is
+  [n, columns]; the last block is filled up with zeros. CPU kernels keep a feature in each lane. In a word of 4-bit
+  elements, element i lies at bit 8 * (i % 4) + 4 * (i // 4): the low halves of its bytes are the first four elements,
+  ready for instructions that multiply four bytes at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stages.quantization.schemes import Scheme
+
+BLOCK = 32
+_MATRICES = ("linear", "embedding", "head")  # kinds of parameters that are matrices
+_FLOATS = ("float32", "float16")
+
+
+def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
+    """Return the layout of a parameter of ``kind`` with rows of ``k`` values on a target whose layout is ``target``.
+
+    n32 is for matrices that its kernels read directly, of whole groups or of floats. ``dtype`` is what the parameter is
+    stored as where the scheme does not quantize it.
+    """
+    if scheme.quantizes(kind):
+        direct = scheme.kind == "group" and scheme.bits in (4, 8) and k % scheme.group_size == 0
+        dtype = scheme.storage_dtype
+    else:
+        direct = kind in _MATRICES
+    return target if direct and dtype in _FLOATS else "nk"
+
+
+def shape(layout: str, nk: Sequence[int]) -> list[int]:
+    """Return the stored shape of what has the shape ``nk`` in layout nk."""
+    if layout == "nk":
+        return [*nk]
+    n, columns = nk
+    return [-(-n // BLOCK), columns, BLOCK]
+
+
+def arrange(layout: str, tensor: np.ndarray, bits: int) -> np.ndarray:
+    """Return a stored tensor [n, columns] in ``layout``; uint32 are words of elements of ``bits``."""
+    if layout == "nk":
+        return tensor
+    n, columns = tensor.shape
+    blocks = np.zeros((-(-n // BLOCK), columns, BLOCK), tensor.dtype)
+    for number, block in enumerate(blocks):  # block by block: nothing of the tensor's size is made beside the result
+        rows = tensor[number * BLOCK : (number + 1) * BLOCK]
+        block[:, : len(rows)] = (_spread(rows) if tensor.dtype == np.uint32 and bits == 4 else rows).T
+    return blocks
+
+
+def restore(layout: str, stored: np.ndarray, rows: int, bits: int) -> np.ndarray:
+    """Return what :func:`arrange` was given, of ``rows`` rows."""
+    if layout == "nk":
+        return stored
+    tensor = stored.transpose(0, 2, 1).reshape(-1, stored.shape[1])[:rows]
+    return _gather(tensor) if stored.dtype == np.uint32 and bits == 4 else tensor
+
+
+def _spread(words: np.ndarray) -> np.ndarray:
+    """Move element i of eight 4-bit elements from bit 4 * i to bit 8 * (i % 4) + 4 * (i // 4)."""
+    low, high = words & np.uint32(0xFFFF), words >> np.uint32(16)
+    return _apart(low) | (_apart(high) << np.uint32(4))
+
+
+def _gather(words: np.ndarray) -> np.ndarray:
+    """Undo :func:`_spread`."""
+    return _together(words) | (_together(words >> np.uint32(4)) << np.uint32(16))
+
+
+def _apart(halves: np.ndarray) -> np.ndarray:
+    """Move the four 4-bit elements of the low 16 bits to the low halves of the four bytes."""
+    halves = (halves | (halves << np.uint32(8))) & np.uint32(0x00FF00FF)
+    result: np.ndarray = (halves | (halves << np.uint32(4))) & np.uint32(0x0F0F0F0F)
+    return result
+
+
+def _together(words: np.ndarray) -> np.ndarray:
+    """Undo :func:`_apart`, whatever the high halves of the bytes hold."""
+    words = words & np.uint32(0x0F0F0F0F)
+    words = (words | (words >> np.uint32(4))) & np.uint32(0x00FF00FF)
+    result: np.ndarray = (words | (words >> np.uint32(8))) & np.uint32(0x0000FFFF)
+    return result

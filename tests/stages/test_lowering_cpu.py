@@ -1,0 +1,219 @@
+"""The passes of CPU targets: the IR before and after, and what their kernels compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import op
+
+from stages.graph.describe import operators
+from stages.lowering.cpu_cache import PAGE, Heads, copy_page
+from stages.lowering.cpu_float import PANEL
+from stages.lowering.cpu_gate import cpu_gate
+from stages.lowering.cpu_int8 import dot_lanes
+from stages.lowering.cpu_linear import cpu_linear, register_tile
+from stages.lowering.cpu_norm import cpu_norm
+from stages.models.layers import FloatMatrix, GatedMLP, GroupMatrix, LayerNorm, Layout, Linear, RMSNorm
+from stages.quantization import group, layouts
+from stages.quantization.schemes import SCHEMES
+from stages.targets import host
+from stages.targets.table import TARGETS
+from stages.targets.tvm_target import build_target
+from tests.stages.test_lowering_passes import export, random
+
+BLOCKS = Layout("n32")
+V3 = "x86-64-v3"
+
+
+def matrix(n, k, stored):
+    """Return a matrix of the graph, what is stored for it, and its values."""
+    weight = np.random.default_rng(n + k).standard_normal((n, k)).astype("float32")
+    if stored in SCHEMES:
+        scheme = SCHEMES[stored]
+        packed = group.quantize(weight, scheme)
+        arrays = [layouts.arrange("n32", tensor, scheme.bits) for tensor in packed]
+        parameters = [nn.Parameter(array.shape, str(array.dtype)) for array in arrays]
+        options = {"bits": scheme.bits, "group_size": scheme.group_size, "compute_dtype": "float32"}
+        found = GroupMatrix(*parameters, shape=(n, k), layout=BLOCKS, **options)
+        return found, arrays, group.dequantize(*packed, scheme, k)
+    array = layouts.arrange("n32", weight.astype(stored), 0)
+    found = FloatMatrix(nn.Parameter(array.shape, stored), n, "float32", BLOCKS)
+    return found, [array], weight.astype(stored).astype("float32")
+
+
+def run(module, cpu, name, *arrays):
+    mcpu, features = host.parse(cpu)
+    target = build_target(TARGETS["llvm"], mcpu, features, opt=3)
+    library = tvm.compile(module, target=target, relax_pipeline=rx.get_default_pipeline(target))
+    tensors = [
+        [tvm.runtime.tensor(b) for b in a] if isinstance(a, list) else tvm.runtime.tensor(np.ascontiguousarray(a))
+        for a in arrays
+    ]
+    return rx.VirtualMachine(library, tvm.cpu())[name](*tensors).numpy()
+
+
+def relative(found, wanted):
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+class Block(nn.Module):
+    def __init__(self, weight, bias):
+        self.linear = Linear(weight, nn.Parameter(bias.shape, str(bias.dtype)))
+
+    def forward(self, x, residual):
+        return residual + self.linear(x)
+
+
+@pytest.mark.parametrize("cpu", [host.host_cpu(), V3, "x86-64"])
+@pytest.mark.parametrize(
+    ("stored", "n", "k"),
+    [("q4f32_1", 96, 2 * PANEL + 64), ("q4f16_1", 45, 96), ("float16", 70, 41), ("float32", 20, PANEL + 3)],
+)
+def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
+    if not set(host.required_features(cpu)) <= set(host.required_features(host.host_cpu())):
+        pytest.skip("this processor cannot run it")
+    weight, arrays, values = matrix(n, k, stored)
+    bias = random(n).astype("float16")
+    for rows in ("s", 1):
+        before = export(Block(weight, bias), x=([1, rows, k], "float32"), residual=([1, rows, n], "float32"))
+        assert {"matmul", "dequantize", "add"} <= set(operators(before)["forward"])
+        after = cpu_linear(host.required_features(cpu))(before)
+        ((kernel, calls),) = operators(after)["forward"].items()
+        assert (kernel.rstrip("0123456789"), calls) == ("linear", 1)
+        for count in (1, 2, 3, 7, 8, 21) if rows == "s" else (1,):
+            x, residual = random(1, count, k), random(1, count, n)
+            wanted = x @ values.T + bias.astype("float32") + residual
+            assert relative(run(after, cpu, "forward", x, residual, [*arrays, bias]), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("cpu", [host.host_cpu(), f"{V3}+avxvnni"])
+@pytest.mark.parametrize(("n", "k"), [(96, 2 * PANEL + 64), (45, 96)])
+def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
+    features = host.required_features(cpu)
+    if not dot_lanes(features) or not set(features) <= set(host.required_features(host.host_cpu())):
+        pytest.skip("this processor cannot run it")
+    weight, arrays, values = matrix(n, k, "q4f16_1")
+    bias = random(n)
+    for rows in ("s", 1):
+        before = export(Block(weight, bias), x=([1, rows, k], "float32"), residual=([1, rows, n], "float32"))
+        after = cpu_linear(features, "int8")(before)
+        assert sorted(name.rstrip("0123456789") for name in operators(after)["forward"]) == ["linear", "quantize_rows"]
+        for count in (1, 2, 7, 13) if rows == "s" else (1,):
+            x, residual = random(1, count, k), random(1, count, n)
+            x[0, 0, :32] = 0
+            groups = x.reshape(count, -1, 32)
+            peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
+            rounded = (np.rint(groups * (np.float32(127) / peak)) * (peak / np.float32(127))).reshape(1, count, k)
+            found = run(after, cpu, "forward", x, residual, [*arrays, bias])
+            assert relative(found, rounded @ values.T + bias + residual) < 1e-5
+            assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2
+
+
+def test_layers_with_float_weights_keep_float_activations():
+    weight, _, _ = matrix(32, 32, "float16")
+    before = export(Block(weight, random(32)), x=([1, "s", 32], "float32"), residual=([1, "s", 32], "float32"))
+    ((kernel, _),) = operators(cpu_linear(("avx512f", "avx512vnni"), "int8")(before))["forward"].items()
+    assert kernel.startswith("linear")
+
+
+def test_what_two_read_is_computed_once():
+    class Twice(nn.Module):
+        def __init__(self, weight):
+            self.linear = Linear(weight)
+
+        def forward(self, x):
+            y = self.linear(x)
+            return op.silu(y) + y
+
+    weight, arrays, values = matrix(32, 32, "float32")
+    after = cpu_linear(())(export(Twice(weight), x=([1, "s", 32], "float32")))
+    assert operators(after)["forward"] == {"linear": 1, "nn.silu": 1, "add": 1}
+    x = random(1, 3, 32)
+    y = x @ values.T
+    assert relative(run(after, V3, "forward", x, arrays), y / (1 + np.exp(-y)) + y) < 1e-5
+
+
+def test_accumulators_fit_the_registers():
+    for features, registers, width in ((("avx2",), 16, 8), (("avx2", "avx512f"), 32, 16), ((), 16, 4)):
+        rows, lanes = register_tile(features)
+        assert rows * lanes // width + lanes // width + 1 <= registers
+
+
+@pytest.mark.parametrize("stored", ["q4f32_1", "float16"])
+def test_rows_of_a_table_in_blocks_are_read_alone_and_ids_clipped(stored):
+    class Table(nn.Module):
+        def __init__(self, weight):
+            self.weight = weight
+
+        def forward(self, ids):
+            return self.weight.rows(ids)
+
+    weight, arrays, values = matrix(70, 64, stored)
+    module = export(Table(weight), ids=(["s"], "int32"))
+    assert operators(module)["forward"] == {"rows": 1}
+    ids = np.array([3, 69, 31, 500, -2], "int32")
+    assert np.array_equal(run(module, V3, "forward", ids, arrays), values[[3, 69, 31, 69, 0]])
+
+
+@pytest.mark.parametrize("shape", [(1, "s", 96), (1, 1, 70), ("s", 40), (1, "s", 3, 32)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_becomes_one_kernel(shape, centred):
+    width = shape[-1]
+    parameters = [random(width).astype("float16"), np.full(width, 0.25, "float16")][: 1 + centred]
+
+    class Normed(nn.Module):
+        def __init__(self):
+            made = [nn.Parameter((width,), "float16") for _ in parameters]
+            self.norm = LayerNorm(*made, 1e-5) if centred else RMSNorm(*made, 1e-5)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    before = export(Normed(), x=(list(shape), "float32"))
+    after = cpu_norm(before)
+    name = "layer_norm" if centred else "rms_norm"
+    assert f"nn.{name}" in operators(before)["forward"]
+    assert operators(after)["forward"] == {name: 1}
+    for count in (1, 5, 4000):
+        x = random(*(count if size == "s" else size for size in shape)) + 1
+        middle = x - x.mean(-1, keepdims=True) if centred else x
+        wanted = middle / np.sqrt((middle**2).mean(-1, keepdims=True) + 1e-5) * parameters[0].astype("float32")
+        wanted = wanted + 0.25 if centred else wanted
+        assert relative(run(after, V3, "forward", x, parameters), wanted) < 1e-5
+
+
+def test_a_gate_becomes_one_kernel_and_survives_large_values():
+    class Ones(nn.Module):
+        def forward(self, x):
+            return x
+
+    before = export(GatedMLP(Ones(), Ones()), x=([1, "s", 140], "float32"))
+    assert operators(before)["forward"] == {"multiply": 1, "nn.silu": 1, "split": 1}
+    after = cpu_gate(before)
+    assert operators(after)["forward"] == {"silu_gate": 1}
+    x = random(1, 3, 140) * 50
+    x[0, 0, :4] = 3e4, -3e4, 0, -87
+    gate, up = np.split(x.astype("float64"), 2, -1)
+    with np.errstate(over="ignore"):
+        wanted = gate / (1 + np.exp(-gate)) * up
+    found = run(after, V3, "forward", x, [])
+    assert np.isfinite(found).all()
+    assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
+
+
+def test_tokens_of_a_page_are_copied_with_their_transposed_keys():
+    heads = Heads(2, 2, 32)
+    target = build_target(TARGETS["llvm"], V3, (), opt=3)
+    library = tvm.compile(tvm.IRModule({"copy": copy_page(heads).with_attr("global_symbol", "copy")}), target=target)
+    pages = random(3, 2, 2, PAGE, 32)
+    tensor = tvm.runtime.tensor(pages)
+    library["copy"](tensor, 2, 0, 5)
+    found = tensor.numpy()
+    keys, before = (array[:, 0].reshape(3, 2, 32, PAGE) for array in (found, pages))
+    assert np.array_equal(keys[0][..., :5], before[2][..., :5])
+    assert np.array_equal(keys[0][..., 5:], before[0][..., 5:])
+    assert np.array_equal(found[0, 1, :, :5], pages[2, 1, :, :5])
+    assert np.array_equal(found[0, 1, :, 5:], pages[0, 1, :, 5:])
