@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,6 @@ from stages.graph.describe import operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
 FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "int32": 4, "int64": 8, "int8": 1, "uint8": 1}
 
 
 class Amount(Counter[tuple[str, ...]]):
@@ -121,7 +121,13 @@ def _size(ty: rx.TensorType) -> Amount:
 
 
 def _bytes(ty: rx.TensorType) -> Amount:
-    return _scaled(_size(ty), tirx.IntImm("int64", DTYPE_BYTES[str(ty.dtype)]), 1)
+    return _scaled(_size(ty), tirx.IntImm("int64", _itemsize(str(ty.dtype))), 1)
+
+
+def _itemsize(dtype: str) -> int:
+    """Return the bytes of one element: the first number in a dtype's name is its bits (``float8_e4m3fn``)."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1  # bool
 
 
 def _scaled(amount: Amount, dim: Any, factor: int) -> Amount:
