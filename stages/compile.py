@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What all graphs of one library must agree on; it goes into the metadata under "model".
 SHARED = (
+    "attention_thread_bytes",
     "cache_bytes_per_token",
     "cache_workspace_bytes",
     "compute_dtype",
@@ -296,6 +297,7 @@ def _memory(metadata: Mapping[str, Any]) -> str:
         (f"KV cache, one sequence of {tokens} tokens", token * tokens),
         (f"KV cache, workspace for chunks of {model['prefill_chunk']} tokens", model["cache_workspace_bytes"]),
         ("KV cache, tables of the runtime", tables),
+        ("attention, each thread of the processor, at most, beside all below", model["attention_thread_bytes"]),
         (f"recurrent state, one sequence, {STEPS_KEPT} steps of it", STEPS_KEPT * model["state_bytes"]),
         *((f"results of {name}, at most", size) for name, size in sorted(plan.items())),
         ("in all for one sequence", fixed + sequence),

@@ -155,6 +155,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
         "cache_bytes_per_token": build.cache_bytes_per_token,
         "cache_workspace_bytes": build.cache_workspace_bytes,
+        "attention_thread_bytes": build.attention_thread_bytes,
         "state_bytes": build.state_bytes,
         "scheme": registry["scheme"],
         "target": params.target,

@@ -79,6 +79,18 @@ class Build:
         return PAGE_SIZE * self.cache_bytes_per_token + self.prefill_chunk * (rows + sums)
 
     @property
+    def attention_thread_bytes(self) -> int:
+        """What each thread of a processor allocates in attention (lowering/cpu_attention.py) beside the cache.
+
+        Scores of four rows against all tokens, or against a chunk, whose keys are then there a second time, transposed.
+        """
+        attention = getattr(self.config, "attention", None)
+        if attention is None or self.sliding or self.target.kind.name != "llvm":
+            return 0
+        tokens = self.max_batch * self.context_window
+        return DTYPE_BYTES["float32"] * max(4 * tokens, (4 + attention.head_dim) * self.prefill_chunk)
+
+    @property
     def state_bytes(self) -> int:
         """What one step of one sequence takes in the state of a recurrent model; 0 for a model with a KV cache."""
         if hasattr(self.config, "attention"):
