@@ -91,22 +91,32 @@ class Index:
 
     def _writing(self) -> diskcache.Cache:
         if self._writer is None:
-            import diskcache
-
-            self._writer = diskcache.Cache(
-                str(self.directory),
-                BUSY_SECONDS,
-                disk_min_file_size=1 << 30,  # bytes: every value is a row, none a file of its own
-                eviction_policy="none",
-                cull_limit=0,
-                size_limit=1 << 62,
-            )
+            try:
+                self._writer = self._open_writer()
+            except TypeError:  # settings of the format before this one, whose documents cannot be read
+                self._set_aside()
+                self._writer = self._open_writer()
         return self._writer
+
+    def _open_writer(self) -> diskcache.Cache:
+        import diskcache
+
+        return diskcache.Cache(
+            str(self.directory),
+            BUSY_SECONDS,
+            disk_min_file_size=1 << 30,  # bytes: every value is a row, none a file of its own
+            eviction_policy="none",
+            cull_limit=0,
+            size_limit=1 << 62,
+        )
 
     def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
         """Set a damaged database aside; anything else (a full disk, a lock) is the caller's to report."""
         if (error.sqlite_errorcode & 0xFF) not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
             raise error
+        self._set_aside()
+
+    def _set_aside(self) -> None:
         self.close()
         self.set_aside = self.directory.with_name(f"{self.directory.name}.damaged-{time.time_ns()}")
         self.directory.rename(self.set_aside)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import diskcache
 import pytest
 
 from stagegraph import registry
@@ -210,6 +211,15 @@ def test_an_index_that_cannot_be_read_is_set_aside(demo: Demo, damage: bytes) ->
     (folder / "cache.db").write_bytes(damage)
     assert demo.run().code == 0
     assert demo.run().outcomes["join"] == "HIT"
+
+
+def test_an_index_of_the_format_before_is_set_aside(demo: Demo) -> None:
+    folder = demo.folder / "artifacts/.stagegraph/index"
+    with diskcache.Cache(str(folder), disk=diskcache.JSONDisk, disk_compress_level=1) as cache:
+        cache.set("rec:1", {})
+    assert demo.run().code == 0
+    assert demo.run().outcomes["join"] == "HIT"
+    assert list(folder.parent.glob("index.damaged-*"))
 
 
 def test_a_source_that_changes_under_a_stage_fails_and_is_not_stored(demo: Demo) -> None:
