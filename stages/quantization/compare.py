@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.quantization import layouts
 from stages.quantization.blocks import row_blocks
 from stages.quantization.convert import restored
 from stages.quantization.dtypes import numpy_dtype
@@ -48,10 +49,26 @@ class _Weights:
     def values(self, name: str, rows: slice) -> np.ndarray:
         """Return rows of a parameter in float32."""
         stored, scheme = self.stored(name), SCHEMES.get(self.lines[name]["scheme"])
+        rows = slice(
+            rows.start, min(rows.stop, self.lines[name]["shape"][0])
+        )  # the last block of a layout is filled up
         if len(stored) == 1 or scheme is None:
-            return stored[0][rows].astype(np.float32)
-        scale = stored[1] if scheme.kind == "tensor" else stored[1][rows]
-        return restored((stored[0][rows], scale), scheme, self.lines[name]["shape"][1])
+            return _rows(stored[0], rows, 0).astype(np.float32)
+        scale = stored[1] if scheme.kind == "tensor" else _rows(stored[1], rows, scheme.bits)
+        return restored((_rows(stored[0], rows, scheme.bits), scale), scheme, self.lines[name]["shape"][1])
+
+    def relaid(self, other: _Weights, name: str) -> bool:
+        """Say whether the other result stores a parameter in another layout."""
+        return [x.ndim for x in self.stored(name)] != [x.ndim for x in other.stored(name)]
+
+
+def _rows(stored: np.ndarray, rows: slice, bits: int) -> np.ndarray:
+    """Return rows of a stored tensor as layout nk has them; a matrix in blocks has a dimension more."""
+    if stored.ndim < 3:
+        return stored[rows]
+    first, last = rows.start // layouts.BLOCK, -(-rows.stop // layouts.BLOCK)
+    blocks = layouts.restore("n32", stored[first:last], (last - first) * layouts.BLOCK, bits)
+    return blocks[rows.start - first * layouts.BLOCK : rows.stop - first * layouts.BLOCK]
 
 
 def weights(a: Files, b: Files) -> list[tuple[str, str, str]]:
@@ -67,7 +84,10 @@ def weights(a: Files, b: Files) -> list[tuple[str, str, str]]:
     rows += [(name, described[name][0], described[name][1]) for name in unlike[:SHOWN]]
     alike = sorted(names.keys() - unlike)
     unequal = [name for name in alike if not _equal(old.stored(name), new.stored(name))]
-    apart = sorted(((*_distance(old, new, name), name) for name in unequal), key=lambda found: (-found[0], found[2]))
+    measured = [(*_distance(old, new, name), name) for name in unequal]
+    # Results for two targets may hold equal values in two layouts.
+    found = [(rmse, worst, name) for rmse, worst, name in measured if worst or not old.relaid(new, name)]
+    apart = sorted(found, key=lambda found: (-found[0], found[2]))
     rows += [
         (name, described[name][0], f"{described[name][1]}, RMSE {rmse:.2e}, max {worst:.2e}")
         for rmse, worst, name in apart[:SHOWN]

@@ -37,10 +37,10 @@ from tests.checkpoints import (
 from tests.local_context import LocalContext, run_stage
 
 
-def register(checkpoint: Path, work: Path, scheme: str) -> dict[str, Path]:
+def register(checkpoint: Path, work: Path, scheme: str, target: str = "llvm") -> dict[str, Path]:
     run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)})
     inputs = {"config": work / "parsed/model.json", "tensors": work / "parsed/tensors.json"}
-    run_stage(ParamRegister(), work / "registered", {"scheme": scheme, "target": "llvm"}, inputs)
+    run_stage(ParamRegister(), work / "registered", {"scheme": scheme, "target": target}, inputs)
     return {"params": work / "registered/params.json", "tensors": work / "parsed/tensors.json"}
 
 

@@ -19,21 +19,31 @@ def files(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def made(tmp_path: Path):
-    def make(name: str, scheme: str = "q4f16_1", factor: float = 1.0, **options: object) -> dict[str, Path]:
+    def make(
+        name: str, scheme: str = "q4f16_1", factor: float = 1.0, target: str = "llvm", **options: object
+    ) -> dict[str, Path]:
         tensors = qwen_tensors(hidden=64, layers=2, ff=96, rows=512, seed=0)
         tensors["transformer.h.1.mlp.c_proj.weight"] *= factor
         checkpoint = write_qwen(tmp_path / name / "checkpoint")
         for path in checkpoint.glob("*.safetensors*"):
             path.unlink()
         write_safetensors(checkpoint / "model.safetensors", tensors, "float32")
-        inputs = register(checkpoint, tmp_path / name, scheme)
-        return files(quantize(checkpoint, tmp_path / name / "out", scheme, inputs, **options).out)
+        inputs = register(checkpoint, tmp_path / name, scheme, target)
+        return files(quantize(checkpoint, tmp_path / name / "out", scheme, inputs, target=target, **options).out)
 
     return make
 
 
 def test_equal_weights_have_no_differences(made):
     assert compare.weights(made("a"), made("b")) == []
+
+
+@pytest.mark.parametrize("scheme", ["q4f16_1", "q8f16_1", "q0f16"])
+def test_two_layouts_of_equal_weights_have_no_differences(made, scheme: str):
+    assert compare.weights(made("a", scheme), made("b", scheme, target="cuda")) == []
+    rows = compare.weights(made("c", scheme, 1.25), made("d", scheme, target="cuda"))
+    assert [row[0] for row in rows] == ["transformer.h.1.mlp.c_proj.weight", "tensors of equal content"]
+    assert float(rows[0][2].split("RMSE ")[1].split(",")[0]) == pytest.approx(0.2, rel=0.05)
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_1", "q0f16", "e4m3_f16"])
