@@ -67,10 +67,14 @@ class Store:
                 return True
         except FileExistsError:  # another run was faster
             return False
-        copy = file.with_name(f".{file.name}.object")
-        _copy(file, copy)
-        copy.chmod(0o444)
-        copy.rename(target)
+        # Beside the object: the file may be on another file system, and a rename stays on one.
+        copy = target.with_name(f".{digest[:16]}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            _copy(file, copy)
+            copy.chmod(0o444)
+            copy.rename(target)
+        finally:
+            copy.unlink(missing_ok=True)
         return False
 
     def verify(self, digest: str) -> str | None:
@@ -104,7 +108,7 @@ class Store:
         """Yield the digest of every object there is."""
         if self.objects.is_dir():
             for folder in sorted(self.objects.iterdir()):
-                yield from sorted(p.name for p in folder.iterdir())
+                yield from sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))  # a copy under way
 
     def is_object(self, digest: str, path: Path) -> bool:
         """Say whether ``path`` is the object itself under another name."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -142,6 +144,20 @@ def memo(tmp_path: Path) -> Iterator[Memo]:
     index = Index(tmp_path / "index")
     yield Memo(Store(tmp_path, index))
     index.close()
+
+
+def test_a_part_on_another_file_system_is_copied(memo: Memo) -> None:
+    beside = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        (beside / "part").write_text("some")
+        if beside.stat().st_dev == memo.remember("part", {"n": 0}, beside / "part").path.stat().st_dev:
+            pytest.skip("/dev/shm is no file system of its own here")
+    finally:
+        shutil.rmtree(beside)
+    found = memo.recall("part", {"n": 0})
+    assert found is not None
+    assert found.path.read_text() == "some"
+    assert list(found.path.parent.iterdir()) == [found.path]
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
