@@ -11,6 +11,7 @@ import tvm
 # intrinsics take seconds.
 RULES: dict[str, str] = {
     "cpu-matmul": "stages.lowering.schedule_cpu_matmul:CPUMatmul",
+    "cpu-elementwise": "stages.lowering.schedule_cpu_elementwise:CPUElementwise",
     "cpu-reduction": "tvm.s_tir.dlight.cpu:Reduction",
     "gpu-matmul": "tvm.s_tir.dlight.gpu:Matmul",
     "gpu-gemv": "tvm.s_tir.dlight.gpu:GEMV",

@@ -30,7 +30,7 @@ TARGETS: dict[str, Target] = {
         kind="llvm",
         compute_dtype="float32",
         layout="n32",
-        schedules=("cpu-matmul", "cpu-reduction"),
+        schedules=("cpu-matmul", "cpu-reduction", "cpu-elementwise"),
     ),
     "cuda": Target(
         name="cuda",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import tvm
 from tvm import relax as rx
 from tvm import te, tirx
@@ -18,6 +19,7 @@ from stages.lowering.merge import merge
 from stages.lowering.metadata import attach_metadata
 from stages.lowering.pipeline import lower, phases
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
+from stages.lowering.schedule_cpu_elementwise import CPUElementwise
 from stages.lowering.schedule_cpu_matmul import CPUMatmul
 from stages.models.layers import FloatMatrix, GroupMatrix, Layout, Linear, take
 from stages.targets.table import TARGETS
@@ -222,6 +224,32 @@ def test_cpu_matmul_runs_features_in_parallel_and_sums_in_lanes(rows, n, k):
 @pytest.mark.parametrize(("n", "k"), [(24, 40), ("n", 64)])
 def test_cpu_matmul_leaves_other_shapes_alone(n, k):
     assert CPUMatmul().apply(_nt_matmul("s", n, k)["NT_matmul"], LLVM, False) is None
+
+
+def _gelu(rows):
+    made = function([("x", (1, rows, 40), "float32")], lambda builder, x: builder.emit(rx.op.nn.gelu(x)))
+    return rx.transform.LegalizeOps()(made)
+
+
+@pytest.mark.parametrize("rows", ["s", 3])
+def test_chained_elementwise_operators_become_one_pass(rows):
+    module = _gelu(rows)
+    before = module["gelu"].script()
+    assert before.count("T.axis.remap(") > 1
+    assert "alloc_buffer" in before
+    schedule = CPUElementwise().apply(module["gelu"], LLVM, False)
+    after = schedule.mod["main"].script()
+    assert after.count("T.axis.remap(") == 1
+    assert "alloc_buffer" not in after
+    assert "T.parallel" in after
+    module["gelu"] = schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+    x = random(1, 3, 40)
+    assert np.allclose(run(module, "main", x), torch.nn.functional.gelu(torch.from_numpy(x)).numpy(), atol=1e-6)
+
+
+def test_what_reduces_is_not_taken_for_elementwise():
+    made = function([("x", (3, 40), "float32")], lambda builder, x: builder.emit(rx.op.nn.softmax(x)))
+    assert CPUElementwise().apply(rx.transform.LegalizeOps()(made)["softmax"], LLVM, False) is None
 
 
 def _nt_matmul(rows, n, k):
