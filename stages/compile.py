@@ -226,7 +226,7 @@ def _build(
     from stages.lowering.codegen import CodegenError, build_library
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import kernel_names, lower
-    from stages.targets import cuda, fatbin, host, toolchain
+    from stages.targets import cuda, host, toolchain
     from stages.targets.cuda import CudaError
     from stages.targets.table import TARGETS
     from stages.targets.tvm_target import build_target
@@ -258,8 +258,20 @@ def _build(
         raise StageError(str(error)) from None
     ctx.progress(STEPS - 1, STEPS, "steps")
 
-    code = fatbin.entries(library)
-    if params.archs and (missing := fatbin.missing(code, params.archs)):
-        raise StageError(f"the library lacks {', '.join(missing)}: the CUDA compiler did not do what it was asked")
     names = device_kernels() if device_kernels else kernel_names(lowered)
-    return {"memory": memory, "kernels": names, "device_code": [entry.document() for entry in code]}
+    return {"memory": memory, "kernels": names, **_device(library, params.archs)}
+
+
+def _device(library: Path, archs: Sequence[int]) -> dict[str, Any]:
+    """Return what device code the finished library holds, and the figures of its kernels; refuse one that lacks any."""
+    from stages.targets import cubin, fatbin
+
+    code = fatbin.entries(library)
+    if archs and (missing := fatbin.missing(code, archs)):
+        raise StageError(f"the library lacks {', '.join(missing)}: the CUDA compiler did not do what it was asked")
+    try:
+        kernels = fatbin.kernels(library)
+    except cubin.CubinError as error:
+        raise StageError(f"the library's device code cannot be read: {error}") from None
+    figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
+    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}
