@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.files import LFS_HEADER, read_bytes
 
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -84,7 +85,6 @@ RULES: dict[str, Rule] = {
 }
 # Classes that say nothing of the vocabulary: the files decide, as they do in transformers.
 ANY_FAMILY = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer")
-LFS_HEADER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,7 @@ def second_vocabularies(resolution: Resolution) -> list[Resolution]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object; :class:`TokenizerError` for anything else."""
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise TokenizerError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, which no tokenizer configuration is")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(f"{path}: T02: a Git LFS pointer and not the file itself; run `git lfs pull`")
+    data = read_bytes(path, MAX_CONFIG_BYTES)
     try:
         value = json.loads(data.decode("utf-8"))
         # Half of a surrogate pair passes as an escape, but can be neither written nor printed.
