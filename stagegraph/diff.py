@@ -73,7 +73,7 @@ def difference(a: Artifact, b: Artifact) -> Difference:
 
 def _costs(record: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "seconds": f"{record['seconds']:.2f}",
+        "seconds": f"{record['seconds']:.2f} s",
         "bytes": f"{record_size(dict(record)):,}",
         "peak_bytes": f"{record['peak_bytes']:,}",
     }

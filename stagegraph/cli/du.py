@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, add_json, print_json, size_text, table
+from stagegraph.cli.common import add_file, add_json, print_json, size_text
+from stagegraph.cli.layout import table
 
 if TYPE_CHECKING:
     from stagegraph.gc import Usage

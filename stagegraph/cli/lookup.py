@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
 from stagegraph.key import artifact_digest
 from stagegraph.registry import LOOKUPS, Lookup
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        print("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
+        page("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
 
 
 def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> dict[str, Any]:

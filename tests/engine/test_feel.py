@@ -10,11 +10,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from stagegraph.cli import common, main
+from stagegraph.cli import layout, main
 from tests.engine.conftest import Demo
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
-OWN = [verb for verb, (module, _) in main.TABLE.items() if module.startswith("stagegraph.")]
 
 
 @pytest.mark.parametrize("verb", main.TABLE)
@@ -23,10 +22,10 @@ def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
     lines = main.build_parser(verb).format_help().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 25
-    assert verb not in OWN or lines[-1].startswith("example: ")
+    assert lines[-1].startswith("example: ")
 
 
-@pytest.mark.parametrize("verb", OWN)
+@pytest.mark.parametrize("verb", main.TABLE)
 def test_the_example_of_each_verb_parses(verb: str, demo: Demo) -> None:
     import shlex
 
@@ -49,6 +48,26 @@ def test_misspelt_verbs_and_options_get_a_suggestion(demo: Demo) -> None:
     assert (result.code, result.err) == (2, "error: unknown argument '--dry-rum'; did you mean '--dry-run'?\n")
     assert "did you mean '--stage'?" in demo("run", str(demo.pipeline), "--stages=x").err
     assert "unknown argument 'extra'; `pipeline status --help`" in demo("status", str(demo.pipeline), "extra").err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["show"], "the following arguments are required: REF; `pipeline show --help` lists its arguments"),
+        (["runs", "-n", "x"], "argument -n: invalid int value: 'x'; `pipeline runs --help` lists its arguments"),
+        (["runs", "-n", "0"], "-n 0: expected at least 1"),
+        (["graph", "--format", "svgz"], "--format: unknown value 'svgz'; did you mean 'svg'?"),
+        (["completion", "tcsh"], "SHELL: unknown value 'tcsh'; known: bash, fish, zsh"),
+        (["show", "nothing"], "no node is named 'nothing'; known: join, read, shape"),
+        (["show", "shape[a,b,c,d,e,f]"], "no node is named 'shape[a,b,c,d,e,f]'; known: shape[column], shape[line]"),
+        (["show", "shape[lin]"], "no node is named 'shape[lin]'; did you mean 'shape[line]'?"),
+    ],
+)
+def test_mistakes_take_one_line(demo: Demo, monkeypatch, argv: list[str], said: str) -> None:
+    monkeypatch.chdir(demo.folder)
+    result = demo(*argv)
+    assert (result.code, result.out, result.err) == (2, "", f"error: {said}\n")
+    assert demo(*argv, "--json").json["problems"] == [said]
 
 
 def completed(demo: Demo, monkeypatch, *words: str) -> list[str]:
@@ -81,15 +100,15 @@ def test_bash_completes_node_names(demo: Demo) -> None:
 
 def test_colours_only_on_terminals_that_take_them(monkeypatch) -> None:
     rows = [("a", "HIT", "x"), ("b", "STALE", "HIT in the text")]
-    plain = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    plain = layout.table(("node", "status", "reason"), rows, flexible=2, width=80)
     assert "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    painted = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    painted = layout.table(("node", "status", "reason"), rows, flexible=2, width=80)
     assert painted.count("\x1b[0m") == 2
     monkeypatch.setenv("NO_COLOR", "1")
-    assert common.table(("node", "status", "reason"), rows, flexible=2, width=80) == plain
+    assert layout.table(("node", "status", "reason"), rows, flexible=2, width=80) == plain
 
 
 @pytest.mark.parametrize("columns", [40, 80])
