@@ -1,9 +1,8 @@
-"""How the command line feels: help that fits, suggestions, completion, colours, documents of a known shape."""
+"""How the command line feels: help that fits, suggestions, colours, documents of a known shape."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -68,34 +67,6 @@ def test_mistakes_take_one_line(demo: Demo, monkeypatch, argv: list[str], said: 
     result = demo(*argv)
     assert (result.code, result.out, result.err) == (2, "", f"error: {said}\n")
     assert demo(*argv, "--json").json["problems"] == [said]
-
-
-def completed(demo: Demo, monkeypatch, *words: str) -> list[str]:
-    monkeypatch.chdir(demo.folder)
-    return demo("complete", *words).out.split("\n")[:-1]
-
-
-def test_completion(demo: Demo, monkeypatch) -> None:
-    assert completed(demo, monkeypatch, "ex") == ["explain", "export"]
-    assert completed(demo, monkeypatch, "show", "sha") == ["shape", "shape[column]", "shape[line]"]
-    assert completed(demo, monkeypatch, "show", "'shape\\[l") == ["shape[line]"]
-    assert completed(demo, monkeypatch, "run", "--stage", "j") == ["join"]
-    assert completed(demo, monkeypatch, "run", "--dr") == ["--dry-run"]
-    assert completed(demo, monkeypatch, "graph", "--format", "") == ["ascii", "dot", "mermaid", "svg"]
-    assert completed(demo, monkeypatch, "diff", "join", "re") == ["read"]
-    assert completed(demo, monkeypatch, "diff", "--json", "join", "re") == ["read"]
-    assert completed(demo, monkeypatch, "completion", "") == ["bash", "fish", "zsh"]
-    assert completed(demo, monkeypatch, "run", "") == [""]  # a file: the shell's to complete
-    demo.pipeline.write_text("broken: [")
-    assert completed(demo, monkeypatch, "show", "") == [""]
-
-
-def test_bash_completes_node_names(demo: Demo) -> None:
-    script = demo("completion", "bash").out
-    stub = 'pipeline() { [ "$1/$2/$3" = complete/show/shape ] && printf "shape\\nshape[a,b]\\n"; }\n'
-    asked = 'COMP_WORDS=(pipeline show shape); COMP_CWORD=2; _pipeline; printf "%s\\n" "${COMPREPLY[@]}"\n'
-    done = subprocess.run(["bash", "-c", script + stub + asked], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["shape", "shape\\[a\\,b\\]"]
 
 
 def test_colours_only_on_terminals_that_take_them(monkeypatch) -> None:
