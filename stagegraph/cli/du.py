@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(found: Usage) -> list[tuple[str, int, int]]:
     """Return (what, files, bytes): current results largest first, the rest by kind; shared objects count once."""
-    from stagegraph.workspace import record_files
+    from stagegraph.record import record_files
 
     seen: set[str] = set()
 

@@ -20,8 +20,8 @@ from stagegraph.registry import LOOKUPS, Lookup
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
     from stagegraph.dag import Node
+    from stagegraph.record import Record
 
-Record = dict[str, Any]
 SHOWN = 3  # names like the one that is not known
 
 

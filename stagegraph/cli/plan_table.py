@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from stagegraph.cli.common import age_text, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
 from stagegraph.plan import HIT, NEVER, STALE, UNKNOWN
-from stagegraph.workspace import record_size
+from stagegraph.record import record_size
 
 if TYPE_CHECKING:
     from stagegraph.forecast import Plan, Step

@@ -8,11 +8,11 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
-from stagegraph.scheduler import Reporter
+from stagegraph.outcome import Reporter
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
-    from stagegraph.scheduler import Outcome
+    from stagegraph.outcome import Outcome
 
 PLAIN_SECONDS = 5.0
 

@@ -12,11 +12,11 @@ from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.plan import HIT
-from stagegraph.workspace import parts_text, record_size
+from stagegraph.record import parts_text, record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Run, Selection
-    from stagegraph.scheduler import Outcome
+    from stagegraph.outcome import Outcome
 
 EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"
 

@@ -13,8 +13,8 @@ from stagegraph.cli.common import add_file, print_json, seconds_text, shown, siz
 from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.errors import PlanError
+from stagegraph.record import parts_text
 from stagegraph.registry import PLOTS, load_object
-from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
