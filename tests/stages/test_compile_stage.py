@@ -212,8 +212,11 @@ needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on thi
 
 
 @needs_nvcc
-def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs):
-    registered, ports = graphs("cuda")
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [("q4f16_1", "float16"), pytest.param("q4bf16_1", "bfloat16", marks=pytest.mark.slow)]
+)
+def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs, scheme, dtype):
+    registered, ports = graphs("cuda", scheme)
     context = libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))
     expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
@@ -226,7 +229,7 @@ def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graph
         assert sorted(found) == metadata["kernels"]
         assert all(kernel["registers"] > 0 and kernel["code"] > 0 for kernel in found.values())
     assert context.views["device"].count("\n") == 2 + 2 * len(metadata["kernels"])
-    assert metadata["model"]["compute_dtype"] == "float16"
+    assert (metadata["model"]["compute_dtype"], metadata["model"]["kv_dtype"]) == (dtype, dtype)
     assert b"__global__" not in (context.out / "model.so").read_bytes()
 
 
