@@ -31,14 +31,14 @@ class DeviceCode:
 
 
 def entries(library: Path) -> list[DeviceCode]:
-    """Return the device code in ``library``, sorted, one item per entry; empty if it holds none."""
+    """Return the kinds of device code in ``library``, sorted, however often; empty if it holds none."""
     data = library.read_bytes()
     found: list[DeviceCode] = []
     start = data.find(MAGIC)
     while start >= 0:
         found += _entries_at(data, start)
         start = data.find(MAGIC, start + len(MAGIC))
-    return sorted(found)
+    return sorted(set(found))
 
 
 def _entries_at(data: bytes, start: int) -> Iterable[DeviceCode]:
