@@ -60,9 +60,14 @@ class Dag:
         """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards."""
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
-            names = {node.name for node in self.nodes} | {node.spec.entry for node in self.nodes}
-            raise PlanError(f"no node is named '{pattern}'{nearest(pattern, names)}")
+            raise PlanError(f"no node is named '{pattern}'{self._nearest(pattern)}")
         return chosen
+
+    def _nearest(self, pattern: str) -> str:
+        """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
+        entry = pattern.partition("[")[0]
+        instances = {node.name for node in self.nodes if node.spec.entry == entry}
+        return nearest(pattern, instances or {node.spec.entry for node in self.nodes})
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """Return the nodes and everything they need, directly or not."""

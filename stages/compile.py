@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions,
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stages.codegen.library import Built
     from stages.targets.toolchain import Program
 
 # What all graphs of one library must agree on; it goes into the metadata under "model".
@@ -36,7 +38,7 @@ SHARED = (
     "vocab_size",
 )
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
-STEPS = 8  # of progress: five lowering phases, then code generation, check, description
+STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
 
 
 class Compile(Stage):
@@ -162,12 +164,12 @@ class Compile(Stage):
             },
         }
         library = ctx.out / "model.so"
-        found = _build(ctx, metadata, cxx, nvcc, library)
+        found, built = _build(ctx, metadata, cxx, nvcc, library)
         metadata |= found
         (ctx.out / "metadata.json").write_text(
             json.dumps(metadata, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )
-        for name, text in describe.views(metadata, graphs).items():
+        for name, text in describe.views(metadata, graphs, built).items():
             ctx.view(name, text)
         ctx.summary(describe.summary(metadata, library.stat().st_size))
         ctx.progress(STEPS, STEPS, "steps")
@@ -219,13 +221,13 @@ def _compilers(params: Any) -> tuple[Program, Program | None]:
 
 def _build(
     ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
-) -> dict[str, Any]:
-    """Write the library; return what only its making tells: memory plan, kernels, device code."""
+) -> tuple[dict[str, Any], list[Built]]:
+    """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
     import tvm
 
-    from stages.lowering.codegen import CodegenError, build_library
+    from stages.codegen.library import CodegenError, Compilers, build_library
     from stages.lowering.merge import merge
-    from stages.lowering.pipeline import kernel_names, lower
+    from stages.lowering.pipeline import lower
     from stages.targets import cuda, host, toolchain
     from stages.targets.cuda import CudaError
     from stages.targets.table import TARGETS
@@ -239,39 +241,40 @@ def _build(
         raise StageError(str(error)) from None
     memory: dict[str, int] = {}
 
-    def describe(planned: Mapping[str, int]) -> dict[str, Any]:
+    def plan(planned: Mapping[str, int]) -> dict[str, Any]:
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
     module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
-        module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
+        module, row, target, plan, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
     )
+    options = {name: getattr(params, name) for name in ("opt", "archs", "fast_math")}
+    document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}
     try:
-        device_kernels = None
+        compile_device = None
         if nvcc is not None:
             cuda.load_cuda_side(nvcc, cxx)
-            device_kernels = cuda.use_nvcc(nvcc, cxx, params.archs, opt=params.opt, fast_math=params.fast_math)
-        build_library(lowered, target, library, cxx.path, toolchain.environment())
-    except (CodegenError, CudaError) as error:
+            compile_device = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, **options)
+            document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
+        compilers = Compilers(target, compile_device, document, cxx.path, toolchain.environment())
+        built = build_library(lowered, compilers, ctx, library)
+    except CudaError as error:
         raise StageError(str(error)) from None
-    ctx.progress(STEPS - 1, STEPS, "steps")
+    except CodegenError as error:
+        raise StageError(*error.problems) from None
+    names = sorted(name for kernel in built for name in kernel.code.entry_points or (kernel.name,))
+    return {"memory": memory, "kernels": names, **_device(library)}, built
 
-    names = device_kernels() if device_kernels else kernel_names(lowered)
-    return {"memory": memory, "kernels": names, **_device(library, params.archs)}
 
-
-def _device(library: Path, archs: Sequence[int]) -> dict[str, Any]:
-    """Return what device code the finished library holds, and the figures of its kernels; refuse one that lacks any."""
+def _device(library: Path) -> dict[str, Any]:
+    """Return what device code the finished library holds, and the figures of its kernels."""
     from stages.targets import cubin, fatbin
 
-    code = fatbin.entries(library)
-    if archs and (missing := fatbin.missing(code, archs)):
-        raise StageError(f"the library lacks {', '.join(missing)}: the CUDA compiler did not do what it was asked")
     try:
         kernels = fatbin.kernels(library)
     except cubin.CubinError as error:
         raise StageError(f"the library's device code cannot be read: {error}") from None
     figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
-    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}
+    return {"device_code": [entry.document() for entry in fatbin.entries(library)], "device_kernels": figures}

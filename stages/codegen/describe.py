@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.codegen.library import Built
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
 # What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
@@ -15,11 +18,11 @@ FIGURES = ("registers", "shared", "stack", "spill_stores", "spill_loads", "matri
 STEPS_KEPT = 16  # of each sequence, in the state of a recurrent model: what the runtime's sessions ask for
 
 
-def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], built: Sequence[Built]) -> dict[str, str]:
     """Return the pages of a library by name; ``graphs`` are the documents of the graphs it was made of."""
     return {
         "functions": _functions(graphs),
-        "kernels": "\n".join(metadata["kernels"]) + "\n",
+        "kernels": _kernels(built),
         **({"device": device(metadata["device_kernels"])} if metadata["device_kernels"] else {}),
         "memory": memory(metadata),
     }
@@ -51,6 +54,18 @@ def _spilled(figures: Mapping[str, int]) -> int:
 
 def _flag(figures: Mapping[str, int]) -> str:
     return "SPILLS |" if _spilled(figures) else "|"
+
+
+def _kernels(built: Sequence[Built]) -> str:
+    """List what took longest to compile first, now or when it was compiled."""
+    rows = [
+        f"| {kernel.name} | {kernel.seconds:.2f}{' (reused)' if kernel.reused else ''} | {kernel.code.size:,} "
+        f"| {', '.join(kernel.callers)} |"
+        for kernel in sorted(built, key=lambda kernel: (-kernel.seconds, kernel.name))
+    ]
+    return (
+        "\n".join(["| kernel | seconds to compile | bytes of code | called by |", "|---|---:|---:|---|", *rows]) + "\n"
+    )
 
 
 def _functions(graphs: Sequence[Mapping[str, Any]]) -> str:

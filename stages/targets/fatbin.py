@@ -34,8 +34,8 @@ class DeviceCode:
 
 
 def entries(library: Path) -> list[DeviceCode]:
-    """Return the device code in ``library``, sorted, one item per entry; empty if it holds none."""
-    return sorted(code for code, _ in _entries(library.read_bytes()))
+    """Return the kinds of device code in ``library``, sorted, however often; empty if it holds none."""
+    return sorted({code for code, _ in _entries(library.read_bytes())})
 
 
 def kernels(library: Path) -> dict[int, dict[str, Kernel]]:
