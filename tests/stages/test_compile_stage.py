@@ -225,10 +225,12 @@ def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graph
     assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
     assert any(re.fullmatch("batch_prefill_paged_kv_[0-9a-f]{8}_kernel", kernel) for kernel in metadata["kernels"])
     assert set(metadata["device_kernels"]) == {"sm_80", "sm_90"}
+    launched = [name for name in metadata["kernels"] if name.endswith("_kernel")]  # others compute sizes on the host
+    assert len(launched) > 30
     for found in metadata["device_kernels"].values():
-        assert sorted(found) == metadata["kernels"]
+        assert sorted(found) == launched
         assert all(kernel["registers"] > 0 and kernel["code"] > 0 for kernel in found.values())
-    assert context.views["device"].count("\n") == 2 + 2 * len(metadata["kernels"])
+    assert context.views["device"].count("\n") == 2 + 2 * len(launched)
     assert (metadata["model"]["compute_dtype"], metadata["model"]["kv_dtype"]) == (dtype, dtype)
     assert b"__global__" not in (context.out / "model.so").read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -59,7 +60,8 @@ def machine_code(found, names, folder, archs):
 
     nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
     cuda.load_cuda_side(nvcc, cxx)
-    cuda.use_nvcc(nvcc, cxx, archs, opt=3, fast_math=False)
+    compile_source = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, archs=archs)
+    tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
     kernels = {name: found.after[name].with_attr("global_symbol", name) for name in names}
     with found.target:
         tvm.compile(tvm.IRModule(kernels), target=found.target).export_library(str(folder / "kernels.so"))
