@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
 import jsonschema
 import pytest
 
+from stagegraph.api import Pipeline
+from stagegraph.artifact import Artifact
 from stagegraph.cli import layout, main
 from tests.engine.conftest import Demo
 
@@ -116,3 +120,17 @@ def test_json_documents_are_as_documented(demo: Demo) -> None:
     jsonschema.validate(demo.run().json, {**SCHEMA, "$ref": "#/$defs/run"})
     failed = demo("show", "nothing", str(demo.pipeline), "--json").json
     jsonschema.validate(failed, {**SCHEMA, "$ref": "#/$defs/problems"})
+
+
+def test_the_table_of_the_python_api_names_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    named = set()
+    for row in re.findall(r"^\| (`\.?\w*\..*?`) \|", page, re.MULTILINE):
+        owner = Artifact if row.startswith("`artifact.") else Pipeline
+        for name, arguments in re.findall(r"\.(\w+)(?:\(([^)]*)\))?`", row):
+            found = getattr(owner, name)
+            named.add(name)
+            keywords = re.findall(r"(\w+)=", arguments)
+            assert not keywords or set(keywords) <= set(inspect.signature(found).parameters), name
+    public = {name for name in vars(Pipeline) if not name.startswith("_")} - {"close", "name"}
+    assert named >= public | {"read_json", "read_text", "object", "view", "export"}
