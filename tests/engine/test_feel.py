@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 from stagegraph.api import Pipeline
 from stagegraph.artifact import Artifact
 from stagegraph.cli import layout, main
 from tests.engine.conftest import Demo
-
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
+from tests.output_schema import validate
 
 
 @pytest.mark.parametrize("verb", main.TABLE)
@@ -115,11 +112,11 @@ def test_json_documents_are_as_documented(demo: Demo) -> None:
         kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["@~1", "@~0"] else verb
         names, options = [r for r in rest if r[0] != "-"], [r for r in rest if r[0] == "-"]
         document = demo(verb, *names, str(demo.pipeline), *options, "--json").json
-        jsonschema.validate(document, {**SCHEMA, "$ref": f"#/$defs/{kind}"})
+        validate(document, kind)
     demo.source.write_text("FAIL\n")
-    jsonschema.validate(demo.run().json, {**SCHEMA, "$ref": "#/$defs/run"})
+    validate(demo.run().json, "run")
     failed = demo("show", "nothing", str(demo.pipeline), "--json").json
-    jsonschema.validate(failed, {**SCHEMA, "$ref": "#/$defs/problems"})
+    validate(failed, "problems")
 
 
 def test_the_table_of_the_python_api_names_what_there_is() -> None:

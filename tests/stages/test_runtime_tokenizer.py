@@ -14,6 +14,7 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.proof import code_points, sample_corpus
 from stages.tokenizers.resolution import resolve
+from tests.output_schema import validate
 from tests.stages.tokenizer_folders import FOLDERS, SIZE
 
 START, END = SIZE + 1, SIZE + 2
@@ -141,6 +142,10 @@ def test_tokenize_shows_pieces_bytes_ids_and_what_comes_back(emitted, capsys):
     assert " special " not in out
     assert "the text comes back" in out
     document = json.loads(page(capsys, emitted("llama3 model"), "é", "--json")[1])
+    validate(document, "tokenize")
+    compared = page(capsys, emitted("neox"), "é", "--compare", emitted("rwkv world"), "--json")
+    validate(json.loads(compared[1]), "tokenize")
+    assert compared[0] == 1
     assert document["before_a_prompt"] == [SIZE]
     assert "".join(piece["bytes"] for piece in document["pieces"]).replace(" ", "") == "c3a9"
 
