@@ -141,10 +141,13 @@ class Context(Protocol):
         Like :meth:`remember` it may be called from several threads.
         """
 
-    def remember(self, kind: str, document: Mapping[str, Json], file: Path, **facts: Json) -> Part:
+    def remember(
+        self, kind: str, document: Mapping[str, Json], file: Path, *, digest: str | None = None, **facts: Json
+    ) -> Part:
         """Keep a finished file below ``out`` as the part for ``document``, also if this run is killed later.
 
         The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
+        ``digest`` is the BLAKE3 digest of its bytes where it was taken while they were at hand: it is not read again.
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:

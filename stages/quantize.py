@@ -75,7 +75,7 @@ class Quantize(Stage):
         """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
         from stages.conversion.conversion import Conversion, Plan
         from stages.quantization.schemes import SCHEMES
-        from stages.quantization.tensor_cache import write_index
+        from stages.quantization.tensor_cache import listing, write_index
 
         register = json.loads(ctx.input("params").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
@@ -96,9 +96,8 @@ class Quantize(Stage):
             bits = round(8 * size / count, 3)
             metadata = {"ParamSize": len(register["params"]), "ParamBytes": size, "BitsPerParam": bits}
             write_index(ctx.out / "weights", conversion.contents, metadata)
-            document = {"schema": 1, "scheme": scheme.name, "scales": scales, "tensors": report}
-            text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
-            (ctx.out / "report.json").write_text(text, encoding="utf-8")
+            how = {"schema": 1, "scheme": scheme.name, "scales": scales}
+            (ctx.out / "report.json").write_text(listing(how, "tensors", report), "utf-8")
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.conversion.parts import Keeper
-    from stages.models.weights import Weights
 
 KIND = "digests"
 
@@ -28,14 +27,12 @@ class Digests:
     def __init__(
         self,
         keeper: Keeper,
-        weights: Weights,
         tensors: Mapping[str, Mapping[str, Any]],
         names: Iterable[str],
         files: Mapping[str, str],
         scratch: Path,
     ) -> None:
         self._keeper = keeper
-        self._weights = weights
         self._tensors = tensors
         self._files = files
         self._scratch = scratch
@@ -51,10 +48,14 @@ class Digests:
                 self._known |= found
                 wanted.difference_update(found)
 
-    def __getitem__(self, name: str) -> str:
+    def __contains__(self, name: str) -> bool:
+        """Say whether a tensor's digest is known."""
+        return name in self._known
+
+    def of(self, name: str, tensor: np.ndarray) -> str:
         """Return a tensor's digest, reading the tensor where it is not known."""
         if name not in self._known:
-            digest = blake3(self._weights[name].reshape(-1).view(np.uint8).data).hexdigest()
+            digest = blake3(tensor.reshape(-1).view(np.uint8).data).hexdigest()
             with self._lock:
                 self._known[name] = digest
                 self._complete(name, self._tensors[name]["file"])

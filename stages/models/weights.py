@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -27,15 +28,35 @@ class Weights:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
+        path, info = self._find(name)
+        skipped = info.offset % mmap.ALLOCATIONGRANULARITY
+        with path.open("rb", buffering=0) as file:
+            start, length = info.offset - skipped, info.nbytes + skipped
+            mapped = mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8, info.nbytes, skipped)
+        return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def read(self, name: str, into: np.ndarray) -> np.ndarray:
+        """Return a tensor read into the bytes ``into``, which costs less than a mapping that is all read."""
+        path, info = self._find(name)
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            count = file.readinto(into.data)
+        if count != info.nbytes:
+            raise ValueError(
+                f"{path.name}: the file ended {info.nbytes - (count or 0):,} bytes before tensor {name} did"
+            )
+        return into.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file of a tensor and what it says of it."""
         wanted = self._tensors[name]
         file = wanted["file"]
         info = self._header(file).get(name)
         if info is None or [info.dtype, *info.shape] != [wanted["dtype"], *wanted["shape"]]:
             expected = f"{wanted['dtype']} {wanted['shape']}"
             raise ValueError(f"{file}: tensor {name} is not the {expected} that config-parse saw")
-        mapped = np.memmap(self._files[file], np.uint8, "r", info.offset, (info.nbytes,))
-        array: np.ndarray = mapped.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape).view(np.ndarray)
-        return array
+        return self._files[file], info
 
     def place(self, name: str) -> tuple[str, int]:
         """Return the file a tensor is in, and where there, to read tensors in the order in which they lie."""
