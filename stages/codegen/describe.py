@@ -13,6 +13,8 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "u
 # What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
 # processor takes memory when it is written to, which next to nothing of this is; a GPU takes all of it at once.
 CACHE_TABLES = 128 * 2**20
+# Columns of the table of device code, all but architecture and name: see stages.targets.cubin.Kernel.
+FIGURES = ("registers", "shared", "stack", "spill_stores", "spill_loads", "matrix", "constant", "code")
 STEPS_KEPT = 16  # of each sequence, in the state of a recurrent model: what the runtime's sessions ask for
 
 
@@ -21,6 +23,7 @@ def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], buil
     return {
         "functions": _functions(graphs),
         "kernels": _kernels(built),
+        **({"device": device(metadata["device_kernels"])} if metadata["device_kernels"] else {}),
         "memory": memory(metadata),
     }
 
@@ -28,7 +31,29 @@ def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], buil
 def summary(metadata: Mapping[str, Any], size: int) -> str:
     """Return the library of ``size`` bytes in a few words."""
     code = [f"{entry['kind']} {entry['arch']}" for entry in metadata["device_code"]]
-    return f"{size / 1e6:.2f} MB, {len(metadata['kernels'])} kernels" + (f", {', '.join(code)}" if code else "")
+    spilling = {name for found in metadata["device_kernels"].values() for name in found if _spilled(found[name])}
+    flag = [f"{len(spilling)} spill"] if spilling else []
+    return ", ".join([f"{size / 1e6:.2f} MB", f"{len(metadata['kernels'])} kernels", *flag, *code])
+
+
+def device(kernels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """Render what each architecture runs (metadata's ``device_kernels``): kernels that spill first, worst first."""
+    rows = [(name, arch, figures) for arch, found in kernels.items() for name, figures in found.items()]
+    worst = {name: max(_spilled(found.get(name, {})) for found in kernels.values()) for name, _, _ in rows}
+    lines = [
+        " | ".join([f"| {name}", arch, *(f"{figures.get(field, 0):,}" for field in FIGURES), _flag(figures)])
+        for name, arch, figures in sorted(rows, key=lambda row: (-worst[row[0]], row[0]))
+    ]
+    head = "| kernel | architecture | " + " | ".join(FIGURES).replace("_", " ") + " | |"
+    return "\n".join([head, "|---|---|" + "---:|" * len(FIGURES) + "---|", *lines]) + "\n"
+
+
+def _spilled(figures: Mapping[str, int]) -> int:
+    return figures.get("spill_stores", 0) + figures.get("spill_loads", 0)
+
+
+def _flag(figures: Mapping[str, int]) -> str:
+    return "SPILLS |" if _spilled(figures) else "|"
 
 
 def _kernels(built: Sequence[Built]) -> str:

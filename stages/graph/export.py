@@ -114,6 +114,32 @@ class Build:
         return tensor(tokens, "int32")
 
 
+def export_prefill(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object) -> tvm.IRModule:
+    """Export ``prefill`` and ``batch_prefill``; ``state`` is what they read the chunks into."""
+    states = build.states([1, "seq_len"])
+    positions = tensor(["batch_size"], "int32")
+    return export_model(
+        build,
+        wrap,
+        {
+            "prefill": {"states": states, "cache": state},
+            "batch_prefill": {"states": states, "logit_positions": positions, "cache": state},
+        },
+    )
+
+
+def export_decode(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object) -> tvm.IRModule:
+    """Export ``decode`` and ``batch_decode``; ``state`` is what they add a token to."""
+    return export_model(
+        build,
+        wrap,
+        {
+            "decode": {"states": build.states([1, 1]), "cache": state},
+            "batch_decode": {"states": build.states(["batch_size", 1]), "cache": state},
+        },
+    )
+
+
 def export_model(
     build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Mapping[str, Mapping[str, Any]]
 ) -> tvm.IRModule:

@@ -203,7 +203,7 @@ def test_the_interface_page_tells_the_metadata(library):
 def test_the_library_tells_what_the_metadata_says(library):
     metadata = json.loads((library.out / "metadata.json").read_text())
     runner_metadata = libraries.metadata_of(library.out / "model.so")
-    assert set(metadata) - set(runner_metadata) == {"kernels", "device_code"}
+    assert set(metadata) - set(runner_metadata) == {"kernels", "device_code", "device_kernels"}
     assert all(metadata[name] == value for name, value in runner_metadata.items())
     assert set(library.views) == {"functions", "kernels", "memory"}
 
@@ -221,6 +221,11 @@ def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graph
     assert [DeviceCode(**entry) for entry in metadata["device_code"]] == expected
     assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
     assert any(re.fullmatch("batch_prefill_paged_kv_[0-9a-f]{8}_kernel", kernel) for kernel in metadata["kernels"])
+    assert set(metadata["device_kernels"]) == {"sm_80", "sm_90"}
+    for found in metadata["device_kernels"].values():
+        assert sorted(found) == metadata["kernels"]
+        assert all(kernel["registers"] > 0 and kernel["code"] > 0 for kernel in found.values())
+    assert context.views["device"].count("\n") == 2 + 2 * len(metadata["kernels"])
     assert metadata["model"]["compute_dtype"] == "float16"
     assert b"__global__" not in (context.out / "model.so").read_bytes()
 
