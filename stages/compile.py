@@ -264,7 +264,8 @@ def _build(
         raise StageError(str(error)) from None
     except CodegenError as error:
         raise StageError(*error.problems) from None
-    names = sorted(name for kernel in built for name in kernel.code.entry_points or (kernel.name,))
+    on_device = [name for kernel in built for name in kernel.code.entry_points]
+    names = sorted(on_device or [kernel.name for kernel in built])
     return {"memory": memory, "kernels": names, **_device(library)}, built
 
 
@@ -272,9 +273,10 @@ def _device(library: Path) -> dict[str, Any]:
     """Return what device code the finished library holds, and the figures of its kernels."""
     from stages.targets import cubin, fatbin
 
+    code = fatbin.entries(library)
     try:
         kernels = fatbin.kernels(library)
     except cubin.CubinError as error:
         raise StageError(f"the library's device code cannot be read: {error}") from None
     figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
-    return {"device_code": [entry.document() for entry in fatbin.entries(library)], "device_kernels": figures}
+    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}
