@@ -1,208 +1,195 @@
-"""How fast CPU bundles run, against llama.cpp in the same run; every figure is a ratio of two medians.
+"""How fast CPU bundles run, against llama.cpp and transformers in the same run; every figure is a ratio of two medians.
 
-Usage: python benchmarks/inference.py --llama PYTHON [--size 125M|1.1B] [--threads N] [--rounds N] [--keep DIR]
+Usage: python benchmarks/inference.py --llama PYTHON [--torch PYTHON] [--size 125M|1.1B] [--only GROUP...]
+                                      [--threads N] [--rounds N] [--keep DIR]
 
-A Llama-shaped checkpoint of random weights goes through the pipeline as q4f32_1, once with float and once with int8
-activations; PYTHON is an interpreter with gguf and llama-cpp-python, which quantizes the same shape to Q4_0. Each round
-runs the three one after the other, each in a process of its own on the same processors: prefill of 128 and 512 tokens,
-16 steps of decoding at contexts of 128 and 1,000. Exit status 1 if a figure is missed.
+A Llama-shaped checkpoint of random weights goes through the pipeline in several schemes, with float and with int8
+activations. PYTHON of --llama is an interpreter with gguf and llama-cpp-python, which has the same shape in Q4_0, Q8_0
+and F16; that of --torch one with torch and transformers, which has it in bfloat16. In each round the sides run one
+after the other, each in a process of its own on the same processors: prefill of 128 and 512 tokens, 16 decoding steps
+at contexts of 128 and 1,000. The memory of our runtime is the most that it holds beyond what it held when its libraries
+were imported. Exit status 1 if a figure is missed. With --keep a second run builds only what has changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS, CONTEXTS, STEPS = (128, 512), (128, 1000), 16
-# measure -> least ratio to llama.cpp with float and with int8 activations
-REQUIRED = {"prefill": {"float": 0.8, "int8": 1.8}, "decode": {"float": 1.0, "int8": 1.25}}
+sys.path.insert(0, str(ROOT))  # for the helpers of tests/ that this and write_checkpoint use
+
+from quantize import LLAMA, SHAPES, pinned, write_checkpoint  # noqa: E402
+
+WORK = str(ROOT / "benchmarks" / "inference_work.py")
+SPARE = 150_000_000  # bytes that a running model may take beside weights and KV cache
+OURS = {  # side -> scheme, activations
+    "int4": ("q4f16_1", "float"),
+    "int4 int8": ("q4f16_1", "int8"),
+    "q8": ("q8f16_1", "float"),
+    "q8 int8": ("q8f16_1", "int8"),
+    "f16": ("q0f16", "float"),
+}
+GROUPS = {  # baseline -> our sides beside it, with the least ratios of prefill and decode; 0 asks for nothing
+    "Q4_0": {"int4": (0.8, 1.0), "int4 int8": (1.8, 1.25)},
+    "Q8_0": {"q8": (0, 1.0), "q8 int8": (0, 1.0)},
+    "F16": {"f16": (0, 1.0)},
+    "bfloat16": {"int4": (0, 0), "int4 int8": (1.8, 8.0)},
+}
 OVERLAY = """\
 extends: {root}/pipeline.yaml
-name: {activations}
-vars: {{checkpoint: checkpoint, targets: [llvm], scheme: q4f32_1, context_window: 2048}}
+name: {name}
+vars: {{checkpoint: checkpoint, targets: [llvm], scheme: {scheme}, context_window: 2048}}
 stages:
   compile: {{with: {{activations: {activations}}}}}
 """
-Step = Callable[[list[int]], object]
 
 
-def ids_of(count: int, start: int = 0) -> list[int]:
-    """Return ids that look drawn at random, the same on both sides."""
-    return [3 + (7919 * (start + i)) % 31000 for i in range(count)]
+class Setting(NamedTuple):
+    """Where to work, on what, and with which interpreters."""
+
+    folder: Path
+    size: str
+    threads: int
+    llama: str
+    torch: str
 
 
-def measure(begin: Callable[[], tuple[Step, Step, Callable[[], None]]]) -> Iterator[tuple[str, float, float]]:
-    """Yield (measure, tokens per second by the clock, per second of the processors).
-
-    ``begin`` returns, for a new sequence, what prefills ids, what decodes one, and what forgets the sequence.
-    """
-    for kind, sizes in (("prefill", PROMPTS), ("decode", CONTEXTS)):
-        for size in sizes:
-            prefill, decode, forget = begin()
-            if kind == "decode":
-                prefill(ids_of(size))
-            clock, processor = time.perf_counter(), time.process_time()
-            if kind == "prefill":
-                prefill(ids_of(size))
-            else:
-                for token in ids_of(STEPS, size):
-                    decode([token])
-            clock, processor = time.perf_counter() - clock, time.process_time() - processor
-            count = size if kind == "prefill" else STEPS
-            forget()
-            yield f"{kind} {size}", count / clock, count / processor
-
-
-def ours(bundle: str) -> Callable[[], tuple[Step, Step, Callable[[], None]]]:
-    """Load a bundle with its runtime."""
-    from stages.runtime import manifest
-    from stages.runtime.session import Session
-
-    session = Session(manifest.read(Path(bundle)))
-
-    def begin() -> tuple[Step, Step, Callable[[], None]]:
-        sequence = session.add()
-        return (
-            lambda ids: session.prefill(sequence, ids),
-            lambda ids: session.decode(sequence, ids[0]),
-            lambda: session.remove(sequence),
-        )
-
-    return begin
-
-
-def llama(model: str, threads: int) -> Callable[[], tuple[Step, Step, Callable[[], None]]]:
-    """Load a GGUF file with llama.cpp."""
-    import ctypes
-
-    import llama_cpp
-
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx, params.n_batch, params.n_ubatch = 2048, 512, 512
-    params.n_threads = params.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(loaded, params)
-
-    def feed(ids: list[int]) -> None:
-        for at in range(0, len(ids), 512):
-            part = ids[at : at + 512]
-            tokens = (llama_cpp.llama_token * len(part))(*part)
-            assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(part))) == 0
-        llama_cpp.llama_get_logits_ith(context, -1)[0]  # waits for the result
-
-    def begin() -> tuple[Step, Step, Callable[[], None]]:
-        return feed, feed, lambda: llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-
-    return begin
-
-
-def work(side: str, model: str, threads: int) -> dict[str, Any]:
-    """Measure one side: once to warm up, then for real."""
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    begin = ours(model) if side == "ours" else llama(model, threads)
-    for _ in measure(begin):
-        pass
-    return {name: [clock, processor] for name, clock, processor in measure(begin)}
-
-
-def prepare(folder: Path, size: str, python: str, threads: int) -> dict[str, list[str]]:
-    """Build the two bundles and the GGUF file; return the command that measures each."""
-    sys.path.insert(0, str(ROOT))  # for the helpers of tests/ that this and write_checkpoint use
-    from quantize import LLAMA, SHAPES, pinned, write_checkpoint
-
+def bundle(setting: Setting, scheme: str, activations: str) -> str:
+    """Build a bundle and return its path."""
     from stages.bundle import Bundle
     from tests.local_context import run_stage
     from tests.stages.families import write_tokenizer
 
-    write_checkpoint(size, folder / "checkpoint")
-    tokenizer = write_tokenizer(folder / "tokenizer", SHAPES[size][-1])  # random weights have no vocabulary
-    me = str(Path(__file__).resolve())
-    commands = {}
-    for activations in ("float", "int8"):
-        file = folder / f"{activations}.yaml"
-        file.write_text(OVERLAY.format(root=ROOT, activations=activations), encoding="utf-8")
-        run = [sys.executable, "-m", "stagegraph.cli.main", "run", str(file)]
-        pinned([*run, "--stage", "compile", "--stage", "quantize"], threads)
-        made = folder / "artifacts" / activations
-        inputs = {
-            "library": made / "compile[llvm]" / "model.so",
-            "metadata": made / "compile[llvm]" / "metadata.json",
-            "weights": made / "quantize[llvm]" / "weights",
-            "config": made / "config-parse" / "model.json",
-            "generation": made / "config-parse" / "generation.json",
-            "tokenizer": tokenizer,
-        }
-        out = run_stage(Bundle(), folder / activations, {"target": "llvm", "name": activations}, inputs).out
-        commands[activations] = [sys.executable, me, "--work", "ours", str(out / "bundle")]
-    plain, small = str(folder / "plain.gguf"), str(folder / "q4_0.gguf")
-    pinned([python, LLAMA, "write", plain, *map(str, SHAPES[size])], threads)
-    pinned([python, LLAMA, "quantize", plain, small, str(threads)], threads)
-    commands["llama.cpp"] = [python, me, "--work", "llama", small]
-    return commands
+    folder, name = setting.folder, f"{scheme}-{activations}"
+    tokenizer = folder / "tokenizer"  # random weights have no vocabulary
+    if not tokenizer.is_dir():
+        write_tokenizer(tokenizer, SHAPES[setting.size][-1])
+    file = folder / f"{name}.yaml"
+    file.write_text(OVERLAY.format(root=ROOT, name=name, scheme=scheme, activations=activations), encoding="utf-8")
+    run = [sys.executable, "-m", "stagegraph.cli.main", "run", str(file)]
+    pinned([*run, "--stage", "compile", "--stage", "quantize"], setting.threads)
+    made = folder / "artifacts" / name
+    inputs = {
+        "library": made / "compile[llvm]" / "model.so",
+        "metadata": made / "compile[llvm]" / "metadata.json",
+        "weights": made / "quantize[llvm]" / "weights",
+        "config": made / "config-parse" / "model.json",
+        "generation": made / "config-parse" / "generation.json",
+        "tokenizer": tokenizer,
+    }
+    shutil.rmtree(folder / name, ignore_errors=True)
+    out = run_stage(Bundle(), folder / name, {"target": "llvm", "name": name}, inputs).out
+    return str(out / "bundle")
+
+
+def gguf(setting: Setting, kind: str) -> str:
+    """Write a GGUF file of that kind and return its path."""
+    plain, file = setting.folder / "F16.gguf", setting.folder / f"{kind}.gguf"
+    if not plain.exists():
+        pinned([setting.llama, LLAMA, "write", str(plain), *map(str, SHAPES[setting.size])], setting.threads)
+    if not file.exists():
+        count = str(setting.threads)
+        pinned([setting.llama, LLAMA, "quantize", str(plain), str(file), count, kind.lower()], setting.threads)
+    return str(file)
+
+
+def commands(setting: Setting, groups: list[str]) -> dict[str, list[str]]:
+    """Build what the groups need; return the command that measures each side."""
+    if not (setting.folder / "checkpoint").is_dir():
+        write_checkpoint(setting.size, setting.folder / "checkpoint")
+    found: dict[str, list[str]] = {}
+    for baseline in groups:
+        for side in GROUPS[baseline]:
+            if side not in found:
+                found[side] = [sys.executable, WORK, "ours", bundle(setting, *OURS[side])]
+        if baseline == "bfloat16":
+            found[baseline] = [setting.torch, WORK, "torch", str(setting.folder / "checkpoint" / "config.json")]
+        else:
+            found[baseline] = [setting.llama, WORK, "llama", gguf(setting, baseline)]
+    return {side: [*command, str(setting.threads)] for side, command in found.items()}
+
+
+class Table:
+    """Rounds of every side: medians, and whether what is required is met."""
+
+    def __init__(self, rounds: dict[str, list[dict[str, Any]]]) -> None:
+        self.rounds = rounds
+        self.missed = False
+
+    def median(self, side: str, name: str, column: int = 0) -> float:
+        """Return tokens per second by the clock, or per second of the processors."""
+        return statistics.median(found[name][column] for found in self.rounds[side])
+
+    def verdict(self, ok: bool, required: str) -> str:
+        """Return what is said of a figure, and remember a miss."""
+        self.missed |= not ok
+        return f"({required} {'met' if ok else 'MISSED'})"
+
+    def show_speeds(self, baseline: str) -> None:
+        """Print a group: every measure of its sides, and their ratios to the baseline."""
+        sides = [*GROUPS[baseline], baseline]
+        print(f"{'tokens/s (per CPU second)':<26}" + "".join(f"{side:>20}" for side in sides))
+        for name in (name for name in self.rounds[baseline][0] if name != "memory"):
+            cells = [f"{self.median(side, name):.1f} ({self.median(side, name, 1):.1f})" for side in sides]
+            verdicts = []
+            for side, required in GROUPS[baseline].items():
+                least = required[0] if name.startswith("prefill") else required[1]
+                ratio = self.median(side, name) / self.median(baseline, name)
+                said = f" {self.verdict(ratio >= least, f'>= {least} x')}" if least else ""
+                verdicts.append(f"{side} {ratio:.2f} x{said}")
+            print(f"{name:<26}" + "".join(f"{cell:>20}" for cell in cells) + "   " + ", ".join(verdicts))
+
+    def show_memory(self) -> None:
+        """Print what our runtime holds at most."""
+        print(f"{'memory, MB':<12}{'peak':>8}{'imported':>10}{'model':>8}{'weights':>9}{'KV':>6}{'beside':>8}")
+        for side, rounds in self.rounds.items():
+            if "memory" in rounds[0]:
+                found = max((found["memory"] for found in rounds), key=lambda memory: memory["peak"])
+                model = found["peak"] - found["imported"]
+                beside = model - found["weights"] - found["kv"]
+                columns = found["peak"], found["imported"], model, found["weights"], found["kv"], beside
+                widths = 8, 10, 8, 9, 6, 8
+                row = "".join(f"{value / 1e6:>{width}.0f}" for value, width in zip(columns, widths, strict=True))
+                print(f"{side:<12}{row}   {self.verdict(beside <= SPARE, f'<= {SPARE / 1e6:.0f}')}")
 
 
 def main() -> int:
-    """Measure, print the table, say whether all is met."""
+    """Measure, print the tables, say whether all is met."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--llama", metavar="PYTHON", help="interpreter that has gguf and llama-cpp-python")
+    parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="one that has torch and transformers")
     parser.add_argument("--size", choices=("125M", "1.1B"), default="125M")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[*GROUPS], help="baselines to compare with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="work here and leave it; default: a temporary directory")
-    parser.add_argument("--work", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.work:
-        side, model = args.work
-        print(json.dumps(work(side, model, args.threads)))
-        return 0
-    if not args.llama:
+    if not args.llama and args.only != ["bfloat16"]:
         parser.error("--llama PYTHON is the baseline: an interpreter with gguf and llama-cpp-python")
-    from quantize import pinned  # not where --work runs: llama.cpp's interpreter has nothing of ours
-
-    folder = args.keep or Path(tempfile.mkdtemp(prefix="stagegraph-bench-"))
+    folder = (args.keep or Path(tempfile.mkdtemp(prefix="stagegraph-bench-"))).absolute()
+    folder.mkdir(exist_ok=True)
     try:
-        commands = prepare(folder, args.size, args.llama, args.threads)
-        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in commands}
+        sides = commands(Setting(folder, args.size, args.threads, args.llama, args.torch), args.only)
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(args.rounds):  # in turn, so that drift of the machine hits all
-            for side, command in commands.items():
-                printed = pinned([*command, "--threads", str(args.threads)], args.threads)
-                rounds[side].append(json.loads(printed.splitlines()[-1]))
+            for side, command in sides.items():
+                rounds[side].append(json.loads(pinned(command, args.threads).splitlines()[-1]))
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
-    return report(rounds)
-
-
-def report(rounds: dict[str, list[dict[str, Any]]]) -> int:
-    """Print the table: tokens per second by the clock (per second of the processors), and the ratios by the clock."""
-
-    def median(side: str, name: str, column: int) -> float:
-        return statistics.median(found[name][column] for found in rounds[side])
-
-    missed = False
-    print(f"{'tokens/s (per CPU second)':<26}" + "".join(f"{side:>20}" for side in rounds))
-    for name in rounds["llama.cpp"][0]:
-        cells = [f"{median(side, name, 0):.0f} ({median(side, name, 1):.0f})" for side in rounds]
-        verdicts = []
-        for side, least in REQUIRED[name.split()[0]].items():
-            ratio = median(side, name, 0) / median("llama.cpp", name, 0)
-            missed |= ratio < least
-            verdicts.append(f"{side} {ratio:.2f} x (>= {least} x {'met' if ratio >= least else 'MISSED'})")
-        print(f"{name:<26}" + "".join(f"{cell:>20}" for cell in cells) + "   " + ", ".join(verdicts))
-    return 1 if missed else 0
+    table = Table(rounds)
+    for baseline in args.only:
+        table.show_speeds(baseline)
+        print()
+    table.show_memory()
+    return 1 if table.missed else 0
 
 
 if __name__ == "__main__":

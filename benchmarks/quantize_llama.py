@@ -1,7 +1,7 @@
-"""llama.cpp's quantizer as a baseline of benchmarks/quantize.py; needs gguf and llama-cpp-python and nothing of ours.
+"""llama.cpp's files of random weights for other benchmarks, and its quantizer; needs gguf and llama-cpp-python alone.
 
 Usage: python benchmarks/quantize_llama.py write MODEL.gguf HIDDEN LAYERS HEADS KV_HEADS FF VOCAB
-       python benchmarks/quantize_llama.py quantize MODEL.gguf OUT.gguf THREADS   (prints the seconds it took)
+       python benchmarks/quantize_llama.py quantize MODEL.gguf OUT.gguf THREADS [q4_0|q8_0]   (prints what it took)
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: in
     writer.close()
 
 
-def quantize(source: str, out: str, threads: int) -> dict[str, float]:
-    """Quantize all matrices to Q4_0; return the seconds it took, by the clock and of the processor."""
+def quantize(source: str, out: str, threads: int, kind: str = "q4_0") -> dict[str, float]:
+    """Quantize all matrices to ``kind``; return the seconds it took, by the clock and of the processor."""
+    kinds = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
     params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = threads, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    params.nthread, params.ftype, params.pure = threads, kinds[kind], True
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     began, cpu = time.perf_counter(), time.process_time()
@@ -72,4 +73,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write":
         write(sys.argv[2], *map(int, sys.argv[3:]))
     else:
-        print(json.dumps(quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+        print(json.dumps(quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])))

@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import tirx
 
-from stages.lowering.cpu_vectors import T, as_float, choose, constant, get, kernel, put, span, splat, total, vector
+from stages.lowering.cpu_vectors import (
+    T,
+    as_float,
+    choose,
+    constant,
+    get,
+    kernel,
+    prefetch,
+    put,
+    span,
+    splat,
+    total,
+    vector,
+)
 from stages.lowering.cpu_weights import BLOCK, Stored
 
-PANEL = 256  # terms of k whose weights are unpacked at once for all rows: 32 KiB, which stay in the first-level cache
+PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
+AHEAD = 8192  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
+LINE = 64  # bytes of a cache line
 FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
 
 
@@ -96,7 +112,9 @@ def linear_kernel(linear: Linear) -> tirx.PrimFunc:
 
 
 class Product:
-    """Emits the products of one block of features."""
+    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows."""
+
+    panel_terms = PANEL
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -133,6 +151,14 @@ class Product:
         self.row_products(row, block, sums, products)
         self.arguments.write(row, block, products)
 
+    def fetch(self, block: Any, row: Any, rows: int) -> None:
+        """Ask for ``rows`` of words, or of floats, of a block that lie :data:`AHEAD` of those from ``row`` on."""
+        stored, (_, _, dtype) = self.arguments.weights[0], self.weight.tensors[0]
+        size = tvm.DataType(dtype).itemsize
+        for number in range(rows):
+            for lane in range(0, BLOCK, LINE // size):
+                prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
+
     def row_products(self, row: Any, block: Any, sums: Any, products: Any) -> None:
         """Emit the products of one row, added to ``products``."""
         if self.weight.bits:
@@ -144,6 +170,7 @@ class Product:
         weight, (q_weight, q_scale) = self.weight, self.arguments.weights
         per_group = weight.group // weight.per_word
         with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(block, g * per_group, per_group)
             parts = [vector(BLOCK), vector(BLOCK)]
             put(parts[0], splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
             put(parts[1], constant(0, BLOCK), span(0, BLOCK))
@@ -168,6 +195,7 @@ class Product:
             put(part, get(part, BLOCK) + value, span(0, BLOCK))
 
         with T.serial(0, k // ways) as step:
+            self.fetch(block, step * ways, ways)
             for way, part in enumerate(parts):
                 add(part, step * ways + way)
         for way in range(k % ways):
@@ -186,27 +214,23 @@ class Product:
             self.row(row, block, self.group_sums(row))
 
     def _panels(self, block: Any) -> None:
-        arguments, rows, k = self.arguments, self.arguments.rows, self.weight.k
-        features = span(block * BLOCK, BLOCK)
-        with T.serial(0, rows) as row:
-            added = arguments.added(row, features, BLOCK)
-            put(arguments.y, constant(0, BLOCK) if added is None else added, *arguments.outer, row, features)
+        rows, k, most = self.arguments.rows, self.weight.k, self.panel_terms
         panel = self.panel()
-        with T.serial(0, -(-k // PANEL)) as number:
-            first, terms = number * PANEL, T.min(PANEL, k - number * PANEL)
+        with T.serial(0, -(-k // most)) as number:
+            first, terms = number * most, T.min(most, k - number * most)
             self.unpack(panel, block, first, terms)
-            height, _ = arguments.linear.tile
+            height, _ = self.arguments.linear.tile
             with T.serial(0, rows // height) as tile:
                 self.tile(panel, block, first, terms, tile * height, height)
-            half = height // 2
+            done, half = rows // height * height, height // 2
             with T.serial(0, rows % height // half) as tile:
-                self.tile(panel, block, first, terms, rows // height * height + tile * half, half)
-            with T.serial(0, rows % half) as row:
-                self.tile(panel, block, first, terms, rows // half * half + row, 1)
+                self.tile(panel, block, first, terms, done + tile * half, half)
+            with T.serial(0, rows % height % half) as row:
+                self.tile(panel, block, first, terms, done + rows % height // half * half + row, 1)
 
     def panel(self) -> Any:
         """Make room for the weights of a panel."""
-        return T.alloc_buffer((min(PANEL, self.weight.k), BLOCK), "float32")
+        return T.alloc_buffer((min(self.panel_terms, self.weight.k), BLOCK), "float32")
 
     def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
         """Fill the panel with the values of the weights of k from ``first`` on."""
@@ -225,17 +249,44 @@ class Product:
                     at = g * weight.group + w * weight.per_word + element
                     put(panel, difference * scale, at, span(0, BLOCK))
 
+    def begin(self, sums: list[Any], first: Any, top: Any, features: Any, lanes: int) -> None:
+        """Emit what the sums of rows from ``top`` on begin with: what is added to the products, and after the first
+        panel what they have come to.
+        """
+        arguments = self.arguments
+
+        def fresh() -> None:
+            for row, part in enumerate(sums):
+                added = arguments.added(top + row, features, lanes)
+                put(part, constant(0, lanes) if added is None else added, span(0, lanes))
+
+        def further() -> None:
+            for row, part in enumerate(sums):
+                put(part, arguments.y[(*arguments.outer, top + row, features)], span(0, lanes))
+
+        if self.weight.k <= self.panel_terms:
+            fresh()
+        else:
+            choose(first == 0, fresh, further)
+
     def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
-        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel, added to y."""
+        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel; y holds what they come
+        to.
+        """
         arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
         for left in range(0, BLOCK, lanes):
-            places = [(*arguments.outer, top + row, span(block * BLOCK + left, lanes)) for row in range(height)]
-            sums = [vector(lanes) for _ in range(height)]
-            for part, place in zip(sums, places, strict=True):
-                put(part, arguments.y[place], span(0, lanes))
-            with T.serial(0, terms) as k:
-                for row, part in enumerate(sums):
-                    x = splat(arguments.term(top + row, first + k), lanes)
-                    put(part, get(part, lanes) + panel[k, span(left, lanes)] * x, span(0, lanes))
-            for part, place in zip(sums, places, strict=True):
-                put(arguments.y, get(part, lanes), *place)
+            features, sums = span(block * BLOCK + left, lanes), [vector(lanes) for _ in range(height)]
+            self.begin(sums, first, top, features, lanes)
+            self.products(panel, block, (first, terms), top, left, sums)
+            for row, part in enumerate(sums):
+                put(arguments.y, get(part, lanes), *arguments.outer, top + row, features)
+
+    def products(self, panel: Any, _block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
+        """Emit the products of ``terms`` (start, number) of k for rows from ``top`` on and the features from ``left``
+        of the block on, added to ``sums``, one of each row.
+        """
+        arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
+        with T.serial(0, terms[1]) as k:
+            for row, part in enumerate(sums):
+                x = splat(arguments.term(top + row, terms[0] + k), lanes)
+                put(part, get(part, lanes) + panel[k, span(left, lanes)] * x, span(0, lanes))

@@ -2,7 +2,7 @@
 
 A group of activations becomes integers of -127 to 127 and one scale. The instruction multiplies four unsigned bytes of
 weights by four signed ones of activations in each lane and adds them up; that a weight's zero is not 0 is made up for
-by the sum of the activations, which is where the sums begin.
+by the sum of the activations times the weight's zero, from which the sums begin.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 from tvm import tirx
 
-from stages.lowering.cpu_float import PANEL, Arguments, Linear, Product
+from stages.lowering.cpu_float import Arguments, Linear, Product
 from stages.lowering.cpu_vectors import T, as_float, constant, each_row, get, kernel, put, span, splat, total, vector
 from stages.lowering.cpu_weights import BLOCK
 
 _DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name
 LARGEST = 127
+PANEL = 1024  # terms of k whose weights are unpacked at once: 32 KiB of bytes, which stay in the first-level cache
 
 
 def dot_lanes(features: Collection[str]) -> int:
@@ -32,12 +33,12 @@ def with_bytes(layer: Linear, dot: int) -> Linear:
     """Return ``layer`` with quantized activations, for an instruction of so many lanes; its sums of integers and of
     floats share the registers.
     """
-    return replace(layer, dot=dot, tile=(4, BLOCK) if dot == 16 else (2, 16))
+    return replace(layer, dot=dot, tile=(5, BLOCK) if dot == 16 else (2, 16))
 
 
-def quantizer(rows: int | None, outer: int, k: int, group: int) -> tirx.PrimFunc:
-    """Return the kernel of (x [.., rows, k] float32, bytes, scales, sums): bytes int32 [rows, k / 4], four to a
-    word; scales float32 and sums of the integers int32 [rows, k / group].
+def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> tirx.PrimFunc:
+    """Return the kernel of (x [.., rows, k] float32, bytes, scales, offsets): bytes int32 [rows, k / 4], four to a
+    word; scales float32 and offsets, the sums of the integers times ``-middle``, int32 [rows, k / group].
     """
     with kernel() as made:
         n: Any = T.int64() if rows is None else rows
@@ -45,7 +46,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int) -> tirx.PrimFunc
         x = made.argument("x", (*ones, n, k), "float32")
         words = made.argument("words", (n, k // 4), "int32")
         scales = made.argument("scales", (n, k // group), "float32")
-        sums = made.argument("sums", (n, k // group), "int32")
+        offsets = made.argument("offsets", (n, k // group), "int32")
 
         def row(i: Any) -> None:
             with T.serial(0, k // group) as g:
@@ -61,7 +62,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int) -> tirx.PrimFunc
                 put(packed, T.Cast(f"int8x{group}", get(part, group)), span(0, group))
                 four = T.reinterpret(f"int32x{group // 4}", get(packed, group))
                 put(words, four, i, span(g * (group // 4), group // 4))
-                put(sums, total(part, group), i, g)
+                put(offsets, total(part, group) * T.int32(-middle), i, g)
 
         with T.sblock("quantize"):  # TVM looks into the body of what has one input, and expects a block
             each_row(n, 4 * k, row)
@@ -69,7 +70,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int) -> tirx.PrimFunc
 
 
 def int8_kernel(linear: Linear) -> tirx.PrimFunc:
-    """Return the kernel of (bytes, scales, sums, stored weight..., [bias], [residual], y)."""
+    """Return the kernel of (bytes, scales, offsets, stored weight..., [bias], [residual], y)."""
     with kernel() as made:
         _ByteProduct(_Bytes(made, linear)).emit()
     return made.function
@@ -84,17 +85,14 @@ class _Bytes(Arguments):
         groups = weight.k // weight.group
         self.words = made.argument("words", (rows, weight.k // 4), "int32")
         self.scales = made.argument("scales", (rows, groups), "float32")
-        self.sums = made.argument("sums", (rows, groups), "int32")
-
-    def begin(self, row: Any, group: Any, lanes: int) -> Any:
-        """Return what sums of products begin with: the middle of the weights, taken from every activation."""
-        return splat(self.sums[row, group] * T.int32(-self.linear.weight.middle), lanes)
+        self.offsets = made.argument("offsets", (rows, groups), "int32")
 
 
 class _ByteProduct(Product):
     """Products of bytes; the sums of a group become floats when it ends."""
 
     arguments: _Bytes
+    panel_terms = PANEL
 
     def group_sums(self, _row: Any) -> Any:
         """They have been made with the bytes."""
@@ -118,9 +116,10 @@ class _ByteProduct(Product):
         q_weight, q_scale = arguments.weights
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
         with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(block, g * per_group, per_group)
             for left in range(0, BLOCK, lanes):
                 sums = vector(lanes, "int32")
-                put(sums, arguments.begin(row, g, lanes), span(0, lanes))
+                put(sums, splat(arguments.offsets[row, g], lanes), span(0, lanes))
                 for w in range(per_group):
                     word = q_weight[block, g * per_group + w, span(left, lanes)]
                     for part in range(fours):
@@ -132,7 +131,7 @@ class _ByteProduct(Product):
 
     def panel(self) -> Any:
         """Make room for the bytes of a panel, four to a word."""
-        return T.alloc_buffer((min(PANEL, self.weight.k) // 4, BLOCK), "uint32")
+        return T.alloc_buffer((min(self.panel_terms, self.weight.k) // 4, BLOCK), "uint32")
 
     def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
         """Fill the panel with the bytes of the weights of k from ``first`` on."""
@@ -142,18 +141,10 @@ class _ByteProduct(Product):
             for part in range(fours):
                 put(panel, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
 
-    def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
-        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel, added to y."""
-        arguments, (_, width) = self.arguments, self.arguments.linear.tile
-        for left in range(0, BLOCK, width):
-            places = [(*arguments.outer, top + row, span(block * BLOCK + left, width)) for row in range(height)]
-            products = [vector(width) for _ in range(height)]
-            for product, place in zip(products, places, strict=True):
-                put(product, arguments.y[place], span(0, width))
-            with T.serial(0, terms // self.weight.group) as g:
-                self._group(panel, block, (first, g), top, left, products)
-            for product, place in zip(products, places, strict=True):
-                put(arguments.y, get(product, width), *place)
+    def products(self, panel: Any, block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
+        """Emit the products of ``terms``, group by group."""
+        with T.serial(0, terms[1] // self.weight.group) as g:
+            self._group(panel, block, (terms[0], g), top, left, sums)
 
     def _group(self, panel: Any, block: Any, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
         """Emit the products of a group, ``at`` (start of the panel, group in it), added to those of each row."""
@@ -162,7 +153,7 @@ class _ByteProduct(Product):
         parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
         sums = [vector(lanes, "int32") for _ in parts]
         for (row, _), part in zip(parts, sums, strict=True):
-            put(part, arguments.begin(top + row, number, lanes), span(0, lanes))
+            put(part, splat(arguments.offsets[top + row, number], lanes), span(0, lanes))
         for word in range(group // 4):
             for (row, start), part in zip(parts, sums, strict=True):
                 weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]

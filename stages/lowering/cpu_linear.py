@@ -101,8 +101,8 @@ class _Linears(Rewriter):
         return self._call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
 
     def _quantized(self, x: Any, layer: Linear) -> list[Any]:
-        """Emit the quantization of activations; return bytes, scales and sums."""
-        size = layer.rows, layer.outer, layer.weight.k, layer.weight.group
+        """Emit the quantization of activations; return bytes, scales and offsets."""
+        size = layer.rows, layer.outer, layer.weight.k, layer.weight.group, layer.weight.middle
         if size not in self.kernels:
             self.kernels[size] = self.builder_.add_func(quantizer(*size), "quantize_rows")
         rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group

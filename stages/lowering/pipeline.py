@@ -7,7 +7,6 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
-from tvm import tirx
 
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
@@ -16,6 +15,8 @@ from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
 from stages.lowering.metadata import attach_metadata
+from stages.lowering.name_kernels import name_kernels
+from stages.lowering.plain_names import plain_names
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
 from stages.lowering.schedule import schedule_kernels
 from stages.targets.table import Target
@@ -45,6 +46,7 @@ def phases(row: Target, features: Collection[str] = (), activations: str = "floa
             fuse_dequantize_matmul(),
             passes.DeadCodeElimination(),
             scatter_tuple_get_item,
+            plain_names,
         ],
         "schedule": [schedule_kernels(row.schedules)],
         "plan": [
@@ -60,6 +62,7 @@ def phases(row: Target, features: Collection[str] = (), activations: str = "floa
             # The KV cache's sizes are computed from symbolic shapes, which the shape lowering alone does not cover.
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            name_kernels,
             passes.AttachGlobalSymbol(),
         ],
     }
@@ -87,8 +90,3 @@ def lower(
             module = tvm.transform.Sequential(passes, name=phase)(module)
     progress(len(steps), len(steps))
     return module
-
-
-def kernel_names(lowered: tvm.IRModule) -> list[str]:
-    """Return the names of the kernels in a lowered module, sorted."""
-    return sorted(var.name_hint for var, function in lowered.functions_items() if isinstance(function, tirx.PrimFunc))

@@ -13,6 +13,7 @@ from stages.graph.describe import operators
 from stages.lowering.cpu_cache import PAGE, Heads, copy_page
 from stages.lowering.cpu_float import PANEL
 from stages.lowering.cpu_gate import cpu_gate
+from stages.lowering.cpu_int8 import PANEL as BYTES_PANEL
 from stages.lowering.cpu_int8 import dot_lanes
 from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
@@ -90,7 +91,7 @@ def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
 
 
 @pytest.mark.parametrize("cpu", [host.host_cpu(), f"{V3}+avxvnni"])
-@pytest.mark.parametrize(("n", "k"), [(96, 2 * PANEL + 64), (45, 96)])
+@pytest.mark.parametrize(("n", "k"), [(96, 2 * BYTES_PANEL + 64), (45, 96)])
 def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
     features = host.required_features(cpu)
     if not dot_lanes(features) or not set(features) <= set(host.required_features(host.host_cpu())):
