@@ -126,17 +126,18 @@ def _markdown_table(text: str, width: int) -> str:
     header, rule, *rows = lines
     rows = [(row + [""] * len(header))[: len(header)] for row in [header, *rows] if any(row)]
     right = {i for i, dashes in enumerate(rule) if dashes.endswith(":")}
-    room = width - len(GAP) * (len(header) - 1)
-    widths = _shares([max(map(_columns, column)) for column in zip(*rows, strict=True)], room)
+    widths = _shares(list(zip(*rows, strict=True)), width - len(GAP) * (len(header) - 1))
     return "\n".join(line for row in rows for line in _row(row, widths, right))
 
 
-def _shares(widths: Sequence[int], room: int) -> list[int]:
-    """Make the widest columns narrower, all to the same width, until they fit."""
-    cap = max(widths)
-    while sum(min(width, cap) for width in widths) > room and cap > 1:
-        cap -= 1
-    return [min(width, cap) for width in widths]
+def _shares(columns: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Return a width for each column: the widest give way, as far as whole words allow, then as far as it takes."""
+    widths = [max(map(_columns, column)) for column in columns]
+    words = [max(_columns(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    for least in (words, [1] * len(columns)):
+        while sum(widths) > room and (yielding := [i for i, width in enumerate(widths) if width > least[i]]):
+            widths[max(yielding, key=lambda i: widths[i])] -= 1
+    return widths
 
 
 def _cut(cell: str, width: int) -> list[str]:
