@@ -130,7 +130,8 @@ def _markdown_table(text: str, width: int) -> str:
     words = [max(_columns(word) for cell in column for word in cell.split() or [""]) for column in columns]
     ways = [_shares(columns, room, least) for least in (words, [1] * len(columns))]  # words kept whole, or broken
     laid = [[line for row in rows for line in _row(row, widths, right)] for widths in ways]
-    return "\n".join(min(laid, key=len))
+    shorter = min(laid, key=len)
+    return "\n".join(shorter)
 
 
 def _shares(columns: Sequence[Sequence[str]], room: int, least: Sequence[int]) -> list[int]:
