@@ -232,9 +232,8 @@ def _build(
     ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
 ) -> tuple[dict[str, Any], list[Built]]:
     """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
-    import tvm
-
     from stages.codegen.library import CodegenError, Compilers, build_library
+    from stages.lowering.compat import load_json
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import lower
     from stages.targets import cuda, host, toolchain
@@ -254,7 +253,7 @@ def _build(
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
-    module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
+    module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
         module,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import tvm
 from tvm import tirx
 
+from stages.lowering.compat import load_json
 from stages.targets.cuda import LOADER
 
 FORMAT = 1  # of the file, and of all that this module does to make it
@@ -31,7 +32,7 @@ class Code(NamedTuple):
     @property
     def entry_points(self) -> list[str]:
         """The names of the functions on a GPU."""
-        return [str(name) for name in tvm.ir.load_json(self.launch.decode())] if self.launch else []
+        return [str(name) for name in load_json(self.launch.decode())] if self.launch else []
 
     @property
     def size(self) -> int:

@@ -17,7 +17,9 @@ from tvm.relax.vm_build import VMExecutable
 
 from stages.codegen import kernels, workers
 from stages.codegen.kernels import Code
+from stages.lowering.compat import load_json
 from stages.lowering.name_kernels import content
+from stages.lowering.rewriter import bound_values
 from stages.targets.cuda import LOADER
 
 KIND = "kernel"  # of what is kept
@@ -128,13 +130,14 @@ def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:
     callers: dict[str, set[str]] = {}
     for var, function in lowered.functions_items():
         if isinstance(function, rx.Function):
-            caller = var.name_hint
-
-            def visit(node: Any, caller: str = caller) -> None:
-                if isinstance(node, tvm.ir.GlobalVar):
-                    callers.setdefault(node.name_hint, set()).add(caller)
-
-            rx.analysis.post_order_visit(function, visit)
+            calls = [value for value in bound_values(function) if isinstance(value, rx.Call)]
+            passed = [argument for call in calls for argument in (call.op, *call.args)]
+            for named in [
+                *passed,
+                *(field for whole in passed if isinstance(whole, rx.Tuple) for field in whole.fields),
+            ]:
+                if isinstance(named, tvm.ir.GlobalVar):
+                    callers.setdefault(named.name_hint, set()).add(var.name_hint)
     return {name: sorted(found) for name, found in callers.items()}
 
 
@@ -149,7 +152,7 @@ def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, s
         objects.append(str(scratch / f"{kernel.name}.o"))
         Path(objects[-1]).write_bytes(kernel.code.object)
         if kernel.code.device:
-            functions = tvm.ir.load_json(kernel.code.launch.decode())
+            functions = load_json(kernel.code.launch.decode())
             anchor.import_module(tvm.get_global_func(LOADER)(kernel.code.device, "fatbin", functions, {}))
     linked = tvm.get_global_func("relax.VMLink")(builder, compilers.target, anchor, [], {})
 
