@@ -232,9 +232,8 @@ def _build(
     ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
 ) -> tuple[dict[str, Any], list[Built]]:
     """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
-    import tvm
-
     from stages.codegen.library import CodegenError, Compilers, build_library
+    from stages.lowering.compat import load_json
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import lower
     from stages.targets import cuda, host, toolchain
@@ -254,7 +253,7 @@ def _build(
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
-    module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
+    module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
         module,
@@ -280,7 +279,8 @@ def _build(
         raise StageError(str(error)) from None
     except CodegenError as error:
         raise StageError(*error.problems) from None
-    names = sorted(name for kernel in built for name in kernel.code.entry_points or (kernel.name,))
+    on_device = [name for kernel in built for name in kernel.code.entry_points]
+    names = sorted(on_device or [kernel.name for kernel in built])
     return {"memory": memory, "kernels": names, **_device(library)}, built
 
 
@@ -288,9 +288,10 @@ def _device(library: Path) -> dict[str, Any]:
     """Return what device code the finished library holds, and the figures of its kernels."""
     from stages.targets import cubin, fatbin
 
+    code = fatbin.entries(library)
     try:
         kernels = fatbin.kernels(library)
     except cubin.CubinError as error:
         raise StageError(f"the library's device code cannot be read: {error}") from None
     figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
-    return {"device_code": [entry.document() for entry in fatbin.entries(library)], "device_kernels": figures}
+    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import re
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 
+from stagegraph.api import Pipeline
+from stagegraph.artifact import Artifact
 from stagegraph.cli import layout, main
 from tests.engine.conftest import Demo
-
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
+from tests.output_schema import validate
 
 
 @pytest.mark.parametrize("verb", main.TABLE)
@@ -111,8 +112,22 @@ def test_json_documents_are_as_documented(demo: Demo) -> None:
         kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["@~1", "@~0"] else verb
         names, options = [r for r in rest if r[0] != "-"], [r for r in rest if r[0] == "-"]
         document = demo(verb, *names, str(demo.pipeline), *options, "--json").json
-        jsonschema.validate(document, {**SCHEMA, "$ref": f"#/$defs/{kind}"})
+        validate(document, kind)
     demo.source.write_text("FAIL\n")
-    jsonschema.validate(demo.run().json, {**SCHEMA, "$ref": "#/$defs/run"})
+    validate(demo.run().json, "run")
     failed = demo("show", "nothing", str(demo.pipeline), "--json").json
-    jsonschema.validate(failed, {**SCHEMA, "$ref": "#/$defs/problems"})
+    validate(failed, "problems")
+
+
+def test_the_table_of_the_python_api_names_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    named = set()
+    for row in re.findall(r"^\| (`\.?\w*\..*?`) \|", page, re.MULTILINE):
+        owner = Artifact if row.startswith("`artifact.") else Pipeline
+        for name, arguments in re.findall(r"\.(\w+)(?:\(([^)]*)\))?`", row):
+            found = getattr(owner, name)
+            named.add(name)
+            keywords = re.findall(r"(\w+)=", arguments)
+            assert not keywords or set(keywords) <= set(inspect.signature(found).parameters), name
+    public = {name for name in vars(Pipeline) if not name.startswith("_")} - {"close", "name"}
+    assert named >= public | {"read_json", "read_text", "object", "view", "export"}

@@ -8,6 +8,7 @@ import pytest
 
 from stagegraph.cli.main import dispatch, main
 from stages.models import FAMILIES, load_family
+from tests.output_schema import validate
 
 
 def test_every_family_is_listed_with_what_it_honours(capsys):
@@ -25,6 +26,7 @@ def test_one_family_has_all_its_keys_in_one_document(capsys):
     assert dispatch(["models", "gpt_neox", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == ["gpt_neox"]
+    validate(found, "models")
     keys = found["gpt_neox"]["keys"]
     assert {key: kind for kind, names in keys.items() for key in names} == dict(load_family("gpt_neox").keys)
 
