@@ -224,7 +224,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it; mean and variance are taken in float32."""
-        return op.layer_norm(x, x.shape[-1], self.weight.astype(x.dtype), self.bias.astype(x.dtype), eps=self.eps)
+        dtype = "float32" if x.dtype == "bfloat16" else x.dtype  # TVM's operator knows no bfloat16
+        parameters = self.weight.astype(dtype), self.bias.astype(dtype)
+        return op.layer_norm(x.astype(dtype), x.shape[-1], *parameters, eps=self.eps).astype(x.dtype)
 
 
 # Activations by the names of config.json's hidden_act.

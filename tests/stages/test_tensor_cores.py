@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gzip
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -16,18 +17,24 @@ import tvm
 from tvm import relax as rx
 from tvm import s_tir, tirx
 
+from stagegraph.stage import SourceFiles
+from stages.config_parse import ConfigParse
 from stages.lowering.merge import merge
 from stages.lowering.pipeline import phases
 from stages.lowering.schedule_tensor_matmul import TensorMatmul
+from stages.param_register import ParamRegister
 from stages.quantization import group
 from stages.quantization.schemes import SCHEMES
 from stages.targets import fatbin, toolchain
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target
+from tests.checkpoints import write_hollow
+from tests.local_context import LocalContext, run_stage
 from tests.stages import libraries
 
 ROW = TARGETS["cuda"]
-EMULATED = Path(__file__).parents[1] / "data" / "cuda" / "emulated"
+DATA = Path(__file__).parents[1] / "data"
+CONFIGS, EMULATED = DATA / "configs", DATA / "cuda" / "emulated"
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +52,8 @@ def callees(module, name):
     return found
 
 
-def merged(folder, scheme):
+def merged(folder, registered):
     """Return the graphs of prefill and decode."""
-    registered = libraries.register(folder, scheme, "cuda")
     contexts = [
         libraries.build_graph(folder / name, registered, "cuda", name, prefill_chunk=32, max_batch=2)
         for name in ("prefill", "decode")
@@ -55,9 +61,9 @@ def merged(folder, scheme):
     return merge([tvm.ir.load_json((context.out / "module.json").read_text()) for context in contexts])
 
 
-def products(folder, scheme, arch=80):
+def products(folder, scheme, arch=80, registered=None):
     """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
-    module = merged(folder, scheme)
+    module = merged(folder, registered or libraries.register(folder, scheme, "cuda"))
     target, steps = build_target(ROW, "x86-64-v3", [], opt=3, arch=arch), phases(ROW)
     with target:
         before = tvm.transform.Sequential([*steps["graph"], *steps["kernels"]])(module)
@@ -214,8 +220,32 @@ def test_what_no_tensor_core_takes_is_left_to_other_rules(tmp_path):
     assert all(rule.apply(floats.before[name], sm80, False) is None for name in floats.prefill)
 
 
+def hollow(folder, config, scheme):
+    """Parse and register a checkpoint with a hole for weights."""
+    checkpoint = write_hollow(folder / "checkpoint", config)
+    files = SourceFiles(checkpoint, {path.name: path for path in checkpoint.iterdir()}, {})
+    params = ConfigParse.Params(checkpoint=str(checkpoint), context_window=1024)
+    (folder / "config").mkdir()
+    ConfigParse().run(LocalContext(params, folder / "config", {}, {"checkpoint": files}))
+    ports = {name: folder / "config" / ConfigParse.outputs[name].path for name in ("config", "tensors")}
+    run_stage(ParamRegister(), folder / "params", {"scheme": scheme, "target": "cuda"}, ports)
+    return libraries.Registered(ports["config"], folder / "params" / "params.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["q4f16_1", "q0bf16"])
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_layers_of_published_models_run_on_tensor_cores(path, scheme, tmp_path):
+    config = {**json.loads(path.read_text("utf-8")), "num_hidden_layers": 2}
+    found = products(tmp_path, scheme, registered=hollow(tmp_path, config, scheme))
+    assert len(found.prefill - found.decode) >= 4
+    for name in found.prefill | found.batch_decode:
+        assert ("tvm_mma_sync" in found.after[name].script()) == (name not in found.decode), name
+
+
 def test_only_steps_of_decode_with_static_sizes_are_captured(tmp_path):
-    module, target = merged(tmp_path, "q4f16_1"), build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    module = merged(tmp_path, libraries.register(tmp_path, "q4f16_1", "cuda"))
+    target = build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
     steps = phases(ROW, cuda_graph=True)
     with target:
         planned = tvm.transform.Sequential([*steps["graph"], *steps["kernels"], *steps["plan"]])(module)
