@@ -135,10 +135,9 @@ def _check_space(ctx: Context, size: int) -> None:
 
 def _view(report: Iterable[Mapping[str, Any]]) -> str:
     """Render the report, largest error first."""
-    head = f"{'relative RMSE':>13}  {'max error':>9}  {'bytes':>13}  {'stored as':<9}  {'from':<8}  parameter"
-    lines = (
-        f"{line['rmse']:13.3e}  {line['max_error']:9.2e}  {line['bytes']:13,}  {line['scheme']:<9}  "
-        f"{line['source_dtype']:<8}  {line['name']} {line['shape']}"
-        for line in sorted(report, key=lambda line: (-line["rmse"], line["name"]))
-    )
-    return "\n".join([head, *lines]) + "\n"
+    head = "| parameter | shape | relative RMSE | max error | bytes | stored as | from |"
+    lines = [head, "|---|---|---:|---:|---:|---|---|"]
+    for line in sorted(report, key=lambda line: (-line["rmse"], line["name"])):
+        error = f"{line['rmse']:.3e} | {line['max_error']:.2e} | {line['bytes']:,}"
+        lines.append(f"| {line['name']} | {line['shape']} | {error} | {line['scheme']} | {line['source_dtype']} |")
+    return "\n".join(lines) + "\n"

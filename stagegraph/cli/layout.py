@@ -126,17 +126,21 @@ def _markdown_table(text: str, width: int) -> str:
     header, rule, *rows = lines
     rows = [(row + [""] * len(header))[: len(header)] for row in [header, *rows] if any(row)]
     right = {i for i, dashes in enumerate(rule) if dashes.endswith(":")}
-    room = width - len(GAP) * (len(header) - 1)
-    widths = _shares([max(map(_columns, column)) for column in zip(*rows, strict=True)], room)
-    return "\n".join(line for row in rows for line in _row(row, widths, right))
+    columns, room = list(zip(*rows, strict=True)), width - len(GAP) * (len(header) - 1)
+    words = [max(_columns(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    ways = [_shares(columns, room, least) for least in (words, [1] * len(columns))]  # words kept whole, or broken
+    laid = [[line for row in rows for line in _row(row, widths, right)] for widths in ways]
+    shorter = min(laid, key=len)
+    return "\n".join(shorter)
 
 
-def _shares(widths: Sequence[int], room: int) -> list[int]:
-    """Make the widest columns narrower, all to the same width, until they fit."""
-    cap = max(widths)
-    while sum(min(width, cap) for width in widths) > room and cap > 1:
-        cap -= 1
-    return [min(width, cap) for width in widths]
+def _shares(columns: Sequence[Sequence[str]], room: int, least: Sequence[int]) -> list[int]:
+    """Return a width for each column: the widest give way, as far as ``least`` allows, then as far as it takes."""
+    widths = [max(map(_columns, column)) for column in columns]
+    for bounds in (least, [1] * len(columns)):
+        while sum(widths) > room and (yielding := [i for i, width in enumerate(widths) if width > bounds[i]]):
+            widths[max(yielding, key=lambda i: widths[i])] -= 1
+    return widths
 
 
 def _cut(cell: str, width: int) -> list[str]:

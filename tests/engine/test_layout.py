@@ -81,6 +81,12 @@ def test_markdown_tables_are_laid_out_and_all_else_is_left() -> None:
         "# A | B\n\nmemory     bytes\nweights  809,472\na | b          1\n\nafter | that\n"
     )
     assert layout.markdown("| | |\n| --- | --- |\n| family | qwen |", 80) == "family  qwen"
+    kernels = "| kernel | seconds to compile |\n|---|---:|\n| a_kernel_of_a_long_name | 4.77 |"
+    assert layout.markdown(kernels, 35).splitlines() == [
+        "kernel                   seconds to",
+        "                            compile",
+        "a_kernel_of_a_long_name        4.77",
+    ]
     wide = "| function | arguments | result |\n|---|---|---|\n| f | " + "states: float32 " * 9 + "| object |"
     assert max(map(len, layout.markdown(wide, 60).splitlines())) <= 60
 
