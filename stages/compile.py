@@ -60,6 +60,11 @@ class Compile(Stage):
         )
         archs: tuple[int, ...] = param("CUDA architectures to compile for (80 is sm_80)", default=(80, 86, 89, 90))
         fast_math: bool = param("let nvcc trade accuracy of CUDA arithmetic for speed", default=False)
+        cuda_graph: bool = param(
+            "replay the kernels of a decode step between two attentions as CUDA graphs; the library then works with "
+            "the weights of its first call only",
+            default=False,
+        )
         toolchain: str = param(
             "where nvcc comes from: the Python package (pypi) or the system; auto prefers the package",
             default="auto",
@@ -116,7 +121,10 @@ class Compile(Stage):
             )
         if problems:
             raise StageError(*problems)
-        return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
+        cuda_graph = params.cuda_graph and params.target == "cuda"
+        return dataclasses.replace(
+            params, mcpu=mcpu, archs=archs, fast_math=fast_math, cuda_graph=cuda_graph, toolchain=kind
+        )
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """The versions of TVM, the C++ compiler and, for CUDA, nvcc with the packages it is made of."""
@@ -147,7 +155,8 @@ class Compile(Stage):
         metadata = {
             "schema": 1,
             "target": {
-                name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")
+                name: getattr(ctx.params, name)
+                for name in ("target", "opt", "archs", "fast_math", "cuda_graph", "activations")
             },
             "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
             "toolchain": {
@@ -223,9 +232,8 @@ def _build(
     ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
 ) -> tuple[dict[str, Any], list[Built]]:
     """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
-    import tvm
-
     from stages.codegen.library import CodegenError, Compilers, build_library
+    from stages.lowering.compat import load_json
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import lower
     from stages.targets import cuda, host, toolchain
@@ -245,10 +253,17 @@ def _build(
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
-    module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
+    module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
-        module, row, target, plan, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
+        module,
+        row,
+        target,
+        plan,
+        lambda done, _: ctx.progress(done, STEPS, "steps"),
+        available,
+        params.activations,
+        cuda_graph=params.cuda_graph,
     )
     options = {name: getattr(params, name) for name in ("opt", "archs", "fast_math")}
     document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}
@@ -264,7 +279,8 @@ def _build(
         raise StageError(str(error)) from None
     except CodegenError as error:
         raise StageError(*error.problems) from None
-    names = sorted(name for kernel in built for name in kernel.code.entry_points or (kernel.name,))
+    on_device = [name for kernel in built for name in kernel.code.entry_points]
+    names = sorted(on_device or [kernel.name for kernel in built])
     return {"memory": memory, "kernels": names, **_device(library)}, built
 
 
@@ -272,9 +288,10 @@ def _device(library: Path) -> dict[str, Any]:
     """Return what device code the finished library holds, and the figures of its kernels."""
     from stages.targets import cubin, fatbin
 
+    code = fatbin.entries(library)
     try:
         kernels = fatbin.kernels(library)
     except cubin.CubinError as error:
         raise StageError(f"the library's device code cannot be read: {error}") from None
     figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
-    return {"device_code": [entry.document() for entry in fatbin.entries(library)], "device_kernels": figures}
+    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}

@@ -17,7 +17,9 @@ from tvm.relax.vm_build import VMExecutable
 
 from stages.codegen import kernels, workers
 from stages.codegen.kernels import Code
+from stages.lowering.compat import load_json
 from stages.lowering.name_kernels import content
+from stages.lowering.rewriter import bound_values
 from stages.targets.cuda import LOADER
 
 KIND = "kernel"  # of what is kept
@@ -92,7 +94,8 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratc
     """Yield every kernel, by name, from what is kept or newly compiled and kept."""
     found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
     callers = _callers(lowered)
-    documents = {name: _document(name, kernel, compilers) for name, kernel in found.items()}
+    how = {"code": kernels.code_digests(), **compilers.document}
+    documents = {name: {"name": name, "content": content(kernel), **how} for name, kernel in found.items()}
     parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
     # The largest first, so that no long one is left over for the end.
     texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
@@ -119,22 +122,19 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratc
         yield Built(name, callers[name], Code.read(part.path), part.facts["seconds"], name not in missing)
 
 
-def _document(name: str, kernel: tirx.PrimFunc, compilers: Compilers) -> dict[str, Any]:
-    return {"format": kernels.FORMAT, "name": name, "content": content(kernel), **compilers.document}
-
-
 def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:
     """Return kernel -> the exported functions that call it or pass it on, sorted."""
     callers: dict[str, set[str]] = {}
     for var, function in lowered.functions_items():
         if isinstance(function, rx.Function):
-            caller = var.name_hint
-
-            def visit(node: Any, caller: str = caller) -> None:
-                if isinstance(node, tvm.ir.GlobalVar):
-                    callers.setdefault(node.name_hint, set()).add(caller)
-
-            rx.analysis.post_order_visit(function, visit)
+            calls = [value for value in bound_values(function) if isinstance(value, rx.Call)]
+            passed = [argument for call in calls for argument in (call.op, *call.args)]
+            for named in [
+                *passed,
+                *(field for whole in passed if isinstance(whole, rx.Tuple) for field in whole.fields),
+            ]:
+                if isinstance(named, tvm.ir.GlobalVar):
+                    callers.setdefault(named.name_hint, set()).add(var.name_hint)
     return {name: sorted(found) for name, found in callers.items()}
 
 
@@ -149,7 +149,7 @@ def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, s
         objects.append(str(scratch / f"{kernel.name}.o"))
         Path(objects[-1]).write_bytes(kernel.code.object)
         if kernel.code.device:
-            functions = tvm.ir.load_json(kernel.code.launch.decode())
+            functions = load_json(kernel.code.launch.decode())
             anchor.import_module(tvm.get_global_func(LOADER)(kernel.code.device, "fatbin", functions, {}))
     linked = tvm.get_global_func("relax.VMLink")(builder, compilers.target, anchor, [], {})
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
-READ_UP_TO = 16 * 2**20  # bytes of one parameter's sources; more do not stay in a processor's cache anyway
+KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -79,6 +79,7 @@ class Conversion:
         self.done = self._written = self._finished = 0
         self._lock = Lock()
         self._local = local()
+        self._threads = plan.threads or len(os.sched_getaffinity(0))
         self._began = time.monotonic()
 
     def run(self) -> list[dict[str, Any]]:
@@ -93,12 +94,12 @@ class Conversion:
         if self.total >= KERNELS_FROM:
             library = kernels.load(keeper, self._kernel_names(), self._scratch, plan.tools)
         names = [name for entry in self._logical for name in entry["sources"]]
-        digests = Digests(keeper, plan.tensors, names, plan.digests, self._scratch)
+        digests = Digests(keeper, self._weights, plan.tensors, names, plan.digests, self._scratch)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
         in_file_order = sorted(
             range(len(self._logical)), key=lambda index: self._weights.place(self._logical[index]["sources"][0])
         )
-        with ThreadPoolExecutor(plan.threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self._threads) as pool:
             jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in in_file_order}
             wait(jobs.values(), return_when=FIRST_EXCEPTION)
             pool.shutdown(cancel_futures=True)
@@ -126,9 +127,7 @@ class Conversion:
         with memory.reserved(self._sizes[index] + copied + made):
             try:
                 arrays = self._sources(entry["sources"], digests)
-                document = self._document(
-                    entry, [digests.of(*found) for found in zip(entry["sources"], arrays, strict=True)]
-                )
+                document = self._document(entry, [digests[name] for name in entry["sources"]])
                 part = self._keeper.recall("tensor", document)
                 if part is not None:
                     _link(part.path, target)
@@ -152,14 +151,13 @@ class Conversion:
         }
 
     def _sources(self, names: Sequence[str], digests: Digests) -> list[np.ndarray]:
-        """Return checkpoint tensors: mapped if they are large or need not be read, else read."""
-        sizes = [self._weights.nbytes(name) for name in names]
-        if sum(sizes) > READ_UP_TO or all(name in digests for name in names):
+        """Return checkpoint tensors whose digests are known then: mapped if they are known before, else read."""
+        if all(name in digests for name in names):
             return [self._weights[name] for name in names]
+        sizes = [self._weights.nbytes(name) for name in names]
         memory, ends = self._memory("sources", sum(sizes)), itertools.accumulate(sizes)
         return [
-            self._weights.read(name, memory[end - size : end])
-            for name, size, end in zip(names, sizes, ends, strict=True)
+            digests.read(name, memory[end - size : end]) for name, size, end in zip(names, sizes, ends, strict=True)
         ]
 
     def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
@@ -197,10 +195,13 @@ class Conversion:
         return self._keeper.remember("tensor", document, target, digest=blake3(data.data).hexdigest(), **facts)
 
     def _memory(self, use: str, size: int) -> np.ndarray:
-        """Return this thread's memory for one use; fresh memory for each tensor costs as much as the kernels do."""
+        """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""
         kept = vars(self._local)
         if use not in kept or size > kept[use].size:
-            kept[use] = np.empty(size, np.uint8)
+            memory = np.empty(size, np.uint8)
+            if size > KEPT // self._threads:
+                return memory
+            kept[use] = memory
         found: np.ndarray = kept[use][:size]
         return found
 

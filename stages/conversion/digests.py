@@ -6,14 +6,16 @@ import json
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from blake3 import blake3
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
+    import numpy as np
+
     from stages.conversion.parts import Keeper
+    from stages.models.weights import Weights
 
 KIND = "digests"
 
@@ -27,12 +29,14 @@ class Digests:
     def __init__(
         self,
         keeper: Keeper,
+        weights: Weights,
         tensors: Mapping[str, Mapping[str, Any]],
         names: Iterable[str],
         files: Mapping[str, str],
         scratch: Path,
     ) -> None:
         self._keeper = keeper
+        self._weights = weights
         self._tensors = tensors
         self._files = files
         self._scratch = scratch
@@ -52,14 +56,18 @@ class Digests:
         """Say whether a tensor's digest is known."""
         return name in self._known
 
-    def of(self, name: str, tensor: np.ndarray) -> str:
-        """Return a tensor's digest, reading the tensor where it is not known."""
-        if name not in self._known:
-            digest = blake3(tensor.reshape(-1).view(np.uint8).data).hexdigest()
-            with self._lock:
-                self._known[name] = digest
-                self._complete(name, self._tensors[name]["file"])
+    def __getitem__(self, name: str) -> str:
+        """Return a digest that is known."""
         return self._known[name]
+
+    def read(self, name: str, into: np.ndarray) -> np.ndarray:
+        """Return a tensor read into the bytes ``into``; its digest is known then."""
+        digest = blake3()
+        tensor = self._weights.read(name, into, digest.update)
+        with self._lock:
+            self._known[name] = digest.hexdigest()
+            self._complete(name, self._tensors[name]["file"])
+        return tensor
 
     def _complete(self, name: str, file: str) -> None:
         """Note that ``name`` is known; with the last one of its file, keep the file's."""

@@ -9,6 +9,8 @@ import json
 import tvm
 from tvm import tirx
 
+from stages.lowering.compat import load_json
+
 SCHEDULED = "tirx.is_scheduled"
 
 
@@ -36,7 +38,7 @@ def without_places(text: str) -> str:
     for node in nodes:
         if isinstance(node.get("data"), dict) and "span" in node["data"]:
             node["data"]["span"] = nowhere
-    return str(tvm.ir.save_json(tvm.ir.load_json(json.dumps(document))))
+    return str(tvm.ir.save_json(load_json(json.dumps(document))))
 
 
 def _numbered(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -45,4 +47,4 @@ def _numbered(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     for number, variable in enumerate([node["data"] for node in nodes if node["type"] == "ir.Var"]):
         variable["name"] = len(nodes)
         nodes.append({"type": "ffi.String", "data": f"v{number}"})
-    return tvm.ir.load_json(json.dumps(document))
+    return load_json(json.dumps(document))

@@ -1,4 +1,4 @@
-"""Checkpoint tensors as memory-mapped NumPy arrays; one mapping per tensor, so that its pages leave with it."""
+"""Checkpoint tensors as NumPy arrays, read or mapped; one mapping per tensor, so that its pages leave with it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 from stages.models.safetensors import DTYPE_BYTES, TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+BLOCK = 512 * 2**10  # bytes that are read at once: what a core's second cache holds
 NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -36,16 +37,20 @@ class Weights:
         data = np.frombuffer(mapped, np.uint8, info.nbytes, skipped)
         return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
-    def read(self, name: str, into: np.ndarray) -> np.ndarray:
-        """Return a tensor read into the bytes ``into``, which costs less than a mapping that is all read."""
+    def read(self, name: str, into: np.ndarray, seen: Callable[[memoryview], object]) -> np.ndarray:
+        """Return a tensor read into the bytes ``into``, which costs less than a mapping that is all read.
+
+        ``seen`` is called with each block of it while that is in the processor's cache.
+        """
         path, info = self._find(name)
+        data, end = into.data, 0
         with path.open("rb", buffering=0) as file:
             file.seek(info.offset)
-            count = file.readinto(into.data)
-        if count != info.nbytes:
-            raise ValueError(
-                f"{path.name}: the file ended {info.nbytes - (count or 0):,} bytes before tensor {name} did"
-            )
+            while count := file.readinto(data[end : end + BLOCK]):
+                seen(data[end : end + count])
+                end += count
+        if end != info.nbytes:
+            raise ValueError(f"{path.name}: the file ends {info.nbytes - end:,} bytes before its tensor {name} does")
         return into.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:

@@ -36,7 +36,12 @@ def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
         dtype = scheme.storage_dtype
     else:
         direct = kind in _MATRICES
-    return target if direct and dtype in _FLOATS else "nk"
+    return target if target != "nk" and direct and dtype in _FLOATS else of_scheme(kind, scheme)
+
+
+def of_scheme(kind: str, scheme: Scheme) -> str:
+    """Return the layout of a parameter of ``kind`` where the target's kernels ask for none."""
+    return scheme.linear_layout if scheme.quantizes(kind) and kind in ("linear", "head") else "nk"
 
 
 def side(layout: str, n: int) -> int:

@@ -337,3 +337,11 @@ def test_only_what_cpu_kernels_read_directly_is_stored_in_blocks():
     assert {of(scheme, "linear", 64) for scheme in ("q0bf16", "q4bf16_1", "q3f16_1", "e4m3_f16")} == {"nk"}
     assert of("q4f16_1", "linear", 70) == of("q4f16_1", "norm", 64) == "nk"
     assert layouts.of("nk", "linear", SCHEMES["q4f16_1"], "float16", 64) == "nk"
+
+
+def test_a_scheme_of_transposed_matrices_is_so_unless_kernels_read_them_in_blocks():
+    def of(target, kind, k=64):
+        return layouts.of(target, kind, SCHEMES["q4f16_0"], "float16", k)
+
+    assert [of("nk", kind) for kind in ("linear", "head", "embedding", "norm")] == ["kn", "kn", "nk", "nk"]
+    assert [of("n32", "linear"), of("n32", "linear", 70), of("n32", "embedding", 70)] == ["n32", "kn", "nk"]

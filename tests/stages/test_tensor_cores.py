@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -36,14 +37,19 @@ def callees(module, name):
     return found
 
 
-def products(folder, scheme, arch=80):
-    """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
+def merged(folder, scheme):
+    """Return the graphs of prefill and decode."""
     registered = libraries.register(folder, scheme, "cuda")
     contexts = [
         libraries.build_graph(folder / name, registered, "cuda", name, prefill_chunk=32, max_batch=2)
         for name in ("prefill", "decode")
     ]
-    module = merge([tvm.ir.load_json((context.out / "module.json").read_text()) for context in contexts])
+    return merge([tvm.ir.load_json((context.out / "module.json").read_text()) for context in contexts])
+
+
+def products(folder, scheme, arch=80):
+    """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
+    module = merged(folder, scheme)
     target, steps = build_target(ROW, "x86-64-v3", [], opt=3, arch=arch), phases(ROW)
     with target:
         before = tvm.transform.Sequential([*steps["graph"], *steps["kernels"]])(module)
@@ -59,7 +65,8 @@ def machine_code(found, names, folder, archs):
 
     nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
     cuda.load_cuda_side(nvcc, cxx)
-    cuda.use_nvcc(nvcc, cxx, archs, opt=3, fast_math=False)
+    compile_source = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, archs=archs)
+    tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
     kernels = {name: found.after[name].with_attr("global_symbol", name) for name in names}
     with found.target:
         tvm.compile(tvm.IRModule(kernels), target=found.target).export_library(str(folder / "kernels.so"))
@@ -120,3 +127,24 @@ def test_what_no_tensor_core_takes_is_left_to_other_rules(tmp_path):
     assert taken == found.prefill - found.decode
     floats = products(tmp_path / "floats", "q0f32")
     assert all(rule.apply(floats.before[name], sm80, False) is None for name in floats.prefill)
+
+
+def test_only_steps_of_decode_with_static_sizes_are_captured(tmp_path):
+    module, target = merged(tmp_path, "q4f16_1"), build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    steps = phases(ROW, cuda_graph=True)
+    with target:
+        planned = tvm.transform.Sequential([*steps["graph"], *steps["kernels"], *steps["plan"]])(module)
+        after = steps["finalize"][0](planned.clone())
+    captured = sorted(name for name in names(after) - names(planned) if "capture" in name)
+    assert captured == ["decode_cuda_graph_capture", "decode_cuda_graph_capture1", "decode_cuda_graph_capture2"]
+    replayed = "vm.builtin.cuda_graph.run_or_capture"
+    assert {name for name in names(after) if replayed in after[name].script()} == {"decode"}
+    # Before the first attention, between two, after the last; the cache decides at every step what attention launches.
+    matrices = [sum("NT_matmul" in name for name in callees(after, run)) for run in captured]
+    assert matrices == [1, 3, 3]
+    assert all("attention_kv_cache" not in after[run].script() for run in captured)
+    assert after["decode"].script().count("attention_kv_cache") == 2
+
+
+def names(module):
+    return {var.name_hint for var in module.get_global_vars()}
