@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -24,25 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 MAX_SECONDS, MAX_BYTES = 10.0, 2e9
 MAX_GROWTH = 1.1  # of the bytes of a layer, from the first half of the layers to the second
-
-
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json and a file with the header of the tensors that the family asks for, in float16."""
-    from stages.models import load_family
-
-    family = load_family(config["model_type"])
-    entries, end = {}, 0
-    for parameter in family.params(family.parse(config)):
-        for name, shape in zip(parameter.sources, parameter.source_shapes, strict=True):
-            size = 2 * math.prod(shape)
-            entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
-            end += size
-    header = json.dumps(entries).encode()
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config), "utf-8")
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + end)
 
 
 def build(folder: Path, scheme: str) -> dict[str, Any]:
@@ -82,7 +62,9 @@ def build(folder: Path, scheme: str) -> dict[str, Any]:
 
 def measured(folder: Path, config: dict[str, Any], scheme: str) -> dict[str, Any]:
     """Build in a process of its own; add its peak memory, in bytes."""
-    write_checkpoint(folder / "checkpoint", config)
+    from tests.checkpoints import write_hollow
+
+    write_hollow(folder / "checkpoint", config)
     command = [sys.executable, __file__, "--build", str(folder), "--scheme", scheme]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)

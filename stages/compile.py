@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions,
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stages.codegen.library import Built
     from stages.targets.toolchain import Program
 
 # What all graphs of one library must agree on; it goes into the metadata under "model".
@@ -36,13 +37,8 @@ SHARED = (
     "state_bytes",
     "vocab_size",
 )
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
-# What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
-# processor takes memory when it is written to, which next to nothing of this is; a GPU takes all of it at once.
-CACHE_TABLES = 128 * 2**20
-STEPS_KEPT = 16  # of each sequence, in the state of a recurrent model: what the runtime's sessions ask for
 OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
-STEPS = 8  # of progress: five lowering phases, then code generation, check, description
+STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
 
 
 class Compile(Stage):
@@ -64,6 +60,11 @@ class Compile(Stage):
         )
         archs: tuple[int, ...] = param("CUDA architectures to compile for (80 is sm_80)", default=(80, 86, 89, 90))
         fast_math: bool = param("let nvcc trade accuracy of CUDA arithmetic for speed", default=False)
+        cuda_graph: bool = param(
+            "replay the kernels of a decode step between two attentions as CUDA graphs; the library then works with "
+            "the weights of its first call only",
+            default=False,
+        )
         toolchain: str = param(
             "where nvcc comes from: the Python package (pypi) or the system; auto prefers the package",
             default="auto",
@@ -120,7 +121,10 @@ class Compile(Stage):
             )
         if problems:
             raise StageError(*problems)
-        return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
+        cuda_graph = params.cuda_graph and params.target == "cuda"
+        return dataclasses.replace(
+            params, mcpu=mcpu, archs=archs, fast_math=fast_math, cuda_graph=cuda_graph, toolchain=kind
+        )
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """The versions of TVM, the C++ compiler and, for CUDA, nvcc with the packages it is made of."""
@@ -139,6 +143,7 @@ class Compile(Stage):
 
     def run(self, ctx: Context) -> None:
         """Build the library and prove what is in it."""
+        from stages.codegen import describe
         from stages.targets import host
 
         graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
@@ -150,7 +155,8 @@ class Compile(Stage):
         metadata = {
             "schema": 1,
             "target": {
-                name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")
+                name: getattr(ctx.params, name)
+                for name in ("target", "opt", "archs", "fast_math", "cuda_graph", "activations")
             },
             "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
             "toolchain": {
@@ -167,12 +173,14 @@ class Compile(Stage):
             },
         }
         library = ctx.out / "model.so"
-        found = _build(ctx, metadata, cxx, nvcc, library)
+        found, built = _build(ctx, metadata, cxx, nvcc, library)
         metadata |= found
         (ctx.out / "metadata.json").write_text(
             json.dumps(metadata, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )
-        _describe(ctx, metadata, graphs, library.stat().st_size)
+        for name, text in describe.views(metadata, graphs, built).items():
+            ctx.view(name, text)
+        ctx.summary(describe.summary(metadata, library.stat().st_size))
         ctx.progress(STEPS, STEPS, "steps")
 
 
@@ -222,14 +230,13 @@ def _compilers(params: Any) -> tuple[Program, Program | None]:
 
 def _build(
     ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
-) -> dict[str, Any]:
-    """Write the library; return what only its making tells: memory plan, kernels, device code."""
-    import tvm
-
-    from stages.lowering.codegen import CodegenError, build_library
+) -> tuple[dict[str, Any], list[Built]]:
+    """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
+    from stages.codegen.library import CodegenError, Compilers, build_library
+    from stages.lowering.compat import load_json
     from stages.lowering.merge import merge
-    from stages.lowering.pipeline import kernel_names, lower
-    from stages.targets import cuda, fatbin, host, toolchain
+    from stages.lowering.pipeline import lower
+    from stages.targets import cuda, host, toolchain
     from stages.targets.cuda import CudaError
     from stages.targets.table import TARGETS
     from stages.targets.tvm_target import build_target
@@ -242,66 +249,49 @@ def _build(
         raise StageError(str(error)) from None
     memory: dict[str, int] = {}
 
-    def describe(planned: Mapping[str, int]) -> dict[str, Any]:
+    def plan(planned: Mapping[str, int]) -> dict[str, Any]:
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
-    module = merge([tvm.ir.load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
+    module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
-        module, row, target, describe, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
+        module,
+        row,
+        target,
+        plan,
+        lambda done, _: ctx.progress(done, STEPS, "steps"),
+        available,
+        params.activations,
+        cuda_graph=params.cuda_graph,
     )
+    options = {name: getattr(params, name) for name in ("opt", "archs", "fast_math")}
+    document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}
     try:
-        device_kernels = None
+        compile_device = None
         if nvcc is not None:
             cuda.load_cuda_side(nvcc, cxx)
-            device_kernels = cuda.use_nvcc(nvcc, cxx, params.archs, opt=params.opt, fast_math=params.fast_math)
-        build_library(lowered, target, library, cxx.path, toolchain.environment())
-    except (CodegenError, CudaError) as error:
+            compile_device = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, **options)
+            document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
+        compilers = Compilers(target, compile_device, document, cxx.path, toolchain.environment())
+        built = build_library(lowered, compilers, ctx, library)
+    except CudaError as error:
         raise StageError(str(error)) from None
-    ctx.progress(STEPS - 1, STEPS, "steps")
+    except CodegenError as error:
+        raise StageError(*error.problems) from None
+    on_device = [name for kernel in built for name in kernel.code.entry_points]
+    names = sorted(on_device or [kernel.name for kernel in built])
+    return {"memory": memory, "kernels": names, **_device(library)}, built
+
+
+def _device(library: Path) -> dict[str, Any]:
+    """Return what device code the finished library holds, and the figures of its kernels."""
+    from stages.targets import cubin, fatbin
 
     code = fatbin.entries(library)
-    if params.archs and (missing := fatbin.missing(code, params.archs)):
-        raise StageError(f"the library lacks {', '.join(missing)}: the CUDA compiler did not do what it was asked")
-    names = device_kernels() if device_kernels else kernel_names(lowered)
-    return {"memory": memory, "kernels": names, "device_code": [entry.document() for entry in code]}
-
-
-def _describe(ctx: Context, metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], size: int) -> None:
-    signatures = {name: signature for graph in graphs for name, signature in graph["functions"].items()}
-    rows = [
-        f"| {name} | {', '.join(f'{arg}: {ty}' for arg, ty in signature['inputs'])} | {signature['output']} |"
-        for name, signature in sorted(signatures.items())
-    ]
-    ctx.view("functions", "\n".join(["| function | arguments | result |", "|---|---|---|", *rows]) + "\n")
-    ctx.view("kernels", "\n".join(metadata["kernels"]) + "\n")
-    ctx.view("memory", _memory(metadata))
-    code = [f"{entry['kind']} {entry['arch']}" for entry in metadata["device_code"]]
-    ctx.summary(f"{size / 1e6:.2f} MB, {len(metadata['kernels'])} kernels" + (f", {', '.join(code)}" if code else ""))
-
-
-def _memory(metadata: Mapping[str, Any]) -> str:
-    """Render what the library needs on its device: a user asks whether it fits."""
-    model, plan = metadata["model"], metadata["memory"]
-    weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])
-    token, tokens = model["cache_bytes_per_token"], model["context_window"]
-    tables = CACHE_TABLES if token and metadata["target"]["target"] == "cuda" else 0
-    # Embeddings are there while the function that reads them runs.
-    embeddings, others = plan.get("embed", 0), [size for name, size in plan.items() if name != "embed"]
-    sequence = token * tokens + STEPS_KEPT * model["state_bytes"]
-    fixed = weights + model["cache_workspace_bytes"] + tables + embeddings + max(others, default=0)
-    rows = [
-        ("weights", weights),
-        ("KV cache, one token", token),
-        (f"KV cache, one sequence of {tokens} tokens", token * tokens),
-        (f"KV cache, workspace for chunks of {model['prefill_chunk']} tokens", model["cache_workspace_bytes"]),
-        ("KV cache, tables of the runtime", tables),
-        ("attention, each thread of the processor, at most, beside all below", model["attention_thread_bytes"]),
-        (f"recurrent state, one sequence, {STEPS_KEPT} steps of it", STEPS_KEPT * model["state_bytes"]),
-        *((f"results of {name}, at most", size) for name, size in sorted(plan.items())),
-        ("in all for one sequence", fixed + sequence),
-        (f"in all for {model['max_batch']} sequences", fixed + sequence * model["max_batch"]),
-    ]
-    lines = [f"| {what} | {size:,} |" for what, size in rows if size]
-    return "\n".join(["| memory | bytes |", "|---|---:|", *lines]) + "\n"
+    try:
+        kernels = fatbin.kernels(library)
+    except cubin.CubinError as error:
+        raise StageError(f"the library's device code cannot be read: {error}") from None
+    figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
+    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}

@@ -31,7 +31,7 @@ class GraphBuild(Stage):
         kv_dtype: str = param(
             "dtype of the KV cache; auto takes the compute dtype",
             default="auto",
-            choices=("auto", "float32", "float16"),
+            choices=("auto", "float32", "float16", "bfloat16"),
         )
 
     inputs = {
@@ -70,6 +70,7 @@ class GraphBuild(Stage):
 
         from stages.graph import FUNCTIONS, RECURRENT, cost, describe
         from stages.graph.export import GraphError
+        from stages.lowering.plain_names import without_places
 
         model = json.loads(ctx.input("config").read_text("utf-8"))
         registry = json.loads(ctx.input("params").read_text("utf-8"))
@@ -90,7 +91,7 @@ class GraphBuild(Stage):
             "operators": counts,
             "kernels": describe.kernels(exported),
         }
-        (ctx.out / "module.json").write_text(tvm.ir.save_json(exported), "utf-8")
+        (ctx.out / "module.json").write_text(without_places(tvm.ir.save_json(exported)), "utf-8")
         (ctx.out / "graph.json").write_text(
             json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )

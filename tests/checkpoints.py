@@ -183,3 +183,22 @@ def _merged(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, 
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_hollow(folder: Path, config: Mapping[str, Any]) -> Path:
+    """Write a config and a file with a true header and a hole for weights: enough for all that only looks at shapes."""
+    from stages.models import load_family
+
+    family = load_family(config["model_type"])
+    entries, end = {}, 0
+    for parameter in family.params(family.parse(dict(config))):
+        for name, shape in zip(parameter.sources, parameter.source_shapes, strict=True):
+            begin, end = end, end + 2 * math.prod(shape)
+            entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", dict(config))
+    header = json.dumps(entries).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    return folder

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "tokenizers": set(),
     "graph": {"models", "targets", "lowering"},
     "lowering": {"models", "targets"},
+    "codegen": {"lowering", "targets"},
     "runtime": set(),
     "packing": set(),
     "conversion": {"models", "quantization", "targets"},

@@ -45,8 +45,11 @@ def libraries(a: Files, b: Files) -> list[Row]:
     old, new = _read(a["metadata.json"]), _read(b["metadata.json"])
     kernels = [dict.fromkeys(document.pop("kernels", []), "there") for document in (old, new)]
     params = [{p["name"]: f"{p['dtype']} {p['shape']}" for p in d.pop("params", [])} for d in (old, new)]
+    figures = [dict(_leaves(document.pop("device_kernels", {}), "")) for document in (old, new)]
     rows = _unequal("", *(dict(_leaves(document, "")) for document in (old, new)))
-    return rows + _capped(_unequal("kernel ", *kernels), "kernels") + _capped(_unequal("param ", *params), "params")
+    rows += _capped(_unequal("kernel ", *kernels), "kernels")
+    rows += _capped(_unequal("", *figures), "figures of device code")
+    return rows + _capped(_unequal("param ", *params), "params")
 
 
 def tokenizers(a: Files, b: Files) -> list[Row]:

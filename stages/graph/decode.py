@@ -7,7 +7,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.graph.export import CACHE, Build, export_model
+from stages.graph.export import CACHE, Build, export_decode
 from stages.graph.trunk import hidden_states
 from stages.models.layers import CausalLM
 
@@ -33,11 +33,4 @@ class Decode(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    return export_model(
-        build,
-        Decode,
-        {
-            "decode": {"states": build.states([1, 1]), "cache": CACHE},
-            "batch_decode": {"states": build.states(["batch_size", 1]), "cache": CACHE},
-        },
-    )
+    return export_decode(build, Decode, CACHE)

@@ -16,7 +16,7 @@ from stages.models.layers import CausalLM, LayerFactory
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
 PAGE_SIZE = 16  # tokens per page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
-DTYPE_BYTES = {"float32": 4, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 tensor = nn.spec.Tensor
 
 
@@ -118,6 +118,32 @@ class Build:
         if self.sep_embed:
             return tensor([*tokens, self.config.hidden_size], self.compute_dtype)
         return tensor(tokens, "int32")
+
+
+def export_prefill(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object) -> tvm.IRModule:
+    """Export ``prefill`` and ``batch_prefill``; ``state`` is what they read the chunks into."""
+    states = build.states([1, "seq_len"])
+    positions = tensor(["batch_size"], "int32")
+    return export_model(
+        build,
+        wrap,
+        {
+            "prefill": {"states": states, "cache": state},
+            "batch_prefill": {"states": states, "logit_positions": positions, "cache": state},
+        },
+    )
+
+
+def export_decode(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object) -> tvm.IRModule:
+    """Export ``decode`` and ``batch_decode``; ``state`` is what they add a token to."""
+    return export_model(
+        build,
+        wrap,
+        {
+            "decode": {"states": build.states([1, 1]), "cache": state},
+            "batch_decode": {"states": build.states(["batch_size", 1]), "cache": state},
+        },
+    )
 
 
 def export_model(

@@ -8,7 +8,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.graph.export import CACHE, Build, export_model, tensor
+from stages.graph.export import CACHE, Build, export_prefill
 from stages.graph.trunk import hidden_states
 from stages.models.layers import CausalLM, take
 
@@ -39,13 +39,4 @@ def _last(x: te.Tensor) -> te.Tensor:
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill`` and ``batch_prefill``."""
-    states = build.states([1, "seq_len"])
-    positions = tensor(["batch_size"], "int32")
-    return export_model(
-        build,
-        Prefill,
-        {
-            "prefill": {"states": states, "cache": CACHE},
-            "batch_prefill": {"states": states, "logit_positions": positions, "cache": CACHE},
-        },
-    )
+    return export_prefill(build, Prefill, CACHE)

@@ -6,7 +6,7 @@ import tvm
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from stages.graph.export import Build, export_model
+from stages.graph.export import Build, export_decode
 from stages.graph.recurrent_trunk import STATE, logits, row_numbers
 from stages.models.rwkv_layers import RecurrentLM, RecurrentState
 
@@ -33,11 +33,4 @@ class Decode(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    return export_model(
-        build,
-        Decode,
-        {
-            "decode": {"states": build.states([1, 1]), "cache": STATE},
-            "batch_decode": {"states": build.states(["batch_size", 1]), "cache": STATE},
-        },
-    )
+    return export_decode(build, Decode, STATE)

@@ -6,7 +6,7 @@ import tvm
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from stages.graph.export import Build, export_model, tensor
+from stages.graph.export import Build, export_prefill
 from stages.graph.recurrent_trunk import STATE, logits, row_numbers
 from stages.models.rwkv_layers import RecurrentLM, RecurrentState
 
@@ -34,13 +34,4 @@ class Prefill(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill`` and ``batch_prefill``."""
-    states = build.states([1, "seq_len"])
-    positions = tensor(["batch_size"], "int32")
-    return export_model(
-        build,
-        Prefill,
-        {
-            "prefill": {"states": states, "cache": STATE},
-            "batch_prefill": {"states": states, "logit_positions": positions, "cache": STATE},
-        },
-    )
+    return export_prefill(build, Prefill, STATE)

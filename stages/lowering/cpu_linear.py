@@ -15,7 +15,7 @@ from tvm.relax.expr_functor import mutator
 from stages.lowering.cpu_float import Linear, linear_kernel
 from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
 from stages.lowering.cpu_weights import BLOCK, Stored
-from stages.lowering.rewriter import Rewriter, is_call, rows_of
+from stages.lowering.rewriter import Rewriter, bound_values, is_call, rows_of
 
 _FLOATS = ("float32", "float16")
 
@@ -45,15 +45,10 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
 def _uses(function: rx.Function) -> Counter[Any]:
     """Count how often each variable of ``function`` is read."""
     found: Counter[Any] = Counter()
-
-    def visit(node: Any) -> None:
-        if isinstance(node, rx.Call):
-            for argument in node.args:
-                found.update(argument.fields if isinstance(argument, rx.Tuple) else [argument])
-        elif isinstance(node, rx.Tuple):
-            found.update(field for field in node.fields if isinstance(field, rx.Var))
-
-    rx.analysis.post_order_visit(function, visit)
+    for value in bound_values(function):
+        read = value.args if isinstance(value, rx.Call) else [value]
+        for argument in read:
+            found.update(argument.fields if isinstance(argument, rx.Tuple) else [argument])
     return found
 
 

@@ -9,6 +9,7 @@ import tvm
 from tvm import relax as rx
 from tvm import tirx
 
+from stages.lowering.rewriter import bound_values
 from stages.lowering.scratch import largest_scratch
 
 
@@ -31,12 +32,9 @@ def _bytes_of(module: tvm.IRModule, function: rx.Function) -> int:
         known = isinstance(dim, tirx.IntImm)
         return int(dim) if known else int(bounds.get(getattr(dim, "name", ""), 0))
 
-    def visit(node: Any) -> None:
-        nonlocal total
-        if isinstance(node, rx.Call) and node.op in (storage, result):
-            dims = node.args[0].values
-            width = tvm.DataType(node.args[1].value).itemsize if node.op == result else 1
+    for value in bound_values(function):
+        if isinstance(value, rx.Call) and value.op in (storage, result):
+            dims = value.args[0].values
+            width = tvm.DataType(value.args[1].value).itemsize if value.op == result else 1
             total += width * math.prod(size(dim) for dim in dims)
-
-    rx.analysis.post_order_visit(function, visit)
     return total + largest_scratch(module, function, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -11,18 +11,25 @@ from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 
-def merge(modules: Sequence[tvm.IRModule]) -> tvm.IRModule:
+def _unchanged(name: str, kernel: tirx.PrimFunc) -> tuple[str, tirx.PrimFunc]:
+    return name, kernel
+
+
+def merge(
+    modules: Sequence[tvm.IRModule],
+    named: Callable[[str, tirx.PrimFunc], tuple[str, tirx.PrimFunc]] = _unchanged,
+) -> tvm.IRModule:
     """Return one module with every relax function of ``modules`` and their kernels, clashing names made unique.
 
-    Kernels lose their ``global_symbol``: duplicates are not allowed, and the last phase attaches new ones.
-    :class:`ValueError` if two modules define the same function.
+    Kernels lose their ``global_symbol``: duplicates are not allowed, and the last phase attaches new ones. ``named``
+    may give a kernel another name and other attributes. :class:`ValueError` if two modules define the same function.
     """
     builder = rx.BlockBuilder()
     functions: dict[str, rx.Function] = {}
     for module in modules:
         items = sorted(module.functions_items(), key=lambda item: item[0].name_hint)
         kernels = {
-            var.name_hint: builder.add_func(_anonymous(function), var.name_hint)
+            var.name_hint: _add(builder, *named(var.name_hint, _anonymous(function)))
             for var, function in items
             if isinstance(function, tirx.PrimFunc)
         }
@@ -35,6 +42,10 @@ def merge(modules: Sequence[tvm.IRModule]) -> tvm.IRModule:
     for name, function in functions.items():
         merged[name] = function
     return merged
+
+
+def _add(builder: rx.BlockBuilder, name: str, kernel: tirx.PrimFunc) -> tvm.ir.GlobalVar:
+    return builder.add_func(kernel, name)
 
 
 def _anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:

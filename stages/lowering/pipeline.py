@@ -7,24 +7,28 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
-from tvm import tirx
 
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
 from stages.lowering.cpu_norm import cpu_norm
+from stages.lowering.cuda_graph import capture_cuda_graphs
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
 from stages.lowering.metadata import attach_metadata
+from stages.lowering.name_kernels import name_kernels
+from stages.lowering.plain_names import plain_names
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
 from stages.lowering.schedule import schedule_kernels
 from stages.targets.table import Target
 
 
-def phases(row: Target, features: Collection[str] = (), activations: str = "float") -> dict[str, list[Any]]:
-    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of
-    ``activations``. ``finalize`` comes after the memory plan has
-    been read.
+def phases(
+    row: Target, features: Collection[str] = (), activations: str = "float", *, cuda_graph: bool = False
+) -> dict[str, list[Any]]:
+    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of ``activations``.
+
+    ``finalize`` comes after the memory plan has been read; ``cuda_graph`` is as in :func:`lower`.
     """
     passes = rx.transform
     return {
@@ -45,6 +49,7 @@ def phases(row: Target, features: Collection[str] = (), activations: str = "floa
             fuse_dequantize_matmul(),
             passes.DeadCodeElimination(),
             scatter_tuple_get_item,
+            plain_names,
         ],
         "schedule": [schedule_kernels(row.schedules)],
         "plan": [
@@ -54,12 +59,14 @@ def phases(row: Target, features: Collection[str] = (), activations: str = "floa
             passes.StaticPlanBlockMemory(),
         ],
         "finalize": [
+            *([capture_cuda_graphs] if cuda_graph else []),
             passes.LowerAllocTensor(),
             passes.KillAfterLastUse(),
             passes.LowerRuntimeBuiltin(),
             # The KV cache's sizes are computed from symbolic shapes, which the shape lowering alone does not cover.
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            name_kernels,
             passes.AttachGlobalSymbol(),
         ],
     }
@@ -73,12 +80,15 @@ def lower(
     progress: Callable[[int, int], None],
     features: Collection[str] = (),
     activations: str = "float",
+    *,
+    cuda_graph: bool = False,
 ) -> tvm.IRModule:
     """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
     each function. ``progress`` is called with phases done and in all; ``features`` are what the processor that runs the
-    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones.
+    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones; ``cuda_graph`` replays
+    what has static sizes.
     """
-    steps = phases(row, features, activations)
+    steps = phases(row, features, activations, cuda_graph=cuda_graph)
     with target:
         for number, (phase, passes) in enumerate(steps.items()):
             progress(number, len(steps))
@@ -87,8 +97,3 @@ def lower(
             module = tvm.transform.Sequential(passes, name=phase)(module)
     progress(len(steps), len(steps))
     return module
-
-
-def kernel_names(lowered: tvm.IRModule) -> list[str]:
-    """Return the names of the kernels in a lowered module, sorted."""
-    return sorted(var.name_hint for var, function in lowered.functions_items() if isinstance(function, tirx.PrimFunc))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import tvm
 from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator
+
+
+def bound_values(function: rx.Function) -> Iterator[Any]:
+    """Return what is bound in ``function``, in order. A visitor would also be called for every part of every type,
+    which takes longer than most passes.
+    """
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            yield binding.value
 
 
 class Rewriter(PyExprMutator):

@@ -11,6 +11,8 @@ import tvm
 from tvm import relax as rx
 from tvm import s_tir, tirx
 
+from stages.lowering.rewriter import bound_values
+
 # What moves every buffer of a kernel to the innermost loop around all its uses, and cuts it down to what is used there.
 _PLACED = tvm.transform.Sequential(
     [
@@ -29,16 +31,12 @@ def largest_scratch(module: tvm.IRModule, function: rx.Function, size: Callable[
     """
     buffers = functools.cache(lambda name: _buffers(module[name]))
     largest = 0
-
-    def visit(node: Any) -> None:
-        nonlocal largest
-        if isinstance(node, rx.Call) and isinstance(node.op, tvm.ir.GlobalVar):
-            kernel = module[node.op]
-            if isinstance(kernel, tirx.PrimFunc) and buffers(node.op):
-                dims = _dims(kernel, node, size)
-                largest = max(largest, sum(_bytes_of(buffer, dims) for buffer in buffers(node.op)))
-
-    rx.analysis.post_order_visit(function, visit)
+    for value in bound_values(function):
+        if isinstance(value, rx.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+            kernel = module[value.op]
+            if isinstance(kernel, tirx.PrimFunc) and buffers(value.op):
+                dims = _dims(kernel, value, size)
+                largest = max(largest, sum(_bytes_of(buffer, dims) for buffer in buffers(value.op)))
     return largest
 
 

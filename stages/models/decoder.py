@@ -7,17 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.record import AttentionCache, ConfigError, Param
+from stages.models.config_reader import trained_positions
+from stages.models.record import AttentionCache, Param, copied
 from stages.models.rope import Rope, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stages.models.config_reader import ConfigReader
-    from stages.models.record import Kind
 
 HONOURED = "num_key_value_heads head_dim rms_norm_eps"
-TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +103,6 @@ def read_window(read: ConfigReader, layers: int) -> dict[str, Any]:
     return found
 
 
-def context_window(config: DecoderConfig, requested: int) -> int:
-    """Return the number of positions to build for, all the model has for 0; ConfigError if it has fewer."""
-    if requested > config.max_positions:
-        raise ConfigError(
-            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
-            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
-        )
-    return requested or config.max_positions
-
-
 def params(config: DecoderConfig) -> tuple[Param, ...]:
     """Return the parameters in packed order; q, k and v are one matrix, and so are gate and up."""
     h, ff, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -139,11 +128,6 @@ def params(config: DecoderConfig) -> tuple[Param, ...]:
     found.append(copied("model.norm.weight", (h,), "norm"))
     head = () if config.tied else (copied("lm_head.weight", (config.vocab_size, h), "head"),)
     return (*found, *head)
-
-
-def copied(name: str, shape: tuple[int, ...], kind: Kind) -> Param:
-    """Return the parameter that is the checkpoint's tensor of the same name."""
-    return Param(name, shape, kind, (name,), (shape,))
 
 
 def _stacked(name: str, parts: list[tuple[str, int]], columns: int, *, bias: bool) -> list[Param]:
@@ -217,3 +201,14 @@ def reference(
     if config.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return keywords, state
+
+
+# What the records of the families of this form share.
+FORM: dict[str, Any] = {
+    "config": DecoderConfig,
+    "context_window": trained_positions,
+    "params": params,
+    "causal_lm": causal_lm,
+    "tied": ("lm_head.weight", "model.embed_tokens.weight"),
+    "recomputed": ("*.rotary_emb.inv_freq",),
+}

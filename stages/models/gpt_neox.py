@@ -7,14 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
-from stages.models.record import AttentionCache, ConfigError, Family, Param
+from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify, trained_positions
+from stages.models.record import AttentionCache, Family, Param, copied
 from stages.models.rope import Rope, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from stages.models.record import Kind
 
 THETA, SHARE = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
 GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
@@ -78,21 +76,11 @@ def parse(raw: Mapping[str, Any]) -> NeoXConfig:
     return config
 
 
-def context_window(config: NeoXConfig, requested: int) -> int:
-    """Return the number of positions to build for, all the model has for 0; ConfigError if it has fewer."""
-    if requested > config.max_positions:
-        raise ConfigError(
-            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
-            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
-        )
-    return requested or config.max_positions
-
-
 def params(config: NeoXConfig) -> tuple[Param, ...]:
     """Return the parameters in packed order; names are the checkpoint's, QKV is reordered to all q, all k, all v."""
     h, ff, rows = config.hidden_size, config.intermediate_size, config.vocab_size
     reorder = f"interleaved_qkv:{config.num_heads}"
-    found = [_param("gpt_neox.embed_in.weight", (rows, h), "embedding")]
+    found = [copied("gpt_neox.embed_in.weight", (rows, h), "embedding")]
     for i in range(config.num_layers):
         block = f"gpt_neox.layers.{i}"
         found += [
@@ -104,20 +92,16 @@ def params(config: NeoXConfig) -> tuple[Param, ...]:
             *_linear(f"{block}.mlp.dense_4h_to_h", h, ff),
         ]
     found += _norm("gpt_neox.final_layer_norm", h)
-    return (*found, *(() if config.tied else (_param("embed_out.weight", (rows, h), "head"),)))
-
-
-def _param(name: str, shape: tuple[int, ...], kind: Kind, transform: str = "copy") -> Param:
-    return Param(name, shape, kind, (name,), (shape,), transform)
+    return (*found, *(() if config.tied else (copied("embed_out.weight", (rows, h), "head"),)))
 
 
 def _norm(name: str, features: int) -> list[Param]:
-    return [_param(f"{name}.weight", (features,), "norm"), _param(f"{name}.bias", (features,), "bias")]
+    return [copied(f"{name}.weight", (features,), "norm"), copied(f"{name}.bias", (features,), "bias")]
 
 
 def _linear(name: str, n: int, k: int, transform: str = "copy", *, bias: bool = True) -> list[Param]:
-    found = [_param(f"{name}.weight", (n, k), "linear", transform)]
-    return [*found, _param(f"{name}.bias", (n,), "bias", transform)] if bias else found
+    found = [copied(f"{name}.weight", (n, k), "linear", transform)]
+    return [*found, copied(f"{name}.bias", (n,), "bias", transform)] if bias else found
 
 
 def causal_lm(config: NeoXConfig, make: Any) -> Any:
@@ -179,7 +163,7 @@ FAMILY = Family(
     architectures=("GPTNeoXForCausalLM",),
     config=NeoXConfig,
     parse=parse,
-    context_window=context_window,
+    context_window=trained_positions,
     params=params,
     causal_lm=causal_lm,
     to_reference=to_reference,

@@ -45,15 +45,9 @@ def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str
 FAMILY = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
-    config=DecoderConfig,
     parse=parse,
-    context_window=decoder.context_window,
-    params=decoder.params,
-    causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    tied=decoder.TIED,
-    recomputed=("*.rotary_emb.inv_freq",),
     supports=(
         "grouped-query attention",
         "head_dim of its own",
@@ -61,4 +55,5 @@ FAMILY = Family(
         "tied embeddings",
         "attention and MLP biases",
     ),
+    **decoder.FORM,
 )

@@ -40,15 +40,9 @@ def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str
 FAMILY = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
-    config=DecoderConfig,
     parse=parse,
-    context_window=decoder.context_window,
-    params=decoder.params,
-    causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    tied=decoder.TIED,
-    recomputed=("*.rotary_emb.inv_freq",),
     supports=(
         "grouped-query attention",
         "head_dim of its own",
@@ -56,4 +50,5 @@ FAMILY = Family(
         "tied embeddings",
         "sliding window (beyond it on llvm, in chunks shorter than it)",
     ),
+    **decoder.FORM,
 )

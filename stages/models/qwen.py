@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import ConfigReader
-from stages.models.record import AttentionCache, ConfigError, Family, KeyClass, Param
+from stages.models.config_reader import ConfigReader, classify
+from stages.models.record import AttentionCache, ConfigError, Family, Param, copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -56,11 +56,7 @@ REFUSED = """
     quantization_bit use_cache_quantization rope_scaling n_inner pruned_heads add_cross_attention
     is_encoder_decoder extra_vocab_file
 """
-KEYS: dict[str, KeyClass] = {
-    **dict.fromkeys(HONOURED.split(), "honoured"),
-    **dict.fromkeys(IRRELEVANT.split(), "irrelevant"),
-    **dict.fromkeys(REFUSED.split(), "refused"),
-}
+KEYS = classify(HONOURED, IRRELEVANT, REFUSED)
 
 
 def parse(raw: Mapping[str, Any]) -> QWenConfig:
@@ -121,15 +117,15 @@ def context_window(config: QWenConfig, requested: int) -> int:
 def params(config: QWenConfig) -> tuple[Param, ...]:
     """Return the parameters in packed order; names are the checkpoint's, except the fused gate and up projection."""
     h, ff, rows = config.hidden_size, config.intermediate_size, config.vocab_size
-    found = [_copied("transformer.wte.weight", (rows, h), "embedding")]
+    found = [copied("transformer.wte.weight", (rows, h), "embedding")]
     for i in range(config.num_layers):
         block = f"transformer.h.{i}"
         found += [
-            _copied(f"{block}.ln_1.weight", (h,), "norm"),
-            _copied(f"{block}.attn.c_attn.weight", (3 * h, h), "linear"),
-            _copied(f"{block}.attn.c_attn.bias", (3 * h,), "bias"),
-            _copied(f"{block}.attn.c_proj.weight", (h, h), "linear"),
-            _copied(f"{block}.ln_2.weight", (h,), "norm"),
+            copied(f"{block}.ln_1.weight", (h,), "norm"),
+            copied(f"{block}.attn.c_attn.weight", (3 * h, h), "linear"),
+            copied(f"{block}.attn.c_attn.bias", (3 * h,), "bias"),
+            copied(f"{block}.attn.c_proj.weight", (h, h), "linear"),
+            copied(f"{block}.ln_2.weight", (h,), "norm"),
             Param(
                 f"{block}.mlp.gate_up_proj.weight",
                 (2 * ff, h),
@@ -138,13 +134,9 @@ def params(config: QWenConfig) -> tuple[Param, ...]:
                 ((ff, h), (ff, h)),
                 "concat0",
             ),
-            _copied(f"{block}.mlp.c_proj.weight", (h, ff), "linear"),
+            copied(f"{block}.mlp.c_proj.weight", (h, ff), "linear"),
         ]
-    return (*found, _copied("transformer.ln_f.weight", (h,), "norm"), _copied("lm_head.weight", (rows, h), "head"))
-
-
-def _copied(name: str, shape: tuple[int, ...], kind: Any) -> Param:
-    return Param(name, shape, kind, (name,), (shape,))
+    return (*found, copied("transformer.ln_f.weight", (h,), "norm"), copied("lm_head.weight", (rows, h), "head"))
 
 
 def causal_lm(config: QWenConfig, make: Any) -> Any:

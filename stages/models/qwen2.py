@@ -36,15 +36,9 @@ def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str
 FAMILY = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
-    config=DecoderConfig,
     parse=parse,
-    context_window=decoder.context_window,
-    params=decoder.params,
-    causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    tied=decoder.TIED,
-    recomputed=("*.rotary_emb.inv_freq",),
     supports=(
         "grouped-query attention",
         "biases on q, k and v",
@@ -53,4 +47,5 @@ FAMILY = Family(
         "padded vocabulary",
         "sliding window in the later layers (beyond it on llvm)",
     ),
+    **decoder.FORM,
 )

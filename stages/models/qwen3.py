@@ -39,14 +39,9 @@ def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str
 FAMILY = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
-    config=DecoderConfig,
     parse=parse,
-    context_window=decoder.context_window,
-    params=decoder.params,
-    causal_lm=decoder.causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    tied=decoder.TIED,
     supports=(
         "grouped-query attention",
         "norms on q and k",
@@ -57,4 +52,5 @@ FAMILY = Family(
         "padded vocabulary",
         "sliding window in the later layers (beyond it on llvm)",
     ),
+    **decoder.FORM,
 )

@@ -45,6 +45,11 @@ class Param:
     dtype: Literal["", "float32"] = ""
 
 
+def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform = "copy") -> Param:
+    """Return the parameter that one checkpoint tensor of the same name and shape becomes."""
+    return Param(name, shape, kind, (name,), (shape,), transform)
+
+
 @dataclass(frozen=True)
 class AttentionCache:
     """What the paged KV cache and its kernels must know of a model's attention.

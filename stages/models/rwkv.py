@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import ConfigReader
-from stages.models.record import Family, KeyClass, Param
+from stages.models.config_reader import ConfigReader, classify
+from stages.models.record import Family, Param, copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,11 +45,7 @@ IRRELEVANT = """
     output_hidden_states use_return_dict initializer_range tokenizer_class
 """
 REFUSED = "pruned_heads add_cross_attention is_encoder_decoder auto_map"
-KEYS: dict[str, KeyClass] = {
-    **dict.fromkeys(HONOURED.split(), "honoured"),
-    **dict.fromkeys(IRRELEVANT.split(), "irrelevant"),
-    **dict.fromkeys(REFUSED.split(), "refused"),
-}
+KEYS = classify(HONOURED, IRRELEVANT, REFUSED)
 
 
 def parse(raw: Mapping[str, Any]) -> RwkvConfig:
@@ -83,7 +79,7 @@ def context_window(config: RwkvConfig, requested: int) -> int:
 def params(config: RwkvConfig) -> tuple[Param, ...]:
     """Return the parameters in packed order under the checkpoint's names; all that is no matrix stays float32."""
     h, a, ff, rows = config.hidden_size, config.attention_hidden_size, config.intermediate_size, config.vocab_size
-    found = [_copied("rwkv.embeddings.weight", (rows, h), "embedding"), *_norm("rwkv.blocks.0.pre_ln", h)]
+    found = [copied("rwkv.embeddings.weight", (rows, h), "embedding"), *_norm("rwkv.blocks.0.pre_ln", h)]
     for i in range(config.num_layers):
         block = f"rwkv.blocks.{i}"
         time, channel = f"{block}.attention", f"{block}.feed_forward"
@@ -91,19 +87,15 @@ def params(config: RwkvConfig) -> tuple[Param, ...]:
             *_norm(f"{block}.ln1", h),
             *(_vector(f"{time}.{name}", (a,)) for name in ("time_decay", "time_first")),
             *(_vector(f"{time}.time_mix_{name}", (1, 1, h)) for name in ("key", "value", "receptance")),
-            *(_copied(f"{time}.{name}.weight", (a, h), "linear") for name in ("key", "value", "receptance")),
-            _copied(f"{time}.output.weight", (h, a), "linear"),
+            *(copied(f"{time}.{name}.weight", (a, h), "linear") for name in ("key", "value", "receptance")),
+            copied(f"{time}.output.weight", (h, a), "linear"),
             *_norm(f"{block}.ln2", h),
             *(_vector(f"{channel}.time_mix_{name}", (1, 1, h)) for name in ("key", "receptance")),
-            _copied(f"{channel}.key.weight", (ff, h), "linear"),
-            _copied(f"{channel}.receptance.weight", (h, h), "linear"),
-            _copied(f"{channel}.value.weight", (h, ff), "linear"),
+            copied(f"{channel}.key.weight", (ff, h), "linear"),
+            copied(f"{channel}.receptance.weight", (h, h), "linear"),
+            copied(f"{channel}.value.weight", (h, ff), "linear"),
         ]
-    return (*found, *_norm("rwkv.ln_out", h), _copied("head.weight", (rows, h), "head"))
-
-
-def _copied(name: str, shape: tuple[int, ...], kind: Any) -> Param:
-    return Param(name, shape, kind, (name,), (shape,))
+    return (*found, *_norm("rwkv.ln_out", h), copied("head.weight", (rows, h), "head"))
 
 
 def _vector(name: str, shape: tuple[int, ...], kind: Any = "vector") -> Param:

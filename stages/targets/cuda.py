@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import tvm
 
-from stages.targets import toolchain
+from stages.targets import fatbin, toolchain
 from stages.targets.toolchain import Program
 
 LOADER = "ffi.Module.create.cuda"  # registered by TVM's CUDA side; without it code generation ships source, silently
-COMPILE = "tvm_callback_cuda_compile"
 # Every function that TVM's CUDA side takes from the driver; 100 is CUDA_ERROR_NO_DEVICE.
 DRIVER_FUNCTIONS = (
     "cuDeviceGetName",
@@ -70,26 +68,6 @@ def _load_driver_stub(cxx: Program) -> None:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-def use_nvcc(
-    nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int, fast_math: bool
-) -> Callable[[], list[str]]:
-    """Make code generation call ``nvcc`` for ``archs``; the result returns the names of the kernels compiled so far."""
-    sources: list[str] = []
-
-    def compile_source(code: str) -> bytes:
-        sources.append(code)
-        return compile_fatbin(code, nvcc, cxx, archs, opt=opt, fast_math=fast_math)
-
-    tvm.register_global_func(COMPILE, compile_source, override=True)
-    return lambda: sorted(name for code in sources for name in kernel_names(code))
-
-
-def kernel_names(code: str) -> list[str]:
-    """Return the names of the ``__global__`` functions that CUDA source ``code`` defines, in order."""
-    definition = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\([^;{]*\)\s*\{"
-    return re.findall(definition, code)
-
-
 def compile_fatbin(
     code: str, nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int = 3, fast_math: bool = False
 ) -> bytes:
@@ -122,7 +100,10 @@ def compile_fatbin(
             raise CudaError(
                 f"{nvcc.path} {nvcc.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}"
             )
-        return Path(folder, "kernels.fatbin").read_bytes()
+        made = Path(folder, "kernels.fatbin")
+        if lacking := fatbin.missing(fatbin.entries(made), archs):
+            raise CudaError(f"{nvcc.path} {nvcc.version} made code that lacks {', '.join(lacking)}")
+        return made.read_bytes()
 
 
 def _tail(log: str) -> str:

@@ -7,9 +7,12 @@ entries (kind u16, version u16, header size u32, payload size u64, ... architect
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from stages.targets import cubin
+from stages.targets.cubin import Kernel
 
 MAGIC = bytes.fromhex("50ed55ba")
 KINDS = {1: "ptx", 2: "elf"}
@@ -31,17 +34,34 @@ class DeviceCode:
 
 
 def entries(library: Path) -> list[DeviceCode]:
-    """Return the device code in ``library``, sorted, one item per entry; empty if it holds none."""
-    data = library.read_bytes()
-    found: list[DeviceCode] = []
+    """Return the kinds of device code in ``library``, sorted, however often; empty if it holds none."""
+    return sorted({code for code, _ in _entries(library.read_bytes())})
+
+
+def kernels(library: Path) -> dict[int, dict[str, Kernel]]:
+    """Return architecture -> kernel -> its figures, of all machine code in ``library``, sorted by architecture.
+
+    :class:`~stages.targets.cubin.CubinError` for machine code that is not as nvcc 13 writes it.
+    """
+    found: dict[int, dict[str, Kernel]] = {}
+    for code, content in machine_code(library):
+        found.setdefault(code.arch, {}).update(cubin.kernels(content))
+    return dict(sorted(found.items()))
+
+
+def machine_code(library: Path) -> Iterator[tuple[DeviceCode, bytes]]:
+    """Return the cubins in ``library``, whole."""
+    return (entry for entry in _entries(library.read_bytes()) if entry[0].kind == "elf")
+
+
+def _entries(data: bytes) -> Iterator[tuple[DeviceCode, bytes]]:
     start = data.find(MAGIC)
     while start >= 0:
-        found += _entries_at(data, start)
+        yield from _entries_at(data, start)
         start = data.find(MAGIC, start + len(MAGIC))
-    return sorted(found)
 
 
-def _entries_at(data: bytes, start: int) -> Iterable[DeviceCode]:
+def _entries_at(data: bytes, start: int) -> Iterator[tuple[DeviceCode, bytes]]:
     if start + _HEADER.size > len(data):
         return
     _, version, header, payload = _HEADER.unpack_from(data, start)
@@ -53,8 +73,10 @@ def _entries_at(data: bytes, start: int) -> Iterable[DeviceCode]:
         kind, _, entry_header, size = _ENTRY.unpack_from(data, at)
         if kind not in KINDS or entry_header < _ARCH_AT + 4:
             return
-        yield DeviceCode(struct.unpack_from("<I", data, at + _ARCH_AT)[0], KINDS[kind])
-        at += entry_header + size
+        content = at + entry_header
+        arch = struct.unpack_from("<I", data, at + _ARCH_AT)[0]
+        yield DeviceCode(arch, KINDS[kind]), data[content : content + size]
+        at = content + size
 
 
 def missing(found: Sequence[DeviceCode], archs: Sequence[int]) -> list[str]:

@@ -107,9 +107,7 @@ def declared_tokens(resolution: Resolution, vocab: Mapping[str, int]) -> tuple[A
         entries = [{**entry, "id": int(index)} for index, entry in decoder.items()]
         return json_tables.added_tokens(entries, "tokenizer_config.json: added_tokens_decoder")
     stated = {text: index for index, text in resolution.declared.items()}
-    roles = [resolution.config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad")] or []
-    names = [role.get("content") if isinstance(role, dict) else role for role in (*roles, END_OF_TEXT)]
-    special = {name: vocab[name] for name in names if isinstance(name, str) and name in vocab}
+    special = {name: vocab[name] for name in (*resolution.roles.values(), END_OF_TEXT) if name in vocab}
     return json_tables.added_tokens(
         [{"content": text, "id": index, "special": True} for text, index in {**stated, **special}.items()],
         "added_tokens.json",

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.files import read_bytes
 from stages.tokenizers.record import ModelFacts
-from stages.tokenizers.resolution import LFS_HEADER, read_json
+from stages.tokenizers.resolution import read_json
 from stages.tokenizers.world import FILE as WORLD
 from stages.tokenizers.world import WorldTokenizer
 
@@ -106,9 +107,7 @@ def _load(directory: Path) -> tuple[Tokenizer, Any]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(f"T01: {path}: there is no such file")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(f"T02: {path}: a Git LFS pointer and not the tokenizer itself; run `git lfs pull`")
+    data = read_bytes(path)
     try:
         tokenizer = Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the file

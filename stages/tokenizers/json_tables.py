@@ -10,28 +10,12 @@ from typing import Any
 from stages.tokenizers.byte_level import BYTES
 from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.files import read_text
 from stages.tokenizers.patterns import DIGIT, GPT2, KNOWN
-from stages.tokenizers.ranks import MAX_FILE_BYTES, MAX_TOKEN_BYTES
-from stages.tokenizers.resolution import LFS_HEADER
+from stages.tokenizers.ranks import MAX_TOKEN_BYTES
 
 MAX_ADDED = 65_536
 _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
-
-
-def read_text(path: Path) -> str:
-    """Return a vocabulary file as text; :class:`TokenizerError` if it is a pointer, far too large or not UTF-8."""
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: {size:,} bytes is no vocabulary (at most {MAX_FILE_BYTES:,} are read)")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(
-            f"{path}: a Git LFS pointer and not the vocabulary itself; run `git lfs pull` in the checkpoint"
-        )
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path}: not UTF-8 ({error})") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.resolution import LFS_HEADER
+from stages.tokenizers.files import read_bytes
 
-# Far above any real vocabulary (the largest published ones: 3.6 MB, tokens of 128 bytes); replaying merges is
-# quadratic in the length of a token, so a hostile file must not choose it.
-MAX_FILE_BYTES = 64 << 20
+# Far above any real vocabulary's (128 bytes); replaying merges is quadratic in the length of a token, so a hostile file
+# must not choose it.
 MAX_TOKEN_BYTES = 1024
 MAX_RANK_DIGITS = 9
 MAX_LENGTH = 8 << 20  # of all tokens together; real ones have 2 MB, and every cut of every token is looked at
@@ -23,18 +22,10 @@ NO_RANK = 1 << 62
 
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Return token -> rank in rank order, from 0 without a gap; else :class:`TokenizerError` with every problem."""
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: {size:,} bytes is no vocabulary (at most {MAX_FILE_BYTES:,} are read)")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(
-            f"{path}: a Git LFS pointer and not the vocabulary itself; run `git lfs pull` in the checkpoint"
-        )
     ranks: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
     problems: list[str] = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         if not line:
             continue
         try:

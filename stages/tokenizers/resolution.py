@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.files import LFS_HEADER, read_bytes
 
 CONFIG = "tokenizer_config.json"
+SPECIALS = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
+ROLES = ("bos", "eos", "pad", "unk")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 MAX_ID_DIGITS = 9
@@ -84,7 +87,6 @@ RULES: dict[str, Rule] = {
 }
 # Classes that say nothing of the vocabulary: the files decide, as they do in transformers.
 ANY_FAMILY = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer")
-LFS_HEADER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,9 @@ class Resolution:
     """The decision: family, vocabulary file, what the checkpoint says beside it, and a trace a person can follow.
 
     ``name`` is the vocabulary's in the checkpoint, ``vocabulary`` is where to open it. ``files`` are all of the
-    checkpoint's tokenizer files, ``config`` is tokenizer_config.json, and ``class_name`` the tokenizer class that it
-    names, without "Fast". ``declared`` are ids it states, ``roles`` its bos, eos, pad and unk.
+    checkpoint's tokenizer files, ``config`` is tokenizer_config.json with the roles of an older
+    special_tokens_map.json, and ``class_name`` the tokenizer class that it names, without "Fast". ``declared`` are ids
+    it states, ``roles`` its bos, eos, pad and unk.
     """
 
     family: str
@@ -116,7 +119,7 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     files = {name: path for name, path in sorted(files.items()) if "/" not in name}
     if not files:
         raise TokenizerError(f"{root}: no tokenizer files there; {_known()}")
-    config = read_json(files[CONFIG]) if CONFIG in files else {}
+    config, config_files = _config(files)
     family, why = _family(root, files, config)
     vocabulary, why_file = _vocabulary(root, files, family)
     if config.get("extra_vocab_file"):
@@ -127,10 +130,11 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     lines = [
         ("files seen", ", ".join(f"{name} ({path.stat().st_size:,} bytes)" for name, path in files.items())),
         (CONFIG, _describe(config) if CONFIG in files else "absent"),
+        *([(SPECIALS, "names the roles, for there is no added_tokens_decoder")] if SPECIALS in config_files else []),
         ("family", f"{family}: {why}"),
         ("vocabulary", f"{vocabulary}: {why_file}"),
     ]
-    read = {vocabulary, CONFIG, TEMPLATE, "added_tokens.json"}
+    read = {vocabulary, *config_files, TEMPLATE, "added_tokens.json"}
     if vocabulary != "tokenizer.json":
         read |= set(RULES[family].beside)
     second = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
@@ -171,11 +175,7 @@ def second_vocabularies(resolution: Resolution) -> list[Resolution]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object; :class:`TokenizerError` for anything else."""
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise TokenizerError(f"{path}: larger than {MAX_CONFIG_BYTES:,} bytes, which no tokenizer configuration is")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(f"{path}: T02: a Git LFS pointer and not the file itself; run `git lfs pull`")
+    data = read_bytes(path, MAX_CONFIG_BYTES)
     try:
         value = json.loads(data.decode("utf-8"))
         # Half of a surrogate pair passes as an escape, but can be neither written nor printed.
@@ -185,6 +185,20 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
+    """Return tokenizer_config.json and what was read for it.
+
+    Where it lists no added tokens, the roles of an older special_tokens_map.json win, as in transformers.
+    """
+    read = [CONFIG] if CONFIG in files else []
+    config = read_json(files[CONFIG]) if read else {}
+    if SPECIALS in files and "added_tokens_decoder" not in config:
+        read.append(SPECIALS)
+        stated = read_json(files[SPECIALS])
+        config |= {f"{role}_token": stated[f"{role}_token"] for role in ROLES if f"{role}_token" in stated}
+    return config, read
 
 
 def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[str, str]:
@@ -296,7 +310,7 @@ def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int,
 
 
 def _roles(config: Mapping[str, Any]) -> dict[str, str]:
-    named = {role: config.get(f"{role}_token") for role in ("bos", "eos", "pad", "unk")}
+    named = {role: config.get(f"{role}_token") for role in ROLES}
     texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in named.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.json_tables import read_text
+from stages.tokenizers.files import read_text
 from stages.tokenizers.ranks import MAX_SHOWN, MAX_TOKEN_BYTES
 from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.world import END, END_TEXT, FILE, WorldTokenizer

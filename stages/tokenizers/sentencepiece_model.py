@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.ranks import MAX_FILE_BYTES, MAX_TOKEN_BYTES
-from stages.tokenizers.resolution import LFS_HEADER
+from stages.tokenizers.files import read_bytes
+from stages.tokenizers.ranks import MAX_TOKEN_BYTES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
@@ -52,14 +52,7 @@ class SentencePieceModel:
 
 def read_model(path: Path) -> SentencePieceModel:
     """Read ``tokenizer.model``; :class:`TokenizerError` for what is no such file, is damaged or far too large."""
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path}: {size:,} bytes is no vocabulary (at most {MAX_FILE_BYTES:,} are read)")
-    data = path.read_bytes()
-    if data.startswith(LFS_HEADER):
-        raise TokenizerError(
-            f"{path}: T02: a Git LFS pointer and not the vocabulary itself; run `git lfs pull` in the checkpoint"
-        )
+    data = read_bytes(path)
     try:
         return _model(data)
     except (ValueError, struct.error) as error:

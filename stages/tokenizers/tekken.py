@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import json_tables
@@ -15,6 +15,7 @@ from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import TEKKEN
 from stages.tokenizers.ranks import MAX_TOKEN_BYTES, all_splits
 from stages.tokenizers.record import TokenizerFamily
+from stages.tokenizers.tiktoken_reference import TiktokenReference
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -117,12 +118,10 @@ def _begin(resolution: Resolution) -> str | None:
     return None if resolution.config.get("add_bos_token", True) is False else resolution.roles.get("bos", BEGIN)
 
 
-class TekkenReference:
+class TekkenReference(TiktokenReference):
     """tiktoken on the ranks, moved behind the special tokens; its own reading of the file."""
 
     def __init__(self, resolution: Resolution) -> None:
-        import tiktoken
-
         value: Mapping[str, Any] = json.loads(resolution.vocabulary.read_bytes())
         config, size = value["config"], value["config"]["default_num_special_tokens"]
         used = value["vocab"][: config["default_vocab_size"] - size]
@@ -130,24 +129,7 @@ class TekkenReference:
         stated = value.get("special_tokens") or [{"rank": i, "token_str": text} for i, text in enumerate(UNSTATED)]
         names = {entry["rank"]: entry["token_str"] for entry in stated}
         specials = {names.get(i, f"<SPECIAL_{i}>"): i for i in range(size)}
-        self._encoding = tiktoken.Encoding(
-            "tekken", pat_str=config["pattern"], mergeable_ranks=ranks, special_tokens=specials
-        )
-        self._known = [*specials.values(), *ranks.values()]
-        begin = _begin(resolution)
-        self.prefix = [] if begin is None else [specials[begin]]
-
-    def encode(self, text: str, *, specials: bool) -> list[int]:
-        """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
-        return self._encoding.encode(text, allowed_special="all" if specials else set(), disallowed_special=())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode(list(ids), errors="replace")
-
-    def tokens(self) -> dict[int, bytes]:
-        """Return every id with its bytes."""
-        return {index: self._encoding.decode_single_token_bytes(index) for index in self._known}
+        super().__init__("tekken", config["pattern"], ranks, specials, _begin(resolution))
 
 
 FAMILY = TokenizerFamily(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import LLAMA3
 from stages.tokenizers.ranks import all_splits, read_ranks
 from stages.tokenizers.record import TokenizerFamily
+from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,43 +77,25 @@ def _prefix(resolution: Resolution, added: Sequence[Added]) -> list[str]:
     return [text]
 
 
-class TiktokenReference:
+class Llama3Reference(TiktokenReference):
     """tiktoken on the same ranks and the special tokens as the JSON beside them states them."""
 
     def __init__(self, resolution: Resolution) -> None:
-        import tiktoken
-
-        lines = [line.split() for line in resolution.vocabulary.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         stated = resolution.config.get("added_tokens_decoder")
         if not stated:
             table = json.loads(resolution.files[TABLES].read_bytes())["added_tokens"]
             stated = {entry["id"]: entry for entry in table}
         specials = {entry["content"]: int(index) for index, entry in stated.items()}
-        self._encoding = tiktoken.Encoding("llama3", pat_str=LLAMA3, mergeable_ranks=ranks, special_tokens=specials)
-        self._known = [*ranks.values(), *specials.values()]
         bos = resolution.config.get("bos_token", BEGIN)
-        wanted = resolution.config.get("add_bos_token", True)
         text = bos["content"] if isinstance(bos, dict) else bos
-        self.prefix = [specials[text]] if wanted and text is not None else []
-
-    def encode(self, text: str, *, specials: bool) -> list[int]:
-        """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
-        return self._encoding.encode(text, allowed_special="all" if specials else set(), disallowed_special=())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode(list(ids), errors="replace")
-
-    def tokens(self) -> dict[int, bytes]:
-        """Return every id with its bytes."""
-        return {index: self._encoding.decode_single_token_bytes(index) for index in self._known}
+        prefix = text if resolution.config.get("add_bos_token", True) else None
+        super().__init__("llama3", LLAMA3, ranks_of(resolution.vocabulary), specials, prefix)
 
 
 FAMILY = TokenizerFamily(
     name="tiktoken-llama3",
     convert=convert,
-    reference=TiktokenReference,
+    reference=Llama3Reference,
     normalize=None,
     end_of_text="<|end_of_text|>",
     chats={},

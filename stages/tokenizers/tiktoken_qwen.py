@@ -6,9 +6,7 @@ a checkpoint names in ``auto_map`` and which is never executed here.
 
 from __future__ import annotations
 
-import base64
 import unicodedata
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stages.tokenizers.byte_level import spell
@@ -16,6 +14,7 @@ from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import QWEN
 from stages.tokenizers.ranks import derive_merges, read_ranks
 from stages.tokenizers.record import ChatFormat, TokenizerFamily
+from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,31 +57,16 @@ def convert(resolution: Resolution) -> Tokenizer:
     return tokenizer
 
 
-class TiktokenReference:
-    """What ``QWenTokenizer`` does, on tiktoken: ``NFC`` over the whole text, then ranks; shares no reader with us."""
-
-    prefix: list[int] = []
+class QwenReference(TiktokenReference):
+    """What ``QWenTokenizer`` does, on tiktoken: ``NFC`` over the whole text, then ranks."""
 
     def __init__(self, resolution: Resolution) -> None:
-        import tiktoken
-
-        lines = [line.split() for line in resolution.vocabulary.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        specials = {text: len(ranks) + i for i, text in enumerate(SPECIALS)}
-        self._encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        ranks = ranks_of(resolution.vocabulary)
+        super().__init__("qwen", PATTERN, ranks, {text: len(ranks) + i for i, text in enumerate(SPECIALS)}, None)
 
     def encode(self, text: str, *, specials: bool) -> list[int]:
-        """Return the ids of ``text``; ``specials`` as in ``allowed_special="all"``, else ``allowed_special=set()``."""
-        normal = unicodedata.normalize("NFC", text)
-        return self._encoding.encode(normal, allowed_special="all" if specials else set(), disallowed_special=())
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self._encoding.decode(list(ids), errors="replace")
-
-    def tokens(self) -> dict[int, bytes]:
-        """Return every id with its bytes."""
-        return {i: self._encoding.decode_single_token_bytes(i) for i in range(self._encoding.n_vocab)}
+        """Return the ids of the normalised ``text``."""
+        return super().encode(unicodedata.normalize("NFC", text), specials=specials)
 
 
 # The family's own code builds this from pieces; the template is for runtimes that know templates only.
@@ -105,7 +89,7 @@ CHATML = ChatFormat(
 FAMILY = TokenizerFamily(
     name="tiktoken-qwen",
     convert=convert,
-    reference=TiktokenReference,
+    reference=QwenReference,
     normalize="NFC",
     end_of_text="<|endoftext|>",
     chats={"chatml": CHATML},

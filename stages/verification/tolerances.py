@@ -14,6 +14,7 @@ TOLERANCES: dict[str, float] = {
     "q0f16": 2e-2,
     "q0bf16": 2e-2,
     "q3f16_1": 2e-2,
+    "q4f16_0": 2e-2,
     "q4f16_1": 2e-2,
     "q4f16_2": 2e-2,
     "q4bf16_1": 2e-2,

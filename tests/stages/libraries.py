@@ -62,8 +62,10 @@ def build_graphs(folder: Path, registered: Registered, target: str, **options: A
     return ports
 
 
-def compile_library(folder: Path, ports: Mapping[str, Any], registered: Registered, **options: Any) -> LocalContext:
-    return run_stage(Compile(), folder, options, {**ports, "params": registered.params})
+def compile_library(
+    folder: Path, ports: Mapping[str, Any], registered: Registered, *, memo: Path | None = None, **options: Any
+) -> LocalContext:
+    return run_stage(Compile(), folder, options, {**ports, "params": registered.params}, memo)
 
 
 @dataclass(frozen=True)

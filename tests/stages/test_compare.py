@@ -51,11 +51,14 @@ def test_many_rows_are_counted(tmp_path):
 def test_libraries(tmp_path):
     base = {"target": {"opt": 3}, "kernels": ["a", "b"], "params": [{"name": "w", "dtype": "float32", "shape": [2]}]}
     other = {"target": {"opt": 2}, "kernels": ["b", "c"], "params": [{"name": "w", "dtype": "float16", "shape": [2]}]}
+    base["device_kernels"] = {"sm_80": {"b": {"registers": 30, "code": 128}}}
+    other["device_kernels"] = {"sm_80": {"b": {"registers": 32, "code": 128}}}
     a, b = files(tmp_path, "a", {"metadata.json": base}), files(tmp_path, "b", {"metadata.json": other})
     assert compare.libraries(a, b) == [
         ("target.opt", "3", "2"),
         ("kernel a", "there", "-"),
         ("kernel c", "-", "there"),
+        ("sm_80.b.registers", "30", "32"),
         ("param w", "float32 [2]", "float16 [2]"),
     ]
 

@@ -50,7 +50,8 @@ def test_auto_becomes_a_literal():
     params = resolved(target="llvm")
     assert params.mcpu == host.host_cpu() != "auto"
     assert (params.archs, params.fast_math, params.toolchain) == ((), False, "none")
-    assert resolved(target="llvm", archs=(90,), fast_math=True) == params, "what llvm has no use for must not matter"
+    unused = {"archs": (90,), "fast_math": True, "cuda_graph": True}
+    assert resolved(target="llvm", **unused) == params, "what llvm has no use for must not matter"
 
 
 def test_architectures_are_sorted_and_checked():
@@ -203,7 +204,7 @@ def test_the_interface_page_tells_the_metadata(library):
 def test_the_library_tells_what_the_metadata_says(library):
     metadata = json.loads((library.out / "metadata.json").read_text())
     runner_metadata = libraries.metadata_of(library.out / "model.so")
-    assert set(metadata) - set(runner_metadata) == {"kernels", "device_code"}
+    assert set(metadata) - set(runner_metadata) == {"kernels", "device_code", "device_kernels"}
     assert all(metadata[name] == value for name, value in runner_metadata.items())
     assert set(library.views) == {"functions", "kernels", "memory"}
 
@@ -212,17 +213,31 @@ needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on thi
 
 
 @needs_nvcc
-def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs):
-    registered, ports = graphs("cuda")
-    context = libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "replayed"),
+    [("q4f16_1", "float16", False), pytest.param("q4bf16_1", "bfloat16", True, marks=pytest.mark.slow)],
+)
+def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs, scheme, dtype, replayed):
+    registered, ports = graphs("cuda", scheme)
+    options = {"target": "cuda", "archs": (80, 90), "cuda_graph": replayed}
+    context = libraries.compile_library(tmp_path, ports, registered, **options)
     expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
     metadata = json.loads((context.out / "metadata.json").read_text())
     assert [DeviceCode(**entry) for entry in metadata["device_code"]] == expected
     assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
-    assert "batch_prefill_paged_kv_kernel" in metadata["kernels"]
-    assert metadata["model"]["compute_dtype"] == "float16"
-    assert b"__global__" not in (context.out / "model.so").read_bytes()
+    assert any(re.fullmatch("batch_prefill_paged_kv_[0-9a-f]{8}_kernel", kernel) for kernel in metadata["kernels"])
+    assert set(metadata["device_kernels"]) == {"sm_80", "sm_90"}
+    launched = [name for name in metadata["kernels"] if name.endswith("_kernel")]  # others compute sizes on the host
+    assert len(launched) > 30
+    for found in metadata["device_kernels"].values():
+        assert sorted(found) == launched
+        assert all(kernel["registers"] > 0 and kernel["code"] > 0 for kernel in found.values())
+    assert context.views["device"].count("\n") == 2 + 2 * len(launched)
+    assert (metadata["model"]["compute_dtype"], metadata["model"]["kv_dtype"]) == (dtype, dtype)
+    library = (context.out / "model.so").read_bytes()
+    assert b"__global__" not in library
+    assert (b"vm.builtin.cuda_graph.run_or_capture" in library) == metadata["target"]["cuda_graph"] == replayed
 
 
 KERNEL = (
@@ -242,7 +257,6 @@ def test_nvcc_is_told_the_architectures_and_the_arithmetic(tmp_path, monkeypatch
     assert exact == cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
     (tmp_path / "k").write_bytes(exact)
     assert fatbin.missing(fatbin.entries(tmp_path / "k"), [80]) == []
-    assert cuda.kernel_names(KERNEL) == ["twice"]
     with pytest.raises(cuda.CudaError, match=r'(?s)exit code.*"undeclared" is undefined'):
         cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), nvcc, cxx, [80])
 
@@ -269,10 +283,20 @@ def test_an_installed_driver_is_not_asked(tmp_path):
 
 @needs_nvcc
 def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs, monkeypatch):
+    """And nothing of what it made is kept for the next time."""
     from stages.targets import cuda
 
     registered, ports = graphs("cuda")
-    fatbinary = cuda.compile_fatbin(KERNEL, toolchain.nvcc(), toolchain.cxx(), [80])
-    monkeypatch.setattr(cuda, "compile_fatbin", lambda *args, **options: fatbinary)
-    with pytest.raises(StageError, match="lacks machine code for sm_90, PTX for compute_90"):
-        libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))
+    nvcc, script = toolchain.nvcc(), tmp_path / "nvcc"
+    script.write_text(f'#!/bin/sh\nset -- $(echo "$*" | sed "s/-gencode [^ ]*9[^ ]*//g")\nexec {nvcc.path} "$@"\n')
+    script.chmod(0o755)
+    lazy = nvcc._replace(path=str(script))
+    with pytest.raises(cuda.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
+        cuda.compile_fatbin(KERNEL, lazy, toolchain.cxx(), [80, 90])
+    monkeypatch.setattr(cuda, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
+    with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
+        libraries.compile_library(tmp_path / "out", ports, registered, target="cuda", archs=(80, 90))
+
+
+def _refuse(message, *_, **__):
+    raise ValueError(message)

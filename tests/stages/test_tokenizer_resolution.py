@@ -6,9 +6,12 @@ import json
 
 import pytest
 
+from stages.tokenizer_bundle import FILES
 from stages.tokenizers import EMBEDDINGS, TOKENIZERS, load_tokenizer_family
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.resolution import RULES, resolve
+from stages.verify import _FILES
+from tests.stages import sentencepiece_samples
 from tests.stages.tokenizer_samples import QWEN_CONFIG
 
 
@@ -139,3 +142,32 @@ def test_stated_ids_and_the_checkpoints_own_template_are_carried_on(tmp_path):
     files |= folder(tmp_path, chat_template__jinja=b"\xff")
     with pytest.raises(TokenizerError, match="not UTF-8"):
         resolve(tmp_path, files)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_older_map_of_special_tokens_names_the_roles_as_in_transformers(tmp_path, decoder, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import AutoTokenizer
+
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    if decoder:
+        config["added_tokens_decoder"] = {"1": {"content": "<s>", "special": True}}
+    older = {"bos_token": {"content": "</s>"}, "unk_token": "<unk>"}
+    found = resolve(
+        tmp_path,
+        folder(
+            tmp_path,
+            tokenizer__json=sentencepiece_samples.tables(),
+            tokenizer_config__json=config,
+            special_tokens_map__json=older,
+        ),
+    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert found.roles["bos"] == loaded.bos_token == ("<s>" if decoder else "</s>")
+    assert found.roles["eos"] == loaded.eos_token == "</s>"
+    assert ("names the roles" in found.trace) is not decoder
+    assert ("not read              special_tokens_map.json" in found.trace) is decoder
+
+
+def test_verify_reads_what_the_tokenizer_is_made_of():
+    assert set(FILES) - {"chat_template.jinja"} <= set(_FILES)

@@ -1,0 +1,1 @@
+"""What a compiled library is made of, and what a reader sees of it."""

@@ -1,0 +1,171 @@
+"""From a lowered module to a shared library on disk, kernel by kernel: what was compiled before is only linked."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tvm
+from tvm import relax as rx
+from tvm import tirx
+from tvm.relax.vm_build import VMExecutable
+
+from stages.codegen import kernels, workers
+from stages.codegen.kernels import Code
+from stages.lowering.compat import load_json
+from stages.lowering.name_kernels import content
+from stages.lowering.rewriter import bound_values
+from stages.targets.cuda import LOADER
+
+KIND = "kernel"  # of what is kept
+
+
+class Part(Protocol):
+    """What was kept: its file, and small facts."""
+
+    @property
+    def path(self) -> Path:
+        """The file; read-only."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """The facts."""
+
+
+class Keeper(Protocol):
+    """A stage's context, as far as it is used here."""
+
+    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+        """Return the part kept for ``document``, or None."""
+
+    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        """Keep ``file`` as the part for ``document``."""
+
+    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
+        """Report progress."""
+
+
+class CodegenError(ValueError):
+    """A library could not be made; ``problems`` are the kernels that failed, or the end of the linker's log."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Compilers:
+    """What makes code: for ``target``, with device code by ``compile_device`` (CUDA source -> fatbin) if it is a GPU.
+    ``document`` tells all of that as plain data. ``cxx`` links, and sees no other variables than ``environment``.
+    """
+
+    target: tvm.target.Target
+    compile_device: Callable[[str], bytes] | None
+    document: Mapping[str, Any]
+    cxx: str
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel in a library: which functions call it, its code, how long that took to compile and if it was now."""
+
+    name: str
+    callers: Sequence[str]
+    code: Code
+    seconds: float
+    reused: bool
+
+
+def build_library(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, library: Path) -> list[Built]:
+    """Write ``library``; return its kernels by name. :class:`CodegenError` names every kernel that failed."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = list(_kernels(lowered, compilers, keeper, Path(scratch)))
+        _link(lowered, built, compilers, Path(scratch), library)
+    return built
+
+
+def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratch: Path) -> Iterator[Built]:
+    """Yield every kernel, by name, from what is kept or newly compiled and kept."""
+    found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
+    callers = _callers(lowered)
+    how = {"code": kernels.code_digests(), **compilers.document}
+    documents = {name: {"name": name, "content": content(kernel), **how} for name, kernel in found.items()}
+    parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
+    # The largest first, so that no long one is left over for the end.
+    texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
+    missing = sorted(texts, key=lambda name: (-len(texts[name]), name))
+    jobs = [
+        functools.partial(
+            kernels.compile_kernel, name, found[name], compilers.target, compilers.compile_device, scratch / name
+        )
+        for name in missing
+    ]
+    problems = []
+    for count, (number, seconds, problem) in enumerate(workers.run(jobs, scratch), start=1):
+        name = missing[number]
+        if problem:
+            problems.append(f"kernel {name} of {', '.join(callers[name])}: {problem}")
+        else:
+            parts[name] = keeper.remember(KIND, documents[name], scratch / name, seconds=round(seconds, 3))
+        keeper.progress(count, len(missing), "kernels", name)
+    if problems:
+        raise CodegenError(*sorted(problems))
+    for name in sorted(found):
+        part = parts[name]
+        assert part is not None
+        yield Built(name, callers[name], Code.read(part.path), part.facts["seconds"], name not in missing)
+
+
+def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:
+    """Return kernel -> the exported functions that call it or pass it on, sorted."""
+    callers: dict[str, set[str]] = {}
+    for var, function in lowered.functions_items():
+        if isinstance(function, rx.Function):
+            calls = [value for value in bound_values(function) if isinstance(value, rx.Call)]
+            passed = [argument for call in calls for argument in (call.op, *call.args)]
+            for named in [
+                *passed,
+                *(field for whole in passed if isinstance(whole, rx.Tuple) for field in whole.fields),
+            ]:
+                if isinstance(named, tvm.ir.GlobalVar):
+                    callers.setdefault(named.name_hint, set()).add(var.name_hint)
+    return {name: sorted(found) for name, found in callers.items()}
+
+
+def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, scratch: Path, library: Path) -> None:
+    """Generate the bytecode of the functions, and link it with the kernels."""
+    builder = rx.ExecBuilder()
+    tvm.get_global_func("relax.VMCodeGen")(builder, lowered)
+    host = compilers.target.host or compilers.target
+    anchor = tvm.get_global_func("codegen.LLVMModuleCreate")(str(host), "kernels")
+    objects = []
+    for kernel in built:
+        objects.append(str(scratch / f"{kernel.name}.o"))
+        Path(objects[-1]).write_bytes(kernel.code.object)
+        if kernel.code.device:
+            functions = load_json(kernel.code.launch.decode())
+            anchor.import_module(tvm.get_global_func(LOADER)(kernel.code.device, "fatbin", functions, {}))
+    linked = tvm.get_global_func("relax.VMLink")(builder, compilers.target, anchor, [], {})
+
+    def link(output: str, parts: Sequence[str]) -> None:
+        command = [compilers.cxx, "-shared", "-fPIC", "-o", output, *parts]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            env=compilers.environment,
+        )
+        if done.returncode:
+            log = done.stdout.strip().splitlines()
+            raise CodegenError(f"{compilers.cxx} could not link the library:\n" + "\n".join(log[-30:]))
+
+    VMExecutable(linked).export_library(str(library), addons=objects, fcompile=link, workspace_dir=str(scratch))
