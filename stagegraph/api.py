@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stagegraph.gc import Sweep
     from stagegraph.history import PastRun
     from stagegraph.lineage import Lineage
-    from stagegraph.scheduler import Outcome, Reporter
+    from stagegraph.outcome import Outcome, Reporter
 
 
 class Selection(NamedTuple):
@@ -181,8 +181,8 @@ class Pipeline:
         is how often a failed node is tried again; ``reporter`` is called as nodes start, progress and end; ``command``
         is what the history of runs shows.
         """
+        from stagegraph.outcome import Reporter as Silent
         from stagegraph.scheduler import Options, Scheduler
-        from stagegraph.scheduler import Reporter as Silent
 
         selection = selection or self.select()
         if only:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError, StoreError, nearest
 from stagegraph.history import find_run, key_at, past_runs
-from stagegraph.workspace import Record, record_files
+from stagegraph.record import Record, record_files
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline

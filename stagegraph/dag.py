@@ -60,9 +60,14 @@ class Dag:
         """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards."""
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
-            names = {node.name for node in self.nodes} | {node.spec.entry for node in self.nodes}
-            raise PlanError(f"no node is named '{pattern}'{nearest(pattern, names)}")
+            raise PlanError(f"no node is named '{pattern}'{self._nearest(pattern)}")
         return chosen
+
+    def _nearest(self, pattern: str) -> str:
+        """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
+        entry = pattern.partition("[")[0]
+        instances = {node.name for node in self.nodes if node.spec.entry == entry}
+        return nearest(pattern, instances or {node.spec.entry for node in self.nodes})
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:
         """Return the nodes and everything they need, directly or not."""
@@ -109,7 +114,7 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
             found = [u for u in by_entry[entries[0]] if _pairs(spec.each, u.spec.each)]
             yield from _check_count(node, port, declared, found)
             node.inputs[port] = found
-        elif not declared.optional:
+        else:
             providers = sorted(name for name, nodes in by_entry.items() if nodes[0].spec.uses == declared.stage)
             advice = f"add '{providers[0]}' to its needs" if providers else f"add an entry that uses '{declared.stage}'"
             yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"

@@ -8,14 +8,14 @@ by value.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.changes import changes
+from stagegraph.changes import Change, changes, instances
+from stagegraph.record import record_size
 from stagegraph.registry import COMPARERS, load_object
-from stagegraph.workspace import record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Given the files of two results, name -> where the content is: rows of what differs, its value in each as text.
 Comparer = Callable[[Mapping[str, Path], Mapping[str, Path]], list[tuple[str, str, str]]]
 JSON_LIMIT = 16 << 20  # bytes; a larger file is compared as a whole
+DIGITS = 12  # of a digest
 SHOWN = 20  # values of one JSON file
 
 
@@ -57,12 +58,10 @@ def difference(a: Artifact, b: Artifact) -> Difference:
     outputs = [{port: output["digest"] for port, output in record["outputs"].items()} for record in (old, new)]
     found = Difference(a.label, b.label, outputs[0] == outputs[1])
     for change in changes(old["document"], new["document"]):
-        by_value = change.kind in {"stage", "param", "tool"}
-        values = (_text(v) if by_value else _digits(v) for v in (change.old, change.new))
-        found.rows.append(Row(change.kind, f"{change.name} {change.item}".rstrip(), *values))
+        found.rows += _rows(change)
     facts = [{name: _text(value) for name, value in record["facts"].items()} for record in (old, new)]
     found.rows += [Row("fact", *row) for row in _unequal(*facts)]
-    files = [{name: f"{size:,} B {digest[:12]}" for name, (digest, size) in x.files.items()} for x in (a, b)]
+    files = [{name: f"{size:,} B {digest[:DIGITS]}" for name, (digest, size) in x.files.items()} for x in (a, b)]
     found.rows += [Row("file", *row) for row in _unequal(*files) if not row[0].startswith("views/")]
     if not found.same:
         found.rows += [Row("inside", *row) for row in _inside(a, b)]
@@ -71,9 +70,23 @@ def difference(a: Artifact, b: Artifact) -> Difference:
     return found
 
 
+def _rows(change: Change) -> Iterator[Row]:
+    if change.kind == "input":
+        sides = [{_instance(each): digest for each, digest in instances(side)} for side in (change.old, change.new)]
+        for each, a, b in _unequal(*sides):
+            yield Row("input", change.name + each, a[:DIGITS], b[:DIGITS])
+        return
+    text = _text if change.kind in {"stage", "param", "tool"} else _digits
+    yield Row(change.kind, f"{change.name} {change.item}".rstrip(), text(change.old), text(change.new))
+
+
+def _instance(each: Iterable[tuple[str, str]]) -> str:
+    return f"[{','.join(value for _, value in each)}]" if each else ""
+
+
 def _costs(record: Mapping[str, Any]) -> dict[str, str]:
     return {
-        "seconds": f"{record['seconds']:.2f}",
+        "seconds": f"{record['seconds']:.2f} s",
         "bytes": f"{record_size(dict(record)):,}",
         "peak_bytes": f"{record['peak_bytes']:,}",
     }
@@ -115,7 +128,7 @@ def _text(value: Any) -> str:
 
 
 def _digits(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else "" if value is None else "several"
+    return "" if value is None else str(value)[:DIGITS]
 
 
 @dataclass

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.changes import Change, changes, instances
-from stagegraph.plan import HIT, UNKNOWN, Decision, Record
+from stagegraph.plan import HIT, UNKNOWN, Decision
+from stagegraph.record import Record
 from stagegraph.registry import DISSECTORS, load_object
 
 if TYPE_CHECKING:

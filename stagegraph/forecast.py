@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.plan import HIT, STALE, UNKNOWN, Decision, Record
-from stagegraph.workspace import record_size
+from stagegraph.plan import HIT, STALE, UNKNOWN, Decision
+from stagegraph.record import Record, record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline, Selection

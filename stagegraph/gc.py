@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.history import EXECUTED, past_runs
 from stagegraph.pins import pinned
+from stagegraph.record import record_files
 from stagegraph.store import remove_tree
-from stagegraph.workspace import record_files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stagegraph.workspace import Record, Workspace
+    from stagegraph.record import Record
+    from stagegraph.workspace import Workspace
 
 
 @dataclass(frozen=True)

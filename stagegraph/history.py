@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
-from stagegraph.workspace import record_size
+from stagegraph.record import record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Run
     from stagegraph.journal import Journal
-    from stagegraph.scheduler import Outcome
+    from stagegraph.outcome import Outcome
 
 EXECUTED = frozenset({"BUILT", "UNCHANGED"})
 SAMPLES = 5  # a node's predicted time is the median of its last ones

@@ -21,6 +21,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Index:
         self.set_aside: Path | None = None
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
+        self._lock = Lock()  # threads share it (a memo's do): one at a time opens the database or reads
 
     def get(self, name: str) -> Any:
         """Return the document, or None if there is none or it cannot be decoded."""
@@ -76,27 +78,31 @@ class Index:
         self._reader = self._writer = None
 
     def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
-        try:
-            if self._reader is None:
-                address = (self.directory / "cache.db").absolute().as_uri()
-                # Threads may share it (a memo's do): SQLite is built to serialise them.
-                self._reader = sqlite3.connect(
-                    f"{address}?mode=rw", BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
-                )
-            return self._reader.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            if (error.sqlite_errorcode & 0xFF) not in NOTHING_YET:
-                self._begin_anew(error)
-            return []
+        with self._lock:
+            try:
+                return self._reading().execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                if (error.sqlite_errorcode & 0xFF) not in NOTHING_YET:
+                    self._begin_anew(error)
+                return []
+
+    def _reading(self) -> sqlite3.Connection:
+        if self._reader is None:
+            address = f"{(self.directory / 'cache.db').absolute().as_uri()}?mode=rw"
+            self._reader = sqlite3.connect(
+                address, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+            )
+        return self._reader
 
     def _writing(self) -> diskcache.Cache:
-        if self._writer is None:
-            try:
-                self._writer = self._open_writer()
-            except TypeError:  # settings of the format before this one, whose documents cannot be read
-                self._set_aside()
-                self._writer = self._open_writer()
-        return self._writer
+        with self._lock:
+            if self._writer is None:
+                try:
+                    self._writer = self._open_writer()
+                except TypeError:  # settings of the format before this one, whose documents cannot be read
+                    self._set_aside()
+                    self._writer = self._open_writer()
+            return self._writer
 
     def _open_writer(self) -> diskcache.Cache:
         import diskcache

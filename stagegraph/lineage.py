@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
-from stagegraph.workspace import Record, record_files
+from stagegraph.record import Record, record_files
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline

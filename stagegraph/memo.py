@@ -48,9 +48,14 @@ class Memo:
         self._count(kind, "reused", digest)
         return Part(self._store.path(digest), entry["facts"])
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
-        """Take a finished file for a part: it becomes a read-only object, under a second name if that is possible."""
-        digest, size = digest_file(file), file.stat().st_size
+    def remember(
+        self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
+    ) -> Part:
+        """Take a finished file for a part: it becomes a read-only object, under a second name if that is possible.
+
+        Whoever wrote the file may have taken its ``digest`` on the way.
+        """
+        digest, size = digest or digest_file(file), file.stat().st_size
         if self._store.share(file, digest):
             with self._lock:
                 self._made.add(digest)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.code import CodeDigests
 from stagegraph.errors import PlanError, StageError
 from stagegraph.key import Document, key_document, key_of
+from stagegraph.record import Record
 from stagegraph.registry import stage_reference
 from stagegraph.sources import Sources, SourceState
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from stagegraph.workspace import Workspace
 
 HIT, STALE, NEVER, UNKNOWN = "HIT", "STALE", "NEVER", "UNKNOWN"
-Record = dict[str, Any]
 
 
 @dataclass

@@ -20,7 +20,8 @@ from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
-    from stagegraph.plan import Prepared, Record
+    from stagegraph.plan import Prepared
+    from stagegraph.record import Record
     from stagegraph.workspace import Workspace
 
 EXIT_GRACE_SECONDS = 2.0

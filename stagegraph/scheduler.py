@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.key import artifact_digest
-from stagegraph.plan import HIT, Decision, Planner, Record
-from stagegraph.workspace import RECORD_SCHEMA, Workspace, record_files
+from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter
+from stagegraph.plan import HIT, Decision, Planner
+from stagegraph.record import Record, new_record, record_files, same_outputs
+from stagegraph.workspace import Workspace
 
 if TYPE_CHECKING:
     from selectors import BaseSelector
@@ -31,44 +32,7 @@ if TYPE_CHECKING:
     from stagegraph.pins import Pin
     from stagegraph.runner import Sandbox, Worker
 
-BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
 LOCK_POLL_SECONDS = 0.1
-
-
-@dataclass
-class Outcome:
-    """How one node ended in this run: HIT, BUILT, UNCHANGED, FAILED or SKIPPED, and why."""
-
-    node: Node
-    outcome: str
-    reason: str
-    key: str = ""
-    record: Record | None = None
-    seconds: float = 0.0
-    problems: tuple[str, ...] = ()
-    log: Path | None = None
-    kept: Path | None = None
-    bug: bool = False
-    reasons: list[str] = field(default_factory=list)
-
-
-class Reporter:
-    """Who watches a run; a subclass overrides what it wants to hear of."""
-
-    def started(self, node: Node, reason: str) -> None:
-        """A node begins to execute."""
-
-    def waiting(self, node: Node, what: str) -> None:
-        """A node is held up by ``what``."""
-
-    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
-        """A running node reports how far it is."""
-
-    def retrying(self, node: Node, problem: str, attempt: int) -> None:
-        """A node failed and is tried again, for the ``attempt``-th time."""
-
-    def finished(self, outcome: Outcome) -> None:
-        """A node is done."""
 
 
 @dataclass(frozen=True)
@@ -330,33 +294,16 @@ class Scheduler:
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
-        record: Record = {
-            "schema": RECORD_SCHEMA,
-            "key": decision.key,
-            "stage": decision.node.stage.id,
-            "document": decision.document,
-            "made_from": {
-                port: [self.outcomes[u].key for u in upstream] for port, upstream in decision.node.inputs.items()
-            },
-            "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
-            "views": event["views"],
-            "facts": event["facts"],
-            "warnings": event["warnings"],
-            "summary": event["summary"],
-            "parts": event["parts"],
-            "started": running.started_at,
-            "seconds": round(time.monotonic() - running.began, 3),
-            "cpu_seconds": event["cpu_seconds"],
-            "peak_bytes": event["peak_bytes"],
-            "host": os.uname().nodename,
-        }
+        made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in decision.node.inputs.items()}
+        seconds = time.monotonic() - running.began
+        record = new_record(decision, made_from, event, running.started_at, seconds)
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
         self._planner.keep_code(decision)
         running.sandbox.remove(workspace)
         os.close(running.lock)
-        same = decision.previous is not None and _digests(decision.previous) == _digests(record)
+        same = decision.previous is not None and same_outputs(decision.previous, record)
         reason = decision.reason
         if reason == "forced" and decision.previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
@@ -410,10 +357,6 @@ class Scheduler:
             running.sandbox.remove(self._workspace)
             os.close(running.lock)
         self._running.clear()
-
-
-def _digests(record: Record) -> dict[str, str]:
-    return {port: output["digest"] for port, output in record["outputs"].items()}
 
 
 def _said(error: Exception) -> str:

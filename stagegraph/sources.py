@@ -54,7 +54,6 @@ class Sources:
         self._index = index
         self._states: dict[tuple[str, tuple[str, ...]], SourceState] = {}
         self._digests: dict[Path, tuple[StatId, str]] = {}
-        self.digested_bytes = 0
 
     def state(self, path: str, include: Sequence[str]) -> SourceState:
         """Return the state of a source; :class:`FileNotFoundError` if there is nothing at ``path``."""
@@ -95,7 +94,6 @@ class Sources:
                     raise
         for file, (now, digest) in zip(stale, results, strict=True):
             self._digests[file] = now, digest
-            self.digested_bytes += now[2]
             if time.time_ns() - now[4] > RACY_NS:
                 self._index.set(f"src:{file}", [list(now), digest])
 

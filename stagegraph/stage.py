@@ -76,7 +76,6 @@ class In(NamedTuple):
     port: str
     doc: str
     many: bool = False
-    optional: bool = False
 
 
 class Out(NamedTuple):
@@ -131,9 +130,6 @@ class Context(Protocol):
     def inputs(self, port: str) -> list[Instance]:
         """Return every instance of a ``many`` input port, ordered by its ``foreach`` values."""
 
-    def has_input(self, port: str) -> bool:
-        """Say whether an optional input port is connected."""
-
     def source(self, name: str) -> SourceFiles:
         """Return the declared files of the source parameter ``name``."""
 
@@ -145,10 +141,13 @@ class Context(Protocol):
         Like :meth:`remember` it may be called from several threads.
         """
 
-    def remember(self, kind: str, document: Mapping[str, Json], file: Path, **facts: Json) -> Part:
+    def remember(
+        self, kind: str, document: Mapping[str, Json], file: Path, *, digest: str | None = None, **facts: Json
+    ) -> Part:
         """Keep a finished file below ``out`` as the part for ``document``, also if this run is killed later.
 
         The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
+        ``digest`` is the BLAKE3 digest of its bytes where it was taken while they were at hand: it is not read again.
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:

@@ -16,10 +16,8 @@ from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
 from stagegraph.index import Index
 from stagegraph.journal import Journal
+from stagegraph.record import RECORD_SCHEMA, Record, record_files
 from stagegraph.store import Store, remove_tree
-
-Record = dict[str, Any]
-RECORD_SCHEMA = 1
 
 
 class Workspace:
@@ -245,24 +243,6 @@ class Workspace:
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
         return kept
-
-
-def record_files(record: Record) -> dict[str, tuple[str, int]]:
-    """Return every file of a record, outputs and views: relative name -> (digest, size in bytes)."""
-    files = {name: tuple(entry) for port in record["outputs"].values() for name, entry in port["files"].items()}
-    files |= {f"views/{name}": tuple(entry) for name, entry in record["views"].items()}
-    return files
-
-
-def record_size(record: Record) -> int:
-    """Return the size in bytes of a record's outputs."""
-    return sum(size for _, size in record_files(record).values())
-
-
-def parts_text(record: Record) -> str:
-    """Say how many memoised parts a record's execution made and reused: ``tensor: 10 made, 290 reused``."""
-    kinds = record.get("parts", {}).items()
-    return "; ".join(f"{kind}: {counts['made']} made, {counts['reused']} reused" for kind, counts in kinds)
 
 
 def _stat_or_none(path: Path) -> list[int] | None:

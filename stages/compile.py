@@ -60,6 +60,11 @@ class Compile(Stage):
         )
         archs: tuple[int, ...] = param("CUDA architectures to compile for (80 is sm_80)", default=(80, 86, 89, 90))
         fast_math: bool = param("let nvcc trade accuracy of CUDA arithmetic for speed", default=False)
+        cuda_graph: bool = param(
+            "replay the kernels of a decode step between two attentions as CUDA graphs; the library then works with "
+            "the weights of its first call only",
+            default=False,
+        )
         toolchain: str = param(
             "where nvcc comes from: the Python package (pypi) or the system; auto prefers the package",
             default="auto",
@@ -116,7 +121,10 @@ class Compile(Stage):
             )
         if problems:
             raise StageError(*problems)
-        return dataclasses.replace(params, mcpu=mcpu, archs=archs, fast_math=fast_math, toolchain=kind)
+        cuda_graph = params.cuda_graph and params.target == "cuda"
+        return dataclasses.replace(
+            params, mcpu=mcpu, archs=archs, fast_math=fast_math, cuda_graph=cuda_graph, toolchain=kind
+        )
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """The versions of TVM, the C++ compiler and, for CUDA, nvcc with the packages it is made of."""
@@ -147,7 +155,8 @@ class Compile(Stage):
         metadata = {
             "schema": 1,
             "target": {
-                name: getattr(ctx.params, name) for name in ("target", "opt", "archs", "fast_math", "activations")
+                name: getattr(ctx.params, name)
+                for name in ("target", "opt", "archs", "fast_math", "cuda_graph", "activations")
             },
             "cpu": {"mcpu": mcpu, "features": list(host.required_features(ctx.params.mcpu))},
             "toolchain": {
@@ -247,7 +256,14 @@ def _build(
     module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
     lowered = lower(
-        module, row, target, plan, lambda done, _: ctx.progress(done, STEPS, "steps"), available, params.activations
+        module,
+        row,
+        target,
+        plan,
+        lambda done, _: ctx.progress(done, STEPS, "steps"),
+        available,
+        params.activations,
+        cuda_graph=params.cuda_graph,
     )
     options = {name: getattr(params, name) for name in ("opt", "archs", "fast_math")}
     document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}

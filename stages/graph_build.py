@@ -31,7 +31,7 @@ class GraphBuild(Stage):
         kv_dtype: str = param(
             "dtype of the KV cache; auto takes the compute dtype",
             default="auto",
-            choices=("auto", "float32", "float16"),
+            choices=("auto", "float32", "float16", "bfloat16"),
         )
 
     inputs = {

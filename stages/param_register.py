@@ -156,13 +156,9 @@ def _entries(parameter: Param, scheme: Scheme, target: str) -> tuple[dict[str, A
 def _view(logical: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> str:
     """Render the register: one line per parameter, with how it is stored and made."""
     layout = {entry["name"]: f"{entry['dtype']} {entry['shape']}" for entry in stored}
-    rows = [("parameter", "shape", "stored as", "made of")]
+    lines = ["| parameter | shape | stored as | made of |", "|---|---|---|---|"]
     for entry in logical:
         kept = " + ".join(layout[name] for name in entry["stored"])
         made = "" if entry["transform"] == "copy" else f"{entry['transform']}: "
-        rows.append((entry["name"], str(entry["shape"]), kept, made + ", ".join(entry["sources"])))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = (
-        "  ".join([*(f"{cell:<{width}}" for cell, width in zip(row[:3], widths, strict=True)), row[3]]) for row in rows
-    )
+        lines.append(f"| {entry['name']} | {entry['shape']} | {kept} | {made}{', '.join(entry['sources'])} |")
     return "\n".join(lines) + "\n"

@@ -75,7 +75,7 @@ class Quantize(Stage):
         """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
         from stages.conversion.conversion import Conversion, Plan
         from stages.quantization.schemes import SCHEMES
-        from stages.quantization.tensor_cache import write_index
+        from stages.quantization.tensor_cache import listing, write_index
 
         register = json.loads(ctx.input("params").read_bytes())
         tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
@@ -96,9 +96,8 @@ class Quantize(Stage):
             bits = round(8 * size / count, 3)
             metadata = {"ParamSize": len(register["params"]), "ParamBytes": size, "BitsPerParam": bits}
             write_index(ctx.out / "weights", conversion.contents, metadata)
-            document = {"schema": 1, "scheme": scheme.name, "scales": scales, "tensors": report}
-            text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
-            (ctx.out / "report.json").write_text(text, encoding="utf-8")
+            how = {"schema": 1, "scheme": scheme.name, "scales": scales}
+            (ctx.out / "report.json").write_text(listing(how, "tensors", report), "utf-8")
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
@@ -136,10 +135,9 @@ def _check_space(ctx: Context, size: int) -> None:
 
 def _view(report: Iterable[Mapping[str, Any]]) -> str:
     """Render the report, largest error first."""
-    head = f"{'relative RMSE':>13}  {'max error':>9}  {'bytes':>13}  {'stored as':<9}  {'from':<8}  parameter"
-    lines = (
-        f"{line['rmse']:13.3e}  {line['max_error']:9.2e}  {line['bytes']:13,}  {line['scheme']:<9}  "
-        f"{line['source_dtype']:<8}  {line['name']} {line['shape']}"
-        for line in sorted(report, key=lambda line: (-line["rmse"], line["name"]))
-    )
-    return "\n".join([head, *lines]) + "\n"
+    head = "| parameter | shape | relative RMSE | max error | bytes | stored as | from |"
+    lines = [head, "|---|---|---:|---:|---:|---|---|"]
+    for line in sorted(report, key=lambda line: (-line["rmse"], line["name"])):
+        error = f"{line['rmse']:.3e} | {line['max_error']:.2e} | {line['bytes']:,}"
+        lines.append(f"| {line['name']} | {line['shape']} | {error} | {line['scheme']} | {line['source_dtype']} |")
+    return "\n".join(lines) + "\n"

@@ -1,27 +1,19 @@
-"""What the verbs share: their common arguments; sizes, times, tables and colours as people see them."""
+"""What the verbs share: their common arguments; sizes, times and paths as people see them."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MIN_FLEXIBLE = 24  # characters
-# A cell of a table -> its colour on a terminal (SGR code).
-COLOURS = {
-    "HIT": 32, "BUILT": 36, "UNCHANGED": 32, "STALE": 33, "NEVER": 35, "UNKNOWN": 90, "FAILED": 31, "SKIPPED": 90,
-    "ok": 32, "failed": 31, "interrupted": 33,
-}  # fmt: skip
+DEFAULT_FILE = "pipeline.yaml"
 
 
 def add_file(parser: argparse.ArgumentParser) -> None:
     """Add the pipeline file and ``--set``."""
     parser.add_argument(
-        "file", nargs="?", default="pipeline.yaml", metavar="FILE", help="pipeline file (default: ./pipeline.yaml)"
+        "file", nargs="?", default=DEFAULT_FILE, metavar="FILE", help=f"pipeline file (default: ./{DEFAULT_FILE})"
     )
     add_set(parser)
 
@@ -81,64 +73,12 @@ def age_text(stamp: str) -> str:
     return f"{seconds} s ago"
 
 
-def coloured() -> bool:
-    """Say whether stdout takes colours: a terminal that is not told otherwise (``NO_COLOR``)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
 def shown(path: Path) -> str:
     """Return a path as people want it: relative where it lies below the current directory."""
     try:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
-
-
-def _terminal_width() -> int:
-    """Return what ``shutil.get_terminal_size`` would, without all that shutil imports."""
-    columns = os.environ.get("COLUMNS", "")
-    if columns.isdigit() and int(columns):
-        return int(columns)
-    try:
-        return os.get_terminal_size(1).columns or 120
-    except OSError:
-        return 120
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, width: int | None = None) -> str:
-    """Lay out a table in the terminal's width.
-
-    The ``flexible`` column is shortened where the others leave no room; last columns go before it becomes unreadable.
-    """
-    width = width or _terminal_width()
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(len(cell) for cell in column) for column in columns]
-
-    def room() -> int:
-        return width - sum(widths) + widths[flexible] - 2 * (len(widths) - 1)
-
-    while room() < min(widths[flexible], MIN_FLEXIBLE) and len(widths) > max(flexible + 1, 3):
-        columns.pop()
-        widths.pop()
-    widths[flexible] = min(widths[flexible], max(room(), 12))
-    paint = _paint if coloured() else str.rstrip
-    lines = zip(*columns, strict=True)
-    return "\n".join(
-        paint("  ".join(_fit(cell, w) for cell, w in zip(line, widths, strict=True)).rstrip()) for line in lines
-    )
-
-
-def _paint(line: str) -> str:
-    """Colour the first cell that is an outcome or a status; words of other cells stay plain."""
-    for word in line.split("  "):
-        if word.strip() in COLOURS:
-            return line.replace(word, f"\x1b[{COLOURS[word.strip()]}m{word}\x1b[0m", 1)
-    return line
-
-
-def _fit(cell: str, width: int) -> str:
-    cell = " ".join(cell.split())
-    return cell.ljust(width) if len(cell) <= width else cell[: width - 1] + "…"
 
 
 def print_json(document: Any) -> None:

@@ -34,7 +34,16 @@ _pipeline() {
 compdef _pipeline pipeline
 """
 FISH = """\
-complete -c pipeline -a '(pipeline complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+function __pipeline_complete
+  set -l word (commandline -ct)
+  set -l found (pipeline complete (commandline -opc)[2..] "$word" 2>/dev/null)
+  if test -n "$found"
+    printf '%s\\n' $found
+  else
+    __fish_complete_path "$word"
+  end
+end
+complete -c pipeline -f -a '(__pipeline_complete)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json
+from stagegraph.cli.layout import terminal_width
+from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"differences": [each.document() for each in found]})
     else:
-        print("\n\n".join("\n".join(_lines(each)) for each in found))
+        page("\n\n".join("\n".join(_lines(each)) for each in found))
     return 0
 
 
@@ -72,21 +73,21 @@ def _print_sets(found: Sets, args: argparse.Namespace) -> int:
     if args.json:
         print_json(found.document())
         return 0
-    for side, nodes in ((found.a, found.only_a), (found.b, found.only_b)):
-        if nodes:
-            print(f"only in {side}: {', '.join(nodes)}")
+    sides = ((found.a, found.only_a), (found.b, found.only_b))
+    lines = [f"only in {side}: {', '.join(nodes)}" for side, nodes in sides if nodes]
     for each in found.differing:
-        print("\n".join([*_lines(each), ""]))
-    print(f"{len(found.differing)} differ, {found.same} are the same")
+        lines += [*_lines(each), ""]
+    page("\n".join([*lines, f"{len(found.differing)} differ, {found.same} are the same"]))
     return 0
 
 
 def _lines(found: Difference) -> Iterator[str]:
     same = "the outputs are identical" if found.same else "the outputs differ"
     yield f"{found.a} -> {found.b}: {same}"
-    width = shutil.get_terminal_size((120, 24)).columns
+    width = terminal_width()
     for row in found.rows:
-        line = f"  {row.kind:<6} {row.what}: {row.a or '-'} -> {row.b or '-'}"
+        values = f": {row.a or '-'} -> {row.b or '-'}" if row.a or row.b else ""
+        line = f"  {row.kind:<6} {row.what}{values}"
         if len(line) <= width:
             yield line
         else:

@@ -6,7 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, add_json, print_json, size_text, table
+from stagegraph.cli.common import add_file, add_json, print_json, size_text
+from stagegraph.cli.layout import table
 
 if TYPE_CHECKING:
     from stagegraph.gc import Usage
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(found: Usage) -> list[tuple[str, int, int]]:
     """Return (what, files, bytes): current results largest first, the rest by kind; shared objects count once."""
-    from stagegraph.workspace import record_files
+    from stagegraph.record import record_files
 
     seen: set[str] = set()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
+from stagegraph.cli.pager import page
 from stagegraph.plan import HIT, UNKNOWN
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"pipeline": pipeline.name, "nodes": [explanation.document() for explanation in found]})
         else:
-            print("\n\n".join("\n".join(_lines(explanation, diff=args.diff)) for explanation in found))
+            page("\n\n".join("\n".join(_lines(explanation, diff=args.diff)) for explanation in found))
     return 0
 
 

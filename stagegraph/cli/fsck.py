@@ -7,7 +7,8 @@ import argparse
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
-from stagegraph.workspace import Workspace, record_files
+from stagegraph.record import record_files
+from stagegraph.workspace import Workspace
 
 EXAMPLE = "pipeline fsck --json"
 

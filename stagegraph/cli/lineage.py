@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, print_json
+from stagegraph.cli.pager import page
 
 if TYPE_CHECKING:
     from stagegraph.lineage import Lineage, Origin
@@ -30,8 +31,10 @@ def run(args: argparse.Namespace) -> int:
         found = pipeline.lineage(args.reference)
     if args.format == "json":
         print_json(found.document())
+    elif args.format == "mermaid":
+        print("\n".join(_mermaid(found)))
     else:
-        print("\n".join(_text(found) if args.format == "text" else _mermaid(found)))
+        page("\n".join(_text(found)))
     return 0
 
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
 from stagegraph.key import artifact_digest
 from stagegraph.registry import LOOKUPS, Lookup
@@ -19,8 +20,8 @@ from stagegraph.registry import LOOKUPS, Lookup
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
     from stagegraph.dag import Node
+    from stagegraph.record import Record
 
-Record = dict[str, Any]
 SHOWN = 3  # names like the one that is not known
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record]
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        print("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
+        page("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
 
 
 def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> dict[str, Any]:

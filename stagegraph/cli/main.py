@@ -13,7 +13,7 @@ import sqlite3
 import sys
 from collections.abc import Iterable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
 from stagegraph.registry import VERBS
@@ -46,7 +46,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     module, summary = TABLE[verb]
     loaded = importlib.import_module(module)
     example = f"example: {loaded.EXAMPLE}" if hasattr(loaded, "EXAMPLE") else None
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"pipeline {verb}",
         description=summary,
         epilog=example,
@@ -55,6 +55,18 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     )
     loaded.add_arguments(parser)
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument as every other mistake is said, with what comes nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            raise PipelineError(f"{name}: unknown value '{value}'{nearest(value, map(str, action.choices))}")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -1,4 +1,7 @@
-"""Texts on a terminal: highlighted by what they are, and through the pager where they are longer than the screen."""
+"""Texts on a terminal: folded and highlighted by what they are, through the pager where longer than the screen.
+
+In a pipe a text stays as it is, for other programs to read.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stagegraph.cli.common import coloured, size_text
+from stagegraph.cli.common import size_text
+from stagegraph.cli.layout import coloured, folded, markdown, terminal_width
 
 PAGER = "less -FRX"
 # First bytes of a file -> what it is.
@@ -25,13 +29,23 @@ PLAIN_FROM = 1 << 20  # characters; highlighting more would take longer than rea
 
 def page(text: str, name: str = "") -> None:
     """Print a text, plain in a pipe; ``name`` is a file name that says by its suffix how to highlight it."""
-    if coloured() and name.endswith((".py", ".json", ".yaml", ".md")) and len(text) < PLAIN_FROM:
-        text = _highlighted(text, name)
+    if sys.stdout.isatty() and len(text) < PLAIN_FROM:
+        text = _laid_out(text, name)
+    text = text.removesuffix("\n") + "\n"
     pager = shlex.split(os.environ.get("PAGER") or PAGER)
     if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines and shutil.which(pager[0]):
         subprocess.run(pager, input=text.encode(errors="replace"), check=False)
     else:
-        print(text, end="" if text.endswith("\n") else "\n")
+        print(text, end="")
+
+
+def _laid_out(text: str, name: str) -> str:
+    width = terminal_width()
+    if name.endswith(".md"):
+        text = markdown(text, width)
+    if not name.endswith(".json"):  # a fold in a string would not be JSON any more
+        text = folded(text, width)
+    return _highlighted(text, name) if coloured() and name.endswith((".py", ".json", ".yaml")) else text
 
 
 def _highlighted(text: str, name: str) -> str:
@@ -39,9 +53,9 @@ def _highlighted(text: str, name: str) -> str:
     from rich.syntax import Syntax
 
     console = Console(force_terminal=True)
-    syntax = Syntax(text, Syntax.guess_lexer(name), theme="ansi_dark", background_color="default", word_wrap=True)
+    syntax = Syntax("", Syntax.guess_lexer(name), theme="ansi_dark", background_color="default")
     with console.capture() as capture:
-        console.print(syntax)
+        console.print(syntax.highlight(text), soft_wrap=True, end="")
     return capture.get()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stagegraph.cli.common import age_text, seconds_text, size_text, table
+from stagegraph.cli.common import age_text, seconds_text, size_text
+from stagegraph.cli.layout import Brief, table
 from stagegraph.plan import HIT, NEVER, STALE, UNKNOWN
-from stagegraph.workspace import record_size
+from stagegraph.record import record_size
 
 if TYPE_CHECKING:
     from stagegraph.forecast import Plan, Step
@@ -22,8 +23,7 @@ def plan_lines(plan: Plan, *, costs: bool) -> list[str]:
 
 
 def _costs(step: Step) -> tuple[str, ...]:
-    d, r = step.decision, step.record
-    said = d.reason or (r or {}).get("summary", "")
+    d, r, said = step.decision, step.record, _said(step)
     if r is None:
         return d.node.name, d.status, said, "-", "-", "-", "-"
     seconds, size, memory = seconds_text(r["seconds"]), size_text(record_size(r)), size_text(r["peak_bytes"])
@@ -33,8 +33,13 @@ def _costs(step: Step) -> tuple[str, ...]:
 def _predicted(step: Step) -> tuple[str, ...]:
     d = step.decision
     seconds = "?" if step.seconds is None else seconds_text(step.seconds)
-    said = d.reason or (step.record or {}).get("summary", "")
-    return d.node.name, d.status, said, "-" if d.status == HIT else seconds, _bytes(step.restore)
+    return d.node.name, d.status, _said(step), "-" if d.status == HIT else seconds, _bytes(step.restore)
+
+
+def _said(step: Step) -> str:
+    """Return why a node would run, which is never cut; of others what they made or wait for, which may be."""
+    d = step.decision
+    return d.reason if d.reason and d.status != UNKNOWN else Brief(d.reason or (step.record or {}).get("summary", ""))
 
 
 def _bytes(count: int) -> str:

@@ -8,11 +8,11 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
-from stagegraph.scheduler import Reporter
+from stagegraph.outcome import Reporter
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
-    from stagegraph.scheduler import Outcome
+    from stagegraph.outcome import Outcome
 
 PLAIN_SECONDS = 5.0
 
@@ -84,15 +84,17 @@ class LiveReporter(Quiet):
         if self._bars is None:  # only a run that executes something pays for drawing it
             from rich.console import Console
             from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
-                TextColumn("{task.fields[amount]}", markup=False),
+                TextColumn("{task.fields[amount]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
                 TimeElapsedColumn(),
             )
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+            # Across the whole line: where that is short, the amount is cut and no name.
+            self._bars = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
             self._bars.start()
         return self._bars
 

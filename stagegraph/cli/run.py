@@ -7,15 +7,16 @@ import sys
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, add_selection, print_json, seconds_text, shown, size_text, table
+from stagegraph.cli.common import add_file, add_selection, print_json, seconds_text, shown, size_text
+from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.plan import HIT
-from stagegraph.workspace import parts_text, record_size
+from stagegraph.record import parts_text, record_size
 
 if TYPE_CHECKING:
     from stagegraph.api import Run, Selection
-    from stagegraph.scheduler import Outcome
+    from stagegraph.outcome import Outcome
 
 EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"
 
@@ -127,8 +128,9 @@ def _print(pipeline: Pipeline, done: Run) -> None:
 def _why(outcome: Outcome) -> str:
     """Return a node's reason or, without one, what came out; with the parts it made and reused if it ran."""
     record = outcome.record or {}
-    said = [outcome.reason or record.get("summary", ""), parts_text(record) if outcome.outcome != HIT else ""]
-    return "; ".join(filter(None, said))
+    if outcome.outcome == HIT:
+        return outcome.reason or Brief(record.get("summary", ""))
+    return "; ".join(filter(None, [outcome.reason, parts_text(record)]))
 
 
 def _print_saved(pipeline: Pipeline, done: Run) -> None:

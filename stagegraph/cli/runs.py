@@ -8,7 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, add_json, age_text, print_json, seconds_text, size_text, table
+from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, print_json, seconds_text, size_text
+from stagegraph.cli.layout import Brief, table
+from stagegraph.errors import PlanError
 
 if TYPE_CHECKING:
     from stagegraph.history import PastRun
@@ -26,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    if args.n < 1:
+        raise PlanError(f"-n {args.n}: expected at least 1")
     from stagegraph.history import find_run
 
     with Pipeline(args.file, args.overrides) as pipeline:
@@ -35,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
             print_json({"pipeline": pipeline.name, "runs": [asdict(run) for run in chosen]})
         elif args.run:
             print(_page(chosen[0]))
+        elif not chosen:
+            print("no run has executed anything yet")
         else:
             header = ("run", "state", "command", "ran", "failed", "time", "when")
             print(table(header, [_row(run) for run in chosen], flexible=2))
@@ -44,11 +50,12 @@ def run(args: argparse.Namespace) -> int:
 def _row(run: PastRun) -> tuple[str, ...]:
     ran, failed = run.count("BUILT", "UNCHANGED"), run.count("FAILED")
     when = age_text(run.started) if run.started else "-"
-    return run.id[:8], run.state, _command(run), str(ran), str(failed or "-"), seconds_text(run.seconds), when
+    command = Brief(_command(run, but=DEFAULT_FILE))
+    return run.id[:8], run.state, command, str(ran), str(failed or "-"), seconds_text(run.seconds), when
 
 
-def _command(run: PastRun) -> str:
-    return shlex.join(run.command) or "(Python)"
+def _command(run: PastRun, but: str = "") -> str:
+    return shlex.join(word for word in run.command if word != but) or "(Python)"
 
 
 def _page(run: PastRun) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli import lookup
-from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text, table
+from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text
+from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.errors import PlanError
+from stagegraph.record import parts_text
 from stagegraph.registry import PLOTS, load_object
-from stagegraph.workspace import parts_text
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
@@ -51,13 +53,18 @@ def run(args: argparse.Namespace) -> int:
         elif args.views:
             print("\n".join(f"{artifact.label}: {', '.join(artifact.views) or 'no views'}" for artifact in found))
         elif args.view:
-            page("".join(artifact.view(args.view) for artifact in found), "x.py" if args.view == "ir" else "x.md")
+            page("".join(artifact.view(args.view) for artifact in found), _kind(args.view))
         elif found[0].path:
             _print_files(found)
         else:
-            page("\n\n".join(_page(pipeline, artifact) for artifact in found) + "\n")
+            page("\n\n".join(_page(pipeline, artifact) for artifact in found))
         _refuse_unbuilt(pipeline, args.reference, found)
     return 0
+
+
+def _kind(view: str) -> str:
+    """Return a file name that says by its suffix what a view is; most are Markdown or plain text, which it includes."""
+    return "ir.py" if view == "ir" else view if view.endswith(".json") else f"{view}.md"
 
 
 def _plot(found: list[Artifact], path: Path) -> None:
@@ -119,8 +126,13 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
         lines.append(f"  in     {shown(pipeline.workspace.node_dir(pipeline.name, artifact.label))}/")
     lines += ["", table(("output", "file", "size", "digest"), rows, flexible=1)]
     for name in artifact.views:
-        text = artifact.view(name).splitlines()
-        lines += ["", f"-- {name} --", *text[:PREVIEW_LINES]]
-        if len(text) > PREVIEW_LINES:
-            lines.append(f"… {len(text) - PREVIEW_LINES} more lines: pipeline show '{artifact.label}' --view {name}")
+        if not name.endswith(".json"):  # for programs
+            lines += ["", f"-- {name} --", *_preview(artifact, name)]
     return "\n".join(lines)
+
+
+def _preview(artifact: Artifact, view: str) -> Iterator[str]:
+    lines = markdown(artifact.view(view), terminal_width()).splitlines()
+    yield from lines[:PREVIEW_LINES]
+    if len(lines) > PREVIEW_LINES:
+        yield f"… {len(lines) - PREVIEW_LINES} more lines: pipeline show '{artifact.label}' --view {view}"

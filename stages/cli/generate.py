@@ -9,6 +9,8 @@ from stages.runtime import command
 if TYPE_CHECKING:
     import argparse
 
+EXAMPLE = "pipeline generate 'artifacts/tiny-qwen/bundle[llvm]' --prompt 'It was'"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

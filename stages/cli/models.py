@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ from stages.models import FAMILIES, load_family
 if TYPE_CHECKING:
     import argparse
 
-WIDTH = 100  # characters
+EXAMPLE = "pipeline models qwen2"
+WIDTH = 100  # characters at most
 # Class of a key -> what it is headed with.
 CLASSES = {
     "honoured": "keys of config.json that are honoured",
@@ -54,4 +56,5 @@ def _page(name: str, entry: dict[str, Any], *, whole: bool) -> str:
 
 
 def _block(title: str, text: str) -> list[str]:
-    return [f"  {title}", *textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")]
+    width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
+    return [f"  {title}", *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")]

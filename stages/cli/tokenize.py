@@ -14,6 +14,7 @@ from stages.runtime.tokenizer import INFO, BundleTokenizer
 if TYPE_CHECKING:
     import argparse
 
+EXAMPLE = "pipeline tokenize artifacts/tiny-qwen/tokenizer-bundle 'It was'"
 TEXT_COLUMN = 57  # characters before the last column of the table
 
 

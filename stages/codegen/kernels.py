@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tvm
+from blake3 import blake3
 from tvm import tirx
 
 from stages.lowering.compat import load_json
+from stages.targets import cuda
 from stages.targets.cuda import LOADER
 
-FORMAT = 1  # of the file, and of all that this module does to make it
 SHF_EXECINSTR = 4
 OBJECT, DEVICE, LAUNCH = "kernel.o", "kernel.fatbin", "launch.json"
 
@@ -53,6 +54,11 @@ class Code(NamedTuple):
             for name, data in zip((OBJECT, DEVICE, LAUNCH), self, strict=True):
                 if data:
                     archive.writestr(zipfile.ZipInfo(name), data)
+
+
+def code_digests() -> dict[str, str]:
+    """Return the digests of the code that turns a lowered kernel into a file: what is kept is good for this alone."""
+    return {file.name: blake3(file.read_bytes()).hexdigest() for file in (Path(__file__), Path(cuda.__file__))}
 
 
 def _executable_bytes(elf: bytes) -> int:

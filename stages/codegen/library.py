@@ -94,7 +94,8 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratc
     """Yield every kernel, by name, from what is kept or newly compiled and kept."""
     found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
     callers = _callers(lowered)
-    documents = {name: _document(name, kernel, compilers) for name, kernel in found.items()}
+    how = {"code": kernels.code_digests(), **compilers.document}
+    documents = {name: {"name": name, "content": content(kernel), **how} for name, kernel in found.items()}
     parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
     # The largest first, so that no long one is left over for the end.
     texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
@@ -119,10 +120,6 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratc
         part = parts[name]
         assert part is not None
         yield Built(name, callers[name], Code.read(part.path), part.facts["seconds"], name not in missing)
-
-
-def _document(name: str, kernel: tirx.PrimFunc, compilers: Compilers) -> dict[str, Any]:
-    return {"format": kernels.FORMAT, "name": name, "content": content(kernel), **compilers.document}
 
 
 def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:

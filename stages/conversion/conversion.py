@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from blake3 import blake3
 
 from stages.conversion import kernels
 from stages.conversion.digests import Digests
@@ -19,7 +21,6 @@ from stages.conversion.memory import Memory
 from stages.conversion.parts import ConversionError
 from stages.models import transforms
 from stages.models.weights import NUMPY_DTYPES, Weights
-from stages.quantization import layouts
 from stages.quantization.convert import ALGORITHM, convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
+KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -76,6 +78,8 @@ class Conversion:
         self.stored_bytes = sum(tensor.nbytes for tensors in self._stored for tensor in tensors)
         self.done = self._written = self._finished = 0
         self._lock = Lock()
+        self._local = local()
+        self._threads = plan.threads or len(os.sched_getaffinity(0))
         self._began = time.monotonic()
 
     def run(self) -> list[dict[str, Any]]:
@@ -95,7 +99,7 @@ class Conversion:
         in_file_order = sorted(
             range(len(self._logical)), key=lambda index: self._weights.place(self._logical[index]["sources"][0])
         )
-        with ThreadPoolExecutor(plan.threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(self._threads) as pool:
             jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in in_file_order}
             wait(jobs.values(), return_when=FIRST_EXCEPTION)
             pool.shutdown(cancel_futures=True)
@@ -106,11 +110,12 @@ class Conversion:
 
     def _kernel_names(self) -> list[str]:
         sources = {self._plan.tensors[name]["dtype"] for entry in self._logical for name in entry["sources"]}
+        layouts = sorted({entry["layout"] for entry in self._logical if entry["quantize"]})
         dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
         return [
             name
             for source in sorted(str(np.dtype(NUMPY_DTYPES[dtype])) for dtype in sources)
-            for name in kernel_names(source, self._plan.scheme, self._plan.scales, dtypes=dtypes)
+            for name in kernel_names(source, self._plan.scheme, self._plan.scales, layouts=layouts, dtypes=dtypes)
         ]
 
     def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> dict[str, Any]:
@@ -121,12 +126,13 @@ class Conversion:
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         with memory.reserved(self._sizes[index] + copied + made):
             try:
-                document = self._document(entry, digests)
+                arrays = self._sources(entry["sources"], digests)
+                document = self._document(entry, [digests[name] for name in entry["sources"]])
                 part = self._keeper.recall("tensor", document)
                 if part is not None:
                     _link(part.path, target)
                 else:
-                    part = self._convert(entry, target, document, library)
+                    part = self._convert(index, arrays, document, library)
             except ValueError as error:
                 made_of = ", ".join(entry["sources"])
                 raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
@@ -144,7 +150,17 @@ class Conversion:
             **part.facts,
         }
 
-    def _document(self, entry: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+    def _sources(self, names: Sequence[str], digests: Digests) -> list[np.ndarray]:
+        """Return checkpoint tensors whose digests are known then: mapped if they are known before, else read."""
+        if all(name in digests for name in names):
+            return [self._weights[name] for name in names]
+        sizes = [self._weights.nbytes(name) for name in names]
+        memory, ends = self._memory("sources", sum(sizes)), itertools.accumulate(sizes)
+        return [
+            digests.read(name, memory[end - size : end]) for name, size, end in zip(names, sizes, ends, strict=True)
+        ]
+
+    def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
         """Return all that the stored bytes of a parameter depend on; its name is not among it."""
         scheme = self._plan.scheme
         how: dict[str, Any] = {"dtype": entry["dtype"]}
@@ -156,26 +172,38 @@ class Conversion:
                 "scale_dtype": scheme.storage_dtype,
                 "scales": self._plan.scales,
             }
-        tensors = [(name, self._plan.tensors[name]) for name in entry["sources"]]
-        sources = [[digests[name], found["dtype"], found["shape"]] for name, found in tensors]
+        tensors = [self._plan.tensors[name] for name in entry["sources"]]
+        sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
         return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
 
     def _convert(
-        self, entry: Mapping[str, Any], target: Path, document: Mapping[str, Any], library: Kernels | None
+        self, index: int, arrays: Sequence[np.ndarray], document: Mapping[str, Any], library: Kernels | None
     ) -> Part:
-        arrays = [self._weights[name] for name in entry["sources"]]
+        entry, target, plan = self._logical[index], self._targets[index], self._plan
+        source = str(arrays[0].dtype)
         if entry["transform"] != "concat0":  # which is what stacked parts mean: nothing is copied for it
             arrays = [transforms.apply(entry["transform"], arrays)]
-        made = convert(
-            arrays, self._plan.scheme, entry["kind"], dtype=entry["dtype"], scales=self._plan.scales, kernels=library
-        )
+        data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
+        how = {"dtype": entry["dtype"], "scales": plan.scales, "layout": entry["layout"], "kernels": library}
+        made = convert(arrays, plan.scheme, entry["kind"], into=data, **how)
         with target.open("xb", buffering=0) as file:
-            for tensor in made.stored:
-                _write(file, layouts.arrange(entry["layout"], tensor, self._plan.scheme.bits))
+            _write(file, data.data)
         # Four digits: kernels and NumPy add up in another order.
-        facts = {"rmse": float(f"{made.rmse:.4g}"), "max_error": float(f"{made.worst:.4g}")}
-        return self._keeper.remember("tensor", document, target, source_dtype=str(arrays[0].dtype), **facts)
+        rmse, worst = (float(f"{error:.4g}") for error in (made.rmse, made.worst))
+        facts = {"source_dtype": source, "rmse": rmse, "max_error": worst}
+        return self._keeper.remember("tensor", document, target, digest=blake3(data.data).hexdigest(), **facts)
+
+    def _memory(self, use: str, size: int) -> np.ndarray:
+        """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""
+        kept = vars(self._local)
+        if use not in kept or size > kept[use].size:
+            memory = np.empty(size, np.uint8)
+            if size > KEPT // self._threads:
+                return memory
+            kept[use] = memory
+        found: np.ndarray = kept[use][:size]
+        return found
 
     def _join_small(self) -> None:
         """Write the shards that several parameters share."""
@@ -193,9 +221,8 @@ class Conversion:
         )
 
 
-def _write(file: Any, tensor: np.ndarray) -> None:
-    """Write all of a tensor's bytes; a raw file takes at most 2 GiB at once."""
-    data = tensor.reshape(-1).view(np.uint8).data
+def _write(file: Any, data: memoryview) -> None:
+    """Write all bytes; a raw file takes at most 2 GiB at once."""
     while len(data):
         data = data[file.write(data) :]
 

@@ -6,12 +6,13 @@ import json
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from blake3 import blake3
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
+
+    import numpy as np
 
     from stages.conversion.parts import Keeper
     from stages.models.weights import Weights
@@ -51,14 +52,22 @@ class Digests:
                 self._known |= found
                 wanted.difference_update(found)
 
+    def __contains__(self, name: str) -> bool:
+        """Say whether a tensor's digest is known."""
+        return name in self._known
+
     def __getitem__(self, name: str) -> str:
-        """Return a tensor's digest, reading the tensor where it is not known."""
-        if name not in self._known:
-            digest = blake3(self._weights[name].reshape(-1).view(np.uint8).data).hexdigest()
-            with self._lock:
-                self._known[name] = digest
-                self._complete(name, self._tensors[name]["file"])
+        """Return a digest that is known."""
         return self._known[name]
+
+    def read(self, name: str, into: np.ndarray) -> np.ndarray:
+        """Return a tensor read into the bytes ``into``; its digest is known then."""
+        digest = blake3()
+        tensor = self._weights.read(name, into, digest.update)
+        with self._lock:
+            self._known[name] = digest.hexdigest()
+            self._complete(name, self._tensors[name]["file"])
+        return tensor
 
     def _complete(self, name: str, file: str) -> None:
         """Note that ``name`` is known; with the last one of its file, keep the file's."""

@@ -27,8 +27,10 @@ class Keeper(Protocol):
     def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
         """Return the part kept for ``document``, or None."""
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
-        """Keep ``file`` as the part for ``document``."""
+    def remember(
+        self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
+    ) -> Part:
+        """Keep ``file`` as the part for ``document``; ``digest`` is that of its bytes, where it was taken."""
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Report progress."""

@@ -5,12 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import tvm
 from tvm import tirx
 
-from stages.lowering.cpu_vectors import T, as_float, choose, constant, get, kernel, put, span, splat, total, vector
+from stages.lowering.cpu_vectors import (
+    T,
+    as_float,
+    choose,
+    constant,
+    get,
+    kernel,
+    prefetch,
+    put,
+    span,
+    splat,
+    total,
+    vector,
+)
 from stages.lowering.cpu_weights import BLOCK, Stored
 
 PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
+AHEAD = 8192  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
+LINE = 64  # bytes of a cache line
 FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
 
 
@@ -135,6 +151,14 @@ class Product:
         self.row_products(row, block, sums, products)
         self.arguments.write(row, block, products)
 
+    def fetch(self, block: Any, row: Any, rows: int) -> None:
+        """Ask for ``rows`` of words, or of floats, of a block that lie :data:`AHEAD` of those from ``row`` on."""
+        stored, (_, _, dtype) = self.arguments.weights[0], self.weight.tensors[0]
+        size = tvm.DataType(dtype).itemsize
+        for number in range(rows):
+            for lane in range(0, BLOCK, LINE // size):
+                prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
+
     def row_products(self, row: Any, block: Any, sums: Any, products: Any) -> None:
         """Emit the products of one row, added to ``products``."""
         if self.weight.bits:
@@ -146,6 +170,7 @@ class Product:
         weight, (q_weight, q_scale) = self.weight, self.arguments.weights
         per_group = weight.group // weight.per_word
         with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(block, g * per_group, per_group)
             parts = [vector(BLOCK), vector(BLOCK)]
             put(parts[0], splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
             put(parts[1], constant(0, BLOCK), span(0, BLOCK))
@@ -170,6 +195,7 @@ class Product:
             put(part, get(part, BLOCK) + value, span(0, BLOCK))
 
         with T.serial(0, k // ways) as step:
+            self.fetch(block, step * ways, ways)
             for way, part in enumerate(parts):
                 add(part, step * ways + way)
         for way in range(k % ways):

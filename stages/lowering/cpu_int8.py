@@ -116,6 +116,7 @@ class _ByteProduct(Product):
         q_weight, q_scale = arguments.weights
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
         with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(block, g * per_group, per_group)
             for left in range(0, BLOCK, lanes):
                 sums = vector(lanes, "int32")
                 put(sums, splat(arguments.offsets[row, g], lanes), span(0, lanes))

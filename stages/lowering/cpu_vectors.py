@@ -67,6 +67,12 @@ def as_float(value: Any, lanes: int) -> Any:
     return T.Cast(lanes_of("float32", lanes), value)
 
 
+def prefetch(buffer: Any, *index: Any) -> None:
+    """Ask for the cache line of an element, which may lie behind the end."""
+    read, keep, data = (tirx.const(flag, "int32") for flag in (0, 3, 1))
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[index]), read, keep, data))
+
+
 def vector(lanes: int, dtype: str = "float32") -> Any:
     """Return a fresh accumulator of ``lanes`` lanes."""
     return T.alloc_buffer((lanes,), dtype)

@@ -9,6 +9,8 @@ from tvm import relax as rx
 from tvm import te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
+SUMS = "float32"  # half precision loses a digit over every thousand terms
+
 
 @tvm.transform.module_pass(opt_level=0, name="FuseTransposeMatmul")
 def fuse_transpose_matmul(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -32,7 +34,8 @@ class _Rewriter(PyExprMutator):
         if weight is None:
             return call
         out_dtype = str(call.attrs.out_dtype or "") or str(call.args[0].ty.dtype)
-        return self.builder_.call_te(_nt_matmul, call.args[0], weight, out_dtype, primfunc_name_hint="NT_matmul")
+        product = self.builder_.call_te(_nt_matmul, call.args[0], weight, primfunc_name_hint="NT_matmul")
+        return product if out_dtype == SUMS else rx.op.astype(self.builder_.normalize(product), out_dtype)
 
     def _transposed(self, operand: Any) -> Any:
         """Return w [n, k] if ``operand`` is bound to its plain transpose."""
@@ -45,12 +48,12 @@ class _Rewriter(PyExprMutator):
         return matrix if plain and matrix.ty.ndim == 2 else None
 
 
-def _nt_matmul(x: te.Tensor, w: te.Tensor, out_dtype: str) -> te.Tensor:
-    """Return x [..., k] @ w [n, k].T in ``out_dtype``, which is also that of the sums."""
+def _nt_matmul(x: te.Tensor, w: te.Tensor) -> te.Tensor:
+    """Return x [..., k] @ w [n, k].T, the exact products summed in float32, and in float32."""
     k = te.reduce_axis((0, x.shape[-1]), name="k")
 
     def element(*index: tirx.Var) -> tirx.PrimExpr:
         *rows, n = index
-        return te.sum(x[(*rows, k)].astype(out_dtype) * w[n, k].astype(out_dtype), axis=k)
+        return te.sum(x[(*rows, k)].astype(SUMS) * w[n, k].astype(SUMS), axis=k)
 
     return te.compute((*x.shape[:-1], w.shape[0]), element, name="NT_matmul")

@@ -11,6 +11,7 @@ from tvm import relax as rx
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
 from stages.lowering.cpu_norm import cpu_norm
+from stages.lowering.cuda_graph import capture_cuda_graphs
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
@@ -22,10 +23,12 @@ from stages.lowering.schedule import schedule_kernels
 from stages.targets.table import Target
 
 
-def phases(row: Target, features: Collection[str] = (), activations: str = "float") -> dict[str, list[Any]]:
-    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of
-    ``activations``. ``finalize`` comes after the memory plan has
-    been read.
+def phases(
+    row: Target, features: Collection[str] = (), activations: str = "float", *, cuda_graph: bool = False
+) -> dict[str, list[Any]]:
+    """Return phase -> passes, in order, for a processor with ``features`` and the arithmetic of ``activations``.
+
+    ``finalize`` comes after the memory plan has been read; ``cuda_graph`` is as in :func:`lower`.
     """
     passes = rx.transform
     return {
@@ -56,6 +59,7 @@ def phases(row: Target, features: Collection[str] = (), activations: str = "floa
             passes.StaticPlanBlockMemory(),
         ],
         "finalize": [
+            *([capture_cuda_graphs] if cuda_graph else []),
             passes.LowerAllocTensor(),
             passes.KillAfterLastUse(),
             passes.LowerRuntimeBuiltin(),
@@ -76,12 +80,15 @@ def lower(
     progress: Callable[[int, int], None],
     features: Collection[str] = (),
     activations: str = "float",
+    *,
+    cuda_graph: bool = False,
 ) -> tvm.IRModule:
     """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
     each function. ``progress`` is called with phases done and in all; ``features`` are what the processor that runs the
-    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones.
+    host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones; ``cuda_graph`` replays
+    what has static sizes.
     """
-    steps = phases(row, features, activations)
+    steps = phases(row, features, activations, cuda_graph=cuda_graph)
     with target:
         for number, (phase, passes) in enumerate(steps.items()):
             progress(number, len(steps))

@@ -13,6 +13,7 @@ RULES: dict[str, str] = {
     "cpu-matmul": "stages.lowering.schedule_cpu_matmul:CPUMatmul",
     "cpu-elementwise": "stages.lowering.schedule_cpu_elementwise:CPUElementwise",
     "cpu-reduction": "tvm.s_tir.dlight.cpu:Reduction",
+    "cuda-tensor-matmul": "stages.lowering.schedule_tensor_matmul:TensorMatmul",
     "gpu-matmul": "tvm.s_tir.dlight.gpu:Matmul",
     "gpu-gemv": "tvm.s_tir.dlight.gpu:GEMV",
     "gpu-reduction": "tvm.s_tir.dlight.gpu:Reduction",

@@ -25,21 +25,24 @@ def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
 class Layout:
     """Where an element of a matrix is in what is stored of it; see stages/quantization/layouts.py.
 
-    ``block`` is the number of output features that lie side by side, 1 for rows one after the other (``nk``).
+    ``block`` is the number of output features that lie side by side: 1 where each has a row (``nk``), 0 for all
+    (``kn``).
     """
 
-    BLOCKS = {"nk": 1, "n32": 32}
+    BLOCKS = {"nk": 1, "kn": 0, "n32": 32}
 
     def __init__(self, name: str) -> None:
         self.block = self.BLOCKS[name]
 
     def shape(self, n: int, columns: int) -> tuple[int, ...]:
         """Return the shape of what is stored for n features, ``columns`` each."""
-        return (n, columns) if self.block == 1 else (-(-n // self.block), columns, self.block)
+        return (-(-n // self.block), columns, self.block) if self.block > 1 else self.at(n, columns)
 
     def at(self, row: Any, column: Any) -> tuple[Any, ...]:
         """Return the index of a feature's column."""
-        return (row, column) if self.block == 1 else (row // self.block, column, row % self.block)
+        if self.block > 1:
+            return row // self.block, column, row % self.block
+        return (row, column) if self.block else (column, row)
 
     def bit(self, element: Any, bits: int) -> Any:
         """Return the bit of a word at which an element of ``bits`` begins."""

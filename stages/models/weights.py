@@ -1,8 +1,9 @@
-"""Checkpoint tensors as memory-mapped NumPy arrays; one mapping per tensor, so that its pages leave with it."""
+"""Checkpoint tensors as NumPy arrays, read or mapped; one mapping per tensor, so that its pages leave with it."""
 
 from __future__ import annotations
 
 import math
+import mmap
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -11,9 +12,10 @@ import numpy as np
 from stages.models.safetensors import DTYPE_BYTES, TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
+BLOCK = 512 * 2**10  # bytes that are read at once: what a core's second cache holds
 NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -27,15 +29,39 @@ class Weights:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
+        path, info = self._find(name)
+        skipped = info.offset % mmap.ALLOCATIONGRANULARITY
+        with path.open("rb", buffering=0) as file:
+            start, length = info.offset - skipped, info.nbytes + skipped
+            mapped = mmap.mmap(file.fileno(), length, offset=start, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8, info.nbytes, skipped)
+        return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def read(self, name: str, into: np.ndarray, seen: Callable[[memoryview], object]) -> np.ndarray:
+        """Return a tensor read into the bytes ``into``, which costs less than a mapping that is all read.
+
+        ``seen`` is called with each block of it while that is in the processor's cache.
+        """
+        path, info = self._find(name)
+        data, end = into.data, 0
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            while count := file.readinto(data[end : end + BLOCK]):
+                seen(data[end : end + count])
+                end += count
+        if end != info.nbytes:
+            raise ValueError(f"{path.name}: the file ends {info.nbytes - end:,} bytes before its tensor {name} does")
+        return into.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+
+    def _find(self, name: str) -> tuple[Path, TensorInfo]:
+        """Return the file of a tensor and what it says of it."""
         wanted = self._tensors[name]
         file = wanted["file"]
         info = self._header(file).get(name)
         if info is None or [info.dtype, *info.shape] != [wanted["dtype"], *wanted["shape"]]:
             expected = f"{wanted['dtype']} {wanted['shape']}"
             raise ValueError(f"{file}: tensor {name} is not the {expected} that config-parse saw")
-        mapped = np.memmap(self._files[file], np.uint8, "r", info.offset, (info.nbytes,))
-        array: np.ndarray = mapped.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape).view(np.ndarray)
-        return array
+        return self._files[file], info
 
     def place(self, name: str) -> tuple[str, int]:
         """Return the file a tensor is in, and where there, to read tensors in the order in which they lie."""

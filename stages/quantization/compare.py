@@ -54,6 +54,9 @@ class _Weights:
         )  # the last block of a layout is filled up
         if len(stored) == 1 or scheme is None:
             return _rows(stored[0], rows, 0).astype(np.float32)
+        if stored[0].ndim < 3:  # not in the layout of a target's kernels
+            layout = layouts.of_scheme(self.lines[name]["kind"], scheme)
+            stored = [layouts.restore(layout, tensor, rows.stop, scheme.bits) for tensor in stored]
         scale = stored[1] if scheme.kind == "tensor" else _rows(stored[1], rows, scheme.bits)
         return restored((_rows(stored[0], rows, scheme.bits), scale), scheme, self.lines[name]["shape"][1])
 

@@ -1,9 +1,9 @@
-"""The TIR kernels behind quantization: group codes and scales, and casts, each with the error it makes, row by row.
+"""The TIR kernels behind quantization: group codes and scales, and casts, each with the error it makes.
 
 A kernel takes plain addresses and strides, so that a library of kernels is called without TVM and works on mapped
-files as they lie. What it stores equals group.py bit by bit: exact divisions, half to even. ``stats`` float32 [rows, 4]
-gets sum of squared errors, sum of squares, largest |error| and largest |value| of each row; the last is taken from the
-bits, so that a NaN or an infinity shows there.
+files as they lie. What it stores equals group.py bit by bit: exact divisions, half to even. ``stats`` float32
+[parts, 4] gets sum of squared errors, sum of squares, largest |error| and largest |value| of each part of the weight (a
+row of a cast, a tile of what is quantized); the last is taken from the bits, so that a NaN or an infinity shows there.
 
     python -m stages.quantization.kernels LIBRARY CPU CXX NAME...
 """
@@ -20,7 +20,7 @@ import tvm
 from tvm.script import tirx as T  # noqa: N812 - the name TVMScript is written with
 
 from stages.quantization.group import PARTS, TRIED
-from stages.quantization.native import ROW, parse_name
+from stages.quantization.native import ROW, TILE_GROUPS, TILE_ROWS, parse_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,23 +63,29 @@ def unless_zero(scale: Any, otherwise: Any) -> Any:
 
 
 def word_of(codes: Any, at: Any, bits: int) -> Any:
-    """Return the four bytes of the uint32 that holds the codes from ``at`` on, low bits first."""
+    """Return the uint32 that holds the codes from ``at`` on, low bits first."""
     word = T.Cast("uint32", codes[at])
     for j in range(1, 32 // bits):
         word = T.bitwise_or(word, T.shift_left(T.Cast("uint32", codes[at + j]), T.uint32(j * bits)))
-    return T.reinterpret("uint8x4", word)
+    return word
 
 
-def halves_of(codes: Any, at: Any) -> Any:
-    """Return 16 bytes of two four-bit codes each: in every pair of bytes, the second code moves next to the first."""
+def words_of(codes: Any, at: Any) -> Any:
+    """Return four words of eight four-bit codes each, low bits first."""
     pairs = T.reinterpret("uint16x16", codes[T.ramp(at, 1, 32)])
     moved = T.bitwise_or(pairs, T.shift_right(pairs, T.broadcast(T.uint16(4), 16)))
-    return T.Cast("uint8x16", T.bitwise_and(moved, T.broadcast(T.uint16(255), 16)))
+    return T.reinterpret("uint32x4", T.Cast("uint8x16", T.bitwise_and(moved, T.broadcast(T.uint16(255), 16))))
+
+
+def spread_words_of(codes: Any, at: Any) -> Any:
+    """Return four words of eight four-bit codes each, the last four in the high halves of the first four's bytes."""
+    eights = T.reinterpret("uint64x4", codes[T.ramp(at, 1, 32)])
+    return T.Cast("uint32x4", T.bitwise_or(eights, T.shift_right(eights, T.broadcast(T.uint64(28), 4))))
 
 
 @T.inline
 def clear(errors, squares, worst, lanes):
-    """Begin the sums of a row."""
+    """Begin the sums of a part."""
     for v in T.vectorized(lanes):
         errors[v] = T.float32(0)
         squares[v] = T.float32(0)
@@ -88,7 +94,7 @@ def clear(errors, squares, worst, lanes):
 
 @T.inline
 def tally(errors, squares, worst, error, value, at, lanes):
-    """Add ``lanes`` values from ``at`` on to the sums of a row."""
+    """Add ``lanes`` values from ``at`` on to the sums of a part."""
     for v in T.vectorized(lanes):
         errors[v] = errors[v] + error[v] * error[v]
         squares[v] = squares[v] + value[at + v] * value[at + v]
@@ -96,16 +102,16 @@ def tally(errors, squares, worst, error, value, at, lanes):
 
 
 @T.inline
-def report(stats, row, errors, squares, worst, highest, lanes):
-    """Write the sums of a row."""
+def report(stats, part, errors, squares, worst, highest, lanes):
+    """Write the sums of a part."""
     for v in T.serial(lanes - 1):
         errors[0] = errors[0] + errors[v + 1]
         squares[0] = squares[0] + squares[v + 1]
         worst[0] = T.max(worst[0], worst[v + 1])
-    stats[row * 4] = errors[0]
-    stats[row * 4 + 1] = squares[0]
-    stats[row * 4 + 2] = worst[0]
-    stats[row * 4 + 3] = highest
+    stats[part * 4] = errors[0]
+    stats[part * 4 + 1] = squares[0]
+    stats[part * 4 + 2] = worst[0]
+    stats[part * 4 + 3] = highest
 
 
 @T.inline
@@ -168,16 +174,49 @@ def search(value, scale, peak, size, lanes, top, stored):
 
 
 @T.inline
-def write_codes(words, at, codes, size, bits):
-    """Write a group's codes, packed."""
+def pack(word, codes, size, bits, spread):
+    """Leave a group's codes, packed, in ``word``."""
     if bits == 8:
-        words[T.ramp(at, 1, size)] = codes[T.ramp(0, 1, size)]
+        word[T.ramp(0, 1, size // 4)] = T.reinterpret(f"uint32x{size // 4}", codes[T.ramp(0, 1, size)])
     elif bits == 4:
-        for half in T.unroll(size // 32):
-            words[T.ramp(at + half * 16, 1, 16)] = halves_of(codes, half * 32)
+        for part in T.unroll(size // 32):
+            if spread:
+                word[T.ramp(part * 4, 1, 4)] = spread_words_of(codes, part * 32)
+            else:
+                word[T.ramp(part * 4, 1, 4)] = words_of(codes, part * 32)
     else:
         for j in T.unroll(size // (32 // bits)):
-            words[T.ramp(at + j * 4, 1, 4)] = word_of(codes, j * (32 // bits), bits)
+            word[j] = word_of(codes, j * (32 // bits), bits)
+
+
+@T.inline
+def encode(value, scale, codes, errors, squares, worst, size, lanes, top, highest):
+    """Leave a group's codes in ``codes`` and add its errors to the sums of a part."""
+    level = T.alloc_buffer((size,), "float32")
+    error = T.alloc_buffer((lanes,), "float32")
+    for c in T.unroll(size // lanes):
+        for v in T.vectorized(lanes):
+            quotient = T.meta_var(value[c * lanes + v] / unless_zero(scale[0], T.float32(float("inf"))))
+            level[c * lanes + v] = rounded(quotient, -top, highest)
+        for v in T.vectorized(lanes):
+            codes[c * lanes + v] = T.Cast("uint8", T.Cast("int32", level[c * lanes + v]) + top)
+            error[v] = value[c * lanes + v] - level[c * lanes + v] * scale[0]
+        tally(errors, squares, worst, error, value, c * lanes, lanes)
+
+
+def at_side(row: Any, column: Any, columns: Any, side: Any) -> Any:
+    """Return where a row's column is if ``side`` rows lie side by side, ``columns`` each."""
+    return (T.floordiv(row, side) * columns + column) * side + T.floormod(row, side)
+
+
+@T.inline
+def write(words, word, row, column, columns, count, layout, side):
+    """Write a group's words to where they lie in a layout."""
+    if layout == "nk":
+        words[T.ramp(row * columns + column, 1, count)] = word[T.ramp(0, 1, count)]
+    else:
+        for j in T.unroll(count):
+            words[at_side(row, column + j, columns, side)] = word[j]
 
 
 def make_cast(name: str, source: str, stored: str) -> tirx.PrimFunc:
@@ -218,59 +257,64 @@ def make_cast(name: str, source: str, stored: str) -> tirx.PrimFunc:
     return cast
 
 
-def make_quantize(name: str, source: str, stored: str, bits: int, size: int, scales_from: str) -> tirx.PrimFunc:
-    """Return the kernel (source, words, scales, stats, rows, groups, row strides of the first three).
+def make_quantize(
+    name: str, source: str, stored: str, bits: int, size: int, scales_from: str, layout: str
+) -> tirx.PrimFunc:
+    """Return the kernel (source, words, scales, stats, rows, groups, values of a source row, words and scales of a
+    stored row, stored rows side by side, number of the first row).
 
-    It takes whole groups; strides are in values, words and scales.
+    It takes whole groups and works in tiles of :data:`TILE_ROWS` rows by :data:`TILE_GROUPS` groups, whose results fit
+    a core's first cache however far apart they are stored; ``stats`` [tile rows * tile columns, 4]. ``side`` rows lie
+    side by side in memory (layouts.py): one in nk, 32 in n32, all in kn.
     """
     lanes = 16 if size % 16 == 0 else 8
-    top, searching = 2 ** (bits - 1) - 1, scales_from == "mse"
+    top, searching, packed = 2 ** (bits - 1) - 1, scales_from == "mse", size // (32 // bits)
     mask, raw, out = MAGNITUDE[source], CODE[source], CODE[stored]
 
     @T.prim_func(s_tir=True)
     def quantize(
-        src_: T.handle(raw), words_: T.handle("uint8"), scales_: T.handle(out), stats_: T.handle("float32"),  # type: ignore[valid-type]
+        src_: T.handle(raw), words_: T.handle("uint32"), scales_: T.handle(out), stats_: T.handle("float32"),  # type: ignore[valid-type]
         rows: T.int64, groups: T.int64, src_row: T.int64, words_row: T.int64, scales_row: T.int64,
+        side: T.int64, first: T.int64,
     ):  # fmt: skip
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        tiles = T.meta_var((groups + TILE_GROUPS - 1) // TILE_GROUPS)
+        blocks = T.meta_var((rows + TILE_ROWS - 1) // TILE_ROWS)
         src = T.decl_buffer((rows * src_row,), raw, data=src_)
-        words = T.decl_buffer((rows * words_row * 4,), "uint8", data=words_)
-        scales = T.decl_buffer((rows * scales_row,), out, data=scales_)
-        stats = T.decl_buffer((rows * 4,), "float32", data=stats_)
-        for i in T.serial(rows):
+        words = T.decl_buffer(((first + rows + side) * words_row,), "uint32", data=words_)
+        scales = T.decl_buffer(((first + rows + side) * scales_row,), out, data=scales_)
+        stats = T.decl_buffer((blocks * tiles * 4,), "float32", data=stats_)
+        for b, t in T.grid(blocks, tiles):
             errors = T.alloc_buffer((lanes,), "float32")
             squares = T.alloc_buffer((lanes,), "float32")
             worst = T.alloc_buffer((lanes,), "float32")
             highest = T.alloc_buffer((1,), raw)
             highest[0] = T.Cast(raw, 0)
             clear(errors, squares, worst, lanes)
-            for g in T.serial(groups):
+            for r, o in T.grid(
+                T.min(T.int64(TILE_ROWS), rows - b * TILE_ROWS), T.min(T.int64(TILE_GROUPS), groups - t * TILE_GROUPS)
+            ):
                 value = T.alloc_buffer((size,), "float32")
-                level = T.alloc_buffer((size,), "float32")
                 codes = T.alloc_buffer((size,), "uint8")
+                word = T.alloc_buffer((packed,), "uint32")
                 peak = T.alloc_buffer((lanes,), raw)
-                error = T.alloc_buffer((lanes,), "float32")
                 scale = T.alloc_buffer((1,), "float32")
-                find_peak(src, i * src_row + g * size, peak, size, lanes, raw, mask)
+                row = T.meta_var(first + b * TILE_ROWS + r)
+                g = T.meta_var(t * TILE_GROUPS + o)
+                at = T.meta_var((b * TILE_ROWS + r) * src_row + g * size)
+                find_peak(src, at, peak, size, lanes, raw, mask)
                 highest[0] = T.max(highest[0], peak[0])
                 for c in T.unroll(size // lanes):
                     for v in T.vectorized(lanes):
-                        value[c * lanes + v] = widen(src[i * src_row + g * size + c * lanes + v], source)
+                        value[c * lanes + v] = widen(src[at + c * lanes + v], source)
                 scale[0] = widen(narrow(widen(peak[0], source) / T.float32(top), stored), stored)
                 if searching:
                     search(value, scale, widen(peak[0], source), size, lanes, top, stored)
-                scales[i * scales_row + g] = narrow(scale[0], stored)
-                for c in T.unroll(size // lanes):
-                    for v in T.vectorized(lanes):
-                        level[c * lanes + v] = rounded(
-                            value[c * lanes + v] / unless_zero(scale[0], T.float32(float("inf"))), -top, top + searching
-                        )
-                    for v in T.vectorized(lanes):
-                        codes[c * lanes + v] = T.Cast("uint8", T.Cast("int32", level[c * lanes + v]) + top)
-                        error[v] = value[c * lanes + v] - level[c * lanes + v] * scale[0]
-                    tally(errors, squares, worst, error, value, c * lanes, lanes)
-                write_codes(words, i * words_row * 4 + g * (size // (32 // bits)) * 4, codes, size, bits)
-            report(stats, i, errors, squares, worst, widen(highest[0], source), lanes)
+                encode(value, scale, codes, errors, squares, worst, size, lanes, top, top + searching)
+                pack(word, codes, size, bits, layout == "n32")
+                scales[at_side(row, g, scales_row, side)] = narrow(scale[0], stored)
+                write(words, word, row, g * packed, words_row, packed, layout, side)
+            report(stats, b * tiles + t, errors, squares, worst, widen(highest[0], source), lanes)
 
     return quantize
 

@@ -2,6 +2,7 @@
 
 - ``nk``: row-major, rows are output features; the element i of a word of b bits at bit b * i. What the arithmetic of
   :mod:`.group` makes, and what GPU kernels read.
+- ``kn``: an ``nk`` tensor transposed, [columns, n]: rows are columns of ``nk``, what is packed is the same.
 - ``n32``: blocks of 32 output features side by side, [ceil(n / 32), columns, 32], where an ``nk`` tensor is
   [n, columns]; the last block is filled up with zeros. CPU kernels keep a feature in each lane. In a word of 4-bit
   elements, element i lies at bit 8 * (i % 4) + 4 * (i // 4): the low halves of its bytes are the first four elements,
@@ -35,7 +36,17 @@ def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
         dtype = scheme.storage_dtype
     else:
         direct = kind in _MATRICES
-    return target if direct and dtype in _FLOATS else "nk"
+    return target if target != "nk" and direct and dtype in _FLOATS else of_scheme(kind, scheme)
+
+
+def of_scheme(kind: str, scheme: Scheme) -> str:
+    """Return the layout of a parameter of ``kind`` where the target's kernels ask for none."""
+    return scheme.linear_layout if scheme.quantizes(kind) and kind in ("linear", "head") else "nk"
+
+
+def side(layout: str, n: int) -> int:
+    """Return how many of ``n`` rows lie side by side, column by column, before the next ones begin."""
+    return {"nk": 1, "n32": BLOCK, "kn": n}[layout]
 
 
 def shape(layout: str, nk: Sequence[int]) -> list[int]:
@@ -43,13 +54,13 @@ def shape(layout: str, nk: Sequence[int]) -> list[int]:
     if layout == "nk":
         return [*nk]
     n, columns = nk
-    return [-(-n // BLOCK), columns, BLOCK]
+    return [columns, n] if layout == "kn" else [-(-n // BLOCK), columns, BLOCK]
 
 
 def arrange(layout: str, tensor: np.ndarray, bits: int) -> np.ndarray:
     """Return a stored tensor [n, columns] in ``layout``; uint32 are words of elements of ``bits``."""
-    if layout == "nk":
-        return tensor
+    if layout != "n32":
+        return tensor.T if layout == "kn" else tensor
     n, columns = tensor.shape
     blocks = np.zeros((-(-n // BLOCK), columns, BLOCK), tensor.dtype)
     for number, block in enumerate(blocks):  # block by block: nothing of the tensor's size is made beside the result
@@ -60,8 +71,8 @@ def arrange(layout: str, tensor: np.ndarray, bits: int) -> np.ndarray:
 
 def restore(layout: str, stored: np.ndarray, rows: int, bits: int) -> np.ndarray:
     """Return what :func:`arrange` was given, of ``rows`` rows."""
-    if layout == "nk":
-        return stored
+    if layout != "n32":
+        return stored.T if layout == "kn" else stored
     tensor = stored.transpose(0, 2, 1).reshape(-1, stored.shape[1])[:rows]
     return _gather(tensor) if stored.dtype == np.uint32 and bits == 4 else tensor
 

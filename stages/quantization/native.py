@@ -1,6 +1,6 @@
 """Calls compiled kernels by their C interface, without TVM: a process that only quantizes never loads a compiler.
 
-A kernel's name says what it does: ``quantize_bfloat16_float16_4_32_max``, ``cast_bfloat16_float16``.
+A kernel's name says what it does: ``quantize_bfloat16_float16_4_32_max_n32``, ``cast_bfloat16_float16``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.quantization.dtypes import numpy_dtype
+from stages.quantization import layouts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stages.quantization import kernels  # noqa: F401 - runs in a process of its own: what it says counts here
     from stages.quantization.schemes import Scheme
 
 ROW = 4096  # values of one row of a cast
+TILE_ROWS, TILE_GROUPS = 32, 64  # what is quantized before the next rows and groups are
 POINTER, INTEGER = 4, 1  # TVMFFITypeIndex: kTVMFFIOpaquePtr, kTVMFFIInt
 BUILD_SECONDS = 120
 
@@ -50,9 +51,9 @@ class Sums:
         return (math.sqrt(self.errors / self.squares), self.worst / self.peak) if self.peak else (0.0, 0.0)
 
 
-def quantize_name(source: str, scheme: Scheme, scales: str) -> str:
-    """Return the name of the kernel that quantizes values of dtype ``source``."""
-    return f"quantize_{source}_{scheme.storage_dtype}_{scheme.bits}_{scheme.group_size}_{scales}"
+def quantize_name(source: str, scheme: Scheme, scales: str, layout: str) -> str:
+    """Return the name of the kernel that quantizes values of dtype ``source`` into ``layout``."""
+    return f"quantize_{source}_{scheme.storage_dtype}_{scheme.bits}_{scheme.group_size}_{scales}_{layout}"
 
 
 def cast_name(source: str, stored: str) -> str:
@@ -105,62 +106,87 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
 
     def quantize(
-        self, parts: Sequence[np.ndarray], scheme: Scheme, scales: str
-    ) -> tuple[np.ndarray, np.ndarray, Sums] | None:
+        self, parts: Sequence[np.ndarray], scheme: Scheme, scales: str, layout: str, stored: Sequence[np.ndarray]
+    ) -> Sums | None:
         """Quantize the weight [n, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
 
-        None where that says what is wrong. Parts are contiguous and of one dtype.
+        ``stored`` takes words and scales as they lie in ``layout``. Returns None where NumPy says what is wrong. Parts
+        are contiguous and of one dtype.
+        """
+        words, scale = stored
+        side = layouts.side(layout, sum(len(part) for part in parts))
+        if layout == "n32":
+            words[-1], scale[-1] = 0, 0  # what the last block is filled up with
+        sums: list[np.ndarray] = []
+        rows = 0
+        for part in parts:
+            sums += self._quantize(part, rows, side, words, scale, (scheme, scales, layout))
+            rows += len(part)
+        found = _sums(np.concatenate(sums))
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(np.float32(np.float32(found.peak / scheme.top).astype(scale.dtype)))
+        return found if fits else None
+
+    def _quantize(
+        self,
+        weight: np.ndarray,
+        first: int,
+        side: int,
+        words: np.ndarray,
+        scale: np.ndarray,
+        how: tuple[Scheme, str, str],
+    ) -> Iterator[np.ndarray]:
+        """Quantize rows from number ``first`` on; yield what errors are made of, tile by tile.
 
         A short last group is quantized from a copy that is filled up with zeros.
         """
-        n, k = sum(len(part) for part in parts), parts[0].shape[1]
-        words = np.empty((n, scheme.words(k)), "<u4")
-        scale = np.empty((n, scheme.groups(k)), numpy_dtype(scheme.storage_dtype))
-        stats = np.zeros((2, n, 4), np.float32)
-        at = 0
-        for part in parts:
-            rows = slice(at, at + len(part))
-            self._quantize(part, words[rows], scale[rows], stats[:, rows], scheme, scales)
-            at = rows.stop
-        sums = _sums(stats.reshape(-1, 4))
-        with np.errstate(over="ignore"):
-            fits = np.isfinite(np.float32(np.float32(sums.peak / scheme.top).astype(scale.dtype)))
-        return (words, scale, sums) if fits else None
+        scheme, scales, layout = how
+        (n, k), size, per_group = weight.shape, scheme.group_size, scheme.group_size // scheme.per_word
+        whole, rest = divmod(k, size)
+        name = quantize_name(str(weight.dtype), scheme, scales, layout)
+        strides = scheme.words(k), scheme.groups(k), side, first
 
-    def _quantize(
-        self, weight: np.ndarray, words: np.ndarray, scale: np.ndarray, stats: np.ndarray, scheme: Scheme, scales: str
-    ) -> None:
-        (n, k), size = weight.shape, scheme.group_size
-        whole = k // size
-        name = quantize_name(str(weight.dtype), scheme, scales)
-        strides = words.shape[1], scale.shape[1]
+        def run(source: np.ndarray, group: int, groups: int) -> np.ndarray:
+            stats = np.empty((-(-n // TILE_ROWS) * -(-groups // TILE_GROUPS), 4), np.float32)
+            targets = words.reshape(-1)[group * per_group * side :], scale.reshape(-1)[group * side :]
+            self._call(name, [source, *targets, stats], n, groups, source.shape[1], *strides)
+            return stats
+
         if whole:
-            self._call(name, [weight, words, scale, stats[0]], n, whole, k, *strides)
-        if k % size:
-            last = np.zeros((n, size), weight.dtype)
-            last[:, : k % size] = weight[:, whole * size :]
-            per_group = size // scheme.per_word
-            self._call(name, [last, words[:, whole * per_group :], scale[:, whole:], stats[1]], n, 1, size, *strides)
-            _clear_past_end(words[:, whole * per_group :], k % size, scheme)
-
-    def cast(self, array: np.ndarray, dtype: str) -> tuple[np.ndarray, Sums] | None:
-        """Return contiguous ``array`` as ``dtype`` as :func:`.blocks.cast` does; None where that says what is wrong."""
-        flat = array.reshape(-1)
-        stored = np.empty(array.shape, numpy_dtype(dtype))
-        whole = flat.size // ROW
-        stats = np.zeros((whole + 1, 4), np.float32)
-        name = cast_name(str(array.dtype), dtype)
-        self._call(name, [flat, stored, stats], whole)
-        rest = flat.size - whole * ROW
+            yield run(weight, 0, whole)
         if rest:
-            last, last_stored = np.zeros(ROW, array.dtype), np.empty(ROW, stored.dtype)
-            last[:rest] = flat[whole * ROW :]
-            self._call(name, [last, last_stored, stats[whole:]], 1)
-            stored.reshape(-1)[whole * ROW :] = last_stored[:rest]
-        sums = _sums(stats)
+            last = np.zeros((n, size), weight.dtype)
+            last[:, :rest] = weight[:, whole * size :]
+            yield run(last, whole, 1)
+            by_row = layouts.restore(layout, words, first + n, scheme.bits)  # a view: n32 has whole groups
+            _clear_past_end(by_row[first : first + n, whole * per_group :], rest, scheme)
+
+    def cast(self, parts: Sequence[np.ndarray], stored: np.ndarray) -> Sums | None:
+        """Cast contiguous ``parts``, one under the other, into ``stored`` as :func:`.blocks.cast` does.
+
+        Returns None where that says what is wrong.
+        """
+        flat, end, found = stored.reshape(-1), 0, []
+        for part in parts:
+            begin, end = end, end + part.size
+            found.append(self._cast(part.reshape(-1), flat[begin:end]))
+        sums = _sums(np.concatenate(found))
         with np.errstate(over="ignore"):
             fits = np.isfinite(np.float32(np.float32(sums.peak).astype(stored.dtype)))
-        return (stored, sums) if fits else None
+        return sums if fits else None
+
+    def _cast(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Cast flat values; return what errors are made of, row by row."""
+        whole, rest = divmod(source.size, ROW)
+        stats = np.zeros((whole + 1, 4), np.float32)
+        name = cast_name(str(source.dtype), str(target.dtype))
+        self._call(name, [source, target, stats], whole)
+        if rest:
+            last, last_target = np.zeros(ROW, source.dtype), np.empty(ROW, target.dtype)
+            last[:rest] = source[whole * ROW :]
+            self._call(name, [last, last_target, stats[whole:]], 1)
+            target[whole * ROW :] = last_target[:rest]
+        return stats
 
     def _call(self, name: str, arrays: Sequence[np.ndarray], *numbers: int) -> None:
         function = getattr(self._library, f"__tvm_ffi_{name}")

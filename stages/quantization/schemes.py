@@ -15,7 +15,8 @@ class Scheme:
     ``kind`` "none" stores every parameter as ``storage_dtype``. "group" stores each ``group_size`` values of a weight's
     row as ``bits``-bit integers, packed into uint32 words, with one scale of ``storage_dtype``, "tensor" stores
     float8_e4m3fn with one float32 scale for the whole weight; both store the rest as ``storage_dtype``.
-    ``model_dtype`` is the dtype of activations where the target computes in it.
+    ``model_dtype`` is the dtype of activations where the target computes in it. ``linear_layout`` is how the tensors of
+    linear layers and the head lie in memory (layouts.py) unless a target's kernels read them in a layout of their own.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Scheme:
     model_dtype: FloatType
     quantize_embedding: bool
     quantize_head: bool
+    linear_layout: Literal["nk", "kn"] = "nk"
 
     def quantizes(self, kind: str) -> bool:
         """Say whether parameters of ``kind`` (linear, embedding, head, norm, bias) are stored as integers."""
@@ -62,6 +64,7 @@ SCHEMES: dict[str, Scheme] = {
     "q0f16": Scheme("q0f16", "none", 16, 0, "float16", "float16", False, False),
     "q0bf16": Scheme("q0bf16", "none", 16, 0, "bfloat16", "bfloat16", False, False),
     "q3f16_1": Scheme("q3f16_1", "group", 3, 40, "float16", "float16", True, True),
+    "q4f16_0": Scheme("q4f16_0", "group", 4, 32, "float16", "float16", True, True, "kn"),
     "q4f16_1": Scheme("q4f16_1", "group", 4, 32, "float16", "float16", True, True),
     "q4f16_2": Scheme("q4f16_2", "group", 4, 32, "float16", "float16", False, False),
     "q4bf16_1": Scheme("q4bf16_1", "group", 4, 32, "bfloat16", "bfloat16", True, True),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 SHARD_BYTES = 32 * 2**20  # the loader reads a shard at once
@@ -69,5 +69,10 @@ def write_index(folder: Path, contents: Sequence[Sequence[Tensor]], metadata: Ma
             entries.append({**entry, "nbytes": tensor.nbytes, "byteOffset": end})
             end += tensor.nbytes
         records.append({"dataPath": shard_name(number), "format": "raw-shard", "nbytes": end, "records": entries})
-    text = json.dumps({"metadata": dict(metadata), "records": records}, allow_nan=False, indent=1) + "\n"
-    (folder / "tensor-cache.json").write_text(text, encoding="utf-8")
+    (folder / "tensor-cache.json").write_text(listing({"metadata": dict(metadata)}, "records", records), "utf-8")
+
+
+def listing(fields: Mapping[str, Any], name: str, items: Iterable[Any]) -> str:
+    """Return the JSON of an object: ``fields``, and under ``name`` a list with a line for each item."""
+    lines = ",\n".join(json.dumps(item, allow_nan=False, sort_keys=True) for item in items)
+    return f'{json.dumps(fields, allow_nan=False)[:-1]}, "{name}": [\n{lines}\n]}}\n'

@@ -37,7 +37,14 @@ TARGETS: dict[str, Target] = {
         kind="cuda",
         compute_dtype="",
         layout="nk",
-        schedules=("gpu-matmul", "gpu-gemv", "gpu-reduction", "gpu-general-reduction", "gpu-fallback"),
+        schedules=(
+            "cuda-tensor-matmul",
+            "gpu-matmul",
+            "gpu-gemv",
+            "gpu-reduction",
+            "gpu-general-reduction",
+            "gpu-fallback",
+        ),
         # What every architecture from sm_70 on grants a block without opting in.
         limits={
             "max_threads_per_block": 1024,

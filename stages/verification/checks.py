@@ -196,6 +196,17 @@ def mean_loss(rows: np.ndarray, tokens: Sequence[int]) -> float:
     return float((np.log(np.exp(shifted).sum(-1)) - chosen).mean())
 
 
+def perplexity(rows: np.ndarray, wanted: np.ndarray, tokens: Sequence[int], bound: float) -> Check:
+    """The perplexity of ``tokens`` under ``rows`` [n, V] exceeds that under the reference's, ``wanted``, by at most
+    ``bound`` of it.
+    """
+    found, reference = mean_loss(rows, tokens), mean_loss(wanted, tokens)
+    with np.errstate(over="ignore"):
+        more, each, other = (float(value) for value in (np.expm1(found - reference), np.exp(found), np.exp(reference)))
+    detail = f"{each:.4f} a token, the reference {other:.4f}: {more:+.2%}, at most {bound:+.0%}"
+    return Check("perplexity of the prompt", more <= bound, detail, more, bound)
+
+
 def losses(session: Session, ids: Sequence[int], active_vocab_size: int) -> tuple[float, float]:
     """Return the mean loss of ``ids``, and that of ``ids`` under one fixed permutation of the vocabulary."""
     size = min(active_vocab_size, session.vocab_size)

@@ -21,7 +21,7 @@ from stages.verification.checks import Check
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import RECORD, RecordingError, Reference, read_recorded, recorded_prompts
 from stages.verification.report import Findings
-from stages.verification.tolerances import INT8_ACTIVATIONS, LOSS_RATIO, TOLERANCES
+from stages.verification.tolerances import INT8_ACTIVATIONS, LOSS_RATIO, PERPLEXITY, TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -301,6 +301,8 @@ def _check_session(case: Case, reference: Reference | None, findings: Findings) 
     if reference is not None and reference.logits is not None:
         wanted = reference.logits[: len(tokens)]
         findings.checks.append(checks.compare(checks.EVERY_STEP, rows, wanted, bound))
+        if prompt > 1:
+            findings.checks.append(checks.perplexity(rows[:prompt], wanted[:prompt], tokens[:prompt], PERPLEXITY))
     findings.checks += checks.logits(session, tokens, prompt, wanted, bound)
     _check_functions(case, session, tokens, rows, findings)
     if reference is not None:

@@ -14,6 +14,7 @@ TOLERANCES: dict[str, float] = {
     "q0f16": 2e-2,
     "q0bf16": 2e-2,
     "q3f16_1": 2e-2,
+    "q4f16_0": 2e-2,
     "q4f16_1": 2e-2,
     "q4f16_2": 2e-2,
     "q4bf16_1": 2e-2,
@@ -24,6 +25,10 @@ TOLERANCES: dict[str, float] = {
 # Where the library quantizes activations to eight bits as well, which the reference does not. Measured: 1e-2 to 2e-2 on
 # random weights, which spread every error over all logits.
 INT8_ACTIVATIONS = 5e-2
+
+# How much the perplexity of the reference's prompt may exceed the reference's, as a share of it. Measured: int8
+# activations add 0.01 % on all held-out text of the example checkpoints, float ones nothing in four digits.
+PERPLEXITY = 0.02
 
 # The mean loss of a text over the mean loss of the same ids under a permutation of the vocabulary. Measured on the
 # example checkpoint: with its own tokenizer 0.03 on its text, 0.13 on held out text, 0.66 on text of another kind;

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+from stagegraph import api
 from stages.models.safetensors import read_header
 from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
@@ -75,12 +78,24 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
     assert said["text"]
 
 
+def python(project: Project, code: str) -> str:
+    """Run an example of the documentation as it stands, but for the name of the pipeline file."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(project.folder / "lib"), str(ROOT)])}
+    command = [sys.executable, "-c", code.replace("pipeline.yaml", "overlay.yaml")]
+    done = subprocess.run(command, cwd=project.folder, env=env, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
 def test_the_page_on_python_runs_as_it_stands(built: Project) -> None:
     page = (ROOT / "docs" / "python.md").read_text()
-    code = page.partition("```python\n")[2].partition("```")[0].replace("pipeline.yaml", "overlay.yaml")
-    path = os.pathsep.join([str(built.folder / "lib"), str(ROOT)])
-    env = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=built.folder, env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "qwen"
-    assert "config-parse HIT" in done.stdout
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    said = python(built, code)
+    assert said.splitlines()[-1] == "qwen"
+    assert "config-parse HIT" in said
+
+
+def test_the_example_of_the_api_runs_as_it_stands(project: Project) -> None:
+    example = textwrap.dedent((api.__doc__ or "").partition("\n\n")[2].partition("\n\nA :class:")[0])
+    said = python(project, example + '\nprint(run.ok, report["scheme"])')
+    assert float(said.splitlines()[0]) >= 0
+    assert said.splitlines()[1] == "True q0f32"

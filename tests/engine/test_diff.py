@@ -49,6 +49,10 @@ def test_facts_sources_and_json_by_value(demo: Demo) -> None:
     found = rows(demo, "read@~1", "read")
     assert found["fact", "n"] == ("16", "17")
     assert ("source", "text a.txt") in found
+    read, shaped = rows(demo, "join@~1", "join"), rows(demo, "shape[line]@~1", "shape[line]")
+    assert {what for kind, what in read if kind == "input"} == {"laid[column]", "laid[line]"}
+    assert {what for kind, what in shaped if kind == "input"} == {"words"}
+    assert all(a != b and len(a) == len(b) == 12 for (kind, _), (a, b) in read.items() if kind == "input")
 
 
 def test_a_stage_says_what_differs_inside(demo: Demo, monkeypatch) -> None:

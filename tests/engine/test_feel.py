@@ -1,20 +1,19 @@
-"""How the command line feels: help that fits, suggestions, completion, colours, documents of a known shape."""
+"""How the command line feels: help that fits, suggestions, colours, documents of a known shape."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import inspect
+import re
 import sys
 from pathlib import Path
 
-import jsonschema
 import pytest
 
-from stagegraph.cli import common, main
+from stagegraph.api import Pipeline
+from stagegraph.artifact import Artifact
+from stagegraph.cli import layout, main
 from tests.engine.conftest import Demo
-
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
-OWN = [verb for verb, (module, _) in main.TABLE.items() if module.startswith("stagegraph.")]
+from tests.output_schema import validate
 
 
 @pytest.mark.parametrize("verb", main.TABLE)
@@ -23,10 +22,10 @@ def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
     lines = main.build_parser(verb).format_help().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= 25
-    assert verb not in OWN or lines[-1].startswith("example: ")
+    assert lines[-1].startswith("example: ")
 
 
-@pytest.mark.parametrize("verb", OWN)
+@pytest.mark.parametrize("verb", main.TABLE)
 def test_the_example_of_each_verb_parses(verb: str, demo: Demo) -> None:
     import shlex
 
@@ -51,45 +50,37 @@ def test_misspelt_verbs_and_options_get_a_suggestion(demo: Demo) -> None:
     assert "unknown argument 'extra'; `pipeline status --help`" in demo("status", str(demo.pipeline), "extra").err
 
 
-def completed(demo: Demo, monkeypatch, *words: str) -> list[str]:
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["show"], "the following arguments are required: REF; `pipeline show --help` lists its arguments"),
+        (["runs", "-n", "x"], "argument -n: invalid int value: 'x'; `pipeline runs --help` lists its arguments"),
+        (["runs", "-n", "0"], "-n 0: expected at least 1"),
+        (["graph", "--format", "svgz"], "--format: unknown value 'svgz'; did you mean 'svg'?"),
+        (["completion", "tcsh"], "SHELL: unknown value 'tcsh'; known: bash, fish, zsh"),
+        (["show", "nothing"], "no node is named 'nothing'; known: join, read, shape"),
+        (["show", "shape[a,b,c,d,e,f]"], "no node is named 'shape[a,b,c,d,e,f]'; known: shape[column], shape[line]"),
+        (["show", "shape[lin]"], "no node is named 'shape[lin]'; did you mean 'shape[line]'?"),
+    ],
+)
+def test_mistakes_take_one_line(demo: Demo, monkeypatch, argv: list[str], said: str) -> None:
     monkeypatch.chdir(demo.folder)
-    return demo("complete", *words).out.split("\n")[:-1]
-
-
-def test_completion(demo: Demo, monkeypatch) -> None:
-    assert completed(demo, monkeypatch, "ex") == ["explain", "export"]
-    assert completed(demo, monkeypatch, "show", "sha") == ["shape", "shape[column]", "shape[line]"]
-    assert completed(demo, monkeypatch, "show", "'shape\\[l") == ["shape[line]"]
-    assert completed(demo, monkeypatch, "run", "--stage", "j") == ["join"]
-    assert completed(demo, monkeypatch, "run", "--dr") == ["--dry-run"]
-    assert completed(demo, monkeypatch, "graph", "--format", "") == ["ascii", "dot", "mermaid", "svg"]
-    assert completed(demo, monkeypatch, "diff", "join", "re") == ["read"]
-    assert completed(demo, monkeypatch, "diff", "--json", "join", "re") == ["read"]
-    assert completed(demo, monkeypatch, "completion", "") == ["bash", "fish", "zsh"]
-    assert completed(demo, monkeypatch, "run", "") == [""]  # a file: the shell's to complete
-    demo.pipeline.write_text("broken: [")
-    assert completed(demo, monkeypatch, "show", "") == [""]
-
-
-def test_bash_completes_node_names(demo: Demo) -> None:
-    script = demo("completion", "bash").out
-    stub = 'pipeline() { [ "$1/$2/$3" = complete/show/shape ] && printf "shape\\nshape[a,b]\\n"; }\n'
-    asked = 'COMP_WORDS=(pipeline show shape); COMP_CWORD=2; _pipeline; printf "%s\\n" "${COMPREPLY[@]}"\n'
-    done = subprocess.run(["bash", "-c", script + stub + asked], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["shape", "shape\\[a\\,b\\]"]
+    result = demo(*argv)
+    assert (result.code, result.out, result.err) == (2, "", f"error: {said}\n")
+    assert demo(*argv, "--json").json["problems"] == [said]
 
 
 def test_colours_only_on_terminals_that_take_them(monkeypatch) -> None:
     rows = [("a", "HIT", "x"), ("b", "STALE", "HIT in the text")]
-    plain = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    plain = layout.table(("node", "status", "reason"), rows, flexible=2, width=80)
     assert "\x1b" not in plain
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    painted = common.table(("node", "status", "reason"), rows, flexible=2, width=80)
+    painted = layout.table(("node", "status", "reason"), rows, flexible=2, width=80)
     assert painted.count("\x1b[0m") == 2
     monkeypatch.setenv("NO_COLOR", "1")
-    assert common.table(("node", "status", "reason"), rows, flexible=2, width=80) == plain
+    assert layout.table(("node", "status", "reason"), rows, flexible=2, width=80) == plain
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -121,8 +112,22 @@ def test_json_documents_are_as_documented(demo: Demo) -> None:
         kind = "plan" if "--dry-run" in rest and verb == "run" else "sets" if rest == ["@~1", "@~0"] else verb
         names, options = [r for r in rest if r[0] != "-"], [r for r in rest if r[0] == "-"]
         document = demo(verb, *names, str(demo.pipeline), *options, "--json").json
-        jsonschema.validate(document, {**SCHEMA, "$ref": f"#/$defs/{kind}"})
+        validate(document, kind)
     demo.source.write_text("FAIL\n")
-    jsonschema.validate(demo.run().json, {**SCHEMA, "$ref": "#/$defs/run"})
+    validate(demo.run().json, "run")
     failed = demo("show", "nothing", str(demo.pipeline), "--json").json
-    jsonschema.validate(failed, {**SCHEMA, "$ref": "#/$defs/problems"})
+    validate(failed, "problems")
+
+
+def test_the_table_of_the_python_api_names_what_there_is() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text()
+    named = set()
+    for row in re.findall(r"^\| (`\.?\w*\..*?`) \|", page, re.MULTILINE):
+        owner = Artifact if row.startswith("`artifact.") else Pipeline
+        for name, arguments in re.findall(r"\.(\w+)(?:\(([^)]*)\))?`", row):
+            found = getattr(owner, name)
+            named.add(name)
+            keywords = re.findall(r"(\w+)=", arguments)
+            assert not keywords or set(keywords) <= set(inspect.signature(found).parameters), name
+    public = {name for name in vars(Pipeline) if not name.startswith("_")} - {"close", "name"}
+    assert named >= public | {"read_json", "read_text", "object", "view", "export"}

@@ -94,12 +94,12 @@ def test_what_is_not_built_is_named_after_what_is(demo: Demo) -> None:
 
 def test_on_a_terminal_code_is_highlighted_and_long_texts_are_paged(monkeypatch, capfd) -> None:
     monkeypatch.setattr(pager, "coloured", lambda: True)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     pager.page("def f():\n    return 1\n", "x.py")
     said = capfd.readouterr().out
     assert "\x1b[" in said
     assert "return" in said
     monkeypatch.setattr(pager, "coloured", lambda: False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("PAGER", "sed s/^/paged:/")
     pager.page("line\n" * 200)
     assert capfd.readouterr().out == "paged:line\n" * 200

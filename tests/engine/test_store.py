@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,26 @@ def test_remove_tree_removes_read_only_trees(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").chmod(0o555)
     remove_tree(tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_threads_share_an_index_that_is_not_there_yet(tmp_path: Path) -> None:
+    """At the first moment there is no file, then no table: what one thread finds must not break another's reading."""
+    for attempt in range(10):
+        index, start, wrong = Index(tmp_path / f"{attempt}"), threading.Barrier(8), []
+
+        def work(name: str, index: Index = index, start: threading.Barrier = start, wrong: list = wrong) -> None:
+            start.wait()
+            try:
+                for i in range(20):
+                    index.set(f"{name}{i}", i) if index.get(f"{name}{i}") is None else None
+                wrong.extend(i for i in range(20) if index.get(f"{name}{i}") != i)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is told below
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in "abcdefgh"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        index.close()
+        assert not wrong

@@ -1,10 +1,14 @@
-"""Bundles that several modules use; each is built once in a session."""
+"""Bundles and tokenizers that several modules use; each is built once in a session."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from tests.stages import bundles
+from tests.local_context import LocalContext
+from tests.stages import bundles, tokenizer_folders
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,23 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> bundles.Built:
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> bundles.Built:
     """A q4f32_1 bundle that embeds inside prefill and decode, for one sequence, with chunks shorter than prompts."""
     return bundles.build(tmp_path_factory.mktemp("q4f32_1"), "q4f32_1", sep_embed=False, max_batch=1, prefill_chunk=24)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[LocalContext, Path]]:
+    """By name of a tokenizer folder: what tokenizer-bundle said of it, and the directory that it wrote."""
+    found = {}
+
+    def get(name: str) -> tuple[LocalContext, Path]:
+        if name not in found:
+            files, family, eos = tokenizer_folders.FOLDERS[name]
+            found[name] = tokenizer_folders.build(tmp_path_factory.mktemp("folder"), files, family, eos)
+        return found[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def emitted(built: Callable[[str], tuple[LocalContext, Path]]) -> Callable[[str], Path]:
+    """By name of a tokenizer folder: the directory that tokenizer-bundle wrote."""
+    return lambda name: built(name)[1]

@@ -150,11 +150,23 @@ def test_the_cache_has_the_same_kernels_whatever_the_weights(tmp_path, graphs, m
     assert not [name for name in made if name in cache.read_text()]
 
 
+def softmax_of(model):
+    ports, registered = model
+    chosen = {port: [i for i in instances if i.each["function"] == "softmax"] for port, instances in ports.items()}
+    return chosen, registered
+
+
 def test_another_processor_or_level_is_other_code(tmp_path, graphs, memo):
-    ports, registered = graphs(LLAMA)
-    softmax = {port: [i for i in instances if i.each["function"] == "softmax"] for port, instances in ports.items()}
     for number, options in enumerate(({"opt": 2}, {"mcpu": "x86-64-v3"})):
-        assert {"divide", "softmax"} < set(compiled(tmp_path / str(number), (softmax, registered), memo, **options))
+        found = compiled(tmp_path / str(number), softmax_of(graphs(LLAMA)), memo, **options)
+        assert {"divide", "softmax"} < set(found)
+
+
+def test_edited_code_of_the_compiler_compiles_anew(tmp_path, graphs, memo, monkeypatch):
+    edited = {**kernels.code_digests(), "cuda.py": "edited"}
+    assert edited.keys() == {"kernels.py", "cuda.py"}
+    monkeypatch.setattr(kernels, "code_digests", lambda: edited)
+    assert {"divide", "softmax"} < set(compiled(tmp_path, softmax_of(graphs(LLAMA)), memo))
 
 
 def test_a_kept_kernel_is_read_as_it_was_written(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
 
 from stages.quantization.schemes import SCHEMES as TABLE
+from stages.targets.table import TARGETS
 from tests.stages import libraries
 
 CHUNK = 24
@@ -52,6 +55,18 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
         at += size
     for position in range(at, len(IDS)):
         errors += [libraries.relative(runner.decode(IDS[position]), library.expected[position])]
+    assert max(errors) < TOLERANCE, errors
+
+
+def test_transposed_matrices_are_read_where_no_kernel_has_a_layout_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setitem(TARGETS, "llvm", dataclasses.replace(TARGETS["llvm"], layout="nk"))
+    library = Built(tmp_path, "q4f16_0")
+    shapes = {entry["name"]: entry["shape"] for entry in json.loads(library.registered.params.read_text())["params"]}
+    assert shapes["transformer.h.0.mlp.c_proj.q_weight"] == [96 // 8, 64]
+    assert shapes["transformer.wte.q_weight"] == [libraries.ROWS, 64 // 8]
+    runner = library.runner()
+    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [libraries.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
     assert max(errors) < TOLERANCE, errors
 
 

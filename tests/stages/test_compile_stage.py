@@ -50,7 +50,8 @@ def test_auto_becomes_a_literal():
     params = resolved(target="llvm")
     assert params.mcpu == host.host_cpu() != "auto"
     assert (params.archs, params.fast_math, params.toolchain) == ((), False, "none")
-    assert resolved(target="llvm", archs=(90,), fast_math=True) == params, "what llvm has no use for must not matter"
+    unused = {"archs": (90,), "fast_math": True, "cuda_graph": True}
+    assert resolved(target="llvm", **unused) == params, "what llvm has no use for must not matter"
 
 
 def test_architectures_are_sorted_and_checked():
@@ -238,9 +239,14 @@ needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on thi
 
 
 @needs_nvcc
-def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs):
-    registered, ports = graphs("cuda")
-    context = libraries.compile_library(tmp_path, ports, registered, target="cuda", archs=(80, 90))
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "replayed"),
+    [("q4f16_1", "float16", False), pytest.param("q4bf16_1", "bfloat16", True, marks=pytest.mark.slow)],
+)
+def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs, scheme, dtype, replayed):
+    registered, ports = graphs("cuda", scheme)
+    options = {"target": "cuda", "archs": (80, 90), "cuda_graph": replayed}
+    context = libraries.compile_library(tmp_path, ports, registered, **options)
     expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
     metadata = json.loads((context.out / "metadata.json").read_text())
@@ -248,12 +254,16 @@ def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graph
     assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
     assert any(re.fullmatch("batch_prefill_paged_kv_[0-9a-f]{8}_kernel", kernel) for kernel in metadata["kernels"])
     assert set(metadata["device_kernels"]) == {"sm_80", "sm_90"}
+    launched = [name for name in metadata["kernels"] if name.endswith("_kernel")]  # others compute sizes on the host
+    assert len(launched) > 30
     for found in metadata["device_kernels"].values():
-        assert sorted(found) == metadata["kernels"]
+        assert sorted(found) == launched
         assert all(kernel["registers"] > 0 and kernel["code"] > 0 for kernel in found.values())
-    assert context.views["device"].count("\n") == 2 + 2 * len(metadata["kernels"])
-    assert metadata["model"]["compute_dtype"] == "float16"
-    assert b"__global__" not in (context.out / "model.so").read_bytes()
+    assert context.views["device"].count("\n") == 2 + 2 * len(launched)
+    assert (metadata["model"]["compute_dtype"], metadata["model"]["kv_dtype"]) == (dtype, dtype)
+    library = (context.out / "model.so").read_bytes()
+    assert b"__global__" not in library
+    assert (b"vm.builtin.cuda_graph.run_or_capture" in library) == metadata["target"]["cuda_graph"] == replayed
 
 
 KERNEL = (

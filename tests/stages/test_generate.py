@@ -17,6 +17,7 @@ from stages.cli import generate
 from stages.runtime import command, manifest
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
+from tests.output_schema import validate
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +76,7 @@ def test_one_document_with_json(quantized):
 
 def test_a_prompt_longer_than_a_chunk_and_a_full_context(quantized):
     document = json.loads(run(quantized.bundle, "--prompt", "e" * 500, "--json", "--max-tokens", 100)[1])
+    validate(document, "generate")
     assert document["prompt_tokens"] > 24
     assert document["prompt_tokens"] + document["generated_tokens"] - 1 == 512
     assert document["finish"] == "context"

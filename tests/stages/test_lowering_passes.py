@@ -103,6 +103,16 @@ def test_a_transpose_of_other_axes_stays():
     assert operators(fuse_transpose_matmul(before))["main"] == {"matmul": 1, "permute_dims": 1}
 
 
+def test_products_of_half_precision_are_summed_in_single():
+    def emit(builder, x, w):
+        return builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w))))
+
+    after = fuse_transpose_matmul(function([("x", (1, 1, 4096), "float16"), ("w", (2, 4096), "float16")], emit))
+    assert operators(after)["main"] == {"NT_matmul": 1, "astype": 1}
+    ones = np.ones((2, 4096), "float16")
+    assert run(after, "main", ones[:1, None], ones).tolist() == [[[4096, 4096]]], "float16 counts to 2048"
+
+
 @pytest.mark.parametrize("stored", ["group", "float16"])
 def test_a_linear_with_bias_and_residual_becomes_one_kernel(stored):
     class Block(nn.Module):

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from stagegraph.cli.main import dispatch
+from stagegraph.cli.main import dispatch, main
 from stages.models import FAMILIES, load_family
+from tests.output_schema import validate
 
 
 def test_every_family_is_listed_with_what_it_honours(capsys):
@@ -25,12 +26,13 @@ def test_one_family_has_all_its_keys_in_one_document(capsys):
     assert dispatch(["models", "gpt_neox", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [*found] == ["gpt_neox"]
+    validate(found, "models")
     keys = found["gpt_neox"]["keys"]
     assert {key: kind for kind, names in keys.items() for key in names} == dict(load_family("gpt_neox").keys)
 
 
 def test_an_unknown_family_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as caught:
-        dispatch(["models", "gpt5"])
+        main(["models", "gpt5"])
     assert caught.value.code == 2
-    assert "invalid choice: 'gpt5'" in capsys.readouterr().err
+    assert "unknown value 'gpt5'; known: gpt_neox, llama" in capsys.readouterr().err

@@ -65,7 +65,8 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
     head = {key: document[key] for key in document if key not in ("params", "logical")}
     assert head == {"schema": 1, "family": "qwen", "scheme": "q4f16_1", "target": "llvm", "layout": "n32"}
     assert ctx.facts == {"family": "qwen", "scheme": "q4f16_1", "target": "llvm"}
-    assert "concat0: transformer.h.0.mlp.w2.weight" in ctx.views["params"]
+    assert "| concat0: transformer.h.0.mlp.w2.weight, " in ctx.views["params"]
+    assert ctx.views["params"].count("\n") == 2 + len(document["logical"])
 
 
 @pytest.mark.parametrize(("scheme", "dtype"), [("q0f32", "float32"), ("q0f16", "float16")])

@@ -60,7 +60,7 @@ def by_plain_loops(weight: np.ndarray, scheme: Scheme) -> tuple[list[list[int]],
 DTYPES = pytest.mark.parametrize(
     "dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda dtype: np.dtype(dtype).name
 )
-SHAPES = [(1, 32), (3, 64), (7, 96), (5, 40), (4, 31), (2, 1), (3, 77), (2, 121)]
+SHAPES = [(1, 32), (3, 64), (7, 96), (5, 40), (4, 31), (2, 1), (3, 77), (2, 121), (67, 288)]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> native.Kernels:
         name
         for source in dtypes
         for scheme in GROUP_SCHEMES
-        for name in kernel_names(source, scheme, "max", dtypes=dtypes)
+        for name in kernel_names(source, scheme, "max", layouts=("nk", "n32", "kn"), dtypes=dtypes)
     }
-    names.add(native.quantize_name("bfloat16", SCHEMES["q4f16_1"], "mse"))
+    names.add(native.quantize_name("bfloat16", SCHEMES["q4f16_1"], "mse", "nk"))
     cxx = toolchain.cxx()
     if cxx is None:
         pytest.skip("no C++ compiler")
@@ -100,11 +100,15 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
     assert q_scale.tolist() == scales
     elsewhere = np.empty(weight.size + 1, dtype)[1:].reshape(shape)
     elsewhere[:] = weight
-    q_weight, q_scale, sums = kernels.quantize([elsewhere], scheme, "max")
-    assert q_weight.tolist() == words
-    assert q_scale.tolist() == scales
-    expected = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], scheme, shape[1]))
-    assert sums.relative() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    error = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], scheme, shape[1]))
+    for layout in ("nk", "kn", *(["n32"] if scheme.bits in (4, 8) and not shape[1] % scheme.group_size else [])):
+        parts = [elsewhere[: shape[0] // 2], elsewhere[shape[0] // 2 :]] if shape[0] > 1 else [elsewhere]
+        done = convert(parts, scheme, "linear", dtype="", scales="max", layout=layout, kernels=kernels)
+        assert layouts.restore(layout, done.stored[0], shape[0], scheme.bits).tolist() == words
+        assert layouts.restore(layout, done.stored[1], shape[0], scheme.bits).tolist() == scales
+        expected = layouts.arrange(layout, q_weight, scheme.bits)  # with what a last block is filled up with
+        assert np.array_equal(done.stored[0], expected)
+        assert (done.rmse, done.worst) == pytest.approx(error, rel=1e-4, abs=1e-7)
 
 
 @DTYPES
@@ -112,8 +116,9 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
 @pytest.mark.parametrize("shape", [(5,), (native.ROW,), (native.ROW + 1,), (70, 130)], ids=str)
 def test_compiled_casts_are_numpys(dtype, stored, shape, kernels):
     weight = np.random.default_rng(1).standard_normal(shape).astype(dtype)
-    found, sums = kernels.cast(weight, stored)
     expected = cast(weight, stored)
+    found = np.empty_like(expected)
+    sums = kernels.cast([weight[:2], weight[2:]], found)
     assert found.tobytes() == expected.tobytes()
     error = relative_error(weight, lambda rows: expected[rows].astype(np.float32))
     assert sums.relative() == pytest.approx(error, rel=1e-4, abs=1e-12)
@@ -123,8 +128,9 @@ def test_compiled_casts_are_numpys(dtype, stored, shape, kernels):
 def test_kernels_leave_it_to_numpy_to_say_what_is_wrong(value, kernels):
     weight = np.ones((9, 64), np.float32)
     weight[7, 33] = value
-    assert kernels.quantize([weight], SCHEMES["q4f16_1"], "max") is None
-    assert kernels.cast(weight, "float16") is None
+    stored = [np.empty((9, 8), np.uint32), np.empty((9, 2), np.float16)]
+    assert kernels.quantize([weight], SCHEMES["q4f16_1"], "max", "nk", stored) is None
+    assert kernels.cast([weight], np.empty((9, 64), np.float16)) is None
     with pytest.raises(ValueError, match=r"\[7, 33\]"):
         convert([weight], SCHEMES["q4f16_1"], "linear", dtype="float16", scales="max", kernels=kernels)
 
@@ -160,7 +166,7 @@ def test_a_searched_group_computed_by_hand():
 
 def test_compiled_search_finds_scales_as_good(kernels):
     scheme, weight = SCHEMES["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
-    q_weight, q_scale, _ = kernels.quantize([weight], scheme, "mse")
+    q_weight, q_scale = convert([weight], scheme, "linear", dtype="", scales="mse", kernels=kernels).stored
     ours, theirs = quantize(weight, scheme, "mse")
     assert (q_scale == theirs).mean() > 0.99  # near ties may go either way
     found = squared_error(weight.astype(np.float32), scheme, q_weight, q_scale)
@@ -331,3 +337,11 @@ def test_only_what_cpu_kernels_read_directly_is_stored_in_blocks():
     assert {of(scheme, "linear", 64) for scheme in ("q0bf16", "q4bf16_1", "q3f16_1", "e4m3_f16")} == {"nk"}
     assert of("q4f16_1", "linear", 70) == of("q4f16_1", "norm", 64) == "nk"
     assert layouts.of("nk", "linear", SCHEMES["q4f16_1"], "float16", 64) == "nk"
+
+
+def test_a_scheme_of_transposed_matrices_is_so_unless_kernels_read_them_in_blocks():
+    def of(target, kind, k=64):
+        return layouts.of(target, kind, SCHEMES["q4f16_0"], "float16", k)
+
+    assert [of("nk", kind) for kind in ("linear", "head", "embedding", "norm")] == ["kn", "kn", "nk", "nk"]
+    assert [of("n32", "linear"), of("n32", "linear", 70), of("n32", "embedding", 70)] == ["n32", "kn", "nk"]

@@ -100,7 +100,7 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
             limit = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 0}[coarsest]
             assert np.abs(weights[name].astype(np.float32) - expected).max() <= limit * np.abs(expected).max()
             assert report[name]["rmse"] <= (2**-8 if SCHEMES[scheme].storage_dtype == "bfloat16" else 2**-11)
-    errors = [float(line.split()[0]) for line in ctx.views["errors"].splitlines()[1:]]
+    errors = [float(line.split("|")[3]) for line in ctx.views["errors"].splitlines()[2:]]
     assert errors == sorted(errors, reverse=True)
 
 

@@ -38,7 +38,7 @@ def test_equal_weights_have_no_differences(made):
     assert compare.weights(made("a"), made("b")) == []
 
 
-@pytest.mark.parametrize("scheme", ["q4f16_1", "q8f16_1", "q0f16"])
+@pytest.mark.parametrize("scheme", ["q4f16_1", "q4f16_0", "q8f16_1", "q0f16"])
 def test_two_layouts_of_equal_weights_have_no_differences(made, scheme: str):
     assert compare.weights(made("a", scheme), made("b", scheme, target="cuda")) == []
     rows = compare.weights(made("c", scheme, 1.25), made("d", scheme, target="cuda"))

@@ -14,27 +14,15 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.proof import code_points, sample_corpus
 from stages.tokenizers.resolution import resolve
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, build
+from tests.output_schema import validate
+from tests.stages.tokenizer_folders import FOLDERS, SIZE
 
 START, END = SIZE + 1, SIZE + 2
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    found = {}
-
-    def get(name):
-        if name not in found:
-            files, family, eos = FOLDERS[name]
-            found[name] = build(tmp_path_factory.mktemp("folder"), files, family, eos)[1]
-        return found[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", FOLDERS)
-def test_the_runtime_gives_the_references_ids_and_text(built, name):
-    tokenizer, checkpoint = BundleTokenizer(built(name)), built(name).parents[1] / "checkpoint"
+def test_the_runtime_gives_the_references_ids_and_text(emitted, name):
+    tokenizer, checkpoint = BundleTokenizer(emitted(name)), emitted(name).parents[1] / "checkpoint"
     resolution = resolve(checkpoint, {file: checkpoint / file for file in FOLDERS[name][0]})
     reference = load_tokenizer_family(resolution.family).reference(resolution)
     for _, text in (*sample_corpus(), *list(code_points())[::40]):
@@ -48,8 +36,8 @@ def test_the_runtime_gives_the_references_ids_and_text(built, name):
 
 
 @pytest.mark.parametrize("name", ["neox", "rwkv world", "sentencepiece", "metaspace first"])
-def test_streaming_never_shows_half_a_character(built, name):
-    tokenizer = BundleTokenizer(built(name))
+def test_streaming_never_shows_half_a_character(emitted, name):
+    tokenizer = BundleTokenizer(emitted(name))
     text = "\U0001f468\u200d\U0001f469\u200d\U0001f467 你好 naïve \U0001f1e8\U0001f1f3"
     stream, pieces = tokenizer.stream(), []
     for index in tokenizer.encode(text):
@@ -62,27 +50,27 @@ def test_streaming_never_shows_half_a_character(built, name):
     assert stream.finish() == "\ufffd"
 
 
-def test_a_text_that_is_continued_keeps_the_space_between(built):
+def test_a_text_that_is_continued_keeps_the_space_between(emitted):
     """Such a vocabulary puts a space before a text; after a prompt the same space is one between two words."""
-    tokenizer = BundleTokenizer(built("sentencepiece"))
+    tokenizer = BundleTokenizer(emitted("sentencepiece"))
     ids = tokenizer.encode("The weather")
     for after, expected in (((), "The weather"), ((1,), "The weather"), (tokenizer.prompt("Once"), " The weather")):
         stream = tokenizer.stream(after)
         assert "".join(map(stream.step, ids)) + stream.finish() == expected
 
 
-def test_special_tokens_in_a_chat_part_the_text_as_the_vocabulary_says(built):
+def test_special_tokens_in_a_chat_part_the_text_as_the_vocabulary_says(emitted):
     """``legacy`` puts a space before each part, its opposite before the text as a whole."""
     for name, space in (("sentencepiece", True), ("sentencepiece modern", False)):
-        tokenizer = BundleTokenizer(built(name))
+        tokenizer = BundleTokenizer(emitted(name))
         (end,) = tokenizer.encode("</s>", specials=True)
         first, second = tokenizer.encode("a</s>a", specials=True)[:-1], tokenizer.encode("a</s>a", specials=True)[-1:]
         assert first == [*tokenizer.encode("a"), end]
         assert (tokenizer.piece(second[0]) == b" a") == space
 
 
-def test_a_chat_is_the_template_with_the_users_text_as_text(built):
-    tokenizer = BundleTokenizer(built("qwen2 vocab"))
+def test_a_chat_is_the_template_with_the_users_text_as_text(emitted):
+    tokenizer = BundleTokenizer(emitted("qwen2 vocab"))
     plain = tokenizer.encode
 
     def expected(*turns):
@@ -99,9 +87,9 @@ def test_a_chat_is_the_template_with_the_users_text_as_text(built):
     assert [ids.count(special) for special in (SIZE, START, END)] == [0, 2, 1]
 
 
-def test_a_bundle_without_a_chat_format_says_so(built):
+def test_a_bundle_without_a_chat_format_says_so(emitted):
     with pytest.raises(RequestError, match="no chat format known here"):
-        BundleTokenizer(built("neox")).chat("hi")
+        BundleTokenizer(emitted("neox")).chat("hi")
 
 
 def test_templates_are_rendered_as_transformers_does():
@@ -143,29 +131,33 @@ def page(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_tokenize_shows_pieces_bytes_ids_and_what_comes_back(built, capsys):
-    code, out, _ = page(capsys, built("qwen2 vocab").parent, "a 你<|im_end|>", "--specials")
+def test_tokenize_shows_pieces_bytes_ids_and_what_comes_back(emitted, capsys):
+    code, out, _ = page(capsys, emitted("qwen2 vocab").parent, "a 你<|im_end|>", "--specials")
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     assert lines[0] == ["text", "'a", "你<|im_end|>'"]
     assert any(line[1:3] == [str(END), "special"] and line[-1] == "'<|im_end|>'" for line in lines if len(line) > 3)
     assert "without its special tokens" in out
-    code, out, _ = page(capsys, built("qwen2 vocab"), "a 你<|im_end|>")
+    code, out, _ = page(capsys, emitted("qwen2 vocab"), "a 你<|im_end|>")
     assert " special " not in out
     assert "the text comes back" in out
-    document = json.loads(page(capsys, built("llama3 model"), "é", "--json")[1])
+    document = json.loads(page(capsys, emitted("llama3 model"), "é", "--json")[1])
+    validate(document, "tokenize")
+    compared = page(capsys, emitted("neox"), "é", "--compare", emitted("rwkv world"), "--json")
+    validate(json.loads(compared[1]), "tokenize")
+    assert compared[0] == 1
     assert document["before_a_prompt"] == [SIZE]
     assert "".join(piece["bytes"] for piece in document["pieces"]).replace(" ", "") == "c3a9"
 
 
-def test_tokenize_compares_two_bundles(built, capsys):
+def test_tokenize_compares_two_bundles(emitted, capsys):
     text = "12345 HELLO'S"
-    code, out, _ = page(capsys, built("neox"), text, "--compare", built("neox"))
-    assert (code, out.splitlines()[-1]) == (0, f"{built('neox')}: the same ids and text")
-    code, out, _ = page(capsys, built("neox"), text, "--compare", built("rwkv world"))
+    code, out, _ = page(capsys, emitted("neox"), text, "--compare", emitted("neox"))
+    assert (code, out.splitlines()[-1]) == (0, f"{emitted('neox')}: the same ids and text")
+    code, out, _ = page(capsys, emitted("neox"), text, "--compare", emitted("rwkv world"))
     assert code == 1
     assert "ids differ from position 0 on:" in out
-    code, out, _ = page(capsys, built("neox"), "a", "--compare", built("llama3 model"))
+    code, out, _ = page(capsys, emitted("neox"), "a", "--compare", emitted("llama3 model"))
     assert code == 1
     assert f"before_a_prompt differs: here [], there [{SIZE}]" in out
 

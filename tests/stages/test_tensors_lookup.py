@@ -8,6 +8,7 @@ import pytest
 
 from stages.cli import tensors
 from stages.models import transforms
+from tests.output_schema import validate
 from tests.stages import families
 
 
@@ -75,6 +76,8 @@ def test_rows_and_scheme_are_told():
         "    stored as qk.q_weight, qk.q_scale",
     ]
     assert "feeds no parameter" in tensors.page(tensors.find(documents, "inv_freq"))
+    for name in ("qk.weight", "k", "inv_freq"):
+        validate({"param-register": tensors.find(documents, name)}, "tensor")
     assert tensors.find(documents, "v") is None
     without = {"params": params}
     assert tensors.find(without, "k")["checkpoint"]["shape"] == [2, 32]

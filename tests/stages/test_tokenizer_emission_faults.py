@@ -13,20 +13,7 @@ from stages.tokenizers.patterns import LLAMA3, QWEN
 from stages.tokenizers.proof import prove
 from stages.tokenizers.record import ModelFacts
 from stages.tokenizers.resolution import resolve
-from tests.stages.tokenizer_folders import FOLDERS, build, split
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    found = {}
-
-    def get(name):
-        if name not in found:
-            files, family, eos = FOLDERS[name]
-            found[name] = build(tmp_path_factory.mktemp("folder"), files, family, eos)[1]
-        return found[name]
-
-    return get
+from tests.stages.tokenizer_folders import FOLDERS, split
 
 
 def findings(directory, name):
@@ -42,8 +29,8 @@ def findings(directory, name):
     return {finding.check for finding in found if finding.level == ERROR}
 
 
-def spoil(built, name, tmp_path):
-    shutil.copytree(built(name).parents[1], tmp_path / "copy", symlinks=True)
+def spoil(emitted, name, tmp_path):
+    shutil.copytree(emitted(name).parents[1], tmp_path / "copy", symlinks=True)
     (tmp_path / "copy" / "out" / "tokenizer").rename(tmp_path / "copy" / "tokenizer")
     return tmp_path / "copy" / "tokenizer"
 
@@ -128,14 +115,14 @@ FAULTS = {
 }
 
 
-def test_an_unspoilt_copy_has_no_findings(built, tmp_path):
-    assert findings(spoil(built, "neox", tmp_path), "neox") == set()
+def test_an_unspoilt_copy_has_no_findings(emitted, tmp_path):
+    assert findings(spoil(emitted, "neox", tmp_path), "neox") == set()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_tokenizer_json_is_caught(built, tmp_path, fault):
+def test_a_fault_of_tokenizer_json_is_caught(emitted, tmp_path, fault):
     name, change, expected = FAULTS[fault]
-    directory = spoil(built, name, tmp_path)
+    directory = spoil(emitted, name, tmp_path)
     spec = json.loads((directory / "tokenizer.json").read_bytes())
     change(spec)
     (directory / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
@@ -152,8 +139,8 @@ def test_a_fault_of_tokenizer_json_is_caught(built, tmp_path, fault):
     ],
     ids=["two ids swapped", "last token lost", "bytes lost", "token added"],
 )
-def test_a_fault_of_the_world_vocabulary_is_caught(built, tmp_path, change, expected):
-    directory = spoil(built, "rwkv world", tmp_path)
+def test_a_fault_of_the_world_vocabulary_is_caught(emitted, tmp_path, change, expected):
+    directory = spoil(emitted, "rwkv world", tmp_path)
     path = directory / "rwkv_vocab.txt"
     path.write_bytes(b"\n".join(change(path.read_bytes().splitlines())) + b"\n")
     try:

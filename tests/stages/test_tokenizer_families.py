@@ -26,19 +26,6 @@ WORLD = SHARED / "tokenizers" / "rwkv_vocab_v20230424.txt"
 needs_shared = pytest.mark.skipif(not NEOX.is_file(), reason="the published vocabularies are not beside the repository")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    found = {}
-
-    def get(name):
-        if name not in found:
-            files, family, eos = FOLDERS[name]
-            found[name] = build(tmp_path_factory.mktemp("folder"), files, family, eos)
-        return found[name]
-
-    return get
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_family_builds_and_is_proven(built, name):
     ctx, directory = built(name)

@@ -73,6 +73,7 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     assert json.loads((built.bundle / "bundle.json").read_text())["model"]["activations"] == "int8"
     for name in ("every step", "prefill in chunks", "two sequences at once"):
         assert 1e-3 < found[name]["measured"] < found[name]["bound"] == 5e-2
+    assert 1e-5 < abs(found["perplexity of the prompt"]["measured"]) < found["perplexity of the prompt"]["bound"]
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
 
 
@@ -234,7 +235,10 @@ def test_a_wrong_mapping_that_agrees_with_itself_is_found_by_the_logits(recorded
     built.params.write_text(json.dumps(document))
     message = failure(built, tmp_path)
     assert "not the checkpoint's" not in message  # the weights are all there, in the place that params.json says
-    assert {line.split(": ")[1] for line in message.splitlines() if "at most" in line} == LOGIT_CHECKS
+    assert {line.split(": ")[1] for line in message.splitlines() if "at most" in line} == {
+        *LOGIT_CHECKS,
+        "perplexity of the prompt",
+    }
 
 
 def test_quantized_weights_of_another_checkpoint_are_found(quantized, tmp_path):
@@ -307,6 +311,16 @@ def test_a_difference_from_zeros():
     assert checks_of.difference(zeros, zeros) == 0
     assert checks_of.difference(ones, zeros) == np.inf
     assert checks_of.difference(zeros * np.nan, zeros) == np.inf
+
+
+def test_a_perplexity_above_the_references_fails():
+    tokens, guessing = [3, 1, 2], np.zeros((3, 4))
+    knowing = np.log([[1, 3, 1, 1], [1, 1, 3, 1], [1, 1, 1, 1]])  # what comes next has half of the probability
+    worse, better = (checks_of.perplexity(*rows, tokens, 0.02) for rows in ((guessing, knowing), (knowing, guessing)))
+    assert not worse.ok
+    assert (worse.measured, better.measured) == pytest.approx((1, -0.5))
+    assert worse.detail.startswith("4.0000 a token, the reference 2.0000")
+    assert better.ok
 
 
 def test_a_tokenizer_with_two_ids_exchanged_is_found(recorded, tmp_path):

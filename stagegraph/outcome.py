@@ -1,0 +1,50 @@
+"""How the nodes of a run end, and who hears of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stagegraph.record import Record
+
+if TYPE_CHECKING:
+    from stagegraph.dag import Node
+
+BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
+
+
+@dataclass
+class Outcome:
+    """How one node ended in this run: HIT, BUILT, UNCHANGED, FAILED or SKIPPED, and why."""
+
+    node: Node
+    outcome: str
+    reason: str
+    key: str = ""
+    record: Record | None = None
+    seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    log: Path | None = None
+    kept: Path | None = None
+    bug: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+
+class Reporter:
+    """Who watches a run; a subclass overrides what it wants to hear of."""
+
+    def started(self, node: Node, reason: str) -> None:
+        """A node begins to execute."""
+
+    def waiting(self, node: Node, what: str) -> None:
+        """A node is held up by ``what``."""
+
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
+        """A running node reports how far it is."""
+
+    def retrying(self, node: Node, problem: str, attempt: int) -> None:
+        """A node failed and is tried again, for the ``attempt``-th time."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """A node is done."""

@@ -1,0 +1,60 @@
+"""The record: what is kept of one execution beside its outputs; writing it into the index is the commit of a node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.key import artifact_digest
+
+if TYPE_CHECKING:
+    from stagegraph.plan import Decision
+
+Record = dict[str, Any]
+RECORD_SCHEMA = 1
+
+
+def new_record(
+    decision: Decision, made_from: Mapping[str, Sequence[str]], event: Mapping[str, Any], started: str, seconds: float
+) -> Record:
+    """Return the record of an execution that ended well; ``event`` is what the worker said, ``made_from`` by port."""
+    told = ("views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes")
+    return {
+        "schema": RECORD_SCHEMA,
+        "key": decision.key,
+        "stage": decision.node.stage.id,
+        "document": decision.document,
+        "made_from": {port: list(keys) for port, keys in made_from.items()},
+        "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
+        "started": started,
+        "seconds": round(seconds, 3),
+        "host": os.uname().nodename,
+    } | {name: event[name] for name in told}
+
+
+def same_outputs(a: Record, b: Record) -> bool:
+    """Say whether two executions made the same, byte for byte."""
+    return _digests(a) == _digests(b)
+
+
+def _digests(record: Record) -> dict[str, str]:
+    return {port: output["digest"] for port, output in record["outputs"].items()}
+
+
+def record_files(record: Record) -> dict[str, tuple[str, int]]:
+    """Return every file of a record, outputs and views: relative name -> (digest, size in bytes)."""
+    files = {name: tuple(entry) for port in record["outputs"].values() for name, entry in port["files"].items()}
+    files |= {f"views/{name}": tuple(entry) for name, entry in record["views"].items()}
+    return files
+
+
+def record_size(record: Record) -> int:
+    """Return the size in bytes of a record's outputs."""
+    return sum(size for _, size in record_files(record).values())
+
+
+def parts_text(record: Record) -> str:
+    """Say how many memoised parts a record's execution made and reused: ``tensor: 10 made, 290 reused``."""
+    kinds = record.get("parts", {}).items()
+    return "; ".join(f"{kind}: {counts['made']} made, {counts['reused']} reused" for kind, counts in kinds)

@@ -1,0 +1,150 @@
+"""Linear layers on CUDA: tensor-core instructions in the machine code of prefill, dlight's GEMV kernels in decode."""
+
+from __future__ import annotations
+
+import functools
+import re
+from types import SimpleNamespace
+
+import pytest
+import tvm
+from tvm import relax as rx
+from tvm import s_tir, tirx
+
+from stages.lowering.merge import merge
+from stages.lowering.pipeline import phases
+from stages.lowering.schedule_tensor_matmul import TensorMatmul
+from stages.targets import fatbin, toolchain
+from stages.targets.table import TARGETS
+from stages.targets.tvm_target import build_target
+from tests.stages import libraries
+
+ROW = TARGETS["cuda"]
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """Make the inner dimension long enough for the loop over it to stay one, as in a real model."""
+    monkeypatch.setattr(libraries, "MODEL", {**libraries.MODEL, "hidden": 512, "heads": 4, "ff": 1024})
+
+
+def callees(module, name):
+    """Return the names of the kernels that a function calls."""
+    found = set()
+    rx.analysis.post_order_visit(
+        module[name], lambda node: found.add(node.name_hint) if isinstance(node, tvm.ir.GlobalVar) else None
+    )
+    return found
+
+
+def merged(folder, scheme):
+    """Return the graphs of prefill and decode."""
+    registered = libraries.register(folder, scheme, "cuda")
+    contexts = [
+        libraries.build_graph(folder / name, registered, "cuda", name, prefill_chunk=32, max_batch=2)
+        for name in ("prefill", "decode")
+    ]
+    return merge([tvm.ir.load_json((context.out / "module.json").read_text()) for context in contexts])
+
+
+def products(folder, scheme, arch=80):
+    """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
+    module = merged(folder, scheme)
+    target, steps = build_target(ROW, "x86-64-v3", [], opt=3, arch=arch), phases(ROW)
+    with target:
+        before = tvm.transform.Sequential([*steps["graph"], *steps["kernels"]])(module)
+        after = tvm.transform.Sequential(steps["schedule"])(before.clone())
+    functions = ("prefill", "batch_prefill", "decode", "batch_decode")
+    called = {name: {kernel for kernel in callees(before, name) if "NT_matmul" in kernel} for name in functions}
+    return SimpleNamespace(target=target, before=before, after=after, **called)
+
+
+def machine_code(found, names, folder, archs):
+    """Compile kernels and return architecture -> kernel -> figures."""
+    from stages.targets import cuda
+
+    nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
+    cuda.load_cuda_side(nvcc, cxx)
+    compile_source = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, archs=archs)
+    tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
+    kernels = {name: found.after[name].with_attr("global_symbol", name) for name in names}
+    with found.target:
+        tvm.compile(tvm.IRModule(kernels), target=found.target).export_library(str(folder / "kernels.so"))
+    return {
+        arch: {name.removesuffix("_kernel"): kernel for name, kernel in kernels.items()}
+        for arch, kernels in fatbin.kernels(folder / "kernels.so").items()
+    }
+
+
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.parametrize("scheme", ["q0f16", "q0bf16", "q4f16_1", "q4bf16_1"])
+def test_prefill_multiplies_on_tensor_cores_and_decode_does_not(scheme, tmp_path):
+    found = products(tmp_path, scheme)
+    many, one = found.prefill | found.batch_prefill | found.batch_decode, found.decode
+    assert len(many - one) == len(one) == 5, "q, k and v; attention's output; gate and up; down; head"
+    assert all(("dequantize" in name) == scheme.startswith("q4") for name in many | one), "one kernel per layer"
+    for figures in machine_code(found, many | one, tmp_path, (80, 90)).values():
+        assert {name for name, kernel in figures.items() if kernel.matrix} == many - one
+        assert not any(kernel.spills or kernel.stack for kernel in figures.values())
+        # Two blocks of 256 threads on an SM of 64 Ki registers: one loads while the other multiplies.
+        assert all(figures[name].registers <= 128 for name in many - one)
+
+
+@pytest.mark.parametrize("scheme", ["q4f16_1", "q4bf16_1"])
+def test_one_row_is_multiplied_by_the_kernels_for_vectors(scheme, tmp_path):
+    from tvm.s_tir.dlight import gpu
+
+    found = products(tmp_path, scheme)
+    for name in found.decode:
+        expected = gpu.GEMV().apply(found.before[name], found.target, False).mod["main"]
+        scheduled = found.after[name].without_attr("tirx.is_scheduled")
+        tvm.ir.assert_structural_equal(scheduled, expected, map_free_vars=True)
+
+
+def shared_bytes(kernel, target):
+    """Return what a launch of a scheduled kernel grants a block beside what the kernel declares."""
+    module = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
+    with target:
+        split = s_tir.pipeline.default_s_tir_pipeline()[0](tirx.transform.BindTarget(target)(module))
+    launches = re.findall(r"T\.int64\((\d+)\), launch_params=\[.*\"tirx\.use_dyn_shared_memory\"\]", split.script())
+    assert len(launches) == 1
+    return int(launches[0])
+
+
+@pytest.mark.parametrize("scheme", ["q0f16", "q4bf16_1"])
+def test_a_block_fits_every_architecture(scheme, tmp_path):
+    found = products(tmp_path, scheme)
+    for name in found.prefill - found.decode:
+        assert shared_bytes(found.after[name], found.target) == 32768 <= ROW.limits["max_shared_memory_per_block"]
+
+
+def test_what_no_tensor_core_takes_is_left_to_other_rules(tmp_path):
+    found = products(tmp_path, "q4bf16_1", arch=75)
+    rule = TensorMatmul()
+    assert all(rule.apply(found.before[name], found.target, False) is None for name in found.prefill | found.decode)
+    sm80 = build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    taken = {name for name in found.prefill | found.decode if rule.apply(found.before[name], sm80, False) is not None}
+    assert taken == found.prefill - found.decode
+    floats = products(tmp_path / "floats", "q0f32")
+    assert all(rule.apply(floats.before[name], sm80, False) is None for name in floats.prefill)
+
+
+def test_only_steps_of_decode_with_static_sizes_are_captured(tmp_path):
+    module, target = merged(tmp_path, "q4f16_1"), build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    steps = phases(ROW, cuda_graph=True)
+    with target:
+        planned = tvm.transform.Sequential([*steps["graph"], *steps["kernels"], *steps["plan"]])(module)
+        after = steps["finalize"][0](planned.clone())
+    captured = sorted(name for name in names(after) - names(planned) if "capture" in name)
+    assert captured == ["decode_cuda_graph_capture", "decode_cuda_graph_capture1", "decode_cuda_graph_capture2"]
+    replayed = "vm.builtin.cuda_graph.run_or_capture"
+    assert {name for name in names(after) if replayed in after[name].script()} == {"decode"}
+    # Before the first attention, between two, after the last; the cache decides at every step what attention launches.
+    matrices = [sum("NT_matmul" in name for name in callees(after, run)) for run in captured]
+    assert matrices == [1, 3, 3]
+    assert all("attention_kv_cache" not in after[run].script() for run in captured)
+    assert after["decode"].script().count("attention_kv_cache") == 2
+
+
+def names(module):
+    return {var.name_hint for var in module.get_global_vars()}
