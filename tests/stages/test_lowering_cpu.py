@@ -20,7 +20,8 @@ from stages.lowering.cpu_int8 import dot_lanes
 from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
 from stages.lowering.cpu_weights import Stored
-from stages.models.layers import FloatMatrix, GatedMLP, GroupMatrix, LayerNorm, Layout, Linear, RMSNorm
+from stages.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm
+from stages.models.matrices import FloatMatrix, GroupMatrix, Layout
 from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
 from stages.targets import host
