@@ -11,6 +11,7 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
+from stages.lowering import cpu_cache
 from stages.models.layers import CausalLM, LayerFactory
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
@@ -61,6 +62,12 @@ class Build:
         return ["mha"] * full + ["mha_sliding"] * (layers - full) + ["mha"] * (full == 0)
 
     @property
+    def own_attention(self) -> bool:
+        """Whether attention and the KV cache have kernels of ours (lowering/cpu_attention.py) and not TVM's."""
+        attention = getattr(self.config, "attention", None)
+        return attention is not None and self.target.kind.name == "llvm" and cpu_cache.fits(attention.head_dim)
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """What one token of one sequence takes in the KV cache, k and v of all layers; 0 for a model without one."""
         attention = getattr(self.config, "attention", None)
@@ -80,15 +87,14 @@ class Build:
 
     @property
     def attention_thread_bytes(self) -> int:
-        """What each thread of a processor allocates in attention (lowering/cpu_attention.py) beside the cache.
+        """What each thread of a processor allocates in attention of ours beside the cache.
 
         Scores of four rows against all tokens, or against a chunk, whose keys are then there a second time, transposed.
         """
-        attention = getattr(self.config, "attention", None)
-        if attention is None or self.sliding or self.target.kind.name != "llvm":
+        if not self.own_attention:
             return 0
-        tokens = self.max_batch * self.context_window
-        return DTYPE_BYTES["float32"] * max(4 * tokens, (4 + attention.head_dim) * self.prefill_chunk)
+        tokens, head_dim = self.max_batch * self.context_window, self.config.attention.head_dim
+        return DTYPE_BYTES["float32"] * max(4 * tokens, (4 + head_dim) * self.prefill_chunk)
 
     @property
     def state_bytes(self) -> int:

@@ -74,13 +74,16 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     """Return our kernels by the names under which TVM's cache adds its own."""
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    if build.sliding:
-        return {window.KERNEL: window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window)}
-    if build.target.kind.name != "llvm" or not cpu_cache.fits(attention.head_dim):
-        return {}
+    if not build.own_attention:
+        kernel = window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window) if build.sliding else None
+        return {window.PREFILL: kernel} if kernel else {}
     heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
     layers = len(build.cache_kinds)
     rotary = attention.rotary_dim, attention.rope_theta, attention.rope_scale, attention.rope_scaling
+    sliding = {
+        window.PREFILL: cpu_attention.prefill(heads, width, attention.sliding_window),
+        window.DECODE: cpu_attention.decode(heads, width, attention.sliding_window),
+    }
     return {
         "fused_rope": cpu_cache.rope(heads, *rotary),
         "tir_kv_cache_transpose_append": cpu_cache.append(heads),
@@ -90,4 +93,5 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
         "batch_decode_paged_kv_cpu": cpu_attention.decode(heads, width),
         "batch_prefill_paged_kv_cpu": cpu_attention.prefill(heads, width),
         "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width),
+        **(sliding if build.sliding else {}),
     }

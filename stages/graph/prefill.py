@@ -10,7 +10,8 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.graph.export import CACHE, Build, export_prefill
 from stages.graph.trunk import hidden_states
-from stages.models.layers import CausalLM, take
+from stages.models.layers import CausalLM
+from stages.models.matrices import take
 
 
 class Prefill(nn.Module):

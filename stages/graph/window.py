@@ -11,7 +11,8 @@ import math
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
-KERNEL = "batch_prefill_paged_kv_cpu_sliding_window"  # the name under which TVM's cache adds its own
+# The names under which TVM's cache adds its own kernels.
+PREFILL, DECODE = "batch_prefill_paged_kv_cpu_sliding_window", "batch_decode_paged_kv_cpu_sliding_window"
 PAGE = 16  # tokens; the size that TVM's other kernels are made for
 LOWEST = -5e4  # the log of nothing seen yet, as TVM's kernels have it: it merges with a weight of zero
 

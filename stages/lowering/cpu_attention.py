@@ -34,6 +34,19 @@ class Source:
     value: Callable[[Any, Any, int], Any]
 
 
+Range = tuple[Any, Any]  # of tokens: the first, and the one behind the last
+
+
+def _is_zero(token: Any) -> bool:
+    """Say whether a range begins with the first token, whatever the arguments."""
+    return isinstance(token, int) and token == 0
+
+
+def _bound(token: Any) -> Any:
+    """Compute ``token`` once."""
+    return 0 if _is_zero(token) else T.bind(token)
+
+
 class _Kernel:
     """What all attention kernels declare, and the tile that they are made of. ``width`` is how many channels of a row
     have accumulators at the same time.
@@ -64,19 +77,22 @@ class _Kernel:
         """Make room for the scores of a tile against so many blocks; once per task, for its size is known late."""
         self.scores = T.alloc_buffer((ROWS, blocks * PAGE), "float32")
 
-    def tile(self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Any], most: Any, source: Source) -> None:
-        """Emit a tile: ``rows`` are (query, head), each sees the first ``seen`` tokens; none more than ``most``."""
-        scores, seen = self.scores, [T.bind(limit) for limit in seen]
-        blocks = T.bind((most + PAGE - 1) // PAGE)
+    def tile(self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Range], source: Source) -> None:
+        """Emit a tile: ``rows`` are (query, head), each sees its range of tokens; the first begins first, the last ends
+        last.
+        """
+        scores, seen = self.scores, [(_bound(low), T.bind(high)) for low, high in seen]
+        low, high = seen[0][0], seen[-1][1]
+        first, end = _bound(low // PAGE), T.bind((high + PAGE - 1) // PAGE)
         peaks, sums = ([vector(PAGE) for _ in rows] for _ in range(2))
         for peak, part in zip(peaks, sums, strict=True):
             put(peak, constant(LOWEST, PAGE), span(0, PAGE))
             put(part, constant(0, PAGE), span(0, PAGE))
-        with T.serial(0, blocks) as block:
-            self._scores(rows, seen, block, source, scores, peaks)
+        with T.serial(first, end) as block:
+            self._scores(rows, seen, block, source, peaks)
         for peak in peaks:
             total(peak, PAGE, T.max)
-        with T.serial(0, blocks) as block:
+        with T.serial(first, end) as block:
             for number, (peak, part) in enumerate(zip(peaks, sums, strict=True)):
                 at = (number, span(block * PAGE, PAGE))
                 put(scores, exp2(scores[at] - splat(peak[0], PAGE), PAGE), *at)
@@ -87,10 +103,10 @@ class _Kernel:
             put(self.lse, peak[0] + T.log2(part[0]), query, head)
             put(part, T.float32(1) / part[0], 0)
         for start in range(0, self.heads.dim, self.width):
-            self._values(rows, start, min(self.width, self.heads.dim - start), most, source, scores, sums)
+            self._values(rows, start, min(self.width, self.heads.dim - start), (low, high), source, scores, sums)
 
     def _scores(
-        self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Any], block: Any, source: Source, scores: Any, peaks: Any
+        self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Range], block: Any, source: Source, peaks: Any
     ) -> None:
         ways = max(1, 4 // len(rows))  # independent sums, so that no addition waits for the one before
         parts = [[vector(PAGE) for _ in range(ways)] for _ in rows]
@@ -101,21 +117,24 @@ class _Kernel:
             for (query, head), ways_of_row in zip(rows, parts, strict=True):
                 part, x = ways_of_row[channel % ways], splat(self.q[query, head, channel], PAGE)
                 put(part, get(part, PAGE) + source.key(block, channel) * x, span(0, PAGE))
-        for number, (ways_of_row, limit, peak) in enumerate(zip(parts, seen, peaks, strict=True)):
+        for number, (ways_of_row, (low, high), peak) in enumerate(zip(parts, seen, peaks, strict=True)):
             score = sum((get(part, PAGE) for part in ways_of_row[1:]), get(ways_of_row[0], PAGE))
             score = score * splat(self.sm_scale * T.float32(LOG2E), PAGE)
-            visible = T.ramp(block * PAGE, 1, PAGE) < splat(limit, PAGE)
+            tokens = T.ramp(block * PAGE, 1, PAGE)
+            visible = tokens < splat(high, PAGE)
+            if not _is_zero(low):
+                visible = T.And(visible, tokens >= splat(low, PAGE))
             put(ways_of_row[0], T.Select(visible, score, constant(HIDDEN, PAGE)), span(0, PAGE))
-            put(scores, get(ways_of_row[0], PAGE), number, span(block * PAGE, PAGE))
+            put(self.scores, get(ways_of_row[0], PAGE), number, span(block * PAGE, PAGE))
             put(peak, T.max(get(peak, PAGE), get(ways_of_row[0], PAGE)), span(0, PAGE))
 
     def _values(
-        self, rows: Sequence[Any], start: int, width: int, most: Any, source: Source, scores: Any, inverse: Any
+        self, rows: Sequence[Any], start: int, width: int, seen: Range, source: Source, scores: Any, inverse: Any
     ) -> None:
         parts = [vector(width) for _ in rows]
         for part in parts:
             put(part, constant(0, width), span(0, width))
-        with T.serial(0, most) as token:
+        with T.serial(*seen) as token:
             for number, part in enumerate(parts):
                 weight = splat(scores[number, token], width)
                 put(part, get(part, width) + source.value(token, start, width) * weight, span(0, width))
@@ -124,20 +143,28 @@ class _Kernel:
 
 
 class _Pages:
-    """The page table of a batch, and the sources that it makes of pages."""
+    """The page table of a batch, and the sources that it makes of pages.
 
-    def __init__(self, heads: Heads, made: Any, batch: Any) -> None:
+    With a ``window``, sequences forget: the first tokens in their pages are no longer theirs. (The runtime tells of a
+    third number, tokens at the beginning that are never forgotten; layers with a window have none.)
+    """
+
+    def __init__(self, heads: Heads, made: Any, batch: Any, window: int = 0) -> None:
         self.heads = heads
+        self.window = window
         self.pages = heads.pages(made, T.int32())
         self.count = T.int32()
         self.starts = made.argument("page_starts", (batch + 1,), "int32", inside=True)
         self.numbers = made.argument("page_numbers", (self.count,), "int32", inside=True)
-        self.last = made.argument("last_page_tokens", (batch,), "int32", inside=True)
+        shape = (3, batch) if window else (batch,)
+        self.lengths = made.argument("lengths", shape, "int32", inside=True)  # of the last page; tokens forgotten
 
-    def length(self, sequence: Any) -> Any:
-        """Return how many tokens the cache holds of a sequence."""
+    def held(self, sequence: Any) -> Range:
+        """Return which tokens in its pages are those of a sequence."""
         used = self.starts[sequence + 1] - self.starts[sequence]
-        return T.if_then_else(used > 0, (used - 1) * PAGE + self.last[sequence], 0)
+        last = self.lengths[0, sequence] if self.window else self.lengths[sequence]
+        end = T.if_then_else(used > 0, (used - 1) * PAGE + last, 0)
+        return (T.min(self.lengths[1, sequence], end) if self.window else 0), end
 
     def source(self, sequence: Any, head: Any) -> Source:
         """Return where a head of a sequence is."""
@@ -151,13 +178,15 @@ class _Pages:
         )
 
 
-def decode(heads: Heads, width: int) -> tirx.PrimFunc:
-    """Return the kernel of one query of each sequence against the tokens that the cache holds of it."""
+def decode(heads: Heads, width: int, window: int = 0) -> tirx.PrimFunc:
+    """Return the kernel of one query of each sequence against the tokens that the cache holds of it; with a
+    ``window``, for layers that forget.
+    """
     attention = _Kernel(heads, width)
     with kernel() as made:
         batch = T.int32()
         attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
-        cache = _Pages(heads, made, batch)
+        cache = _Pages(heads, made, batch, window)
         for name in ("k_positions", "q_positions"):
             made.argument(name, (batch,), "int32", inside=True)
         attention.outputs(made, batch)
@@ -165,22 +194,25 @@ def decode(heads: Heads, width: int) -> tirx.PrimFunc:
         with T.parallel(0, batch * heads.keys) as task:
             sequence, head = task // heads.keys, task % heads.keys
             attention.room(cache.count)
-            length, source = T.bind(cache.length(sequence)), cache.source(sequence, head)
+            held, source = cache.held(sequence), cache.source(sequence, head)
+            held = _bound(held[0]), T.bind(held[1])
             for first in range(0, heads.group, ROWS):
                 members = range(first, min(first + ROWS, heads.group))
                 rows = [(sequence, head * heads.group + member) for member in members]
-                attention.tile(rows, [length] * len(rows), length, source)
+                attention.tile(rows, [held] * len(rows), source)
     return made.function
 
 
-def prefill(heads: Heads, width: int) -> tirx.PrimFunc:
-    """Return the kernel of the queries of several sequences against the tokens that the cache holds of each."""
+def prefill(heads: Heads, width: int, window: int = 0) -> tirx.PrimFunc:
+    """Return the kernel of the queries of several sequences against the tokens that the cache holds of each; with a
+    ``window``, of chunks whose tokens see each other elsewhere, where causal, and of the cache what is left of it.
+    """
     attention = _Kernel(heads, width)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
         starts = made.argument("q_starts", (batch + 1,), "int32", inside=True)
-        cache = _Pages(heads, made, batch)
+        cache = _Pages(heads, made, batch, window)
         made.argument("k_positions", (batch,), "int32", inside=True)
         made.argument("q_positions", (n,), "int32", inside=True)
         attention.outputs(made, n)
@@ -191,8 +223,12 @@ def prefill(heads: Heads, width: int) -> tirx.PrimFunc:
             attention.room(cache.count)
             with T.serial(0, batch) as s:
                 bounds = T.bind(T.max(low, starts[s])), T.bind(T.min(high, starts[s + 1]))
-                length = T.bind(cache.length(s))
-                seen = _seen(causal, length, length - (starts[s + 1] - starts[s]), starts[s])
+                low, end = cache.held(s)
+                low, end = _bound(low), T.bind(end)
+                if window:
+                    seen = _seen_through(causal, window, (low, end), starts[s])
+                else:
+                    seen = _seen(causal, end, end - (starts[s + 1] - starts[s]), starts[s])
                 _queries(attention, head, bounds, seen, cache.source(s, head))
 
         _tasks(heads, n, sequences)
@@ -223,7 +259,7 @@ def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
                 first = T.bind(kv_starts[s])
                 length = T.bind(kv_starts[s + 1] - first)
                 seen = _seen(causal, length, length - (starts[s + 1] - starts[s]), starts[s])
-                needed = T.bind(T.if_then_else(bounds[0] < bounds[1], seen(bounds[1] - 1), 0))
+                needed = T.bind(T.if_then_else(bounds[0] < bounds[1], seen(bounds[1] - 1)[1], 0))
                 with T.serial(0, needed) as token, T.serial(0, heads.dim) as d:
                     put(turned, k[first + token, head, d], token // PAGE, d, token % PAGE)
                 source = Source(
@@ -236,9 +272,20 @@ def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
     return made.function
 
 
-def _seen(causal: Any, length: Any, before: Any, first: Any) -> Callable[[Any], Any]:
-    """Return how many of ``length`` tokens a query sees, ``before`` of which come before the sequence's ``first``."""
-    return lambda query: T.if_then_else(causal > 0, T.min(length, before + query - first + 1), length)
+def _seen(causal: Any, length: Any, before: Any, first: Any) -> Callable[[Any], Range]:
+    """Return which of ``length`` tokens a query sees, ``before`` of which come before the sequence's ``first``."""
+    return lambda query: (0, T.if_then_else(causal > 0, T.min(length, before + query - first + 1), length))
+
+
+def _seen_through(causal: Any, window: int, held: Range, first: Any) -> Callable[[Any], Range]:
+    """Return which of the tokens ``held`` before a sequence's ``first`` a query still sees."""
+    low, end = held
+
+    def seen(query: Any) -> Range:
+        left = T.max(window - 1 - (query - first), 0)
+        return T.if_then_else(causal > 0, T.max(low, end - left), low), end
+
+    return seen
 
 
 def _tasks(heads: Heads, n: Any, body: Callable[[Any, Any, Any], None]) -> None:
@@ -251,7 +298,7 @@ def _tasks(heads: Heads, n: Any, body: Callable[[Any, Any, Any], None]) -> None:
 
 
 def _queries(
-    attention: _Kernel, head: Any, bounds: tuple[Any, Any], seen: Callable[[Any], Any], source: Source
+    attention: _Kernel, head: Any, bounds: tuple[Any, Any], seen: Callable[[Any], Range], source: Source
 ) -> None:
     """Emit the queries within ``bounds`` for all query heads of a head of keys, in tiles, then one by one."""
     low, high = bounds
@@ -263,7 +310,7 @@ def _queries(
         def tile(start: Any, height: int) -> None:
             first = T.bind(start)
             queries = [first + i for i in range(height)]
-            attention.tile([(q, own) for q in queries], [seen(q) for q in queries], seen(queries[-1]), source)
+            attention.tile([(q, own) for q in queries], [seen(q) for q in queries], source)
 
         with T.serial(0, count // ROWS) as number:
             tile(low + number * ROWS, ROWS)

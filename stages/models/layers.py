@@ -1,8 +1,6 @@
 """The layers every family is composed of, and the factory that gives them the parameters registered for a build.
 
-A parameter keeps its storage dtype; arithmetic happens in the compute dtype. A matrix [n, k] (n = output features) is
-rebuilt from what is stored, inside the graph, by an operator named ``dequantize``, which the lowering folds into the
-kernel that uses it.
+A parameter keeps its storage dtype; arithmetic happens in the compute dtype.
 """
 
 from __future__ import annotations
@@ -10,167 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tvm import relax as rx
-from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-
-def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
-    """Select ``ids`` (int32 [s]) along ``axis``; an id out of range is clipped, for the default mode reads wild."""
-    return op.wrap_nested(rx.op.take(table._expr, ids._expr, axis=axis, mode="clip"), "take")  # noqa: SLF001
-
-
-class Layout:
-    """Where an element of a matrix is in what is stored of it; see stages/quantization/layouts.py.
-
-    ``block`` is the number of output features that lie side by side: 1 where each has a row (``nk``), 0 for all
-    (``kn``).
-    """
-
-    BLOCKS = {"nk": 1, "kn": 0, "n32": 32}
-
-    def __init__(self, name: str) -> None:
-        self.block = self.BLOCKS[name]
-
-    def shape(self, n: int, columns: int) -> tuple[int, ...]:
-        """Return the shape of what is stored for n features, ``columns`` each."""
-        return (-(-n // self.block), columns, self.block) if self.block > 1 else self.at(n, columns)
-
-    def at(self, row: Any, column: Any) -> tuple[Any, ...]:
-        """Return the index of a feature's column."""
-        if self.block > 1:
-            return row // self.block, column, row % self.block
-        return (row, column) if self.block else (column, row)
-
-    def bit(self, element: Any, bits: int) -> Any:
-        """Return the bit of a word at which an element of ``bits`` begins."""
-        spread = self.block > 1 and bits == 4
-        return 8 * (element % 4) + 4 * (element // 4) if spread else element * bits
-
-
-class FloatMatrix(nn.Module):
-    """A matrix [n, k] stored as floats; ``matrix`` and ``rows`` return it in the compute dtype."""
-
-    def __init__(self, weight: nn.Parameter, rows: int, compute_dtype: str, layout: Layout) -> None:
-        self.weight = weight
-        self.shape = rows, int(weight.shape[1])
-        self.compute_dtype = compute_dtype
-        self.layout = layout
-
-    def matrix(self) -> Tensor:
-        """Return all of it, [n, k]."""
-        if self.weight.dtype == self.compute_dtype and self.layout.block == 1:
-            return self.weight
-        # Named like the unpacking of a quantized weight, so that the same fusion keeps it inside the kernel: a
-        # float32 copy of every float16 weight at every step would be the slowest thing in the model.
-        return op.tensor_expr_op(self._convert, "dequantize", [self.weight])
-
-    def _convert(self, weight: te.Tensor) -> te.Tensor:
-        return te.compute(self.shape, lambda i, j: self._value(weight, i, j), name="dequantize")
-
-    def _value(self, weight: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
-        return weight[self.layout.at(i, j)].astype(self.compute_dtype)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows ``ids`` [s], [s, k]."""
-        if self.layout.block == 1:
-            return take(self.weight, ids).astype(self.compute_dtype)
-        return _gather(self.shape, ids, [self.weight], self._value)
-
-
-class GroupMatrix(nn.Module):
-    """A matrix [n, k] in groups of ``group_size`` along k: ``q_weight`` uint32 [n, k / per word], ``q_scale``
-    [n, k / group_size], both in the layout. Value = (element - (2 ** (bits - 1) - 1)) * scale. A last group that is
-    short takes the words of a full one.
-    """
-
-    def __init__(
-        self,
-        q_weight: nn.Parameter,
-        q_scale: nn.Parameter,
-        *,
-        shape: tuple[int, int],
-        bits: int,
-        group_size: int,
-        compute_dtype: str,
-        layout: Layout,
-    ) -> None:
-        self.q_weight = q_weight
-        self.q_scale = q_scale
-        self.shape = shape
-        self.bits = bits
-        self.group_size = group_size
-        self.compute_dtype = compute_dtype
-        self.layout = layout
-
-    def matrix(self) -> Tensor:
-        """Return all of it, dequantized, [n, k] in the compute dtype."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows ``ids`` [s], dequantized, [s, k]: nothing but them is read."""
-        if self.layout.block == 1:
-            return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), take(self.q_scale, ids)])
-        return _gather(self.shape, ids, [self.q_weight, self.q_scale], self._value)
-
-    def _value(self, words: te.Tensor, scale: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
-        per_word, dtype = 32 // self.bits, self.compute_dtype
-        mask, middle = (1 << self.bits) - 1, (1 << (self.bits - 1)) - 1
-        bit = self.layout.bit(j % per_word, self.bits)
-        shifted = tirx.shift_right(words[self.layout.at(i, j // per_word)], bit.astype("uint32"))
-        element = tirx.bitwise_and(shifted, tirx.const(mask, "uint32")).astype(dtype)
-        return (element - tirx.const(middle, dtype)) * scale[self.layout.at(i, j // self.group_size)].astype(dtype)
-
-    def _unpack(self, words: te.Tensor, scale: te.Tensor) -> te.Tensor:
-        rows = words.shape[0] if self.layout.block == 1 else self.shape[0]
-        return te.compute((rows, self.shape[1]), lambda i, j: self._value(words, scale, i, j), name="dequantize")
-
-
-def _gather(
-    shape: tuple[int, int], ids: Tensor, stored: list[nn.Parameter], value: Callable[..., tirx.PrimExpr]
-) -> Tensor:
-    """Return the rows ``ids`` [s] of a matrix of ``shape``; an id out of range is clipped."""
-
-    def rows(ids: te.Tensor, *stored: te.Tensor) -> te.Tensor:
-        def element(s: tirx.Var, j: tirx.Var) -> tirx.PrimExpr:
-            row = tirx.max(tirx.min(ids[s], tirx.const(shape[0] - 1, "int32")), tirx.const(0, "int32"))
-            return value(*stored, row, j)
-
-        return te.compute((ids.shape[0], shape[1]), element, name="rows")
-
-    return op.tensor_expr_op(rows, "rows", [ids, *stored])
-
-
-class ScaledMatrix(nn.Module):
-    """A matrix [n, k] of float8_e4m3fn values ``q_weight`` with one float32 scale for all, ``q_scale`` [1]."""
-
-    def __init__(self, q_weight: nn.Parameter, q_scale: nn.Parameter, compute_dtype: str) -> None:
-        self.q_weight = q_weight
-        self.q_scale = q_scale
-        self.compute_dtype = compute_dtype
-
-    def matrix(self) -> Tensor:
-        """Return all of it, [n, k] in the compute dtype."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the rows ``ids`` [s], [s, k]."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), self.q_scale])
-
-    def _unpack(self, values: te.Tensor, scale: te.Tensor) -> te.Tensor:
-        def value(i: tirx.Var, j: tirx.Var) -> tirx.PrimExpr:
-            # Sign, exponent and fraction moved to where a float32 has them; the difference in bias is 120.
-            bits = tirx.reinterpret("uint8", values[i, j]).astype("uint32")
-            moved = (bits & tirx.const(0x80, "uint32")) << 24 | (bits & tirx.const(0x7F, "uint32")) << 20
-            exact = tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
-            return (exact * scale[0]).astype(self.compute_dtype)
-
-        return te.compute(values.shape, value, name="dequantize")
-
-
-Matrix = FloatMatrix | GroupMatrix | ScaledMatrix
+from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, Matrix, ScaledMatrix
 
 
 class Linear(nn.Module):

@@ -14,7 +14,8 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Object, Tensor, op
 
 from stages.models import rwkv_kernels as kernels
-from stages.models.layers import Embedding, LayerFactory, Linear, take
+from stages.models.layers import Embedding, LayerFactory, Linear
+from stages.models.matrices import take
 
 
 @dataclass(frozen=True)

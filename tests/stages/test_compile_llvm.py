@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
 
 import numpy as np
 import pytest
 
 from stages.quantization.schemes import SCHEMES as TABLE
+from stages.targets import host
 from stages.targets.table import TARGETS
 from tests.stages import libraries
 
@@ -25,10 +27,11 @@ TOLERANCE = 1e-3
 class Built:
     """One compiled library with its weights and the reference's logits of IDS."""
 
-    def __init__(self, folder, scheme, **options):
+    def __init__(self, folder, scheme, *, sep_embed=True, **options):
         self.registered = libraries.register(folder, scheme, "llvm")
-        ports = libraries.build_graphs(folder, self.registered, "llvm", prefill_chunk=CHUNK, max_batch=BATCH, **options)
-        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target="llvm")
+        sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, "sep_embed": sep_embed}
+        ports = libraries.build_graphs(folder, self.registered, "llvm", **sizes)
+        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target="llvm", **options)
         self.weights = libraries.weights(self.registered)
         self.expected = libraries.reference_logits(self.registered, self.weights.meant, IDS)
 
@@ -39,8 +42,8 @@ class Built:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     @functools.cache
-    def build(scheme, sep_embed=True):
-        return Built(tmp_path_factory.mktemp(scheme), scheme, sep_embed=sep_embed)
+    def build(scheme, **options):
+        return Built(tmp_path_factory.mktemp(scheme), scheme, **options)
 
     return build
 
@@ -85,6 +88,25 @@ def test_sequences_of_a_batch_do_not_see_each_other(built, scheme):
         logits = runner.forward("batch_decode", tokens, (BATCH, 1))
         for row, length in zip(logits, lengths, strict=True):
             assert libraries.relative(row, library.expected[length + step]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("cpu", "activations", "instruction", "tolerance"),
+    [("x86-64-v3", "float", "vfmadd231ps", TOLERANCE), ("x86-64-v3+avxvnni", "int8", "vpdpbusd", 5e-2)],
+)
+def test_code_for_processors_without_avx512_is_as_right(built, cpu, activations, instruction, tolerance):
+    if not set(host.required_features(cpu)) <= set(host.required_features(host.host_cpu())):
+        pytest.skip("this processor cannot run it")
+    library = built("q4f32_1", mcpu=cpu, activations=activations)
+    code = subprocess.run(
+        ["objdump", "-d", library.context.out / "model.so"], check=True, capture_output=True, text=True
+    ).stdout
+    assert instruction in code
+    assert "%zmm" not in code
+    runner = library.runner()
+    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [libraries.relative(runner.decode(IDS[i]), library.expected[i]) for i in range(CHUNK, len(IDS))]
+    assert max(errors) < tolerance, errors
 
 
 def test_embedding_inside_prefill_and_decode(built):

@@ -10,19 +10,23 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
 from stages.graph.describe import operators
+from stages.lowering import cpu_attention, cpu_cache
 from stages.lowering.cpu_cache import PAGE, Heads, copy_page
-from stages.lowering.cpu_float import PANEL
+from stages.lowering.cpu_float import PANEL, linear_kernel
+from stages.lowering.cpu_float import Linear as FloatLinear
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_int8 import PANEL as BYTES_PANEL
 from stages.lowering.cpu_int8 import dot_lanes
 from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
-from stages.models.layers import FloatMatrix, GatedMLP, GroupMatrix, LayerNorm, Layout, Linear, RMSNorm
+from stages.lowering.cpu_weights import Stored
+from stages.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm
+from stages.models.matrices import FloatMatrix, GroupMatrix, Layout
 from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
 from stages.targets import host
 from stages.targets.table import TARGETS
-from stages.targets.tvm_target import build_target
+from stages.targets.tvm_target import build_target, host_triple
 from tests.stages.test_lowering_passes import export, random
 
 BLOCKS = Layout("n32")
@@ -218,3 +222,23 @@ def test_tokens_of_a_page_are_copied_with_their_transposed_keys():
     assert np.array_equal(keys[0][..., 5:], before[0][..., 5:])
     assert np.array_equal(found[0, 1, :, :5], pages[2, 1, :, :5])
     assert np.array_equal(found[0, 1, :, 5:], pages[0, 1, :, 5:])
+
+
+def test_kernels_are_made_for_aarch64(tmp_path):
+    heads, tile = Heads(6, 2, 32), register_tile(())
+    made = {
+        "decode": cpu_attention.decode(heads, 32),
+        "window": cpu_attention.prefill(heads, 32, 20),
+        "ragged": cpu_attention.prefill_ragged(heads, 32),
+        "append": cpu_cache.append(heads),
+        "packed": linear_kernel(FloatLinear(Stored(96, 64, "float16", 4, 32), None, 1, tile=tile)),
+        "plain": linear_kernel(FloatLinear(Stored(96, 64, "float16"), 1, 1, tile=tile)),
+    }
+    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in made.items()})
+    triple = host_triple("aarch64")
+    target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": "generic", "mattr": ["+neon"]})
+    code = tvm.compile(module, target=target).mod
+    code.write_to_file(str(tmp_path / "kernels.o"), "o")
+    assert int.from_bytes((tmp_path / "kernels.o").read_bytes()[18:20], "little") == 183  # ELF's number of aarch64
+    assembly = code.inspect_source("s")
+    assert all(instruction in assembly for instruction in ("fmla\tv", "fcvtl", "prfm"))

@@ -21,7 +21,8 @@ from stages.lowering.pipeline import lower, phases
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
 from stages.lowering.schedule_cpu_elementwise import CPUElementwise
 from stages.lowering.schedule_cpu_matmul import CPUMatmul
-from stages.models.layers import FloatMatrix, GroupMatrix, Layout, Linear, take
+from stages.models.layers import Linear
+from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, take
 from stages.targets.table import TARGETS
 
 LLVM = tvm.target.Target("llvm")
