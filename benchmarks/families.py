@@ -1,6 +1,7 @@
 """What it costs to get from a real config.json to every exported graph, without a byte of weights.
 
 Usage: python benchmarks/families.py [--config NAME] [--scheme NAME]   (exit status 1 if a figure is missed)
+       python benchmarks/families.py --config NAME --write DIR   (the checkpoint, to build a library without weights of)
 
 The checkpoint is a config of tests/data/configs and a safetensors file whose header is true and whose weights are a
 hole. config-parse, param-register and graph-build run in one process, as in a warm worker; importing TVM counts. The
@@ -77,6 +78,7 @@ def main() -> int:
     configs = ROOT / "tests" / "data" / "configs"
     parser.add_argument("--config", default="llama-2-7b", choices=sorted(path.stem for path in configs.glob("*.json")))
     parser.add_argument("--scheme", default="q4f16_1")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write the checkpoint and measure nothing")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
@@ -85,6 +87,11 @@ def main() -> int:
         print(json.dumps(found))
         return 0
     config = json.loads((configs / f"{args.config}.json").read_text("utf-8"))
+    if args.write:
+        from tests.checkpoints import write_hollow
+
+        write_hollow(args.write, config)
+        return 0
     layers = config["num_hidden_layers"]
     with tempfile.TemporaryDirectory() as scratch:
         few = measured(Path(scratch) / "few", {**config, "num_hidden_layers": layers // 4}, args.scheme)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.history import EXECUTED, past_runs
 from stagegraph.pins import pinned
+from stagegraph.plan import HIT
 from stagegraph.record import record_files
 from stagegraph.store import remove_tree
 
@@ -149,7 +150,7 @@ def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
         runs = past_runs(workspace.journal, pipeline)
         state: dict[str, str] = {}
         for position, run in enumerate(runs):
-            state |= {node["node"]: node["key"] for node in run.nodes if node["outcome"] in EXECUTED | {"HIT"}}
+            state |= {node["node"]: node["key"] for node in run.nodes if node["outcome"] in EXECUTED | {HIT}}
             if position >= len(runs) - count:
                 keys.update(state.values())
     return keys

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
+from stagegraph.outcome import BUILT, UNCHANGED
+from stagegraph.plan import HIT
 from stagegraph.record import record_size
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from stagegraph.journal import Journal
     from stagegraph.outcome import Outcome
 
-EXECUTED = frozenset({"BUILT", "UNCHANGED"})
+EXECUTED = frozenset({BUILT, UNCHANGED})
 SAMPLES = 5  # a node's predicted time is the median of its last ones
 
 
@@ -112,7 +114,7 @@ def key_at(runs: Sequence[PastRun], position: int, node: str) -> str | None:
     """Return the key of a node's result as of a run: of that run, or else of the last one before it that had one."""
     for run in reversed(runs[: position + 1]):
         for entry in run.nodes:
-            if entry["node"] == node and entry["outcome"] in EXECUTED | {"HIT"}:
+            if entry["node"] == node and entry["outcome"] in EXECUTED | {HIT}:
                 return str(entry["key"])
     return None
 

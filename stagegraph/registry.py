@@ -79,7 +79,6 @@ COMPARERS = {
 # Suffix of a source file -> what says which of its parts changed: (recall, digest before, path now) -> text or None.
 DISSECTORS = {".safetensors": "stages.cli.shards:changed"}
 
-
 # Stage -> the file whose JSON `show --plot` draws, the function (document, file to draw into) that does; what
 # it cannot draw is a ValueError.
 PLOTS = {"quantize": ("report.json", "stages.quantization.plot:draw")}

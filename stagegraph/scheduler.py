@@ -16,7 +16,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class _Running:
 @dataclass
 class _Ready:
     decision: Decision
-    waited_for: str = field(default="")
+    waited_for: str = ""
 
 
 class Scheduler:
@@ -82,7 +82,7 @@ class Scheduler:
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
 
-    def run(self, nodes: Sequence[Node]) -> list[Outcome]:
+    def run(self, nodes: Sequence[Node]) -> None:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
         self._planner.prepare(nodes)
         self._waiting = list(nodes)
@@ -102,7 +102,6 @@ class Scheduler:
             for workers in self._idle.values():
                 for worker in workers:
                     worker.stop()
-        return [self.outcomes[node] for node in nodes]
 
     # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.cli.common import print_json
 from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
 from stagegraph.key import artifact_digest
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record]
         if found[node.name] is None:
             raise PlanError(f"{node.name}: nothing is named '{name}'{_like(name, module.names(documents))}")
     if args.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print_json(found)
     else:
         page("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
 

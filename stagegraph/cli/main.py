@@ -6,7 +6,6 @@ import argparse
 import gc
 import importlib
 import io
-import json
 import os
 import signal
 import sqlite3
@@ -15,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from stagegraph.cli.common import print_json
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
 from stagegraph.registry import VERBS
 
@@ -159,7 +159,7 @@ def _report(problems: Sequence[str], arguments: Sequence[str], code: int) -> int
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if "--json" in arguments:
-        print(json.dumps({"ok": False, "problems": list(problems)}, indent=1, ensure_ascii=False))
+        print_json({"ok": False, "problems": list(problems)})
     return code
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
 from stagegraph.outcome import Reporter
+from stagegraph.plan import HIT
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -58,7 +59,7 @@ class PlainReporter(Quiet):
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
         self._done += 1
-        if outcome.outcome != "HIT":
+        if outcome.outcome != HIT:
             self._line(f"[{self._done}/{self._total}] {outcome_text(outcome)}")
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
@@ -117,7 +118,7 @@ class LiveReporter(Quiet):
         self._done += 1
         if outcome.node.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(outcome.node.name))
-        if outcome.outcome != "HIT" and self._bars is not None:
+        if outcome.outcome != HIT and self._bars is not None:
             self._bars.console.print(
                 f"[{self._done}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
             )

@@ -11,6 +11,7 @@ from stagegraph.cli.common import add_file, add_selection, print_json, seconds_t
 from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
+from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED
 from stagegraph.plan import HIT
 from stagegraph.record import parts_text, record_size
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             if not args.quiet:
                 _print(pipeline, done)
             for outcome in done.outcomes:
-                if outcome.outcome == "FAILED":
+                if outcome.outcome == FAILED:
                     _print_failure(outcome)
         if not done.ok:
             _print_resume(done, args)
@@ -118,10 +119,10 @@ def _print(pipeline: Pipeline, done: Run) -> None:
     for digest in pipeline.workspace.store.damaged:
         where = pipeline.workspace.store.quarantine
         print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
-    kinds = ("BUILT", "UNCHANGED", HIT, "FAILED", "SKIPPED")
+    kinds = (BUILT, UNCHANGED, HIT, FAILED, SKIPPED)
     counts = {kind: sum(o.outcome == kind for o in done.outcomes) for kind in kinds}
     print("\n" + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) + f" in {seconds_text(done.seconds)}")
-    if counts["UNCHANGED"]:
+    if counts[UNCHANGED]:
         _print_saved(pipeline, done)
 
 
@@ -135,7 +136,7 @@ def _why(outcome: Outcome) -> str:
 
 def _print_saved(pipeline: Pipeline, done: Run) -> None:
     """Say what the runs spared whose results came out as they were before."""
-    below = pipeline.dag.below([o.node for o in done.outcomes if o.outcome == "UNCHANGED"])
+    below = pipeline.dag.below([o.node for o in done.outcomes if o.outcome == UNCHANGED])
     spared = [o for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
     if spared:
         seconds = sum(o.record["seconds"] for o in spared if o.record)

@@ -11,6 +11,8 @@ from stagegraph.api import Pipeline
 from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, print_json, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
 from stagegraph.errors import PlanError
+from stagegraph.history import EXECUTED, find_run
+from stagegraph.outcome import FAILED
 
 if TYPE_CHECKING:
     from stagegraph.history import PastRun
@@ -30,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     if args.n < 1:
         raise PlanError(f"-n {args.n}: expected at least 1")
-    from stagegraph.history import find_run
-
     with Pipeline(args.file, args.overrides) as pipeline:
         runs = pipeline.runs()
         chosen = [runs[find_run(runs, args.run)]] if args.run else runs[::-1][: args.n]
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(run: PastRun) -> tuple[str, ...]:
-    ran, failed = run.count("BUILT", "UNCHANGED"), run.count("FAILED")
+    ran, failed = run.count(*EXECUTED), run.count(FAILED)
     when = age_text(run.started) if run.started else "-"
     command = Brief(_command(run, but=DEFAULT_FILE))
     return run.id[:8], run.state, command, str(ran), str(failed or "-"), seconds_text(run.seconds), when

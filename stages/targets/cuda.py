@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -74,10 +75,8 @@ def compile_fatbin(
     """Compile CUDA source to a fatbin: machine code for each of ``archs`` (80 is sm_80), PTX of the highest for GPUs to
     come. :class:`CudaError` ends with the last lines of nvcc's log.
     """
-    generate = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    generate.append(f"arch=compute_{max(archs)},code=compute_{max(archs)}")
     command = [nvcc.path, "--fatbin", "-std=c++17", "-ccbin", cxx.path, f"--ptxas-options=-O{opt}"]
-    command += [part for flag in generate for part in ("-gencode", flag)]
+    command += [part for flag in _generated(code, archs) for part in ("-gencode", flag)]
     # The half-precision headers hide the operators that generated code uses.
     command += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS")]
     command += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
@@ -104,6 +103,19 @@ def compile_fatbin(
         if lacking := fatbin.missing(fatbin.entries(made), archs):
             raise CudaError(f"{nvcc.path} {nvcc.version} made code that lacks {', '.join(lacking)}")
         return made.read_bytes()
+
+
+def _generated(code: str, archs: Sequence[int]) -> list[str]:
+    """Return nvcc's ``-gencode`` flags. What takes long, CUDA to PTX, is done once for a generation: the PTX of its
+    members is the same, but for their conversions of floats of 8 bits and fewer.
+    """
+    highest, alike = max(archs), not re.search(r"cuda_fp[468]\.h", code)
+    made: dict[int, list[str]] = {}  # architecture to compile to PTX for -> what is made of that
+    for arch in sorted(archs):
+        first = min(other for other in archs if other // 10 == arch // 10)
+        made.setdefault(first if alike and arch != highest else arch, []).append(f"sm_{arch}")
+    made[highest].append(f"compute_{highest}")
+    return [f"arch=compute_{arch},code=[{','.join(outputs)}]" for arch, outputs in made.items()]
 
 
 def _tail(log: str) -> str:

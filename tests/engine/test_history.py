@@ -160,6 +160,14 @@ def test_export_refuses_what_is_damaged(demo: Demo) -> None:
     assert not [p for p in demo.folder.iterdir() if "partial" in p.name]
 
 
+def test_export_reads_back_what_it_wrote(demo: Demo, monkeypatch) -> None:
+    demo.run()
+    monkeypatch.setattr("stagegraph.export.shutil.copyfile", lambda _, target: Path(target).write_text("not that"))
+    failed = demo("export", "read", str(demo.folder / "out"), str(demo.pipeline))
+    assert (failed.code, "is not what is stored; nothing was exported" in failed.err) == (3, True)
+    assert not (demo.folder / "out").exists()
+
+
 @pytest.mark.parametrize("entries", [[], ["--entries"]])
 def test_a_drawing(demo: Demo, entries: list[str]) -> None:
     drawn = ElementTree.fromstring(demo("graph", str(demo.pipeline), "--format", "svg", *entries).out)  # noqa: S314

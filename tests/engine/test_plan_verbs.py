@@ -63,6 +63,18 @@ def test_status_names_what_changed_and_predicts_from_the_history(demo: Demo) -> 
     assert not plan["idle"]
 
 
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_no_reason_is_cut_however_narrow_the_terminal(demo: Demo, monkeypatch, columns: int) -> None:
+    demo.run()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    glue = "a glue of many words that no column of this table can hold in one line"
+    for argv in (["status"], ["run", "--dry-run"], ["run"]):
+        said = demo(argv[0], str(demo.pipeline), *argv[1:], "--set", f"vars.glue={glue}").out
+        assert all(word in said for word in f"glue: - -> {glue}".split()), argv
+    *_, row = demo("runs", str(demo.pipeline), "--run", "@~0").out.partition("join ")
+    assert all(word in row for word in f"glue: - -> {glue}".split())
+
+
 def test_a_new_instance_is_predicted_from_its_like(demo: Demo) -> None:
     demo.run("--set", "vars.shapes=[line]")
     plan = demo("status", str(demo.pipeline), "--json").json

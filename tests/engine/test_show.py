@@ -32,6 +32,17 @@ def test_views_are_listed(demo: Demo) -> None:
     assert shown(demo, "shape", "--views") == "shape[line]: no views\nshape[column]: no views\n"
 
 
+def test_views_for_programs_are_not_in_the_page(demo: Demo) -> None:
+    made = 'ctx.view("page", "a page\\n")'
+    demo.edit("read", made, f'{made}; ctx.view("data.json", "[17]\\n")')
+    demo.run()
+    assert shown(demo, "read", "--views") == "read: data.json, page\n"
+    page = shown(demo, "read")
+    assert "-- page --\na page\n" in page
+    assert "data.json" not in page
+    assert shown(demo, "read", "--view", "data.json") == "[17]\n"
+
+
 def test_binaries_are_described(demo: Demo) -> None:
     demo.edit(
         "join", '(ctx.out / "joined.txt").write_text(', '(ctx.out / "joined.txt").write_bytes(b"\\x7fELF\\xff"); len('

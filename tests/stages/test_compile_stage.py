@@ -147,26 +147,52 @@ def test_graphs_of_different_builds_are_refused(tmp_path, graphs):
 
 
 SCRIPT = """
-import json, sys, pathlib
-from stagegraph.stage import Instance
+import json, os, pathlib, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 from tests.stages import libraries
-params, out, folders = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), [pathlib.Path(p) for p in sys.argv[3:]]
-ports = {port: [Instance({}, folder / f"{port}.json") for folder in folders] for port in ("module", "graph")}
-libraries.compile_library(out, ports, libraries.Registered(params, params), target="llvm")
+out, target, options = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+registered = libraries.register(out, "q4f16_1", target)
+ports = libraries.build_graphs(out, registered, target, prefill_chunk=32, max_batch=2)
+libraries.compile_library(out / "library", ports, registered, target=target, **options)
 """
 
 
-def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
-    registered, ports = graphs("llvm")
-    folders = [str(instance.path.parent) for instance in ports["module"]]
-    out = tmp_path / "elsewhere" / "deeper"
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TVM_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, str(registered.params), str(out), *folders]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+def same_elsewhere(folder, target, options, files):
+    """Build all anew on one processor, in another folder and environment; compare with the bytes of ``files``."""
+    out = folder / "elsewhere" / "deeper"
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    environment = {
+        **os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "TVM_NUM_THREADS": "1", "LC_ALL": "tr_TR.UTF-8",
+        "LANG": "tr_TR.UTF-8", "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "TZ": "Asia/Kathmandu",
+        "SOURCE_DATE_EPOCH": "1", "USER": "somebody",
+    }  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT, str(out), target, json.dumps(options)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
     assert "arning" not in done.stderr
-    for file in ("model.so", "metadata.json"):
-        assert (out / file).read_bytes() == (library.out / file).read_bytes(), file
-    assert str(tmp_path).encode() not in (out / "model.so").read_bytes()
+    for name, file in files.items():
+        assert (out / name).read_bytes() == file.read_bytes(), name
+    library = (out / "library" / "model.so").read_bytes()
+    assert not [place for place in (str(folder), str(ROOT), sys.prefix) if place.encode() in library]
+
+
+def built_files(ports, library):
+    files = {f"{port.path.parent.name}/module.json": port.path for port in ports["module"]}
+    return {**files, **{f"library/{name}": library / name for name in ("model.so", "metadata.json")}}
+
+
+def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
+    _, ports = graphs("llvm")
+    same_elsewhere(tmp_path, "llvm", {}, built_files(ports, library.out))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+def test_two_processes_build_the_same_device_code(tmp_path, graphs):
+    registered, ports = graphs("cuda")
+    options = {"archs": (80, 90)}
+    here = libraries.compile_library(tmp_path / "here", ports, registered, target="cuda", **options)
+    same_elsewhere(tmp_path, "cuda", options, built_files(ports, here.out))
 
 
 def table(heading, columns):
@@ -259,6 +285,49 @@ def test_nvcc_is_told_the_architectures_and_the_arithmetic(tmp_path, monkeypatch
     assert fatbin.missing(fatbin.entries(tmp_path / "k"), [80]) == []
     with pytest.raises(cuda.CudaError, match=r'(?s)exit code.*"undeclared" is undefined'):
         cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), nvcc, cxx, [80])
+
+
+HALVES = """
+#include <mma.h>
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+extern "C" __global__ void halves(half* x, __nv_bfloat16* y) {
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sum;
+  nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, half, nvcuda::wmma::row_major> a;
+  nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, half, nvcuda::wmma::col_major> b;
+  nvcuda::wmma::fill_fragment(sum, 0.0f);
+  nvcuda::wmma::load_matrix_sync(a, x, 16);
+  nvcuda::wmma::load_matrix_sync(b, x + 256, 16);
+  nvcuda::wmma::mma_sync(sum, a, b, sum);
+  x[threadIdx.x] = __float2half(sum.x[0]) * __hmax(x[threadIdx.x], x[0]);
+  y[threadIdx.x] = __hadd(y[threadIdx.x], __hmin(y[0], y[1]));
+}
+"""
+BYTES = """
+#include <cuda_fp8.h>
+extern "C" __global__ void bytes(__nv_fp8_e4m3* x, float* y) { y[threadIdx.x] = float(x[threadIdx.x]); }
+"""
+
+
+@needs_nvcc
+def test_a_generation_shares_its_ptx_where_that_is_the_same(tmp_path):
+    from stages.targets import cuda
+
+    assert cuda._generated(HALVES, [80, 86, 89, 90]) == [
+        "arch=compute_80,code=[sm_80,sm_86,sm_89]",
+        "arch=compute_90,code=[sm_90,compute_90]",
+    ]
+    assert cuda._generated(HALVES, [86]) == ["arch=compute_86,code=[sm_86,compute_86]"]
+    assert len(cuda._generated(BYTES, [80, 86, 89, 90])) == 4
+
+    def ptx(code, arch):
+        (tmp_path / "k.cu").write_text(code)
+        command = [toolchain.nvcc().path, "--ptx", f"-arch=compute_{arch}", "-o", "k.ptx", "k.cu"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        return re.sub(r"\.target sm_\d+|//.*", "", (tmp_path / "k.ptx").read_text())
+
+    assert ptx(HALVES, 80) == ptx(HALVES, 86) == ptx(HALVES, 89)
+    assert ptx(BYTES, 80) != ptx(BYTES, 89)
 
 
 LOAD = """

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gzip
 import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tvm
 from tvm import relax as rx
@@ -14,12 +19,15 @@ from tvm import s_tir, tirx
 from stages.lowering.merge import merge
 from stages.lowering.pipeline import phases
 from stages.lowering.schedule_tensor_matmul import TensorMatmul
+from stages.quantization import group
+from stages.quantization.schemes import SCHEMES
 from stages.targets import fatbin, toolchain
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target
 from tests.stages import libraries
 
 ROW = TARGETS["cuda"]
+EMULATED = Path(__file__).parents[1] / "data" / "cuda" / "emulated"
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +124,83 @@ def test_a_block_fits_every_architecture(scheme, tmp_path):
     found = products(tmp_path, scheme)
     for name in found.prefill - found.decode:
         assert shared_bytes(found.after[name], found.target) == 32768 <= ROW.limits["max_shared_memory_per_block"]
+
+
+def source_of(kernel, target):
+    """Return the CUDA source of a scheduled kernel."""
+    from stages.targets import cuda
+
+    cuda.load_cuda_side(toolchain.nvcc(), toolchain.cxx())
+    sources = []
+
+    def compile_source(code):
+        sources.append(code)
+        return gzip.decompress((EMULATED.parent / "kernels.fatbin.gz").read_bytes())  # any will do: it is never loaded
+
+    tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
+    with target:
+        tvm.tirx.build(tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")}), target=target)
+    return sources[0]
+
+
+def emulate(source, names, arrays, grid, rows, folder):
+    """Run a kernel's CUDA source on this processor; arrays are bound to parameters by name."""
+    found = re.search(r"__global__ void __launch_bounds__\(256\) (\w+)\(([^)]*)\) \{", source)
+    parameters = [re.fullmatch(r"(.*?)(\w+)", each.strip()).groups() for each in found[2].split(",")]
+    order = {f"{name}_ptr": number for number, name in enumerate(names)}
+    arguments = ", ".join(
+        f"({ty.replace('__restrict__', '')})arrays[{order[name]}]" if "*" in ty else "rows" for ty, name in parameters
+    )
+    x, y = grid
+    driver = f"""
+extern "C" void run(void** arrays, int64_t rows) {{
+  launch({{{x}, {y}, 1}}, {{32, 8, 1}}, [=] {{ {found[1]}({arguments}); }});
+}}
+"""
+    (folder / "kernel.cc").write_text(source + driver)
+    command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread"]
+    command += [f"-I{EMULATED}", "-o", str(folder / "kernel.so"), str(folder / "kernel.cc")]
+    subprocess.run(command, check=True)
+    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    ctypes.CDLL(str(folder / "kernel.so")).run(pointers, ctypes.c_int64(rows))
+
+
+@pytest.mark.skipif(toolchain.nvcc() is None, reason="TVM's CUDA side takes the CUDA runtime library")
+@pytest.mark.parametrize(
+    ("scheme", "rows", "kernels"),
+    [
+        ("q4bf16_1", 70, 1),
+        *(pytest.param(*case, 5, marks=pytest.mark.slow) for case in (("q0f16", 70), ("q0bf16", 70), ("q4f16_1", 1))),
+    ],
+)
+def test_the_source_of_a_kernel_computes_the_layer(scheme, rows, kernels, tmp_path, monkeypatch):
+    # Sizes that are no whole blocks: rows, 3 * 160 features, 160 columns.
+    monkeypatch.setattr(libraries, "MODEL", {**libraries.MODEL, "hidden": 160, "heads": 5, "ff": 224})
+    found, draw = products(tmp_path, scheme), np.random.default_rng(3)
+    dtype = np.dtype(SCHEMES[scheme].model_dtype)
+    tolerance = 2.0 ** {"float16": -10, "bfloat16": -7}[dtype.name]
+    for number, name in enumerate(sorted(found.prefill - found.decode)[:kernels]):
+        params = [param for param in found.before[name].params if isinstance(param, tirx.Buffer)]
+        shapes = [[int(size) if isinstance(size, tirx.IntImm) else rows for size in param.shape] for param in params]
+        arrays = [
+            draw.integers(0, 2**32, shape, "uint32")
+            if param.dtype == "uint32"
+            else draw.standard_normal(shape).astype(param.dtype)
+            for param, shape in zip(params, shapes, strict=True)
+        ]
+        *given, out = arrays
+        x, *extra = [array for array in given if array.ndim != 2]
+        stored = [array for array in given if array.ndim == 2]
+        weight = group.dequantize(*stored, SCHEMES[scheme], x.shape[-1]) if len(stored) == 2 else stored[0]
+        product = x.astype("float32") @ weight.astype(dtype).astype("float32").T
+        expected = product.astype(out.dtype).astype("float32") + sum(array.astype("float32") for array in extra)
+        out[...] = np.nan
+        names = [param.name for param in params]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        grid = -(-rows // 64), -(-out.shape[-1] // 128)
+        emulate(source_of(found.after[name], found.target), names, arrays, grid, rows, folder)
+        assert np.abs(out.astype("float32") - expected).max() <= tolerance * np.abs(expected).max(), name
 
 
 def test_what_no_tensor_core_takes_is_left_to_other_rules(tmp_path):
