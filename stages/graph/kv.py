@@ -80,11 +80,7 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
     layers = len(build.cache_kinds)
     rotary = attention.rotary_dim, attention.rope_theta, attention.rope_scale, attention.rope_scaling
-    sliding = {
-        window.PREFILL: cpu_attention.prefill(heads, width, attention.sliding_window),
-        window.DECODE: cpu_attention.decode(heads, width, attention.sliding_window),
-    }
-    return {
+    made = {
         "fused_rope": cpu_cache.rope(heads, *rotary),
         "tir_kv_cache_transpose_append": cpu_cache.append(heads),
         "copy_single_page_cpu": cpu_cache.copy_page(heads),
@@ -93,5 +89,8 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
         "batch_decode_paged_kv_cpu": cpu_attention.decode(heads, width),
         "batch_prefill_paged_kv_cpu": cpu_attention.prefill(heads, width),
         "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width),
-        **(sliding if build.sliding else {}),
     }
+    if build.sliding:
+        made[window.PREFILL] = cpu_attention.prefill(heads, width, attention.sliding_window)
+        made[window.DECODE] = cpu_attention.decode(heads, width, attention.sliding_window)
+    return made

@@ -223,10 +223,10 @@ def prefill(heads: Heads, width: int, window: int = 0) -> tirx.PrimFunc:
             attention.room(cache.count)
             with T.serial(0, batch) as s:
                 bounds = T.bind(T.max(low, starts[s])), T.bind(T.min(high, starts[s + 1]))
-                low, end = cache.held(s)
-                low, end = _bound(low), T.bind(end)
+                kept, end = cache.held(s)
+                kept, end = _bound(kept), T.bind(end)
                 if window:
-                    seen = _seen_through(causal, window, (low, end), starts[s])
+                    seen = _seen_through(causal, window, (kept, end), starts[s])
                 else:
                     seen = _seen(causal, end, end - (starts[s + 1] - starts[s]), starts[s])
                 _queries(attention, head, bounds, seen, cache.source(s, head))
