@@ -80,7 +80,7 @@ def _problem(exitcode: int | None, log: Path) -> str:
     if exitcode == 0:
         return ""
     said = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
-    if exitcode == 1:
+    if exitcode == 1 and said:
         return said
     name = signal.Signals(-exitcode).name if exitcode and exitcode < 0 else f"exit code {exitcode}"
     return "\n".join([f"the compiler crashed ({name})", *said.splitlines()[:LOG_HEAD]])
