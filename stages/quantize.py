@@ -106,7 +106,7 @@ class Quantize(Stage):
 @contextlib.contextmanager
 def _leaving_nothing(ctx: Context, conversion: Conversion) -> Iterator[None]:
     """Remove what a failure has left half written; say which failure it was in the stage's terms."""
-    from stages.conversion.parts import ConversionError
+    from stages.conversion.conversion import ConversionError
 
     try:
         yield

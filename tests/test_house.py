@@ -23,10 +23,10 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "tokenizers": set(),
     "graph": {"models", "targets", "lowering"},
     "lowering": {"models", "targets"},
-    "codegen": {"lowering", "targets"},
+    "codegen": {"keeper", "lowering", "targets"},
     "runtime": set(),
     "packing": set(),
-    "conversion": {"models", "quantization", "targets"},
+    "conversion": {"keeper", "models", "quantization", "targets"},
     "verification": {"models", "quantization", "runtime", "tokenizers"},
     "cli": {"runtime", "models"},
 }

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tvm
 from tvm import relax as rx
@@ -17,37 +17,13 @@ from tvm.relax.vm_build import VMExecutable
 
 from stages.codegen import kernels, workers
 from stages.codegen.kernels import Code
+from stages.keeper import Keeper
 from stages.lowering.compat import load_json
 from stages.lowering.name_kernels import content
 from stages.lowering.rewriter import bound_values
 from stages.targets.cuda import LOADER
 
 KIND = "kernel"  # of what is kept
-
-
-class Part(Protocol):
-    """What was kept: its file, and small facts."""
-
-    @property
-    def path(self) -> Path:
-        """The file; read-only."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """The facts."""
-
-
-class Keeper(Protocol):
-    """A stage's context, as far as it is used here."""
-
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
-        """Return the part kept for ``document``, or None."""
-
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
-        """Keep ``file`` as the part for ``document``."""
-
-    def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
-        """Report progress."""
 
 
 class CodegenError(ValueError):

@@ -18,7 +18,6 @@ from blake3 import blake3
 from stages.conversion import kernels
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory
-from stages.conversion.parts import ConversionError
 from stages.models import transforms
 from stages.models.weights import NUMPY_DTYPES, Weights
 from stages.quantization.convert import ALGORITHM, convert, kernel_names
@@ -29,13 +28,21 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from stages.conversion.parts import Keeper, Part
+    from stages.keeper import Keeper, Part
     from stages.quantization.native import Kernels
     from stages.quantization.schemes import Scheme
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
+
+
+class ConversionError(ValueError):
+    """Parameters that cannot be converted; ``problems`` names each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 @dataclass(frozen=True)

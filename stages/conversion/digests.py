@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from stages.conversion.parts import Keeper
+    from stages.keeper import Keeper
     from stages.models.weights import Weights
 
 KIND = "digests"

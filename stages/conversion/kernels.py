@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from stages.conversion.parts import Keeper
+    from stages.keeper import Keeper
 
 KIND = "kernels"
 

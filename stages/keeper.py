@@ -1,4 +1,4 @@
-"""What a conversion needs of whoever runs it: to keep finished parts and find them again, and to say how far it is."""
+"""What a room needs of whoever runs it: to keep finished parts and find them again, and to say how far it is."""
 
 from __future__ import annotations
 
@@ -37,11 +37,3 @@ class Keeper(Protocol):
 
     def warn(self, message: str) -> None:
         """Record a finding that fails nothing."""
-
-
-class ConversionError(ValueError):
-    """Parameters that cannot be converted; ``problems`` names each."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
