@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,7 @@ class Arguments:
             choose(block < whole, full, part)
 
 
+@functools.cache
 def linear_kernel(linear: Linear) -> tirx.PrimFunc:
     """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
     with kernel() as made:

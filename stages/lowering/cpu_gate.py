@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,7 @@ class _Gates(Rewriter):
         return (split.args[0], item.index) if even else None
 
 
+@functools.cache
 def gate_kernel(gate: Gate) -> tirx.PrimFunc:
     """Return the kernel of (x, y): y = silu(g) * u, x / (1 + exp(-x)) being silu(x)."""
     with kernel() as made:

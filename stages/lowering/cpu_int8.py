@@ -7,6 +7,7 @@ by the sum of the activations times the weight's zero, from which the sums begin
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,7 @@ def with_bytes(layer: Linear, dot: int) -> Linear:
     return replace(layer, dot=dot, tile=(5, BLOCK) if dot == 16 else (2, 16))
 
 
+@functools.cache
 def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> tirx.PrimFunc:
     """Return the kernel of (x [.., rows, k] float32, bytes, scales, offsets): bytes int32 [rows, k / 4], four to a
     word; scales float32 and offsets, the sums of the integers times ``-middle``, int32 [rows, k / group].
@@ -69,6 +71,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> 
     return made.function
 
 
+@functools.cache
 def int8_kernel(linear: Linear) -> tirx.PrimFunc:
     """Return the kernel of (bytes, scales, offsets, stored weight..., [bias], [residual], y)."""
     with kernel() as made:

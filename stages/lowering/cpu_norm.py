@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,7 @@ class _Norms(Rewriter):
         return self.call_kernel(norm, lambda: norm_kernel(norm), name, [x, *parameters], x.ty.shape.values)
 
 
+@functools.cache
 def norm_kernel(norm: Norm) -> tirx.PrimFunc:
     """Return the kernel of (x, weight, [bias], y)."""
     with kernel() as made:

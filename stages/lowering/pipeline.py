@@ -12,6 +12,7 @@ from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
 from stages.lowering.cpu_norm import cpu_norm
 from stages.lowering.cuda_graph import capture_cuda_graphs
+from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
@@ -39,11 +40,12 @@ def phases(
             rx.backend.DispatchSortScan(),
         ],
         "kernels": [
-            passes.LegalizeOps(),
+            # A reshape stays the view that it is, which else would be a kernel for the next pass to recognise.
+            passes.LegalizeOps(skip_ops=["relax.reshape"]),
             # Before fusion and scheduling hide that a kernel only reshapes: what is recognised becomes a view.
             passes.RewriteDataflowReshape(),
             passes.AnnotateTIROpPattern(),
-            passes.FoldConstant(),
+            fold_states,
             passes.FuseOps(),
             passes.FuseTIR(),
             fuse_dequantize_matmul(),

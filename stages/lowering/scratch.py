@@ -41,8 +41,15 @@ def largest_scratch(module: tvm.IRModule, function: rx.Function, size: Callable[
 
 
 def _buffers(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
+    if not _outermost(kernel):
+        return []  # buffers move inwards only
     placed = _PLACED(tvm.IRModule({"kernel": kernel}))["kernel"]
-    body = placed.body
+    return _outermost(placed)
+
+
+def _outermost(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
+    """Return the buffers allocated outside of all loops."""
+    body = kernel.body
     return list(body.block.alloc_buffers) if isinstance(body, s_tir.SBlockRealize) else []
 
 

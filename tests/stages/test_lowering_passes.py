@@ -12,6 +12,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
 from stages.graph.describe import kernels, operators
+from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
@@ -24,6 +25,7 @@ from stages.lowering.schedule_cpu_matmul import CPUMatmul
 from stages.models.layers import Linear
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, take
 from stages.targets.table import TARGETS
+from stages.targets.tvm_target import build_target
 
 LLVM = tvm.target.Target("llvm")
 K, N = 64, 24
@@ -312,3 +314,35 @@ def test_planned_bytes_counts_nothing_before_planning():
 def test_metadata_is_one_more_function():
     module = function([("x", (4,), "float32")], lambda builder, x: builder.emit(rx.op.add(x, x)))
     assert sorted(operators(attach_metadata({"a": 1})(module))) == ["_metadata", "main"]
+
+
+def _ones(builder, *_):
+    return builder.emit(rx.op.full((3, 4), rx.const(1.0, "float32"), "float32"))
+
+
+def test_what_a_state_begins_with_is_computed_at_compile_time():
+    with LLVM:
+        made = rx.transform.LegalizeOps()(function([], _ones))
+        folded = fold_states(made)
+    assert "call_tir" in made["main"].script()
+    assert "call_tir" not in folded["main"].script()
+    assert np.array_equal(run(folded, "main"), np.ones((3, 4), "float32"))
+
+
+def test_a_function_of_tensors_is_not_searched_for_constants():
+    with LLVM:
+        made = rx.transform.LegalizeOps()(function([("x", (2,), "float32")], _ones))
+        assert fold_states(made)["main"].script() == made["main"].script()
+
+
+@pytest.mark.parametrize("name", ["llvm", "cuda"])
+def test_a_reshape_is_a_view_and_no_kernel(name):
+    row = TARGETS[name]
+    target = build_target(row, "x86-64-v3", (), opt=3, arch=80)
+    made = function(
+        [("x", ("s", 8, 4), "float32")],
+        lambda builder, x: builder.emit(rx.op.reshape(x, (x.ty.shape.values[0], 32))),
+    )
+    lowered = lower(made, row, target, lambda _: {}, lambda *_: None)
+    assert "vm.builtin.reshape" in lowered["main"].script()
+    assert not [var for var, found in lowered.functions_items() if "reshape" in var.name_hint]
