@@ -114,7 +114,7 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
             found = [u for u in by_entry[entries[0]] if _pairs(spec.each, u.spec.each)]
             yield from _check_count(node, port, declared, found)
             node.inputs[port] = found
-        else:
+        elif not declared.optional:
             providers = sorted(name for name, nodes in by_entry.items() if nodes[0].spec.uses == declared.stage)
             advice = f"add '{providers[0]}' to its needs" if providers else f"add an entry that uses '{declared.stage}'"
             yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"

@@ -76,6 +76,7 @@ class In(NamedTuple):
     port: str
     doc: str
     many: bool = False
+    optional: bool = False
 
 
 class Out(NamedTuple):
@@ -129,6 +130,9 @@ class Context(Protocol):
 
     def inputs(self, port: str) -> list[Instance]:
         """Return every instance of a ``many`` input port, ordered by its ``foreach`` values."""
+
+    def has_input(self, port: str) -> bool:
+        """Say whether an optional input port is connected."""
 
     def source(self, name: str) -> SourceFiles:
         """Return the declared files of the source parameter ``name``."""

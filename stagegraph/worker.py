@@ -58,6 +58,9 @@ class WorkerContext(Context):
     def inputs(self, port: str) -> list[Instance]:
         return [Instance(each, Path(path)) for each, path in self._inputs[port]]
 
+    def has_input(self, port: str) -> bool:
+        return port in self._inputs
+
     def source(self, name: str) -> SourceFiles:
         found = self._sources[name]
         return SourceFiles(Path(found["root"]), {n: Path(p) for n, p in found["files"].items()}, found["digests"])

@@ -41,6 +41,9 @@ class LocalContext:
         assert isinstance(instances, list)
         return instances
 
+    def has_input(self, port: str) -> bool:
+        return port in self.connected
+
     def source(self, name: str) -> SourceFiles:
         return self.sources[name]
 

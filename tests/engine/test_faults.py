@@ -363,3 +363,14 @@ def test_a_stage_module_that_does_not_load_is_said_with_its_place(demo: Demo) ->
     assert result.code == 2
     assert "stage 'join' cannot be loaded: SyntaxError" in result.err
     assert "Traceback" not in result.err
+
+
+def test_an_optional_input_may_be_left_out(demo: Demo) -> None:
+    demo.edit("join", '"how many")}', '"how many", optional=True)}')
+    demo.edit("join", 'ctx.input("count").read_text()', '(" counted" if ctx.has_input("count") else " not counted")')
+    assert demo.run().code == 0
+    assert demo.path("join", "joined.txt").read_text().endswith(" counted")
+    assert "not" not in demo.path("join", "joined.txt").read_text()
+    demo.pipeline.write_text(demo.pipeline.read_text().replace("needs: [shape, read]", "needs: [shape]"))
+    assert demo.run().code == 0
+    assert demo.path("join", "joined.txt").read_text().endswith(" not counted")
