@@ -40,3 +40,15 @@ def load_json(text: str) -> Any:
     from tvm_ffi.serialization import from_json_graph_str
 
     return from_json_graph_str(text)
+
+
+def global_var(name: str, function: Any) -> Any:
+    """Return a variable that stands for ``function``, a kernel or not, in a module.
+
+    A block builder gives the variable its type too, and hashes all functions of its module to find an equal one.
+    """
+    import tvm
+
+    var = tvm.ir.GlobalVar(name)
+    tvm.get_global_func("relax.UpdateType")(var, function.ty)
+    return var

@@ -14,6 +14,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
+from stages.lowering.name_kernels import written
+
 WORTH_THREADS = 1 << 17  # additions and multiplications; waking the other threads takes as long as many thousands
 _EXP2 = (0.00187757667, 0.00898934009, 0.0558263180, 0.240153617, 0.693153073, 0.999999940)  # highest power first
 
@@ -26,7 +28,7 @@ def kernel() -> Any:
         with T.prim_func(is_private=True, s_tir=True):
             T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
             yield made
-        made.function = builder.get()
+        made.function = written(builder.get())
 
 
 class _Kernel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -10,26 +10,21 @@ from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-
-def _unchanged(name: str, kernel: tirx.PrimFunc) -> tuple[str, tirx.PrimFunc]:
-    return name, kernel
+from stages.lowering.compat import global_var
 
 
-def merge(
-    modules: Sequence[tvm.IRModule],
-    named: Callable[[str, tirx.PrimFunc], tuple[str, tirx.PrimFunc]] = _unchanged,
-) -> tvm.IRModule:
+def merge(modules: Sequence[tvm.IRModule]) -> tvm.IRModule:
     """Return one module with every relax function of ``modules`` and their kernels, clashing names made unique.
 
-    Kernels lose their ``global_symbol``: duplicates are not allowed, and the last phase attaches new ones. ``named``
-    may give a kernel another name and other attributes. :class:`ValueError` if two modules define the same function.
+    Kernels lose their ``global_symbol``: duplicates are not allowed, and the last phase attaches new ones.
+    :class:`ValueError` if two modules define the same function.
     """
     builder = rx.BlockBuilder()
     functions: dict[str, rx.Function] = {}
     for module in modules:
-        items = sorted(module.functions_items(), key=lambda item: item[0].name_hint)
+        items = module.functions_items()
         kernels = {
-            var.name_hint: _add(builder, *named(var.name_hint, _anonymous(function)))
+            var.name_hint: builder.add_func(anonymous(function), var.name_hint)
             for var, function in items
             if isinstance(function, tirx.PrimFunc)
         }
@@ -44,11 +39,17 @@ def merge(
     return merged
 
 
-def _add(builder: rx.BlockBuilder, name: str, kernel: tirx.PrimFunc) -> tvm.ir.GlobalVar:
-    return builder.add_func(kernel, name)
+def with_kernels(module: tvm.IRModule, kernels: Mapping[str, tuple[str, tirx.PrimFunc]]) -> tvm.IRModule:
+    """Return ``module`` with ``kernels`` (name of one of its own -> new name, kernel) in place of all of its own."""
+    named = {name: (global_var(name, kernel), kernel) for name, kernel in kernels.values()}
+    rename = _Rename({old: named[new][0] for old, (new, _) in kernels.items()})
+    functions = {var: function for var, function in module.functions_items() if isinstance(function, rx.Function)}
+    renamed = {var: rename.visit_expr(function) for var, function in functions.items()}
+    return tvm.IRModule(dict(named.values()) | renamed, attrs=module.attrs, global_infos=module.global_infos)
 
 
-def _anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+def anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Return ``kernel`` without the name it has in a module."""
     return kernel.without_attr("global_symbol") if kernel.attrs and "global_symbol" in kernel.attrs else kernel
 
 

@@ -14,7 +14,7 @@ from tvm import te, tirx
 from stagegraph.stage import Instance, StageError
 from stages import profiles
 from stages.codegen import kernels, workers
-from stages.lowering.name_kernels import content, name_kernels
+from stages.lowering.name_kernels import WRITTEN, content, name_kernels, written
 from stages.lowering.plain_names import plain_names, without_places
 from tests.checkpoints import write_hollow
 from tests.stages import families, libraries
@@ -48,6 +48,37 @@ def test_a_kernel_is_named_by_its_content():
     assert names(first) == names(again) != names(other)
     (name,) = names(first)
     assert name == f"scale_{content(first[name])[:8]}"
+
+
+def test_a_kernel_that_stays_as_it_was_written_is_not_saved_again(monkeypatch):
+    profiles.compiler()
+    first = name_kernels(tvm.IRModule({"scale": written(kernel("scale"))}))
+    text = tvm.ir.save_json(tvm.IRModule({"scale": written(kernel("scale")).with_attr("op_pattern", 0)}))
+    saved, save = [], tvm.ir.save_json
+    monkeypatch.setattr(tvm.ir, "save_json", lambda node: saved.append(type(node)) or save(node))
+    (var,) = name_kernels(tvm.ir.load_json(text)).get_global_vars()
+    assert tirx.PrimFunc not in saved
+    assert names(first) != {var.name_hint}, "an attribute is content too"
+
+
+def test_a_kernel_that_was_changed_after_it_was_written_has_another_name():
+    profiles.compiler()
+    one, other = written(kernel("scale")), written(kernel("scale", scale=3.0))
+    stale = other.with_attr(WRITTEN, one.attrs[WRITTEN])
+    found = [names(name_kernels(tvm.IRModule({"scale": each}))) for each in (one, other, stale)]
+    assert len(set(map(frozenset, found))) == 3
+
+
+def test_two_contents_with_the_same_beginning_have_two_names(monkeypatch):
+    profiles.compiler()
+    monkeypatch.setattr("stages.lowering.name_kernels.SUFFIX", 0)
+    module = tvm.IRModule({"scale": kernel("scale"), "scale1": kernel("scale1", scale=3.0)})
+    named = name_kernels(module)
+    assert len(named.functions) == 2
+    assert {content(function) for _, function in named.functions_items()} == {
+        content(name_kernels(tvm.IRModule({"scale": kernel(name, scale=scale)}))["scale_"])
+        for name, scale in (("scale", 2.0), ("scale1", 3.0))
+    }
 
 
 def test_variables_of_the_graph_leave_no_trace():
