@@ -104,14 +104,19 @@ def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:
     for var, function in lowered.functions_items():
         if isinstance(function, rx.Function):
             calls = [value for value in bound_values(function) if isinstance(value, rx.Call)]
-            passed = [argument for call in calls for argument in (call.op, *call.args)]
+            # A kernel takes tensors and numbers; what takes kernels is an operator or a function of the runtime.
+            passed = [given for call in calls for given in ([call.op] if _is_kernel(call.op) else call.args)]
             for named in [
                 *passed,
                 *(field for whole in passed if isinstance(whole, rx.Tuple) for field in whole.fields),
             ]:
-                if isinstance(named, tvm.ir.GlobalVar):
+                if _is_kernel(named):
                     callers.setdefault(named.name_hint, set()).add(var.name_hint)
     return {name: sorted(found) for name, found in callers.items()}
+
+
+def _is_kernel(value: Any) -> bool:
+    return isinstance(value, tvm.ir.GlobalVar)
 
 
 def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, scratch: Path, library: Path) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 import tvm
 from tvm import relax as rx
 from tvm import tirx
-from tvm.relax.expr_functor import mutator
 
 from stages.lowering.cpu_vectors import T, along, constant, each_row, exp2, kernel, put, span
-from stages.lowering.rewriter import Rewriter, is_call, rows_of
+from stages.lowering.rewriter import KernelCall, Rewriter, is_call, rows_of
 
 LANES = 32
 
@@ -34,9 +33,8 @@ def cpu_gate(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.I
     return _Gates(module).rewritten()
 
 
-@mutator
 class _Gates(Rewriter):
-    def replace(self, call: rx.Call, _before: rx.Call) -> Any:
+    def replace(self, call: rx.Call) -> KernelCall | None:
         """Return the call of the kernel of a gated product."""
         silu = self.bound(call.args[0], "nn.silu") if is_call(call, "multiply") else None
         if silu is None:
@@ -50,11 +48,11 @@ class _Gates(Rewriter):
             return None
         gate = Gate(rows[0][-1], len(rows[0]) - 1, rows[1] // 2)
         shape = [*both.ty.shape.values[:-1], gate.width]
-        return self.call_kernel(gate, lambda: gate_kernel(gate), "silu_gate", [both], shape)
+        return KernelCall(gate, lambda: gate_kernel(gate), "silu_gate", [both], shape)
 
     def _half(self, value: Any) -> Any:
         """Return (tensor, which half) if ``value`` is a half of a tensor along the last axis."""
-        item = self.lookup_binding(value) if isinstance(value, rx.Var) else None
+        item = self.values.get(value) if isinstance(value, rx.Var) else None
         if not isinstance(item, rx.TupleGetItem):
             return None
         split = self.bound(item.tuple_value, "split")

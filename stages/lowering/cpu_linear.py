@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import tvm
 import tvm_ffi
 from tvm import relax as rx
-from tvm.relax.expr_functor import mutator
 
 from stages.lowering.cpu_float import Linear, linear_kernel
 from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
 from stages.lowering.cpu_weights import BLOCK, Stored
-from stages.lowering.rewriter import Rewriter, bound_values, is_call, rows_of
+from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, rows_of
 
 _FLOATS = ("float32", "float16")
 
@@ -45,43 +44,38 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
 def _uses(function: rx.Function) -> Counter[Any]:
     """Count how often each variable of ``function`` is read."""
     found: Counter[Any] = Counter()
-    for value in bound_values(function):
+    for value in (*bound_values(function), function.body.body):
         read = value.args if isinstance(value, rx.Call) else [value]
         for argument in read:
             found.update(argument.fields if isinstance(argument, rx.Tuple) else [argument])
     return found
 
 
-@mutator
 class _Linears(Rewriter):
-    """``layers`` remembers the layer of each kernel made."""
-
     def __init__(self, module: tvm.IRModule, tile: tuple[int, int], dot: int) -> None:
         super().__init__(module)
         self.tile = tile
         self.dot = dot
         self.uses: Counter[Any] = Counter()
-        self.layers: dict[str, Linear] = {}
 
-    def enter(self, function: rx.Function) -> None:
+    def enter(self, function: rx.Function) -> bool:
         """Count uses: what is read twice is not taken up by one of its readers."""
         self.uses = _uses(function)
+        return True
 
-    def replace(self, call: rx.Call, before: rx.Call) -> Any:
+    def replace(self, call: rx.Call) -> KernelCall | None:
         """Return the call of a kernel for a product, and for the sum of a product and something else."""
         if is_call(call, "matmul"):
             return self._linear(call)
         if is_call(call, "add"):
-            for own, other in ((0, 1), (1, 0)):
-                joined = self._join(call.args[own], call.args[other]) if self.uses[before.args[own]] == 1 else None
-                if joined is not None:
-                    return joined
+            left, right = call.args
+            return self._join(left, right) or self._join(right, left)
         return None
 
-    def _linear(self, matmul: rx.Call) -> Any:
+    def _linear(self, matmul: rx.Call) -> KernelCall | None:
         """Return the call of a kernel in place of ``matmul``, None where it is not x @ w.T of a stored matrix."""
-        x = matmul.args[0]
-        transpose, rows = self.bound(matmul.args[1], "permute_dims"), rows_of(x)
+        x, w = matmul.args
+        transpose, rows = self.bound(w, "permute_dims"), rows_of(x)
         plain = transpose is not None and transpose.attrs.axes is None
         weight = self.bound(transpose.args[0], "call_tir") if plain else None
         if weight is None or rows is None or any(size != 1 for size in rows[0][:-1]):
@@ -93,39 +87,37 @@ class _Linears(Rewriter):
         inputs = [x]
         if self.dot and stored.bits:
             layer, inputs = with_bytes(layer, self.dot), self._quantized(x, layer)
-        return self._call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
+        return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
 
     def _quantized(self, x: Any, layer: Linear) -> list[Any]:
         """Emit the quantization of activations; return bytes, scales and offsets."""
         size = layer.rows, layer.outer, layer.weight.k, layer.weight.group, layer.weight.middle
-        if size not in self.kernels:
-            self.kernels[size] = self.builder_.add_func(quantizer(*size), "quantize_rows")
+        kernel = self.kernel(size, lambda: quantizer(*size), "quantize_rows")
         rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
         shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
         types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
-        made = self.builder_.emit(rx.call_tir(self.kernels[size], rx.Tuple([x]), out_ty=types))
-        return [self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(3)]
+        made = self.emit(rx.call_tir(kernel, rx.Tuple([x]), out_ty=types))
+        return [self.emit(rx.TupleGetItem(made, i)) for i in range(3)]
 
-    def _join(self, product: Any, addend: Any) -> Any:
+    def _join(self, product: Any, addend: Any) -> KernelCall | None:
         """Return the call that also adds ``addend`` to what the kernel behind ``product`` makes, or None."""
-        call = self.bound(product, "call_tir")
-        layer = self.layers.get(call.args[0].name_hint) if call is not None else None
-        if layer is None or layer.residual:
+        call = self.values.get(product) if isinstance(product, rx.Var) else None
+        if not isinstance(call, KernelCall) or call.key.residual or self.uses[product] != 1:
             return None
-        arguments, vector = list(call.args[1].fields), self.uncast(addend)
+        layer, vector = call.key, self.uncast(addend)
         if not layer.bias and vector.ty.ndim == 1 and str(vector.ty.dtype) in _FLOATS:
-            layer, arguments = replace(layer, bias=str(vector.ty.dtype)), [*arguments, vector]
+            layer, added = replace(layer, bias=str(vector.ty.dtype)), vector
         elif addend.ty.dtype == "float32" and tvm_ffi.structural_equal(addend.ty.shape, product.ty.shape):
-            layer, arguments = replace(layer, residual=True), [*arguments, addend]
+            layer, added = replace(layer, residual=True), addend
         else:
             return None
-        return self._call(layer, arguments, product.ty.shape.values)
+        self.drop(product)
+        return _call(layer, [*call.arguments, added], call.shape)
 
-    def _call(self, layer: Linear, arguments: list[Any], shape: Any) -> rx.Call:
-        make = int8_kernel if layer.dot else linear_kernel
-        call = self.call_kernel(layer, lambda: make(layer), "linear", arguments, shape)
-        self.layers[call.args[0].name_hint] = layer
-        return call
+
+def _call(layer: Linear, arguments: Sequence[Any], shape: Sequence[Any]) -> KernelCall:
+    make = int8_kernel if layer.dot else linear_kernel
+    return KernelCall(layer, lambda: make(layer), "linear", arguments, shape)
 
 
 def _stored(call: rx.Call) -> Stored | None:

@@ -9,7 +9,6 @@ from typing import Any
 import tvm
 from tvm import relax as rx
 from tvm import tirx
-from tvm.relax.expr_functor import mutator
 
 from stages.lowering.cpu_vectors import (
     T,
@@ -24,7 +23,7 @@ from stages.lowering.cpu_vectors import (
     total,
     vector,
 )  # fmt: skip
-from stages.lowering.rewriter import Rewriter, is_call, rows_of
+from stages.lowering.rewriter import KernelCall, Rewriter, is_call, rows_of
 
 LANES = 32
 
@@ -48,9 +47,8 @@ def cpu_norm(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.I
     return _Norms(module).rewritten()
 
 
-@mutator
 class _Norms(Rewriter):
-    def replace(self, call: rx.Call, _before: rx.Call) -> Any:
+    def replace(self, call: rx.Call) -> KernelCall | None:
         """Return the call of the kernel of a norm."""
         centred = is_call(call, "nn.layer_norm")
         rows = rows_of(call.args[0]) if centred or is_call(call, "nn.rms_norm") else None
@@ -62,7 +60,7 @@ class _Norms(Rewriter):
             return None
         norm = Norm(*rows, float(call.attrs.epsilon), str(parameters[0].ty.dtype), centred)
         name = "layer_norm" if centred else "rms_norm"
-        return self.call_kernel(norm, lambda: norm_kernel(norm), name, [x, *parameters], x.ty.shape.values)
+        return KernelCall(norm, lambda: norm_kernel(norm), name, [x, *parameters], x.ty.shape.values)
 
 
 @functools.cache

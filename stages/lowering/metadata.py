@@ -12,13 +12,14 @@ from tvm import relax as rx
 
 def attach_metadata(metadata: Mapping[str, Any]) -> tvm.transform.Pass:
     """Return the pass; ``_metadata()`` of the library returns ``metadata`` as a JSON string."""
-    text = json.dumps(metadata, sort_keys=True)
+    builder = rx.BlockBuilder()
+    with builder.function("_metadata", params=[]):
+        builder.emit_func_output(tvm.ir.StringImm(json.dumps(metadata, sort_keys=True)))
 
     @tvm.transform.module_pass(opt_level=0, name="AttachMetadata")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        builder = rx.BlockBuilder(module)
-        with builder.function("_metadata", params=[]):
-            builder.emit_func_output(tvm.ir.StringImm(text))
-        return builder.finalize()
+        attached = module.clone()
+        attached.update(builder.finalize())
+        return attached
 
     return run

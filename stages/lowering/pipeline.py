@@ -14,6 +14,7 @@ from stages.lowering.cpu_norm import cpu_norm
 from stages.lowering.cuda_graph import capture_cuda_graphs
 from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
+from stages.lowering.fuse_operators import fuse_operators
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
 from stages.lowering.metadata import attach_metadata
@@ -38,6 +39,7 @@ def phases(
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),
+            fold_states,
         ],
         "kernels": [
             # A reshape stays the view that it is, which else would be a kernel for the next pass to recognise.
@@ -45,11 +47,9 @@ def phases(
             # Before fusion and scheduling hide that a kernel only reshapes: what is recognised becomes a view.
             passes.RewriteDataflowReshape(),
             passes.AnnotateTIROpPattern(),
-            fold_states,
-            passes.FuseOps(),
-            passes.FuseTIR(),
-            fuse_dequantize_matmul(),
+            fuse_operators,
             passes.DeadCodeElimination(),
+            fuse_dequantize_matmul(),
             scatter_tuple_get_item,
             plain_names,
         ],

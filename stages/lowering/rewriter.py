@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
 from tvm import relax as rx
 from tvm import tirx
-from tvm.relax.expr_functor import PyExprMutator
+
+from stages.lowering.compat import global_var
 
 
 def bound_values(function: rx.Function) -> Iterator[Any]:
@@ -20,41 +23,109 @@ def bound_values(function: rx.Function) -> Iterator[Any]:
             yield binding.value
 
 
-class Rewriter(PyExprMutator):
-    """Visits the calls of one module; a subclass, decorated as a ``mutator``, overrides ``replace``. Equal kernels are
-    made once.
+@dataclass(frozen=True)
+class KernelCall:
+    """A call of the kernel of ``key``, which ``make()`` makes and ``name`` names; the result is float32 of ``shape``.
+
+    A pass binds it like a call; it becomes one after the last binding, so what is dropped until then is never made.
+    """
+
+    key: Any
+    make: Callable[[], tirx.PrimFunc]
+    name: str
+    arguments: Sequence[Any]
+    shape: Sequence[Any]
+
+
+class Rewriter:
+    """Goes through the calls of one module; a subclass overrides ``replace``. Variables stay: a replacement is bound to
+    the same one, as its value has the same type. Equal kernels are made once.
     """
 
     def __init__(self, module: tvm.IRModule) -> None:
-        super().__init__(module)
         self.module = module
+        self.builder = rx.BlockBuilder()
+        for var in module.get_global_vars():
+            self.builder.get_unique_name(var.name_hint)
         self.kernels: dict[Any, tvm.ir.GlobalVar] = {}
+        self.made: dict[tvm.ir.GlobalVar, tirx.PrimFunc] = {}
+        self.values: dict[rx.Var, Any] = {}
+        self.added: list[rx.Var] = []
 
     def rewritten(self) -> tvm.IRModule:
         """Return the module after all replacements, without what they made unused."""
+        rewritten = self.module.clone()
         for var, function in self.module.functions_items():
             if isinstance(function, rx.Function):
-                self.enter(function)
-                changed = self.visit_expr(function)
-                self.builder_.update_func(var, rx.analysis.remove_all_unused(changed))
-        return self.builder_.get()
+                rewritten[var] = self._rewrite(function)
+        rewritten.update(tvm.IRModule(self.made))
+        return rewritten
 
-    def enter(self, function: rx.Function) -> None:
-        """Look at a function before it is visited."""
+    def _rewrite(self, function: rx.Function) -> rx.Function:
+        self.values = {}
+        if not self.enter(function):
+            return function
+        blocks = [(block, self._replaced(block)) for block in function.body.blocks]
+        if all(binding is not None for _, bound in blocks for _, binding in bound):
+            return function
+        body = rx.SeqExpr([self._block(*block) for block in blocks], function.body.body)
+        changed = rx.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+        return rx.analysis.remove_all_unused(changed)
 
-    def visit_call_(self, call: rx.Call) -> Any:
-        """Visit the arguments, then ask for a replacement."""
-        visited = self.visit_expr_post_order(call)
-        replacement = self.replace(visited, call)
-        return visited if replacement is None else replacement
+    def _replaced(self, block: rx.BindingBlock) -> list[tuple[rx.Var, rx.Binding | None]]:
+        """Return the variables of a block with their bindings, None where what ``values`` has is to be bound."""
+        bound: list[tuple[rx.Var, rx.Binding | None]] = []
+        for binding in block.bindings:
+            var, value = binding.var, binding.value
+            new = self.replace(value) if isinstance(value, rx.Call) else None
+            bound += [(added, None) for added in self.added]
+            bound.append((var, binding if new is None else None))
+            self.values[var] = value if new is None else new
+            self.added.clear()
+        return bound
 
-    def replace(self, call: rx.Call, before: rx.Call) -> Any:
-        """Return what takes the place of ``call``, None for itself; ``before`` is the call as it was in the module."""
+    def _block(self, block: rx.BindingBlock, bound: list[tuple[rx.Var, rx.Binding | None]]) -> rx.BindingBlock:
+        kept = [(var, binding) for var, binding in bound if var in self.values]
+        return type(block)([binding or rx.VarBinding(var, self._called(self.values[var])) for var, binding in kept])
+
+    def _called(self, value: Any) -> Any:
+        """Return ``value``, the call itself where it is one of a kernel."""
+        if not isinstance(value, KernelCall):
+            return value
+        kernel = self.kernel(value.key, value.make, value.name)
+        out = rx.TensorType(value.shape, "float32")
+        return self.builder.normalize(rx.call_tir(kernel, rx.Tuple(value.arguments), out_ty=out))
+
+    def enter(self, _function: rx.Function) -> bool:
+        """Look at a function before its calls are replaced; say whether they are."""
+        return True
+
+    def replace(self, call: rx.Call) -> rx.Expr | KernelCall | None:
+        """Return what takes the place of ``call``, None for itself."""
         raise NotImplementedError
 
-    def bound(self, value: Any, name: str) -> Any:
-        """Return the call of the operator ``relax.<name>`` that ``value`` is bound to, else None."""
-        call = self.lookup_binding(value) if isinstance(value, rx.Var) else None
+    def emit(self, value: Any) -> rx.Var:
+        """Bind ``value`` in front of the call that is being replaced."""
+        value = self.builder.normalize(value)
+        self.added.append(rx.DataflowVar("lv", value.ty))
+        self.values[self.added[-1]] = value
+        return self.added[-1]
+
+    def drop(self, var: rx.Var) -> None:
+        """Bind ``var`` no more: nothing reads it."""
+        del self.values[var]
+
+    def kernel(self, key: Any, make: Callable[[], tirx.PrimFunc], name: str) -> tvm.ir.GlobalVar:
+        """Return the kernel of ``key``, which ``make()`` makes if it is new."""
+        if key not in self.kernels:
+            kernel = make()
+            self.kernels[key] = global_var(self.builder.get_unique_name(name), kernel)
+            self.made[self.kernels[key]] = kernel
+        return self.kernels[key]
+
+    def bound(self, var: Any, name: str) -> Any:
+        """Return the call of the operator ``relax.<name>`` that ``var`` is bound to, else None."""
+        call = self.values.get(var) if isinstance(var, rx.Var) else None
         return call if is_call(call, name) else None
 
     def uncast(self, value: Any) -> Any:
@@ -62,16 +133,13 @@ class Rewriter(PyExprMutator):
         cast = self.bound(value, "astype")
         return value if cast is None else cast.args[0]
 
-    def call_kernel(self, key: Any, make: Any, name: str, arguments: list[Any], shape: Any) -> rx.Call:
-        """Return the call of the kernel of ``key``, which ``make()`` makes if it is new; the result is float32."""
-        if key not in self.kernels:
-            self.kernels[key] = self.builder_.add_func(make(), name)
-        return rx.call_tir(self.kernels[key], rx.Tuple(arguments), out_ty=rx.TensorType(shape, "float32"))
+
+operator = functools.cache(tvm.ir.Op.get)
 
 
 def is_call(value: Any, name: str) -> bool:
     """Say whether ``value`` is a call of the operator ``relax.<name>``."""
-    return isinstance(value, rx.Call) and value.op == tvm.ir.Op.get(f"relax.{name}")
+    return isinstance(value, rx.Call) and value.op.same_as(operator(f"relax.{name}"))
 
 
 def rows_of(value: Any) -> tuple[tuple[int | None, ...], int] | None:

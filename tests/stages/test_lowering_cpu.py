@@ -117,6 +117,21 @@ def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
             assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2
 
 
+def test_a_product_that_is_read_twice_is_not_taken_up():
+    class Both(nn.Module):
+        def __init__(self, weight):
+            self.linear = Linear(weight, None)
+
+        def forward(self, x, residual):
+            product = self.linear(x)
+            return residual + product, product
+
+    weight, _, _ = matrix(96, 64, "float16")
+    before = export(Both(weight), x=([1, "s", 64], "float32"), residual=([1, "s", 96], "float32"))
+    after = cpu_linear(host.required_features(V3))(before)
+    assert operators(after)["forward"] == {"linear": 1, "add": 1}
+
+
 def test_layers_with_float_weights_keep_float_activations():
     weight, _, _ = matrix(32, 32, "float16")
     before = export(Block(weight, random(32)), x=([1, "s", 32], "float32"), residual=([1, "s", 32], "float32"))

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn import op
 from stages.graph.describe import kernels, operators
 from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
+from stages.lowering.fuse_operators import fuse_operators
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
 from stages.lowering.memory_plan import planned_bytes
 from stages.lowering.merge import merge
@@ -320,19 +321,50 @@ def _ones(builder, *_):
     return builder.emit(rx.op.full((3, 4), rx.const(1.0, "float32"), "float32"))
 
 
-def test_what_a_state_begins_with_is_computed_at_compile_time():
-    with LLVM:
-        made = rx.transform.LegalizeOps()(function([], _ones))
-        folded = fold_states(made)
-    assert "call_tir" in made["main"].script()
-    assert "call_tir" not in folded["main"].script()
-    assert np.array_equal(run(folded, "main"), np.ones((3, 4), "float32"))
+@pytest.mark.parametrize(
+    ("fill", "wanted"),
+    [
+        (_ones, np.ones((3, 4), "float32")),
+        (
+            lambda builder: builder.emit(rx.op.full((2,), rx.const(-1e30, "float32"), "float32")),
+            np.float32([-1e30] * 2),
+        ),
+        (lambda builder: builder.emit(rx.op.zeros((2, 3), "float16")), np.zeros((2, 3), "float16")),
+        (lambda builder: builder.emit(rx.op.ones((), "float32")), np.ones((), "float32")),
+    ],
+)
+def test_what_a_state_begins_with_is_computed_at_compile_time(fill, wanted):
+    made = function([], fill)
+    folded = fold_states(made)
+    assert operators(made)["main"]
+    assert not operators(folded)["main"]
+    found = run(folded, "main")
+    assert found.dtype == wanted.dtype
+    assert np.array_equal(found, wanted)
 
 
 def test_a_function_of_tensors_is_not_searched_for_constants():
-    with LLVM:
-        made = rx.transform.LegalizeOps()(function([("x", (2,), "float32")], _ones))
-        assert fold_states(made)["main"].script() == made["main"].script()
+    made = function([("x", (2,), "float32")], _ones)
+    assert fold_states(made)["main"].script() == made["main"].script()
+
+
+def test_a_state_whose_size_is_known_at_run_time_stays():
+    made = function([], lambda builder: builder.emit(rx.op.zeros((tirx.Var("n", "int64"), 2), "float32")))
+    assert fold_states(made)["main"].script() == made["main"].script()
+
+
+def test_what_follows_a_kernel_is_fused_and_a_module_without_that_is_left_alone():
+    def legal(emit):
+        made = function([("x", ("s", N), "float32"), ("y", ("s", N), "float32")], emit)
+        with LLVM:
+            return tvm.transform.Sequential([rx.transform.LegalizeOps(), rx.transform.AnnotateTIROpPattern()])(made)
+
+    two = legal(lambda builder, x, y: builder.emit(rx.op.multiply(builder.emit(rx.op.add(x, y)), y)))
+    one = legal(lambda builder, x, y: builder.emit(rx.op.add(x, y)))
+    assert operators(two)["main"] == {"add": 1, "multiply": 1}
+    assert operators(fuse_operators(two))["main"] == {"fused_add_multiply": 1}
+    assert operators(fuse_operators(one))["main"] == {"add": 1}
+    assert fuse_operators(one)["add"].same_as(one["add"])
 
 
 @pytest.mark.parametrize("name", ["llvm", "cuda"])
