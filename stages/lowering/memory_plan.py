@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -10,7 +11,7 @@ from tvm import relax as rx
 from tvm import tirx
 
 from stages.lowering.rewriter import bound_values
-from stages.lowering.scratch import largest_scratch
+from stages.lowering.scratch import scratch_of
 
 
 def planned_bytes(module: tvm.IRModule) -> dict[str, int]:
@@ -20,21 +21,26 @@ def planned_bytes(module: tvm.IRModule) -> dict[str, int]:
     counts what the kernel that needs most allocates for itself. A size without a bound counts as nothing.
     """
     functions = [(var.name_hint, fn) for var, fn in module.functions_items() if isinstance(fn, rx.Function)]
-    return {name: _bytes_of(module, function) for name, function in sorted(functions, key=lambda pair: pair[0])}
+    scratch = scratch_of(module)
+    return {name: _bytes_of(function, scratch) for name, function in sorted(functions, key=lambda pair: pair[0])}
 
 
-def _bytes_of(module: tvm.IRModule, function: rx.Function) -> int:
+def _bytes_of(function: rx.Function, scratch: Callable[[rx.Call, Callable[[Any], int]], int]) -> int:
     bounds = dict(function.attrs["tir_var_upper_bound"]) if "tir_var_upper_bound" in (function.attrs or {}) else {}
     storage, result = (tvm.ir.Op.get(f"relax.{name}") for name in ("memory.alloc_storage", "builtin.alloc_tensor"))
-    total = 0
+    total = largest = 0
 
     def size(dim: Any) -> int:
         known = isinstance(dim, tirx.IntImm)
         return int(dim) if known else int(bounds.get(getattr(dim, "name", ""), 0))
 
-    for value in bound_values(function):
-        if isinstance(value, rx.Call) and value.op in (storage, result):
-            dims = value.args[0].values
-            width = tvm.DataType(value.args[1].value).itemsize if value.op == result else 1
+    for call in bound_values(function):
+        if not isinstance(call, rx.Call):
+            continue
+        if isinstance(call.op, tvm.ir.GlobalVar):
+            largest = max(largest, scratch(call, size))
+        elif call.op in (storage, result):
+            dims = call.args[0].values
+            width = tvm.DataType(call.args[1].value).itemsize if call.op == result else 1
             total += width * math.prod(size(dim) for dim in dims)
-    return total + largest_scratch(module, function, size)
+    return total + largest

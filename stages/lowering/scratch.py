@@ -11,8 +11,6 @@ import tvm
 from tvm import relax as rx
 from tvm import s_tir, tirx
 
-from stages.lowering.rewriter import bound_values
-
 # What moves every buffer of a kernel to the innermost loop around all its uses, and cuts it down to what is used there.
 _PLACED = tvm.transform.Sequential(
     [
@@ -24,20 +22,23 @@ _PLACED = tvm.transform.Sequential(
 )
 
 
-def largest_scratch(module: tvm.IRModule, function: rx.Function, size: Callable[[Any], int]) -> int:
-    """Return the most bytes that a kernel called by ``function`` of a scheduled module allocates outside its loops.
+def scratch_of(module: tvm.IRModule) -> Callable[[rx.Call, Callable[[Any], int]], int]:
+    """Return what tells the bytes that a called kernel of ``module``, which is scheduled, allocates outside its loops.
 
-    ``size`` evaluates a dimension of the function. What is allocated inside a loop is a tile for each thread.
+    It takes the call and what evaluates a dimension there. What is allocated inside a loop is a tile for each thread.
     """
-    buffers = functools.cache(lambda name: _buffers(module[name]))
-    largest = 0
-    for value in bound_values(function):
-        if isinstance(value, rx.Call) and isinstance(value.op, tvm.ir.GlobalVar):
-            kernel = module[value.op]
-            if isinstance(kernel, tirx.PrimFunc) and buffers(value.op):
-                dims = _dims(kernel, value, size)
-                largest = max(largest, sum(_bytes_of(buffer, dims) for buffer in buffers(value.op)))
-    return largest
+
+    @functools.cache
+    def buffers(var: tvm.ir.GlobalVar) -> list[tirx.Buffer]:
+        kernel = module[var]
+        return _buffers(kernel) if isinstance(kernel, tirx.PrimFunc) else []
+
+    def scratch(call: rx.Call, size: Callable[[Any], int]) -> int:
+        found = buffers(call.op)
+        dims = _dims(module[call.op], call, size) if found else {}
+        return sum(_bytes_of(buffer, dims) for buffer in found)
+
+    return scratch
 
 
 def _buffers(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
@@ -48,9 +49,10 @@ def _buffers(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
 
 
 def _outermost(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
-    """Return the buffers allocated outside of all loops."""
+    """Return the buffers allocated outside of all loops, but for registers and the shared memory of a block."""
     body = kernel.body
-    return list(body.block.alloc_buffers) if isinstance(body, s_tir.SBlockRealize) else []
+    allocated = body.block.alloc_buffers if isinstance(body, s_tir.SBlockRealize) else []
+    return [buffer for buffer in allocated if buffer.scope() == "global"]
 
 
 def _dims(kernel: tirx.PrimFunc, call: rx.Call, size: Callable[[Any], int]) -> Mapping[tirx.Var, int]:
