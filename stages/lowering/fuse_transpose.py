@@ -7,7 +7,9 @@ from typing import Any
 import tvm
 from tvm import relax as rx
 from tvm import te, tirx
-from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm.relax.utils import gen_call_tir_inputs
+
+from stages.lowering.rewriter import KernelCall, Rewriter, is_call
 
 SUMS = "float32"  # half precision loses a digit over every thousand terms
 
@@ -15,37 +17,52 @@ SUMS = "float32"  # half precision loses a digit over every thousand terms
 @tvm.transform.module_pass(opt_level=0, name="FuseTransposeMatmul")
 def fuse_transpose_matmul(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     """Rewrite every matmul whose right side [k, n] is the transpose of a matrix [n, k]; the transposes die."""
-    rewriter = _Rewriter(module)
-    for var, function in module.functions_items():
-        if isinstance(function, rx.Function):
-            rewriter.builder_.update_func(var, rx.analysis.remove_all_unused(rewriter.visit_expr(function)))
-    return rewriter.builder_.get()
+    return _Products(module).rewritten()
 
 
-@mutator
-class _Rewriter(PyExprMutator):
-    """Visits the calls of one module."""
-
-    def visit_call_(self, call: rx.Call) -> Any:
-        call = self.visit_expr_post_order(call)
-        if call.op != tvm.ir.Op.get("relax.matmul"):
-            return call
-        weight = self._transposed(call.args[1])
+class _Products(Rewriter):
+    def replace(self, call: rx.Call) -> rx.Expr | KernelCall | None:
+        """Return the call of a kernel for a product with a transposed matrix."""
+        weight = self._transposed(call.args[1]) if is_call(call, "matmul") else None
         if weight is None:
-            return call
-        out_dtype = str(call.attrs.out_dtype or "") or str(call.args[0].ty.dtype)
-        product = self.builder_.call_te(_nt_matmul, call.args[0], weight, primfunc_name_hint="NT_matmul")
-        return product if out_dtype == SUMS else rx.op.astype(self.builder_.normalize(product), out_dtype)
+            return None
+        x, sizes = call.args[0], _sizes(call.args[0], weight)
+        if sizes is None:
+            return None
+        shape = [*x.ty.shape.values[:-1], weight.ty.shape.values[0]]
+        product = KernelCall(
+            sizes, lambda: gen_call_tir_inputs(_nt_matmul, x, weight)[0], "NT_matmul", [x, weight], shape
+        )
+        out_dtype = str(call.attrs.out_dtype or "") or str(x.ty.dtype)
+        return product if out_dtype == SUMS else self.builder.normalize(rx.op.astype(self.emit(product), out_dtype))
 
     def _transposed(self, operand: Any) -> Any:
         """Return w [n, k] if ``operand`` is bound to its plain transpose."""
-        bound = self.lookup_binding(operand) if isinstance(operand, rx.Var) else None
-        if not isinstance(bound, rx.Call) or bound.op != tvm.ir.Op.get("relax.permute_dims"):
+        bound = self.bound(operand, "permute_dims")
+        if bound is None:
             return None
-        axes = bound.attrs.axes
-        matrix = bound.args[0]
+        axes, matrix = bound.attrs.axes, bound.args[0]
         plain = axes is None or [int(axis) for axis in axes] == [1, 0]
         return matrix if plain and matrix.ty.ndim == 2 else None
+
+
+def _kernel(x: rx.Var, weight: rx.Var) -> tirx.PrimFunc:
+    return gen_call_tir_inputs(_nt_matmul, x, weight)[0]
+
+
+def _sizes(*tensors: Any) -> Any:
+    """Return what kernels of such ``tensors`` have in common: dtypes and sizes, with symbolic ones numbered; None if a
+    size is neither a number nor a symbol.
+    """
+    symbols: dict[Any, str] = {}
+
+    def size(dim: Any) -> Any:
+        return int(dim) if isinstance(dim, tirx.IntImm) else symbols.setdefault(dim, f"s{len(symbols)}")
+
+    dims = [tensor.ty.shape.values for tensor in tensors]
+    if not all(isinstance(dim, tirx.IntImm | tirx.Var) for shape in dims for dim in shape):
+        return None
+    return tuple((str(tensor.ty.dtype), *map(size, shape)) for tensor, shape in zip(tensors, dims, strict=True))
 
 
 def _nt_matmul(x: te.Tensor, w: te.Tensor) -> te.Tensor:

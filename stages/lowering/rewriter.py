@@ -106,7 +106,7 @@ class Rewriter:
 
     def emit(self, value: Any) -> rx.Var:
         """Bind ``value`` in front of the call that is being replaced."""
-        value = self.builder.normalize(value)
+        value = self._called(value) if isinstance(value, KernelCall) else self.builder.normalize(value)
         self.added.append(rx.DataflowVar("lv", value.ty))
         self.values[self.added[-1]] = value
         return self.added[-1]
