@@ -9,23 +9,37 @@ from tvm import relax as rx
 from tvm.relax.dpl import GlobalVarPattern, TuplePattern, is_op, wildcard
 from tvm.relax.transform import PatternCheckContext
 
+from stages.lowering.rewriter import is_call
+
 _REBUILDER = "dequantize"  # what the names of kernels begin with that rebuild a weight
-# Arguments of the kernel beside x and the weight: bias, residual and the like, from earlier fusion.
-_MOST_EXTRA_ARGUMENTS = 4
 
 
-def fuse_dequantize_matmul() -> tvm.transform.Pass:
-    """Return the pass; it comes after FuseOps and FuseTIR, for the matmul may carry elementwise work already."""
-    patterns = [_pattern(stored, extra) for stored in (2, 1) for extra in range(_MOST_EXTRA_ARGUMENTS + 1)]
-    fuse = rx.transform.FuseOpsByPattern(patterns, bind_constants=False)
-    steps = tvm.transform.Sequential([fuse, rx.transform.FuseTIR()])
+@tvm.transform.module_pass(opt_level=0, name="FuseDequantizeMatmul")
+def fuse_dequantize_matmul(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
+    """Fuse; it comes after FuseOps and FuseTIR, for the matmul may carry elementwise work already."""
+    functions = [function for _, function in module.functions_items() if isinstance(function, rx.Function)]
+    found = sorted(set().union(*(_forms(function) for function in functions)), reverse=True)
+    if not found:
+        return module
+    fuse = rx.transform.FuseOpsByPattern([_pattern(*form) for form in found], bind_constants=False)
+    return tvm.transform.Sequential([fuse, rx.transform.FuseTIR()])(module)
 
-    @tvm.transform.module_pass(opt_level=0, name="FuseDequantizeMatmul")
-    def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        found = any(var.name_hint.startswith(_REBUILDER) for var in module.get_global_vars())
-        return steps(module) if found else module  # looking for patterns takes longer than the rest of this phase
 
-    return run
+def _forms(function: rx.Function) -> set[tuple[int, int]]:
+    """Return what kinds of pairs ``function`` has: the number of tensors a weight is rebuilt from, and of arguments of
+    the matmul beside x and the weight. To search for what is not there takes as long as for what is.
+    """
+    rebuilt: dict[Any, int] = {}
+    found: set[tuple[int, int]] = set()
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            if is_call(binding.value, "call_tir"):
+                kernel, arguments = binding.value.args[0].name_hint, list(binding.value.args[1].fields)
+                if kernel.startswith(_REBUILDER):
+                    rebuilt[binding.var] = len(arguments)
+                elif "NT_matmul" in kernel:
+                    found |= {(rebuilt[weight], len(arguments) - 2) for weight in arguments[1:2] if weight in rebuilt}
+    return found
 
 
 def _pattern(stored: int, extra: int) -> tuple[str, Any, dict[str, Any], Any]:

@@ -49,7 +49,7 @@ def phases(
             passes.AnnotateTIROpPattern(),
             fuse_operators,
             passes.DeadCodeElimination(),
-            fuse_dequantize_matmul(),
+            fuse_dequantize_matmul,
             scatter_tuple_get_item,
             plain_names,
         ],

@@ -131,7 +131,7 @@ def test_a_linear_with_bias_and_residual_becomes_one_kernel(stored):
     before = to_kernels(fuse_transpose_matmul(export(Block(), **shapes)))
     assert sorted(operators(before)["forward"]) == ["dequantize", "fused_NT_matmul_add_add1"]
     with LLVM:
-        after = tvm.transform.Sequential([fuse_dequantize_matmul(), rx.transform.DeadCodeElimination()])(before)
+        after = tvm.transform.Sequential([fuse_dequantize_matmul, rx.transform.DeadCodeElimination()])(before)
     assert list(operators(after)["forward"].values()) == [1]
     (kernel,) = kernels(after)
     assert "dequantize" in kernel
