@@ -42,7 +42,7 @@ class Heads:
         at = channel * PAGE + token
         return (page, 0, head, at // self.dim, at % self.dim)
 
-    def key_channel(self, page: Any, head: Any, channel: int) -> tuple[Any, ...]:
+    def key_channel(self, page: Any, head: Any, channel: Any) -> tuple[Any, ...]:
         """Return the index of one channel of the keys of all tokens of a page."""
         at = channel * PAGE
         return (page, 0, head, at // self.dim, span(at % self.dim, PAGE))
