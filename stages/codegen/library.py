@@ -105,7 +105,7 @@ def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:
         if isinstance(function, rx.Function):
             calls = [value for value in bound_values(function) if isinstance(value, rx.Call)]
             # A kernel takes tensors and numbers; what takes kernels is an operator or a function of the runtime.
-            passed = [given for call in calls for given in ([call.op] if _is_kernel(call.op) else call.args)]
+            passed = [given for call in calls for given in ([call.op] if _is_kernel(call.op) else call.args[:])]
             for named in [
                 *passed,
                 *(field for whole in passed if isinstance(whole, rx.Tuple) for field in whole.fields),

@@ -45,9 +45,9 @@ def _uses(function: rx.Function) -> Counter[Any]:
     """Count how often each variable of ``function`` is read."""
     found: Counter[Any] = Counter()
     for value in (*bound_values(function), function.body.body):
-        read = value.args if isinstance(value, rx.Call) else [value]
+        read = value.args[:] if isinstance(value, rx.Call) else [value]
         for argument in read:
-            found.update(argument.fields if isinstance(argument, rx.Tuple) else [argument])
+            found.update(argument.fields[:] if isinstance(argument, rx.Tuple) else [argument])
     return found
 
 
