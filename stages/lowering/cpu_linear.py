@@ -83,6 +83,9 @@ class _Linears(Rewriter):
         stored = _stored(weight)
         if stored is None:
             return None
+        for var in (w, transpose.args[0]):
+            if self.uses[var] == 1:
+                self.drop(var)
         layer = Linear(stored, 1 if rows[0][-1] == 1 else None, len(rows[0]) - 1, tile=self.tile)
         inputs = [x]
         if self.dot and stored.bits:
