@@ -11,6 +11,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from stages.graph import window
 from stages.graph.export import Build, export_plain
 from stages.lowering import cpu_attention, cpu_cache
+from stages.lowering.plain_names import SCHEDULED
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
 
@@ -67,6 +68,11 @@ def export(build: Build) -> tvm.IRModule:
     for name, kernel in _replacements(build).items():
         variable = module.get_global_var(name)
         module[variable] = kernel.with_attr("global_symbol", module[variable].attrs["global_symbol"])
+    if build.target.kind.name == "llvm":
+        # TVM wrote these loop by loop for processors, but marked only some: nothing is to be looked for in the others.
+        for variable, kernel in module.functions_items():
+            if isinstance(kernel, tirx.PrimFunc) and SCHEDULED not in kernel.attrs:
+                module[variable] = kernel.with_attr(SCHEDULED, True)
     return module
 
 

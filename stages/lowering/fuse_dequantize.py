@@ -17,6 +17,8 @@ _REBUILDER = "dequantize"  # what the names of kernels begin with that rebuild a
 @tvm.transform.module_pass(opt_level=0, name="FuseDequantizeMatmul")
 def fuse_dequantize_matmul(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
     """Fuse; it comes after FuseOps and FuseTIR, for the matmul may carry elementwise work already."""
+    if not any(var.name_hint.startswith(_REBUILDER) for var in module.get_global_vars()):
+        return module
     functions = [function for _, function in module.functions_items() if isinstance(function, rx.Function)]
     found = sorted(set().union(*(_forms(function) for function in functions)), reverse=True)
     if not found:
