@@ -14,7 +14,7 @@ from tvm import relax as rx
 from stages.lowering.cpu_float import Linear, linear_kernel
 from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
 from stages.lowering.cpu_weights import BLOCK, Stored
-from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, rows_of
+from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
 
 _FLOATS = ("float32", "float16")
 
@@ -43,12 +43,7 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
 
 def _uses(function: rx.Function) -> Counter[Any]:
     """Count how often each variable of ``function`` is read."""
-    found: Counter[Any] = Counter()
-    for value in (*bound_values(function), function.body.body):
-        read = value.args[:] if isinstance(value, rx.Call) else [value]
-        for argument in read:
-            found.update(argument.fields[:] if isinstance(argument, rx.Tuple) else [argument])
-    return found
+    return Counter(read for value in (*bound_values(function), function.body.body) for read in read_by(value))
 
 
 class _Linears(Rewriter):

@@ -23,6 +23,21 @@ def bound_values(function: rx.Function) -> Iterator[Any]:
             yield binding.value
 
 
+def read_by(value: Any) -> Iterator[Any]:
+    """Return what a value is made of, through tuples: variables, each as often as it is read, and constants."""
+    if isinstance(value, rx.Call | rx.Tuple):
+        for part in (value.args if isinstance(value, rx.Call) else value.fields)[:]:
+            yield from read_by(part)
+    else:
+        yield value.tuple_value if isinstance(value, rx.TupleGetItem) else value
+
+
+def with_blocks(function: rx.Function, blocks: Sequence[rx.BindingBlock]) -> rx.Function:
+    """Return ``function`` with other bindings."""
+    body = rx.SeqExpr(blocks, function.body.body)
+    return rx.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
+
+
 @dataclass(frozen=True)
 class KernelCall:
     """A call of the kernel of ``key``, which ``make()`` makes and ``name`` names; the result is float32 of ``shape``.
@@ -68,9 +83,7 @@ class Rewriter:
         blocks = [(block, self._replaced(block)) for block in function.body.blocks]
         if all(binding is not None for _, bound in blocks for _, binding in bound):
             return function
-        body = rx.SeqExpr([self._block(*block) for block in blocks], function.body.body)
-        changed = rx.Function(function.params, body, function.ret_ty, function.is_pure, function.attrs)
-        return rx.analysis.remove_all_unused(changed)
+        return rx.analysis.remove_all_unused(with_blocks(function, [self._block(*block) for block in blocks]))
 
     def _replaced(self, block: rx.BindingBlock) -> list[tuple[rx.Var, rx.Binding | None]]:
         """Return the variables of a block with their bindings, None where what ``values`` has is to be bound."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
-from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from stages.lowering.rewriter import read_by, with_blocks
 
 
 @tvm.transform.module_pass(opt_level=0, name="ScatterTupleGetItem")
@@ -15,33 +16,26 @@ def scatter_tuple_get_item(module: tvm.IRModule, _context: tvm.transform.PassCon
     scattered = module.clone()
     for var, function in module.functions_items():
         if isinstance(function, rx.Function):
-            scattered[var] = rx.analysis.remove_all_unused(_Scatter(function).visit_expr(function))
+            scattered[var] = _scattered(function)
     return scattered
 
 
-@mutator
-class _Scatter(PyExprMutator):
-    """Drops the binding of each field and binds it anew in front of the first expression that uses it."""
-
-    def __init__(self, function: rx.Function) -> None:
-        super().__init__()
-        self.packed = [param for param in function.params if isinstance(param.ty, rx.TupleType)]
-        self.fields: dict[rx.Var, rx.TupleGetItem] = {}
-
-    def visit_var_binding_(self, binding: rx.VarBinding) -> None:
-        value = binding.value
-        if isinstance(value, rx.TupleGetItem) and any(value.tuple_value.same_as(param) for param in self.packed):
-            self.fields[binding.var] = value
-        else:
-            super().visit_var_binding_(binding)
-
-    def visit_var_(self, var: rx.Var) -> Any:
-        return self._at_first_use(var) if var in self.fields else super().visit_var_(var)
-
-    def visit_dataflow_var_(self, var: rx.Var) -> Any:
-        return self._at_first_use(var) if var in self.fields else super().visit_dataflow_var_(var)
-
-    def _at_first_use(self, var: rx.Var) -> rx.Var:
-        taken = self.builder_.emit(self.fields.pop(var), name_hint=var.name)
-        self.set_var_remap(var, taken)
-        return taken
+def _scattered(function: rx.Function) -> rx.Function:
+    """Take the binding of each field out, and put it in front of the first that reads it."""
+    packed = {param for param in function.params if isinstance(param.ty, rx.TupleType)}
+    fields: dict[rx.Var, rx.Binding] = {}
+    blocks = []
+    for block in function.body.blocks:
+        bindings: list[rx.Binding] = []
+        for binding in block.bindings[:]:
+            value: Any = binding.value
+            if isinstance(value, rx.TupleGetItem) and value.tuple_value in packed:
+                fields[binding.var] = binding
+            else:
+                bindings += [fields.pop(read) for read in read_by(value) if read in fields]
+                bindings.append(binding)
+        blocks.append(type(block)(bindings))
+    returned = [fields[read] for read in read_by(function.body.body) if read in fields]
+    if returned:
+        blocks.append(rx.BindingBlock(returned))
+    return with_blocks(function, blocks)

@@ -192,6 +192,17 @@ def test_fields_are_taken_where_they_are_used_first():
     assert np.allclose(run(before, "forward", *arrays), run(after, "forward", *arrays), atol=1e-5)
 
 
+def test_a_field_that_is_only_returned_is_still_taken():
+    builder = rx.BlockBuilder()
+    packed = rx.Var("packed", rx.TupleType([rx.TensorType((K,), "float32")] * 2))
+    with builder.function("forward", [packed]):
+        builder.emit(rx.TupleGetItem(packed, 0))
+        builder.emit_func_output(builder.emit(rx.TupleGetItem(packed, 1)))
+    after = scatter_tuple_get_item(builder.finalize())
+    assert _kinds(after) == "f"
+    assert np.array_equal(run(after, "forward", [np.zeros(K, "float32"), random(K)]), random(K))
+
+
 def _kinds(module):
     """Return one letter per binding: f for a field taken, o for anything else."""
     bindings = [binding for block in module["forward"].body.blocks for binding in block.bindings]
