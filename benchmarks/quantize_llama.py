@@ -10,10 +10,12 @@ import ctypes
 import json
 import sys
 import time
+from pathlib import Path
 
 import gguf
 import llama_cpp
 import numpy as np
+from host_memory import settle
 
 
 def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int) -> None:
@@ -62,6 +64,7 @@ def quantize(source: str, out: str, threads: int, kind: str = "q4_0") -> dict[st
     params.nthread, params.ftype, params.pure = threads, kinds[kind], True
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
+    settle([Path(source)], Path(out).parent)
     began, cpu = time.perf_counter(), time.process_time()
     status = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(params))
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu

@@ -54,7 +54,7 @@ class Example:
         for param in self.family.params(self.config):
             array = apply(param.transform, [self.arrays[source] for source in param.sources])
             dtype = param.dtype or scheme.storage_dtype
-            kept = convert([array], scheme, param.kind, dtype=dtype, scales=scales, kernels=None).stored
+            kept = convert([array], scheme, param.kind, shape=array.shape, dtype=dtype, scales=scales).stored
             quantized = scheme.quantizes(param.kind)
             array = restored(kept, scheme, array.shape[1]) if quantized else kept[0].astype(np.float32)
             found |= dict(zip(param.sources, invert(param.transform, array, param.source_shapes), strict=True))

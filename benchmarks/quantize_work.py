@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from blake3 import blake3
+from host_memory import settle
 
 from stagegraph.memo import Memo
 from stagegraph.stage import Part, Source, SourceFiles
@@ -59,7 +60,7 @@ def high_water() -> int:
     return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")))
 
 
-def stage(folder: str, out: str, threads: str, keep: str) -> dict[str, Any]:
+def stage(folder: str, out: str, threads: str, keep: str, clocked: str = "clocked") -> dict[str, Any]:
     """Run the stage on a checkpoint in ``folder``: seconds inside, tensors made and reused, peak memory."""
     import diskcache  # noqa: F401 - imports are on nobody's clock
 
@@ -73,6 +74,8 @@ def stage(folder: str, out: str, threads: str, keep: str) -> dict[str, Any]:
     inputs = {"params": root / "registered" / "params.json", "tensors": root / "parsed" / "tensors.json"}
     target.mkdir(parents=True)
     context = Context(params, target, inputs, SourceFiles(root, files, digests), set(keep.split(",")))
+    if clocked:
+        settle(root.glob("*.safetensors"), target.parent)
     began, cpu = time.perf_counter(), time.process_time()
     Quantize().run(context)  # type: ignore[arg-type]
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
@@ -100,6 +103,7 @@ def numpy_blocks(folder: str, out: str, threads: str) -> dict[str, Any]:
                 file.write(data)
                 blake3(data).hexdigest()
 
+    settle(root.glob("*.safetensors"), target.parent)
     began, cpu = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(int(threads)) as pool:
         list(pool.map(convert, range(len(tensors)), tensors))

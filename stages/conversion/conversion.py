@@ -24,7 +24,7 @@ from stages.quantization.convert import ALGORITHM, convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -88,6 +88,7 @@ class Conversion:
         self._local = local()
         self._threads = plan.threads or len(os.sched_getaffinity(0))
         self._began = time.monotonic()
+        self._begun = False
 
     def run(self) -> list[dict[str, Any]]:
         """Make every parameter and every shard; return a line for each parameter, in packed order.
@@ -97,6 +98,7 @@ class Conversion:
         self._folder.mkdir()
         self._scratch.mkdir()
         plan, keeper = self._plan, self._keeper
+        self._begun = self._begun_before()
         library = None
         if self.total >= KERNELS_FROM:
             library = kernels.load(keeper, self._kernel_names(), self._scratch, plan.tools)
@@ -114,6 +116,20 @@ class Conversion:
         self._join_small()
         shutil.rmtree(self._scratch)
         return [jobs[index].result() for index in range(len(self._logical))]
+
+    def _begun_before(self) -> bool:
+        """Say whether such a conversion was begun before, of whatever values: only then may sources be known.
+
+        To find out costs a second reading of those that are not.
+        """
+        how = {"scheme": self._plan.scheme.name, "scales": self._plan.scales}
+        document = {"algorithm": ALGORITHM, "parameters": self._logical, **how}
+        if self._keeper.recall("conversion", document):
+            return True
+        path = self._scratch / "begun"
+        path.touch()
+        self._keeper.remember("conversion", document, path)
+        return False
 
     def _kernel_names(self) -> list[str]:
         sources = {self._plan.tensors[name]["dtype"] for entry in self._logical for name in entry["sources"]}
@@ -133,13 +149,11 @@ class Conversion:
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         with memory.reserved(self._sizes[index] + copied + made):
             try:
-                arrays = self._sources(entry["sources"], digests)
-                document = self._document(entry, [digests[name] for name in entry["sources"]])
-                part = self._keeper.recall("tensor", document)
+                part = self._recall(entry, digests)
                 if part is not None:
                     _link(part.path, target)
                 else:
-                    part = self._convert(index, arrays, document, library)
+                    part = self._convert(index, digests, library)
             except ValueError as error:
                 made_of = ", ".join(entry["sources"])
                 raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
@@ -157,15 +171,11 @@ class Conversion:
             **part.facts,
         }
 
-    def _sources(self, names: Sequence[str], digests: Digests) -> list[np.ndarray]:
-        """Return checkpoint tensors whose digests are known then: mapped if they are known before, else read."""
-        if all(name in digests for name in names):
-            return [self._weights[name] for name in names]
-        sizes = [self._weights.nbytes(name) for name in names]
-        memory, ends = self._memory("sources", sum(sizes)), itertools.accumulate(sizes)
-        return [
-            digests.read(name, memory[end - size : end]) for name, size, end in zip(names, sizes, ends, strict=True)
-        ]
+    def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
+        """Return the part that was made of equal sources before; sources are read for it only where one may be."""
+        if not self._begun and not all(name in digests for name in entry["sources"]):
+            return None
+        return self._keeper.recall("tensor", self._document(entry, digests.take(entry["sources"], self._block)))
 
     def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
         """Return all that the stored bytes of a parameter depend on; its name is not among it."""
@@ -184,22 +194,32 @@ class Conversion:
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
         return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
 
-    def _convert(
-        self, index: int, arrays: Sequence[np.ndarray], document: Mapping[str, Any], library: Kernels | None
-    ) -> Part:
+    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Part:
         entry, target, plan = self._logical[index], self._targets[index], self._plan
-        source = str(arrays[0].dtype)
-        if entry["transform"] != "concat0":  # which is what stacked parts mean: nothing is copied for it
-            arrays = [transforms.apply(entry["transform"], arrays)]
+        names, transform = entry["sources"], entry["transform"]
+
+        def whole() -> np.ndarray:
+            return transforms.apply(transform, [self._weights[name] for name in names])
+
+        rows: Iterable[np.ndarray]
+        if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
+            rows = itertools.chain.from_iterable(digests.blocks(name, self._block) for name in names)
+        else:
+            rows = [whole()]
         data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
         how = {"dtype": entry["dtype"], "scales": plan.scales, "layout": entry["layout"], "kernels": library}
-        made = convert(arrays, plan.scheme, entry["kind"], into=data, **how)
+        made = convert(rows, plan.scheme, entry["kind"], shape=entry["shape"], whole=whole, into=data, **how)
         with target.open("xb", buffering=0) as file:
             _write(file, data.data)
         # Four digits: kernels and NumPy add up in another order.
         rmse, worst = (float(f"{error:.4g}") for error in (made.rmse, made.worst))
+        source = str(np.dtype(NUMPY_DTYPES[plan.tensors[names[0]]["dtype"]]))
         facts = {"source_dtype": source, "rmse": rmse, "max_error": worst}
+        document = self._document(entry, digests.take(names, self._block))
         return self._keeper.remember("tensor", document, target, digest=blake3(data.data).hexdigest(), **facts)
+
+    def _block(self, size: int) -> np.ndarray:
+        return self._memory("block", size)
 
     def _memory(self, use: str, size: int) -> np.ndarray:
         """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from blake3 import blake3
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
-
-    import numpy as np
 
     from stages.keeper import Keeper
     from stages.models.weights import Weights
@@ -56,18 +56,25 @@ class Digests:
         """Say whether a tensor's digest is known."""
         return name in self._known
 
-    def __getitem__(self, name: str) -> str:
-        """Return a digest that is known."""
-        return self._known[name]
-
-    def read(self, name: str, into: np.ndarray) -> np.ndarray:
-        """Return a tensor read into the bytes ``into``; its digest is known then."""
+    def blocks(self, name: str, memory: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield a tensor's blocks (:meth:`.Weights.blocks`); after the last one its digest is known."""
+        if name in self._known:
+            yield from self._weights.blocks(name, memory)
+            return
         digest = blake3()
-        tensor = self._weights.read(name, into, digest.update)
+        for block in self._weights.blocks(name, memory):
+            digest.update(block.reshape(-1).view(np.uint8).data)
+            yield block
         with self._lock:
             self._known[name] = digest.hexdigest()
             self._complete(name, self._tensors[name]["file"])
-        return tensor
+
+    def take(self, names: Iterable[str], memory: Callable[[int], np.ndarray]) -> list[str]:
+        """Return the tensors' digests; reads those that are not known."""
+        for name in names:
+            if name not in self._known:
+                deque(self.blocks(name, memory), maxlen=0)
+        return [self._known[name] for name in names]
 
     def _complete(self, name: str, file: str) -> None:
         """Note that ``name`` is known; with the last one of its file, keep the file's."""

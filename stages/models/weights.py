@@ -12,10 +12,12 @@ import numpy as np
 from stages.models.safetensors import DTYPE_BYTES, TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
+    from typing import BinaryIO
 
-BLOCK = 512 * 2**10  # bytes that are read at once: what a core's second cache holds
+BLOCK = 2**20  # bytes that are read at once: what a core's second cache holds
+STEP = 32  # rows that are read at once are a multiple of it
 NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -37,21 +39,24 @@ class Weights:
         data = np.frombuffer(mapped, np.uint8, info.nbytes, skipped)
         return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
-    def read(self, name: str, into: np.ndarray, seen: Callable[[memoryview], object]) -> np.ndarray:
-        """Return a tensor read into the bytes ``into``, which costs less than a mapping that is all read.
+    def blocks(self, name: str, memory: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield a tensor's rows, some at once, each time read to where the last ones were: into bytes of ``memory``.
 
-        ``seen`` is called with each block of it while that is in the processor's cache.
+        That costs less than a mapping that is all read, and a block is in the processor's cache when it is used.
         """
         path, info = self._find(name)
-        data, end = into.data, 0
+        rows = info.shape[0] if info.shape else 1
+        width = info.nbytes // max(rows, 1)
+        step = max(BLOCK // max(width, 1) // STEP * STEP, STEP)
+        data = memory(min(step, rows) * width)
         with path.open("rb", buffering=0) as file:
             file.seek(info.offset)
-            while count := file.readinto(data[end : end + BLOCK]):
-                seen(data[end : end + count])
-                end += count
-        if end != info.nbytes:
-            raise ValueError(f"{path.name}: the file ends {info.nbytes - end:,} bytes before its tensor {name} does")
-        return into.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+            for start in range(0, rows, step):
+                block = data[: min(step, rows - start) * width]
+                if missing := len(block) - _read(file, block.data):
+                    left = info.nbytes - start * width - len(block) + missing
+                    raise ValueError(f"{path.name}: the file ends {left:,} bytes before its tensor {name} does")
+                yield block.view(NUMPY_DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
 
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
         """Return the file of a tensor and what it says of it."""
@@ -80,3 +85,11 @@ class Weights:
         """Return the size of a tensor in its file."""
         tensor = self._tensors[name]
         return int(math.prod(tensor["shape"])) * DTYPE_BYTES[tensor["dtype"]]
+
+
+def _read(file: BinaryIO, memory: memoryview) -> int:
+    """Fill ``memory`` from a raw file; return how many bytes there were."""
+    end = 0
+    while count := file.readinto(memory[end:]):  # type: ignore[attr-defined]
+        end += count
+    return end

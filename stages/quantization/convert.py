@@ -15,7 +15,7 @@ from stages.quantization.blocks import cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from stages.quantization.native import Kernels, Sums
     from stages.quantization.schemes import Scheme
@@ -45,32 +45,37 @@ def kernel_names(
 
 
 def convert(
-    parts: Sequence[np.ndarray],
+    parts: Iterable[np.ndarray],
     scheme: Scheme,
     kind: str,
     *,
+    shape: Sequence[int],
     dtype: str,
     scales: str,
     layout: str = "nk",
     kernels: Kernels | None = None,
+    whole: Callable[[], np.ndarray] | None = None,
     into: np.ndarray | None = None,
 ) -> Converted:
-    """Convert a parameter of ``kind``, made of ``parts`` one under the other; one that the scheme does not quantize is
-    cast to ``dtype``.
+    """Convert a parameter of ``kind`` and ``shape``, made of ``parts`` one under the other; one that the scheme does
+    not quantize is cast to ``dtype``.
 
-    What is stored lies one after the other in the bytes of ``into`` (by default new memory), and is the same with and
-    without ``kernels``. :class:`ValueError` for a value that is not finite or does not fit, naming its index.
+    Kernels take part by part: each may lie where the last one was if ``whole`` returns all of it for NumPy, which does
+    what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by default new memory), and
+    is the same with and without ``kernels``. :class:`ValueError` for a value that is not finite or does not fit,
+    naming its index.
     """
-    parts = [np.require(part, requirements=("C", "A")) for part in parts]
-    shape, quantizes = (sum(len(part) for part in parts), *parts[0].shape[1:]), scheme.quantizes(kind)
+    quantizes = scheme.quantizes(kind)
     described = [(shape, dtype)]
     if quantizes:
-        described = [(found, dtype) for _, found, dtype in scheme.stored(*shape)]
+        n, k = shape
+        described = [(found, dtype) for _, found, dtype in scheme.stored(n, k)]
     stored = _tensors([(arrangement.shape(layout, found), numpy_dtype(dtype)) for found, dtype in described], into)
-    sums = _by_kernels(parts, scheme, stored, quantizes, scales, layout, kernels) if kernels else None
+    sums = _by_kernels(parts, shape, scheme, stored, quantizes, scales, layout, kernels) if kernels else None
     error = sums.relative() if sums else None
     if error is None:
-        error = _by_numpy(parts, scheme, stored, quantizes, scales, layout)
+        array = whole() if whole else np.concatenate([*parts])
+        error = _by_numpy(array, scheme, stored, quantizes, scales, layout)
     return Converted(stored, *error)
 
 
@@ -85,7 +90,8 @@ def _tensors(described: Sequence[tuple[Sequence[int], np.dtype]], into: np.ndarr
 
 
 def _by_kernels(
-    parts: Sequence[np.ndarray],
+    parts: Iterable[np.ndarray],
+    shape: Sequence[int],
     scheme: Scheme,
     stored: Sequence[np.ndarray],
     quantizes: bool,
@@ -93,26 +99,25 @@ def _by_kernels(
     layout: str,
     kernels: Kernels,
 ) -> Sums | None:
+    parts = (np.require(part, requirements=("C", "A")) for part in parts)
     if quantizes:
-        alike = scheme.kind == "group" and len({part.dtype for part in parts}) == 1
-        return kernels.quantize(parts, scheme, scales, layout, stored) if alike else None
+        return kernels.quantize(parts, shape[0], scheme, scales, layout, stored) if scheme.kind == "group" else None
     if layout == "nk":
         return kernels.cast(parts, stored[0])
-    rows = np.empty((sum(len(part) for part in parts), *parts[0].shape[1:]), stored[0].dtype)
+    rows = np.empty(shape, stored[0].dtype)
     sums = kernels.cast(parts, rows)
     stored[0][...] = arrangement.arrange(layout, rows, scheme.bits)
     return sums
 
 
 def _by_numpy(
-    parts: Sequence[np.ndarray],
+    array: np.ndarray,
     scheme: Scheme,
     stored: Sequence[np.ndarray],
     quantizes: bool,
     scales: str,
     layout: str,
 ) -> tuple[float, float]:
-    array = np.concatenate(parts) if len(parts) > 1 else parts[0]
     if not quantizes:
         made = [cast(array, stored[0].dtype.name)]
         error = relative_error(array, lambda rows: made[0][rows].astype(np.float32))

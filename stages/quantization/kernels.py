@@ -57,9 +57,14 @@ def rounded(value: Any, low: int, high: int) -> Any:
     return T.max(T.min(T.nearbyint(value), T.float32(high)), T.float32(low))
 
 
-def unless_zero(scale: Any, otherwise: Any) -> Any:
-    """Return ``scale``, or ``otherwise`` where it is zero."""
-    return T.Select(scale == T.float32(0), otherwise, scale)
+def divisor_of(scale: Any) -> Any:
+    """Return what values are divided by to be levels: the scale, or what makes zeros of them where that is zero."""
+    return T.Select(scale == T.float32(0), T.float32(float("inf")), scale)
+
+
+def largest(codes: Any, lanes: int, raw: str) -> Any:
+    """Return the largest of ``lanes`` unsigned integers."""
+    return T.call_llvm_pure_intrin(raw, "llvm.vector.reduce.umax", codes[T.ramp(0, 1, lanes)])
 
 
 def word_of(codes: Any, at: Any, bits: int) -> Any:
@@ -93,6 +98,15 @@ def clear(errors, squares, worst, lanes):
 
 
 @T.inline
+def clear_peaks(peaks, highest, raw):
+    """Begin the peaks of a tile."""
+    for v in T.serial(TILE_GROUPS):
+        peaks[v] = T.Cast(raw, 0)
+    for v in T.vectorized(CAST_LANES):
+        highest[v] = T.Cast(raw, 0)
+
+
+@T.inline
 def tally(errors, squares, worst, error, value, at, lanes):
     """Add ``lanes`` values from ``at`` on to the sums of a part."""
     for v in T.vectorized(lanes):
@@ -115,21 +129,32 @@ def report(stats, part, errors, squares, worst, highest, lanes):
 
 
 @T.inline
-def find_peak(src, at, peak, size, lanes, raw, mask):
-    """Leave the largest magnitude of a group, as bits, in ``peak[0]``."""
+def find_peak(src, at, peaks, g, size, lanes, raw, mask):
+    """Leave the largest magnitude of a group, as bits, in ``peaks[g]``."""
+    peak = T.alloc_buffer((lanes,), raw)
     for v in T.vectorized(lanes):
         peak[v] = T.bitwise_and(src[at + v], T.Cast(raw, mask))
     for c in T.unroll(size // lanes - 1):
         for v in T.vectorized(lanes):
             peak[v] = T.max(peak[v], T.bitwise_and(src[at + (c + 1) * lanes + v], T.Cast(raw, mask)))
-    if lanes == 16:
-        for v in T.vectorized(8):
-            peak[v] = T.max(peak[v], peak[v + 8])
-    for v in T.vectorized(4):
-        peak[v] = T.max(peak[v], peak[v + 4])
-    for v in T.vectorized(2):
-        peak[v] = T.max(peak[v], peak[v + 2])
-    peak[0] = T.max(peak[0], peak[1])
+    peaks[g] = largest(peak, lanes, raw)
+
+
+@T.inline
+def find_scales(peaks, scales, divisors, highest, top, source, stored):
+    """Leave the scales that peaks ask for in ``scales``, what values are divided by in ``divisors``, and the largest of
+    the peaks, before and now, in ``highest``.
+
+    A row's groups at once: from peak to divisor is a long chain, and groups one by one would wait for it.
+    """
+    for c in T.serial(TILE_GROUPS // CAST_LANES):
+        at = T.meta_var(c * CAST_LANES)
+        for v in T.vectorized(CAST_LANES):
+            highest[v] = T.max(highest[v], peaks[at + v])
+        for v in T.vectorized(CAST_LANES):
+            scales[at + v] = widen(narrow(widen(peaks[at + v], source) / T.float32(top), stored), stored)
+        for v in T.vectorized(CAST_LANES):
+            divisors[at + v] = divisor_of(scales[at + v])
 
 
 @T.inline
@@ -146,8 +171,8 @@ def add_up(error, lanes):
 
 
 @T.inline
-def search(value, scale, peak, size, lanes, top, stored):
-    """Replace ``scale[0]`` by the tried scale of least squared error."""
+def search(value, scales, divisors, o, peak, size, lanes, top, stored):
+    """Replace the scale of group ``o`` by the tried one of least squared error, and what values are divided by."""
     least = T.alloc_buffer((1,), "float32")
     least[0] = T.float32(3.4e38)
     for step in T.serial(len(TRIED)):
@@ -169,8 +194,9 @@ def search(value, scale, peak, size, lanes, top, stored):
                 for v in T.vectorized(lanes):
                     error[v] = error[v] + rest[c * lanes + v] * rest[c * lanes + v]
             add_up(error, lanes)
-            scale[0] = T.Select(error[0] < least[0], tried[0], scale[0])
+            scales[o] = T.Select(error[0] < least[0], tried[0], scales[o])
             least[0] = T.min(error[0], least[0])
+    divisors[o] = divisor_of(scales[o])
 
 
 @T.inline
@@ -190,17 +216,24 @@ def pack(word, codes, size, bits, spread):
 
 
 @T.inline
-def encode(value, scale, codes, errors, squares, worst, size, lanes, top, highest):
-    """Leave a group's codes in ``codes`` and add its errors to the sums of a part."""
-    level = T.alloc_buffer((size,), "float32")
+def load(value, src, at, size, lanes, source):
+    """Leave a group in float32 in ``value``."""
+    for c in T.unroll(size // lanes):
+        for v in T.vectorized(lanes):
+            value[c * lanes + v] = widen(src[at + c * lanes + v], source)
+
+
+@T.inline
+def encode(value, scale, divisor, codes, errors, squares, worst, size, lanes, top, searched):
+    """Leave a group's codes in ``codes`` and add its errors to the sums of a part; searched scales use every code."""
+    levels = T.alloc_buffer((size,), "float32")
     error = T.alloc_buffer((lanes,), "float32")
     for c in T.unroll(size // lanes):
         for v in T.vectorized(lanes):
-            quotient = T.meta_var(value[c * lanes + v] / unless_zero(scale[0], T.float32(float("inf"))))
-            level[c * lanes + v] = rounded(quotient, -top, highest)
+            levels[c * lanes + v] = rounded(value[c * lanes + v] / divisor, -top, top + searched)
         for v in T.vectorized(lanes):
-            codes[c * lanes + v] = T.Cast("uint8", T.Cast("int32", level[c * lanes + v]) + top)
-            error[v] = value[c * lanes + v] - level[c * lanes + v] * scale[0]
+            codes[c * lanes + v] = T.Cast("uint8", T.Cast("int32", levels[c * lanes + v]) + top)
+            error[v] = value[c * lanes + v] - levels[c * lanes + v] * scale
         tally(errors, squares, worst, error, value, c * lanes, lanes)
 
 
@@ -250,9 +283,7 @@ def make_cast(name: str, source: str, stored: str) -> tirx.PrimFunc:
                     dst[i * ROW + c * lanes + v] = kept[v]
                     error[v] = value[v] - widen(kept[v], stored)
                 tally(errors, squares, worst, error, value, 0, lanes)
-            for v in T.serial(lanes - 1):
-                peak[0] = T.max(peak[0], peak[v + 1])
-            report(stats, i, errors, squares, worst, widen(peak[0], source), lanes)
+            report(stats, i, errors, squares, worst, widen(largest(peak, lanes, raw), source), lanes)
 
     return cast
 
@@ -264,8 +295,8 @@ def make_quantize(
     stored row, stored rows side by side, number of the first row).
 
     It takes whole groups and works in tiles of :data:`TILE_ROWS` rows by :data:`TILE_GROUPS` groups, whose results fit
-    a core's first cache however far apart they are stored; ``stats`` [tile rows * tile columns, 4]. ``side`` rows lie
-    side by side in memory (layouts.py): one in nk, 32 in n32, all in kn.
+    a core's first cache; ``stats`` [tile rows * tile columns, 4]. ``side`` rows lie side by side in memory
+    (layouts.py): one in nk, 32 in n32, all in kn.
     """
     lanes = 16 if size % 16 == 0 else 8
     top, searching, packed = 2 ** (bits - 1) - 1, scales_from == "mse", size // (32 // bits)
@@ -288,33 +319,33 @@ def make_quantize(
             errors = T.alloc_buffer((lanes,), "float32")
             squares = T.alloc_buffer((lanes,), "float32")
             worst = T.alloc_buffer((lanes,), "float32")
-            highest = T.alloc_buffer((1,), raw)
-            highest[0] = T.Cast(raw, 0)
+            highest = T.alloc_buffer((CAST_LANES,), raw)
+            peaks = T.alloc_buffer((TILE_GROUPS,), raw)
+            scale = T.alloc_buffer((TILE_GROUPS,), "float32")
+            divisors = T.alloc_buffer((TILE_GROUPS,), "float32")
+            clear_peaks(peaks, highest, raw)
             clear(errors, squares, worst, lanes)
-            for r, o in T.grid(
-                T.min(T.int64(TILE_ROWS), rows - b * TILE_ROWS), T.min(T.int64(TILE_GROUPS), groups - t * TILE_GROUPS)
-            ):
-                value = T.alloc_buffer((size,), "float32")
-                codes = T.alloc_buffer((size,), "uint8")
-                word = T.alloc_buffer((packed,), "uint32")
-                peak = T.alloc_buffer((lanes,), raw)
-                scale = T.alloc_buffer((1,), "float32")
+            for r in T.serial(T.min(T.int64(TILE_ROWS), rows - b * TILE_ROWS)):
                 row = T.meta_var(first + b * TILE_ROWS + r)
-                g = T.meta_var(t * TILE_GROUPS + o)
-                at = T.meta_var((b * TILE_ROWS + r) * src_row + g * size)
-                find_peak(src, at, peak, size, lanes, raw, mask)
-                highest[0] = T.max(highest[0], peak[0])
-                for c in T.unroll(size // lanes):
-                    for v in T.vectorized(lanes):
-                        value[c * lanes + v] = widen(src[at + c * lanes + v], source)
-                scale[0] = widen(narrow(widen(peak[0], source) / T.float32(top), stored), stored)
-                if searching:
-                    search(value, scale, widen(peak[0], source), size, lanes, top, stored)
-                encode(value, scale, codes, errors, squares, worst, size, lanes, top, top + searching)
-                pack(word, codes, size, bits, layout == "n32")
-                scales[at_side(row, g, scales_row, side)] = narrow(scale[0], stored)
-                write(words, word, row, g * packed, words_row, packed, layout, side)
-            report(stats, b * tiles + t, errors, squares, worst, widen(highest[0], source), lanes)
+                count = T.meta_var(T.min(T.int64(TILE_GROUPS), groups - t * TILE_GROUPS))
+                begin = T.meta_var((b * TILE_ROWS + r) * src_row + t * TILE_GROUPS * size)
+                for o in T.serial(count):
+                    find_peak(src, begin + o * size, peaks, o, size, lanes, raw, mask)
+                find_scales(peaks, scale, divisors, highest, top, source, stored)
+                for o in T.serial(count):
+                    value = T.alloc_buffer((size,), "float32")
+                    codes = T.alloc_buffer((size,), "uint8")
+                    word = T.alloc_buffer((packed,), "uint32")
+                    g = T.meta_var(t * TILE_GROUPS + o)
+                    load(value, src, begin + o * size, size, lanes, source)
+                    if searching:
+                        search(value, scale, divisors, o, widen(peaks[o], source), size, lanes, top, stored)
+                    encode(value, scale[o], divisors[o], codes, errors, squares, worst, size, lanes, top, searching)
+                    pack(word, codes, size, bits, layout == "n32")
+                    scales[at_side(row, g, scales_row, side)] = narrow(scale[o], stored)
+                    write(words, word, row, g * packed, words_row, packed, layout, side)
+            peak = T.meta_var(widen(largest(highest, CAST_LANES, raw), source))
+            report(stats, b * tiles + t, errors, squares, worst, peak, lanes)
 
     return quantize
 

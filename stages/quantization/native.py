@@ -20,7 +20,7 @@ import numpy as np
 from stages.quantization import layouts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stages.quantization import kernels  # noqa: F401 - runs in a process of its own: what it says counts here
     from stages.quantization.schemes import Scheme
@@ -104,24 +104,31 @@ class Kernels:
         # Where the kernels' argument checks would report to; 3 MB, no compiler.
         ctypes.CDLL(str(Path(ffi.origin).parent / "lib" / "libtvm_ffi.so"), ctypes.RTLD_GLOBAL)
         self._library = ctypes.CDLL(str(library))
+        self._functions: dict[str, Any] = {}
 
     def quantize(
-        self, parts: Sequence[np.ndarray], scheme: Scheme, scales: str, layout: str, stored: Sequence[np.ndarray]
+        self,
+        parts: Iterable[np.ndarray],
+        rows: int,
+        scheme: Scheme,
+        scales: str,
+        layout: str,
+        stored: Sequence[np.ndarray],
     ) -> Sums | None:
-        """Quantize the weight [n, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
+        """Quantize the weight [rows, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
 
         ``stored`` takes words and scales as they lie in ``layout``. Returns None where NumPy says what is wrong. Parts
-        are contiguous and of one dtype.
+        are contiguous; each may lie where the last one was.
         """
         words, scale = stored
-        side = layouts.side(layout, sum(len(part) for part in parts))
+        side = layouts.side(layout, rows)
         if layout == "n32":
             words[-1], scale[-1] = 0, 0  # what the last block is filled up with
         sums: list[np.ndarray] = []
-        rows = 0
+        first = 0
         for part in parts:
-            sums += self._quantize(part, rows, side, words, scale, (scheme, scales, layout))
-            rows += len(part)
+            sums += self._quantize(part, first, side, words, scale, (scheme, scales, layout))
+            first += len(part)
         found = _sums(np.concatenate(sums))
         with np.errstate(over="ignore"):
             fits = np.isfinite(np.float32(np.float32(found.peak / scheme.top).astype(scale.dtype)))
@@ -161,7 +168,7 @@ class Kernels:
             by_row = layouts.restore(layout, words, first + n, scheme.bits)  # a view: n32 has whole groups
             _clear_past_end(by_row[first : first + n, whole * per_group :], rest, scheme)
 
-    def cast(self, parts: Sequence[np.ndarray], stored: np.ndarray) -> Sums | None:
+    def cast(self, parts: Iterable[np.ndarray], stored: np.ndarray) -> Sums | None:
         """Cast contiguous ``parts``, one under the other, into ``stored`` as :func:`.blocks.cast` does.
 
         Returns None where that says what is wrong.
@@ -189,8 +196,10 @@ class Kernels:
         return stats
 
     def _call(self, name: str, arrays: Sequence[np.ndarray], *numbers: int) -> None:
-        function = getattr(self._library, f"__tvm_ffi_{name}")
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+        function = self._functions.get(name)
+        if function is None:
+            function = self._functions[name] = getattr(self._library, f"__tvm_ffi_{name}")
+            function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
         values = [*((POINTER, array.ctypes.data) for array in arrays), *((INTEGER, number) for number in numbers)]
         arguments = (_Any * len(values))(*(_Any(kind, 0, value) for kind, value in values))
         status = function(None, arguments, len(values), ctypes.byref(_Any()))

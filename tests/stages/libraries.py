@@ -85,7 +85,7 @@ def weights(registered: Registered) -> Weights:
     for entry in registry["logical"]:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
-            packed = convert([array], scheme, entry["kind"], dtype="", scales="max", kernels=None).stored
+            packed = convert([array], scheme, entry["kind"], shape=array.shape, dtype="", scales="max").stored
             stored += [layouts.arrange(entry["layout"], tensor, scheme.bits) for tensor in packed]
             array = restored(packed, scheme, array.shape[1])
         else:

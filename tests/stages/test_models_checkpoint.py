@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from stages.models.checkpoint import INDEX, read_headers
 from stages.models.record import ConfigError
 from stages.models.safetensors import read_header
-from stages.models.weights import Weights
+from stages.models.weights import BLOCK, Weights
 from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
 
 if TYPE_CHECKING:
@@ -41,6 +41,22 @@ def test_headers_and_tensors_equal_the_safetensors_package(tmp_path: Path):
         assert weights.nbytes(name) == tensor.nbytes
     with pytest.raises(ValueError, match=r"tensor a is not the F32 \[3, 2\] that config-parse saw"):
         Weights(files(tmp_path), {"a": {**table["a"], "shape": [3, 2]}})["a"]
+
+
+def test_blocks_are_a_tensors_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tensor = np.random.default_rng(0).standard_normal((150, 7)).astype(np.float32)
+    save_file({"a": tensor}, tmp_path / "model.safetensors")
+    memory = np.empty(2**16, np.uint8)
+    found = Weights(files(tmp_path), {"a": {"dtype": "F32", "shape": [150, 7], "file": "model.safetensors"}})
+    for size, lengths in ((BLOCK, [150]), (64 * 28 + 5, [64, 64, 22]), (1, [32, 32, 32, 32, 22])):
+        monkeypatch.setattr("stages.models.weights.BLOCK", size)
+        blocks = [block.copy() for block in found.blocks("a", lambda size: memory[:size])]
+        assert [len(block) for block in blocks] == lengths
+        assert np.array_equal(np.concatenate(blocks), tensor)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 30 * 28)
+    with pytest.raises(ValueError, match="the file ends 840 bytes before its tensor a does"):
+        list(found.blocks("a", lambda size: memory[:size]))
 
 
 @pytest.mark.parametrize(

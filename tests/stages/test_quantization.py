@@ -103,7 +103,7 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
     error = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], scheme, shape[1]))
     for layout in ("nk", "kn", *(["n32"] if scheme.bits in (4, 8) and not shape[1] % scheme.group_size else [])):
         parts = [elsewhere[: shape[0] // 2], elsewhere[shape[0] // 2 :]] if shape[0] > 1 else [elsewhere]
-        done = convert(parts, scheme, "linear", dtype="", scales="max", layout=layout, kernels=kernels)
+        done = convert(parts, scheme, "linear", shape=shape, dtype="", scales="max", layout=layout, kernels=kernels)
         assert layouts.restore(layout, done.stored[0], shape[0], scheme.bits).tolist() == words
         assert layouts.restore(layout, done.stored[1], shape[0], scheme.bits).tolist() == scales
         expected = layouts.arrange(layout, q_weight, scheme.bits)  # with what a last block is filled up with
@@ -129,10 +129,12 @@ def test_kernels_leave_it_to_numpy_to_say_what_is_wrong(value, kernels):
     weight = np.ones((9, 64), np.float32)
     weight[7, 33] = value
     stored = [np.empty((9, 8), np.uint32), np.empty((9, 2), np.float16)]
-    assert kernels.quantize([weight], SCHEMES["q4f16_1"], "max", "nk", stored) is None
+    assert kernels.quantize([weight], 9, SCHEMES["q4f16_1"], "max", "nk", stored) is None
     assert kernels.cast([weight], np.empty((9, 64), np.float16)) is None
     with pytest.raises(ValueError, match=r"\[7, 33\]"):
-        convert([weight], SCHEMES["q4f16_1"], "linear", dtype="float16", scales="max", kernels=kernels)
+        convert(
+            [weight], SCHEMES["q4f16_1"], "linear", shape=weight.shape, dtype="float16", scales="max", kernels=kernels
+        )
 
 
 def squared_error(weight: np.ndarray, scheme: Scheme, q_weight: np.ndarray, q_scale: np.ndarray) -> np.ndarray:
@@ -166,7 +168,9 @@ def test_a_searched_group_computed_by_hand():
 
 def test_compiled_search_finds_scales_as_good(kernels):
     scheme, weight = SCHEMES["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
-    q_weight, q_scale = convert([weight], scheme, "linear", dtype="", scales="mse", kernels=kernels).stored
+    q_weight, q_scale = convert(
+        [weight], scheme, "linear", shape=weight.shape, dtype="", scales="mse", kernels=kernels
+    ).stored
     ours, theirs = quantize(weight, scheme, "mse")
     assert (q_scale == theirs).mean() > 0.99  # near ties may go either way
     found = squared_error(weight.astype(np.float32), scheme, q_weight, q_scale)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stagegraph.memo import Memo
 from stagegraph.stage import Source, SourceFiles, StageError
 from stages.config_parse import ConfigParse
 from stages.conversion import conversion
+from stages.models.weights import Weights
 from stages.param_register import ParamRegister
 from stages.quantization import layouts, native
 from stages.quantization.convert import restored
@@ -243,6 +245,27 @@ def test_only_changed_tensors_are_made_again(tmp_path: Path, scales: str):
     assert reused(quantize(checkpoint, tmp_path / "other", "q4f32_1", inputs, memo)) == (17, 0)
 
 
+def test_sources_are_read_once_unless_they_may_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
+    inputs = register(checkpoint, tmp_path, "q4f16_1")
+    names = json.loads(inputs["tensors"].read_bytes())["tensors"].keys()
+    monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
+    read, blocks = [], Weights.blocks
+    monkeypatch.setattr(Weights, "blocks", lambda self, name, memory: read.append(name) or blocks(self, name, memory))
+    quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo)
+    assert Counter(read) == Counter(names)
+    read.clear()
+    quantize(checkpoint, tmp_path / "again", "q4f16_1", inputs, memo)
+    assert not read
+    tensors = qwen_tensors(hidden=64, layers=2, ff=96, rows=512, seed=0)
+    tensors["transformer.h.1.ln_2.weight"] *= 1.5
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    write_safetensors(checkpoint / "model.safetensors", tensors, "bfloat16")
+    quantize(checkpoint, tmp_path / "tuned", "q4f16_1", register(checkpoint, tmp_path, "q4f16_1"), memo)
+    assert Counter(read) == Counter([*names, "transformer.h.1.ln_2.weight"])
+
+
 def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
     inputs = register(checkpoint, tmp_path, "q4f16_1")
@@ -264,12 +287,14 @@ def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypat
     assert bits_of(tmp_path / "second") == bits_of(quantize(checkpoint, tmp_path / "fresh", "q4f16_1", inputs).out)
 
 
-def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("scheme", ["q3f16_1", "q4f16_1"])
+def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
-    inputs = register(checkpoint, tmp_path, "q3f16_1")
-    plain = quantize(checkpoint, tmp_path / "plain", "q3f16_1", inputs)
+    inputs = register(checkpoint, tmp_path, scheme)
+    plain = quantize(checkpoint, tmp_path / "plain", scheme, inputs)
     monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
-    compiled = quantize(checkpoint, tmp_path / "compiled", "q3f16_1", inputs, memo, threads=2)
+    monkeypatch.setattr("stages.models.weights.BLOCK", 8192)  # so that a matrix comes in several
+    compiled = quantize(checkpoint, tmp_path / "compiled", scheme, inputs, memo, threads=2)
     assert compiled.memo.counts["kernels"]["made"] == 1
     assert bits_of(compiled.out) == bits_of(plain.out)
     assert (compiled.out / "report.json").read_bytes() == (plain.out / "report.json").read_bytes()
