@@ -30,9 +30,7 @@ class _Products(Rewriter):
         if sizes is None:
             return None
         shape = [*x.ty.shape.values[:-1], weight.ty.shape.values[0]]
-        product = KernelCall(
-            sizes, lambda: gen_call_tir_inputs(_nt_matmul, x, weight)[0], "NT_matmul", [x, weight], shape
-        )
+        product = KernelCall(sizes, lambda: _kernel(x, weight), "NT_matmul", [x, weight], shape)
         out_dtype = str(call.attrs.out_dtype or "") or str(x.ty.dtype)
         return product if out_dtype == SUMS else self.builder.normalize(rx.op.astype(self.emit(product), out_dtype))
 

@@ -45,7 +45,11 @@ def with_kernels(module: tvm.IRModule, kernels: Mapping[str, tuple[str, tirx.Pri
     rename = _Rename({old: named[new][0] for old, (new, _) in kernels.items()})
     functions = {var: function for var, function in module.functions_items() if isinstance(function, rx.Function)}
     renamed = {var: rename.visit_expr(function) for var, function in functions.items()}
-    return tvm.IRModule(dict(named.values()) | renamed, attrs=module.attrs, global_infos=module.global_infos)
+    replaced = module.clone()
+    for old in kernels:
+        del replaced[old]
+    replaced.update(tvm.IRModule(dict(named.values()) | renamed))
+    return replaced
 
 
 def anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -15,7 +15,7 @@ from stagegraph.stage import Instance, StageError
 from stages import profiles
 from stages.codegen import kernels, workers
 from stages.lowering.name_kernels import WRITTEN, content, name_kernels, written
-from stages.lowering.plain_names import plain_names, without_places
+from stages.lowering.plain_names import SCHEDULED, plain_names, without_places
 from tests.checkpoints import write_hollow
 from tests.stages import families, libraries
 from tests.stages.libraries import Registered
@@ -142,6 +142,15 @@ def compiled(folder, model, memo, **options):
     counts = context.memo.counts["kernel"]
     assert (counts["made"], counts["reused"]) == (len(made), len(rows) - len(made))
     return sorted(made)
+
+
+def test_kernels_of_the_cache_are_finished_in_the_graph(graphs):
+    (cache,) = [port for port in graphs(LLAMA)[0]["module"] if port.each["function"] == "kv"]
+    module = tvm.ir.load_json(cache.path.read_text())
+    kernels = {var.name_hint: each for var, each in module.functions_items() if isinstance(each, tirx.PrimFunc)}
+    assert len(kernels) > 10
+    assert not [name for name, each in kernels.items() if SCHEDULED not in each.attrs]
+    assert WRITTEN in kernels["batch_decode_paged_kv_cpu"].attrs
 
 
 def test_nothing_is_compiled_twice(tmp_path, graphs, memo):

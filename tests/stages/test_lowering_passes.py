@@ -342,6 +342,7 @@ def _ones(builder, *_):
         ),
         (lambda builder: builder.emit(rx.op.zeros((2, 3), "float16")), np.zeros((2, 3), "float16")),
         (lambda builder: builder.emit(rx.op.ones((), "float32")), np.ones((), "float32")),
+        (lambda builder: builder.emit(rx.op.zeros((2,), "bfloat16")), np.zeros((2,), "bfloat16")),
     ],
 )
 def test_what_a_state_begins_with_is_computed_at_compile_time(fill, wanted):
