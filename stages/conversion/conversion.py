@@ -88,7 +88,7 @@ class Conversion:
         self._local = local()
         self._threads = plan.threads or len(os.sched_getaffinity(0))
         self._began = time.monotonic()
-        self._begun = False
+        self._repeated = False
 
     def run(self) -> list[dict[str, Any]]:
         """Make every parameter and every shard; return a line for each parameter, in packed order.
@@ -98,10 +98,10 @@ class Conversion:
         self._folder.mkdir()
         self._scratch.mkdir()
         plan, keeper = self._plan, self._keeper
-        self._begun = self._begun_before()
         library = None
         if self.total >= KERNELS_FROM:
             library = kernels.load(keeper, self._kernel_names(), self._scratch, plan.tools)
+        self._repeated = library is None or self._begun_before()
         names = [name for entry in self._logical for name in entry["sources"]]
         digests = Digests(keeper, self._weights, plan.tensors, names, plan.digests, self._scratch)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
@@ -120,7 +120,7 @@ class Conversion:
     def _begun_before(self) -> bool:
         """Say whether such a conversion was begun before, of whatever values: only then may sources be known.
 
-        To find out costs a second reading of those that are not.
+        To find out costs kernels, which take what is just read, a second reading of those that are not.
         """
         how = {"scheme": self._plan.scheme.name, "scales": self._plan.scales}
         document = {"algorithm": ALGORITHM, "parameters": self._logical, **how}
@@ -173,7 +173,7 @@ class Conversion:
 
     def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
         """Return the part that was made of equal sources before; sources are read for it only where one may be."""
-        if not self._begun and not all(name in digests for name in entry["sources"]):
+        if not self._repeated and not all(name in digests for name in entry["sources"]):
             return None
         return self._keeper.recall("tensor", self._document(entry, digests.take(entry["sources"], self._block)))
 
