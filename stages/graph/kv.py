@@ -11,7 +11,9 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from stages.graph import window
 from stages.graph.export import Build, export_plain
 from stages.lowering import cpu_attention, cpu_cache
-from stages.lowering.plain_names import SCHEDULED
+from stages.lowering.compat import load_json
+from stages.lowering.name_kernels import WRITTEN, written
+from stages.lowering.plain_names import SCHEDULED, without_places
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
 
@@ -68,12 +70,17 @@ def export(build: Build) -> tvm.IRModule:
     for name, kernel in _replacements(build).items():
         variable = module.get_global_var(name)
         module[variable] = kernel.with_attr("global_symbol", module[variable].attrs["global_symbol"])
-    if build.target.kind.name == "llvm":
-        # TVM wrote these loop by loop for processors, but marked only some: nothing is to be looked for in the others.
-        for variable, kernel in module.functions_items():
-            if isinstance(kernel, tirx.PrimFunc) and SCHEDULED not in kernel.attrs:
-                module[variable] = kernel.with_attr(SCHEDULED, True)
+    for variable, kernel in module.functions_items():
+        if isinstance(kernel, tirx.PrimFunc) and WRITTEN not in kernel.attrs:
+            module[variable] = _finished(kernel, build.target.kind.name)
     return module
+
+
+def _finished(kernel: tirx.PrimFunc, kind: str) -> tirx.PrimFunc:
+    """Return a kernel of TVM's with what spares lowering to look for a schedule, and to save it for its content."""
+    if kind == "llvm":  # written loop by loop, but only some are marked so
+        kernel = kernel.with_attr(SCHEDULED, True)
+    return written(load_json(without_places(tvm.ir.save_json(kernel)))) if SCHEDULED in kernel.attrs else kernel
 
 
 def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
