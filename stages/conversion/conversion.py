@@ -105,17 +105,25 @@ class Conversion:
         names = [name for entry in self._logical for name in entry["sources"]]
         digests = Digests(keeper, self._weights, plan.tensors, names, plan.digests, self._scratch)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
-        in_file_order = sorted(
-            range(len(self._logical)), key=lambda index: self._weights.place(self._logical[index]["sources"][0])
-        )
         with ThreadPoolExecutor(self._threads) as pool:
-            jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in in_file_order}
+            jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in self._order()}
             wait(jobs.values(), return_when=FIRST_EXCEPTION)
             pool.shutdown(cancel_futures=True)
         _raise_failures(list(jobs.values()))
         self._join_small()
         shutil.rmtree(self._scratch)
         return [jobs[index].result() for index in range(len(self._logical))]
+
+    def _order(self) -> list[int]:
+        """Return parameters in the order in which they lie in files, after the largest: begun last, as a head would be,
+        that leaves one thread with work and the others without.
+        """
+        largest = max(self._sizes)
+
+        def place(index: int) -> tuple[bool, str, int]:
+            return (self._sizes[index] < largest, *self._weights.place(self._logical[index]["sources"][0]))
+
+        return sorted(range(len(self._logical)), key=place)
 
     def _begun_before(self) -> bool:
         """Say whether such a conversion was begun before, of whatever values: only then may sources be known.
