@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from stages.quantization.convert import ALGORITHM, convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -207,16 +206,18 @@ class Conversion:
         names, transform = entry["sources"], entry["transform"]
 
         def whole() -> np.ndarray:
-            return transforms.apply(transform, [self._weights[name] for name in names])
+            return transforms.apply(transform, [digests.tensor(name, self._block) for name in names])
 
-        rows: Iterable[np.ndarray]
-        if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
-            rows = itertools.chain.from_iterable(digests.blocks(name, self._block) for name in names)
-        else:
-            rows = [whole()]
+        def rows() -> Iterator[np.ndarray]:
+            if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
+                for name in names:
+                    yield from digests.blocks(name, self._block)
+            else:
+                yield whole()
+
         data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
         how = {"dtype": entry["dtype"], "scales": plan.scales, "layout": entry["layout"], "kernels": library}
-        made = convert(rows, plan.scheme, entry["kind"], shape=entry["shape"], whole=whole, into=data, **how)
+        made = convert(rows(), plan.scheme, entry["kind"], shape=entry["shape"], whole=whole, into=data, **how)
         with target.open("xb", buffering=0) as file:
             _write(file, data.data)
         # Four digits: kernels and NumPy add up in another order.

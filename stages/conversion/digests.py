@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
+from stages.models.weights import NUMPY_DTYPES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
@@ -68,6 +70,18 @@ class Digests:
         with self._lock:
             self._known[name] = digest.hexdigest()
             self._complete(name, self._tensors[name]["file"])
+
+    def tensor(self, name: str, memory: Callable[[int], np.ndarray]) -> np.ndarray:
+        """Return a whole tensor, whose digest is known then: mapped if it was known before, else read once for both."""
+        if name in self._known:
+            return self._weights[name]
+        found = self._tensors[name]
+        whole, end = np.empty(found["shape"], NUMPY_DTYPES[found["dtype"]]), 0
+        rows = np.atleast_1d(whole)
+        for block in self.blocks(name, memory):
+            begin, end = end, end + len(block)
+            rows[begin:end] = block
+        return whole
 
     def take(self, names: Iterable[str], memory: Callable[[int], np.ndarray]) -> list[str]:
         """Return the tensors' digests; reads those that are not known."""
