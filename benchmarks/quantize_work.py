@@ -65,6 +65,7 @@ def stage(folder: str, out: str, threads: str, keep: str, clocked: str = "clocke
     import diskcache  # noqa: F401 - imports are on nobody's clock
 
     from stages.conversion import conversion  # noqa: F401
+    from stages.quantization import schemes  # noqa: F401
     from stages.quantize import Quantize
 
     root, target = Path(folder), Path(out)

@@ -27,13 +27,14 @@ class Store:
 
     def __init__(self, root: Path, index: Index) -> None:
         self.objects = root / "objects"
+        self._root_of_objects = str(self.objects)
         self.quarantine = root / "quarantine"
         self.index = index
         self.damaged: list[str] = []
 
     def path(self, digest: str) -> Path:
         """Return where the object of this digest lives, whether or not it exists."""
-        return self.objects / digest[:2] / digest
+        return Path(f"{self._root_of_objects}/{digest[:2]}/{digest}")
 
     def adopt(self, file: Path, digest: str) -> None:
         """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
@@ -57,17 +58,31 @@ class Store:
         """
         target = self.path(digest)
         file.chmod(0o444)
-        if self.is_object(digest, file):
-            return True
-        if self.verify(digest) is None:
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
+        while True:  # a second time in place of a damaged object, which is in quarantine then
+            try:
+                linked = self._link(file, target)
+            except FileExistsError:
+                if self.is_object(digest, file):
+                    return True
+                if self.verify(digest) is None:
+                    return False
+            else:
+                break
+        if not linked and self.verify(digest) is not None:
+            self._copy_beside(file, target, digest)
+        return linked
+
+    def _link(self, file: Path, target: Path) -> bool:
+        """Give a file a second name among the objects; False where that cannot be."""
         try:
-            if _hardlink(file, target):
-                return True
-        except FileExistsError:  # another run was faster
-            return False
+            return _hardlink(file, target)
+        except FileNotFoundError:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _hardlink(file, target)
+
+    def _copy_beside(self, file: Path, target: Path, digest: str) -> None:
         # Beside the object: the file may be on another file system, and a rename stays on one.
+        target.parent.mkdir(parents=True, exist_ok=True)
         copy = target.with_name(f".{digest[:16]}.{os.getpid()}.{time.monotonic_ns()}")
         try:
             _copy(file, copy)
@@ -75,7 +90,6 @@ class Store:
             copy.rename(target)
         finally:
             copy.unlink(missing_ok=True)
-        return False
 
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""

@@ -182,7 +182,7 @@ class Conversion:
         """Return the part that was made of equal sources before; sources are read for it only where one may be."""
         if not self._repeated and not all(name in digests for name in entry["sources"]):
             return None
-        return self._keeper.recall("tensor", self._document(entry, digests.take(entry["sources"], self._block)))
+        return self._keeper.recall("tensor", self._document(entry, digests.take(entry["sources"])))
 
     def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
         """Return all that the stored bytes of a parameter depend on; its name is not among it."""
@@ -206,12 +206,12 @@ class Conversion:
         names, transform = entry["sources"], entry["transform"]
 
         def whole() -> np.ndarray:
-            return transforms.apply(transform, [digests.tensor(name, self._block) for name in names])
+            return transforms.apply(transform, [digests.tensor(name) for name in names])
 
         def rows() -> Iterator[np.ndarray]:
             if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
                 for name in names:
-                    yield from digests.blocks(name, self._block)
+                    yield from digests.blocks(name)
             else:
                 yield whole()
 
@@ -224,11 +224,10 @@ class Conversion:
         rmse, worst = (float(f"{error:.4g}") for error in (made.rmse, made.worst))
         source = str(np.dtype(NUMPY_DTYPES[plan.tensors[names[0]]["dtype"]]))
         facts = {"source_dtype": source, "rmse": rmse, "max_error": worst}
-        document = self._document(entry, digests.take(names, self._block))
+        document = self._document(entry, digests.take(names))
+        for name in names:
+            self._weights.check_unchanged(name)
         return self._keeper.remember("tensor", document, target, digest=blake3(data.data).hexdigest(), **facts)
-
-    def _block(self, size: int) -> np.ndarray:
-        return self._memory("block", size)
 
     def _memory(self, use: str, size: int) -> np.ndarray:
         """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
-from stages.models.weights import NUMPY_DTYPES
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from stages.keeper import Keeper
@@ -58,36 +56,30 @@ class Digests:
         """Say whether a tensor's digest is known."""
         return name in self._known
 
-    def blocks(self, name: str, memory: Callable[[int], np.ndarray]) -> Iterator[np.ndarray]:
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Yield a tensor's blocks (:meth:`.Weights.blocks`); after the last one its digest is known."""
         if name in self._known:
-            yield from self._weights.blocks(name, memory)
+            yield from self._weights.blocks(name)
             return
         digest = blake3()
-        for block in self._weights.blocks(name, memory):
+        for block in self._weights.blocks(name):
             digest.update(block.reshape(-1).view(np.uint8).data)
             yield block
+        self._weights.check_unchanged(name)
         with self._lock:
             self._known[name] = digest.hexdigest()
             self._complete(name, self._tensors[name]["file"])
 
-    def tensor(self, name: str, memory: Callable[[int], np.ndarray]) -> np.ndarray:
-        """Return a whole tensor, whose digest is known then: mapped if it was known before, else read once for both."""
-        if name in self._known:
-            return self._weights[name]
-        found = self._tensors[name]
-        whole, end = np.empty(found["shape"], NUMPY_DTYPES[found["dtype"]]), 0
-        rows = np.atleast_1d(whole)
-        for block in self.blocks(name, memory):
-            begin, end = end, end + len(block)
-            rows[begin:end] = block
-        return whole
+    def tensor(self, name: str) -> np.ndarray:
+        """Return a whole tensor, whose digest is known then."""
+        self.take([name])
+        return self._weights[name]
 
-    def take(self, names: Iterable[str], memory: Callable[[int], np.ndarray]) -> list[str]:
+    def take(self, names: Iterable[str]) -> list[str]:
         """Return the tensors' digests; reads those that are not known."""
         for name in names:
             if name not in self._known:
-                deque(self.blocks(name, memory), maxlen=0)
+                deque(self.blocks(name), maxlen=0)
         return [self._known[name] for name in names]
 
     def _complete(self, name: str, file: str) -> None:

@@ -121,52 +121,19 @@ class Kernels:
         are contiguous; each may lie where the last one was.
         """
         words, scale = stored
-        side = layouts.side(layout, rows)
         if layout == "n32":
             words[-1], scale[-1] = 0, 0  # what the last block is filled up with
+        run: _Quantizing | None = None
         sums: list[np.ndarray] = []
         first = 0
         for part in parts:
-            sums += self._quantize(part, first, side, words, scale, (scheme, scales, layout))
+            run = run or _Quantizing(self, part, rows, (scheme, scales, layout), words, scale)
+            sums += run(part, first)
             first += len(part)
         found = _sums(np.concatenate(sums))
         with np.errstate(over="ignore"):
             fits = np.isfinite(np.float32(np.float32(found.peak / scheme.top).astype(scale.dtype)))
         return found if fits else None
-
-    def _quantize(
-        self,
-        weight: np.ndarray,
-        first: int,
-        side: int,
-        words: np.ndarray,
-        scale: np.ndarray,
-        how: tuple[Scheme, str, str],
-    ) -> Iterator[np.ndarray]:
-        """Quantize rows from number ``first`` on; yield what errors are made of, tile by tile.
-
-        A short last group is quantized from a copy that is filled up with zeros.
-        """
-        scheme, scales, layout = how
-        (n, k), size, per_group = weight.shape, scheme.group_size, scheme.group_size // scheme.per_word
-        whole, rest = divmod(k, size)
-        name = quantize_name(str(weight.dtype), scheme, scales, layout)
-        strides = scheme.words(k), scheme.groups(k), side, first
-
-        def run(source: np.ndarray, group: int, groups: int) -> np.ndarray:
-            stats = np.empty((-(-n // TILE_ROWS) * -(-groups // TILE_GROUPS), 4), np.float32)
-            targets = words.reshape(-1)[group * per_group * side :], scale.reshape(-1)[group * side :]
-            self._call(name, [source, *targets, stats], n, groups, source.shape[1], *strides)
-            return stats
-
-        if whole:
-            yield run(weight, 0, whole)
-        if rest:
-            last = np.zeros((n, size), weight.dtype)
-            last[:, :rest] = weight[:, whole * size :]
-            yield run(last, whole, 1)
-            by_row = layouts.restore(layout, words, first + n, scheme.bits)  # a view: n32 has whole groups
-            _clear_past_end(by_row[first : first + n, whole * per_group :], rest, scheme)
 
     def cast(self, parts: Iterable[np.ndarray], stored: np.ndarray) -> Sums | None:
         """Cast contiguous ``parts``, one under the other, into ``stored`` as :func:`.blocks.cast` does.
@@ -186,25 +153,90 @@ class Kernels:
         """Cast flat values; return what errors are made of, row by row."""
         whole, rest = divmod(source.size, ROW)
         stats = np.zeros((whole + 1, 4), np.float32)
-        name = cast_name(str(source.dtype), str(target.dtype))
-        self._call(name, [source, target, stats], whole)
+        cast = self.call(cast_name(str(source.dtype), str(target.dtype)))
+        cast(source, target, stats, whole)
         if rest:
             last, last_target = np.zeros(ROW, source.dtype), np.empty(ROW, target.dtype)
             last[:rest] = source[whole * ROW :]
-            self._call(name, [last, last_target, stats[whole:]], 1)
+            cast(last, last_target, stats[whole:], 1)
             target[whole * ROW :] = last_target[:rest]
         return stats
 
-    def _call(self, name: str, arrays: Sequence[np.ndarray], *numbers: int) -> None:
+    def call(self, name: str) -> _Call:
+        """Return a kernel, to be called with its arguments."""
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = getattr(self._library, f"__tvm_ffi_{name}")
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-        values = [*((POINTER, array.ctypes.data) for array in arrays), *((INTEGER, number) for number in numbers)]
-        arguments = (_Any * len(values))(*(_Any(kind, 0, value) for kind, value in values))
-        status = function(None, arguments, len(values), ctypes.byref(_Any()))
+        return _Call(name, function)
+
+
+class _Quantizing:
+    """Quantizes the parts of one weight, which are of one dtype and have rows of one length."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        part: np.ndarray,
+        rows: int,
+        how: tuple[Scheme, str, str],
+        words: np.ndarray,
+        scale: np.ndarray,
+    ) -> None:
+        self._how, self._words, self._scale = how, words, scale
+        scheme, scales, layout = how
+        self._k, self._side = part.shape[1], layouts.side(layout, rows)
+        self._groups, self._rest = divmod(self._k, scheme.group_size)
+        self._strides = scheme.words(self._k), scheme.groups(self._k), self._side
+        self._call = kernels.call(quantize_name(str(part.dtype), scheme, scales, layout))
+
+    def __call__(self, part: np.ndarray, first: int) -> Iterator[np.ndarray]:
+        """Quantize rows from number ``first`` on; yield what errors are made of, tile by tile."""
+        if self._groups:
+            yield self._run(part, first, 0, self._groups)
+        if self._rest:
+            yield self._last(part, first)
+
+    def _run(self, source: np.ndarray, first: int, group: int, groups: int) -> np.ndarray:
+        """Quantize ``groups`` groups of ``source`` as those from number ``group`` on."""
+        scheme, n = self._how[0], len(source)
+        words = self._words.reshape(-1)[group * (scheme.group_size // scheme.per_word) * self._side :]
+        scale = self._scale.reshape(-1)[group * self._side :]
+        stats = np.empty((-(-n // TILE_ROWS) * -(-groups // TILE_GROUPS), 4), np.float32)
+        self._call(source, words, scale, stats, n, groups, source.shape[1], *self._strides, first)
+        return stats
+
+    def _last(self, part: np.ndarray, first: int) -> np.ndarray:
+        """Quantize a short last group, from a copy that is filled up with zeros."""
+        scheme, _, layout = self._how
+        end, whole = first + len(part), self._groups
+        last = np.zeros((len(part), scheme.group_size), part.dtype)
+        last[:, : self._rest] = part[:, whole * scheme.group_size :]
+        stats = self._run(last, first, whole, 1)
+        by_row = layouts.restore(layout, self._words, end, scheme.bits)  # a view: n32 has whole groups
+        words = by_row[first:end, whole * (scheme.group_size // scheme.per_word) :]
+        _clear_past_end(words, self._rest, scheme)
+        return stats
+
+
+class _Call:
+    """A kernel of TVM's calling convention; not for two threads at once."""
+
+    def __init__(self, name: str, function: Any) -> None:
+        self._name, self._function = name, function
+        self._arguments: Any = None
+        self._result = _Any()
+
+    def __call__(self, *arguments: np.ndarray | int) -> None:
+        """Call it with arrays, of which it gets the address, and numbers; each time of the same kinds."""
+        if self._arguments is None:
+            kinds = (POINTER if isinstance(argument, np.ndarray) else INTEGER for argument in arguments)
+            self._arguments = (_Any * len(arguments))(*(_Any(kind) for kind in kinds))
+        for place, argument in zip(self._arguments, arguments, strict=True):
+            place.value = argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+        status = self._function(None, self._arguments, len(arguments), ctypes.byref(self._result))
         if status:
-            raise KernelError(f"the kernel {name} refused its arguments ({status})")
+            raise KernelError(f"the kernel {self._name} refused its arguments ({status})")
 
 
 class _Any(ctypes.Structure):

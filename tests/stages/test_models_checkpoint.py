@@ -43,20 +43,53 @@ def test_headers_and_tensors_equal_the_safetensors_package(tmp_path: Path):
         Weights(files(tmp_path), {"a": {**table["a"], "shape": [3, 2]}})["a"]
 
 
-def test_blocks_are_a_tensors_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tensor = np.random.default_rng(0).standard_normal((150, 7)).astype(np.float32)
+TABLE = {"a": {"dtype": "F32", "shape": [15000, 7], "file": "model.safetensors"}}
+
+
+@pytest.fixture
+def tensor(tmp_path: Path) -> np.ndarray:
+    """The only one of a file in ``tmp_path``, as :data:`TABLE` has it: 28 bytes in a row, 103 pages."""
+    tensor = np.random.default_rng(0).standard_normal((15000, 7)).astype(np.float32)
     save_file({"a": tensor}, tmp_path / "model.safetensors")
-    memory = np.empty(2**16, np.uint8)
-    found = Weights(files(tmp_path), {"a": {"dtype": "F32", "shape": [150, 7], "file": "model.safetensors"}})
-    for size, lengths in ((BLOCK, [150]), (64 * 28 + 5, [64, 64, 22]), (1, [32, 32, 32, 32, 22])):
+    return tensor
+
+
+def test_blocks_are_a_tensors_rows(tmp_path: Path, tensor: np.ndarray, monkeypatch: pytest.MonkeyPatch):
+    found = Weights(files(tmp_path), TABLE)
+    for size, count, longest in ((BLOCK, 1, 15000), (15000 * 28 // 3, 3, 5024), (1, 469, 32)):
         monkeypatch.setattr("stages.models.weights.BLOCK", size)
-        blocks = [block.copy() for block in found.blocks("a", lambda size: memory[:size])]
-        assert [len(block) for block in blocks] == lengths
+        blocks = [block.copy() for block in found.blocks("a")]
+        assert (len(blocks), len(blocks[0])) == (count, longest)
         assert np.array_equal(np.concatenate(blocks), tensor)
+
+
+def test_a_file_that_ends_early_is_an_error_and_no_signal(tmp_path: Path, tensor: np.ndarray, monkeypatch):
+    monkeypatch.setattr("stages.models.weights.BLOCK", 32 * 28 * 64)
+    found = Weights(files(tmp_path), TABLE)
+    blocks = found.blocks("a")
+    assert np.array_equal(next(blocks), tensor[:2528])
     with (tmp_path / "model.safetensors").open("r+b") as file:
-        file.truncate(file.seek(0, 2) - 30 * 28)
-    with pytest.raises(ValueError, match="the file ends 840 bytes before its tensor a does"):
-        list(found.blocks("a", lambda size: memory[:size]))
+        file.truncate(file.seek(0, 2) - 9000 * 28)
+    for _ in range(2):  # in a mapping that was made before, and in a new one
+        with pytest.raises(ValueError, match="the file ends 252,000 bytes before its tensor a does"):
+            list(blocks)
+        blocks = found.blocks("a")
+
+
+def test_linux_without_populating_reads_the_same(tmp_path: Path, tensor: np.ndarray, monkeypatch):
+    monkeypatch.setattr("stages.models.weights.POPULATE_READ", 1 << 30)  # advice that no Linux knows: EINVAL
+    assert np.array_equal(np.concatenate([*Weights(files(tmp_path), TABLE).blocks("a")]), tensor)
+
+
+def test_a_file_that_was_written_to_is_noticed(tmp_path: Path, tensor: np.ndarray):
+    found = Weights(files(tmp_path), TABLE)
+    list(found.blocks("a"))
+    found.check_unchanged("a")
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(ValueError, match=r"model\.safetensors: the file was changed while it was read; run again"):
+        found.check_unchanged("a")
 
 
 @pytest.mark.parametrize(

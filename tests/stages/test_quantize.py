@@ -251,7 +251,7 @@ def test_sources_are_read_once_unless_they_may_be_known(tmp_path: Path, monkeypa
     names = json.loads(inputs["tensors"].read_bytes())["tensors"].keys()
     monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
     read, blocks = [], Weights.blocks
-    monkeypatch.setattr(Weights, "blocks", lambda self, name, memory: read.append(name) or blocks(self, name, memory))
+    monkeypatch.setattr(Weights, "blocks", lambda self, name: read.append(name) or blocks(self, name))
     quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo, threads=1)
     assert Counter(read) == Counter(names)
     assert {"transformer.wte.weight", "lm_head.weight"} == set(read[:2])  # the largest before all
