@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from blake3 import blake3
 from host_memory import settle
 
 from stagegraph.memo import Memo
-from stagegraph.stage import Part, Source, SourceFiles
+from stagegraph.stage import Finished, Part, Source, SourceFiles
 
 
 class Context:
@@ -43,6 +44,10 @@ class Context:
     def remember(self, kind: str, document: dict[str, Any], file: Path, **facts: Any) -> Part:
         """Keep a part."""
         return self.memo.remember(kind, document, file, **facts)
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        """Keep several parts."""
+        self.memo.remember_all(kind, parts)
 
     def progress(self, *_: object) -> None:
         """Nobody watches."""

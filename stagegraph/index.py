@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -52,12 +52,22 @@ class Index:
 
     def set(self, name: str, document: Any) -> None:
         """Write a document; atomic, visible to other processes at once."""
-        text = json.dumps(document)
+        self.set_all({name: document})
+
+    def set_all(self, documents: Mapping[str, Any]) -> None:
+        """Write documents by name, all or none; one commit, which takes as long as many of them."""
+        texts = {name: json.dumps(document) for name, document in documents.items()}
         try:
-            self._writing().set(name, text)
+            self._write(texts)
         except sqlite3.DatabaseError as error:
             self._begin_anew(error)
-            self._writing().set(name, text)
+            self._write(texts)
+
+    def _write(self, texts: Mapping[str, str]) -> None:
+        cache = self._writing()
+        with cache.transact():
+            for name, text in texts.items():
+                cache.set(name, text)
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""

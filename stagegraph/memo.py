@@ -8,14 +8,14 @@ it becomes part of an output; otherwise it is trusted no further than the digest
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from stagegraph.digest import digest_file, digest_json
 from stagegraph.index import Index
-from stagegraph.stage import Part
+from stagegraph.stage import Finished, Part
 from stagegraph.store import Store, fsync_file
 
 PART_SCHEMA = 1
@@ -55,14 +55,23 @@ class Memo:
 
         Whoever wrote the file may have taken its ``digest`` on the way.
         """
-        digest, size = digest or digest_file(file), file.stat().st_size
-        if self._store.share(file, digest):
-            with self._lock:
-                self._made.add(digest)
-        entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
-        self._store.index.set(part_name(kind, document), entry)
-        self._count(kind, "made", digest)
+        digest = digest or digest_file(file)
+        self.remember_all(kind, [(document, file, digest, facts)])
         return Part(self._store.path(digest), facts)
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        """Do the same for several (document, file, digest, facts): they are known at once, after one commit."""
+        entries = {}
+        for document, file, digest, facts in parts:
+            size = file.stat().st_size
+            if self._store.share(file, digest):
+                with self._lock:
+                    self._made.add(digest)
+            entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
+            entries[part_name(kind, document)] = entry
+        self._store.index.set_all(entries)
+        for _, _, digest, _ in parts:
+            self._count(kind, "made", digest)
 
     @property
     def damaged(self) -> list[str]:

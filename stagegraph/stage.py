@@ -119,6 +119,10 @@ class Part(NamedTuple):
     facts: Mapping[str, Json]
 
 
+# A part to keep: its document, file, the BLAKE3 digest of the file's bytes, and small facts to keep with it.
+Finished = tuple[Mapping[str, Json], Path, str, Mapping[str, Json]]
+
+
 class Context(Protocol):
     """What ``run`` gets. Inputs are read-only; outputs go under ``out`` at their ports' declared paths."""
 
@@ -152,6 +156,12 @@ class Context(Protocol):
 
         The file becomes read-only and stays where it is, as an output or to be removed again; returns what is kept.
         ``digest`` is the BLAKE3 digest of its bytes where it was taken while they were at hand: it is not read again.
+        """
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        """Keep several parts as :meth:`remember` does, in a fraction of the time; for many that are each made quickly.
+
+        What was finished before and not kept yet is lost to a kill: do not wait for long.
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
@@ -27,7 +27,7 @@ from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
 from stagegraph.memo import Memo
 from stagegraph.registry import PROFILES, load_object
-from stagegraph.stage import Context, Instance, Part, SourceFiles, Stage
+from stagegraph.stage import Context, Finished, Instance, Part, SourceFiles, Stage
 from stagegraph.store import fsync_file
 
 PROGRESS_SECONDS = 0.1
@@ -70,6 +70,9 @@ class WorkerContext(Context):
 
     def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
         return self.memo.remember(kind, document, file, **facts)
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        self.memo.remember_all(kind, parts)
 
     @property
     def memo(self) -> Memo:

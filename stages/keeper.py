@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+
+# What is kept: the document, the file, the digest of its bytes, small facts.
+Finished: TypeAlias = "tuple[Mapping[str, Any], Path, str, Mapping[str, Any]]"
 
 
 class Part(Protocol):
@@ -31,6 +35,9 @@ class Keeper(Protocol):
         self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
     ) -> Part:
         """Keep ``file`` as the part for ``document``; ``digest`` is that of its bytes, where it was taken."""
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        """Keep several parts in a fraction of the time; those that wait for it are lost to a kill."""
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Report progress."""

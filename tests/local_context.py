@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from stagegraph.index import Index
 from stagegraph.memo import Memo
-from stagegraph.stage import Instance, Part, Source, SourceFiles, Stage
+from stagegraph.stage import Finished, Instance, Part, Source, SourceFiles, Stage
 from stagegraph.store import Store
 
 
@@ -54,6 +54,10 @@ class LocalContext:
     def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
         assert self.memo
         return self.memo.remember(kind, document, file, **facts)
+
+    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        assert self.memo
+        self.memo.remember_all(kind, parts)
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         assert 0 <= done <= total, f"progress {done} of {total} {unit}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -27,12 +28,13 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from stages.keeper import Keeper, Part
+    from stages.keeper import Finished, Keeper, Part
     from stages.quantization.native import Kernels
     from stages.quantization.schemes import Scheme
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
+KEPT_EVERY = 64 * 2**20  # bytes of sources: what is made of as many is kept at once, and may be lost to a kill
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -88,6 +90,8 @@ class Conversion:
         self._threads = plan.threads or len(os.sched_getaffinity(0))
         self._began = time.monotonic()
         self._repeated = False
+        self._unkept: list[Finished] = []
+        self._unkept_bytes = 0
 
     def run(self) -> list[dict[str, Any]]:
         """Make every parameter and every shard; return a line for each parameter, in packed order.
@@ -104,11 +108,17 @@ class Conversion:
         names = [name for entry in self._logical for name in entry["sources"]]
         digests = Digests(keeper, self._weights, plan.tensors, names, plan.digests, self._scratch)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
-        with ThreadPoolExecutor(self._threads) as pool:
-            jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in self._order()}
-            wait(jobs.values(), return_when=FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
-        _raise_failures(list(jobs.values()))
+        try:
+            with ThreadPoolExecutor(self._threads) as pool:
+                jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in self._order()}
+                wait(jobs.values(), return_when=FIRST_EXCEPTION)
+                pool.shutdown(cancel_futures=True)
+            _raise_failures(list(jobs.values()))
+        except BaseException:
+            with contextlib.suppress(Exception):  # what ended the work is what is said
+                self._keep()
+            raise
+        self._keep()
         self._join_small()
         shutil.rmtree(self._scratch)
         return [jobs[index].result() for index in range(len(self._logical))]
@@ -159,8 +169,7 @@ class Conversion:
                 part = self._recall(entry, digests)
                 if part is not None:
                     _link(part.path, target)
-                else:
-                    part = self._convert(index, digests, library)
+                facts = part.facts if part is not None else self._convert(index, digests, library)
             except ValueError as error:
                 made_of = ", ".join(entry["sources"])
                 raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
@@ -175,7 +184,7 @@ class Conversion:
             "scheme": self._plan.scheme.name if entry["quantize"] else entry["dtype"],
             "shape": entry["shape"],
             "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
-            **part.facts,
+            **facts,
         }
 
     def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
@@ -201,7 +210,8 @@ class Conversion:
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
         return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
 
-    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Part:
+    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
+        """Write what a parameter is stored as, to be kept with others; return facts."""
         entry, target, plan = self._logical[index], self._targets[index], self._plan
         names, transform = entry["sources"], entry["transform"]
 
@@ -227,7 +237,21 @@ class Conversion:
         document = self._document(entry, digests.take(names))
         for name in names:
             self._weights.check_unchanged(name)
-        return self._keeper.remember("tensor", document, target, digest=blake3(data.data).hexdigest(), **facts)
+        digest = blake3(data.data).hexdigest()
+        with self._lock:
+            self._unkept.append((document, target, digest, facts))
+            self._unkept_bytes += self._sizes[index]
+            enough = self._unkept_bytes >= KEPT_EVERY
+        if enough:
+            self._keep()
+        return facts
+
+    def _keep(self) -> None:
+        """Keep what was finished since the last time."""
+        with self._lock:
+            parts, self._unkept, self._unkept_bytes = self._unkept, [], 0
+        if parts:
+            self._keeper.remember_all("tensor", parts)
 
     def _memory(self, use: str, size: int) -> np.ndarray:
         """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""

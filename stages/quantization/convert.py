@@ -99,7 +99,9 @@ def _by_kernels(
     layout: str,
     kernels: Kernels,
 ) -> Sums | None:
-    parts = (part if part.flags.c_contiguous and part.flags.aligned else np.require(part, None, "CA") for part in parts)
+    parts = (
+        part if part.flags.c_contiguous and part.flags.aligned else np.require(part, None, ("C", "A")) for part in parts
+    )
     if quantizes:
         return kernels.quantize(parts, shape[0], scheme, scales, layout, stored) if scheme.kind == "group" else None
     if layout == "nk":
