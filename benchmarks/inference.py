@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for the helpers of tests/ that this and write_checkpoint use
 
 from quantize import LLAMA, SHAPES, pinned, write_checkpoint  # noqa: E402
 

@@ -65,7 +65,6 @@ class Digests:
         for block in self._weights.blocks(name):
             digest.update(block.reshape(-1).view(np.uint8).data)
             yield block
-        self._weights.check_unchanged(name)
         with self._lock:
             self._known[name] = digest.hexdigest()
             self._complete(name, self._tensors[name]["file"])
@@ -88,6 +87,7 @@ class Digests:
         waiting.discard(name)
         if waiting or file not in self._files:
             return
+        self._weights.check_unchanged(name)
         known = {name: digest for name, digest in self._known.items() if self._tensors[name]["file"] == file}
         path = self._scratch / "digests.json"
         path.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")

@@ -19,6 +19,18 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm.script import tirx as T  # noqa: N812 - the name TVMScript is written with
 
+from stages.quantization.expressions import (
+    divisor_of,
+    largest,
+    level_of,
+    narrow,
+    quotient,
+    rounded,
+    spread_words_of,
+    widen,
+    word_of,
+    words_of,
+)
 from stages.quantization.group import PARTS, TRIED
 from stages.quantization.native import ROW, TILE_GROUPS, TILE_ROWS, parse_name
 
@@ -30,62 +42,7 @@ if TYPE_CHECKING:
 CODE = {"float32": "uint32", "float16": "uint16", "bfloat16": "uint16"}  # the integers that are as wide
 MAGNITUDE = {"float32": 0x7FFFFFFF, "float16": 0x7FFF, "bfloat16": 0x7FFF}  # all bits but the sign
 CAST_LANES = 16
-
-
-def widen(bits: Any, dtype: str) -> Any:
-    """Return the float32 of a value of ``dtype`` given as its bits; exact."""
-    if dtype == "float32":
-        return T.reinterpret("float32", bits)
-    if dtype == "float16":
-        return T.Cast("float32", T.reinterpret("float16", bits))
-    return T.reinterpret("float32", T.shift_left(T.Cast("uint32", bits), T.uint32(16)))
-
-
-def narrow(value: Any, dtype: str) -> Any:
-    """Return the bits of a finite float32 ``value`` rounded half to even to ``dtype``."""
-    if dtype == "float32":
-        return T.reinterpret("uint32", value)
-    if dtype == "float16":
-        return T.reinterpret("uint16", T.Cast("float16", value))
-    bits = T.reinterpret("uint32", value)
-    odd = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
-    return T.Cast("uint16", T.shift_right(bits + T.uint32(0x7FFF) + odd, T.uint32(16)))
-
-
-def rounded(value: Any, low: int, high: int) -> Any:
-    """Return ``value`` rounded half to even and clipped."""
-    return T.max(T.min(T.nearbyint(value), T.float32(high)), T.float32(low))
-
-
-def divisor_of(scale: Any) -> Any:
-    """Return what values are divided by to be levels: the scale, or what makes zeros of them where that is zero."""
-    return T.Select(scale == T.float32(0), T.float32(float("inf")), scale)
-
-
-def largest(codes: Any, lanes: int, raw: str) -> Any:
-    """Return the largest of ``lanes`` unsigned integers."""
-    return T.call_llvm_pure_intrin(raw, "llvm.vector.reduce.umax", codes[T.ramp(0, 1, lanes)])
-
-
-def word_of(codes: Any, at: Any, bits: int) -> Any:
-    """Return the uint32 that holds the codes from ``at`` on, low bits first."""
-    word = T.Cast("uint32", codes[at])
-    for j in range(1, 32 // bits):
-        word = T.bitwise_or(word, T.shift_left(T.Cast("uint32", codes[at + j]), T.uint32(j * bits)))
-    return word
-
-
-def words_of(codes: Any, at: Any) -> Any:
-    """Return four words of eight four-bit codes each, low bits first."""
-    pairs = T.reinterpret("uint16x16", codes[T.ramp(at, 1, 32)])
-    moved = T.bitwise_or(pairs, T.shift_right(pairs, T.broadcast(T.uint16(4), 16)))
-    return T.reinterpret("uint32x4", T.Cast("uint8x16", T.bitwise_and(moved, T.broadcast(T.uint16(255), 16))))
-
-
-def spread_words_of(codes: Any, at: Any) -> Any:
-    """Return four words of eight four-bit codes each, the last four in the high halves of the first four's bytes."""
-    eights = T.reinterpret("uint64x4", codes[T.ramp(at, 1, 32)])
-    return T.Cast("uint32x4", T.bitwise_or(eights, T.shift_right(eights, T.broadcast(T.uint64(28), 4))))
+WITHOUT_FMA = ("x86-64", "x86-64-v2")  # processors that do not multiply and add in one step
 
 
 @T.inline
@@ -141,20 +98,22 @@ def find_peak(src, at, peaks, g, size, lanes, raw, mask):
 
 
 @T.inline
-def find_scales(peaks, scales, divisors, highest, top, source, stored):
-    """Leave the scales that peaks ask for in ``scales``, what values are divided by in ``divisors``, and the largest of
-    the peaks, before and now, in ``highest``.
+def find_scales(peaks, count, kept, scales, divisors, highest, top, source, stored, inverts):
+    """Leave the scales that ``count`` peaks ask for in ``kept``, as their bits, and in ``scales``; what values are
+    divided by in ``divisors``, and the largest of the peaks, before and now, in ``highest``.
 
     A row's groups at once: from peak to divisor is a long chain, and groups one by one would wait for it.
     """
-    for c in T.serial(TILE_GROUPS // CAST_LANES):
+    for c in T.serial((count + CAST_LANES - 1) // CAST_LANES):
         at = T.meta_var(c * CAST_LANES)
         for v in T.vectorized(CAST_LANES):
             highest[v] = T.max(highest[v], peaks[at + v])
         for v in T.vectorized(CAST_LANES):
-            scales[at + v] = widen(narrow(widen(peaks[at + v], source) / T.float32(top), stored), stored)
+            kept[at + v] = narrow(widen(peaks[at + v], source) / T.float32(top), stored)
         for v in T.vectorized(CAST_LANES):
-            divisors[at + v] = divisor_of(scales[at + v])
+            scales[at + v] = widen(kept[at + v], stored)
+        for v in T.vectorized(CAST_LANES):
+            divisors[at + v] = divisor_of(scales[at + v], inverts)
 
 
 @T.inline
@@ -171,7 +130,7 @@ def add_up(error, lanes):
 
 
 @T.inline
-def search(value, scales, divisors, o, peak, size, lanes, top, stored):
+def search(value, kept, scales, divisors, o, peak, size, lanes, top, source, stored, inverts):
     """Replace the scale of group ``o`` by the tried one of least squared error, and what values are divided by."""
     least = T.alloc_buffer((1,), "float32")
     least[0] = T.float32(3.4e38)
@@ -181,7 +140,7 @@ def search(value, scales, divisors, o, peak, size, lanes, top, stored):
             inverse = T.alloc_buffer((1,), "float32")
             error = T.alloc_buffer((lanes,), "float32")
             rest = T.alloc_buffer((size,), "float32")
-            tried[0] = peak * (T.Cast("float32", PARTS - step) / T.float32(PARTS)) / T.float32(top)
+            tried[0] = widen(peak, source) * (T.Cast("float32", PARTS - step) / T.float32(PARTS)) / T.float32(top)
             tried[0] = widen(narrow(T.Select(flip == 0, tried[0], -tried[0]), stored), stored)
             inverse[0] = T.Select(tried[0] == T.float32(0), T.float32(0), T.float32(1) / tried[0])
             for v in T.vectorized(lanes):
@@ -190,13 +149,14 @@ def search(value, scales, divisors, o, peak, size, lanes, top, stored):
                 for v in T.vectorized(lanes):
                     rest[c * lanes + v] = rounded(value[c * lanes + v] * inverse[0], -top, top + 1)
                 for v in T.vectorized(lanes):
-                    rest[c * lanes + v] = value[c * lanes + v] - rest[c * lanes + v] * tried[0]
+                    rest[c * lanes + v] = value[c * lanes + v] - level_of(rest[c * lanes + v]) * tried[0]
                 for v in T.vectorized(lanes):
                     error[v] = error[v] + rest[c * lanes + v] * rest[c * lanes + v]
             add_up(error, lanes)
             scales[o] = T.Select(error[0] < least[0], tried[0], scales[o])
             least[0] = T.min(error[0], least[0])
-    divisors[o] = divisor_of(scales[o])
+    kept[o] = narrow(scales[o], stored)
+    divisors[o] = divisor_of(scales[o], inverts)
 
 
 @T.inline
@@ -224,16 +184,17 @@ def load(value, src, at, size, lanes, source):
 
 
 @T.inline
-def encode(value, scale, divisor, codes, errors, squares, worst, size, lanes, top, searched):
-    """Leave a group's codes in ``codes`` and add its errors to the sums of a part; searched scales use every code."""
+def encode(value, scale, divisor, codes, errors, squares, worst, size, lanes, top, most, inverts):
+    """Leave a group's codes, of levels from -top to ``most``, in ``codes``; add its errors to the sums of a part."""
     levels = T.alloc_buffer((size,), "float32")
     error = T.alloc_buffer((lanes,), "float32")
     for c in T.unroll(size // lanes):
         for v in T.vectorized(lanes):
-            levels[c * lanes + v] = rounded(value[c * lanes + v] / divisor, -top, top + searched)
+            exact = T.meta_var(quotient(value[c * lanes + v], scale, divisor, inverts))
+            levels[c * lanes + v] = rounded(exact, -top, most)
         for v in T.vectorized(lanes):
-            codes[c * lanes + v] = T.Cast("uint8", T.Cast("int32", levels[c * lanes + v]) + top)
-            error[v] = value[c * lanes + v] - levels[c * lanes + v] * scale
+            codes[c * lanes + v] = T.Cast("uint8", T.reinterpret("uint32", levels[c * lanes + v]) + T.uint32(top))
+            error[v] = value[c * lanes + v] - level_of(levels[c * lanes + v]) * scale
         tally(errors, squares, worst, error, value, c * lanes, lanes)
 
 
@@ -289,18 +250,18 @@ def make_cast(name: str, source: str, stored: str) -> tirx.PrimFunc:
 
 
 def make_quantize(
-    name: str, source: str, stored: str, bits: int, size: int, scales_from: str, layout: str
+    name: str, source: str, stored: str, bits: int, size: int, scales_from: str, layout: str, *, fuses: bool
 ) -> tirx.PrimFunc:
     """Return the kernel (source, words, scales, stats, rows, groups, values of a source row, words and scales of a
     stored row, stored rows side by side, number of the first row).
 
-    It takes whole groups and works in tiles of :data:`TILE_ROWS` rows by :data:`TILE_GROUPS` groups, whose results fit
-    a core's first cache; ``stats`` [tile rows * tile columns, 4]. ``side`` rows lie side by side in memory
-    (layouts.py): one in nk, 32 in n32, all in kn.
+    It takes whole groups, in tiles of so many rows and groups that the results fit a core's first cache; ``stats``
+    [tile rows * tile columns, 4]. ``side`` rows lie side by side in memory (layouts.py): one in nk, 32 in n32, all in
+    kn. ``fuses`` says that the processor multiplies and adds in one step.
     """
-    lanes = 16 if size % 16 == 0 else 8
-    top, searching, packed = 2 ** (bits - 1) - 1, scales_from == "mse", size // (32 // bits)
-    mask, raw, out = MAGNITUDE[source], CODE[source], CODE[stored]
+    lanes, packed, inverts = 16 if size % 16 == 0 else 8, size // (32 // bits), fuses and stored == "float16"
+    top, searching, mask = 2 ** (bits - 1) - 1, scales_from == "mse", MAGNITUDE[source]
+    most, raw, out = top + searching, CODE[source], CODE[stored]
 
     @T.prim_func(s_tir=True)
     def quantize(
@@ -310,17 +271,17 @@ def make_quantize(
     ):  # fmt: skip
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         tiles = T.meta_var((groups + TILE_GROUPS - 1) // TILE_GROUPS)
-        blocks = T.meta_var((rows + TILE_ROWS - 1) // TILE_ROWS)
         src = T.decl_buffer((rows * src_row,), raw, data=src_)
         words = T.decl_buffer(((first + rows + side) * words_row,), "uint32", data=words_)
         scales = T.decl_buffer(((first + rows + side) * scales_row,), out, data=scales_)
-        stats = T.decl_buffer((blocks * tiles * 4,), "float32", data=stats_)
-        for b, t in T.grid(blocks, tiles):
+        stats = T.decl_buffer(((rows + TILE_ROWS - 1) // TILE_ROWS * tiles * 4,), "float32", data=stats_)
+        for b, t in T.grid((rows + TILE_ROWS - 1) // TILE_ROWS, tiles):
             errors = T.alloc_buffer((lanes,), "float32")
             squares = T.alloc_buffer((lanes,), "float32")
             worst = T.alloc_buffer((lanes,), "float32")
             highest = T.alloc_buffer((CAST_LANES,), raw)
             peaks = T.alloc_buffer((TILE_GROUPS,), raw)
+            kept = T.alloc_buffer((TILE_GROUPS,), out)
             scale = T.alloc_buffer((TILE_GROUPS,), "float32")
             divisors = T.alloc_buffer((TILE_GROUPS,), "float32")
             clear_peaks(peaks, highest, raw)
@@ -331,19 +292,18 @@ def make_quantize(
                 begin = T.meta_var((b * TILE_ROWS + r) * src_row + t * TILE_GROUPS * size)
                 for o in T.serial(count):
                     find_peak(src, begin + o * size, peaks, o, size, lanes, raw, mask)
-                find_scales(peaks, scale, divisors, highest, top, source, stored)
+                find_scales(peaks, count, kept, scale, divisors, highest, top, source, stored, inverts)
                 for o in T.serial(count):
                     value = T.alloc_buffer((size,), "float32")
                     codes = T.alloc_buffer((size,), "uint8")
                     word = T.alloc_buffer((packed,), "uint32")
-                    g = T.meta_var(t * TILE_GROUPS + o)
                     load(value, src, begin + o * size, size, lanes, source)
                     if searching:
-                        search(value, scale, divisors, o, widen(peaks[o], source), size, lanes, top, stored)
-                    encode(value, scale[o], divisors[o], codes, errors, squares, worst, size, lanes, top, searching)
+                        search(value, kept, scale, divisors, o, peaks[o], size, lanes, top, source, stored, inverts)
+                    encode(value, scale[o], divisors[o], codes, errors, squares, worst, size, lanes, top, most, inverts)
                     pack(word, codes, size, bits, layout == "n32")
-                    scales[at_side(row, g, scales_row, side)] = narrow(scale[o], stored)
-                    write(words, word, row, g * packed, words_row, packed, layout, side)
+                    scales[at_side(row, t * TILE_GROUPS + o, scales_row, side)] = kept[o]
+                    write(words, word, row, (t * TILE_GROUPS + o) * packed, words_row, packed, layout, side)
             peak = T.meta_var(widen(largest(highest, CAST_LANES, raw), source))
             report(stats, b * tiles + t, errors, squares, worst, peak, lanes)
 
@@ -353,11 +313,14 @@ def make_quantize(
 def build(library: str, cpu: str, cxx: str, names: Sequence[str]) -> None:
     """Compile the kernels ``names`` for the processor ``cpu`` (``x86-64-v4+gfni``) into a shared library."""
     mcpu, *features = cpu.split("+")
+    fuses = mcpu not in WITHOUT_FMA
     kernels = {}
     for name in names:
         algorithm, arguments = parse_name(name)
-        make = make_quantize if algorithm == "quantize" else make_cast
-        kernels[name] = make(name, *arguments)
+        if algorithm == "quantize":
+            kernels[name] = make_quantize(name, *arguments, fuses=fuses)
+        else:
+            kernels[name] = make_cast(name, *arguments)
     target = {"kind": "llvm", "mtriple": f"{os.uname().machine}-unknown-linux-gnu", "mcpu": mcpu}
     module = tvm.compile(tvm.IRModule(kernels), tvm.target.Target(target | {"mattr": [f"+{f}" for f in features]}))
 

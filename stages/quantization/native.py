@@ -22,7 +22,8 @@ from stages.quantization import layouts
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from stages.quantization import kernels  # noqa: F401 - runs in a process of its own: what it says counts here
+    # They run in a process of their own; what they say counts here.
+    from stages.quantization import expressions, kernels  # noqa: F401
     from stages.quantization.schemes import Scheme
 
 ROW = 4096  # values of one row of a cast
@@ -69,7 +70,7 @@ def parse_name(name: str) -> tuple[str, tuple[Any, ...]]:
 
 def code_of_kernels() -> list[Path]:
     """Return the files the kernels are made by."""
-    return [Path(__file__).with_name(name) for name in ("kernels.py", "group.py", "native.py")]
+    return [Path(__file__).with_name(name) for name in ("kernels.py", "expressions.py", "group.py", "native.py")]
 
 
 def build(library: Path, cpu: str, cxx: str, names: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -153,22 +154,22 @@ class Kernels:
         """Cast flat values; return what errors are made of, row by row."""
         whole, rest = divmod(source.size, ROW)
         stats = np.zeros((whole + 1, 4), np.float32)
-        cast = self.call(cast_name(str(source.dtype), str(target.dtype)))
-        cast(source, target, stats, whole)
+        cast = self.call(cast_name(str(source.dtype), str(target.dtype)), 3)
+        cast(source.ctypes.data, target.ctypes.data, stats.ctypes.data, whole)
         if rest:
             last, last_target = np.zeros(ROW, source.dtype), np.empty(ROW, target.dtype)
             last[:rest] = source[whole * ROW :]
-            cast(last, last_target, stats[whole:], 1)
+            cast(last.ctypes.data, last_target.ctypes.data, stats[whole:].ctypes.data, 1)
             target[whole * ROW :] = last_target[:rest]
         return stats
 
-    def call(self, name: str) -> _Call:
-        """Return a kernel, to be called with its arguments."""
+    def call(self, name: str, pointers: int) -> _Call:
+        """Return a kernel that takes so many addresses before numbers."""
         function = self._functions.get(name)
         if function is None:
             function = self._functions[name] = getattr(self._library, f"__tvm_ffi_{name}")
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-        return _Call(name, function)
+        return _Call(name, function, pointers)
 
 
 class _Quantizing:
@@ -188,7 +189,8 @@ class _Quantizing:
         self._k, self._side = part.shape[1], layouts.side(layout, rows)
         self._groups, self._rest = divmod(self._k, scheme.group_size)
         self._strides = scheme.words(self._k), scheme.groups(self._k), self._side
-        self._call = kernels.call(quantize_name(str(part.dtype), scheme, scales, layout))
+        self._places = words.ctypes.data, scale.ctypes.data
+        self._call = kernels.call(quantize_name(str(part.dtype), scheme, scales, layout), 4)
 
     def __call__(self, part: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """Quantize rows from number ``first`` on; yield what errors are made of, tile by tile."""
@@ -200,10 +202,12 @@ class _Quantizing:
     def _run(self, source: np.ndarray, first: int, group: int, groups: int) -> np.ndarray:
         """Quantize ``groups`` groups of ``source`` as those from number ``group`` on."""
         scheme, n = self._how[0], len(source)
-        words = self._words.reshape(-1)[group * (scheme.group_size // scheme.per_word) * self._side :]
-        scale = self._scale.reshape(-1)[group * self._side :]
+        words, scale = self._places
+        words += group * (scheme.group_size // scheme.per_word) * self._side * self._words.itemsize
+        scale += group * self._side * self._scale.itemsize
         stats = np.empty((-(-n // TILE_ROWS) * -(-groups // TILE_GROUPS), 4), np.float32)
-        self._call(source, words, scale, stats, n, groups, source.shape[1], *self._strides, first)
+        places = source.ctypes.data, words, scale, stats.ctypes.data
+        self._call(*places, n, groups, source.shape[1], *self._strides, first)
         return stats
 
     def _last(self, part: np.ndarray, first: int) -> np.ndarray:
@@ -220,20 +224,22 @@ class _Quantizing:
 
 
 class _Call:
-    """A kernel of TVM's calling convention; not for two threads at once."""
+    """A kernel of TVM's calling convention that takes addresses, ``pointers`` of them, then numbers.
 
-    def __init__(self, name: str, function: Any) -> None:
-        self._name, self._function = name, function
+    Not for two threads at once.
+    """
+
+    def __init__(self, name: str, function: Any, pointers: int) -> None:
+        self._name, self._function, self._pointers = name, function, pointers
         self._arguments: Any = None
         self._result = _Any()
 
-    def __call__(self, *arguments: np.ndarray | int) -> None:
-        """Call it with arrays, of which it gets the address, and numbers; each time of the same kinds."""
+    def __call__(self, *arguments: int) -> None:
         if self._arguments is None:
-            kinds = (POINTER if isinstance(argument, np.ndarray) else INTEGER for argument in arguments)
-            self._arguments = (_Any * len(arguments))(*(_Any(kind) for kind in kinds))
+            kinds = [POINTER] * self._pointers + [INTEGER] * (len(arguments) - self._pointers)
+            self._arguments = (_Any * len(arguments))(*map(_Any, kinds))
         for place, argument in zip(self._arguments, arguments, strict=True):
-            place.value = argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+            place.value = argument
         status = self._function(None, self._arguments, len(arguments), ctypes.byref(self._result))
         if status:
             raise KernelError(f"the kernel {self._name} refused its arguments ({status})")

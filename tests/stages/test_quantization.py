@@ -111,6 +111,24 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
         assert (done.rmse, done.worst) == pytest.approx(error, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.parametrize("name", ["q3f16_1", "q4f16_1", "q8f16_1", "q4f32_1"])
+def test_kernels_divide_as_exactly_at_the_middle_between_codes(name, kernels):
+    """Values that are a middle times a scale, and their neighbours, fall on the side that a rounded quotient does."""
+    scheme, random = SCHEMES[name], np.random.default_rng(0)
+    rows = 500
+    scale = random.uniform(1e-7, 2, (rows, 1)).astype(scheme.storage_dtype).astype(np.float32)
+    middles = random.integers(-scheme.top, scheme.top, (rows, scheme.group_size)) + np.float32(0.5)
+    weight = (middles * scale).astype(np.float32)
+    up = random.integers(-1, 2, weight.shape).astype(np.float32)
+    weight = np.where(up == 0, weight, np.nextafter(weight, np.copysign(np.float32(np.inf), up)))
+    weight[:, 0] = scheme.top * scale[:, 0]
+    how = {"shape": weight.shape, "dtype": "", "scales": "max"}
+    found = convert([weight], scheme, "linear", kernels=kernels, **how).stored
+    q_weight, q_scale = quantize(weight, scheme)
+    assert np.array_equal(found[0], q_weight)
+    assert np.array_equal(found[1], q_scale)
+
+
 @DTYPES
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(5,), (native.ROW,), (native.ROW + 1,), (70, 130)], ids=str)
