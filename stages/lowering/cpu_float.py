@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ from stages.lowering.cpu_vectors import (
 from stages.lowering.cpu_weights import BLOCK, Stored
 
 PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
-AHEAD = 8192  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
+AHEAD = 4096  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
 LINE = 64  # bytes of a cache line
+MANY_STREAMS = 4  # blocks for each stream, or there is one: threads share the blocks of one stream
 FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
 
 
@@ -37,8 +39,10 @@ class Linear:
 
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
     all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
-    that fit the registers of the target. ``dot`` is the number of lanes of the instruction that multiplies bytes, where
-    activations are quantized to them; 0 where they stay floats.
+    that fit the registers of the target. ``streams`` is how many blocks of features, far apart, one row is multiplied
+    by at the same time: a processor reads ahead in each, and has more on its way from memory than of one. ``dot`` is
+    the number of lanes of the instruction that multiplies bytes, where activations are quantized to them; 0 where they
+    stay floats.
     """
 
     weight: Stored
@@ -47,6 +51,7 @@ class Linear:
     bias: str = ""
     residual: bool = False
     tile: tuple[int, int] = (8, BLOCK)
+    streams: int = 1
     dot: int = 0
 
 
@@ -105,6 +110,13 @@ class Arguments:
             choose(block < whole, full, part)
 
 
+def _zeros() -> Any:
+    """Return a fresh accumulator of a block, cleared."""
+    zeros = vector(BLOCK)
+    put(zeros, constant(0, BLOCK), span(0, BLOCK))
+    return zeros
+
+
 @functools.cache
 def linear_kernel(linear: Linear) -> tirx.PrimFunc:
     """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
@@ -124,13 +136,25 @@ class Product:
 
     def emit(self) -> None:
         """Emit the kernel: blocks of features on all threads."""
-        single = self.arguments.linear.rows == 1
-        sums = self.group_sums(0) if single else None
-        with T.parallel(0, self.weight.blocks) as block:
-            if single:
-                self.row(0, block, sums)
-            else:
+        if self.arguments.linear.rows == 1:
+            self.single_row()
+        else:
+            with T.parallel(0, self.weight.blocks) as block:
                 self.rows(block)
+
+    def single_row(self) -> None:
+        """Emit a kernel of one row: the blocks in streams of the same length, of which the last may end earlier."""
+        sums, blocks, streams = self.group_sums(0), self.weight.blocks, self.arguments.linear.streams
+        if blocks < streams * MANY_STREAMS:
+            streams = 1
+        length = -(-blocks // streams)
+        last = blocks - length * (streams - 1)
+        with T.parallel(0, length) as at:
+            side = [at + length * stream for stream in range(streams)]
+            if last == length:
+                self.row(0, side, sums)
+            else:
+                choose(at < last, lambda: self.row(0, side, sums), lambda: self.row(0, side[:-1], sums))
 
     def group_sums(self, row: Any) -> Any:
         """Emit the sums of x over each group, which take the place of the middle in every product; None if there is
@@ -146,64 +170,70 @@ class Product:
             put(sums, total(lanes, self.weight.group), g)
         return sums
 
-    def row(self, row: Any, block: Any, sums: Any) -> None:
-        """Emit one row, weights unpacked for it alone."""
-        products = vector(BLOCK)
-        put(products, constant(0, BLOCK), span(0, BLOCK))
-        self.row_products(row, block, sums, products)
-        self.arguments.write(row, block, products)
+    def row(self, row: Any, blocks: Sequence[Any], sums: Any) -> None:
+        """Emit the products of one row and some blocks, weights unpacked for it alone."""
+        products = [_zeros() for _ in blocks]
+        self.row_products(row, blocks, sums, products)
+        for block, part in zip(blocks, products, strict=True):
+            self.arguments.write(row, block, part)
 
-    def fetch(self, block: Any, row: Any, rows: int) -> None:
-        """Ask for ``rows`` of words, or of floats, of a block that lie :data:`AHEAD` of those from ``row`` on."""
+    def fetch(self, blocks: Sequence[Any], row: Any, rows: int) -> None:
+        """Ask for ``rows`` of words, or of floats, of blocks that lie :data:`AHEAD` of those from ``row`` on."""
         stored, (_, _, dtype) = self.arguments.weights[0], self.weight.tensors[0]
         size = tvm.DataType(dtype).itemsize
-        for number in range(rows):
-            for lane in range(0, BLOCK, LINE // size):
-                prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
+        for block in blocks:
+            for number in range(rows):
+                for lane in range(0, BLOCK, LINE // size):
+                    prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
 
-    def row_products(self, row: Any, block: Any, sums: Any, products: Any) -> None:
-        """Emit the products of one row, added to ``products``."""
+    def row_products(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+        """Emit the products of one row, added to ``products``, one of each block."""
         if self.weight.bits:
-            self._packed_row(row, block, sums, products)
+            self._packed_row(row, blocks, sums, products)
         else:
-            self._float_row(row, block, products)
+            self._float_row(row, blocks, products)
 
-    def _packed_row(self, row: Any, block: Any, sums: Any, products: Any) -> None:
+    def _packed_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
         weight, (q_weight, q_scale) = self.weight, self.arguments.weights
-        per_group = weight.group // weight.per_word
+        per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
         with T.serial(0, weight.k // weight.group) as g:
-            self.fetch(block, g * per_group, per_group)
-            parts = [vector(BLOCK), vector(BLOCK)]
-            put(parts[0], splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
-            put(parts[1], constant(0, BLOCK), span(0, BLOCK))
+            self.fetch(blocks, g * per_group, per_group)
+            parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
+            for first, *others in parts:
+                put(first, splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
+                for part in others:
+                    put(part, constant(0, BLOCK), span(0, BLOCK))
             for w in range(per_group):
-                word = q_weight[block, g * per_group + w, span(0, BLOCK)]
+                words = [q_weight[block, g * per_group + w, span(0, BLOCK)] for block in blocks]
                 for element in range(weight.per_word):
-                    x = self.arguments.term(row, g * weight.group + w * weight.per_word + element)
-                    part = parts[element % 2]
-                    value = get(part, BLOCK) + weight.mantissa(word, element) * splat(x, BLOCK)
-                    put(part, value, span(0, BLOCK))
-            part_sum = get(parts[0], BLOCK) + get(parts[1], BLOCK)
-            put(products, get(products, BLOCK) + part_sum * weight.scale(q_scale, block, g), span(0, BLOCK))
+                    x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
+                    for word, parts_of_block in zip(words, parts, strict=True):
+                        part = parts_of_block[element % ways]
+                        put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
+            for block, parts_of_block, product in zip(blocks, parts, products, strict=True):
+                value = sum((get(part, BLOCK) for part in parts_of_block[1:]), get(parts_of_block[0], BLOCK))
+                put(product, get(product, BLOCK) + value * weight.scale(q_scale, block, g), span(0, BLOCK))
 
-    def _float_row(self, row: Any, block: Any, products: Any) -> None:
+    def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4
-        parts = [products, *(vector(BLOCK) for _ in range(ways - 1))]
-        for part in parts[1:]:
-            put(part, constant(0, BLOCK), span(0, BLOCK))
+        sums = ways // len(blocks)  # independent ones of each block
+        parts = [[product, *(_zeros() for _ in range(sums - 1))] for product in products]
 
-        def add(part: Any, at: Any) -> None:
-            value = as_float(stored[block, at, span(0, BLOCK)], BLOCK) * splat(self.arguments.term(row, at), BLOCK)
-            put(part, get(part, BLOCK) + value, span(0, BLOCK))
+        def add(at: Any, way: int) -> None:
+            x = splat(self.arguments.term(row, at), BLOCK)
+            for block, parts_of_block in zip(blocks, parts, strict=True):
+                part = parts_of_block[way % sums]
+                put(part, get(part, BLOCK) + as_float(stored[block, at, span(0, BLOCK)], BLOCK) * x, span(0, BLOCK))
 
         with T.serial(0, k // ways) as step:
-            self.fetch(block, step * ways, ways)
-            for way, part in enumerate(parts):
-                add(part, step * ways + way)
+            self.fetch(blocks, step * ways, ways)
+            for way in range(ways):
+                add(step * ways + way, way)
         for way in range(k % ways):
-            add(parts[way], k // ways * ways + way)
-        for part in parts[1:]:
-            put(products, get(products, BLOCK) + get(part, BLOCK), span(0, BLOCK))
+            add(k // ways * ways + way, way)
+        for product, *others in parts:
+            for part in others:
+                put(product, get(product, BLOCK) + get(part, BLOCK), span(0, BLOCK))
 
     def rows(self, block: Any) -> None:
         """Emit all rows: tiles of them against one panel of unpacked weights after the other."""
@@ -213,7 +243,7 @@ class Product:
 
     def _alone(self, block: Any) -> None:
         with T.serial(0, self.arguments.rows) as row:
-            self.row(row, block, self.group_sums(row))
+            self.row(row, [block], self.group_sums(row))
 
     def _panels(self, block: Any) -> None:
         rows, k, most = self.arguments.rows, self.weight.k, self.panel_terms

@@ -8,7 +8,7 @@ by the sum of the activations times the weight's zero, from which the sums begin
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,8 @@ def with_bytes(layer: Linear, dot: int) -> Linear:
     """Return ``layer`` with quantized activations, for an instruction of so many lanes; its sums of integers and of
     floats share the registers.
     """
-    return replace(layer, dot=dot, tile=(5, BLOCK) if dot == 16 else (2, 16))
+    tile, streams = ((5, BLOCK), 4) if dot == 16 else ((2, 16), 1)
+    return replace(layer, dot=dot, tile=tile, streams=streams)
 
 
 @functools.cache
@@ -113,24 +114,31 @@ class _ByteProduct(Product):
         shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
         return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
 
-    def row_products(self, row: Any, block: Any, _sums: Any, products: Any) -> None:
-        """Emit the products of one row, added to ``products``."""
+    def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
+        """Emit the products of one row, added to ``products``, one of each block."""
         arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
         q_weight, q_scale = arguments.weights
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
+        places = [
+            (block, product, left)
+            for block, product in zip(blocks, products, strict=True)
+            for left in range(0, BLOCK, lanes)
+        ]
         with T.serial(0, weight.k // weight.group) as g:
-            self.fetch(block, g * per_group, per_group)
-            for left in range(0, BLOCK, lanes):
-                sums = vector(lanes, "int32")
-                put(sums, splat(arguments.offsets[row, g], lanes), span(0, lanes))
-                for w in range(per_group):
-                    word = q_weight[block, g * per_group + w, span(left, lanes)]
-                    for part in range(fours):
-                        x = arguments.words[row, (g * per_group + w) * fours + part]
-                        put(sums, self._dot(get(sums, lanes), self._four(word, part, lanes), x), span(0, lanes))
+            self.fetch(blocks, g * per_group, per_group)
+            sums = [vector(lanes, "int32") for _ in places]
+            for part in sums:
+                put(part, splat(arguments.offsets[row, g], lanes), span(0, lanes))
+            for w in range(per_group):
+                words = [q_weight[block, g * per_group + w, span(left, lanes)] for block, _, left in places]
+                for four in range(fours):
+                    x = arguments.words[row, (g * per_group + w) * fours + four]
+                    for word, part in zip(words, sums, strict=True):
+                        put(part, self._dot(get(part, lanes), self._four(word, four, lanes), x), span(0, lanes))
+            for (block, product, left), part in zip(places, sums, strict=True):
                 scale = as_float(q_scale[block, g, span(left, lanes)], lanes) * splat(arguments.scales[row, g], lanes)
-                value = products[span(left, lanes)] + as_float(get(sums, lanes), lanes) * scale
-                put(products, value, span(left, lanes))
+                value = product[span(left, lanes)] + as_float(get(part, lanes), lanes) * scale
+                put(product, value, span(left, lanes))
 
     def panel(self) -> Any:
         """Make room for the bytes of a panel, four to a word."""

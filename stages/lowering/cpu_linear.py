@@ -27,7 +27,7 @@ def cpu_linear(features: Collection[str], activations: str = "float") -> tvm.tra
 
     @tvm.transform.module_pass(opt_level=0, name="CPULinear")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        return _Linears(module, register_tile(features), dot).rewritten()
+        return _Linears(module, features, dot).rewritten()
 
     return run
 
@@ -41,15 +41,26 @@ def register_tile(features: Collection[str]) -> tuple[int, int]:
     return 6, 8  # 12 registers of 4 lanes
 
 
+def row_streams(features: Collection[str], bits: int) -> int:
+    """Return how many blocks of features one row is multiplied by at once, of weights of ``bits`` (0: floats).
+
+    Measured on two cores that memory gives 24 GB/s: 4 streams read 18 % faster than one. Unpacking needs the registers
+    of two of them.
+    """
+    if "avx512f" not in features:
+        return 1
+    return 2 if bits else 4
+
+
 def _uses(function: rx.Function) -> Counter[Any]:
     """Count how often each variable of ``function`` is read."""
     return Counter(read for value in (*bound_values(function), function.body.body) for read in read_by(value))
 
 
 class _Linears(Rewriter):
-    def __init__(self, module: tvm.IRModule, tile: tuple[int, int], dot: int) -> None:
+    def __init__(self, module: tvm.IRModule, features: Collection[str], dot: int) -> None:
         super().__init__(module)
-        self.tile = tile
+        self.features = features
         self.dot = dot
         self.uses: Counter[Any] = Counter()
 
@@ -81,7 +92,9 @@ class _Linears(Rewriter):
         for var in (w, transpose.args[0]):
             if self.uses[var] == 1:
                 self.drop(var)
-        layer = Linear(stored, 1 if rows[0][-1] == 1 else None, len(rows[0]) - 1, tile=self.tile)
+        count = 1 if rows[0][-1] == 1 else None
+        tile, streams = register_tile(self.features), row_streams(self.features, stored.bits)
+        layer = Linear(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
         inputs = [x]
         if self.dot and stored.bits:
             layer, inputs = with_bytes(layer, self.dot), self._quantized(x, layer)
