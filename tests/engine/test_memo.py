@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry, store
+from stagegraph.digest import digest_file
 from stagegraph.index import Index
 from stagegraph.memo import Memo
 from stagegraph.store import Store
@@ -158,6 +159,22 @@ def test_a_part_on_another_file_system_is_copied(memo: Memo) -> None:
     assert found is not None
     assert found.path.read_text() == "some"
     assert list(found.path.parent.iterdir()) == [found.path]
+
+
+def test_several_parts_are_remembered_at_once(memo: Memo, tmp_path: Path) -> None:
+    files = [tmp_path / f"{i}" for i in range(3)]
+    for number, file in enumerate(files):
+        file.write_text(f"part {number}")
+    parts = [({"n": number}, file, digest_file(file), {"is": number}) for number, file in enumerate(files)]
+    memo.remember_all("part", parts)
+    elsewhere = Memo(Store(tmp_path, Index(tmp_path / "index")))
+    for number in range(3):
+        found = elsewhere.recall("part", {"n": number})
+        assert found is not None
+        assert (found.path.read_text(), found.facts) == (f"part {number}", {"is": number})
+    assert memo.counts["part"] == {"made": 3, "reused": 0}
+    memo.remember_all("part", [])
+    assert elsewhere.counts["part"] == {"made": 0, "reused": 3}
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])

@@ -288,6 +288,44 @@ def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypat
     assert bits_of(tmp_path / "second") == bits_of(quantize(checkpoint, tmp_path / "fresh", "q4f16_1", inputs).out)
 
 
+def test_a_file_that_changes_meanwhile_leaves_nothing_to_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
+    inputs = register(checkpoint, tmp_path, "q4f16_1")
+    convert, calls = conversion.convert, []
+
+    def convert_what_changes(*arguments: Any, **how: Any) -> Any:
+        calls.append(how)
+        if len(calls) == 5:
+            for path in checkpoint.glob("*.safetensors"):
+                path.write_bytes(path.read_bytes())
+        return convert(*arguments, **how)
+
+    monkeypatch.setattr(conversion, "convert", convert_what_changes)
+    with pytest.raises(StageError, match="the file was changed while it was read; run again"):
+        quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo, threads=1)
+    made, found = reused(quantize(checkpoint, tmp_path / "second", "q4f16_1", inputs, memo))
+    assert (made, found) == (13, 4)
+
+
+def test_parts_are_kept_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = write_qwen(tmp_path / "checkpoint")
+    inputs = register(checkpoint, tmp_path, "q4f16_1")
+    kept, remember_all = [], LocalContext.remember_all
+
+    def noted(context: LocalContext, kind: str, parts: Any) -> None:
+        kept.append(len(parts))
+        remember_all(context, kind, parts)
+
+    monkeypatch.setattr(LocalContext, "remember_all", noted)
+    quantize(checkpoint, tmp_path / "together", "q4f16_1", inputs, tmp_path / "memo")
+    assert kept == [17]
+    kept.clear()
+    monkeypatch.setattr(conversion, "KEPT_EVERY", 2**16)
+    quantize(checkpoint, tmp_path / "on-the-way", "q4f16_1", inputs, tmp_path / "other")
+    assert sum(kept) == 17
+    assert len(kept) > 3
+
+
 @pytest.mark.parametrize("scheme", ["q3f16_1", "q4f16_1"])
 def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
