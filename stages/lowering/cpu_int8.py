@@ -129,7 +129,7 @@ class _ByteProduct(Product):
             sums = [vector(lanes, "int32") for _ in places]
             for part in sums:
                 put(part, splat(arguments.offsets[row, g], lanes), span(0, lanes))
-            for w in range(per_group):
+            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
                 words = [q_weight[block, g * per_group + w, span(left, lanes)] for block, _, left in places]
                 for four in range(fours):
                     x = arguments.words[row, (g * per_group + w) * fours + four]
