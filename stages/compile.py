@@ -37,7 +37,7 @@ SHARED = (
     "state_bytes",
     "vocab_size",
 )
-OLDEST_ARCH = 75  # of those that nvcc 13 still compiles for
+OLDEST_ARCH = 75  # of those that CUDA 13 still compiles for
 STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
 
 
@@ -59,14 +59,14 @@ class Compile(Stage):
             default="auto",
         )
         archs: tuple[int, ...] = param("CUDA architectures to compile for (80 is sm_80)", default=(80, 86, 89, 90))
-        fast_math: bool = param("let nvcc trade accuracy of CUDA arithmetic for speed", default=False)
+        fast_math: bool = param("trade accuracy of CUDA arithmetic for speed", default=False)
         cuda_graph: bool = param(
             "replay the kernels of a decode step between two attentions as CUDA graphs; the library then works with "
             "the weights of its first call only",
             default=False,
         )
         toolchain: str = param(
-            "where nvcc comes from: the Python package (pypi) or the system; auto prefers the package",
+            "where the CUDA toolkit comes from: Python packages (pypi) or the system; auto prefers the packages",
             default="auto",
             choices=("auto", "pypi", "system"),
         )
@@ -111,7 +111,7 @@ class Compile(Stage):
                 if arch < OLDEST_ARCH
             ]
             if kind == "auto":
-                found = toolchain.nvcc()
+                found = toolchain.toolkit()
                 kind = found.kind if found else "missing"
         if params.activations == "int8" and (params.target != "llvm" or not host.multiplies_bytes(mcpu)):
             built_for = mcpu if params.target == "llvm" else params.target
@@ -127,14 +127,14 @@ class Compile(Stage):
         )
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """The versions of TVM, the C++ compiler and, for CUDA, nvcc with the packages it is made of."""
+        """The versions of TVM, the C++ compiler and, for CUDA, the toolkit with the packages it is made of."""
         from stages.targets import toolchain
 
         cxx = toolchain.cxx()
         tools = {**dist_versions("apache-tvm", "apache-tvm-ffi"), "c++": cxx.version if cxx else "missing"}
         if params.target == "cuda":
-            nvcc = toolchain.nvcc(params.toolchain)
-            tools |= {"nvcc": nvcc.version if nvcc else "missing", **_packages(nvcc)}
+            toolkit = toolchain.toolkit(params.toolchain)
+            tools |= {"cuda": toolkit.version if toolkit else "missing", **_packages(toolkit)}
         return tools
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
@@ -149,9 +149,9 @@ class Compile(Stage):
         graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
         registry = json.loads(ctx.input("params").read_text("utf-8"))
         _check_agreement(graphs, registry, ctx.params.target, ctx.params.activations)
-        cxx, nvcc = _compilers(ctx.params)
+        cxx, toolkit = _compilers(ctx.params)
         mcpu, _ = host.parse(ctx.params.mcpu)
-        programs = {"c++": cxx, **({"nvcc": nvcc} if nvcc else {})}
+        programs = {"c++": cxx, **({"cuda": toolkit} if toolkit else {})}
         metadata = {
             "schema": 1,
             "target": {
@@ -173,7 +173,7 @@ class Compile(Stage):
             },
         }
         library = ctx.out / "model.so"
-        found, built = _build(ctx, metadata, cxx, nvcc, library)
+        found, built = _build(ctx, metadata, cxx, toolkit, library)
         metadata |= found
         (ctx.out / "metadata.json").write_text(
             json.dumps(metadata, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
@@ -208,28 +208,28 @@ def _check_agreement(
 
 
 def _packages(program: Program | None) -> dict[str, str]:
-    """Return the versions of the packages that a packaged compiler is made of; a system's has the one version."""
+    """Return the versions of the packages that a packaged toolkit is made of; a system's has the one version."""
     from stages.targets import toolchain
 
-    return dist_versions(*toolchain.NVCC_PACKAGES) if program and program.kind == "pypi" else {}
+    return dist_versions(*toolchain.CUDA_PACKAGES) if program and program.kind == "pypi" else {}
 
 
 def _compilers(params: Any) -> tuple[Program, Program | None]:
-    """Return the C++ compiler and, for CUDA, nvcc; what is missing fails here, with what to install."""
+    """Return the C++ compiler and, for CUDA, the toolkit; what is missing fails here, with what to install."""
     from stages.targets import toolchain
 
     cxx = toolchain.cxx()
-    nvcc = toolchain.nvcc(params.toolchain) if params.target == "cuda" else None
+    toolkit = toolchain.toolkit(params.toolchain) if params.target == "cuda" else None
     missing = [] if cxx else [toolchain.INSTALL_CXX]
-    if params.target == "cuda" and nvcc is None:
-        missing.append(toolchain.INSTALL_NVCC)
+    if params.target == "cuda" and toolkit is None:
+        missing.append(toolchain.INSTALL_CUDA)
     if cxx is None or missing:
         raise StageError(*missing)
-    return cxx, nvcc
+    return cxx, toolkit
 
 
 def _build(
-    ctx: Context, metadata: Mapping[str, Any], cxx: Program, nvcc: Program | None, library: Path
+    ctx: Context, metadata: Mapping[str, Any], cxx: Program, toolkit: Program | None, library: Path
 ) -> tuple[dict[str, Any], list[Built]]:
     """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
     from stages.codegen.library import CodegenError, Compilers, build_library
@@ -269,9 +269,9 @@ def _build(
     document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}
     try:
         compile_device = None
-        if nvcc is not None:
-            cuda.load_cuda_side(nvcc, cxx)
-            compile_device = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, **options)
+        if toolkit is not None:
+            cuda.load_cuda_side(toolkit, cxx)
+            compile_device = functools.partial(cuda.compile_fatbin, toolkit=toolkit, **options)
             document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
         compilers = Compilers(target, compile_device, document, cxx.path, toolchain.environment())
         built = build_library(lowered, compilers, ctx, library)

@@ -16,7 +16,7 @@ from blake3 import blake3
 from tvm import tirx
 
 from stages.lowering.compat import load_json
-from stages.targets import cuda
+from stages.targets import cuda, nvrtc
 from stages.targets.cuda import LOADER
 
 SHF_EXECINSTR = 4
@@ -58,7 +58,10 @@ class Code(NamedTuple):
 
 def code_digests() -> dict[str, str]:
     """Return the digests of the code that turns a lowered kernel into a file: what is kept is good for this alone."""
-    return {file.name: blake3(file.read_bytes()).hexdigest() for file in (Path(__file__), Path(cuda.__file__))}
+    return {
+        file.name: blake3(file.read_bytes()).hexdigest()
+        for file in map(Path, (__file__, cuda.__file__, nvrtc.__file__))
+    }
 
 
 def _executable_bytes(elf: bytes) -> int:

@@ -1,4 +1,4 @@
-"""CUDA device code without a GPU: TVM's CUDA side without a driver, and nvcc for several architectures at once."""
+"""CUDA device code without a GPU: TVM's CUDA side without a driver, and fatbins for several architectures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tvm
 
-from stages.targets import fatbin, toolchain
+from stages.targets import fatbin, nvrtc, toolchain
+from stages.targets.nvrtc import NvrtcError
 from stages.targets.toolchain import Program
 
 LOADER = "ffi.Module.create.cuda"  # registered by TVM's CUDA side; without it code generation ships source, silently
@@ -34,7 +35,7 @@ class CudaError(ValueError):
     """Device code could not be made; the message says what failed and what to do."""
 
 
-def load_cuda_side(nvcc: Program, cxx: Program) -> None:
+def load_cuda_side(toolkit: Program, cxx: Program) -> None:
     """Load TVM's CUDA side with a stand-in for the driver, also where there is one.
 
     Compiling asks nothing of a driver, and an installed one may lack functions or answer for a GPU that is not the
@@ -43,11 +44,7 @@ def load_cuda_side(nvcc: Program, cxx: Program) -> None:
     """
     if tvm.get_global_func(LOADER, allow_missing=True):
         return
-    runtime = toolchain.cudart(nvcc)
-    if runtime is None:
-        raise CudaError(
-            f"libcudart.so.13 not found beside {nvcc.path}: pip install -e '.[cuda]', or use a CUDA 13 toolkit"
-        )
+    runtime = _part(toolkit, "libcudart.so.13")
     try:
         _load_driver_stub(cxx)
         ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
@@ -70,52 +67,69 @@ def _load_driver_stub(cxx: Program) -> None:
 
 
 def compile_fatbin(
-    code: str, nvcc: Program, cxx: Program, archs: Sequence[int], *, opt: int = 3, fast_math: bool = False
+    code: str, toolkit: Program, archs: Sequence[int], *, opt: int = 3, fast_math: bool = False
 ) -> bytes:
     """Compile CUDA source to a fatbin: machine code for each of ``archs`` (80 is sm_80), PTX of the highest for GPUs to
-    come. :class:`CudaError` ends with the last lines of nvcc's log.
+    come. :class:`CudaError` ends with the last lines of the compiler's log.
     """
-    command = [nvcc.path, "--fatbin", "-std=c++17", "-ccbin", cxx.path, f"--ptxas-options=-O{opt}"]
-    command += [part for flag in _generated(code, archs) for part in ("-gencode", flag)]
-    # The half-precision headers hide the operators that generated code uses.
-    command += [f"-U__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_OPERATORS")]
-    command += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__", "-U__CUDA_NO_BFLOAT162_OPERATORS__"]
-    command += ["--expt-relaxed-constexpr", "--threads", "0", "-w", *(["--use_fast_math"] if fast_math else [])]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernels.cu").write_text(code, "utf-8")
-        # Relative names inside the folder: no path of this machine gets into the device code.
-        command += ["-o", "kernels.fatbin", "kernels.cu"]
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-            env=toolchain.environment(),
-        )
-        if done.returncode:
-            raise CudaError(
-                f"{nvcc.path} {nvcc.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}"
-            )
-        made = Path(folder, "kernels.fatbin")
+    nvrtc_library, include = _part(toolkit, "libnvrtc.so.13"), _part(toolkit, "cuda_fp16.h").parent
+    arithmetic = ["--use_fast_math"] if fast_math else []
+    images = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for virtual, real in _generated(code, archs).items():
+            options = [f"-arch=compute_{virtual}", "-std=c++17", "-w", *arithmetic]
+            try:
+                ptx = nvrtc.compile_ptx(code, nvrtc_library, include, options)
+            except NvrtcError as error:
+                raise CudaError(f"NVRTC of {toolkit.path} {toolkit.version} failed:\n{_tail(str(error))}") from None
+            (folder / f"{virtual}.ptx").write_bytes(ptx)
+            for arch in real:
+                _run(toolkit, folder, "ptxas", f"-O{opt}", f"-arch=sm_{arch}", f"{virtual}.ptx", "-o", f"{arch}.cubin")
+                images.append(f"--image3=kind=elf,sm={arch},file={arch}.cubin")
+        images.append(f"--image3=kind=ptx,sm={max(archs)},file={max(archs)}.ptx")
+        _run(toolkit, folder, "fatbinary", "-64", "--create=kernels.fatbin", *images)
+        made = folder / "kernels.fatbin"
         if lacking := fatbin.missing(fatbin.entries(made), archs):
-            raise CudaError(f"{nvcc.path} {nvcc.version} made code that lacks {', '.join(lacking)}")
+            raise CudaError(f"{toolkit.path} {toolkit.version} made code that lacks {', '.join(lacking)}")
         return made.read_bytes()
 
 
-def _generated(code: str, archs: Sequence[int]) -> list[str]:
-    """Return nvcc's ``-gencode`` flags. What takes long, CUDA to PTX, is done once for a generation: the PTX of its
-    members is the same, but for their conversions of floats of 8 bits and fewer.
+def _run(toolkit: Program, folder: Path, name: str, *arguments: str) -> None:
+    """Run a program of the toolkit inside ``folder``: no path of this machine gets into the device code."""
+    done = subprocess.run(
+        [str(_part(toolkit, name)), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+        env=toolchain.environment(),
+    )
+    if done.returncode:
+        raise CudaError(
+            f"{name} of {toolkit.path} {toolkit.version} failed with exit code {done.returncode}:\n{_tail(done.stdout)}"
+        )
+
+
+def _part(toolkit: Program, name: str) -> Path:
+    found = toolchain.part(toolkit, name)
+    if found is None:
+        raise CudaError(f"{toolkit.path} has no {name}: pip install -e '.[cuda]', or use a whole CUDA 13 toolkit")
+    return found
+
+
+def _generated(code: str, archs: Sequence[int]) -> dict[int, list[int]]:
+    """Return architecture to compile to PTX for -> what is made of that. What takes long, CUDA to PTX, is done once for
+    a generation: the PTX of its members is the same, but for their conversions of floats of 8 bits and fewer.
     """
     highest, alike = max(archs), not re.search(r"cuda_fp[468]\.h", code)
-    made: dict[int, list[str]] = {}  # architecture to compile to PTX for -> what is made of that
+    made: dict[int, list[int]] = {}
     for arch in sorted(archs):
         first = min(other for other in archs if other // 10 == arch // 10)
-        made.setdefault(first if alike and arch != highest else arch, []).append(f"sm_{arch}")
-    made[highest].append(f"compute_{highest}")
-    return [f"arch=compute_{arch},code=[{','.join(outputs)}]" for arch, outputs in made.items()]
+        made.setdefault(first if alike and arch != highest else arch, []).append(arch)
+    return made
 
 
 def _tail(log: str) -> str:

@@ -1,4 +1,4 @@
-"""Finds the compilers a build calls, g++ and nvcc, and their versions, without running them while planning.
+"""Finds the compilers of a build, g++ and a CUDA toolkit's, and their versions, without running them while planning.
 
 A version is asked of the program once and remembered under the user's cache directory for as long as the file is the
 same by size and time; everything here works, slower, where that directory cannot be written.
@@ -19,15 +19,14 @@ CXX_NAMES = ("g++", "clang++", "c++")
 # All that a compiler may see of our environment: its own variables (NVCC_APPEND_FLAGS, CPATH, LIBRARY_PATH, ...) change
 # what it makes without a trace in any version.
 PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "PATH", "TEMP", "TMP", "TMPDIR")
-# The packages behind the packaged nvcc: driver, code generator with libdevice, headers. Each has a version of its own.
-NVCC_PACKAGES = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-nvvm")
+# The packages of the packaged toolkit: headers, assembler, runtime, compiler. Each has a version of its own.
+CUDA_PACKAGES = ("nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
+FOLDERS = ("bin", "lib64", "lib", "targets/x86_64-linux/lib", "include", "targets/x86_64-linux/include")  # of a toolkit
 ASK_SECONDS = 60
 UNKNOWN = "unknown"
 SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # where the toolkit installs itself, often not on PATH
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
-INSTALL_NVCC = (
-    "no nvcc found to compile CUDA code: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put nvcc on PATH"
-)
+INSTALL_CUDA = "no CUDA toolkit found: pip install -e '.[cuda]', or install a CUDA 13 toolkit and put its nvcc on PATH"
 
 
 class ToolchainError(ValueError):
@@ -35,7 +34,7 @@ class ToolchainError(ValueError):
 
 
 class Program(NamedTuple):
-    """A compiler on this machine; ``kind`` says where it comes from: ``system``, or ``pypi`` for a package."""
+    """A compiler or a toolkit's folder; ``kind`` says where it comes from: ``system``, or ``pypi`` for a package."""
 
     kind: str
     path: str
@@ -69,42 +68,41 @@ def cxx() -> Program | None:
 
 
 @functools.cache
-def nvcc(kind: str = "auto") -> Program | None:
-    """Return nvcc of ``kind`` ``pypi`` or ``system``, for ``auto`` the package's before the system's; else None."""
-    finders = {"pypi": _packaged_nvcc, "system": _system_nvcc}
+def toolkit(kind: str = "auto") -> Program | None:
+    """Return the CUDA toolkit of ``kind`` ``pypi`` or ``system``, for ``auto`` the package's before the system's; else
+    None. Its version is that of its nvcc.
+    """
+    finders = {"pypi": _packaged_toolkit, "system": _system_toolkit}
     for name, find in finders.items():
         if kind in {name, "auto"} and (found := find()):
             return found
     return None
 
 
-def cudart(compiler: Program) -> Path | None:
-    """Return libcudart.so.13 of the toolkit that ``compiler`` (nvcc) belongs to, else the package's, else None."""
-    toolkit = Path(compiler.path).resolve().parent.parent
-    roots = [toolkit, *(Path(entry) / "nvidia" / "cu13" for entry in sys.path)]
-    for root in roots:
-        for folder in ("lib64", "lib", "targets/x86_64-linux/lib"):
-            if (library := root / folder / "libcudart.so.13").is_file():
-                return library
-    return None
+def part(of: Program, name: str) -> Path | None:
+    """Return the program, library or header ``name`` of a toolkit, or None."""
+    found = (Path(of.path) / folder / name for folder in FOLDERS)
+    return next((file for file in found if file.is_file()), None)
 
 
-def _packaged_nvcc() -> Program | None:
+def _packaged_toolkit() -> Program | None:
     for entry in sys.path:
-        path = Path(entry) / "nvidia" / "cu13" / "bin" / "nvcc"
-        if entry and path.is_file():
+        root = Path(entry) / "nvidia" / "cu13"
+        if entry and (root / "bin" / "nvcc").is_file():
             infos = sorted(Path(entry).glob("nvidia_cuda_nvcc-*.dist-info"))
             named = infos[0].name.removesuffix(".dist-info").partition("-")[2] if infos else ""
-            return Program("pypi", str(path), named or _nvcc_version(str(path)))
+            return Program("pypi", str(root), named or _nvcc_version(str(root / "bin" / "nvcc")))
     return None
 
 
-def _system_nvcc() -> Program | None:
+def _system_toolkit() -> Program | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
-    for candidate in (*candidates, "nvcc", SYSTEM_NVCC):
-        if found := _which(candidate):
-            return Program("system", found, _nvcc_version(found))
+    found = [path for path in map(_which, (*candidates, "nvcc", SYSTEM_NVCC)) if path]
+    roots = [(path, Path(path).resolve().parent.parent) for path in found]
+    # What is on PATH may be a script beside no toolkit, which calls the nvcc of one.
+    for path, root in [pair for pair in roots if (pair[1] / "bin" / "ptxas").is_file()] or roots:
+        return Program("system", str(root), _nvcc_version(path))
     return None
 
 

@@ -109,11 +109,11 @@ def test_a_hub_snapshot_is_the_same_checkpoint(project: Project, tmp_path: Path)
     assert executed(project.run("--set", f"vars.checkpoint={snapshot}")) == set()
 
 
-def test_without_nvcc_the_cpu_bundle_is_built_and_cuda_says_what_to_install(project: Project) -> None:
-    """A PATH without nvcc and no nvidia packages to be seen: only the node that needs them fails."""
+def test_without_cuda_the_cpu_bundle_is_built_and_cuda_says_what_to_install(project: Project) -> None:
+    """A PATH without nvcc and no NVIDIA packages to be seen: only the node that needs them fails."""
     path = project.stages / "targets" / "toolchain.py"
-    assert "def nvcc(" in path.read_text()
-    path.write_text(path.read_text() + '\n\ndef nvcc(kind: str = "auto") -> None:\n    return None\n')
+    assert "def toolkit(" in path.read_text()
+    path.write_text(path.read_text() + '\n\ndef toolkit(kind: str = "auto") -> None:\n    return None\n')
     nodes = project.run("--set", "vars.targets=[llvm, cuda]", code=1)
     assert nodes["bundle[llvm]"]["outcome"] in {"HIT", "BUILT", "UNCHANGED"}
     assert nodes["compile[cuda]"]["outcome"] == "FAILED"

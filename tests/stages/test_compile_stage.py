@@ -81,20 +81,20 @@ def test_quantized_activations_need_quantized_weights(tmp_path):
 
 def test_planning_works_without_any_compiler(monkeypatch):
     monkeypatch.setattr(toolchain, "cxx", lambda: None)
-    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)
+    monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": None)
     params = resolved(target="cuda")
     assert params.toolchain == "missing"
-    assert Compile().tools(params)["nvcc"] == "missing"
+    assert Compile().tools(params)["cuda"] == "missing"
     assert Compile().tools(params)["c++"] == "missing"
 
 
-def test_every_package_behind_nvcc_is_in_the_key_and_the_metadata(monkeypatch):
-    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": Program("pypi", "/nvcc", "13.0.88"))
+def test_every_package_of_a_toolkit_is_in_the_key_and_the_metadata(monkeypatch):
+    monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("pypi", "/cu13", "13.0.88"))
     monkeypatch.setattr("stages.compile.dist_versions", lambda *names: dict.fromkeys(names, "1.0"))
-    packages = ("nvidia-cuda-cccl", "nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-nvvm")
+    packages = ("nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
     assert dict.fromkeys(packages, "1.0").items() <= Compile().tools(resolved(target="cuda")).items()
     assert not set(packages) & set(Compile().tools(resolved(target="llvm")))
-    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": Program("system", "/nvcc", "13.0.88"))
+    monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("system", "/cu13", "13.0.88"))
     assert not set(packages) & set(Compile().tools(resolved(target="cuda")))
 
 
@@ -113,9 +113,9 @@ def test_a_processor_unknown_to_llvm_is_refused(tmp_path, graphs):
         build_target(TARGETS["llvm"], "x86-64-v9", [], opt=3)
 
 
-def test_a_missing_nvcc_fails_with_what_to_install(tmp_path, graphs, monkeypatch):
+def test_a_missing_toolkit_fails_with_what_to_install(tmp_path, graphs, monkeypatch):
     registered, ports = graphs("cuda")
-    monkeypatch.setattr(toolchain, "nvcc", lambda kind="auto": None)
+    monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": None)
     with pytest.raises(StageError, match=r"pip install -e '\.\[cuda\]'"):
         libraries.compile_library(tmp_path, ports, registered, target="cuda")
 
@@ -187,7 +187,7 @@ def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 def test_two_processes_build_the_same_device_code(tmp_path, graphs):
     registered, ports = graphs("cuda")
     options = {"archs": (80, 90)}
@@ -235,10 +235,10 @@ def test_the_library_tells_what_the_metadata_says(library):
     assert set(library.views) == {"functions", "kernels", "memory"}
 
 
-needs_nvcc = pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+needs_cuda = pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 
 
-@needs_nvcc
+@needs_cuda
 @pytest.mark.parametrize(
     ("scheme", "dtype", "replayed"),
     [("q4f16_1", "float16", False), pytest.param("q4bf16_1", "bfloat16", True, marks=pytest.mark.slow)],
@@ -271,20 +271,22 @@ KERNEL = (
 )
 
 
-@needs_nvcc
-def test_nvcc_is_told_the_architectures_and_the_arithmetic(tmp_path, monkeypatch):
+@needs_cuda
+def test_the_compiler_is_told_the_architectures_and_the_arithmetic(tmp_path, monkeypatch):
     from stages.targets import cuda
 
-    nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
-    exact = cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
-    assert exact == cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
-    assert exact != cuda.compile_fatbin(KERNEL, nvcc, cxx, [80], fast_math=True)
+    toolkit = toolchain.toolkit()
+    exact = cuda.compile_fatbin(KERNEL, toolkit, [80])
+    assert exact == cuda.compile_fatbin(KERNEL, toolkit, [80])
+    assert exact != cuda.compile_fatbin(KERNEL, toolkit, [80], fast_math=True)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "--use_fast_math")
-    assert exact == cuda.compile_fatbin(KERNEL, nvcc, cxx, [80])
+    assert exact == cuda.compile_fatbin(KERNEL, toolkit, [80])
     (tmp_path / "k").write_bytes(exact)
     assert fatbin.missing(fatbin.entries(tmp_path / "k"), [80]) == []
-    with pytest.raises(cuda.CudaError, match=r'(?s)exit code.*"undeclared" is undefined'):
-        cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), nvcc, cxx, [80])
+    with pytest.raises(
+        cuda.CudaError, match=r'NVRTC of .* failed:\nkernels.cu\(2\): error: identifier "undeclared" is undefined'
+    ):
+        cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), toolkit, [80])
 
 
 HALVES = """
@@ -309,22 +311,20 @@ extern "C" __global__ void bytes(__nv_fp8_e4m3* x, float* y) { y[threadIdx.x] = 
 """
 
 
-@needs_nvcc
-def test_a_generation_shares_its_ptx_where_that_is_the_same(tmp_path):
-    from stages.targets import cuda
+@needs_cuda
+def test_a_generation_shares_its_ptx_where_that_is_the_same():
+    from stages.targets import cuda, nvrtc
 
-    assert cuda._generated(HALVES, [80, 86, 89, 90]) == [
-        "arch=compute_80,code=[sm_80,sm_86,sm_89]",
-        "arch=compute_90,code=[sm_90,compute_90]",
-    ]
-    assert cuda._generated(HALVES, [86]) == ["arch=compute_86,code=[sm_86,compute_86]"]
+    assert cuda._generated(HALVES, [80, 86, 89, 90]) == {80: [80, 86, 89], 90: [90]}
+    assert cuda._generated(HALVES, [86]) == {86: [86]}
     assert len(cuda._generated(BYTES, [80, 86, 89, 90])) == 4
 
+    library, include = (toolchain.part(toolchain.toolkit(), name) for name in ("libnvrtc.so.13", "cuda_fp16.h"))
+
     def ptx(code, arch):
-        (tmp_path / "k.cu").write_text(code)
-        command = [toolchain.nvcc().path, "--ptx", f"-arch=compute_{arch}", "-o", "k.ptx", "k.cu"]
-        subprocess.run(command, cwd=tmp_path, check=True)
-        return re.sub(r"\.target sm_\d+|//.*", "", (tmp_path / "k.ptx").read_text())
+        text = nvrtc.compile_ptx(code, library, include.parent, [f"-arch=compute_{arch}"]).decode()
+        assert f".target sm_{arch}" in text
+        return re.sub(r"\.target sm_\d+|//.*", "", text)
 
     assert ptx(HALVES, 80) == ptx(HALVES, 86) == ptx(HALVES, 89)
     assert ptx(BYTES, 80) != ptx(BYTES, 89)
@@ -334,11 +334,11 @@ LOAD = """
 from stages import profiles
 profiles.compiler()
 from stages.targets import cuda, toolchain
-cuda.load_cuda_side(toolchain.nvcc(), toolchain.cxx())
+cuda.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
 """
 
 
-@needs_nvcc
+@needs_cuda
 def test_an_installed_driver_is_not_asked(tmp_path):
     """A driver from before the functions that TVM links against."""
     old = tmp_path / "libcuda.so.1"
@@ -350,18 +350,29 @@ def test_an_installed_driver_is_not_asked(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
-@needs_nvcc
+@needs_cuda
 def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs, monkeypatch):
     """And nothing of what it made is kept for the next time."""
     from stages.targets import cuda
 
     registered, ports = graphs("cuda")
-    nvcc, script = toolchain.nvcc(), tmp_path / "nvcc"
-    script.write_text(f'#!/bin/sh\nset -- $(echo "$*" | sed "s/-gencode [^ ]*9[^ ]*//g")\nexec {nvcc.path} "$@"\n')
+    whole = toolchain.toolkit()
+    for name in ("ptxas", "libnvrtc.so.13", "cuda_fp16.h"):
+        here = toolchain.part(whole, name).parent
+        link = tmp_path / {"ptxas": "lib", "libnvrtc.so.13": "lib64"}.get(name, "include")
+        link.symlink_to(here)
+    script = tmp_path / "bin" / "fatbinary"
+    script.parent.mkdir()
+    script.write_text(
+        f'#!/bin/sh\nexec {toolchain.part(whole, "fatbinary")} $(echo "$*" | sed "s/--image3=[^ ]*90[^ ]*//g")\n'
+    )
     script.chmod(0o755)
-    lazy = nvcc._replace(path=str(script))
+    lazy = whole._replace(path=str(tmp_path))
     with pytest.raises(cuda.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
-        cuda.compile_fatbin(KERNEL, lazy, toolchain.cxx(), [80, 90])
+        cuda.compile_fatbin(KERNEL, lazy, [80, 90])
+    (tmp_path / "include").unlink()
+    with pytest.raises(cuda.CudaError, match=r"has no cuda_fp16.h: pip install"):
+        cuda.compile_fatbin(KERNEL, lazy, [80, 90])
     monkeypatch.setattr(cuda, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
     with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
         libraries.compile_library(tmp_path / "out", ports, registered, target="cuda", archs=(80, 90))

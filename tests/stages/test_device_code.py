@@ -85,14 +85,18 @@ def test_machine_code_that_is_cut_compressed_or_unknown_is_refused(recorded, tmp
     assert fatbin.kernels(library) == {}
 
 
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 def test_the_compiler_of_this_machine_writes_machine_code_as_recorded(tmp_path):
-    from stages.targets import cuda
+    from stages.targets import cuda, nvrtc
 
-    nvcc, archs = toolchain.nvcc(), (75, 86, 120)
+    toolkit, archs, said = toolchain.toolkit(), (75, 86, 120), ""
+    source = (DATA / "kernels.cu").read_text("utf-8")
+    ptxas, library, header = (toolchain.part(toolkit, name) for name in ("ptxas", "libnvrtc.so.13", "mma.h"))
     made = tmp_path / "made"
-    made.write_bytes(cuda.compile_fatbin((DATA / "kernels.cu").read_text("utf-8"), nvcc, toolchain.cxx(), archs))
-    generate = [part for arch in archs for part in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    command = [nvcc.path, "-fatbin", "-Xptxas", "-v", *generate, "-o", str(tmp_path / "x"), str(DATA / "kernels.cu")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=toolchain.environment())
-    assert_equal_figures(fatbin.kernels(made), done.stderr)
+    made.write_bytes(cuda.compile_fatbin(source, toolkit, archs))
+    for arch in archs:
+        options = [f"-arch=compute_{arch}", "-std=c++17", "-w"]
+        (tmp_path / "k.ptx").write_bytes(nvrtc.compile_ptx(source, library, header.parent, options))
+        command = [ptxas, "-v", f"-arch=sm_{arch}", tmp_path / "k.ptx", "-o", tmp_path / "k.cubin"]
+        said += subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert_equal_figures(fatbin.kernels(made), said)

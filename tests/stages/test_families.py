@@ -152,7 +152,7 @@ def test_verify_is_given_the_same_model_as_transformers_reads(built, expected, n
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("mistral", "mistral-24")])
 def test_a_cuda_library_holds_device_code(tmp_path, name):
     profiles.compiler()

@@ -220,7 +220,7 @@ def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 @pytest.mark.parametrize("scheme", ["q0f32", "q4f16_1"])
 def test_a_cuda_library_compiles(tmp_path, checkpoint, scheme):
     registered, _ = recurrent.parse(tmp_path, checkpoint, scheme, "cuda")

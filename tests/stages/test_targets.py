@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 
 import pytest
@@ -112,7 +113,7 @@ def machine(tmp_path, monkeypatch):
 
     def forget():
         toolchain.cxx.cache_clear()
-        toolchain.nvcc.cache_clear()
+        toolchain.toolkit.cache_clear()
 
     def install(name, text):
         program = folder / name
@@ -128,7 +129,7 @@ def machine(tmp_path, monkeypatch):
 
 def test_no_compiler_is_none(machine):
     assert toolchain.cxx() is None
-    assert toolchain.nvcc() is None
+    assert toolchain.toolkit() is None
 
 
 def test_a_version_is_asked_once_and_again_when_the_file_changes(machine, tmp_path):
@@ -181,18 +182,30 @@ def test_compilers_see_no_variable_that_changes_what_they_make(monkeypatch):
     assert set(toolchain.environment()) <= {"LC_ALL", *toolchain.PASSED_ON}
 
 
-def test_the_packaged_nvcc_comes_before_the_system_one(machine, tmp_path, monkeypatch):
-    system = machine("nvcc", "Cuda compilation tools, release 12.4, V12.4.131")
-    assert toolchain.nvcc() == Program("system", str(system), "12.4.131")
+def test_the_packaged_toolkit_comes_before_the_system_one(machine, tmp_path, monkeypatch):
+    machine("nvcc", "Cuda compilation tools, release 12.4, V12.4.131")
+    assert toolchain.toolkit() == Program("system", str(tmp_path), "12.4.131")
     site = tmp_path / "site"
     packaged = site / "nvidia" / "cu13" / "bin" / "nvcc"
     packaged.parent.mkdir(parents=True)
     packaged.write_text("")
     (site / "nvidia_cuda_nvcc-13.0.88.dist-info").mkdir()
     monkeypatch.setattr("sys.path", [str(site)])
-    toolchain.nvcc.cache_clear()
-    assert toolchain.nvcc() == Program("pypi", str(packaged), "13.0.88")
-    assert toolchain.nvcc("system").path == str(system)
+    toolchain.toolkit.cache_clear()
+    assert toolchain.toolkit() == Program("pypi", str(site / "nvidia" / "cu13"), "13.0.88")
+    assert toolchain.part(toolchain.toolkit(), "nvcc") == packaged
+    assert toolchain.part(toolchain.toolkit(), "ptxas") is None
+    assert toolchain.toolkit("system").path == str(tmp_path)
+
+
+def test_a_script_on_path_that_calls_nvcc_is_not_a_toolkit(machine, tmp_path, monkeypatch):
+    machine("nvcc", "V13.0.88")
+    real = tmp_path / "cuda-13.0" / "bin"
+    real.mkdir(parents=True)
+    shutil.copy(tmp_path / "bin" / "nvcc", real / "nvcc")
+    (real / "ptxas").write_text("")
+    monkeypatch.setattr(toolchain, "SYSTEM_NVCC", str(real / "nvcc"))
+    assert toolchain.toolkit() == Program("system", str(real.parent), "13.0.88")
 
 
 def entry(kind, arch, payload=b"code"):

@@ -77,9 +77,9 @@ def machine_code(found, names, folder, archs):
     """Compile kernels and return architecture -> kernel -> figures."""
     from stages.targets import cuda
 
-    nvcc, cxx = toolchain.nvcc(), toolchain.cxx()
-    cuda.load_cuda_side(nvcc, cxx)
-    compile_source = functools.partial(cuda.compile_fatbin, nvcc=nvcc, cxx=cxx, archs=archs)
+    toolkit = toolchain.toolkit()
+    cuda.load_cuda_side(toolkit, toolchain.cxx())
+    compile_source = functools.partial(cuda.compile_fatbin, toolkit=toolkit, archs=archs)
     tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
     kernels = {name: found.after[name].with_attr("global_symbol", name) for name in names}
     with found.target:
@@ -90,7 +90,7 @@ def machine_code(found, names, folder, archs):
     }
 
 
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="no nvcc on this machine")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 @pytest.mark.parametrize("scheme", ["q0f16", "q0bf16", "q4f16_1", "q4bf16_1"])
 def test_prefill_multiplies_on_tensor_cores_and_decode_does_not(scheme, tmp_path):
     found = products(tmp_path, scheme)
@@ -136,7 +136,7 @@ def source_of(kernel, target):
     """Return the CUDA source of a scheduled kernel."""
     from stages.targets import cuda
 
-    cuda.load_cuda_side(toolchain.nvcc(), toolchain.cxx())
+    cuda.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
     sources = []
 
     def compile_source(code):
@@ -171,7 +171,7 @@ extern "C" void run(void** arrays, int64_t rows) {{
     ctypes.CDLL(str(folder / "kernel.so")).run(pointers, ctypes.c_int64(rows))
 
 
-@pytest.mark.skipif(toolchain.nvcc() is None, reason="TVM's CUDA side takes the CUDA runtime library")
+@pytest.mark.skipif(toolchain.toolkit() is None, reason="TVM's CUDA side takes the CUDA runtime library")
 @pytest.mark.parametrize(
     ("scheme", "rows", "kernels"),
     [
