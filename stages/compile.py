@@ -233,6 +233,7 @@ def _build(
 ) -> tuple[dict[str, Any], list[Built]]:
     """Write the library; return what only its making tells (memory plan, kernels, device code), and its kernels."""
     from stages.codegen.library import CodegenError, Compilers, build_library
+    from stages.codegen.schedules import scheduled
     from stages.lowering.compat import load_json
     from stages.lowering.merge import merge
     from stages.lowering.pipeline import lower
@@ -255,19 +256,21 @@ def _build(
 
     module = merge([load_json(instance.path.read_text("utf-8")) for instance in ctx.inputs("module")])
     available = host.required_features(params.mcpu)
-    lowered = lower(
-        module,
-        row,
-        target,
-        plan,
-        lambda done, _: ctx.progress(done, STEPS, "steps"),
-        available,
-        params.activations,
-        cuda_graph=params.cuda_graph,
-    )
     options = {name: getattr(params, name) for name in ("opt", "archs", "fast_math")}
-    document = {"target": str(target), **options, "tools": metadata["tools"], "toolchain": {}}
+    how = {"target": str(target), "tools": metadata["tools"]}
+    document = {**how, **options, "toolchain": {}}
     try:
+        lowered = lower(
+            module,
+            row,
+            target,
+            plan,
+            lambda done, _: ctx.progress(done, STEPS, "steps"),
+            available,
+            params.activations,
+            cuda_graph=params.cuda_graph,
+            schedule=lambda module: scheduled(module, row.schedules, how, ctx, library.parent),
+        )
         compile_device = None
         if toolkit is not None:
             cuda.load_cuda_side(toolkit, cxx)

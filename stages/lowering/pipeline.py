@@ -16,6 +16,7 @@ from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_operators import fuse_operators
 from stages.lowering.fuse_transpose import fuse_transpose_matmul
+from stages.lowering.legalize import legalize
 from stages.lowering.memory_plan import planned_bytes
 from stages.lowering.metadata import attach_metadata
 from stages.lowering.name_kernels import name_kernels
@@ -42,8 +43,7 @@ def phases(
             fold_states,
         ],
         "kernels": [
-            # A reshape stays the view that it is, which else would be a kernel for the next pass to recognise.
-            passes.LegalizeOps(skip_ops=["relax.reshape"]),
+            legalize,
             # Before fusion and scheduling hide that a kernel only reshapes: what is recognised becomes a view.
             passes.RewriteDataflowReshape(),
             passes.AnnotateTIROpPattern(),
@@ -84,11 +84,12 @@ def lower(
     activations: str = "float",
     *,
     cuda_graph: bool = False,
+    schedule: Callable[[tvm.IRModule], tvm.IRModule] | None = None,
 ) -> tvm.IRModule:
     """Return ``module`` lowered for ``target``, with ``_metadata``: what ``describe`` makes of the planned bytes of
     each function. ``progress`` is called with phases done and in all; ``features`` are what the processor that runs the
     host code has (LLVM's names), ``activations`` is ``float``, or ``int8`` for quantized ones; ``cuda_graph`` replays
-    what has static sizes.
+    what has static sizes; ``schedule`` takes the place of the phase of that name, and comes to the same.
     """
     steps = phases(row, features, activations, cuda_graph=cuda_graph)
     with target:
@@ -96,6 +97,9 @@ def lower(
             progress(number, len(steps))
             if phase == "finalize":
                 module = attach_metadata(describe(planned_bytes(module)))(module)
-            module = tvm.transform.Sequential(passes, name=phase)(module)
+            if phase == "schedule" and schedule:
+                module = schedule(module)
+            else:
+                module = tvm.transform.Sequential(passes, name=phase)(module)
     progress(len(steps), len(steps))
     return module
