@@ -4,7 +4,8 @@ Usage: python benchmarks/compile.py [--only ROW ...] [--rounds N]   (exit status
 
 A Llama-shaped model of 125M parameters goes from a real config.json, without a byte of weights, to graphs; then compile
 runs in one warm process, as in a worker that has compiled another model before. Cold starts with an empty memo; the
-others find in the memo what the cold one kept. Seconds are the least of the rounds, by the clock and of the processors.
+others follow a cold one and find in the memo what that kept. Seconds are the least of the rounds, by the clock and of
+the processors.
 """
 
 from __future__ import annotations
@@ -77,20 +78,23 @@ class Bench:
         shutil.rmtree(self.folder / "out")
         return Seconds(after[0] - before[0], after[1] - before[1])
 
-    def measure(
-        self, target: str, config: dict[str, Any], known: dict[str, Any] | None = None, **options: Any
-    ) -> Seconds:
-        """Return the least seconds of compile with a memo that has the kernels of ``known``."""
+    def measure(self, target: str, *configs: dict[str, Any], shared: bool = False, **options: Any) -> list[Seconds]:
+        """Return the least seconds of compile for each of ``configs``, which take turns: what slows this machine down
+        does so to all. Each begins with an empty memo, or, ``shared``, with that of those before it.
+        """
         if target not in self.warm:
             self.compiled(target, OTHER, self.folder / "warm", **options)
             self.warm.add(target)
-        found = []
+        rounds = []
         for _ in range(self.rounds):
-            memo = Path(tempfile.mkdtemp(dir=self.folder))
-            if known is not None:
-                self.compiled(target, known, memo, **options)
-            found.append(self.compiled(target, config, memo, **options))
-        return Seconds(*map(min, zip(*found, strict=True)))
+            memos = [Path(tempfile.mkdtemp(dir=self.folder)) for _ in configs]
+            rounds.append(
+                [
+                    self.compiled(target, config, memos[0] if shared else memo, **options)
+                    for config, memo in zip(configs, memos, strict=True)
+                ]
+            )
+        return [Seconds(*map(min, zip(*found, strict=True))) for found in zip(*rounds, strict=True)]
 
 
 def _processors() -> float:
@@ -107,26 +111,27 @@ def report(name: str, found: Seconds, measured: str = "", ok: bool | None = None
 
 def cold(bench: Bench, target: str, limit: float, **options: Any) -> bool:
     """Compile LLAMA from nothing."""
-    found = bench.measure(target, LLAMA, **options)
+    (found,) = bench.measure(target, LLAMA, **options)
     archs = f", {len(options['archs'])} architectures" if "archs" in options else ""
     return report(f"{target}{archs}, cold", found, f"required <= {limit:.0f} s", found.clock <= limit)
 
 
 def layers(bench: Bench, target: str, **options: Any) -> bool:
     """Compile models of 2, 12 and 24 layers, each cold."""
-    found = {n: bench.measure(target, {**LLAMA, "num_hidden_layers": n}, **options) for n in (2, 12, 24)}
-    for count, seconds in found.items():
+    counts = (2, 12, 24)
+    found = bench.measure(target, *({**LLAMA, "num_hidden_layers": n} for n in counts), **options)
+    for count, seconds in zip(counts, found, strict=True):
         report(f"{target}, {count} layers, cold", seconds)
-    clocks = [seconds.clock for seconds in found.values()]
+    clocks = [seconds.clock for seconds in found]
     spread = max(clocks) / min(clocks)
     return report(
-        f"{target}, slowest to fastest", found[24], f"{spread:.2f} x, required <= {SPREAD} x", spread <= SPREAD
+        f"{target}, slowest to fastest", found[-1], f"{spread:.2f} x, required <= {SPREAD} x", spread <= SPREAD
     )
 
 
 def again(bench: Bench, target: str, what: str, config: dict[str, Any], limit: float, **options: Any) -> bool:
     """Compile ``config`` after LLAMA, against LLAMA cold."""
-    whole, found = bench.measure(target, LLAMA, **options), bench.measure(target, config, LLAMA, **options)
+    whole, found = bench.measure(target, LLAMA, config, shared=True, **options)
     share = found.clock / whole.clock
     return report(
         f"{target}, {what}", found, f"{share:.1%} of {whole.clock:.2f} s, required <= {limit:.0%}", share <= limit
