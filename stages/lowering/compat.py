@@ -11,8 +11,8 @@ from typing import Any
 def cache_module_lookups() -> None:
     """Make ``inspect.getmodule`` remember its answer per source file.
 
-    TVMScript asks for it at every parsed function, and the standard answer walks all of sys.modules: dlight's
-    tensor-core intrinsics take two minutes to import without this, four seconds with it. Idempotent.
+    TVMScript asks for it at every parsed function, and the standard answer walks all of sys.modules: TVM's tensor-core
+    intrinsics take two minutes to parse without this, four seconds with it. Idempotent.
     """
     original = inspect.getmodule
     if getattr(original, "remembers", False):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import tvm
 
-# Names as targets use them -> where the rule is. GPU rules are imported only for a GPU target: their tensor-core
-# intrinsics take seconds.
+# Names as targets use them -> where the rule is, to be imported only for such a target.
 RULES: dict[str, str] = {
     "cpu-matmul": "stages.lowering.schedule_cpu_matmul:CPUMatmul",
     "cpu-elementwise": "stages.lowering.schedule_cpu_elementwise:CPUElementwise",

@@ -19,8 +19,10 @@ from tvm.s_tir.dlight.analysis import get_root_block
 from tvm.s_tir.dlight.gpu import matmul
 from tvm.s_tir.dlight.gpu.base import GPUScheduleRule
 
+from stages.lowering.schedule_tensor_tiles import TILE, clear, load, multiply, store
+
 FIRST_ARCH = {"float16": 70, "bfloat16": 80}  # with tensor cores for it
-TILE, WARP, VECTOR = 16, 32, 4
+WARP, VECTOR = 32, 4
 WARPS = (2, 4)  # of a block, along rows and columns
 TILES = (2, 2)  # of a warp
 STEP = 2  # tiles along the inner dimension
@@ -86,10 +88,10 @@ def _schedule(schedule: s_tir.Schedule, main: Any, dtype: str) -> None:
     names = _intrinsics(dtype)
     for fragment, name in zip(fragments, names[:2], strict=True):
         schedule.tensorize(_tiles(schedule, fragment, unroll=True), name)
-    store, fill, multiply = names[2:]
-    schedule.tensorize(_tiles(schedule, sums, unroll=False), store)
-    schedule.tensorize(schedule.get_loops(zero)[-2], fill)
-    schedule.tensorize(schedule.get_loops(tile)[-3], multiply)
+    stored, cleared, multiplied = names[2:]
+    schedule.tensorize(_tiles(schedule, sums, unroll=False), stored)
+    schedule.tensorize(schedule.get_loops(zero)[-2], cleared)
+    schedule.tensorize(schedule.get_loops(tile)[-3], multiplied)
 
     matmul.auto_inline_consumer_chain(schedule, result)
     _, lane, vector = schedule.split(schedule.fuse(*schedule.get_loops(result)[-2:]), [None, WARP, VECTOR])
@@ -140,15 +142,12 @@ def _intrinsics(dtype: str) -> tuple[str, ...]:
     """Register what the tensor cores do with tiles of ``dtype``; return its names: load a row-major tile, load one
     transposed, store sums, clear them, multiply.
     """
-    from tvm.s_tir.tensor_intrin import cuda
-
-    size = (TILE, TILE, TILE)
     made = {
-        "load": cuda.get_wmma_load_intrin(*size, dtype, SHARED, is_b=False, is_col_major=False),
-        "load_transposed": cuda.get_wmma_load_intrin(*size, dtype, SHARED, is_b=True, is_col_major=True),
-        "store": cuda.get_wmma_store_intrin(*size, "float32", SHARED),
-        "clear": cuda.get_wmma_fill_intrin(*size, "float32"),
-        "multiply": cuda.get_wmma_sync_intrin(*size, dtype, "float32", b_transposed=True),
+        "load": load(dtype, SHARED, "a", "row_major"),
+        "load_transposed": load(dtype, SHARED, "b", "col_major"),
+        "store": store(SHARED),
+        "clear": clear(),
+        "multiply": multiply(dtype),
     }
     for name, pair in made.items():
         TensorIntrin.register(f"stagegraph.{dtype}.{name}", *pair, override=True)

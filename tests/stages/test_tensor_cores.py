@@ -8,6 +8,7 @@ import gzip
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tvm import s_tir, tirx
 
 from stagegraph.stage import SourceFiles
 from stages.config_parse import ConfigParse
+from stages.lowering import schedule_tensor_tiles as tiles
 from stages.lowering.merge import merge
 from stages.lowering.pipeline import phases
 from stages.lowering.schedule_tensor_matmul import TensorMatmul
@@ -41,6 +43,45 @@ CONFIGS, EMULATED = DATA / "configs", DATA / "cuda" / "emulated"
 def wide(monkeypatch):
     """Make the inner dimension long enough for the loop over it to stay one, as in a real model."""
     monkeypatch.setattr(libraries, "MODEL", {**libraries.MODEL, "hidden": 512, "heads": 4, "ff": 1024})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_tiles_do_is_what_tvm_says(dtype):
+    from tvm.s_tir.tensor_intrin import cuda
+
+    size, shared = (16, 16, 16), "shared.dyn"
+    expected = [
+        cuda.get_wmma_load_intrin(*size, dtype, shared, is_b=False, is_col_major=False),
+        cuda.get_wmma_load_intrin(*size, dtype, shared, is_b=True, is_col_major=True),
+        cuda.get_wmma_store_intrin(*size, "float32", shared),
+        cuda.get_wmma_fill_intrin(*size, "float32"),
+        cuda.get_wmma_sync_intrin(*size, dtype, "float32", b_transposed=True),
+    ]
+    found = [
+        tiles.load(dtype, shared, "a", "row_major"),
+        tiles.load(dtype, shared, "b", "col_major"),
+        tiles.store(shared),
+        tiles.clear(),
+        tiles.multiply(dtype),
+    ]
+    for pair in zip(found, expected, strict=True):
+        for ours, theirs in zip(*pair, strict=True):
+            tvm.ir.assert_structural_equal(*(each.without_attr("global_symbol") for each in (ours, theirs)))
+
+
+SCHEDULED = """
+import sys
+from stages import profiles
+profiles.compiler()
+from tests.stages import test_tensor_cores as cores
+found = cores.products(cores.Path(sys.argv[1]), "q4f16_1")
+assert "wmma" in found.after[sorted(found.prefill - found.decode)[0]].script()
+assert "tvm.s_tir.tensor_intrin" not in sys.modules
+"""
+
+
+def test_no_intrinsics_of_other_processors_are_parsed(tmp_path):
+    subprocess.run([sys.executable, "-c", SCHEDULED, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
 
 
 def callees(module, name):
