@@ -83,7 +83,7 @@ def kernels(cubin: bytes) -> dict[str, Kernel]:
     except CubinError:
         raise
     except (LookupError, ValueError, struct.error) as error:
-        raise CubinError(f"machine code of {len(cubin)} bytes is not what nvcc 13 writes: {error!r}") from None
+        raise CubinError(f"machine code of {len(cubin)} bytes is not what CUDA 13 writes: {error!r}") from None
 
 
 def _sections(cubin: bytes) -> Iterator[_Section]:
@@ -156,7 +156,7 @@ def _spills(name: str, bits: bytes) -> Iterator[int]:
         if code == _ANNOTATIONS:
             for kind, address in zip(words[::2], words[1::2], strict=True):
                 if kind != _SPILL:
-                    raise CubinError(f"kernel {name} has an annotation of kind {kind}, which nvcc 13.0 does not write")
+                    raise CubinError(f"kernel {name} has an annotation of kind {kind}, which CUDA 13.0 does not write")
                 yield address
 
 

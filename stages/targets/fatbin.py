@@ -1,6 +1,6 @@
 """Which device code a library really holds: finds the fatbins inside it and lists their entries. Standard library only.
 
-Layout, as nvcc 13 writes it: a fatbin is a header (magic, version u16, header size u16, payload size u64) followed by
+Layout, as CUDA 13 writes it: a fatbin is a header (magic, version u16, header size u16, payload size u64) followed by
 entries (kind u16, version u16, header size u32, payload size u64, ... architecture u32 at byte 28).
 """
 
@@ -41,7 +41,7 @@ def entries(library: Path) -> list[DeviceCode]:
 def kernels(library: Path) -> dict[int, dict[str, Kernel]]:
     """Return architecture -> kernel -> its figures, of all machine code in ``library``, sorted by architecture.
 
-    :class:`~stages.targets.cubin.CubinError` for machine code that is not as nvcc 13 writes it.
+    :class:`~stages.targets.cubin.CubinError` for machine code that is not as CUDA 13 writes it.
     """
     found: dict[int, dict[str, Kernel]] = {}
     for code, content in machine_code(library):
