@@ -28,6 +28,9 @@ DRIVER_FUNCTIONS = (
     "cuModuleUnload",
     "cuTensorMapEncodeTiled",
 )
+# What compiling takes of a toolkit.
+RUNTIME, COMPILER, HEADER = "libcudart.so.13", "libnvrtc.so.13", "cuda_fp16.h"
+ASSEMBLER, PACKER = "ptxas", "fatbinary"
 LOG_TAIL = 30
 
 
@@ -40,14 +43,19 @@ def load_cuda_side(toolkit: Program, cxx: Program) -> None:
 
     Compiling asks nothing of a driver, and an installed one may lack functions or answer for a GPU that is not the
     target. The stand-in only satisfies the linker: every call of it reports that there is no device.
-    :class:`CudaError` says what is missing.
+    :class:`CudaError` says what is missing, of the toolkit all at once.
     """
+    parts = {name: toolchain.part(toolkit, name) for name in (RUNTIME, COMPILER, ASSEMBLER, PACKER, HEADER)}
+    if missing := [name for name, found in parts.items() if found is None]:
+        raise CudaError(
+            f"the CUDA toolkit in {toolkit.path} has no {', '.join(missing)}: pip install -e '.[cuda]', or install a "
+            "whole CUDA 13 toolkit"
+        )
     if tvm.get_global_func(LOADER, allow_missing=True):
         return
-    runtime = _part(toolkit, "libcudart.so.13")
     try:
         _load_driver_stub(cxx)
-        ctypes.CDLL(str(runtime), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(parts[RUNTIME]), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise CudaError(f"TVM's CUDA side cannot be loaded: {error}") from None
@@ -72,7 +80,7 @@ def compile_fatbin(
     """Compile CUDA source to a fatbin: machine code for each of ``archs`` (80 is sm_80), PTX of the highest for GPUs to
     come. :class:`CudaError` ends with the last lines of the compiler's log.
     """
-    nvrtc_library, include = _part(toolkit, "libnvrtc.so.13"), _part(toolkit, "cuda_fp16.h").parent
+    compiler, include = _part(toolkit, COMPILER), _part(toolkit, HEADER).parent
     arithmetic = ["--use_fast_math"] if fast_math else []
     images = []
     with tempfile.TemporaryDirectory() as name:
@@ -80,15 +88,17 @@ def compile_fatbin(
         for virtual, real in _generated(code, archs).items():
             options = [f"-arch=compute_{virtual}", "-std=c++17", "-w", *arithmetic]
             try:
-                ptx = nvrtc.compile_ptx(code, nvrtc_library, include, options)
+                ptx = nvrtc.compile_ptx(code, compiler, include, options)
             except NvrtcError as error:
                 raise CudaError(f"NVRTC of {toolkit.path} {toolkit.version} failed:\n{_tail(str(error))}") from None
             (folder / f"{virtual}.ptx").write_bytes(ptx)
             for arch in real:
-                _run(toolkit, folder, "ptxas", f"-O{opt}", f"-arch=sm_{arch}", f"{virtual}.ptx", "-o", f"{arch}.cubin")
+                _run(
+                    toolkit, folder, ASSEMBLER, f"-O{opt}", f"-arch=sm_{arch}", f"{virtual}.ptx", "-o", f"{arch}.cubin"
+                )
                 images.append(f"--image3=kind=elf,sm={arch},file={arch}.cubin")
         images.append(f"--image3=kind=ptx,sm={max(archs)},file={max(archs)}.ptx")
-        _run(toolkit, folder, "fatbinary", "-64", "--create=kernels.fatbin", *images)
+        _run(toolkit, folder, PACKER, "-64", "--create=kernels.fatbin", *images)
         made = folder / "kernels.fatbin"
         if lacking := fatbin.missing(fatbin.entries(made), archs):
             raise CudaError(f"{toolkit.path} {toolkit.version} made code that lacks {', '.join(lacking)}")
@@ -115,8 +125,7 @@ def _run(toolkit: Program, folder: Path, name: str, *arguments: str) -> None:
 
 def _part(toolkit: Program, name: str) -> Path:
     found = toolchain.part(toolkit, name)
-    if found is None:
-        raise CudaError(f"{toolkit.path} has no {name}: pip install -e '.[cuda]', or use a whole CUDA 13 toolkit")
+    assert found, f"{toolkit.path} had {name} when TVM's CUDA side was loaded"
     return found
 
 

@@ -350,6 +350,17 @@ def test_an_installed_driver_is_not_asked(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_a_toolkit_without_its_parts_fails_once_with_what_it_lacks(tmp_path, graphs, monkeypatch):
+    registered, ports = graphs("cuda")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ptxas").write_text("")
+    monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("system", str(tmp_path), "13.0.88"))
+    with pytest.raises(StageError) as error:
+        libraries.compile_library(tmp_path / "out", ports, registered, target="cuda")
+    lacking = "libcudart.so.13, libnvrtc.so.13, fatbinary, cuda_fp16.h: pip install -e '.[cuda]'"
+    assert str(error.value).startswith(f"the CUDA toolkit in {tmp_path} has no {lacking}")
+
+
 @needs_cuda
 def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs, monkeypatch):
     """And nothing of what it made is kept for the next time."""
@@ -369,9 +380,6 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
     script.chmod(0o755)
     lazy = whole._replace(path=str(tmp_path))
     with pytest.raises(cuda.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
-        cuda.compile_fatbin(KERNEL, lazy, [80, 90])
-    (tmp_path / "include").unlink()
-    with pytest.raises(cuda.CudaError, match=r"has no cuda_fp16.h: pip install"):
         cuda.compile_fatbin(KERNEL, lazy, [80, 90])
     monkeypatch.setattr(cuda, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
     with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
