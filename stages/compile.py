@@ -260,6 +260,11 @@ def _build(
     how = {"target": str(target), "tools": metadata["tools"]}
     document = {**how, **options, "toolchain": {}}
     try:
+        compile_device = None
+        if toolkit is not None:
+            cuda.load_cuda_side(toolkit, cxx)
+            compile_device = functools.partial(cuda.compile_fatbin, toolkit=toolkit, **options)
+            document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
         lowered = lower(
             module,
             row,
@@ -271,11 +276,6 @@ def _build(
             cuda_graph=params.cuda_graph,
             schedule=lambda module: scheduled(module, row.schedules, how, ctx, library.parent),
         )
-        compile_device = None
-        if toolkit is not None:
-            cuda.load_cuda_side(toolkit, cxx)
-            compile_device = functools.partial(cuda.compile_fatbin, toolkit=toolkit, **options)
-            document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
         compilers = Compilers(target, compile_device, document, cxx.path, toolchain.environment())
         built = build_library(lowered, compilers, ctx, library)
     except CudaError as error:

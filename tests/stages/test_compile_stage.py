@@ -355,6 +355,7 @@ def test_a_toolkit_without_its_parts_fails_once_with_what_it_lacks(tmp_path, gra
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ptxas").write_text("")
     monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("system", str(tmp_path), "13.0.88"))
+    monkeypatch.setattr("stages.lowering.pipeline.lower", lambda *_, **__: pytest.fail("seconds before it is said"))
     with pytest.raises(StageError) as error:
         libraries.compile_library(tmp_path / "out", ports, registered, target="cuda")
     lacking = "libcudart.so.13, libnvrtc.so.13, fatbinary, cuda_fp16.h: pip install -e '.[cuda]'"
@@ -368,10 +369,8 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
 
     registered, ports = graphs("cuda")
     whole = toolchain.toolkit()
-    for name in ("ptxas", "libnvrtc.so.13", "cuda_fp16.h"):
-        here = toolchain.part(whole, name).parent
-        link = tmp_path / {"ptxas": "lib", "libnvrtc.so.13": "lib64"}.get(name, "include")
-        link.symlink_to(here)
+    for folder, name in (("lib", "ptxas"), ("lib64", "libnvrtc.so.13"), ("include", "cuda_fp16.h")):
+        (tmp_path / folder).symlink_to(toolchain.part(whole, name).parent)  # searched after bin, which has its own
     script = tmp_path / "bin" / "fatbinary"
     script.parent.mkdir()
     script.write_text(
