@@ -10,14 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
+from stages.tokenizers.byte_level import spell
 from stages.tokenizers.merge_loop import MergeLoop
 from stages.tokenizers.old_nfc import nfc
 from stages.tokenizers.patterns import GPT2
 from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.world import WorldTokenizer
-from tests.stages.tokenizer_folders import FOLDERS, PREFIXES, SIZE, build, merges, vocab, world_text
+from tests.stages.tokenizer_folders import (
+    FOLDERS,
+    PREFIXES,
+    SIZE,
+    build,
+    merges,
+    tables,
+    vocab,
+    with_class,
+    world_text,
+)
 from tests.stages.tokenizer_samples import SHARED, tiny_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +81,21 @@ def test_transformers_loads_what_is_emitted_and_agrees(built, name, monkeypatch)
     loaded = AutoTokenizer.from_pretrained(directory)
     for _, text in sample_corpus():
         assert loaded(text)["input_ids"] == [*reference.prefix, *reference.encode(text, specials=True)]
+
+
+def test_a_vocabulary_that_lacks_bytes_gives_the_librarys_ids_and_says_which(tmp_path):
+    """As SmolLM2's: control characters and lead bytes that its training text did not have."""
+    from tokenizers import Tokenizer
+
+    lacking = [spell(byte) for byte in (b"\x04", b"\x1d", b"\xf1")]
+    table = {f"<unused{index}>" if token in lacking else token: index for token, index in vocab().items()}
+    value = tables(model={"vocab": table}, normalizer=None)
+    ctx, directory = build(tmp_path, with_class("GPT2Tokenizer", value), "llama", SIZE)
+    assert [warning for warning in ctx.warnings if "04 1D F1" in warning]
+    original, emitted = Tokenizer.from_str(json.dumps(value)), Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in ("a\x04b", "\x1d", "th\x04e", "\U00050000x", "plain"):
+        assert original.encode(text).ids == emitted.encode(text).ids
+    assert BundleTokenizer(directory).encode("a\x04b") == original.encode("ab").ids
 
 
 def test_both_ways_to_store_llama_3_give_one_tokenizer(built):

@@ -137,7 +137,7 @@ MUTATIONS = {
     "sentencepiece decoder": (sentencepiece_decoder, {"T09", "T19"}),
     "prefix space": (add_prefix_space, {"T19", "T20"}),
     "duplicate added token": (lambda spec: spec["added_tokens"].append(spec["added_tokens"][0]), {"T03"}),
-    "byte without token": (drop_byte, {"T11"}),
+    "byte without token": (drop_byte, {"T20"}),
     "byte fallback without decoder": (lambda spec: spec["model"].update(byte_fallback=True), {"T10"}),
 }
 
