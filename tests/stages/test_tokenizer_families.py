@@ -95,7 +95,7 @@ def test_a_vocabulary_that_lacks_bytes_gives_the_librarys_ids_and_says_which(tmp
     original, emitted = Tokenizer.from_str(json.dumps(value)), Tokenizer.from_file(str(directory / "tokenizer.json"))
     for text in ("a\x04b", "\x1d", "th\x04e", "\U00050000x", "plain"):
         assert original.encode(text).ids == emitted.encode(text).ids
-    assert BundleTokenizer(directory).encode("a\x04b") == original.encode("ab").ids
+    assert BundleTokenizer(directory).encode("a\x04b") == [97, 98]
 
 
 def test_both_ways_to_store_llama_3_give_one_tokenizer(built):
