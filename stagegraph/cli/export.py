@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to; made if it is not there")
     add_file(parser)
-    parser.add_argument("--force", action="store_true", help="replace what is in DIR")
+    parser.add_argument("--force", action="store_true", help="replace what an export wrote into DIR")
 
 
 def run(args: argparse.Namespace) -> int:

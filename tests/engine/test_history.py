@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -127,45 +126,6 @@ def test_lineage_tells_what_happened_not_what_would(demo: Demo) -> None:
     keys = {origin["key"] for origin in found["executions"]}
     assert key in keys
     assert now not in keys
-
-
-def test_export_writes_real_files_at_once_or_not_at_all(demo: Demo) -> None:
-    demo.run()
-    target = demo.folder / "dist" / "line"
-    said = demo("export", "shape[line]:laid", str(target), str(demo.pipeline))
-    assert said.code == 0
-    assert "1 file, " in said.out
-    assert (target / "deep" / "text").read_text() == "some words here"
-    assert stat.S_IMODE((target / "deep" / "text").stat().st_mode) == 0o644
-    (target / "deep" / "text").write_text("mine now")
-    assert demo.path("shape[line]", "laid", "deep", "text").read_text() == "some words here"
-    refused = demo("export", "shape[line]", str(target), str(demo.pipeline))
-    assert (refused.code, "exists already" in refused.err) == (2, True)
-    assert demo("export", "read", str(target), str(demo.pipeline), "--force").code == 0
-    assert sorted(p.name for p in target.iterdir()) == ["count.txt", "words.txt"]
-    assert demo("export", "read:count.txt", str(demo.folder / "one"), str(demo.pipeline)).code == 0
-    assert (demo.folder / "one" / "count.txt").read_text() == "3"
-    assert [p.name for p in target.parent.iterdir()] == ["line"]
-
-
-def test_export_refuses_what_is_damaged(demo: Demo) -> None:
-    demo.run()
-    for file in (demo.folder / "artifacts" / ".stagegraph" / "objects").rglob("*"):
-        if file.is_file() and file.read_text() == "some words here\n":
-            file.chmod(0o644)
-            file.write_text("some wrong here\n")
-    target = demo.folder / "out"
-    assert demo("export", "read", str(target), str(demo.pipeline)).code == 3
-    assert not target.exists()
-    assert not [p for p in demo.folder.iterdir() if "partial" in p.name]
-
-
-def test_export_reads_back_what_it_wrote(demo: Demo, monkeypatch) -> None:
-    demo.run()
-    monkeypatch.setattr("stagegraph.export.shutil.copyfile", lambda _, target: Path(target).write_text("not that"))
-    failed = demo("export", "read", str(demo.folder / "out"), str(demo.pipeline))
-    assert (failed.code, "is not what is stored; nothing was exported" in failed.err) == (3, True)
-    assert not (demo.folder / "out").exists()
 
 
 @pytest.mark.parametrize("entries", [[], ["--entries"]])
