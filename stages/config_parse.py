@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stages.models.safetensors import TensorInfo
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+SHOWN = 80  # characters of a key or a value in the view
 LEGACY = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "load it once with transformers where you trust it and save it again: "
@@ -25,7 +26,7 @@ CONVERT = (
 
 
 class ConfigParse(Stage):
-    """Every key of config.json is classified, every contradiction reported; of the weights a doubtful head is read."""
+    """config.json read as transformers does, every contradiction reported; of the weights a doubtful head is read."""
 
     id = "config-parse"
 
@@ -208,12 +209,17 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
 def _view(
     family: Family, raw: Mapping[str, Any], model: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]
 ) -> str:
+
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
     rows = [("model", ""), *((f"  {key}", value) for key, value in model["config"].items())]
     rows.append(("  context_window", model["context_window"]))
-    for kind in ("honoured", "irrelevant", "refused"):
-        keys = [key for key in sorted(raw) if family.keys.get(key) == kind]
+    honoured = [key for key in sorted(raw) if family.keys.get(key) == "honoured"]
+    for title, keys in (("honoured", honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
         if keys:
-            rows += [(f"{kind} keys of {CONFIG}", ""), *((f"  {key}", json.dumps(raw[key])) for key in keys)]
+            rows += [(f"{title} keys of {CONFIG}", ""), *((f"  {short(key)[1:-1]}", short(raw[key])) for key in keys)]
     dtypes = sorted({info.dtype for _, info in tensors.values()})
     rows += [("tensors", f"{len(tensors)} in {len({file for file, _ in tensors.values()})} files, {'/'.join(dtypes)}")]
     width = max(len(key) for key, _ in rows)

@@ -17,8 +17,8 @@ WIDTH = 100  # characters at most
 # Class of a key -> what it is headed with.
 CLASSES = {
     "honoured": "keys of config.json that are honoured",
-    "irrelevant": "keys that no inference depends on",
-    "refused": "keys that are refused unless null, false or empty",
+    "irrelevant": "keys that no inference depends on, as on all that are not listed",
+    "refused": "keys that are refused unless they say the usual",
 }
 
 

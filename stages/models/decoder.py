@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import trained_positions
+from stages.models.config_reader import ABSENT, FULL, SLIDING, trained_positions
 from stages.models.record import AttentionCache, Param, copied
 from stages.models.rope import Rope, read_rope
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stages.models.config_reader import ConfigReader
 
-HONOURED = "num_key_value_heads head_dim rms_norm_eps"
+SILU = {"silu": "silu", "swish": "silu"}  # transformers' two names of one activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +57,16 @@ class DecoderConfig(Rope):
         )
 
 
-def read_sizes(read: ConfigReader, *, head_dim: int | None = None, kv_heads: int | None = None) -> dict[str, Any]:
-    """Return the fields that every family of this form reads alike.
-
-    ``head_dim`` and ``kv_heads`` are the family's defaults for absent keys (None: hidden_size / heads, and required).
-    """
+def read_sizes(read: ConfigReader) -> dict[str, Any]:
+    """Return the fields that every family of this form reads alike."""
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    channels = read.integer("head_dim", default=head_dim or hidden // max(heads, 1))
-    groups = read.integer("num_key_value_heads", default=kv_heads)
+    channels = read.integer("head_dim", null=hidden // max(heads, 1))
+    groups = read.integer("num_key_value_heads", null=heads)
     if heads and groups and heads % groups:
         read.problem(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}")
-    if read.raw.get("head_dim") is None and head_dim is None and heads and hidden % heads:
+    if read.value("head_dim") in (None, ABSENT) and heads and hidden % heads:
         read.problem(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
-    read.must_be("hidden_act", "silu", "the MLP is down(silu(gate(x)) * up(x))")
+    read.activation(SILU)
     return {
         "vocab_size": read.integer("vocab_size"),
         "hidden_size": hidden,
@@ -78,29 +75,28 @@ def read_sizes(read: ConfigReader, *, head_dim: int | None = None, kv_heads: int
         "num_heads": heads,
         "num_kv_heads": groups,
         "head_dim": channels,
-        "rms_eps": read.number("rms_norm_eps", default=1e-6),
+        "rms_eps": read.number("rms_norm_eps"),
         "max_positions": read.integer("max_position_embeddings"),
-        "tied": read.flag("tie_word_embeddings", default=False),
+        "tied": read.flag("tie_word_embeddings"),
         **read_rope(read, channels),
     }
 
 
 def read_window(read: ConfigReader, layers: int) -> dict[str, Any]:
     """Return the window of the families that switch it on with ``use_sliding_window``, for later layers."""
-    found = {"sliding_window": 0, "full_layers": 0}
-    if read.flag("use_sliding_window", default=False) and read.raw.get("sliding_window") is not None:
-        full = read.integer("max_window_layers") if read.raw.get("max_window_layers") != 0 else 0
-        if full < layers:
-            found = {"sliding_window": read.integer("sliding_window"), "full_layers": full}
-    kinds = read.raw.get("layer_types")
-    first = found["full_layers"] if found["sliding_window"] else layers
-    expected = ["full_attention" if layer < first else "sliding_attention" for layer in range(layers)]
-    if kinds is not None and kinds != expected:
-        read.problem(
-            "layer_types is not what use_sliding_window, sliding_window and max_window_layers say: "
-            f"{first} layers of full_attention, then sliding_attention"
-        )
-    return found
+    none = {"sliding_window": 0, "full_layers": 0}
+    window = read.integer("sliding_window", null=0) if read.flag("use_sliding_window") else 0
+    first = min(read.whole("max_window_layers"), layers) if window else layers
+    kinds = read.layer_kinds(layers) or [FULL] * first + [SLIDING] * (layers - first)
+    full = kinds.count(FULL)
+    if full == layers:
+        return none
+    if not window:
+        read.problem(f"layer_types has {SLIDING}, but use_sliding_window and sliding_window give no window")
+        return none
+    if SLIDING in kinds[:full]:
+        read.problem(f"layer_types mixes its kinds; only layers of {FULL} before those of {SLIDING} are built")
+    return {"sliding_window": window, "full_layers": full}
 
 
 def params(config: DecoderConfig) -> tuple[Param, ...]:

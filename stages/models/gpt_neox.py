@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify, trained_positions
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify, trained_positions
 from stages.models.record import AttentionCache, Family, Param, copied
 from stages.models.rope import Rope, read_rope
 
@@ -15,12 +15,38 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 THETA, SHARE = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
-GELUS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+# Transformers' names of an activation -> ours.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_new",
+    "gelu_fast": "gelu_fast",
+    "gelu_accurate": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+# Of transformers' GPTNeoXConfig.
+DEFAULTS = {
+    "vocab_size": 50432,
+    "hidden_size": 6144,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 44,
+    "num_attention_heads": 64,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+}
 KEYS = classify(
-    f"""{SHARED} layer_norm_eps rotary_pct rotary_emb_base partial_rotary_factor rope_theta rope_scaling
-    rope_parameters use_parallel_residual attention_bias""",
-    f"{PROVENANCE} hidden_dropout classifier_dropout is_decoder",
-    NEVER,
+    f"""{SHARED} {" ".join(DEFAULTS)} rotary_pct rotary_emb_base rope_scaling rope_parameters head_dim
+    sliding_window layer_types partial_rotary_factor rope_theta""",
+    f"{IRRELEVANT} hidden_dropout classifier_dropout is_decoder",
+    UNBUILT,
 )
 
 
@@ -49,28 +75,28 @@ class NeoXConfig(Rope):
 
 def parse(raw: Mapping[str, Any]) -> NeoXConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "gpt_neox")
+    read = ConfigReader(raw, KEYS, DEFAULTS, "gpt_neox")
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     head_dim = hidden // max(heads, 1)
     if heads and hidden % heads:
         read.problem(f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}")
-    activation = raw.get("hidden_act", "gelu")
-    if activation not in (*GELUS, "relu", "silu"):
-        read.problem(f"hidden_act = {activation!r} is not implemented; known: {', '.join((*GELUS, 'relu', 'silu'))}")
+    read.must_be("head_dim", head_dim, "it is hidden_size / num_attention_heads")
+    layers, positions = read.integer("num_hidden_layers"), read.integer("max_position_embeddings")
+    read.no_window(layers, positions)
     config = NeoXConfig(
         **read_rope(read, head_dim, theta_keys=THETA, share_keys=SHARE),
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=read.integer("intermediate_size"),
-        num_layers=read.integer("num_hidden_layers"),
+        num_layers=layers,
         num_heads=heads,
         head_dim=head_dim,
-        norm_eps=read.number("layer_norm_eps", default=1e-5),
-        max_positions=read.integer("max_position_embeddings"),
-        activation=activation,
-        parallel_residual=read.flag("use_parallel_residual", default=True),
-        attention_bias=read.flag("attention_bias", default=True),
-        tied=read.flag("tie_word_embeddings", default=False),
+        norm_eps=read.number("layer_norm_eps"),
+        max_positions=positions,
+        activation=read.activation(ACTIVATIONS),
+        parallel_residual=read.flag("use_parallel_residual"),
+        attention_bias=read.flag("attention_bias"),
+        tied=read.flag("tie_word_embeddings"),
     )
     read.finish()
     return config

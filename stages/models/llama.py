@@ -5,33 +5,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Of transformers' LlamaConfig.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
 # pretraining_tp splits matrix products for numerics alone.
 KEYS = classify(
-    f"{SHARED} {decoder.HONOURED} {rope.KEYS} attention_bias mlp_bias rope_interleaved",
-    f"{PROVENANCE} pretraining_tp is_llama_config",
-    NEVER,
+    f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} sliding_window layer_types", f"{IRRELEVANT} pretraining_tp", UNBUILT
 )
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "llama")
-    bias = read.flag("attention_bias", default=False)
-    read.must_be("rope_interleaved", False, "the halves of a head are rotated against each other")
-    heads = raw.get("num_attention_heads")
-    config = DecoderConfig(
-        **decoder.read_sizes(read, kv_heads=heads if isinstance(heads, int) else None),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=read.flag("mlp_bias", default=False),
-    )
+    read = ConfigReader(raw, KEYS, DEFAULTS, "llama")
+    sizes, bias = decoder.read_sizes(read), read.flag("attention_bias")
+    read.no_window(sizes["num_layers"], sizes["max_positions"])
+    config = DecoderConfig(**sizes, qkv_bias=bias, out_bias=bias, mlp_bias=read.flag("mlp_bias"))
     read.finish()
     return config
 

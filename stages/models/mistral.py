@@ -5,28 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.config_reader import FULL, IRRELEVANT, SHARED, SLIDING, UNBUILT, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WINDOW = 4096  # what transformers takes where config.json does not say; null means none
-# attention_sink_size is another runtime's option for contexts that roll over; the model itself has no sinks.
-KEYS = classify(
-    f"{SHARED} {decoder.HONOURED} {rope.KEYS} sliding_window sliding_window_size",
-    f"{PROVENANCE} attention_sink_size",
-    NEVER,
-)
+# Of transformers' MistralConfig; a sliding_window that is null means none.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} layer_types", IRRELEVANT, UNBUILT)
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "mistral")
-    none = "sliding_window" in raw and raw["sliding_window"] is None and raw.get("sliding_window_size") is None
-    window = 0 if none else read.integer("sliding_window", "sliding_window_size", default=WINDOW)
-    config = DecoderConfig(**decoder.read_sizes(read), sliding_window=window)
+    read = ConfigReader(raw, KEYS, DEFAULTS, "mistral")
+    sizes, window = decoder.read_sizes(read), read.integer("sliding_window", null=0)
+    kinds = read.layer_kinds(sizes["num_layers"])
+    if kinds and set(kinds) != {SLIDING if window else FULL} and window < sizes["max_positions"]:
+        read.problem(f"layer_types and sliding_window = {window or None} contradict each other; all layers are alike")
+    config = DecoderConfig(**sizes, sliding_window=window)
     read.finish()
     return config
 

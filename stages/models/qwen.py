@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import ConfigReader, classify
+from stages.models.config_reader import SHARED, ConfigReader, classify
 from stages.models.record import AttentionCache, ConfigError, Family, Param, copied
 
 if TYPE_CHECKING:
@@ -38,35 +38,45 @@ class QWenConfig:
         return AttentionCache(self.num_heads, self.num_heads, self.head_dim, self.head_dim, self.rope_theta)
 
 
-HONOURED = """
-    model_type architectures vocab_size padded_vocab_size hidden_size n_embd intermediate_size ffn_hidden_size
-    num_hidden_layers n_layer num_attention_heads n_head kv_channels layer_norm_epsilon rotary_emb_base rope_theta
-    rotary_pct seq_length use_dynamic_ntk use_logn_attn no_bias tie_word_embeddings scale_attn_weights activation
-    hidden_act pos_emb apply_residual_connection_post_layernorm bos_token_id eos_token_id pad_token_id
-"""
-# Provenance, training and implementation switches. The positions' limit is seq_length: the model's own code reads
-# neither max_position_embeddings nor n_positions.
-IRRELEVANT = """
-    _name_or_path _commit_hash auto_map transformers_version torch_dtype dtype params_dtype bf16 fp16 fp32
-    initializer_range attn_dropout_prob emb_dropout_prob attn_pdrop embd_pdrop resid_pdrop bias_dropout_fusion
-    onnx_safe use_cache use_cache_kernel use_flash_attn softmax_in_fp32 tokenizer_class tokenizer_type
-    max_position_embeddings n_positions return_dict output_attentions output_hidden_states use_return_dict
-"""
-REFUSED = """
-    quantization_bit use_cache_quantization rope_scaling n_inner pruned_heads add_cross_attention
-    is_encoder_decoder extra_vocab_file
-"""
-KEYS = classify(HONOURED, IRRELEVANT, REFUSED)
+# Of the published QWenConfig, of the second generation of its keys; seq_length has none.
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-6,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+    "tie_word_embeddings": False,
+    "scale_attn_weights": True,
+}
+# What the first generation takes instead; its sizes are the same under other names.
+EARLY = {"layer_norm_epsilon": 1e-5, "use_dynamic_ntk": False, "use_logn_attn": False}
+KEYS = classify(
+    f"""{SHARED} {" ".join(DEFAULTS)} seq_length padded_vocab_size n_embd ffn_hidden_size n_layer n_head
+    activation hidden_act pos_emb apply_residual_connection_post_layernorm""",
+    # The positions' limit is seq_length: the model's own code reads neither max_position_embeddings nor n_positions.
+    """initializer_range use_cache attn_dropout_prob emb_dropout_prob attn_pdrop embd_pdrop resid_pdrop
+    bias_dropout_fusion onnx_safe bf16 fp16 fp32 use_cache_kernel use_flash_attn softmax_in_fp32
+    max_position_embeddings n_positions""",
+    "quantization_bit use_cache_quantization rope_scaling n_inner is_encoder_decoder extra_vocab_file",
+)
 
 
 def parse(raw: Mapping[str, Any]) -> QWenConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "qwen")
+    early = EARLY if "n_embd" in raw else {}
+    read = ConfigReader(raw, KEYS, {**DEFAULTS, **early}, "qwen")
     hidden, heads = read.integer("hidden_size", "n_embd"), read.integer("num_attention_heads", "n_head")
-    head_dim = read.integer("kv_channels", default=hidden // max(heads, 1))
+    head_dim = read.integer("kv_channels")
     intermediate = read.integer("intermediate_size", "ffn_hidden_size")
     vocab = read.integer("vocab_size")
-    rows = read.integer("padded_vocab_size", default=vocab)
+    rows = read.integer("padded_vocab_size", null=vocab)
     if hidden and heads and heads * head_dim != hidden:
         read.problem(f"hidden_size {hidden} is not {heads} attention heads x {head_dim} channels (kv_channels)")
     if head_dim % 2:
@@ -90,11 +100,11 @@ def parse(raw: Mapping[str, Any]) -> QWenConfig:
         num_layers=read.integer("num_hidden_layers", "n_layer"),
         num_heads=heads,
         head_dim=head_dim,
-        rms_eps=read.number("layer_norm_epsilon", default=1e-6),
-        rope_theta=read.number("rotary_emb_base", "rope_theta", default=10000.0),
+        rms_eps=read.number("layer_norm_epsilon"),
+        rope_theta=read.number("rotary_emb_base"),
         seq_length=read.integer("seq_length"),
-        use_dynamic_ntk=read.flag("use_dynamic_ntk", default=True),
-        use_logn_attn=read.flag("use_logn_attn", default=True),
+        use_dynamic_ntk=read.flag("use_dynamic_ntk"),
+        use_logn_attn=read.flag("use_logn_attn"),
     )
     read.finish()
     return config

@@ -5,20 +5,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import NEVER, PROVENANCE, SHARED, ConfigReader, classify
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WINDOW = "use_sliding_window sliding_window max_window_layers layer_types"
-KEYS = classify(f"{SHARED} {decoder.HONOURED} {rope.KEYS} {WINDOW}", PROVENANCE, NEVER + " use_mrope")
+# Of transformers' Qwen2Config, whose model reads a head_dim besides.
+DEFAULTS = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} head_dim", IRRELEVANT, UNBUILT)
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "qwen2")
+    read = ConfigReader(raw, KEYS, DEFAULTS, "qwen2")
     sizes = decoder.read_sizes(read)
     config = DecoderConfig(**sizes, **decoder.read_window(read, sizes["num_layers"]), qkv_bias=True)
     read.finish()

@@ -80,12 +80,12 @@ class Family:
     to build for (0: the model's own) or raises it too. ``params`` lists the parameters in packed order, which is the
     attribute order of the module that ``causal_lm(config, make)`` composes from the layers of ``make``.
     ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
-    keywords, state dict)``. ``keys`` classifies every known key of config.json: honoured, irrelevant to inference, or
-    refused unless null, false or empty. ``recomputed`` are name patterns of tensors that old checkpoints store although
-    the model derives them; ``tied`` names the output projection and the token embedding where ``config.tied`` may
-    say that they are one. ``supports`` says in a few words each what of the family can be built. ``state`` is what a
-    sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which has no
-    ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
+    keywords, state dict)``. ``keys`` classifies what transformers' class reads of a config.json: honoured, irrelevant
+    to inference, or refused unless it says the usual; any other key is ignored. ``recomputed`` are name patterns of
+    tensors that old checkpoints store although the model derives them; ``tied`` names the output projection and the
+    token embedding where ``config.tied`` may say that they are one. ``supports`` says in a few words each what of the
+    family can be built. ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a
+    recurrent model (which has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
     """
 
     name: str

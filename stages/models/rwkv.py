@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import ConfigReader, classify
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
 from stages.models.record import Family, Param, copied
 
 if TYPE_CHECKING:
@@ -34,38 +34,36 @@ class RwkvConfig:
     context_length: int
 
 
-HONOURED = """
-    model_type architectures vocab_size hidden_size attention_hidden_size intermediate_size num_hidden_layers
-    layer_norm_epsilon rescale_every context_length max_position_embeddings tie_word_embeddings
-    bos_token_id eos_token_id pad_token_id
-"""
-# Provenance, training and implementation switches.
-IRRELEVANT = """
-    _name_or_path _commit_hash transformers_version torch_dtype dtype use_cache return_dict output_attentions
-    output_hidden_states use_return_dict initializer_range tokenizer_class
-"""
-REFUSED = "pruned_heads add_cross_attention is_encoder_decoder auto_map"
-KEYS = classify(HONOURED, IRRELEVANT, REFUSED)
+# Of transformers' RwkvConfig, which takes max_position_embeddings for context_length.
+DEFAULTS = {
+    "vocab_size": 50277,
+    "hidden_size": 4096,
+    "attention_hidden_size": None,
+    "intermediate_size": None,
+    "num_hidden_layers": 32,
+    "layer_norm_epsilon": 1e-5,
+    "rescale_every": 6,
+    "context_length": 1024,
+    "tie_word_embeddings": False,
+}
+KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} max_position_embeddings", IRRELEVANT, UNBUILT)
 
 
 def parse(raw: Mapping[str, Any]) -> RwkvConfig:
     """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
-    read = ConfigReader(raw, KEYS, "rwkv")
+    read = ConfigReader(raw, KEYS, DEFAULTS, "rwkv")
     hidden = read.integer("hidden_size")
-    rescale = raw.get("rescale_every", 6)
-    if not isinstance(rescale, int) or isinstance(rescale, bool):
-        read.problem(f"rescale_every = {rescale!r}; expected a number of layers, 0 for never")
-        rescale = 0
-    read.must_be("tie_word_embeddings", False, "the output head is a tensor of its own")
+    if read.flag("tie_word_embeddings"):
+        read.problem("tie_word_embeddings = true is not built for model_type 'rwkv', whose head is a tensor of its own")
     config = RwkvConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
-        attention_hidden_size=read.integer("attention_hidden_size", default=hidden),
-        intermediate_size=read.integer("intermediate_size", default=4 * hidden),
+        attention_hidden_size=read.integer("attention_hidden_size", null=hidden),
+        intermediate_size=read.integer("intermediate_size", null=4 * hidden),
         num_layers=read.integer("num_hidden_layers"),
-        norm_eps=read.number("layer_norm_epsilon", default=1e-5),
-        rescale_every=max(rescale, 0),
-        context_length=read.integer("context_length", "max_position_embeddings", default=1024),
+        norm_eps=read.number("layer_norm_epsilon"),
+        rescale_every=read.whole("rescale_every"),
+        context_length=read.integer("context_length", "max_position_embeddings"),
     )
     read.finish()
     return config

@@ -171,6 +171,9 @@ def test_what_the_real_configs_say():
     assert parse(raw("qwen2-0.5b")).sliding_window == 0
     sliding = parse(raw("qwen2-0.5b", use_sliding_window=True, sliding_window=1024, max_window_layers=20))
     assert (sliding.sliding_window, sliding.full_layers) == (1024, 20)
+    assert parse(raw("qwen2-0.5b", use_sliding_window=True, max_window_layers=0, sliding_window=...)) == parse(
+        raw("qwen2-0.5b", use_sliding_window=True, max_window_layers=0, sliding_window=4096)
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,22 +184,40 @@ def test_what_the_real_configs_say():
         (raw("llama-2-7b", rope_scaling={"type": "linear"}), "rope_scaling.factor = None; expected a positive number"),
         (raw("llama-2-7b", rope_scaling={"factor": 2.0}), "rope_scaling: factor is not known for rope_type 'default'"),
         (raw("llama-2-7b", rope_scaling=[2]), "rope_scaling = [2]; expected an object"),
-        (raw("llama-2-7b", partial_rotary_factor=0.5), "key 'partial_rotary_factor' is not known"),
-        (raw("llama-2-7b", hidden_act="gelu"), "hidden_act = 'gelu'; only 'silu' is supported"),
+        (raw("llama-2-7b", hidden_act="gelu"), "hidden_act = 'gelu'; expected one of those that are implemented: silu"),
         (raw("llama-2-7b", num_key_value_heads=5), "num_attention_heads = 32 is not a multiple of num_key_value_heads"),
-        (raw("smollm2-135m", rope_interleaved=True), "rope_interleaved = True; only False is supported"),
         (raw("smollm2-135m", tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'; expected true or false"),
-        (raw("mistral-7b-v0.1", sliding_window=1024), "contradiction: sliding_window = 1024, sliding_window_size"),
-        (raw("qwen3-0.6b", layer_types=["sliding_attention"] * 28), "layer_types is not what use_sliding_window"),
+        (raw("mistral-7b-v0.1", sliding_window=0), "sliding_window = 0; expected a positive integer"),
+        (
+            raw("mistral-7b-v0.1", layer_types=["full_attention"] * 32),
+            "layer_types and sliding_window = 4096 contradict",
+        ),
+        (raw("llama-2-7b", sliding_window=1024), "sliding_window = 1024; expected null"),
+        (raw("llama-2-7b", layer_types=["sliding_attention"] * 32), "layer_types has sliding_attention, which is not"),
+        (raw("llama-2-7b", is_causal=False), "is_causal = False is not supported for model_type 'llama'"),
+        (
+            raw("qwen3-0.6b", layer_types=["sliding_attention"] * 28),
+            "layer_types has sliding_attention, but use_sliding_window and",
+        ),
         (
             raw("qwen3-0.6b", rope_theta=1, rope_parameters={"rope_theta": 2}),
             "contradiction: rope_theta = 1, rope_para",
         ),
-        (raw("qwen2-0.5b", use_mrope=True), "use_mrope = True is not supported for model_type 'qwen2'"),
-        (raw("qwen2-0.5b", num_key_value_heads=...), "num_key_value_heads is missing"),
+        (
+            raw("qwen2-0.5b", use_sliding_window=True, layer_types=["sliding_attention"] * 2 + ["full_attention"] * 22),
+            "layer_types mixes its kinds",
+        ),
+        (
+            raw("qwen2-0.5b", layer_types=["full_attention"]),
+            "expected full_attention or sliding_attention for each of 24",
+        ),
+        (
+            raw("qwen2-0.5b", num_key_value_heads=...),
+            "num_attention_heads = 14 is not a multiple of num_key_value_heads",
+        ),
         (
             raw("redpajama-incite-3b", hidden_act="tanh"),
-            "hidden_act = 'tanh' is not implemented; known: gelu, gelu_new",
+            "hidden_act = 'tanh'; expected one of those that are implemented: gelu, ",
         ),
         (raw("redpajama-incite-3b", partial_rotary_factor=0.5), "contradiction: rotary_pct = 1.0, partial_rotary_fac"),
         (raw("redpajama-incite-3b", rotary_pct=0.01), "0 of 80 channels of a head are rotated"),
