@@ -6,14 +6,17 @@ truncated meanwhile into a crash of the process.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 if TYPE_CHECKING:
+    from io import FileIO
     from threading import Event
 
 BLOCK = 8 << 20
@@ -31,10 +34,22 @@ def digest_bytes(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
+def open_regular(path: str | Path) -> FileIO:
+    """Open a file for reading; :class:`OSError` for a pipe or a device, which might never end, and for a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+        return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def digest_file(path: str | Path, stop: Event | None = None) -> str:
     """Return the BLAKE3 hex digest of a file's content; :class:`InterruptedError` soon after ``stop`` is set."""
     hasher = blake3(max_threads=blake3.AUTO)
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         buffer = bytearray(min(BLOCK, size + 1))
         view = memoryview(buffer)
@@ -47,7 +62,9 @@ def digest_file(path: str | Path, stop: Event | None = None) -> str:
 
 def canonical(document: Any) -> bytes:
     """Return the one JSON encoding of ``document`` that digests are taken over: sorted keys, no spaces, UTF-8."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+        errors="surrogatepass"  # names that are not UTF-8 are text with lone surrogates
+    )
 
 
 def digest_json(document: Any) -> str:

@@ -80,8 +80,8 @@ def usage(workspace: Workspace) -> Usage:
     sizes = {digest: store.path(digest).stat().st_size for digest in store.digests()}
     running, pins = pinned(workspace.root)
     records = {record["key"]: record for record in workspace.records()}
-    lasts = {n.removeprefix("last:"): workspace.index.get(n) or {} for n in workspace.index.names("last:")}
-    current = {name: records[last["key"]] for name, last in sorted(lasts.items()) if last.get("key") in records}
+    lasts = workspace.lasts()
+    current = {name: records[last["key"]] for name, last in lasts.items() if last.get("key") in records}
     used = {key for key in pins if key in records} | {record["key"] for record in current.values()}
     objects = {digest for key in used for digest, _ in record_files(records[key]).values()}
     others = [_result(record) for key, record in records.items() if key not in used]

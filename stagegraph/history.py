@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
-from stagegraph.outcome import BUILT, UNCHANGED
+from stagegraph.outcome import BUILT, FAILED, UNCHANGED
 from stagegraph.plan import HIT
 from stagegraph.record import record_size
 
@@ -117,6 +117,20 @@ def key_at(runs: Sequence[PastRun], position: int, node: str) -> str | None:
             if entry["node"] == node and entry["outcome"] in EXECUTED | {HIT}:
                 return str(entry["key"])
     return None
+
+
+def last_results(journal: Journal) -> dict[tuple[str, str], dict[str, str]]:
+    """Return (pipeline, node) -> ``key`` of the node's last result and ``failed`` key of a later failure."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in journal.entries():
+        for node in entry["nodes"]:
+            last = found.setdefault((entry["pipeline"], node["node"]), {})
+            if node["outcome"] in EXECUTED | {HIT}:
+                last.clear()
+                last["key"] = node["key"]
+            elif node["outcome"] == FAILED and node["key"]:
+                last["failed"] = node["key"]
+    return {node: last for node, last in found.items() if last}
 
 
 class Durations:

@@ -2,27 +2,34 @@
 
 Kinds of document, by the prefix of their name:
 ``rec:<key>`` the record of one execution; writing it is the commit of a node
+``part:<digest>`` the object of a part that a stage memoised
 ``last:<pipeline>/<node>`` the key of the last finished execution of a node, and of the last failed attempt
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
-``part:<digest>`` the object of a part that a stage memoised
 ``text:<digest>`` source text of a module by the digest that stands for it in keys
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
-Values are JSON (never pickle), nothing is ever evicted. A database that cannot be read is set aside and begun anew:
-what it knew is rebuilt, nothing crashes. diskcache owns the database and does all writing; reading goes straight to
-its one table, because a run without news should pay neither for the import nor for the settings it writes on opening.
+Records and parts are files (:mod:`stagegraph.documents`); all else is a cache in one database, which can be lost at the
+cost of digesting, and of placing outputs, again. So a database that cannot be read is set aside and begun anew, and one
+that cannot be written (a full or read-only disk, a lock) is left as it is: neither costs a result or ends a run. Every
+document is sealed, and one that is not what was written is as good as none.
+
+diskcache owns the database and does all writing; reading goes straight to its one table, because a run without news
+should pay neither for the import nor for the settings it writes on opening.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+
+from stagegraph.documents import DamagedError, Documents, seal, unseal
 
 if TYPE_CHECKING:
     import diskcache
@@ -30,87 +37,181 @@ if TYPE_CHECKING:
 BUSY_SECONDS = 60
 # What a database that another process is just creating answers: there is no file, or no table, yet.
 NOTHING_YET = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR}
+UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Index:
-    """Documents by name in one SQLite database under ``directory``."""
+    """Documents by name: files beside ``directory`` and one SQLite database in it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.files = Documents(directory.parent)
         self.set_aside: Path | None = None
+        self.damaged: set[str] = set()  # names of documents that were read and not believed
+        self._readonly = False
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
-        self._lock = Lock()  # threads share it (a memo's do): one at a time opens the database or reads
+        self._lock = RLock()  # threads share it (a memo's do): one at a time opens the database or reads
 
     def get(self, name: str) -> Any:
-        """Return the document, or None if there is none or it cannot be decoded."""
+        """Return the document, or None if there is none or it is damaged."""
+        if self.files.owns(name):
+            found = self.files.get(name)
+            if found is not None:
+                return found
         rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", name)
         try:
-            return json.loads(rows[0][0]) if rows else None
-        except (ValueError, TypeError):
+            return unseal(name, rows[0][0]) if rows else None
+        except DamagedError:
+            self.damaged.add(name)
             return None
 
     def set(self, name: str, document: Any) -> None:
-        """Write a document; atomic, visible to other processes at once."""
+        """Write a document; atomic, visible to other processes at once. What is a file is written, or raises."""
         self.set_all({name: document})
 
     def set_all(self, documents: Mapping[str, Any]) -> None:
-        """Write documents by name, all or none; one commit, which takes as long as many of them."""
-        texts = {name: json.dumps(document) for name, document in documents.items()}
-        try:
-            self._write(texts)
-        except sqlite3.DatabaseError as error:
-            self._begin_anew(error)
-            self._write(texts)
-
-    def _write(self, texts: Mapping[str, str]) -> None:
-        cache = self._writing()
-        with cache.transact():
-            for name, text in texts.items():
-                cache.set(name, text)
+        """Write documents by name; those in the database all or none, in one commit, which takes as long as many."""
+        cached = {}
+        for name, document in documents.items():
+            if self.files.owns(name):
+                self.files.set(name, document)
+            else:
+                cached[name] = seal(name, document)
+        if cached:
+            self._change(lambda cache: [cache.set(name, text) for name, text in cached.items()])
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
-        self._writing().delete(name)
+        if self.files.owns(name):
+            self.files.delete(name)
+        self._change(lambda cache: cache.delete(name))
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``."""
+        seen: set[str] = set()
+        if self.files.owns(prefix):
+            seen.update(self.files.names(prefix))
+            yield from sorted(seen)
+        yield from (name for name in self._names(prefix) if name not in seen)
+
+    def _names(self, prefix: str) -> list[str]:
         last = f"{prefix}\U0010ffff"
-        for (name,) in self._rows("SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1", prefix, last):
-            yield name
+        rows = self._rows("SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1", prefix, last)
+        return [name for (name,) in rows if isinstance(name, str)]
+
+    def move_to_files(self) -> None:
+        """Make files of the records and parts that a store of an earlier version has in its database."""
+        for prefix in ("rec:", "part:"):
+            for name in self._names(prefix):
+                document = self.get(name)
+                if document is not None and self.files.path(name) is not None and self.files.get(name) is None:
+                    self.files.set(name, document)
+                self._change(lambda cache, name=name: cache.delete(name))
+
+    def problem(self) -> str | None:
+        """Read the whole database; return what is wrong with it, if anything."""
+        if not (self.directory / "cache.db").exists():
+            return None
+        try:
+            with self._lock:
+                ((said, *_), *_) = self._reading().execute("PRAGMA quick_check(1)").fetchall()
+        except sqlite3.DatabaseError as error:
+            return str(error)
+        if said != "ok":
+            return str(said)
+        for name in self._names(""):
+            self.get(name)
+        return f"{len(self.damaged)} of its documents are damaged" if self.damaged else None
+
+    def begin_anew(self) -> None:
+        """Set the database aside."""
+        with self._lock:
+            self.close()
+            aside = self.directory.with_name(f"{self.directory.name}.damaged-{time.time_ns()}")
+            self.directory.rename(aside)
+            self.set_aside = aside
+            self.damaged.clear()
 
     def close(self) -> None:
         """Release the database."""
         if self._reader is not None:
             self._reader.close()
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.close()
         self._reader = self._writer = None
+
+    # -- the database ------------------------------------------------------------------------------------------------
 
     def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
         with self._lock:
-            try:
-                return self._reading().execute(query, values).fetchall()
-            except sqlite3.DatabaseError as error:
-                if (error.sqlite_errorcode & 0xFF) not in NOTHING_YET:
-                    self._begin_anew(error)
-                return []
+            for again in (True, False):
+                try:
+                    return self._reading().execute(query, values).fetchall()
+                except sqlite3.DatabaseError as error:
+                    if _code(error) in NOTHING_YET:
+                        break
+                    if _code(error) not in UNREADABLE:
+                        raise
+                    self._mend(error, again=again)
+            return []
 
     def _reading(self) -> sqlite3.Connection:
         if self._reader is None:
-            address = f"{(self.directory / 'cache.db').absolute().as_uri()}?mode=rw"
-            self._reader = sqlite3.connect(
-                address, BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
-            )
+            path = (self.directory / "cache.db").absolute()
+            self._reader = self._connect(path, "mode=rw")
+            try:
+                self._reader.execute("SELECT 1 FROM Cache LIMIT 1").fetchall()
+            except sqlite3.OperationalError as error:
+                # Nobody may write beside it, as reading a database that is shared takes: then nobody else does.
+                if _code(error) not in {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY} or not path.exists():
+                    raise
+                self._reader = self._connect(path, "mode=ro&immutable=1")
         return self._reader
+
+    @staticmethod
+    def _connect(path: Path, options: str) -> sqlite3.Connection:
+        reader = sqlite3.connect(
+            f"{path.as_uri()}?{options}", BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=True
+        )
+        reader.text_factory = lambda text: text.decode(errors="replace")  # damaged, and said so by its seal
+        return reader
+
+    def _change(self, change: Any) -> None:
+        """Write to the database, if it can be; once it could not, this process tries no more."""
+        if self._readonly or not self.directory.parent.is_dir():  # where nothing was ever run, nothing is kept
+            return
+        import diskcache
+
+        for again in (True, False, None):
+            try:
+                cache = self._writing()
+                with cache.transact():
+                    change(cache)
+            except diskcache.Timeout:
+                self._give_up(f"it was locked for {BUSY_SECONDS} s")
+            except sqlite3.DatabaseError as error:
+                if _code(error) in UNREADABLE and again is not None:
+                    self._mend(error, again=again)
+                    continue
+                self._give_up(str(error), quietly=_code(error) == sqlite3.SQLITE_READONLY)
+            except OSError as error:
+                self._give_up(error.strerror or str(error), quietly=error.errno in {errno.EACCES, errno.EROFS})
+            return
+
+    def _give_up(self, why: str, *, quietly: bool = False) -> None:
+        self._readonly = True
+        if not quietly:
+            _warn(f"the index {self.directory} could not be written ({why}); no result is lost by that")
 
     def _writing(self) -> diskcache.Cache:
         with self._lock:
             if self._writer is None:
                 try:
                     self._writer = self._open_writer()
-                except TypeError:  # settings of the format before this one, whose documents cannot be read
-                    self._set_aside()
+                except (TypeError, ValueError, KeyError, AttributeError) as error:
+                    self._mend(error, again=False)  # settings of a format before this one, or damaged
                     self._writer = self._open_writer()
             return self._writer
 
@@ -126,13 +227,26 @@ class Index:
             size_limit=1 << 62,
         )
 
-    def _begin_anew(self, error: sqlite3.DatabaseError) -> None:
-        """Set a damaged database aside; anything else (a full disk, a lock) is the caller's to report."""
-        if (error.sqlite_errorcode & 0xFF) not in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-            raise error
-        self._set_aside()
-
-    def _set_aside(self) -> None:
+    def _mend(self, why: Exception, *, again: bool) -> None:
+        """Open a database that cannot be read ``again``, as another process may have mended it; else set it aside."""
         self.close()
-        self.set_aside = self.directory.with_name(f"{self.directory.name}.damaged-{time.time_ns()}")
-        self.directory.rename(self.set_aside)
+        if again:
+            return
+        try:
+            self.begin_anew()
+        except OSError:  # it may not be moved: it stays, and is not asked again
+            self._give_up(str(why))
+            self._reader = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        else:
+            _warn(f"the index could not be read ({why}); it was set aside as {self.set_aside} and is begun anew")
+
+
+def _code(error: sqlite3.DatabaseError) -> int:
+    return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)) & 0xFF
+
+
+def _warn(text: str) -> None:
+    """Tell whoever runs this; on stderr, unless a program has its own handlers of Python's ``logging``."""
+    from logging import getLogger  # only trouble pays for it
+
+    getLogger("stagegraph").warning("warning: %s", text)

@@ -1,12 +1,27 @@
-"""The journal: one JSON line per finished run, appended; a torn last line (a kill, a full disk) is skipped on read."""
+"""The journal: one JSON line per finished run, appended, with a seal of its own.
+
+A line that is torn (a kill, a full disk), altered or of another shape is skipped on read.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from stagegraph.digest import digest_json, open_regular
+
+SEAL_DIGITS = 32
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+# Field -> its type.
+RUN = {"pipeline": str, "started": str, "seconds": float, "state": str, "command": list, "nodes": list}
+NODE = {"node": str, "outcome": str, "key": str, "seconds": float, "reason": str, "summary": str, "stage": str}
+NODE |= {"reasons": list, "warnings": list, "problems": list, "parts": dict, "bytes": float, "peak_bytes": float}
+SOMETIMES = {"stage", "warnings", "parts"}
 
 
 class Journal:
@@ -17,8 +32,9 @@ class Journal:
 
     def append(self, entry: dict[str, Any]) -> None:
         """Append one run; a single write, so that runs side by side do not mix their lines."""
-        line = json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        sealed = entry | {"seal": digest_json(entry)[:SEAL_DIGITS]}
+        line = json.dumps(sealed, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -28,15 +44,41 @@ class Journal:
             os.close(descriptor)
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Yield every readable run, oldest first."""
+        """Yield every run that can be believed, oldest first, without its seal."""
         try:
-            lines = self._path.read_bytes().splitlines()
+            with open_regular(self._path) as file:
+                lines = file.readall().splitlines()
         except FileNotFoundError:
             return
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(entry, dict):
+            if isinstance(entry, dict) and _is_sound(entry):
                 yield entry
+
+
+def _is_sound(entry: dict[str, Any]) -> bool:
+    """Say whether a line is what was appended; of a line without a seal (an earlier version's), whether it may be."""
+    if "seal" in entry:
+        return bool(entry.pop("seal") == digest_json(entry)[:SEAL_DIGITS])
+    nodes = entry.get("nodes")
+    return (
+        entry.keys() == RUN.keys()
+        and all(_is(entry[name], kind) for name, kind in RUN.items())
+        and TIME.fullmatch(entry["started"]) is not None
+        and all(isinstance(word, str) for word in entry["command"])
+        and isinstance(nodes, list)
+        and all(isinstance(node, dict) and _is_node(node) for node in nodes)
+    )
+
+
+def _is_node(node: dict[str, Any]) -> bool:
+    return node.keys() >= NODE.keys() - SOMETIMES and all(_is(node[name], NODE[name]) for name in NODE if name in node)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind)

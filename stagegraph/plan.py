@@ -141,7 +141,8 @@ class Planner:
         record = workspace.record(key)
         if record is None:
             previous = workspace.last_record(pipeline, node.name)
-            return Decision(node, STALE if previous else NEVER, [], key, previous=previous)
+            damaged = ["its record was damaged"] if workspace.is_damaged(key) else []
+            return Decision(node, STALE if previous or damaged else NEVER, damaged, key, previous=previous)
         lost = workspace.lost_files(pipeline, node.name, record)
         if lost:
             return Decision(node, STALE, lost, key, previous=record)

@@ -6,20 +6,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.key import artifact_digest
+from stagegraph.key import artifact_digest, key_of
 
 if TYPE_CHECKING:
     from stagegraph.plan import Decision
 
 Record = dict[str, Any]
 RECORD_SCHEMA = 1
+TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
+MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
 
 def new_record(
     decision: Decision, made_from: Mapping[str, Sequence[str]], event: Mapping[str, Any], started: str, seconds: float
 ) -> Record:
     """Return the record of an execution that ended well; ``event`` is what the worker said, ``made_from`` by port."""
-    told = ("views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes")
     return {
         "schema": RECORD_SCHEMA,
         "key": decision.key,
@@ -30,7 +31,19 @@ def new_record(
         "started": started,
         "seconds": round(seconds, 3),
         "host": os.uname().nodename,
-    } | {name: event[name] for name in told}
+    } | {name: event[name] for name in TOLD}
+
+
+def is_record_of(record: Any, key: str) -> bool:
+    """Say whether a document is the record of a key: made of what the key says, its files what its digests say."""
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA or not record.keys() >= TOLD | MADE:
+        return False
+    try:
+        outputs = record["outputs"].values()
+        sound = all(output["digest"] == artifact_digest(output["files"]) for output in outputs)
+        return sound and record["key"] == key == key_of(record["document"])
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return False
 
 
 def same_outputs(a: Record, b: Record) -> bool:

@@ -6,9 +6,11 @@ Layout: ``<pipeline>/<node>/`` holds the files of a node's outputs; everything e
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
 from stagegraph.index import Index
 from stagegraph.journal import Journal
-from stagegraph.record import RECORD_SCHEMA, Record, record_files
+from stagegraph.record import Record, is_record_of, record_files
 from stagegraph.store import Store, remove_tree
 
 
@@ -26,19 +28,22 @@ class Workspace:
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
         self.root = artifacts / ".stagegraph"
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            self.index = Index(self.root / "index")
-        except OSError as error:
-            raise StoreError(
-                f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
-            ) from None
+        self.index = Index(self.root / "index")
         self.store = Store(self.root, self.index)
         self.journal = Journal(self.root / "journal.jsonl")
         self._materialised: dict[str, dict[str, Any]] = {}
         self._lasts: dict[str, dict[str, Any]] = {}
         self.work = self.root / "work"
         self.failed = self.root / "failed"
+
+    def create(self) -> None:
+        """Make the directories; looking at a pipeline that was never run makes none."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
+            ) from None
 
     def close(self) -> None:
         """Release the index."""
@@ -47,9 +52,16 @@ class Workspace:
     # -- records ---------------------------------------------------------------------------------------------------
 
     def record(self, key: str) -> Record | None:
-        """Return the record of a key, or None."""
-        record = self.index.get(f"rec:{key}")
-        return record if isinstance(record, dict) and record.get("schema") == RECORD_SCHEMA else None
+        """Return the record of a key, or None if there is none that can be believed."""
+        record: Record | None = self.index.get(f"rec:{key}")
+        if record is None or is_record_of(record, key):
+            return record
+        self.index.damaged.add(f"rec:{key}")
+        return None
+
+    def is_damaged(self, key: str) -> bool:
+        """Say whether the record of a key was looked for and found damaged."""
+        return f"rec:{key}" in self.index.damaged | self.index.files.damaged
 
     def records(self) -> Iterator[Record]:
         """Yield every record there is."""
@@ -62,8 +74,23 @@ class Workspace:
         """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
         name = f"last:{pipeline}/{node}"
         if name not in self._lasts:
-            self._lasts[name] = self.index.get(name) or {}
+            known = self.index.get(name)
+            self._lasts[name] = known if isinstance(known, dict) else self._journaled.get((pipeline, node), {})
         return self._lasts[name]
+
+    @cached_property
+    def _journaled(self) -> dict[tuple[str, str], dict[str, str]]:
+        """What the journal says of every node's last result and failure: where the index does not know, or is new."""
+        from stagegraph.history import last_results
+
+        return last_results(self.journal)
+
+    def lasts(self) -> dict[str, dict[str, Any]]:
+        """Return what is remembered of every node there ever was: ``pipeline/node`` -> as :meth:`last`."""
+        nodes = {tuple(name.removeprefix("last:").split("/", 1)) for name in self.index.names("last:")}
+        return {
+            f"{pipeline}/{node}": self.last(pipeline, node) for pipeline, node in sorted(nodes | {*self._journaled})
+        }
 
     def last_record(self, pipeline: str, node: str) -> Record | None:
         """Return the record of the last finished execution or hit of a node, or None."""
@@ -97,7 +124,8 @@ class Workspace:
         """Return what is known of a node's directory; read once a run."""
         name = f"mat:{pipeline}/{node}"
         if name not in self._materialised:
-            self._materialised[name] = self.index.get(name) or {}
+            known = self.index.get(name)
+            self._materialised[name] = known if isinstance(known, dict) else {}
         return self._materialised[name]
 
     def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -177,9 +205,12 @@ class Workspace:
         descriptor = self._lock_file(key)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def is_running(self, key: str) -> bool:
@@ -191,8 +222,13 @@ class Workspace:
 
     def _lock_file(self, name: str) -> int:
         path = self.root / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno in {errno.EACCES, errno.EROFS} and path.exists():
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same
+            raise
 
     @contextlib.contextmanager
     def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
@@ -219,15 +255,23 @@ class Workspace:
         yield from self._hold(fcntl.LOCK_EX)
 
     def _hold(self, mode: int) -> Iterator[None]:
-        descriptor = self._lock_file("store")
         try:
-            fcntl.flock(descriptor, mode)
+            descriptor = self._lock_file("store") if self.root.is_dir() else None
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EROFS}:
+                raise
+            descriptor = None  # whoever may not write here only looks
+        try:
+            if descriptor is not None:
+                fcntl.flock(descriptor, mode)
             yield
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def sweep(self) -> None:
         """Remove the work directories that killed runs left behind; those in use are locked and stay."""
+        self.index.move_to_files()
         if self.work.is_dir():
             for folder in self.work.iterdir():
                 with self._locked(folder.name, wait=False) as free:

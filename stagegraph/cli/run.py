@@ -85,9 +85,6 @@ def _dry_run(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
 
 
 def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> Run:
-    if pipeline.workspace.index.set_aside:
-        aside = pipeline.workspace.index.set_aside
-        print(f"warning: the index could not be read; it was set aside as {aside} and is begun anew", file=sys.stderr)
     with reporter_for(len(selection.nodes)) if not args.quiet else Quiet() as reporter:
         return pipeline.run(
             selection,

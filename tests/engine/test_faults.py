@@ -315,7 +315,7 @@ def test_nodes_with_one_key_run_once(demo: Demo) -> None:
     assert sorted(result.outcomes.values()) == ["BUILT", "HIT"]
 
 
-def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch) -> None:
+def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch, caplog) -> None:
     before = demo.source.read_text()
     demo.run()
     time.sleep(0.1)  # a source this young is digested again
@@ -331,9 +331,8 @@ def test_a_full_disk_does_not_cost_the_index(demo: Demo, monkeypatch) -> None:
         patch.setattr("diskcache.Cache.__init__", full)
         assert demo("status", str(demo.pipeline)).code == 0  # looking writes nothing
         demo.source.write_text("other words\n")
-        result = demo.run()
-        assert result.code == 3
-        assert "disk is full" in result.err
+        assert set(demo.run().outcomes.values()) <= {"BUILT", "UNCHANGED"}  # the index is a cache: it costs no node
+        assert "disk is full" in caplog.text
     demo.source.write_text(before)
     assert set(demo.run().outcomes.values()) == {"HIT"}
 

@@ -1,0 +1,133 @@
+"""Sealed JSON: small documents that are believed only as they were written, and those of them that are files.
+
+A seal is a digest of the name and the text, written behind the text: whatever changed either, one bit or all of it, the
+document is as good as gone. Records and parts cannot be told from anything else once they are lost; each is a file
+beside the objects that it names, written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stagegraph.digest import digest_bytes, open_regular
+
+SEAL_DIGITS = 32
+LIMIT = 256 << 20  # bytes; no document comes near it
+FOLDERS = {"rec:": "records", "part:": "parts"}
+SYNCED = ("rec:",)  # a part that a power cut takes is made again
+DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+class DamagedError(Exception):
+    """A document is not what was written under its name."""
+
+
+def seal(name: str, document: Any) -> str:
+    """Return the text of a document to be kept under ``name``."""
+    text = json.dumps(document)
+    return f"{text}#{_seal(name, text)}"
+
+
+def unseal(name: str, text: Any) -> Any:
+    """Return the document of a sealed text, or of one from before there were seals; :class:`DamagedError` otherwise."""
+    if not isinstance(text, str):
+        raise DamagedError(name)
+    body, mark, found = text.rpartition("#")
+    sealed = bool(mark) and len(found) == SEAL_DIGITS
+    if sealed and found != _seal(name, body):
+        raise DamagedError(name)
+    try:
+        return json.loads(body if sealed else text)
+    except (ValueError, RecursionError):
+        raise DamagedError(name) from None
+
+
+def _seal(name: str, text: str) -> str:
+    return digest_bytes(f"{name}\0{text}".encode(errors="surrogatepass"))[:SEAL_DIGITS]
+
+
+class Documents:
+    """The documents that are files, ``root/records/ab/abcd...`` and ``root/parts/ab/abcd...``, by the index's names."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.damaged: set[str] = set()  # names of files that were read and not believed
+
+    def owns(self, name: str) -> bool:
+        """Say whether documents of this name are files."""
+        return name.startswith(tuple(FOLDERS))
+
+    def path(self, name: str) -> Path | None:
+        """Return where a document is, whether or not it exists; None if nothing can have this name."""
+        prefix, mark, digest = name.partition(":")
+        if not DIGEST.fullmatch(digest):
+            return None
+        return self._root / FOLDERS[prefix + mark] / digest[:2] / digest
+
+    def get(self, name: str) -> Any:
+        """Return a document, or None if there is none or it is damaged."""
+        path = self.path(name)
+        if path is None:
+            return None
+        try:
+            with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > LIMIT:
+                    raise DamagedError(name)
+                return unseal(name, file.readall().decode(errors="replace"))
+        except FileNotFoundError:
+            return None
+        except (OSError, DamagedError):
+            self.damaged.add(name)
+            return None
+
+    def set(self, name: str, document: Any) -> None:
+        """Write a document, whole or not at all."""
+        path = self.path(name)
+        assert path is not None, name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(seal(name, document).encode())
+                if name.startswith(SYNCED):
+                    file.flush()
+                    os.fsync(file.fileno())
+            if path.is_dir():
+                _clear(path)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self.damaged.discard(name)
+
+    def delete(self, name: str) -> None:
+        """Remove a document; no error if there is none."""
+        path = self.path(name)
+        if path is not None:
+            _clear(path)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+
+    def names(self, prefix: str) -> Iterator[str]:
+        """Yield the names that begin with ``prefix``, sorted; damaged ones too."""
+        kind = next(kind for kind in FOLDERS if prefix.startswith(kind))
+        start = prefix.removeprefix(kind)
+        top = self._root / FOLDERS[kind]
+        for folder in sorted(top.glob(f"{start[:2]}*") if top.is_dir() else ()):
+            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+                if DIGEST.fullmatch(path.name) and path.name.startswith(start):
+                    yield kind + path.name
+
+
+def _clear(path: Path) -> None:
+    """Remove what is at a document's place, also a directory."""
+    from stagegraph.store import remove_tree
+
+    remove_tree(path)
