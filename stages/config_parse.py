@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHOWN = 80  # characters of a key or a value in the view
-LEGACY = (".bin", ".pt", ".pth", ".ckpt")
-CONVERT = (
-    "load it once with transformers where you trust it and save it again: "
-    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
-)
 
 
 class ConfigParse(Stage):
@@ -59,13 +54,13 @@ class ConfigParse(Stage):
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
-        from stages.models import load_family
+        from stages.models import foreign, load_family
         from stages.models.checkpoint import read_headers
         from stages.models.record import ConfigError
 
         checkpoint = ctx.source("checkpoint")
         files = {name: path for name, path in checkpoint.files.items() if "/" not in name}
-        raw = _read_config(checkpoint.root, files)
+        raw = _read_config(ctx.params.checkpoint, checkpoint.root, files)
         family = load_family(raw["model_type"])
         problems: list[str] = []
         config: Any = None
@@ -73,15 +68,17 @@ class ConfigParse(Stage):
         generation: dict[str, Any] = {}
         window = 0
         try:
-            config = family.parse({key: value for key, value in raw.items() if key != "quantization_config"})
+            config = family.parse(raw)
             window = family.context_window(config, ctx.params.context_window)
         except ConfigError as error:
             problems += error.problems
-        problems += _quantized_already(raw)
         try:
+            if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
+                raise ConfigError(_in_place(checkpoint.root, "no *.safetensors file with weights there"))
             tensors = read_headers(files)
         except ConfigError as error:
-            problems += [_legacy_hint(checkpoint.root, files) or problem for problem in error.problems]
+            problems += error.problems
+        problems += _quantized(ctx, raw, tensors)
         try:
             generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
         except ConfigError as error:
@@ -133,13 +130,19 @@ def _with_stored_head(
     return replace(config, tied=False)
 
 
-def _read_config(root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     """Return config.json, of a model_type and architecture that are known."""
     from stagegraph.errors import nearest
-    from stages.models import FAMILIES, load_family, strict_json
+    from stages.models import FAMILIES, foreign, load_family, strict_json
 
+    if Path(given).is_file():
+        raise StageError(
+            f"{given} is a file; "
+            + (foreign.described([Path(given).name]) or f"checkpoint names the folder that holds {CONFIG}: {root}")
+        )
     if CONFIG not in files:
-        raise StageError(f"{root}: no {CONFIG} there; expected a checkpoint directory in Hugging Face format")
+        instead = _in_place(root, "expected a checkpoint directory in Hugging Face format")
+        raise StageError(f"{root}: no {CONFIG} there; {instead}")
     try:
         raw = strict_json.read_object(files[CONFIG], CONFIG)
     except ValueError as error:
@@ -162,32 +165,30 @@ def _read_config(root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     return raw
 
 
-def _quantized_already(raw: Mapping[str, Any]) -> list[str]:
-    quantization = raw.get("quantization_config")
-    if not quantization:
-        return []
-    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-    problem = (
-        f"{CONFIG}: quantization_config: the checkpoint is already quantized by the method '{method}', which cannot "
-        "be read; start from the unquantized checkpoint and choose a scheme here"
-    )
-    return [problem]
+def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> list[str]:
+    """Return the problem of a checkpoint whose weights are packed; a quantization_config alone is a leftover."""
+    from stages.models import foreign
+    from stages.models.strict_json import shown
 
-
-def _legacy_hint(root: Path, files: Mapping[str, Path]) -> str:
-    """Say what to do, if there is no safetensors file but there are pickled weights or a GGUF file."""
-    if any(name.endswith(".safetensors") for name in files) or not root.is_dir():
-        return ""
-    gguf = sorted(path.name for path in root.iterdir() if path.suffix == ".gguf")
-    if gguf:
-        return (
-            f"the weights are GGUF ({', '.join(gguf)}), llama.cpp's quantized format, which cannot be read; "
-            "start from the unquantized checkpoint in safetensors files and choose a scheme here"
+    declared = raw.get("quantization_config")
+    named = declared.get("quant_method") if isinstance(declared, dict) else declared
+    found = foreign.quantized(tensors)
+    if found:
+        said = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
+        return [f"the weights are quantized by {found}{said}, which cannot be read; {foreign.UNQUANTIZED}"]
+    if declared and tensors:
+        ctx.warn(
+            f"{CONFIG}: quantization_config (quant_method {shown(named)}) is ignored: "
+            f"none of the {len(tensors)} tensors is quantized"
         )
-    legacy = sorted(path.name for path in root.iterdir() if path.suffix in LEGACY)
-    if not legacy:
-        return ""
-    return f"the weights are pickle files ({', '.join(legacy)}), which can run code when read; {CONVERT}"
+    return []
+
+
+def _in_place(root: Path, otherwise: str) -> str:
+    """Say what is in a folder in place of a checkpoint and what to do with it, ``otherwise`` if it is nothing known."""
+    from stages.models import foreign
+
+    return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
 
 
 def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> dict[str, Any]:
@@ -200,9 +201,9 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
         settings = strict_json.read_object(files[GENERATION], GENERATION) if GENERATION in files else {}
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    generation, skipped = normalise(settings, raw, vocab_size)
-    for words in skipped:
-        ctx.warn(f"{GENERATION}: the stop sequence {words} has several ids; only single ids stop generation")
+    generation, notes = normalise(settings, raw, vocab_size)
+    for note in notes:
+        ctx.warn(note)
     return generation
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from stages.models.record import ConfigError
+from stages.models.record import ConfigError, capped
 from stages.models.strict_json import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+CONFIG, GENERATION = "config.json", "generation_config.json"
 # What transformers takes for each, and what a message says of anything else.
 SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "do_sample": (lambda value: isinstance(value, bool), "true or false"),
@@ -24,59 +25,61 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def normalise(
     settings: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Return the normalised document and the stop sequences left out because they have several ids.
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the normalised document, and what of the checkpoint it leaves out, in sentences.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older
-    checkpoints keep their token ids in. Ids must be below ``vocab_size`` (0: unknown, not checked).
+    checkpoints keep their token ids in; its sampling defaults count for nothing, as for transformers. Ids outside the
+    model's vocabulary (``vocab_size`` rows; 0: unknown, not checked) are left out: no such token is ever generated.
     """
     problems: list[str] = []
+    notes: list[str] = []
 
-    def ids(key: str, value: Any) -> list[int]:
+    def ids(file: str, key: str, value: Any) -> list[int]:
         values = value if isinstance(value, list) else [] if value is None else [value]
-        for token in values:
-            if type(token) is not int or token < 0:
-                problems.append(f"{key} = {shown(value)}; expected token ids")
-                return []
-            if vocab_size and token >= vocab_size:
-                problems.append(f"{key} = {shown(value)} is outside the model's vocabulary of {vocab_size} rows")
-                return []
-        return values
+        if any(type(token) is not int for token in values):
+            problems.append(f"{file}: {key} = {shown(value)}; expected token ids")
+            return []
+        known = [token for token in values if token >= 0 and (token < vocab_size or not vocab_size)]
+        for token in sorted(set(values) - set(known))[:1]:
+            rows = f" of {vocab_size} rows" if vocab_size else ""
+            notes.append(f"{file}: {key} = {shown(token)} is outside the model's vocabulary{rows} and is left out")
+        return known
 
     def special(key: str) -> list[int]:
-        value = settings.get(key)
-        return ids(key, config.get(key) if value is None else value)
+        file = GENERATION if settings.get(key) is not None else CONFIG
+        return ids(file, key, (settings if file == GENERATION else config).get(key))
 
     bos, eos, pad = special("bos_token_id"), special("eos_token_id"), special("pad_token_id")
-    stop, skipped = [*eos], []
     words = settings.get("stop_words_ids")
     if words is not None and not (isinstance(words, list) and all(isinstance(word, list) for word in words)):
-        problems.append(f"stop_words_ids = {shown(words)}; expected a list of lists of token ids")
+        problems.append(f"{GENERATION}: stop_words_ids = {shown(words)}; expected a list of lists of token ids")
         words = None
-    for word in words or []:
-        if len(ids("stop_words_ids", word)) == 1:
-            stop.append(word[0])
-        elif word:
-            skipped.append(word)
+    words = [word for word in words or [] if ids(GENERATION, "stop_words_ids", word) == word]
+    notes += [
+        f"{GENERATION}: the stop sequence {shown(word)} has several ids; only single ids stop generation"
+        for word in words
+        if len(word) > 1
+    ]
     chat_format = settings.get("chat_format")
     if chat_format is not None and not isinstance(chat_format, str):
-        problems.append(f"chat_format = {shown(chat_format)}; expected a name")
+        problems.append(f"{GENERATION}: chat_format = {shown(chat_format)}; expected a name")
     sampling = {key: settings[key] for key in SAMPLING if settings.get(key) is not None}
     for key, value in sampling.items():
         accepts, wanted = SAMPLING[key]
         if not accepts(value):
-            problems.append(f"{key} = {shown(value)}; expected {wanted}")
+            problems.append(f"{GENERATION}: {key} = {shown(value)}; expected {wanted}")
     if problems:
-        raise ConfigError(*(f"generation_config.json: {problem}" for problem in problems))
+        raise ConfigError(*capped(problems))
     return {
         "schema": 1,
         "bos": bos[0] if bos else None,
         "eos": eos,
         "pad": pad[0] if pad else None,
-        "stop": list(dict.fromkeys(stop)),
+        "stop": list(dict.fromkeys([*eos, *(word[0] for word in words if len(word) == 1)])),
         "chat_format": chat_format,
         "sampling": sampling,
-    }, skipped
+    }, capped(notes)
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.models import FAMILIES, strict_json
-from tests.checkpoints import write_json, write_qwen
+from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
 from tests.local_context import LocalContext, run_stage
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def test_no_config_and_no_weights(checkpoint: Path):
     assert problems(checkpoint) == ["no *.safetensors file with weights there"]
     (checkpoint / "pytorch_model.bin").write_bytes(b"")
     assert problems(checkpoint)[0].startswith(
-        "the weights are pickle files (pytorch_model.bin), which can run code when read; load it once with transformers"
+        "the weights are pickle files, which can run code when read (pytorch_model.bin); load it once with transformers"
     )
+    (checkpoint / "pytorch_model.bin").unlink()
     (checkpoint / "config.json").unlink()
     assert problems(checkpoint) == ["no config.json there; expected a checkpoint directory in Hugging Face format"]
 
@@ -103,10 +104,6 @@ KNOWN = f"known: {', '.join(sorted(FAMILIES))}"
 WRONG = """config.json: architectures = ["QwenLMHeadModel"] of model_type 'qwen'; """
 OTHER = """config.json: architectures = ["Other", "QWenLMHeadModel"] of model_type 'qwen'; """
 EXPECTED = "expected one of: QWenLMHeadModel"
-QUANTIZED = (
-    "config.json: quantization_config: the checkpoint is already quantized by the method 'gptq', which cannot be read; "
-    "start from the unquantized checkpoint and choose a scheme here"
-)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,6 @@ QUANTIZED = (
         ({"model_type": None}, f"config.json: model_type is missing; {KNOWN}"),
         ({"architectures": ["QwenLMHeadModel"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
         ({"architectures": ["Other", "QWenLMHeadModel"]}, OTHER + EXPECTED),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, QUANTIZED),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_named(checkpoint: Path, values, message):
@@ -161,9 +157,7 @@ def test_hostile_numbers_and_keys_make_short_messages(checkpoint: Path):
 
 
 def test_everything_wrong_is_said_at_once(checkpoint: Path):
-    change(
-        checkpoint, "config.json", no_bias=False, kv_channels=16, quantization_bit=4, quantization_config={"bits": 4}
-    )
+    change(checkpoint, "config.json", no_bias=False, kv_channels=16, quantization_bit=4, use_logn_attn=[])
     change(checkpoint, "generation_config.json", stop_words_ids="</s>")
     shard = checkpoint / "model-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
@@ -173,7 +167,7 @@ def test_everything_wrong_is_said_at_once(checkpoint: Path):
         "no_bias",
         "kv_channels",
         "quantization_bit",
-        "'unnamed'",
+        "use_logn_attn",
         "stop_words_ids = '</s>'",
         f"{shard.name}: truncated",
     ):
@@ -197,8 +191,8 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"eos_token_id": 512}, "eos_token_id = 512 is outside the model's vocabulary of 512 rows"),
-        ({"pad_token_id": -1}, "pad_token_id = -1; expected token ids"),
+        ({"eos_token_id": "2"}, "eos_token_id = '2'; expected token ids"),
+        ({"pad_token_id": True}, "pad_token_id = True; expected token ids"),
         ({"stop_words_ids": [300]}, "stop_words_ids = [300]; expected a list of lists of token ids"),
         ({"stop_words_ids": [[1, "x"]]}, "stop_words_ids = [1, 'x']; expected token ids"),
         ({"chat_format": 7}, "chat_format = 7; expected a name"),
@@ -212,6 +206,99 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
 def test_bad_generation_settings_are_named(checkpoint: Path, values, message):
     change(checkpoint, "generation_config.json", **values)
     assert problems(checkpoint) == [f"generation_config.json: {message}"]
+
+
+def test_ids_of_no_token_are_left_out_and_their_file_named(checkpoint: Path, tmp_path: Path):
+    change(checkpoint, "config.json", pad_token_id=-1)
+    change(checkpoint, "generation_config.json", pad_token_id=None, stop_words_ids=[[301, 512], [512], [302]])
+    ctx = parse(checkpoint, tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation.json").read_text())
+    assert (generation["pad"], generation["stop"]) == (None, [300, 302])
+    outside = "is outside the model's vocabulary of 512 rows and is left out"
+    assert ctx.warnings == [
+        f"config.json: pad_token_id = -1 {outside}",
+        f"generation_config.json: stop_words_ids = 512 {outside}",
+        f"generation_config.json: stop_words_ids = 512 {outside}",
+    ]
+
+
+def test_a_quantization_that_no_tensor_has_is_ignored_and_said(checkpoint: Path, tmp_path: Path):
+    change(checkpoint, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    ctx = parse(checkpoint, tmp_path / "out")
+    assert ctx.warnings == [
+        "config.json: quantization_config (quant_method 'bitsandbytes') is ignored: none of the 19 tensors is quantized"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "message"),
+    [
+        (
+            "transformer.h.0.attn.c_attn.qweight",
+            "I32",
+            "the weights are quantized by GPTQ or AWQ (tensor transformer.h",
+        ),
+        ("transformer.h.0.attn.c_attn.weight.absmax", "F32", "the weights are quantized by bitsandbytes (tensor "),
+        ("transformer.h.0.attn.c_attn.scales", "F16", "the weights are quantized by MLX (tensor "),
+        ("transformer.h.0.attn.c_attn.weight", "U8", "the weights are quantized by a method that stores U8 (tensor "),
+    ],
+)
+def test_packed_weights_are_named_by_their_method(checkpoint: Path, name: str, dtype: str, message: str):
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    entry = {
+        name: {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, {"I32": 16, "F32": 16, "F16": 8, "U8": 4}[dtype]]}
+    }
+    write_raw_safetensors(
+        checkpoint / "model.safetensors", json.dumps(entry).encode(), bytes(entry[name]["data_offsets"][1])
+    )
+    change(checkpoint, "config.json", quantization_config={"quant_method": "some"})
+    (problem,) = problems(checkpoint)
+    assert problem.startswith(message)
+    assert (
+        "as quantization_config of config.json says (quant_method 'some'), which cannot be read; start from" in problem
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "the weights are a LoRA adapter (PEFT), which is no model",
+        ),
+        (["config.json", "adapter_model.safetensors"], "the weights are a LoRA adapter (PEFT), which is no model"),
+        (
+            ["m-Q4_K_M.gguf", "README.md"],
+            "the weights are GGUF, llama.cpp's quantized format, which cannot be read (m-Q4",
+        ),
+        (["consolidated.00.pth", "params.json"], "the weights are Meta's own format (consolidated.00.pth); take the"),
+        (
+            ["config.json", "consolidated.safetensors"],
+            "the weights are Mistral's own format (consolidated.safetensors); ",
+        ),
+        (["config.json", "weights.npz"], "the weights are arrays of NumPy, as MLX once wrote them (weights.npz); take"),
+        (["config.json", "tf_model.h5"], "the weights are of another framework, which cannot be read (tf_model.h5); "),
+    ],
+)
+def test_a_folder_of_another_format_is_named_for_what_it_is(checkpoint: Path, tmp_path: Path, files, message):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name in files:
+        (folder / name).write_text("{}")
+        if name == "config.json":
+            shutil.copy(checkpoint / name, folder)
+    (problem,) = problems(folder)
+    missing = "" if "config.json" in files else "no config.json there; "
+    assert problem.startswith(missing + message)
+
+
+def test_a_file_is_no_checkpoint(checkpoint: Path, tmp_path: Path):
+    config = checkpoint / "config.json"
+    assert problems(config) == [f"{config} is a file; checkpoint names the folder that holds config.json: {checkpoint}"]
+    (tmp_path / "m.gguf").write_text("")
+    (problem,) = problems(tmp_path / "m.gguf")
+    assert problem.startswith(f"{tmp_path / 'm.gguf'} is a file; the weights are GGUF")
 
 
 def test_symlinks_and_other_folders(checkpoint: Path, tmp_path: Path):

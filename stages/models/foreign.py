@@ -1,0 +1,78 @@
+"""What a folder holds that is no checkpoint of plain weights in Hugging Face format, and what to do with it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from stages.models.safetensors import TensorInfo
+
+UNQUANTIZED = "start from the unquantized checkpoint in Hugging Face format and choose a scheme here"
+CONVERT = (
+    "load it once with transformers where you trust it and save it again: "
+    "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR, safe_serialization=True)"
+)
+PUBLISHED = "take the model's repository in Hugging Face format (config.json and model*.safetensors)"
+# Files of a folder without weights of ours -> what they are, and what to do; the first that is there decides.
+FORMATS = (
+    (
+        ("adapter_config.json", "adapter_model*.safetensors", "adapter_model.bin"),
+        "a LoRA adapter (PEFT), which is no model by itself",
+        (
+            "merge it into its base model with peft: AutoPeftModelForCausalLM.from_pretrained(DIR).merge_and_unload()"
+            ".save_pretrained(NEW_DIR), and copy the tokenizer's files there"
+        ),
+    ),
+    (("*.gguf",), "GGUF, llama.cpp's quantized format, which cannot be read", UNQUANTIZED),
+    (
+        ("consolidated*.pth",),
+        "Meta's own format",
+        f"{PUBLISHED}, or convert it with transformers' convert_llama_weights_to_hf.py",
+    ),
+    (("consolidated*.safetensors",), "Mistral's own format", PUBLISHED),
+    (("*.npz",), "arrays of NumPy, as MLX once wrote them", PUBLISHED),
+    (("*.bin", "*.pt", "*.pth", "*.ckpt"), "pickle files, which can run code when read", CONVERT),
+    (("*.msgpack", "*.h5", "*.onnx", "*.nemo"), "of another framework, which cannot be read", PUBLISHED),
+)
+# Ends of tensors' names -> the method that packs weights so; the first of which there is a tensor decides.
+PACKED = (
+    ((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
+    ((".absmax", ".quant_map", ".SCB"), "bitsandbytes"),
+    ((".weight_packed",), "compressed-tensors"),
+    ((".weight_scale", ".weight_scale_inv"), "FP8 or compressed-tensors"),
+    ((".W_q",), "HQQ"),
+    ((".scales", ".biases"), "MLX"),
+)
+PLAIN = {"F64", "F32", "F16", "BF16"}
+
+
+def described(names: Iterable[str]) -> str:
+    """Say what files called ``names`` are and what to do with them; empty if they are nothing that is known."""
+    names = sorted(names)
+    for patterns, what, remedy in FORMATS:
+        found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            return f"the weights are {what} ({', '.join(found[:3])}{more}); {remedy}"
+    return ""
+
+
+def are_weights(name: str) -> bool:
+    """Say whether a safetensors file of this name holds a model's weights in Hugging Face format."""
+    return not any(
+        fnmatchcase(name, pattern) for patterns, _, _ in FORMATS for pattern in patterns if "safetensors" in pattern
+    )
+
+
+def quantized(tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
+    """Say by which method the weights of a checkpoint are packed, and by which tensor that shows; empty if none."""
+    for ends, method in PACKED:
+        if found := next((name for name in tensors if name.endswith(ends)), None):
+            return f"{method} (tensor {found[:200]})"
+    for name, (_, info) in tensors.items():
+        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in PLAIN:
+            return f"a method that stores {info.dtype} (tensor {name[:200]})"
+    return ""
