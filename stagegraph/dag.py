@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -57,7 +58,10 @@ class Dag:
                 upstream.consumers.append(node)
 
     def select(self, pattern: str) -> list[Node]:
-        """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards."""
+        """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
+
+        ``bundle.llvm`` is ``bundle[llvm]``.
+        """
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
             raise PlanError(f"no node is named '{pattern}'{self._nearest(pattern)}")
@@ -65,7 +69,7 @@ class Dag:
 
     def _nearest(self, pattern: str) -> str:
         """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
-        entry = pattern.partition("[")[0]
+        entry = re.split(r"[\[.]", pattern)[0]
         instances = {node.name for node in self.nodes if node.spec.entry == entry}
         return nearest(pattern, instances or {node.spec.entry for node in self.nodes})
 
@@ -90,7 +94,7 @@ def _reach(nodes: Iterable[Node], step: Callable[[Node], list[Node]]) -> set[Nod
 
 
 def _matches(pattern: str, spec: NodeSpec) -> bool:
-    entry, bracket, instance = pattern.partition("[")
+    entry, bracket, instance = pattern.partition("[" if "[" in pattern else ".")  # bundle.llvm needs no quotes
     if not bracket:
         return pattern == spec.entry
     wanted = instance.removesuffix("]").split(",")

@@ -36,7 +36,8 @@ HIDDEN_VARIABLES = frozenset({
     "TVM_CUDA_COMPILE_MODE", "TVM_CUDA_NVCC_NO_FAST_MATH", "TVM_LIBRARY_PATH",
 })  # fmt: skip
 
-# Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`.
+# Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`. Those of
+# its arguments that `REFERENCES` lists may be a reference in place of a path; `run` gets the path of a folder.
 VERBS = {
     "generate": "stages.cli.generate",
     "models": "stages.cli.models",

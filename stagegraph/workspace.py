@@ -9,7 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,20 @@ class Workspace:
             for name, (digest, size) in record_files(record).items()
             if have.get(name) != [digest, _stat_or_none(folder / name)]
         }
+
+    @contextlib.contextmanager
+    def checkout(self, files: Mapping[str, tuple[str, int]]) -> Iterator[Path]:
+        """Show stored files, name -> (digest, size), in a directory of their own meanwhile."""
+        name = f"checkout-{os.getpid()}"
+        target = self.work / name
+        with self._locked(name, wait=True):
+            try:
+                for file, (digest, _) in files.items():
+                    (target / file).parent.mkdir(parents=True, exist_ok=True)
+                    self.store.place(digest, target / file)
+                yield target
+            finally:
+                remove_tree(target)
 
     # -- locks, work and logs --------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Bundle(Stage):
         card = documents.card(ctx.params.name, ctx.params.target, found)
         (root / "README.md").write_text(card, "utf-8")
         name, target = ctx.params.name, ctx.params.target
-        manifest = documents.manifest(name, target, machine, found["metadata"], assemble.files(root))
+        manifest = documents.manifest(name, target, machine, found, assemble.files(root))
         assemble.write_json(root / "bundle.json", manifest)
         ctx.view("card", card)
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")

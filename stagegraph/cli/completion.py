@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
-NODES = {"NODE", "REF", "A", "B"}  # arguments that name nodes
+NODES = {"NODE", "REF", "A", "B", "BUNDLE"}  # arguments that name nodes
 NODE_OPTIONS = {"--stage", "--from", "--until"}
 
 BASH = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import io
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from stagegraph.cli.common import print_json
+from stagegraph.cli.common import add_file, print_json
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
 from stagegraph.registry import VERBS
 
@@ -54,6 +55,8 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     loaded.add_arguments(parser)
+    if hasattr(loaded, "REFERENCES"):
+        add_file(parser)
     return parser
 
 
@@ -123,8 +126,14 @@ def dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in TABLE:
         raise PipelineError(f"no verb '{argv[0]}'{nearest(argv[0], TABLE)}")
-    args = parse(argv[0], argv[1:])
-    code: int = importlib.import_module(TABLE[argv[0]][0]).run(args)
+    args, module = parse(argv[0], argv[1:]), importlib.import_module(TABLE[argv[0]][0])
+    with contextlib.ExitStack() as stack:
+        for name in getattr(module, "REFERENCES", ()):
+            from stagegraph.cli.reference import folder
+
+            if (value := getattr(args, name)) is not None:
+                setattr(args, name, stack.enter_context(folder(args, value)))
+        code: int = module.run(args)
     return code
 
 
@@ -141,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     except PipelineError as error:
         code = _report(error.problems, arguments, error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run again to continue where this stopped", file=sys.stderr)
+        rest = "; run again to continue where this stopped" if arguments[:1] == ["run"] else ""
+        print(f"interrupted{rest}", file=sys.stderr)
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_PIPE

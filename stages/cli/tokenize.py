@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime.errors import BundleError
+from stages.runtime import serving
+from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.tokenizer import INFO, BundleTokenizer
 
 if TYPE_CHECKING:
     import argparse
 
 EXAMPLE = "pipeline tokenize artifacts/tiny-qwen/tokenizer-bundle 'It was'"
+REFERENCES = ("bundle", "compare")  # arguments that may name a node's result instead of a path
 TEXT_COLUMN = 57  # characters before the last column of the table
 
 
@@ -30,15 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; 0 ok, 1 if ``--compare`` finds a difference, 2 for a bundle that cannot be read."""
-    text = sys.stdin.read() if args.text == "-" else args.text
     try:
+        text = serving.text_of(sys.stdin.buffer.read(), "standard input") if args.text == "-" else args.text
         tokenizer = BundleTokenizer(_directory(args.bundle))
         other = BundleTokenizer(_directory(args.compare)) if args.compare else None
-    except BundleError as error:
-        for problem in error.problems:
+        found = describe(tokenizer, text, specials=args.specials)
+    except (BundleError, RequestError) as error:
+        for problem in getattr(error, "problems", (error,)):
             print(f"error: {problem}", file=sys.stderr)
         return 2
-    found = describe(tokenizer, text, specials=args.specials)
     difference = None
     if other is not None:
         difference = compare(found, describe(other, text, specials=args.specials))

@@ -18,6 +18,7 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda value: _is_number(value) and value >= 0, "a number, at least 0"),
     "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "top_k": (lambda value: type(value) is int and value >= 0, "a whole number, at least 0"),
+    "min_p": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "repetition_penalty": (lambda value: _is_number(value) and value > 0, "a number above 0"),
     "max_new_tokens": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
 }

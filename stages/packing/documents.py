@@ -55,9 +55,14 @@ def disagreements(
 
 
 def manifest(
-    name: str, target: str, machine: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+    name: str,
+    target: str,
+    machine: str,
+    found: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Return bundle.json: what the loader checks before it loads anything."""
+    """Return bundle.json: what the loader checks before it loads anything, and how the checkpoint draws tokens."""
+    metadata = found["metadata"]
     return {
         "schema": 1,
         "name": name,
@@ -67,6 +72,7 @@ def manifest(
         "cpu": metadata["cpu"],
         "device_code": metadata.get("device_code", []),
         "model": metadata["model"],
+        "sampling": found["generation"].get("sampling") or {},
         "files": files,
     }
 

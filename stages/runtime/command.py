@@ -3,110 +3,103 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stages.runtime.errors import BundleError, RequestError
+from stages.runtime import serving
+from stages.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import argparse
 
     from stages.runtime.generation import Generation
-    from stages.runtime.session import Session
-    from stages.runtime.tokenizer import BundleTokenizer
+    from stages.runtime.manifest import Manifest
 
-# With --quick, larger files are weights: their size is checked and their digest is not.
-_QUICK_LIMIT = 16 << 20
+MAX_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
+    serving.bundle_argument(parser)
     add = parser.add_argument
-    add("bundle", type=Path, metavar="BUNDLE", help="a bundle's directory, or one with a bundle/ in it")
-    add("--prompt", required=True, help="the text to continue")
-    add("--max-tokens", type=int, default=128, metavar="N", help="stop after N tokens (default 128)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from this share of probability (default 1)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default 0)")
+    add("--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
+    add("--prompt-file", type=Path, metavar="FILE", help="a file with the text; its last line break is left out")
     add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat format")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: what the bundle is built for")
-    add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
+    serving.add_arguments(parser, max_tokens=str(MAX_TOKENS))
     add("--json", action="store_true", help="print one JSON document instead of the text")
 
 
-def run(args: argparse.Namespace, out: TextIO | None = None, err: TextIO | None = None) -> int:
-    """Run the command: text goes to ``out`` as it is made, rates and errors to ``err``.
+def run(args: argparse.Namespace, *streams: TextIO) -> int:
+    """Run the command: text goes to stdout as it is made, rates and errors to stderr, or to the two ``streams``.
 
-    Returns 0, 2 for a request or a bundle that cannot be served here, or 141 where the reader of the text has gone.
+    Returns 0, 2 for a request or a bundle that cannot be served here, 130 after Ctrl-C, which ends the text, or 141
+    where the reader of the text has gone.
     """
-    out, err = out or sys.stdout, err or sys.stderr
-    try:
-        return _run(args, out, err)
-    except BrokenPipeError:
-        # Who read the text has gone. What Python still holds for stdout must go somewhere when the process ends.
-        if out is sys.stdout:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-        return 128 + signal.SIGPIPE
-    except (BundleError, RequestError) as error:
-        for problem in getattr(error, "problems", (error,)):
-            err.write(f"error: {problem}\n")
-        return 2
+    return serving.guarded(_run, args, *streams)
 
 
 def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
-    if not args.prompt:
-        raise RequestError("the prompt is empty: give a text to continue")
-    session, tokenizer = _open(args)
-    generation, text = _generate(args, session, tokenizer, out)
+    prompt = _prompt(args)
+    served = serving.serve(args, chat=args.chat)
+    ids = _ids(args, served, prompt)
+    from stages.runtime.context import Context
+    from stages.runtime.generation import Generation
+    from stages.runtime.session import Session
+
+    context = Context(Session(served.manifest))
+    pieces = []
+    max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
+    with serving.interrupts() as interrupted:
+        generation = Generation(ids, max_tokens, served.stops, args.specials, interrupted)
+        for piece in generation.text(context, served.tokenizer, served.sampler):
+            pieces.append(piece)
+            if not args.json:
+                out.write(piece)
+                out.flush()
     if args.json:
-        document = {"prompt": args.prompt, "text": text, **_counts(generation, session)}
-        out.write(json.dumps(document, ensure_ascii=False, indent=1) + "\n")
-        out.flush()
+        document = {"prompt": prompt, "text": "".join(pieces), **_counts(generation, served.manifest)}
+        out.write(json.dumps({**document, "sampling": served.sampling}, ensure_ascii=False, indent=1) + "\n")
     else:
         out.write("\n")
-        out.flush()
-        err.write(_rates(generation))
-    return 0
+        sampling = f"; {served.sampling}" if args.chat or served.sampling != "greedy" else ""
+        err.write(f"{serving.rates(generation)}{sampling}\n")
+    out.flush()
+    return serving.INTERRUPTED if generation.finish == "interrupt" else 0
 
 
-def _open(args: argparse.Namespace) -> tuple[Session, BundleTokenizer]:
-    from stages.runtime import manifest
-
-    bundle = manifest.read(args.bundle)
-    problems = manifest.check(bundle, digest_limit=_QUICK_LIMIT if args.quick else None)
-    if args.device not in ("auto", bundle.device):
-        problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
-    if problems:
-        raise BundleError(*problems)
-    # What they import may be absent, which the check above has said by now.
-    from stages.runtime.session import Session
-    from stages.runtime.tokenizer import BundleTokenizer
-
-    return Session(bundle), BundleTokenizer(bundle.root)
-
-
-def _generate(
-    args: argparse.Namespace, session: Session, tokenizer: BundleTokenizer, out: TextIO
-) -> tuple[Generation, str]:
-    from stages.runtime.generation import Generation
-    from stages.runtime.sampling import Sampler
-
-    active = min(tokenizer.active_vocab_size, session.vocab_size)
-    sampler = Sampler(active, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    generation = Generation(tokenizer.chat(args.prompt) if args.chat else tokenizer.prompt(args.prompt))
-    pieces = []
-    for piece in generation.text(session, tokenizer, sampler, args.max_tokens):
-        pieces.append(piece)
-        if not args.json:
-            out.write(piece)
-            out.flush()
-    return generation, "".join(pieces)
+def _prompt(args: argparse.Namespace) -> str:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise RequestError("give the text with --prompt TEXT (--prompt - reads standard input) or --prompt-file FILE")
+    if args.prompt_file is not None:
+        try:
+            prompt = _without_break(serving.text_of(args.prompt_file.read_bytes(), str(args.prompt_file)))
+        except OSError as error:
+            raise RequestError(f"{args.prompt_file}: {error.strerror}") from None
+    elif args.prompt == "-":
+        prompt = _without_break(serving.text_of(sys.stdin.buffer.read(), "standard input"))
+    else:
+        prompt = serving.text(args.prompt, "--prompt")
+    if not prompt:
+        raise RequestError("the prompt is empty: give a text to continue")
+    if args.system is not None and not args.chat:
+        raise RequestError("--system is a message of a chat: add --chat")
+    return prompt
 
 
-def _counts(generation: Generation, session: Session) -> dict[str, Any]:
+def _without_break(text: str) -> str:
+    """Return ``text`` without the line break that editors and echo put at its end."""
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _ids(args: argparse.Namespace, served: serving.Served, prompt: str) -> list[int]:
+    if not args.chat:
+        return served.tokenizer.prompt(prompt)
+    system = serving.text(args.system, "--system") if args.system else None
+    return served.tokenizer.chat(prompt, system=system)
+
+
+def _counts(generation: Generation, manifest: Manifest) -> dict[str, Any]:
     from stages.runtime import backend
 
     return {
@@ -119,17 +112,8 @@ def _counts(generation: Generation, session: Session) -> dict[str, Any]:
         "prefill_tokens_per_second": round(generation.prefill_rate, 2),
         "decode_steps": generation.decode_steps,
         "decode_tokens_per_second": round(generation.decode_rate, 2) if generation.decode_steps else None,
-        "bundle": session.manifest.name,
-        "target": session.manifest.target,
-        "device": session.manifest.device,
+        "bundle": manifest.name,
+        "target": manifest.target,
+        "device": manifest.device,
         "threads": backend.threads(),
     }
-
-
-def _rates(generation: Generation) -> str:
-    steps = generation.decode_steps  # one fewer than the tokens, the first of which prefill gives
-    rate = f", {generation.decode_rate:.1f} tokens/s" if steps else ""
-    return (
-        f"{len(generation.ids)} tokens; prefill {len(generation.prompt)} tokens, {generation.prefill_rate:.1f} "
-        f"tokens/s; decode {steps} steps{rate}; ended by {generation.finish}\n"
-    )

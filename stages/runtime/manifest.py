@@ -7,7 +7,7 @@ import importlib.util
 import json
 import platform
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ class Manifest:
     model: Mapping[str, Any]
     device_code: Sequence[Mapping[str, Any]]
     files: Mapping[str, Entry]
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json, by its keys
 
     @property
     def device(self) -> str:
@@ -78,6 +79,7 @@ def read(path: Path) -> Manifest:
         model=document["model"],
         device_code=document["device_code"],
         files={name: Entry(entry["sha256"], entry["size"]) for name, entry in document["files"].items()},
+        sampling=document.get("sampling", {}),
     )
 
 
@@ -130,7 +132,18 @@ def _problems_of_form(document: Any) -> list[str]:
         return problems
     if document["target"] not in _DEVICES:
         problems.append(f"target {document['target']!r} is not known here; known: {', '.join(_DEVICES)}")
+    problems += _problems_of_sampling(document.get("sampling", {}))
     return problems + _problems_of_model(document) + _problems_of_machine(document) + _problems_of_files(document)
+
+
+def _problems_of_sampling(sampling: Any) -> list[str]:
+    if not isinstance(sampling, dict):
+        return [f"'sampling' must be dict, found {type(sampling).__name__}"]
+    return [
+        f"'sampling.{key}' must be a number, true or false, found {value!r:.60}"
+        for key, value in sampling.items()
+        if not isinstance(value, int | float)
+    ]
 
 
 def _problems_of_model(document: Mapping[str, Any]) -> list[str]:

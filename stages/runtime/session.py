@@ -122,9 +122,19 @@ class Session:
         except KeyError:
             raise RequestError(f"there is no sequence {sequence} in this session") from None
 
+    @property
+    def limit(self) -> int | None:
+        """The most tokens that a sequence may hold; None where there is no such limit."""
+        return self._state.limit
+
     def full(self, sequence: int) -> bool:
         """Say whether a sequence can take no more tokens."""
-        return self.length(sequence) == self._state.limit
+        return self.length(sequence) == self.limit
+
+    def reach(self, sequence: int) -> int:
+        """Return how many tokens of a sequence can be taken back."""
+        self.length(sequence)
+        return self._reach[sequence]
 
     # Tokens in, logits out
 
@@ -211,7 +221,7 @@ class Session:
         if not ids:
             raise RequestError("there are no tokens to read")
         self._check_ids(ids)
-        limit = self._state.limit
+        limit = self.limit
         if limit is not None and held + len(ids) > limit:
             raise RequestError(
                 f"the context holds {limit} tokens: {held} are in use, {len(ids)} more were asked for; "

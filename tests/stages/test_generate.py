@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,12 +83,114 @@ def test_a_prompt_longer_than_a_chunk_and_a_full_context(quantized):
     assert document["finish"] == "context"
 
 
+def test_the_prompt_comes_from_the_command_line_a_file_or_standard_input(recorded, tmp_path, monkeypatch):
+    expected = run(recorded.bundle, "--prompt", "every\nmorning", "--max-tokens", 5)[1]
+    (tmp_path / "prompt.txt").write_bytes(b"every\nmorning\n")
+    assert run(recorded.bundle, "--prompt-file", tmp_path / "prompt.txt", "--max-tokens", 5)[1] == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"every\nmorning\r\n")))
+    assert run(recorded.bundle, "--prompt", "-", "--max-tokens", 5)[1] == expected
+
+
+def test_a_prompt_that_is_not_utf8_is_one_message(recorded, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"every \xff morning")
+    code, out, err = run(recorded.bundle, "--prompt-file", tmp_path / "prompt.txt")
+    assert (code, out, err) == (2, "", f"error: {tmp_path}/prompt.txt: not UTF-8 at byte 6\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"every \xff")))
+    assert run(recorded.bundle, "--prompt", "-")[2] == "error: standard input: not UTF-8 at byte 6\n"
+
+
+def test_the_text_ends_before_a_stop_string_over_token_borders(recorded):
+    arguments = [recorded.bundle, "--prompt", "every morning", "--max-tokens", 120, "--json"]
+    whole = json.loads(run(*arguments)[1])
+    stream, borders, shown = BundleTokenizer(recorded.bundle).stream(), [], ""
+    for token in whole["ids"]:
+        shown += stream.step(token)
+        borders.append(len(shown))
+    pairs = (whole["text"][border - 1 : border + 1] for border in borders[20:-20])
+    stop = next(pair for pair in pairs if len(pair) == 2 and "\ufffd" not in pair)
+    found = json.loads(run(*arguments, "--stop", "never there", "--stop", stop)[1])
+    assert (found["text"], found["finish"]) == (whole["text"].partition(stop)[0], "stop string")
+    assert found["ids"] == whole["ids"][: len(found["ids"])]
+
+
+def test_special_tokens_are_shown_on_demand(recorded):
+    arguments = [recorded.bundle, "--prompt", "a", "--json", "--max-tokens", 60, "--temperature", 3, "--seed", 4]
+    hidden, shown = (json.loads(run(*arguments, *more)[1]) for more in ([], ["--specials"]))
+    tokenizer = BundleTokenizer(recorded.bundle)
+    assert any(map(tokenizer.is_special, hidden["ids"]))
+    assert shown["ids"] == hidden["ids"]
+    spelt = b"".join(map(tokenizer.piece, shown["ids"])).decode(errors="replace")
+    end = shown["text"].removeprefix(spelt)
+    assert end in ({"<|endoftext|>", "<|im_end|>", "<|im_start|>"} if shown["finish"] == "stop" else {""})
+    assert "<|extra" not in hidden["text"]
+
+
+def test_the_penalty_sees_the_prompt_and_what_came(recorded):
+    tokenizer = BundleTokenizer(recorded.bundle)
+    document = json.loads(
+        run(recorded.bundle, "--prompt", "every", "--json", "--max-tokens", 40, "--repetition-penalty", 1e9)[1]
+    )
+    every = [*tokenizer.encode("every"), *document["ids"]]
+    assert len(set(every)) == len(every)
+    assert document["sampling"] == "greedy, repetition_penalty 1e+09"
+
+
+def test_a_chat_is_sampled_as_the_checkpoint_says_unless_an_option_does(recorded):
+    def said(*options):
+        return run(recorded.bundle, "--prompt", "hi", "--max-tokens", 2, *options)[2]
+
+    assert said("--chat").endswith("; temperature 1, top_p 0.8 (generation_config.json)\n")
+    options = ["--top-p", 0.5, "--temperature", 0.5, "--top-k", 9]
+    assert said("--chat", *options).endswith("; temperature 0.5, top_k 9, top_p 0.5\n")
+    assert said("--chat", "--temperature", 0).endswith("; greedy (generation_config.json)\n")
+    assert said().endswith("ended by length\n")
+
+
+def test_a_chat_has_the_system_message_that_is_asked_for(recorded):
+    def ids(*options):
+        arguments = [recorded.bundle, "--prompt", "hi", "--chat", "--temperature", 0, "--max-tokens", 8, "--json"]
+        return json.loads(run(*arguments, *options)[1])["prompt_tokens"]
+
+    tokenizer = BundleTokenizer(recorded.bundle)
+    assert ids("--system", "Be very brief.") == len(tokenizer.chat("hi", system="Be very brief."))
+    assert ids() == len(tokenizer.chat("hi"))
+
+
+class Interrupting(io.StringIO):
+    """Presses Ctrl-C once some text has come."""
+
+    def write(self, text):
+        if self.tell() < 12 <= self.tell() + len(text):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_an_interrupt_ends_the_text_with_the_rates_so_far(recorded):
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    arguments = [str(recorded.bundle), "--prompt", "every morning", "--max-tokens", "400"]
+    out, err = Interrupting(), io.StringIO()
+    assert command.run(parser.parse_args(arguments), out, err) == 130
+    assert "ended by interrupt" in err.getvalue()
+    assert "decode" in err.getvalue()
+    assert "run again" not in err.getvalue()
+    assert run(*arguments)[1].startswith(out.getvalue()[:-1])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        ([], "give the text with --prompt TEXT"),
+        (["--prompt", "a", "--prompt-file", "b"], "give the text with --prompt TEXT"),
+        (["--prompt-file", "nowhere"], "nowhere: No such file"),
+        (["--prompt", "a", "--system", "b"], "add --chat"),
+        (["--prompt", "a", "--stop", ""], "--stop: the text is empty"),
+        (["--prompt", "a", "--stop", "b\udcff"], "--stop: not UTF-8 at character 1"),
+        (["--prompt", "a", "--chat", "--system", "b\udcff"], "--system: not UTF-8 at character 1"),
         (["--prompt", "a\udcff"], "not UTF-8 at character 1"),
-        (["--prompt", "e" * 2000], "the context holds 512 tokens"),
+        (["--prompt", "e" * 2000], "the context holds 512 tokens and the prompt has 2,000"),
         (["--prompt", "a", "--top-p", "2"], "top_p 2.0"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens 0"),
         (["--prompt", "a", "--device", "cuda"], "it runs on cpu, not on cuda"),

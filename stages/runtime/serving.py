@@ -1,0 +1,163 @@
+"""What the commands share: how a bundle is opened, tokens are picked, Ctrl-C and mistakes are taken, rates are said."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.runtime.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+    from typing import TextIO
+
+    from stages.runtime.generation import Generation
+    from stages.runtime.manifest import Manifest
+    from stages.runtime.sampling import Sampler
+    from stages.runtime.tokenizer import BundleTokenizer
+
+    Run = Callable[[argparse.Namespace, TextIO, TextIO], int]
+
+INTERRUPTED = 128 + signal.SIGINT
+# With --quick, larger files are weights: their size is checked and their digest is not.
+_QUICK_LIMIT = 16 << 20
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
+    """Add to ``parser`` what every command takes; ``max_tokens`` says what is taken where that is not given."""
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the chat's system message, in place of the model's own")
+    add("--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default {max_tokens})")
+    add("--temperature", type=float, metavar="T", help="0 is greedy, the default")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default 0: from all)")
+    add("--top-p", type=float, metavar="P", help="draw from this share of probability (default 1)")
+    add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that came are less likely (default 1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    add("--specials", action="store_true", help="show special tokens, such as the one that ends the text")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: what the bundle is built for")
+    add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
+
+
+def guarded(
+    run: Callable[[argparse.Namespace, TextIO, TextIO], int], args: argparse.Namespace, *streams: TextIO
+) -> int:
+    """Return what ``run`` returns, 2 for a mistake, which is said, 130 after Ctrl-C, 141 where the reader has gone."""
+    out, err = streams or (sys.stdout, sys.stderr)
+    try:
+        return run(args, out, err)
+    except BrokenPipeError:
+        # Who read the text has gone. What Python still holds for stdout must go somewhere when the process ends.
+        if out is sys.stdout:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return 128 + signal.SIGPIPE
+    except (BundleError, RequestError) as error:
+        for problem in getattr(error, "problems", (error,)):
+            err.write(f"error: {problem}\n")
+        return 2
+    except KeyboardInterrupt:
+        err.write("interrupted\n")
+        return INTERRUPTED
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Yield what says whether Ctrl-C came; only a second one is a :class:`KeyboardInterrupt`.
+
+    The first must not tear a call of the library apart: between two tokens the cache is whole.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False
+        return
+    came = False
+
+    def note(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def text(value: str, where: str) -> str:
+    """Return ``value``; :class:`RequestError` if bytes that are not UTF-8 came with the command line or by typing."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{where}: not UTF-8 at character {error.start}") from None
+    return value
+
+
+def text_of(data: bytes, where: str) -> str:
+    """Return the text of what a file or standard input holds."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{where}: not UTF-8 at byte {error.start}") from None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle that passed its checks, with its tokenizer and what the options make of its defaults."""
+
+    manifest: Manifest
+    tokenizer: BundleTokenizer
+    sampler: Sampler
+    sampling: str
+    stops: list[bytes]
+
+
+def serve(args: argparse.Namespace, *, chat: bool) -> Served:
+    """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says."""
+    from stages.runtime import manifest
+
+    bundle = manifest.read(args.bundle)
+    problems = manifest.check(bundle, digest_limit=_QUICK_LIMIT if args.quick else None)
+    if args.device not in ("auto", bundle.device):
+        problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
+    if problems:
+        raise BundleError(*problems)
+    # What they import may be absent, which the check above has said by now.
+    from stages.runtime.sampling import Sampler, Settings, of_checkpoint
+    from stages.runtime.tokenizer import BundleTokenizer
+
+    given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    default = of_checkpoint(bundle.sampling) if chat else {}
+    settings = Settings(**{**default, **given})
+    if "" in args.stop:
+        raise RequestError("--stop: the text is empty")
+    stops = [text(stop, "--stop").encode() for stop in args.stop]
+    tokenizer = BundleTokenizer(bundle.root)
+    sampler = Sampler(min(tokenizer.active_vocab_size, bundle.model["vocab_size"]), settings, seed=args.seed)
+    origin = " (generation_config.json)" if default.keys() - given.keys() else ""
+    return Served(bundle, tokenizer, sampler, f"{settings}{origin}", stops)
+
+
+def bundle_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names a bundle."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle's directory, or one with a bundle/ in it")
+
+
+def rates(generation: Generation) -> str:
+    """Return what a generation cost, on one line."""
+    steps = generation.decode_steps  # one fewer than the tokens, the first of which prefill gives
+    rate = f", {generation.decode_rate:.1f} tokens/s" if steps else ""
+    return (
+        f"{len(generation.ids)} tokens; prefill {generation.prefilled} tokens, {generation.prefill_rate:.1f} "
+        f"tokens/s; decode {steps} steps{rate}; ended by {generation.finish}"
+    )
