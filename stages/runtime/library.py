@@ -39,7 +39,8 @@ class LibraryVocabulary:
     """Ids and text of one tokenizer.json.
 
     ``normalized`` says that text arrives in the form that the file's normalizer would give it, which costs time.
-    ``specials`` are the special tokens: text -> (id, takes the white space before it, and after it).
+    ``specials`` are the special tokens: text -> (id, takes the white space before it, and after it); ``added`` are
+    all that are not the model's own: text -> (id, special).
     """
 
     def __init__(self, path: Path, *, normalized: bool = False) -> None:
@@ -53,6 +54,7 @@ class LibraryVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
+        self.added = {token.content: (index, token.special) for index, token in added.items()}
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Return the ids of ``text``, special tokens' spellings included as ordinary text.
@@ -68,6 +70,16 @@ class LibraryVocabulary:
             return self.encode(text)
         finally:
             self._tokenizer.pre_tokenizer = usual
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of ``text`` by the model alone: nothing in it is an added token, of whatever kind."""
+        tokenizer = self._tokenizer
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        splits = [text]
+        if tokenizer.pre_tokenizer is not None:
+            splits = [split for split, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for split in splits for token in tokenizer.model.tokenize(split)]
 
     def piece(self, index: int) -> bytes | None:
         """Return the bytes of an id; of a token outside the byte-level alphabet, its spelling in UTF-8."""

@@ -7,19 +7,19 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
 
+from stages.runtime import chat as chats
 from stages.runtime import trie
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.trie import TrieVocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from stages.runtime.library import LibraryVocabulary
     from stages.runtime.stream import TextStream
 
 INFO, CONFIG = "tokenizer_info.json", "tokenizer_config.json"
-_MARKS = range(0xE000, 0xF900)  # private use: no text has all of them
 
 
 class BundleTokenizer:
@@ -74,65 +74,86 @@ class BundleTokenizer:
         """Say whether an id is a special token."""
         return any(index == special[0] for special in self._vocabulary.specials.values())
 
-    def chat(self, message: str, *, system: str | None = None) -> list[int]:
-        """Return the ids of one user turn up to where the assistant speaks, in the bundle's chat format."""
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        system: str | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> list[int]:
+        """Return the ids of a conversation in the bundle's chat format.
+
+        ``messages`` are mappings with ``role`` and ``content``, as Hugging Face's templates know them, or one text of
+        the user; ``system`` goes before them. They end where the assistant speaks, if ``add_generation_prompt``.
+        ``variables`` are what a template may ask for besides (``tools``, ``documents``, ``enable_thinking`` ...), and
+        ``template`` is the name of one where the checkpoint has several.
+
+        What messages and variables spell of control tokens becomes ordinary text. :class:`RequestError` where the
+        bundle has no chat format, or its template refuses the conversation.
+        """
+        conversation = chats.turns(messages, system)
         form = (self._info.get("chat") or {}).get("format")
         if form == "chatml":
-            return self._chatml(message, system)
-        if form == "template":
-            return self._templated(message, system)
-        raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}); leave out --chat")
+            return self._chatml(conversation, add_generation_prompt=add_generation_prompt)
+        if form != "template":
+            raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}): give plain text")
+        given = {"tools": None, "documents": None, **(variables or {})}
+        given |= {"messages": conversation, "add_generation_prompt": add_generation_prompt}
+        config = json.loads((self._root / CONFIG).read_text(encoding="utf-8"))
+        chosen = chats.choose(config.get("chat_template"), tools=given["tools"] is not None, name=template)
+        vocabulary = self._spelling(config)
+        return chats.encoded(chats.marked(chosen, given, vocabulary), vocabulary)
+
+    def _spelling(self, config: Mapping[str, Any]) -> chats.Vocabulary:
+        controls = config.get("chat_control_tokens")
+        return chats.Vocabulary(
+            encode=lambda text: self.encode(text, specials=True),
+            encode_plain=lambda text: self._vocabulary.encode_plain(self.normalize(text)),
+            added=self._vocabulary.added,
+            roles={name: text for name, text in config.items() if name.endswith("_token") and isinstance(text, str)},
+            controls=controls if isinstance(controls, list) else None,
+        )
 
     def stream(self, after: Sequence[int] = ()) -> TextStream:
         """Return a decoder of ids that arrive one at a time and continue the ids ``after``."""
         return self._vocabulary.stream(after[-1] if after else None)
 
-    def _chatml(self, message: str, system: str | None) -> list[int]:
-        """Encode one turn after ``system`` or the format's own system message.
+    def _chatml(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+        """Encode turns after the format's own system message, unless they begin with one.
 
         Where tokenizer_info.json says piecewise, role and content are encoded one by one: at once they would merge,
         to other ids than the model was trained on.
         """
-        chat = self._info["chat"]
+        form = self._info["chat"]
         start, end, newline = self._id("<|im_start|>"), self._id("<|im_end|>"), self.encode("\n")
+        if messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": form["system"]}, *messages]
         ids: list[int] = []
-        for role, content in (("system", system or chat["system"]), ("user", message)):
-            pieces = (role, "\n", content) if chat["piecewise"] else (f"{role}\n{content}",)
+        for message in messages:
+            role, content = message.get("role"), message.get("content")
+            if role not in ("system", "user", "assistant") or not isinstance(content, str):
+                raise RequestError(f"this bundle's chat format has no message of role {role!r} with such content")
+            pieces = (role, "\n", content) if form["piecewise"] else (f"{role}\n{content}",)
             ids += [start, *(token for piece in pieces for token in self.encode(piece)), end, *newline]
-        return [*ids, start, *self.encode("assistant"), *newline]
+        return [*ids, start, *self.encode("assistant"), *newline] if add_generation_prompt else ids
 
-    def _templated(self, message: str, system: str | None) -> list[int]:
-        from stages.runtime.render import render
-
-        config = json.loads((self._root / CONFIG).read_text(encoding="utf-8"))
-        template = config["chat_template"]
-        mark = next(chr(i) for i in _MARKS if chr(i) not in message + (system or "") + template)
-        turns = [("system", system)] if system else []
-        messages = [{"role": role, "content": self._guard(text, mark)} for role, text in (*turns, ("user", message))]
-        roles = {name: config.get(name) or "" for name in ("bos_token", "eos_token", "pad_token")}
-        text = render(template, {"messages": messages, "add_generation_prompt": True, **roles})
-        return self._with_specials(text, mark)
-
-    def _guard(self, text: str, mark: str) -> str:
-        """Break every beginning of a special token with ``mark``, so that only the template can write one."""
-        starts = "".join({special[0] for special in self._vocabulary.specials})
-        return re.sub(f"[{re.escape(starts)}]", lambda found: found[0] + mark, text) if starts else text
-
-    def _with_specials(self, text: str, mark: str = "") -> list[int]:
+    def _with_specials(self, text: str) -> list[int]:
         ids: list[int] = []
         start = 0
         for match in self._special.finditer(text):
             special, before, after = self._vocabulary.specials[match[0]]
             part = text[start : match.start()]
-            ids += self._plain(part.rstrip() if before else part, mark, start=not start)
+            ids += self._plain(part.rstrip() if before else part, start=not start)
             ids.append(special)
             start = match.end()
             if after:
                 start = len(text) - len(text[start:].lstrip())
-        return ids + self._plain(text[start:], mark, start=not start)
+        return ids + self._plain(text[start:], start=not start)
 
-    def _plain(self, text: str, mark: str, *, start: bool) -> list[int]:
-        return self._vocabulary.encode(self.normalize(text.replace(mark, "") if mark else text), start=start)
+    def _plain(self, text: str, *, start: bool) -> list[int]:
+        return self._vocabulary.encode(self.normalize(text), start=start)
 
     def _id(self, token: str) -> int:
         if token not in self._vocabulary.specials:

@@ -22,6 +22,7 @@ class TrieVocabulary:
     """Ids and bytes of one vocabulary; :class:`ValueError` for a file that is not one."""
 
     specials: dict[str, tuple[int, bool, bool]] = {END_TEXT: (END, False, False)}
+    added: dict[str, tuple[int, bool]] = {END_TEXT: (END, True)}
 
     def __init__(self, path: Path) -> None:
         self._tokens: dict[int, bytes] = {}
@@ -49,6 +50,10 @@ class TrieVocabulary:
             ids += [] if found is None else [found]
             at = after
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of ``text``, in which this vocabulary sees no special token anyway."""
+        return self.encode(text)
 
     def piece(self, index: int) -> bytes | None:
         """Return the bytes of an id."""
