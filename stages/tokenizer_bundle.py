@@ -124,7 +124,8 @@ def _facts(ctx: Context) -> ModelFacts:
             f"model family {model['family']!r} has no row in stages.tokenizers.EMBEDDINGS; "
             "add the name of its token embedding there"
         )
-    return ModelFacts.read(model, generation, tensors["tensors"], EMBEDDINGS[model["family"]])
+    embedding = EMBEDDINGS[model["family"]]
+    return ModelFacts.read(model, generation, tensors["tensors"], tensors["names"].get(embedding, embedding))
 
 
 def _prove(

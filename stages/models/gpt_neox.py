@@ -194,7 +194,8 @@ FAMILY = Family(
     causal_lm=causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    recomputed=("*.rotary_emb.inv_freq", "*.attention.masked_bias", "*.attention.bias"),
+    recomputed=("*.attention.masked_bias", "*.attention.bias"),
+    aliases={"embed_out.weight": "lm_head.weight"},
     tied=("embed_out.weight", "gpt_neox.embed_in.weight"),
     supports=(
         "parallel and sequential residual",
