@@ -96,16 +96,7 @@ class ConfigParse(Stage):
         config, tensors = found.config, headers.tensors
         for note in found.notes:
             ctx.warn(note)
-        model = {
-            "schema": 1,
-            "family": family.name,
-            "architecture": (raw.get("architectures") or family.architectures)[0],
-            "config": asdict(config),
-            "context_window": window,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_layers": config.num_layers,
-        }
+        model = _model(family, raw, config, window)
         _write(ctx.out / "model.json", model)
         _write(ctx.out / "generation.json", generation)
         listing = {"schema": 1, "tensors": headers.table(), "names": found.names, "unused": found.unused}
@@ -115,6 +106,20 @@ class ConfigParse(Stage):
         ctx.view("config", _view(family, raw, model, tensors))
         size = sum(info.nbytes for _, info in tensors.values())
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+
+
+def _model(family: Family, raw: Mapping[str, Any], config: Any, window: int) -> dict[str, Any]:
+    """Return the document that describes the model."""
+    return {
+        "schema": 1,
+        "family": family.name,
+        "architecture": (raw.get("architectures") or family.architectures)[0],
+        "config": asdict(config),
+        "context_window": window,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+    }
 
 
 def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:

@@ -221,12 +221,8 @@ def test_shards_without_an_index_are_read_for_what_they_hold(tmp_path: Path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     found = read_headers(files(tmp_path))
     assert found.tensors == right
-    assert found.notes == [
-        (
-            f"no {INDEX} is there: the 2 files {FIRST}, {SECOND} are read for what they hold; not read: "
-            "adapter_model.safetensors"
-        )
-    ]
+    read = f"the 2 files {FIRST}, {SECOND} are read for what they hold"
+    assert found.notes == [f"no {INDEX} is there: {read}; not read: adapter_model.safetensors"]
     (tmp_path / FIRST).rename(tmp_path / "other-00001-of-00002.safetensors")
     assert "3 safetensors files of 2 numberings" in problems(tmp_path)[0]
     (tmp_path / "other-00001-of-00002.safetensors").unlink()
@@ -262,12 +258,8 @@ def test_a_whole_file_comes_before_an_index(tmp_path: Path):
     (tmp_path / FIRST).unlink()
     found = read_headers(files(tmp_path))
     assert "more" in found.tensors
-    assert found.notes == [
-        (
-            f"{SINGLE} is read, as transformers does, and not what {INDEX} names: {FIRST}: the shard is missing, although "
-            f"{INDEX} names it"
-        )
-    ]
+    gone = f"{FIRST}: the shard is missing, although {INDEX} names it"
+    assert found.notes == [f"{SINGLE} is read, as transformers does, and not what {INDEX} names: {gone}"]
 
 
 def test_no_header_whatever_it_says_is_a_traceback(tmp_path: Path):
