@@ -29,6 +29,7 @@ FILES = (
     "tekken.json",
     "rwkv_vocab_*.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -104,7 +105,7 @@ def _build(ctx: Context) -> None:
         tokenizer,
         family=family,
         facts=facts,
-        chat_template=resolution.chat_template,
+        resolution=resolution,
         fingerprint=fingerprint(reference),
     )
     del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing

@@ -179,7 +179,7 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
     change(checkpoint, "generation_config.json", eos_token_id=[300, 302], stop_words_ids=[[301], [300], [5, 6]])
     ctx = parse(checkpoint, tmp_path / "out")
     generation = json.loads((tmp_path / "out/generation.json").read_text())
-    assert (generation["bos"], generation["eos"], generation["stop"]) == (299, [300, 302], [300, 302, 301])
+    assert (generation["bos"], generation["eos"], generation["stop"]) == (299, [300, 302, 1], [300, 302, 1, 301])
     assert len(ctx.warnings) == 1
     assert "[5, 6]" in ctx.warnings[0]
     (checkpoint / "generation_config.json").unlink()
