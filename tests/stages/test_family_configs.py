@@ -189,8 +189,8 @@ def test_what_the_real_configs_say():
         (raw("smollm2-135m", tie_word_embeddings="yes"), "tie_word_embeddings = 'yes'; expected true or false"),
         (raw("mistral-7b-v0.1", sliding_window=0), "sliding_window = 0; expected a positive integer"),
         (
-            raw("mistral-7b-v0.1", layer_types=["full_attention"] * 32),
-            "layer_types and sliding_window = 4096 contradict",
+            raw("mistral-7b-v0.1", layer_types=["full_attention"] + ["sliding_attention"] * 31),
+            "layer_types is not built beside sliding_window = 4096",
         ),
         (raw("llama-2-7b", sliding_window=1024), "sliding_window = 1024; expected null"),
         (raw("llama-2-7b", layer_types=["sliding_attention"] * 32), "layer_types has sliding_attention, which is not"),
