@@ -36,7 +36,10 @@ class Example:
         self.family = load_family(raw["model_type"])
         self.config = self.family.parse(raw)
         files = {path.name: path for path in folder.glob("*.safetensors*")}
-        tensors = read_headers(files).table()
+        tensors = {
+            name: {"file": file, "dtype": info.dtype, "shape": [*info.shape]}
+            for name, (file, info) in read_headers(files).items()
+        }
         weights = Weights(files, tensors)
         self.arrays = {name: weights[name] for name in tensors}
         self.model: Any = None

@@ -29,7 +29,7 @@ FILES = (
     "tekken.json",
     "rwkv_vocab_*.txt",
     "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
+    "config.json",
 )
 
 
@@ -56,7 +56,7 @@ class TokenizerBundle(Stage):
     def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
         """Name the libraries, and Python for its Unicode tables, which normalise the reference's text."""
         return {
-            **dist_versions("tiktoken", "tokenizers", "regex"),
+            **dist_versions("tiktoken", "tokenizers", "regex", "transformers"),
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
             "unicode": unicodedata.unidata_version,
         }
@@ -88,6 +88,7 @@ class TokenizerBundle(Stage):
 
 def _build(ctx: Context) -> None:
     from stages.tokenizers import load_tokenizer_family
+    from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.emission import emit
     from stages.tokenizers.proof import fingerprint
     from stages.tokenizers.resolution import resolve
@@ -97,19 +98,23 @@ def _build(ctx: Context) -> None:
     ctx.view("trace", resolution.trace)
     facts = _facts(ctx)
     family = load_tokenizer_family(resolution.family)
-    tokenizer = family.convert(resolution)
     reference = family.reference(resolution)
+    opened = reference if isinstance(reference, Automatic) else None
+    if opened:
+        ctx.view("trace", f"{resolution.trace}{'transformers':<22}{opened.name}\n")
+    tokenizer = opened.tokenizer() if opened else family.convert(resolution)
     directory = ctx.out / "tokenizer"
     emit(
         directory,
         tokenizer,
         family=family,
         facts=facts,
-        resolution=resolution,
+        chat_template=resolution.chat_template,
         fingerprint=fingerprint(reference),
+        shown=family.shown(resolution),
     )
     del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing
-    _prove(ctx, directory, resolution, reference, facts, family.doubts(resolution))
+    _prove(ctx, directory, resolution, reference, facts, [*resolution.doubts, *family.doubts(resolution)])
 
 
 def _facts(ctx: Context) -> ModelFacts:
@@ -125,8 +130,7 @@ def _facts(ctx: Context) -> ModelFacts:
             f"model family {model['family']!r} has no row in stages.tokenizers.EMBEDDINGS; "
             "add the name of its token embedding there"
         )
-    embedding = EMBEDDINGS[model["family"]]
-    return ModelFacts.read(model, generation, tensors["tensors"], tensors["names"].get(embedding, embedding))
+    return ModelFacts.read(model, generation, tensors["tensors"], EMBEDDINGS[model["family"]])
 
 
 def _prove(
@@ -137,14 +141,21 @@ def _prove(
     facts: ModelFacts,
     doubts: Sequence[str],
 ) -> None:
+    from stages.tokenizers.automatic import Automatic
+    from stages.tokenizers.by_hand import second_readings
     from stages.tokenizers.checks import ERROR, WARNING, examine
-    from stages.tokenizers.proof import prove
+    from stages.tokenizers.proof import prove, texts_for
     from stages.tokenizers.second import agree
 
     for doubt in doubts:
         ctx.warn(doubt)
     subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
-    findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"))
+    texts = texts_for(subject)
+    if isinstance(reference, Automatic):
+        reference.read([text for _, text in texts])
+    findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"), texts)
+    if isinstance(reference, Automatic):
+        findings += second_readings(resolution, reference, texts)
     findings += agree(resolution, reference)
     ctx.view("checks", _page(subject.info, findings))
     for finding in findings:

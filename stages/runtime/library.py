@@ -9,14 +9,21 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from tokenizers.pre_tokenizers import Metaspace
 
+from stages.runtime.errors import RequestError
 from stages.runtime.stream import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 FILE = "tokenizer.json"
 SPACE = "\u2581"  # how a vocabulary over characters writes the space
+WINDOW = 8
+_KIND = re.compile(rb'"type":"(\w+)"')
+_CHARACTERS = {b"Sequence", b"Replace", b"Fuse"}
+# The decoders that give each id its bytes, whatever stands beside it; but for one space that leads the text (Strip).
+_BY_PIECES = [{b"ByteLevel"}, *(_CHARACTERS | more for more in ({b"ByteFallback"}, {b"ByteFallback", b"Strip"}))]
+_BY_PIECES += [_CHARACTERS, _CHARACTERS | {b"Strip"}]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -35,26 +42,53 @@ def _state(part: Any) -> bytes:
     return b"" if part is None else part.__getstate__()
 
 
+def _without_lead(pre_tokenizer: Any) -> Any:
+    """Return a pre-tokenizer that puts no space before a text."""
+    other = Metaspace()
+    other.__setstate__(_state(pre_tokenizer).replace(b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'))
+    return other
+
+
+class _Window:
+    """The bytes that an id adds to the text of the last few: for decoders that are more than the bytes of each id."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], ids: list[int]) -> None:
+        self._decode, self._ids, self._said = decode, ids, decode(ids)
+
+    def piece(self, index: int) -> bytes:
+        self._ids.append(index)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd"):  # perhaps a character whose bytes are still coming
+            return b""
+        new = text[len(self._said) :]
+        self._ids = self._ids[-WINDOW:]
+        self._said = self._decode(self._ids)
+        return new.encode()
+
+
 class LibraryVocabulary:
     """Ids and text of one tokenizer.json.
 
-    ``normalized`` says that text arrives in the form that the file's normalizer would give it, which costs time.
+    ``normalized`` says that text arrives in the form that the file's normalizer would give it, which costs time;
+    ``shown`` are special tokens that decode to their text.
     ``specials`` are the special tokens: text -> (id, takes the white space before it, and after it); ``added`` are
     all that are not the model's own: text -> (id, special).
     """
 
-    def __init__(self, path: Path, *, normalized: bool = False) -> None:
+    def __init__(self, path: Path, *, normalized: bool = False, shown: Sequence[int] = ()) -> None:
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         if normalized:
             self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text
         self._byte_level = isinstance(self._tokenizer.decoder, ByteLevel)
+        self._by_pieces = set(_KIND.findall(_state(self._tokenizer.decoder))) in _BY_PIECES
         self._strips = b'"Strip"' in _state(self._tokenizer.decoder)
         self._leads_text = b'"prepend_scheme":"first"' in _state(self._tokenizer.pre_tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
         self.added = {token.content: (index, token.special) for index, token in added.items()}
+        self._silent = {index for index, token in added.items() if token.special} - {*shown}
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
         """Return the ids of ``text``, special tokens' spellings included as ordinary text.
@@ -62,10 +96,16 @@ class LibraryVocabulary:
         ``start`` says that nothing comes before it: some vocabularies put a space before the whole text only.
         """
         if start or not self._leads_text:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            try:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            except BaseException as error:
+                # The library's patterns give up on text that makes them search for too long, by a panic of Rust.
+                if type(error).__name__ != "PanicException":
+                    raise
+                raise RequestError(f"the tokenizer cannot split this text: {str(error)[:200]}") from None
             return ids
         usual = self._tokenizer.pre_tokenizer
-        self._tokenizer.pre_tokenizer = Metaspace(SPACE, "never", split=False)
+        self._tokenizer.pre_tokenizer = _without_lead(usual)
         try:
             return self.encode(text)
         finally:
@@ -94,11 +134,14 @@ class LibraryVocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        heard = [index for index in ids if index not in self._silent]
+        text: str = self._tokenizer.decode(heard, skip_special_tokens=False)
         return text
 
     def stream(self, after: int | None = None) -> TextStream:
         """Return a decoder of ids that arrive one at a time, after the id ``after``."""
-        special = {index for index, _, _ in self.specials.values()}
-        strip = self._strips and (after is None or after in special)
-        return TextStream(lambda index: b"" if index in special else self.piece(index) or b"", strip=strip)
+        silent = self._silent
+        if not self._by_pieces:
+            return TextStream(_Window(self.decode, [] if after is None else [after]).piece)
+        strip = self._strips and (after is None or after in silent)
+        return TextStream(lambda index: b"" if index in silent else self.piece(index) or b"", strip=strip)

@@ -36,7 +36,7 @@ class BundleTokenizer:
             self.stop = frozenset(int(token) for token in self._info["stop"])
             _check(self._info)
             self.prefix = [int(token) for token in self._info.get("prefix", ())]
-            self._vocabulary = _open(root, normalized=bool(self._info.get("normalize")))
+            self._vocabulary = _open(root, self._info)
         except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
             raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
         self._root = root
@@ -174,9 +174,10 @@ def _check(info: Any) -> None:
         raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
-def _open(root: Path, *, normalized: bool) -> LibraryVocabulary | TrieVocabulary:
+def _open(root: Path, info: Mapping[str, Any]) -> LibraryVocabulary | TrieVocabulary:
     if (root / trie.FILE).is_file():
         return TrieVocabulary(root / trie.FILE)
     from stages.runtime import library
 
-    return library.LibraryVocabulary(root / library.FILE, normalized=normalized)
+    shown = [int(index) for index in info.get("shown", ())]
+    return library.LibraryVocabulary(root / library.FILE, normalized=bool(info.get("normalize")), shown=shown)

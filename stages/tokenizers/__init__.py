@@ -11,9 +11,8 @@ if TYPE_CHECKING:
 # Family name -> where its TokenizerFamily is. Strings, so that naming a family imports nothing.
 TOKENIZERS: dict[str, str] = {
     "tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY",
-    "byte-level-bpe": "stages.tokenizers.byte_level_bpe:FAMILY",
+    "tokenizer-json": "stages.tokenizers.tokenizer_json:FAMILY",
     "tiktoken-llama3": "stages.tokenizers.tiktoken_llama3:FAMILY",
-    "metaspace-bpe": "stages.tokenizers.metaspace_bpe:FAMILY",
     "sentencepiece-bpe": "stages.tokenizers.sentencepiece_bpe:FAMILY",
     "tekken": "stages.tokenizers.tekken:FAMILY",
     "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",

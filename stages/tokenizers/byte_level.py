@@ -23,3 +23,11 @@ def spell(token: Iterable[int]) -> str:
 def unspell(token: str) -> bytes:
     """Read bytes back from the byte-level alphabet; :class:`KeyError` for a character outside it."""
     return bytes(BYTES[character] for character in token)
+
+
+def read_token(token: str) -> bytes:
+    """Return the bytes of a vocabulary's token; one outside the byte-level alphabet stands for its own UTF-8."""
+    try:
+        return unspell(token)
+    except KeyError:
+        return token.encode()

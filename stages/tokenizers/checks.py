@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
+from stages.tokenizers.json_tables import by_text
 from stages.tokenizers.record import ModelFacts
 from stages.tokenizers.resolution import read_json
 from stages.tokenizers.world import FILE as WORLD
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ERROR, WARNING, NOTE = "E", "W", "N"
 MAX_FINDINGS = 5
 MAX_BYTES = 20
+MOST_PADDING = 16  # one row in so many without a token is still padding, of published models
 NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 SPECIAL_LITERAL = re.compile(r"<\|[^\s|<>]+\|>")
 CONVERSION = (
@@ -125,7 +127,7 @@ def added_tokens_unique(subject: Subject) -> Iterator[Finding]:
 
 def ids_consistent(subject: Subject) -> Iterator[Finding]:
     """T04, T05: a token has one id, an id one token, and both are what the checkpoint states beside its vocabulary."""
-    vocab = subject.spec["model"]["vocab"]
+    vocab = by_text(subject.spec["model"]["vocab"])
     owner = {index: token for token, index in vocab.items()}
     if len(owner) != len(vocab):
         yield error("T05", f"{len(vocab) - len(owner)} ids of the vocabulary have two tokens")
@@ -154,17 +156,16 @@ def ids_fit_the_embedding(subject: Subject) -> Iterator[Finding]:
     if subject.info["active_vocab_size"] != largest + 1:
         yield error("T08", f"active_vocab_size is {subject.info['active_vocab_size']}, the largest id is {largest}")
     padded = facts.rows - len(set(subject.ids.values()))
-    if padded > max(1024, facts.rows // 50):
-        text = f"{padded} of the {facts.rows} rows of {facts.embedding} have no token, far more than padding"
-        yield error("T07", text, "the vocabulary is truncated or belongs to another model")
+    text = f"{padded:,} of the {facts.rows:,} rows of {facts.embedding} have no token; they are masked"
+    if padded * MOST_PADDING > max(1024 * MOST_PADDING, facts.rows):
+        yield Finding("T07", WARNING, f"{text}: far more than padding; is the vocabulary this model's, and whole?")
     elif padded > 0:
-        text = f"{padded} rows of {facts.embedding} have no token: active_vocab_size {largest + 1} for masking"
         yield Finding("T08", NOTE, text)
 
 
 def decoder_matches_pre_tokenizer(subject: Subject) -> Iterator[Finding]:
     """T09, T10: what is byte-level going in is byte-level coming out, likewise byte fallback."""
-    into, out = _types(subject.spec["pre_tokenizer"]), _types(subject.spec["decoder"])
+    into, out = kinds(subject.spec["pre_tokenizer"]), kinds(subject.spec["decoder"])
     if ("ByteLevel" in into) != ("ByteLevel" in out):
         yield error("T09", f"text comes back garbled: pre_tokenizer {sorted(into)}, decoder {sorted(out)}")
     if subject.spec["model"].get("byte_fallback") and "ByteFallback" not in out:
@@ -172,34 +173,35 @@ def decoder_matches_pre_tokenizer(subject: Subject) -> Iterator[Finding]:
 
 
 def every_byte_has_a_token(subject: Subject) -> Iterator[Finding]:
-    """T11: a byte-level vocabulary can write any UTF-8 text; what published ones lack, text loses with them too."""
-    if "ByteLevel" not in _types(subject.spec["pre_tokenizer"]):
+    """T11, T12: which bytes have no token; in published vocabularies, too, and text loses them in their own library."""
+    model, vocab = subject.spec["model"], subject.ids
+    if "ByteLevel" in kinds(subject.spec["pre_tokenizer"]):
+        missing = [byte for byte in range(256) if byte not in NEVER_IN_UTF8 and CHARACTERS[byte] not in vocab]
+        if missing:
+            text = f"{len(missing)} bytes of UTF-8 have no token in this vocabulary: {_bytes(missing)}"
+            yield Finding("T11", WARNING, f"{text}; they vanish from a text or become unknown, as in its own library")
         return
-    vocab = subject.spec["model"]["vocab"]
-    missing = [f"{byte:02X}" for byte in range(256) if byte not in NEVER_IN_UTF8 and CHARACTERS[byte] not in vocab]
-    if missing:
-        shown = f"{' '.join(missing[:MAX_BYTES])}{' ...' if missing[MAX_BYTES:] else ''}"
-        text = f"{len(missing)} bytes of UTF-8 have no token in this vocabulary and vanish from a text: {shown}"
-        yield Finding("T11", WARNING, f"{text}; so they do in its own library")
-
-
-def other_characters_have_bytes(subject: Subject) -> Iterator[Finding]:
-    """T12: with byte fallback all 256 bytes have a token; without it some text is lost."""
-    model = subject.spec["model"]
-    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in model["vocab"]]
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]
     if model.get("byte_fallback") and missing:
-        yield error("T12", f"byte_fallback is on and {len(missing)} of the 256 tokens <0xNN> are missing")
-    elif not model.get("byte_fallback") and model.get("unk_token"):
-        text = f"without byte fallback every character that has no token becomes {model['unk_token']!r} and is lost"
+        text = f"byte_fallback is on and {len(missing)} of the 256 tokens <0xNN> are missing: {_bytes(missing)}"
+        yield Finding("T12", WARNING, f"{text}; characters that need them become unknown, as in its own library")
+    elif not model.get("byte_fallback"):
+        text = "without byte fallback every character that has no token becomes unknown, or vanishes, and is lost"
         yield Finding("T12", WARNING, text)
 
 
+def _bytes(missing: list[int]) -> str:
+    shown = " ".join(f"{byte:02X}" for byte in missing[:MAX_BYTES])
+    return f"{shown} ..." if missing[MAX_BYTES:] else shown
+
+
 def special_tokens_are_single(subject: Subject) -> Iterator[Finding]:
-    """T13: the text of a special token becomes its own id."""
+    """T13: the text of a special token becomes its own id, or it cannot be written."""
     for token in subject.spec["added_tokens"]:
         ids = subject.tokenizer.encode(token["content"], add_special_tokens=False).ids
         if token["special"] and ids != [token["id"]]:
-            yield error("T13", f"special token {token['content']!r} is id {token['id']} but encodes to {ids}")
+            text = f"the text of special token {token['content']!r}, id {token['id']}, encodes to {ids}"
+            yield Finding("T13", WARNING, f"{text}: no prompt and no chat template can write it")
 
 
 def control_ids_exist(subject: Subject) -> Iterator[Finding]:
@@ -226,53 +228,45 @@ def control_ids_exist(subject: Subject) -> Iterator[Finding]:
 
 
 def named_roles_exist(subject: Subject) -> Iterator[Finding]:
-    """T14: what the checkpoint names as a special token is a token; one that ends or begins a text must be."""
+    """T14, T15: what the checkpoint names as bos, eos, pad or unk is a token, and its eos stops a text."""
     for role, text in subject.roles.items():
-        if subject.tokenizer.token_to_id(text) is None:
+        index = subject.tokenizer.token_to_id(text)
+        if index is None:
             found = f"tokenizer_config.json: {role}_token {text!r} is no token of the vocabulary"
-            if role in ("bos", "eos"):
-                yield error("T14", found, "one of the two files belongs to another model")
-            else:
-                yield Finding("T14", WARNING, f"{found}; it is text where a chat template writes it")
+            yield error("T14", found, "one of the two files belongs to another model")
+        elif role == "eos" and index not in subject.info["stop"]:
+            found = f"tokenizer_config.json: eos_token {text!r} (id {index}) is none of the stop ids"
+            yield Finding("T15", WARNING, f"{found} {subject.info['stop']}, which generation_config.json gives")
 
 
 def control_ids_agree(subject: Subject) -> Iterator[Finding]:
-    """T14: every id that the checkpoint ends a text with is a stop id, and tokenizer_config.json has its own roles."""
+    """T14: tokenizer_info.json has the model's stop ids, and tokenizer_config.json names the tokens of its ids."""
     facts, info = subject.facts, subject.info
-    named = subject.tokenizer.token_to_id(subject.roles.get("eos", ""))
-    ends = {*facts.eos, *facts.stop, *(() if named is None else (named,))}
-    missing = sorted(ends - {*info["stop"]})
+    missing = sorted({*facts.eos, *facts.stop} - {*info["stop"]})
     if missing:
-        yield error("T14", f"stop ids {missing} of the checkpoint are not in tokenizer_info.json")
-    for role in ("bos", "eos", "pad"):
+        yield error("T14", f"stop ids {missing} of generation_config.json are not in tokenizer_info.json")
+    for role, expected in {"bos": [info["bos"]], "eos": info["eos"], "pad": [info["pad"]]}.items():
         name = subject.config.get(f"{role}_token")
-        if name != subject.roles.get(role, name):
-            yield error("T14", f"tokenizer_config.json: {role}_token {name!r}, expected {subject.roles[role]!r}")
         index = None if name is None else subject.tokenizer.token_to_id(name)
-        known = info["eos"] if role == "eos" else [info[role]]
-        if index is not None and index not in known:
-            yield error("T14", f"tokenizer_config.json: {role}_token {name!r} is id {index}, expected {known}")
+        if index not in expected:
+            yield error("T14", f"tokenizer_config.json: {role}_token {name!r} is id {index}, expected {expected}")
 
 
 def template_tokens_are_single(subject: Subject) -> Iterator[Finding]:
-    """T16: what looks like a special token in the chat template is one."""
-    for literal in sorted(set(SPECIAL_LITERAL.findall(_templates(subject)))):
+    """T16: what looks like a special token in the chat template and is none; some models were trained so."""
+    for literal in sorted(set(SPECIAL_LITERAL.findall(subject.config.get("chat_template") or ""))):
         encoding = subject.tokenizer.encode(literal, add_special_tokens=False)
         if len(encoding.ids) != 1:
-            text = f"chat template: {literal} is no token here, it encodes to {encoding.tokens}"
-            yield error("T16", text, "the template is another model's")
-
-
-def _templates(subject: Subject) -> str:
-    """Return the text of every chat template."""
-    found = subject.config.get("chat_template") or ""
-    return found if isinstance(found, str) else "\n".join(entry["template"] for entry in found)
+            text = (
+                f"chat template: {literal} is no token here but text, of {len(encoding.ids)} tokens {encoding.tokens}"
+            )
+            yield Finding("T16", NOTE, text)
 
 
 def no_double_bos(subject: Subject) -> Iterator[Finding]:
     """T17: template and post-processor do not both write the beginning of text."""
-    added = subject.tokenizer.encode("").ids
-    template = _templates(subject)
+    added = subject.info["prefix"]
+    template = subject.config.get("chat_template") or ""
     bos = subject.config.get("bos_token")
     if added and ("bos_token" in template or (bos and bos in template)):
         text = (
@@ -294,7 +288,6 @@ CHECKS = (
     ids_fit_the_embedding,
     decoder_matches_pre_tokenizer,
     every_byte_has_a_token,
-    other_characters_have_bytes,
     special_tokens_are_single,
     control_ids_exist,
     named_roles_exist,
@@ -305,11 +298,11 @@ CHECKS = (
 )
 
 
-def _types(part: Any) -> set[str]:
+def kinds(part: Any) -> set[str]:
     """Return the ``type`` of a component of tokenizer.json and of everything inside it."""
     if isinstance(part, list):
-        return set().union(*map(_types, part))
+        return set().union(*map(kinds, part))
     if isinstance(part, dict):
         own = {part["type"]} if isinstance(part.get("type"), str) else set()
-        return own.union(*map(_types, part.values()))
+        return own.union(*map(kinds, part.values()))
     return set()

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.tokenizers.byte_level import BYTES
 from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_text
-from stages.tokenizers.patterns import DIGIT, GPT2, KNOWN
 from stages.tokenizers.ranks import MAX_TOKEN_BYTES
 
 MAX_ADDED = 65_536
@@ -39,15 +37,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def vocabulary(value: Any, where: str) -> dict[str, int]:
-    """Check token -> id of a byte-level vocabulary, where every ASCII character has a token."""
-    vocab = table(value, where)
-    absent = [byte for character, byte in BYTES.items() if 0x20 < byte < 0x7F and character not in vocab]
-    if absent:
-        raise TokenizerError(f"{where}: {len(absent)} ASCII characters have no token; this is no byte-level vocabulary")
-    return vocab
-
-
 def table(value: Any, where: str) -> dict[str, int]:
     """Check token -> id: ids are no less than 0 and of one token each, tokens of possible length."""
     if not isinstance(value, dict) or not value:
@@ -64,8 +53,25 @@ def table(value: Any, where: str) -> dict[str, int]:
     return value
 
 
+def scored(value: Any, where: str) -> None:
+    """Check the ``[token, score]`` list of a Unigram vocabulary."""
+    if not isinstance(value, list) or not value:
+        raise TokenizerError(f"{where}: no list of tokens and scores")
+    for index, entry in enumerate(value):
+        pair = entry if isinstance(entry, list) else []
+        if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) not in (int, float):
+            raise TokenizerError(f"{where}: entry {index} of the vocabulary is {str(entry)[:60]} and no [token, score]")
+        if len(pair[0]) > MAX_TOKEN_BYTES:
+            raise TokenizerError(f"{where}: token {pair[0][:40]!r}... of {len(pair[0]):,} characters is no token")
+
+
+def by_text(vocab: Any) -> dict[str, int]:
+    """Return token -> id of a checked vocabulary, whichever form its model has it in."""
+    return {entry[0]: index for index, entry in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+
+
 def merge_list(value: Any, vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
-    """Check merges, each ``"left right"`` or ``[left, right]``: both and their union are tokens, and no pair twice."""
+    """Check merges, each ``"left right"`` or ``[left, right]``: both and their union are tokens."""
     merges: list[tuple[str, str]] = []
     for rank, entry in enumerate(value if isinstance(value, list) else [value]):
         pair = entry.split(" ") if isinstance(entry, str) else entry
@@ -79,8 +85,6 @@ def merge_list(value: Any, vocab: Mapping[str, int], where: str) -> list[tuple[s
                 f"vocabulary{advice}: the vocabulary is truncated or another model's"
             )
         merges.append((pair[0], pair[1]))
-    if len(set(merges)) != len(merges):
-        raise TokenizerError(f"{where}: the pair {_first_twice(merges)} is merged twice, with two ranks")
     return merges
 
 
@@ -116,67 +120,18 @@ def added_tokens(value: Any, where: str) -> tuple[Added, ...]:
     return tuple(tokens)
 
 
-def pipeline(spec: Mapping[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
-    """Return (NFC or not, split patterns) of a tokenizer.json; anything that is not understood is refused by name."""
-    normalizer = flat(spec.get("normalizer"), "normalizers")
-    if any(part.get("type") != "NFC" for part in normalizer):
-        raise TokenizerError(f"{where}: normalizer {_types(normalizer)} is not NFC or none")
-    splits: list[str] = []
-    parts = flat(spec.get("pre_tokenizer"), "pretokenizers")
-    for part in parts:
-        splits += _splits(part, where)
-    if not parts or parts[-1].get("type") != "ByteLevel":
-        raise TokenizerError(f"{where}: T09: pre_tokenizer {_types(parts)} does not end in ByteLevel")
-    decoder = flat(spec.get("decoder"), "decoders")
-    if _types(decoder) != ["ByteLevel"]:
-        raise TokenizerError(f"{where}: T09: text comes back garbled: decoder {_types(decoder)} is not ByteLevel")
-    if not splits:
-        raise TokenizerError(f"{where}: text is not split before it is merged, which no byte-level model does")
-    return bool(normalizer), tuple(splits)
-
-
-def prefix(spec: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Return the tokens that the post-processor puts before a text; anything after it, or else, is refused."""
-    before: list[str] = []
-    for part in flat(spec.get("post_processor"), "processors"):
-        if part.get("type") == "ByteLevel":
-            continue
-        single = part.get("single") if part.get("type") == "TemplateProcessing" else None
-        if not isinstance(single, list) or not single or "Sequence" not in single[-1]:
-            raise TokenizerError(f"{where}: post_processor {part.get('type')} does more than put tokens before a text")
-        before += [str(piece["SpecialToken"]["id"]) for piece in single[:-1] if "SpecialToken" in piece]
-    return tuple(before)
-
-
-def _splits(part: Mapping[str, Any], where: str) -> list[str]:
-    kind = part.get("type")
-    if kind == "ByteLevel" and not part.get("add_prefix_space"):
-        return [GPT2] if part.get("use_regex", True) else []
-    if kind == "Digits" and part.get("individual_digits"):
-        return [DIGIT]
-    if kind == "Split":
-        pattern = (part.get("pattern") or {}).get("Regex")
-        if pattern in KNOWN and part.get("behavior") == "Isolated" and not part.get("invert"):
-            return [pattern]
-        known = ", ".join(KNOWN.values())
-        raise TokenizerError(
-            f"{where}: the split pattern {str(pattern)[:120]!r} is not one of those known here ({known}); a pattern is "
-            "run on every text and is not taken from a file: add it to stages/tokenizers/patterns.py"
-        )
-    raise TokenizerError(f"{where}: pre_tokenizer {kind} with {dict(part)} is not supported")
-
-
-def flat(part: Any, key: str) -> list[dict[str, Any]]:
-    """Return the steps of a component of tokenizer.json, whose Sequences hold them under ``key``."""
+def flat(part: Any) -> list[dict[str, Any]]:
+    """Return the steps of a component of tokenizer.json, whose Sequences hold them under a name of their own."""
     if not isinstance(part, dict):
         return []
     if part.get("type") == "Sequence":
-        return [inner for item in part.get(key) or () for inner in flat(item, key)]
+        return [step for inner in part.values() if isinstance(inner, list) for item in inner for step in flat(item)]
     return [part]
 
 
-def _types(parts: Iterable[Mapping[str, Any]]) -> list[Any]:
-    return [part.get("type") for part in parts]
+def types(part: Any) -> list[Any]:
+    """Return the kinds of a component's steps."""
+    return [step.get("type") for step in flat(part)]
 
 
 def _first_twice(values: Iterable[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,8 @@ class CharacterPairs:
     """``merges`` are in the order of rank; ``lead`` says when U+2581 is put before a text.
 
     ``collapse`` removes spaces at the edges and repeated ones; ``strip`` removes one space that leads a decoded text;
-    ``prefix`` are the tokens that go before every text. A character without a token becomes its bytes' tokens where
-    there is ``byte_fallback``, and else ``unk``.
+    ``prefix`` are the tokens that go before every text; ``symbols`` are characters that are joined to nothing. A
+    character without a token becomes its bytes' tokens where there is ``byte_fallback``, and else ``unk``.
     """
 
     vocab: Mapping[str, int]
@@ -34,6 +35,7 @@ class CharacterPairs:
     collapse: bool
     strip: bool
     prefix: tuple[str, ...]
+    symbols: tuple[str, ...] = ()
 
 
 def document(pairs: CharacterPairs) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def document(pairs: CharacterPairs) -> dict[str, Any]:
     return assemble(
         pairs.added,
         normalizer=_normalizer(pairs),
-        pre_tokenizer=_pre_tokenizer(pairs.lead),
+        pre_tokenizer=_pre_tokenizer(pairs.lead, pairs.symbols),
         post_processor=template(pairs.prefix, pairs.added),
         decoder={"type": "Sequence", "decoders": [_replace(SPACE, " "), *fallback, {"type": "Fuse"}, *strip]},
         model=model,
@@ -59,20 +61,21 @@ def document(pairs: CharacterPairs) -> dict[str, Any]:
 
 
 def _normalizer(pairs: CharacterPairs) -> dict[str, Any] | None:
-    if pairs.lead in {SEGMENT_WITHOUT, TEXT_WITHOUT}:
-        return None
     collapse = [_replace(RUNS, " ", kind="Regex"), _replace(EDGES, "", kind="Regex")] if pairs.collapse else []
     prepend = [{"type": "Prepend", "prepend": SPACE}] if pairs.lead == SEGMENT else []
     return {"type": "Sequence", "normalizers": [*collapse, *prepend, _replace(" ", SPACE)]}
 
 
-def _pre_tokenizer(lead: str) -> dict[str, Any] | None:
+def _pre_tokenizer(lead: str, symbols: Sequence[str]) -> dict[str, Any] | None:
+    steps = []
     if lead == TEXT:
         # Metaspace puts nothing before a text that begins with its own character: first with a character that no text
         # has any more, then with the one that is meant.
-        return {"type": "Sequence", "pretokenizers": [_metaspace(" ", "first"), _metaspace(SPACE, "never")]}
-    scheme = {SEGMENT_WITHOUT: "always", TEXT_WITHOUT: "first"}.get(lead)
-    return _metaspace(SPACE, scheme) if scheme else None
+        steps = [_metaspace(" ", "first"), _metaspace(SPACE, "never")]
+    if symbols:
+        pattern = {"Regex": "|".join(map(re.escape, symbols))}
+        steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
+    return {"type": "Sequence", "pretokenizers": steps} if steps else None
 
 
 def _metaspace(character: str, scheme: str) -> dict[str, Any]:

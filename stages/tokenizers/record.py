@@ -51,19 +51,21 @@ class TokenizerFamily:
 
     ``convert`` turns the resolved files into a ``tokenizers.Tokenizer``, or what is used like one; ``reference`` opens
     the same files in an independent implementation. ``normalize`` is the Unicode form that a runtime gives text before
-    it is split, or None. ``end_of_text`` is the special token that ends a text; ``chats`` are its chat formats by
-    generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the emitted
-    tokenizer deliberately does not do what the checkpoint's own would.
+    it is split, or None. ``end_of_text`` are special tokens that end a text, the first there is; ``chats`` are chat
+    formats by generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the
+    emitted tokenizer deliberately does not do what the checkpoint's own would; ``shown`` are the ids of special tokens
+    that are text when they are decoded.
     """
 
     name: str
     convert: Callable[[Resolution], Tokenizer]
     reference: Callable[[Resolution], Reference]
     normalize: str | None
-    end_of_text: str
+    end_of_text: tuple[str, ...]
     chats: Mapping[str, ChatFormat]
     file: str = "tokenizer.json"
     doubts: Callable[[Resolution], Sequence[str]] = lambda _: ()
+    shown: Callable[[Resolution], Sequence[int]] = lambda _: ()
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stages.tokenizers import roles, templates
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import LFS_HEADER, read_bytes
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+MODEL = "config.json"  # transformers chooses a class by it
+ROLES = ("bos", "eos", "pad", "unk")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 MAX_ID_DIGITS = 9
@@ -42,50 +44,48 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
-    "tiktoken-qwen": Rule(classes=("QWenTokenizer",), patterns=("*.tiktoken",), usual="qwen.tiktoken"),
-    "byte-level-bpe": Rule(
-        classes=("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"),
+    "tokenizer-json": Rule(
+        classes=(),
         patterns=("tokenizer.json", "vocab.json"),
         usual="tokenizer.json",
-        evidence=rb'"ByteLevel"',
-        beside=("merges.txt",),
+        beside=("merges.txt", MODEL, SPECIALS),
     ),
-    "metaspace-bpe": Rule(
-        classes=(),
-        patterns=("tokenizer.json",),
-        usual="tokenizer.json",
-        evidence=rb'"(\xe2\x96\x81|\\u2581)"',
-        yields=("byte-level-bpe",),
+    "tiktoken-qwen": Rule(
+        classes=("QWenTokenizer",),
+        patterns=("*.tiktoken",),
+        usual="qwen.tiktoken",
+        yields=("tokenizer-json",),
     ),
     "sentencepiece-bpe": Rule(
         classes=(),
         patterns=("tokenizer.model",),
         usual="tokenizer.model",
         evidence=rb"\A\n",
-        yields=("byte-level-bpe", "metaspace-bpe"),
+        yields=("tokenizer-json",),
     ),
     "tiktoken-llama3": Rule(
         classes=(),
         patterns=("tokenizer.model",),
         usual="tokenizer.model",
         evidence=rb"\A[A-Za-z0-9+/]+=* [0-9]+\r?\n",
-        yields=("byte-level-bpe", "metaspace-bpe", "sentencepiece-bpe"),
+        yields=("tokenizer-json", "sentencepiece-bpe"),
         beside=("tokenizer.json",),
     ),
     "tekken": Rule(
         classes=(),
         patterns=("tekken.json",),
         usual="tekken.json",
-        yields=("byte-level-bpe", "metaspace-bpe"),
+        yields=("tokenizer-json",),
     ),
     "rwkv-world": Rule(
         classes=("RwkvTokenizer", "RWKVWorldTokenizer", "RwkvWorldTokenizer", "Rwkv5Tokenizer", "Rwkv6Tokenizer"),
         patterns=("rwkv_vocab_*.txt",),
         usual="rwkv_vocab_v20230424.txt",
+        yields=("tokenizer-json",),
     ),
 }
-# Classes that say nothing of the vocabulary: the files decide, as they do in transformers.
-ANY_FAMILY = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer")
+# Classes whose way with a tokenizer.model is known; what another one does beside it is in code that is not run.
+KNOWN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer", "CodeLlamaTokenizer", "MistralTokenizer")
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class Resolution:
     ``name`` is the vocabulary's in the checkpoint, ``vocabulary`` is where to open it. ``files`` are all of the
     checkpoint's tokenizer files, ``config`` is tokenizer_config.json with the roles of an older
     special_tokens_map.json, and ``class_name`` the tokenizer class that it names, without "Fast". ``declared`` are ids
-    it states, ``roles`` its bos, eos, pad, unk and others, ``assumed`` those that the class alone gives, and
-    ``chat_templates`` its own by name.
+    it states, ``roles`` its bos, eos, pad and unk; ``doubts`` are warnings.
     """
 
     family: str
@@ -107,9 +106,9 @@ class Resolution:
     class_name: str | None
     declared: Mapping[int, str]
     roles: Mapping[str, str]
-    assumed: Mapping[str, str]
-    chat_templates: Mapping[str, str]
+    chat_template: str | None
     trace: str
+    doubts: Sequence[str] = ()
 
 
 def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
@@ -117,11 +116,10 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
 
     :class:`TokenizerError` if no family can be named or the files contradict the family.
     """
-    every, files = files, {name: path for name, path in sorted(files.items()) if "/" not in name}
-    if not files:
+    files = {name: path for name, path in sorted(files.items()) if "/" not in name}
+    if not files.keys() - {MODEL}:
         raise TokenizerError(f"{root}: no tokenizer files there; {_known()}")
     config, config_files = _config(files)
-    chat_templates = templates.read(every, config, root / CONFIG)
     family, why = _family(root, files, config)
     vocabulary, why_file = _vocabulary(root, files, family)
     if config.get("extra_vocab_file"):
@@ -135,16 +133,14 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         *([(SPECIALS, "names the roles, for there is no added_tokens_decoder")] if SPECIALS in config_files else []),
         ("family", f"{family}: {why}"),
         ("vocabulary", f"{vocabulary}: {why_file}"),
-        *([("chat templates", ", ".join(chat_templates))] if chat_templates else []),
     ]
-    read = {vocabulary, *config_files, templates.FILE, "added_tokens.json"}
-    if vocabulary != "tokenizer.json":
-        read |= set(RULES[family].beside)
+    read = {vocabulary, *config_files, TEMPLATE, "added_tokens.json"}
+    read |= set(RULES[family].beside)
     second = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
     if second:
         preferred = f"{vocabulary} is what transformers takes; the two are held against each other"
         lines.append(("also there", f"{', '.join(dict.fromkeys(second))}: {preferred}"))
-    ignored = [name for name in files if name not in {*read, *second}]
+    ignored = [name for name in files if name not in {*read, *second, MODEL}]
     if ignored:
         lines.append(("not read", f"{', '.join(ignored)}: {family} is made from {vocabulary} alone"))
     return Resolution(
@@ -155,11 +151,19 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         config=config,
         class_name=_class_name(config),
         declared=_declared(files, config),
-        roles=roles.named(config),
-        assumed=roles.assumed(config, _class_name(config)),
-        chat_templates=chat_templates,
+        roles=_roles(config),
+        chat_template=_chat_template(files, config),
         trace="".join(f"{label:<22}{text}\n" for label, text in lines),
+        doubts=_doubts(vocabulary, family, _class_name(config)),
     )
+
+
+def _doubts(vocabulary: str, family: str, named: str | None) -> list[str]:
+    """Say that a class is not known: where transformers reads the files, it says itself what it makes of them."""
+    if named is None or family == "tokenizer-json" or named in {*KNOWN_CLASSES, *RULES[family].classes}:
+        return []
+    text = f"the tokenizer class {_cut(named)} is not known here, and code of a checkpoint is not run"
+    return [f"{text}: {vocabulary} is read for what it is, as {family}"]
 
 
 def yielding(family: str) -> list[str]:
@@ -201,40 +205,26 @@ def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
     if SPECIALS in files and "added_tokens_decoder" not in config:
         read.append(SPECIALS)
         stated = read_json(files[SPECIALS])
-        config |= {f"{role}_token": stated[f"{role}_token"] for role in roles.ROLES if f"{role}_token" in stated}
+        config |= {f"{role}_token": stated[f"{role}_token"] for role in ROLES if f"{role}_token" in stated}
     return config, read
 
 
 def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[str, str]:
-    remote = _remote_class(config)
-    for key, value in (
-        ("tokenizer_class", config.get("tokenizer_class")),
-        ("auto_map", remote and remote.rpartition(".")[2]),
-    ):
-        if value is None:
-            continue
-        named = str(value)[:MAX_SHOWN]
-        plain = named.removesuffix("Fast")
-        if plain in ANY_FAMILY:
-            break
-        for family, rule in RULES.items():
-            if plain in rule.classes:
-                return family, f"{key} names {named}"
-        raise TokenizerError(
-            f"{root}/{CONFIG}: {key} names {named}, which is of no tokenizer family known here; {_known()}"
-        )
+    named = _class_name(config)
+    own = next((family for family, rule in RULES.items() if named in rule.classes), None)
+    if own and _named(files, RULES[own]):
+        key = "tokenizer_class" if config.get("tokenizer_class") else "auto_map"
+        return own, f"{key} names {_cut(named)}"
     fitting: list[str] = []
-    for (
-        family,
-        rule,
-    ) in RULES.items():  # those that are preferred first, so that a file is searched no more than it must
+    for family, rule in RULES.items():  # those preferred first: a file is searched no more often than it must be
         if not set(rule.yields) & set(fitting) and _matching(files, rule):
             fitting.append(family)
-    said = f"{_class_name(config)} is no family's own" if _class_name(config) else "no class is named"
+    said = f"{_cut(named)} is no family's own" if named else "no class is named"
     if len(fitting) == 1:
         return fitting[0], f"{said}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
+    if own and not fitting:
+        return own, f"{_cut(named)} is named"
     found = "the files fit several families" if fitting else f"no vocabulary of a known family among {', '.join(files)}"
-    said = said if _class_name(config) else "no tokenizer_class is named"
     raise TokenizerError(f"{root}: {said} and {found}; {_known()}")
 
 
@@ -270,6 +260,10 @@ def _shows(path: Path, evidence: bytes) -> bool:
         return not evidence or size > 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content[: len(LFS_HEADER)] == LFS_HEADER or re.search(evidence, content) is not None
+
+
+def _cut(text: Any) -> str:
+    return str(text)[:MAX_SHOWN]
 
 
 def _class_name(config: Mapping[str, Any]) -> str | None:
@@ -311,6 +305,27 @@ def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int,
             )
         stated[int(index)] = content
     return stated
+
+
+def _roles(config: Mapping[str, Any]) -> dict[str, str]:
+    named = {role: config.get(f"{role}_token") for role in ROLES}
+    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in named.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
+    """Return the checkpoint's own template; a file of its own wins over the key, as in transformers."""
+    if TEMPLATE in files:
+        try:
+            return files[TEMPLATE].read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{files[TEMPLATE]}: not UTF-8 ({error})") from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    return template if isinstance(template, str) else None
 
 
 def _shown(value: Any) -> str:

@@ -120,7 +120,7 @@ FAMILY = TokenizerFamily(
     convert=convert,
     reference=GreedyReference,
     normalize=None,
-    end_of_text=END_TEXT,
+    end_of_text=(END_TEXT,),
     chats={},
     file=FILE,
 )

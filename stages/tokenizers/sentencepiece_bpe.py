@@ -54,6 +54,7 @@ def convert(resolution: Resolution) -> Tokenizer:
         collapse=model.remove_extra_whitespaces,
         strip=lead != NEVER,
         prefix=_prefix(resolution, model, added),
+        symbols=_isolated(resolution, model),
     )
     return load(document(pairs), added)
 
@@ -141,13 +142,27 @@ def _lead(resolution: Resolution, model: SentencePieceModel) -> str:
     return TEXT if resolution.config.get("legacy") is False else SEGMENT
 
 
+def _isolated(resolution: Resolution, model: SentencePieceModel) -> tuple[str, ...]:
+    """Return the user-defined symbols of one character, which splitting the text can keep apart (digits, a newline)."""
+    if _lead(resolution, model) == NEVER:
+        return ()
+    return tuple(piece.text for piece in model.pieces if piece.kind == USER_DEFINED and len(piece.text) == 1)
+
+
+def shown(resolution: Resolution) -> list[int]:
+    """Return the ids of user-defined symbols that are special tokens here, but text all the same when they come out."""
+    model = read_model(resolution.vocabulary)
+    symbols = {piece.text for piece in model.pieces if piece.kind == USER_DEFINED}
+    return [token.id for token in _added(resolution, model) if token.special and token.content in symbols]
+
+
 def _added(resolution: Resolution, model: SentencePieceModel) -> tuple[Added, ...]:
     """Return the control pieces as special tokens, user-defined symbols, and what is stated beside them.
 
     Where a space goes before a text, no added token can stand in it and leave the rest without a space of its own:
     user-defined symbols are special tokens then, which a user's text does not become.
     """
-    inside = _lead(resolution, model) == NEVER
+    inside, isolated = _lead(resolution, model) == NEVER, _isolated(resolution, model)
     own = [
         {"id": index, "content": piece.text, "special": not (inside and piece.kind == USER_DEFINED)}
         for index, piece in enumerate(model.pieces)
@@ -160,6 +175,7 @@ def _added(resolution: Resolution, model: SentencePieceModel) -> tuple[Added, ..
         entries = [{"id": i, "content": text, "special": True} for i, text in resolution.declared.items()]
     named = {entry["content"] for entry in entries}
     entries += [entry for entry in own if entry["content"] not in named]
+    entries = [entry for entry in entries if entry["content"] not in isolated]
     # A model's own tokens are found in the text as it is, whatever tokenizer_config.json says for other libraries.
     return json_tables.added_tokens([{**entry, "normalized": False} for entry in entries], "added tokens")
 
@@ -211,7 +227,9 @@ def reference(resolution: Resolution) -> CharacterLoop:
         raise TokenizerError(*problems)
     scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
     lead, added = _lead(resolution, model), _added(resolution, model)
-    frozen = [piece.text for piece in model.pieces if piece.kind == USER_DEFINED and lead == NEVER]
+    isolated = _isolated(resolution, model)
+    defined = [piece.text for piece in model.pieces if piece.kind == USER_DEFINED]
+    frozen = [text for text in defined if lead == NEVER or text in isolated]
     vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
     ids = vocab | {token.content: token.id for token in added}
 
@@ -236,14 +254,12 @@ def reference(resolution: Resolution) -> CharacterLoop:
 def doubts(resolution: Resolution) -> Sequence[str]:
     """Return where the emitted tokenizer is deliberately not sentencepiece's."""
     model = read_model(resolution.vocabulary)
-    defined = [piece.text for piece in model.pieces if piece.kind == USER_DEFINED]
-    if not defined or _lead(resolution, model) == NEVER:
+    ids = shown(resolution)
+    if not ids:
         return ()
-    text = (
-        f"T13: the {len(defined)} user-defined symbols, such as {defined[0]!r}, are special tokens here: a user's text "
-        "that spells one stays text, where sentencepiece would make it the symbol"
-    )
-    return (text,)
+    first = model.pieces[ids[0]].text
+    said = f"T13: the {len(ids)} user-defined symbols, such as {first!r}, are special tokens here"
+    return (f"{said}: a user's text that spells one stays text, where sentencepiece would make it the symbol",)
 
 
 FAMILY = TokenizerFamily(
@@ -251,7 +267,8 @@ FAMILY = TokenizerFamily(
     convert=convert,
     reference=reference,
     normalize=None,
-    end_of_text="</s>",
+    end_of_text=("</s>",),
     chats={},
     doubts=doubts,
+    shown=shown,
 )

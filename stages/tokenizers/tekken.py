@@ -137,6 +137,6 @@ FAMILY = TokenizerFamily(
     convert=convert,
     reference=TekkenReference,
     normalize=None,
-    end_of_text="</s>",
+    end_of_text=("</s>",),
     chats={},
 )

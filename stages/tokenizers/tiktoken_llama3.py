@@ -97,6 +97,6 @@ FAMILY = TokenizerFamily(
     convert=convert,
     reference=Llama3Reference,
     normalize=None,
-    end_of_text="<|end_of_text|>",
+    end_of_text=("<|end_of_text|>",),
     chats={},
 )

@@ -91,6 +91,6 @@ FAMILY = TokenizerFamily(
     convert=convert,
     reference=QwenReference,
     normalize="NFC",
-    end_of_text="<|endoftext|>",
+    end_of_text=("<|endoftext|>",),
     chats={"chatml": CHATML},
 )

@@ -43,7 +43,6 @@ FAULTS = {
     "CRLF line endings": ({**QWEN2, "merges.txt": MERGES.replace(b"\n", b"\r\n")}, "qwen2", "CRLF line endings"),
     "merges missing": ({k: v for k, v in QWEN2.items() if k != "merges.txt"}, "qwen2", "no merges.txt beside it"),
     "class missing": ({k: v for k, v in QWEN2.items() if "config" not in k}, "qwen2", "tokenizer_class alone"),
-    "duplicate merge": ({**QWEN2, "merges.txt": MERGES + MERGES.split(b"\n")[5] + b"\n"}, "qwen2", "merged twice"),
     "duplicate id": (neox(model={"vocab": {**vocab(), "again": 7}}), "gpt_neox", "id 7 has the tokens"),
     "duplicate key": (
         {"tokenizer.json": b'{"model": {}, "model": {"a": "ByteLevel"}, "x": "ByteLevel"}'},
@@ -71,8 +70,6 @@ FAULTS = {
         "lines are missing",
     ),
     "world code": ({"rwkv_vocab_x.txt": b"1 __import__('os').getpid() 3\n"}, "rwkv", "is no Python literal"),
-    "template with a non-token": (config(QWEN2, chat_template="{{ '<|start_header_id|>' }}"), "qwen2", "T16"),
-    "bos is no token": (config(QWEN2, bos_token="<|bos|>"), "qwen2", "T14"),  # noqa: S106
     "bos of Llama 3 missing": (config(LLAMA3, bos_token="<s>"), "llama", "T14"),  # noqa: S106
     "specials missing": (
         {"tokenizer.model": tiktoken_text(tiny_ranks())},
@@ -80,11 +77,6 @@ FAULTS = {
         "special tokens are not in tokenizer.model",
     ),
     "stated ids of another model": (config(QWEN, added_tokens_decoder={"5": {"content": "<|im_end|>"}}), "qwen", "T05"),
-    "class of another model": (
-        {**neox(), "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}},
-        "qwen2",
-        "one of the two files belongs to another model",
-    ),
     "extra_vocab_file": (config(QWEN, extra_vocab_file="more.tiktoken"), "qwen", "extra_vocab_file is set"),
     "pointer": ({"tokenizer.json": POINTER}, "gpt_neox", "Git LFS pointer"),
     "pointer for tokenizer_config": ({**neox(), "tokenizer_config.json": POINTER}, "gpt_neox", "T02"),
@@ -95,7 +87,6 @@ FAULTS = {
     ),
     "decoder removed": (neox(decoder=None), "gpt_neox", "T09"),
     "sentencepiece decoder": (neox(decoder={"type": "Metaspace"}), "gpt_neox", "T09"),
-    "unknown normalizer": (neox(normalizer={"type": "NFKC"}), "gpt_neox", "is not NFC or none"),
     "pattern of tekken": ({"tekken.json": tekken(config={"pattern": "(a|a)*$"})}, "mistral", "is not Tekken's"),
     "tekken truncated": ({"tekken.json": tekken(vocab=tekken()["vocab"][:-60])}, "mistral", "it is truncated"),
     "tekken reordered": ({"tekken.json": tekken(vocab=tekken()["vocab"][::-1])}, "mistral", "not the token of rank 0"),
@@ -119,11 +110,6 @@ FAULTS = {
         {"tekken.json": tekken(), "tokenizer_config.json": {"bos_token": "<bos>"}},
         "mistral",
         "T14",
-    ),
-    "byte without a token": (
-        neox(model={"vocab": {k: v for k, v in vocab().items() if k != "!"}, "merges": []}),
-        "gpt_neox",
-        "have no token",
     ),
 }
 
@@ -168,7 +154,7 @@ def evil(pattern):
 
 
 HOSTILE = {
-    "backtracking pattern": (evil("(a|aa|a?)+$"), "gpt_neox", "is not one of those known here"),
+    "backtracking pattern": (evil(r"(\S|\S\S|\S?)+$"), "gpt_neox", "retry-limit"),
     "nested JSON": ({"tokenizer.json": b'{"ByteLevel":' + b"[" * 500_000}, "llama", "not JSON as expected"),
     "nested configuration": ({**neox(), "tokenizer_config.json": b'{"a":' * 200_000}, "gpt_neox", "not JSON in UTF-8"),
     "long token": (

@@ -1,0 +1,201 @@
+"""What transformers' AutoTokenizer makes of a checkpoint's own files: the tokenizer that its users have.
+
+It runs in a process of its own. That keeps its two seconds of import out of the worker, keeps it from importing torch,
+and shows it nothing but the files that the stage declares: no code of the checkpoint is among them, so none can run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from stages.tokenizers.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_MESSAGE = 400  # characters of what the library says
+TABLES = "tokenizer.json"
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from stages.tokenizers.automatic import serve; serve()"
+
+
+class Automatic:
+    """A loaded tokenizer of transformers; a :class:`~stages.tokenizers.record.Reference`.
+
+    ``name`` is the class that it chose, ``refused`` why the checkpoint's own class was not taken (None: it was).
+    ``document`` is tokenizer.json as this class runs it: the file's, with what the other files change. ``prefix`` and
+    ``suffix`` are the ids around every text.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """Load ``files`` (name -> where to open it); :class:`TokenizerError` with what transformers says of them."""
+        with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
+            for name, path in files.items():
+                (Path(folder) / name).symlink_to(path.resolve())
+            loaded = _server().ask("load", [folder])
+        self._number = loaded["number"]
+        weakref.finalize(self, _forget, self._number)
+        self.name: str = loaded["class"]
+        self.refused: str | None = loaded["refused"]
+        self.document: dict[str, Any] = json.loads(loaded["document"])
+        self.prefix: list[int] = loaded["prefix"]
+        self.suffix: list[int] = loaded["suffix"]
+        self._tokens = {int(index): bytes.fromhex(data) for index, data in loaded["tokens"].items()}
+        self._known: dict[tuple[str, bool], list[int]] = {}
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the document as the tokenizers library loads it, which is how a runtime will."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_str(json.dumps(self.document))
+
+    def read(self, texts: Sequence[str]) -> None:
+        """Encode many texts at once, for :meth:`encode` to have them."""
+        for specials in (True, False):
+            found = self._ask("encode" if specials else "encode_plain", texts)
+            self._known.update({(text, specials): ids for text, ids in zip(texts, found, strict=True)})
+
+    def encode(self, text: str, *, specials: bool) -> list[int]:
+        """Return the ids of ``text`` without what goes around it; ``specials`` is split_special_tokens=False."""
+        if (text, specials) not in self._known:
+            (ids,) = self._ask("encode" if specials else "encode_plain", [text])
+            self._known[text, specials] = ids
+        return self._known[text, specials]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ``ids``, special tokens included."""
+        (text,) = self._ask("decode", [list(ids)])
+        return str(text)
+
+    def tokens(self) -> dict[int, bytes]:
+        """Return every id with its bytes."""
+        return self._tokens
+
+    def _ask(self, what: str, values: Sequence[Any]) -> Any:
+        return _server().ask(what, values, self._number)
+
+
+class _Server:
+    """The process, which serves all tokenizers of this one and ends with it."""
+
+    def __init__(self) -> None:
+        settings = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _CHILD, str(ROOT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            env={**os.environ, **settings},
+        )
+
+    def ask(self, what: str, values: Sequence[Any], number: int | None = None) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps([what, values, number]) + "\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            code = self.process.wait()
+            raise TokenizerError(f"transformers ended with code {code} while it read the tokenizer files") from None
+        if "error" in answer:
+            raise TokenizerError(f"transformers cannot read these tokenizer files: {answer['error']}")
+        return answer["value"]
+
+
+_running: list[_Server] = []
+
+
+def _server() -> _Server:
+    if not _running or _running[0].process.poll() is not None:
+        _running[:] = [_Server()]
+    return _running[0]
+
+
+def _forget(number: int) -> None:
+    if _running and _running[0].process.poll() is None:
+        _running[0].ask("forget", [], number)
+
+
+def serve() -> None:
+    """Answer requests, one JSON document a line; what anyone prints goes nowhere."""
+    sys.modules["torch"] = None  # type: ignore[assignment] # not there, whether or not it is installed
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    loaded: dict[int, Any] = {}
+    for line in sys.stdin:
+        what, values, number = json.loads(line)
+        try:
+            if what == "load":
+                number = len(loaded)
+                loaded[number], refused = _load(*values)
+                value: Any = {**_describe(loaded[number]), "number": number, "refused": refused}
+            elif what == "forget":
+                value = loaded[number] = None
+            else:
+                value = _answer(loaded[number], what, values)
+        except BaseException as error:  # noqa: BLE001 - the library panics, too; all of it is reported, none is handled
+            _write(answers, {"error": _said(error)})
+        else:
+            _write(answers, {"value": value})
+
+
+def _load(folder: str) -> tuple[Any, str | None]:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False), None
+    except Exception as error:
+        # A class that is the checkpoint's own code, or is not known: then the file speaks for itself.
+        if not (Path(folder) / TABLES).exists():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(folder), _said(error)
+
+
+def _describe(loaded: Any) -> dict[str, Any]:
+    from stages.tokenizers.byte_level import read_token
+
+    backend = loaded.backend_tokenizer
+    document = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    added = set(loaded.get_added_vocab())
+    around = backend.encode("a")
+    inside = [index for index, mask in enumerate(around.special_tokens_mask) if not mask]
+    first, last = (inside[0], inside[-1]) if inside else (len(around.ids), len(around.ids))
+    byte_level = '"ByteLevel"' in json.dumps(document["decoder"])
+    tokens = {
+        index: (token.encode() if token in added or not byte_level else read_token(token)).hex()
+        for token, index in loaded.get_vocab().items()
+    }
+    return {
+        "class": type(loaded).__name__,
+        "document": json.dumps(document),
+        "prefix": around.ids[:first],
+        "suffix": around.ids[last + 1 :],
+        "tokens": tokens,
+    }
+
+
+def _answer(loaded: Any, what: str, values: list[Any]) -> Any:
+    if what == "decode":
+        return [loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in values]
+    plain = what == "encode_plain"
+    return loaded(values, add_special_tokens=False, split_special_tokens=plain)["input_ids"] if values else []
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:MAX_MESSAGE]}{' ...' if len(text) > MAX_MESSAGE else ''}"
+
+
+def _write(answers: IO[str], value: Any) -> None:
+    answers.write(json.dumps(value) + "\n")
+    answers.flush()
