@@ -150,11 +150,19 @@ class Pipeline:
 
         return lineage(self, self.artifact(reference))
 
-    def gc(self, *, keep_runs: int = 10, max_size: int | None = None, dry_run: bool = False) -> Sweep:
-        """Remove results older than the last runs, then the oldest until ``max_size`` bytes; never one in use."""
-        from stagegraph.gc import collect
+    def gc(
+        self, *, keep_runs: int = 10, max_size: int | None = None, dry_run: bool = False, agreed: Sweep | None = None
+    ) -> Sweep:
+        """Remove results older than the last runs, then the oldest until ``max_size`` bytes; never one in use.
 
-        return collect(self.workspace, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run)
+        ``agreed``, which an earlier ``dry_run`` returned, limits it to what that would have removed.
+        """
+        from stagegraph.gc import collect, needed_now
+
+        needed, notes = needed_now(self)
+        sweep = collect(self.workspace, needed, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run, agreed=agreed)
+        sweep.notes += notes
+        return sweep
 
     def explain(self, *patterns: str) -> list[Explanation]:
         """Say why each of these nodes would run, or would not."""

@@ -1,40 +1,48 @@
 """Who uses the space of a store, and what can go: earlier results by run and by size, never what is in use.
 
-In use are the results that ``artifacts/`` shows, of every pipeline, and those a run under way has settled on. While a
-run is under way memoised parts and objects that nothing names (yet) are left alone too. A record goes before its
-objects, so that whenever this is interrupted, what remains is whole or is seen to be missing and rebuilt.
+In use are the results that ``artifacts/`` shows, of every pipeline, those that the pipeline files beside it need as
+they stand, and those a run under way has settled on. While a run is under way memoised parts and objects that nothing
+names (yet) are left alone too. Nothing goes where what names things is damaged. A record goes before its objects, so
+that whenever this is interrupted, what remains is whole or is seen to be missing and rebuilt.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.history import EXECUTED, past_runs
+from stagegraph.digest import open_regular
+from stagegraph.errors import PipelineError, StoreError
+from stagegraph.history import EXECUTED, node_of_key, past_runs
+from stagegraph.leftovers import idle_locks, leftovers, tree_size
 from stagegraph.pins import pinned
 from stagegraph.plan import HIT
 from stagegraph.record import record_files
 from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from stagegraph.api import Pipeline
     from stagegraph.record import Record
     from stagegraph.workspace import Workspace
+
+FOLDERS = ("failed", "logs", "quarantine", "index", "work")
 
 
 @dataclass(frozen=True)
 class Item:
     """Something that can be kept or go: an earlier result, a memoised part, an object that nothing names."""
 
-    kind: str  # "result", "part" or "object"
-    name: str  # key, name in the index, or digest
-    what: str  # for people: stage or kind of part
+    kind: str  # "result", "part", "object" or "leftover"
+    name: str  # key, name in the index, digest, or path in the store
+    what: str  # for people: node or stage, or kind of part
     when: str  # as records tell it; empty sorts first
     digests: frozenset[str]
+    size: int = 0  # bytes, of a leftover: others free what their objects take
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Sweep:
     """What goes, the bytes that this frees, and what could not be done."""
 
     items: list[Item] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)  # bytes that each item frees
     digests: set[str] = field(default_factory=set)
     freed: int = 0
     left: int = 0
@@ -70,32 +79,36 @@ class Sweep:
 
     def document(self) -> dict[str, Any]:
         """Return the sweep as ``--json`` prints it."""
-        items = [{"kind": i.kind, "name": i.name, "what": i.what, "when": i.when} for i in self.items]
+        items = [
+            {"kind": i.kind, "name": i.name, "what": i.what, "when": i.when, "bytes": size}
+            for i, size in zip(self.items, self.sizes, strict=True)
+        ]
         return {"freed_bytes": self.freed, "left_bytes": self.left, "removed": items, "notes": self.notes}
 
 
-def usage(workspace: Workspace) -> Usage:
-    """Look at everything there is."""
+def usage(workspace: Workspace, needed: Collection[str] = ()) -> Usage:
+    """Look at everything there is; ``needed`` are the keys that pipeline files need."""
     store = workspace.store
     sizes = {digest: store.path(digest).stat().st_size for digest in store.digests()}
     running, pins = pinned(workspace.root)
     records = {record["key"]: record for record in workspace.records()}
     lasts = workspace.lasts()
     current = {name: records[last["key"]] for name, last in lasts.items() if last.get("key") in records}
-    used = {key for key in pins if key in records} | {record["key"] for record in current.values()}
+    used = {key for key in {*pins, *needed} if key in records} | {record["key"] for record in current.values()}
     objects = {digest for key in used for digest, _ in record_files(records[key]).values()}
-    others = [_result(record) for key, record in records.items() if key not in used]
+    nodes = node_of_key(workspace.journal)
+    others = [_result(record, nodes.get(key)) for key, record in records.items() if key not in used]
     others += [_part(workspace, name, part) for name, part in workspace.parts()]
     named = objects.union(*(item.digests for item in others))
     others += [Item("object", digest, "named by nothing", "", frozenset([digest])) for digest in sizes.keys() - named]
     others.sort(key=lambda item: (item.when, item.name))
-    folders = {n: _tree_size(workspace.root / n) for n in ("failed", "logs", "quarantine", "index", "work")}
+    folders = {n: tree_size(p) for n in FOLDERS if (p := workspace.root / n).is_dir()}
     return Usage(sizes, current, objects, others, running, folders)
 
 
-def _result(record: Record) -> Item:
+def _result(record: Record, node: str | None) -> Item:
     digests = frozenset(digest for digest, _ in record_files(record).values())
-    return Item("result", record["key"], record["stage"], record["started"], digests)
+    return Item("result", record["key"], node or record["stage"], record["started"], digests)
 
 
 def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
@@ -105,10 +118,6 @@ def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
         made = 0.0
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(made)) if made else ""
     return Item("part", name, part["kind"], when, frozenset([part["digest"]]))
-
-
-def _tree_size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
 def choose(workspace: Workspace, found: Usage, *, keep_runs: int, max_size: int | None) -> Sweep:
@@ -134,13 +143,16 @@ def choose(workspace: Workspace, found: Usage, *, keep_runs: int, max_size: int 
 
 def _drop(item: Item, sweep: Sweep, holders: Counter[str], found: Usage) -> None:
     """Let an item go, and with it the objects that nothing else holds."""
-    sweep.items.append(item)
+    size = 0
     for digest in item.digests:
         holders[digest] -= 1
         if not holders[digest] and digest not in found.used and digest in found.sizes:
             sweep.digests.add(digest)
-            sweep.freed += found.sizes[digest]
-            sweep.left -= found.sizes[digest]
+            size += found.sizes[digest]
+    sweep.items.append(item)
+    sweep.sizes.append(size)
+    sweep.freed += size
+    sweep.left -= size
 
 
 def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
@@ -156,14 +168,98 @@ def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
     return keys
 
 
-def collect(workspace: Workspace, *, keep_runs: int, max_size: int | None, dry_run: bool) -> Sweep:
-    """Remove what :func:`choose` says, while no run settles or commits a node; return what went."""
+def needed_now(pipeline: Pipeline) -> tuple[set[str], list[str]]:
+    """Return the keys that the pipeline files beside ``artifacts/`` need as they stand, and notes on what is not known.
+
+    ``pipeline`` is one of them, with its overrides.
+    """
+    from stagegraph.api import Pipeline
+
+    keys: set[str] = set()
+    notes: list[str] = []
+    folder = pipeline.workspace.artifacts.parent
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in {".yaml", ".yml"} and _is_pipeline(path)]
+    for path in (None, *others):
+        try:
+            if path is None:
+                keys |= _keys_of_plan(pipeline)
+            else:
+                with Pipeline(path) as other:
+                    keys |= _keys_of_plan(other)
+        except PipelineError as error:
+            name = path.name if path else "the pipeline"
+            notes.append(f"{name} cannot be planned; only what artifacts/ shows of it is kept: {error.problems[0]}")
+    return keys, notes
+
+
+def _is_pipeline(path: Path) -> bool:
+    try:
+        with open_regular(path) as file:
+            return re.search(rb"^(stages|extends):", file.read(1 << 20), re.MULTILINE) is not None
+    except OSError:
+        return False
+
+
+def _keys_of_plan(pipeline: Pipeline) -> set[str]:
+    return {decision.key for decision in pipeline.planner.plan(pipeline.dag.nodes) if decision.status == HIT}
+
+
+def collect(
+    workspace: Workspace,
+    needed: Collection[str],
+    *,
+    keep_runs: int,
+    max_size: int | None,
+    dry_run: bool,
+    agreed: Sweep | None = None,
+) -> Sweep:
+    """Remove what :func:`choose` says, while no run settles or commits a node; return what went.
+
+    ``agreed`` limits it to what an earlier call said. :class:`StoreError` if the index or a record is damaged.
+    """
+    if not workspace.root.is_dir():
+        return Sweep()
     with workspace.alone():
-        found = usage(workspace)
+        _refuse_damaged(workspace)
+        found = usage(workspace, needed)
+        if agreed is not None:
+            names = {(item.kind, item.name) for item in agreed.items}
+            used = [item for item in found.others if (item.kind, item.name) not in names]
+            found.used.update(digest for item in used for digest in item.digests)
+            found.others = [item for item in found.others if (item.kind, item.name) in names]
         sweep = choose(workspace, found, keep_runs=keep_runs, max_size=max_size)
+        if not found.running:
+            _add_leftovers(workspace, sweep)
         if not dry_run:
             _remove(workspace, sweep)
+            for lock in idle_locks(workspace) if not found.running else ():
+                lock.unlink()
     return sweep
+
+
+def _refuse_damaged(workspace: Workspace) -> None:
+    """Refuse to call anything unneeded where what names it cannot be read."""
+    aside = workspace.index.set_aside
+    problem = f"just now set aside as {aside}" if aside else workspace.index.problem()
+    problems = [f"the index is damaged ({problem})"] if problem else []
+    keys = [name.removeprefix("rec:") for name in workspace.index.names("rec:")]
+    bad = [key for key in keys if workspace.record(key) is None]
+    bad += [name for name in workspace.index.names("part:") if workspace.index.get(name) is None]
+    if bad:
+        problems.append(f"{len(bad)} records or parts are damaged")
+    if keys and not any(last.get("key") for last in workspace.lasts().values()):
+        problems.append("nothing says which results are in use: the index and the journal are gone")
+    if problems:
+        advice = "nothing was removed; `pipeline fsck --repair` mends it, a `pipeline run` makes again what is missing"
+        raise StoreError(f"{'; '.join(problems)}: {advice}")
+
+
+def _add_leftovers(workspace: Workspace, sweep: Sweep) -> None:
+    for path in leftovers(workspace):
+        name = path.relative_to(workspace.root).as_posix()
+        sweep.items.append(Item("leftover", name, "left behind", "", frozenset(), size := tree_size(path)))
+        sweep.sizes.append(size)
+        sweep.freed += size
 
 
 def _remove(workspace: Workspace, sweep: Sweep) -> None:
@@ -173,6 +269,8 @@ def _remove(workspace: Workspace, sweep: Sweep) -> None:
             workspace.log_path(item.name).unlink(missing_ok=True)
         elif item.kind == "part":
             workspace.index.delete(item.name)
+        elif item.kind == "leftover":
+            remove_tree(workspace.root / item.name)
     for digest in sweep.digests:
         remove_tree(workspace.store.path(digest))
         workspace.index.delete(f"obj:{digest}")

@@ -133,6 +133,16 @@ def last_results(journal: Journal) -> dict[tuple[str, str], dict[str, str]]:
     return {node: last for node, last in found.items() if last}
 
 
+def node_of_key(journal: Journal) -> dict[str, str]:
+    """Return the node, as ``pipeline/node``, that each key was last executed for."""
+    return {
+        node["key"]: f"{entry['pipeline']}/{node['node']}"
+        for entry in journal.entries()
+        for node in entry["nodes"]
+        if node["outcome"] in EXECUTED
+    }
+
+
 class Durations:
     """How long executions took, by node, by stage: the median of the last few in the journal."""
 

@@ -1,11 +1,11 @@
-"""``pipeline fsck``: read every stored object and compare it with its name; quarantine what does not match."""
+"""``pipeline fsck``: read every object, record and part, and the index; set aside or name what is damaged."""
 
 from __future__ import annotations
 
 import argparse
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, print_json, shown, size_text
+from stagegraph.cli.common import add_file, add_json, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
 from stagegraph.record import record_files
 from stagegraph.workspace import Workspace
@@ -16,7 +16,8 @@ EXAMPLE = "pipeline fsck --json"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json(parser)
+    parser.add_argument("--repair", action="store_true", help="remove damaged records, and begin a damaged index anew")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,36 +27,67 @@ def run(args: argparse.Namespace) -> int:
         checked = size = 0
         bad: dict[str, str] = {}
         for digest in list(workspace.store.digests()):
-            size += workspace.store.path(digest).stat().st_size
-            checked += 1
             wrong = workspace.store.check(digest)
-            if wrong:
+            if wrong and wrong != "missing":  # gone since: `gc` removes objects meanwhile
                 bad[digest] = wrong
-        missing = _missing(workspace)
-        if args.json:
-            print_json({"checked": checked, "bytes": size, "damaged": bad, "missing": missing})
-        else:
-            print(f"{checked} objects, {size_text(size)} read")
-            for digest, wrong in bad.items():
-                moved = f" (moved to {shown(workspace.store.quarantine)})" if wrong == "damaged" else ""
-                print(f"{wrong}: {digest}{moved}")
-            for digest, name in missing.items():
-                print(f"missing: {digest} ({name})")
-            print(
-                "all intact" if not bad and not missing else "the next `pipeline run` rebuilds what it needs of these"
-            )
-    return EXIT_STORE if bad or missing else EXIT_OK
+            size += _size(workspace, digest)
+            checked += 1
+        with workspace.alone():
+            missing = _missing(workspace)
+            problems = _problems(workspace, repair=args.repair)
+    if args.json:
+        print_json({"checked": checked, "bytes": size, "damaged": bad, "missing": missing, "problems": problems})
+    else:
+        print(f"{checked} objects, {size_text(size)} read")
+        for digest, wrong in bad.items():
+            print(f"{wrong}: {digest} (moved to {shown(workspace.store.quarantine)})")
+        for digest, name in missing.items():
+            print(f"missing: {digest} ({name})")
+        for problem in problems:
+            print(problem)
+        print(_advice(bool(bad or missing), bool(problems), repair=args.repair))
+    return EXIT_STORE if bad or missing or problems else EXIT_OK
+
+
+def _advice(lost: bool, damaged: bool, *, repair: bool) -> str:
+    if damaged and not repair:
+        return "`pipeline fsck --repair` mends the index and removes damaged records; the next run makes them again"
+    return "the next `pipeline run` rebuilds what it needs of these" if lost or damaged else "all intact"
+
+
+def _size(workspace: Workspace, digest: str) -> int:
+    try:
+        return workspace.store.path(digest).stat().st_size
+    except OSError:
+        return 0
 
 
 def _missing(workspace: Workspace) -> dict[str, str]:
     """Return the objects that records and parts name but the store lacks: digest -> what it was."""
     missing = {}
-    for name in list(workspace.index.names("rec:")):
-        record = workspace.record(name.removeprefix("rec:"))
-        for file, (digest, _) in record_files(record).items() if record else ():
+    for record in workspace.records():
+        for file, (digest, _) in record_files(record).items():
             if not workspace.store.path(digest).exists():
-                missing[digest] = f"{record['stage']}: {file}" if record else file
+                missing[digest] = f"{record['stage']}: {file}"
     for _, part in list(workspace.parts()):
         if not workspace.store.path(part["digest"]).exists():
             missing[part["digest"]] = f"memoised {part['kind']}"
     return missing
+
+
+def _problems(workspace: Workspace, *, repair: bool) -> list[str]:
+    """Return what is wrong with the documents; ``repair`` removes what cannot be believed."""
+    index = workspace.index
+    problem = index.problem()
+    problems = [f"damaged: the index ({problem})"] if problem else []
+    if problem and repair:
+        index.begin_anew()
+    for name in [*index.names("rec:"), *index.names("part:")]:
+        document = workspace.record(name.removeprefix("rec:")) if name.startswith("rec:") else index.get(name)
+        if document is None:
+            problems.append(f"damaged: {'record' if name.startswith('rec:') else 'part'} {name.partition(':')[2]}")
+            if repair:
+                index.delete(name)
+    if repair and workspace.root.is_dir():
+        index.move_to_files()
+    return problems

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+
 import pytest
 
 from stagegraph import Pipeline
@@ -16,6 +19,11 @@ def glue(demo: Demo, *values: str) -> None:
     demo.counts  # noqa: B018
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def gc(demo: Demo, *argv: str) -> dict:
     result = demo("gc", str(demo.pipeline), "--json", *argv)
     assert result.code == 0, result.err
@@ -27,7 +35,7 @@ def test_results_of_the_last_runs_stay(demo: Demo) -> None:
     foretold = gc(demo, "--keep-runs", "2", "--dry-run")
     removed = gc(demo, "--keep-runs", "2")
     assert {**foretold, "dry_run": False} == removed
-    assert [item["what"] for item in removed["removed"]] == ["join", "join"]
+    assert [item["what"] for item in removed["removed"]] == ["demo/join", "demo/join"]
     assert removed["freed_bytes"] > 0
     glue(demo, "c")
     assert demo.counts == []
@@ -53,7 +61,7 @@ def test_what_artifacts_show_is_never_removed(demo: Demo) -> None:
     other.write_text(demo.pipeline.read_text().replace("name: demo", "name: other"))
     assert demo("run", str(other), "--set", "vars.glue=z").code == 0
     demo.counts  # noqa: B018
-    removed = gc(demo, "--keep-runs", "0", "--max-size", "0")
+    removed = gc(demo, "--keep-runs", "0", "--max-size", "0B")
     assert "larger than --max-size" in removed["notes"][0]
     glue(demo, "b")
     demo("run", str(other), "--set", "vars.glue=z")
@@ -68,7 +76,7 @@ def test_the_oldest_go_first_until_it_fits(demo: Demo) -> None:
     demo.edit("join", "ctx.params.glue.join(parts)", "ctx.params.glue * 1000 + ctx.params.glue.join(parts)")
     glue(demo, "a", "b", "c", "d")
     held = demo("du", str(demo.pipeline), "--json").json["bytes"]
-    removed = gc(demo, "--max-size", f"{held - 1500}")
+    removed = gc(demo, "--max-size", f"{held - 1500}B")
     assert len(removed["removed"]) == 2
     assert removed["left_bytes"] <= held - 1500
     glue(demo, "c", "d")
@@ -76,10 +84,10 @@ def test_the_oldest_go_first_until_it_fits(demo: Demo) -> None:
     assert demo.counts == ["join"]
 
 
-@pytest.mark.parametrize("size", ["50gigs", "-5", "GB", "1e3"])
+@pytest.mark.parametrize("size", ["50gigs", "-5", "GB", "1e3", "50", "0"])
 def test_sizes_are_checked(demo: Demo, size: str) -> None:
     result = demo("gc", str(demo.pipeline), f"--max-size={size}")
-    assert (result.code, "expected a size such as 50GB" in result.err) == (2, True)
+    assert (result.code, "expected a size with its unit, such as 50GB" in result.err) == (2, True)
 
 
 def test_kept_source_texts_and_logs_go_with_their_results(demo: Demo) -> None:
@@ -105,11 +113,11 @@ def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo:
         file.write_bytes(b"p" * 5000)
         Memo(pipeline.workspace.store).remember("tensor", {"a": 1}, file)
         pin = Pin(pipeline.workspace.root)
-        beside = gc(demo, "--max-size", "1000")
+        beside = gc(demo, "--max-size", "1000B")
         pin.release()
         assert [item["kind"] for item in beside["removed"]] == []
         assert gc(demo)["removed"] == []
-        after = gc(demo, "--max-size", "1000")
+        after = gc(demo, "--max-size", "1000B")
         assert [(item["kind"], item["what"]) for item in after["removed"]] == [("part", "tensor")]
         assert Memo(pipeline.workspace.store).recall("tensor", {"a": 1}) is None
     assert demo("fsck", str(demo.pipeline)).code == 0
@@ -131,7 +139,7 @@ def test_a_run_beside_it_loses_nothing(demo: Demo) -> None:
     assert demo.run("--stage", "shape").code == 0
     removed = gc(demo, "--keep-runs", "0")
     assert removed["notes"]
-    assert {item["what"] for item in removed["removed"]} <= {"trouble"}
+    assert {item["what"] for item in removed["removed"]} <= {"demo/trouble"}
     assert slow.wait(30) == 0
     assert gc(demo, "--keep-runs", "0")["notes"] == []
     assert demo("fsck", str(demo.pipeline)).code == 0
@@ -160,3 +168,101 @@ def test_du_counts_each_object_once(demo: Demo) -> None:
     assert "earlier results" in entries
     assert found["gc_frees"] == 0
     assert "`pipeline gc` would free 0 B" in demo("du", str(demo.pipeline)).out
+
+
+def test_what_the_pipeline_files_need_as_they_stand_stays(demo: Demo) -> None:
+    """However many runs with other settings came since, of this pipeline or of another file that has its name."""
+    demo.run()
+    demo("run", str(demo.pipeline), "--set", "vars.glue=z", "--set", "vars.shapes=[line]")
+    other = demo.folder / "other.yaml"
+    other.write_text(demo.pipeline.read_text().replace('glue: "-"', "glue: y"))
+    demo("run", str(other))
+    (demo.folder / "compose.yaml").write_text("services: {}\n")
+    glue(demo, "a", "b")
+    removed = gc(demo, "--keep-runs", "0", "--max-size", "0B")
+    assert [item["what"] for item in removed["removed"]] == ["demo/join", "demo/join"]
+    assert "compose" not in str(removed["notes"])
+    demo.run()
+    demo("run", str(other))
+    assert demo.counts == []
+    broken = demo.folder / "broken.yaml"
+    broken.write_text("version: 1\nname: x\nstages: {read: {with: {text: nowhere}}}\n")
+    assert "broken.yaml cannot be planned" in gc(demo)["notes"][-1]
+
+
+def test_nothing_goes_where_what_names_things_is_damaged(demo: Demo) -> None:
+    glue(demo, "a", "b")
+    root = demo.folder / "artifacts" / ".stagegraph"
+
+    def refused(said: str) -> None:
+        result = demo("gc", str(demo.pipeline), "--keep-runs", "0", "--max-size", "0B")
+        assert (result.code, said in result.err, "nothing was removed" in result.err) == (3, True, True), result.err
+
+    objects = sorted((root / "objects").rglob("*"))
+    record = next(p for p in (root / "records").rglob("*") if p.is_file())
+    good = record.read_bytes()
+    record.write_bytes(good[:-1])
+    refused("1 records or parts are damaged")
+    assert demo("fsck", str(demo.pipeline)).code == 3
+    record.write_bytes(good)
+    assert demo("fsck", str(demo.pipeline)).code == 0
+    database = root / "index" / "cache.db"
+    intact = database.read_bytes()
+    database.write_bytes(intact[:4096] + b"\x55" * (len(intact) - 4096))
+    refused("damaged")
+    shutil.rmtree(root / "index", ignore_errors=True)
+    (root / "journal.jsonl").unlink()
+    refused("nothing says which results are in use")
+    assert sorted((root / "objects").rglob("*")) == objects
+    glue(demo, "b")
+    assert demo("gc", str(demo.pipeline)).code == 0
+
+
+def test_fsck_repairs_what_names_things(demo: Demo) -> None:
+    demo.run()
+    demo.counts  # noqa: B018
+    root = demo.folder / "artifacts" / ".stagegraph"
+    record = next(p for p in (root / "records").rglob("*") if p.is_file())
+    record.write_bytes(b"{}")
+    database = root / "index" / "cache.db"
+    database.write_bytes(database.read_bytes()[:4096] + b"\x55" * 40960)
+    found = demo("fsck", str(demo.pipeline), "--json")
+    assert (found.code, len(found.json["problems"])) == (3, 2)
+    assert demo("fsck", str(demo.pipeline), "--repair").code == 3
+    assert demo("fsck", str(demo.pipeline)).out.endswith("all intact\n")
+    assert demo.run().code == 0
+    assert len(demo.counts) == 1
+
+
+def test_what_was_left_behind_goes(demo: Demo) -> None:
+    demo.run()
+    root = demo.folder / "artifacts" / ".stagegraph"
+    demo.source.write_text("FAIL")
+    assert demo.run().code == 1
+    for name in ("quarantine/x", "work/abc/1/out/half", "index.damaged-1/cache.db", "objects/ab/.copy", "locks/abc"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("left")
+    said = {item["name"] for item in gc(demo)["removed"] if item["kind"] == "leftover"}
+    assert said >= {"quarantine/x", "work/abc", "index.damaged-1", "objects/ab/.copy"}
+    assert not [name for name in said if name.startswith("failed/")]  # the last failure of a node stays
+    demo.source.write_text("some words here\n")
+    assert demo.run().code == 0
+    assert "failed/demo/read" in {item["name"] for item in gc(demo)["removed"]}
+    assert [p.name for p in (root / "locks").iterdir()] == ["store"]
+    assert gc(demo)["removed"] == []
+    assert set(demo.run().outcomes.values()) == {"HIT"}
+
+
+@pytest.mark.parametrize(("answer", "gone"), [("n", 0), ("", 0), ("y", 1)])
+def test_it_asks_on_a_terminal(demo: Demo, answer: str, gone: int, monkeypatch) -> None:
+    glue(demo, "a", "b")
+    demo.run()
+    records = demo.folder / "artifacts" / ".stagegraph" / "records"
+    before = len(list(records.glob("*/*")))
+    monkeypatch.setattr("sys.stdin", Terminal(f"{answer}\n"))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    said = demo("gc", str(demo.pipeline), "--keep-runs", "1")
+    monkeypatch.undo()
+    assert (said.code, "demo/join" in said.out) == (0, True)
+    assert said.out.count("? [y/N]") == 1
+    assert before - len(list(records.glob("*/*"))) == 2 * gone
