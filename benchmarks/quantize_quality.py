@@ -36,10 +36,7 @@ class Example:
         self.family = load_family(raw["model_type"])
         self.config = self.family.parse(raw)
         files = {path.name: path for path in folder.glob("*.safetensors*")}
-        tensors = {
-            name: {"file": file, "dtype": info.dtype, "shape": [*info.shape]}
-            for name, (file, info) in read_headers(files).items()
-        }
+        tensors = read_headers(files).table()
         weights = Weights(files, tensors)
         self.arrays = {name: weights[name] for name in tensors}
         self.model: Any = None

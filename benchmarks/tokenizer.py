@@ -79,7 +79,7 @@ def checkpoint(root: Path, vocabulary: Path) -> None:
     values = {
         "config": {"schema": 1, "family": "qwen", "vocab_size": ROWS, "context_window": 8192},
         "generation": {"schema": 1, "eos": [RANKS], "pad": RANKS, "stop": [RANKS], "chat_format": "chatml"},
-        "tensors": {"schema": 1, "tensors": {"transformer.wte.weight": shape}},
+        "tensors": {"schema": 1, "tensors": {"transformer.wte.weight": shape}, "names": {}},
     }
     for port, value in values.items():
         (root / f"{port}.json").write_text(json.dumps(value))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.errors import PlanError, StoreError, nearest
 from stagegraph.history import find_run, key_at, past_runs
 from stagegraph.record import Record, record_files
+from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
@@ -76,11 +77,18 @@ class Artifact:
 
     def read_text(self, name: str) -> str:
         """Return the content of a text file."""
-        return self.object(name).read_text(encoding="utf-8")
+        return self._content(name).decode()
 
     def read_json(self, name: str) -> Any:
         """Return the content of a JSON file."""
-        return json.loads(self.object(name).read_bytes())
+        return json.loads(self._content(name))
+
+    def _content(self, name: str) -> bytes:
+        self.object(name)
+        try:
+            return self.workspace.store.read(self.files[name][0])
+        except RottenError:
+            raise StoreError(f"{self.label}: {name} is damaged in the store; `pipeline run` rebuilds it") from None
 
     def view(self, name: str) -> str:
         """Return a page its stage rendered."""

@@ -124,7 +124,8 @@ def _step(pipeline: Pipeline, decision: Decision, predict: Callable[[Decision], 
 
 def makespan(steps: Iterable[Step], counts: Callable[[Step], bool], jobs: int) -> float:
     """Return the seconds until the last of the steps that count is done, on ``jobs`` processors (0: all there are)."""
-    free = [0.0] * (jobs or os.cpu_count() or 1)
+    steps = list(steps)
+    free = [0.0] * max(1, min(jobs or os.cpu_count() or 1, len(steps)))
     ends: dict[Node, float] = {}
     for step in steps:
         ready = max((ends[u] for u in step.node.upstream if u in ends), default=0.0)

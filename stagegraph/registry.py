@@ -39,6 +39,7 @@ HIDDEN_VARIABLES = frozenset({
 # Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`. Those of
 # its arguments that `REFERENCES` lists may be a reference in place of a path; `run` gets the path of a folder.
 VERBS = {
+    "chat": "stages.cli.chat",
     "generate": "stages.cli.generate",
     "models": "stages.cli.models",
     "tokenize": "stages.cli.tokenize",

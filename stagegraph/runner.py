@@ -206,3 +206,11 @@ def describe_exit(code: int) -> str:
         "SIGSEGV": "; a crash in native code, often a mismatch of library versions: see the pins in pyproject.toml",
     }.get(name, "")
     return f"its worker process was killed by {name}{meaning}"
+
+
+def memory_mib() -> int:
+    """Return the memory of the machine or of the control group, whichever is smaller."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total // (1 << 20)

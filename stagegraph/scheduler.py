@@ -11,7 +11,6 @@ Life of one node, in the order of the code below:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 import time
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter
 from stagegraph.plan import HIT, Decision, Planner
 from stagegraph.record import Record, new_record, record_files, same_outputs
+from stagegraph.store import RottenError
 from stagegraph.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class _Running:
     decision: Decision
     worker: Worker
     sandbox: Sandbox
+    made_from: dict[str, list[str]]
     lock: int
     log: Path
     began: float
@@ -81,6 +82,7 @@ class Scheduler:
         self._attempts: dict[Node, int] = {}
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
+        self._remade: set[str] = set()
 
     def run(self, nodes: Sequence[Node]) -> None:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
@@ -89,7 +91,7 @@ class Scheduler:
         self._waiting = list(nodes)
         try:
             self._settle()
-            while self._ready or self._running:
+            while self._ready or self._running or self._waiting:
                 self._start_ready()
                 self._await_events()
                 self._settle()
@@ -141,8 +143,11 @@ class Scheduler:
         decision = self._planner.decide(node, self._record_of)
         forced = node.name in self._options.force
         if decision.status == HIT and not forced:
-            self._finish_hit(decision)
-            return
+            try:
+                self._finish_hit(decision)
+                return
+            except RottenError:
+                decision = self._planner.decide(node, self._record_of)
         if decision.status == HIT:
             decision.reasons = ["forced"]
         self._ready.append(_Ready(decision))
@@ -169,6 +174,10 @@ class Scheduler:
     def _start_ready(self) -> None:
         for ready in list(self._ready):
             decision = ready.decision
+            if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
+                self._ready.remove(ready)
+                self._waiting.append(decision.node)
+                continue
             if not self._has_room(decision.node):
                 continue
             lock = self._lock(ready)
@@ -179,8 +188,11 @@ class Scheduler:
                 again = self._planner.decide(decision.node, self._record_of)
                 if again.status == HIT:
                     os.close(lock)
-                    with self._workspace.sharing():
-                        self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
+                    try:
+                        with self._workspace.sharing():
+                            self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
+                    except RottenError:
+                        self._waiting.append(decision.node)
                     continue
             self._start(decision, lock)
 
@@ -199,7 +211,11 @@ class Scheduler:
         wanted = node.spec.resources
         if len(running) >= self._jobs or any(r.exclusive for r in running) or (wanted.exclusive and running):
             return False
-        return not running or sum(r.memory for r in running) + wanted.memory <= _memory_mib()
+        if not running:
+            return True
+        from stagegraph.runner import memory_mib
+
+        return sum(r.memory for r in running) + wanted.memory <= memory_mib()
 
     def _start(self, decision: Decision, lock: int) -> None:
         from selectors import EVENT_READ, DefaultSelector
@@ -215,21 +231,35 @@ class Scheduler:
         try:
             inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
             log.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+            worker = self._worker(node.stage.profile) or Worker(node.stage.profile)
+        except (OSError, RottenError) as error:
             sandbox.remove(workspace)
             os.close(lock)
+            if isinstance(error, RottenError) and self._remake(node, error.digest):
+                return
             self._finish(Outcome(node, FAILED, decision.reason, decision.key, problems=(_said(error),)))
             return
-        worker = self._worker(node.stage.profile) or Worker(node.stage.profile)
         now = time.monotonic()
         deadline = now + node.spec.timeout if node.spec.timeout else None
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._running[worker] = _Running(decision, worker, sandbox, lock, log, now, started, deadline)
+        made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in node.inputs.items()}
+        self._running[worker] = _Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
         self._selector.register(worker, EVENT_READ)
         workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
         prepared, fresh = self._planner.prepared(node), node.name in self._options.force
         worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, fresh=fresh))
+
+    def _remake(self, node: Node, digest: str) -> bool:
+        """Settle a node again, and before it those above whose result has a damaged object; once for each object."""
+        if digest in self._remade:
+            return False
+        self._remade.add(digest)
+        broken = [u for u in node.upstream if digest in {d for d, _ in record_files(self._record_of(u)).values()}]
+        for upstream in broken:
+            del self.outcomes[upstream]
+        self._waiting += [*broken, node]
+        return True
 
     def _worker(self, profile: str) -> Worker | None:
         """Return a warm worker; one that died while it was idle is no node's fault and is let go."""
@@ -294,9 +324,8 @@ class Scheduler:
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
-        made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in decision.node.inputs.items()}
         seconds = time.monotonic() - running.began
-        record = new_record(decision, made_from, event, running.started_at, seconds)
+        record = new_record(decision, running.made_from, event, running.started_at, seconds)
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
@@ -309,15 +338,15 @@ class Scheduler:
             reason = "forced; the result is identical" if same else "forced; the result differs"
         outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
         outcome.log, outcome.reasons = running.log, decision.reasons
-        self._show(outcome)
+        self._show(outcome, new=True)
         self._finish(outcome)
 
-    def _show(self, outcome: Outcome) -> list[str]:
+    def _show(self, outcome: Outcome, *, new: bool = False) -> list[str]:
         """Materialise a result and remember it as the node's last; a full disk there fails the node, not the run."""
         assert outcome.record is not None
         name = outcome.node.name
         try:
-            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record)
+            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
             self._workspace.set_last(self._pipeline, name, key=outcome.key)
         except (OSError, sqlite3.OperationalError) as error:
             outcome.outcome, outcome.record, outcome.problems = FAILED, None, (_said(error),)
@@ -360,14 +389,8 @@ class Scheduler:
 
 
 def _said(error: Exception) -> str:
+    if isinstance(error, RottenError):
+        return f"its stored input {error.digest[:16]} was damaged again after it was rebuilt: is the disk failing?"
     if isinstance(error, OSError):
         return f"{error.filename or 'the store under artifacts/'}: {error.strerror or error}"
     return f"the index under artifacts/ cannot be written: {error}"
-
-
-def _memory_mib() -> int:
-    """Return the memory of the machine or of the control group, whichever is smaller."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total // (1 << 20)

@@ -7,6 +7,7 @@ reported and rebuilt, never delivered.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -14,12 +15,26 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from stagegraph.digest import digest_file, stat_id
+from stagegraph.digest import digest_bytes, digest_file, open_regular, stat_id
+from stagegraph.errors import StoreError
 from stagegraph.index import Index
 
 HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object
 FICLONE = 0x40049409
+
+
+# What says that there are too few descriptors or too little memory, and nothing about the object.
+SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class RottenError(StoreError):
+    """An object is not what its name says, and is in quarantine now; ``digest`` names it."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"stored object {digest[:16]} was damaged; `pipeline run` makes again what needs it")
+        self.digest = digest
 
 
 class Store:
@@ -43,7 +58,7 @@ class Store:
             file.unlink()
             self.relink(digest)
             return
-        if self.verify(digest) is None:
+        if self.check(digest) is None:  # whatever its stat says: what is at hand is known to be right
             file.unlink()
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +73,17 @@ class Store:
         """
         target = self.path(digest)
         file.chmod(0o444)
-        while True:  # a second time in place of a damaged object, which is in quarantine then
+        for again in (True, False):  # a second time in place of a damaged object, which is in quarantine then
             try:
                 linked = self._link(file, target)
+                break
             except FileExistsError:
                 if self.is_object(digest, file):
                     return True
-                if self.verify(digest) is None:
+                if self.check(digest) is None:
                     return False
-            else:
-                break
+                if not again:
+                    raise
         if not linked and self.verify(digest) is not None:
             self._copy_beside(file, target, digest)
         return linked
@@ -97,7 +113,7 @@ class Store:
         try:
             now = stat_id(path)
         except OSError:
-            return "missing"
+            return "damaged" if digest in self.damaged else "missing"
         if self.index.get(f"obj:{digest}") == list(now):
             return None
         return self.check(digest)
@@ -105,18 +121,36 @@ class Store:
     def check(self, digest: str) -> str | None:
         """Digest an object whatever is remembered about it; as :meth:`verify` otherwise."""
         path = self.path(digest)
+        wrong = "damaged"
         try:
-            found = digest_file(path)
+            if digest_file(path) == digest:
+                if self.index.get(f"obj:{digest}") != list(stat_id(path)):
+                    self.remember(digest)
+                return None
+        except FileNotFoundError:
+            return "damaged" if digest in self.damaged else "missing"
         except OSError as error:
-            return f"unreadable ({error.strerror})" if path.exists() else "missing"
-        if found == digest:
-            self.remember(digest)
-            return None
-        self.quarantine.mkdir(parents=True, exist_ok=True)
-        path.rename(self.quarantine / f"{digest}-{int(time.time())}")
-        self.index.delete(f"obj:{digest}")
+            if error.errno in SHORT:
+                raise
+            wrong = f"unreadable ({error.strerror})"
+        with contextlib.suppress(OSError):  # whoever only looks at another user's store moves nothing
+            self.quarantine.mkdir(parents=True, exist_ok=True)
+            path.rename(self.quarantine / f"{digest}-{time.time_ns()}")
+            self.index.delete(f"obj:{digest}")
         self.damaged.append(digest)
-        return "damaged"
+        return wrong
+
+    def read(self, digest: str) -> bytes:
+        """Return the content of an object; :class:`RottenError` if it is not what its name says, or is not there."""
+        try:
+            with open_regular(self.path(digest)) as file:
+                content = file.readall()
+        except OSError:
+            content = b""
+        if digest_bytes(content) != digest:
+            self.check(digest)
+            raise RottenError(digest)
+        return content
 
     def digests(self) -> Iterator[str]:
         """Yield the digest of every object there is."""
@@ -144,10 +178,11 @@ class Store:
         else:
             self.check(digest)
 
-    def place(self, digest: str, target: Path) -> bool:
+    def place(self, digest: str, target: Path, *, known: bool = False) -> bool:
         """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link.
 
-        Reflink, copy or, for a large file, hard link. The directory must exist.
+        Reflink, copy or, for a large file, hard link. The directory must exist. What was placed is digested, as an
+        object can rot without a change of its stat (:class:`RottenError`), unless its content is ``known``.
         """
         source = self.path(digest)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -159,6 +194,8 @@ class Store:
                 if not linked:
                     _copy(source, temporary)
                     temporary.chmod(0o444)
+            if not known and digest_file(temporary) != digest:
+                self._refuse(digest, temporary)
             if target.is_dir() and not target.is_symlink():
                 remove_tree(target)
             temporary.replace(target)
@@ -168,6 +205,12 @@ class Store:
         if linked:
             self.relink(digest)
         return linked
+
+    def _refuse(self, digest: str, copy: Path) -> NoReturn:
+        copy.unlink()
+        if self.check(digest) is not None:
+            raise RottenError(digest)
+        raise OSError(errno.EIO, "the copy of an intact object is not what was copied", str(copy))
 
 
 def _reflink(source: Path, target: Path) -> bool:

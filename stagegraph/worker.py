@@ -197,17 +197,21 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
     except StageError as error:
         end = {"event": "end", "ok": False, "problems": list(error.problems), "bug": False}
     except OSError as error:
-        traceback.print_exc()
-        end = {
-            "event": "end",
-            "ok": False,
-            "problems": [f"{error.filename or 'I/O'}: {error.strerror or error}"],
-            "bug": False,
-        }
+        _print_traceback()
+        end = {"event": "end", "ok": False, "problems": [_said(error)], "bug": False}
     except Exception as error:  # noqa: BLE001 - a stage's bug must not take the worker down
-        traceback.print_exc()
+        _print_traceback()
         end = {"event": "end", "ok": False, "problems": [f"{type(error).__name__}: {error}"], "bug": True}
     return end | usage.spent()
+
+
+def _said(error: OSError) -> str:
+    return f"{error.filename or 'I/O'}: {error.strerror or error}"
+
+
+def _print_traceback() -> None:
+    with contextlib.suppress(OSError):  # a full disk; the problem itself is said all the same
+        traceback.print_exc()
 
 
 def _tupled(value: Any) -> Any:
@@ -256,7 +260,11 @@ def main() -> None:
     prepared = False
     for line in requests:
         request = json.loads(line)
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            send(events, event="end", ok=False, problems=[_said(error)], bug=False, cpu_seconds=0, peak_bytes=0)
+            continue
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
@@ -264,7 +272,7 @@ def main() -> None:
             try:
                 load_object(PROFILES[profile])()
             except Exception as error:  # noqa: BLE001 - reported as the node's failure
-                traceback.print_exc()
+                _print_traceback()
                 send(
                     events,
                     event="end",
@@ -277,8 +285,9 @@ def main() -> None:
                 continue
         prepared = True
         end = run_one(request, events)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         send(events, **end)
 
 

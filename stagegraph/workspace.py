@@ -141,8 +141,11 @@ class Workspace:
         """Return the directory that shows a node's outputs."""
         return self.artifacts / pipeline / node
 
-    def materialise(self, pipeline: str, node: str, key: str, record: Record) -> list[str]:
-        """Make the node's directory hold exactly this record's files; return the names that had to be restored."""
+    def materialise(self, pipeline: str, node: str, key: str, record: Record, *, new: bool = False) -> list[str]:
+        """Make the node's directory hold exactly this record's files; return the names that had to be restored.
+
+        :class:`~stagegraph.store.RottenError` if an object turns out damaged; a ``new`` result's are not looked at.
+        """
         folder = self.node_dir(pipeline, node)
         known = self._shown(pipeline, node)
         fresh = known.get("key") != key
@@ -151,14 +154,10 @@ class Workspace:
         restored = []
         files: dict[str, Any] = {}
         for name, (digest, _) in wanted.items():
-            target = folder / name
-            if have.get(name) == [digest, _stat_or_none(target)]:
-                files[name] = have[name]
-                continue
-            if have.get(name, [None])[0] == digest and self.store.is_object(digest, target):
-                files[name] = [digest, list(stat_id(target))]  # another link to it came or went
-                continue
-            restored.append(name)
+            if self._is_in_place(have.get(name), digest, folder / name):
+                files[name] = [digest, list(stat_id(folder / name))]
+            else:
+                restored.append(name)
         folders = _folder_times(folder, wanted)
         objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
         if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
@@ -166,7 +165,7 @@ class Workspace:
         with self._locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
             for name in restored:
                 _real_directories(self.artifacts, (folder / name).parent)
-                self.store.place(wanted[name][0], folder / name)
+                self.store.place(wanted[name][0], folder / name, known=new)
                 files[name] = [wanted[name][0], list(stat_id(folder / name))]
             strays = _remove_strays(folder, set(wanted))
             objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
@@ -181,7 +180,7 @@ class Workspace:
         folder = self.node_dir(pipeline, node)
         wanted = record_files(record)
         have = known.get("files", {})
-        same = all(have.get(name) == [digest, _stat_or_none(folder / name)] for name, (digest, _) in wanted.items())
+        same = all(self._is_in_place(have.get(n), digest, folder / n) for n, (digest, _) in wanted.items())
         return same and known.get("key") == key and known.get("folders") == _folder_times(folder, wanted)
 
     def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
@@ -191,7 +190,7 @@ class Workspace:
         return {
             name: size
             for name, (digest, size) in record_files(record).items()
-            if have.get(name) != [digest, _stat_or_none(folder / name)]
+            if not self._is_in_place(have.get(name), digest, folder / name)
         }
 
     @contextlib.contextmanager
@@ -207,6 +206,12 @@ class Workspace:
                 yield target
             finally:
                 remove_tree(target)
+
+    def _is_in_place(self, known: Any, digest: str, target: Path) -> bool:
+        """Say whether a file is as it was put there, or its object under another name: links to it come and go."""
+        if known == [digest, _stat_or_none(target)]:
+            return True
+        return bool(known) and known[0] == digest and self.store.is_object(digest, target)
 
     # -- locks, work and logs --------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +54,8 @@ class ConfigParse(Stage):
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
-        from stages.models import foreign, load_family
-        from stages.models.checkpoint import read_headers
+        from stages.models import foreign, load_family, stored
+        from stages.models.checkpoint import Headers, read_headers
         from stages.models.record import ConfigError
 
         checkpoint = ctx.source("checkpoint")
@@ -64,7 +64,7 @@ class ConfigParse(Stage):
         family = load_family(raw["model_type"])
         problems: list[str] = []
         config: Any = None
-        tensors: dict[str, tuple[str, TensorInfo]] = {}
+        headers = Headers({}, ())
         generation: dict[str, Any] = {}
         window = 0
         try:
@@ -75,32 +75,32 @@ class ConfigParse(Stage):
         try:
             if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
                 raise ConfigError(_in_place(checkpoint.root, "no *.safetensors file with weights there"))
-            tensors = read_headers(files)
+            headers = read_headers(files)
         except ConfigError as error:
             problems += error.problems
-        problems += _quantized(ctx, raw, tensors)
+        packed = _quantized(ctx, raw, headers.tensors)
+        problems += packed
         try:
             generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
         except ConfigError as error:
             problems += error.problems
-        if problems:
+        found = None
+        try:
+            if config and headers.tensors and not packed:
+                found = stored.match(family, config, files, headers)
+        except ConfigError as error:
+            problems += error.problems
+        if problems or found is None:
             raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
 
-        config = _with_stored_head(ctx, family, config, files, tensors)
-        model = {
-            "schema": 1,
-            "family": family.name,
-            "architecture": (raw.get("architectures") or family.architectures)[0],
-            "config": asdict(config),
-            "context_window": window,
-            "vocab_size": config.vocab_size,
-            "hidden_size": config.hidden_size,
-            "num_layers": config.num_layers,
-        }
-        table = {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in tensors.items()}
+        config, tensors = found.config, headers.tensors
+        for note in found.notes:
+            ctx.warn(note)
+        model = _model(family, raw, config, window)
         _write(ctx.out / "model.json", model)
         _write(ctx.out / "generation.json", generation)
-        _write(ctx.out / "tensors.json", {"schema": 1, "tensors": table})
+        listing = {"schema": 1, "tensors": headers.table(), "names": found.names, "unused": found.unused}
+        _write(ctx.out / "tensors.json", listing)
         ctx.fact("family", family.name)
         ctx.fact("state", family.state)
         ctx.view("config", _view(family, raw, model, tensors))
@@ -108,26 +108,18 @@ class ConfigParse(Stage):
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
 
 
-def _with_stored_head(
-    ctx: Context,
-    family: Family,
-    config: Any,
-    files: Mapping[str, Path],
-    tensors: Mapping[str, tuple[str, TensorInfo]],
-) -> Any:
-    """Return ``config``, untied where the checkpoint stores another head than the embedding: transformers does so."""
-    from stages.models.checkpoint import same_values
-
-    if not family.tied or not config.tied or not {*family.tied} <= tensors.keys():
-        return config
-    (file, head), (other_file, table) = (tensors[name] for name in family.tied)
-    if same_values(files[file], head, files[other_file], table):
-        return config
-    ctx.warn(
-        f"{CONFIG}: tie_word_embeddings is true, but the checkpoint holds a {family.tied[0]} that is not "
-        f"{family.tied[1]}: it is taken as it is, as transformers does; set tie_word_embeddings to false to say so"
-    )
-    return replace(config, tied=False)
+def _model(family: Family, raw: Mapping[str, Any], config: Any, window: int) -> dict[str, Any]:
+    """Return the document that describes the model."""
+    return {
+        "schema": 1,
+        "family": family.name,
+        "architecture": (raw.get("architectures") or family.architectures)[0],
+        "config": asdict(config),
+        "context_window": window,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+    }
 
 
 def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -167,12 +159,12 @@ def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str,
 
 def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> list[str]:
     """Return the problem of a checkpoint whose weights are packed; a quantization_config alone is a leftover."""
-    from stages.models import foreign
+    from stages.models import foreign, quantized
     from stages.models.strict_json import shown
 
     declared = raw.get("quantization_config")
     named = declared.get("quant_method") if isinstance(declared, dict) else declared
-    found = foreign.quantized(tensors)
+    found = quantized.form(tensors)
     if found:
         said = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
         return [f"the weights are quantized by {found}{said}, which cannot be read; {foreign.UNQUANTIZED}"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.stage import In, Out, Stage, StageError, param
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from stages.models.record import Param
     from stages.quantization.schemes import Scheme
 
-READABLE = ("F32", "F16", "BF16")
+READABLE = ("F32", "F16", "BF16", "F64")
 
 
 class ParamRegister(Stage):
@@ -56,16 +55,10 @@ class ParamRegister(Stage):
         from stages.targets.table import TARGETS
 
         model = json.loads(ctx.input("config").read_bytes())
-        tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
+        checkpoint = json.loads(ctx.input("tensors").read_bytes())
         family, scheme = load_family(model["family"]), SCHEMES[ctx.params.scheme]
-        if model["num_layers"] > len(tensors):  # said before a parameter is thought up for each
-            raise StageError(
-                f"config.json asks for {model['num_layers']:,} layers, but the checkpoint has only {len(tensors):,} "
-                "tensors; one of them belongs to another model"
-            )
         params = family.params(family.config(**model["config"]))
-        ignored = (*family.recomputed, *(family.tied or ())[:1])  # a stored head of a tied model repeats its embedding
-        kinds = _check_tensors(params, tensors, ignored, model["vocab_size"])
+        kinds = _check_tensors(params, checkpoint, model["vocab_size"])
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
@@ -73,7 +66,7 @@ class ParamRegister(Stage):
         stored: list[dict[str, Any]] = []
         logical: list[dict[str, Any]] = []
         for parameter in params:
-            entry, parts = _entries(parameter, scheme, layout)
+            entry, parts = _entries(parameter, scheme, layout, checkpoint["names"])
             stored += parts
             logical.append(entry)
         document = {
@@ -95,11 +88,12 @@ class ParamRegister(Stage):
 
 
 def _check_tensors(
-    params: Iterable[Param], tensors: Mapping[str, Any], recomputed: Sequence[str], vocab_size: int
+    params: Iterable[Param], checkpoint: Mapping[str, Any], vocab_size: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
+    tensors, names = checkpoint["tensors"], checkpoint["names"]
     expected = {
-        source: (shape, parameter)
+        names.get(source, source): (shape, parameter)
         for parameter in params
         for source, shape in zip(parameter.sources, parameter.source_shapes, strict=True)
     }
@@ -118,13 +112,18 @@ def _check_tensors(
     unexpected = [
         f"tensor {name} {found['shape']} is in the checkpoint, but no parameter of the model is made of it"
         for name, found in tensors.items()
-        if name not in expected and not any(fnmatchcase(name, pattern) for pattern in recomputed)
+        if name not in expected and name not in checkpoint["unused"]
     ]
     return missing, wrong, unexpected
 
 
-def _entries(parameter: Param, scheme: Scheme, target: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``."""
+def _entries(
+    parameter: Param, scheme: Scheme, target: str, names: Mapping[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``.
+
+    ``names`` are the model's names of tensors -> the checkpoint's, of those that differ.
+    """
     from stages.quantization import layouts
 
     quantize, dtype = scheme.quantizes(parameter.kind), parameter.dtype or scheme.storage_dtype
@@ -142,7 +141,8 @@ def _entries(parameter: Param, scheme: Scheme, target: str) -> tuple[dict[str, A
         "name": parameter.name,
         "shape": [*parameter.shape],
         "kind": parameter.kind,
-        "sources": [*parameter.sources],
+        "sources": [names.get(name, name) for name in parameter.sources],
+        "source_names": [*parameter.sources],
         "source_shapes": [[*shape] for shape in parameter.source_shapes],
         "transform": parameter.transform,
         "quantize": quantize,

@@ -29,6 +29,7 @@ FILES = (
     "tekken.json",
     "rwkv_vocab_*.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "config.json",
 )
 
@@ -109,7 +110,7 @@ def _build(ctx: Context) -> None:
         tokenizer,
         family=family,
         facts=facts,
-        chat_template=resolution.chat_template,
+        resolution=resolution,
         fingerprint=fingerprint(reference),
         shown=family.shown(resolution),
     )
@@ -130,7 +131,8 @@ def _facts(ctx: Context) -> ModelFacts:
             f"model family {model['family']!r} has no row in stages.tokenizers.EMBEDDINGS; "
             "add the name of its token embedding there"
         )
-    return ModelFacts.read(model, generation, tensors["tensors"], EMBEDDINGS[model["family"]])
+    embedding = EMBEDDINGS[model["family"]]
+    return ModelFacts.read(model, generation, tensors["tensors"], tensors["names"].get(embedding, embedding))
 
 
 def _prove(

@@ -17,6 +17,7 @@ from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
 from stagegraph.key import artifact_digest
 from stagegraph.registry import LOOKUPS, Lookup
+from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
@@ -69,10 +70,10 @@ def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> di
 
 def _read(work: Pipeline, node: str, files: Mapping[str, Any]) -> Any:
     ((name, (digest, _)),) = files.items()
-    wrong = work.workspace.store.verify(digest)
-    if wrong:
-        raise StoreError(f"{node}: {name} is {wrong} in the store; `pipeline run` rebuilds it")
-    return json.loads(work.workspace.store.path(digest).read_bytes())
+    try:
+        return json.loads(work.workspace.store.read(digest))
+    except RottenError:
+        raise StoreError(f"{node}: {name} is damaged or missing in the store; `pipeline run` rebuilds it") from None
 
 
 def _like(name: str, known: Iterable[str]) -> str:

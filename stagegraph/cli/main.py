@@ -37,6 +37,7 @@ TABLE = {
     "completion": ("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
     "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
     "generate": (VERBS["generate"], "generate text from a bundle"),
+    "chat": (VERBS["chat"], "talk with a bundle, in several turns"),
     "models": (VERBS["models"], "list the model families and what each supports"),
     "tokenize": (VERBS["tokenize"], "show how a tokenizer reads a text, and where another differs"),
 }

@@ -38,7 +38,7 @@ class PlainReporter(Quiet):
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = 0
+        self._done: set[str] = set()
         self._said: dict[str, float] = {}
 
     def started(self, node: Node, reason: str) -> None:
@@ -58,9 +58,9 @@ class PlainReporter(Quiet):
 
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
-        self._done += 1
+        self._done.add(outcome.node.name)
         if outcome.outcome != HIT:
-            self._line(f"[{self._done}/{self._total}] {outcome_text(outcome)}")
+            self._line(f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}")
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
@@ -77,7 +77,7 @@ class LiveReporter(Quiet):
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = 0
+        self._done: set[str] = set()
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
 
@@ -115,12 +115,12 @@ class LiveReporter(Quiet):
 
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
-        self._done += 1
+        self._done.add(outcome.node.name)
         if outcome.node.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(outcome.node.name))
         if outcome.outcome != HIT and self._bars is not None:
             self._bars.console.print(
-                f"[{self._done}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
+                f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
             )
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:

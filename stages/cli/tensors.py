@@ -42,7 +42,8 @@ def find(documents: Mapping[str, Any], name: str) -> dict[str, Any] | None:
         shapes = [shape for entry in feeds for shape in _shapes(entry, name)]
         header = headers.get(name, {"shape": shapes[0]} if shapes else {})
         made = [_parameter(documents, entry) for entry in feeds]
-        found["checkpoint"] = {"name": name, **header, "feeds": made}
+        unused = documents["tensors"]["unused"].get(name) if "tensors" in documents else None
+        found["checkpoint"] = {"name": name, **header, "feeds": made, **({"unused": unused} if unused else {})}
     return found or None
 
 
@@ -58,7 +59,7 @@ def page(found: Mapping[str, Any]) -> str:
         lines += ["", _checkpoint_line(tensor)] if lines else [_checkpoint_line(tensor)]
         lines += [line for parameter in tensor["feeds"] for line in _feed_lines(parameter, tensor["name"])]
         if not tensor["feeds"]:
-            lines.append("  feeds no parameter: the model does not read it, or derives it")
+            lines.append(f"  feeds no parameter: {tensor.get('unused', 'the model does not read it')}")
     return "\n".join(lines)
 
 

@@ -19,7 +19,8 @@ from stages.conversion import kernels
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory
 from stages.models import transforms
-from stages.models.weights import NUMPY_DTYPES, Weights
+from stages.models.weights import NUMPY_DTYPES, Weights, as_dtype, working_dtype
+from stages.quantization.blocks import UnfitError
 from stages.quantization.convert import ALGORITHM, convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
@@ -149,20 +150,29 @@ class Conversion:
         return False
 
     def _kernel_names(self) -> list[str]:
-        sources = {self._plan.tensors[name]["dtype"] for entry in self._logical for name in entry["sources"]}
+        sources = {str(self._dtype(entry)) for entry in self._logical}
         layouts = sorted({entry["layout"] for entry in self._logical if entry["quantize"]})
         dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
         return [
             name
-            for source in sorted(str(np.dtype(NUMPY_DTYPES[dtype])) for dtype in sources)
+            for source in sorted(sources)
             for name in kernel_names(source, self._plan.scheme, self._plan.scales, layouts=layouts, dtypes=dtypes)
         ]
+
+    def _dtype(self, entry: Mapping[str, Any]) -> np.dtype:
+        """Return the dtype that a parameter is made in, before it is stored."""
+        return working_dtype(self._plan.tensors[name]["dtype"] for name in entry["sources"])
+
+    def _source_dtypes(self, entry: Mapping[str, Any]) -> list[str]:
+        """Return the dtypes of the tensors that a parameter is made of, each once."""
+        return sorted({str(np.dtype(NUMPY_DTYPES[self._plan.tensors[name]["dtype"]])) for name in entry["sources"]})
 
     def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> dict[str, Any]:
         """Make one parameter unless it is known, and say how far all are; runs in a thread."""
         entry, target = self._logical[index], self._targets[index]
         values = math.prod(entry["shape"])
-        copied = 4 * values if entry["transform"] != "copy" else 0
+        as_it_is = [str(self._dtype(entry))] == self._source_dtypes(entry) and entry["transform"] == "copy"
+        copied = 0 if as_it_is else 4 * values
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         with memory.reserved(self._sizes[index] + copied + made):
             try:
@@ -170,6 +180,8 @@ class Conversion:
                 if part is not None:
                     _link(part.path, target)
                 facts = part.facts if part is not None else self._convert(index, digests, library)
+            except UnfitError as error:
+                raise ConversionError(self._located(entry, error)) from None
             except ValueError as error:
                 made_of = ", ".join(entry["sources"])
                 raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
@@ -186,6 +198,16 @@ class Conversion:
             "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
             **facts,
         }
+
+    def _located(self, entry: Mapping[str, Any], error: UnfitError) -> str:
+        """Say of a value that cannot be stored where it stands in the checkpoint."""
+        source, row = transforms.source_of(entry["transform"], error.index[0], entry["source_shapes"])
+        name, place = entry["sources"][source], [row, *error.index[1:]]
+        value, reason = float(self._weights[name][tuple(place)]), error.reason
+        if math.isfinite(value) and not math.isfinite(error.value):
+            reason = ", which does not fit float32"
+        of = f" (of parameter {entry['name']})" if name != entry["name"] else ""
+        return f"{self._plan.tensors[name]['file']}: tensor {name}{of}: the value at {place} is {value:g}{reason}"
 
     def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
         """Return the part that was made of equal sources before; sources are read for it only where one may be."""
@@ -213,15 +235,15 @@ class Conversion:
     def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
         """Write what a parameter is stored as, to be kept with others; return facts."""
         entry, target, plan = self._logical[index], self._targets[index], self._plan
-        names, transform = entry["sources"], entry["transform"]
+        names, transform, dtype = entry["sources"], entry["transform"], self._dtype(entry)
 
         def whole() -> np.ndarray:
-            return transforms.apply(transform, [digests.tensor(name) for name in names])
+            return transforms.apply(transform, [as_dtype(digests.tensor(name), dtype) for name in names])
 
         def rows() -> Iterator[np.ndarray]:
             if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
                 for name in names:
-                    yield from digests.blocks(name)
+                    yield from (as_dtype(block, dtype) for block in digests.blocks(name))
             else:
                 yield whole()
 
@@ -232,8 +254,7 @@ class Conversion:
             _write(file, data.data)
         # Four digits: kernels and NumPy add up in another order.
         rmse, worst = (float(f"{error:.4g}") for error in (made.rmse, made.worst))
-        source = str(np.dtype(NUMPY_DTYPES[plan.tensors[names[0]]["dtype"]]))
-        facts = {"source_dtype": source, "rmse": rmse, "max_error": worst}
+        facts = {"source_dtype": ", ".join(self._source_dtypes(entry)), "rmse": rmse, "max_error": worst}
         document = self._document(entry, digests.take(names))
         for name in names:
             self._weights.check_unchanged(name)

@@ -23,10 +23,10 @@ ABSENT = object()
 SHARED = "model_type architectures bos_token_id eos_token_id pad_token_id quantization_config"
 # Fields of transformers' classes that no inference depends on.
 IRRELEVANT = "initializer_range use_cache attention_dropout"
-# What transformers reads in the config.json of any model (its masks, caches and loader do), and nothing here builds.
-UNBUILT = """
-    is_causal is_encoder_decoder attention_chunk_size kv_sharing_modes per_layer_config transformers_weights
-"""
+# What transformers reads in the config.json of any model, and nothing here builds: its loader does, and its masks and
+# caches of attention.
+UNBUILT = "per_layer_config transformers_weights"
+UNBUILT_ATTENTION = f"{UNBUILT} is_causal attention_chunk_size kv_sharing_modes"
 USUALLY_TRUE = ("is_causal",)  # the other refused keys are usually false, null or empty
 
 

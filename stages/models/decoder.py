@@ -206,5 +206,4 @@ FORM: dict[str, Any] = {
     "params": params,
     "causal_lm": causal_lm,
     "tied": ("lm_head.weight", "model.embed_tokens.weight"),
-    "recomputed": ("*.rotary_emb.inv_freq",),
 }

@@ -6,9 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from stages.models.safetensors import TensorInfo
+    from collections.abc import Iterable
 
 UNQUANTIZED = "start from the unquantized checkpoint in Hugging Face format and choose a scheme here"
 CONVERT = (
@@ -37,16 +35,6 @@ FORMATS = (
     (("*.bin", "*.pt", "*.pth", "*.ckpt"), "pickle files, which can run code when read", CONVERT),
     (("*.msgpack", "*.h5", "*.onnx", "*.nemo"), "of another framework, which cannot be read", PUBLISHED),
 )
-# Ends of tensors' names -> the method that packs weights so; the first of which there is a tensor decides.
-PACKED = (
-    ((".qweight", ".qzeros", ".g_idx"), "GPTQ or AWQ"),
-    ((".absmax", ".quant_map", ".SCB"), "bitsandbytes"),
-    ((".weight_packed",), "compressed-tensors"),
-    ((".weight_scale", ".weight_scale_inv"), "FP8 or compressed-tensors"),
-    ((".W_q",), "HQQ"),
-    ((".scales", ".biases"), "MLX"),
-)
-PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
 def described(names: Iterable[str]) -> str:
@@ -65,14 +53,3 @@ def are_weights(name: str) -> bool:
     return not any(
         fnmatchcase(name, pattern) for patterns, _, _ in FORMATS for pattern in patterns if "safetensors" in pattern
     )
-
-
-def quantized(tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
-    """Say by which method the weights of a checkpoint are packed, and by which tensor that shows; empty if none."""
-    for ends, method in PACKED:
-        if found := next((name for name in tensors if name.endswith(ends)), None):
-            return f"{method} (tensor {found[:200]})"
-    for name, (_, info) in tensors.items():
-        if name.endswith(".weight") and len(info.shape) > 1 and info.dtype not in PLAIN:
-            return f"a method that stores {info.dtype} (tensor {name[:200]})"
-    return ""

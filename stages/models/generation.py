@@ -30,7 +30,8 @@ def normalise(
     """Return the normalised document, and what of the checkpoint it leaves out, in sentences.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older
-    checkpoints keep their token ids in; its sampling defaults count for nothing, as for transformers. Ids outside the
+    checkpoints keep their token ids in; its sampling defaults count for nothing, as for transformers, and its
+    eos_token_id ends a text beside the others. Ids outside the
     model's vocabulary (``vocab_size`` rows; 0: unknown, not checked) are left out: no such token is ever generated.
     """
     problems: list[str] = []
@@ -52,6 +53,8 @@ def normalise(
         return ids(file, key, (settings if file == GENERATION else config).get(key))
 
     bos, eos, pad = special("bos_token_id"), special("eos_token_id"), special("pad_token_id")
+    if settings.get("eos_token_id") is not None:  # an end that only config.json names ends a text too
+        eos = list(dict.fromkeys([*eos, *ids(CONFIG, "eos_token_id", config.get("eos_token_id"))]))
     words = settings.get("stop_words_ids")
     if words is not None and not (isinstance(words, list) and all(isinstance(word, list) for word in words)):
         problems.append(f"{GENERATION}: stop_words_ids = {shown(words)}; expected a list of lists of token ids")

@@ -7,20 +7,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify, trained_positions
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify, trained_positions
 from stages.models.record import AttentionCache, Family, Param, copied
 from stages.models.rope import Rope, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-THETA, SHARE = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
+THETA, SHARE = ("rotary_emb_base",), ("rotary_pct",)
 # Transformers' names of an activation -> ours.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
-    "gelu_new": "gelu_new",
-    "gelu_fast": "gelu_fast",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_fast": "gelu_pytorch_tanh",
     "gelu_accurate": "gelu_pytorch_tanh",
     "gelu_pytorch_tanh": "gelu_pytorch_tanh",
     "gelu_python_tanh": "gelu_pytorch_tanh",
@@ -44,9 +44,9 @@ DEFAULTS = {
 }
 KEYS = classify(
     f"""{SHARED} {" ".join(DEFAULTS)} rotary_pct rotary_emb_base rope_scaling rope_parameters head_dim
-    sliding_window layer_types partial_rotary_factor rope_theta""",
+    sliding_window layer_types""",
     f"{IRRELEVANT} hidden_dropout classifier_dropout is_decoder",
-    UNBUILT,
+    UNBUILT_ATTENTION,
 )
 
 
@@ -194,7 +194,8 @@ FAMILY = Family(
     causal_lm=causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    recomputed=("*.rotary_emb.inv_freq", "*.attention.masked_bias", "*.attention.bias"),
+    recomputed=("*.attention.masked_bias", "*.attention.bias"),
+    aliases={"embed_out.weight": "lm_head.weight"},
     tied=("embed_out.weight", "gpt_neox.embed_in.weight"),
     supports=(
         "parallel and sequential residual",

@@ -71,11 +71,9 @@ class LayerNorm(nn.Module):
         return op.layer_norm(x.astype(dtype), x.shape[-1], *parameters, eps=self.eps).astype(x.dtype)
 
 
-# Activations by the names of config.json's hidden_act.
+# Activations by transformers' names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": op.gelu,
-    "gelu_new": lambda x: op.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: op.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: op.gelu(x, approximate="tanh"),
     "relu": op.relu,
     "silu": op.silu,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
@@ -30,7 +30,9 @@ DEFAULTS = {
 }
 # pretraining_tp splits matrix products for numerics alone.
 KEYS = classify(
-    f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} sliding_window layer_types", f"{IRRELEVANT} pretraining_tp", UNBUILT
+    f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} sliding_window layer_types",
+    f"{IRRELEVANT} pretraining_tp",
+    UNBUILT_ATTENTION,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import FULL, IRRELEVANT, SHARED, SLIDING, UNBUILT, ConfigReader, classify
+from stages.models.config_reader import FULL, IRRELEVANT, SHARED, SLIDING, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
@@ -27,7 +27,7 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "sliding_window": 4096,
 }
-KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} layer_types", IRRELEVANT, UNBUILT)
+KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} layer_types", IRRELEVANT, UNBUILT_ATTENTION)
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -35,8 +35,8 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     read = ConfigReader(raw, KEYS, DEFAULTS, "mistral")
     sizes, window = decoder.read_sizes(read), read.integer("sliding_window", null=0)
     kinds = read.layer_kinds(sizes["num_layers"])
-    if kinds and set(kinds) != {SLIDING if window else FULL} and window < sizes["max_positions"]:
-        read.problem(f"layer_types and sliding_window = {window or None} contradict each other; all layers are alike")
+    if kinds and SLIDING in kinds and (FULL in kinds or not window):  # else transformers goes by the window alone
+        read.problem(f"layer_types is not built beside sliding_window = {window or 'null'}: all layers have one window")
     config = DecoderConfig(**sizes, sliding_window=window)
     read.finish()
     return config

@@ -222,6 +222,5 @@ FAMILY = Family(
     causal_lm=causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    recomputed=("*.rotary_emb.inv_freq",),
     supports=("both generations of config keys", "contexts up to seq_length, where dynamic NTK and log-n do not act"),
 )

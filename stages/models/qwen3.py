@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.models import decoder, rope
-from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
 from stages.models.record import Family
 
@@ -31,7 +31,7 @@ DEFAULTS = {
     "max_window_layers": 28,
     "layer_types": None,
 }
-KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS}", IRRELEVANT, UNBUILT)
+KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS}", IRRELEVANT, UNBUILT_ATTENTION)
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:

@@ -82,10 +82,11 @@ class Family:
     ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
     keywords, state dict)``. ``keys`` classifies what transformers' class reads of a config.json: honoured, irrelevant
     to inference, or refused unless it says the usual; any other key is ignored. ``recomputed`` are name patterns of
-    tensors that old checkpoints store although the model derives them; ``tied`` names the output projection and the
-    token embedding where ``config.tied`` may say that they are one. ``supports`` says in a few words each what of the
-    family can be built. ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a
-    recurrent model (which has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
+    tensors that old checkpoints store although the model derives them, beside those of rotary positions; ``tied`` names
+    the output projection and the token embedding where ``config.tied`` may say that they are one; ``aliases`` are other
+    names that transformers reads of a tensor. ``supports`` says in a few words each what of the family can be built.
+    ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which
+    has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Family:
     to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
     keys: Mapping[str, KeyClass]
     recomputed: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
     supports: tuple[str, ...] = ()
     state: Literal["kv", "rnn"] = "kv"

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # bytes; the reference implementation's limit
 MAX_RANK = 8  # dimensions; no weight has more than four
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1} | {
-    f"{sign}{8 * size}": size for sign in "IU" for size in (1, 2, 4, 8)
+DTYPE_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64, "BOOL": 8} | {
+    f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)
 }
-DTYPE_BYTES["BOOL"] = 1
+DTYPE_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
@@ -81,8 +81,8 @@ def _tensor_info(entry: Any, payload: int, where: str) -> tuple[TensorInfo, int]
     if not (isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys()):
         raise ValueError(f"{where}: needs dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise ValueError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(sorted(DTYPE_BYTES))}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(sorted(DTYPE_BITS))}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         found = f"shape {shown(shape)} and data_offsets {shown(offsets)}"
         raise ValueError(f"{where}: {found} must be lists of sizes, of at most {MAX_RANK} dimensions")

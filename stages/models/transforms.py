@@ -37,6 +37,13 @@ def invert(transform: str, array: np.ndarray, source_shapes: Shapes) -> list[np.
     return parts
 
 
+def source_of(transform: str, row: int, source_shapes: Shapes) -> tuple[int, int]:
+    """Return which of the tensors that :func:`apply` was given has row ``row`` of what it made, and which row it is."""
+    rows = np.arange(sum(shape[0] for shape in source_shapes))
+    parts = invert(transform, rows, [shape[:1] for shape in source_shapes])
+    return next((number, int(np.argmax(part == row))) for number, part in enumerate(parts) if row in part)
+
+
 def _row(name: str) -> Transform:
     if name not in TRANSFORMS:
         raise ValueError(f"unknown transform {name!r}; known: {', '.join(TRANSFORMS)}")

@@ -11,17 +11,38 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from stages.models.safetensors import DTYPE_BYTES, TensorInfo, read_header
+from stages.models.safetensors import DTYPE_BITS, TensorInfo, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
 BLOCK = 2**20  # bytes of a block, or a quarter more: what a core's second cache holds
 WINDOW = 2**24  # bytes of blocks that are left in memory: pages leave faster together
 STEP = 32  # rows of a block are a multiple of it
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, for which Python has no name
-NUMPY_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+NUMPY_DTYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F64": np.float64,
+}
+
+
+def working_dtype(dtypes: Iterable[str]) -> np.dtype:
+    """Return the dtype that tensors of these safetensors dtypes are worked on as, together.
+
+    Their own if it is one; float32 for several, which holds float16 and bfloat16 exactly, and for float64, which it
+    does not: transformers loads a float32 model the same way.
+    """
+    kinds = {*dtypes}
+    return np.dtype(np.float32 if len(kinds) > 1 or "F64" in kinds else NUMPY_DTYPES[kinds.pop()])
+
+
+def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return ``array`` as ``dtype``, itself if it is; a float64 beyond float32 becomes an infinity."""
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
 
 
 class Weights:
@@ -103,7 +124,7 @@ class Weights:
     def nbytes(self, name: str) -> int:
         """Return the size of a tensor in its file."""
         tensor = self._tensors[name]
-        return int(math.prod(tensor["shape"])) * DTYPE_BYTES[tensor["dtype"]]
+        return int(math.prod(tensor["shape"])) * DTYPE_BITS[tensor["dtype"]] // 8
 
 
 def _map(path: Path, name: str, info: TensorInfo) -> tuple[mmap.mmap, int, np.ndarray]:

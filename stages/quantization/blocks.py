@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 256 * 1024
 
 
+class UnfitError(ValueError):
+    """A value that cannot be stored: at ``index`` of the array there is ``value``, and ``reason`` if it is finite."""
+
+    def __init__(self, index: Sequence[int], value: Any, reason: str = "") -> None:
+        self.index, self.value, self.reason = [*map(int, index)], value, reason if np.isfinite(value) else ""
+        super().__init__(f"the value at {self.index} is {value:g}{self.reason}")
+
+
 def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
     """Yield slices of axis 0 that cover ``shape``, each of at most :data:`BLOCK_BYTES` as float32 (or one row)."""
     step = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:])))
@@ -23,17 +31,15 @@ def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
 
 
 def cast(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return ``array`` as ``dtype``, rounded half to even; :class:`ValueError` naming a value that is not finite."""
+    """Return ``array`` as ``dtype``, rounded half to even; :class:`UnfitError` for a value that is not finite."""
     stored = np.empty(array.shape, numpy_dtype(dtype))
     with np.errstate(over="ignore"):
         for rows in row_blocks(array.shape):
             stored[rows] = array[rows]
             if not np.isfinite(stored[rows]).all():
                 first = np.argwhere(~np.isfinite(stored[rows]))[0]
-                index, value = tuple(map(int, first)), array[rows][tuple(first)]
-                place = [index[0] + rows.start, *index[1:]]
-                reason = f", which does not fit {dtype}" if np.isfinite(value) else ""
-                raise ValueError(f"the value at {place} is {value}{reason}")
+                place = [first[0] + rows.start, *first[1:]]
+                raise UnfitError(place, float(array[tuple(place)]), f", which does not fit {dtype}")
     return stored
 
 

@@ -62,8 +62,8 @@ def convert(
 
     Kernels take part by part: each may lie where the last one was if ``whole`` returns all of it for NumPy, which does
     what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by default new memory), and
-    is the same with and without ``kernels``. :class:`ValueError` for a value that is not finite or does not fit,
-    naming its index.
+    is the same with and without ``kernels``. :class:`~stages.quantization.blocks.UnfitError` for a value that is not
+    finite or does not fit.
     """
     quantizes = scheme.quantizes(kind)
     described = [(shape, dtype)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from stages.quantization.blocks import row_blocks
+from stages.quantization.blocks import UnfitError, row_blocks
 
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST_SCALE = 1 / (LARGEST * 512)
@@ -14,14 +14,14 @@ LEAST_SCALE = 1 / (LARGEST * 512)
 def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantize ``weight`` [n, k] of a float dtype to (float8_e4m3fn [n, k], float32 [1]).
 
-    :class:`ValueError` for a NaN or an infinity in the weight, naming its index.
+    :class:`UnfitError` for a NaN or an infinity in the weight, naming its index.
     """
     peak = np.float32(0)
     for block in row_blocks(weight.shape):
         rows = weight[block].astype(np.float32)
         if not np.isfinite(rows).all():
-            row, column = map(int, np.argwhere(~np.isfinite(rows))[0])
-            raise ValueError(f"the value at [{block.start + row}, {column}] is {rows[row, column]}")
+            row, column = np.argwhere(~np.isfinite(rows))[0]
+            raise UnfitError([block.start + row, column], float(rows[row, column]))
         peak = max(peak, np.abs(rows).max(initial=0))
     scale = np.maximum(peak / np.float32(LARGEST), np.float32(LEAST_SCALE))
     values = np.empty(weight.shape, ml_dtypes.float8_e4m3fn)

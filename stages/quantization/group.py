@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.quantization.blocks import row_blocks
+from stages.quantization.blocks import UnfitError, row_blocks
 from stages.quantization.dtypes import numpy_dtype
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ TRIED = range(PARTS, 30, -1)
 def quantize(weight: np.ndarray, scheme: Scheme, scales: str = "max") -> tuple[np.ndarray, np.ndarray]:
     """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale [n, groups]).
 
-    :class:`ValueError` for a NaN or an infinity in the weight, naming its index, and for a scale that the storage
+    :class:`UnfitError` for a NaN or an infinity in the weight, naming its index, and for a scale that the storage
     dtype cannot hold. Works through blocks of rows: needs little memory beyond the result.
     """
     n, k = weight.shape
@@ -43,7 +43,7 @@ def quantize(weight: np.ndarray, scheme: Scheme, scales: str = "max") -> tuple[n
         with np.errstate(over="ignore"):
             scale = (peak / np.float32(top)).astype(q_scale.dtype)
         if not np.isfinite(scale.astype(np.float32)).all():
-            raise ValueError(_why_not_finite(rows, block.start, scheme))
+            raise _why_not_finite(rows, block.start, scheme)
         if scales == "mse":
             scale = _best_scale(by_group, peak, scheme)
         q_scale[block] = scale
@@ -115,13 +115,8 @@ def _pack(codes: np.ndarray, scheme: Scheme) -> np.ndarray:
     return words
 
 
-def _why_not_finite(rows: np.ndarray, start: int, scheme: Scheme) -> str:
+def _why_not_finite(rows: np.ndarray, start: int, scheme: Scheme) -> UnfitError:
     bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        row, column = map(int, bad[0])
-        return f"the value at [{start + row}, {column}] is {rows[row, column]}"
-    row, column = map(int, np.unravel_index(np.abs(rows).argmax(), rows.shape))
-    return (
-        f"the value at [{start + row}, {column}] is {rows[row, column]:g}: "
-        f"its group's scale does not fit {scheme.storage_dtype}"
-    )
+    row, column = bad[0] if len(bad) else np.unravel_index(np.abs(rows).argmax(), rows.shape)
+    reason = f": its group's scale does not fit {scheme.storage_dtype}"
+    return UnfitError([start + int(row), int(column)], float(rows[row, column]), reason)

@@ -144,7 +144,8 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     stops = [text(stop, "--stop").encode() for stop in args.stop]
     tokenizer = BundleTokenizer(bundle.root)
     sampler = Sampler(min(tokenizer.active_vocab_size, bundle.model["vocab_size"]), settings, seed=args.seed)
-    origin = " (generation_config.json)" if default.keys() - given.keys() else ""
+    in_use = ("temperature", "repetition_penalty") if settings.temperature == 0 else _SAMPLING
+    origin = " (generation_config.json)" if {*default} & {*in_use} - {*given} else ""
     return Served(bundle, tokenizer, sampler, f"{settings}{origin}", stops)
 
 

@@ -228,33 +228,37 @@ def control_ids_exist(subject: Subject) -> Iterator[Finding]:
 
 
 def named_roles_exist(subject: Subject) -> Iterator[Finding]:
-    """T14, T15: what the checkpoint names as bos, eos, pad or unk is a token, and its eos stops a text."""
+    """T14: what the checkpoint names as a special token is a token; one that ends or begins a text must be."""
     for role, text in subject.roles.items():
-        index = subject.tokenizer.token_to_id(text)
-        if index is None:
+        if subject.tokenizer.token_to_id(text) is None:
             found = f"tokenizer_config.json: {role}_token {text!r} is no token of the vocabulary"
-            yield error("T14", found, "one of the two files belongs to another model")
-        elif role == "eos" and index not in subject.info["stop"]:
-            found = f"tokenizer_config.json: eos_token {text!r} (id {index}) is none of the stop ids"
-            yield Finding("T15", WARNING, f"{found} {subject.info['stop']}, which generation_config.json gives")
+            if role in ("bos", "eos"):
+                yield error("T14", found, "one of the two files belongs to another model")
+            else:
+                yield Finding("T14", WARNING, f"{found}; it is text where a chat template writes it")
 
 
 def control_ids_agree(subject: Subject) -> Iterator[Finding]:
-    """T14: tokenizer_info.json has the model's stop ids, and tokenizer_config.json names the tokens of its ids."""
+    """T14: every id that the checkpoint ends a text with is a stop id, and tokenizer_config.json has its own roles."""
     facts, info = subject.facts, subject.info
-    missing = sorted({*facts.eos, *facts.stop} - {*info["stop"]})
+    named = subject.tokenizer.token_to_id(subject.roles.get("eos", ""))
+    ends = {*facts.eos, *facts.stop, *(() if named is None else (named,))}
+    missing = sorted(ends - {*info["stop"]})
     if missing:
-        yield error("T14", f"stop ids {missing} of generation_config.json are not in tokenizer_info.json")
-    for role, expected in {"bos": [info["bos"]], "eos": info["eos"], "pad": [info["pad"]]}.items():
+        yield error("T14", f"stop ids {missing} of the checkpoint are not in tokenizer_info.json")
+    for role in ("bos", "eos", "pad"):
         name = subject.config.get(f"{role}_token")
+        if name != subject.roles.get(role, name):
+            yield error("T14", f"tokenizer_config.json: {role}_token {name!r}, expected {subject.roles[role]!r}")
         index = None if name is None else subject.tokenizer.token_to_id(name)
-        if index not in expected:
-            yield error("T14", f"tokenizer_config.json: {role}_token {name!r} is id {index}, expected {expected}")
+        known = info["eos"] if role == "eos" else [info[role]]
+        if index is not None and index not in known:
+            yield error("T14", f"tokenizer_config.json: {role}_token {name!r} is id {index}, expected {known}")
 
 
 def template_tokens_are_single(subject: Subject) -> Iterator[Finding]:
-    """T16: what looks like a special token in the chat template and is none; some models were trained so."""
-    for literal in sorted(set(SPECIAL_LITERAL.findall(subject.config.get("chat_template") or ""))):
+    """T16: what looks like a special token in a chat template and is none; some models were trained so."""
+    for literal in sorted(set(SPECIAL_LITERAL.findall(_templates(subject)))):
         encoding = subject.tokenizer.encode(literal, add_special_tokens=False)
         if len(encoding.ids) != 1:
             text = (
@@ -263,10 +267,16 @@ def template_tokens_are_single(subject: Subject) -> Iterator[Finding]:
             yield Finding("T16", NOTE, text)
 
 
+def _templates(subject: Subject) -> str:
+    """Return the text of every chat template."""
+    found = subject.config.get("chat_template") or ""
+    return found if isinstance(found, str) else "\n".join(entry["template"] for entry in found)
+
+
 def no_double_bos(subject: Subject) -> Iterator[Finding]:
     """T17: template and post-processor do not both write the beginning of text."""
     added = subject.info["prefix"]
-    template = subject.config.get("chat_template") or ""
+    template = _templates(subject)
     bos = subject.config.get("bos_token")
     if added and ("bos_token" in template or (bos and bos in template)):
         text = (

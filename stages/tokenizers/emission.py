@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.record import ChatFormat, ModelFacts, TokenizerFamily
+from stages.tokenizers.templates import emitted
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from stages.tokenizers.resolution import Resolution
 
 SCHEMA = 1
 RAW = "raw"
@@ -23,49 +26,56 @@ def emit(
     *,
     family: TokenizerFamily,
     facts: ModelFacts,
-    chat_template: str | None,
+    resolution: Resolution,
     fingerprint: str,
     shown: Sequence[int] = (),
 ) -> None:
     """Write the three files, the vocabulary by its family's name, into ``directory``; equal arguments give equal bytes.
 
-    ``chat_template`` is the checkpoint's own; without one, the family's for the model's chat format is written.
-    ``shown`` are the ids of special tokens that decode to their text.
+    Special tokens are those that the checkpoint names, or that its tokenizer class gives where they are tokens. Without
+    a template of its own the family's for the model's chat format is written, and the model's ids tell the roles that
+    have no name. ``shown`` are the ids of special tokens that decode to their text.
     """
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     chat = _chat_format(family, facts)
-    eos = list(facts.eos) or [_end_of_text(ids, family)]
-    turn_ends = [ids[text] for text in chat.stops] if chat else []
+    templates = resolution.chat_templates
+    roles = {**{role: text for role, text in resolution.assumed.items() if text in ids}, **resolution.roles}
+    ends = _distinct([*facts.eos, *(ids[text] for text in (roles.get("eos"),) if text in ids)])
+    eos = ends or [_end_of_text(ids, family)]
+    of_model = {"bos": facts.bos, "eos": eos[0], "pad": facts.pad}
+    if not templates:
+        texts = {role: _text(tokenizer, index) for role, index in of_model.items()}
+        roles = {**{role: text for role, text in texts.items() if text is not None}, **roles}
     config = {
-        "bos_token": _text(tokenizer, facts.bos),
-        "eos_token": _text(tokenizer, eos[0]),
-        "pad_token": _text(tokenizer, facts.pad),
+        **{f"{role}_token": text for role, text in roles.items()},
         "clean_up_tokenization_spaces": False,
         "model_max_length": facts.context_window,
     }
     if family.file == "tokenizer.json":
         # Any other class name makes transformers rebuild normalizer and pre-tokenizer from its own code.
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if chat_template or chat:
-        config["chat_template"] = chat_template or (chat.template if chat else None)
+    if templates or chat:
+        config["chat_template"] = emitted(templates) or (chat.template if chat else None)
+    controls = resolution.config.get("chat_control_tokens")
+    if isinstance(controls, list):
+        config["chat_control_tokens"] = [token for token in controls if isinstance(token, str)]
     info = {
         "schema": SCHEMA,
         "family": family.name,
-        "bos": facts.bos,
+        "bos": ids.get(roles.get("bos", ""), facts.bos),
         "eos": eos,
-        "pad": facts.pad,
+        "pad": ids.get(roles.get("pad", ""), facts.pad),
         # What the checkpoint's tokenizer puts before every text that is no chat.
         "prefix": prefix_of(tokenizer),
-        "stop": _distinct([*eos, *facts.stop, *turn_ends]),
+        "stop": _distinct([*eos, *facts.stop, *(ids[text] for text in (chat.stops if chat else ()))]),
         # Rows of the embedding from here on belong to no token: a sampler must mask their logits.
         "active_vocab_size": max(ids.values()) + 1,
         "rows": facts.rows,
         "fingerprint": fingerprint,
         "normalize": family.normalize,
-        "chat": _describe(chat, facts, chat_template),
+        "chat": _describe(chat, facts, templates),
+        **({"shown": list(shown)} if shown else {}),
     }
-    if shown:
-        info["shown"] = list(shown)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / family.file), pretty=False)
     write_json(directory / "tokenizer_config.json", config)
@@ -107,10 +117,10 @@ def _chat_format(family: TokenizerFamily, facts: ModelFacts) -> ChatFormat | Non
         ) from None
 
 
-def _describe(chat: ChatFormat | None, facts: ModelFacts, chat_template: str | None) -> dict[str, Any]:
+def _describe(chat: ChatFormat | None, facts: ModelFacts, templates: Mapping[str, str]) -> dict[str, Any]:
     if chat:
         return {"format": facts.chat_format, "piecewise": chat.piecewise, "system": chat.system}
-    return {"format": "template" if chat_template else RAW}
+    return {"format": "template" if templates else RAW}
 
 
 def _text(tokenizer: Tokenizer, index: int | None) -> str | None:

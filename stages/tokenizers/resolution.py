@@ -11,14 +11,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from stages.tokenizers import roles, templates
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import LFS_HEADER, read_bytes
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
-TEMPLATE = "chat_template.jinja"
 MODEL = "config.json"  # transformers chooses a class by it
-ROLES = ("bos", "eos", "pad", "unk")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_EVIDENCE_BYTES = 64 << 20  # what is larger is not searched: the reader refuses it
 MAX_ID_DIGITS = 9
@@ -95,7 +94,8 @@ class Resolution:
     ``name`` is the vocabulary's in the checkpoint, ``vocabulary`` is where to open it. ``files`` are all of the
     checkpoint's tokenizer files, ``config`` is tokenizer_config.json with the roles of an older
     special_tokens_map.json, and ``class_name`` the tokenizer class that it names, without "Fast". ``declared`` are ids
-    it states, ``roles`` its bos, eos, pad and unk; ``doubts`` are warnings.
+    it states, ``roles`` its bos, eos, pad, unk and others, ``assumed`` those that the class alone gives,
+    ``chat_templates`` its own by name; ``doubts`` are warnings.
     """
 
     family: str
@@ -106,7 +106,8 @@ class Resolution:
     class_name: str | None
     declared: Mapping[int, str]
     roles: Mapping[str, str]
-    chat_template: str | None
+    assumed: Mapping[str, str]
+    chat_templates: Mapping[str, str]
     trace: str
     doubts: Sequence[str] = ()
 
@@ -116,10 +117,11 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
 
     :class:`TokenizerError` if no family can be named or the files contradict the family.
     """
-    files = {name: path for name, path in sorted(files.items()) if "/" not in name}
+    every, files = files, {name: path for name, path in sorted(files.items()) if "/" not in name}
     if not files.keys() - {MODEL}:
         raise TokenizerError(f"{root}: no tokenizer files there; {_known()}")
     config, config_files = _config(files)
+    chat_templates = templates.read(every, config, root / CONFIG)
     family, why = _family(root, files, config)
     vocabulary, why_file = _vocabulary(root, files, family)
     if config.get("extra_vocab_file"):
@@ -133,9 +135,10 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         *([(SPECIALS, "names the roles, for there is no added_tokens_decoder")] if SPECIALS in config_files else []),
         ("family", f"{family}: {why}"),
         ("vocabulary", f"{vocabulary}: {why_file}"),
+        *([("chat templates", ", ".join(chat_templates))] if chat_templates else []),
     ]
-    read = {vocabulary, *config_files, TEMPLATE, "added_tokens.json"}
-    read |= set(RULES[family].beside)
+    read = {vocabulary, *config_files, templates.FILE, "added_tokens.json"}
+    read |= {*RULES[family].beside} - {SPECIALS}  # which is read where config_files says so
     second = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
     if second:
         preferred = f"{vocabulary} is what transformers takes; the two are held against each other"
@@ -151,8 +154,9 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         config=config,
         class_name=_class_name(config),
         declared=_declared(files, config),
-        roles=_roles(config),
-        chat_template=_chat_template(files, config),
+        roles=roles.named(config),
+        assumed=roles.assumed(config, _class_name(config)),
+        chat_templates=chat_templates,
         trace="".join(f"{label:<22}{text}\n" for label, text in lines),
         doubts=_doubts(vocabulary, family, _class_name(config)),
     )
@@ -205,7 +209,7 @@ def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
     if SPECIALS in files and "added_tokens_decoder" not in config:
         read.append(SPECIALS)
         stated = read_json(files[SPECIALS])
-        config |= {f"{role}_token": stated[f"{role}_token"] for role in ROLES if f"{role}_token" in stated}
+        config |= {f"{role}_token": stated[f"{role}_token"] for role in roles.ROLES if f"{role}_token" in stated}
     return config, read
 
 
@@ -305,27 +309,6 @@ def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int,
             )
         stated[int(index)] = content
     return stated
-
-
-def _roles(config: Mapping[str, Any]) -> dict[str, str]:
-    named = {role: config.get(f"{role}_token") for role in ROLES}
-    texts = {role: value.get("content") if isinstance(value, dict) else value for role, value in named.items()}
-    return {role: text for role, text in texts.items() if isinstance(text, str)}
-
-
-def _chat_template(files: Mapping[str, Path], config: Mapping[str, Any]) -> str | None:
-    """Return the checkpoint's own template; a file of its own wins over the key, as in transformers."""
-    if TEMPLATE in files:
-        try:
-            return files[TEMPLATE].read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{files[TEMPLATE]}: not UTF-8 ({error})") from None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = next(
-            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
-        )
-    return template if isinstance(template, str) else None
 
 
 def _shown(value: Any) -> str:

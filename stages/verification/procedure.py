@@ -119,8 +119,7 @@ class Case:
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:
         """What the checkpoint's headers say of its tensors: dtype, shape, file."""
-        headers = read_headers({name: path for name, path in self.files.items() if "/" not in name})
-        return {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in headers.items()}
+        return read_headers({name: path for name, path in self.files.items() if "/" not in name}).table()
 
 
 def verify(case: Case, progress: Callable[[int, int], None]) -> Findings:

@@ -26,9 +26,13 @@ _SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25
 
 @dataclass(frozen=True)
 class Held:
-    """One checkpoint tensor as the bundle holds it: the mapped arrays that are stored for its rows."""
+    """One checkpoint tensor as the bundle holds it: the mapped arrays that are stored for its rows.
+
+    ``name`` is the model's, ``source`` the checkpoint's.
+    """
 
     name: str
+    source: str
     shape: tuple[int, ...]
     stored: Sequence[np.ndarray]
     quantized: bool
@@ -91,8 +95,9 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Sch
             for array in arrays[: len(arrays) - len(one_for_all)]
         ]
         parts += [[array] * len(entry["sources"]) for array in one_for_all]
-        for name, shape, stored in zip(entry["sources"], entry["source_shapes"], zip(*parts, strict=True), strict=True):
-            yield Held(name, tuple(shape), stored, entry["quantize"], scheme)
+        tensors = zip(entry["source_names"], entry["sources"], entry["source_shapes"], strict=True)
+        for (name, source, shape), stored in zip(tensors, zip(*parts, strict=True), strict=True):
+            yield Held(name, source, tuple(shape), stored, entry["quantize"], scheme)
 
 
 def differences(
@@ -110,14 +115,13 @@ def differences(
     """
     problems = []
     for tensor in held(registry, records, scheme):
-        original, count, first = checkpoint[tensor.name], 0, ""
+        original, count, first = checkpoint[tensor.source], 0, ""
         for rows in row_blocks(tensor.shape):
-            values, source = tensor.rows(rows), np.asarray(original[rows])
+            values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.quantized:
-                wanted = source.astype(np.float32)
                 wrong = ~(np.abs(values - wanted) <= _allowed(wanted, scheme, scales))
             else:
-                wanted = source.astype(tensor.stored[0].dtype).astype(np.float32)
+                wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
                 wrong = values != wanted
             if wrong.any() and not first:
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
@@ -126,7 +130,7 @@ def differences(
             count += int(wrong.sum())
         if count:
             problems.append(
-                f"{tensor.name}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
+                f"{tensor.source}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
                 f"{scheme.name} explains, {first}"
             )
     return problems

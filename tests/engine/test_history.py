@@ -63,7 +63,7 @@ def test_an_interrupted_run_is_in_the_history(demo: Demo) -> None:
 def test_the_log_of_a_running_node_is_followed_to_its_end(demo: Demo) -> None:
     demo.pipeline.write_text(TROUBLE)
     demo.edit("trouble", 'count("trouble")', 'print("began", flush=True); count("trouble")')
-    demo.edit("trouble", "time.sleep(1.0)", 'time.sleep(1.0); print("ended", flush=True)')
+    demo.edit("trouble", "time.sleep(1.0)", 'time.sleep(5.0); print("ended", flush=True)')
     process = start(demo, "--set", "vars.kind=short")
     wait_for(demo, "trouble")
     code = (

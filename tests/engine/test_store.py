@@ -59,7 +59,8 @@ def test_damage_is_quarantined(store: Store, tmp_path: Path) -> None:
     path.chmod(0o644)
     path.write_bytes(b"CONTENT")
     assert store.verify(digest) == "damaged"
-    assert store.verify(digest) == "missing"
+    assert store.verify(digest) == "damaged"
+    assert not path.exists()
     assert [p.read_bytes() for p in store.quarantine.iterdir()] == [b"CONTENT"]
     assert put(store, tmp_path, b"content") == digest
     assert store.verify(digest) is None

@@ -179,7 +179,7 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
     change(checkpoint, "generation_config.json", eos_token_id=[300, 302], stop_words_ids=[[301], [300], [5, 6]])
     ctx = parse(checkpoint, tmp_path / "out")
     generation = json.loads((tmp_path / "out/generation.json").read_text())
-    assert (generation["bos"], generation["eos"], generation["stop"]) == (299, [300, 302], [300, 302, 301])
+    assert (generation["bos"], generation["eos"], generation["stop"]) == (299, [300, 302, 1], [300, 302, 1, 301])
     assert len(ctx.warnings) == 1
     assert "[5, 6]" in ctx.warnings[0]
     (checkpoint / "generation_config.json").unlink()
@@ -231,30 +231,32 @@ def test_a_quantization_that_no_tensor_has_is_ignored_and_said(checkpoint: Path,
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "message"),
+    ("names", "dtype", "method"),
     [
-        (
-            "transformer.h.0.attn.c_attn.qweight",
-            "I32",
-            "the weights are quantized by GPTQ or AWQ (tensor transformer.h",
-        ),
-        ("transformer.h.0.attn.c_attn.weight.absmax", "F32", "the weights are quantized by bitsandbytes (tensor "),
-        ("transformer.h.0.attn.c_attn.scales", "F16", "the weights are quantized by MLX (tensor "),
-        ("transformer.h.0.attn.c_attn.weight", "U8", "the weights are quantized by a method that stores U8 (tensor "),
+        ("{}.qweight {}.qzeros {}.g_idx", "I32", "GPTQ (1 tensors such as {}.qweight)"),
+        ("{}.qweight {}.qzeros {}.scales", "I32", "AWQ (1 tensors such as {}.qweight)"),
+        ("{}.weight {}.weight.absmax", "U8", "bitsandbytes with 4 bits (1 tensors such as {}.weight.absmax)"),
+        ("{}.weight {}.SCB", "I8", "bitsandbytes with int8 (1 tensors such as {}.SCB)"),
+        ("{}.weight {}.weight_scale_inv", "F8_E4M3", "fp8 with a scale for each block (1 tensors such as {}."),
+        ("{}.weight {}.weight_scale", "F8_E4M3", "fp8 or int8 with scales (1 tensors such as {}.weight_scale)"),
+        ("{}.weight_packed {}.weight_scale", "I32", "compressed-tensors (1 tensors such as {}.weight_packed)"),
+        ("{}.weight {}.scales {}.biases", "U32", "MLX (1 tensors such as {}.scales)"),
+        ("{}.weight", "U8", "a method that stores packed bytes (1 tensors such as {}.weight)"),
     ],
 )
-def test_packed_weights_are_named_by_their_method(checkpoint: Path, name: str, dtype: str, message: str):
+def test_packed_weights_are_named_by_their_method(checkpoint: Path, names: str, dtype: str, method: str):
     for path in checkpoint.glob("*.safetensors*"):
         path.unlink()
-    entry = {
-        name: {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, {"I32": 16, "F32": 16, "F16": 8, "U8": 4}[dtype]]}
+    module, size = "transformer.h.0.attn.c_attn", 4 if dtype in ("I32", "U32") else 1
+    entries = {
+        name.format(module): {"dtype": dtype, "shape": [1], "data_offsets": [place * size, place * size + size]}
+        for place, name in enumerate(names.split())
     }
-    write_raw_safetensors(
-        checkpoint / "model.safetensors", json.dumps(entry).encode(), bytes(entry[name]["data_offsets"][1])
-    )
+    payload = bytes(len(entries) * size)
+    write_raw_safetensors(checkpoint / "model.safetensors", json.dumps(entries).encode(), payload)
     change(checkpoint, "config.json", quantization_config={"quant_method": "some"})
     (problem,) = problems(checkpoint)
-    assert problem.startswith(message)
+    assert problem.startswith(f"the weights are quantized by {method.format(module)}")
     assert (
         "as quantization_config of config.json says (quant_method 'some'), which cannot be read; start from" in problem
     )

@@ -219,7 +219,6 @@ def test_what_the_real_configs_say():
             raw("redpajama-incite-3b", hidden_act="tanh"),
             "hidden_act = 'tanh'; expected one of those that are implemented: gelu, ",
         ),
-        (raw("redpajama-incite-3b", partial_rotary_factor=0.5), "contradiction: rotary_pct = 1.0, partial_rotary_fac"),
         (raw("redpajama-incite-3b", rotary_pct=0.01), "0 of 80 channels of a head are rotated"),
         (raw("redpajama-incite-3b", num_attention_heads=60), "hidden_size = 2560 is not a multiple of"),
     ],

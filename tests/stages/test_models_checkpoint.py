@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from stages.models.checkpoint import INDEX, read_headers
+from stages.models.checkpoint import INDEX, SINGLE, read_headers
 from stages.models.record import ConfigError
 from stages.models.safetensors import read_header
 from stages.models.weights import BLOCK, Weights
 from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -29,7 +30,8 @@ def test_headers_and_tensors_equal_the_safetensors_package(tmp_path: Path):
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(5, np.float16)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "np"})
     found = read_headers(files(tmp_path))
-    table = {name: {"dtype": t.dtype, "shape": [*t.shape], "file": file} for name, (file, t) in found.items()}
+    table = found.table()
+    assert not found.notes
     assert table == {
         "a": {"dtype": "F32", "shape": [2, 3], "file": "model.safetensors"},
         "b": {"dtype": "F16", "shape": [5], "file": "model.safetensors"},
@@ -177,31 +179,122 @@ def test_an_index_cannot_point_elsewhere(tmp_path: Path, shard):
     assert problems(tmp_path) == [f"{INDEX}: {shard!r} is not the name of a safetensors file in the same folder"]
 
 
-def test_index_and_headers_must_agree(tmp_path: Path):
+def test_what_shards_hold_counts_and_not_what_the_index_says(tmp_path: Path):
     write_qwen(tmp_path)
-    edit_index(tmp_path, **{"lm_head.weight": FIRST, "lm_head.weigth": SECOND})
-    found = problems(tmp_path)
-    assert found == [
-        f"tensor lm_head.weight: the index puts it in {FIRST}, it is in {SECOND}",
-        f"tensor lm_head.weigth: the index puts it in {SECOND}, no shard holds it; there is lm_head.weight",
-    ]
+    right = read_headers(files(tmp_path)).tensors
+    edit_index(tmp_path, **{"lm_head.weight": FIRST, "model.rotary_emb.inv_freq": SECOND})
     index = json.loads((tmp_path / INDEX).read_text())
-    del index["weight_map"]["lm_head.weigth"], index["weight_map"]["transformer.ln_f.weight"]
+    del index["weight_map"]["transformer.ln_f.weight"]
     write_json(tmp_path / INDEX, index)
-    assert f"tensor transformer.ln_f.weight: in {SECOND} but not in the index" in problems(tmp_path)
+    found = read_headers(files(tmp_path))
+    assert found.tensors == right
+    said = f"{INDEX} is out of date, the shards' headers count: it names 1 tensors"
+    assert found.notes == [
+        f"{said} that no shard holds (model.rotary_emb.inv_freq)",
+        f"{said} in other shards than they are in (lm_head.weight)",
+        f"{said} too few: the shards hold them (transformer.ln_f.weight)",
+    ]
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path: Path):
+def test_a_tensor_in_two_shards_must_be_the_same(tmp_path: Path):
     write_qwen(tmp_path)
-    (tmp_path / SECOND).write_bytes((tmp_path / FIRST).read_bytes())
-    assert f"tensor transformer.wte.weight is in both {FIRST} and {SECOND}" in problems(tmp_path)
+    right = read_headers(files(tmp_path)).tensors
+    doubled = load_file(tmp_path / FIRST) | load_file(tmp_path / SECOND)
+    save_file(doubled, tmp_path / SECOND)
+    found = read_headers(files(tmp_path))
+    assert {name: info.shape for name, (_, info) in found.tensors.items()} == {
+        name: info.shape for name, (_, info) in right.items()
+    }
+    first = len(load_file(tmp_path / FIRST))
+    assert found.notes[0].startswith(f"{first} tensors are in several files, the same in each: ")
+    doubled["transformer.wte.weight"] = -doubled["transformer.wte.weight"]
+    save_file(doubled, tmp_path / SECOND)
+    assert problems(tmp_path) == [
+        f"tensor transformer.wte.weight is in both {FIRST} and {SECOND}, and not the same; remove the wrong one"
+    ]
 
 
-def test_shards_without_an_index_are_refused(tmp_path: Path):
+def test_shards_without_an_index_are_read_for_what_they_hold(tmp_path: Path):
     write_qwen(tmp_path)
+    right = read_headers(files(tmp_path)).tensors
     (tmp_path / INDEX).unlink()
-    assert problems(tmp_path) == [f"2 safetensors files ({FIRST}, ...) and no {INDEX} that says how they belong"]
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    found = read_headers(files(tmp_path))
+    assert found.tensors == right
+    read = f"the 2 files {FIRST}, {SECOND} are read for what they hold"
+    assert found.notes == [f"no {INDEX} is there: {read}; not read: adapter_model.safetensors"]
+    (tmp_path / FIRST).rename(tmp_path / "other-00001-of-00002.safetensors")
+    assert "3 safetensors files of 2 numberings" in problems(tmp_path)[0]
+    (tmp_path / "other-00001-of-00002.safetensors").unlink()
+    assert problems(tmp_path) == [f"{FIRST} is missing of 2 shards; fetch the checkpoint again"]
+    (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / SECOND).rename(tmp_path / "b.safetensors")
+    save_file({"a": np.ones(1, np.float32)}, tmp_path / "a.safetensors")
+    assert {file for file, _ in read_headers(files(tmp_path)).tensors.values()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_a_damaged_index_is_described(tmp_path: Path):
+    write_qwen(tmp_path)
     (tmp_path / INDEX).write_text('{"weight_map": []}')
     assert problems(tmp_path) == [f"{INDEX}: weight_map must map tensor names to file names"]
     (tmp_path / INDEX).write_text('{"weight_map": ')
     assert problems(tmp_path)[0].startswith(f"{INDEX}: not valid JSON: Expecting value: line 1")
+
+
+def test_a_whole_file_comes_before_an_index(tmp_path: Path):
+    """As transformers takes them: an index that its shards have left is no checkpoint beside one that is."""
+    write_qwen(tmp_path)
+    whole = load_file(tmp_path / FIRST) | load_file(tmp_path / SECOND)
+    save_file(whole, tmp_path / SINGLE)
+    found = read_headers(files(tmp_path))
+    assert {file for file, _ in found.tensors.values()} == {SINGLE}
+    assert found.notes == [f"{SINGLE} is read, as transformers does; the shards of {INDEX} hold the same"]
+    save_file({**whole, "lm_head.weight": -whole["lm_head.weight"]}, tmp_path / SINGLE)
+    (problem,) = problems(tmp_path)
+    assert "there are two checkpoints" in problem
+    assert f"tensor lm_head.weight in {SINGLE} is not that in {SECOND}" in problem
+    save_file({**whole, "more": np.ones(1, np.float32)}, tmp_path / SINGLE)
+    assert f"tensor more is in {SINGLE} alone" in problems(tmp_path)[0]
+    (tmp_path / FIRST).unlink()
+    found = read_headers(files(tmp_path))
+    assert "more" in found.tensors
+    gone = f"{FIRST}: the shard is missing, although {INDEX} names it"
+    assert found.notes == [f"{SINGLE} is read, as transformers does, and not what {INDEX} names: {gone}"]
+
+
+def test_no_header_whatever_it_says_is_a_traceback(tmp_path: Path):
+    """Every change of a value of a header, and random bytes over it: read as it stands, or refused by name."""
+    random = np.random.default_rng(0)
+    values = [None, True, -1, 0, 1, 2**31, 2**63, 2**80, 1.5, "", "F32", "\u0000", [], [[]], {}, {"a": 1}, [0, 2**64]]
+    raw = {"__metadata__": {"format": "pt"}, "a": GOOD, "b": {"dtype": "I8", "shape": [], "data_offsets": [24, 25]}}
+    headers = [json.dumps(changed).encode() for changed in mutations(raw, values)]
+    text = json.dumps(raw).encode()
+    for _ in range(300):
+        damaged = bytearray(text)
+        for place in random.integers(0, len(text), 3):
+            damaged[place] = random.integers(0, 256)
+        headers.append(bytes(damaged[: random.integers(1, len(text) + 1)]))
+    sizes, refused = [], []
+    for header in headers:
+        write_raw_safetensors(tmp_path / SINGLE, header, bytes(25))
+        try:
+            found = read_headers({SINGLE: tmp_path / SINGLE})
+            sizes.append(sum(info.nbytes for _, info in found.tensors.values()))
+        except ConfigError as error:
+            refused.append(str(error))
+    assert set(sizes) == {25}
+    assert all(problem.startswith(f"{SINGLE}: ") for problem in refused)
+    assert len(sizes) > 10
+    assert len(refused) > 300
+
+
+def mutations(value: Any, others: Sequence[Any]) -> Iterator[Any]:
+    """Yield ``value`` with each part of it replaced by each of ``others``."""
+    yield from others
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from ({**value, key: changed} for changed in mutations(item, others))
+            yield {name: kept for name, kept in value.items() if name != key}
+    elif isinstance(value, list):
+        for place, item in enumerate(value):
+            yield from ([*value[:place], changed, *value[place + 1 :]] for changed in mutations(item, others))

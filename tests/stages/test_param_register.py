@@ -57,7 +57,8 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
     logical = {entry["name"]: entry for entry in document["logical"]}
     assert logical[f"{block}.mlp.gate_up_proj.weight"] == {
         "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
-        "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
+        "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"],
+        "source_names": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
         "quantize": True, "dtype": "float16", "layout": "n32",
         "stored": [f"{block}.mlp.gate_up_proj.q_weight", f"{block}.mlp.gate_up_proj.q_scale"],
     }  # fmt: skip
@@ -88,7 +89,6 @@ def test_every_disagreement_is_listed_at_once(parsed: Path):
             "transformer.wte.weight": {"dtype": "BF16", "shape": [640, 64], "file": "x"},
             "transformer.h.0.attn.c_proj.weight": {"dtype": "I8", "shape": [64, 65], "file": "x"},
             "transformer.h.1.ln_1.weight": {"dtype": "BF16", "shape": [64], "file": "x"},
-            "transformer.rotary_emb.inv_freq": {"dtype": "F32", "shape": [16], "file": "x"},
         },
     )
     with pytest.raises(StageError) as caught:
@@ -97,18 +97,10 @@ def test_every_disagreement_is_listed_at_once(parsed: Path):
         "tensor transformer.h.0.mlp.w1.weight [96, 64] is missing from the checkpoint",
         "tensor transformer.ln_f.weight [64] is missing from the checkpoint",
         "tensor transformer.wte.weight is [640, 64], the config asks for [512, 64]: config.json says vocab_size = 512",
-        "tensor transformer.h.0.attn.c_proj.weight is I8; only F32, F16, BF16 can be read",
+        "tensor transformer.h.0.attn.c_proj.weight is I8; only F32, F16, BF16, F64 can be read",
         "tensor transformer.h.0.attn.c_proj.weight is [64, 65], the config asks for [64, 64]",
         "tensor transformer.h.1.ln_1.weight [64] is in the checkpoint, but no parameter of the model is made of it",
     )
-
-
-def test_more_layers_than_tensors_are_refused_before_they_are_listed(parsed: Path):
-    model = json.loads((parsed / "model.json").read_text())
-    model["num_layers"] = model["config"]["num_layers"] = 10**9
-    (parsed / "model.json").write_text(json.dumps(model))
-    with pytest.raises(StageError, match="asks for 1,000,000,000 layers, but the checkpoint has only 11 tensors"):
-        register(parsed, "q0f32")
 
 
 def test_thousands_of_problems_of_a_kind_are_counted(parsed: Path):

@@ -60,7 +60,10 @@ def test_rows_and_scheme_are_told():
     }  # fmt: skip
     headers = {"k": {"dtype": "BF16", "shape": [2, 32], "file": "m.safetensors"}}
     buffer = {"inv_freq": {"dtype": "F32", "shape": [16], "file": "m.safetensors"}}
-    documents = {"params": params, "tensors": {"tensors": {**headers, **buffer}}}
+    documents = {
+        "params": params,
+        "tensors": {"tensors": {**headers, **buffer}, "unused": {"inv_freq": "the model derives it"}},
+    }
     assert tensors.page(tensors.find(documents, "qk.weight")).splitlines() == [
         "parameter qk.weight [6, 32], linear",
         "  stored, quantized as q4f16_1, as",
@@ -75,7 +78,7 @@ def test_rows_and_scheme_are_told():
         "  feeds qk.weight [6, 32], rows 4 to 5, concat0 (one under the other)",
         "    stored as qk.q_weight, qk.q_scale",
     ]
-    assert "feeds no parameter" in tensors.page(tensors.find(documents, "inv_freq"))
+    assert "feeds no parameter: the model derives it" in tensors.page(tensors.find(documents, "inv_freq"))
     for name in ("qk.weight", "k", "inv_freq"):
         validate({"param-register": tensors.find(documents, name)}, "tensor")
     assert tensors.find(documents, "v") is None

@@ -194,7 +194,7 @@ def test_special_tokens_among_the_ranks_are_refused(tmp_path):
 def test_a_missing_embedding_and_an_unknown_model_family_are_refused(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     inputs = write_inputs(tmp_path / "inputs", RANKS)
-    inputs["tensors"].write_text('{"schema": 1, "tensors": {"a": {}}}')
+    inputs["tensors"].write_text('{"schema": 1, "tensors": {"a": {}}, "names": {}}')
     assert "has no tensor of that name among its 1" in refusal(tmp_path, checkpoint, inputs)[0]
     inputs["config"].write_text('{"family": "novel"}')
     assert "model family 'novel'" in refusal(tmp_path, checkpoint, inputs)[0]

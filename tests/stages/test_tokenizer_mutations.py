@@ -63,12 +63,15 @@ def emitted(tmp_path, family, source):
 
 
 def emit_with(facts, directory, family, source, *, chat_template=None):
+    resolution = resolved(source)
+    if chat_template:
+        resolution = dataclasses.replace(resolution, chat_templates={"default": chat_template})
     emit(
         directory,
-        family.convert(resolved(source)),
+        family.convert(resolution),
         family=family,
         facts=facts,
-        chat_template=chat_template,
+        resolution=resolution,
         fingerprint="",
     )
     return directory

@@ -145,9 +145,12 @@ def test_stated_ids_and_the_checkpoints_own_template_are_carried_on(tmp_path):
     files = folder(tmp_path, qwen__tiktoken=b"x", tokenizer_config__json=config, added_tokens__json={"<|eight|>": 8})
     found = resolve(tmp_path, files)
     assert found.declared == {7: "<|seven|>", 8: "<|eight|>"}
-    assert found.chat_template == "d"
+    assert found.chat_templates == {"tool": "t", "default": "d"}
     files |= folder(tmp_path, chat_template__jinja=b"file wins")
-    assert resolve(tmp_path, files).chat_template == "file wins"
+    assert resolve(tmp_path, files).chat_templates == {"default": "file wins"}
+    (tmp_path / "rag.jinja").write_text("r")
+    more = files | {"additional_chat_templates/rag.jinja": tmp_path / "rag.jinja"}
+    assert resolve(tmp_path, more).chat_templates == {"default": "file wins", "rag": "r"}
     files |= folder(tmp_path, chat_template__jinja=b"\xff")
     with pytest.raises(TokenizerError, match="not UTF-8"):
         resolve(tmp_path, files)
@@ -179,4 +182,4 @@ def test_an_older_map_of_special_tokens_names_the_roles_as_in_transformers(tmp_p
 
 
 def test_verify_reads_what_the_tokenizer_is_made_of():
-    assert set(FILES) - {"chat_template.jinja"} <= set(_FILES)
+    assert {name for name in FILES if "template" not in name} <= set(_FILES)

@@ -202,7 +202,7 @@ def write_facts(directory: Path, family: str, eos: int, rows: int = SIZE + 32, *
     values = {
         "config": {"schema": 1, "family": family, "vocab_size": rows, "context_window": 512},
         "generation": {"schema": 1, "eos": [eos], "stop": [eos], "chat_format": None, **generation},
-        "tensors": {"schema": 1, "tensors": {EMBEDDINGS[family]: shape}},
+        "tensors": {"schema": 1, "tensors": {EMBEDDINGS[family]: shape}, "names": {}},
     }
     directory.mkdir(parents=True, exist_ok=True)
     for port, value in values.items():

@@ -87,6 +87,7 @@ def write_inputs(directory: Path, ranks: int, rows: int | None = None, **generat
         "tensors": {
             "schema": 1,
             "tensors": {EMBEDDING: {"dtype": "BF16", "shape": [rows, 64], "file": "m.safetensors"}},
+            "names": {},
         },
     }
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,257 @@
+"""config.json against transformers' own classes: what they read and take for granted, and what is built of each key."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stages.models import FAMILIES, decoder, load_family
+from stages.models.config_reader import FULL, SHARED, SLIDING
+from stages.models.record import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+transformers = pytest.importorskip("transformers")
+CLASSES = {
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config",
+    "gpt_neox": "GPTNeoXConfig", "rwkv": "RwkvConfig",
+}  # fmt: skip
+BASE = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+# Values to try by the type of a key's default, besides none at all, null and the default itself.
+CHANGED: dict[type, list[Any]] = {
+    int: [8, 16, 32],
+    float: [1e-3, 0.5, 1],
+    bool: [True, False],
+    str: ["swish", "relu", "gelu", "gelu_new", "gelu_accurate", "tanh", "nonsense"],
+    type(None): [2, 8, [FULL] * 3, [SLIDING] * 3, ["attention"] * 3, [FULL] * 2],
+}
+# Keys beyond the fields of a class that the library reads in any config.json, or did once, or that others write there.
+BESIDES: dict[str, list[Any]] = {
+    "is_causal": [None, True, False], "is_encoder_decoder": [False, True], "attention_chunk_size": [None, 8],
+    "kv_sharing_modes": [None, ["reuse", None, None]], "per_layer_config": [None, {}],
+    "sliding_window": [None, 64, 128, 4096], "layer_types": [None, [FULL] * 3, [SLIDING] * 3], "head_dim": [8, 16],
+    "rope_theta": [10000.0, 5000.0], "rotary_emb_base": [10000, 5000], "rotary_pct": [..., 0.25, 0.5],
+    "rope_interleaved": [True], "use_mrope": [True], "sliding_window_size": [8], "temperature": [0.7],
+    "id2label": [{"0": "a"}], "tie_encoder_decoder": [True], "pruned_heads": [{"0": [1]}], "dtype": ["float16"],
+    "torch_dtype": ["bfloat16"], "hidden_dropout_prob": [0.5], "unsloth_fixed": [True], "num_labels": [5],
+}  # fmt: skip
+# What is not built although the library reads it, so that it is refused.
+ATTENTION = {
+    "is_causal = None", "is_causal = False", "attention_chunk_size = 8", "kv_sharing_modes = ['reuse', None, None]",
+}  # fmt: skip
+GELUS = {"hidden_act = gelu", "hidden_act = gelu_new", "hidden_act = gelu_accurate"}
+OTHERS = {"hidden_act = tanh", "hidden_act = nonsense"}  # the library finds out when it makes the model
+REFUSED = {
+    "llama": ATTENTION | GELUS | OTHERS | {"hidden_act = relu", "sliding_window = 64"},
+    "mistral": ATTENTION | GELUS | OTHERS | {"hidden_act = relu"},
+    "qwen2": ATTENTION | GELUS | OTHERS | {"hidden_act = relu"},
+    "qwen3": ATTENTION | GELUS | OTHERS | {"hidden_act = relu"},
+    # Heads of one channel, which has no other to be rotated against, besides.
+    "gpt_neox": ATTENTION
+    | OTHERS
+    | {"head_dim = 8", "sliding_window = 64", "num_attention_heads = 64", "no num_attention_heads"},
+    "rwkv": {"tie_word_embeddings = True"},
+}  # fmt: skip
+# What the library refuses although there is one thing that it can mean.
+LENIENT = {
+    "rms_norm_eps = 1", "layer_norm_eps = 1", "layer_norm_epsilon = 1", "num_key_value_heads = None", "head_dim = None",
+    "max_window_layers = None",
+}  # fmt: skip
+
+
+def module(family: str) -> Any:
+    return importlib.import_module(FAMILIES[family].partition(":")[0])
+
+
+def fields(family: str) -> dict[str, Any]:
+    """Return the fields of transformers' class that its base has not, with their defaults."""
+    own = getattr(transformers, CLASSES[family])
+    base = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    return {field.name: field.default for field in dataclasses.fields(own) if field.name not in base}
+
+
+# What is read
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_defaults_are_those_of_transformers_class(family):
+    keys, defaults = load_family(family).keys, module(family).DEFAULTS
+    apart = {*SHARED.split(), "rope_parameters"}  # generation's, and the rotary positions'
+    found = fields(family)
+    assert found.keys() <= keys.keys()
+    assert defaults == {key: found[key] for key in found if keys[key] == "honoured" and key not in apart}
+
+
+def reads(path: Path) -> Iterator[str]:
+    """Yield the names that a source file reads of something called a config."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.Attribute(value=holder, attr=name, ctx=ast.Load()):
+                pass
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[holder, ast.Constant(value=str(name)), *_]):
+                pass
+            case _:
+                continue
+        held = holder.id if isinstance(holder, ast.Name) else holder.attr if isinstance(holder, ast.Attribute) else ""
+        if held == "config" or held.endswith("_config"):
+            yield name
+
+
+# Of the library's own running, none of a file's keys.
+INTERNAL = {
+    "_attn_implementation", "_experts_implementation", "_name_or_path", "get_text_config", "to_dict",
+    "is_heterogeneous", "output_attentions", "output_hidden_states", "return_dict", "num_labels", "model_type",
+    "name_or_path",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_the_model_of_transformers_reads_no_other_keys(family):
+    root = Path(importlib.util.find_spec("transformers").origin).parent  # type: ignore[union-attr, arg-type]
+    found = set(reads(root / "models" / family / f"modeling_{family}.py"))
+    assert "hidden_size" in found
+    assert found - INTERNAL <= load_family(family).keys.keys()
+
+
+def test_masks_and_caches_of_transformers_read_no_other_keys():
+    root = Path(importlib.util.find_spec("transformers").origin).parent  # type: ignore[union-attr, arg-type]
+    found = {name for file in ("masking_utils.py", "cache_utils.py") for name in reads(root / file)}
+    assert {"is_causal", "sliding_window", "attention_chunk_size"} <= found
+    other_kinds = {"number_of_conv_states", "num_kv_shared_layers"}  # of layers that are not attention
+    caches_of_others = {"cache_dtype"}
+    for family in CLASSES:
+        if load_family(family).state == "kv":
+            assert found - INTERNAL - other_kinds - caches_of_others <= load_family(family).keys.keys()
+
+
+# What is built
+
+
+def built(family: str, raw: Mapping[str, Any]) -> Any:
+    """Return transformers' config of what is built of ``raw``; ConfigError."""
+    record = load_family(family)
+    config = record.parse(raw)
+    names = {name: None for parameter in record.params(config) for name in parameter.sources}
+    _, keywords, _ = record.to_reference(config, names)
+    return getattr(transformers, CLASSES[family])(**keywords)
+
+
+def effective(family: str, config: Any) -> dict[str, Any]:
+    """Return what of a config of transformers its model and its cache depend on; ValueError if they fail on it."""
+    keys, size = load_family(family).keys, config.num_hidden_layers
+    apart = {"max_window_layers", "use_sliding_window"}  # which the class has turned into layer_types
+    found = {
+        key: getattr(config, key)
+        for key in fields(family).keys() - apart
+        if keys[key] == "honoured" and key not in SHARED
+    }
+    if family == "rwkv":
+        return found
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", 1)
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if heads % groups or (kinds and SLIDING in kinds and window is None):
+        raise ValueError("the class takes what its model fails on")
+    if family == "mistral" and kinds and SLIDING not in kinds:
+        kinds = None  # which the model does not read, and the cache is only longer
+    kinds = kinds or [FULL if window is None else SLIDING] * size
+    if family in ("llama", "gpt_neox") and window is not None and window >= config.max_position_embeddings:
+        kinds = [FULL] * size  # in a cache too long to matter
+    aliases = getattr(module(family), "ACTIVATIONS", decoder.SILU)
+    return found | {
+        "head_dim": getattr(config, "head_dim", config.hidden_size // heads),
+        "hidden_act": aliases.get(config.hidden_act, config.hidden_act),
+        "layer_types": kinds,
+        "sliding_window": window if SLIDING in kinds else None,
+        "is_causal": bool(getattr(config, "is_causal", True)),
+        **{key: getattr(config, key, None) for key in ("attention_chunk_size", "kv_sharing_modes")},
+    }
+
+
+def outcome(family: str, raw: dict[str, Any]) -> str:
+    """Return same, refused or lenient (by us alone), neither (accepts it); a difference fails the test."""
+    try:
+        expected = effective(family, getattr(transformers, CLASSES[family]).from_dict(raw))
+    except Exception:  # noqa: BLE001 -- whatever the library says no with
+        expected = None
+    try:
+        found = built(family, raw)
+    except ConfigError:
+        return "refused" if expected else "neither"
+    if not expected:
+        return "lenient"
+    assert effective(family, found) == expected, raw
+    return "same"
+
+
+def variants(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each key with a value, or without, and the config.json that says so."""
+    base = {"model_type": family, **BASE}
+    if family == "gpt_neox":
+        base["rotary_pct"] = 1.0
+    if family == "rwkv":  # whose context_length goes by the other name too
+        del base["max_position_embeddings"]
+    for key, default in fields(family).items():
+        if key == "rope_parameters" or "token_id" in key or key in SHARED:
+            continue
+        yield f"no {key}", {name: value for name, value in base.items() if name != key}
+        for value in [None, default, *CHANGED[type(default)]]:
+            yield f"{key} = {value}", {**base, key: value}
+    for key, values in BESIDES.items():
+        for value in values:
+            raw = {**base, key: value}
+            yield f"{key} = {value}", {name: found for name, found in raw.items() if found is not ...}
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_every_key_is_read_as_transformers_reads_it(family):
+    outcomes = {label: outcome(family, raw) for label, raw in variants(family)}
+    assert {label for label, found in outcomes.items() if found == "refused"} == REFUSED[family]
+    irrelevant = {key for key, kind in load_family(family).keys.items() if kind == "irrelevant"}
+    lenient = {label for label, found in outcomes.items() if found == "lenient"}
+    assert {label for label in lenient if label.split()[0] not in irrelevant} <= LENIENT
+
+
+@pytest.mark.parametrize("table", [decoder.SILU, module("gpt_neox").ACTIVATIONS])
+def test_every_name_of_an_activation_is_the_function_that_is_built(table):
+    torch = pytest.importorskip("torch")
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    for name, ours in table.items():
+        assert float((ACT2FN[name](x) - ACT2FN[ours](x)).abs().max()) < 1e-12, name
+    assert float((ACT2FN["gelu"](x) - ACT2FN["gelu_new"](x)).abs().max()) > 1e-4, "two that are not one"
+
+
+MIXED = [SLIDING, FULL, FULL]
+WINDOW: dict[str, list[Any]] = {
+    "sliding_window": [..., None, 8, 4096],
+    "layer_types": [..., None, *([FULL] * n + [SLIDING] * (3 - n) for n in range(4)), MIXED],
+    "use_sliding_window": [..., True, False],
+    "max_window_layers": [..., -1, 1, 5],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "choices", "not_built"),
+    [
+        ("mistral", dict(itertools.islice(WINDOW.items(), 2)), [[FULL] + [SLIDING] * 2, [FULL] * 2 + [SLIDING], MIXED]),
+        ("qwen2", WINDOW, [MIXED]),
+        ("qwen3", WINDOW, [MIXED]),
+    ],
+)
+def test_every_combination_of_window_keys_is_read_as_transformers_reads_it(family, choices, not_built):
+    for values in itertools.product(*choices.values()):
+        said = {key: value for key, value in zip(choices, values, strict=True) if value is not ...}
+        found = outcome(family, {"model_type": family, **BASE, "max_position_embeddings": 8192, **said})
+        assert found in ("same", "neither") or (found == "refused" and said["layer_types"] in not_built), (found, said)
