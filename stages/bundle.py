@@ -36,10 +36,13 @@ class Bundle(Stage):
 
     def run(self, ctx: Context) -> None:
         """Copy the files, write the configuration files and the card, digest everything into bundle.json."""
-        from stages.packing import assemble, documents
+        from stages.packing import assemble, documents, mlc
 
         found = {port: json.loads(ctx.input(port).read_text("utf-8")) for port in ("metadata", "config", "generation")}
-        found["tokenizer_info"] = json.loads((ctx.input("tokenizer") / "tokenizer_info.json").read_text("utf-8"))
+        names = {"tokenizer_info": "tokenizer_info", "tokenizer_config": "tokenizer_config", "tables": "tokenizer"}
+        paths = {key: ctx.input("tokenizer") / f"{name}.json" for key, name in names.items()}
+        texts = {key: json.loads(path.read_text("utf-8")) for key, path in paths.items() if path.exists()}
+        found["tokenizer_info"] = texts["tokenizer_info"]
         found["tensors"] = json.loads((ctx.input("weights") / "tensor-cache.json").read_text("utf-8"))
         problems = documents.disagreements(target=ctx.params.target, **found)
         try:
@@ -58,7 +61,9 @@ class Bundle(Stage):
             assemble.copy(path, root / name)
             done += path.stat().st_size
             ctx.progress(done, total, "B")
-        chat = documents.chat_config(found, sorted(path.name for path in ctx.input("tokenizer").iterdir()))
+        conversation, said = mlc.conversation(texts["tokenizer_config"], texts["tokenizer_info"], texts.get("tables"))
+        files = sorted(path.name for path in ctx.input("tokenizer").iterdir())
+        chat = documents.chat_config({**found, "tables": texts.get("tables", {})}, files, conversation)
         assemble.write_json(root / "mlc-chat-config.json", chat)
         card = documents.card(ctx.params.name, ctx.params.target, found)
         (root / "README.md").write_text(card, "utf-8")
@@ -66,6 +71,7 @@ class Bundle(Stage):
         manifest = documents.manifest(name, target, machine, found, assemble.files(root))
         assemble.write_json(root / "bundle.json", manifest)
         ctx.view("card", card)
+        ctx.view("mlc", f"mlc-chat-config.json: conv_template is {said}\n")
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")
 
 

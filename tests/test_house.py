@@ -25,7 +25,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "lowering": {"models", "targets"},
     "codegen": {"keeper", "lowering", "targets"},
     "runtime": set(),
-    "packing": set(),
+    "packing": {"runtime"},
     "conversion": {"keeper", "models", "quantization", "targets"},
     "verification": {"models", "quantization", "runtime", "tokenizers"},
     "cli": {"runtime", "models"},

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stages.packing import mlc
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 # The form of mlc-chat-config.json that this is written in.
 MLC_CONFIG_VERSION = "0.1.0"
 _SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size", "num_layers")
-_CHAT_TEMPLATES = {"chatml": "chatml"}
 
 
 def disagreements(
@@ -77,11 +78,12 @@ def manifest(
     }
 
 
-def chat_config(found: Mapping[str, Mapping[str, Any]], tokenizer_files: Sequence[str]) -> dict[str, Any]:
-    """Return mlc-chat-config.json."""
+def chat_config(
+    found: Mapping[str, Mapping[str, Any]], tokenizer_files: Sequence[str], conversation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return mlc-chat-config.json; ``conversation`` is its conv_template."""
     model, info = found["metadata"]["model"], found["tokenizer_info"]
     sampling = found["generation"].get("sampling") or {}
-    chat_format = (info.get("chat") or {}).get("format")
     return {
         "version": MLC_CONFIG_VERSION,
         "model_type": model["family"],
@@ -106,12 +108,8 @@ def chat_config(found: Mapping[str, Mapping[str, Any]], tokenizer_files: Sequenc
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "tokenizer_files": [name for name in tokenizer_files if name != "tokenizer_info.json"],
-        "tokenizer_info": {
-            "token_postproc_method": "byte_level",
-            "prepend_space_in_encode": False,
-            "strip_space_in_decode": False,
-        },
-        "conv_template": _CHAT_TEMPLATES.get(str(chat_format), "LM"),
+        "tokenizer_info": mlc.tokenizer_info(found.get("tables")),
+        "conv_template": conversation,
         "bos_token_id": info["bos"],
         "eos_token_id": info["stop"],
         "pad_token_id": info["pad"],
