@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stagegraph.stage import Context
+    from stages.models.checkpoint import Headers
     from stages.models.record import Family
     from stages.models.safetensors import TensorInfo
 
@@ -54,8 +55,8 @@ class ConfigParse(Stage):
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
-        from stages.models import foreign, load_family, stored
-        from stages.models.checkpoint import Headers, read_headers
+        from stages.models import load_family, stored
+        from stages.models.checkpoint import Headers
         from stages.models.record import ConfigError
 
         checkpoint = ctx.source("checkpoint")
@@ -73,9 +74,7 @@ class ConfigParse(Stage):
         except ConfigError as error:
             problems += error.problems
         try:
-            if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
-                raise ConfigError(_in_place(checkpoint.root, "no *.safetensors file with weights there"))
-            headers = read_headers(files)
+            headers = _headers(checkpoint.root, files)
         except ConfigError as error:
             problems += error.problems
         packed = _quantized(ctx, raw, headers.tensors)
@@ -96,7 +95,7 @@ class ConfigParse(Stage):
         config, tensors = found.config, headers.tensors
         for note in found.notes:
             ctx.warn(note)
-        model = _model(family, raw, config, window)
+        model = _model(family, config, window)
         _write(ctx.out / "model.json", model)
         _write(ctx.out / "generation.json", generation)
         listing = {"schema": 1, "tensors": headers.table(), "names": found.names, "unused": found.unused}
@@ -108,12 +107,12 @@ class ConfigParse(Stage):
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
 
 
-def _model(family: Family, raw: Mapping[str, Any], config: Any, window: int) -> dict[str, Any]:
+def _model(family: Family, config: Any, window: int) -> dict[str, Any]:
     """Return the document that describes the model."""
     return {
         "schema": 1,
         "family": family.name,
-        "architecture": (raw.get("architectures") or family.architectures)[0],
+        "architecture": family.architectures[0],
         "config": asdict(config),
         "context_window": window,
         "vocab_size": config.vocab_size,
@@ -146,13 +145,13 @@ def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str,
         named = strict_json.shown(model_type)
         raise StageError(f"{root}: {CONFIG}: unknown model_type {named}; known: {', '.join(sorted(FAMILIES))}")
     known = load_family(model_type).architectures
-    found = raw.get("architectures") or [known[0]]
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in known:
-        hint = nearest(found[0], known) if isinstance(found, list) and isinstance(found[0], str) else ""
-        names = ", ".join(known)
+    found = raw.get("architectures") or [*known]
+    names = found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
+    if len(names) != 1 or names[0].lower() not in {name.lower() for name in known}:
+        hint = nearest(names[0], known) if names else ""
         raise StageError(
-            f"{root}: {CONFIG}: architectures = {json.dumps(found)} of model_type '{model_type}'; "
-            f"expected one of: {names}{hint if 'mean' in hint else ''}"
+            f"{root}: {CONFIG}: architectures = {_short(found)} of model_type '{model_type}'; "
+            f"expected one of: {', '.join(known)}{hint if 'mean' in hint else ''}"
         )
     return raw
 
@@ -174,6 +173,20 @@ def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple
             f"none of the {len(tensors)} tensors is quantized"
         )
     return []
+
+
+def _headers(root: Path, files: Mapping[str, Path]) -> Headers:
+    """Return the tensors of the checkpoint in ``files``; ConfigError if there are none."""
+    from stages.models import foreign
+    from stages.models.checkpoint import read_headers
+    from stages.models.record import ConfigError
+
+    if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
+        raise ConfigError(_in_place(root, "no *.safetensors file with weights there"))
+    headers = read_headers(files)
+    if not headers.tensors:
+        raise ConfigError("the *.safetensors files hold no tensors")
+    return headers
 
 
 def _in_place(root: Path, otherwise: str) -> str:
@@ -202,21 +215,21 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
 def _view(
     family: Family, raw: Mapping[str, Any], model: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]
 ) -> str:
-
-    def short(value: Any) -> str:
-        text = json.dumps(value)
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
     rows = [("model", ""), *((f"  {key}", value) for key, value in model["config"].items())]
     rows.append(("  context_window", model["context_window"]))
     honoured = [key for key in sorted(raw) if family.keys.get(key) == "honoured"]
     for title, keys in (("honoured", honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
         if keys:
-            rows += [(f"{title} keys of {CONFIG}", ""), *((f"  {short(key)[1:-1]}", short(raw[key])) for key in keys)]
+            rows += [(f"{title} keys of {CONFIG}", ""), *((f"  {_short(key)[1:-1]}", _short(raw[key])) for key in keys)]
     dtypes = sorted({info.dtype for _, info in tensors.values()})
     rows += [("tensors", f"{len(tensors)} in {len({file for file, _ in tensors.values()})} files, {'/'.join(dtypes)}")]
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"{key:<{width}}  {value}".rstrip() for key, value in rows) + "\n"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _write(path: Path, document: Any) -> None:

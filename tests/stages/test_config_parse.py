@@ -101,7 +101,7 @@ def test_no_config_and_no_weights(checkpoint: Path):
 
 
 KNOWN = f"known: {', '.join(sorted(FAMILIES))}"
-WRONG = """config.json: architectures = ["QwenLMHeadModel"] of model_type 'qwen'; """
+WRONG = """config.json: architectures = ["QWenLMHeadModl"] of model_type 'qwen'; """
 OTHER = """config.json: architectures = ["Other", "QWenLMHeadModel"] of model_type 'qwen'; """
 EXPECTED = "expected one of: QWenLMHeadModel"
 
@@ -111,13 +111,27 @@ EXPECTED = "expected one of: QWenLMHeadModel"
     [
         ({"model_type": "qwenn"}, f"config.json: unknown model_type 'qwenn'; {KNOWN}"),
         ({"model_type": None}, f"config.json: model_type is missing; {KNOWN}"),
-        ({"architectures": ["QwenLMHeadModel"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
+        ({"architectures": ["QWenLMHeadModl"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
         ({"architectures": ["Other", "QWenLMHeadModel"]}, OTHER + EXPECTED),
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_named(checkpoint: Path, values, message):
     change(checkpoint, "config.json", **values)
     assert problems(checkpoint) == [message]
+
+
+def test_an_architecture_may_be_spelt_in_other_letters(checkpoint: Path, tmp_path: Path):
+    """As in the first Llama checkpoints; transformers goes by model_type."""
+    change(checkpoint, "config.json", architectures=["QwenLMHeadModel"])
+    parse(checkpoint, tmp_path / "out")
+    assert json.loads((tmp_path / "out/model.json").read_text())["architecture"] == "QWenLMHeadModel"
+
+
+def test_files_without_tensors_are_no_model(checkpoint: Path):
+    for path in checkpoint.glob("*.safetensors*"):
+        path.unlink()
+    write_raw_safetensors(checkpoint / "model.safetensors", b"{}", b"")
+    assert problems(checkpoint) == ["the *.safetensors files hold no tensors"]
 
 
 def test_config_must_be_strict_json(checkpoint: Path):

@@ -56,14 +56,14 @@ def test_a_published_config_of_either_generation_is_read(checkpoint):
 
 
 def test_every_problem_of_a_config_is_listed():
-    wrong = {"tie_word_embeddings": True, "rescale_every": "often", "is_causal": None, "context_length": 0}
+    wrong = {"tie_word_embeddings": True, "rescale_every": "often", "per_layer_config": {"0": {}}, "context_length": 0}
     with pytest.raises(ConfigError) as error:
         FAMILY.parse({**OLD, **wrong})
     text = str(error.value)
     for part in (
         "tie_word_embeddings = true",
         "rescale_every = 'often'",
-        "is_causal = None",
+        "per_layer_config = {",
         "context_length",
     ):
         assert part in text
