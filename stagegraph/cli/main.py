@@ -56,7 +56,10 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     loaded.add_arguments(parser)
-    if hasattr(loaded, "REFERENCES"):
+    if references := getattr(loaded, "REFERENCES", ()):
+        for action in parser._actions:  # noqa: SLF001 - argparse tells its arguments in no other way
+            if action.dest in references:
+                action.help = f"{action.help}; or a node, as 'bundle[llvm]'"
         add_file(parser)
     return parser
 

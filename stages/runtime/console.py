@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 MAX_TOKENS = 1024
 HELP = """\
 /reset          forget what was said, but for the system message
-/system TEXT    another system message, from the next answer on; without TEXT the model's own
+/system TEXT    another system message from now on; without TEXT the model's own
 /save FILE      write the messages to FILE as JSON
 /help           these lines
 /quit           leave, as Ctrl-D does
-A line that ends in \\ goes on in the next one; one that begins with a space is no command.
+A line that ends in \\ goes on in the next; one that begins with a space is no
+command.
 Ctrl-C stops an answer; what was said so far stays part of the conversation.
 """
 
@@ -120,7 +121,7 @@ class Console:
         limit, held = self._session.limit, len(self._context.ids)
         room = f"{held:,} tokens" if limit is None else f"{held:,} of {limit:,} tokens"
         end = "" if generation.finish == "stop" else f"; ended by {generation.finish}"
-        return f"{len(generation.ids)} tokens{rate}; the conversation has {room}{end}"
+        return f"{len(generation.ids)} tokens{rate}; {room} held{end}"
 
     # Commands
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the chat's system message, in place of the model's own")
     add("--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default {max_tokens})")
-    add("--temperature", type=float, metavar="T", help="0 is greedy, the default")
+    add("--temperature", type=float, metavar="T", help="0 is greedy: the default, unless a chat's checkpoint draws")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default 0: from all)")
     add("--top-p", type=float, metavar="P", help="draw from this share of probability (default 1)")
     add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")

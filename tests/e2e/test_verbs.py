@@ -78,6 +78,13 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
     assert said["text"]
 
 
+def test_a_bundle_is_named_by_its_node(built: Project) -> None:
+    options = ["overlay.yaml", "--prompt", "It was", "--max-tokens", "3", "--json"]
+    for reference in ("bundle[llvm]", "bundle.llvm", "bundle[llvm]:bundle"):
+        assert json.loads(built("generate", reference, *options).stdout)["bundle"] == "tiny-qwen"
+    assert "did you mean 'bundle[llvm]'?" in built("generate", "bundle.lvm", *options, code=2).stderr
+
+
 def python(project: Project, code: str) -> str:
     """Run an example of the documentation as it stands, but for the name of the pipeline file."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(project.folder / "lib"), str(ROOT)])}

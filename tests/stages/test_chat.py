@@ -128,7 +128,7 @@ def test_lines_of_a_pipe_are_messages_and_commands(recorded, tmp_path, monkeypat
     ]
     assert out.endswith("".join(f"{m['content']}\n" for m in messages if m["role"] == "assistant"))
     assert err.count("4 tokens, ") == 3
-    assert "of 512 tokens; ended by length" in err
+    assert "of 512 tokens held; ended by length" in err
     assert console.HELP in err
     assert err.startswith("tiny, q0f32, llvm; greedy; /help lists commands\n")
 
