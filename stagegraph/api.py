@@ -62,9 +62,11 @@ class Pipeline:
 
     def __init__(self, file: str | Path = "pipeline.yaml", overrides: Mapping[str, Any] | Sequence[str] = ()) -> None:
         spec = load(Path(file), _settings(overrides) if isinstance(overrides, Mapping) else overrides)
+        self.varied = bool(overrides)  # what a node's name means is then the result that these settings have
         self.dag = Dag(spec)
         self.workspace = Workspace(spec.root / "artifacts")
         self.planner = Planner(self.dag, self.workspace)
+        self._keys: dict[Node, str | None] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -118,6 +120,16 @@ class Pipeline:
         from stagegraph.forecast import forecast
 
         return forecast(self, selection or self.select(), force=force, jobs=jobs)
+
+    def key(self, node: Node) -> str | None:
+        """Return the key of a node's last result or, under ``overrides``, of what these make; None if unknown."""
+        if not self.varied:
+            return self.workspace.last(self.name, node.name).get("key")
+        if node not in self._keys:
+            needed = self.dag.above([node])
+            decisions = self.planner.plan([each for each in self.dag.nodes if each in needed])
+            self._keys |= {decision.node: decision.key or None for decision in decisions}
+        return self._keys[node]
 
     def artifacts(self, reference: str) -> list[Artifact]:
         """Return what a reference means (:mod:`stagegraph.artifact`): a node's instances that have a result."""

@@ -119,12 +119,14 @@ def find_artifacts(pipeline: Pipeline, reference: str) -> list[Artifact]:
     name, run, path = parts["node"], parts["run"], (parts["path"] or "").strip("/")
     known = {node.spec.entry for node in pipeline.dag.nodes}
     if run is None and name.partition("[")[0] not in known and DIGEST.fullmatch(name):
+        if pipeline.varied:
+            raise PlanError(f"{name} is a digest, whatever --set says; leave one of the two out")
         return [_narrowed(_by_digest(pipeline.workspace, name), path)]
     found, missing = [], []
     for label, key in _keys(pipeline, name, run):
         record = pipeline.workspace.record(key) if key else None
         if record is None:
-            missing.append(_missing(label, key))
+            missing.append(missing_text(pipeline, label, key))
         else:
             found.append(_narrowed(Artifact(label, record, pipeline.workspace), path))
     if missing and not found:
@@ -137,15 +139,20 @@ def _keys(pipeline: Pipeline, name: str, run: str | None) -> Iterator[tuple[str,
     nodes = pipeline.dag.select(name)
     if run is None:
         for node in nodes:
-            yield node.name, pipeline.workspace.last(pipeline.name, node.name).get("key")
+            yield node.name, pipeline.key(node)
         return
+    if pipeline.varied:
+        raise PlanError(f"{name}@{run} is a past result, whatever --set says; leave one of the two out")
     runs = past_runs(pipeline.workspace.journal, pipeline.name)
     position = find_run(runs, run)
     for node in nodes:
         yield f"{node.name}@{runs[position].id[:8]}", key_at(runs, position, node.name)
 
 
-def _missing(label: str, key: str | None) -> str:
+def missing_text(pipeline: Pipeline, label: str, key: str | None = None) -> str:
+    """Say that a node, or a node as of a run, has no result, and what to do."""
+    if pipeline.varied:
+        return f"{label} has no result with these settings; `pipeline run --stage '{label}'` with them makes it"
     if key:
         return f"{label}: its record is gone (`pipeline gc` removed it)"
     advice = "had no result then" if "@" in label else f"has no result yet; `pipeline run --stage '{label}'` makes it"

@@ -165,7 +165,7 @@ def state(pipeline: Pipeline, run: str = "") -> dict[str, Artifact]:
     names = dict.fromkeys([*pipeline.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
     found = {}
     for name in names:
-        key = key_at(runs, position, name) if run else pipeline.workspace.last(pipeline.name, name).get("key")
+        key = key_at(runs, position, name) if run else pipeline.key(pipeline.dag.by_name[name])
         record = pipeline.workspace.record(key) if key else None
         if record is not None:
             found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, pipeline.workspace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ class Bundle(Stage):
         """Parameters of bundle."""
 
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
-        name: str = param("name of the bundle, on its card and in its bundle.json", default="model")
+        name: str = param("name of the bundle, or a checkpoint's path, whose folder names it", default="model")
 
     inputs = {
         "library": In("compile", "library", "the compiled library"),
@@ -33,6 +34,10 @@ class Bundle(Stage):
         "generation": In("config-parse", "generation", "stop ids and sampling defaults"),
     }
     outputs = {"bundle": Out("bundle", "the deployable directory; docs/deploy.md says how to run it")}
+
+    def resolve(self, params: Params) -> Params:
+        """Reduce a path to the name that its folder, or its repository in a hub cache, has."""
+        return dataclasses.replace(params, name=_name(params.name))
 
     def run(self, ctx: Context) -> None:
         """Copy the files, write the configuration files and the card, digest everything into bundle.json."""
@@ -73,6 +78,18 @@ class Bundle(Stage):
         ctx.view("card", card)
         ctx.view("mlc", f"mlc-chat-config.json: conv_template is {said}\n")
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")
+
+
+def _name(text: str) -> str:
+    """Return ``Qwen3-0.6B`` of that name, of ``/models/Qwen3-0.6B`` and of its snapshot in a hub cache."""
+    from pathlib import Path
+
+    if "/" not in text and text not in {".", ".."}:
+        return text
+    path = Path.cwd() / text
+    if path.parent.name == "snapshots":
+        path = path.parent.parent
+    return path.name.rpartition("--")[2] or "model"
 
 
 def _sources(ctx: Context) -> dict[str, Path]:

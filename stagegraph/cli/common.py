@@ -10,12 +10,15 @@ from typing import Any
 DEFAULT_FILE = "pipeline.yaml"
 
 
-def add_file(parser: argparse.ArgumentParser) -> None:
-    """Add the pipeline file and ``--set``."""
+def add_file(parser: argparse.ArgumentParser, *, settings: bool = True) -> None:
+    """Add the pipeline file and, unless no variable counts for the verb, ``--set``."""
     parser.add_argument(
         "file", nargs="?", default=DEFAULT_FILE, metavar="FILE", help=f"pipeline file (default: ./{DEFAULT_FILE})"
     )
-    add_set(parser)
+    if settings:
+        add_set(parser)
+    else:
+        parser.set_defaults(overrides=[])
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ KINDS = {"result": "earlier results", "part": "memoised parts", "object": "named
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_file(parser)
+    add_file(parser, settings=False)
     add_json(parser)
 
 

@@ -15,7 +15,7 @@ EXAMPLE = "pipeline fsck --json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_file(parser)
+    add_file(parser, settings=False)
     add_json(parser)
     parser.add_argument("--repair", action="store_true", help="remove damaged records, and begin a damaged index anew")
 

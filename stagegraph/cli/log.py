@@ -14,6 +14,7 @@ from stagegraph.errors import PlanError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stagegraph.dag import Node
     from stagegraph.workspace import Workspace
 
 EXAMPLE = "pipeline log 'compile[cuda]' --follow"
@@ -37,20 +38,21 @@ def run(args: argparse.Namespace) -> int:
         unrun: list[str] = []
         logs: list[dict[str, str]] = []
         for node in nodes:
-            kind, key = _latest(pipeline.workspace, pipeline.workspace.last(pipeline.name, node.name))
+            kind, key = _latest(pipeline, node)
             path = pipeline.workspace.log_path(key) if key else None
             if path is None or not path.exists():
-                unrun.append(f"{node.name} has no log yet: it has never run")
+                said = "no log with these settings" if pipeline.varied else "no log yet: it has never run"
+                unrun.append(f"{node.name} has {said}")
                 continue
-            said = path.read_bytes()
+            text = path.read_bytes()
             if args.json:
-                logs.append({"node": node.name, "state": kind, "log": str(path), "text": said.decode(errors="replace")})
+                logs.append({"node": node.name, "state": kind, "log": str(path), "text": text.decode(errors="replace")})
                 continue
-            nothing = "" if said or kind == "running" else "\n(it printed nothing)"
+            nothing = "" if text or kind == "running" else "\n(it printed nothing)"
             print(f"==> {node.name} ({kind}; {shown(path)}){nothing}", flush=True)
-            _write(said)
+            _write(text)
             if args.follow and kind == "running":
-                _follow(pipeline.workspace, key, path, len(said))
+                _follow(pipeline.workspace, key, path, len(text))
         if args.json and logs:
             print_json({"pipeline": pipeline.name, "logs": logs})
         if unrun and not (args.json and logs):
@@ -58,11 +60,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _latest(workspace: Workspace, last: dict[str, str]) -> tuple[str, str]:
-    """Return how the last execution stands, and its key."""
+def _latest(pipeline: Pipeline, node: Node) -> tuple[str, str]:
+    """Return how the last execution stands, and its key; with ``--set`` that of the key that these settings have."""
+    last = pipeline.workspace.last(pipeline.name, node.name)
     running = last.get("running", "")
-    if running and workspace.is_running(running):
+    wanted = pipeline.key(node) or "" if pipeline.varied else ""
+    if running and wanted in {"", running} and pipeline.workspace.is_running(running):
         return "running", running
+    if pipeline.varied:
+        return ("finished" if pipeline.workspace.record(wanted) else "failed"), wanted
     return ("failed", last["failed"]) if last.get("failed") else ("finished", last.get("key", ""))
 
 

@@ -22,7 +22,7 @@ EXAMPLE = "pipeline runs --run @~0"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_file(parser)
+    add_file(parser, settings=False)
     parser.add_argument("--run", metavar="RUN", help="one run: the first digits of its id, or @~N, N before the last")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="how many to list (default: 20)")
     add_json(parser)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
+from stagegraph.artifact import missing_text
 from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text
 from stagegraph.cli.layout import markdown, table, terminal_width
@@ -85,7 +86,7 @@ def _refuse_unbuilt(pipeline: Pipeline, reference: str, found: list[Artifact]) -
     if labels <= set(pipeline.nodes):
         names = [node.name for node in pipeline.dag.select(reference.partition(":")[0]) if node.name not in labels]
         if names:
-            raise PlanError(*(f"{name} has no result yet; `pipeline run --stage '{name}'` makes it" for name in names))
+            raise PlanError(*(missing_text(pipeline, name) for name in names))
 
 
 def _print_files(found: list[Artifact]) -> None:
