@@ -92,10 +92,10 @@ class ConfigParse(Stage):
         if problems or found is None:
             raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
 
-        config, tensors = found.config, headers.tensors
-        for note in found.notes:
+        config, said = family.for_context(found.config, window)
+        for note in [*found.notes, *([said] if said else [])]:
             ctx.warn(note)
-        model = _model(family, config, window)
+        tensors, model = headers.tensors, _model(family, config, window)
         _write(ctx.out / "model.json", model)
         _write(ctx.out / "generation.json", generation)
         listing = {"schema": 1, "tensors": headers.table(), "names": found.names, "unused": found.unused}

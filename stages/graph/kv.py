@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import tvm
 from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 
-from stages.graph import window
+from stages.graph import rotary, window
 from stages.graph.export import Build, export_plain
 from stages.lowering import cpu_attention, cpu_cache
 from stages.lowering.compat import load_json
@@ -53,10 +54,11 @@ class Cache(nn.Module):
             # Rotated once when appended, both halves of a head against each other; the inline mode of the kernels is
             # wrong for a partial rotary dimension.
             rope_mode=RopeMode.NORMAL,
-            rope_scale=attention.rope_scale,
-            rope_theta=attention.rope_theta,
-            rope_scaling=dict(attention.rope_scaling),
-            rope_ext_factors=rx.prim_value(0),
+            # What TVM's kernels would make frequencies of: ours are handed to our kernel, by the argument for factors.
+            rope_scale=1,
+            rope_theta=1,
+            rope_scaling={},
+            rope_ext_factors=rx.const(np.array(attention.frequencies, np.float32)),
             rotary_dim=attention.rotary_dim,
             enable_disaggregation=False,
             dtype=self.build.kv_dtype,
@@ -87,14 +89,16 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     """Return our kernels by the names under which TVM's cache adds its own."""
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    turning = attention.rotary_dim, attention.attention_factor
     if not build.own_attention:
-        kernel = window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window) if build.sliding else None
-        return {window.PREFILL: kernel} if kernel else {}
+        made = {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
+        if build.sliding:
+            made[window.PREFILL] = window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window)
+        return made
     heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
     layers = len(build.cache_kinds)
-    rotary = attention.rotary_dim, attention.rope_theta, attention.rope_scale, attention.rope_scaling
     made = {
-        "fused_rope": cpu_cache.rope(heads, *rotary),
+        rotary.ROTARY: cpu_cache.rope(heads, *turning),
         "tir_kv_cache_transpose_append": cpu_cache.append(heads),
         "copy_single_page_cpu": cpu_cache.copy_page(heads),
         "tir_kv_cache_debug_get_kv": cpu_cache.read_back(heads, layers),

@@ -7,12 +7,10 @@ runtime calls; all kernels that touch the keys of a page are made here, so that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.relax.frontend.nn.llm.position_embedding import switch_rope_freq_func
 
 from stages.lowering.cpu_vectors import T, along, each_row, kernel, put, span
 
@@ -53,34 +51,29 @@ def fits(head_dim: int) -> bool:
     return head_dim % LANES == 0
 
 
-def rope(heads: Heads, rotary_dim: int, theta: float, scale: float, scaling: Mapping[str, Any]) -> tirx.PrimFunc:
-    """Return the kernel of (qkv, positions, q, k, v, whether to turn): heads taken apart, those of q and k turned by
-    their position. Frequencies are TVM's; each is computed once per token, not once per head.
+def rope(heads: Heads, rotary_dim: int, factor: float) -> tirx.PrimFunc:
+    """Return the kernel of (qkv, positions, q, k, v, frequencies): heads taken apart, those of q and k turned by their
+    position times each frequency and stretched by ``factor``; an angle is computed once per token, not once per head.
     """
     half = rotary_dim // 2
-    frequency = switch_rope_freq_func(dict(scaling))
     with kernel() as made:
         n = T.int32()
         qkv = made.argument("qkv", (n, heads.queries + 2 * heads.keys, heads.dim), "float32")
         positions = made.argument("positions", (n,), "int32", inside=True)
         outputs = [made.argument(name, (n, count, heads.dim), "float32") for name, count in _parts(heads)]
-        turn = made.number("turn", "int64")
+        frequencies = made.argument("frequencies", (half,), "float32")
 
         def row(s: Any) -> None:
             cos, sin = (T.alloc_buffer((half,), "float32") for _ in range(2))
             with T.serial(0, half) as d:
-                place = T.Cast("float32", positions[s]) * T.float32(scale)
-                for number, table in enumerate((cos, sin)):
-                    *both, meanings = frequency(place, d, rotary_dim, theta, "float32")
-                    value = both[number]
-                    for variable, meaning in meanings.items():
-                        value = tirx.Let(variable, meaning, value)
-                    put(table, value, d)
+                angle = T.bind(T.Cast("float32", positions[s]) * frequencies[d])
+                for table, function in ((cos, T.cos), (sin, T.sin)):
+                    put(table, function(angle) * T.float32(factor), d)
             first = 0
             for (_, count), output in zip(_parts(heads), outputs, strict=True):
                 with T.serial(0, count) as h:
                     turned = rotary_dim if output is not outputs[2] else 0
-                    _turn(qkv, output, s, first + h, h, turned, heads.dim, cos, sin, turn)
+                    _turn(qkv, output, s, first + h, h, turned, heads.dim, cos, sin)
                 first += count
 
         each_row(n, 50 * half, row)
@@ -91,38 +84,23 @@ def _parts(heads: Heads) -> list[tuple[str, int]]:
     return [("q", heads.queries), ("k", heads.keys), ("v", heads.keys)]
 
 
-def _turn(
-    qkv: Any, output: Any, s: Any, source: Any, h: Any, turned: int, dim: int, cos: Any, sin: Any, turn: Any
-) -> None:
+def _turn(qkv: Any, output: Any, s: Any, source: Any, h: Any, turned: int, dim: int, cos: Any, sin: Any) -> None:
     """Emit one head: its first ``turned`` channels turned, halves against each other, the others copied."""
+    half = turned // 2
 
-    def copy(first: int) -> None:
-        def run(at: Any, lanes: int) -> None:
-            put(output, qkv[s, source, span(first + at, lanes)], s, h, span(first + at, lanes))
+    def rotate(at: Any, lanes: int) -> None:
+        low, high = (qkv[s, source, span(at + side, lanes)] for side in (0, half))
+        c, n = (table[span(at, lanes)] for table in (cos, sin))
+        put(output, low * c - high * n, s, h, span(at, lanes))
+        put(output, high * c + low * n, s, h, span(at + half, lanes))
 
-        along(dim - first, LANES, run)
-
-    def rotate() -> None:
-        half = turned // 2
-
-        def run(at: Any, lanes: int) -> None:
-            low, high = (qkv[s, source, span(at + side, lanes)] for side in (0, half))
-            c, n = (table[span(at, lanes)] for table in (cos, sin))
-            put(output, low * c - high * n, s, h, span(at, lanes))
-            put(output, high * c + low * n, s, h, span(at + half, lanes))
-
-        along(half, LANES, run)
-        if turned < dim:
-            copy(turned)
+    def copy(at: Any, lanes: int) -> None:
+        put(output, qkv[s, source, span(turned + at, lanes)], s, h, span(turned + at, lanes))
 
     if turned:
-        with T.If(turn > T.int64(0)):
-            with T.Then():
-                rotate()
-            with T.Else():
-                copy(0)
-    else:
-        copy(0)
+        along(half, LANES, rotate)
+    if turned < dim:
+        along(dim - turned, LANES, copy)
 
 
 def append(heads: Heads) -> tirx.PrimFunc:

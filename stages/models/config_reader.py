@@ -148,13 +148,3 @@ class ConfigReader:
         """Raise :class:`ConfigError` with every problem noted, if there is one."""
         if self.problems:
             raise ConfigError(*self.problems)
-
-
-def trained_positions(config: Any, requested: int) -> int:
-    """Return the number of positions to build for, ``config.max_positions`` for 0; ConfigError if that is fewer."""
-    if requested > config.max_positions:
-        raise ConfigError(
-            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
-            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
-        )
-    return requested or config.max_positions

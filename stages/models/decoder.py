@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import ABSENT, FULL, SLIDING, trained_positions
+from stages.models.config_reader import ABSENT, FULL, SLIDING
 from stages.models.record import AttentionCache, Param, copied
-from stages.models.rope import Rope, read_rope
+from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,6 @@ class DecoderConfig(Rope):
     num_kv_heads: int
     head_dim: int
     rms_eps: float
-    max_positions: int
     tied: bool
     qkv_bias: bool = False
     out_bias: bool = False
@@ -60,6 +59,7 @@ class DecoderConfig(Rope):
 def read_sizes(read: ConfigReader) -> dict[str, Any]:
     """Return the fields that every family of this form reads alike."""
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
+    positions = read.integer("max_position_embeddings")
     channels = read.integer("head_dim", null=hidden // max(heads, 1))
     groups = read.integer("num_key_value_heads", null=heads)
     if heads and groups and heads % groups:
@@ -76,9 +76,9 @@ def read_sizes(read: ConfigReader) -> dict[str, Any]:
         "num_kv_heads": groups,
         "head_dim": channels,
         "rms_eps": read.number("rms_norm_eps"),
-        "max_positions": read.integer("max_position_embeddings"),
+        "max_positions": positions,
         "tied": read.flag("tie_word_embeddings"),
-        **read_rope(read, channels),
+        **read_rope(read, channels, positions),
     }
 
 
@@ -202,7 +202,8 @@ def reference(
 # What the records of the families of this form share.
 FORM: dict[str, Any] = {
     "config": DecoderConfig,
-    "context_window": trained_positions,
+    "context_window": context_window,
+    "for_context": for_context,
     "params": params,
     "causal_lm": causal_lm,
     "tied": ("lm_head.weight", "model.embed_tokens.weight"),

@@ -7,14 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify, trained_positions
+from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.record import AttentionCache, Family, Param, copied
-from stages.models.rope import Rope, read_rope
+from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-THETA, SHARE = ("rotary_emb_base",), ("rotary_pct",)
 # Transformers' names of an activation -> ours.
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -43,8 +42,9 @@ DEFAULTS = {
     "attention_bias": True,
 }
 KEYS = classify(
-    f"""{SHARED} {" ".join(DEFAULTS)} rotary_pct rotary_emb_base rope_scaling rope_parameters head_dim
-    sliding_window layer_types""",
+    # transformers writes rope_theta and partial_rotary_factor beside the two of its own names, and reads neither.
+    f"""{SHARED} {" ".join(DEFAULTS)} rotary_pct rotary_emb_base rope_scaling rope_parameters
+    original_max_position_embeddings head_dim sliding_window layer_types""",
     f"{IRRELEVANT} hidden_dropout classifier_dropout is_decoder",
     UNBUILT_ATTENTION,
 )
@@ -61,7 +61,6 @@ class NeoXConfig(Rope):
     num_heads: int
     head_dim: int
     norm_eps: float
-    max_positions: int
     activation: str
     parallel_residual: bool
     attention_bias: bool
@@ -84,7 +83,7 @@ def parse(raw: Mapping[str, Any]) -> NeoXConfig:
     layers, positions = read.integer("num_hidden_layers"), read.integer("max_position_embeddings")
     read.no_window(layers, positions)
     config = NeoXConfig(
-        **read_rope(read, head_dim, theta_keys=THETA, share_keys=SHARE),
+        **read_rope(read, head_dim, positions, theta_key="rotary_emb_base", share_key="rotary_pct"),
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,
         intermediate_size=read.integer("intermediate_size"),
@@ -189,7 +188,8 @@ FAMILY = Family(
     architectures=("GPTNeoXForCausalLM",),
     config=NeoXConfig,
     parse=parse,
-    context_window=trained_positions,
+    context_window=context_window,
+    for_context=for_context,
     params=params,
     causal_lm=causal_lm,
     to_reference=to_reference,
@@ -200,7 +200,7 @@ FAMILY = Family(
     supports=(
         "parallel and sequential residual",
         "partly rotated heads",
-        "rope scaling linear and llama3",
+        "rope scaling linear, dynamic, yarn, longrope and llama3",
         "gelu exact or by tanh, relu, silu",
         "tied embeddings",
     ),

@@ -61,7 +61,7 @@ FAMILY = Family(
     supports=(
         "grouped-query attention",
         "head_dim of its own",
-        "rope scaling linear and llama3",
+        "rope scaling linear, dynamic, yarn, longrope and llama3",
         "tied embeddings",
         "attention and MLP biases",
     ),

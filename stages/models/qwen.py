@@ -35,7 +35,15 @@ class QWenConfig:
     @property
     def attention(self) -> AttentionCache:
         """What the KV cache must know."""
-        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, self.head_dim, self.rope_theta)
+        from stages.models.frequencies import frequencies
+
+        found, _ = frequencies(self.rope_parameters, self.head_dim)
+        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, found)
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """Transformers' words for its rotary positions."""
+        return {"rope_type": "default", "rope_theta": self.rope_theta}
 
 
 # Of the published QWenConfig, of the second generation of its keys; seq_length has none.
@@ -185,7 +193,7 @@ def to_reference(config: QWenConfig, tensors: Mapping[str, Any]) -> tuple[str, d
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_heads,
         "rms_norm_eps": config.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": config.rope_parameters,
         "max_position_embeddings": config.seq_length,
         "hidden_act": "silu",
         "tie_word_embeddings": False,

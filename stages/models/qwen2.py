@@ -58,7 +58,7 @@ FAMILY = Family(
     supports=(
         "grouped-query attention",
         "biases on q, k and v",
-        "rope scaling linear and llama3",
+        "rope scaling linear, dynamic, yarn, longrope and llama3",
         "tied embeddings",
         "padded vocabulary",
         "sliding window in the later layers (beyond it on llvm)",

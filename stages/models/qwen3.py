@@ -64,7 +64,7 @@ FAMILY = Family(
         "norms on q and k",
         "head_dim of its own",
         "attention biases",
-        "rope scaling linear and llama3",
+        "rope scaling linear, dynamic, yarn, longrope and llama3",
         "tied embeddings",
         "padded vocabulary",
         "sliding window in the later layers (beyond it on llvm)",

@@ -54,30 +54,38 @@ def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform =
 class AttentionCache:
     """What the paged KV cache and its kernels must know of a model's attention.
 
-    The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, by the position
-    times ``rope_scale`` over powers of ``rope_theta``; ``rope_scaling`` adjusts the frequencies further (TVM's keys).
+    The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, each pair by the
+    position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
     With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w tokens alone.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rotary_dim: int
-    rope_theta: float
-    rope_scale: float = 1.0
-    rope_scaling: Mapping[str, Any] = field(default_factory=dict)
+    frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
     sliding_window: int = 0
     full_layers: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are turned."""
+        return 2 * len(self.frequencies)
+
+
+def _whatever_the_context(config: Any, window: int) -> tuple[Any, str]:  # noqa: ARG001
+    return config, ""
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family.
 
-    ``config`` is the family's frozen config dataclass: JSON scalars only, so ``config(**model["config"])`` restores
+    ``config`` is the family's frozen config dataclass: JSON values only, so ``config(**model["config"])`` restores
     what config-parse wrote; its property ``attention`` is the :class:`AttentionCache`. ``parse`` makes one from a raw
     config.json or raises :class:`ConfigError`. ``context_window(config, requested)`` resolves the number of positions
-    to build for (0: the model's own) or raises it too. ``params`` lists the parameters in packed order, which is the
+    to build for (0: the model's own) or raises it too; ``for_context(config, window)`` settles what depends on that and
+    says it in a sentence, empty if nothing does. ``params`` lists the parameters in packed order, which is the
     attribute order of the module that ``causal_lm(config, make)`` composes from the layers of ``make``.
     ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
     keywords, state dict)``. ``keys`` classifies what transformers' class reads of a config.json: honoured, irrelevant
@@ -98,6 +106,7 @@ class Family:
     causal_lm: Callable[[Any, Any], Any]
     to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
     keys: Mapping[str, KeyClass]
+    for_context: Callable[[Any, int], tuple[Any, str]] = _whatever_the_context
     recomputed: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[str, str] | None = None

@@ -1,138 +1,238 @@
 """Rotary positions as config.json describes them, in both generations of its keys; what is not implemented is refused.
 
-Old: ``rope_theta`` and ``rope_scaling``; new: all of it in ``rope_parameters``.
+Old: ``rope_theta`` and ``rope_scaling``; new: all of it in ``rope_parameters``. Read as transformers 5 reads them
+(``modeling_rope_utils``): what a type does not use is idle, and the top level's ``original_max_position_embeddings``
+comes before that of the scaling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stages.models.record import ConfigError
+from stages.models.strict_json import shown
 
 if TYPE_CHECKING:
     from stages.models.config_reader import ConfigReader
 
-KEYS = "rope_theta rope_scaling rope_parameters"
-# rope_type -> the numbers it needs besides the base
-TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+KEYS = "rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor"
+ORIGINAL = "original_max_position_embeddings"
+# rope_type -> what it reads besides the base: numbers it needs, numbers it may have, lists of a number per pair
+TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), (), ()),
+    "linear": (("factor",), (), ()),
+    "dynamic": (("factor",), (), ()),
+    "yarn": (("factor", ORIGINAL), ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), ()),
+    "longrope": (("factor", ORIGINAL), ("attention_factor",), ("short_factor", "long_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), (), ()),
 }
+ABSENT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+STRETCHED = ("linear", "dynamic", "yarn", "longrope")  # types whose factor says how much longer contexts may be
+OTHER_NAMES = {"su": "longrope", "ntk": "dynamic"}
+Config = TypeVar("Config", bound="Rope")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The fields of a family's config that describe its rotary positions; numbers a type has no use for are zero."""
+    """The fields of a family's config that describe its rotary positions.
 
-    rope_theta: float
+    ``rope_parameters`` are transformers' own, with what follows from other keys in place and without idle ones.
+    """
+
+    max_positions: int
     rotary_dim: int
-    rope_type: str = "default"
-    rope_factor: float = 0.0
-    rope_low_freq_factor: float = 0.0
-    rope_high_freq_factor: float = 0.0
-    rope_original_positions: int = 0
+    rope_parameters: Mapping[str, Any]
 
     def kernel_options(self) -> dict[str, Any]:
         """Return the keywords of :class:`~stages.models.record.AttentionCache`."""
-        options: dict[str, Any] = {"rotary_dim": self.rotary_dim, "rope_theta": self.rope_theta}
-        if self.rope_type == "linear":
-            options["rope_scale"] = 1 / self.rope_factor
-        elif self.rope_type == "llama3":
-            options["rope_scaling"] = self._scaling()
-        return options
+        from stages.models.frequencies import frequencies
+
+        found, factor = frequencies(self.rope_parameters, self.rotary_dim)
+        return {"frequencies": found, "attention_factor": factor}
 
     def reference(self) -> dict[str, Any]:
         """Return transformers' ``rope_parameters``."""
-        return {"rope_theta": self.rope_theta, **self._scaling()}
+        return dict(self.rope_parameters)
 
-    def _scaling(self) -> dict[str, Any]:
-        values = {
-            "factor": self.rope_factor,
-            "low_freq_factor": self.rope_low_freq_factor,
-            "high_freq_factor": self.rope_high_freq_factor,
-            "original_max_position_embeddings": self.rope_original_positions,
-        }
-        return {"rope_type": self.rope_type, **{name: values[name] for name in TYPES[self.rope_type]}}
+    @property
+    def longest_context(self) -> int:
+        """The positions that the model was trained for or that its scaling stretches it to."""
+        kind, factor = self.rope_parameters["rope_type"], self.rope_parameters.get("factor", 1.0)
+        trained = self.rope_parameters.get(ORIGINAL, self.max_positions)
+        return max(self.max_positions, int(trained * factor) if kind in STRETCHED else 0)
+
+
+def context_window(config: Rope, requested: int) -> int:
+    """Return the number of positions to build for, ``max_positions`` for 0; ConfigError if there are fewer."""
+    longest = config.longest_context
+    if requested > longest:
+        reason = "beyond which the model was not trained"
+        if longest > config.max_positions:
+            reason = f"which rope_type {config.rope_parameters['rope_type']!r} stretches to {longest}"
+        raise ConfigError(
+            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
+            f"{reason}: choose context_window <= {longest}"
+        )
+    return requested or config.max_positions
+
+
+def for_context(config: Config, window: int) -> tuple[Config, str]:
+    """Return ``config`` with the frequencies of so many positions, where they depend on it, and what to say of that.
+
+    transformers chooses them anew for each sequence, by its length: keys in a cache would have to be turned again.
+    """
+    from stages.models.frequencies import dynamic_base
+
+    parameters, kind = config.rope_parameters, config.rope_parameters["rope_type"]
+    if kind == "dynamic" and window > config.max_positions:
+        base = dynamic_base(parameters, config.rotary_dim, window, config.max_positions)
+        settled = {"rope_type": "default", "rope_theta": base}
+        ends = f"max_position_embeddings = {config.max_positions}"
+    elif kind == "longrope" and window > parameters[ORIGINAL]:
+        settled = {**parameters, "short_factor": parameters["long_factor"]}
+        ends = f"{ORIGINAL} = {parameters[ORIGINAL]}"
+    else:
+        return config, ""
+    return replace(config, rope_parameters=settled), (
+        f"rope_type '{kind}': all sequences are given the frequencies of one of {window} positions, the context_window "
+        f"built for; transformers gives shorter ones others: for prompts and answers within {ends}, "
+        f"set context_window to that"
+    )
 
 
 def read_rope(
-    read: ConfigReader,
-    head_dim: int,
-    *,
-    theta_keys: tuple[str, ...] = ("rope_theta",),
-    share_keys: tuple[str, ...] = (),
+    read: ConfigReader, head_dim: int, positions: int, *, theta_key: str = "rope_theta", share_key: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of :class:`Rope`; ``share_keys`` are old keys of the share of a head that is rotated, a quarter
-    by default, for families that rotate less than a whole head.
+    """Return the fields of :class:`Rope` but for ``max_positions``, which are the ``positions``.
+
+    ``share_key`` is the old key of the share of a head that is rotated, a quarter by default, for families that rotate
+    less than a whole head.
     """
-    old, new = _mapping(read, "rope_scaling"), _mapping(read, "rope_parameters")
-    theta = {key: read.raw[key] for key in theta_keys if read.raw.get(key) is not None}
-    share = {key: read.raw[key] for key in share_keys if read.raw.get(key) is not None}
-    scaling: dict[str, Any] = {}
-    for where, found in (("rope_scaling", old), ("rope_parameters", new)):
-        values = dict(found)
-        if "rope_theta" in values:
-            theta[f"{where}.rope_theta"] = values.pop("rope_theta")
-        if share_keys and "partial_rotary_factor" in values:
-            share[f"{where}.partial_rotary_factor"] = values.pop("partial_rotary_factor")
-        if values.get("partial_rotary_factor") == 1.0:
-            del values["partial_rotary_factor"]
-        scaling = _scaling(read, where, values) or scaling
-    if old and new and _scaling(read, "rope_scaling", old) != _scaling(read, "rope_parameters", new):
-        read.problem("contradiction: rope_scaling and rope_parameters describe different positions")
-    base, part = _one(read, theta, 10000.0), _one(read, share, 0.25 if share_keys else 1.0)
-    rotary_dim = int(head_dim * part)
-    if part > 1 or rotary_dim < 2 or rotary_dim % 2:
-        read.problem(f"{rotary_dim} of {head_dim} channels of a head are rotated; expected an even number of them")
-    return {"rope_theta": base, "rotary_dim": rotary_dim, **scaling}
+    found = [(where, _mapping(read, where)) for where in ("rope_scaling", "rope_parameters")]
+    # transformers reads rope_scaling in the place of rope_parameters where both are there.
+    readings = [
+        _reading(read, where, values, head_dim, positions, theta_key, share_key)
+        for where, values in [(where, values) for where, values in found if values] or found[1:]
+    ]
+    if len(readings) > 1 and readings[0] != readings[1]:
+        said = [f"{where} = {shown(values)}" for where, values in found]
+        read.problem(f"contradiction: {said[0]} and {said[1]} describe different positions")
+    return readings[0]
+
+
+def _reading(
+    read: ConfigReader,
+    where: str,
+    values: Mapping[str, Any],
+    head_dim: int,
+    positions: int,
+    theta_key: str,
+    share_key: str,
+) -> dict[str, Any]:
+    base = _one(read, where, values, theta_key, "rope_theta", 10000.0)
+    partial = "partial_rotary_factor"
+    share = _one(read, where, values, share_key or partial, partial, 0.25 if share_key else 1.0)
+    rotary_dim = int(head_dim * share)
+    pairs = (rotary_dim + 1) // 2
+    if not share_key and share != 1:
+        read.problem(f"partial_rotary_factor = {share}; only 1.0 is supported: all channels of a head are rotated")
+    elif rotary_dim < 1 or 2 * pairs > head_dim:
+        read.problem(f"{rotary_dim} of {head_dim} channels of a head are rotated; expected pairs of them")
+    else:
+        parameters = {"rope_theta": base, **_scaling(read, where, values, pairs, positions)}
+        _check(read, where, parameters, rotary_dim)
+        return {"rotary_dim": rotary_dim, "rope_parameters": parameters}
+    return {"rotary_dim": rotary_dim, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
 def _mapping(read: ConfigReader, key: str) -> Mapping[str, Any]:
     value = read.raw.get(key)
     if value is None or isinstance(value, Mapping):
         return value or {}
-    read.problem(f"{key} = {value!r}; expected an object")
+    read.problem(f"{key} = {shown(value)}; expected an object")
     return {}
 
 
-def _one(read: ConfigReader, found: Mapping[str, Any], default: float) -> float:
-    """Return the one positive number under several keys."""
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+def _one(
+    read: ConfigReader, where: str, values: Mapping[str, Any], old_key: str, new_key: str, default: float
+) -> float:
+    """Return the one positive number under a key of config.json and another inside ``where``."""
+    places = {old_key: read.raw.get(old_key), f"{where}.{new_key}": values.get(new_key)}
+    found = {key: value for key, value in places.items() if value is not None}
     for key, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            read.problem(f"{key} = {value!r}; expected a positive number")
+        if not _is_positive(value):
+            read.problem(f"{key} = {shown(value)}; expected a positive number")
             return default
     if len({float(value) for value in found.values()}) > 1:
         read.problem("contradiction: " + ", ".join(f"{key} = {value!r}" for key, value in found.items()))
     return float(next(iter(found.values()), default))
 
 
-def _scaling(read: ConfigReader, where: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a scaling, {} for none."""
-    values = {key: value for key, value in found.items() if value is not None}
-    kind = values.pop("rope_type", values.get("type", "default"))
-    if values.pop("type", kind) != kind:
-        read.problem(f"contradiction: {where} has a type and another rope_type")
+def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: int, positions: int) -> dict[str, Any]:
+    """Return a scaling's type and what that reads, only the type after noting a problem."""
+    kinds = [values[key] for key in ("rope_type", "type") if values.get(key) is not None] or ["default"]
+    kind = kinds[0]
+    if kind != kinds[-1]:
+        read.problem(f"contradiction: {where} has a type {shown(kinds[-1])} and another rope_type {shown(kind)}")
+    nested = [key for key, value in values.items() if isinstance(value, Mapping)]
+    if nested:
+        read.problem(f"{where}.{nested[0]} is an object: positions that differ from layer to layer are not implemented")
     if not isinstance(kind, str) or kind not in TYPES:
-        read.problem(f"{where}: rope_type {kind!r} is not implemented; known: {', '.join(TYPES)}")
-        return {}
-    numbers = {}
-    for name in TYPES[kind]:
-        value = values.pop(name, None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            read.problem(f"{where}.{name} = {value!r}; expected a positive number, as rope_type {kind!r} needs one")
-            return {}
-        numbers[name] = value
-    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        other = OTHER_NAMES.get(kind) if isinstance(kind, str) else None
+        hint = f"; transformers knows it as {other!r}" if other else ""
+        read.problem(f"{where}: rope_type {shown(kind)} is not implemented; known: {', '.join(TYPES)}{hint}")
+        return {"rope_type": "default"}
+    needed, optional, lists = TYPES[kind]
+    found = _completed(read, kind, values, positions)
+    wrong = [name for name in needed if not _is_positive(found.get(name))]
+    wrong += [name for name in optional if name in found and not _is_positive(found[name])]
+    for name in wrong:
+        said = f"= {shown(found[name])}" if name in found else "is missing"
+        read.problem(f"{where}.{name} {said}; expected a positive number, as rope_type {kind!r} needs one")
+    for name in lists:
+        value = found.get(name)
+        if not isinstance(value, list) or len(value) != pairs or not all(map(_is_positive, value)):
+            wrong.append(name)
+            read.problem(f"{where}.{name} = {shown(value)}; expected a list of {pairs} positive numbers")
+    if not wrong and kind == "llama3" and found["low_freq_factor"] >= found["high_freq_factor"]:
+        wrong = ["low_freq_factor"]
         read.problem(f"{where}: low_freq_factor must be below high_freq_factor")
-    if values:
-        read.problem(f"{where}: {', '.join(sorted(values))} is not known for rope_type {kind!r}")
-    if kind == "default":
-        return {}
-    return {
-        "rope_type": kind,
-        "rope_factor": float(numbers["factor"]),
-        "rope_low_freq_factor": float(numbers.get("low_freq_factor", 0.0)),
-        "rope_high_freq_factor": float(numbers.get("high_freq_factor", 0.0)),
-        "rope_original_positions": int(numbers.get("original_max_position_embeddings", 0)),
-    }
+    if wrong:
+        return {"rope_type": "default"}
+    more = {"truncate": bool(found["truncate"])} if kind == "yarn" and "truncate" in found else {}
+    return {"rope_type": kind, **{name: found[name] for name in (*needed, *optional, *lists) if name in found}, **more}
+
+
+def _completed(read: ConfigReader, kind: str, values: Mapping[str, Any], positions: int) -> dict[str, Any]:
+    """Return the values of a scaling with what transformers takes where they leave it to other keys."""
+    found = {key: value for key, value in values.items() if value is not None or key in ("truncate", ORIGINAL)}
+    found = {key: value for key, value in found.items() if value != 0 or key not in ABSENT_IF_ZERO}
+    if ORIGINAL in read.raw:
+        found[ORIGINAL] = read.raw[ORIGINAL]
+    found.setdefault(ORIGINAL, positions)
+    # null is the ratio of the contexts; yarn's must be there all the same.
+    by_ratio = kind == "longrope" or (kind == "yarn" and "factor" in values)
+    if by_ratio and "factor" not in found and _is_positive(found[ORIGINAL]):
+        found["factor"] = positions / found[ORIGINAL]
+    return found
+
+
+def _check(read: ConfigReader, where: str, parameters: Mapping[str, Any], rotary_dim: int) -> None:
+    """Note numbers of which no frequencies can be made, such as a logarithm's base of one."""
+    from stages.models.frequencies import dynamic_base, frequencies
+
+    try:
+        if parameters["rope_type"] == "dynamic":
+            dynamic_base(parameters, rotary_dim, 2, 1)
+        found, factor = frequencies(parameters, rotary_dim)
+        possible = all(0 < number < float("inf") for number in (*found, factor))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        possible = False
+    if not possible:
+        read.problem(f"{where}: no frequencies of rope_type {parameters['rope_type']!r} can be made of its numbers")

@@ -37,6 +37,16 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def longrope(pairs: int) -> dict[str, Any]:
+    short, long = ([1 + i / slope for i in range(pairs)] for slope in (8, 2))
+    more = {"factor": 4.0, "short_factor": short, "long_factor": long}
+    return {"rope_type": "longrope", "rope_theta": 1000.0, "original_max_position_embeddings": 32, **more}
+
+
 NEOX = {**SIZES, "hidden_size": 160, "num_attention_heads": 2}  # heads of 80 channels
 
 
@@ -64,21 +74,20 @@ CASES = {
         {**SIZES, "num_key_value_heads": 3, "tie_word_embeddings": True, "rope_parameters": LINEAR},
         {"sep_embed": False},
     ),
-    "qwen2": Case("Qwen2", {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True,
-                            "rope_parameters": theta(1e6)}),
+    "qwen2": Case("Qwen2", {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": YARN}),
     "qwen3": Case("Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": theta(1e6)}),
     "gpt_neox": Case("GPTNeoX", {
         **NEOX, "use_parallel_residual": True, "rope_parameters": theta(1e4, partial_rotary_factor=0.25),
     }),
     "redpajama": Case("GPTNeoX", {
-        **NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new",
-        "rope_parameters": theta(1e4, partial_rotary_factor=1.0),
-    }),
+        **NEOX, "use_parallel_residual": False, "hidden_act": "gelu_new", "max_position_embeddings": 64,
+        "rope_parameters": {**DYNAMIC, "partial_rotary_factor": 1.0},
+    }, context_window=128),
     "mistral": Case("Mistral", {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 20,
-                                "rope_parameters": theta(1e4)}),
+                                "rope_parameters": longrope(16)}),
     # heads of 24 channels, which TVM's kernels compute
     "mistral-24": Case("Mistral", {**SIZES, "num_key_value_heads": 2, "head_dim": 24, "sliding_window": 20,
-                                   "rope_parameters": theta(1e4)}),
+                                   "rope_parameters": {**YARN, "attention_factor": 1.3}}),
     "mistral-full": Case("Mistral", {**SIZES, "num_key_value_heads": 2, "sliding_window": None,
                                      "rope_parameters": theta(1e6)}),
 }  # fmt: skip
