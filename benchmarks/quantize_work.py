@@ -17,8 +17,10 @@ import numpy as np
 from blake3 import blake3
 from host_memory import settle
 
+from stagegraph.code import PartCode
 from stagegraph.memo import Memo
 from stagegraph.stage import Finished, Part, Source, SourceFiles
+from stages.quantize import Quantize
 
 
 class Context:
@@ -27,7 +29,7 @@ class Context:
     def __init__(self, params: Any, out: Path, inputs: dict[str, Path], source: SourceFiles, keep: set[str]) -> None:
         self.params, self.out = params, out
         self._inputs, self._source, self._keep = inputs, source, keep
-        self.memo = Memo.open(out.parent, fresh=False)
+        self.memo = Memo.open(out.parent, dict.fromkeys(Quantize.parts, PartCode("as it is", {})), fresh=False)
 
     def input(self, port: str) -> Path:
         """Return an input."""
@@ -71,7 +73,6 @@ def stage(folder: str, out: str, threads: str, keep: str, clocked: str = "clocke
 
     from stages.conversion import conversion  # noqa: F401
     from stages.quantization import schemes  # noqa: F401
-    from stages.quantize import Quantize
 
     root, target = Path(folder), Path(out)
     files = {path.name: path for path in sorted(root.glob("*.safetensors"))}

@@ -25,9 +25,13 @@ class Change(NamedTuple):
             return f"{self.name} {show(self.old)} -> {show(self.new)}"
         if self.kind == "param":
             return f"{self.name}: {show(self.old)} -> {show(self.new)}"
-        if self.kind == "source":
-            return f"{self.name} {self.item} changed"
-        return f"{self.kind} {self.name} changed"
+        what = f"{self.name} {self.item}" if self.kind == "source" else f"{self.kind} {self.name}"
+        return f"{what} {self.fate}"
+
+    @property
+    def fate(self) -> str:
+        """What became of it, in words that follow its name."""
+        return "is new" if self.old is None else "is gone" if self.new is None else "changed"
 
 
 def changes(old: Document, new: Document) -> list[Change]:

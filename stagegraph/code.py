@@ -1,18 +1,24 @@
 """The code digest: what a stage with given parameters can reach inside its own package, by content.
 
 A module counts as its syntax tree without comments, docstrings and positions, so that cosmetic edits stay cosmetic.
-The closure follows imports wherever they stand, also inside functions. Two things are finer than a module:
+The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
+imports, and under ``TYPE_CHECKING``, where a module names what it is handed and calls. A string that names a module of
+the package counts as an import of it, whoever imports or runs it by that name. Two things are finer than a module:
 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
 - a data file beside a module, named by a string constant in it, contributes its bytes; it may come and go.
 
 Parsing is slow, so what one file contributes is summarised once and kept in the index under the file's stat.
+
+What a stage memoises (:mod:`stagegraph.memo`) is kept under the digest of the same closure, begun at the module that
+makes it. Rows that the stage chose are left out there: like parameters, they are for the part's document to tell.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import os
@@ -20,17 +26,31 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.index import Index
 
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
-SUMMARY_SCHEMA = f"2/py{sys.version_info.major}.{sys.version_info.minor}"
+SUMMARY_SCHEMA = f"3/py{sys.version_info.major}.{sys.version_info.minor}"
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
 # first-party modules, "data" are strings that may name a file beside the module.
 Summary = dict[str, Any]
+
+
+class PartCode(NamedTuple):
+    """The code that makes one kind of part: its digest, and the files it was read from with their stats."""
+
+    digest: str
+    files: Mapping[str, Sequence[int]]
+
+    def is_unchanged(self) -> bool:
+        """Say whether every file is still the one that was digested, so that what was imported is what it says."""
+        try:
+            return all(list(stat_id(path)) == list(stat) for path, stat in self.files.items())
+        except OSError:
+            return False
 
 
 class CodeDigests:
@@ -41,6 +61,7 @@ class CodeDigests:
         saved = index.get("code") or {}
         self._saved: dict[str, Any] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
         self._contents: dict[str, Any] = {}
+        self._stats: dict[str, list[int]] = {}  # of files as they were when their contents were taken
         self._paths: dict[str, str | None] = {}
         self._closures: dict[tuple[str, str], dict[str, str]] = {}
         self._packages: dict[str, list[str]] = {}
@@ -58,20 +79,31 @@ class CodeDigests:
             self._closures[asked] = found
         return self._closures[asked]
 
+    def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
+        """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""
+        found = {name: digest for module in modules for name, digest in self.closure(module, rows).items()}
+        counting = {name: digest for name, digest in found.items() if name.partition("[")[0] not in rows}
+        paths = filter(None, map(self._path, found))
+        return PartCode(digest_json(counting), {path: self._stats[path] for path in paths})
+
     def changed(self, closure: Mapping[str, str]) -> list[str]:
         """Return the files behind a closure whose content is no longer what was digested."""
         fresh = CodeDigests(self._index)
         fresh._saved = self._saved
         files = []
         for name, digest in closure.items():
-            module, slash, data = name.partition("/")
-            path = self._paths.get(module)
-            if slash and path:
-                found = Path(path).with_name(data)
-                files += [] if found.is_file() and digest_file(found) == digest else [str(found)]
-            elif path and fresh.summary(module, path) != self._contents[path]:
+            path = self._path(name)
+            if path and "/" in name:
+                files += [] if Path(path).is_file() and digest_file(path) == digest else [path]
+            elif path and fresh.summary(name, path) != self._contents[path]:
                 files.append(path)
         return files
+
+    def _path(self, name: str) -> str | None:
+        """Return the file behind a module or a data file of a closure; None for a row, whose module is in it too."""
+        module, _, data = name.partition("/")
+        path = self._paths.get(module)
+        return str(Path(path).with_name(data)) if path and data else path
 
     def files(self, closure: Mapping[str, str]) -> dict[str, Path]:
         """Return where the modules of a closure are: module -> source file."""
@@ -153,11 +185,19 @@ class CodeDigests:
             now = list(stat_id(path))
             saved = self._saved.get(path)
             if saved is None or saved[0] != now:
+                _forget_bytecode(path)
                 saved = [now, compute(path)]
                 self._saved[path] = saved
                 self._grown = True
-            self._contents[path] = saved[1]
+            self._stats[path], self._contents[path] = saved
         return self._contents[path]
+
+
+def _forget_bytecode(path: str) -> None:
+    """Remove what Python compiled of a file: of the same size and second, it would run that instead of an edit."""
+    if path.endswith(".py"):
+        with contextlib.suppress(OSError, NotImplementedError):
+            os.unlink(importlib.util.cache_from_source(path))  # noqa: PTH108
 
 
 def summarise(module: str, path: Path) -> Summary:
@@ -211,7 +251,7 @@ def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
     rows = {}
     for key, value in zip(table.keys, table.values, strict=True):
         strings = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        modules = sorted({s.partition(":")[0] for s in strings if s.startswith(f"{root}.")})
+        modules = sorted({module for s in strings for module in _named(s, root)})
         data = sorted(set(_data_names(value)))
         if isinstance(key, ast.Constant):
             digest = digest_bytes(ast.dump(value).encode())
@@ -234,7 +274,7 @@ def strip_docstrings(tree: ast.Module) -> None:
 
 def _imports(tree: ast.Module, package: str) -> Iterable[str]:
     root = package.partition(".")[0]
-    for node in _runtime_nodes(tree):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == root)
         elif isinstance(node, ast.ImportFrom):
@@ -245,17 +285,13 @@ def _imports(tree: ast.Module, package: str) -> Iterable[str]:
             if base.partition(".")[0] == root:
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in node.names)  # a name may be a submodule
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from _named(node.value, root)
 
 
-def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Walk a tree, leaving out ``if TYPE_CHECKING:`` blocks."""
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-        for branch in node.orelse:
-            yield from _runtime_nodes(branch)
-        return
-    yield node
-    for child in ast.iter_child_nodes(node):
-        yield from _runtime_nodes(child)
+def _named(text: str, root: str) -> list[str]:
+    """Return what may be modules of the package ``root`` in a string: ``m`` of ``m:NAME``, of ``import m``."""
+    return re.findall(rf"(?<![\w.]){root}(?:\.\w+)+", text) if root in text else []
 
 
 def _data_names(tree: ast.AST) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.changes import Change, changes, instances
+from stagegraph.code import PartCode
 from stagegraph.plan import HIT, UNKNOWN, Decision
 from stagegraph.record import Record
 from stagegraph.registry import DISSECTORS, load_object
@@ -119,11 +120,11 @@ class _Teller:
             cause.place = _line(spec.places.get(change.name, spec.place))
         elif change.kind == "source":
             cause.place = _line(spec.places.get(change.name, spec.place))
-            cause.text = f"{change.item} {_fate(change)}{self._inside(change, decision)} (source {change.name})"
+            cause.text = f"{change.item} {change.fate}{self._inside(change, decision)} (source {change.name})"
         elif change.kind == "code":
             self._tell_code(cause, change, self._pipeline.planner.code_files(decision))
         elif change.kind == "input":
-            cause.text = f"input {change.name} {_fate(change)}"
+            cause.text = f"input {change.name} {change.fate}"
             cause.because = list(self._inputs(change, decision.node, previous))
         return cause
 
@@ -135,8 +136,15 @@ class _Teller:
             return ""
         from stagegraph.memo import Memo
 
-        found = load_object(dissector)(Memo(self._workspace.store).recall, change.old, source.files[change.item])
+        memo = Memo(self._workspace.store, self._part_codes())
+        found = load_object(dissector)(memo.recall, change.old, source.files[change.item])
         return f": {found}" if found else ""
+
+    def _part_codes(self) -> dict[str, PartCode]:
+        """Return what made the parts that the last results of this pipeline's nodes memoised, by their kind."""
+        nodes = (self._workspace.last_record(self._pipeline.name, node.name) for node in self._pipeline.dag.nodes)
+        found = (record.get("part_codes", {}) for record in nodes if record)
+        return {kind: PartCode(digest, {}) for codes in found for kind, digest in codes.items()}
 
     # -- code --------------------------------------------------------------------------------------------------------
 
@@ -150,7 +158,7 @@ class _Teller:
         depth = module.count(".") + 1 + (path.name == "__init__.py")
         shown = Path(*path.parts[-depth:])
         name = str(shown.with_name(data) if slash else shown)
-        cause.text = f"{name}: {row} {_fate(change)}" if colon else f"{name} {_fate(change)}"
+        cause.text = f"{name}: {row} {change.fate}" if colon else f"{name} {change.fate}"
         if colon or slash or change.old is None or change.new is None:
             return
         index = self._workspace.index
@@ -235,10 +243,6 @@ class _Teller:
 def _digest(record: Record, port: str) -> str | None:
     digest = record["outputs"].get(port, {}).get("digest")
     return str(digest) if digest else None
-
-
-def _fate(change: Change) -> str:
-    return "is new" if change.old is None else "is gone" if change.new is None else "changed"
 
 
 def _line(place: Any) -> str:

@@ -1,8 +1,11 @@
 """Memoisation below a node's grain: a stage's finished parts (one quantized tensor, one kernel group) as objects.
 
-``part:<digest of kind and document>`` in the index names the object of a part. It is written as soon as the part is
-finished, by the worker, so that a killed run leaves what it had done to the next one. An object is synced only where
+``part:<digest of kind, code and document>`` in the index names the object of a part. It is written as soon as the part
+is finished, by the worker, so that a killed run leaves what it had done to the next one. An object is synced only where
 it becomes part of an output; otherwise it is trusted no further than the digest that is taken when it is next used.
+
+A name once given keeps its object while that is intact: other nodes may have been made of it. What is made again under
+it and differs is used by the execution that made it, which is warned that its work is not deterministic.
 """
 
 from __future__ import annotations
@@ -13,40 +16,44 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from stagegraph.code import PartCode
 from stagegraph.digest import digest_file, digest_json
 from stagegraph.index import Index
 from stagegraph.stage import Finished, Part
 from stagegraph.store import Store, fsync_file
 
 PART_SCHEMA = 1
+SHOWN = 3  # names of parts in a warning
 
 
 class Memo:
-    """The parts one execution reuses and makes; safe to use from several threads. ``fresh`` reuses nothing."""
+    """The parts one execution reuses and makes; safe to use from several threads. ``fresh`` reuses nothing.
 
-    def __init__(self, store: Store, *, fresh: bool = False) -> None:
+    ``codes`` says what makes each kind of part.
+    """
+
+    def __init__(self, store: Store, codes: Mapping[str, PartCode], *, fresh: bool = False) -> None:
         self._store = store
+        self._codes = codes
         self._fresh = fresh
         self._lock = Lock()
         self._made: set[str] = set()
         self._used: set[str] = set()
+        self._differing: list[str] = []
         self.counts: dict[str, Counter[str]] = {}  # kind -> reused, made
 
     @classmethod
-    def open(cls, root: Path, *, fresh: bool) -> Memo:
+    def open(cls, root: Path, codes: Mapping[str, PartCode], *, fresh: bool) -> Memo:
         """Open the memo of the store at ``root`` from a process that has no workspace."""
-        return cls(Store(root, Index(root / "index")), fresh=fresh)
+        return cls(Store(root, Index(root / "index")), codes, fresh=fresh)
 
     def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
         """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
-        entry = None if self._fresh else self._store.index.get(part_name(kind, document))
-        if not isinstance(entry, dict) or entry.get("schema") != PART_SCHEMA:
+        entry = None if self._fresh or kind not in self._codes else self._entry(self._name(kind, document))
+        if entry is None or self._store.verify(entry["digest"]) is not None:
             return None
-        digest = entry["digest"]
-        if self._store.verify(digest) is not None:
-            return None
-        self._count(kind, "reused", digest)
-        return Part(self._store.path(digest), entry["facts"])
+        self._count(kind, "reused", entry["digest"])
+        return Part(self._store.path(entry["digest"]), entry["facts"])
 
     def remember(
         self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
@@ -67,11 +74,36 @@ class Memo:
             if self._store.share(file, digest):
                 with self._lock:
                     self._made.add(digest)
-            entry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
-            entries[part_name(kind, document)] = entry
-        self._store.index.set_all(entries)
+            name = self._name(kind, document)
+            known = self._entry(name)
+            if known is None or (known["digest"] != digest and self._store.verify(known["digest"]) is not None):
+                entries[name] = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
+            elif known["digest"] != digest:
+                with self._lock:
+                    self._differing.append(f"{kind} {file.name}")
+        # Code that was edited since it was digested may be what was imported: what it made is for this run alone.
+        if self._codes[kind].is_unchanged():
+            self._store.index.set_all(entries)
         for _, _, digest, _ in parts:
             self._count(kind, "made", digest)
+
+    def _name(self, kind: str, document: Mapping[str, Any]) -> str:
+        """Return the name under which the index knows a part."""
+        if kind not in self._codes:
+            raise ValueError(f"'{kind}' is no kind of part that the stage declares (Stage.parts)")
+        return f"part:{digest_json([kind, self._codes[kind].digest, document])}"
+
+    def _entry(self, name: str) -> dict[str, Any] | None:
+        entry = self._store.index.get(name)
+        return entry if isinstance(entry, dict) and entry.get("schema") == PART_SCHEMA else None
+
+    def warnings(self) -> list[str]:
+        """Say which parts were made otherwise than those that are kept for the same code and document."""
+        if not self._differing:
+            return []
+        more = f" and {len(self._differing) - SHOWN} more" if len(self._differing) > SHOWN else ""
+        what = f"made again, {', '.join(self._differing[:SHOWN])}{more} differ from what is kept for the same code and "
+        return [f"{what}inputs: not deterministic. This result has the new ones, others keep theirs"]
 
     @property
     def damaged(self) -> list[str]:
@@ -97,8 +129,3 @@ class Memo:
                 fsync_file(path)
                 self._store.remember(digest)
         return known
-
-
-def part_name(kind: str, document: Mapping[str, Any]) -> str:
-    """Return the name under which the index knows a part."""
-    return f"part:{digest_json([kind, document])}"

@@ -8,23 +8,25 @@ problem at once. ``Planner.decide`` then settles one node whose inputs are settl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.code import CodeDigests
+from stagegraph.code import CodeDigests, PartCode
 from stagegraph.errors import PlanError, StageError
 from stagegraph.key import Document, key_document, key_of
 from stagegraph.record import Record
-from stagegraph.registry import stage_reference
+from stagegraph.registry import PROFILES, stage_reference
 from stagegraph.sources import Sources, SourceState
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from stagegraph.dag import Dag, Node
+    from stagegraph.stage import Stage
     from stagegraph.workspace import Workspace
 
+Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
 HIT, STALE, NEVER, UNKNOWN = "HIT", "STALE", "NEVER", "UNKNOWN"
 
 
@@ -51,6 +53,7 @@ class Decision:
     document: Document | None = None
     record: Record | None = None
     previous: Record | None = None
+    rows: Rows = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
@@ -126,14 +129,25 @@ class Planner:
                 )
                 facts |= record["facts"]
         rows = node.stage.rows(prepared.params, facts)
-        module = stage_reference(node.spec.uses).partition(":")[0]
-        code = self._code.closure(module, rows)
+        code = self._code_of(node, rows)
         document = key_document(node.stage, prepared.params, prepared.sources, inputs, code, prepared.tools)
         decision = self._look_up(node, key_of(document))
-        decision.document = document
+        decision.document, decision.rows = document, rows
         if decision.status != HIT and not decision.reasons:
             decision.reasons = self._why(decision)
         return decision
+
+    def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
+        """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
+        code: dict[str, str] = {}
+        for module in (_module(stage_reference(node.spec.uses)), *worker_module(node.stage)):
+            code |= self._code.closure(module, rows)
+        for kind, module in node.stage.parts.items():
+            if module not in code:
+                raise PlanError(
+                    f"stage '{node.stage.id}': {module} makes its parts '{kind}', but it uses no such module"
+                )
+        return code
 
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
@@ -156,6 +170,13 @@ class Planner:
         assert decision.document is not None
         found = changes(decision.previous["document"], decision.document)
         return [change.text for change in found] or ["its record is gone"]
+
+    def part_codes(self, decision: Decision) -> dict[str, PartCode]:
+        """Return what makes the parts that a settled node memoises, by their kind."""
+        stage, rows = decision.node.stage, decision.rows
+        return {
+            kind: self._code.part_code((module, *worker_module(stage)), rows) for kind, module in stage.parts.items()
+        }
 
     def changed(self, decision: Decision) -> list[str]:
         """Return the source files and the code that are no longer what the key was made of."""
@@ -193,3 +214,12 @@ class Planner:
     def save(self) -> None:
         """Keep what planning learned about source code, also when nothing runs."""
         self._code.save()
+
+
+def worker_module(stage: Stage) -> list[str]:
+    """Return the module, if any, that prepares the worker in which a stage runs."""
+    return [_module(PROFILES[stage.profile])] if PROFILES[stage.profile] else []
+
+
+def _module(reference: str) -> str:
+    return reference.partition(":")[0]

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 RECORD_SCHEMA = 1
-TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
+TOLD = frozenset(
+    {"views", "facts", "warnings", "summary", "parts", "part_codes", "cpu_seconds", "peak_bytes"}
+)  # by the worker
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
 

@@ -27,7 +27,7 @@ SHIPPED = {
 }
 
 # What a worker process calls before it runs stages of a profile: what is loaded before a compiler differs.
-PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.profiles:runtime"}
+PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.runtime.backend:tvm"}
 
 # Variables that change what compilers make, unseen by any key: workers do not get them.
 HIDDEN_VARIABLES = frozenset({

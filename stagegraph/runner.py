@@ -19,6 +19,7 @@ from stagegraph.registry import HIDDEN_VARIABLES, stage_reference
 from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
+    from stagegraph.code import PartCode
     from stagegraph.dag import Node
     from stagegraph.plan import Prepared
     from stagegraph.record import Record
@@ -96,9 +97,13 @@ def request_for(
     log: Path,
     *,
     store: Path,
+    parts: Mapping[str, PartCode],
     fresh: bool,
 ) -> dict[str, Any]:
-    """Return the message that makes a worker run a node; ``fresh`` makes it reuse no memoised part."""
+    """Return the message that makes a worker run a node; ``parts`` says what makes what it memoises.
+
+    ``fresh`` makes it reuse nothing of that.
+    """
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
     sources = {
         name: {
@@ -116,6 +121,7 @@ def request_for(
         "linked": sandbox.linked,
         "out": str(sandbox.out.absolute()),
         "store": str(store.absolute()),
+        "parts": parts,
         "fresh": fresh,
         "log": str(log.absolute()),
     }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from stagegraph.runner import Sandbox, Worker
 
 LOCK_POLL_SECONDS = 0.1
+NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ class Scheduler:
         workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
         prepared, fresh = self._planner.prepared(node), node.name in self._options.force
-        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, fresh=fresh))
+        parts = self._planner.part_codes(decision)
+        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh))
 
     def _remake(self, node: Node, digest: str) -> bool:
         """Settle a node again, and before it those above whose result has a damaged object; once for each object."""
@@ -326,15 +328,18 @@ class Scheduler:
         workspace.store.damaged += event["damaged"]
         seconds = time.monotonic() - running.began
         record = new_record(decision, running.made_from, event, running.started_at, seconds)
+        previous = decision.previous
+        same = previous is not None and same_outputs(previous, record)
+        if previous is not None and previous["key"] == decision.key and not same:
+            record["warnings"].append(NOT_DETERMINISTIC)
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         workspace.index.set(f"rec:{decision.key}", record)
         self._planner.keep_code(decision)
         running.sandbox.remove(workspace)
         os.close(running.lock)
-        same = decision.previous is not None and same_outputs(decision.previous, record)
         reason = decision.reason
-        if reason == "forced" and decision.previous is not None:
+        if reason == "forced" and previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
         outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
         outcome.log, outcome.reasons = running.log, decision.reasons

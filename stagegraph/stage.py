@@ -144,9 +144,10 @@ class Context(Protocol):
     def recall(self, kind: str, document: Mapping[str, Json]) -> Part | None:
         """Return the part that was remembered for ``document``, or None if there is none (any more).
 
-        ``kind`` says in a word what it is (``tensor``); the record counts by it. ``document`` must hold everything
-        that may influence the part, the version of the algorithm included. Its file may be linked into ``out``.
-        Like :meth:`remember` it may be called from several threads.
+        ``kind`` says in a word what it is (``tensor``), one of :attr:`Stage.parts`; the record counts by it.
+        ``document`` must hold everything that may influence the part but for code, what it takes of rows that
+        :meth:`Stage.rows` names included. Its file may be linked into ``out``. Like :meth:`remember` it may be called
+        from several threads.
         """
 
     def remember(
@@ -188,7 +189,8 @@ class Stage:
 
     Class attributes: ``id``; ``version``, raised when the meaning of the outputs changes in a way the code digest
     cannot see; ``profile``, the kind of worker process it runs in; ``Params``, a frozen dataclass made with
-    :func:`param` and :func:`source`; ``inputs`` and ``outputs``, port name -> :class:`In` / :class:`Out`.
+    :func:`param` and :func:`source`; ``inputs`` and ``outputs``, port name -> :class:`In` / :class:`Out`; ``parts``,
+    kind of what it memoises -> the module that makes and remembers it: a part is good for the code that this reaches.
     """
 
     id: ClassVar[str]
@@ -197,6 +199,7 @@ class Stage:
     Params: ClassVar[type]
     inputs: ClassVar[Mapping[str, In]] = {}
     outputs: ClassVar[Mapping[str, Out]] = {}
+    parts: ClassVar[Mapping[str, str]] = {}
 
     def resolve(self, params: Any) -> Any:
         """Return ``params`` with every ``auto`` replaced by a literal (CPU name, toolchain, reference).

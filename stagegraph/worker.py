@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
+from stagegraph.code import PartCode
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
 from stagegraph.memo import Memo
@@ -46,10 +47,12 @@ class WorkerContext(Context):
         self._events = events
         self._last_progress = 0.0
         self._store = Path(request["store"])
+        self._parts = {kind: PartCode(*code) for kind, code in request["parts"].items()}
         self._fresh: bool = request["fresh"]
         self._opening = Lock()
         self._memo: Memo | None = None
-        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "parts": {}, "damaged": []}
+        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "damaged": []}
+        self.found |= {"parts": {}, "part_codes": {}}
 
     def input(self, port: str) -> Path:
         ((_, path),) = self._inputs[port]
@@ -79,7 +82,7 @@ class WorkerContext(Context):
         """The parts of this execution; most stages have none and never open the index."""
         with self._opening:
             if self._memo is None:
-                self._memo = Memo.open(self._store, fresh=self._fresh)
+                self._memo = Memo.open(self._store, self._parts, fresh=self._fresh)
             return self._memo
 
     def settle(self) -> dict[tuple[int, int], str]:
@@ -87,7 +90,9 @@ class WorkerContext(Context):
         if self._memo is None:
             return {}
         self.found["parts"] = {kind: dict(counts) for kind, counts in sorted(self._memo.counts.items())}
+        self.found["part_codes"] = {kind: self._parts[kind].digest for kind in self.found["parts"]}
         self.found["damaged"] = self._memo.damaged
+        self.found["warnings"] += self._memo.warnings()
         return self._memo.settle()
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:

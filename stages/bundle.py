@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Stage, StageError, param
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 
@@ -38,6 +39,10 @@ class Bundle(Stage):
     def resolve(self, params: Params) -> Params:
         """Reduce a path to the name that its folder, or its repository in a hub cache, has."""
         return dataclasses.replace(params, name=_name(params.name))
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+        """Return no target: its name is all that is asked of it here."""
+        return {"stages.targets.table:TARGETS": ()}
 
     def run(self, ctx: Context) -> None:
         """Copy the files, write the configuration files and the card, digest everything into bundle.json."""

@@ -86,6 +86,7 @@ class Compile(Stage):
         "library": Out("model.so", "the shared library that TVM's runtime loads"),
         "metadata": Out("metadata.json", "what it was built for and with"),
     }
+    parts = {"kernel": "stages.codegen.library", "schedule": "stages.codegen.schedules"}
 
     def resolve(self, params: Params) -> Params:
         """Name this machine's processor and toolchain; drop what the target has no use for."""

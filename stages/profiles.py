@@ -1,4 +1,4 @@
-"""What a worker does before it runs stages of a profile, so that tvm is imported once and in the right way."""
+"""What a worker does before it runs stages of the compiler profile, so that tvm is imported in the right way."""
 
 from __future__ import annotations
 
@@ -25,10 +25,3 @@ def compiler() -> None:
     from stages.lowering import compat
 
     compat.cache_module_lookups()
-
-
-def runtime() -> None:
-    """Import TVM's runtime alone: no compiler is loaded, so nothing can depend on it by accident."""
-    from stages.runtime import backend
-
-    backend.tvm()

@@ -49,6 +49,12 @@ class Quantize(Stage):
         "weights": Out("weights", "shards and tensor-cache.json"),
         "report": Out("report.json", "per parameter: how it is stored and its error against the source"),
     }
+    parts = {
+        "tensor": "stages.conversion.conversion",
+        "conversion": "stages.conversion.conversion",
+        "digests": "stages.conversion.digests",
+        "kernels": "stages.conversion.kernels",
+    }
 
     def resolve(self, params: Params) -> Params:
         """Refuse a search for scales where there are no groups that have one each."""

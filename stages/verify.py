@@ -100,7 +100,7 @@ class Verify(Stage):
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:
         """Name the family, the scheme and the tokenizer family; of what is not known, every row counts."""
-        rows: dict[str, str | Sequence[str]] = {"stages.tokenizers:EMBEDDINGS": ()}
+        rows: dict[str, str | Sequence[str]] = {"stages.tokenizers:EMBEDDINGS": (), "stages.targets.table:TARGETS": ()}
         tokenizer = _tokenizer_family(Path(params.checkpoint))
         if tokenizer:
             rows["stages.tokenizers:TOKENIZERS"] = rows["stages.tokenizers.resolution:RULES"] = tokenizer

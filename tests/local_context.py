@@ -11,6 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from stagegraph.code import PartCode
 from stagegraph.index import Index
 from stagegraph.memo import Memo
 from stagegraph.stage import Finished, Instance, Part, Source, SourceFiles, Stage
@@ -95,9 +96,8 @@ def run_stage(
     out.mkdir(parents=True, exist_ok=True)
     folder = memo or Path(tempfile.mkdtemp(prefix="memo-", dir=out.parent))
     index = Index(folder / "index")
-    ctx = LocalContext(
-        resolved, out, dict(inputs or {}), {k: v for k, v in sources.items() if v}, Memo(Store(folder, index))
-    )
+    kept = Memo(Store(folder, index), dict.fromkeys(stage.parts, PartCode("of this test", {})))
+    ctx = LocalContext(resolved, out, dict(inputs or {}), {k: v for k, v in sources.items() if v}, kept)
     try:
         stage.run(ctx)
     finally:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tvm
-from blake3 import blake3
 from tvm import tirx
 
 from stages.lowering.compat import load_json
-from stages.targets import cuda, nvrtc
 from stages.targets.cuda import LOADER
 
 SHF_EXECINSTR = 4
@@ -54,14 +52,6 @@ class Code(NamedTuple):
             for name, data in zip((OBJECT, DEVICE, LAUNCH), self, strict=True):
                 if data:
                     archive.writestr(zipfile.ZipInfo(name), data)
-
-
-def code_digests() -> dict[str, str]:
-    """Return the digests of the code that turns a lowered kernel into a file: what is kept is good for this alone."""
-    return {
-        file.name: blake3(file.read_bytes()).hexdigest()
-        for file in map(Path, (__file__, cuda.__file__, nvrtc.__file__))
-    }
 
 
 def _executable_bytes(elf: bytes) -> int:

@@ -70,7 +70,7 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratc
     """Yield every kernel, by name, from what is kept or newly compiled and kept."""
     found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
     callers = _callers(lowered)
-    how = {"code": kernels.code_digests(), **compilers.document}
+    how = compilers.document
     documents = {name: {"name": name, "content": content(kernel), **how} for name, kernel in found.items()}
     parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
     # The largest first, so that no long one is left over for the end.

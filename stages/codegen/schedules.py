@@ -30,8 +30,7 @@ def scheduled(
         for var, kernel in module.functions_items()
         if isinstance(kernel, tirx.PrimFunc) and SCHEDULED not in (kernel.attrs or {})
     }
-    files = Path(schedule.__file__).parent.glob("schedule*.py")
-    how = {"rules": list(rules), "code": {file.name: _digest(file.read_bytes()) for file in files}, **how}
+    how = {"rules": list(rules), **how}
     documents = {name: {"content": _digest(_saved(kernel)), **how} for name, kernel in found.items()}
     parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
     new = [name for name, part in parts.items() if part is None]

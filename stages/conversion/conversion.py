@@ -19,9 +19,14 @@ from stages.conversion import kernels
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory
 from stages.models import transforms
+<<<<<<< HEAD
 from stages.models.weights import NUMPY_DTYPES, Weights, as_dtype, working_dtype
 from stages.quantization.blocks import UnfitError
 from stages.quantization.convert import ALGORITHM, convert, kernel_names
+=======
+from stages.models.weights import NUMPY_DTYPES, Weights
+from stages.quantization.convert import convert, kernel_names
+>>>>>>> f2299e1 (Keep parts by the code that made them, found by the engine: an edited rounding no longer answers with old weights)
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
 if TYPE_CHECKING:
@@ -141,7 +146,7 @@ class Conversion:
         To find out costs kernels, which take what is just read, a second reading of those that are not.
         """
         how = {"scheme": self._plan.scheme.name, "scales": self._plan.scales}
-        document = {"algorithm": ALGORITHM, "parameters": self._logical, **how}
+        document = {"parameters": self._logical, **how}
         if self._keeper.recall("conversion", document):
             return True
         path = self._scratch / "begun"
@@ -216,7 +221,7 @@ class Conversion:
         return self._keeper.recall("tensor", self._document(entry, digests.take(entry["sources"])))
 
     def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
-        """Return all that the stored bytes of a parameter depend on; its name is not among it."""
+        """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
         scheme = self._plan.scheme
         how: dict[str, Any] = {"dtype": entry["dtype"]}
         if entry["quantize"]:
@@ -230,7 +235,7 @@ class Conversion:
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
-        return {"algorithm": ALGORITHM, "layout": entry["layout"], **made, **how}
+        return {"layout": entry["layout"], **made, **how}
 
     def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
         """Write what a parameter is stored as, to be kept with others; return facts."""

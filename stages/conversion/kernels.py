@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from blake3 import blake3
-
 from stages.quantization import native
 from stages.targets import host, toolchain
 
@@ -27,8 +25,7 @@ def load(keeper: Keeper, names: Sequence[str], scratch: Path, tools: Mapping[str
     if cxx is None:
         return None
     cpu = host.host_cpu()
-    code = {path.name: blake3(path.read_bytes()).hexdigest() for path in native.code_of_kernels()}
-    document = {"code": code, "cpu": cpu, "cxx": cxx.version, "tools": dict(tools), "names": [*names]}
+    document = {"cpu": cpu, "cxx": cxx.version, "tools": dict(tools), "names": [*names]}
     part = keeper.recall(KIND, document)
     if part is None:
         library = scratch / "kernels.so"

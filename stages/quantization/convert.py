@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from stages.quantization.native import Kernels, Sums
     from stages.quantization.schemes import Scheme
 
-ALGORITHM = 1  # raised whenever the same values would be stored as other bytes
-
 
 @dataclass(frozen=True)
 class Converted:

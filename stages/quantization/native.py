@@ -22,14 +22,11 @@ from stages.quantization import layouts
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    # They run in a process of their own; what they say counts here.
-    from stages.quantization import expressions, kernels  # noqa: F401
     from stages.quantization.schemes import Scheme
 
 ROW = 4096  # values of one row of a cast
 TILE_ROWS, TILE_GROUPS = 32, 64  # what is quantized before the next rows and groups are
 POINTER, INTEGER = 4, 1  # TVMFFITypeIndex: kTVMFFIOpaquePtr, kTVMFFIInt
-BUILD_SECONDS = 120
 
 
 class KernelError(ValueError):
@@ -68,29 +65,20 @@ def parse_name(name: str) -> tuple[str, tuple[Any, ...]]:
     return algorithm, tuple(int(word) if word.isdigit() else word for word in words)
 
 
-def code_of_kernels() -> list[Path]:
-    """Return the files the kernels are made by."""
-    return [Path(__file__).with_name(name) for name in ("kernels.py", "expressions.py", "group.py", "native.py")]
-
-
 def build(library: Path, cpu: str, cxx: str, names: Sequence[str], environment: Mapping[str, str]) -> None:
     """Compile the kernels ``names`` into ``library`` in a process of its own, whose memory goes with it."""
     command = [sys.executable, "-m", "stages.quantization.kernels", str(library), cpu, cxx, *names]
     # Without the first, tvm_ffi imports torch wherever it is installed.
     variables = {"TVM_FFI_DISABLE_TORCH_C_DLPACK": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    try:
-        done = subprocess.run(
-            command,
-            env={**environment, **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=BUILD_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise KernelError(f"{cxx}: the kernels were not built within {BUILD_SECONDS} s") from None
+    done = subprocess.run(
+        command,
+        env={**environment, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
     if done.returncode:
         raise KernelError("\n".join(done.stdout.strip().splitlines()[-20:]))
 

@@ -22,7 +22,6 @@ PASSED_ON = ("HOME", "LD_LIBRARY_PATH", "PATH", "TEMP", "TMP", "TMPDIR")
 # The packages of the packaged toolkit: headers, assembler, runtime, compiler. Each has a version of its own.
 CUDA_PACKAGES = ("nvidia-cuda-crt", "nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-cuda-runtime")
 FOLDERS = ("bin", "lib64", "lib", "targets/x86_64-linux/lib", "include", "targets/x86_64-linux/include")  # of a toolkit
-ASK_SECONDS = 60
 UNKNOWN = "unknown"
 SYSTEM_NVCC = "/usr/local/cuda/bin/nvcc"  # where the toolkit installs itself, often not on PATH
 INSTALL_CXX = "no C++ compiler found to link the library: install g++ (apt-get install g++) or set CXX"
@@ -147,13 +146,9 @@ def _ask(path: str, arguments: list[str]) -> str:
     import subprocess
 
     try:
-        done = subprocess.run(
-            [path, *arguments], capture_output=True, text=True, timeout=ASK_SECONDS, check=False, env=environment()
-        )
+        done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False, env=environment())
     except OSError as error:
         return f"{UNKNOWN} ({error.strerror})"
-    except subprocess.TimeoutExpired:
-        return f"{UNKNOWN} (no answer in {ASK_SECONDS} seconds)"
     return done.stdout.strip()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.code import CodeDigests
+from stagegraph.code import CodeDigests, PartCode
 from stagegraph.index import Index
 
 FILES = {
@@ -117,11 +117,58 @@ def test_a_package_without_init_is_followed(lib: Path) -> None:
     assert "lib.tools" in closure(lib, {})
 
 
-def test_the_else_of_a_type_checking_block_runs(lib: Path) -> None:
-    (lib / "late.py").write_text("if TYPE_CHECKING:\n    import lib.rows\nelse:\n    import lib.unused\n")
-    found = closure(lib, {})
-    assert "lib.unused" in found
-    assert "lib.rows" not in found
+def test_what_is_named_for_its_type_counts(lib: Path) -> None:
+    """Whoever names a type is handed objects of it, and calls them."""
+    (lib / "late.py").write_text("if TYPE_CHECKING:\n    import lib.row_a\nelse:\n    import lib.unused\n")
+    assert {"lib.unused", "lib.row_a"} <= set(closure(lib, {}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["lib.unused", "lib.unused:x", "lib.unused:x.y", "import sys; from lib.unused import x; x()", "-mlib.unused"],
+)
+def test_a_string_that_names_a_module_is_an_import(lib: Path, text: str) -> None:
+    (lib / "late.py").write_text(f"def run(): return [{text!r}]\n")
+    assert ("lib.unused" in closure(lib, {})) is not text.startswith("-m")
+    (lib / "late.py").write_text(f"ROWS = {{'row': [{text!r}]}}\n")
+    assert ("lib.unused" in closure(lib, {})) is not text.startswith("-m")
+
+
+def test_a_string_that_names_no_module_of_ours_is_none(lib: Path) -> None:
+    (lib / "late.py").write_text('def run(): return ["other.lib.unused", "zlib.unused", "lib.missing", "lib/unused"]\n')
+    assert {name.partition("/")[0] for name in closure(lib, {})} == {"lib", "lib.late", "lib.stage", "lib.tools"}
+
+
+def part_code(lib: Path, rows: dict[str, str]) -> PartCode:
+    index = Index(lib.parent / "index")
+    try:
+        return CodeDigests(index).part_code(["lib.late"], rows)
+    finally:
+        index.close()
+
+
+def test_what_makes_parts_is_what_their_module_reaches(lib: Path) -> None:
+    rows = {"lib.rows:ROWS": "a"}
+    before = part_code(lib, rows)
+    assert {Path(path).name for path in before.files} == {"__init__.py", "late.py", "row_a.py", "rows.py"}
+    (lib / "tools.py").write_text("def helper(): return 2\n")
+    assert part_code(lib, rows).digest == before.digest
+    (lib / "rows.py").write_text((lib / "rows.py").read_text().replace('"lib.row_a:run"', '"lib.row_a:walk"'))
+    assert part_code(lib, rows).digest == before.digest, "a row that the stage chose is for the part's document to tell"
+    (lib / "row_a.py").write_text("def run(): return 'c'\n")
+    edited = part_code(lib, rows)
+    assert edited.digest != before.digest
+    (lib / "rows.py").write_text((lib / "rows.py").read_text().replace('{"x": 1}', '{"x": 2}'))
+    assert part_code(lib, rows).digest != edited.digest, "a table that it did not choose from counts"
+
+
+def test_an_edit_under_way_is_noticed_by_what_makes_parts(lib: Path) -> None:
+    code = part_code(lib, {})
+    assert code.is_unchanged()
+    (lib / "late.py").write_text((lib / "late.py").read_text())
+    assert not code.is_unchanged()
+    (lib / "late.py").unlink()
+    assert not code.is_unchanged()
 
 
 def test_an_edit_under_way_is_noticed(lib: Path) -> None:

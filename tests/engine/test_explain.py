@@ -59,6 +59,8 @@ def test_a_row_of_a_table_and_a_module_no_longer_reached(demo: Demo) -> None:
     assert "fakes/shapes.py: SHAPES[line] changed" in said
     assert "fakes/line.py is gone" in said
     assert "fakes/column.py is new" in said
+    reasons = explained(demo, "shape[line]")["reasons"]
+    assert {"code fakes.line is gone", "code fakes.column is new"} <= set(reasons)
 
 
 def test_sources_by_file(demo: Demo) -> None:
@@ -70,7 +72,7 @@ def test_sources_by_file(demo: Demo) -> None:
         "a.txt changed (source text)",
         "b.txt is new (source text)",
     ]
-    assert found["reasons"] == ["text a.txt changed", "text b.txt changed"]
+    assert found["reasons"] == ["text a.txt changed", "text b.txt is new"]
 
 
 def test_an_input_is_followed_to_its_root(demo: Demo) -> None:

@@ -107,11 +107,14 @@ def test_kept_source_texts_and_logs_go_with_their_results(demo: Demo) -> None:
 def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo: Demo) -> None:
     demo.run()
     with Pipeline(demo.pipeline) as pipeline:
+        from stagegraph.code import PartCode
         from stagegraph.memo import Memo
+
+        memo = Memo(pipeline.workspace.store, {"tensor": PartCode("code", {})})
 
         file = demo.folder / "part"
         file.write_bytes(b"p" * 5000)
-        Memo(pipeline.workspace.store).remember("tensor", {"a": 1}, file)
+        memo.remember("tensor", {"a": 1}, file)
         pin = Pin(pipeline.workspace.root)
         beside = gc(demo, "--max-size", "1000B")
         pin.release()
@@ -119,7 +122,7 @@ def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo:
         assert gc(demo)["removed"] == []
         after = gc(demo, "--max-size", "1000B")
         assert [(item["kind"], item["what"]) for item in after["removed"]] == [("part", "tensor")]
-        assert Memo(pipeline.workspace.store).recall("tensor", {"a": 1}) is None
+        assert memo.recall("tensor", {"a": 1}) is None
     assert demo("fsck", str(demo.pipeline)).code == 0
 
 

@@ -19,7 +19,7 @@ from tests.engine.conftest import Demo
 HASHED = {"uses", "params", "needs"}  # by stage id, value, and the content of what is needed
 NOT_HASHED = {"name", "entry", "each", "places", "place", "need_places", "resources", "timeout"}
 STAGE_HASHED = {"id", "version", "inputs"}
-STAGE_NOT_HASHED = {"profile", "Params", "outputs"}  # Params by value; outputs and run by the code digest
+STAGE_NOT_HASHED = {"profile", "Params", "outputs", "parts"}  # Params by value; outputs and run by the code digest
 
 
 class Example(Stage):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry, store
-from stagegraph.digest import digest_file
+from stagegraph.code import PartCode
+from stagegraph.digest import digest_file, stat_id
 from stagegraph.index import Index
 from stagegraph.memo import Memo
 from stagegraph.store import Store
@@ -39,6 +40,7 @@ PARTS = '''
             text: Source = source("words", include=("*.txt",))
 
         outputs = {"out": Out("out", "a file for each word")}
+        parts = {"word": "fakes.parts"}
 
         def run(self, ctx: Context) -> None:
             (ctx.out / "out").mkdir()
@@ -58,6 +60,7 @@ PARTS = '''
                 assert ctx.remember("word", {"word": word}, target, letters=len(word)).path.read_text() == word
                 count(word)
 '''
+CODES = {"part": PartCode("code", {})}
 PIPELINE = """\
 version: 1
 name: demo
@@ -132,6 +135,91 @@ def test_a_part_that_is_not_intact_is_made_again(parts: Demo, how: str) -> None:
     assert parts("fsck", str(parts.pipeline)).code == 0
 
 
+def test_parts_are_good_for_the_code_that_made_them(parts: Demo) -> None:
+    assert counted(parts.run()) == {"made": 3, "reused": 0}
+    module = parts.package / "parts.py"
+    text = module.read_text()
+    module.write_text(
+        text.replace("target.write_text(word)", "target.write_text(word.upper())").replace(" == word", "")
+    )
+    assert counted(parts.run()) == {"made": 3, "reused": 0}
+    assert parts.path("parts", "out", "0.txt").read_text() == "SOME"
+    assert counted(parts.run("--force")) == {"made": 3, "reused": 0}
+    module.write_text(text)
+    parts.source.write_text("some more words")
+    assert counted(parts.run()) == {"made": 1, "reused": 2}
+    assert parts.path("parts", "out", "0.txt").read_text() == "some"
+
+
+def test_a_kind_that_no_module_is_declared_to_make_is_the_stages_bug(parts: Demo) -> None:
+    module = parts.package / "parts.py"
+    text = module.read_text()
+    module.write_text(text.replace('parts = {"word": "fakes.parts"}', "parts = {}"))
+    result = parts.run()
+    assert result.code == 1
+    assert "'word' is no kind of part that the stage declares (Stage.parts)" in result.json["nodes"][0]["problems"][0]
+
+
+def test_parts_are_made_by_a_module_of_the_stage(parts: Demo) -> None:
+    """An edit of any other would leave the node a hit."""
+    module = parts.package / "parts.py"
+    module.write_text(module.read_text().replace('"word": "fakes.parts"', '"word": "fakes." + "other"'))
+    result = parts("run", str(parts.pipeline))
+    assert result.code == 2
+    assert "stage 'parts': fakes.other makes its parts 'word', but it uses no such module" in result.err
+
+
+def test_what_is_not_deterministic_is_said_and_kept_apart(parts: Demo) -> None:
+    """A clock in a part: made again under its name, it differs, and another key still gets the first one."""
+    module = parts.package / "parts.py"
+    text = module.read_text().replace("target.write_text(word)", "target.write_text(f'{word} {time.time_ns()}')")
+    module.write_text(text.replace(" == word", ""))
+    parts.run()
+    first = parts.path("parts", "out", "0.txt").read_text()
+    node = parts.run("--force").json["nodes"][0]
+    assert node["reason"] == "forced; the result differs"
+    forced = parts.path("parts", "out", "0.txt").read_text()
+    assert forced != first
+    said = parts("show", "parts", str(parts.pipeline)).out
+    assert "made again, word 0.txt, word 1.txt, word 2.txt differ from what is kept" in said
+    assert "made again from the same key, the result differs: the stage is not deterministic" in said
+    parts.source.write_text("some more words")
+    assert counted(parts.run()) == {"made": 1, "reused": 2}
+    assert parts.path("parts", "out", "0.txt").read_text() == first
+    assert "not deterministic" not in parts("show", "parts", str(parts.pipeline)).out
+    assert parts("fsck", str(parts.pipeline)).code == 0
+
+
+def test_what_edited_code_made_is_kept_for_its_run_alone(tmp_path: Path) -> None:
+    """The code was edited after it was digested: nobody knows which of both was imported."""
+    source = tmp_path / "module.py"
+    source.write_text("x = 1")
+    index = Index(tmp_path / "index")
+    code = PartCode("code", {str(source): stat_id(source)})
+    memo = Memo(Store(tmp_path, index), {"part": code})
+    (tmp_path / "one").write_text("one")
+    memo.remember("part", {"n": 1}, tmp_path / "one")
+    source.write_text("x = 2")
+    (tmp_path / "two").write_text("two")
+    assert memo.remember("part", {"n": 2}, tmp_path / "two").path.read_text() == "two"
+    assert memo.recall("part", {"n": 1}) is not None
+    assert memo.recall("part", {"n": 2}) is None
+    index.close()
+
+
+def test_a_part_that_was_lost_may_be_made_otherwise(memo: Memo, tmp_path: Path) -> None:
+    for text in ("one", "two", "three"):
+        (tmp_path / text).write_text(text)
+        path = memo.remember("part", {"n": 1}, tmp_path / text).path
+        if text == "one":
+            path.unlink()
+    found = memo.recall("part", {"n": 1})
+    assert found is not None
+    assert found.path.read_text() == "two"
+    (said,) = memo.warnings()
+    assert said.startswith("made again, part three differ from what is kept for the same code and inputs")
+
+
 def test_fsck_names_a_lost_part(parts: Demo) -> None:
     parts.run()
     object_of(parts, "some").unlink()
@@ -143,7 +231,7 @@ def test_fsck_names_a_lost_part(parts: Demo) -> None:
 @pytest.fixture
 def memo(tmp_path: Path) -> Iterator[Memo]:
     index = Index(tmp_path / "index")
-    yield Memo(Store(tmp_path, index))
+    yield Memo(Store(tmp_path, index), CODES)
     index.close()
 
 
@@ -167,7 +255,7 @@ def test_several_parts_are_remembered_at_once(memo: Memo, tmp_path: Path) -> Non
         file.write_text(f"part {number}")
     parts = [({"n": number}, file, digest_file(file), {"is": number}) for number, file in enumerate(files)]
     memo.remember_all("part", parts)
-    elsewhere = Memo(Store(tmp_path, Index(tmp_path / "index")))
+    elsewhere = Memo(Store(tmp_path, Index(tmp_path / "index")), CODES)
     for number in range(3):
         found = elsewhere.recall("part", {"n": number})
         assert found is not None

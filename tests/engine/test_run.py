@@ -6,6 +6,8 @@ import json
 import os
 import time
 
+import pytest
+
 from tests.engine.conftest import Demo
 
 ALL = ["join", "read", "shape[column]", "shape[line]"]
@@ -69,6 +71,18 @@ def test_comments_docstrings_and_unhashed_parameters_move_nothing(demo: Demo) ->
     )
     demo.run()
     assert demo.counts == []
+
+
+def test_an_edit_that_python_takes_for_none_is_run(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytecode is taken for that of a source of the same size and second; whatever keeps times can make one."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    demo.run()
+    path = demo.package / "line.py"
+    was = path.stat()
+    demo.edit("line", '" ".join', '"-".join')
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    demo.run()
+    assert demo.path("shape[line]", "laid", "deep", "text").read_text() == "some-words-here"
 
 
 def test_a_row_of_a_table_concerns_only_the_nodes_that_use_it(demo: Demo) -> None:

@@ -202,13 +202,6 @@ def test_another_processor_or_level_is_other_code(tmp_path, graphs, memo):
         assert {"divide", "softmax"} < set(found)
 
 
-def test_edited_code_of_the_compiler_compiles_anew(tmp_path, graphs, memo, monkeypatch):
-    edited = {**kernels.code_digests(), "cuda.py": "edited"}
-    assert edited.keys() == {"kernels.py", "cuda.py", "nvrtc.py"}
-    monkeypatch.setattr(kernels, "code_digests", lambda: edited)
-    assert {"divide", "softmax"} < set(compiled(tmp_path, softmax_of(graphs(LLAMA)), memo))
-
-
 def test_a_kept_kernel_is_read_as_it_was_written(tmp_path):
     for number, code in enumerate((kernels.Code(b"object"), kernels.Code(b"object", b"device", b"launch"))):
         files = [tmp_path / f"{number}{copy}" for copy in "ab"]

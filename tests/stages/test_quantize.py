@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from stagegraph.code import PartCode
 from stagegraph.memo import Memo
 from stagegraph.stage import Source, SourceFiles, StageError
 from stages.config_parse import ConfigParse
@@ -388,7 +389,7 @@ def quantize_alone(work: Path, params: Path, tensors: Path, threads: int) -> Non
     out.mkdir()
     source = SourceFiles(work / "checkpoint", {file: work / "checkpoint" / file}, {})
     stage_params = Quantize.Params(Source(work / "checkpoint"), "q4f16_1", "llvm", threads=threads)
-    memo = Memo.open(work, fresh=False)
+    memo = Memo.open(work, dict.fromkeys(Quantize.parts, PartCode("of this test", {})), fresh=False)
     inputs = {"params": params, "tensors": tensors}
     Quantize().run(LocalContext(stage_params, out, inputs, {"checkpoint": source}, memo))
 

@@ -150,15 +150,14 @@ def test_a_damaged_memory_is_ignored(machine, tmp_path, memory):
     assert toolchain.cxx().version == "clang++ 19.1"
 
 
-def test_a_compiler_that_does_not_answer_is_asked_again(machine, monkeypatch):
+def test_a_compiler_that_does_not_answer_is_asked_again(machine):
     path = machine("g++", "13.9.0")
     answering = path.read_text()
-    path.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
-    monkeypatch.setattr(toolchain, "ASK_SECONDS", 0.1)
-    assert toolchain.cxx().version == "g++ unknown (no answer in 0.1 seconds)"
+    path.write_text("#!/missing/sh\n")
+    assert toolchain.cxx().version == "g++ unknown (No such file or directory)"
     path.write_text(answering)
-    monkeypatch.undo()
     toolchain.cxx.cache_clear()
+    assert toolchain.cxx().version == "g++ 13.9.0"
 
 
 @pytest.mark.parametrize("value", ["g++ -O0", "/missing/g++", "nvcc"])
