@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from stagegraph.history import PastRun
     from stagegraph.lineage import Lineage
     from stagegraph.outcome import Outcome, Reporter
+    from stagegraph.reproduce import Reproduction
 
 
 class Selection(NamedTuple):
@@ -224,6 +225,13 @@ class Pipeline:
                 entry = journal_entry(self.name, run, started, command, interrupted=not ended)
                 self.workspace.journal.append(entry)
         return Run(tuple(scheduler.outcomes[node] for node in selection.nodes), run.seconds)
+
+    def reproduce(self, selection: Selection, *, jobs: int = 0, reporter: Reporter | None = None) -> Reproduction:
+        """Make what a run has brought up to date again, from nothing and elsewhere, and return what differs."""
+        from stagegraph.outcome import Reporter as Silent
+        from stagegraph.reproduce import reproduce
+
+        return reproduce(self, selection.nodes, jobs=jobs, reporter=reporter or Silent())
 
     def _refuse_others(self, selection: Selection) -> None:
         """Under ``only`` every node that is needed but not chosen must be up to date."""

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 RECORD_SCHEMA = 1
-TOLD = frozenset(
-    {"views", "facts", "warnings", "summary", "parts", "part_codes", "cpu_seconds", "peak_bytes"}
-)  # by the worker
+TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
 
@@ -33,6 +31,7 @@ def new_record(
         "started": started,
         "seconds": round(seconds, 3),
         "host": os.uname().nodename,
+        "part_codes": event["part_codes"],  # which records of earlier versions lack
     } | {name: event[name] for name in TOLD}
 
 

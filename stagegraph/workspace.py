@@ -196,13 +196,20 @@ class Workspace:
     @contextlib.contextmanager
     def checkout(self, files: Mapping[str, tuple[str, int]]) -> Iterator[Path]:
         """Show stored files, name -> (digest, size), in a directory of their own meanwhile."""
-        name = f"checkout-{os.getpid()}"
+        with self.scratch("checkout") as target:
+            for file, (digest, _) in files.items():
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                self.store.place(digest, target / file)
+            yield target
+
+    @contextlib.contextmanager
+    def scratch(self, purpose: str) -> Iterator[Path]:
+        """Lend an empty directory meanwhile, which no sweep of another run takes for one left behind."""
+        name = f"{purpose}-{os.getpid()}"
         target = self.work / name
         with self._locked(name, wait=True):
             try:
-                for file, (digest, _) in files.items():
-                    (target / file).parent.mkdir(parents=True, exist_ok=True)
-                    self.store.place(digest, target / file)
+                target.mkdir(parents=True)
                 yield target
             finally:
                 remove_tree(target)

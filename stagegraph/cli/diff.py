@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"differences": [each.document() for each in found]})
     else:
-        page("\n\n".join("\n".join(_lines(each)) for each in found))
+        page("\n\n".join("\n".join(difference_lines(each)) for each in found))
     return 0
 
 
@@ -76,12 +76,13 @@ def _print_sets(found: Sets, args: argparse.Namespace) -> int:
     sides = ((found.a, found.only_a), (found.b, found.only_b))
     lines = [f"only in {side}: {', '.join(nodes)}" for side, nodes in sides if nodes]
     for each in found.differing:
-        lines += [*_lines(each), ""]
+        lines += [*difference_lines(each), ""]
     page("\n".join([*lines, f"{len(found.differing)} differ, {found.same} are the same"]))
     return 0
 
 
-def _lines(found: Difference) -> Iterator[str]:
+def difference_lines(found: Difference) -> Iterator[str]:
+    """Yield how two results differ, a line for each difference that fits one."""
     same = "the outputs are identical" if found.same else "the outputs differ"
     yield f"{found.a} -> {found.b}: {same}"
     width = terminal_width()

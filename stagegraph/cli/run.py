@@ -18,6 +18,7 @@ from stagegraph.record import parts_text, record_size
 if TYPE_CHECKING:
     from stagegraph.api import Run, Selection
     from stagegraph.outcome import Outcome
+    from stagegraph.reproduce import Reproduction
 
 EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"
 
@@ -29,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", action="store_true", help="nothing else; refuse if what they need is not there")
     add("--force", action="store_true", help="even hits; says whether the result is identical")
+    add(
+        "--check-reproducible",
+        action="store_true",
+        help="build all of it a second time, from nothing; name what differs",
+    )
     add("--dry-run", action="store_true", help="say what would run, why and for how long, and run nothing")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
@@ -43,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise PlanError(f"-j {args.jobs}: the number of jobs must be at least 1")
     if args.retries < 0:
         raise PlanError(f"--retries {args.retries}: the number of retries must be at least 0")
+    if args.dry_run and args.check_reproducible:
+        raise PlanError("--check-reproducible builds everything twice, --dry-run nothing: use one of them")
     if args.only and not (args.stage or args.start or args.until):
         raise PlanError("--only needs a selection: add --stage NAME, --from NAME or --until NAME")
     with Pipeline(args.file, args.overrides) as pipeline:
@@ -50,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             return _dry_run(pipeline, selection, args)
         done = _execute(pipeline, selection, args)
+        again = _build_again(pipeline, selection, args) if done.ok and args.check_reproducible else None
         if args.json:
             from stagegraph.history import outcome_document
 
@@ -60,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
                     "seconds": done.seconds,
                     "damaged": pipeline.workspace.store.damaged,
                     "nodes": [outcome_document(o) for o in done.outcomes],
+                    **({"reproduction": again.document()} if again else {}),
                 }
             )
         else:
@@ -68,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
             for outcome in done.outcomes:
                 if outcome.outcome == FAILED:
                     _print_failure(outcome)
+            if again:
+                _print_reproduction(again)
         if not done.ok:
             _print_resume(done, args)
-    return EXIT_OK if done.ok else EXIT_NODE_FAILED
+    return EXIT_OK if done.ok and (again is None or again.ok) else EXIT_NODE_FAILED
 
 
 def _dry_run(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> int:
@@ -96,6 +108,27 @@ def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
             reporter=reporter,
             command=_arguments(args),
         )
+
+
+def _build_again(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> Reproduction:
+    with reporter_for(len(selection.nodes)) if not args.quiet else Quiet() as reporter:
+        return pipeline.reproduce(selection, jobs=args.jobs or 0, reporter=reporter)
+
+
+def _print_reproduction(again: Reproduction) -> None:
+    from stagegraph.cli.diff import difference_lines
+
+    for difference in again.differing:
+        print("\n".join(["", *difference_lines(difference)]))
+    for outcome in again.failed:
+        problems = outcome.problems or (outcome.reason,)
+        print(f"error: {outcome.node.name}: built once, and not again: {'; '.join(problems)}", file=sys.stderr)
+    counts = (
+        (again.same, "the same, byte for byte"),
+        (len(again.differing), "different"),
+        (len(again.failed), "failed"),
+    )
+    print("\nbuilt again from nothing: " + ", ".join(f"{count} {how}" for count, how in counts if count))
 
 
 def _print(pipeline: Pipeline, done: Run) -> None:
