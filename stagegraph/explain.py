@@ -143,8 +143,8 @@ class _Teller:
     def _part_codes(self) -> dict[str, PartCode]:
         """Return what made the parts that the last results of this pipeline's nodes memoised, by their kind."""
         nodes = (self._workspace.last_record(self._pipeline.name, node.name) for node in self._pipeline.dag.nodes)
-        found = (record.get("part_codes", {}) for record in nodes if record)
-        return {kind: PartCode(digest, {}) for codes in found for kind, digest in codes.items()}
+        found = (record.get("parts", {}) for record in nodes if record)
+        return {kind: PartCode(part["code"], {}) for parts in found for kind, part in parts.items() if "code" in part}
 
     # -- code --------------------------------------------------------------------------------------------------------
 

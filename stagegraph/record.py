@@ -31,7 +31,6 @@ def new_record(
         "started": started,
         "seconds": round(seconds, 3),
         "host": os.uname().nodename,
-        "part_codes": event["part_codes"],  # which records of earlier versions lack
     } | {name: event[name] for name in TOLD}
 
 

@@ -51,8 +51,7 @@ class WorkerContext(Context):
         self._fresh: bool = request["fresh"]
         self._opening = Lock()
         self._memo: Memo | None = None
-        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "damaged": []}
-        self.found |= {"parts": {}, "part_codes": {}}
+        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "parts": {}, "damaged": []}
 
     def input(self, port: str) -> Path:
         ((_, path),) = self._inputs[port]
@@ -89,8 +88,9 @@ class WorkerContext(Context):
         """Sync what was memoised and count it; return the parts' (device, inode) -> digest."""
         if self._memo is None:
             return {}
-        self.found["parts"] = {kind: dict(counts) for kind, counts in sorted(self._memo.counts.items())}
-        self.found["part_codes"] = {kind: self._parts[kind].digest for kind in self.found["parts"]}
+        self.found["parts"] = {
+            kind: {**counts, "code": self._parts[kind].digest} for kind, counts in sorted(self._memo.counts.items())
+        }
         self.found["damaged"] = self._memo.damaged
         self.found["warnings"] += self._memo.warnings()
         return self._memo.settle()

@@ -28,8 +28,8 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         dest="overrides",
-        metavar="vars.NAME=VALUE",
-        help="override a variable for this command",
+        metavar="VAR=VALUE",
+        help="override a variable for this command, as vars.NAME=VALUE",
     )
 
 

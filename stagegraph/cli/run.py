@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--check-reproducible",
         action="store_true",
-        help="build all of it a second time, from nothing; name what differs",
+        help="build it a second time, from nothing; say what differs",
     )
     add("--dry-run", action="store_true", help="say what would run, why and for how long, and run nothing")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")

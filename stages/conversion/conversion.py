@@ -19,14 +19,9 @@ from stages.conversion import kernels
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory
 from stages.models import transforms
-<<<<<<< HEAD
 from stages.models.weights import NUMPY_DTYPES, Weights, as_dtype, working_dtype
 from stages.quantization.blocks import UnfitError
-from stages.quantization.convert import ALGORITHM, convert, kernel_names
-=======
-from stages.models.weights import NUMPY_DTYPES, Weights
 from stages.quantization.convert import convert, kernel_names
->>>>>>> f2299e1 (Keep parts by the code that made them, found by the engine: an edited rounding no longer answers with old weights)
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
 if TYPE_CHECKING:

@@ -78,7 +78,9 @@ def parts(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Demo:
 
 
 def counted(result) -> dict[str, int]:
-    return result.json["nodes"][0]["parts"]["word"]
+    counts = result.json["nodes"][0]["parts"]["word"]
+    assert len(counts.pop("code")) == 64
+    return counts
 
 
 def object_of(demo: Demo, text: str) -> Path:

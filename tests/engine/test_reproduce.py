@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.engine.conftest import Demo
+from tests.output_schema import validate
 
 CHECK = "--check-reproducible"
 
@@ -41,7 +40,8 @@ def test_what_is_not_is_named_with_what_was_made_of_it(demo: Demo, module: str, 
     before = outputs(demo)
     result = demo("run", str(demo.pipeline), CHECK, "--json")
     assert result.code == 1
-    found = json.loads(result.out)["reproduction"]
+    validate(result.json, "run")
+    found = result.json["reproduction"]
     assert found["same"] == 2
     assert [each["a"] for each in found["differing"]] == ["read", "join"]
     rows = [[(row["kind"], row["what"]) for row in each["rows"]] for each in found["differing"]]
