@@ -133,7 +133,7 @@ class Verify(Stage):
             scales=quantized["scales"],
         )
         try:
-            findings = verify(case, lambda done, total: ctx.progress(done, total, "checks"))
+            findings = verify(case, ctx.progress)
         except (BundleError, RecordingError, ConfigError, LiveError) as error:
             raise StageError(*error.problems) from None
         except RequestError as error:

@@ -11,6 +11,7 @@ from tvm import relax as rx
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
 from stages.lowering.cpu_norm import cpu_norm
+from stages.lowering.cpu_softmax import cpu_softmax
 from stages.lowering.cuda_graph import capture_cuda_graphs
 from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
@@ -36,7 +37,7 @@ def phases(
     passes = rx.transform
     return {
         "graph": [
-            *([cpu_linear(features, activations), cpu_norm, cpu_gate] if row.kind == "llvm" else []),
+            *([cpu_linear(features, activations), cpu_norm, cpu_gate, cpu_softmax] if row.kind == "llvm" else []),
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.verification.tolerances import softmax_bound
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from stages.runtime.session import Session
     from stages.runtime.tokenizer import BundleTokenizer
@@ -57,24 +59,23 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> float:
 def compare(name: str, found: np.ndarray, wanted: np.ndarray, bound: float) -> Check:
     """Return the check that :func:`difference` is at most ``bound``."""
     measured = difference(found, wanted)
-    return Check(name, measured <= bound, f"{measured:.2e}, at most {bound:.0e}", measured, bound)
+    return Check(name, measured <= bound, f"{measured:.2e}, at most {bound:.1e}", measured, bound)
 
 
 def decode_all(session: Session, tokens: Sequence[int]) -> np.ndarray:
     """Return the logits [n, V] after each of ``tokens``, read one at a time."""
-    sequence = session.add()
-    rows = [session.prefill(sequence, tokens[:1])]
-    rows += [session.decode(sequence, token) for token in tokens[1:]]
-    session.remove(sequence)
-    return np.stack(rows)
+    return read_along(session, tokens[:1], tokens[1:])
 
 
-def logits(session: Session, tokens: Sequence[int], prompt: int, wanted: np.ndarray, bound: float) -> list[Check]:
+def logits(
+    session: Session, tokens: Sequence[int], prompt: int, decoded: np.ndarray, wanted: np.ndarray, bound: float
+) -> list[Check]:
     """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V].
 
-    A ``prompt`` of fewer than :data:`SHORTEST` tokens is read by prefill and decode alone.
+    ``decoded`` are the rows after the ``prompt`` and after each token decoded behind it. A ``prompt`` of fewer than
+    :data:`SHORTEST` tokens is read in no other way.
     """
-    found = [("prefill, then decode", _prefill_decode(session, tokens, prompt), wanted[prompt - 1 :])]
+    found = [("prefill, then decode", decoded, wanted[prompt - 1 : prompt - 1 + len(decoded)])]
     if prompt >= SHORTEST:
         found += [
             ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
@@ -85,14 +86,6 @@ def logits(session: Session, tokens: Sequence[int], prompt: int, wanted: np.ndar
         rows = [first - 1, second - 1, first, second]
         found.append(("two sequences at once", _batched(session, tokens, first, second), wanted[rows]))
     return [compare(name, have, want, bound) for name, have, want in found]
-
-
-def _prefill_decode(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
-    sequence = session.add()
-    rows = [session.prefill(sequence, tokens[:prompt])]
-    rows += [session.decode(sequence, token) for token in tokens[prompt:]]
-    session.remove(sequence)
-    return np.stack(rows)
 
 
 def _chunked(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
@@ -126,30 +119,48 @@ def _batched(session: Session, tokens: Sequence[int], first: int, second: int) -
     return np.concatenate([read, decoded])
 
 
-def greedy(session: Session, tokenizer: BundleTokenizer, wanted: Continuation, bound: float, *, exact: bool) -> Check:
-    """Continue a prompt greedily; the ids and the text must be those of ``wanted``.
+def read_greedily(
+    session: Session, prompt: Sequence[int], length: int, active: int, stop: Collection[int] = ()
+) -> tuple[list[int], np.ndarray]:
+    """Return at most ``length`` ids that the bundle continues ``prompt`` with, and the logits [n, V] each was picked
+    from. Picked are ids below ``active``; one of ``stop`` is the last.
+    """
+    sequence = session.add()
+    rows, ids = [session.prefill(sequence, prompt)], []
+    while True:
+        ids.append(int(rows[-1][:active].argmax()))
+        if len(ids) == length or ids[-1] in stop:
+            break
+        rows.append(session.decode(sequence, ids[-1]))
+    session.remove(sequence)
+    return ids, np.stack(rows)
+
+
+def read_along(session: Session, prompt: Sequence[int], then: Sequence[int]) -> np.ndarray:
+    """Return the logits [1 + n, V] after ``prompt``, and after each of the n ids ``then`` decoded behind it."""
+    sequence = session.add()
+    rows = [session.prefill(sequence, prompt), *(session.decode(sequence, token) for token in then)]
+    session.remove(sequence)
+    return np.stack(rows)
+
+
+def greedy(tokenizer: BundleTokenizer, rows: np.ndarray, wanted: Continuation, bound: float, *, exact: bool) -> Check:
+    """Of ``rows`` [n, V], the bundle's logits before each of the ids of ``wanted``, those ids must be the greedy picks,
+    and read as the text of ``wanted``.
 
     Without ``exact``, where the bundle's two candidates are within twice the tolerance of each other, either is right
     and the comparison ends there.
     """
     name = f"{TEXT} {wanted.prompt[-24:]!r}{wanted.note}"
-    sequence = session.add()
-    logits = session.prefill(sequence, wanted.prompt_ids)
-    active = min(tokenizer.active_vocab_size, session.vocab_size)
-    ended = ""
-    for position, token in enumerate(wanted.ids):
+    active = min(tokenizer.active_vocab_size, rows.shape[-1])
+    for position, (logits, token) in enumerate(zip(rows, wanted.ids, strict=True)):
         picked = int(logits[:active].argmax())
         if picked != token:
             margin = float((logits[picked] - logits[token]) / np.abs(logits).max())
             ended = f"id {picked} and not {token} at position {position}, ahead by {margin:.1e} of the largest logit"
             tie = not exact and margin <= 2 * bound
-            break
-        if position + 1 < len(wanted.ids):
-            logits = session.decode(sequence, token)
-    session.remove(sequence)
-    if ended:
-        return Check(name, tie, f"a tie: {ended}" if tie else ended)
-    text = tokenizer.decode(wanted.ids)
+            return Check(name, tie, f"a tie: {ended}" if tie else ended)
+    text = tokenizer.decode([token for token in wanted.ids if token not in tokenizer.stop])
     if text != wanted.text:
         return Check(name, ok=False, detail=f"equal ids, but they read {text!r} and not {wanted.text!r}")
     return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, reads {text[:60]!r}")
@@ -168,10 +179,22 @@ def softmax(session: Session, rows: np.ndarray) -> Check:
     """``softmax_with_temperature`` against numpy in float64, with a temperature of its own for each row."""
     rows = rows[: min(len(rows), session.max_batch)]
     temperature = np.linspace(0.7, 1.3, len(rows)).astype(np.float32)
-    scaled = rows.astype(np.float64) / temperature[:, None]
+    return probabilities(session.softmax(rows, temperature), rows, temperature)
+
+
+def probabilities(found: np.ndarray, logits: np.ndarray, temperature: np.ndarray) -> Check:
+    """Each of ``found`` float32 [n, V] is the probability of its own logit at its row's ``temperature`` [n], within
+    :func:`~stages.verification.tolerances.softmax_bound` of that probability itself, the smallest included.
+    """
+    scaled = logits.astype(np.float64) / temperature[:, None]
     weights = np.exp(scaled - scaled.max(-1, keepdims=True))
     wanted = weights / weights.sum(-1, keepdims=True)
-    return compare("softmax_with_temperature", session.softmax(rows, temperature), wanted, 1e-4)
+    bound = softmax_bound(logits.shape[-1], float(np.abs(scaled).max()))
+    smallest = np.finfo(np.float32).tiny  # below it a float32 loses digits, or is zero
+    away = np.maximum(np.abs(found - wanted) - smallest, 0) / np.maximum(wanted, smallest)
+    measured = float(away.max()) if np.isfinite(away).all() else math.inf
+    detail = f"{measured:.1e} of a probability, at most {bound:.1e}"
+    return Check("softmax_with_temperature", measured <= bound, detail, measured, bound)
 
 
 def round_trip(tokenizer: BundleTokenizer, texts: Iterable[str]) -> Check:
@@ -207,9 +230,9 @@ def perplexity(rows: np.ndarray, wanted: np.ndarray, tokens: Sequence[int], boun
     return Check("perplexity of the prompt", more <= bound, detail, more, bound)
 
 
-def losses(session: Session, ids: Sequence[int], active_vocab_size: int) -> tuple[float, float]:
-    """Return the mean loss of ``ids``, and that of ``ids`` under one fixed permutation of the vocabulary."""
+def disorder_loss(session: Session, ids: Sequence[int], active_vocab_size: int) -> float:
+    """Return the mean loss of ``ids`` under one fixed permutation of the vocabulary."""
     size = min(active_vocab_size, session.vocab_size)
     table = np.random.default_rng(22).permutation(size)
     disorder = [int(table[token]) for token in ids]
-    return mean_loss(decode_all(session, ids), ids), mean_loss(decode_all(session, disorder), disorder)
+    return mean_loss(decode_all(session, disorder), disorder)

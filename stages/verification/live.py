@@ -21,11 +21,11 @@ import numpy as np
 from stages.models import load_family
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
-from stages.verification import weights
-from stages.verification.reference import Continuation, Reference
+from stages.verification import rounding, weights
+from stages.verification.checks import difference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 
 class LiveError(RuntimeError):
@@ -40,73 +40,108 @@ class LiveError(RuntimeError):
 class Request:
     """What to compute.
 
-    ``bundle``, ``params`` and ``config`` are where the weights and their description are. ``prompt`` is continued
-    greedily by ``steps`` ids; each of ``prompts`` (text -> ids) by up to ``length`` ids, until one of ``stop``. Ids
-    from ``active_vocab_size`` on are never picked.
+    ``bundle``, ``params`` and ``config`` are where the weights and their description are. The logits after each of
+    ``tokens`` are wanted, and how far the roundings of ``arithmetic`` move them (see
+    :mod:`stages.verification.rounding`). Each of ``continued`` is a prompt and a continuation, as ids: wanted is the id
+    that the reference picks greedily in place of each of the continuation's, among those below ``active_vocab_size``.
     """
 
     bundle: Path
     params: Path
     config: Path
-    prompt: Sequence[int]
-    steps: int
-    prompts: Mapping[str, Sequence[int]]
-    length: int
+    tokens: Sequence[int]
+    arithmetic: str
+    continued: Sequence[tuple[Sequence[int], Sequence[int]]]
     active_vocab_size: int
-    stop: Collection[int]
 
 
-def reference(request: Request, prompt: str, decode: Callable[[Sequence[int]], str]) -> Reference:
-    """Compute ``request`` in a process of its own; ``decode`` makes text of ids. :class:`LiveError` if that fails."""
-    with tempfile.TemporaryDirectory() as folder:
+@dataclass(frozen=True)
+class Answer:
+    """What the reference gives for a :class:`Request`.
+
+    ``logits`` float32 [n, V], of which row i follows ``tokens[: i + 1]``; ``spread``: how far rounding moved them, as
+    :func:`~stages.verification.checks.difference`; ``picks``: for each continuation as many ids as it has.
+    """
+
+    origin: str
+    logits: np.ndarray
+    spread: float
+    picks: Sequence[Sequence[int]]
+
+
+def answer(request: Request, progress: Callable[[int, int, str], None]) -> Answer:
+    """Compute ``request`` in a process of its own; :class:`LiveError` if that fails."""
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+", errors="replace") as errors:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.npz"
         asked.write_text(json.dumps(asdict(request), default=str), "utf-8")
         # An empty entry would be the working directory, which -P keeps out: nothing that lies there may be imported.
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         path = os.pathsep.join([str(Path(__file__).parents[2]), *inherited])
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, "-P", "-m", "stages.verification.live", asked, answered],
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
             text=True,
             errors="replace",
-            check=False,
-        )
-        if done.returncode:
-            how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-            last = "\n".join(done.stderr.strip().splitlines()[-3:])
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                _pass_on(line, progress)
+        if process.returncode:
+            code = process.returncode
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            errors.seek(0)
+            last = "\n".join(errors.read().strip().splitlines()[-3:])
             raise LiveError(
                 f"the live reference ended with {how}: {last}; set reference to recorded or none to go without it"
             )
         with np.load(answered) as result:
-            tokens, logits = result["tokens"].tolist(), result["logits"]
-            continued = [result[f"continuation_{i}"].tolist() for i in range(len(request.prompts))]
+            picks = [result[f"picks_{i}"].tolist() for i in range(len(request.continued))]
             origin = f"{result['origin']} in float32 on the bundle's own weights"
-    continuations = [
-        Continuation(text, prompt_ids, ids, decode(ids))
-        for (text, prompt_ids), ids in zip(request.prompts.items(), continued, strict=True)
-    ]
-    return Reference(origin, prompt, len(request.prompt), tokens, logits, continuations)
+            return Answer(origin, result["logits"], float(result["spread"]), picks)
 
 
-def compute(request: Request) -> dict[str, Any]:
-    """Return ``origin``, ``tokens`` [n], ``logits`` float32 [n, V] and ``continuation_0`` ... of ``request``."""
+_PROGRESS = "progress"  # how a line of the other process begins that says how far it is
+
+
+def _pass_on(line: str, progress: Callable[[int, int, str], None]) -> None:
+    word, *rest = line.rstrip("\n").split(" ", 3)
+    if word == _PROGRESS and len(rest) == 3:
+        progress(int(rest[0]), int(rest[1]), rest[2])
+
+
+def _say(done: int, total: int, unit: str) -> None:
+    print(_PROGRESS, done, total, unit, flush=True)
+
+
+def compute(request: Request, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict[str, Any]:
+    """Return the fields of :class:`Answer` for ``request``, each of ``picks`` as ``picks_0`` and so on."""
     import torch
     import transformers
 
-    model = _model(request)
-    tokens = [*request.prompt, *_greedy(model, request.prompt, request.steps, request.active_vocab_size, ())]
-    with torch.inference_mode():
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+    model = load(request, progress)
+    passes = 2 + len(request.continued)
+
+    def forward(ids: Sequence[int], number: int) -> np.ndarray:
+        with torch.inference_mode():
+            logits: np.ndarray = model(torch.tensor([[*ids]]), use_cache=False).logits[0].float().numpy()
+        progress(number, passes, "passes of the reference")
+        return logits
+
+    logits = forward(request.tokens, 1)
+    with rounding.rounded(model, request.arithmetic):
+        spread = difference(forward(request.tokens, 2), logits)
     origin = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    result: dict[str, Any] = {"origin": origin, "tokens": np.array(tokens, np.int64), "logits": logits}
-    for i, prompt in enumerate(request.prompts.values()):
-        ids = _greedy(model, prompt, request.length, request.active_vocab_size, request.stop)
-        result[f"continuation_{i}"] = np.array(ids, np.int64)
+    result: dict[str, Any] = {"origin": origin, "logits": logits, "spread": spread}
+    for i, (prompt, ids) in enumerate(request.continued):
+        rows = forward([*prompt, *ids[:-1]], 3 + i)[len(prompt) - 1 :, : request.active_vocab_size]
+        result[f"picks_{i}"] = rows.argmax(-1)
     return result
 
 
-def _model(request: Request) -> Any:
+def load(request: Request, progress: Callable[[int, int, str], None] = lambda *_: None) -> Any:
+    """Return transformers' model in float32 with the weights that the bundle holds, dequantized."""
     import torch
     import transformers
 
@@ -114,8 +149,10 @@ def _model(request: Request) -> Any:
     described = json.loads(Path(request.config).read_text("utf-8"))
     records = tensor_cache.records(Path(request.bundle))
     tensors: dict[str, np.ndarray] = {}
-    for tensor in weights.held(registry, records, SCHEMES[registry["scheme"]]):
+    total = sum(len(entry["sources"]) for entry in registry["logical"])
+    for done, tensor in enumerate(weights.held(registry, records, SCHEMES[registry["scheme"]]), start=1):
         tensors[tensor.name] = tensor.values()
+        progress(done, total, "tensors of the reference")
     family = load_family(described["family"])
     name, keywords, state = family.to_reference(family.config(**described["config"]), tensors)
     cls = getattr(transformers, name)
@@ -145,27 +182,10 @@ def _parameters_without_memory() -> Iterator[None]:
         module_class.register_parameter = register
 
 
-def _greedy(model: Any, prompt: Sequence[int], length: int, active: int, stop: Collection[int]) -> list[int]:
-    import torch
-
-    ids: list[int] = []
-    cache, feed = None, list(prompt)
-    argument = "state" if model.config.model_type == "rwkv" else "past_key_values"
-    with torch.inference_mode():
-        while len(ids) < length:
-            output = model(torch.tensor([feed]), use_cache=True, **{argument: cache})
-            token = int(output.logits[0, -1, :active].argmax())
-            if token in stop:
-                break
-            ids.append(token)
-            cache, feed = output[argument], [token]
-    return ids
-
-
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
     request = Request(**json.loads(Path(request_path).read_text("utf-8")))
-    np.savez(result_path, **compute(request))
+    np.savez(result_path, **compute(request, _say))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,18 @@
-"""How far a bundle's logits may be from the reference's, by scheme: data, with the reason."""
+"""How far from the reference is still right: what each bound follows from."""
 
 from __future__ import annotations
 
-# max |difference| over max |reference logit| of one step. The reference computes in float32 from the very weights that
-# the bundle holds, dequantized, so that quantization itself is no part of the difference.
+import math
+
+_UNIT = 2.0**-24  # the largest relative error of one float32 rounding
+
+# How many times further than its rounding alone moves the reference (stages.verification.rounding) a bundle may be from
+# it. Measured on right bundles, as a share of that movement: see docs/verification.md.
+SPREADS = {"float32": 24.0, "float16": 8.0, "bfloat16": 8.0, "int8": 4.0}
+
+# max |difference| over max |reference logit| of one step for a recorded reference, by the scheme: a recording has no
+# model whose rounding could be measured. The reference computes in float32 from the very weights that the bundle holds,
+# dequantized, so that quantization itself is no part of the difference.
 TOLERANCES: dict[str, float] = {
     # float32 throughout: only the order of additions differs, about 1e-6 in practice
     "q0f32": 1e-3,
@@ -22,8 +31,8 @@ TOLERANCES: dict[str, float] = {
     "e4m3_f16": 2e-2,
 }
 
-# Where the library quantizes activations to eight bits as well, which the reference does not. Measured: 1e-2 to 2e-2 on
-# random weights, which spread every error over all logits.
+# Where the library quantizes activations to eight bits as well, which a recorded reference does not. Measured: 1e-2 to
+# 2e-2 on random weights, which spread every error over all logits.
 INT8_ACTIVATIONS = 5e-2
 
 # How much the perplexity of the reference's prompt may exceed the reference's, as a share of it. Measured: int8
@@ -35,3 +44,25 @@ PERPLEXITY = 0.02
 # with ids permuted or shifted 0.93 to 1.04. Random weights are at 1. A wrong split pattern is
 # not seen here (0.24, 0.33): the comparison of ids finds that.
 LOSS_RATIO = 0.8
+
+
+def softmax_bound(entries: int, largest: float) -> float:
+    """Return by how much of itself a float32 probability may be off, of ``entries`` whose scaled logits are at most
+    ``largest`` in magnitude.
+
+    An exponent is a quotient less the maximum: roundings of values of up to twice ``largest``, and what an
+    exponent is off by is what its exponential is off by, of itself. The exponential and the division add a few units.
+    The sum of n positive terms is off by a unit for each addition that a term goes through: 2 sqrt(n) where sums of
+    sqrt(n) terms are added up in turn, which is what docs/abi.md promises; one long sum would lose the small terms.
+    """
+    return _UNIT * (8 * largest + 2 * math.sqrt(entries) + 16)
+
+
+def spread_bound(arithmetic: str, spread: float) -> float:
+    """Return how far logits may be from a live reference that rounding moves by ``spread``, in two digits, upwards.
+
+    No less than a few float32 roundings of the logits themselves.
+    """
+    bound = max(SPREADS[arithmetic] * spread, 16 * _UNIT)
+    digit = 10.0 ** (math.floor(math.log10(bound)) - 1)
+    return math.ceil(bound / digit) * digit

@@ -14,7 +14,7 @@ from stages.quantization.blocks import row_blocks
 from stages.quantization.convert import restored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stages.quantization.schemes import Scheme
     from stages.runtime.tensor_cache import Record
@@ -106,15 +106,17 @@ def differences(
     scheme: Scheme,
     checkpoint: Mapping[str, np.ndarray] | Any,
     scales: str = "max",
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Return every tensor whose held values are further from the checkpoint's than its storage explains.
 
     Unquantized parameters must be the checkpoint's values cast to the storage dtype, bit for bit. A quantized value may
     be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing. Of
-    ``scales`` that were searched (mse), a value may also be what the smallest scale tried cuts off.
+    ``scales`` that were searched (mse), a value may also be what the smallest scale tried cuts off. ``progress``
+    is told how many tensors were compared.
     """
     problems = []
-    for tensor in held(registry, records, scheme):
+    for number, tensor in enumerate(held(registry, records, scheme), start=1):
         original, count, first = checkpoint[tensor.source], 0, ""
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
@@ -133,6 +135,7 @@ def differences(
                 f"{tensor.source}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
                 f"{scheme.name} explains, {first}"
             )
+        progress(number)
     return problems
 
 

@@ -107,31 +107,43 @@ def verify(built: Built, out: Path, **params: Any) -> LocalContext:
 
 def record(built: Built) -> None:
     """Write reference/ next to the checkpoint of ``built`` from what transformers computes now."""
+    import torch
+
     tokenizer = BundleTokenizer(built.bundle)
     prompt, greeting = "The old lighthouse keeper walked slowly down. " * 8, "every morning"
     request = live.Request(
         bundle=built.bundle,
         params=built.params,
         config=built.config,
-        prompt=tokenizer.encode(prompt)[:64],
-        steps=64,
-        prompts={greeting: tokenizer.encode(greeting)},
-        length=24,
+        tokens=(),
+        arithmetic="float32",
+        continued=(),
         active_vocab_size=tokenizer.active_vocab_size,
-        stop=(),
     )
-    found = live.reference(request, prompt, tokenizer.decode)
-    assert found.logits is not None
+    model = live.load(request)
+
+    spare = range(tokenizer.active_vocab_size, model.config.vocab_size)
+    options = {"eos_token_id": None, "suppress_tokens": [*spare] or None}
+
+    def continued(ids: list[int], count: int) -> list[int]:
+        found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, **options)
+        return found[0].tolist()  # type: ignore[no-any-return]
+
+    tokens = continued(tokenizer.encode(prompt)[:64], 64)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+    greeted = tokenizer.encode(greeting)
+    ids = continued(greeted, 24)[len(greeted) :]
     (built.checkpoint / "reference").mkdir()
     script = built.checkpoint / "record_reference.py"
     script.write_text("# stands for the script that makes a recording\n")
-    write_array(built.checkpoint / "reference" / "reference.safetensors", "logits", found.logits)
+    write_array(built.checkpoint / "reference" / "reference.safetensors", "logits", logits)
     case = {
         "scheme": built.scheme,
         "prompt": prompt,
-        "tokens": list(found.tokens),
+        "tokens": tokens,
         "logits": "logits",
-        "continuations": [{"prompt": c.prompt, "ids": list(c.ids), "text": c.text} for c in found.continuations],
+        "continuations": [{"prompt": greeting, "ids": ids, "text": tokenizer.decode(ids)}],
     }
     document = {
         "schema": 1,

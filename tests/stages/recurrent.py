@@ -121,23 +121,23 @@ def published_logits(checkpoint: Path, ids: Sequence[int]) -> np.ndarray:
 
 def held_logits(built: Built, ids: Sequence[int]) -> np.ndarray:
     """Return the float32 logits [n, V] of transformers' model with the weights that are stored, dequantized, as
-    verify computes them; and let it continue by a token with transformers' own state.
+    verify computes them; and what it picks after a prompt is what those logits say.
     """
+    half = len(ids) // 2
     request = live.Request(
         bundle=built.root,
         params=built.registered.params,
         config=built.registered.model,
-        prompt=ids,
-        steps=3,
-        prompts={},
-        length=0,
+        tokens=ids,
+        arithmetic="float32",
+        continued=[(ids[:half], ids[half:])],
         active_vocab_size=MODEL["vocab_size"],
-        stop=(),
     )
     computed = live.compute(request)
     logits: np.ndarray = computed["logits"]
-    assert computed["tokens"][-3:].tolist() == logits[-4:-1].argmax(-1).tolist()
-    return logits[: len(ids)]
+    assert computed["picks_0"].tolist() == logits[half - 1 : -1].argmax(-1).tolist()
+    assert 0 < computed["spread"] < 1e-3
+    return logits
 
 
 def _logits(model: Any, ids: Sequence[int]) -> np.ndarray:
