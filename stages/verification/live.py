@@ -113,7 +113,8 @@ def _pass_on(line: str, progress: Callable[[int, int, str], None]) -> None:
 
 
 def _say(done: int, total: int, unit: str) -> None:
-    print(_PROGRESS, done, total, unit, flush=True)
+    sys.stdout.write(f"{_PROGRESS} {done} {total} {unit}\n")
+    sys.stdout.flush()
 
 
 def compute(request: Request, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict[str, Any]:
