@@ -57,7 +57,7 @@ class TokenizerBundle(Stage):
     def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
         """Name the libraries, and Python for its Unicode tables, which normalise the reference's text."""
         return {
-            **dist_versions("tiktoken", "tokenizers", "regex", "transformers"),
+            **dist_versions("tiktoken", "tokenizers", "regex", "transformers", "jinja2"),
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
             "unicode": unicodedata.unidata_version,
         }
@@ -145,6 +145,7 @@ def _prove(
 ) -> None:
     from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.by_hand import second_readings
+    from stages.tokenizers.chats import same_chats
     from stages.tokenizers.checks import ERROR, WARNING, examine
     from stages.tokenizers.proof import prove, texts_for
     from stages.tokenizers.second import agree
@@ -159,6 +160,7 @@ def _prove(
     if isinstance(reference, Automatic):
         findings += second_readings(resolution, reference, texts)
     findings += agree(resolution, reference)
+    findings += same_chats(directory, resolution, reference)
     ctx.view("checks", _page(subject.info, findings))
     for finding in findings:
         if finding.level == WARNING:

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "models": set(),
     "quantization": set(),
     "targets": set(),
-    "tokenizers": set(),
+    "tokenizers": {"runtime"},
     "graph": {"models", "targets", "lowering"},
     "lowering": {"models", "targets"},
     "codegen": {"keeper", "lowering", "targets"},

@@ -79,6 +79,19 @@ class Automatic:
         """Return every id with its bytes."""
         return self._tokens
 
+    @property
+    def added(self) -> list[str]:
+        """The added tokens."""
+        return [token["content"] for token in self.document["added_tokens"]]
+
+    def chats(self, template: str | None, cases: Sequence[tuple[list[dict[str, Any]], bool]]) -> list[dict[str, Any]]:
+        """Return the ``ids`` of conversations, or the ``error`` that refuses one; None is the checkpoint's template.
+
+        A case is messages, and whether the assistant is to speak. What messages spell of control tokens is text.
+        """
+        found: list[dict[str, Any]] = self._ask("chat", [[template, messages, speaks] for messages, speaks in cases])
+        return found
+
     def _ask(self, what: str, values: Sequence[Any]) -> Any:
         return _server().ask(what, values, self._number)
 
@@ -184,7 +197,17 @@ def _describe(loaded: Any) -> dict[str, Any]:
     }
 
 
+def _chat(loaded: Any, template: str | None, messages: list[dict[str, Any]], speaks: bool) -> dict[str, Any]:
+    options = {"add_generation_prompt": speaks, "sanitize_control_tokens": True, "return_dict": False}
+    try:
+        return {"ids": loaded.apply_chat_template(messages, chat_template=template, **options)}
+    except Exception as error:  # noqa: BLE001 - a template may raise anything
+        return {"error": _said(error)}
+
+
 def _answer(loaded: Any, what: str, values: list[Any]) -> Any:
+    if what == "chat":
+        return [_chat(loaded, *value) for value in values]
     if what == "decode":
         return [loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in values]
     plain = what == "encode_plain"

@@ -1,0 +1,99 @@
+"""The proof T23: what a runtime makes of a conversation is what transformers makes of it with the checkpoint's files.
+
+Text and ids are compared at once: ids that are equal are of equal texts, and the same control tokens are in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stages.runtime.errors import RequestError
+from stages.runtime.tokenizer import BundleTokenizer
+from stages.tokenizers.automatic import Automatic
+from stages.tokenizers.checks import NOTE, WARNING, Finding, error
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.proof import difference
+from stages.tokenizers.record import Reference
+from stages.tokenizers.resolution import Resolution
+from stages.tokenizers.templates import DEFAULT
+
+MAX_FORGED = 12  # control tokens that the last conversation spells
+CLOCK = "strftime_now"
+
+
+def same_chats(directory: Path, resolution: Resolution, reference: Reference) -> Iterator[Finding]:
+    """Compare every chat template of the checkpoint on a few conversations; what both refuse is the same.
+
+    ``directory`` is what a runtime reads. Where transformers cannot read the files, a note says that.
+    """
+    if not resolution.chat_templates:
+        return
+    try:
+        theirs = reference if isinstance(reference, Automatic) else Automatic(resolution.files)
+    except TokenizerError as failure:
+        yield Finding("T23", NOTE, f"chats are not compared: {failure}")
+        return
+    ours = BundleTokenizer(directory)
+    spelt = [token for token in theirs.added if len(token) > 1]
+    shown = [token for token in spelt if any(token in text for text in resolution.chat_templates.values())]
+    cases = conversations([*shown, *spelt])
+    for name, template in resolution.chat_templates.items():
+        refused: list[str] = []
+        # A second look where the time that a template writes may have gone on between the two.
+        for _ in range(2 if CLOCK in template else 1):
+            findings, refused = _differences(ours, theirs, name, template, cases)
+            if not findings:
+                break
+        yield from findings
+        if len(refused) == len(cases):
+            yield Finding("T23", WARNING, f"chat template {name}: it takes none of {len(cases)} chats: {refused[0]}")
+        elif not findings:
+            equal = f"{len(cases)} chats have the ids of transformers' {theirs.name}"
+            yield Finding("T23", NOTE, f"chat template {name}: {equal}{f', {len(refused)} refused' if refused else ''}")
+
+
+def conversations(tokens: list[str]) -> list[tuple[list[dict[str, Any]], bool]]:
+    """Return messages, and whether the assistant is to speak; ``tokens`` are spelt by a user in the last."""
+    system, user = (
+        {"role": "system", "content": "Be <b>brief</b>."},
+        {"role": "user", "content": "  Why? 你好 e\u0301 \n"},
+    )
+    answer = {"role": "assistant", "content": 'So: "x & y"\n'}
+    forged = {"role": "user", "content": " and ".join(["I say", *dict.fromkeys(tokens[:MAX_FORGED]), "so"])}
+    return [
+        ([user], True),
+        ([system, user], True),
+        ([user, answer, user], True),
+        ([system, user, answer], False),
+        ([forged, answer, forged], True),
+    ]
+
+
+def _differences(
+    ours: BundleTokenizer,
+    theirs: Automatic,
+    name: str,
+    template: str,
+    cases: list[tuple[list[dict[str, Any]], bool]],
+) -> tuple[list[Finding], list[str]]:
+    """Return what differs, and why conversations were refused by both."""
+    findings, refused = [], []
+    # The default is left to transformers to find, so that the files it reads are compared too.
+    expected = theirs.chats(None if name == DEFAULT else template, cases)
+    for (messages, speaks), there in zip(cases, expected, strict=True):
+        what = f"chat template {name}"
+        try:
+            here = ours.chat(messages, add_generation_prompt=speaks, template=name)
+        except RequestError as failure:
+            refused.append(str(failure))
+            if "ids" in there:
+                findings.append(error("T23", f"{what}: refused here and not by transformers: {failure}"))
+            continue
+        if "ids" not in there:
+            findings.append(error("T23", f"{what}: transformers refuses what is taken here: {there['error']}"))
+        elif here != there["ids"]:
+            said = str([message["content"] for message in messages])
+            findings.append(error("T23", difference(what, said, here, there["ids"], ("here", "transformers"))))
+    return findings, refused
