@@ -59,7 +59,7 @@ class Index:
             found = self.files.get(name)
             if found is not None:
                 return found
-        rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", name)
+        rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", _row_name(name))
         try:
             return unseal(name, rows[0][0]) if rows else None
         except DamagedError:
@@ -79,13 +79,13 @@ class Index:
             else:
                 cached[name] = seal(name, document)
         if cached:
-            self._change(lambda cache: [cache.set(name, text) for name, text in cached.items()])
+            self._change(lambda cache: [cache.set(_row_name(name), text) for name, text in cached.items()])
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
         if self.files.owns(name):
             self.files.delete(name)
-        self._change(lambda cache: cache.delete(name))
+        self._change(lambda cache: cache.delete(_row_name(name)))
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``."""
@@ -239,6 +239,11 @@ class Index:
             self._reader = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         else:
             _warn(f"the index could not be read ({why}); it was set aside as {self.set_aside} and is begun anew")
+
+
+def _row_name(name: str) -> str:
+    """Return a name as a database can hold it: of a path that is not UTF-8, with its odd bytes written out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _code(error: sqlite3.DatabaseError) -> int:

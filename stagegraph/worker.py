@@ -115,7 +115,7 @@ class WorkerContext(Context):
         (folder / name).write_text(_text(text), encoding="utf-8")
 
     def summary(self, text: str) -> None:
-        self.found["summary"] = _text(text)
+        self.found["summary"] = " ".join(_text(text).split())
 
 
 def _text(value: Any) -> str:

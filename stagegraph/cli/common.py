@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stagegraph.cli.streams import CONTROLS
+
 DEFAULT_FILE = "pipeline.yaml"
 
 
@@ -88,4 +90,5 @@ def print_json(document: Any) -> None:
     """Print one machine-readable document on stdout."""
     import json
 
-    print(json.dumps(document, indent=1, ensure_ascii=False))
+    text = json.dumps(document, indent=1, ensure_ascii=False)
+    print(CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text))

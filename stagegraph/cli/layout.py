@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 
+from stagegraph.cli.streams import visible
+
 PIPE_COLUMNS = 120  # the width of a table where there is no terminal: stable, whoever runs it
 MIN_FLEXIBLE, MIN_NAME = 20, 12  # columns
 GAP = "  "
@@ -77,7 +79,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, w
 
 def _row(cells: Sequence[str], widths: Sequence[int], right: Collection[int] = ()) -> Iterator[str]:
     """Yield the lines of one row; a word like HIT or ok, after the first cell, has its colour."""
-    cells = [type(cell)(" ".join(cell.split())) for cell in cells]
+    cells = [type(cell)(visible(" ".join(cell.split()))) for cell in cells]
     parts = [_cut(c, w) if isinstance(c, Brief) else list(fold(c, w, 0)) for c, w in zip(cells, widths, strict=True)]
     status = next((i for i, cell in enumerate(cells) if i and cell in COLOURS), None) if coloured() else None
     for line in range(max(map(len, parts))):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown
+from stagegraph.cli.streams import visible
 from stagegraph.errors import PlanError
 
 if TYPE_CHECKING:
@@ -86,5 +87,8 @@ def _follow(workspace: Workspace, key: str, path: Path, position: int) -> None:
 
 
 def _write(said: bytes) -> None:
-    sys.stdout.buffer.write(said)
-    sys.stdout.buffer.flush()
+    if sys.stdout.isatty():
+        print(visible(said.decode(errors="replace")), end="", flush=True)
+    else:
+        sys.stdout.buffer.write(said)
+        sys.stdout.buffer.flush()

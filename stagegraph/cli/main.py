@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import io
 import os
 import signal
 import sqlite3
@@ -16,6 +15,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from stagegraph.cli.common import add_file, print_json
+from stagegraph.cli.streams import for_people, hanging
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
 from stagegraph.registry import VERBS
 
@@ -146,9 +146,13 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     gc.set_threshold(10_000)  # starting up makes many objects and next to no garbage
     signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character still gets the rest
+    with for_people():
+        code = _run(arguments)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run one command line; every error becomes a message and an exit code."""
     try:
         code = dispatch(arguments)
     except PipelineError as error:
@@ -163,17 +167,21 @@ def main(argv: list[str] | None = None) -> None:
         code = _report([_system_error(error)], arguments, EXIT_STORE)
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # a pager was closed
+    except OSError as error:  # a pager was closed, or what takes the output is full
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output: {error.strerror}", file=sys.stderr)
+            code = code or EXIT_STORE
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(code)
+    return code
 
 
 def _report(problems: Sequence[str], arguments: Sequence[str], code: int) -> int:
     """Say what is wrong on stderr, and with ``--json`` in the one document on stdout too."""
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {hanging(problem)}", file=sys.stderr)
     if "--json" in arguments:
-        print_json({"ok": False, "problems": list(problems)})
+        with contextlib.suppress(OSError):  # it may be what is wrong
+            print_json({"ok": False, "problems": list(problems)})
     return code
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from stagegraph.cli.common import size_text
 from stagegraph.cli.layout import coloured, folded, markdown, terminal_width
+from stagegraph.cli.streams import exactly, visible
 
 PAGER = "less -FRX"
 # First bytes of a file -> what it is.
@@ -28,12 +29,17 @@ PLAIN_FROM = 1 << 20  # characters; highlighting more would take longer than rea
 
 
 def page(text: str, name: str = "") -> None:
-    """Print a text, plain in a pipe; ``name`` is a file name that says by its suffix how to highlight it."""
-    if sys.stdout.isatty() and len(text) < PLAIN_FROM:
+    """Print a text, plain in a pipe; ``name`` is that of a file, whose suffix says how to highlight it."""
+    if not sys.stdout.isatty():
+        content = text.removesuffix("\n") + "\n"
+        (exactly(sys.stdout) if name else sys.stdout).write(content)
+        return
+    text = visible(text)
+    if len(text) < PLAIN_FROM:
         text = _laid_out(text, name)
     text = text.removesuffix("\n") + "\n"
     pager = shlex.split(os.environ.get("PAGER") or PAGER)
-    if sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines and shutil.which(pager[0]):
+    if text.count("\n") >= shutil.get_terminal_size().lines and shutil.which(pager[0]):
         subprocess.run(pager, input=text.encode(errors="replace"), check=False)
     else:
         print(text, end="")

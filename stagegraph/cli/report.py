@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.cli.streams import exactly, hanging, visible
 from stagegraph.outcome import Reporter
 from stagegraph.plan import HIT
 
@@ -64,11 +65,11 @@ class PlainReporter(Quiet):
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
-        self._line(f"{node.name}: failed, retry {attempt}: {problem}")
+        self._line(f"{node.name}: failed, retry {attempt}: {hanging(problem)}")
 
     @staticmethod
     def _line(text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # whoever read along has left; the work goes on
+        with contextlib.suppress(OSError):  # whoever read along has left, or is full; the work goes on
             print(text, file=sys.stderr, flush=True)
 
 
@@ -95,13 +96,13 @@ class LiveReporter(Quiet):
                 TimeElapsedColumn(),
             )
             # Across the whole line: where that is short, the amount is cut and no name.
-            self._bars = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
+            self._bars = Progress(*columns, console=Console(file=exactly(sys.stderr)), transient=True, expand=True)
             self._bars.start()
         return self._bars
 
     def started(self, node: Node, reason: str) -> None:
         """Show that a node begins."""
-        self._tasks[node.name] = self._start().add_task(node.name, total=None, amount=reason)
+        self._tasks[node.name] = self._start().add_task(node.name, total=None, amount=visible(reason))
 
     def waiting(self, node: Node, what: str) -> None:
         """Show what holds a node up."""
@@ -126,7 +127,8 @@ class LiveReporter(Quiet):
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
         self._bars.remove_task(self._tasks.pop(node.name))
-        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {problem}", markup=False, highlight=False)
+        said = hanging(visible(problem))
+        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {said}", markup=False, highlight=False)
 
     def __exit__(self, *_: object) -> None:
         """Take the bars off the screen."""
@@ -137,11 +139,12 @@ class LiveReporter(Quiet):
 def progress_text(done: int, total: int, unit: str, note: str) -> str:
     """Return ``3 of 12 tensors`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``."""
     amount = f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
-    return f"{amount}, {note}" if note else amount
+    return f"{amount}, {visible(note)}" if note else amount
 
 
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
     summary = (outcome.record or {}).get("summary", "")
     said = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
+    said = hanging(visible(said))
     return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {said}".rstrip()

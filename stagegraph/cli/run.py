@@ -10,6 +10,7 @@ from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_selection, print_json, seconds_text, shown, size_text
 from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
+from stagegraph.cli.streams import hanging
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED
 from stagegraph.plan import HIT
@@ -145,7 +146,7 @@ def _print(pipeline: Pipeline, done: Run) -> None:
     print(table(("node", "outcome", "reason", "time", "size"), rows, flexible=2))
     for o in done.outcomes:
         for warning in (o.record or {}).get("warnings", []):
-            print(f"warning: {o.node.name}: {warning}")
+            print(f"warning: {o.node.name}: {hanging(warning)}")
     for digest in pipeline.workspace.store.damaged:
         where = pipeline.workspace.store.quarantine
         print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
@@ -175,7 +176,7 @@ def _print_saved(pipeline: Pipeline, done: Run) -> None:
 
 def _print_failure(outcome: Outcome) -> None:
     sys.stdout.flush()
-    lines = [f"error: {outcome.node.name}: {problem}" for problem in outcome.problems]
+    lines = [f"error: {outcome.node.name}: {hanging(problem)}" for problem in outcome.problems]
     if outcome.bug:
         lines.append("  this is a bug of the stage, not of your input; the log has the traceback")
     lines.append(f"  log:  pipeline log '{outcome.node.name}'")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, print_json, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
+from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
 from stagegraph.history import EXECUTED, find_run
 from stagegraph.outcome import FAILED
@@ -64,5 +65,5 @@ def _page(run: PastRun) -> str:
         for n in run.nodes
     ]
     head = f"run {run.id[:8]}  {run.state}  {run.started}  {seconds_text(run.seconds)}  pipeline {_command(run)}"
-    problems = [f"error: {n['node']}: {problem}" for n in run.nodes for problem in n["problems"]]
+    problems = [f"error: {n['node']}: {hanging(problem)}" for n in run.nodes for problem in n["problems"]]
     return "\n".join([head, table(("node", "outcome", "reason", "time", "size", "key"), rows, flexible=2), *problems])

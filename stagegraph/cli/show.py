@@ -13,6 +13,7 @@ from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text
 from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
+from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
 from stagegraph.record import parts_text
 from stagegraph.registry import PLOTS, load_object
@@ -117,7 +118,7 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
     ]
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
-    lines += [f"  warning: {warning}" for warning in record["warnings"]]
+    lines += [f"  warning: {hanging(warning)}" for warning in record["warnings"]]
     rows = [
         (port, name, size_text(size), digest[:16])
         for port, output in record["outputs"].items()

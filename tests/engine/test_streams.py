@@ -1,0 +1,103 @@
+"""What is printed: no control character of a name or a message, no forged line; closed and full streams."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.engine.conftest import Demo
+from tests.engine.test_faults import command
+
+ODD = "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\nerror: forged: all is lost"
+RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+
+
+@pytest.fixture
+def odd(demo: Demo) -> Demo:
+    demo.edit("read", 'ctx.summary(f"', f'ctx.warn("{ODD}"); ctx.summary(f"{ODD}')
+    demo.edit("read", 'StageError("the', f'StageError("{ODD} the')
+    assert demo.run().code == 0
+    return demo
+
+
+def test_no_verb_passes_control_characters_or_forged_lines(odd: Demo) -> None:
+    odd("run", str(odd.pipeline), "--force")
+    odd.source.write_text("FAIL")
+    verbs = (["run"], ["status"], ["show", "read"], ["runs"], ["runs", "--run", "@~0"], ["explain", "read"], ["graph"])
+    for verb, *rest in (*verbs, ["lineage", "read"], ["diff", "read", "read"], ["du"], ["gc", "--dry-run"], ["fsck"]):
+        for more in ([], ["--json"]):
+            words = [*rest[:1], str(odd.pipeline), *rest[1:]] if rest[:1] == ["read"] else [*rest, str(odd.pipeline)]
+            said = odd(verb, *words, *more) if verb != "diff" else odd(verb, *rest, str(odd.pipeline), *more)
+            assert not RAW.search(said.out + said.err), (verb, said)
+            assert not re.search("^error: forged", said.out + said.err, re.MULTILINE), (verb, said)
+
+
+def test_arguments_are_not_passed_through(demo: Demo) -> None:
+    file = str(demo.pipeline)
+    for words in (
+        ["run", file, "--stage", "\x1b[31mx"],
+        ["run", file, "--set", "vars.\x1b[31m=1"],
+        ["\x1b[31mverb"],
+        ["show", "a\x1b[2J", file],
+    ):
+        said = demo(*words)
+        assert said.code == 2
+        assert "\\x1b" in said.err
+        assert not RAW.search(said.out + said.err)
+
+
+def test_a_file_is_printed_as_it_is_in_a_pipe(demo: Demo) -> None:
+    demo.edit("read", '"a page\\n"', '"\\x1b[31mred\\n"')
+    demo.run()
+    assert demo("show", "read", str(demo.pipeline), "--view", "page").out == "\x1b[31mred\n"
+
+
+def started(demo: Demo, **streams: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": f"{demo.package.parent}{os.pathsep}{Path(__file__).parents[2]}"}
+    return subprocess.run(command(demo), check=False, env=env, text=True, errors="replace", timeout=120, **streams)
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_streams_cost_no_work(demo: Demo, closed: tuple[int, ...]) -> None:
+    def close() -> None:
+        for descriptor in closed:
+            os.close(descriptor)
+
+    started(demo, preexec_fn=close)
+    assert demo.counts == ["join", "read", "shape[column]", "shape[line]"]
+    assert set(demo.run().outcomes.values()) == {"HIT"}
+
+
+@pytest.mark.parametrize("full", ["stdout", "stderr"])
+def test_full_streams_cost_no_work(demo: Demo, full: str) -> None:
+    with Path("/dev/full").open("w") as target:
+        done = started(demo, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: target})
+    assert demo.counts == ["join", "read", "shape[column]", "shape[line]"]
+    assert done.returncode == (3 if full == "stdout" else 0)
+    if full == "stdout":
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_names_that_are_not_utf8(demo: Demo) -> None:
+    odd = os.fsdecode(os.fsencode(demo.source.parent) + b"/\xff.txt")
+    Path(odd).write_text("words")
+    refused = demo.run()
+    assert (refused.code, "the file name" in refused.err) == (2, True)
+    Path(odd).unlink()
+    folder = os.fsdecode(os.fsencode(demo.folder) + b"/\xff")
+    Path(folder).mkdir()
+    moved = Path(folder) / "pipeline.yaml"
+    demo.pipeline.rename(moved)
+    (Path(folder) / "words").symlink_to(demo.source.parent)
+    assert demo("run", str(moved)).code == 0
+    for verb in (["status"], ["show", "read"], ["lineage", "read"], ["explain", "read"]):
+        for more in ([], ["--json"]):
+            assert demo(*verb, str(moved), *more).code == 0
+    for setting in ("vars.glue=\udcff", "vars.\udcff=1", "\udcff"):
+        assert demo("run", str(moved), "--set", setting).code in {0, 1, 2}
+    assert demo("show", "\udcff", str(moved)).code == 2
