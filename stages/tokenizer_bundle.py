@@ -99,11 +99,13 @@ def _build(ctx: Context) -> None:
     ctx.view("trace", resolution.trace)
     facts = _facts(ctx)
     family = load_tokenizer_family(resolution.family)
+    # Conversion says what is wrong with a file; a reader that is not ours may not, so it comes second.
+    tokenizer = None if family.by_transformers else family.convert(resolution)
     reference = family.reference(resolution)
-    opened = reference if isinstance(reference, Automatic) else None
-    if opened:
-        ctx.view("trace", f"{resolution.trace}{'transformers':<22}{opened.name}\n")
-    tokenizer = opened.tokenizer() if opened else family.convert(resolution)
+    if isinstance(reference, Automatic):
+        ctx.view("trace", f"{resolution.trace}{'transformers':<22}{reference.name}\n")
+        tokenizer = reference.tokenizer()
+    assert tokenizer is not None
     directory = ctx.out / "tokenizer"
     emit(
         directory,

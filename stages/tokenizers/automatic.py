@@ -50,6 +50,10 @@ class Automatic:
         self.suffix: list[int] = loaded["suffix"]
         self._tokens = {int(index): bytes.fromhex(data) for index, data in loaded["tokens"].items()}
         self._known: dict[tuple[str, bool], list[int]] = {}
+        special = [token for token in self.document["added_tokens"] if token["special"]]
+        # A normaliser may make a special token's text of another; else what does not begin one cannot be one.
+        made = self.document["normalizer"] is not None and any(token["normalized"] for token in special)
+        self._starts = {"" if made else token["content"][:2] for token in special}
 
     def tokenizer(self) -> Tokenizer:
         """Return the document as the tokenizers library loads it, which is how a runtime will."""
@@ -60,11 +64,13 @@ class Automatic:
     def read(self, texts: Sequence[str]) -> None:
         """Encode many texts at once, for :meth:`encode` to have them."""
         for specials in (True, False):
-            found = self._ask("encode" if specials else "encode_plain", texts)
-            self._known.update({(text, specials): ids for text, ids in zip(texts, found, strict=True)})
+            wanted = [text for text in texts if specials or self._may_hold_special(text)]
+            found = self._ask("encode" if specials else "encode_plain", wanted)
+            self._known.update({(text, specials): ids for text, ids in zip(wanted, found, strict=True)})
 
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Return the ids of ``text`` without what goes around it; ``specials`` is split_special_tokens=False."""
+        specials = specials or not self._may_hold_special(text)
         if (text, specials) not in self._known:
             (ids,) = self._ask("encode" if specials else "encode_plain", [text])
             self._known[text, specials] = ids
@@ -91,6 +97,9 @@ class Automatic:
         """
         found: list[dict[str, Any]] = self._ask("chat", [[template, messages, speaks] for messages, speaks in cases])
         return found
+
+    def _may_hold_special(self, text: str) -> bool:
+        return any(start in text for start in self._starts)
 
     def _ask(self, what: str, values: Sequence[Any]) -> Any:
         return _server().ask(what, values, self._number)

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.patterns import DIGIT, GPT2
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,23 +31,20 @@ class Added:
 
 @dataclass(frozen=True)
 class BytePairs:
-    """``vocab`` and ``merges`` are spelled in the byte-level alphabet; ``splits`` are patterns, applied in turn.
+    """``vocab`` and ``merges`` are spelled in the byte-level alphabet; ``split`` is the pattern of pieces.
 
-    ``prefix`` are the tokens that go before every text. With ``ignore_merges`` a piece that is a token stays one.
+    ``prefix`` are the tokens that go before every text. A piece that is a token stays one, whatever the merges.
     """
 
     vocab: Mapping[str, int]
     merges: Sequence[tuple[str, str]]
     added: Sequence[Added]
-    nfc: bool
-    splits: tuple[str, ...]
-    ignore_merges: bool
+    split: str
     prefix: tuple[str, ...]
 
 
 def build(pairs: BytePairs) -> Tokenizer:
     """Return the tokenizer; :class:`TokenizerError` where the library refuses the merges or gives other ids."""
-    _reachable(pairs)
     return load(document(pairs), pairs.added)
 
 
@@ -70,34 +66,21 @@ def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
     return tokenizer
 
 
-def _reachable(pairs: BytePairs) -> None:
-    """Raise :class:`TokenizerError` if many tokens are made by no merge: then merges are missing."""
-    if pairs.ignore_merges:
-        return
-    known = {left + right for left, right in pairs.merges} | {token.content for token in pairs.added}
-    lost = [token for token in pairs.vocab if len(token) > 1 and token not in known]
-    if len(lost) > len(pairs.vocab) // 100:
-        raise TokenizerError(
-            f"{len(lost)} of the {len(pairs.vocab)} tokens are made by no merge, the first is {lost[0]!r}: the merges "
-            "are truncated or belong to another model"
-        )
-
-
 def document(pairs: BytePairs) -> dict[str, Any]:
     """Return tokenizer.json as a value."""
     model = {
         "unk_token": None,
         "fuse_unk": False,
         "byte_fallback": False,
-        "ignore_merges": pairs.ignore_merges,
+        "ignore_merges": True,
         "vocab": dict(pairs.vocab),
         "merges": [list(pair) for pair in pairs.merges],
     }
     plain, before = _byte_level(trim_offsets=False), template(pairs.prefix, pairs.added)
     return assemble(
         pairs.added,
-        normalizer={"type": "NFC"} if pairs.nfc else None,
-        pre_tokenizer=_pre_tokenizer(pairs.splits),
+        normalizer=None,
+        pre_tokenizer=_pre_tokenizer(pairs.split),
         post_processor={"type": "Sequence", "processors": [plain, before]} if before else plain,
         decoder=_byte_level(),
         model=model,
@@ -136,18 +119,9 @@ def template(prefix: Sequence[str], added: Sequence[Added]) -> dict[str, Any] | 
     }
 
 
-def _pre_tokenizer(splits: Sequence[str]) -> dict[str, Any]:
-    # GPT-2's pattern is the ByteLevel's own; as a Split it would be the same, but no file has it so.
-    own = splits[-1] == GPT2
-    parts = [_split(pattern) for pattern in splits[: len(splits) - own]]
-    last = _byte_level(trim_offsets=True, use_regex=own)
-    return {"type": "Sequence", "pretokenizers": [*parts, last]} if parts else last
-
-
-def _split(pattern: str) -> dict[str, Any]:
-    if pattern == DIGIT:
-        return {"type": "Digits", "individual_digits": True}
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+def _pre_tokenizer(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
 def _byte_level(*, trim_offsets: bool = True, use_regex: bool = True) -> dict[str, Any]:

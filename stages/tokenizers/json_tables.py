@@ -10,9 +10,9 @@ from typing import Any
 from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_text
-from stages.tokenizers.ranks import MAX_TOKEN_BYTES
 
 MAX_ADDED = 65_536
+MAX_TOKEN = 65_536  # characters; whole programs are tokens of published vocabularies
 _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 
 
@@ -44,7 +44,7 @@ def table(value: Any, where: str) -> dict[str, int]:
     wrong = [token for token, index in value.items() if type(index) is not int or index < 0]
     if wrong:
         raise TokenizerError(f"{where}: token {wrong[0]!r} has id {value[wrong[0]]!r}, which is no id")
-    long = [token for token in value if len(token) > MAX_TOKEN_BYTES]
+    long = [token for token in value if len(token) > MAX_TOKEN]
     if long:
         raise TokenizerError(f"{where}: token {long[0][:40]!r}... of {len(long[0]):,} characters is no token")
     if len(set(value.values())) != len(value):
@@ -61,7 +61,7 @@ def scored(value: Any, where: str) -> None:
         pair = entry if isinstance(entry, list) else []
         if len(pair) != 2 or not isinstance(pair[0], str) or type(pair[1]) not in (int, float):
             raise TokenizerError(f"{where}: entry {index} of the vocabulary is {str(entry)[:60]} and no [token, score]")
-        if len(pair[0]) > MAX_TOKEN_BYTES:
+        if len(pair[0]) > MAX_TOKEN:
             raise TokenizerError(f"{where}: token {pair[0][:40]!r}... of {len(pair[0]):,} characters is no token")
 
 

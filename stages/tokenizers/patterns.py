@@ -1,7 +1,7 @@
-"""The split patterns of published byte-level vocabularies; a file may name one of them, and brings none of its own.
+"""The split patterns of published byte-level vocabularies: of those whose files leave them out, and known to our loops.
 
-A pattern taken from a file would run on every text inside the library's engine, which has no time limit: one that
-backtracks would hang the build and every runtime after it. So the patterns that are run are these.
+Our loops run them in Python's ``regex``, which has no limit where the library's engine gives up on backtracking; so
+they run these, and none that comes out of a file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-DIGIT = r"\p{N}"
 
-# What a tokenizer.json may give as the pattern of a Split.
+# What a tokenizer.json may give as the pattern of a Split for our loops to read it.
 KNOWN = {GPT2: "GPT-2", QWEN: "Qwen", LLAMA3: "Llama 3", TEKKEN: "Tekken"}

@@ -54,7 +54,8 @@ class TokenizerFamily:
     it is split, or None. ``end_of_text`` are special tokens that end a text, the first there is; ``chats`` are chat
     formats by generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the
     emitted tokenizer deliberately does not do what the checkpoint's own would; ``shown`` are the ids of special tokens
-    that are text when they are decoded.
+    that are text when they are decoded. ``by_transformers`` says that the reference is what transformers loads, and
+    what is emitted is that.
     """
 
     name: str
@@ -66,6 +67,7 @@ class TokenizerFamily:
     file: str = "tokenizer.json"
     doubts: Callable[[Resolution], Sequence[str]] = lambda _: ()
     shown: Callable[[Resolution], Sequence[int]] = lambda _: ()
+    by_transformers: bool = False
 
 
 @dataclass(frozen=True)

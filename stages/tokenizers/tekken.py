@@ -62,9 +62,7 @@ def convert(resolution: Resolution) -> Tokenizer:
             vocab=vocab | spelled,
             merges=[(spell(left), spell(right)) for left, right in all_splits(ranks)],
             added=[Added(id=index, content=text, special=True, normalized=False) for text, index in vocab.items()],
-            nfc=False,
-            splits=(TEKKEN,),
-            ignore_merges=True,
+            split=TEKKEN,
             prefix=(bos,) if bos else (),
         )
     )

@@ -41,9 +41,7 @@ def convert(resolution: Resolution) -> Tokenizer:
             vocab={spell(token): rank for token, rank in ranks.items()},
             merges=[(spell(left), spell(right)) for left, right in all_splits(ranks)],
             added=added,
-            nfc=False,
-            splits=(LLAMA3,),
-            ignore_merges=True,
+            split=LLAMA3,
             prefix=tuple(_prefix(resolution, added)),
         )
     )

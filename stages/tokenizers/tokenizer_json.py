@@ -78,7 +78,7 @@ def _check_tables(resolution: Resolution) -> tuple[json_tables.Added, ...]:
         _check_reachable(model, vocab, json_tables.merge_list(model.get("merges"), vocab, where), spec, where)
     elif kind == "Unigram":
         json_tables.scored(model.get("vocab"), where)
-    elif kind in {"WordPiece", "WordLevel"}:
+    elif kind in ("WordPiece", "WordLevel"):
         json_tables.table(model.get("vocab"), where)
     else:
         raise TokenizerError(f"{where}: model.type is {kind!r}, which the library has no reader for")
@@ -130,4 +130,5 @@ FAMILY = TokenizerFamily(
     normalize=None,
     end_of_text=("<|endoftext|>", "</s>"),
     chats={},
+    by_transformers=True,
 )

@@ -86,7 +86,11 @@ FAULTS = {
         "not UTF-8",
     ),
     "decoder removed": (neox(decoder=None), "gpt_neox", "T09"),
-    "sentencepiece decoder": (neox(decoder={"type": "Metaspace"}), "gpt_neox", "T09"),
+    "sentencepiece decoder": (
+        neox(decoder={"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always"}),
+        "gpt_neox",
+        "T09",
+    ),
     "pattern of tekken": ({"tekken.json": tekken(config={"pattern": "(a|a)*$"})}, "mistral", "is not Tekken's"),
     "tekken truncated": ({"tekken.json": tekken(vocab=tekken()["vocab"][:-60])}, "mistral", "it is truncated"),
     "tekken reordered": ({"tekken.json": tekken(vocab=tekken()["vocab"][::-1])}, "mistral", "not the token of rank 0"),
@@ -149,7 +153,7 @@ def test_line_endings_of_ranks_are_harmless(tmp_path):
 
 def evil(pattern):
     part = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return neox(pre_tokenizer={"type": "Sequence", "pretokenizers": [part, last]})
 
 

@@ -132,7 +132,7 @@ MUTATIONS = {
     "two ids swapped": (swap_two_ids, {"T20"}),
     "merges truncated": (lambda spec: spec["model"].update(merges=spec["model"]["merges"][:400]), {"T20", "T21"}),
     "merges reordered": (lambda spec: spec["model"]["merges"].reverse(), {"T20", "T21"}),
-    "special ids shifted": (shift_specials, {"T20"}),
+    "special ids shifted": (shift_specials, {"T05"}),
     "special tokens dropped": (lambda spec: spec.update(added_tokens=[]), {"T14"}),
     "special token not special": (lambda spec: spec["added_tokens"][0].update(special=False), {"T21"}),
     "special token eats spaces": (lambda spec: spec["added_tokens"][0].update(lstrip=True), {"T20"}),
@@ -141,7 +141,6 @@ MUTATIONS = {
     "prefix space": (add_prefix_space, {"T20"}),
     "duplicate added token": (lambda spec: spec["added_tokens"].append(spec["added_tokens"][0]), {"T03"}),
     "byte without token": (drop_byte, {"T20"}),
-    "byte fallback without decoder": (lambda spec: spec["model"].update(byte_fallback=True), {"T10"}),
 }
 
 
