@@ -64,15 +64,19 @@ def _special_tokens(resolution: Resolution) -> tuple[Added, ...]:
     return json_tables.added_tokens(entries, where)
 
 
-def _prefix(resolution: Resolution, added: Sequence[Added]) -> list[str]:
-    """Return the begin of text, which goes before every text unless the checkpoint says otherwise."""
+def _begin(resolution: Resolution) -> Any:
+    """Return what goes before every text unless the checkpoint says otherwise."""
     bos = resolution.config.get("bos_token", BEGIN)
-    text = bos.get("content") if isinstance(bos, dict) else bos
-    if resolution.config.get("add_bos_token", True) is False or text is None:
-        return []
-    if text not in {token.content for token in added}:
+    if resolution.config.get("add_bos_token", True) is False:
+        return None
+    return bos.get("content") if isinstance(bos, dict) else bos
+
+
+def _prefix(resolution: Resolution, added: Sequence[Added]) -> list[str]:
+    text = _begin(resolution)
+    if text is not None and text not in [token.content for token in added]:
         raise TokenizerError(f"{resolution.vocabulary}: T14: bos_token {text!r} is none of the special tokens")
-    return [text]
+    return [] if text is None else [text]
 
 
 class Llama3Reference(TiktokenReference):
@@ -84,10 +88,7 @@ class Llama3Reference(TiktokenReference):
             table = json.loads(resolution.files[TABLES].read_bytes())["added_tokens"]
             stated = {entry["id"]: entry for entry in table}
         specials = {entry["content"]: int(index) for index, entry in stated.items()}
-        bos = resolution.config.get("bos_token", BEGIN)
-        text = bos["content"] if isinstance(bos, dict) else bos
-        prefix = text if resolution.config.get("add_bos_token", True) else None
-        super().__init__("llama3", LLAMA3, ranks_of(resolution.vocabulary), specials, prefix)
+        super().__init__("llama3", LLAMA3, ranks_of(resolution.vocabulary), specials, _begin(resolution))
 
 
 FAMILY = TokenizerFamily(

@@ -90,7 +90,7 @@ def read(folder: Path, files: dict[str, Any]) -> None:
     tokenizer = reference.tokenizer() if isinstance(reference, Automatic) else tokenizer
     family.doubts(resolution)
     print_of = proof.fingerprint(reference)
-    emit(out, tokenizer, family=family, facts=FACTS, chat_template=None, fingerprint=print_of)
+    emit(out, tokenizer, family=family, facts=FACTS, resolution=resolution, fingerprint=print_of)
     examine(out, FACTS, resolution.declared, resolution.roles)
 
 
