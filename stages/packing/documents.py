@@ -137,6 +137,8 @@ def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     needs = " ".join(f"{dist}=={metadata['tools'][dist]}" for dist in ("apache-tvm", "apache-tvm-ffi"))
     if target == "cuda":
         needs += " 'nvidia-cuda-runtime==13.0.*'"
+    # Templates are rendered by it; the format that is built piece by piece needs no more.
+    chats = " 'jinja2>=3.1.6'" if found["tokenizer_info"]["chat"]["format"] == "template" else ""
     return f"""# {name} ({model["scheme"]}, {target})
 
 | | |
@@ -146,7 +148,7 @@ def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
 Run it on a machine with Python, this directory and the folder `stages/runtime` of the project that built it:
 
 ```sh
-pip install {needs} numpy tokenizers
+pip install {needs} numpy tokenizers{chats}
 python -m stages.runtime BUNDLE --prompt "Once upon a time"
 ```
 
