@@ -150,6 +150,12 @@ class Compile(Stage):
         graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
         registry = json.loads(ctx.input("params").read_text("utf-8"))
         _check_agreement(graphs, registry, ctx.params.target, ctx.params.activations)
+        _, floats = takes_bytes(registry)
+        if ctx.params.activations == "int8" and floats:
+            ctx.warn(
+                f"activations: int8 does not reach {len(floats):,} layers, whose rows are not of whole groups: they "
+                f"compute in floats ({', '.join(floats[:3])}{', ...' if len(floats) > 3 else ''})"
+            )
         cxx, toolkit = _compilers(ctx.params)
         mcpu, _ = host.parse(ctx.params.mcpu)
         programs = {"c++": cxx, **({"cuda": toolkit} if toolkit else {})}
@@ -185,6 +191,16 @@ class Compile(Stage):
         ctx.progress(STEPS, STEPS, "steps")
 
 
+def takes_bytes(registry: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the layers that can read activations as int8, and those whose quantized weights are read by floats."""
+    logical = registry["logical"]
+    head = "head" if any(entry["kind"] == "head" for entry in logical) else "embedding"  # tied: the table is the head
+    layers = [entry for entry in logical if entry["quantize"] and entry["kind"] in ("linear", head)]
+    direct = [entry["layout"] == "n32" for entry in layers]
+    names = [(entry["name"], takes) for entry, takes in zip(layers, direct, strict=True)]
+    return [name for name, takes in names if takes], [name for name, takes in names if not takes]
+
+
 def _check_agreement(
     graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str, activations: str
 ) -> None:
@@ -200,8 +216,11 @@ def _check_agreement(
         problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
     if registry["scheme"] != graphs[0]["scheme"]:
         problems.append(f"the graphs take {graphs[0]['scheme']} parameters, registered are {registry['scheme']}")
-    if activations == "int8" and not any(entry["quantize"] for entry in registry["logical"]):
-        problems.append(f"activations: int8 has no effect on the weights of {registry['scheme']}, which are floats")
+    if activations == "int8" and not takes_bytes(registry)[0]:
+        problems.append(
+            f"activations: int8 has no effect: no layer of this model in {registry['scheme']} has a kernel for it, "
+            "which takes weights of 4 or 8 bits with float32 or float16 scales, in rows of whole groups; use float"
+        )
     functions = [name for graph in graphs for name in graph["functions"]]
     problems += [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]
     if problems:

@@ -11,6 +11,7 @@ from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions,
 
 if TYPE_CHECKING:
     from stages.graph.export import Build
+    from stages.models.record import AttentionCache
 
 
 class GraphBuild(Stage):
@@ -125,16 +126,9 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
     if family.state == "rnn" and params.kv_dtype != "auto":
         raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
     config = family.config(**model["config"])
-    window = config.attention.sliding_window if family.state == "kv" else 0
-    chunk = min(params.prefill_chunk, model["context_window"])
-    if 0 < window < model["context_window"]:
-        _check_window(window, params.target)
-        # A token of a chunk sees all before it in the chunk and at least one before the chunk: the kernels are right
-        # only if that is within its window.
-        chunk = min(chunk, window - 1)
     sizes = {
         "sep_embed": params.sep_embed,
-        "prefill_chunk": chunk,
+        "prefill_chunk": _chunk(params, model["context_window"], config.attention if family.state == "kv" else None),
         "max_batch": params.max_batch,
         "compute_dtype": compute_dtype,
         "kv_dtype": kv_dtype,
@@ -162,6 +156,26 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         "target": params.target,
     }
     return build, facts
+
+
+def _chunk(params: Any, context_window: int, attention: AttentionCache | None) -> int:
+    """Return the longest chunk, of a model with ``attention`` or a recurrent one, as the context bounds it."""
+    chunk: int = min(params.prefill_chunk, context_window)
+    if attention is None:
+        return chunk
+    if 0 < attention.sliding_window < context_window:
+        _check_window(attention.sliding_window, params.target)
+        # A token of a chunk sees all before it in the chunk and at least one before the chunk: the kernels are right
+        # only if that is within its window.
+        chunk = min(chunk, attention.sliding_window - 1)
+    if chunk < params.max_batch:
+        bounded = f", bounded to {chunk} by the context," if chunk < params.prefill_chunk else ""
+        raise StageError(
+            f"prefill_chunk: {params.prefill_chunk}{bounded} is less than max_batch: {params.max_batch}; a call for a "
+            "batch reads a token of each sequence, and no call may read more than a chunk: "
+            f"let a chunk have at least {params.max_batch} tokens, or lower max_batch to {chunk}"
+        )
+    return chunk
 
 
 def _check_window(window: int, target: str) -> None:

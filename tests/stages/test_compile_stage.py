@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from stagegraph.stage import Instance, StageError
-from stages.compile import Compile
+from stages.compile import Compile, takes_bytes
 from stages.targets import fatbin, host, toolchain
 from stages.targets.fatbin import DeviceCode
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 from stages.targets.tvm_target import build_target
-from tests.stages import libraries
+from tests.checkpoints import write_qwen
+from tests.stages import families, libraries
 
 ROOT = Path(__file__).parents[2]
 ABI = ROOT / "docs" / "abi.md"
@@ -70,13 +71,24 @@ def test_quantized_activations_need_the_instruction(choice):
     assert resolved(target="llvm", mcpu="x86-64-v3+avxvnni", activations="int8").activations == "int8"
 
 
-def test_quantized_activations_need_quantized_weights(tmp_path):
-    registered = libraries.register(tmp_path, "q0f32", "llvm")
+@pytest.mark.parametrize("scheme", ["q0f32", "q3f16_1", "q4bf16_1", "e4m3_f16"])
+def test_quantized_activations_need_weights_that_their_kernels_read(tmp_path, scheme):
+    registered = libraries.register(tmp_path, scheme, "llvm")
     graph = libraries.build_graph(tmp_path / "graph", registered, "llvm", "softmax")
     ports = {port: [Instance({}, graph.out / f"{port}.json")] for port in ("module", "graph")}
     choice = {"target": "llvm", "mcpu": "x86-64-v4+avx512vnni", "activations": "int8"}
-    with pytest.raises(StageError, match="int8 has no effect on the weights of q0f32, which are floats"):
+    with pytest.raises(StageError, match=f"int8 has no effect: no layer of this model in {scheme} has a kernel for it"):
         libraries.compile_library(tmp_path / "out", ports, registered, **choice)
+
+
+def test_layers_whose_rows_are_not_of_whole_groups_are_known_to_compute_in_floats(tmp_path):
+    checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, ff=80)
+    ports = families.parse_and_register(tmp_path, checkpoint, "q4f16_1")
+    bytes_, floats = takes_bytes(json.loads(ports["params"].read_text()))
+    assert floats == ["transformer.h.0.mlp.c_proj.weight"]
+    block = "transformer.h.0"
+    names = [f"{block}.attn.c_attn", f"{block}.attn.c_proj", f"{block}.mlp.gate_up_proj", "lm_head"]
+    assert bytes_ == [f"{name}.weight" for name in names]
 
 
 def test_planning_works_without_any_compiler(monkeypatch):
