@@ -30,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "spaces collapsed": {"remove_extra_whitespaces": True},
     "symbols": {"add_dummy_prefix": False, "user_defined_symbols": SYMBOLS},
     "symbols after a space": {"user_defined_symbols": SYMBOLS[:2]},
+    "digits": {"user_defined_symbols": [*"0123456789", "\t", "\n"]},
     "control tokens": {"control_symbols": ["[INST]", "[/INST]"], "pad_id": 3},
     "split by nothing": {"split_by_whitespace": False, "split_by_unicode_script": False, "split_digits": False},
     "unigram": {"model_type": "unigram"},

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 
 from stagegraph.stage import StageError
+from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import PROBES, code_points, sample_corpus
 from stages.tokenizers.sentencepiece_bpe import splits
@@ -28,7 +29,8 @@ from tests.stages.sentencepiece_samples import (
 )
 from tests.stages.tokenizer_folders import build
 
-EXACT = ["llama", "no space before", "no bytes", "spaces collapsed", "symbols", "control tokens", "split by nothing"]
+EXACT = ["llama", "no space before", "no bytes", "spaces collapsed", "symbols", "digits"]
+EXACT += ["control tokens", "split by nothing"]
 REFUSED = {"unigram": "is Unigram and not BPE", "nmt_nfkc": "normalised by a table", "suffix": "are not written as"}
 TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in list(code_points())[::9])]
 
@@ -129,8 +131,30 @@ def test_symbols_after_a_space_are_special_and_said_to_be(tmp_path):
         if not any(symbol in text for symbol in SYMBOLS):
             assert ids(emitted, text) == loaded.encode(text)
     assert loaded.piece_to_id("<sep>") not in ids(emitted, "a <sep>")
+    said = [loaded.piece_to_id(piece) for piece in ("▁a", "<sep>", "▁a", "[REF]")]
+    ours = BundleTokenizer(tmp_path / "out" / "tokenizer")
+    stream = ours.stream()
+    assert "".join(map(stream.step, said)) + stream.finish() == ours.decode(said) == loaded.decode(said)
     emitted.encode_special_tokens = False
     assert loaded.piece_to_id("<sep>") in ids(emitted, "a <sep>")
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_digits_and_newlines_that_are_symbols_of_the_model_are_text(tmp_path, legacy):
+    """What is user-defined must neither merge, nor vanish when it comes out, nor part a text as special tokens do."""
+    data = trained("digits")
+    loaded = sentencepiece.SentencePieceProcessor(model_proto=data)
+    ctx, _, info = convert(tmp_path, data, legacy=legacy)
+    ours = BundleTokenizer(tmp_path / "out" / "tokenizer")
+    assert "shown" not in info
+    assert not [warning for warning in ctx.warnings if "T13" in warning]
+    for text in ("the year 204\nx", "1", "2024 and 7\t8", "\n\n9a", "a1b22c"):
+        found = loaded.encode(text)
+        assert ours.encode(text) == found
+        stream = ours.stream()
+        assert "".join(map(stream.step, found)) + stream.finish() == ours.decode(found) == loaded.decode(found) == text
+    after = ours.encode("a</s>1b 2", specials=True)
+    assert after[after.index(2) + 1 :] == loaded.encode("1b 2")[not legacy :]
 
 
 def test_legacy_says_whether_each_part_between_special_tokens_gets_a_space(tmp_path):
