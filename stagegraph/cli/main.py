@@ -59,7 +59,7 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
     if references := getattr(loaded, "REFERENCES", ()):
         for action in parser._actions:  # noqa: SLF001 - argparse tells its arguments in no other way
             if action.dest in references:
-                action.help = f"{action.help}; or a node, as 'bundle[llvm]'"
+                action.help = f"{action.help}, or a node's name"
         add_file(parser)
     return parser
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; 0 ok, 1 if ``--compare`` finds a difference, 2 for a bundle that cannot be read."""
     try:
-        text = serving.text_of(sys.stdin.buffer.read(), "standard input") if args.text == "-" else args.text
+        text = serving.standard_input() if args.text == "-" else args.text
         tokenizer = BundleTokenizer(_directory(args.bundle))
         other = BundleTokenizer(_directory(args.compare)) if args.compare else None
         found = describe(tokenizer, text, specials=args.specials)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", metavar="TEXT", help="the text to continue; - reads standard input")
     add("--prompt-file", type=Path, metavar="FILE", help="a file with the text; its last line break is left out")
-    add("--chat", action="store_true", help="the prompt is a user's message: wrap it in the model's chat format")
+    add("--chat", action="store_true", help="wrap the prompt in the model's chat format")
     serving.add_arguments(parser, max_tokens=str(MAX_TOKENS))
     add("--json", action="store_true", help="print one JSON document instead of the text")
 
@@ -77,7 +76,7 @@ def _prompt(args: argparse.Namespace) -> str:
         except OSError as error:
             raise RequestError(f"{args.prompt_file}: {error.strerror}") from None
     elif args.prompt == "-":
-        prompt = _without_break(serving.text_of(sys.stdin.buffer.read(), "standard input"))
+        prompt = _without_break(serving.standard_input())
     else:
         prompt = serving.text(args.prompt, "--prompt")
     if not prompt:

@@ -33,7 +33,7 @@ Ctrl-C stops an answer; what was said so far stays part of the conversation.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
     serving.bundle_argument(parser)
-    serving.add_arguments(parser, max_tokens=f"the checkpoint's max_new_tokens, or {MAX_TOKENS:,}")
+    serving.add_arguments(parser, max_tokens=f"the checkpoint's, or {MAX_TOKENS}")
 
 
 def run(args: argparse.Namespace, *streams: TextIO) -> int:
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace, *streams: TextIO) -> int:
 
 def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     served = serving.serve(args, chat=True)
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: there is nobody to talk with")
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     console = Console(args, served, out, err)
     for line in _typed(err) if terminal else _piped():

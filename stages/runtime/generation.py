@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stages.runtime.errors import RequestError
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -37,10 +35,6 @@ class Generation:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens {self.max_tokens} is not above 0")
 
     def text(self, context: Context, tokenizer: BundleTokenizer, sampler: Sampler) -> Iterator[str]:
         """Yield the pieces of text as they become complete characters."""

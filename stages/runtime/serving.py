@@ -35,17 +35,23 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     """Add to ``parser`` what every command takes; ``max_tokens`` says what is taken where that is not given."""
     add = parser.add_argument
-    add("--system", metavar="TEXT", help="the chat's system message, in place of the model's own")
+    add("--system", metavar="TEXT", help="the chat's system message, not the model's own")
     add("--max-tokens", type=int, metavar="N", help=f"stop after N tokens (default {max_tokens})")
-    add("--temperature", type=float, metavar="T", help="0 is greedy: the default, unless a chat's checkpoint draws")
+    add("--temperature", type=float, metavar="T", help="0 is greedy (default; in a chat the checkpoint's)")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default 0: from all)")
     add("--top-p", type=float, metavar="P", help="draw from this share of probability (default 1)")
-    add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1: tokens that came are less likely (default 1)")
+    add("--min-p", type=float, metavar="P", help="draw from tokens P times as likely as the first")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1: what came is less likely (default 1)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--specials", action="store_true", help="show special tokens, such as the one that ends the text")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: what the bundle is built for")
+    add("--specials", action="store_true", help="show special tokens, the one that ends the text too")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        metavar="NAME",
+        help="cpu or cuda (default: the bundle's)",
+    )
     add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
 
 
@@ -111,6 +117,13 @@ def text_of(data: bytes, where: str) -> str:
         raise RequestError(f"{where}: not UTF-8 at byte {error.start}") from None
 
 
+def standard_input() -> str:
+    """Return all of standard input."""
+    if sys.stdin is None:  # it was closed before Python began
+        raise RequestError("standard input is closed")
+    return text_of(sys.stdin.buffer.read(), "standard input")
+
+
 @dataclass(frozen=True)
 class Served:
     """A bundle that passed its checks, with its tokenizer and what the options make of its defaults."""
@@ -139,6 +152,8 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     default = of_checkpoint(bundle.sampling) if chat else {}
     settings = Settings(**{**default, **given})
+    if args.max_tokens is not None and args.max_tokens < 1:
+        raise RequestError(f"max_tokens {args.max_tokens} is not above 0")
     if "" in args.stop:
         raise RequestError("--stop: the text is empty")
     stops = [text(stop, "--stop").encode() for stop in args.stop]
@@ -151,7 +166,7 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
 
 def bundle_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a bundle."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle's directory, or one with a bundle/ in it")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle's directory")
 
 
 def rates(generation: Generation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 
 import pytest
@@ -162,6 +163,13 @@ def test_tokenize_compares_two_bundles(emitted, capsys):
     code, out, _ = page(capsys, emitted("neox"), "a", "--compare", emitted("llama3 model"))
     assert code == 1
     assert f"before_a_prompt differs: here [], there [{SIZE}]" in out
+
+
+def test_tokenize_says_where_its_input_is_no_text(emitted, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert page(capsys, emitted("neox"), "-") == (2, "", "error: standard input: not UTF-8 at byte 2\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"two\nlines\n")))
+    assert json.loads(page(capsys, emitted("neox"), "-", "--json")[1])["text"] == "two\nlines\n"
 
 
 def test_tokenize_says_what_is_no_bundle(tmp_path, capsys):
