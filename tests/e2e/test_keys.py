@@ -52,3 +52,10 @@ def test_code_that_runs_by_its_name_counts(project: Project, module: str, old: s
     project.edit(module, old, new)
     said = json.loads(project("status", "overlay.yaml", "--json").stdout)
     assert {found["node"]: found["status"] for found in said["nodes"]}[node] == "STALE"
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_built_twice_alike(built: Project) -> None:
+    done = built("run", "overlay.yaml", "--check-reproducible", "--json")
+    found = json.loads(done.stdout)
+    assert found["reproduction"] == {"same": len(found["nodes"]), "differing": [], "failed": []}
