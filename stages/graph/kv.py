@@ -89,7 +89,7 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     """Return our kernels by the names under which TVM's cache adds its own."""
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    turning = attention.rotary_dim, attention.attention_factor
+    turning = attention.rotary_dim, attention.attention_factor, attention.log_n
     if not build.own_attention:
         made = {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
         if build.sliding:

@@ -9,21 +9,24 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
+from stages.lowering.cpu_cache import stretch_of
+
 ROTARY = "fused_rope"  # the name under which TVM's cache adds its own kernel
 
 
 def rotary_kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, rotary_dim: int, factor: float
+    num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, rotary_dim: int, factor: float, log_n: int = 0
 ) -> tirx.PrimFunc:
     """Return the kernel of (qkv, positions, q, k, v, frequencies): heads taken apart, those of q and k turned by their
     position times each frequency, halves against each other, and stretched by ``factor``; angles are float32.
+    ``log_n`` stretches queries, of which all channels are turned then, besides.
     """
     keys, values, half = num_heads, num_heads + num_kv_heads, rotary_dim // 2
 
-    def turned(x, positions, frequencies, s, h, d):
+    def turned(x, positions, frequencies, s, h, d, stretch=1.0):
         angle = tirx.Var("angle", "float32")
         other = tirx.if_then_else(d < half, -x[s, h, d + half], x[s, h, d - half]).astype("float32")
-        scale = tirx.const(factor, "float32")
+        scale = tirx.const(factor, "float32") * stretch
         value = x[s, h, d].astype("float32") * (tirx.cos(angle) * scale) + other * (tirx.sin(angle) * scale)
         meaning = positions[s].astype("float32") * frequencies[d % half]
         return tirx.if_then_else(d < rotary_dim, tirx.Let(angle, meaning, value).astype(dtype), x[s, h, d])
@@ -44,7 +47,7 @@ def rotary_kernel(
             with T.sblock("rotary"):
                 s, h, d = T.axis.remap("SSS", iters)
                 if h < keys:
-                    q[s, h, d] = turned(qkv, positions, frequencies, s, h, d)
+                    q[s, h, d] = turned(qkv, positions, frequencies, s, h, d, stretch_of(positions[s], log_n))
                 elif h < values:
                     k[s, h - keys, d] = turned(qkv, positions, frequencies, s, h, d)
                 else:

@@ -7,6 +7,7 @@ runtime calls; all kernels that touch the keys of a page are made here, so that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +52,18 @@ def fits(head_dim: int) -> bool:
     return head_dim % LANES == 0
 
 
-def rope(heads: Heads, rotary_dim: int, factor: float) -> tirx.PrimFunc:
+def stretch_of(position: Any, log_n: int) -> Any | float:
+    """Return what a query is stretched by, for the log-n attention of :class:`stages.models.record.AttentionCache`."""
+    if not log_n:
+        return 1.0
+    logarithm = tirx.log((position + 1).astype("float32"))
+    return tirx.max(tirx.const(1, "float32"), logarithm * tirx.const(1 / math.log(log_n), "float32"))
+
+
+def rope(heads: Heads, rotary_dim: int, factor: float, log_n: int = 0) -> tirx.PrimFunc:
     """Return the kernel of (qkv, positions, q, k, v, frequencies): heads taken apart, those of q and k turned by their
     position times each frequency and stretched by ``factor``; an angle is computed once per token, not once per head.
+    ``log_n`` stretches queries, of which all channels are turned then, besides.
     """
     half = rotary_dim // 2
     with kernel() as made:
@@ -64,16 +74,20 @@ def rope(heads: Heads, rotary_dim: int, factor: float) -> tirx.PrimFunc:
         frequencies = made.argument("frequencies", (half,), "float32")
 
         def row(s: Any) -> None:
-            cos, sin = (T.alloc_buffer((half,), "float32") for _ in range(2))
+            of_keys = [T.alloc_buffer((half,), "float32") for _ in range(2)]
+            of_queries = [T.alloc_buffer((half,), "float32") for _ in range(2)] if log_n else of_keys
+            stretch = T.bind(stretch_of(positions[s], log_n)) if log_n else None
             with T.serial(0, half) as d:
                 angle = T.bind(T.Cast("float32", positions[s]) * frequencies[d])
-                for table, function in ((cos, T.cos), (sin, T.sin)):
+                for table, stretched, function in zip(of_keys, of_queries, (T.cos, T.sin), strict=True):
                     put(table, function(angle) * T.float32(factor), d)
+                    if stretch is not None:
+                        put(stretched, table[d] * stretch, d)
             first = 0
-            for (_, count), output in zip(_parts(heads), outputs, strict=True):
+            turnings = (rotary_dim, of_queries), (rotary_dim, of_keys), (0, of_keys)
+            for (_, count), output, (turned, tables) in zip(_parts(heads), outputs, turnings, strict=True):
                 with T.serial(0, count) as h:
-                    turned = rotary_dim if output is not outputs[2] else 0
-                    _turn(qkv, output, s, first + h, h, turned, heads.dim, cos, sin)
+                    _turn(qkv, output, s, first + h, h, turned, heads.dim, *tables)
                 first += count
 
         each_row(n, 50 * half, row)

@@ -1,12 +1,13 @@
 """Qwen, first generation (``model_type: qwen``): fused QKV with bias, RMSNorm, rotary positions, gated SiLU MLP.
 
 Both generations of its config.json keys are read. Within ``seq_length`` positions dynamic NTK and log-n attention are
-identities, so the model equals Qwen2 with renamed tensors: that is its reference.
+identities, so the model equals Qwen2 with renamed tensors: that is its reference. Beyond, dynamic NTK is another base.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import SHARED, ConfigReader, classify
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QWenConfig:
-    """Sizes and options that determine the graph; ``intermediate_size`` is that of one branch of the gated MLP."""
+    """Sizes and options that determine the graph; ``intermediate_size`` is that of one branch of the gated MLP.
+
+    ``log_n`` is what :class:`~stages.models.record.AttentionCache` calls so.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -31,6 +35,7 @@ class QWenConfig:
     seq_length: int
     use_dynamic_ntk: bool
     use_logn_attn: bool
+    log_n: int = 0
 
     @property
     def attention(self) -> AttentionCache:
@@ -38,7 +43,7 @@ class QWenConfig:
         from stages.models.frequencies import frequencies
 
         found, _ = frequencies(self.rope_parameters, self.head_dim)
-        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, found)
+        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, found, log_n=self.log_n)
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -63,6 +68,7 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "scale_attn_weights": True,
 }
+LOG_N = 32767  # positions of the published table of logarithms
 # What the first generation takes instead; its sizes are the same under other names.
 EARLY = {"layer_norm_epsilon": 1e-5, "use_dynamic_ntk": False, "use_logn_attn": False}
 KEYS = classify(
@@ -120,16 +126,33 @@ def parse(raw: Mapping[str, Any]) -> QWenConfig:
 
 def context_window(config: QWenConfig, requested: int) -> int:
     """Return the number of positions to build for, ``seq_length`` for 0; ConfigError if the model has fewer."""
-    if requested > config.seq_length:
-        options = [name for name in ("use_dynamic_ntk", "use_logn_attn") if getattr(config, name)]
-        reason = (
-            f"beyond it {' and '.join(options)} would change the model" if options else "it was trained for no more"
-        )
+    longest, reason = LOG_N, f"for which the model's own code has no logarithms beyond {LOG_N}"
+    if not config.use_dynamic_ntk:
+        longest, reason = config.seq_length, "beyond which the model was not trained, without use_dynamic_ntk"
+    elif not config.use_logn_attn:
+        longest = requested
+    if requested > max(longest, config.seq_length):
         raise ConfigError(
-            f"context_window = {requested} exceeds seq_length = {config.seq_length} of config.json; {reason}, "
-            f"which is not supported: choose context_window <= {config.seq_length}"
+            f"context_window = {requested} exceeds seq_length = {config.seq_length} of config.json, {reason}: "
+            f"choose context_window <= {max(longest, config.seq_length)}"
         )
     return requested or config.seq_length
+
+
+def for_context(config: QWenConfig, window: int) -> tuple[QWenConfig, str]:
+    """Return ``config`` with the base and the log-n attention of so many positions, and what to say of that.
+
+    The model's own code chooses the base by the length of a prompt and keeps it for the whole answer.
+    """
+    if window <= config.seq_length:
+        return config, ""
+    alpha = 2 ** math.ceil(math.log2(window / config.seq_length) + 1) - 1
+    base = config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2))
+    return replace(config, rope_theta=base, log_n=config.seq_length if config.use_logn_attn else 0), (
+        f"use_dynamic_ntk: all sequences are given the base of a prompt of {window} tokens, the context_window built "
+        f"for; the model's own code gives shorter prompts others: for prompts within seq_length = {config.seq_length}, "
+        "set context_window to that"
+    )
 
 
 def params(config: QWenConfig) -> tuple[Param, ...]:
@@ -226,9 +249,10 @@ FAMILY = Family(
     config=QWenConfig,
     parse=parse,
     context_window=context_window,
+    for_context=for_context,
     params=params,
     causal_lm=causal_lm,
     to_reference=to_reference,
     keys=KEYS,
-    supports=("both generations of config keys", "contexts up to seq_length, where dynamic NTK and log-n do not act"),
+    supports=("both generations of config keys", "contexts beyond seq_length by dynamic NTK and log-n attention"),
 )

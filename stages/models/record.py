@@ -56,7 +56,9 @@ class AttentionCache:
 
     The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, each pair by the
     position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
-    With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w tokens alone.
+    With ``log_n`` n > 0, where all channels are turned, the query at position p - 1 is stretched by log p / log n if
+    that is more than one. With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w
+    tokens alone.
     """
 
     num_heads: int
@@ -64,6 +66,7 @@ class AttentionCache:
     head_dim: int
     frequencies: tuple[float, ...]
     attention_factor: float = 1.0
+    log_n: int = 0
     sliding_window: int = 0
     full_layers: int = 0
 

@@ -7,6 +7,7 @@ comes before that of the scaling.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +31,6 @@ TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 }
 ABSENT_IF_ZERO = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 STRETCHED = ("linear", "dynamic", "yarn", "longrope")  # types whose factor says how much longer contexts may be
-OTHER_NAMES = {"su": "longrope", "ntk": "dynamic"}
 Config = TypeVar("Config", bound="Rope")
 
 
@@ -156,7 +156,7 @@ def _mapping(read: ConfigReader, key: str) -> Mapping[str, Any]:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def _one(
@@ -184,8 +184,7 @@ def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: i
     if nested:
         read.problem(f"{where}.{nested[0]} is an object: positions that differ from layer to layer are not implemented")
     if not isinstance(kind, str) or kind not in TYPES:
-        other = OTHER_NAMES.get(kind) if isinstance(kind, str) else None
-        hint = f"; transformers knows it as {other!r}" if other else ""
+        hint = "; transformers knows it as 'longrope'" if kind == "su" else ""
         read.problem(f"{where}: rope_type {shown(kind)} is not implemented; known: {', '.join(TYPES)}{hint}")
         return {"rope_type": "default"}
     needed, optional, lists = TYPES[kind]
@@ -194,7 +193,8 @@ def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: i
     wrong += [name for name in optional if name in found and not _is_positive(found[name])]
     for name in wrong:
         said = f"= {shown(found[name])}" if name in found else "is missing"
-        read.problem(f"{where}.{name} {said}; expected a positive number, as rope_type {kind!r} needs one")
+        place = name if name == ORIGINAL and ORIGINAL in read.raw else f"{where}.{name}"
+        read.problem(f"{place} {said}; expected a positive number, as rope_type {kind!r} needs one")
     for name in lists:
         value = found.get(name)
         if not isinstance(value, list) or len(value) != pairs or not all(map(_is_positive, value)):

@@ -48,7 +48,7 @@ def test_the_documents(checkpoint: Path, tmp_path: Path):
         "config": {
             "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2, "num_heads": 2,
             "head_dim": 32, "rms_eps": 1e-6, "rope_theta": 10000.0, "seq_length": 512, "use_dynamic_ntk": True,
-            "use_logn_attn": True,
+            "use_logn_attn": True, "log_n": 0,
         },
     }  # fmt: skip
     assert generation == {
@@ -69,7 +69,7 @@ def test_the_documents(checkpoint: Path, tmp_path: Path):
 def test_the_window_is_the_models_own_by_default(checkpoint: Path, tmp_path: Path):
     parse(checkpoint, tmp_path / "out")
     assert json.loads((tmp_path / "out/model.json").read_text())["context_window"] == 512
-    assert problems(checkpoint, context_window=1024)[0].startswith("context_window = 1024 exceeds seq_length = 512")
+    assert problems(checkpoint, context_window=40000)[0].startswith("context_window = 40000 exceeds seq_length = 512")
 
 
 def test_rows_name_the_family_and_tolerate_what_is_not_there(checkpoint: Path, tmp_path: Path):

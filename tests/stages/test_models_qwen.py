@@ -40,7 +40,7 @@ def test_both_generations_of_keys_are_read():
     assert dataclasses.asdict(early) == {
         "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 11008, "num_layers": 32, "num_heads": 32,
         "head_dim": 128, "rms_eps": 1e-05, "rope_theta": 10000.0, "seq_length": 2048, "use_dynamic_ntk": True,
-        "use_logn_attn": True,
+        "use_logn_attn": True, "log_n": 0,
     }  # fmt: skip
 
 
@@ -81,14 +81,26 @@ def test_all_problems_come_at_once():
     assert len(caught.value.problems) == 4
 
 
-def test_context_window_ends_where_the_options_begin_to_act():
+def test_context_window_ends_with_what_the_options_are_for():
     config = QWEN.parse(CONFIG)
     assert QWEN.context_window(config, 0) == 512
     assert QWEN.context_window(config, 300) == 300
-    with pytest.raises(
-        ConfigError, match=r"context_window = 513 exceeds seq_length = 512.*use_dynamic_ntk and use_logn"
-    ):
-        QWEN.context_window(config, 513)
+    assert QWEN.context_window(config, 32767) == 32767
+    with pytest.raises(ConfigError, match=r"context_window = 32768 exceeds seq_length = 512.*no logarithms beyond"):
+        QWEN.context_window(config, 32768)
+    assert QWEN.context_window(QWEN.parse({**CONFIG, "use_logn_attn": False}), 40000) == 40000
+    plain = QWEN.parse({**CONFIG, "use_dynamic_ntk": False})
+    with pytest.raises(ConfigError, match=r"not trained, without use_dynamic_ntk: choose context_window <= 512"):
+        QWEN.context_window(plain, 513)
+
+
+@pytest.mark.parametrize(("window", "alpha"), [(512, 1), (513, 3), (1024, 3), (1025, 7), (2048, 7), (2049, 15)])
+def test_the_base_beyond_seq_length_is_that_of_dynamic_ntk(window, alpha):
+    """In powers of two of the context, as the published ``get_ntk_alpha`` has them."""
+    config, said = QWEN.for_context(QWEN.parse(CONFIG), window)
+    assert config.rope_theta == pytest.approx(10000 * alpha ** (32 / 30))
+    assert config.log_n == (512 if window > 512 else 0)
+    assert bool(said) == (window > 512)
 
 
 def test_every_family_row_names_a_family():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from stages import profiles
 from stages.config_parse import ConfigParse
 from stages.models import load_family
 from stages.models.record import ConfigError
+from tests.checkpoints import write_qwen
 from tests.local_context import run_stage
 from tests.stages import families
 from tests.stages.families import DYNAMIC, LINEAR, SIZES, YARN, Case, error, longrope
@@ -136,6 +138,8 @@ def test_keys_mean_what_they_mean_to_transformers(config):
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor is missing; expected a positive number"),
         ({"rope_scaling": {"type": "yarn", "factor": 4, ORIGINAL: None}}, f"rope_scaling.{ORIGINAL} = None; expected"),
         ({"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": -1}}, "rope_scaling.beta_fast = -1; expected"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}, ORIGINAL: None}, f"json: {ORIGINAL} = None; expected"),
+        ({"rope_theta": 10**400}, "expected a positive number"),
         ({"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 4}}, "no frequencies of rope_type 'yarn' can be"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 64}}, "rope_scaling.long_factor = None; expec"),
         (
@@ -234,18 +238,18 @@ def turned_by_transformers(config: Mapping[str, Any], heads: np.ndarray) -> np.n
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "bound"), [(48, "float32", 1e-6), (24, "float32", 1e-6), (24, "float16", 4e-3)]
+    ("head_dim", "dtype", "bound"), [(48, "float32", 2e-6), (24, "float32", 2e-6), (24, "float16", 8e-3)]
 )
 @pytest.mark.parametrize(
-    "parameters",
+    ("parameters", "log_n"),
     [
-        {"rope_theta": 1e4},
-        {**LINEAR, "factor": 3.0},
-        {**LLAMA3, "rope_theta": 5e5, ORIGINAL: 8192},
-        {**YARN, ORIGINAL: 512},
+        ({"rope_theta": 1e4}, 0),
+        ({**LINEAR, "factor": 3.0}, 4000),
+        ({**LLAMA3, "rope_theta": 5e5, ORIGINAL: 8192}, 0),
+        ({**YARN, ORIGINAL: 512}, 0),
     ],
 )
-def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, parameters):
+def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, parameters, log_n):
     """However large the angle, whose error would grow with the position; but for a frequency with another last bit."""
     profiles.compiler()
     import tvm
@@ -257,9 +261,9 @@ def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, paramete
     cache = parse(config).attention
     numbers = cache.num_heads, cache.num_kv_heads, head_dim
     if cpu_cache.fits(head_dim):
-        kernel = cpu_cache.rope(cpu_cache.Heads(*numbers), cache.rotary_dim, cache.attention_factor)
+        kernel = cpu_cache.rope(cpu_cache.Heads(*numbers), cache.rotary_dim, cache.attention_factor, log_n)
     else:
-        kernel = rotary_kernel(*numbers, dtype, cache.rotary_dim, cache.attention_factor)
+        kernel = rotary_kernel(*numbers, dtype, cache.rotary_dim, cache.attention_factor, log_n)
     module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
     qkv = np.random.default_rng(1).standard_normal((len(POSITIONS), 8, head_dim)).astype(dtype)
     parts = [tvm.runtime.tensor(np.zeros((len(POSITIONS), count, head_dim), dtype)) for count in (4, 2, 2)]
@@ -268,6 +272,8 @@ def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, paramete
     tvm.compile(module, target="llvm")["main"](*arguments, *parts, frequencies)
     q, k, v = (part.numpy() for part in parts)
     expected = turned_by_transformers(config, qkv[:, :6].astype(np.float32))
+    if log_n:
+        expected[:, :4] *= np.maximum(np.log(POSITIONS + 1.0) / math.log(log_n), 1).astype(np.float32)[:, None, None]
     other = np.abs(np.array(cache.frequencies, np.float32) - transformers_own(config, 1)[0]).max()
     errors = np.abs(np.concatenate([q, k], 1) - expected).max((1, 2))
     assert (errors < bound + 8 * other * POSITIONS).all(), errors
@@ -316,3 +322,42 @@ def test_longrope_takes_one_set_of_factors_for_every_sequence(factors):
     scaling = longrope(16)
     config = {**LLAMA, "head_dim": 32, "max_position_embeddings": 128, "rope_parameters": scaling}
     assert parse(config, window).reference()["short_factor"] == scaling[name]
+
+
+@pytest.mark.slow
+def test_the_first_qwen_beyond_seq_length_has_the_base_and_the_queries_of_its_published_code(tmp_path):
+    """A Qwen2 with another base, whose attention stretches queries, stands for the code that nobody may run."""
+    import torch
+    import transformers
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+    from transformers.models.qwen2.modeling_qwen2 import ALL_ATTENTION_FUNCTIONS, eager_attention_forward
+
+    checkpoint = write_qwen(tmp_path / "checkpoint", dtype="float32", seq_length=64)
+    (checkpoint / "generation_config.json").unlink()  # its stop ids are of another tokenizer than the bundle's here
+    rows = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+    built = families.build(
+        tmp_path, Case("Qwen2", {"vocab_size": rows}, context_window=200), "q0f32", checkpoint=checkpoint
+    )
+    described = json.loads(built.config.read_text())
+    qwen, ids = load_family("qwen"), [token % rows for token in IDS[:200]]
+    _, keywords, state = qwen.to_reference(qwen.config(**described["config"]), built.held)
+    keywords["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0 * 7 ** (32 / 30)}
+
+    def log_n(module, query, key, value, mask, **options):
+        table = [math.log(i, 64) if i > 64 else 1.0 for i in range(1, query.shape[2] + 1)]
+        return eager_attention_forward(module, query * torch.tensor(table)[:, None], key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS.register("log_n", log_n)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("log_n", eager_mask)
+    logits = {}
+    for attention in ("log_n", "eager"):
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**keywords, attn_implementation=attention))
+        model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+        with torch.no_grad():
+            logits[attention] = model.eval()(torch.tensor([ids])).logits[0].numpy()
+    session = built.session()
+    sequence = session.add()
+    found = [session.prefill(sequence, ids[:150]), *(session.decode(sequence, token) for token in ids[150:])]
+    errors = {name: max(map(error, found, each[149:])) for name, each in logits.items()}
+    assert errors["log_n"] < 1e-4
+    assert errors["eager"] > 1e-2
