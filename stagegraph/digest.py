@@ -6,17 +6,16 @@ truncated meanwhile into a crash of the process.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from stagegraph.files import open_regular
+
 if TYPE_CHECKING:
-    from io import FileIO
     from threading import Event
 
 BLOCK = 8 << 20
@@ -32,18 +31,6 @@ def stat_id(path: str | Path) -> StatId:
 def digest_bytes(data: bytes) -> str:
     """Return the BLAKE3 hex digest (64 digits) of ``data``."""
     return blake3(data).hexdigest()
-
-
-def open_regular(path: str | Path) -> FileIO:
-    """Open a file for reading; :class:`OSError` for a pipe or a device, which might never end, and for a directory."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
-        return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def digest_file(path: str | Path, stop: Event | None = None) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stagegraph.digest import digest_bytes, open_regular
+from stagegraph.digest import digest_bytes
+from stagegraph.files import open_regular
 
 SEAL_DIGITS = 32
 LIMIT = 256 << 20  # bytes; no document comes near it

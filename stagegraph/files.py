@@ -1,14 +1,20 @@
-"""Which files of a directory a source parameter names."""
+"""Which files of a directory a source parameter names, and files opened only if they are files."""
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import stat
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError
+
+if TYPE_CHECKING:
+    from io import FileIO
 
 WILDCARD = frozenset("*?[")
 
@@ -50,3 +56,18 @@ def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     others = set(patterns) - names - suffixes
     endings = tuple(p[1:] for p in suffixes)
     return lambda name: name in names or name.endswith(endings) or any(fnmatchcase(name, p) for p in others)
+
+
+def open_regular(path: str | Path) -> FileIO:
+    """Open a file for reading; :class:`OSError` for a pipe or a device, which might never end, and for a directory."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+        return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor
+    except BaseException:
+        os.close(descriptor)
+        raise

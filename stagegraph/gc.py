@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.digest import open_regular
 from stagegraph.errors import PipelineError, StoreError
+from stagegraph.files import open_regular
 from stagegraph.history import EXECUTED, node_of_key, past_runs
 from stagegraph.leftovers import idle_locks, leftovers, tree_size
 from stagegraph.pins import pinned

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stagegraph.digest import digest_json, open_regular
+from stagegraph.digest import digest_json
+from stagegraph.files import open_regular
 
 SEAL_DIGITS = 32
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")

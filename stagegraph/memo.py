@@ -50,7 +50,7 @@ class Memo:
     def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
         """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
         entry = None if self._fresh or kind not in self._codes else self._entry(self._name(kind, document))
-        if entry is None or self._store.verify(entry["digest"]) is not None:
+        if entry is None or self._store.check(entry["digest"]) is not None:  # read, as it becomes part of a result
             return None
         self._count(kind, "reused", entry["digest"])
         return Part(self._store.path(entry["digest"]), entry["facts"])

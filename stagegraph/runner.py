@@ -142,7 +142,7 @@ class Worker:
             "PYTHONUNBUFFERED": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "stagegraph.worker", profile, str(writer)],
+            [sys.executable, "-P", "-m", "stagegraph.worker", profile, str(writer), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

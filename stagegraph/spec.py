@@ -32,6 +32,7 @@ _EXPECTED = {
     "name": "a name, under which the artifacts are stored",
     "stages": "a mapping of entries",
 }
+NODES_LIMIT = 10_000
 TOP_KEYS = ("version", "name", "extends", "vars", "stages")
 
 
@@ -84,4 +85,10 @@ def _nodes(item: Item | None, scope: Scope, problems: Problems) -> list[NodeSpec
             problems.unexpected(item, _EXPECTED["stages"], "stages")
         return []
     entries = read_entries(stages, scope, problems)
-    return [node for entry in entries for node in expand(entry, scope, problems)]
+    nodes = []
+    for node in (node for entry in entries for node in expand(entry, scope, problems)):
+        nodes.append(node)
+        if len(nodes) > NODES_LIMIT:
+            problems.add(node.place, f"is the entry that makes more than {NODES_LIMIT:,} nodes of the pipeline")
+            break
+    return nodes

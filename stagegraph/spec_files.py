@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from stagegraph.files import open_regular
 from stagegraph.pipeline import Place
 from stagegraph.spec_item import absolute
 from stagegraph.spec_yaml import parse
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from stagegraph.spec_item import Item, Problems
 
-_BYTES_LIMIT = 16 << 20  # guards against a checkpoint named in place of a pipeline
+_BYTES_LIMIT = 1 << 20  # ten times a pipeline of 1,000 entries; what is larger takes seconds and is none
 
 
 def read_layers(path: Path, problems: Problems) -> dict[str, Item]:
@@ -64,7 +65,7 @@ def _read(path: Path, named_at: Place, problems: Problems) -> dict[str, Item]:
 
 def _text(path: Path, name: str, named_at: Place, problems: Problems) -> str | None:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(_BYTES_LIMIT + 1)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror

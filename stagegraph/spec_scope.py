@@ -18,6 +18,7 @@ from stagegraph.spec_yaml import core_scalar, parse
 
 _PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_TEXT_LIMIT = 100_000
 _FORMS = "${vars.NAME}, ${each.NAME} or ${env.NAME}"
 
 Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
@@ -86,6 +87,9 @@ class Scope:
             if match.start() == 0:
                 base = part.base
             written.append(text_of(part.value))
+            if sum(map(len, written)) > _TEXT_LIMIT:  # doubled a few dozen times it would fill the memory
+                self._problems.add(item.place, f"becomes a text of more than {_TEXT_LIMIT:,} characters")
+                return None
         return Item("".join(written) + text[end:], item.place, base) if sound else None
 
     def _part(self, match: re.Match[str], item: Item, each: Bindings | None) -> Item | None:

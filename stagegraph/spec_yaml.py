@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stagegraph.pipeline import Place
 
 DEPTH_LIMIT = 64
-SIZE_LIMIT = 1_000_000  # values after aliases are followed; a pipeline of 1,000 entries has about 20,000
+SIZE_LIMIT = 200_000  # values after aliases are followed; a pipeline of 1,000 entries has about 20,000
 
 _PLAIN = "plain"
 _STANDARD_TAGS = {_PLAIN, "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from stagegraph.digest import digest_bytes, digest_file, open_regular, stat_id
+from stagegraph.digest import digest_bytes, digest_file, stat_id
 from stagegraph.errors import StoreError
+from stagegraph.files import open_regular
 from stagegraph.index import Index
 
 HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object

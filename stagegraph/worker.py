@@ -257,6 +257,8 @@ def main() -> None:
     """Serve requests until standard input closes."""
     profile, events_fd = sys.argv[1], int(sys.argv[2])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed run leaves no orphans at work
+    if os.getppid() != int(sys.argv[3]):  # it was killed before that
+        return
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     events = os.fdopen(events_fd, "w", encoding="utf-8")
     os.set_inheritable(events_fd, False)

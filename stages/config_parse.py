@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHOWN = 80  # characters of a key or a value in the view
 
+CONFIG_LIMIT = 64 << 20  # bytes, beyond which planning does not read it: no model's is a thousandth of that
+
 
 class ConfigParse(Stage):
     """config.json read as transformers does, every contradiction reported; of the weights a doubtful head is read."""
@@ -46,8 +48,11 @@ class ConfigParse(Stage):
         """Return the one family that config.json names, if it names a known one."""
         from stages.models import FAMILIES
 
+        path = Path(params.checkpoint) / CONFIG
         try:
-            model_type = json.loads((Path(params.checkpoint) / CONFIG).read_bytes())["model_type"]
+            if not path.is_file() or path.stat().st_size > CONFIG_LIMIT:
+                return {}
+            model_type = json.loads(path.read_bytes())["model_type"]
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return {}
         known = isinstance(model_type, str) and model_type in FAMILIES

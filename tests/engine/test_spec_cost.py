@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from stagegraph import spec as module
+from stagegraph.errors import SpecError
+from stagegraph.spec import load
 from tests.engine.spec_fakes import SpecFiles
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,3 +55,50 @@ def test_reading_imports_nothing_heavy(spec: SpecFiles) -> None:
     heavy = {"networkx", "jsonschema", "numpy", "tvm", "asyncio", "importlib.metadata", "blake3", "diskcache"}
     assert "yaml" in loaded
     assert not heavy & set(loaded)
+
+
+HEAD = "version: 1\nname: fake\n"
+BOMBS = {
+    "doubled": HEAD + "vars:\n  a0: xxxxxxxxxx\n"
+    + "".join(f"  a{i}: '${{vars.a{i - 1}}}${{vars.a{i - 1}}}'\n" for i in range(1, 41))
+    + "stages:\n  x: {uses: '${vars.a40}'}\n",
+    "listed": HEAD + "vars:\n  a: [" + ",".join(["x"] * 4_000_000) + "]\nstages: {x: {uses: y}}\n",
+    "values": HEAD + "vars:\n  a: [" + ",".join(["x"] * 400_000) + "]\nstages: {x: {uses: y}}\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pipeline_that_would_grow_without_end_is_refused_in_little_memory(name: str, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.yaml").write_text(BOMBS[name])
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from stagegraph.errors import SpecError\n"
+        "from stagegraph.spec import load\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    load(Path('pipeline.yaml'))\n"
+        "except SpecError as error:\n    print(len(str(error)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    said, grown = map(int, done.stdout.split())
+    assert said < 10_000
+    assert grown < 200 << 10  # KiB
+
+
+def test_pipes_and_devices_are_no_pipelines(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    for name in (tmp_path / "fifo.yaml", Path("/dev/zero")):
+        with pytest.raises(SpecError, match="is no regular file"):
+            load(name)
+
+
+def test_the_nodes_of_all_entries_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NODES_LIMIT", 2)
+    monkeypatch.setattr(module, "read_entries", lambda *_: ["a", "b"])
+    made = iter([type("Node", (), {"place": module.Place("f", i, 1)})() for i in range(9)])
+    monkeypatch.setattr(module, "expand", lambda *_: made)
+    (tmp_path / "p.yaml").write_text(HEAD + "stages: {x: {uses: y}}\n")
+    with pytest.raises(SpecError, match="makes more than 2 nodes"):
+        load(tmp_path / "p.yaml")
+    assert len(list(made)) == 6
