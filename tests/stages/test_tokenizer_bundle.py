@@ -88,7 +88,7 @@ def test_the_directory_holds_one_vocabulary_and_what_a_runtime_needs(tiny):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_max_length"] == 512
     assert config["clean_up_tokenization_spaces"] is False
-    assert [config[f"{role}_token"] for role in ("bos", "eos", "pad")] == [None, "<|endoftext|>", "<|endoftext|>"]
+    assert [config.get(f"{role}_token") for role in ("bos", "eos", "pad")] == [None, "<|endoftext|>", "<|endoftext|>"]
     assert "present and not executed" in ctx.views["trace"]
     assert "T08 (N)" in ctx.views["checks"]
     assert ctx.warnings == []
@@ -219,7 +219,8 @@ def test_planning_names_the_rows_without_the_libraries(tmp_path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == (
         "[('stages.tokenizers.resolution:RULES', 'tiktoken-qwen'), ('stages.tokenizers:EMBEDDINGS', 'qwen'), "
-        "('stages.tokenizers:TOKENIZERS', 'tiktoken-qwen')] ['python', 'regex', 'tiktoken', 'tokenizers', 'unicode']"
+        "('stages.tokenizers:TOKENIZERS', 'tiktoken-qwen')] "
+        "['jinja2', 'python', 'regex', 'tiktoken', 'tokenizers', 'transformers', 'unicode']"
     )
     stage = TokenizerBundle()
     assert stage.rows(stage.Params(str(tmp_path / "nowhere")), {}) == {}
