@@ -98,15 +98,14 @@ class Sampler:
         A weight is the probability divided by that of the likeliest id.
         """
         settings, logits = self.settings, self._penalised(logits, before)
-        below = logits.astype(np.float64) - logits.max()  # before dividing, which may overflow to minus infinity alone
+        ids = np.arange(len(logits))
+        if 0 < settings.top_k < len(logits):
+            ids = np.flatnonzero(logits >= np.partition(logits, -settings.top_k)[-settings.top_k])
+        below = logits[ids].astype(np.float64) - logits.max()  # before dividing, which may overflow to minus infinity
         with np.errstate(over="ignore"):
             weights = np.exp(below / settings.temperature)
-        if 0 < settings.top_k < len(weights):
-            kept = np.flatnonzero(logits >= np.partition(logits, -settings.top_k)[-settings.top_k])
-            order = kept[np.argsort(-weights[kept], kind="stable")]
-        else:
-            order = np.argsort(-weights, kind="stable")
-        weights = weights[order]
+        order = np.argsort(-weights, kind="stable")
+        order, weights = ids[order], weights[order]
         count = len(order)
         if settings.top_p < 1:
             share = np.cumsum(weights) / weights.sum()
