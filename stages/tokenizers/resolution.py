@@ -44,7 +44,7 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     "tokenizer-json": Rule(
-        classes=(),
+        classes=("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"),
         patterns=("tokenizer.json", "vocab.json"),
         usual="tokenizer.json",
         beside=("merges.txt", MODEL, SPECIALS),
@@ -223,11 +223,11 @@ def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) ->
     for family, rule in RULES.items():  # those preferred first: a file is searched no more often than it must be
         if not set(rule.yields) & set(fitting) and _matching(files, rule):
             fitting.append(family)
-    said = f"{_cut(named)} is no family's own" if named else "no class is named"
+    if own and fitting != ["tokenizer-json"]:
+        return own, f"{_cut(named)} is named"  # and its files are missed there
+    said = f"{_cut(named)} does not decide" if named else "no class is named"
     if len(fitting) == 1:
         return fitting[0], f"{said}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
-    if own and not fitting:
-        return own, f"{_cut(named)} is named"
     found = "the files fit several families" if fitting else f"no vocabulary of a known family among {', '.join(files)}"
     raise TokenizerError(f"{root}: {said} and {found}; {_known()}")
 

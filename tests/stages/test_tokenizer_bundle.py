@@ -315,6 +315,6 @@ def test_the_published_vocabulary_equals_tiktoken_on_the_whole_nasty_corpus(real
 def test_the_published_vocabulary_of_another_model_is_refused(tmp_path):
     config = {"tokenizer_class": "GPTNeoXTokenizer"}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", REAL, tokenizer_config=config)
-    assert "byte-level-bpe needs its vocabulary, tokenizer.json or vocab.json" in refusal(tmp_path, checkpoint)[0]
+    assert "tokenizer-json needs its vocabulary, tokenizer.json or vocab.json" in refusal(tmp_path, checkpoint)[0]
     checkpoint = write_checkpoint(tmp_path / "other", REAL, tokenizer_config=QWEN_CONFIG)
     assert any("T06" in problem for problem in refusal(tmp_path, checkpoint))

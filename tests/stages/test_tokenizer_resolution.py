@@ -77,7 +77,7 @@ def test_a_class_that_is_not_known_leaves_it_to_the_files_and_is_said(tmp_path, 
     files = folder(tmp_path, tokenizer__model=sentencepiece_samples.trained("llama"), tokenizer_config__json=config)
     found = resolve(tmp_path, files)
     assert found.family == "sentencepiece-bpe"
-    assert f"{name.removesuffix('Fast')} is no family's own" in found.trace
+    assert f"{name.removesuffix('Fast')} does not decide" in found.trace
     assert f"the tokenizer class {name.removesuffix('Fast')} is not known here" in found.doubts[0]
     files = folder(
         tmp_path,
