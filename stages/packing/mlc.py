@@ -127,7 +127,8 @@ def _expressed(
     """Return the first division that writes the probes, and whether those with a system message are among them."""
     bos, index = config.get("bos_token"), info["bos"]
     for prefix in (bos, "") if bos and index is not None else ("",):
-        if not all(text.startswith(prefix) for text in texts.values()):
+        # A bos that every turn begins with is part of the roles.
+        if prefix and not all(text.startswith(prefix) and text.count(prefix) == 1 for text in texts.values()):
             continue
         bare = {name: text.removeprefix(prefix) for name, text in texts.items()}
         for framed in (True, False):

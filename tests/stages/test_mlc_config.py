@@ -166,6 +166,13 @@ def test_what_cannot_be_said_in_mlcs_form_is_said_to_be_so(template, says):
     )
 
 
+def test_a_bos_that_every_turn_begins_with_stays_in_the_roles():
+    roles = {**TOKENS, "bos_token": "<|im_start|>"}
+    found, _ = mlc.conversation({"chat_template": SYSTEM, **roles}, INFO, TABLES)
+    assert found["system_prefix_token_ids"] == []
+    assert found["system_template"] == "<|im_start|>system\n{system_message}<|im_end|>\n"
+
+
 def test_a_template_with_a_clock_gives_the_same_bytes_on_any_day():
     found, said = mlc.conversation({"chat_template": "{{ strftime_now('%d %b %Y') }}" + CHATML}, INFO, TABLES)
     assert found["system_template"].startswith("26 Jul 2024")
