@@ -179,7 +179,7 @@ def _check_logits(
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
     if case.manifest.model["sep_embed"]:
         held = weights.held(case.registry, case.records, SCHEMES[case.registry["scheme"]])
-        name = next(entry["sources"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
+        name = next(entry["source_names"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
         table = next(tensor for tensor in held if tensor.name == name)
         findings.checks.append(checks.embedding(session, tokens, table.rows))
     findings.checks.append(checks.softmax(session, rows))

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from stagegraph.stage import StageError
 from stages.runtime.errors import BundleError
@@ -14,7 +15,7 @@ from stages.targets import host
 from stages.verification import checks as checks_of
 from stages.verify import Verify
 from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
-from tests.stages import bundles
+from tests.stages import bundles, families
 
 LOGIT_CHECKS = {
     "every step",
@@ -75,6 +76,18 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
         assert 1e-3 < found[name]["measured"] < found[name]["bound"] == 5e-2
     assert 1e-5 < abs(found["perplexity of the prompt"]["measured"]) < found["perplexity of the prompt"]["bound"]
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
+
+
+def test_a_checkpoint_whose_names_have_another_prefix_is_read_by_the_register(recorded, tmp_path):
+    built = recorded.copy(tmp_path)
+    checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
+    (checkpoint / "model.safetensors.index.json").unlink()
+    for shard in checkpoint.glob("*.safetensors"):
+        save_file({f"module.{name}": tensor for name, tensor in load_file(shard).items()}, shard)
+    ports = families.parse_and_register(tmp_path / "registered", checkpoint, built.scheme)
+    renamed = bundles.replace(built, checkpoint=checkpoint, config=ports["config"], params=ports["params"])
+    found = checks(bundles.verify(renamed, tmp_path / "out", reference="live"))
+    assert {"weights", "embed", "every step"} <= set(found)
 
 
 def test_without_a_reference_nothing_says_verified(recorded, tmp_path):
