@@ -222,6 +222,34 @@ def test_every_key_is_read_as_transformers_reads_it(family):
     assert {label for label in lenient if label.split()[0] not in irrelevant} <= LENIENT
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in CLASSES if name != "rwkv"])  # whose few keys have a test of logits
+def test_the_models_of_both_configs_answer_alike(family):
+    """Of equal random weights, whatever else the file says: so what ``effective`` leaves out does not matter either."""
+    torch = pytest.importorskip("torch")
+    compared = 0
+
+    def logits(config: Any) -> Any:
+        config.initializer_range = 0.3
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            return model.eval()(torch.arange(40)[None] % 8).logits
+
+    seen = []
+    for label, raw in variants(family):
+        ours = built(family, raw) if outcome(family, raw) == "same" else None
+        if ours is None or max(ours.hidden_size, ours.vocab_size) > 64 or ours.num_hidden_layers > 8:
+            continue
+        found, expected = logits(ours), logits(getattr(transformers, CLASSES[family]).from_dict(raw))
+        # Two names of one activation are rounded otherwise; any other option of these shows in the first digits.
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5, label
+        seen.append(found)
+        compared += 1
+    assert compared > 30
+    assert any(not torch.equal(seen[0], other) for other in seen), "nothing that is compared depends on the config"
+
+
 @pytest.mark.parametrize("table", [decoder.SILU, module("gpt_neox").ACTIVATIONS])
 def test_every_name_of_an_activation_is_the_function_that_is_built(table):
     torch = pytest.importorskip("torch")

@@ -134,6 +134,19 @@ def test_files_without_tensors_are_no_model(checkpoint: Path):
     assert problems(checkpoint) == ["the *.safetensors files hold no tensors"]
 
 
+def test_what_transformers_does_not_read_is_ignored_and_listed_once(checkpoint: Path, tmp_path: Path):
+    """Among it the sampling defaults of old checkpoints: those of generation_config.json alone count."""
+    change(checkpoint, "config.json", temperature=0.7, unsloth_fixed=True, id2label={str(i): "x" for i in range(1000)})
+    (checkpoint / "generation_config.json").unlink()
+    ctx = parse(checkpoint, tmp_path / "out")
+    assert json.loads((tmp_path / "out/generation.json").read_text())["sampling"] == {}
+    _, ignored = ctx.views["config"].split("ignored keys of config.json\n")
+    for key in ("temperature", "unsloth_fixed", "id2label", "torch_dtype"):
+        assert [line.split()[0] for line in ctx.views["config"].splitlines()].count(key) == 1
+        assert f"  {key} " in ignored
+    assert ctx.warnings == []
+
+
 def test_config_must_be_strict_json(checkpoint: Path):
     (checkpoint / "config.json").write_text('{"model_type": "qwen",\n "model_type": "llama"}')
     assert problems(checkpoint) == ["config.json: not valid JSON: key 'model_type' occurs twice in one object"]
