@@ -258,8 +258,7 @@ class Scheduler:
             return False
         self._remade.add(digest)
         broken = [u for u in node.upstream if digest in {d for d, _ in record_files(self._record_of(u)).values()}]
-        for upstream in broken:
-            del self.outcomes[upstream]
+        self.outcomes = {other: outcome for other, outcome in self.outcomes.items() if other not in broken}
         self._waiting += [*broken, node]
         return True
 
