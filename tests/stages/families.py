@@ -119,7 +119,9 @@ def write_tokenizer(folder: Path, vocab_size: int) -> Path:
     """Write what stands for a tokenizer's directory: a bundle needs one, a session does not."""
     folder.mkdir(parents=True)
     info = {"schema": 1, "family": "none", "fingerprint": "", "active_vocab_size": vocab_size, "stop": [0, 2]}
-    write_json(folder / "tokenizer_info.json", {**info, "bos": None, "pad": None, "prefix": []})
+    write_json(
+        folder / "tokenizer_info.json", {**info, "bos": None, "pad": None, "prefix": [], "chat": {"format": "raw"}}
+    )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         write_json(folder / name, {})
     return folder
