@@ -135,7 +135,7 @@ def loop_of(resolution: Resolution, document: Mapping[str, Any]) -> Reference:
     return _characters(document, vocab, merges)
 
 
-def _byte_level(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, ...]]) -> MergeLoop:
+def _byte_level(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> MergeLoop:
     model = document["model"]
     if model.get("byte_fallback") or (model.get("unk_token") and model["unk_token"] in vocab):
         raise UnreadError("characters may become an unknown token")
@@ -164,7 +164,7 @@ def _patterns(part: Mapping[str, Any]) -> list[str]:
     raise UnreadError(f"pre_tokenizer {json.dumps(part)[:160]}")
 
 
-def _characters(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, ...]]) -> CharacterLoop:
+def _characters(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> CharacterLoop:
     model = document["model"]
     fallback = bool(model.get("byte_fallback"))
     if not model.get("fuse_unk") or any(fallback and f"<0x{byte:02X}>" not in vocab for byte in range(256)):

@@ -47,16 +47,17 @@ def convert(resolution: Resolution) -> Tokenizer:
     return reference(resolution).tokenizer()
 
 
-def tables(resolution: Resolution) -> tuple[Mapping[str, int], list[tuple[str, ...]]]:
+def tables(resolution: Resolution) -> tuple[Mapping[str, int], list[tuple[str, str]]]:
     """Return the source's (vocabulary, merges), read anew for a second reading."""
     if resolution.name != TABLES:
         vocab = json.loads(resolution.vocabulary.read_bytes())
         lines = resolution.files[MERGES].read_bytes().decode().split("\n")
-        pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-        return vocab, [(left, right) for left, right in pairs]
+        split = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
+        return vocab, [(left, right) for left, right in split]
     model = json.loads(resolution.vocabulary.read_bytes())["model"]
     vocab, merges = json_tables.by_text(model["vocab"]), model.get("merges", [])
-    return vocab, [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    split = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
+    return vocab, [(left, right) for left, right in split]
 
 
 def added_in(resolution: Resolution) -> list[str]:
