@@ -52,8 +52,8 @@ def tables(resolution: Resolution) -> tuple[Mapping[str, int], list[tuple[str, s
     if resolution.name != TABLES:
         vocab = json.loads(resolution.vocabulary.read_bytes())
         lines = resolution.files[MERGES].read_bytes().decode().split("\n")
-        split = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
-        return vocab, [(left, right) for left, right in split]
+        pairs = [line.split(" ") for line in lines[lines[0].startswith("#version") :] if line]
+        return vocab, [(left, right) for left, right in pairs]
     model = json.loads(resolution.vocabulary.read_bytes())["model"]
     vocab, merges = json_tables.by_text(model["vocab"]), model.get("merges", [])
     split = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
