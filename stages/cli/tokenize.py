@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if other is not None:
         difference = compare(found, describe(other, text, specials=args.specials))
         found["difference"] = difference
-    print(json.dumps(found, ensure_ascii=False, indent=1) if args.json else _page(found))
+    print(serving.json_text(found) if args.json else _page(found))
     if other is not None and not args.json:
         print(_comparison(difference, str(args.compare)))
     return 1 if difference else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -58,7 +57,7 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
                 out.flush()
     if args.json:
         document = {"prompt": prompt, "text": "".join(pieces), **_counts(generation, served.manifest)}
-        out.write(json.dumps({**document, "sampling": served.sampling}, ensure_ascii=False, indent=1) + "\n")
+        out.write(serving.json_text({**document, "sampling": served.sampling}) + "\n")
     else:
         out.write("\n")
         sampling = f"; {served.sampling}" if args.chat or served.sampling != "greedy" else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,10 +28,17 @@ if TYPE_CHECKING:
 
     Run = Callable[[argparse.Namespace, TextIO, TextIO], int]
 
+_CONTROLS = re.compile("[\x7f-\x9f]")  # those before the space JSON escapes itself
 INTERRUPTED = 128 + signal.SIGINT
 # With --quick, larger files are weights: their size is checked and their digest is not.
 _QUICK_LIMIT = 16 << 20
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def json_text(document: object) -> str:
+    """Return a document as JSON, readable but for control characters: a terminal would act on DEL and C1."""
+    text = json.dumps(document, ensure_ascii=False, indent=1)
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:

@@ -98,7 +98,8 @@ def test_no_checkpoint_is_said_with_its_place(project: Project) -> None:
 
 
 def test_a_hub_snapshot_is_the_same_checkpoint(project: Project, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "main"
+    hub = tmp_path / f"models--someone--{project.checkpoint.name}"  # the bundle is named after it
+    blobs, snapshot = hub / "blobs", hub / "snapshots" / "main"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for i, file in enumerate(p for p in project.checkpoint.rglob("*") if p.is_file()):

@@ -81,7 +81,7 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
 def test_a_bundle_is_named_by_its_node(built: Project) -> None:
     options = ["overlay.yaml", "--prompt", "It was", "--max-tokens", "3", "--json"]
     for reference in ("bundle[llvm]", "bundle.llvm", "bundle[llvm]:bundle"):
-        assert json.loads(built("generate", reference, *options).stdout)["bundle"] == "tiny-qwen"
+        assert json.loads(built("generate", reference, *options).stdout)["bundle"] == built.checkpoint.name
     assert "did you mean 'bundle[llvm]'?" in built("generate", "bundle.lvm", *options, code=2).stderr
 
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stages.cli import generate
-from stages.runtime import command, manifest
+from stages.runtime import command, manifest, serving
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 from tests.output_schema import validate
@@ -238,3 +239,11 @@ def test_the_folder_alone_runs_a_bundle_without_compiler_or_torch(recorded, tmp_
     )
     assert done.stdout == run(recorded.bundle, "--prompt", "every morning", "--max-tokens", 5)[1]
     assert done.stderr.splitlines()[-1] == "0 True [] []"
+
+
+def test_json_of_any_text_is_json_and_moves_no_cursor():
+    document = {"text": "".join(map(chr, range(0x250))) + "中\u202e\ufffd"}
+    text = serving.json_text(document)
+    assert json.loads(text) == document
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+    assert "中" in text
