@@ -68,11 +68,18 @@ def normalise(
     chat_format = settings.get("chat_format")
     if chat_format is not None and not isinstance(chat_format, str):
         problems.append(f"{GENERATION}: chat_format = {shown(chat_format)}; expected a name")
-    sampling = {key: settings[key] for key in SAMPLING if settings.get(key) is not None}
-    for key, value in sampling.items():
-        accepts, wanted = SAMPLING[key]
-        if not accepts(value):
-            problems.append(f"{GENERATION}: {key} = {shown(value)}; expected {wanted}")
+    sampling: dict[str, Any] = {}
+    for key, (accepts, wanted) in SAMPLING.items():
+        value = settings.get(key)
+        if value is None:
+            continue
+        said = f"{GENERATION}: {key} = {shown(value)}; expected {wanted}"
+        if accepts(value):
+            sampling[key] = value
+        elif _is_number(value):  # such as top_k: -1, which other programs take for none
+            notes.append(f"{said}; it is left out")
+        else:
+            problems.append(said)
     if problems:
         raise ConfigError(*capped(problems))
     return {

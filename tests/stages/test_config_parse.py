@@ -225,14 +225,24 @@ def test_generation_settings_are_normalised(checkpoint: Path, tmp_path: Path):
         ({"chat_format": 7}, "chat_format = 7; expected a name"),
         ({"top_p": "high"}, "top_p = 'high'; expected a number above 0 and at most 1"),
         ({"top_p": True}, "top_p = True; expected a number above 0 and at most 1"),
-        ({"temperature": -1}, "temperature = -1; expected a number, at least 0"),
-        ({"top_k": 0.5}, "top_k = 0.5; expected a whole number, at least 0"),
-        ({"do_sample": 1}, "do_sample = 1; expected true or false"),
     ],
 )
 def test_bad_generation_settings_are_named(checkpoint: Path, values, message):
     change(checkpoint, "generation_config.json", **values)
     assert problems(checkpoint) == [f"generation_config.json: {message}"]
+
+
+def test_sampling_defaults_out_of_range_are_left_out(checkpoint: Path, tmp_path: Path):
+    change(checkpoint, "generation_config.json", temperature=-1, top_k=-1, top_p=0, repetition_penalty=1.1)
+    ctx = parse(checkpoint, tmp_path / "out")
+    sampling = json.loads((tmp_path / "out/generation.json").read_text())["sampling"]
+    assert sampling["repetition_penalty"] == 1.1
+    assert not {"temperature", "top_k", "top_p"} & sampling.keys()
+    assert ctx.warnings == [
+        "generation_config.json: temperature = -1; expected a number, at least 0; it is left out",
+        "generation_config.json: top_p = 0; expected a number above 0 and at most 1; it is left out",
+        "generation_config.json: top_k = -1; expected a whole number, at least 0; it is left out",
+    ]
 
 
 def test_ids_of_no_token_are_left_out_and_their_file_named(checkpoint: Path, tmp_path: Path):
