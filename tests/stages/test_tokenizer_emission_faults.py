@@ -94,9 +94,9 @@ FAULTS = {
     "two ids swapped": ("neox", swap, {"T20"}),
     "Qwen's pattern": ("neox", use_qwen_pattern, {"T20", "T21"}),
     "NFC dropped": ("neox", lambda spec: spec.update(normalizer=None), {"T20"}),
-    "NFC added": ("gpt2 digits", lambda spec: spec.update(normalizer={"type": "NFC"}), {"T20"}),
+    "NFC added": ("digits", lambda spec: spec.update(normalizer={"type": "NFC"}), {"T20"}),
     "digits not split": (
-        "gpt2 digits",
+        "digits",
         lambda spec: spec.update(pre_tokenizer=spec["pre_tokenizer"]["pretokenizers"][1]),
         {"T21"},
     ),

@@ -153,8 +153,8 @@ def with_class(name: str, value: dict[str, Any]) -> dict[str, Any]:
 # Name -> (files, model family, eos id): folders that must build.
 FOLDERS: dict[str, tuple[dict[str, Any], str, int]] = {
     "neox": (with_class("GPTNeoXTokenizer", tables()), "gpt_neox", SIZE),
-    "gpt2 digits": (
-        with_class("GPT2Tokenizer", tables(normalizer=None, pre_tokenizer=DIGITS_PRE)),
+    "digits": (
+        with_class("PreTrainedTokenizerFast", tables(normalizer=None, pre_tokenizer=DIGITS_PRE)),
         "llama",
         SIZE,
     ),
