@@ -68,18 +68,7 @@ def normalise(
     chat_format = settings.get("chat_format")
     if chat_format is not None and not isinstance(chat_format, str):
         problems.append(f"{GENERATION}: chat_format = {shown(chat_format)}; expected a name")
-    sampling: dict[str, Any] = {}
-    for key, (accepts, wanted) in SAMPLING.items():
-        value = settings.get(key)
-        if value is None:
-            continue
-        said = f"{GENERATION}: {key} = {shown(value)}; expected {wanted}"
-        if accepts(value):
-            sampling[key] = value
-        elif _is_number(value):  # such as top_k: -1, which other programs take for none
-            notes.append(f"{said}; it is left out")
-        else:
-            problems.append(said)
+    sampling = _sampling(settings, problems, notes)
     if problems:
         raise ConfigError(*capped(problems))
     return {
@@ -91,6 +80,23 @@ def normalise(
         "chat_format": chat_format,
         "sampling": sampling,
     }, capped(notes)
+
+
+def _sampling(settings: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+    """Return the sampling defaults; a number out of range, such as a top_k of -1, is left out and noted."""
+    sampling: dict[str, Any] = {}
+    for key, (accepts, wanted) in SAMPLING.items():
+        value = settings.get(key)
+        if value is None:
+            continue
+        said = f"{GENERATION}: {key} = {shown(value)}; expected {wanted}"
+        if accepts(value):
+            sampling[key] = value
+        elif _is_number(value):
+            notes.append(f"{said}; it is left out")
+        else:
+            problems.append(said)
+    return sampling
 
 
 def _is_number(value: Any) -> bool:
