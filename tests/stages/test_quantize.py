@@ -131,8 +131,8 @@ def test_values_that_are_not_finite_name_their_tensor(tmp_path: Path):
     with pytest.raises(StageError) as caught:
         convert(checkpoint, tmp_path, "q4f16_1")
     assert str(caught.value) == (
-        "parameter transformer.h.1.mlp.gate_up_proj.weight (from transformer.h.1.mlp.w2.weight, "
-        "transformer.h.1.mlp.w1.weight): the value at [103, 5] is nan"
+        "model.safetensors: tensor transformer.h.1.mlp.w1.weight (of parameter "
+        "transformer.h.1.mlp.gate_up_proj.weight): the value at [7, 5] is nan"
     )
     assert not (tmp_path / "q4f16_1/weights").exists()
 
