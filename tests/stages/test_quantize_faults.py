@@ -137,16 +137,6 @@ def test_pickled_weights_are_refused_with_what_converts_them(tmp_path: Path, che
     assert "save_pretrained(NEW_DIR, safe_serialization=True)" in message
 
 
-@pytest.mark.parametrize(
-    ("quantization", "method"), [({"quant_method": "gptq", "bits": 4}, "gptq"), ({"quant_method": "awq"}, "awq")]
-)
-def test_quantized_checkpoints_are_refused_by_method(tmp_path: Path, quantization, method: str) -> None:
-    checkpoint = write_qwen(tmp_path / "checkpoint")
-    config = json.loads((checkpoint / "config.json").read_text())
-    write_json(checkpoint / "config.json", {**config, "quantization_config": quantization})
-    assert f"'{method}'" in parse(checkpoint, tmp_path)
-
-
 def test_gguf_is_refused_by_name(tmp_path: Path, checkpoint: Path) -> None:
     for path in checkpoint.glob("*.safetensors*"):
         path.unlink()
