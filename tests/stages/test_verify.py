@@ -73,7 +73,7 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     found = checks(bundles.verify(built, tmp_path / "verify"))
     assert json.loads((built.bundle / "bundle.json").read_text())["model"]["activations"] == "int8"
     for name in ("every step", "prefill in chunks", "two sequences at once"):
-        # What rounding does to the reference is of the size of what it does to the bundle; the bound is four times that.
+        # Rounding moves the reference about as much as the bundle; the bound is four times that.
         assert 1e-3 < found[name]["bound"] / 40 < found[name]["measured"] < found[name]["bound"]
     assert 1e-5 < abs(found["perplexity of the prompt"]["measured"]) < found["perplexity of the prompt"]["bound"]
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
