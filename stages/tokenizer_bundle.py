@@ -56,8 +56,10 @@ class TokenizerBundle(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
         """Name the libraries, and Python for its Unicode tables, which normalise the reference's text."""
+        from stages.tokenizers import READERS
+
         return {
-            **dist_versions("tiktoken", "tokenizers", "regex", "transformers", "jinja2"),
+            **dist_versions(*READERS, "jinja2"),
             "python": f"{sys.version_info.major}.{sys.version_info.minor}",
             "unicode": unicodedata.unidata_version,
         }

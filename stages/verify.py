@@ -89,8 +89,9 @@ class Verify(Stage):
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
         from stages.runtime import host
+        from stages.tokenizers import READERS
 
-        names = ("apache-tvm", "apache-tvm-ffi", "tokenizers", "tiktoken", "numpy", "ml-dtypes")
+        names = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS)
         found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
         found["unicode"] = unicodedata.unidata_version
         if params.target == "cuda" and params.device != "none":

@@ -18,6 +18,9 @@ TOKENIZERS: dict[str, str] = {
     "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",
 }
 
+# The libraries that read a checkpoint's vocabulary: whatever reads one has their versions in its key.
+READERS = ("regex", "tiktoken", "tokenizers", "transformers")
+
 # Model family -> the checkpoint's name of its token embedding, whose first dimension bounds every id. Named and not
 # guessed: the largest first dimension of a small model is a feed-forward matrix, and a guess that is wrong passes.
 EMBEDDINGS: dict[str, str] = {
