@@ -126,6 +126,11 @@ def _live(
         active_vocab_size=case.tokenizer.active_vocab_size,
     )
     answer = live.answer(request, progress)
+    if not math.isfinite(answer.spread):
+        raise live.LiveError(
+            "the live reference's own logits are not finite, in float32 on the weights that the bundle holds: the "
+            "checkpoint overflows, or its weights are damaged; nothing can be compared with that"
+        )
     continuations = [_continuation(case, draft, picks) for draft, picks in zip(drafts, answer.picks, strict=True)]
     reference = Reference(answer.origin, case.prompts[0], prompt, tokens, answer.logits, continuations)
     return reference, spread_bound(case.arithmetic, answer.spread)

@@ -14,6 +14,8 @@ from stages.runtime.errors import BundleError
 from stages.targets import host
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import checks as checks_of
+from stages.verification import live
+from stages.verification.tolerances import spread_bound
 from stages.verify import Verify
 from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
 from tests.stages import bundles, families
@@ -444,6 +446,20 @@ def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_pat
     assert "the live reference ended with exit code 1: no transformers today" in failure(
         recorded, tmp_path, reference="live"
     )
+
+
+def test_a_reference_that_is_not_finite_is_a_message(quantized, tmp_path, monkeypatch):
+    def overflown(request, _progress):
+        picks = [ids for _, ids in request.continued]
+        return live.Answer("a model", np.full((len(request.tokens), 512), np.inf, np.float32), np.inf, picks)
+
+    monkeypatch.setattr(live, "answer", overflown)
+    assert "the live reference's own logits are not finite" in failure(quantized, tmp_path, reference="live")
+
+
+@pytest.mark.parametrize(("spread", "bound"), [(1e-5, 2.4e-4), (1.04e-5, 2.5e-4), (0.0, 9.6e-7)])
+def test_a_bound_is_the_reference_s_own_movement_times_a_factor_rounded_up(spread, bound):
+    assert spread_bound("float32", spread) == pytest.approx(bound)
 
 
 @pytest.mark.parametrize("inherited", ["", ":", ":/nowhere"])
