@@ -1,0 +1,1 @@
+"""A provider of small stages for the harnesses."""
