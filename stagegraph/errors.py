@@ -51,3 +51,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def warn(text: str) -> None:
+    """Tell whoever runs this; on stderr, unless a program has its own handlers of Python's ``logging``."""
+    from logging import getLogger  # only trouble pays for it
+
+    getLogger("stagegraph").warning("warning: %s", text)

@@ -30,6 +30,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.documents import DamagedError, Documents, seal, unseal
+from stagegraph.errors import warn
 
 if TYPE_CHECKING:
     import diskcache
@@ -203,7 +204,7 @@ class Index:
     def _give_up(self, why: str, *, quietly: bool = False) -> None:
         self._readonly = True
         if not quietly:
-            _warn(f"the index {self.directory} could not be written ({why}); no result is lost by that")
+            warn(f"the index {self.directory} could not be written ({why}); no result is lost by that")
 
     def _writing(self) -> diskcache.Cache:
         with self._lock:
@@ -238,7 +239,7 @@ class Index:
             self._give_up(str(why))
             self._reader = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         else:
-            _warn(f"the index could not be read ({why}); it was set aside as {self.set_aside} and is begun anew")
+            warn(f"the index could not be read ({why}); it was set aside as {self.set_aside} and is begun anew")
 
 
 def _row_name(name: str) -> str:
@@ -248,10 +249,3 @@ def _row_name(name: str) -> str:
 
 def _code(error: sqlite3.DatabaseError) -> int:
     return int(getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)) & 0xFF
-
-
-def _warn(text: str) -> None:
-    """Tell whoever runs this; on stderr, unless a program has its own handlers of Python's ``logging``."""
-    from logging import getLogger  # only trouble pays for it
-
-    getLogger("stagegraph").warning("warning: %s", text)

@@ -5,6 +5,7 @@ A line that is torn (a kill, a full disk), altered or of another shape is skippe
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagegraph.digest import digest_json
+from stagegraph.errors import warn
 from stagegraph.files import open_regular
 
 SEAL_DIGITS = 32
@@ -32,7 +34,16 @@ class Journal:
         self._path = path
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Append one run; a single write, so that runs side by side do not mix their lines."""
+        """Append one run; a single write, so that runs side by side do not mix their lines.
+
+        Where the disk takes no more, that is said and all that is lost: results are committed one by one before.
+        """
+        try:
+            self._append(entry)
+        except OSError as error:
+            warn(f"{self._path}: {error.strerror}; this run will not be among past runs, and no result is lost by that")
+
+    def _append(self, entry: dict[str, Any]) -> None:
         sealed = entry | {"seal": digest_json(entry)[:SEAL_DIGITS]}
         line = json.dumps(sealed, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -40,7 +51,8 @@ class Journal:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line  # close the torn line of a killed run
-            os.write(descriptor, line)
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
 

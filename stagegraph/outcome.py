@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.record import Record
+from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
@@ -48,3 +49,12 @@ class Reporter:
 
     def finished(self, outcome: Outcome) -> None:
         """A node is done."""
+
+
+def problem_of(error: Exception) -> str:
+    """Say what of the store, or of the system, kept a node from its result."""
+    if isinstance(error, RottenError):
+        return f"its stored input {error.digest[:16]} was damaged again after it was rebuilt: is the disk failing?"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the store under artifacts/'}: {error.strerror or error}"
+    return f"the index under artifacts/ cannot be written: {error}"

@@ -6,11 +6,15 @@ results it has settled on into it. A killed run's lock is gone, and with it its 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+
+from stagegraph.errors import warn
 
 
 class Pin:
@@ -18,18 +22,38 @@ class Pin:
 
     def __init__(self, root: Path) -> None:
         self._path = root / "running" / f"{os.getpid()}-{time.time_ns()}"
-        self._path.parent.mkdir(exist_ok=True)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file: int | None = None
+        self._unclaimed = False
+        try:
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            self._give_up(error)
 
     def add(self, keys: Iterable[str]) -> None:
         """Claim more results."""
-        os.write(self._file, "".join(f"{key}\n" for key in keys).encode())
+        text = "".join(f"{key}\n" for key in keys).encode()
+        if self._file is None or self._unclaimed:
+            return
+        try:
+            if os.write(self._file, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Go on without a claim: that costs no result, unless something is removed beside this run."""
+        self._unclaimed = True
+        said = "what this run needs is not claimed: run no `pipeline gc` beside it"
+        warn(f"{self._path}: {error.strerror}; {said}")
 
     def release(self) -> None:
         """End the claim."""
-        self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
+        if self._file is not None:
+            os.close(self._file)
 
 
 def pinned(root: Path) -> tuple[int, set[str]]:

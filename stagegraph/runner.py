@@ -79,10 +79,15 @@ class Sandbox:
             self.folder.parent.rmdir()
         self._relearn(workspace)
 
-    def drop_inputs(self, workspace: Workspace) -> None:
-        """Remove the inputs and keep what was written, for a look at a failure."""
-        remove_tree(self.folder / "in")
-        self._relearn(workspace)
+    def keep(self, workspace: Workspace, pipeline: str, node: str) -> Path | None:
+        """Remove the inputs and keep what was written, for a look at a failure; None where the disk takes no more."""
+        try:
+            remove_tree(self.folder / "in")
+            self._relearn(workspace)
+            return workspace.keep_failed(self.folder, pipeline, node)
+        except OSError:
+            remove_tree(self.folder)
+            return None
 
     def _relearn(self, workspace: Workspace) -> None:
         for digest in self.linked.values():
@@ -153,6 +158,11 @@ class Worker:
         os.close(writer)
         self._pending = b""
 
+    @property
+    def pid(self) -> int:
+        """The process, which leads a session of its own."""
+        return self._process.pid
+
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there are events."""
         return self._events.fileno()
@@ -212,11 +222,3 @@ def describe_exit(code: int) -> str:
         "SIGSEGV": "; a crash in native code, often a mismatch of library versions: see the pins in pyproject.toml",
     }.get(name, "")
     return f"its worker process was killed by {name}{meaning}"
-
-
-def memory_mib() -> int:
-    """Return the memory of the machine or of the control group, whichever is smaller."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return total // (1 << 20)

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter
+from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter, problem_of
 from stagegraph.plan import HIT, Decision, Planner
 from stagegraph.record import Record, new_record, record_files, same_outputs
+from stagegraph.resources import Room
 from stagegraph.store import RottenError
 from stagegraph.workspace import Workspace
 
@@ -74,7 +75,7 @@ class Scheduler:
         self._pipeline = planner.dag.pipeline.name
         self._reporter = reporter
         self._options = options
-        self._jobs = options.jobs or os.cpu_count() or 1
+        self._room = Room(options.jobs or os.cpu_count() or 1)
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting: list[Node] = []
         self._ready: list[_Ready] = []
@@ -92,6 +93,7 @@ class Scheduler:
         self._waiting = list(nodes)
         try:
             self._settle()
+            self._room.refuse([*(ready.decision.node for ready in self._ready), *self._waiting])
             while self._ready or self._running or self._waiting:
                 self._start_ready()
                 self._await_events()
@@ -179,9 +181,14 @@ class Scheduler:
                 self._ready.remove(ready)
                 self._waiting.append(decision.node)
                 continue
-            if not self._has_room(decision.node):
+            if not self._room.has(decision.node, self._at_work()):
                 continue
-            lock = self._lock(ready)
+            try:
+                lock = self._lock(ready)
+            except OSError as error:
+                self._ready.remove(ready)
+                self._finish(_not_started(decision, error))
+                continue
             if lock is None:
                 continue
             self._ready.remove(ready)
@@ -207,17 +214,6 @@ class Scheduler:
             self._reporter.waiting(decision.node, f"{ready.waited_for}, which builds the same thing")
         return lock
 
-    def _has_room(self, node: Node) -> bool:
-        running = [r.decision.node.spec.resources for r in self._running.values()]
-        wanted = node.spec.resources
-        if len(running) >= self._jobs or any(r.exclusive for r in running) or (wanted.exclusive and running):
-            return False
-        if not running:
-            return True
-        from stagegraph.runner import memory_mib
-
-        return sum(r.memory for r in running) + wanted.memory <= memory_mib()
-
     def _start(self, decision: Decision, lock: int) -> None:
         from selectors import EVENT_READ, DefaultSelector
 
@@ -227,18 +223,19 @@ class Scheduler:
         if self._selector is None:  # the first execution of this run
             self._selector = DefaultSelector()
             workspace.sweep()
-        sandbox = Sandbox.create(workspace, decision.key)
+        sandbox = None
         log = workspace.log_path(decision.key)
         try:
+            sandbox = Sandbox.create(workspace, decision.key)
             inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
             log.parent.mkdir(parents=True, exist_ok=True)
-            worker = self._worker(node.stage.profile) or Worker(node.stage.profile)
+            worker = self._worker(node) or Worker(node.stage.profile)
         except (OSError, RottenError) as error:
-            sandbox.remove(workspace)
+            if sandbox is not None:
+                sandbox.remove(workspace)
             os.close(lock)
-            if isinstance(error, RottenError) and self._remake(node, error.digest):
-                return
-            self._finish(Outcome(node, FAILED, decision.reason, decision.key, problems=(_said(error),)))
+            if not (isinstance(error, RottenError) and self._remake(node, error.digest)):
+                self._finish(_not_started(decision, error))
             return
         now = time.monotonic()
         deadline = now + node.spec.timeout if node.spec.timeout else None
@@ -262,10 +259,13 @@ class Scheduler:
         self._waiting += [*broken, node]
         return True
 
-    def _worker(self, profile: str) -> Worker | None:
-        """Return a warm worker; one that died while it was idle is no node's fault and is let go."""
-        while self._idle.get(profile):
-            worker = self._idle[profile].pop()
+    def _worker(self, node: Node) -> Worker | None:
+        """Return a warm worker; one that died while it was idle is no node's fault and is let go.
+
+        A node whose memory counts gets none: what an earlier one left in it is not this one's.
+        """
+        while self._idle.get(node.stage.profile) and not node.spec.resources.memory:
+            worker = self._idle[node.stage.profile].pop()
             if worker.alive():
                 return worker
             worker.kill()
@@ -289,14 +289,19 @@ class Scheduler:
                     self._end(running, event)
                     break
                 else:
-                    self._release(running, keep_worker=False)
-                    self._fail(running, [event["meaning"]], bug=False)
+                    self._stop(running, event["meaning"])
         now = time.monotonic()
         for running in [r for r in self._running.values() if r.deadline and now > r.deadline]:
-            self._release(running, keep_worker=False)
-            self._fail(
-                running, [f"took longer than its timeout of {running.decision.node.spec.timeout:g} s"], bug=False
-            )
+            self._stop(running, f"took longer than its timeout of {running.decision.node.spec.timeout:g} s")
+        for worker, meaning in self._room.over(self._at_work()):
+            self._stop(self._running[worker], meaning)
+
+    def _at_work(self) -> list[tuple[Node, Worker]]:
+        return [(running.decision.node, running.worker) for running in self._running.values()]
+
+    def _stop(self, running: _Running, why: str) -> None:
+        self._release(running, keep_worker=False)
+        self._fail(running, [why], bug=False)
 
     def _release(self, running: _Running, *, keep_worker: bool) -> None:
         assert self._selector is not None
@@ -320,7 +325,7 @@ class Scheduler:
             with self._workspace.sharing():
                 self._commit(running, event)
         except (OSError, sqlite3.OperationalError) as error:
-            self._fail(running, [_said(error)], bug=False)
+            self._fail(running, [problem_of(error)], bug=False)
 
     def _commit(self, running: _Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
@@ -353,14 +358,13 @@ class Scheduler:
             restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
             self._workspace.set_last(self._pipeline, name, key=outcome.key)
         except (OSError, sqlite3.OperationalError) as error:
-            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (_said(error),)
+            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)
             return []
         return restored
 
     def _fail(self, running: _Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision
-        running.sandbox.drop_inputs(self._workspace)
-        kept = self._workspace.keep_failed(running.sandbox.folder, self._pipeline, decision.node.name)
+        kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
         attempt = self._attempts[decision.node] = self._attempts.get(decision.node, 0) + 1
@@ -392,9 +396,5 @@ class Scheduler:
         self._running.clear()
 
 
-def _said(error: Exception) -> str:
-    if isinstance(error, RottenError):
-        return f"its stored input {error.digest[:16]} was damaged again after it was rebuilt: is the disk failing?"
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the store under artifacts/'}: {error.strerror or error}"
-    return f"the index under artifacts/ cannot be written: {error}"
+def _not_started(decision: Decision, error: Exception) -> Outcome:
+    return Outcome(decision.node, FAILED, decision.reason, decision.key, problems=(problem_of(error),))

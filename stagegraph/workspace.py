@@ -284,9 +284,10 @@ class Workspace:
         try:
             descriptor = self._lock_file("store") if self.root.is_dir() else None
         except OSError as error:
-            if error.errno not in {errno.EACCES, errno.EROFS}:
+            full = mode == fcntl.LOCK_SH and error.errno in {errno.ENOSPC, errno.EDQUOT}
+            if not full and error.errno not in {errno.EACCES, errno.EROFS}:
                 raise
-            descriptor = None  # whoever may not write here only looks
+            descriptor = None  # whoever may not, or cannot, write here only looks
         try:
             if descriptor is not None:
                 fcntl.flock(descriptor, mode)
@@ -300,7 +301,7 @@ class Workspace:
         self.index.move_to_files()
         if self.work.is_dir():
             for folder in self.work.iterdir():
-                with self._locked(folder.name, wait=False) as free:
+                with contextlib.suppress(OSError), self._locked(folder.name, wait=False) as free:
                     if free:
                         remove_tree(folder)
 
