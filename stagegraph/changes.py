@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from stagegraph.key import Document
 
+DIGITS = 6  # of a secret's keyed digest: enough to see that it changed
+
 
 class Change(NamedTuple):
     """One difference. ``kind`` is stage, param, source, input, code or tool; ``item`` a file of a source."""
@@ -72,5 +74,7 @@ def _plain(value: Any) -> Any:
 def show(value: Any) -> str:
     """Return a value as people write it."""
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(str(item) for item in value) + "]"
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    if isinstance(value, Mapping):  # a secret, by its keyed digest (stagegraph.secrets)
+        return " ".join(f"{mark}{str(digits)[:DIGITS]}" for mark, digits in value.items())
     return "none" if value is None else str(value)

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.changes import Change, changes, instances
+from stagegraph.changes import Change, changes, instances, show
+from stagegraph.key import SHOWN as MASKED
 from stagegraph.record import record_size
 from stagegraph.registry import COMPARERS, load_object
 
@@ -124,6 +125,8 @@ def _unequal(a: Mapping[str, str], b: Mapping[str, str]) -> list[tuple[str, str,
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, Mapping) and value.keys() == {MASKED}:
+        return show(value)
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

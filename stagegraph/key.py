@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
+from stagegraph.stage import Secret
 
 if TYPE_CHECKING:
     from stagegraph.sources import SourceState
     from stagegraph.stage import Stage
 
 KEY_SCHEMA = 1
+SHOWN = "***"  # in place of a secret
 Document = dict[str, Any]
 
 
@@ -55,6 +57,13 @@ def hashed_params(params: Any) -> dict[str, Any]:
         for f in fields
         if f.metadata.get("hashed", True) and "include" not in f.metadata
     }
+
+
+def secrets_of(params: Any) -> list[Secret]:
+    """Return the values among a stage's parameters that are secret."""
+    values = [getattr(params, field.name) for field in dataclasses.fields(params)]
+    flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
+    return [value for value in flat if isinstance(value, Secret)]
 
 
 def key_of(document: Document) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from stagegraph.errors import PipelineError, nearest
 from stagegraph.registry import load_object
 from stagegraph.spec_item import Item, Problems, Scalar, absolute, found
-from stagegraph.stage import Source
+from stagegraph.stage import Secret, Source
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -111,6 +111,9 @@ def read(param: Param, item: Item, problems: Problems, subject: str) -> Any:
 
 def _element(param: Param, item: Item, problems: Problems, subject: str) -> Scalar:
     value = item.value
+    if isinstance(value, Secret) and (param.kind != "str" or param.choices is not None):
+        problems.unexpected(item, param.expected + ", which is shown", subject)
+        return None
     if isinstance(value, list | dict) or not _fits(param.kind, value):
         expected = _EXPECTED[param.kind] if param.many else param.expected
         quotes = ", in quotes" if param.kind == "str" and not isinstance(value, list | dict | None) else ""

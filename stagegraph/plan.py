@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.code import CodeDigests, PartCode
 from stagegraph.errors import PlanError, StageError
-from stagegraph.key import Document, key_document, key_of
+from stagegraph.key import Document, key_document, key_of, secrets_of
 from stagegraph.record import Record
 from stagegraph.registry import PROFILES, stage_reference
 from stagegraph.sources import Sources, SourceState
@@ -37,6 +37,7 @@ class Prepared:
     params: Any
     sources: dict[str, SourceState]
     tools: dict[str, str]
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass
@@ -87,11 +88,18 @@ class Planner:
 
     def _prepare(self, node: Node) -> Prepared:
         spec = node.spec
+        secrets = secrets_of(spec.params)
         try:
             params = node.stage.resolve(spec.params)
             tools = dict(node.stage.tools(params))
         except StageError as error:
-            raise PlanError(*(f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems)) from None
+            problems = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
+            raise PlanError(*_masked(secrets, problems)) from None
+        if secrets:
+            from stagegraph.secrets import spread
+
+            params, tools = spread(params, secrets), _masked(secrets, tools)
+            secrets = secrets_of(params)
         sources = {}
         problems = []
         for f in dataclasses.fields(params):
@@ -110,7 +118,7 @@ class Planner:
                     problems.append(f"{spec.places.get(f.name, spec.place)}: {spec.entry}.{f.name}: {error}")
         if problems:
             raise PlanError(*problems)
-        return Prepared(params, sources, tools)
+        return Prepared(params, sources, tools, tuple(secrets))
 
     def prepared(self, node: Node) -> Prepared:
         """Return what :meth:`prepare` found for a node."""
@@ -130,12 +138,21 @@ class Planner:
                 facts |= record["facts"]
         rows = node.stage.rows(prepared.params, facts)
         code = self._code_of(node, rows)
-        document = key_document(node.stage, prepared.params, prepared.sources, inputs, code, prepared.tools)
+        document = key_document(node.stage, self._hashed(prepared), prepared.sources, inputs, code, prepared.tools)
         decision = self._look_up(node, key_of(document))
         decision.document, decision.rows = document, rows
         if decision.status != HIT and not decision.reasons:
             decision.reasons = self._why(decision)
         return decision
+
+    def _hashed(self, prepared: Prepared) -> Any:
+        """Return the parameters as they enter the key: secrets by a digest that only this store can make."""
+        if not prepared.secrets:
+            return prepared.params
+        from stagegraph.secrets import mac, sealed
+
+        key = self.workspace.secret_key()
+        return sealed(prepared.params, lambda secret: mac(key, secret))
 
     def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
         """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
@@ -214,6 +231,15 @@ class Planner:
     def save(self) -> None:
         """Keep what planning learned about source code, also when nothing runs."""
         self._code.save()
+
+
+def _masked(secrets: Sequence[str], said: Any) -> Any:
+    """Return what a stage says while it is planned without its secrets."""
+    if not secrets:
+        return said
+    from stagegraph.secrets import Mask
+
+    return Mask(secrets).value(said)
 
 
 def worker_module(stage: Stage) -> list[str]:

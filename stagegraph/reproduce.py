@@ -46,6 +46,8 @@ def reproduce(pipeline: Pipeline, nodes: Sequence[Node], *, jobs: int = 0, repor
     workspace, found = pipeline.workspace, Reproduction()
     with workspace.scratch("reproduce") as folder:
         again = Workspace(folder / "artifacts")
+        if any(pipeline.planner.prepared(node).secrets for node in nodes):
+            again.secret_key(like=workspace)
         try:
             scheduler = Scheduler(Planner(pipeline.dag, again), again, reporter, Options(jobs=jobs))
             scheduler.run(nodes)

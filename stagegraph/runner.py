@@ -10,22 +10,65 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.key import secrets_of
 from stagegraph.registry import HIDDEN_VARIABLES, stage_reference
 from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
     from stagegraph.code import PartCode
     from stagegraph.dag import Node
-    from stagegraph.plan import Prepared
+    from stagegraph.plan import Decision, Prepared
     from stagegraph.record import Record
+    from stagegraph.secrets import Mask, MaskedLog
     from stagegraph.workspace import Workspace
 
 EXIT_GRACE_SECONDS = 2.0
+
+
+@dataclass
+class Log:
+    """Where the prints of an execution go, and what takes its secrets out of them and of what it says, if it has any.
+
+    A worker writes to ``target``.
+    """
+
+    path: Path
+    mask: Mask | None = None
+    pipe: MaskedLog | None = None
+
+    @property
+    def target(self) -> Path:
+        """The log itself, or the pipe before it."""
+        return self.pipe.pipe if self.pipe else self.path
+
+    def masked(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return an event without secrets."""
+        return self.mask.event(event) if self.mask else event
+
+    def close(self) -> None:
+        """See that all that was printed is in the log."""
+        if self.pipe:
+            self.pipe.close()
+
+
+@dataclass
+class Running:
+    """A node that executes."""
+
+    decision: Decision
+    worker: Worker
+    sandbox: Sandbox
+    made_from: dict[str, list[str]]
+    lock: int
+    log: Log
+    began: float
+    started_at: str
+    deadline: float | None
 
 
 @dataclass
@@ -37,6 +80,7 @@ class Sandbox:
 
     folder: Path
     linked: dict[str, str] = field(default_factory=dict)  # path of a hard link -> digest of its object
+    secret: bool = False  # whether what was written may hold a secret
 
     @property
     def out(self) -> Path:
@@ -72,6 +116,18 @@ class Sandbox:
                 inputs.setdefault(port, []).append([each, str(path.absolute())])
         return inputs
 
+    def open_log(self, path: Path, secrets: Sequence[str]) -> Log:
+        """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.secret = bool(secrets)
+        if not secrets:
+            return Log(path)
+        from stagegraph.secrets import Mask, MaskedLog
+
+        path.unlink(missing_ok=True)
+        mask = Mask(secrets)
+        return Log(path, mask, MaskedLog(self.folder / "log", path, mask))
+
     def remove(self, workspace: Workspace) -> None:
         """Remove everything; objects whose links go with it stay known as intact."""
         remove_tree(self.folder)
@@ -80,8 +136,14 @@ class Sandbox:
         self._relearn(workspace)
 
     def keep(self, workspace: Workspace, pipeline: str, node: str) -> Path | None:
-        """Remove the inputs and keep what was written, for a look at a failure; None where the disk takes no more."""
+        """Remove the inputs and keep what was written, for a look at a failure, and return where.
+
+        None where the disk takes no more, or what was written may hold a secret.
+        """
         try:
+            if self.secret:
+                self.remove(workspace)
+                return None
             remove_tree(self.folder / "in")
             self._relearn(workspace)
             return workspace.keep_failed(self.folder, pipeline, node)
@@ -99,7 +161,7 @@ def request_for(
     prepared: Prepared,
     inputs: Mapping[str, list[Any]],
     sandbox: Sandbox,
-    log: Path,
+    log: Log,
     *,
     store: Path,
     parts: Mapping[str, PartCode],
@@ -128,20 +190,60 @@ def request_for(
         "store": str(store.absolute()),
         "parts": parts,
         "fresh": fresh,
-        "log": str(log.absolute()),
+        "log": str(log.target.absolute()),
+        "secrets": prepared.secrets,
     }
+
+
+class Workers:
+    """The worker processes of one run; those that have nothing to do stay warm.
+
+    No environment variable with a secret of the pipeline in it reaches one.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        secrets = {secret for node in nodes for secret in secrets_of(node.spec.params)}
+        self._environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in HIDDEN_VARIABLES and not any(secret in value for secret in secrets)
+        }
+        self._idle: dict[str, list[Worker]] = {}
+
+    def take(self, node: Node, secrets: Sequence[str]) -> Worker:
+        """Return a worker for a node: a warm one, unless its memory counts or it has secrets.
+
+        What an earlier node left in a worker is not this one's. One that died while idle is no node's fault.
+        """
+        idle = self._idle.get(node.stage.profile, [])
+        while idle and not node.spec.resources.memory and not secrets:
+            worker = idle.pop()
+            if worker.alive():
+                return worker
+            worker.kill()
+        return Worker(node.stage.profile, self._environment)
+
+    def give_back(self, worker: Worker) -> None:
+        """Keep a worker warm."""
+        self._idle.setdefault(worker.profile, []).append(worker)
+
+    def stop(self) -> None:
+        """End those that have nothing to do."""
+        for workers in self._idle.values():
+            for worker in workers:
+                worker.stop()
 
 
 class Worker:
     """A worker process of one profile, in a process group of its own so that a terminal's Ctrl-C does not reach it."""
 
-    def __init__(self, profile: str) -> None:
+    def __init__(self, profile: str, environment: Mapping[str, str]) -> None:
         self.profile = profile
         reader, writer = os.pipe()
         self._events = os.fdopen(reader, "rb", buffering=0)
         os.set_blocking(reader, False)
         env = {
-            **{name: value for name, value in os.environ.items() if name not in HIDDEN_VARIABLES},
+            **environment,
             "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
             "PYTHONHASHSEED": "0",
             "PYTHONUNBUFFERED": "1",

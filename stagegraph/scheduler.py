@@ -16,7 +16,6 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter, problem_of
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
     from stagegraph.dag import Node
     from stagegraph.pins import Pin
-    from stagegraph.runner import Sandbox, Worker
+    from stagegraph.runner import Running, Worker, Workers
 
 LOCK_POLL_SECONDS = 0.1
 NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
@@ -45,19 +44,6 @@ class Options:
     force: frozenset[str] = frozenset()
     fail_fast: bool = False
     retries: int = 0
-
-
-@dataclass
-class _Running:
-    decision: Decision
-    worker: Worker
-    sandbox: Sandbox
-    made_from: dict[str, list[str]]
-    lock: int
-    log: Path
-    began: float
-    started_at: str
-    deadline: float | None
 
 
 @dataclass
@@ -79,8 +65,8 @@ class Scheduler:
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting: list[Node] = []
         self._ready: list[_Ready] = []
-        self._running: dict[Worker, _Running] = {}
-        self._idle: dict[str, list[Worker]] = {}
+        self._running: dict[Worker, Running] = {}
+        self._workers: Workers | None = None
         self._attempts: dict[Node, int] = {}
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
@@ -105,9 +91,8 @@ class Scheduler:
             self._planner.save()
             if self._pin is not None:
                 self._pin.release()
-            for workers in self._idle.values():
-                for worker in workers:
-                    worker.stop()
+            if self._workers is not None:
+                self._workers.stop()
 
     # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
 
@@ -217,20 +202,23 @@ class Scheduler:
     def _start(self, decision: Decision, lock: int) -> None:
         from selectors import EVENT_READ, DefaultSelector
 
-        from stagegraph.runner import Sandbox, Worker, request_for
+        from stagegraph.runner import Running, Sandbox, Workers, request_for
 
         workspace, node = self._workspace, decision.node
         if self._selector is None:  # the first execution of this run
             self._selector = DefaultSelector()
+            self._workers = Workers(self._planner.dag.nodes)
             workspace.sweep()
-        sandbox = None
-        log = workspace.log_path(decision.key)
+        assert self._workers is not None  # made with the selector
+        sandbox, log, prepared = None, None, self._planner.prepared(node)
         try:
             sandbox = Sandbox.create(workspace, decision.key)
             inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
-            log.parent.mkdir(parents=True, exist_ok=True)
-            worker = self._worker(node) or Worker(node.stage.profile)
+            log = sandbox.open_log(workspace.log_path(decision.key), prepared.secrets)
+            worker = self._workers.take(node, prepared.secrets)
         except (OSError, RottenError) as error:
+            if log is not None:
+                log.close()
             if sandbox is not None:
                 sandbox.remove(workspace)
             os.close(lock)
@@ -241,12 +229,11 @@ class Scheduler:
         deadline = now + node.spec.timeout if node.spec.timeout else None
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in node.inputs.items()}
-        self._running[worker] = _Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
+        self._running[worker] = Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
         self._selector.register(worker, EVENT_READ)
         workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
-        prepared, fresh = self._planner.prepared(node), node.name in self._options.force
-        parts = self._planner.part_codes(decision)
+        fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
         worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh))
 
     def _remake(self, node: Node, digest: str) -> bool:
@@ -259,18 +246,6 @@ class Scheduler:
         self._waiting += [*broken, node]
         return True
 
-    def _worker(self, node: Node) -> Worker | None:
-        """Return a warm worker; one that died while it was idle is no node's fault and is let go.
-
-        A node whose memory counts gets none: what an earlier one left in it is not this one's.
-        """
-        while self._idle.get(node.stage.profile) and not node.spec.resources.memory:
-            worker = self._idle[node.stage.profile].pop()
-            if worker.alive():
-                return worker
-            worker.kill()
-        return None
-
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
     def _await_events(self) -> None:
@@ -280,12 +255,12 @@ class Scheduler:
         assert self._selector is not None  # something is running
         self._selector.select(LOCK_POLL_SECONDS)
         for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
-            for event in worker.receive():
+            for event in map(running.log.masked, worker.receive()):
                 if event["event"] == "progress":
                     amount = event["done"], event["total"], event["unit"], event["note"]
                     self._reporter.progress(running.decision.node, *amount)
                 elif event["event"] == "end":
-                    self._release(running, keep_worker=True)
+                    self._release(running, keep_worker=not self._planner.prepared(running.decision.node).secrets)
                     self._end(running, event)
                     break
                 else:
@@ -299,20 +274,22 @@ class Scheduler:
     def _at_work(self) -> list[tuple[Node, Worker]]:
         return [(running.decision.node, running.worker) for running in self._running.values()]
 
-    def _stop(self, running: _Running, why: str) -> None:
+    def _stop(self, running: Running, why: str) -> None:
         self._release(running, keep_worker=False)
         self._fail(running, [why], bug=False)
 
-    def _release(self, running: _Running, *, keep_worker: bool) -> None:
+    def _release(self, running: Running, *, keep_worker: bool) -> None:
         assert self._selector is not None
+        assert self._workers is not None
         self._selector.unregister(running.worker)
         del self._running[running.worker]
         if keep_worker:
-            self._idle.setdefault(running.worker.profile, []).append(running.worker)
+            self._workers.give_back(running.worker)
         else:
             running.worker.kill()
+        running.log.close()
 
-    def _end(self, running: _Running, event: dict[str, Any]) -> None:
+    def _end(self, running: Running, event: dict[str, Any]) -> None:
         decision = running.decision
         if not event["ok"]:
             self._fail(running, event["problems"], bug=event["bug"])
@@ -327,7 +304,7 @@ class Scheduler:
         except (OSError, sqlite3.OperationalError) as error:
             self._fail(running, [problem_of(error)], bug=False)
 
-    def _commit(self, running: _Running, event: dict[str, Any]) -> None:
+    def _commit(self, running: Running, event: dict[str, Any]) -> None:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
         seconds = time.monotonic() - running.began
@@ -346,7 +323,7 @@ class Scheduler:
         if reason == "forced" and previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
         outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
-        outcome.log, outcome.reasons = running.log, decision.reasons
+        outcome.log, outcome.reasons = running.log.path, decision.reasons
         self._show(outcome, new=True)
         self._finish(outcome)
 
@@ -362,7 +339,7 @@ class Scheduler:
             return []
         return restored
 
-    def _fail(self, running: _Running, problems: Sequence[str], *, bug: bool) -> None:
+    def _fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision
         kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
         os.close(running.lock)
@@ -374,7 +351,7 @@ class Scheduler:
             return
         outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
         outcome.seconds = round(time.monotonic() - running.began, 3)
-        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log, kept, bug, decision.reasons
+        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log.path, kept, bug, decision.reasons
         self._finish(outcome)
         if self._options.fail_fast:
             for ready in self._ready:
@@ -391,6 +368,7 @@ class Scheduler:
         """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
         for running in list(self._running.values()):
             running.worker.kill()
+            running.log.close()
             running.sandbox.remove(self._workspace)
             os.close(running.lock)
         self._running.clear()

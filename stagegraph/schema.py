@@ -93,7 +93,7 @@ def _entry(stages: list[str]) -> Schema:
             "resources": {
                 "type": "object",
                 "properties": {
-                    "memory": {**_quantity(MEBIBYTES), "description": "memory that must be free, in MiB or as '2 GiB'"},
+                    "memory": {**_quantity(MEBIBYTES), "description": "most memory it may take, in MiB or as '2 GiB'"},
                     "exclusive": {
                         "anyOf": [{"type": "boolean"}, _REFERENCE],
                         "description": "whether a node runs alone",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph.errors import SpecError, nearest
+from stagegraph.stage import Secret
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -54,6 +55,8 @@ def found(value: Value) -> str:
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
+    if isinstance(value, Secret):
+        return "a secret"
     if isinstance(value, str):
         return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
     if value is None or isinstance(value, bool):

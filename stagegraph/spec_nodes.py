@@ -36,7 +36,7 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
         given = {}
         values = {}
         for name, item in entry.given.items():
-            resolved = scope.resolve(item, each)
+            resolved = scope.parameter(item, each)
             if resolved is not None and name in declared:
                 given[name] = resolved.place
                 values[name] = params.read(declared[name], resolved, problems, f"{entry.name}.{name}")

@@ -1,4 +1,4 @@
-"""Interpolation: what ``${vars.x}``, ``${each.x}`` and ``${env.X}`` stand for, and ``--set`` overrides of variables.
+"""Interpolation: what ``${vars.x}``, ``${each.x}``, ``${env.X}`` and ``${secret.X}`` stand for, and ``--set``.
 
 A resolved value keeps the place where it was defined, for that is where a user mends it, and the directory that a
 relative path starts from: of a text with references, that of its first part.
@@ -10,16 +10,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from stagegraph.errors import nearest
+from stagegraph.errors import nearest, warn
 from stagegraph.pipeline import Place
 from stagegraph.spec_cycles import circle, order
 from stagegraph.spec_item import Item, Problems, text_of
 from stagegraph.spec_yaml import core_scalar, parse
+from stagegraph.stage import Secret
 
+# Names of variables that are likely to hold what nobody may see.
+_LIKELY = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
 _PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _TEXT_LIMIT = 100_000
-_FORMS = "${vars.NAME}, ${each.NAME} or ${env.NAME}"
+_FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
+_SECRET_LEAST = 4  # characters: what is shorter cannot be told from other text, and so not be masked
 
 Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
 
@@ -30,6 +34,7 @@ class Scope:
     def __init__(self, env: Mapping[str, str], problems: Problems) -> None:
         self._env, self._problems = env, problems
         self._variables: dict[str, Item | None] = {}
+        self._warned: set[str] = set()
 
     def define(self, variables: Mapping[str, Item]) -> None:
         """Resolve the variables themselves, which may refer to one another, in the order this needs."""
@@ -48,7 +53,7 @@ class Scope:
             text = f"'{name}' cannot name a variable; expected letters, digits, '_' and '-'"
             self._problems.add(item.named_at, text)
             return None
-        resolved = self.resolve(item)
+        resolved = self.parameter(item)
         if resolved is None:
             return None
         for part in resolved.value if isinstance(resolved.value, list) else [resolved]:
@@ -58,15 +63,25 @@ class Scope:
         return resolved
 
     def resolve(self, item: Item, each: Bindings | None = None) -> Item | None:
+        """Return what :meth:`parameter` does; a secret is a problem, as names, paths and amounts are shown."""
+        resolved = self.parameter(item, each)
+        for part in resolved.value if resolved and isinstance(resolved.value, list) else [resolved]:
+            if part is not None and isinstance(part.value, Secret):
+                self._problems.add(part.place, "a secret cannot stand here; expected it under 'with', for a text")
+                return None
+        return resolved
+
+    def parameter(self, item: Item, each: Bindings | None = None) -> Item | None:
         """Return the item with its references replaced; ``None``, with a problem noted, where that is impossible.
 
-        A text that is one reference and nothing else becomes the typed value; ``each`` holds the instance's values.
+        A text that is one reference and nothing else becomes the typed value; one that holds a secret is one.
+        ``each`` holds the instance's values.
         """
         value = item.value
         if isinstance(value, str):
             return self._text(item, value, each) if "${" in value else item
         if isinstance(value, list):
-            resolved = [self.resolve(part, each) for part in value]
+            resolved = [self.parameter(part, each) for part in value]
             parts = [part for part in resolved if part is not None]
             return item._replace(value=parts) if len(parts) == len(value) else None
         return item
@@ -76,7 +91,7 @@ class Scope:
         if whole and whole[2]:
             return self._look_up(whole[1].strip(), item, each)
         written: list[str] = []
-        base, end, sound = item.base, 0, True
+        base, end, sound, kind = item.base, 0, True, str
         for match in _PART.finditer(text):
             written.append(text[end : match.start()])
             end = match.end()
@@ -86,11 +101,12 @@ class Scope:
                 continue
             if match.start() == 0:
                 base = part.base
+            kind = Secret if isinstance(part.value, Secret) else kind
             written.append(text_of(part.value))
             if sum(map(len, written)) > _TEXT_LIMIT:  # doubled a few dozen times it would fill the memory
                 self._problems.add(item.place, f"becomes a text of more than {_TEXT_LIMIT:,} characters")
                 return None
-        return Item("".join(written) + text[end:], item.place, base) if sound else None
+        return Item(kind("".join(written) + text[end:]), item.place, base) if sound else None
 
     def _part(self, match: re.Match[str], item: Item, each: Bindings | None) -> Item | None:
         """Return what one match within a longer text contributes to it."""
@@ -113,10 +129,13 @@ class Scope:
             return self._variables[name]
         if kind == "each" and each is not None and name in each:
             return each[name]
-        if kind == "env" and name in self._env:
-            return Item(core_scalar(self._env[name]), item.place, Path.cwd())
-        if kind == "env" and name:
-            text = f"environment variable '{name}' is not set; expected it to be, for '${{env.{name}}}'"
+        if kind in {"env", "secret"} and name in self._env:
+            found = self._environment(kind, name, item)
+            if found is not None:
+                return found
+            text = f"environment variable '{name}' has less than {_SECRET_LEAST} characters; expected a longer secret"
+        elif kind in {"env", "secret"} and name:
+            text = f"environment variable '{name}' is not set; expected it to be, for '${{{kind}.{name}}}'"
         elif kind == "each" and each is None:
             where = "expected it under 'with', 'resources' or 'timeout' of an entry with 'foreach'"
             text = f"'${{{reference}}}' means nothing here; {where}"
@@ -129,6 +148,17 @@ class Scope:
             text = f"unknown reference '${{{reference}}}'; expected {_FORMS}{hint}"
         self._problems.add(item.place, text)
         return None
+
+    def _environment(self, kind: str, name: str, item: Item) -> Item | None:
+        """Return an environment variable: a typed value in clear, or a secret text; None if that is too short."""
+        value = self._env[name]
+        if kind == "secret":
+            return Item(Secret(value), item.place, Path.cwd()) if len(value) >= _SECRET_LEAST else None
+        if name not in self._warned and _LIKELY.search(name.upper()):
+            self._warned.add(name)
+            advice = f"write ${{secret.{name}}} if nobody may see it"
+            warn(f"{item.place}: ${{env.{name}}} is kept and shown in clear; {advice}")
+        return Item(core_scalar(value), item.place, Path.cwd())
 
 
 def override(variables: Mapping[str, Item], settings: Sequence[str], problems: Problems) -> dict[str, Item]:

@@ -41,6 +41,16 @@ class Source(str):
     __slots__ = ()
 
 
+class Secret(str):
+    """A parameter's text that no key, record, log or output may show; for its stage it is a text like any other."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """Return what may be seen of it."""
+        return "'***'"
+
+
 def param(
     doc: str,
     *,

@@ -42,6 +42,7 @@ class WorkerContext(Context):
     def __init__(self, request: Mapping[str, Any], params: Any, events: TextIO) -> None:
         self.params = params
         self.out = Path(request["out"])
+        self._request = request
         self._inputs = request["inputs"]
         self._sources = request["sources"]
         self._events = events
@@ -71,9 +72,12 @@ class WorkerContext(Context):
         return self.memo.recall(kind, document)
 
     def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+        refuse_secrets(self._request, {file.name: file}, document, facts)
         return self.memo.remember(kind, document, file, **facts)
 
     def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+        for document, file, _, facts in parts:
+            refuse_secrets(self._request, {file.name: file}, document, facts)
         self.memo.remember_all(kind, parts)
 
     @property
@@ -155,6 +159,19 @@ def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str
     return {"outputs": outputs, "views": views}
 
 
+def refuse_secrets(request: Mapping[str, Any], files: Mapping[str, Path], *documents: Any) -> None:
+    """Raise if what is to be kept holds a secret: a file by content or name, or what goes with it."""
+    if request["secrets"]:
+        from stagegraph.secrets import Mask
+
+        mask = Mask(request["secrets"])
+        for name, path in files.items():
+            if mask.holds(path) or mask.value(name) != name:
+                raise RuntimeError(f"{mask.value(name)} holds a secret of the stage's parameters; no output may")
+        if mask.value(documents) != list(documents):
+            raise RuntimeError("what the stage remembers holds a secret of its parameters; no part may")
+
+
 def written_files(out: Path) -> dict[str, Path]:
     """List the files below ``out`` by relative name; anything but real files and directories is refused."""
     files = {}
@@ -196,6 +213,7 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
         params = stage.Params(**{k: _tupled(v) for k, v in request["params"].items() if k in names})
         ctx = WorkerContext(request, params, events)
         stage.run(ctx)
+        refuse_secrets(request, written_files(ctx.out))
         known = ctx.settle() | _known_inputs(request)
         end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, known)}
         json.dumps(end)  # what cannot be recorded is the stage's bug, and is said as one
@@ -272,6 +290,7 @@ def main() -> None:
         except OSError as error:
             send(events, event="end", ok=False, problems=[_said(error)], bug=False, cpu_seconds=0, peak_bytes=0)
             continue
+        os.set_blocking(log, True)  # it was opened so that a pipe in its place hangs nobody; the engine's own is read
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)

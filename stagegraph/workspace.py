@@ -35,6 +35,8 @@ class Workspace:
         self._lasts: dict[str, dict[str, Any]] = {}
         self.work = self.root / "work"
         self.failed = self.root / "failed"
+        self._secret_key: bytes | None = None
+        self._may_make_key = False
 
     def create(self) -> None:
         """Make the directories; looking at a pipeline that was never run makes none."""
@@ -44,6 +46,21 @@ class Workspace:
             raise StoreError(
                 f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
             ) from None
+        self._may_make_key = True
+
+    def secret_key(self, like: Workspace | None = None) -> bytes:
+        """Return the key with which secrets are digested: the store's own, made by its first run, or that of another.
+
+        Whoever only looks at a store without one gets one that no result was made with.
+        """
+        from stagegraph.secrets import KEY_BYTES, load_key
+
+        if like is not None:
+            self._secret_key, self._may_make_key = like.secret_key(), False
+        new = self._secret_key or os.urandom(KEY_BYTES)
+        found = load_key(self.root / "secret.key", new if self._may_make_key else None)
+        self._secret_key = found or new
+        return self._secret_key
 
     def close(self) -> None:
         """Release the index."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
+from stagegraph.changes import show
 from stagegraph.cli.common import add_file, print_json
 from stagegraph.cli.pager import page
 
@@ -54,7 +55,7 @@ def _execution(origin: Origin) -> Iterator[str]:
         return
     yield f"{origin.label}  key {origin.key[:DIGITS]}  {about['started']} on {about['host']}"
     for name, value in about["params"].items():
-        yield f"  param  {name} = {value}"
+        yield f"  param  {name} = {show(value)}"
     for parameter, files in about["sources"].items():
         yield from (f"  source {parameter}: {name}  {digest[:DIGITS]}" for name, digest in files.items())
     code = about["code"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.artifact import missing_text
+from stagegraph.changes import show
 from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text
 from stagegraph.cli.layout import markdown, table, terminal_width
@@ -113,7 +114,7 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
     lines = [
         f"{artifact.label}  {record['summary']}".rstrip(),
         f"  key {record['key'][:16]}  {built}",
-        "  params " + (", ".join(f"{k}={v}" for k, v in document["params"].items()) or "none"),
+        "  params " + (", ".join(f"{k}={show(v)}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
     ]
     if record.get("parts"):

@@ -8,6 +8,8 @@ import pytest
 
 from tests.engine.spec_fakes import SpecFiles
 
+FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
+
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpecFiles:
@@ -134,18 +136,15 @@ stages:
         (
             "${scheme}",
             (
-                "unknown reference '${scheme}'; expected ${vars.NAME}, ${each.NAME} or ${env.NAME}; "
+                "unknown reference '${scheme}'; expected ${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}; "
                 "did you mean '${vars.scheme}'?"
             ),
         ),
-        ("${var.scheme}", "unknown reference '${var.scheme}'; expected ${vars.NAME}, ${each.NAME} or ${env.NAME}"),
-        ("${}", "unknown reference '${}'; expected ${vars.NAME}, ${each.NAME} or ${env.NAME}"),
+        ("${var.scheme}", f"unknown reference '${{var.scheme}}'; expected {FORMS}"),
+        ("${}", "unknown reference '${}'; expected ${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"),
         (
             "${vars.scheme",
-            (
-                "'${vars.scheme' has no closing brace; expected ${vars.NAME}, ${each.NAME} or ${env.NAME}, "
-                "or '$${' for a literal '${'"
-            ),
+            (f"'${{vars.scheme' has no closing brace; expected {FORMS}, or '$${{' for a literal '${{'"),
         ),
         ("x-${vars.list}", "'${vars.list}' is a list inside a text; expected a scalar there, or the list alone"),
         ("${env.NOPE}", "environment variable 'NOPE' is not set; expected it to be, for '${env.NOPE}'"),
