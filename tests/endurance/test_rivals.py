@@ -87,7 +87,7 @@ def compete(folder: Path, *, rivals: int, seconds: float) -> None:
     """Let rivals loose on one store, and say what must be true afterwards."""
     alone = Bench(folder / "alone")
     alone.run()
-    alone.here("gc", "--keep-runs", "0")
+    alone.here("gc", "--keep-runs", "0", "--max-size", "1KiB")
     bench = Bench(folder / "rivals")
     with ThreadPoolExecutor(rivals) as pool:
         ended = list(pool.map(lambda seed: rival(bench, seed, seconds), range(rivals)))
@@ -99,7 +99,7 @@ def compete(folder: Path, *, rivals: int, seconds: float) -> None:
     bench.here("fsck")
     bench.run()
     assert bench.shown() == alone.shown()
-    bench.here("gc", "--keep-runs", "0")
+    bench.here("gc", "--keep-runs", "0", "--max-size", "1KiB")
     assert bench.kept() == alone.kept()
     bench.here("fsck")
     left = [path.name for path in bench.folder.iterdir() if path.name.startswith(".")]
