@@ -247,11 +247,11 @@ class Workspace:
         """Take the lock of a key: a descriptor to close, or None while another process holds it."""
         descriptor = self._lock_file(key)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None
-        except OSError:
+        except BaseException:
             os.close(descriptor)
             raise
         return descriptor
@@ -278,7 +278,7 @@ class Workspace:
         """Hold a lock meanwhile; yields whether it is held, which without ``wait`` another process may prevent."""
         descriptor = self._lock_file(name)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = True
         except BlockingIOError:
             held = False
@@ -307,7 +307,7 @@ class Workspace:
             descriptor = None  # whoever may not, or cannot, write here only looks
         try:
             if descriptor is not None:
-                fcntl.flock(descriptor, mode)
+                _flock(descriptor, mode)
             yield
         finally:
             if descriptor is not None:
@@ -331,6 +331,19 @@ class Workspace:
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
         return kept
+
+
+def _flock(descriptor: int, mode: int) -> None:
+    """Lock a file; :class:`BlockingIOError` if another process holds it, :class:`StoreError` where nothing can."""
+    try:
+        fcntl.flock(descriptor, mode)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"the file system of artifacts/ has no file locks ({error.strerror}), and runs side by side need them; "
+            "keep artifacts/ on one that has"
+        ) from None
 
 
 def _stat_or_none(path: Path) -> list[int] | None:

@@ -41,13 +41,23 @@ class _Stream:
             shown = BUT_COLOURS.sub(lambda found: found[1] or ascii(found[0])[1:-1], text)
         else:
             shown = visible(text)
-        with contextlib.suppress(*((OSError,) if self._lossy else ())):
+        with self._telling():
             self.exact.write(shown)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(*((OSError,) if self._lossy else ())):
+        with self._telling():
             self.exact.flush()
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say of an error where it is: a full disk that takes the output is not the store's."""
+        try:
+            yield
+        except OSError as error:
+            if not self._lossy:
+                error.filename = "standard output"
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.exact, name)

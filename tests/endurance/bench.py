@@ -57,7 +57,7 @@ class Bench:
             env=self.env(**extra),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
-            stderr=stdout if stdout == subprocess.DEVNULL else subprocess.PIPE,
+            stderr=stdout if stdout is subprocess.DEVNULL else subprocess.PIPE,
             text=True,
             errors="replace",
             start_new_session=True,
