@@ -1,0 +1,83 @@
+"""Dependencies: locked, of licences that may be shipped, and without the one danger that diskcache is known for."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import sqlite3
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from tests.endurance.bench import Bench
+from tests.supply_chain import ROOT, canonical, closure, direct, locked
+
+# Words of which one stands in the licence of everything that is installed: permissive, or copyleft for single files.
+LICENCES = ("apache", "bsd", "mit", "mpl", "isc", "psf", "python software foundation", "cc0", "cnri-python", "hpnd")
+FORBIDDEN = ("gpl", "agpl", "sspl", "proprietary", "commercial")
+
+
+@pytest.mark.parametrize("needed", direct(), ids=str)
+def test_the_ranges_contain_what_is_locked(needed: Requirement) -> None:
+    version = locked()[canonical(needed.name)]
+    assert needed.specifier.contains(version, prereleases=True), f"{needed} but {version} is locked"
+
+
+def test_all_that_is_installed_is_locked() -> None:
+    missing = closure().keys() - locked().keys()
+    assert not missing, "python -m tests.supply_chain > constraints.txt"
+
+
+def licence(package: Distribution) -> str:
+    """What a package says of its licence: an SPDX expression, classifiers, or the beginning of a text."""
+    told = package.metadata.get_all("Classifier") or []
+    said = [line for line in told if line.startswith("License ::")] or [(package.metadata["License"] or "")[:100]]
+    return " ".join([package.metadata["License-Expression"] or "", *said]).lower()
+
+
+@pytest.mark.parametrize(("name", "package"), sorted(closure().items()), ids=lambda each: str(each)[:30])
+def test_the_licence_may_be_shipped(name: str, package: Distribution) -> None:
+    said = licence(package)
+    assert any(word in said for word in LICENCES), f"{name}: {said!r}"
+    assert not any(word in said for word in FORBIDDEN), f"{name}: {said!r}"
+
+
+class Trap:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> object:
+        return os.mkdir, (str(self._path),)
+
+
+def test_no_pickle_in_the_index_is_ever_loaded(tmp_path: Path) -> None:
+    """diskcache unpickles values that are marked so; the index has none, and what somebody plants is not read."""
+    sprung = tmp_path / "sprung"
+    bench = Bench(tmp_path / "w")
+    bench.run()
+    bait = pickle.dumps(Trap(sprung))
+    with sqlite3.connect(bench.store / "index" / "cache.db") as index:
+        assert index.execute("SELECT count(*) FROM Cache WHERE mode = 4").fetchone() == (0,), "mode 4 is a pickle"
+        index.execute("UPDATE Cache SET mode = 4, value = ?", (bait,))
+        index.execute("INSERT INTO Cache (key, raw, mode, value) VALUES (?, 0, 4, ?)", (bait, bait))
+    index.close()
+    for verb in ("status", "du", "runs", "gc"):
+        bench(verb, code=None)
+    bench.run()
+    bench("fsck", code=None)
+    bench("fsck", "--repair", code=None)
+    assert not sprung.exists()
+    pickle.loads(bait)  # noqa: S301 - the trap is one
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stagegraph").rglob("*.py")), ids=lambda path: path.stem)
+def test_the_engine_imports_nothing_that_unpickles(path: Path) -> None:
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in imports for alias in node.names} | {getattr(node, "module", "") for node in imports}
+    assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
