@@ -73,9 +73,9 @@ class Journal:
 
 
 def _is_sound(entry: dict[str, Any]) -> bool:
-    """Say whether a line is what was appended; of a line without a seal (an earlier version's), whether it may be."""
-    if "seal" in entry:
-        return bool(entry.pop("seal") == digest_json(entry)[:SEAL_DIGITS])
+    """Say whether a line is what was appended, and of a shape that is known here: other versions have others."""
+    if "seal" in entry and entry.pop("seal") != digest_json(entry)[:SEAL_DIGITS]:
+        return False
     nodes = entry.get("nodes")
     return (
         entry.keys() == RUN.keys()

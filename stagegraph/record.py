@@ -46,6 +46,12 @@ def is_record_of(record: Any, key: str) -> bool:
         return False
 
 
+def is_newer(record: Any) -> bool:
+    """Say whether a document is a record of a schema that is yet to come."""
+    schema = record.get("schema") if isinstance(record, dict) else None
+    return isinstance(schema, int) and schema > RECORD_SCHEMA
+
+
 def same_outputs(a: Record, b: Record) -> bool:
     """Say whether two executions made the same, byte for byte."""
     return _digests(a) == _digests(b)

@@ -18,7 +18,7 @@ from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
 from stagegraph.index import Index
 from stagegraph.journal import Journal
-from stagegraph.record import Record, is_record_of, record_files
+from stagegraph.record import Record, is_newer, is_record_of, record_files
 from stagegraph.store import Store, remove_tree
 
 
@@ -69,10 +69,18 @@ class Workspace:
     # -- records ---------------------------------------------------------------------------------------------------
 
     def record(self, key: str) -> Record | None:
-        """Return the record of a key, or None if there is none that can be believed."""
+        """Return the record of a key, or None if there is none that can be believed.
+
+        :class:`StoreError` for one that a newer version wrote: what it says may mean something else here.
+        """
         record: Record | None = self.index.get(f"rec:{key}")
         if record is None or is_record_of(record, key):
             return record
+        if is_newer(record):
+            raise StoreError(
+                f"{self.root} has results of a newer version of stagegraph (a record of schema {record['schema']}); "
+                "use that version, or another directory"
+            )
         self.index.damaged.add(f"rec:{key}")
         return None
 
