@@ -14,7 +14,7 @@ from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_v
 
 if TYPE_CHECKING:
     from stages.tokenizers.checks import Finding
-    from stages.tokenizers.record import ModelFacts, Reference
+    from stages.tokenizers.record import ModelFacts, Reference, TokenizerFamily
     from stages.tokenizers.resolution import Resolution
 
 FILES = (
@@ -119,7 +119,7 @@ def _build(ctx: Context) -> None:
         shown=family.shown(resolution),
     )
     del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing
-    _prove(ctx, directory, resolution, reference, facts, [*resolution.doubts, *family.doubts(resolution)])
+    _prove(ctx, directory, resolution, family, reference, facts)
 
 
 def _facts(ctx: Context) -> ModelFacts:
@@ -143,28 +143,24 @@ def _prove(
     ctx: Context,
     directory: Path,
     resolution: Resolution,
+    family: TokenizerFamily,
     reference: Reference,
     facts: ModelFacts,
-    doubts: Sequence[str],
 ) -> None:
     from stages.tokenizers.automatic import Automatic
-    from stages.tokenizers.by_hand import second_readings
-    from stages.tokenizers.chats import same_chats
     from stages.tokenizers.checks import ERROR, WARNING, examine
     from stages.tokenizers.proof import prove, texts_for
     from stages.tokenizers.second import agree
 
-    for doubt in doubts:
+    for doubt in (*resolution.doubts, *family.doubts(resolution)):
         ctx.warn(doubt)
     subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
     texts = texts_for(subject)
     if isinstance(reference, Automatic):
         reference.read([text for _, text in texts])
     findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"), texts)
-    if isinstance(reference, Automatic):
-        findings += second_readings(resolution, reference, texts)
     findings += agree(resolution, reference)
-    findings += same_chats(directory, resolution, reference)
+    findings += _beside(directory, resolution, family, reference, texts)
     ctx.view("checks", _page(subject.info, findings))
     for finding in findings:
         if finding.level == WARNING:
@@ -175,6 +171,38 @@ def _prove(
     ctx.summary(
         f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
     )
+
+
+def _beside(
+    directory: Path,
+    resolution: Resolution,
+    family: TokenizerFamily,
+    reference: Reference,
+    texts: Sequence[tuple[str, str]],
+) -> list[Finding]:
+    """Hold the reference, and the chats, against what else reads the same files."""
+    from stages.tokenizers.automatic import Automatic
+    from stages.tokenizers.beside_transformers import Unread, compare, open_files
+    from stages.tokenizers.by_hand import second_readings
+    from stages.tokenizers.chats import same_chats
+    from stages.tokenizers.checks import NOTE
+
+    if isinstance(reference, Automatic):
+        findings, theirs, exact = [*second_readings(resolution, reference, texts)], reference, True
+    else:
+        findings = [*family.readings(resolution, texts)]
+        try:
+            theirs = open_files(family, resolution)
+            beside = compare(reference, theirs, texts)
+        except Unread as unread:
+            return [*findings, unread.finding]
+        findings, exact = (
+            [*findings, *beside],
+            any((finding.check, finding.level) == ("T22", NOTE) for finding in beside),
+        )
+    if resolution.chat_templates:
+        findings += same_chats(directory, resolution, theirs, exact=exact)
+    return findings
 
 
 def _page(info: Mapping[str, Any], findings: list[Finding]) -> str:

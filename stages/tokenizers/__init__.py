@@ -13,13 +13,13 @@ TOKENIZERS: dict[str, str] = {
     "tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY",
     "tokenizer-json": "stages.tokenizers.tokenizer_json:FAMILY",
     "tiktoken-llama3": "stages.tokenizers.tiktoken_llama3:FAMILY",
-    "sentencepiece-bpe": "stages.tokenizers.sentencepiece_bpe:FAMILY",
+    "sentencepiece": "stages.tokenizers.sentencepiece_family:FAMILY",
     "tekken": "stages.tokenizers.tekken:FAMILY",
     "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",
 }
 
 # The libraries that read a checkpoint's vocabulary: whatever reads one has their versions in its key.
-READERS = ("regex", "tiktoken", "tokenizers", "transformers")
+READERS = ("protobuf", "regex", "sentencepiece", "tiktoken", "tokenizers", "transformers")
 
 # Model family -> the checkpoint's name of its token embedding, whose first dimension bounds every id. Named and not
 # guessed: the largest first dimension of a small model is a feed-forward matrix, and a guess that is wrong passes.

@@ -55,7 +55,7 @@ def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(value, ensure_ascii=False))
     except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the content
-        raise TokenizerError(f"the vocabulary is no byte-pair encoding: {error}") from None
+        raise TokenizerError(f"the tokenizers library does not take the vocabulary: {error}") from None
     moved = [token for token in added if tokenizer.token_to_id(token.content) != token.id]
     if moved:
         raise TokenizerError(
@@ -68,14 +68,7 @@ def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
 
 def document(pairs: BytePairs) -> dict[str, Any]:
     """Return tokenizer.json as a value."""
-    model = {
-        "unk_token": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,
-        "vocab": dict(pairs.vocab),
-        "merges": [list(pair) for pair in pairs.merges],
-    }
+    model = merging(pairs.vocab, pairs.merges, unk_token=None, fuse_unk=False, byte_fallback=False, ignore_merges=True)
     plain, before = _byte_level(trim_offsets=False), template(pairs.prefix, pairs.added)
     return assemble(
         pairs.added,
@@ -88,20 +81,27 @@ def document(pairs: BytePairs) -> dict[str, Any]:
 
 
 def assemble(added: Sequence[Added], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
-    """Return a tokenizer.json with the ``parts`` of its pipeline and the ``model``'s tables."""
+    """Return a tokenizer.json with the ``parts`` of its pipeline and the ``model``."""
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [asdict(token) for token in sorted(added, key=lambda token: token.id)],
         **parts,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            **model,
-        },
+        "model": dict(model),
+    }
+
+
+def merging(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> dict[str, Any]:
+    """Return the model of a tokenizer.json that joins the pairs of ``merges``, the first of them first."""
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        **options,
+        "vocab": dict(vocab),
+        "merges": [list(pair) for pair in merges],
     }
 
 

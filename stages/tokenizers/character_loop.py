@@ -7,7 +7,7 @@ joined, the leftmost of equals; what is no piece in the end becomes its bytes or
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stages.tokenizers.merge_loop import Finder, join
@@ -20,8 +20,9 @@ class CharacterLoop:
     """Ids of a vocabulary over characters, computed from its tables alone.
 
     ``rank`` is of two neighbours, None where they are never joined; ``frozen`` are texts that are one symbol from the
-    start and are joined to nothing. ``added`` are entries as tokenizer.json has them. The rest is as in
-    :class:`~stages.tokenizers.metaspace.CharacterPairs`, but ``prefix`` are ids.
+    start and are joined to nothing. ``added`` are entries as tokenizer.json has them, ``form`` gives a text its normal
+    form. A character without a token becomes its bytes' tokens where there is ``byte_fallback``, and else ``unk``. The
+    rest is as in :class:`~stages.tokenizers.metaspace.Characters`, but ``prefix`` are ids.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class CharacterLoop:
         strip: bool,
         prefix: Sequence[int] = (),
         frozen: Sequence[str] = (),
+        form: Callable[[str], str] = str,
     ) -> None:
         self.prefix = list(prefix)
         self._vocab, self._rank, self._unk, self._strip = vocab, rank, unk, strip
-        self._lead, self._collapse = lead, collapse
+        self._lead, self._collapse, self._form = lead, collapse, form
         self._bytes = [vocab[f"<0x{byte:02X}>"] for byte in range(256)] if byte_fallback else []
         self._frozen = frozenset(frozen)
+        self._known: dict[tuple[str, bool], list[int]] = {}  # the same texts are held against several others
         longest = sorted(frozen, key=len, reverse=True)
         self._symbols = re.compile("|".join([*map(re.escape, longest), "."]), re.DOTALL)
         self._specials = frozenset(entry["content"] for entry in added if entry.get("special"))
@@ -52,6 +55,11 @@ class CharacterLoop:
 
     def encode(self, text: str, *, specials: bool) -> list[int]:
         """Return the ids of ``text``; ``specials`` says whether special-token text becomes special tokens."""
+        if (text, specials) not in self._known:
+            self._known[text, specials] = self._encode(text, specials=specials)
+        return self._known[text, specials]
+
+    def _encode(self, text: str, *, specials: bool) -> list[int]:
         skip: frozenset[str] = frozenset() if specials else self._specials
         ids: list[int] = []
         for i, (between, token) in enumerate(self._raw.parts(text, skip)):
@@ -77,6 +85,7 @@ class CharacterLoop:
         return {index: text.encode() for index, text in self._texts.items()}
 
     def _normalize(self, text: str) -> str:
+        text = self._form(text)
         if self._collapse:
             text = " ".join(part for part in text.split(" ") if part)
         if self._lead == SEGMENT and text:
@@ -92,7 +101,7 @@ class CharacterLoop:
 
     def _ids(self, text: str) -> Iterator[int]:
         unknown = False
-        for part in join(self._symbols.findall(text), self._pair):
+        for part in self._pieces(text):
             index = self._vocab.get(part)
             if index is None and self._bytes:
                 yield from (self._bytes[byte] for byte in part.encode("utf-8", "surrogatepass"))
@@ -101,6 +110,9 @@ class CharacterLoop:
             elif not unknown and self._unk is not None:
                 yield self._unk
             unknown = index is None
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        return join(self._symbols.findall(text), self._pair)
 
     def _pair(self, left: str, right: str) -> float | None:
         return None if left in self._frozen or right in self._frozen else self._rank(left, right)

@@ -1,7 +1,8 @@
-"""A byte-pair encoding over characters with U+2581 for the space, as data, and the tokenizer.json that says it."""
+"""A vocabulary over characters with U+2581 for the space, as data, and the tokenizer.json that says it."""
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,64 +19,64 @@ RUNS, EDGES = " {2,}", r"\A | \z"
 
 
 @dataclass(frozen=True)
-class CharacterPairs:
-    """``merges`` are in the order of rank; ``lead`` says when U+2581 is put before a text.
+class Characters:
+    """What goes around ``model``, tokenizer.json's, whose tokens are characters; ``lead`` says when U+2581 goes first.
 
-    ``collapse`` removes spaces at the edges and repeated ones; ``strip`` removes one space that leads a decoded text;
-    ``prefix`` are the tokens that go before every text; ``symbols`` are characters that are joined to nothing. A
-    character without a token becomes its bytes' tokens where there is ``byte_fallback``, and else ``unk``.
+    ``charsmap`` is sentencepiece's table of normal forms, if any; ``collapse`` removes spaces at the edges and repeated
+    ones; ``strip`` removes one space that leads a decoded text; ``prefix`` are the tokens that go before every text.
+    ``symbols`` are joined to nothing. ``cut`` is a pattern of characters that begin a piece, which keeps apart what
+    spells a token that no text may become.
     """
 
-    vocab: Mapping[str, int]
-    merges: Sequence[tuple[str, str]]
+    model: Mapping[str, Any]
     added: Sequence[Added]
-    unk: str | None
-    byte_fallback: bool
     lead: str
     collapse: bool
     strip: bool
     prefix: tuple[str, ...]
     symbols: tuple[str, ...] = ()
+    charsmap: bytes = b""
+    cut: str | None = None
 
 
-def document(pairs: CharacterPairs) -> dict[str, Any]:
+def document(characters: Characters) -> dict[str, Any]:
     """Return tokenizer.json as a value."""
-    model = {
-        "unk_token": pairs.unk,
-        "fuse_unk": True,
-        "byte_fallback": pairs.byte_fallback,
-        "ignore_merges": False,
-        "vocab": dict(pairs.vocab),
-        "merges": [list(pair) for pair in pairs.merges],
-    }
-    fallback = [{"type": "ByteFallback"}] if pairs.byte_fallback else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if pairs.strip else []
+    fallback = [{"type": "ByteFallback"}] if characters.model["byte_fallback"] else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if characters.strip else []
     return assemble(
-        pairs.added,
-        normalizer=_normalizer(pairs),
-        pre_tokenizer=_pre_tokenizer(pairs.lead, pairs.symbols),
-        post_processor=template(pairs.prefix, pairs.added),
+        characters.added,
+        normalizer={"type": "Sequence", "normalizers": _normalizers(characters)},
+        pre_tokenizer=_pre_tokenizer(characters),
+        post_processor=template(characters.prefix, characters.added),
         decoder={"type": "Sequence", "decoders": [_replace(SPACE, " "), *fallback, {"type": "Fuse"}, *strip]},
-        model=model,
+        model=characters.model,
     )
 
 
-def _normalizer(pairs: CharacterPairs) -> dict[str, Any] | None:
-    collapse = [_replace(RUNS, " ", kind="Regex"), _replace(EDGES, "", kind="Regex")] if pairs.collapse else []
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if pairs.lead == SEGMENT else []
-    return {"type": "Sequence", "normalizers": [*collapse, *prepend, _replace(" ", SPACE)]}
+def _normalizers(characters: Characters) -> list[dict[str, Any]]:
+    encoded = base64.b64encode(characters.charsmap).decode()
+    table = [{"type": "Precompiled", "precompiled_charsmap": encoded}] if encoded else []
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if characters.lead == SEGMENT else []
+    collapse = [_replace(RUNS, " ", kind="Regex"), _replace(EDGES, "", kind="Regex")] if characters.collapse else []
+    return [*table, *collapse, *prepend, _replace(" ", SPACE)]
 
 
-def _pre_tokenizer(lead: str, symbols: Sequence[str]) -> dict[str, Any] | None:
+def _pre_tokenizer(characters: Characters) -> dict[str, Any] | None:
     steps = []
-    if lead == TEXT:
+    if characters.lead == TEXT:
         # Metaspace puts nothing before a text that begins with its own character: first with a character that no text
         # has any more, then with the one that is meant.
         steps = [_metaspace(" ", "first"), _metaspace(SPACE, "never")]
-    if symbols:
-        pattern = {"Regex": "|".join(map(re.escape, symbols))}
-        steps.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
+    if characters.symbols:
+        longest = sorted(characters.symbols, key=len, reverse=True)
+        steps.append(_split("|".join(map(re.escape, longest)), "Isolated"))
+    if characters.cut:
+        steps.append(_split(characters.cut, "MergedWithNext"))
     return {"type": "Sequence", "pretokenizers": steps} if steps else None
+
+
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
 def _metaspace(character: str, scheme: str) -> dict[str, Any]:

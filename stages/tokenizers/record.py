@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +11,7 @@ from stages.tokenizers.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.tokenizers.checks import Finding
     from stages.tokenizers.resolution import Resolution
 
 
@@ -54,8 +55,10 @@ class TokenizerFamily:
     it is split, or None. ``end_of_text`` are special tokens that end a text, the first there is; ``chats`` are chat
     formats by generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the
     emitted tokenizer deliberately does not do what the checkpoint's own would; ``shown`` are the ids of special tokens
-    that are text when they are decoded. ``by_transformers`` says that the reference is what transformers loads, and
-    what is emitted is that.
+    that are text when they are decoded; ``readings`` hold (kind, text) against another reading of the same files.
+    ``by_transformers`` says that the reference is what transformers loads, and
+    what is emitted is that; where it is not, ``transformers_needs`` are the modules without which transformers does not
+    read such files, None if it has no reader of them.
     """
 
     name: str
@@ -67,7 +70,9 @@ class TokenizerFamily:
     file: str = "tokenizer.json"
     doubts: Callable[[Resolution], Sequence[str]] = lambda _: ()
     shown: Callable[[Resolution], Sequence[int]] = lambda _: ()
+    readings: Callable[[Resolution, Sequence[tuple[str, str]]], Iterator[Finding]] = lambda *_: iter(())
     by_transformers: bool = False
+    transformers_needs: Sequence[str] | None = ()
 
 
 @dataclass(frozen=True)

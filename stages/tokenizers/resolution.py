@@ -55,7 +55,7 @@ RULES: dict[str, Rule] = {
         usual="qwen.tiktoken",
         yields=("tokenizer-json",),
     ),
-    "sentencepiece-bpe": Rule(
+    "sentencepiece": Rule(
         classes=(),
         patterns=("tokenizer.model",),
         usual="tokenizer.model",
@@ -67,7 +67,7 @@ RULES: dict[str, Rule] = {
         patterns=("tokenizer.model",),
         usual="tokenizer.model",
         evidence=rb"\A[A-Za-z0-9+/]+=* [0-9]+\r?\n",
-        yields=("tokenizer-json", "sentencepiece-bpe"),
+        yields=("tokenizer-json", "sentencepiece"),
         beside=("tokenizer.json",),
     ),
     "tekken": Rule(

@@ -123,4 +123,5 @@ FAMILY = TokenizerFamily(
     end_of_text=(END_TEXT,),
     chats={},
     file=FILE,
+    transformers_needs=None,
 )

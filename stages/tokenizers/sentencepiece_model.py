@@ -20,6 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 MODELS = {UNIGRAM: "Unigram", BPE: "BPE", 3: "Word", 4: "Char"}
 MAX_PIECES = 1 << 20
+MAX_SHOWN = 3  # pieces in a message
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 

@@ -93,4 +93,5 @@ FAMILY = TokenizerFamily(
     normalize="NFC",
     end_of_text=("<|endoftext|>",),
     chats={"chatml": CHATML},
+    transformers_needs=None,  # its class is the checkpoint's own code
 )

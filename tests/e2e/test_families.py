@@ -42,7 +42,7 @@ class Model:
 
 MODELS = {
     "llama": Model("llama3 model"),
-    "llama-tied": Model("gpt2 digits", sep_embed="false"),
+    "llama-tied": Model("digits", sep_embed="false"),
     "mistral": Model("llama3 tables"),
     "mistral-full": Model("llama3 tables", "q0f16"),
     "qwen": Model("tiktoken", "q4f16_1"),

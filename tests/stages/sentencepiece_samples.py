@@ -36,6 +36,16 @@ MODELS: dict[str, dict[str, Any]] = {
     "unigram": {"model_type": "unigram"},
     "nmt_nfkc": {"normalization_rule_name": "nmt_nfkc"},
     "suffix": {"treat_whitespace_as_suffix": True},
+    "word": {"model_type": "word"},
+    # as T5, XLM-R and the Japanese GPT-NeoX have it, and as Gemma has its bytes
+    "unigram nfkc": {
+        "model_type": "unigram",
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+        "byte_fallback": False,
+        "user_defined_symbols": ["<sep>", "[REF]"],
+    },
+    "unigram bytes nfkc": {"model_type": "unigram", "normalization_rule_name": "nmt_nfkc"},
 }
 
 

@@ -76,7 +76,7 @@ def test_a_class_that_is_not_known_leaves_it_to_the_files_and_is_said(tmp_path, 
     config = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"tokenization_novel.{name}", None]}}
     files = folder(tmp_path, tokenizer__model=sentencepiece_samples.trained("llama"), tokenizer_config__json=config)
     found = resolve(tmp_path, files)
-    assert found.family == "sentencepiece-bpe"
+    assert found.family == "sentencepiece"
     assert f"{name.removesuffix('Fast')} does not decide" in found.trace
     assert f"the tokenizer class {name.removesuffix('Fast')} is not known here" in found.doubts[0]
     files = folder(
