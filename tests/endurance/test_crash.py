@@ -74,7 +74,7 @@ def crash(folder: Path, fault: str, undisturbed: Bench) -> None:
     shutil.rmtree(folder)
 
 
-FAST = [("rename", "killall"), ("commit", "kill"), ("fsync", "kill"), ("link", "ENOSPC+")]
+FAST = [("rename", "killall"), ("link", "ENOSPC+")]
 
 
 @pytest.mark.parametrize(("name", "fault"), FAST)

@@ -127,7 +127,7 @@ def test_an_overlap_is_seen() -> None:
 
 
 def test_rivals(tmp_path: Path) -> None:
-    compete(tmp_path, rivals=2, seconds=2)
+    compete(tmp_path, rivals=2, seconds=1)
 
 
 @pytest.mark.endurance
