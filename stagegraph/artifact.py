@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError, StoreError, nearest
 from stagegraph.history import find_run, key_at, past_runs
-from stagegraph.record import Record, record_files
+from stagegraph.record import Record, record_files, result_digest
 from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
@@ -123,8 +123,8 @@ def find_artifacts(pipeline: Pipeline, reference: str) -> list[Artifact]:
             raise PlanError(f"{name} is a digest, whatever --set says; leave one of the two out")
         return [_narrowed(_by_digest(pipeline.workspace, name), path)]
     found, missing = [], []
-    for label, key in _keys(pipeline, name, run):
-        record = pipeline.workspace.record(key) if key else None
+    for label, key, result in _keys(pipeline, name, run):
+        record = pipeline.workspace.record(key, result) if key else None
         if record is None:
             missing.append(missing_text(pipeline, label, key))
         else:
@@ -134,19 +134,19 @@ def find_artifacts(pipeline: Pipeline, reference: str) -> list[Artifact]:
     return found
 
 
-def _keys(pipeline: Pipeline, name: str, run: str | None) -> Iterator[tuple[str, str | None]]:
-    """Yield the label and the key of each instance, None where it has no result."""
+def _keys(pipeline: Pipeline, name: str, run: str | None) -> Iterator[tuple[str, str | None, str]]:
+    """Yield the label, key and result of each instance; without a key where it has none."""
     nodes = pipeline.dag.select(name)
     if run is None:
         for node in nodes:
-            yield node.name, pipeline.key(node)
+            yield node.name, pipeline.key(node), ""
         return
     if pipeline.varied:
         raise PlanError(f"{name}@{run} is a past result, whatever --set says; leave one of the two out")
     runs = past_runs(pipeline.workspace.journal, pipeline.name)
     position = find_run(runs, run)
     for node in nodes:
-        yield f"{node.name}@{runs[position].id[:8]}", key_at(runs, position, node.name)
+        yield f"{node.name}@{runs[position].id[:8]}", *(key_at(runs, position, node.name) or (None, ""))
 
 
 def missing_text(pipeline: Pipeline, label: str, key: str | None = None) -> str:
@@ -176,7 +176,10 @@ def _by_digest(workspace: Workspace, digits: str) -> Artifact:
     record = workspace.record(keys[0]) if keys else None
     if record is not None:
         return Artifact(digits, record, workspace)
-    for record in sorted(workspace.records(), key=lambda r: r["started"], reverse=True):
+    others = [record for _, record in workspace.others()]
+    for record in sorted([*workspace.records(), *others], key=lambda r: r["started"], reverse=True):
+        if result_digest(record).startswith(digits):
+            return Artifact(digits, record, workspace)
         for output in record["outputs"].values():
             if output["digest"].startswith(digits):
                 return Artifact(digits, record, workspace, _common_folder(output["files"]))

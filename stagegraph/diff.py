@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.changes import Change, changes, instances, show
 from stagegraph.key import SHOWN as MASKED
-from stagegraph.record import record_size
+from stagegraph.record import record_size, same_outputs
 from stagegraph.registry import COMPARERS, load_object
 
 if TYPE_CHECKING:
@@ -151,11 +151,17 @@ class Sets:
 
 
 def compare_sets(name_a: str, a: Mapping[str, Artifact], name_b: str, b: Mapping[str, Artifact]) -> Sets:
-    """Compare the results of the nodes that two runs or pipelines share; equal keys are equal results."""
+    """Compare the results of the nodes that two runs or pipelines share; equal keys are equal results but
+    where a stage is not deterministic.
+    """
     shared = [node for node in a if node in b]
-    differing = [difference(a[node], b[node]) for node in shared if a[node].key != b[node].key]
+    differing = [difference(a[node], b[node]) for node in shared if not _is_same(a[node], b[node])]
     only_a, only_b = [node for node in a if node not in b], [node for node in b if node not in a]
     return Sets(name_a, name_b, only_a, only_b, differing, len(shared) - len(differing))
+
+
+def _is_same(a: Artifact, b: Artifact) -> bool:
+    return a.key == b.key and same_outputs(a.record, b.record)
 
 
 def state(pipeline: Pipeline, run: str = "") -> dict[str, Artifact]:
@@ -168,8 +174,8 @@ def state(pipeline: Pipeline, run: str = "") -> dict[str, Artifact]:
     names = dict.fromkeys([*pipeline.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
     found = {}
     for name in names:
-        key = key_at(runs, position, name) if run else pipeline.key(pipeline.dag.by_name[name])
-        record = pipeline.workspace.record(key) if key else None
+        known = key_at(runs, position, name) if run else (pipeline.key(pipeline.dag.by_name[name]) or "", "")
+        record = pipeline.workspace.record(*known) if known and known[0] else None
         if record is not None:
             found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, pipeline.workspace)
     return found

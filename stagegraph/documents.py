@@ -21,8 +21,8 @@ from stagegraph.files import open_regular
 
 SEAL_DIGITS = 32
 LIMIT = 256 << 20  # bytes; no document comes near it
-FOLDERS = {"rec:": "records", "part:": "parts"}
-SYNCED = ("rec:",)  # a part that a power cut takes is made again
+FOLDERS = {"rec:": "records", "part:": "parts", "alt:": "others"}
+SYNCED = ("rec:", "alt:")  # a part that a power cut takes is made again
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -55,7 +55,7 @@ def _seal(name: str, text: str) -> str:
 
 
 class Documents:
-    """The documents that are files, ``root/records/ab/abcd...`` and ``root/parts/ab/abcd...``, by the index's names."""
+    """The documents that are files, ``root/records/ab/abcd...`` and so on, by the index's names."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.changes import Change, changes, instances
 from stagegraph.code import PartCode
 from stagegraph.plan import HIT, UNKNOWN, Decision
-from stagegraph.record import Record
+from stagegraph.record import Record, result_digest
 from stagegraph.registry import DISSECTORS, load_object
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ class _Teller:
             notes.append(f"its last execution failed: pipeline log '{node.name}'")
         if decision.status == HIT:
             assert decision.record is not None
+            for _, other in self._workspace.others(decision.key):
+                digest = result_digest(other)[:16]
+                notes.append(f"not deterministic: its key gave {digest} on {other['started']} (pipeline show {digest})")
             if not self._workspace.is_shown(self._pipeline.name, node.name, decision.key, decision.record):
                 notes.append("its files under artifacts/ are not all there or were edited: a run restores them")
             return Explanation(decision, [], notes, self._spared(decision))

@@ -22,7 +22,7 @@ from stagegraph.history import EXECUTED, node_of_key, past_runs
 from stagegraph.leftovers import idle_locks, leftovers, tree_size
 from stagegraph.pins import pinned
 from stagegraph.plan import HIT
-from stagegraph.record import record_files
+from stagegraph.record import other_name, record_files
 from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stagegraph.record import Record
     from stagegraph.workspace import Workspace
 
+RESULTS = {"result", "other"}
 FOLDERS = ("failed", "logs", "quarantine", "index", "work")
 
 
@@ -37,7 +38,7 @@ FOLDERS = ("failed", "logs", "quarantine", "index", "work")
 class Item:
     """Something that can be kept or go: an earlier result, a memoised part, an object that nothing names."""
 
-    kind: str  # "result", "part", "object" or "leftover"
+    kind: str  # "result", "other" (one that another of its key took the place of), "part", "object" or "leftover"
     name: str  # key, name in the index, digest, or path in the store
     what: str  # for people: node or stage, or kind of part
     when: str  # as records tell it; empty sorts first
@@ -98,6 +99,10 @@ def usage(workspace: Workspace, needed: Collection[str] = ()) -> Usage:
     objects = {digest for key in used for digest, _ in record_files(records[key]).values()}
     nodes = node_of_key(workspace.journal)
     others = [_result(record, nodes.get(key)) for key, record in records.items() if key not in used]
+    others += [
+        Item("other", name, f"{nodes.get(r['key'], r['stage'])}, made otherwise", r["started"], _objects(r))
+        for name, r in workspace.others()
+    ]
     others += [_part(workspace, name, part) for name, part in workspace.parts()]
     named = objects.union(*(item.digests for item in others))
     others += [Item("object", digest, "named by nothing", "", frozenset([digest])) for digest in sizes.keys() - named]
@@ -107,8 +112,11 @@ def usage(workspace: Workspace, needed: Collection[str] = ()) -> Usage:
 
 
 def _result(record: Record, node: str | None) -> Item:
-    digests = frozenset(digest for digest, _ in record_files(record).values())
-    return Item("result", record["key"], node or record["stage"], record["started"], digests)
+    return Item("result", record["key"], node or record["stage"], record["started"], _objects(record))
+
+
+def _objects(record: Record) -> frozenset[str]:
+    return frozenset(digest for digest, _ in record_files(record).values())
 
 
 def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
@@ -123,10 +131,10 @@ def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
 def choose(workspace: Workspace, found: Usage, *, keep_runs: int, max_size: int | None) -> Sweep:
     """Say what goes: results older than the last ``keep_runs`` runs of each pipeline, then the oldest until it fits."""
     kept = _keys_of_runs(workspace, keep_runs)
-    candidates = [item for item in found.others if item.kind == "result" or not found.running]
+    candidates = [item for item in found.others if item.kind in RESULTS or not found.running]
     holders = Counter(digest for item in found.others for digest in item.digests)
     sweep = Sweep(left=found.total)
-    first = [item for item in candidates if item.kind == "object" or (item.kind == "result" and item.name not in kept)]
+    first = [item for item in candidates if item.kind == "object" or (item.kind in RESULTS and item.name not in kept)]
     for item in first:
         _drop(item, sweep, holders, found)
     for item in candidates if max_size is not None else ():
@@ -156,15 +164,16 @@ def _drop(item: Item, sweep: Sweep, holders: Counter[str], found: Usage) -> None
 
 
 def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
-    """Return the keys of every node's result as of each of the last ``count`` runs of each pipeline."""
+    """Return what the last ``count`` runs of each pipeline had, of every node: keys, and names of other results."""
     keys: set[str] = set()
     for pipeline in {entry.get("pipeline", "") for entry in workspace.journal.entries()}:
         runs = past_runs(workspace.journal, pipeline)
-        state: dict[str, str] = {}
+        state: dict[str, tuple[str, str]] = {}
         for position, run in enumerate(runs):
-            state |= {node["node"]: node["key"] for node in run.nodes if node["outcome"] in EXECUTED | {HIT}}
+            done = [node for node in run.nodes if node["outcome"] in EXECUTED | {HIT}]
+            state |= {node["node"]: (node["key"], node.get("result", "")) for node in done}
             if position >= len(runs) - count:
-                keys.update(state.values())
+                keys.update(name for key, result in state.values() for name in (key, other_name(key, result)))
     return keys
 
 
@@ -244,7 +253,7 @@ def _refuse_damaged(workspace: Workspace) -> None:
     problems = [f"the index is damaged ({problem})"] if problem else []
     keys = [name.removeprefix("rec:") for name in workspace.index.names("rec:")]
     bad = [key for key in keys if workspace.record(key) is None]
-    bad += [name for name in workspace.index.names("part:") if workspace.index.get(name) is None]
+    bad += [n for kind in ("part:", "alt:") for n in workspace.index.names(kind) if workspace.index.get(n) is None]
     if bad:
         problems.append(f"{len(bad)} records or parts are damaged")
     if keys and not any(last.get("key") for last in workspace.lasts().values()):
@@ -267,7 +276,7 @@ def _remove(workspace: Workspace, sweep: Sweep) -> None:
         if item.kind == "result":
             workspace.index.delete(f"rec:{item.name}")
             workspace.log_path(item.name).unlink(missing_ok=True)
-        elif item.kind == "part":
+        elif item.kind in {"part", "other"}:
             workspace.index.delete(item.name)
         elif item.kind == "leftover":
             remove_tree(workspace.root / item.name)

@@ -14,7 +14,7 @@ from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
 from stagegraph.outcome import BUILT, FAILED, UNCHANGED
 from stagegraph.plan import HIT
-from stagegraph.record import record_size
+from stagegraph.record import record_size, result_digest
 
 if TYPE_CHECKING:
     from stagegraph.api import Run
@@ -52,8 +52,13 @@ def journal_entry(
         "seconds": run.seconds,
         "state": "interrupted" if interrupted else "ok" if run.ok else "failed",
         "command": list(command),
-        "nodes": [outcome_document(o) | {"stage": o.node.stage.id} for o in run.outcomes if o.reason],
+        "nodes": [_node_entry(outcome) for outcome in run.outcomes if outcome.reason],
     }
+
+
+def _node_entry(outcome: Outcome) -> dict[str, Any]:
+    result = result_digest(outcome.record) if outcome.record else ""
+    return outcome_document(outcome) | {"stage": outcome.node.stage.id, "result": result}
 
 
 def outcome_document(outcome: Outcome) -> dict[str, Any]:
@@ -110,12 +115,15 @@ def find_run(runs: Sequence[PastRun], name: str) -> int:
     return found[0]
 
 
-def key_at(runs: Sequence[PastRun], position: int, node: str) -> str | None:
-    """Return the key of a node's result as of a run: of that run, or else of the last one before it that had one."""
+def key_at(runs: Sequence[PastRun], position: int, node: str) -> tuple[str, str] | None:
+    """Return a node's result as of a run, of that run or else of the last one before it that had one.
+
+    It is the key, and the digest of the result, empty in what was written before there was one.
+    """
     for run in reversed(runs[: position + 1]):
         for entry in run.nodes:
             if entry["node"] == node and entry["outcome"] in EXECUTED | {HIT}:
-                return str(entry["key"])
+                return str(entry["key"]), str(entry.get("result", ""))
     return None
 
 

@@ -2,6 +2,7 @@
 
 Kinds of document, by the prefix of their name:
 ``rec:<key>`` the record of one execution; writing it is the commit of a node
+``alt:<digest>`` the record of an execution that another one of its key has taken the place of, and differs from
 ``part:<digest>`` the object of a part that a stage memoised
 ``last:<pipeline>/<node>`` the key of the last finished execution of a node, and of the last failed attempt
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects

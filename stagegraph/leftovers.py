@@ -20,7 +20,7 @@ def leftovers(workspace: Workspace) -> Iterator[Path]:
     yield from _entries(root / "quarantine")
     yield from sorted(root.glob("index.damaged-*"))
     yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
-    for kept in ("objects", "records", "parts"):  # copies that a kill cut short
+    for kept in ("objects", "records", "parts", "others"):  # copies that a kill cut short
         yield from sorted(path for path in root.glob(f"{kept}/*/.*"))
     lasts = workspace.lasts()
     for pipeline in _entries(workspace.failed):

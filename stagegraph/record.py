@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.digest import digest_json
 from stagegraph.key import artifact_digest, key_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,16 @@ def is_newer(record: Any) -> bool:
 def same_outputs(a: Record, b: Record) -> bool:
     """Say whether two executions made the same, byte for byte."""
     return _digests(a) == _digests(b)
+
+
+def result_digest(record: Record) -> str:
+    """Return the digest of all outputs: what tells two results of one key apart, should there be two."""
+    return digest_json(_digests(record))
+
+
+def other_name(key: str, result: str) -> str:
+    """Return the name in the index of a result that another one of its key took the place of."""
+    return f"alt:{digest_json([key, result])}"
 
 
 def _digests(record: Record) -> dict[str, str]:

@@ -312,9 +312,11 @@ class Scheduler:
         previous = decision.previous
         same = previous is not None and same_outputs(previous, record)
         if previous is not None and previous["key"] == decision.key and not same:
-            record["warnings"].append(NOT_DETERMINISTIC)
+            record["warnings"].append(f"{NOT_DETERMINISTIC}; `pipeline show` names the earlier one, which is kept")
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
+        if previous is not None and previous["key"] == decision.key and not same:
+            workspace.keep_other(previous)
         workspace.index.set(f"rec:{decision.key}", record)
         self._planner.keep_code(decision)
         running.sandbox.remove(workspace)

@@ -9,16 +9,17 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
+from stagegraph.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.index import Index
 from stagegraph.journal import Journal
-from stagegraph.record import Record, is_newer, is_record_of, record_files
+from stagegraph.record import Record, is_newer, is_record_of, other_name, record_files, result_digest
 from stagegraph.store import Store, remove_tree
 
 
@@ -68,12 +69,19 @@ class Workspace:
 
     # -- records ---------------------------------------------------------------------------------------------------
 
-    def record(self, key: str) -> Record | None:
+    def record(self, key: str, result: str = "") -> Record | None:
         """Return the record of a key, or None if there is none that can be believed.
 
+        ``result`` asks for one result of it (:func:`~stagegraph.record.result_digest`), should there be several.
         :class:`StoreError` for one that a newer version wrote: what it says may mean something else here.
         """
-        record: Record | None = self.index.get(f"rec:{key}")
+        record = self._record(f"rec:{key}", key)
+        if record is not None and result not in {"", result_digest(record)}:
+            return self._record(other_name(key, result), key)
+        return record
+
+    def _record(self, name: str, key: str) -> Record | None:
+        record: Record | None = self.index.get(name)
         if record is None or is_record_of(record, key):
             return record
         if is_newer(record):
@@ -81,8 +89,22 @@ class Workspace:
                 f"{self.root} has results of a newer version of stagegraph (a record of schema {record['schema']}); "
                 "use that version, or another directory"
             )
-        self.index.damaged.add(f"rec:{key}")
+        self.index.damaged.add(name)
         return None
+
+    def keep_other(self, record: Record) -> None:
+        """Keep a record beside the one that takes its place: made from the same key, and not the same."""
+        self.index.set(other_name(record["key"], result_digest(record)), record)
+
+    def others(self, key: str = "") -> Iterator[tuple[str, Record]]:
+        """Yield the results, with their names in the index, that others of their key took the place of."""
+        for name in self.index.names("alt:"):
+            found = self.index.get(name)
+            held = found.get("key") if isinstance(found, dict) else None
+            if isinstance(held, str) and held.startswith(key) and is_record_of(found, held):
+                current = self.record(held)
+                if current is None or result_digest(current) != result_digest(found):
+                    yield name, found
 
     def is_damaged(self, key: str) -> bool:
         """Say whether the record of a key was looked for and found damaged."""
@@ -138,7 +160,7 @@ class Workspace:
         known = self._shown(pipeline, node).get("objects", {})
         lost = []
         for name, (digest, _) in record_files(record).items():
-            if known.get(digest) == _stat_or_none(self.store.path(digest)) is not None:
+            if known.get(digest) == stat_or_none(self.store.path(digest)) is not None:
                 continue
             wrong = self.store.verify(digest)
             if wrong:
@@ -183,18 +205,18 @@ class Workspace:
                 files[name] = [digest, list(stat_id(folder / name))]
             else:
                 restored.append(name)
-        folders = _folder_times(folder, wanted)
-        objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+        folders = folder_times(folder, wanted)
+        objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
         if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
             return []
         with self._locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
             for name in restored:
-                _real_directories(self.artifacts, (folder / name).parent)
+                real_directories(self.artifacts, (folder / name).parent)
                 self.store.place(wanted[name][0], folder / name, known=new)
                 files[name] = [wanted[name][0], list(stat_id(folder / name))]
-            strays = _remove_strays(folder, set(wanted))
-            objects = {digest: _stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
-            state = {"key": key, "files": files, "folders": _folder_times(folder, wanted), "objects": objects}
+            strays = remove_strays(folder, set(wanted))
+            objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+            state = {"key": key, "files": files, "folders": folder_times(folder, wanted), "objects": objects}
             self.index.set(f"mat:{pipeline}/{node}", state)
             self._materialised[f"mat:{pipeline}/{node}"] = state
         return [] if fresh else restored + strays
@@ -206,7 +228,7 @@ class Workspace:
         wanted = record_files(record)
         have = known.get("files", {})
         same = all(self._is_in_place(have.get(n), digest, folder / n) for n, (digest, _) in wanted.items())
-        return same and known.get("key") == key and known.get("folders") == _folder_times(folder, wanted)
+        return same and known.get("key") == key and known.get("folders") == folder_times(folder, wanted)
 
     def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
         """Return the files of a record that a run would have to put into the node's directory: name -> bytes."""
@@ -241,7 +263,7 @@ class Workspace:
 
     def _is_in_place(self, known: Any, digest: str, target: Path) -> bool:
         """Say whether a file is as it was put there, or its object under another name: links to it come and go."""
-        if known == [digest, _stat_or_none(target)]:
+        if known == [digest, stat_or_none(target)]:
             return True
         return bool(known) and known[0] == digest and self.store.is_object(digest, target)
 
@@ -352,47 +374,3 @@ def _flock(descriptor: int, mode: int) -> None:
             f"the file system of artifacts/ has no file locks ({error.strerror}), and runs side by side need them; "
             "keep artifacts/ on one that has"
         ) from None
-
-
-def _stat_or_none(path: Path) -> list[int] | None:
-    try:
-        return list(stat_id(path))
-    except OSError:
-        return None
-
-
-def _folder_times(folder: Path, wanted: Iterable[str]) -> dict[str, int]:
-    """Return the modification times of the directories that hold ``wanted``: they move when a file comes or goes."""
-    names = {"", *(parent for name in wanted for parent in _parents(name))}
-    times = {name: _stat_or_none(folder / name) for name in sorted(names)}
-    return {name: found[3] for name, found in times.items() if found}
-
-
-def _parents(name: str) -> Iterator[str]:
-    while name := name.rpartition("/")[0]:
-        yield name
-
-
-def _real_directories(base: Path, folder: Path) -> None:
-    """Make ``folder`` below ``base`` a real directory all the way; a link or file in its way is removed."""
-    path = base
-    for part in folder.relative_to(base).parts:
-        path /= part
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            path.unlink()
-        path.mkdir(exist_ok=True)
-
-
-def _remove_strays(folder: Path, wanted: set[str]) -> list[str]:
-    """Remove files that are no output of the node, and directories left empty; return the files' names."""
-    stray = []
-    for current, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(current, name)
-            relative = path.relative_to(folder).as_posix()
-            if relative not in wanted:
-                path.unlink()
-                stray.append(relative)
-        if current != str(folder) and not os.listdir(current):  # noqa: PTH208
-            Path(current).rmdir()
-    return stray

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from stagegraph.gc import Usage
 
 EXAMPLE = "pipeline du --json"
-KINDS = {"result": "earlier results", "part": "memoised parts", "object": "named by nothing"}
+KINDS = {
+    "result": "earlier results",
+    "other": "other results of a key",
+    "part": "memoised parts",
+    "object": "named by nothing",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 EXAMPLE = "pipeline gc --keep-runs 5 --max-size 50GB --dry-run"
 UNITS = {"B": 1} | {f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}
 UNITS |= {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)} | {"KB": 1000}
-PLURAL = {"result": "earlier results", "part": "memoised parts", "object": "objects that nothing names"}
+PLURAL = {
+    "result": "earlier results",
+    "other": "other results of a key",
+    "part": "memoised parts",
+    "object": "objects that nothing names",
+}
 PLURAL["leftover"] = "things left behind"
 LISTED = 40  # what goes, for people
 

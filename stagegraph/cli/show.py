@@ -16,7 +16,7 @@ from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
-from stagegraph.record import parts_text
+from stagegraph.record import parts_text, result_digest
 from stagegraph.registry import PLOTS, load_object
 
 if TYPE_CHECKING:
@@ -120,6 +120,12 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {hanging(warning)}" for warning in record["warnings"]]
+    for _, other in pipeline.workspace.others(record["key"]):
+        digest = result_digest(other)[:16]
+        if digest != result_digest(record)[:16]:
+            lines.append(
+                f"  other  of the same key, made {other['started']}: pipeline diff {digest} '{artifact.label}'"
+            )
     rows = [
         (port, name, size_text(size), digest[:16])
         for port, output in record["outputs"].items()

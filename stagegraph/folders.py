@@ -1,0 +1,54 @@
+"""Directories that show the outputs of nodes: what is in them, and what has to be out of the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from stagegraph.digest import stat_id
+
+
+def stat_or_none(path: Path) -> list[int] | None:
+    """Return what tells whether a file changed, or None if there is none."""
+    try:
+        return list(stat_id(path))
+    except OSError:
+        return None
+
+
+def folder_times(folder: Path, wanted: Iterable[str]) -> dict[str, int]:
+    """Return the modification times of the directories that hold ``wanted``: they move when a file comes or goes."""
+    names = {"", *(parent for name in wanted for parent in _parents(name))}
+    times = {name: stat_or_none(folder / name) for name in sorted(names)}
+    return {name: found[3] for name, found in times.items() if found}
+
+
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition("/")[0]:
+        yield name
+
+
+def real_directories(base: Path, folder: Path) -> None:
+    """Make ``folder`` below ``base`` a real directory all the way; a link or file in its way is removed."""
+    path = base
+    for part in folder.relative_to(base).parts:
+        path /= part
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            path.unlink()
+        path.mkdir(exist_ok=True)
+
+
+def remove_strays(folder: Path, wanted: set[str]) -> list[str]:
+    """Remove files that are no output of the node, and directories left empty; return the files' names."""
+    stray = []
+    for current, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(current, name)
+            relative = path.relative_to(folder).as_posix()
+            if relative not in wanted:
+                path.unlink()
+                stray.append(relative)
+        if current != str(folder) and not os.listdir(current):  # noqa: PTH208
+            Path(current).rmdir()
+    return stray
