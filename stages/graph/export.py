@@ -11,6 +11,7 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
+from stages.graph import window
 from stages.lowering import cpu_cache
 from stages.models.layers import CausalLM, LayerFactory
 
@@ -50,16 +51,16 @@ class Build:
     @property
     def sliding(self) -> bool:
         """Whether some layers forget: the context is longer than the model's sliding window."""
-        return 0 < self.config.attention.sliding_window < self.context_window
+        attention = self.config.attention
+        return 0 < attention.sliding_window < self.context_window and attention.full_layers < self.config.num_layers
 
     @property
     def cache_kinds(self) -> list[str]:
         """TVM's name for the attention of each layer of the KV cache."""
         full, layers = self.config.attention.full_layers, self.config.num_layers
         if not self.sliding:
-            return ["mha"] * layers
-        # The runtime allots no memory to a cache of sliding layers alone: one more layer then, which nothing uses.
-        return ["mha"] * full + ["mha_sliding"] * (layers - full) + ["mha"] * (full == 0)
+            return [window.WITHIN] * layers
+        return [window.FULL] * full + [window.WITHIN] * (layers - full)
 
     @property
     def own_attention(self) -> bool:

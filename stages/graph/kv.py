@@ -37,7 +37,7 @@ class Cache(nn.Module):
         attention, kinds = self.build.config.attention, self.build.cache_kinds
         return TIRPagedKVCache(
             attn_kind=kinds,
-            layer_sliding_window_size=attention.sliding_window or 1024,
+            layer_sliding_window_size=window.NONE,
             max_batch_size=max_batch_size,
             max_total_seq_len=max_total_seq_len,
             prefill_chunk_size=prefill_chunk_size,
@@ -90,11 +90,13 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
     turning = attention.rotary_dim, attention.attention_factor, attention.log_n
+    if build.target.kind.name != "llvm":
+        return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
+    seen = attention.sliding_window if build.sliding else 0
     if not build.own_attention:
-        made = {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
-        if build.sliding:
-            made[window.PREFILL] = window.prefill_kernel(*numbers, build.kv_dtype, attention.sliding_window)
-        return made
+        kernels = {window.PREFILL: window.prefill, window.DECODE: window.decode} if seen else {}
+        made = {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
+        return made | {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
     heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
     layers = len(build.cache_kinds)
     made = {
@@ -103,11 +105,11 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
         "copy_single_page_cpu": cpu_cache.copy_page(heads),
         "tir_kv_cache_debug_get_kv": cpu_cache.read_back(heads, layers),
         "compact_kv_copy_cpu": cpu_cache.move_tokens(heads),
-        "batch_decode_paged_kv_cpu": cpu_attention.decode(heads, width),
-        "batch_prefill_paged_kv_cpu": cpu_attention.prefill(heads, width),
+        window.DECODE: cpu_attention.decode(heads, width, seen),
+        window.PREFILL: cpu_attention.prefill(heads, width, seen),
         "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width),
     }
-    if build.sliding:
-        made[window.PREFILL] = cpu_attention.prefill(heads, width, attention.sliding_window)
-        made[window.DECODE] = cpu_attention.decode(heads, width, attention.sliding_window)
+    if window.FULL in build.cache_kinds:
+        made[window.DECODE + window.OTHERS] = cpu_attention.decode(heads, width, numbers=3)
+        made[window.PREFILL + window.OTHERS] = cpu_attention.prefill(heads, width, numbers=3)
     return made

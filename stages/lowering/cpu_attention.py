@@ -8,6 +8,7 @@ TVM's kernels have it: with a weight of zero it merges with what was computed el
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ def _bound(token: Any) -> Any:
     return 0 if _is_zero(token) else T.bind(token)
 
 
+def _least(tokens: Sequence[Any]) -> Any:
+    """Return the first of ``tokens``: queries of several sequences come in no order of their positions."""
+    return 0 if any(map(_is_zero, tokens)) else _bound(functools.reduce(T.min, tokens))
+
+
 class _Kernel:
     """What all attention kernels declare, and the tile that they are made of. ``width`` is how many channels of a row
     have accumulators at the same time.
@@ -78,11 +84,9 @@ class _Kernel:
         self.scores = T.alloc_buffer((ROWS, blocks * PAGE), "float32")
 
     def tile(self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Range], source: Source) -> None:
-        """Emit a tile: ``rows`` are (query, head), each sees its range of tokens; the first begins first, the last ends
-        last.
-        """
+        """Emit a tile: ``rows`` are (query, head), each sees its range of tokens; the last ends last."""
         scores, seen = self.scores, [(_bound(low), T.bind(high)) for low, high in seen]
-        low, high = seen[0][0], seen[-1][1]
+        low, high = _least([low for low, _ in seen]), seen[-1][1]
         first, end = _bound(low // PAGE), T.bind((high + PAGE - 1) // PAGE)
         peaks, sums = ([vector(PAGE) for _ in rows] for _ in range(2))
         for peak, part in zip(peaks, sums, strict=True):
@@ -148,26 +152,24 @@ class _Kernel:
 class _Pages:
     """The page table of a batch, and the sources that it makes of pages.
 
-    With a ``window``, sequences forget: the first tokens in their pages are no longer theirs. (The runtime tells of a
-    third number, tokens at the beginning that are never forgotten; layers with a window have none.)
+    It has one block of each sequence; after a fork a sequence has several, and the kernel is called for each.
+    ``numbers`` is how many the runtime tells of a block's length: one, or three, of which the others are zero here.
     """
 
-    def __init__(self, heads: Heads, made: Any, batch: Any, window: int = 0) -> None:
+    def __init__(self, heads: Heads, made: Any, batch: Any, numbers: int) -> None:
         self.heads = heads
-        self.window = window
         self.pages = heads.pages(made, T.int32())
         self.count = T.int32()
         self.starts = made.argument("page_starts", (batch + 1,), "int32", inside=True)
         self.numbers = made.argument("page_numbers", (self.count,), "int32", inside=True)
-        shape = (3, batch) if window else (batch,)
-        self.lengths = made.argument("lengths", shape, "int32", inside=True)  # of the last page; tokens forgotten
+        self.told = (0,) if numbers > 1 else ()
+        shape = (numbers, batch) if numbers > 1 else (batch,)
+        self.lengths = made.argument("lengths", shape, "int32", inside=True)  # the first: tokens of the last page
 
-    def held(self, sequence: Any) -> Range:
-        """Return which tokens in its pages are those of a sequence."""
+    def end(self, sequence: Any) -> Any:
+        """Return how many tokens there are of a sequence."""
         used = self.starts[sequence + 1] - self.starts[sequence]
-        last = self.lengths[0, sequence] if self.window else self.lengths[sequence]
-        end = T.if_then_else(used > 0, (used - 1) * PAGE + last, 0)
-        return (T.min(self.lengths[1, sequence], end) if self.window else 0), end
+        return T.if_then_else(used > 0, (used - 1) * PAGE + self.lengths[(*self.told, sequence)], 0)
 
     def source(self, sequence: Any, head: Any) -> Source:
         """Return where a head of a sequence is."""
@@ -181,61 +183,70 @@ class _Pages:
         )
 
 
-def decode(heads: Heads, width: int, window: int = 0) -> tirx.PrimFunc:
-    """Return the kernel of one query of each sequence against the tokens that the cache holds of it; with a
-    ``window``, for layers that forget.
+def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1) -> tirx.PrimFunc:
+    """Return the kernel of one query of each sequence against the tokens that the cache holds of it, within a
+    ``window`` if there is one; ``numbers`` of lengths are told.
     """
     attention = _Kernel(heads, width)
     with kernel() as made:
         batch = T.int32()
         attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
-        cache = _Pages(heads, made, batch, window)
-        for name in ("k_positions", "q_positions"):
-            made.argument(name, (batch,), "int32", inside=True)
+        cache = _Pages(heads, made, batch, numbers)
+        k_positions, q_positions = positions_of(made, batch, batch)
         attention.outputs(made, batch)
         attention.scale(made)
         with T.parallel(0, batch * heads.keys) as task:
             sequence, head = task // heads.keys, task % heads.keys
             attention.room(cache.count)
-            held, source = cache.held(sequence), cache.source(sequence, head)
-            held = _bound(held[0]), T.bind(held[1])
+            end, source = T.bind(cache.end(sequence)), cache.source(sequence, head)
+            low = _bound(first_seen(window, q_positions[sequence], k_positions[sequence], end))
             for first in range(0, heads.group, ROWS):
                 members = range(first, min(first + ROWS, heads.group))
                 rows = [(sequence, head * heads.group + member) for member in members]
-                attention.tile(rows, [held] * len(rows), source)
+                attention.tile(rows, [(low, end)] * len(rows), source)
     return made.function
 
 
-def prefill(heads: Heads, width: int, window: int = 0) -> tirx.PrimFunc:
-    """Return the kernel of the queries of several sequences against the tokens that the cache holds of each; with a
-    ``window``, of chunks whose tokens see each other elsewhere, where causal, and of the cache what is left of it.
+def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1) -> tirx.PrimFunc:
+    """Return the kernel of the queries of several sequences against the tokens that the cache holds of each, within a
+    ``window`` if there is one; those of a chunk see each other elsewhere. ``numbers`` of lengths are told.
     """
     attention = _Kernel(heads, width)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
         starts = made.argument("q_starts", (batch + 1,), "int32", inside=True)
-        cache = _Pages(heads, made, batch, window)
-        made.argument("k_positions", (batch,), "int32", inside=True)
-        made.argument("q_positions", (n,), "int32", inside=True)
+        cache = _Pages(heads, made, batch, numbers)
+        k_positions, q_positions = positions_of(made, batch, n)
         attention.outputs(made, n)
-        causal = made.number("causal", "int32")
+        made.number("causal", "int32")  # for TVM's kernels: within a window or not
         attention.scale(made)
 
         def sequences(head: Any, low: Any, high: Any) -> None:
             attention.room(cache.count)
             with T.serial(0, batch) as s:
                 bounds = T.bind(T.max(low, starts[s])), T.bind(T.min(high, starts[s + 1]))
-                kept, end = cache.held(s)
-                kept, end = _bound(kept), T.bind(end)
-                if window:
-                    seen = _seen_through(causal, window, (kept, end), starts[s])
-                else:
-                    seen = _seen(causal, end, end - (starts[s + 1] - starts[s]), starts[s])
+                end = T.bind(cache.end(s))
+
+                def seen(query: Any) -> Range:
+                    return first_seen(window, q_positions[query], k_positions[s], end), end
+
                 _queries(attention, head, bounds, seen, cache.source(s, head))
 
         _tasks(heads, n, sequences)
     return made.function
+
+
+def positions_of(made: Any, batch: Any, n: Any) -> tuple[Any, Any]:
+    """Declare the positions of the first tokens that the cache holds, and of queries."""
+    sizes = {"k_positions": batch, "q_positions": n}
+    keys, queries = (made.argument(name, (size,), "int32", inside=True) for name, size in sizes.items())
+    return keys, queries
+
+
+def first_seen(window: int, query: Any, first: Any, end: Any) -> Any:
+    """Return which of the tokens before ``end`` a query sees first, by its position and that of the ``first`` token."""
+    return T.min(T.max(query - first - (window - 1), 0), end) if window else 0
 
 
 def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
@@ -278,17 +289,6 @@ def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
 def _seen(causal: Any, length: Any, before: Any, first: Any) -> Callable[[Any], Range]:
     """Return which of ``length`` tokens a query sees, ``before`` of which come before the sequence's ``first``."""
     return lambda query: (0, T.if_then_else(causal > 0, T.min(length, before + query - first + 1), length))
-
-
-def _seen_through(causal: Any, window: int, held: Range, first: Any) -> Callable[[Any], Range]:
-    """Return which of the tokens ``held`` before a sequence's ``first`` a query still sees."""
-    low, end = held
-
-    def seen(query: Any) -> Range:
-        left = T.max(window - 1 - (query - first), 0)
-        return T.if_then_else(causal > 0, T.max(low, end - left), low), end
-
-    return seen
 
 
 def _tasks(heads: Heads, n: Any, body: Callable[[Any, Any, Any], None]) -> None:

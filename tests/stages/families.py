@@ -75,6 +75,11 @@ CASES = {
         {"sep_embed": False},
     ),
     "qwen2": Case("Qwen2", {**SIZES, "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    # one layer of all positions, two of a window
+    "qwen2-window": Case("Qwen2", {
+        **SIZES, "num_hidden_layers": 3, "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 20,
+        "max_window_layers": 1, "rope_parameters": theta(1e4),
+    }),
     "qwen3": Case("Qwen3", {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": theta(1e6)}),
     "gpt_neox": Case("GPTNeoX", {
         **NEOX, "use_parallel_residual": True, "rope_parameters": theta(1e4, partial_rotary_factor=0.25),

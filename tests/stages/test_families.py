@@ -96,6 +96,87 @@ def test_two_sequences_taken_back_and_read_on(built, expected, name, scheme):
     within(scheme, [session.prefill(b, OTHER[32:])], [second[-1]])
 
 
+WINDOWED = ("mistral", "mistral-24", "qwen2-window")  # windows of 20 tokens; pages have 16
+
+
+class Forks:
+    """Sequences of a session that the library forks, each with the ids that it holds."""
+
+    def __init__(self, built: Built) -> None:
+        self.built = built
+        self.session = built.session(BATCH)
+        self.ids = {self.session.add(): []}
+
+    def fork(self, parent: int, at: int) -> int:
+        child = max(self.ids) + 1
+        self.session._call("fork_sequence", parent, child, at)
+        self.ids[child] = self.ids[parent][: at if at >= 0 else None]
+        self.session._lengths[child] = self.session._reach[child] = len(self.ids[child])
+        return child
+
+    def pop(self, sequence: int, count: int) -> None:
+        self.session.popn(sequence, count)
+        del self.ids[sequence][-count:]
+
+    def read(self, parts: dict[int, list[int]]) -> None:
+        """Read in one batch, and compare with what transformers says of each sequence alone."""
+        for sequence, ids in parts.items():
+            self.ids[sequence] = self.ids[sequence] + ids
+        if all(len(ids) == 1 for ids in parts.values()):
+            found = self.session.batch_decode({sequence: ids[0] for sequence, ids in parts.items()})
+        else:
+            found = self.session.batch_prefill(parts)
+        within("q0f32", list(found), [self.wanted(self.ids[sequence]) for sequence in parts])
+
+    def wanted(self, ids: list[int]) -> np.ndarray:
+        """Return what follows ``ids`` where they begin the longest sequence: longrope is of that one."""
+        return self.built.reference([*ids, *[5] * (LIMIT - len(ids))])[len(ids) - 1]
+
+
+@pytest.mark.parametrize("name", ["llama", *WINDOWED])
+@pytest.mark.parametrize("at", [3, 16, 21, 32, 41, 48, 50, -1])
+def test_parent_and_child_of_a_fork_are_as_if_each_were_alone(built, name, at):
+    """Wherever it is forked: within a page and between two, near the beginning and farther back than a window."""
+    forks = Forks(built(name, "q0f32"))
+    (parent,) = forks.ids
+    for start in range(0, 51, 17):
+        forks.read({parent: IDS[start : start + 17]})
+    child = forks.fork(parent, at)
+    for step in range(3):
+        forks.read({parent: [IDS[60 + step]], child: [OTHER[step]]})
+    # Chunks of different lengths: their common beginning is one block for the kernels, their positions lie apart.
+    forks.read({child: OTHER[10:18], parent: IDS[70:73]})
+    forks.read({parent: [IDS[80]]})
+    forks.read({child: OTHER[20:39]})
+    forks.read({parent: IDS[81:89], child: [OTHER[40]]})
+    forks.read({child: [OTHER[41]], parent: [IDS[90]]})
+
+
+@pytest.mark.parametrize("name", ["llama", *WINDOWED])
+def test_forks_of_forks_and_what_is_taken_back_of_them(built, name):
+    """Beyond two blocks TVM's cache lays the later ones together."""
+    forks = Forks(built(name, "q0f32"))
+    (first,) = forks.ids
+    forks.read({first: IDS[:16]})
+    forks.read({first: IDS[16:27]})
+    second = forks.fork(first, 16)
+    forks.read({second: OTHER[:18]})
+    third = forks.fork(second, -1)
+    forks.read({third: IDS[40:57]})
+    fourth = forks.fork(third, 33)
+    forks.read({first: IDS[60:63], third: IDS[65:66]})
+    forks.read({fourth: IDS[66:72], second: IDS[63:65]})
+    for step in range(2):
+        for pair in ((first, fourth), (third, second)):
+            forks.read({sequence: [OTHER[70 + step + sequence]] for sequence in pair})
+    forks.pop(third, 19)  # into what it has in common with the second
+    forks.pop(fourth, 5)
+    forks.session.remove(second)
+    for step in range(21):
+        forks.read({sequence: [OTHER[80 + step + sequence]] for sequence in (third, fourth)})
+    forks.read({fourth: IDS[90:97], third: [7]})
+
+
 def test_a_tree_of_tokens_that_branches_is_refused(built, expected):
     """TVM's runtime calls its kernel of trees for processors, which knows no layout of ours, otherwise than it is."""
     session = built("llama", "q0f32").session()
