@@ -77,11 +77,12 @@ def test_an_output_that_is_a_link_to_its_object_is_taken_back(store: Store, tmp_
 
 def test_a_torn_journal_line_is_skipped_and_closed(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal.jsonl")
-    journal.append({"run": 1})
+    run = {"pipeline": "p", "started": "2026-01-01T00:00:00Z", "state": "ok", "command": [], "nodes": []}
+    journal.append({**run, "seconds": 1})
     with (tmp_path / "journal.jsonl").open("ab") as file:
-        file.write(b'{"run": 2, "no')
-    journal.append({"run": 3})
-    assert [e["run"] for e in journal.entries()] == [1, 3]
+        file.write(b'{"seconds": 2, "no')
+    journal.append({**run, "seconds": 3})
+    assert [e["seconds"] for e in journal.entries()] == [1, 3]
 
 
 def test_sweeping_leaves_work_in_progress_alone(tmp_path: Path) -> None:
