@@ -33,7 +33,7 @@ def found(subject):
     resolution = resolve(checkpoint, {name: checkpoint / name for name in FILES if (checkpoint / name).is_file()})
     return [
         (finding.level, finding.message)
-        for finding in same_chats(subject / "tokenizer", resolution, Automatic(resolution.files))
+        for finding in same_chats(subject / "tokenizer", resolution, Automatic(resolution.files), exact=True)
     ]
 
 
