@@ -89,18 +89,17 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     """Return our kernels by the names under which TVM's cache adds its own."""
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
-    turning = attention.rotary_dim, attention.attention_factor, attention.log_n
+    turning = build.context_window, attention.rotary_dim, attention.attention_factor, attention.log_n
     if build.target.kind.name != "llvm":
         return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
+    heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
+    made = {rotary.ROTARY: cpu_cache.rope(heads, *turning)}
     seen = attention.sliding_window if build.sliding else 0
     if not build.own_attention:
         kernels = {window.PREFILL: window.prefill, window.DECODE: window.decode} if seen else {}
-        made = {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
-        return made | {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
-    heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
+        return made | {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
     layers = len(build.cache_kinds)
-    made = {
-        rotary.ROTARY: cpu_cache.rope(heads, *turning),
+    made |= {
         "tir_kv_cache_transpose_append": cpu_cache.append(heads),
         "copy_single_page_cpu": cpu_cache.copy_page(heads),
         "tir_kv_cache_debug_get_kv": cpu_cache.read_back(heads, layers),

@@ -1,4 +1,4 @@
-"""Rotary positions for every target whose KV cache has no kernels of ours: heads of any size, of any float dtype.
+"""Rotary positions for GPUs: heads of any size, of any float dtype.
 
 TVM's own kernel computes frequencies inside, from a few rope types, in float32 rounded otherwise than transformers
 does; for yarn it takes those of the wrong channels and leaves out the attention factor.
@@ -12,14 +12,23 @@ from tvm.script import tirx as T  # noqa: N812
 from stages.lowering.cpu_cache import stretch_of
 
 ROTARY = "fused_rope"  # the name under which TVM's cache adds its own kernel
+NAN = 0x7FC00000
 
 
 def rotary_kernel(
-    num_heads: int, num_kv_heads: int, head_dim: int, dtype: str, rotary_dim: int, factor: float, log_n: int = 0
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    context: int,
+    rotary_dim: int,
+    factor: float,
+    log_n: int = 0,
 ) -> tirx.PrimFunc:
     """Return the kernel of (qkv, positions, q, k, v, frequencies): heads taken apart, those of q and k turned by their
     position times each frequency, halves against each other, and stretched by ``factor``; angles are float32.
-    ``log_n`` stretches queries, of which all channels are turned then, besides.
+    ``log_n`` stretches queries, of which all channels are turned then, besides. A position outside the ``context``
+    makes queries NaN, and so the logits: code of a GPU has no other way to refuse.
     """
     keys, values, half = num_heads, num_heads + num_kv_heads, rotary_dim // 2
 
@@ -47,7 +56,11 @@ def rotary_kernel(
             with T.sblock("rotary"):
                 s, h, d = T.axis.remap("SSS", iters)
                 if h < keys:
-                    q[s, h, d] = turned(qkv, positions, frequencies, s, h, d, stretch_of(positions[s], log_n))
+                    q[s, h, d] = T.if_then_else(
+                        positions[s] < context,
+                        turned(qkv, positions, frequencies, s, h, d, stretch_of(positions[s], log_n)),
+                        T.reinterpret("float32", T.uint32(NAN)).astype(dtype),
+                    )
                 elif h < values:
                     k[s, h - keys, d] = turned(qkv, positions, frequencies, s, h, d)
                 else:

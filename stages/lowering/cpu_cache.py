@@ -52,6 +52,14 @@ def fits(head_dim: int) -> bool:
     return head_dim % LANES == 0
 
 
+def beyond(context: int) -> str:
+    """Return what is said of a position outside the context."""
+    return (
+        f"a token at position {context} or later: the library was built for sequences of at most {context} tokens "
+        "(context_window of its metadata); shorten the sequence, or build with a larger context_window"
+    )
+
+
 def stretch_of(position: Any, log_n: int) -> Any | float:
     """Return what a query is stretched by, for the log-n attention of :class:`stages.models.record.AttentionCache`."""
     if not log_n:
@@ -60,10 +68,11 @@ def stretch_of(position: Any, log_n: int) -> Any | float:
     return tirx.max(tirx.const(1, "float32"), logarithm * tirx.const(1 / math.log(log_n), "float32"))
 
 
-def rope(heads: Heads, rotary_dim: int, factor: float, log_n: int = 0) -> tirx.PrimFunc:
+def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int = 0) -> tirx.PrimFunc:
     """Return the kernel of (qkv, positions, q, k, v, frequencies): heads taken apart, those of q and k turned by their
     position times each frequency and stretched by ``factor``; an angle is computed once per token, not once per head.
-    ``log_n`` stretches queries, of which all channels are turned then, besides.
+    ``log_n`` stretches queries, of which all channels are turned then, besides. Every token passes here, so this is
+    where a position outside the ``context`` is refused: the frequencies are chosen for it, the window too.
     """
     half = rotary_dim // 2
     with kernel() as made:
@@ -72,6 +81,8 @@ def rope(heads: Heads, rotary_dim: int, factor: float, log_n: int = 0) -> tirx.P
         positions = made.argument("positions", (n,), "int32", inside=True)
         outputs = [made.argument(name, (n, count, heads.dim), "float32") for name, count in _parts(heads)]
         frequencies = made.argument("frequencies", (half,), "float32")
+        with T.serial(0, n) as s, T.Assert(positions[s] < context, beyond(context), "ValueError"):
+            T.evaluate(0)
 
         def row(s: Any) -> None:
             of_keys = [T.alloc_buffer((half,), "float32") for _ in range(2)]

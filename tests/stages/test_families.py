@@ -208,6 +208,27 @@ def test_the_context_to_its_last_token_and_not_one_more(built, expected, name):
         session.decode(sequence, IDS[0])
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-24", "redpajama"])
+def test_the_library_itself_refuses_a_position_outside_its_context(built, expected, name):
+    """Whichever function reads it, with a bound of the context on any count of tokens out of the way."""
+    logits = expected(name, "q0f32", tuple(IDS))
+    session = built(name, "q0f32").session(BATCH)
+    whole, other = session.add(), session.add()
+    session.prefill(whole, IDS[:-1])
+    within("q0f32", [session.decode(whole, IDS[-1])], [logits[-1]])
+    session._state = dataclasses.replace(session._state, limit=None)
+    calls = (
+        lambda: session.decode(whole, 7),
+        lambda: session.prefill(whole, [7]),
+        lambda: session.prefill(whole, [7, 8, 9]),
+        lambda: session.batch_prefill({other: [7, 8, 9], whole: [7]}),
+        lambda: session.batch_decode({other: 7, whole: 8}),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"position {LIMIT} or later: the library was built for .* most {LIMIT} "):
+            call()
+
+
 def test_chunks_are_shorter_than_the_window_where_the_context_is_not(built):
     window = CASES["mistral"].config["sliding_window"]
     assert built("mistral", "q0f32").session().prefill_chunk == window - 1

@@ -260,10 +260,11 @@ def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, paramete
     config = {**MODEL, "head_dim": head_dim, "rope_parameters": parameters}
     cache = parse(config).attention
     numbers = cache.num_heads, cache.num_kv_heads, head_dim
-    if cpu_cache.fits(head_dim):
-        kernel = cpu_cache.rope(cpu_cache.Heads(*numbers), cache.rotary_dim, cache.attention_factor, log_n)
+    turning = int(max(POSITIONS)) + 1, cache.rotary_dim, cache.attention_factor, log_n
+    if dtype == "float32":
+        kernel = cpu_cache.rope(cpu_cache.Heads(*numbers), *turning)
     else:
-        kernel = rotary_kernel(*numbers, dtype, cache.rotary_dim, cache.attention_factor, log_n)
+        kernel = rotary_kernel(*numbers, dtype, *turning)
     module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
     qkv = np.random.default_rng(1).standard_normal((len(POSITIONS), 8, head_dim)).astype(dtype)
     parts = [tvm.runtime.tensor(np.zeros((len(POSITIONS), count, head_dim), dtype)) for count in (4, 2, 2)]
@@ -278,6 +279,24 @@ def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, paramete
     errors = np.abs(np.concatenate([q, k], 1) - expected).max((1, 2))
     assert (errors < bound + 8 * other * POSITIONS).all(), errors
     assert np.array_equal(v, qkv[:, 6:])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_on_a_gpu_queries_outside_the_context_are_not_a_number(dtype):
+    profiles.compiler()
+    import tvm
+
+    from stages.graph.rotary import rotary_kernel
+
+    kernel = rotary_kernel(2, 1, 8, dtype, 5, 8, 1.0).with_attr("global_symbol", "main")
+    positions = np.array([4, 5, 0, 6], np.int32)
+    arrays = np.ones((4, 4, 8), dtype), positions, *(np.zeros((4, heads, 8), dtype) for heads in (2, 1, 1))
+    arguments = [tvm.runtime.tensor(array) for array in (*arrays, np.ones(4, np.float32))]
+    tvm.compile(tvm.IRModule({"main": kernel}), target="llvm")["main"](*arguments)
+    q, k, v = (argument.numpy() for argument in arguments[2:5])
+    assert np.array_equal(np.isnan(q), np.broadcast_to((positions > 4)[:, None, None], q.shape))
+    assert np.isfinite(k).all()
+    assert np.isfinite(v).all()
 
 
 # Every type in every form, from the checkpoint's folder, beyond the original context and the longest chunk
