@@ -122,7 +122,8 @@ def ours(folder: Path) -> Tool:
         given = f"source: {SOURCES[name]}" if name in SOURCES else 'value: "${vars.value}"' if name == "s12" else ""
         lines.append(f"  {name}: {{needs: [{', '.join(needs)}], with: {{{given}}}}}")
     code = (
-        f"from stagegraph import registry; registry.SHIPPED = {{n: f'dag_stages.{{n}}:Step' for n in {list(NEEDS)}}};"
+        f"from stagegraph import registry; stages = {{n: f'dag_stages.{{n}}:Step' for n in {list(NEEDS)}}}; "
+        "registry.shipped = lambda: registry.Provider(stages=stages);"
         "from stagegraph.cli.main import main; main()"
     )
     env = {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

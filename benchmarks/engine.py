@@ -178,7 +178,8 @@ def package(folder: Path, nodes: int) -> None:
 def fake_pipeline() -> list[str]:
     """Return the command with the fake stage registered."""
     code = (
-        "from stagegraph import registry; registry.SHIPPED = {'fake': 'fakes.fake:Fake'};"
+        "from stagegraph import registry;"
+        "registry.shipped = lambda: registry.Provider(stages={'fake': 'fakes.fake:Fake'});"
         "from stagegraph.cli.main import main; main()"
     )
     return [sys.executable, "-c", code]

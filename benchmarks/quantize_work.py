@@ -17,8 +17,7 @@ import numpy as np
 from blake3 import blake3
 from host_memory import settle
 
-from stagegraph.code import PartCode
-from stagegraph.memo import Memo
+from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Finished, Part, Source, SourceFiles
 from stages.quantize import Quantize
 

@@ -14,15 +14,12 @@ raised as :class:`~stagegraph.errors.PipelineError`; nothing is printed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from stagegraph.dag import Dag, Node
 from stagegraph.errors import PlanError
-from stagegraph.plan import HIT, Planner
-from stagegraph.spec import load
-from stagegraph.workspace import Workspace
+from stagegraph.journal import HIT
+from stagegraph.project import Project, Selection
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
@@ -32,105 +29,18 @@ if TYPE_CHECKING:
     from stagegraph.gc import Sweep
     from stagegraph.history import PastRun
     from stagegraph.lineage import Lineage
-    from stagegraph.outcome import Outcome, Reporter
+    from stagegraph.outcome import Reporter, Run
     from stagegraph.reproduce import Reproduction
 
 
-class Selection(NamedTuple):
-    """Nodes that were asked for by name, and those together with all they need, in topological order."""
-
-    chosen: frozenset[Node]
-    nodes: tuple[Node, ...]
-
-
-class Run(NamedTuple):
-    """A finished run: how each node ended, in topological order, and the wall time in seconds."""
-
-    outcomes: tuple[Outcome, ...]
-    seconds: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether every node has a result."""
-        return all(outcome.record is not None for outcome in self.outcomes)
-
-
-class Pipeline:
-    """A pipeline file with the ``artifacts/`` beside it.
-
-    ``overrides`` are variables for this object only: a mapping of names to values, or ``vars.NAME=VALUE`` texts.
-    """
-
-    def __init__(self, file: str | Path = "pipeline.yaml", overrides: Mapping[str, Any] | Sequence[str] = ()) -> None:
-        spec = load(Path(file), _settings(overrides) if isinstance(overrides, Mapping) else overrides)
-        self.varied = bool(overrides)  # what a node's name means is then the result that these settings have
-        self.dag = Dag(spec)
-        self.workspace = Workspace(spec.root / "artifacts")
-        self.planner = Planner(self.dag, self.workspace)
-        self._keys: dict[Node, str | None] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the store; a Pipeline used in ``with`` does so itself."""
-        self.workspace.close()
-
-    @property
-    def name(self) -> str:
-        """The pipeline's name, under which ``artifacts/`` shows its outputs."""
-        return self.dag.pipeline.name
-
-    @property
-    def nodes(self) -> list[str]:
-        """The names of all nodes in topological order."""
-        return [node.name for node in self.dag.nodes]
-
-    def select(self, *, stage: Sequence[str] = (), start: Sequence[str] = (), until: Sequence[str] = ()) -> Selection:
-        """Select nodes by name or pattern (``graph-build[*,decode]``; a bare name means all instances).
-
-        ``stage`` takes the nodes themselves, ``start`` them and everything below, ``until`` keeps of all that only
-        what lies at or above its nodes. Without any, everything is selected.
-        """
-        problems: list[str] = []
-
-        def found(patterns: Sequence[str]) -> list[Node]:
-            nodes: list[Node] = []
-            for pattern in patterns:
-                try:
-                    nodes += self.dag.select(pattern)
-                except PlanError as error:
-                    problems.extend(error.problems)
-            return nodes
-
-        chosen = set(found(stage)) | self.dag.below(found(start)) if stage or start else set(self.dag.nodes)
-        if until:
-            chosen &= self.dag.above(found(until))
-        if problems:
-            raise PlanError(*dict.fromkeys(problems))
-        if not chosen:
-            raise PlanError("nothing is selected: no node of the one selection lies above the other (--until)")
-        needed = self.dag.above(chosen)
-        return Selection(frozenset(chosen), tuple(node for node in self.dag.nodes if node in needed))
+class Pipeline(Project):
+    """An opened pipeline (:class:`~stagegraph.project.Project`) that answers questions and runs."""
 
     def plan(self, selection: Selection | None = None, *, force: bool = False, jobs: int = 0) -> Plan:
         """Say what :meth:`run` would do with this selection, and what that takes; runs nothing."""
         from stagegraph.forecast import forecast
 
         return forecast(self, selection or self.select(), force=force, jobs=jobs)
-
-    def key(self, node: Node) -> str | None:
-        """Return the key of a node's last result or, under ``overrides``, of what these make; None if unknown."""
-        if not self.varied:
-            return self.workspace.last(self.name, node.name).get("key")
-        if node not in self._keys:
-            needed = self.dag.above([node])
-            decisions = self.planner.plan([each for each in self.dag.nodes if each in needed])
-            self._keys |= {decision.node: decision.key or None for decision in decisions}
-        return self._keys[node]
 
     def artifacts(self, reference: str) -> list[Artifact]:
         """Return what a reference means (:mod:`stagegraph.artifact`): a node's instances that have a result."""
@@ -203,6 +113,7 @@ class Pipeline:
         is what the history of runs shows.
         """
         from stagegraph.outcome import Reporter as Silent
+        from stagegraph.outcome import Run
         from stagegraph.scheduler import Options, Scheduler
 
         selection = selection or self.select()
@@ -239,9 +150,3 @@ class Pipeline:
         if stale:
             advice = "--only does not run it; drop --only to bring it up to date"
             raise PlanError(*(f"{d.node.name} is {d.status.lower()} ({d.reason}) and {advice}" for d in stale))
-
-
-def _settings(overrides: Mapping[str, Any]) -> list[str]:
-    import json
-
-    return [f"vars.{name}={json.dumps(value)}" for name, value in overrides.items()]

@@ -19,7 +19,7 @@ from stagegraph.record import Record, record_files, result_digest
 from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline
+    from stagegraph.project import Project
     from stagegraph.workspace import Workspace
 
 DIGEST = re.compile(r"[0-9a-f]{6,64}")
@@ -103,7 +103,22 @@ class Artifact:
         """
         from stagegraph.export import export
 
-        return export(self, target, replace=replace)
+        names = self._names_exported()
+        digests = {name: self.files[stored][0] for name, stored in names.items()}
+
+        def fetch(name: str) -> Path:
+            return self.object(names[name])
+
+        return export(digests, fetch, target, replace=replace, workspace=self.workspace)
+
+    def _names_exported(self) -> dict[str, str]:
+        """Return name in an export -> name in the artifact."""
+        path = self.path.rstrip("/")
+        if path in self.files:
+            return {Path(path).name: path}
+        prefix = f"{path}/" if path else ""
+        shipped = [name for name in self.files if path or not name.startswith("views/")]
+        return {name.removeprefix(prefix): name for name in shipped}
 
     @property
     def whole(self) -> Artifact:
@@ -111,47 +126,47 @@ class Artifact:
         return Artifact(self.label, self.record, self.workspace)
 
 
-def find_artifacts(pipeline: Pipeline, reference: str) -> list[Artifact]:
+def find_artifacts(project: Project, reference: str) -> list[Artifact]:
     """Return what a reference means: the instances of a node, or the one result behind a digest."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise PlanError(f"'{reference}' names nothing: expected NODE, NODE@RUN or a digest, with :PATH if need be")
     name, run, path = parts["node"], parts["run"], (parts["path"] or "").strip("/")
-    known = {node.spec.entry for node in pipeline.dag.nodes}
+    known = {node.spec.entry for node in project.dag.nodes}
     if run is None and name.partition("[")[0] not in known and DIGEST.fullmatch(name):
-        if pipeline.varied:
+        if project.varied:
             raise PlanError(f"{name} is a digest, whatever --set says; leave one of the two out")
-        return [_narrowed(_by_digest(pipeline.workspace, name), path)]
+        return [_narrowed(_by_digest(project.workspace, name), path)]
     found, missing = [], []
-    for label, key, result in _keys(pipeline, name, run):
-        record = pipeline.workspace.record(key, result) if key else None
+    for label, key, result in _keys(project, name, run):
+        record = project.workspace.record(key, result) if key else None
         if record is None:
-            missing.append(missing_text(pipeline, label, key))
+            missing.append(missing_text(project, label, key))
         else:
-            found.append(_narrowed(Artifact(label, record, pipeline.workspace), path))
+            found.append(_narrowed(Artifact(label, record, project.workspace), path))
     if missing and not found:
         raise PlanError(*missing)
     return found
 
 
-def _keys(pipeline: Pipeline, name: str, run: str | None) -> Iterator[tuple[str, str | None, str]]:
+def _keys(project: Project, name: str, run: str | None) -> Iterator[tuple[str, str | None, str]]:
     """Yield the label, key and result of each instance; without a key where it has none."""
-    nodes = pipeline.dag.select(name)
+    nodes = project.dag.select(name)
     if run is None:
         for node in nodes:
-            yield node.name, pipeline.key(node), ""
+            yield node.name, project.key(node), ""
         return
-    if pipeline.varied:
+    if project.varied:
         raise PlanError(f"{name}@{run} is a past result, whatever --set says; leave one of the two out")
-    runs = past_runs(pipeline.workspace.journal, pipeline.name)
+    runs = past_runs(project.workspace.journal, project.name)
     position = find_run(runs, run)
     for node in nodes:
         yield f"{node.name}@{runs[position].id[:8]}", *(key_at(runs, position, node.name) or (None, ""))
 
 
-def missing_text(pipeline: Pipeline, label: str, key: str | None = None) -> str:
+def missing_text(project: Project, label: str, key: str | None = None) -> str:
     """Say that a node, or a node as of a run, has no result, and what to do."""
-    if pipeline.varied:
+    if project.varied:
         return f"{label} has no result with these settings; `pipeline run --stage '{label}'` with them makes it"
     if key:
         return f"{label}: its record is gone (`pipeline gc` removed it)"

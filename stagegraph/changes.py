@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from stagegraph.key import Document
+    from stagegraph.record import Document
 
 DIGITS = 6  # of a secret's keyed digest: enough to see that it changed
 

@@ -26,31 +26,18 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.index import Index
+from stagegraph.memo import PartCode
 
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
 SUMMARY_SCHEMA = f"3/py{sys.version_info.major}.{sys.version_info.minor}"
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
 # first-party modules, "data" are strings that may name a file beside the module.
 Summary = dict[str, Any]
-
-
-class PartCode(NamedTuple):
-    """The code that makes one kind of part: its digest, and the files it was read from with their stats."""
-
-    digest: str
-    files: Mapping[str, Sequence[int]]
-
-    def is_unchanged(self) -> bool:
-        """Say whether every file is still the one that was digested, so that what was imported is what it says."""
-        try:
-            return all(list(stat_id(path)) == list(stat) for path, stat in self.files.items())
-        except OSError:
-            return False
 
 
 class CodeDigests:

@@ -1,8 +1,8 @@
 """What differs between two results, and between two sets of them: runs or pipelines.
 
 Parameters, sources, code, inputs and tools come from the key documents, facts and costs from the records, files by
-digest. What is inside is compared by the stage's own function (:data:`~stagegraph.registry.COMPARERS`), else, for JSON,
-by value.
+digest. What is inside is compared by the stage's own function (``comparers`` of its
+:class:`~stagegraph.registry.Provider`), else, for JSON, by value.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.changes import Change, changes, instances, show
 from stagegraph.key import SHOWN as MASKED
 from stagegraph.record import record_size, same_outputs
-from stagegraph.registry import COMPARERS, load_object
+from stagegraph.registry import find, load_object
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline
     from stagegraph.artifact import Artifact
+    from stagegraph.project import Project
 
 # Given the files of two results, name -> where the content is: rows of what differs, its value in each as text.
 Comparer = Callable[[Mapping[str, Path], Mapping[str, Path]], list[tuple[str, str, str]]]
@@ -95,8 +95,9 @@ def _costs(record: Mapping[str, Any]) -> dict[str, str]:
 
 def _inside(a: Artifact, b: Artifact) -> Iterator[tuple[str, str, str]]:
     stage = a.record["stage"]
-    if stage == b.record["stage"] and stage in COMPARERS:
-        compare: Comparer = load_object(COMPARERS[stage])
+    reference = find("comparers", stage) if stage == b.record["stage"] else None
+    if reference is not None:
+        compare: Comparer = load_object(reference)
         yield from compare(*({name: x.object(name) for name in x.whole.files} for x in (a.whole, b.whole)))
         return
     for name in a.files.keys() & b.files.keys():
@@ -164,18 +165,18 @@ def _is_same(a: Artifact, b: Artifact) -> bool:
     return a.key == b.key and same_outputs(a.record, b.record)
 
 
-def state(pipeline: Pipeline, run: str = "") -> dict[str, Artifact]:
+def state(project: Project, run: str = "") -> dict[str, Artifact]:
     """Return every node's result, as of a run or as it is now; a record that is gone is left out."""
     from stagegraph.artifact import Artifact
-    from stagegraph.history import find_run, key_at
+    from stagegraph.history import find_run, key_at, past_runs
 
-    runs = pipeline.runs() if run else []
+    runs = past_runs(project.workspace.journal, project.name) if run else []
     position = find_run(runs, run) if run else -1
-    names = dict.fromkeys([*pipeline.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
+    names = dict.fromkeys([*project.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
     found = {}
     for name in names:
-        known = key_at(runs, position, name) if run else (pipeline.key(pipeline.dag.by_name[name]) or "", "")
-        record = pipeline.workspace.record(*known) if known and known[0] else None
+        known = key_at(runs, position, name) if run else (project.key(project.dag.by_name[name]) or "", "")
+        record = project.workspace.record(*known) if known and known[0] else None
         if record is not None:
-            found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, pipeline.workspace)
+            found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, project.workspace)
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stagegraph.digest import digest_bytes
-from stagegraph.files import open_regular
+from stagegraph.files import open_regular, remove_tree
 
 SEAL_DIGITS = 32
 LIMIT = 256 << 20  # bytes; no document comes near it
@@ -129,6 +129,4 @@ class Documents:
 
 def _clear(path: Path) -> None:
     """Remove what is at a document's place, also a directory."""
-    from stagegraph.store import remove_tree
-
     remove_tree(path)

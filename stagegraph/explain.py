@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.changes import Change, changes, instances
-from stagegraph.code import PartCode
-from stagegraph.plan import HIT, UNKNOWN, Decision
+from stagegraph.journal import HIT
+from stagegraph.memo import PartCode
+from stagegraph.plan import UNKNOWN, Decision
 from stagegraph.record import Record, result_digest
-from stagegraph.registry import DISSECTORS, load_object
+from stagegraph.registry import find, load_object
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline
     from stagegraph.dag import Node
+    from stagegraph.project import Project
 
 
 @dataclass
@@ -65,20 +66,20 @@ class Explanation:
         }
 
 
-def explain(pipeline: Pipeline, nodes: Iterable[Node]) -> list[Explanation]:
+def explain(project: Project, nodes: Iterable[Node]) -> list[Explanation]:
     """Explain nodes as they are now."""
     nodes = list(nodes)
-    needed = pipeline.dag.above(nodes) | pipeline.dag.below(nodes)
-    needed = pipeline.dag.above(needed)
-    decisions = pipeline.planner.plan([node for node in pipeline.dag.nodes if node in needed])
-    teller = _Teller(pipeline, {d.node: d for d in decisions})
+    needed = project.dag.above(nodes) | project.dag.below(nodes)
+    needed = project.dag.above(needed)
+    decisions = project.planner.plan([node for node in project.dag.nodes if node in needed])
+    teller = _Teller(project, {d.node: d for d in decisions})
     return [teller.explanation(node) for node in nodes]
 
 
 class _Teller:
-    def __init__(self, pipeline: Pipeline, decisions: Mapping[Node, Decision]) -> None:
-        self._pipeline = pipeline
-        self._workspace = pipeline.workspace
+    def __init__(self, project: Project, decisions: Mapping[Node, Decision]) -> None:
+        self._project = project
+        self._workspace = project.workspace
         self._decisions = decisions
         self._told: set[str] = set()
 
@@ -86,14 +87,14 @@ class _Teller:
         decision = self._decisions[node]
         self._told = set()
         notes = []
-        if self._workspace.last(self._pipeline.name, node.name).get("failed") == decision.key != "":
+        if self._workspace.last(self._project.name, node.name).get("failed") == decision.key != "":
             notes.append(f"its last execution failed: pipeline log '{node.name}'")
         if decision.status == HIT:
             assert decision.record is not None
             for _, other in self._workspace.others(decision.key):
                 digest = result_digest(other)[:16]
                 notes.append(f"not deterministic: its key gave {digest} on {other['started']} (pipeline show {digest})")
-            if not self._workspace.is_shown(self._pipeline.name, node.name, decision.key, decision.record):
+            if not self._workspace.is_shown(self._project.name, node.name, decision.key, decision.record):
                 notes.append("its files under artifacts/ are not all there or were edited: a run restores them")
             return Explanation(decision, [], notes, self._spared(decision))
         if decision.status == UNKNOWN:
@@ -102,7 +103,7 @@ class _Teller:
 
     def _stale_above(self, node: Node) -> Iterator[Cause]:
         """Yield a cause for each node above that is sure to run; only then is it known whether this one does."""
-        above = self._pipeline.dag.above([node])
+        above = self._project.dag.above([node])
         for d in self._decisions.values():
             if d.node in above and d.status not in {HIT, UNKNOWN}:
                 yield Cause("node", f"{d.node.name} is {d.status}", because=self._causes_of(d))
@@ -125,7 +126,7 @@ class _Teller:
             cause.place = _line(spec.places.get(change.name, spec.place))
             cause.text = f"{change.item} {change.fate}{self._inside(change, decision)} (source {change.name})"
         elif change.kind == "code":
-            self._tell_code(cause, change, self._pipeline.planner.code_files(decision))
+            self._tell_code(cause, change, self._project.planner.code_files(decision))
         elif change.kind == "input":
             cause.text = f"input {change.name} {change.fate}"
             cause.because = list(self._inputs(change, decision.node, previous))
@@ -133,8 +134,8 @@ class _Teller:
 
     def _inside(self, change: Change, decision: Decision) -> str:
         """Say which parts of a changed source file changed, where its kind of file has parts and both are known."""
-        dissector = DISSECTORS.get(Path(change.item).suffix)
-        source = self._pipeline.planner.prepared(decision.node).sources.get(change.name)
+        dissector = find("dissectors", Path(change.item).suffix)
+        source = self._project.planner.prepared(decision.node).sources.get(change.name)
         if dissector is None or source is None or change.old is None or change.item not in source.files:
             return ""
         from stagegraph.memo import Memo
@@ -145,7 +146,7 @@ class _Teller:
 
     def _part_codes(self) -> dict[str, PartCode]:
         """Return what made the parts that the last results of this pipeline's nodes memoised, by their kind."""
-        nodes = (self._workspace.last_record(self._pipeline.name, node.name) for node in self._pipeline.dag.nodes)
+        nodes = (self._workspace.last_record(self._project.name, node.name) for node in self._project.dag.nodes)
         found = (record.get("parts", {}) for record in nodes if record)
         return {kind: PartCode(part["code"], {}) for parts in found for kind, part in parts.items() if "code" in part}
 
@@ -228,8 +229,8 @@ class _Teller:
         spared: set[Node] = set()
         for d in self._decisions.values():
             if d.record and d.status == HIT and self._is_cut_off(d, decision.node):
-                spared |= self._pipeline.dag.below([d.node])
-        hits = [self._decisions[node] for node in self._pipeline.dag.nodes if node in spared & set(self._decisions)]
+                spared |= self._project.dag.below([d.node])
+        hits = [self._decisions[node] for node in self._project.dag.nodes if node in spared & set(self._decisions)]
         return {d.node.name: d.record["seconds"] for d in hits if d.status == HIT and d.record}
 
     def _is_cut_off(self, d: Decision, node: Node) -> bool:

@@ -15,16 +15,17 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import PlanError, StoreError
-from stagegraph.store import fsync_file, remove_tree
+from stagegraph.files import remove_tree
+from stagegraph.store import fsync_file
 
 if TYPE_CHECKING:
-    from stagegraph.artifact import Artifact
+    from stagegraph.workspace import Workspace
 
 MANIFEST, MANIFEST_SCHEMA = ".stagegraph-export.json", 1
 SHOWN = 20  # of the files in the way
@@ -32,20 +33,32 @@ REPOSITORY = (".git", ".hg", ".svn")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
-def export(artifact: Artifact, target: Path, *, replace: bool) -> list[str]:
-    """Write the files of an artifact below ``target``; :class:`PlanError` if that exists and may not be replaced."""
+def export(
+    files: Mapping[str, str],
+    fetch: Callable[[str], Path],
+    target: Path,
+    *,
+    replace: bool,
+    workspace: Workspace,
+) -> list[str]:
+    """Write files, name -> digest, below ``target``; :class:`PlanError` if that exists and may not be replaced.
+
+    ``fetch`` returns where the content of one is in the store of ``workspace``, verified.
+    """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise PlanError(f"{target} exists already and is no directory; name another one")
     target = target.resolve()
-    _refuse_precious(target, artifact.workspace.artifacts.resolve())
+    _refuse_precious(target, workspace.artifacts.resolve())
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     old = _replaceable(target, replace=replace)
-    names = _names(artifact)
     with _partial(target) as partial:
-        for name, stored in names.items():
-            _copy(artifact, stored, partial / name)
-        _describe(partial, {name: artifact.files[stored][0] for name, stored in names.items()})
+        for name, digest in files.items():
+            _copy(fetch(name), partial / name)
+            if digest_file(partial / name) != digest:
+                workspace.store.check(digest)  # the object itself may have rotted
+                raise StoreError(f"{partial / name}: the copy is not what is stored; nothing was exported")
+        _describe(partial, files)
         if not old:
             partial.rename(target)  # in place of nothing, or of an empty directory
         else:
@@ -54,28 +67,14 @@ def export(artifact: Artifact, target: Path, *, replace: bool) -> list[str]:
             _remove(replaced, old)
             if replaced.exists():
                 raise StoreError(f"{replaced} holds what was added to {target} meanwhile; the export itself is done")
-    return list(names)
+    return list(files)
 
 
-def _names(artifact: Artifact) -> dict[str, str]:
-    """Return name in the export -> name in the artifact."""
-    path = artifact.path.rstrip("/")
-    if path in artifact.files:
-        return {Path(path).name: path}
-    prefix = f"{path}/" if path else ""
-    shipped = [name for name in artifact.files if path or not name.startswith("views/")]
-    return {name.removeprefix(prefix): name for name in shipped}
-
-
-def _copy(artifact: Artifact, stored: str, target: Path) -> None:
+def _copy(stored: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(artifact.object(stored), target)
+    shutil.copyfile(stored, target)
     target.chmod(0o644)
     fsync_file(target)
-    digest = artifact.files[stored][0]
-    if digest_file(target) != digest:
-        artifact.workspace.store.check(digest)  # the object itself may have rotted
-        raise StoreError(f"{target}: the copy of {artifact.label}:{stored} is not what is stored; nothing was exported")
 
 
 # -- what may be replaced ----------------------------------------------------------------------------------------------

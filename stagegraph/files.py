@@ -71,3 +71,15 @@ def open_regular(path: str | Path) -> FileIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or directory, read-only parts too; no error if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        for folder, _, _ in os.walk(path):
+            Path(folder).chmod(stat.S_IRWXU)
+        import shutil
+
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.plan import HIT, STALE, UNKNOWN, Decision
+from stagegraph.journal import HIT
+from stagegraph.plan import STALE, UNKNOWN, Decision
 from stagegraph.record import Record, record_size
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline, Selection
     from stagegraph.dag import Node
+    from stagegraph.project import Project, Selection
 
 
 @dataclass
@@ -92,33 +93,33 @@ class Plan:
         }
 
 
-def forecast(pipeline: Pipeline, selection: Selection, *, force: bool, jobs: int) -> Plan:
+def forecast(project: Project, selection: Selection, *, force: bool, jobs: int) -> Plan:
     """Settle a selection as far as that is possible without running anything, and say what it takes."""
-    decisions = pipeline.planner.plan(selection.nodes)
+    decisions = project.planner.plan(selection.nodes)
     for decision in decisions:
         if force and decision.status == HIT and decision.node in selection.chosen:
             decision.status, decision.reasons = STALE, ["forced"]
-    predict = _predictor(pipeline) if any(d.status != HIT for d in decisions) else lambda _: None
-    steps = [_step(pipeline, decision, predict) for decision in decisions]
+    predict = _predictor(project) if any(d.status != HIT for d in decisions) else lambda _: None
+    steps = [_step(project, decision, predict) for decision in decisions]
     sure = makespan(steps, lambda step: step.runs, jobs)
     return Plan(steps, sure, makespan(steps, lambda step: step.decision.status != HIT, jobs))
 
 
-def _predictor(pipeline: Pipeline) -> Callable[[Decision], float | None]:
+def _predictor(project: Project) -> Callable[[Decision], float | None]:
     from stagegraph.history import Durations
 
-    known = Durations(pipeline.workspace.journal)
-    return lambda d: known.predict(pipeline.name, d.node.name, d.node.stage.id)
+    known = Durations(project.workspace.journal)
+    return lambda d: known.predict(project.name, d.node.name, d.node.stage.id)
 
 
-def _step(pipeline: Pipeline, decision: Decision, predict: Callable[[Decision], float | None]) -> Step:
-    workspace, name = pipeline.workspace, decision.node.name
+def _step(project: Project, decision: Decision, predict: Callable[[Decision], float | None]) -> Step:
+    workspace, name = project.workspace, decision.node.name
     restore = 0
-    if decision.record and not workspace.is_shown(pipeline.name, name, decision.key, decision.record):
-        sizes = workspace.unshown(pipeline.name, name, decision.record)
+    if decision.record and not workspace.is_shown(project.name, name, decision.key, decision.record):
+        sizes = workspace.unshown(project.name, name, decision.record)
         restore = sum(sizes.values())
         decision.reasons = [f"restores {len(sizes)} file{'s' * (len(sizes) != 1)}" if sizes else "tidies artifacts/"]
-    record = decision.record or decision.previous or workspace.last_record(pipeline.name, name)
+    record = decision.record or decision.previous or workspace.last_record(project.name, name)
     return Step(decision, predict(decision), restore, record)
 
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PipelineError, StoreError
-from stagegraph.files import open_regular
-from stagegraph.history import EXECUTED, node_of_key, past_runs
+from stagegraph.files import open_regular, remove_tree
+from stagegraph.history import past_runs
+from stagegraph.journal import EXECUTED, HIT
 from stagegraph.leftovers import idle_locks, leftovers, tree_size
 from stagegraph.pins import pinned
-from stagegraph.plan import HIT
+from stagegraph.project import Project
 from stagegraph.record import other_name, record_files
-from stagegraph.store import remove_tree
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline
     from stagegraph.record import Record
     from stagegraph.workspace import Workspace
 
@@ -97,7 +96,7 @@ def usage(workspace: Workspace, needed: Collection[str] = ()) -> Usage:
     current = {name: records[last["key"]] for name, last in lasts.items() if last.get("key") in records}
     used = {key for key in {*pins, *needed} if key in records} | {record["key"] for record in current.values()}
     objects = {digest for key in used for digest, _ in record_files(records[key]).values()}
-    nodes = node_of_key(workspace.journal)
+    nodes = workspace.journal.node_of_key()
     others = [_result(record, nodes.get(key)) for key, record in records.items() if key not in used]
     others += [
         Item("other", name, f"{nodes.get(r['key'], r['stage'])}, made otherwise", r["started"], _objects(r))
@@ -177,23 +176,21 @@ def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
     return keys
 
 
-def needed_now(pipeline: Pipeline) -> tuple[set[str], list[str]]:
+def needed_now(project: Project) -> tuple[set[str], list[str]]:
     """Return the keys that the pipeline files beside ``artifacts/`` need as they stand, and notes on what is not known.
 
-    ``pipeline`` is one of them, with its overrides.
+    ``project`` is one of them, with its overrides.
     """
-    from stagegraph.api import Pipeline
-
     keys: set[str] = set()
     notes: list[str] = []
-    folder = pipeline.workspace.artifacts.parent
+    folder = project.workspace.artifacts.parent
     others = [path for path in sorted(folder.iterdir()) if path.suffix in {".yaml", ".yml"} and _is_pipeline(path)]
     for path in (None, *others):
         try:
             if path is None:
-                keys |= _keys_of_plan(pipeline)
+                keys |= _keys_of_plan(project)
             else:
-                with Pipeline(path) as other:
+                with Project(path) as other:
                     keys |= _keys_of_plan(other)
         except PipelineError as error:
             name = path.name if path else "the pipeline"
@@ -209,8 +206,8 @@ def _is_pipeline(path: Path) -> bool:
         return False
 
 
-def _keys_of_plan(pipeline: Pipeline) -> set[str]:
-    return {decision.key for decision in pipeline.planner.plan(pipeline.dag.nodes) if decision.status == HIT}
+def _keys_of_plan(project: Project) -> set[str]:
+    return {decision.key for decision in project.planner.plan(project.dag.nodes) if decision.status == HIT}
 
 
 def collect(

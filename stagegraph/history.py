@@ -12,16 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
-from stagegraph.outcome import BUILT, FAILED, UNCHANGED
-from stagegraph.plan import HIT
+from stagegraph.journal import EXECUTED, HIT
 from stagegraph.record import record_size, result_digest
 
 if TYPE_CHECKING:
-    from stagegraph.api import Run
     from stagegraph.journal import Journal
-    from stagegraph.outcome import Outcome
+    from stagegraph.outcome import Outcome, Run
 
-EXECUTED = frozenset({BUILT, UNCHANGED})
 SAMPLES = 5  # a node's predicted time is the median of its last ones
 
 
@@ -125,30 +122,6 @@ def key_at(runs: Sequence[PastRun], position: int, node: str) -> tuple[str, str]
             if entry["node"] == node and entry["outcome"] in EXECUTED | {HIT}:
                 return str(entry["key"]), str(entry.get("result", ""))
     return None
-
-
-def last_results(journal: Journal) -> dict[tuple[str, str], dict[str, str]]:
-    """Return (pipeline, node) -> ``key`` of the node's last result and ``failed`` key of a later failure."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for entry in journal.entries():
-        for node in entry["nodes"]:
-            last = found.setdefault((entry["pipeline"], node["node"]), {})
-            if node["outcome"] in EXECUTED | {HIT}:
-                last.clear()
-                last["key"] = node["key"]
-            elif node["outcome"] == FAILED and node["key"]:
-                last["failed"] = node["key"]
-    return {node: last for node, last in found.items() if last}
-
-
-def node_of_key(journal: Journal) -> dict[str, str]:
-    """Return the node, as ``pipeline/node``, that each key was last executed for."""
-    return {
-        node["key"]: f"{entry['pipeline']}/{node['node']}"
-        for entry in journal.entries()
-        for node in entry["nodes"]
-        if node["outcome"] in EXECUTED
-    }
 
 
 class Durations:

@@ -25,6 +25,9 @@ RUN = {"pipeline": str, "started": str, "seconds": float, "state": str, "command
 NODE = {"node": str, "outcome": str, "key": str, "seconds": float, "reason": str, "summary": str, "stage": str}
 NODE |= {"reasons": list, "warnings": list, "problems": list, "parts": dict, "bytes": float, "peak_bytes": float}
 SOMETIMES = {"stage", "warnings", "parts"}
+# How a node ends, or that it needed nothing done; the first two mean that it was executed.
+BUILT, UNCHANGED, FAILED, SKIPPED, HIT = "BUILT", "UNCHANGED", "FAILED", "SKIPPED", "HIT"
+EXECUTED = frozenset({BUILT, UNCHANGED})
 
 
 class Journal:
@@ -70,6 +73,28 @@ class Journal:
                 continue
             if isinstance(entry, dict) and _is_sound(entry):
                 yield entry
+
+    def last_results(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Return (pipeline, node) -> ``key`` of the node's last result and ``failed`` key of a later failure."""
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for entry in self.entries():
+            for node in entry["nodes"]:
+                last = found.setdefault((entry["pipeline"], node["node"]), {})
+                if node["outcome"] in EXECUTED | {HIT}:
+                    last.clear()
+                    last["key"] = node["key"]
+                elif node["outcome"] == FAILED and node["key"]:
+                    last["failed"] = node["key"]
+        return {node: last for node, last in found.items() if last}
+
+    def node_of_key(self) -> dict[str, str]:
+        """Return the node, as ``pipeline/node``, that each key was last executed for."""
+        return {
+            node["key"]: f"{entry['pipeline']}/{node['node']}"
+            for entry in self.entries()
+            for node in entry["nodes"]
+            if node["outcome"] in EXECUTED
+        }
 
 
 def _is_sound(entry: dict[str, Any]) -> bool:

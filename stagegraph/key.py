@@ -11,16 +11,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.digest import digest_json
 from stagegraph.stage import Secret
 
 if TYPE_CHECKING:
+    from stagegraph.record import Document
     from stagegraph.sources import SourceState
     from stagegraph.stage import Stage
 
 KEY_SCHEMA = 1
 SHOWN = "***"  # in place of a secret
-Document = dict[str, Any]
 
 
 def key_document(
@@ -64,13 +63,3 @@ def secrets_of(params: Any) -> list[Secret]:
     values = [getattr(params, field.name) for field in dataclasses.fields(params)]
     flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
     return [value for value in flat if isinstance(value, Secret)]
-
-
-def key_of(document: Document) -> str:
-    """Return the key: the digest of the document."""
-    return digest_json(document)
-
-
-def artifact_digest(files: Mapping[str, list[Any]]) -> str:
-    """Return the digest that identifies one output: of its manifest, file name -> content digest."""
-    return digest_json({name: entry[0] for name, entry in files.items()})

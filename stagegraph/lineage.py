@@ -13,9 +13,9 @@ from stagegraph.digest import digest_json
 from stagegraph.record import Record, record_files
 
 if TYPE_CHECKING:
-    from stagegraph.api import Pipeline
     from stagegraph.artifact import Artifact
     from stagegraph.dag import Node
+    from stagegraph.project import Project
 
 
 @dataclass
@@ -59,11 +59,11 @@ class Lineage:
         }
 
 
-def lineage(pipeline: Pipeline, artifact: Artifact) -> Lineage:
+def lineage(project: Project, artifact: Artifact) -> Lineage:
     """Walk back from an artifact; from a single file that another execution made, only along that one."""
-    walker = _Walker(pipeline)
+    walker = _Walker(project)
     label = artifact.label.partition("@")[0]
-    node = pipeline.dag.by_name.get(label)
+    node = project.dag.by_name.get(label)
     last = walker.origin(artifact.key, label if node else artifact.record["stage"], node)
     made = walker.makers(last, artifact)
     if artifact.path in made and len(artifact.files) == 1:
@@ -74,8 +74,8 @@ def lineage(pipeline: Pipeline, artifact: Artifact) -> Lineage:
 
 
 class _Walker:
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._workspace = pipeline.workspace
+    def __init__(self, project: Project) -> None:
+        self._workspace = project.workspace
         self._seen: dict[str, Origin] = {}
 
     def origin(self, key: str, label: str, node: Node | None) -> Origin:

@@ -14,16 +14,29 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
-from stagegraph.code import PartCode
-from stagegraph.digest import digest_file, digest_json
+from stagegraph.digest import digest_file, digest_json, stat_id
 from stagegraph.index import Index
 from stagegraph.stage import Finished, Part
 from stagegraph.store import Store, fsync_file
 
 PART_SCHEMA = 1
 SHOWN = 3  # names of parts in a warning
+
+
+class PartCode(NamedTuple):
+    """The code that makes one kind of part: its digest, and the files it was read from with their stats."""
+
+    digest: str
+    files: Mapping[str, Sequence[int]]
+
+    def is_unchanged(self) -> bool:
+        """Say whether every file is still the one that was digested, so that what was imported is what it says."""
+        try:
+            return all(list(stat_id(path)) == list(stat) for path, stat in self.files.items())
+        except OSError:
+            return False
 
 
 class Memo:

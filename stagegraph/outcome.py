@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph.record import Record
 from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node
-
-BUILT, UNCHANGED, FAILED, SKIPPED = "BUILT", "UNCHANGED", "FAILED", "SKIPPED"
 
 
 @dataclass
@@ -30,6 +28,18 @@ class Outcome:
     kept: Path | None = None
     bug: bool = False
     reasons: list[str] = field(default_factory=list)
+
+
+class Run(NamedTuple):
+    """A finished run: how each node ended, in topological order, and the wall time in seconds."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every node has a result."""
+        return all(outcome.record is not None for outcome in self.outcomes)
 
 
 class Reporter:

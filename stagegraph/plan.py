@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.code import CodeDigests, PartCode
-from stagegraph.errors import PlanError, StageError
-from stagegraph.key import Document, key_document, key_of, secrets_of
-from stagegraph.record import Record
-from stagegraph.registry import PROFILES, stage_reference
+from stagegraph.code import CodeDigests
+from stagegraph.errors import PlanError, StageError, nearest
+from stagegraph.journal import HIT
+from stagegraph.key import key_document, secrets_of
+from stagegraph.memo import PartCode
+from stagegraph.record import Document, Record, key_of
+from stagegraph.registry import find, names, stage_reference
 from stagegraph.sources import Sources, SourceState
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from stagegraph.workspace import Workspace
 
 Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
-HIT, STALE, NEVER, UNKNOWN = "HIT", "STALE", "NEVER", "UNKNOWN"
+STALE, NEVER, UNKNOWN = "STALE", "NEVER", "UNKNOWN"
 
 
 @dataclass
@@ -244,7 +246,10 @@ def _masked(secrets: Sequence[str], said: Any) -> Any:
 
 def worker_module(stage: Stage) -> list[str]:
     """Return the module, if any, that prepares the worker in which a stage runs."""
-    return [_module(PROFILES[stage.profile])] if PROFILES[stage.profile] else []
+    prepare: str | None = find("profiles", stage.profile)
+    if prepare is None:
+        raise PlanError(f"stage '{stage.id}': no profile '{stage.profile}'{nearest(stage.profile, names('profiles'))}")
+    return [_module(prepare)] if prepare else []
 
 
 def _module(reference: str) -> str:

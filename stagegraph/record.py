@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stagegraph.digest import digest_json
-from stagegraph.key import artifact_digest, key_of
-
-if TYPE_CHECKING:
-    from stagegraph.plan import Decision
 
 Record = dict[str, Any]
+Document = dict[str, Any]  # of a key (:mod:`stagegraph.key`)
 RECORD_SCHEMA = 1
 TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
 
 def new_record(
-    decision: Decision, made_from: Mapping[str, Sequence[str]], event: Mapping[str, Any], started: str, seconds: float
+    stage: str,
+    key: str,
+    document: Document,
+    made_from: Mapping[str, Sequence[str]],
+    event: Mapping[str, Any],
+    started: str,
+    seconds: float,
 ) -> Record:
     """Return the record of an execution that ended well; ``event`` is what the worker said, ``made_from`` by port."""
     return {
         "schema": RECORD_SCHEMA,
-        "key": decision.key,
-        "stage": decision.node.stage.id,
-        "document": decision.document,
+        "key": key,
+        "stage": stage,
+        "document": document,
         "made_from": {port: list(keys) for port, keys in made_from.items()},
         "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
         "started": started,
@@ -51,6 +54,16 @@ def is_newer(record: Any) -> bool:
     """Say whether a document is a record of a schema that is yet to come."""
     schema = record.get("schema") if isinstance(record, dict) else None
     return isinstance(schema, int) and schema > RECORD_SCHEMA
+
+
+def key_of(document: Document) -> str:
+    """Return the key: the digest of the document."""
+    return digest_json(document)
+
+
+def artifact_digest(files: Mapping[str, list[Any]]) -> str:
+    """Return the digest that identifies one output: of its manifest, file name -> content digest."""
+    return digest_json({name: entry[0] for name, entry in files.items()})
 
 
 def same_outputs(a: Record, b: Record) -> bool:

@@ -1,13 +1,20 @@
-"""Which stages exist and in what kind of worker they run: the shipped provider by name, others by entry point.
+"""What providers bring to the engine: stages above all, and the verbs, pages and comparisons that go with them.
 
-The table holds strings, so that naming a stage imports nothing; a third-party provider (entry point group
-``stagegraph.stages``) is looked up only for an id that the table lacks, because the look-up costs 50 ms.
+A provider is a record of strings, so that naming a stage imports nothing. The one that is shipped is known by
+``SHIPPED``; any installed package adds its own by an entry point of the group ``stagegraph.providers`` that names a
+:class:`Provider`. Those are looked up only where names are listed, and for a name that the shipped one lacks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import PipelineError
@@ -15,35 +22,8 @@ from stagegraph.errors import PipelineError
 if TYPE_CHECKING:
     from stagegraph.stage import Stage
 
-SHIPPED = {
-    "config-parse": "stages.config_parse:ConfigParse",
-    "param-register": "stages.param_register:ParamRegister",
-    "graph-build": "stages.graph_build:GraphBuild",
-    "quantize": "stages.quantize:Quantize",
-    "compile": "stages.compile:Compile",
-    "tokenizer-bundle": "stages.tokenizer_bundle:TokenizerBundle",
-    "bundle": "stages.bundle:Bundle",
-    "verify": "stages.verify:Verify",
-}
-
-# What a worker process calls before it runs stages of a profile: what is loaded before a compiler differs.
-PROFILES = {"light": "", "compiler": "stages.profiles:compiler", "runtime": "stages.runtime.backend:tvm"}
-
-# Variables that change what compilers make, unseen by any key: workers do not get them.
-HIDDEN_VARIABLES = frozenset({
-    "CPATH", "CPLUS_INCLUDE_PATH", "C_INCLUDE_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LIBRARY_PATH",
-    "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "SOURCE_DATE_EPOCH", "TVM_USE_RUNTIME_LIB",
-    "TVM_CUDA_COMPILE_MODE", "TVM_CUDA_NVCC_NO_FAST_MATH", "TVM_LIBRARY_PATH",
-})  # fmt: skip
-
-# Verbs that the shipped provider adds to the command line: verb -> module with `add_arguments` and `run`. Those of
-# its arguments that `REFERENCES` lists may be a reference in place of a path; `run` gets the path of a folder.
-VERBS = {
-    "chat": "stages.cli.chat",
-    "generate": "stages.cli.generate",
-    "models": "stages.cli.models",
-    "tokenize": "stages.cli.tokenize",
-}
+SHIPPED = "stages.provider:PROVIDER"
+GROUP = "stagegraph.providers"
 
 
 class Lookup(NamedTuple):
@@ -59,31 +39,109 @@ class Lookup(NamedTuple):
     doc: str
 
 
-# Options that the shipped provider adds to ``show``.
-LOOKUPS = {
-    "tensor": Lookup(
-        stage="param-register",
-        output="params",
-        inputs=("tensors",),
-        module="stages.cli.tensors",
-        doc="what a parameter is made of, or what a checkpoint tensor becomes",
-    ),
-}
+class Verb(NamedTuple):
+    """A verb of the command line: the module with ``add_arguments`` and ``run``, and a line of help.
 
-# Stage -> the function that says what differs inside two of its results (:data:`stagegraph.diff.Comparer`).
-COMPARERS = {
-    "graph-build": "stages.cli.compare:graphs",
-    "compile": "stages.cli.compare:libraries",
-    "quantize": "stages.quantization.compare:weights",
-    "tokenizer-bundle": "stages.cli.compare:tokenizers",
-}
+    Those of its arguments that the module lists in ``REFERENCES`` may name a node in place of a path; ``run`` then gets
+    the path of a folder.
+    """
 
-# Suffix of a source file -> what says which of its parts changed: (recall, digest before, path now) -> text or None.
-DISSECTORS = {".safetensors": "stages.cli.shards:changed"}
+    module: str
+    doc: str
 
-# Stage -> the file whose JSON `show --plot` draws, the function (document, file to draw into) that does; what
-# it cannot draw is a ValueError.
-PLOTS = {"quantize": ("report.json", "stages.quantization.plot:draw")}
+
+class Plot(NamedTuple):
+    """What ``show --plot`` draws of a stage's result: a JSON file of it, and the function that does.
+
+    The function takes the document and the file to draw into; what it cannot draw is a ValueError.
+    """
+
+    file: str
+    function: str
+
+
+@dataclass(frozen=True)
+class Provider:
+    """What one package brings, everything by its name; objects are named as ``"module:NAME"``."""
+
+    stages: Mapping[str, str] = field(default_factory=dict)  # id -> class
+    # Kind of worker -> what such a process calls before it runs stages; "" for nothing.
+    profiles: Mapping[str, str] = field(default_factory=dict)
+    # Environment variables that change what the stages make and that no key sees: workers do not get them.
+    hidden_variables: frozenset[str] = frozenset()
+    verbs: Mapping[str, Verb] = field(default_factory=dict)
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)  # option of ``show`` -> what answers it
+    # Stage -> the function that says what differs inside two of its results (:data:`stagegraph.diff.Comparer`).
+    comparers: Mapping[str, str] = field(default_factory=dict)
+    # Suffix of a source file -> the function that says which of its parts changed:
+    # (recall, digest before, path now) -> text or None.
+    dissectors: Mapping[str, str] = field(default_factory=dict)
+    plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
+
+
+OWN = Provider(profiles={"light": ""})  # a stage needs no preparation unless it says so
+
+
+@functools.cache
+def shipped() -> Provider:
+    """Return the provider that comes with the engine."""
+    found: Provider = load_object(SHIPPED)
+    return found
+
+
+@functools.cache
+def installed() -> Mapping[str, Provider]:
+    """Return the providers of other packages by entry point; :class:`PipelineError` for one that is none."""
+    if not any(_declaring()):  # by far the most often
+        return {}
+    from importlib.metadata import entry_points
+
+    found = {}
+    for point in sorted(entry_points(group=GROUP)):
+        try:
+            provider = load_object(point.value)
+        except (ImportError, AttributeError) as error:
+            raise PipelineError(f"the provider '{point.name}' ({point.value}) cannot be loaded: {error}") from None
+        if not isinstance(provider, Provider):
+            raise PipelineError(f"the provider '{point.name}' ({point.value}) is no stagegraph.registry.Provider")
+        found[point.name] = provider
+    return found
+
+
+def _declaring() -> Iterator[Path]:
+    """Yield the files by which installed packages have a provider, without the 50 ms of importlib.metadata."""
+    for folder in map(Path, filter(os.path.isdir, sys.path)):
+        for name in os.listdir(folder):  # noqa: PTH208 - on the path of every command that lists names
+            if name.endswith((".dist-info", ".egg-info")):
+                with contextlib.suppress(OSError):
+                    if GROUP in (folder / name / "entry_points.txt").read_text(encoding="utf-8", errors="replace"):
+                        yield folder / name
+
+
+def find(table: str, name: str) -> Any:
+    """Return what some provider has under ``name`` in one of its tables, or None; two that do are an error."""
+    for provider in (OWN, shipped()):
+        if name in getattr(provider, table):
+            return getattr(provider, table)[name]
+    tables = {who: getattr(provider, table) for who, provider in installed().items()}
+    found = {who: rows[name] for who, rows in tables.items() if name in rows}
+    if len(found) > 1:
+        raise PipelineError(f"'{name}' is among the {table} of more than one provider: {', '.join(found)}; remove one")
+    return next(iter(found.values()), None)
+
+
+def names(table: str) -> list[str]:
+    """Return every name that some provider has in a table."""
+    return sorted({name for provider in _all() for name in getattr(provider, table)})
+
+
+def hidden_variables() -> frozenset[str]:
+    """Return the variables that workers do not get."""
+    return frozenset().union(*(provider.hidden_variables for provider in _all()))
+
+
+def _all() -> Iterable[Provider]:
+    return (OWN, shipped(), *installed().values())
 
 
 def load_object(reference: str) -> Any:
@@ -95,14 +153,10 @@ def load_object(reference: str) -> Any:
 @functools.cache
 def stage_reference(stage_id: str) -> str:
     """Return ``"module:Class"`` of a stage id; :class:`KeyError` if nobody provides it."""
-    if stage_id in SHIPPED:
-        return SHIPPED[stage_id]
-    from importlib.metadata import entry_points
-
-    for point in entry_points(group="stagegraph.stages"):
-        if point.name == stage_id:
-            return point.value
-    raise KeyError(stage_id)
+    reference: str | None = find("stages", stage_id)
+    if reference is None:
+        raise KeyError(stage_id)
+    return reference
 
 
 @functools.cache
@@ -114,10 +168,3 @@ def get_stage(stage_id: str) -> Stage:
             f"{stage_reference(stage_id)}: provides stage '{stage.id}' but is registered as '{stage_id}'"
         )
     return stage
-
-
-def known_stages() -> list[str]:
-    """Return the ids of every shipped stage and every stage a third party provides."""
-    from importlib.metadata import entry_points
-
-    return sorted({*SHIPPED, *(point.name for point in entry_points(group="stagegraph.stages"))})

@@ -15,8 +15,8 @@ from stagegraph.workspace import Workspace
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stagegraph.api import Pipeline
     from stagegraph.dag import Node
+    from stagegraph.project import Project
 
 
 @dataclass
@@ -38,25 +38,25 @@ class Reproduction:
         return {"same": self.same, "differing": [asdict(each) for each in self.differing], "failed": failed}
 
 
-def reproduce(pipeline: Pipeline, nodes: Sequence[Node], *, jobs: int = 0, reporter: Reporter) -> Reproduction:
+def reproduce(project: Project, nodes: Sequence[Node], *, jobs: int = 0, reporter: Reporter) -> Reproduction:
     """Make ``nodes``, which include all they need and are up to date, again, and compare; what was made is removed.
 
     Nothing is reused, not even what is memoised or known of sources; what differs above a node is among what it read.
     """
-    workspace, found = pipeline.workspace, Reproduction()
+    workspace, found = project.workspace, Reproduction()
     with workspace.scratch("reproduce") as folder:
         again = Workspace(folder / "artifacts")
-        if any(pipeline.planner.prepared(node).secrets for node in nodes):
+        if any(project.planner.prepared(node).secrets for node in nodes):
             again.secret_key(like=workspace)
         try:
-            scheduler = Scheduler(Planner(pipeline.dag, again), again, reporter, Options(jobs=jobs))
+            scheduler = Scheduler(Planner(project.dag, again), again, reporter, Options(jobs=jobs))
             scheduler.run(nodes)
             for node in nodes:
                 outcome = scheduler.outcomes[node]
                 if outcome.record is None:
                     found.failed.append(outcome)
                     continue
-                record = workspace.last_record(pipeline.name, node.name)
+                record = workspace.last_record(project.name, node.name)
                 assert record is not None
                 seen = difference(Artifact(node.name, record, workspace), Artifact("again", outcome.record, again))
                 seen.rows = [row for row in seen.rows if row.kind != "cost"]

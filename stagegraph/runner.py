@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.files import remove_tree
 from stagegraph.key import secrets_of
-from stagegraph.registry import HIDDEN_VARIABLES, stage_reference
-from stagegraph.store import remove_tree
+from stagegraph.registry import find, hidden_variables, stage_reference
 
 if TYPE_CHECKING:
-    from stagegraph.code import PartCode
     from stagegraph.dag import Node
+    from stagegraph.memo import PartCode
     from stagegraph.plan import Decision, Prepared
     from stagegraph.record import Record
     from stagegraph.secrets import Mask, MaskedLog
@@ -181,6 +181,7 @@ def request_for(
         for name, state in prepared.sources.items()
     }
     return {
+        "prepare": find("profiles", node.stage.profile),
         "reference": stage_reference(node.spec.uses),
         "params": params,
         "inputs": inputs,
@@ -203,10 +204,11 @@ class Workers:
 
     def __init__(self, nodes: Iterable[Node]) -> None:
         secrets = {secret for node in nodes for secret in secrets_of(node.spec.params)}
+        hidden = hidden_variables()
         self._environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in HIDDEN_VARIABLES and not any(secret in value for secret in secrets)
+            if name not in hidden and not any(secret in value for secret in secrets)
         }
         self._idle: dict[str, list[Worker]] = {}
 

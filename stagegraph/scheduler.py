@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED, Outcome, Reporter, problem_of
-from stagegraph.plan import HIT, Decision, Planner
+from stagegraph.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.outcome import Outcome, Reporter, problem_of
+from stagegraph.plan import Decision, Planner
 from stagegraph.record import Record, new_record, record_files, same_outputs
 from stagegraph.resources import Room
 from stagegraph.store import RottenError
@@ -308,7 +309,8 @@ class Scheduler:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
         seconds = time.monotonic() - running.began
-        record = new_record(decision, running.made_from, event, running.started_at, seconds)
+        made = (running.made_from, event, running.started_at, seconds)
+        record = new_record(decision.node.stage.id, decision.key, decision.document or {}, *made)
         previous = decision.previous
         same = previous is not None and same_outputs(previous, record)
         if previous is not None and previous["key"] == decision.key and not same:

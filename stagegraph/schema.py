@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stagegraph import params
-from stagegraph.registry import get_stage, known_stages
+from stagegraph.registry import get_stage, names
 from stagegraph.spec import NAME, VERSION
 from stagegraph.spec_entries import ENTRY_NAME
 from stagegraph.spec_nodes import MEBIBYTES, SECONDS
@@ -30,7 +30,7 @@ _TYPES = {"str": "string", "Source": "string", "int": "integer", "float": "numbe
 
 def json_schema() -> Schema:
     """Return the schema (draft 2020-12) of a pipeline file that may use any known stage."""
-    stages = known_stages()
+    stages = names("stages")
     return {
         "$schema": DIALECT,
         "title": "stagegraph pipeline",
@@ -150,9 +150,9 @@ def _with(stage: str) -> Schema:
 
 def _param(param: Param) -> Schema:
     element: Schema = {"type": _TYPES[param.kind]}
-    names = param.names()
-    if names is not None:
-        element = {"enum": list(names)}
+    allowed = param.names()
+    if allowed is not None:
+        element = {"enum": list(allowed)}
     if param.minimum is not None:
         element["minimum"] = param.minimum
     values = [{"type": "array", "items": {"anyOf": [element, _REFERENCE]}} if param.many else element, _REFERENCE]

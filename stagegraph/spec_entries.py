@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph import params
 from stagegraph.errors import PipelineError, nearest
-from stagegraph.registry import get_stage, known_stages
+from stagegraph.registry import get_stage, names
 from stagegraph.spec_cycles import circle, order
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Reader:
         try:
             return name, get_stage(name)
         except KeyError:
-            self._problems.add(place, f"unknown stage '{name}'{nearest(name, known_stages())}")
+            self._problems.add(place, f"unknown stage '{name}'{nearest(name, names('stages'))}")
         except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
             kind = "" if isinstance(error, PipelineError | ImportError) else f"{type(error).__name__}: "
             self._problems.add(place, f"stage '{name}' cannot be loaded: {kind}{error}")

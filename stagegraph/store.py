@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import NoReturn
 
 from stagegraph.digest import digest_bytes, digest_file, stat_id
 from stagegraph.errors import StoreError
-from stagegraph.files import open_regular
+from stagegraph.files import open_regular, remove_tree
 from stagegraph.index import Index
 
 HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object
@@ -252,15 +251,3 @@ def fsync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a file or directory, read-only parts too; no error if there is none."""
-    if path.is_dir() and not path.is_symlink():
-        for folder, _, _ in os.walk(path):
-            Path(folder).chmod(stat.S_IRWXU)
-        import shutil
-
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

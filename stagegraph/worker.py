@@ -23,11 +23,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
-from stagegraph.code import PartCode
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
-from stagegraph.memo import Memo
-from stagegraph.registry import PROFILES, load_object
+from stagegraph.memo import Memo, PartCode
+from stagegraph.registry import load_object
 from stagegraph.stage import Context, Finished, Instance, Part, SourceFiles, Stage
 from stagegraph.store import fsync_file
 
@@ -294,9 +293,9 @@ def main() -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
-        if not prepared and PROFILES.get(profile):
+        if not prepared and request["prepare"]:
             try:
-                load_object(PROFILES[profile])()
+                load_object(request["prepare"])()
             except Exception as error:  # noqa: BLE001 - reported as the node's failure
                 _print_traceback()
                 send(

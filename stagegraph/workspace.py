@@ -16,11 +16,12 @@ from typing import Any
 
 from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
+from stagegraph.files import remove_tree
 from stagegraph.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.index import Index
 from stagegraph.journal import Journal
 from stagegraph.record import Record, is_newer, is_record_of, other_name, record_files, result_digest
-from stagegraph.store import Store, remove_tree
+from stagegraph.store import Store
 
 
 class Workspace:
@@ -128,9 +129,7 @@ class Workspace:
     @cached_property
     def _journaled(self) -> dict[tuple[str, str], dict[str, str]]:
         """What the journal says of every node's last result and failure: where the index does not know, or is new."""
-        from stagegraph.history import last_results
-
-        return last_results(self.journal)
+        return self.journal.last_results()
 
     def lasts(self) -> dict[str, dict[str, Any]]:
         """Return what is remembered of every node there ever was: ``pipeline/node`` -> as :meth:`last`."""

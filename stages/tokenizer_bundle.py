@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, source
 
 if TYPE_CHECKING:
-    from stages.tokenizers.checks import Finding
-    from stages.tokenizers.record import ModelFacts, Reference, TokenizerFamily
+    from stages.tokenizers.record import Finding, ModelFacts, Reference, TokenizerFamily
     from stages.tokenizers.resolution import Resolution
 
 FILES = (

@@ -116,8 +116,9 @@ class Verify(Stage):
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
         from stages.models.record import ConfigError
         from stages.runtime.errors import BundleError, RequestError
+        from stages.verification.case import Case
         from stages.verification.live import LiveError
-        from stages.verification.procedure import Case, verify
+        from stages.verification.procedure import verify
         from stages.verification.reference import RecordingError
 
         checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))

@@ -11,9 +11,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.code import PartCode
 from stagegraph.index import Index
-from stagegraph.memo import Memo
+from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Finished, Instance, Part, Source, SourceFiles, Stage
 from stagegraph.store import Store
 

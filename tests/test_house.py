@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.registry import SHIPPED
+from stages.provider import PROVIDER
 
 ROOT = Path(__file__).parents[1]
-STAGE_MODULES = {reference.partition(":")[0] for reference in SHIPPED.values()}
+STAGE_MODULES = {reference.partition(":")[0] for reference in PROVIDER.stages.values()}
 HEAVY = {"tvm", "torch", "transformers", "tiktoken"}
 ROOMS = {"models", "graph", "quantization", "lowering", "targets", "tokenizers"}
 MAY_IMPORT = {  # room -> other rooms of the domain it may import
@@ -110,6 +110,23 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < MAX_FUNCTION, f"{node.name} at line {node.lineno}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions and those for types alone count too."""
+    import networkx as nx
+
+    names = {name_of(path): path for path in modules("stagegraph", "stages")}
+    imports = nx.DiGraph()
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imports.add_edges_from((name, alias.name) for alias in node.names if alias.name in names)
+            elif isinstance(node, ast.ImportFrom):
+                found = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                imports.add_edges_from((name, other) for other in found or {node.module} & names.keys())
+    circles = [sorted(circle) for circle in nx.strongly_connected_components(imports) if len(circle) > 1]
+    assert not circles
 
 
 def test_generated_pages_are_fresh() -> None:

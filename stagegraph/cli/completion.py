@@ -10,6 +10,8 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from stagegraph.cli.verbs import build_parser, verb_names
+
 EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
 NODES = {"NODE", "REF", "A", "B", "BUNDLE"}  # arguments that name nodes
 NODE_OPTIONS = {"--stage", "--from", "--until"}
@@ -61,12 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
 def complete(words: list[str]) -> list[str]:
     """Return what the last word may become; empty where the shell should complete file names."""
-    from stagegraph.cli.main import TABLE, build_parser
-
     *before, word = words or [""]
     word = word.strip("'\"").replace("\\", "")  # as the shell quotes it
-    names: Iterable[str] = TABLE if not before else ()
-    if before and before[0] in TABLE:
+    names: Iterable[str] = verb_names() if not before else ()
+    if before and before[0] in verb_names():
         actions = build_parser(before[0])._actions  # noqa: SLF001 - argparse tells its options in no other way
         options = {option: action for action in actions for option in action.option_strings}
         expected = _expected(actions, options, before)

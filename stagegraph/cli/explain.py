@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
 from stagegraph.cli.pager import page
-from stagegraph.plan import HIT, UNKNOWN
+from stagegraph.journal import HIT
+from stagegraph.plan import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

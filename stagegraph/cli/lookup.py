@@ -1,6 +1,7 @@
 """``pipeline show NODE --OPTION NAME``: one name followed through what a node read and made.
 
-A provider declares such options in :data:`~stagegraph.registry.LOOKUPS`; its module answers from the parsed documents.
+A :class:`~stagegraph.registry.Provider` declares such options as ``lookups``; the module of one answers from the parsed
+documents.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.cli.common import print_json
 from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
-from stagegraph.key import artifact_digest
-from stagegraph.registry import LOOKUPS, Lookup
+from stagegraph.record import artifact_digest
+from stagegraph.registry import Lookup, find, names
 from stagegraph.store import RottenError
 
 if TYPE_CHECKING:
@@ -29,18 +30,19 @@ SHOWN = 3  # names like the one that is not known
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    for option, lookup in LOOKUPS.items():
+    for option in names("lookups"):
+        lookup = find("lookups", option)
         parser.add_argument(f"--{option}", metavar="NAME", help=f"of {lookup.stage}: {lookup.doc}")
 
 
 def asked(args: argparse.Namespace) -> str | None:
     """Return the option that the command line has, if any."""
-    return next((option for option in LOOKUPS if getattr(args, option) is not None), None)
+    return next((option for option in names("lookups") if getattr(args, option) is not None), None)
 
 
 def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record], option: str) -> None:
     """Print what the option's module finds of the name in each node."""
-    lookup, name = LOOKUPS[option], getattr(args, option)
+    lookup, name = find("lookups", option), getattr(args, option)
     module = importlib.import_module(lookup.module)
     found = {}
     for node, record in records.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -10,107 +9,14 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from stagegraph.cli.common import add_file, print_json
+from stagegraph.cli.common import print_json
 from stagegraph.cli.streams import for_people, hanging
-from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError, nearest
-from stagegraph.registry import VERBS
-
-# Verb -> (module with add_arguments(parser) and run(args) -> exit code, one line of help).
-TABLE = {
-    "run": ("stagegraph.cli.run", "do the work whose inputs changed, and nothing else"),
-    "status": ("stagegraph.cli.status", "say what a run would do and how long it would take"),
-    "explain": ("stagegraph.cli.explain", "say what changed since a node's result, and where that began"),
-    "graph": ("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
-    "show": ("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
-    "diff": ("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
-    "lineage": ("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
-    "runs": ("stagegraph.cli.runs", "list past runs, and what each did"),
-    "log": ("stagegraph.cli.log", "print what a node prints as it runs, or printed"),
-    "export": ("stagegraph.cli.export", "copy an artifact out as real files, all or nothing"),
-    "du": ("stagegraph.cli.du", "say who uses the space of the store"),
-    "gc": ("stagegraph.cli.gc", "remove earlier results from the store, never what is in use"),
-    "fsck": ("stagegraph.cli.fsck", "read and check every stored object"),
-    "completion": ("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
-    "schema": ("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
-    "generate": (VERBS["generate"], "generate text from a bundle"),
-    "chat": (VERBS["chat"], "talk with a bundle, in several turns"),
-    "models": (VERBS["models"], "list the model families and what each supports"),
-    "tokenize": (VERBS["tokenize"], "show how a tokenizer reads a text, and where another differs"),
-}
-
-
-def build_parser(verb: str) -> argparse.ArgumentParser:
-    """Return the parser of one verb."""
-    module, summary = TABLE[verb]
-    loaded = importlib.import_module(module)
-    example = f"example: {loaded.EXAMPLE}" if hasattr(loaded, "EXAMPLE") else None
-    parser = _Parser(
-        prog=f"pipeline {verb}",
-        description=summary,
-        epilog=example,
-        allow_abbrev=False,
-        formatter_class=_Help,
-    )
-    loaded.add_arguments(parser)
-    if references := getattr(loaded, "REFERENCES", ()):
-        for action in parser._actions:  # noqa: SLF001 - argparse tells its arguments in no other way
-            if action.dest in references:
-                action.help = f"{action.help}, or a node's name"
-        add_file(parser)
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument as every other mistake is said, with what comes nearest."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            name = action.option_strings[-1] if action.option_strings else action.metavar
-            raise PipelineError(f"{name}: unknown value '{value}'{nearest(value, map(str, action.choices))}")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Options in a narrow column, so that most take one line of a terminal of 80 columns."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=20)
-
-    def _format_usage(self, *args: Any) -> str:
-        return f"usage: {self._prog} [options]{_positionals(args[1])}\n\n"
-
-
-def _positionals(actions: Iterable[argparse.Action]) -> str:
-    names = [a for a in actions if not a.option_strings]
-    return "".join(f" [{a.metavar}]" if a.nargs == "?" else f" {a.metavar}" for a in names)
-
-
-def parse(verb: str, argv: list[str]) -> argparse.Namespace:
-    """Parse a verb's arguments; an option it does not have is said with the nearest it has."""
-    parser = build_parser(verb)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
-        advice = f"; `pipeline {verb} --help` lists its arguments"
-        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in unknown))
-    return args
-
-
-def _near(word: str, options: list[str]) -> str:
-    found = nearest(word.partition("=")[0], options)
-    return found if "did you mean" in found else ""
-
-
-def usage() -> str:
-    """Return the list of verbs."""
-    lines = [f"  {verb:<12}{summary}" for verb, (_, summary) in TABLE.items()]
-    return "usage: pipeline VERB [arguments]\n\n" + "\n".join(lines) + "\n\n`pipeline VERB --help` explains one verb."
+from stagegraph.cli.verbs import find_verb, parse, usage
+from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError
 
 
 def dispatch(argv: list[str]) -> int:
@@ -128,9 +34,8 @@ def dispatch(argv: list[str]) -> int:
 
         print("\n".join(complete(argv[1:])))
         return 0
-    if argv[0] not in TABLE:
-        raise PipelineError(f"no verb '{argv[0]}'{nearest(argv[0], TABLE)}")
-    args, module = parse(argv[0], argv[1:]), importlib.import_module(TABLE[argv[0]][0])
+    module = importlib.import_module(find_verb(argv[0]).module)
+    args = parse(argv[0], argv[1:])
     with contextlib.ExitStack() as stack:
         for name in getattr(module, "REFERENCES", ()):
             from stagegraph.cli.reference import folder

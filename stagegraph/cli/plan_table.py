@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import age_text, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
-from stagegraph.plan import HIT, NEVER, STALE, UNKNOWN
+from stagegraph.journal import HIT
+from stagegraph.plan import NEVER, STALE, UNKNOWN
 from stagegraph.record import record_size
 
 if TYPE_CHECKING:

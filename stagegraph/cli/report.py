@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
 from stagegraph.cli.streams import exactly, hanging, visible
+from stagegraph.journal import HIT
 from stagegraph.outcome import Reporter
-from stagegraph.plan import HIT
 
 if TYPE_CHECKING:
     from stagegraph.dag import Node

@@ -12,13 +12,12 @@ from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
-from stagegraph.outcome import BUILT, FAILED, SKIPPED, UNCHANGED
-from stagegraph.plan import HIT
+from stagegraph.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
 from stagegraph.record import parts_text, record_size
 
 if TYPE_CHECKING:
-    from stagegraph.api import Run, Selection
-    from stagegraph.outcome import Outcome
+    from stagegraph.outcome import Outcome, Run
+    from stagegraph.project import Selection
     from stagegraph.reproduce import Reproduction
 
 EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"

@@ -12,8 +12,8 @@ from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, pr
 from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
-from stagegraph.history import EXECUTED, find_run
-from stagegraph.outcome import FAILED
+from stagegraph.history import find_run
+from stagegraph.journal import EXECUTED, FAILED
 
 if TYPE_CHECKING:
     from stagegraph.history import PastRun

@@ -17,7 +17,7 @@ from stagegraph.cli.pager import describe_binary, page
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
 from stagegraph.record import parts_text, result_digest
-from stagegraph.registry import PLOTS, load_object
+from stagegraph.registry import find, load_object, names
 
 if TYPE_CHECKING:
     from stagegraph.artifact import Artifact
@@ -72,11 +72,11 @@ def _kind(view: str) -> str:
 
 def _plot(found: list[Artifact], path: Path) -> None:
     """Draw the picture of a node's report that its stage knows how to draw."""
-    if len(found) != 1 or found[0].record["stage"] not in PLOTS:
-        raise PlanError(f"--plot draws one result of {', '.join(PLOTS)}; name one, as 'quantize[llvm]'")
-    file, reference = PLOTS[found[0].record["stage"]]
+    plot = find("plots", found[0].record["stage"]) if len(found) == 1 else None
+    if plot is None:
+        raise PlanError(f"--plot draws one result of {', '.join(names('plots'))}; name one, as 'quantize[llvm]'")
     try:
-        load_object(reference)(found[0].read_json(file), path)
+        load_object(plot.function)(found[0].read_json(plot.file), path)
     except (ValueError, OSError) as error:
         raise PlanError(str(error)) from None
     print(f"drew {shown(path)}")
@@ -86,9 +86,9 @@ def _refuse_unbuilt(pipeline: Pipeline, reference: str, found: list[Artifact]) -
     """Say which of the instances that were asked for have nothing to show, after the others were shown."""
     labels = {artifact.label for artifact in found}
     if labels <= set(pipeline.nodes):
-        names = [node.name for node in pipeline.dag.select(reference.partition(":")[0]) if node.name not in labels]
-        if names:
-            raise PlanError(*(missing_text(pipeline, name) for name in names))
+        nodes = [node.name for node in pipeline.dag.select(reference.partition(":")[0]) if node.name not in labels]
+        if nodes:
+            raise PlanError(*(missing_text(pipeline, name) for name in nodes))
 
 
 def _print_files(found: list[Artifact]) -> None:

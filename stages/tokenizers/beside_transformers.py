@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.checks import NOTE, WARNING, Finding
+from stages.tokenizers.checks import NOTE, WARNING
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import difference
-from stages.tokenizers.record import Reference, TokenizerFamily
+from stages.tokenizers.record import Finding, Reference, TokenizerFamily
 from stages.tokenizers.resolution import Resolution
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from stages.tokenizers import json_tables, tokenizer_json
 from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.character_loop import CharacterLoop
-from stages.tokenizers.checks import NOTE, WARNING, Finding
+from stages.tokenizers.checks import NOTE, WARNING
 from stages.tokenizers.merge_loop import MergeLoop
 from stages.tokenizers.metaspace import NEVER, SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT_WITHOUT
 from stages.tokenizers.patterns import GPT2, KNOWN
 from stages.tokenizers.proof import CODE_POINTS, difference
-from stages.tokenizers.record import Reference
+from stages.tokenizers.record import Finding, Reference
 from stages.tokenizers.resolution import Resolution
 
 PREPEND = {"type": "Prepend", "prepend": SPACE}

@@ -13,8 +13,9 @@ from typing import Any
 from stages.runtime.errors import RequestError
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.checks import CONVERSION, NOTE, WARNING, Finding, error
+from stages.tokenizers.checks import CONVERSION, NOTE, WARNING, error
 from stages.tokenizers.proof import difference
+from stages.tokenizers.record import Finding
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.templates import DEFAULT
 

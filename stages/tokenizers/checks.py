@@ -20,7 +20,7 @@ from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
 from stages.tokenizers.json_tables import by_text
-from stages.tokenizers.record import ModelFacts
+from stages.tokenizers.record import Finding, ModelFacts
 from stages.tokenizers.resolution import read_json
 from stages.tokenizers.world import FILE as WORLD
 from stages.tokenizers.world import WorldTokenizer
@@ -38,18 +38,6 @@ CONVERSION = (
     "the emitted tokenizer is not the checkpoint's and must not ship; the conversion or the installed version of "
     "tokenizers is at fault, not your files"
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result of a check: its id in the catalogue, its level, and a complete message."""
-
-    check: str
-    level: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.message}"
 
 
 def error(check: str, text: str, advice: str = "") -> Finding:

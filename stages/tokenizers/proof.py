@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 
 from stages.tokenizers.byte_level import read_token
-from stages.tokenizers.checks import NOTE, Finding, Subject, error, kinds
+from stages.tokenizers.checks import NOTE, Subject, error, kinds
 from stages.tokenizers.emission import prefix_of
 from stages.tokenizers.metaspace import SPACE
-from stages.tokenizers.record import Reference
+from stages.tokenizers.record import Finding, Reference
 
 SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")
 GENERATED_CORPUS = Path(__file__).with_name("generated_corpus.jsonl")

@@ -11,8 +11,19 @@ from stages.tokenizers.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from stages.tokenizers.checks import Finding
     from stages.tokenizers.resolution import Resolution
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check: its id in the catalogue, its level, and a complete message."""
+
+    check: str
+    level: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.message}"
 
 
 class Reference(Protocol):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.checks import WARNING, Finding, error
+from stages.tokenizers.checks import WARNING, error
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import PROBES, difference, sample_corpus
-from stages.tokenizers.record import Reference
+from stages.tokenizers.record import Finding, Reference
 from stages.tokenizers.resolution import Resolution, second_vocabularies
 
 

@@ -10,10 +10,10 @@ from stages.tokenizers import json_tables, sentencepiece_bpe, sentencepiece_unig
 from stages.tokenizers.byte_pairs import Added, load
 from stages.tokenizers.character_loop import CharacterLoop
 from stages.tokenizers.charsmap import Charsmap
-from stages.tokenizers.checks import WARNING, Finding
+from stages.tokenizers.checks import WARNING
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.metaspace import NEVER, SEGMENT, SPACE, TEXT, Characters, document
-from stages.tokenizers.record import TokenizerFamily
+from stages.tokenizers.record import Finding, TokenizerFamily
 from stages.tokenizers.resolution import MODEL, read_json
 from stages.tokenizers.sentencepiece_model import (
     BPE,

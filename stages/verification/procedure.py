@@ -2,116 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stages.models.checkpoint import read_headers
 from stages.models.weights import Weights
 from stages.quantization.schemes import SCHEMES
-from stages.runtime import backend, host, manifest, tensor_cache
+from stages.runtime import backend, host, manifest
 from stages.runtime.errors import BundleError
-from stages.runtime.tokenizer import BundleTokenizer
 from stages.verification import checks, running, weights
 from stages.verification.checks import Check
-from stages.verification.prompts import PARAGRAPH, PROMPTS
-from stages.verification.reference import recorded_prompts
+from stages.verification.prompts import PARAGRAPH
 from stages.verification.report import Findings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from stages.tokenizers.record import Reference as SourceReader
-
-    Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is verified: a bundle, the artifacts that describe it, and the files and digests of its checkpoint."""
-
-    bundle: Path
-    params: Path
-    config: Path
-    root: Path
-    files: Mapping[str, Path]
-    digests: Mapping[str, str]
-    target: str
-    reference: str
-    device: str
-    scales: str = "max"  # how quantize chose them
-
-    @cached_property
-    def registry(self) -> dict[str, Any]:
-        """params.json."""
-        document: dict[str, Any] = json.loads(self.params.read_text("utf-8"))
-        return document
-
-    @cached_property
-    def manifest(self) -> manifest.Manifest:
-        """The bundle's own description."""
-        return manifest.read(self.bundle)
-
-    @property
-    def arithmetic(self) -> str:
-        """What the library rounds activations to: int8, or the dtype it computes in."""
-        model = self.manifest.model
-        return "int8" if model.get("activations") == "int8" else str(model["compute_dtype"])
-
-    @cached_property
-    def prompts(self) -> tuple[str, tuple[str, ...]]:
-        """The text to read and the texts to continue: those that the checkpoint brings, else ours."""
-        return recorded_prompts(self.files) or (PARAGRAPH, PROMPTS)
-
-    @cached_property
-    def tokenizer(self) -> BundleTokenizer:
-        """The bundle's tokenizer."""
-        return BundleTokenizer(self.bundle)
-
-    @cached_property
-    def reader(self) -> SourceReader | None:
-        """An independent reader of the checkpoint's own vocabulary, None where it is of no family known here."""
-        from stages.tokenizers import load_tokenizer_family
-        from stages.tokenizers.errors import TokenizerError
-        from stages.tokenizers.resolution import resolve
-
-        try:
-            resolution = resolve(self.root, self.files)
-        except TokenizerError:
-            return None
-        return load_tokenizer_family(resolution.family).reference(resolution)
-
-    @cached_property
-    def prefix(self) -> list[int]:
-        """What goes before every text, such as bos, by the checkpoint's own files where they can be read."""
-        return self.reader.prefix if self.reader else self.tokenizer.prefix
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, by the checkpoint's own vocabulary likewise."""
-        return self.reader.encode(text, specials=False) if self.reader else self.tokenizer.encode(text)
-
-    def prompt(self, text: str) -> list[int]:
-        """Return the ids of a text to continue: those of ``text`` after the prefix."""
-        return [*self.prefix, *self.encode(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ``ids`` without special tokens, by the checkpoint's own vocabulary likewise."""
-        if self.reader is None:
-            return self.tokenizer.decode(ids)
-        table = self.reader.tokens()
-        return self.reader.decode([token for token in ids if token in table and not _is_special(self.reader, token)])
-
-    @cached_property
-    def records(self) -> dict[str, tensor_cache.Record]:
-        """Where the bundle's weights are."""
-        return tensor_cache.records(self.bundle)
-
-    @cached_property
-    def tensors(self) -> dict[str, dict[str, Any]]:
-        """What the checkpoint's headers say of its tensors: dtype, shape, file."""
-        return read_headers({name: path for name, path in self.files.items() if "/" not in name}).table()
+    from stages.verification.case import Case, Progress
 
 
 def verify(case: Case, progress: Progress) -> Findings:
@@ -161,11 +64,6 @@ def _unusable(case: Case) -> str:
         return "; ".join(manifest.capability_problems(case.manifest, backend.capability(found)))
     except BundleError as error:
         return "; ".join(error.problems)
-
-
-def _is_special(reader: SourceReader, token: int) -> bool:
-    text = reader.decode([token])
-    return reader.encode(text, specials=True) == [token] != reader.encode(text, specials=False)
 
 
 def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.runtime.manifest import Manifest
-    from stages.verification.procedure import Case, Progress
+    from stages.verification.case import Case, Progress
     from stages.verification.report import Findings
 
 PROMPT_TOKENS, DECODED_TOKENS = 64, 64

@@ -14,6 +14,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.cli import main as cli
+from stages.provider import PROVIDER
 
 STAGES = {
     "read": '''
@@ -307,9 +308,15 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     built = Demo(tmp_path, capsys)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     monkeypatch.setenv("COUNT_FILE", str(built.counter))
-    monkeypatch.setattr(registry, "SHIPPED", {name: f"fakes.{name}:{name.title()}" for name in STAGES})
-    _forget()
+    provide(monkeypatch, {name: f"fakes.{name}:{name.title()}" for name in STAGES})
     yield built
+    _forget()
+
+
+def provide(monkeypatch: pytest.MonkeyPatch, stages: dict[str, str], **tables: Any) -> None:
+    """Make these the stages that are shipped, beside the real verbs; ``registry.shipped().stages`` may be added to."""
+    provider = registry.Provider(stages=stages, **({"verbs": PROVIDER.verbs} | tables))
+    monkeypatch.setattr(registry, "shipped", lambda: provider)
     _forget()
 
 

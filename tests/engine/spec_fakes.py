@@ -65,7 +65,8 @@ class SpecFiles:
         self.root = root
         monkeypatch.chdir(root)
         shipped = {cls.id: f"{__name__}:{cls.__name__}" for cls in (Fetch, Shape, Plain)}
-        monkeypatch.setattr(registry, "SHIPPED", shipped)
+        provider = registry.Provider(stages=shipped)
+        monkeypatch.setattr(registry, "shipped", lambda: provider)
         for cached in (registry.get_stage, registry.stage_reference):
             cached.cache_clear()
 

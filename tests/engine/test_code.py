@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.code import CodeDigests, PartCode
+from stagegraph.code import CodeDigests
 from stagegraph.index import Index
+from stagegraph.memo import PartCode
 
 FILES = {
     "__init__.py": "",

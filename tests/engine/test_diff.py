@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stagegraph import Pipeline, registry
+from stages.provider import PROVIDER
 from tests.engine.conftest import Demo
 
 
@@ -62,7 +63,7 @@ def test_a_stage_says_what_differs_inside(demo: Demo, monkeypatch) -> None:
         '    """Count."""\n'
         "    return [('words', *(str(len(side['words.txt'].read_text().split())) for side in (a, b)))]\n"
     )
-    monkeypatch.setattr("stagegraph.diff.COMPARERS", {"read": "fakes.words:compare"})
+    monkeypatch.setitem(registry.shipped().comparers, "read", "fakes.words:compare")
     demo.run()
     demo.source.write_text("two words\n")
     demo.run()
@@ -97,7 +98,7 @@ def test_counts_that_do_not_pair_are_refused(demo: Demo) -> None:
 
 
 def test_every_comparer_is_there() -> None:
-    for reference in registry.COMPARERS.values():
+    for reference in PROVIDER.comparers.values():
         assert callable(registry.load_object(reference))
 
 

@@ -11,33 +11,33 @@ import pytest
 
 from stagegraph.api import Pipeline
 from stagegraph.artifact import Artifact
-from stagegraph.cli import layout, main
+from stagegraph.cli import layout, main, verbs
 from tests.engine.conftest import Demo
 from tests.output_schema import validate
 
 
-@pytest.mark.parametrize("verb", main.TABLE)
+@pytest.mark.parametrize("verb", verbs.verb_names())
 def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = main.build_parser(verb).format_help().splitlines()
+    lines = verbs.build_parser(verb).format_help().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= (31 if verb in {"generate", "chat"} else 25)  # tokens are picked by options of their own
     assert lines[-1].startswith("example: ")
 
 
-@pytest.mark.parametrize("verb", main.TABLE)
+@pytest.mark.parametrize("verb", verbs.verb_names())
 def test_the_example_of_each_verb_parses(verb: str, demo: Demo) -> None:
     import shlex
 
-    example = main.build_parser(verb).format_help().splitlines()[-1].removeprefix("example: ")
+    example = verbs.build_parser(verb).format_help().splitlines()[-1].removeprefix("example: ")
     command = example.partition("pipeline ")[2].partition(" > ")[0].partition(" ||")[0].partition(')"')[0]
     name, *rest = shlex.split(command)
     assert name == verb
-    main.parse(verb, rest)
+    verbs.parse(verb, rest)
 
 
 def test_the_list_of_verbs_fits_a_screen() -> None:
-    lines = main.usage().splitlines()
+    lines = verbs.usage().splitlines()
     assert len(lines) <= 25
     assert max(map(len, lines)) <= 80
 

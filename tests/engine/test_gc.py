@@ -107,8 +107,7 @@ def test_kept_source_texts_and_logs_go_with_their_results(demo: Demo) -> None:
 def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo: Demo) -> None:
     demo.run()
     with Pipeline(demo.pipeline) as pipeline:
-        from stagegraph.code import PartCode
-        from stagegraph.memo import Memo
+        from stagegraph.memo import Memo, PartCode
 
         memo = Memo(pipeline.workspace.store, {"tensor": PartCode("code", {})})
 

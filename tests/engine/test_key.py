@@ -9,8 +9,9 @@ import pytest
 
 from stagegraph.changes import changes
 from stagegraph.digest import canonical, digest_json
-from stagegraph.key import key_document, key_of
+from stagegraph.key import key_document
 from stagegraph.pipeline import NodeSpec
+from stagegraph.record import key_of
 from stagegraph.sources import SourceState
 from stagegraph.stage import In, Out, Source, Stage, param, source
 from tests.engine.conftest import Demo

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import registry, store
-from stagegraph.code import PartCode
+from stagegraph import store
 from stagegraph.digest import digest_file, stat_id
 from stagegraph.index import Index
-from stagegraph.memo import Memo
+from stagegraph.memo import Memo, PartCode
 from stagegraph.store import Store
-from tests.engine.conftest import Demo
+from tests.engine.conftest import Demo, provide
 from tests.engine.test_faults import start, wait_for
 
 PARTS = '''
@@ -73,7 +72,7 @@ stages:
 def parts(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Demo:
     (demo.package / "parts.py").write_text(textwrap.dedent(PARTS).lstrip())
     demo.pipeline.write_text(PIPELINE)
-    monkeypatch.setattr(registry, "SHIPPED", {"parts": "fakes.parts:Parts"})
+    provide(monkeypatch, {"parts": "fakes.parts:Parts"})
     return demo
 
 

@@ -57,7 +57,7 @@ EAT = '''
 @pytest.fixture
 def eater(demo: Demo) -> Demo:
     (demo.package / "eat.py").write_text(textwrap.dedent(EAT).lstrip())
-    registry.SHIPPED["eat"] = "fakes.eat:Eat"
+    registry.shipped().stages["eat"] = "fakes.eat:Eat"
     return demo
 
 

@@ -87,7 +87,7 @@ stages:
 @pytest.fixture
 def keeper(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Demo:
     (demo.package / "keep.py").write_text(textwrap.dedent(KEEP).lstrip())
-    registry.SHIPPED["keep"] = "fakes.keep:Keep"
+    registry.shipped().stages["keep"] = "fakes.keep:Keep"
     demo.pipeline.write_text(PIPELINE)
     monkeypatch.setenv("MY_TOKEN", WORDS)
     return demo

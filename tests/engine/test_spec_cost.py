@@ -39,7 +39,7 @@ READ = """
 import sys
 from pathlib import Path
 from stagegraph import registry
-registry.SHIPPED = {"light": "light_stage:Light"}
+registry.shipped = lambda: registry.Provider(stages={"light": "light_stage:Light"})
 from stagegraph.spec import load
 load(Path("p.yaml"))
 print(*sys.modules)

@@ -139,8 +139,8 @@ def test_needs_listed_twice(spec: SpecFiles) -> None:
 
 
 def test_a_stage_that_cannot_be_loaded(spec: SpecFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.SHIPPED, "gone", "no_such_module:Gone")
-    monkeypatch.setitem(registry.SHIPPED, "other", "tests.engine.spec_fakes:Plain")
+    monkeypatch.setitem(registry.shipped().stages, "gone", "no_such_module:Gone")
+    monkeypatch.setitem(registry.shipped().stages, "other", "tests.engine.spec_fakes:Plain")
     assert spec.wrong("\nstages: {gone: {}, other: {}}") == [
         "p.yaml:3:10: stage 'gone' cannot be loaded: No module named 'no_such_module'",
         (

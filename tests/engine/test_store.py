@@ -9,9 +9,10 @@ import pytest
 
 from stagegraph import store as module
 from stagegraph.digest import digest_bytes
+from stagegraph.files import remove_tree
 from stagegraph.index import Index
 from stagegraph.journal import Journal
-from stagegraph.store import Store, remove_tree
+from stagegraph.store import Store
 from stagegraph.workspace import Workspace
 
 

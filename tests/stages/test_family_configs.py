@@ -12,7 +12,6 @@ import pytest
 
 from stagegraph.code import CodeDigests
 from stagegraph.index import Index
-from stagegraph.registry import SHIPPED
 from stagegraph.stage import SourceFiles, StageError
 from stages import profiles
 from stages.config_parse import ConfigParse
@@ -21,6 +20,7 @@ from stages.graph_build import GraphBuild
 from stages.models import FAMILIES, load_family
 from stages.models.record import ConfigError
 from stages.param_register import ParamRegister
+from stages.provider import PROVIDER
 from tests.local_context import LocalContext, run_stage
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))}
@@ -247,7 +247,7 @@ def test_no_stage_of_one_family_depends_on_the_code_of_another(family, tmp_path)
     """So that adding or editing a family leaves every node of the others as it is."""
     own = {row.partition(":")[0] for row in FAMILIES.values()}
     index = Index(tmp_path / "index")
-    for reference in SHIPPED.values():
+    for reference in PROVIDER.stages.values():
         module, _, name = reference.partition(":")
         rows = {"stages.models:FAMILIES": family}
         reached = CodeDigests(index).closure(module, rows)

@@ -13,14 +13,16 @@ import pytest
 from stagegraph.code import CodeDigests
 from stagegraph.index import Index
 from stagegraph.plan import worker_module
-from stagegraph.registry import COMPARERS, DISSECTORS, LOOKUPS, PLOTS, SHIPPED, VERBS, get_stage
+from stagegraph.registry import get_stage
+from stages.provider import PROVIDER
 
 ROOT = Path(__file__).parents[2]
 # What makes no artifact: verbs of the domain, what they look with, and the command that runs a finished bundle.
 LOOKERS = [
-    "stages.cli", "stages.runtime.__main__", *VERBS.values(), *(lookup.module for lookup in LOOKUPS.values()),
-    *(reference.partition(":")[0] for reference in (*COMPARERS.values(), *DISSECTORS.values())),
-    *(reference.partition(":")[0] for _, reference in PLOTS.values()),
+    "stages.cli", "stages.runtime.__main__", "stages.provider",
+    *(found.module for found in (*PROVIDER.verbs.values(), *PROVIDER.lookups.values())),
+    *(reference.partition(":")[0] for reference in (*PROVIDER.comparers.values(), *PROVIDER.dissectors.values())),
+    *(plot.function.partition(":")[0] for plot in PROVIDER.plots.values()),
 ]  # fmt: skip
 
 
@@ -48,7 +50,7 @@ class Domain:
     def codes(self, rows: Mapping[str, Any] | None = None) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
         """Return the code map of every stage, and the digest of what makes every kind of part."""
         digests, stages, parts = self.digests(), {}, {}
-        for name, reference in SHIPPED.items():
+        for name, reference in PROVIDER.stages.items():
             stage = get_stage(name)
             modules = [reference.partition(":")[0], *worker_module(stage)]
             stages[name] = {k: v for module in modules for k, v in digests.closure(module, rows or {}).items()}
@@ -93,7 +95,7 @@ def moved(domain: Domain, module: str, rows: Mapping[str, Any] | None = None) ->
 def test_an_edit_of_every_module_that_computes_moves_a_key(domain: Domain, module: str) -> None:
     stages, parts = moved(domain, module)
     assert stages or module in domain.looked_with, "no stage and no verb uses it by a name that the engine can read"
-    makers = {kind: name for name in SHIPPED for kind in get_stage(name).parts}
+    makers = {kind: name for name in PROVIDER.stages for kind in get_stage(name).parts}
     assert {makers[kind] for kind in parts} <= stages, "a part is made anew only where its node is"
 
 
@@ -155,7 +157,7 @@ def kept_by(tree: ast.Module) -> set[str]:
 
 
 def test_what_keeps_a_part_is_what_the_stage_says_makes_it() -> None:
-    declared = {kind: module for name in SHIPPED for kind, module in get_stage(name).parts.items()}
+    declared = {kind: module for name in PROVIDER.stages for kind, module in get_stage(name).parts.items()}
     found = {kind: name for name, path in MODULES.items() for kind in kept_by(ast.parse(path.read_text()))}
     assert found == declared
 

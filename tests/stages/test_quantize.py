@@ -17,8 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stagegraph.code import PartCode
-from stagegraph.memo import Memo
+from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Source, SourceFiles, StageError
 from stages.config_parse import ConfigParse
 from stages.conversion import conversion

@@ -4,9 +4,8 @@ import pytest
 import tvm
 from tvm import te
 
-from stagegraph.code import PartCode
 from stagegraph.index import Index
-from stagegraph.memo import Memo
+from stagegraph.memo import Memo, PartCode
 from stagegraph.store import Store
 from stages.codegen import schedules
 from stages.lowering import schedule

@@ -1,0 +1,113 @@
+"""The verbs of ``pipeline``: a table of them, and the parser of each, for which only its module is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from stagegraph.cli.common import add_file
+from stagegraph.errors import PipelineError, nearest
+from stagegraph.registry import Verb, find, names
+
+OWN = {
+    "run": Verb("stagegraph.cli.run", "do the work whose inputs changed, and nothing else"),
+    "status": Verb("stagegraph.cli.status", "say what a run would do and how long it would take"),
+    "explain": Verb("stagegraph.cli.explain", "say what changed since a node's result, and where that began"),
+    "graph": Verb("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
+    "show": Verb("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
+    "diff": Verb("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
+    "lineage": Verb("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
+    "runs": Verb("stagegraph.cli.runs", "list past runs, and what each did"),
+    "log": Verb("stagegraph.cli.log", "print what a node prints as it runs, or printed"),
+    "export": Verb("stagegraph.cli.export", "copy an artifact out as real files, all or nothing"),
+    "du": Verb("stagegraph.cli.du", "say who uses the space of the store"),
+    "gc": Verb("stagegraph.cli.gc", "remove earlier results from the store, never what is in use"),
+    "fsck": Verb("stagegraph.cli.fsck", "read and check every stored object"),
+    "completion": Verb("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
+    "schema": Verb("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
+}
+
+
+def verb_names() -> list[str]:
+    """Return every verb: ours in their order, then those of providers."""
+    return [*OWN, *names("verbs")]
+
+
+def find_verb(name: str) -> Verb:
+    """Return a verb of ours or of a provider."""
+    found: Verb | None = OWN.get(name) or find("verbs", name)
+    if found is None:
+        raise PipelineError(f"no verb '{name}'{nearest(name, verb_names())}")
+    return found
+
+
+def build_parser(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of one verb."""
+    found = find_verb(verb)
+    loaded = importlib.import_module(found.module)
+    example = f"example: {loaded.EXAMPLE}" if hasattr(loaded, "EXAMPLE") else None
+    parser = _Parser(
+        prog=f"pipeline {verb}",
+        description=found.doc,
+        epilog=example,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    loaded.add_arguments(parser)
+    if references := getattr(loaded, "REFERENCES", ()):
+        for action in parser._actions:  # noqa: SLF001 - argparse tells its arguments in no other way
+            if action.dest in references:
+                action.help = f"{action.help}, or a node's name"
+        add_file(parser)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument as every other mistake is said, with what comes nearest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            raise PipelineError(f"{name}: unknown value '{value}'{nearest(value, map(str, action.choices))}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Options in a narrow column, so that most take one line of a terminal of 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=20)
+
+    def _format_usage(self, *args: Any) -> str:
+        return f"usage: {self._prog} [options]{_positionals(args[1])}\n\n"
+
+
+def _positionals(actions: Iterable[argparse.Action]) -> str:
+    names = [a for a in actions if not a.option_strings]
+    return "".join(f" [{a.metavar}]" if a.nargs == "?" else f" {a.metavar}" for a in names)
+
+
+def parse(verb: str, argv: list[str]) -> argparse.Namespace:
+    """Parse a verb's arguments; an option it does not have is said with the nearest it has."""
+    parser = build_parser(verb)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
+        advice = f"; `pipeline {verb} --help` lists its arguments"
+        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in unknown))
+    return args
+
+
+def _near(word: str, options: list[str]) -> str:
+    found = nearest(word.partition("=")[0], options)
+    return found if "did you mean" in found else ""
+
+
+def usage() -> str:
+    """Return the list of verbs."""
+    lines = [f"  {verb:<12}{find_verb(verb).doc}" for verb in verb_names()]
+    return "usage: pipeline VERB [arguments]\n\n" + "\n".join(lines) + "\n\n`pipeline VERB --help` explains one verb."

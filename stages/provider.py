@@ -1,0 +1,49 @@
+"""What the stages bring to the engine: all of it by name, so that nothing is imported before it is used."""
+
+from __future__ import annotations
+
+from stagegraph.registry import Lookup, Plot, Provider, Verb
+
+PROVIDER = Provider(
+    stages={
+        "config-parse": "stages.config_parse:ConfigParse",
+        "param-register": "stages.param_register:ParamRegister",
+        "graph-build": "stages.graph_build:GraphBuild",
+        "quantize": "stages.quantize:Quantize",
+        "compile": "stages.compile:Compile",
+        "tokenizer-bundle": "stages.tokenizer_bundle:TokenizerBundle",
+        "bundle": "stages.bundle:Bundle",
+        "verify": "stages.verify:Verify",
+    },
+    # What is loaded before a compiler differs from what is loaded before a bundle runs.
+    profiles={"compiler": "stages.profiles:compiler", "runtime": "stages.runtime.backend:tvm"},
+    # What compilers and TVM read beside their arguments.
+    hidden_variables=frozenset({
+        "CPATH", "CPLUS_INCLUDE_PATH", "C_INCLUDE_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LIBRARY_PATH",
+        "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "SOURCE_DATE_EPOCH", "TVM_USE_RUNTIME_LIB",
+        "TVM_CUDA_COMPILE_MODE", "TVM_CUDA_NVCC_NO_FAST_MATH", "TVM_LIBRARY_PATH",
+    }),
+    verbs={
+        "generate": Verb("stages.cli.generate", "generate text from a bundle"),
+        "chat": Verb("stages.cli.chat", "talk with a bundle, in several turns"),
+        "models": Verb("stages.cli.models", "list the model families and what each supports"),
+        "tokenize": Verb("stages.cli.tokenize", "show how a tokenizer reads a text, and where another differs"),
+    },
+    lookups={
+        "tensor": Lookup(
+            stage="param-register",
+            output="params",
+            inputs=("tensors",),
+            module="stages.cli.tensors",
+            doc="what a parameter is made of, or what a checkpoint tensor becomes",
+        ),
+    },
+    comparers={
+        "graph-build": "stages.cli.compare:graphs",
+        "compile": "stages.cli.compare:libraries",
+        "quantize": "stages.quantization.compare:weights",
+        "tokenizer-bundle": "stages.cli.compare:tokenizers",
+    },
+    dissectors={".safetensors": "stages.cli.shards:changed"},
+    plots={"quantize": Plot("report.json", "stages.quantization.plot:draw")},
+)  # fmt: skip
