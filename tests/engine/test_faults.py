@@ -38,7 +38,8 @@ def command(demo: Demo, *argv: str) -> list[str]:
     """The same command line in a process of its own."""
     code = (
         "import sys; from stagegraph import registry; from stagegraph.cli.main import main;"
-        f"provider = registry.{registry.shipped()!r}; registry.shipped = lambda: provider; main(sys.argv[1:])"
+        f"provider = registry.Provider(stages={registry.shipped().stages!r});"
+        "registry.shipped = lambda: provider; main(sys.argv[1:])"
     )
     return [sys.executable, "-c", code, "run", str(demo.pipeline), "--json", *argv]
 

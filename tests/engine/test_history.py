@@ -68,7 +68,8 @@ def test_the_log_of_a_running_node_is_followed_to_its_end(demo: Demo) -> None:
     wait_for(demo, "trouble")
     code = (
         "import sys; from stagegraph import registry; from stagegraph.cli.main import main;"
-        f"provider = registry.{registry.shipped()!r}; registry.shipped = lambda: provider; main(sys.argv[1:])"
+        f"provider = registry.Provider(stages={registry.shipped().stages!r});"
+        "registry.shipped = lambda: provider; main(sys.argv[1:])"
     )
     env = {**os.environ, "PYTHONPATH": f"{demo.package.parent}{os.pathsep}{Path(__file__).parents[2]}"}
     follow = [sys.executable, "-c", code, "log", "trouble", str(demo.pipeline), "--follow"]
