@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stagegraph import registry
 from stagegraph.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,7 @@ class Bench:
         """Run a command that executes nothing in this process, which takes a tenth of the time; return what it said."""
         if str(LIB) not in sys.path:
             sys.path.append(str(LIB))
+            registry.installed.cache_clear()
         out = io.StringIO()
         with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as end:
             main([verb, str(self.folder / "pipeline.yaml"), *argv])
