@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the engine, and for the helpers of tests/ that write_checkpoint uses
 
-from stagegraph.index import Index  # noqa: E402
-from stagegraph.store import Store  # noqa: E402
+from stagegraph.store.index import Index  # noqa: E402
+from stagegraph.store.objects import Store  # noqa: E402
 
 WORK = [sys.executable, str(ROOT / "benchmarks" / "quantize_work.py")]
 LLAMA = str(ROOT / "benchmarks" / "quantize_llama.py")

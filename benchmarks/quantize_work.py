@@ -17,8 +17,8 @@ import numpy as np
 from blake3 import blake3
 from host_memory import settle
 
-from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Finished, Part, Source, SourceFiles
+from stagegraph.store.memo import Memo, PartCode
 from stages.quantize import Quantize
 
 

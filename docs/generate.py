@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from stagegraph.registry import get_stage
-from stagegraph.schema import json_schema
+from stagegraph.spec.schema import json_schema
 from stages.provider import PROVIDER
 
 DOCS = Path(__file__).parent

@@ -18,19 +18,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError
-from stagegraph.journal import HIT
 from stagegraph.project import Project, Selection
+from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:
-    from stagegraph.artifact import Artifact
-    from stagegraph.diff import Difference
-    from stagegraph.explain import Explanation
-    from stagegraph.forecast import Plan
-    from stagegraph.gc import Sweep
-    from stagegraph.history import PastRun
-    from stagegraph.lineage import Lineage
-    from stagegraph.outcome import Reporter, Run
-    from stagegraph.reproduce import Reproduction
+    from stagegraph.execution.outcome import Reporter, Run
+    from stagegraph.query.artifact import Artifact
+    from stagegraph.query.diff import Difference
+    from stagegraph.query.explain import Explanation
+    from stagegraph.query.forecast import Plan
+    from stagegraph.query.gc import Sweep
+    from stagegraph.query.history import PastRun
+    from stagegraph.query.lineage import Lineage
+    from stagegraph.query.reproduce import Reproduction
 
 
 class Pipeline(Project):
@@ -38,13 +38,13 @@ class Pipeline(Project):
 
     def plan(self, selection: Selection | None = None, *, force: bool = False, jobs: int = 0) -> Plan:
         """Say what :meth:`run` would do with this selection, and what that takes; runs nothing."""
-        from stagegraph.forecast import forecast
+        from stagegraph.query.forecast import forecast
 
         return forecast(self, selection or self.select(), force=force, jobs=jobs)
 
     def artifacts(self, reference: str) -> list[Artifact]:
-        """Return what a reference means (:mod:`stagegraph.artifact`): a node's instances that have a result."""
-        from stagegraph.artifact import find_artifacts
+        """Return what a reference means (:mod:`stagegraph.query.artifact`): a node's instances that have a result."""
+        from stagegraph.query.artifact import find_artifacts
 
         return find_artifacts(self, reference)
 
@@ -57,19 +57,19 @@ class Pipeline(Project):
 
     def runs(self) -> list[PastRun]:
         """Return the runs of this pipeline that did something, oldest first."""
-        from stagegraph.history import past_runs
+        from stagegraph.query.history import past_runs
 
         return past_runs(self.workspace.journal, self.name)
 
     def diff(self, a: str, b: str) -> Difference:
         """Return how two artifacts differ."""
-        from stagegraph.diff import difference
+        from stagegraph.query.diff import difference
 
         return difference(self.artifact(a), self.artifact(b))
 
     def lineage(self, reference: str) -> Lineage:
         """Return where an artifact, or one file of it, comes from."""
-        from stagegraph.lineage import lineage
+        from stagegraph.query.lineage import lineage
 
         return lineage(self, self.artifact(reference))
 
@@ -80,7 +80,7 @@ class Pipeline(Project):
 
         ``agreed``, which an earlier ``dry_run`` returned, limits it to what that would have removed.
         """
-        from stagegraph.gc import collect, needed_now
+        from stagegraph.query.gc import collect, needed_now
 
         needed, notes = needed_now(self)
         sweep = collect(self.workspace, needed, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run, agreed=agreed)
@@ -89,7 +89,7 @@ class Pipeline(Project):
 
     def explain(self, *patterns: str) -> list[Explanation]:
         """Say why each of these nodes would run, or would not."""
-        from stagegraph.explain import explain
+        from stagegraph.query.explain import explain
 
         return explain(self, [node for pattern in patterns for node in self.dag.select(pattern)])
 
@@ -112,9 +112,9 @@ class Pipeline(Project):
         is how often a failed node is tried again; ``reporter`` is called as nodes start, progress and end; ``command``
         is what the history of runs shows.
         """
-        from stagegraph.outcome import Reporter as Silent
-        from stagegraph.outcome import Run
-        from stagegraph.scheduler import Options, Scheduler
+        from stagegraph.execution.outcome import Reporter as Silent
+        from stagegraph.execution.outcome import Run
+        from stagegraph.execution.scheduler import Options, Scheduler
 
         selection = selection or self.select()
         if only:
@@ -131,7 +131,7 @@ class Pipeline(Project):
             outcomes = tuple(scheduler.outcomes.values())
             run = Run(outcomes, round(time.monotonic() - began, 3))
             if any(outcome.reason for outcome in outcomes):  # a run that found everything in place leaves no trace
-                from stagegraph.history import journal_entry
+                from stagegraph.query.history import journal_entry
 
                 entry = journal_entry(self.name, run, started, command, interrupted=not ended)
                 self.workspace.journal.append(entry)
@@ -139,8 +139,8 @@ class Pipeline(Project):
 
     def reproduce(self, selection: Selection, *, jobs: int = 0, reporter: Reporter | None = None) -> Reproduction:
         """Make what a run has brought up to date again, from nothing and elsewhere, and return what differs."""
-        from stagegraph.outcome import Reporter as Silent
-        from stagegraph.reproduce import reproduce
+        from stagegraph.execution.outcome import Reporter as Silent
+        from stagegraph.query.reproduce import reproduce
 
         return reproduce(self, selection.nodes, jobs=jobs, reporter=reporter or Silent())
 

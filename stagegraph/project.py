@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from stagegraph.dag import Dag, Node
 from stagegraph.errors import PlanError
-from stagegraph.plan import Planner
-from stagegraph.spec import load
-from stagegraph.workspace import Workspace
+from stagegraph.planning.dag import Dag, Node
+from stagegraph.planning.planner import Planner
+from stagegraph.spec.load import load
+from stagegraph.store.workspace import Workspace
 
 
 class Selection(NamedTuple):

@@ -71,7 +71,7 @@ class Provider:
     hidden_variables: frozenset[str] = frozenset()
     verbs: Mapping[str, Verb] = field(default_factory=dict)
     lookups: Mapping[str, Lookup] = field(default_factory=dict)  # option of ``show`` -> what answers it
-    # Stage -> the function that says what differs inside two of its results (:data:`stagegraph.diff.Comparer`).
+    # Stage -> the function that says what differs inside two of its results (:data:`stagegraph.query.diff.Comparer`).
     comparers: Mapping[str, str] = field(default_factory=dict)
     # Suffix of a source file -> the function that says which of its parts changed:
     # (recall, digest before, path now) -> text or None.

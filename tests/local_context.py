@@ -11,10 +11,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.index import Index
-from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Finished, Instance, Part, Source, SourceFiles, Stage
-from stagegraph.store import Store
+from stagegraph.store.index import Index
+from stagegraph.store.memo import Memo, PartCode
+from stagegraph.store.objects import Store
 
 
 @dataclass

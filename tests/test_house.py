@@ -30,6 +30,9 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "verification": {"models", "quantization", "runtime", "tokenizers"},
     "cli": {"runtime", "models"},
 }
+# The engine's rooms: each imports itself, those before it, and the ground beneath them all.
+ENGINE = ("spec", "store", "planning", "execution", "project", "query", "api", "cli")
+GROUND = {"digest", "errors", "files", "registry", "stage", "tools"}
 MAX_MODULE, MAX_FUNCTION = 500, 60
 
 
@@ -66,6 +69,17 @@ def test_the_engine_knows_nothing_of_the_domain(path: Path) -> None:
 def test_the_engine_imports_networkx_and_rich_late(path: Path) -> None:
     roots = {name.partition(".")[0] for name in imported(top_level(ast.parse(path.read_text())))}
     assert not roots & {"networkx", "rich", "jsonschema", "asyncio"}
+
+
+@pytest.mark.parametrize("path", modules("stagegraph"), ids=name_of)
+def test_the_rooms_of_the_engine_import_one_way(path: Path) -> None:
+    if name_of(path) == "stagegraph":  # the front door, which imports late
+        return
+    room = name_of(path).split(".")[1]
+    allowed = GROUND | set(() if room in GROUND else ENGINE[: ENGINE.index(room) + 1])
+    for name in imported(ast.parse(path.read_text())):
+        if name.startswith("stagegraph."):
+            assert name.split(".")[1] in allowed, f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("module", sorted(STAGE_MODULES))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from stagegraph.digest import digest_json
-from stagegraph.index import Index
-from stagegraph.journal import SEAL_DIGITS, Journal
-from stagegraph.record import RECORD_SCHEMA
+from stagegraph.store.index import Index
+from stagegraph.store.journal import SEAL_DIGITS, Journal
+from stagegraph.store.record import RECORD_SCHEMA
 from tests.endurance.bench import Bench
 
 STORES = Path(__file__).parent / "data" / "stores"

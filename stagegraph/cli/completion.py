@@ -97,7 +97,7 @@ def _takes(options: dict[str, argparse.Action], word: str) -> bool:
 def _nodes(words: list[str]) -> list[str]:
     """Return the names of entries and nodes of the pipeline file on the command line, or of ./pipeline.yaml."""
     from stagegraph.errors import PipelineError
-    from stagegraph.spec import load
+    from stagegraph.spec.load import load
 
     file = next((word for word in words if word.endswith((".yaml", ".yml"))), "pipeline.yaml")
     try:

@@ -15,7 +15,7 @@ from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError
 
 if TYPE_CHECKING:
-    from stagegraph.diff import Difference, Sets
+    from stagegraph.query.diff import Difference, Sets
 
 EXAMPLE = "pipeline diff 'quantize[llvm]@~1' 'quantize[llvm]'"
 RUN = re.compile(r"@?(~\d+|[0-9a-f]{6,64})")
@@ -53,7 +53,7 @@ def _is_run(pipeline: Pipeline, name: str) -> bool:
 
 
 def _compare(a: Pipeline, run_a: str, b: Pipeline, run_b: str) -> Sets:
-    from stagegraph.diff import compare_sets, state
+    from stagegraph.query.diff import compare_sets, state
 
     files = [str(pipeline.dag.pipeline.file) for pipeline in (a, b)]
     return compare_sets(run_a or files[0], state(a, run_a), run_b or files[1], state(b, run_b))
@@ -61,7 +61,7 @@ def _compare(a: Pipeline, run_a: str, b: Pipeline, run_b: str) -> Sets:
 
 def _pairs(pipeline: Pipeline, a: str, b: str) -> list[Difference]:
     """Compare one result with one, or instance by instance where both sides have as many."""
-    from stagegraph.diff import difference
+    from stagegraph.query.diff import difference
 
     left, right = pipeline.artifacts(a), pipeline.artifacts(b)
     if len(left) != len(right):

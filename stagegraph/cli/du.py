@@ -10,7 +10,7 @@ from stagegraph.cli.common import add_file, add_json, print_json, size_text
 from stagegraph.cli.layout import table
 
 if TYPE_CHECKING:
-    from stagegraph.gc import Usage
+    from stagegraph.query.gc import Usage
 
 EXAMPLE = "pipeline du --json"
 KINDS = {
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from stagegraph.gc import usage
+    from stagegraph.query.gc import usage
 
     with Pipeline(args.file, args.overrides) as pipeline:
         with pipeline.workspace.alone():
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _rows(found: Usage) -> list[tuple[str, int, int]]:
     """Return (what, files, bytes): current results largest first, the rest by kind; shared objects count once."""
-    from stagegraph.record import record_files
+    from stagegraph.store.record import record_files
 
     seen: set[str] = set()
 

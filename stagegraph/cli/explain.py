@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
 from stagegraph.cli.pager import page
-from stagegraph.journal import HIT
-from stagegraph.plan import UNKNOWN
+from stagegraph.planning.planner import UNKNOWN
+from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from stagegraph.explain import Cause, Explanation
+    from stagegraph.query.explain import Cause, Explanation
 
 EXAMPLE = "pipeline explain 'compile[cuda]' --diff"
 

@@ -7,8 +7,8 @@ import argparse
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE
-from stagegraph.record import record_files
-from stagegraph.workspace import Workspace
+from stagegraph.store.record import record_files
+from stagegraph.store.workspace import Workspace
 
 EXAMPLE = "pipeline fsck --json"
 

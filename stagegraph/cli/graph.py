@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import add_file, add_json, print_json
-from stagegraph.dag import Dag
-from stagegraph.spec import load
+from stagegraph.planning.dag import Dag
+from stagegraph.spec.load import load
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.changes import show
 from stagegraph.cli.common import add_file, print_json
 from stagegraph.cli.pager import page
+from stagegraph.planning.changes import show
 
 if TYPE_CHECKING:
-    from stagegraph.lineage import Lineage, Origin
+    from stagegraph.query.lineage import Lineage, Origin
 
 EXAMPLE = "pipeline lineage 'bundle[llvm]:bundle/model.so' --format mermaid"
 DIGITS = 16

@@ -15,8 +15,8 @@ from stagegraph.errors import PlanError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stagegraph.dag import Node
-    from stagegraph.workspace import Workspace
+    from stagegraph.planning.dag import Node
+    from stagegraph.store.workspace import Workspace
 
 EXAMPLE = "pipeline log 'compile[cuda]' --follow"
 POLL_SECONDS = 0.2

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.cli.common import print_json
 from stagegraph.cli.pager import page
 from stagegraph.errors import PlanError, StoreError
-from stagegraph.record import artifact_digest
 from stagegraph.registry import Lookup, find, names
-from stagegraph.store import RottenError
+from stagegraph.store.objects import RottenError
+from stagegraph.store.record import artifact_digest
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
-    from stagegraph.dag import Node
-    from stagegraph.record import Record
+    from stagegraph.planning.dag import Node
+    from stagegraph.store.record import Record
 
 SHOWN = 3  # names like the one that is not known
 

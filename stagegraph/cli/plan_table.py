@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import age_text, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
-from stagegraph.journal import HIT
-from stagegraph.plan import NEVER, STALE, UNKNOWN
-from stagegraph.record import record_size
+from stagegraph.planning.planner import NEVER, STALE, UNKNOWN
+from stagegraph.store.journal import HIT
+from stagegraph.store.record import record_size
 
 if TYPE_CHECKING:
-    from stagegraph.forecast import Plan, Step
+    from stagegraph.query.forecast import Plan, Step
 
 
 def plan_lines(plan: Plan, *, costs: bool) -> list[str]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
 from stagegraph.cli.streams import exactly, hanging, visible
-from stagegraph.journal import HIT
-from stagegraph.outcome import Reporter
+from stagegraph.execution.outcome import Reporter
+from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:
-    from stagegraph.dag import Node
-    from stagegraph.outcome import Outcome
+    from stagegraph.execution.outcome import Outcome
+    from stagegraph.planning.dag import Node
 
 PLAIN_SECONDS = 5.0
 

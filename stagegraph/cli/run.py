@@ -12,13 +12,13 @@ from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.report import Quiet, reporter_for
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
-from stagegraph.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
-from stagegraph.record import parts_text, record_size
+from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.store.record import parts_text, record_size
 
 if TYPE_CHECKING:
-    from stagegraph.outcome import Outcome, Run
+    from stagegraph.execution.outcome import Outcome, Run
     from stagegraph.project import Selection
-    from stagegraph.reproduce import Reproduction
+    from stagegraph.query.reproduce import Reproduction
 
 EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"
 
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         done = _execute(pipeline, selection, args)
         again = _build_again(pipeline, selection, args) if done.ok and args.check_reproducible else None
         if args.json:
-            from stagegraph.history import outcome_document
+            from stagegraph.query.history import outcome_document
 
             print_json(
                 {

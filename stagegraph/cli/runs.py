@@ -12,11 +12,11 @@ from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, pr
 from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
-from stagegraph.history import find_run
-from stagegraph.journal import EXECUTED, FAILED
+from stagegraph.query.history import find_run
+from stagegraph.store.journal import EXECUTED, FAILED
 
 if TYPE_CHECKING:
-    from stagegraph.history import PastRun
+    from stagegraph.query.history import PastRun
 
 EXAMPLE = "pipeline runs --run @~0"
 

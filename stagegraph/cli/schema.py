@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_args: argparse.Namespace) -> int:
     """Run the verb."""
-    from stagegraph.schema import json_schema
+    from stagegraph.spec.schema import json_schema
 
     print_json(json_schema())
     return 0

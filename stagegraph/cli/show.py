@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.artifact import missing_text
-from stagegraph.changes import show
 from stagegraph.cli import lookup
 from stagegraph.cli.common import add_file, print_json, seconds_text, shown, size_text
 from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
-from stagegraph.record import parts_text, result_digest
+from stagegraph.planning.changes import show
+from stagegraph.query.artifact import missing_text
 from stagegraph.registry import find, load_object, names
+from stagegraph.store.record import parts_text, result_digest
 
 if TYPE_CHECKING:
-    from stagegraph.artifact import Artifact
+    from stagegraph.query.artifact import Artifact
 
 PREVIEW_LINES = 40
 EXAMPLE = "pipeline show 'compile[llvm]:metadata.json'"

@@ -11,8 +11,8 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.errors import SpecError
-from stagegraph.pipeline import NodeSpec, Pipeline
-from stagegraph.spec import load
+from stagegraph.spec.load import load
+from stagegraph.spec.model import NodeSpec, Pipeline
 from stagegraph.stage import Source, Stage, param, source
 
 HEAD = "version: 1\nname: demo"

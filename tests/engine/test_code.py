@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.code import CodeDigests
-from stagegraph.index import Index
-from stagegraph.memo import PartCode
+from stagegraph.planning.code import CodeDigests
+from stagegraph.store.index import Index
+from stagegraph.store.memo import PartCode
 
 FILES = {
     "__init__.py": "",
@@ -82,7 +82,7 @@ def test_which_edits_count(lib: Path, file: str, old: str, new: str, counts: boo
 
 def test_unchanged_files_are_not_parsed_again(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = closure(lib, {})
-    monkeypatch.setattr("stagegraph.code.summarise", None)
+    monkeypatch.setattr("stagegraph.planning.code.summarise", None)
     assert closure(lib, {}) == before
 
 

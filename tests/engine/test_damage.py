@@ -15,11 +15,11 @@ import diskcache
 import pytest
 
 from stagegraph import Pipeline
-from stagegraph.documents import DamagedError, seal, unseal
-from stagegraph.index import Index
-from stagegraph.journal import Journal
-from stagegraph.record import is_record_of
-from stagegraph.workspace import Workspace
+from stagegraph.store.documents import DamagedError, seal, unseal
+from stagegraph.store.index import Index
+from stagegraph.store.journal import Journal
+from stagegraph.store.record import is_record_of
+from stagegraph.store.workspace import Workspace
 from tests.engine.conftest import Demo
 
 
@@ -215,7 +215,7 @@ def test_a_part_outlives_the_index(tmp_path: Path) -> None:
 
 
 def test_a_locked_index_costs_no_result(tmp_path: Path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("stagegraph.index.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("stagegraph.store.index.BUSY_SECONDS", 0.1)
     index, part = Index(tmp_path / "index"), f"part:{'ab' * 32}"
     index.set("memo:a", 1)
     locker = sqlite3.connect(tmp_path / "index" / "cache.db", isolation_level=None)

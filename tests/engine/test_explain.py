@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stagegraph.definitions import changed_definitions
+from stagegraph.planning.definitions import changed_definitions
 from tests.engine.conftest import Demo, Result
 
 

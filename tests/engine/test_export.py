@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import Pipeline
-from stagegraph import export as module
+from stagegraph.query import export as module
 from tests.engine.conftest import Demo
 
 
@@ -117,7 +117,9 @@ def test_what_is_damaged_is_not_exported(built: Demo) -> None:
 
 
 def test_what_was_written_is_read_back(built: Demo, monkeypatch) -> None:
-    monkeypatch.setattr("stagegraph.export.shutil.copyfile", lambda _, target: Path(target).write_text("not that"))
+    monkeypatch.setattr(
+        "stagegraph.query.export.shutil.copyfile", lambda _, target: Path(target).write_text("not that")
+    )
     failed = export(built, "read", built.folder / "out")
     assert (failed.code, "is not what is stored; nothing was exported" in failed.err) == (3, True)
     assert not (built.folder / "out").exists()

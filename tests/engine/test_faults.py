@@ -277,7 +277,7 @@ def test_what_outlives_a_killed_run_cannot_write_into_the_next(troubled: Demo, m
 
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["linked", "copied"])
 def test_a_stage_that_writes_into_its_input_spoils_nothing_unseen(demo: Demo, limit: int, monkeypatch) -> None:
-    monkeypatch.setattr("stagegraph.store.HARDLINK_FROM", limit)
+    monkeypatch.setattr("stagegraph.store.objects.HARDLINK_FROM", limit)
     demo.pipeline.write_text(demo.pipeline.read_text().partition("  shape:")[0] + "  deface: {needs: [read]}\n")
     demo.run()
     demo.counts  # noqa: B018

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from stagegraph.api import Pipeline
-from stagegraph.artifact import Artifact
 from stagegraph.cli import layout, main, verbs
+from stagegraph.query.artifact import Artifact
 from tests.engine.conftest import Demo
 from tests.output_schema import validate
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from stagegraph import Pipeline
-from stagegraph.pins import Pin, pinned
+from stagegraph.store.pins import Pin, pinned
 from tests.engine.conftest import Demo
 from tests.engine.test_faults import start, wait_for
 
@@ -107,7 +107,7 @@ def test_kept_source_texts_and_logs_go_with_their_results(demo: Demo) -> None:
 def test_memoised_parts_stay_while_a_run_is_under_way_and_go_by_size_after(demo: Demo) -> None:
     demo.run()
     with Pipeline(demo.pipeline) as pipeline:
-        from stagegraph.memo import Memo, PartCode
+        from stagegraph.store.memo import Memo, PartCode
 
         memo = Memo(pipeline.workspace.store, {"tensor": PartCode("code", {})})
 

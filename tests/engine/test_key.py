@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.changes import changes
 from stagegraph.digest import canonical, digest_json
-from stagegraph.key import key_document
-from stagegraph.pipeline import NodeSpec
-from stagegraph.record import key_of
-from stagegraph.sources import SourceState
+from stagegraph.planning.changes import changes
+from stagegraph.planning.key import key_document
+from stagegraph.planning.sources import SourceState
+from stagegraph.spec.model import NodeSpec
 from stagegraph.stage import In, Out, Source, Stage, param, source
+from stagegraph.store.record import key_of
 from tests.engine.conftest import Demo
 
 # Every field of a node, and whether it can influence the key. A new field must be put into one of the two.

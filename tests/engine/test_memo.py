@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import store
 from stagegraph.digest import digest_file, stat_id
-from stagegraph.index import Index
-from stagegraph.memo import Memo, PartCode
-from stagegraph.store import Store
+from stagegraph.store import objects as store
+from stagegraph.store.index import Index
+from stagegraph.store.memo import Memo, PartCode
+from stagegraph.store.objects import Store
 from tests.engine.conftest import Demo, provide
 from tests.engine.test_faults import start, wait_for
 

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from stagegraph import Pipeline, Reporter
-from stagegraph.forecast import makespan
+from stagegraph.query.forecast import makespan
 from tests.engine.conftest import Demo
 
 FLAKY = '''

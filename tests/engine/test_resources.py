@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import registry, resources
+from stagegraph import registry
+from stagegraph.execution import resources
 from tests.engine.conftest import Demo
 
 EAT = '''
@@ -136,7 +137,7 @@ class _FakeWorker:
 
 class _FakeNode:
     def __init__(self, memory: int) -> None:
-        from stagegraph.pipeline import Resources
+        from stagegraph.spec.model import Resources
 
         self.spec = self
         self.resources = Resources(memory)
@@ -194,8 +195,8 @@ def test_a_short_write_of_the_journal_is_said_and_tears_nothing(demo: Demo, monk
 
 def test_a_node_that_cannot_begin_fails_alone(demo: Demo, monkeypatch) -> None:
     """No room for the lock, or the work directory, of one node: the others go on."""
-    from stagegraph.runner import Sandbox
-    from stagegraph.workspace import Workspace
+    from stagegraph.execution.sandbox import Sandbox
+    from stagegraph.store.workspace import Workspace
 
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
     for owner, name, turn in ((Workspace, "try_lock", 1), (Sandbox, "create", 2)):
@@ -219,7 +220,7 @@ def test_a_node_that_cannot_begin_fails_alone(demo: Demo, monkeypatch) -> None:
 
 
 def test_a_disk_that_takes_no_more_under_a_failure_costs_only_its_leftovers(demo: Demo, monkeypatch) -> None:
-    from stagegraph.workspace import Workspace
+    from stagegraph.store.workspace import Workspace
 
     def full(*_: object) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from stagegraph.digest import stat_id
-from stagegraph.store import RottenError
-from stagegraph.workspace import Workspace
+from stagegraph.store.objects import RottenError
+from stagegraph.store.workspace import Workspace
 from tests.engine.conftest import Demo
 from tests.engine.test_damage import flipped, root, shown
 
@@ -35,7 +35,7 @@ def rot(demo: Demo, path: Path) -> None:
 
 @pytest.fixture(params=[0, 1 << 30], ids=["linked", "copied"])
 def built(demo: Demo, request, monkeypatch) -> Demo:
-    monkeypatch.setattr("stagegraph.store.HARDLINK_FROM", request.param)
+    monkeypatch.setattr("stagegraph.store.objects.HARDLINK_FROM", request.param)
     assert demo.run().code == 0
     demo.counts  # noqa: B018
     return demo
@@ -84,7 +84,7 @@ def test_no_verb_prints_it(built: Demo) -> None:
 
 
 def test_an_object_that_rots_whenever_it_is_written_fails_its_reader(built: Demo, monkeypatch) -> None:
-    from stagegraph import store
+    from stagegraph.store import objects as store
 
     digest = object_with(built, "some words here\n").name
 
@@ -105,7 +105,7 @@ def test_an_object_that_rots_whenever_it_is_written_fails_its_reader(built: Demo
 def test_what_cannot_be_read_in_an_objects_place_is_replaced(built: Demo, odd: str, monkeypatch) -> None:
     import os
 
-    from stagegraph import store
+    from stagegraph.store import objects as store
 
     path = object_with(built, "some words here\n")
     path.unlink()
@@ -131,14 +131,14 @@ def test_what_cannot_be_read_in_an_objects_place_is_replaced(built: Demo, odd: s
 
 def test_a_check_after_a_run_with_large_outputs_finds_nothing_to_do(demo: Demo, monkeypatch) -> None:
     """Links to an object move its ctime, also that of the output that is one of them."""
-    monkeypatch.setattr("stagegraph.store.HARDLINK_FROM", 0)
+    monkeypatch.setattr("stagegraph.store.objects.HARDLINK_FROM", 0)
     for _ in range(2):
         assert demo.run().code == 0
         assert demo("status", str(demo.pipeline), "--check").code == 0
 
 
 def test_a_log_that_cannot_be_written_is_said(built: Demo, monkeypatch) -> None:
-    from stagegraph.workspace import Workspace
+    from stagegraph.store.workspace import Workspace
 
     monkeypatch.setattr(Workspace, "log_path", lambda self, key: self.root / "logs" / "d")
     (root(built) / "logs" / "d").mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def test_a_log_that_cannot_be_written_is_said(built: Demo, monkeypatch) -> None:
 
 
 def test_a_full_log_costs_no_node(built: Demo, monkeypatch) -> None:
-    from stagegraph.workspace import Workspace
+    from stagegraph.store.workspace import Workspace
 
     (root(built) / "full").symlink_to("/dev/full")
     monkeypatch.setattr(Workspace, "log_path", lambda self, key: self.root / "full")

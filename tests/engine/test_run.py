@@ -47,7 +47,7 @@ def test_touch_runs_nothing_and_refreshes_the_stat_cache(demo: Demo, monkeypatch
     demo.run()
     assert demo.counts == []
     read = []
-    monkeypatch.setattr("stagegraph.sources.digest_file", read.append)
+    monkeypatch.setattr("stagegraph.planning.sources.digest_file", read.append)
     assert demo.run().code == 0
     assert read == []
 

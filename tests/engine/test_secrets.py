@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry
-from stagegraph.secrets import Mask
+from stagegraph.planning.secrets import Mask
 from tests.engine.conftest import Demo
 
 WORDS = 'hunter2/"quoted" \\ und mehr'

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import sources
 from stagegraph.digest import digest_bytes, digest_file
 from stagegraph.errors import PlanError
 from stagegraph.files import list_files
-from stagegraph.index import Index
-from stagegraph.sources import Sources
+from stagegraph.planning import sources
+from stagegraph.planning.sources import Sources
+from stagegraph.store.index import Index
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import spec as module
 from stagegraph.errors import SpecError
-from stagegraph.spec import load
+from stagegraph.spec import load as module
+from stagegraph.spec.load import load
 from tests.engine.spec_fakes import SpecFiles
 
 REPOSITORY = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ import sys
 from pathlib import Path
 from stagegraph import registry
 registry.shipped = lambda: registry.Provider(stages={"light": "light_stage:Light"})
-from stagegraph.spec import load
+from stagegraph.spec.load import load
 load(Path("p.yaml"))
 print(*sys.modules)
 """
@@ -74,7 +74,7 @@ def test_a_pipeline_that_would_grow_without_end_is_refused_in_little_memory(name
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from stagegraph.errors import SpecError\n"
-        "from stagegraph.spec import load\n"
+        "from stagegraph.spec.load import load\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    load(Path('pipeline.yaml'))\n"
         "except SpecError as error:\n    print(len(str(error)))\n"

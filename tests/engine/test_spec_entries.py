@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry
-from stagegraph.pipeline import Resources
+from stagegraph.spec.model import Resources
 from tests.engine.spec_fakes import SpecFiles
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph.errors import SpecError
-from stagegraph.spec import load
+from stagegraph.spec.load import load
 from tests.engine.spec_fakes import SpecFiles
 
 BASE = """version: 1

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from stagegraph.schema import json_schema
+from stagegraph.spec.schema import json_schema
 from tests.engine.spec_fakes import SpecFiles
 
 VALID = """

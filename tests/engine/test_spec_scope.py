@@ -112,7 +112,7 @@ stages:
     elsewhere = spec.root / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    from stagegraph.spec import load
+    from stagegraph.spec.load import load
 
     (fetch,) = load(Path("../p.yaml"), ["vars.given=mine"], {"EXTRA": "more"}).nodes
     above = spec.root

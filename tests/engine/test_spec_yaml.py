@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stagegraph.pipeline import Place
-from stagegraph.spec_item import Item, Problems
-from stagegraph.spec_yaml import SIZE_LIMIT, core_scalar, parse
+from stagegraph.spec.item import Item, Problems
+from stagegraph.spec.model import Place
+from stagegraph.spec.reader import SIZE_LIMIT, core_scalar, parse
 
 
 def read(text: str) -> tuple[Item | None, list[str]]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph import store as module
 from stagegraph.digest import digest_bytes
 from stagegraph.files import remove_tree
-from stagegraph.index import Index
-from stagegraph.journal import Journal
-from stagegraph.store import Store
-from stagegraph.workspace import Workspace
+from stagegraph.store import objects as module
+from stagegraph.store.index import Index
+from stagegraph.store.journal import Journal
+from stagegraph.store.objects import Store
+from stagegraph.store.workspace import Workspace
 
 
 @pytest.fixture

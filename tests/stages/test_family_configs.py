@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from stagegraph.code import CodeDigests
-from stagegraph.index import Index
+from stagegraph.planning.code import CodeDigests
 from stagegraph.stage import SourceFiles, StageError
+from stagegraph.store.index import Index
 from stages import profiles
 from stages.config_parse import ConfigParse
 from stages.graph import FUNCTIONS

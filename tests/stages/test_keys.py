@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from stagegraph.code import CodeDigests
-from stagegraph.index import Index
-from stagegraph.plan import worker_module
+from stagegraph.planning.code import CodeDigests
+from stagegraph.planning.planner import worker_module
 from stagegraph.registry import get_stage
+from stagegraph.store.index import Index
 from stages.provider import PROVIDER
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stagegraph.memo import Memo, PartCode
 from stagegraph.stage import Source, SourceFiles, StageError
+from stagegraph.store.memo import Memo, PartCode
 from stages.config_parse import ConfigParse
 from stages.conversion import conversion
 from stages.models.weights import Weights

@@ -4,9 +4,9 @@ import pytest
 import tvm
 from tvm import te
 
-from stagegraph.index import Index
-from stagegraph.memo import Memo, PartCode
-from stagegraph.store import Store
+from stagegraph.store.index import Index
+from stagegraph.store.memo import Memo, PartCode
+from stagegraph.store.objects import Store
 from stages.codegen import schedules
 from stages.lowering import schedule
 from stages.lowering.plain_names import SCHEDULED

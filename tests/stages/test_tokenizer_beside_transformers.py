@@ -20,6 +20,7 @@ LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token"
 TEXTS = [*PROBES, *(text for _, text in sample_corpus())]
 NONE = {"add_bos_token": False}
 # Name -> (files, model family, eos id): all ids of all texts are transformers', and what goes before a text.
+LONG = {"sentencepiece", "a table of normal forms"}  # six seconds each
 EQUAL = {
     "sentencepiece": ({"tokenizer.model": trained("llama"), "tokenizer_config.json": NONE}, "llama", 2),
     "sentencepiece, mistral": (
@@ -46,7 +47,7 @@ def levels(ctx, check):
     return [line.split("(")[1][0] for line in ctx.views["checks"].splitlines() if line.startswith(f"{check} (")]
 
 
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EQUAL])
 def test_the_ids_are_those_of_transformers(tmp_path, name):
     from transformers import AutoTokenizer
 
@@ -76,7 +77,9 @@ def test_the_class_of_llama_loses_a_space_before_a_text_and_all_else_is_equal(tm
         assert equal or text.startswith((" ", "\u2581")), text
 
 
-@pytest.mark.parametrize("stated", [{}, {"legacy": True}, {"legacy": False}, {"legacy": None}])
+@pytest.mark.parametrize(
+    "stated", [{}, *(pytest.param({"legacy": value}, marks=pytest.mark.slow) for value in (True, False, None))]
+)
 def test_chats_have_the_ids_of_transformers_whatever_is_said_of_legacy(tmp_path, stated):
     """``legacy`` says whether a space goes before what follows a special token, as in ``<s>[INST]``."""
     config = {**LLAMA, **stated, "chat_template": CHAT}

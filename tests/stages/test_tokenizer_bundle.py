@@ -220,7 +220,8 @@ def test_planning_names_the_rows_without_the_libraries(tmp_path):
     assert done.stdout.strip() == (
         "[('stages.tokenizers.resolution:RULES', 'tiktoken-qwen'), ('stages.tokenizers:EMBEDDINGS', 'qwen'), "
         "('stages.tokenizers:TOKENIZERS', 'tiktoken-qwen')] "
-        "['jinja2', 'python', 'regex', 'tiktoken', 'tokenizers', 'transformers', 'unicode']"
+        "['jinja2', 'protobuf', 'python', 'regex', 'sentencepiece', 'tiktoken', 'tokenizers', 'transformers', "
+        "'unicode']"
     )
     stage = TokenizerBundle()
     assert stage.rows(stage.Params(str(tmp_path / "nowhere")), {}) == {}

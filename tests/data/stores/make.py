@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 sys.path.insert(0, str(ROOT))
 
-from stagegraph.record import RECORD_SCHEMA  # noqa: E402 - after the path
+from stagegraph.store.record import RECORD_SCHEMA  # noqa: E402 - after the path
 from tests.endurance.bench import Bench  # noqa: E402
 
 PIPELINE = """\

@@ -88,7 +88,7 @@ def _number(text: str) -> int:
 def _strike(name: str, now: int) -> None:
     if not fault or (now < number if onwards else now != number):
         return
-    if fault == "killall" and "stagegraph.worker" in sys.orig_argv:
+    if fault == "killall" and "stagegraph.execution.worker" in sys.orig_argv:
         os.kill(os.getppid(), signal.SIGKILL)
     if fault in {"kill", "killall"}:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,70 @@
+"""How the nodes of a run end, and who hears of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from stagegraph.store.objects import RottenError
+from stagegraph.store.record import Record
+
+if TYPE_CHECKING:
+    from stagegraph.planning.dag import Node
+
+
+@dataclass
+class Outcome:
+    """How one node ended in this run: HIT, BUILT, UNCHANGED, FAILED or SKIPPED, and why."""
+
+    node: Node
+    outcome: str
+    reason: str
+    key: str = ""
+    record: Record | None = None
+    seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    log: Path | None = None
+    kept: Path | None = None
+    bug: bool = False
+    reasons: list[str] = field(default_factory=list)
+
+
+class Run(NamedTuple):
+    """A finished run: how each node ended, in topological order, and the wall time in seconds."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every node has a result."""
+        return all(outcome.record is not None for outcome in self.outcomes)
+
+
+class Reporter:
+    """Who watches a run; a subclass overrides what it wants to hear of."""
+
+    def started(self, node: Node, reason: str) -> None:
+        """A node begins to execute."""
+
+    def waiting(self, node: Node, what: str) -> None:
+        """A node is held up by ``what``."""
+
+    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
+        """A running node reports how far it is."""
+
+    def retrying(self, node: Node, problem: str, attempt: int) -> None:
+        """A node failed and is tried again, for the ``attempt``-th time."""
+
+    def finished(self, outcome: Outcome) -> None:
+        """A node is done."""
+
+
+def problem_of(error: Exception) -> str:
+    """Say what of the store, or of the system, kept a node from its result."""
+    if isinstance(error, RottenError):
+        return f"its stored input {error.digest[:16]} was damaged again after it was rebuilt: is the disk failing?"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the store under artifacts/'}: {error.strerror or error}"
+    return f"the index under artifacts/ cannot be written: {error}"

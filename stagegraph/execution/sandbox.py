@@ -1,0 +1,328 @@
+"""The parent's side of execution: private work directories and handles of worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.files import remove_tree
+from stagegraph.planning.key import secrets_of
+from stagegraph.registry import find, hidden_variables, stage_reference
+
+if TYPE_CHECKING:
+    from stagegraph.planning.dag import Node
+    from stagegraph.planning.planner import Decision, Prepared
+    from stagegraph.planning.secrets import Mask, MaskedLog
+    from stagegraph.store.memo import PartCode
+    from stagegraph.store.record import Record
+    from stagegraph.store.workspace import Workspace
+
+EXIT_GRACE_SECONDS = 2.0
+
+
+@dataclass
+class Log:
+    """Where the prints of an execution go, and what takes its secrets out of them and of what it says, if it has any.
+
+    A worker writes to ``target``.
+    """
+
+    path: Path
+    mask: Mask | None = None
+    pipe: MaskedLog | None = None
+
+    @property
+    def target(self) -> Path:
+        """The log itself, or the pipe before it."""
+        return self.pipe.pipe if self.pipe else self.path
+
+    def masked(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return an event without secrets."""
+        return self.mask.event(event) if self.mask else event
+
+    def close(self) -> None:
+        """See that all that was printed is in the log."""
+        if self.pipe:
+            self.pipe.close()
+
+
+@dataclass
+class Running:
+    """A node that executes."""
+
+    decision: Decision
+    worker: Worker
+    sandbox: Sandbox
+    made_from: dict[str, list[str]]
+    lock: int
+    log: Log
+    began: float
+    started_at: str
+    deadline: float | None
+
+
+@dataclass
+class Sandbox:
+    """The private directory of one execution: ``in/`` holds its verified inputs, ``out/`` takes its outputs.
+
+    Inputs are real files, not symbolic links: small ones copied, large ones hard links to their objects.
+    """
+
+    folder: Path
+    linked: dict[str, str] = field(default_factory=dict)  # path of a hard link -> digest of its object
+    secret: bool = False  # whether what was written may hold a secret
+
+    @property
+    def out(self) -> Path:
+        """Where the stage writes."""
+        return self.folder / "out"
+
+    @classmethod
+    def create(cls, workspace: Workspace, key: str) -> Sandbox:
+        """Make an empty sandbox for the execution of ``key``, whose lock the caller holds.
+
+        What a killed run left behind for this key goes now: the sweep passes over a key that is locked.
+        """
+        remove_tree(workspace.work / key)
+        # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
+        folder = workspace.work / key / str(time.time_ns())
+        (folder / "out").mkdir(parents=True)
+        return cls(folder)
+
+    def lay_out_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
+        """Put the inputs below ``in/``; return port -> [(``foreach`` values, path)]."""
+        inputs: dict[str, list[Any]] = {}
+        for port, upstream in node.inputs.items():
+            declared = node.stage.inputs[port]
+            for i, u in enumerate(sorted(upstream, key=lambda n: sorted(n.spec.each.items()))):
+                base = self.folder / "in" / port / str(i)  # nothing that is not in the key may be seen
+                for name, (digest, _) in records[u]["outputs"][declared.port]["files"].items():
+                    target = base / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if workspace.store.place(digest, target):
+                        self.linked[str(target.absolute())] = digest
+                each = dict(u.spec.each) if declared.many else {}
+                path = base / u.stage.outputs[declared.port].path
+                inputs.setdefault(port, []).append([each, str(path.absolute())])
+        return inputs
+
+    def open_log(self, path: Path, secrets: Sequence[str]) -> Log:
+        """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.secret = bool(secrets)
+        if not secrets:
+            return Log(path)
+        from stagegraph.planning.secrets import Mask, MaskedLog
+
+        path.unlink(missing_ok=True)
+        mask = Mask(secrets)
+        return Log(path, mask, MaskedLog(self.folder / "log", path, mask))
+
+    def remove(self, workspace: Workspace) -> None:
+        """Remove everything; objects whose links go with it stay known as intact."""
+        remove_tree(self.folder)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
+        self._relearn(workspace)
+
+    def keep(self, workspace: Workspace, pipeline: str, node: str) -> Path | None:
+        """Remove the inputs and keep what was written, for a look at a failure, and return where.
+
+        None where the disk takes no more, or what was written may hold a secret.
+        """
+        try:
+            if self.secret:
+                self.remove(workspace)
+                return None
+            remove_tree(self.folder / "in")
+            self._relearn(workspace)
+            return workspace.keep_failed(self.folder, pipeline, node)
+        except OSError:
+            remove_tree(self.folder)
+            return None
+
+    def _relearn(self, workspace: Workspace) -> None:
+        for digest in self.linked.values():
+            workspace.store.relink(digest)
+
+
+def request_for(
+    node: Node,
+    prepared: Prepared,
+    inputs: Mapping[str, list[Any]],
+    sandbox: Sandbox,
+    log: Log,
+    *,
+    store: Path,
+    parts: Mapping[str, PartCode],
+    fresh: bool,
+) -> dict[str, Any]:
+    """Return the message that makes a worker run a node; ``parts`` says what makes what it memoises.
+
+    ``fresh`` makes it reuse nothing of that.
+    """
+    params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
+    sources = {
+        name: {
+            "root": str(state.root),
+            "files": {n: str(p.absolute()) for n, p in state.files.items()},
+            "digests": state.digests,
+        }
+        for name, state in prepared.sources.items()
+    }
+    return {
+        "prepare": find("profiles", node.stage.profile),
+        "reference": stage_reference(node.spec.uses),
+        "params": params,
+        "inputs": inputs,
+        "sources": sources,
+        "linked": sandbox.linked,
+        "out": str(sandbox.out.absolute()),
+        "store": str(store.absolute()),
+        "parts": parts,
+        "fresh": fresh,
+        "log": str(log.target.absolute()),
+        "secrets": prepared.secrets,
+    }
+
+
+class Workers:
+    """The worker processes of one run; those that have nothing to do stay warm.
+
+    No environment variable with a secret of the pipeline in it reaches one.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        secrets = {secret for node in nodes for secret in secrets_of(node.spec.params)}
+        hidden = hidden_variables()
+        self._environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in hidden and not any(secret in value for secret in secrets)
+        }
+        self._idle: dict[str, list[Worker]] = {}
+
+    def take(self, node: Node, secrets: Sequence[str]) -> Worker:
+        """Return a worker for a node: a warm one, unless its memory counts or it has secrets.
+
+        What an earlier node left in a worker is not this one's. One that died while idle is no node's fault.
+        """
+        idle = self._idle.get(node.stage.profile, [])
+        while idle and not node.spec.resources.memory and not secrets:
+            worker = idle.pop()
+            if worker.alive():
+                return worker
+            worker.kill()
+        return Worker(node.stage.profile, self._environment)
+
+    def give_back(self, worker: Worker) -> None:
+        """Keep a worker warm."""
+        self._idle.setdefault(worker.profile, []).append(worker)
+
+    def stop(self) -> None:
+        """End those that have nothing to do."""
+        for workers in self._idle.values():
+            for worker in workers:
+                worker.stop()
+
+
+class Worker:
+    """A worker process of one profile, in a process group of its own so that a terminal's Ctrl-C does not reach it."""
+
+    def __init__(self, profile: str, environment: Mapping[str, str]) -> None:
+        self.profile = profile
+        reader, writer = os.pipe()
+        self._events = os.fdopen(reader, "rb", buffering=0)
+        os.set_blocking(reader, False)
+        env = {
+            **environment,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONHASHSEED": "0",
+            "PYTHONUNBUFFERED": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "stagegraph.execution.worker", profile, str(writer), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[writer],
+            env=env,
+            start_new_session=True,
+        )
+        os.close(writer)
+        self._pending = b""
+
+    @property
+    def pid(self) -> int:
+        """The process, which leads a session of its own."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Return the descriptor that becomes readable when there are events."""
+        return self._events.fileno()
+
+    def send(self, request: Mapping[str, Any]) -> None:
+        """Start a request; if the process is gone, its end shows on the event stream."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def receive(self) -> list[dict[str, Any]]:
+        """Return the events that have arrived; an event ``gone`` when the process has ended."""
+        ended = self._process.poll() is not None  # asked first: what it wrote before it ended is read below
+        while chunk := self._events.read(1 << 16):
+            self._pending += chunk
+        *lines, self._pending = self._pending.split(b"\n")
+        events = [json.loads(line) for line in lines]
+        if ended or chunk == b"":
+            events.append({"event": "gone", "meaning": describe_exit(self._process.wait())})
+        return events
+
+    def alive(self) -> bool:
+        """Say whether the process still runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """End the process and everything it started, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._close()
+
+    def stop(self) -> None:
+        """Let an idle process end by itself."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(EXIT_GRACE_SECONDS)
+        self.kill()  # whatever it started ends with it
+
+    def _close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            if self._process.stdin:
+                self._process.stdin.close()
+        self._events.close()
+
+
+def describe_exit(code: int) -> str:
+    """Say how a process ended: the signal's name, and what it usually means."""
+    if code >= 0:
+        return f"its worker process ended with status {code}"
+    name = signal.Signals(-code).name
+    meaning = {
+        "SIGKILL": "; usually out of memory: raise its resources.memory so that less runs beside it",
+        "SIGSEGV": "; a crash in native code, often a mismatch of library versions: see the pins in pyproject.toml",
+    }.get(name, "")
+    return f"its worker process was killed by {name}{meaning}"

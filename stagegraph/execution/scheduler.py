@@ -1,0 +1,382 @@
+"""Doing, as distinct from deciding: bring a selection of nodes up to date with worker processes.
+
+Life of one node, in the order of the code below:
+1. wait until every upstream node has a record; if one failed, skip
+2. decide: key -> record; a HIT is materialised and done, without a worker
+3. take the key's lock (another run may hold it: wait), then look up again: that run may have done the work
+4. run in a private work directory, in a worker of the stage's profile, within ``-j`` and the node's resources
+5. check that no source changed meanwhile; adopt the outputs into the store; write the record: that is the commit
+6. materialise; a failure keeps its work directory and log and is never served from the cache
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.execution.outcome import Outcome, Reporter, problem_of
+from stagegraph.execution.resources import Room
+from stagegraph.planning.planner import Decision, Planner
+from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.store.objects import RottenError
+from stagegraph.store.record import Record, new_record, record_files, same_outputs
+from stagegraph.store.workspace import Workspace
+
+if TYPE_CHECKING:
+    from selectors import BaseSelector
+
+    from stagegraph.execution.sandbox import Running, Worker, Workers
+    from stagegraph.planning.dag import Node
+    from stagegraph.store.pins import Pin
+
+LOCK_POLL_SECONDS = 0.1
+NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: how many at once, which nodes to run even if they are hits, what a failure means."""
+
+    jobs: int = 0
+    force: frozenset[str] = frozenset()
+    fail_fast: bool = False
+    retries: int = 0
+
+
+@dataclass
+class _Ready:
+    decision: Decision
+    waited_for: str = ""
+
+
+class Scheduler:
+    """Runs one selection of nodes once."""
+
+    def __init__(self, planner: Planner, workspace: Workspace, reporter: Reporter, options: Options) -> None:
+        self._planner = planner
+        self._workspace = workspace
+        self._pipeline = planner.dag.pipeline.name
+        self._reporter = reporter
+        self._options = options
+        self._room = Room(options.jobs or os.cpu_count() or 1)
+        self.outcomes: dict[Node, Outcome] = {}
+        self._waiting: list[Node] = []
+        self._ready: list[_Ready] = []
+        self._running: dict[Worker, Running] = {}
+        self._workers: Workers | None = None
+        self._attempts: dict[Node, int] = {}
+        self._selector: BaseSelector | None = None
+        self._pin: Pin | None = None
+        self._remade: set[str] = set()
+
+    def run(self, nodes: Sequence[Node]) -> None:
+        """Bring ``nodes`` (which include all they need, in topological order) up to date."""
+        self._workspace.create()
+        self._planner.prepare(nodes)
+        self._waiting = list(nodes)
+        try:
+            self._settle()
+            self._room.refuse([*(ready.decision.node for ready in self._ready), *self._waiting])
+            while self._ready or self._running or self._waiting:
+                self._start_ready()
+                self._await_events()
+                self._settle()
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._planner.save()
+            if self._pin is not None:
+                self._pin.release()
+            if self._workers is not None:
+                self._workers.stop()
+
+    # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        with self._workspace.sharing():
+            self._settle_all()
+            if self._ready and self._pin is None:
+                self._claim()
+
+    def _claim(self) -> None:
+        """Claim what this run has settled on; only a run that executes something lasts long enough to need it."""
+        from stagegraph.store.pins import Pin
+
+        self._pin = Pin(self._workspace.root)
+        self._pin.add(outcome.key for outcome in self.outcomes.values() if outcome.record)
+
+    def _settle_all(self) -> None:
+        progressed = True
+        while progressed:
+            progressed = False
+            for node in list(self._waiting):
+                if any(u not in self.outcomes for u in node.upstream):
+                    continue
+                self._waiting.remove(node)
+                progressed = True
+                self._settle_node(node)
+
+    def _settle_node(self, node: Node) -> None:
+        broken = [u for u in node.upstream if self.outcomes[u].record is None]
+        if broken:
+            self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].outcome.lower()}"))
+            return
+        if self._options.fail_fast and any(o.outcome == FAILED for o in self.outcomes.values()):
+            self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
+            return
+        decision = self._planner.decide(node, self._record_of)
+        forced = node.name in self._options.force
+        if decision.status == HIT and not forced:
+            try:
+                self._finish_hit(decision)
+                return
+            except RottenError:
+                decision = self._planner.decide(node, self._record_of)
+        if decision.status == HIT:
+            decision.reasons = ["forced"]
+        self._ready.append(_Ready(decision))
+
+    def _record_of(self, node: Node) -> Record:
+        record = self.outcomes[node].record
+        assert record is not None
+        return record
+
+    def _finish_hit(self, decision: Decision, reason: str = "") -> None:
+        name = decision.node.name
+        earlier = self._workspace.last(self._pipeline, name).get("key")
+        outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
+        restored = self._show(outcome)
+        if restored:
+            more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
+            outcome.reason = f"restored {restored[0]}{more}"
+        elif earlier != decision.key and not reason:
+            outcome.reason = "back to an earlier result" if earlier else "already in the store"
+        self._finish(outcome)
+
+    # -- 3, 4: start what may run ------------------------------------------------------------------------------------
+
+    def _start_ready(self) -> None:
+        for ready in list(self._ready):
+            decision = ready.decision
+            if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
+                self._ready.remove(ready)
+                self._waiting.append(decision.node)
+                continue
+            if not self._room.has(decision.node, self._at_work()):
+                continue
+            try:
+                lock = self._lock(ready)
+            except OSError as error:
+                self._ready.remove(ready)
+                self._finish(_not_started(decision, error))
+                continue
+            if lock is None:
+                continue
+            self._ready.remove(ready)
+            if "forced" not in decision.reasons and (ready.waited_for or self._workspace.record(decision.key)):
+                again = self._planner.decide(decision.node, self._record_of)
+                if again.status == HIT:
+                    os.close(lock)
+                    try:
+                        with self._workspace.sharing():
+                            self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
+                    except RottenError:
+                        self._waiting.append(decision.node)
+                    continue
+            self._start(decision, lock)
+
+    def _lock(self, ready: _Ready) -> int | None:
+        """Take the key's lock, or note who holds it: another node of this run with the same key, or another run."""
+        decision = ready.decision
+        twins = [r.decision.node.name for r in self._running.values() if r.decision.key == decision.key]
+        lock = None if twins else self._workspace.try_lock(decision.key)
+        if lock is None and not ready.waited_for:
+            ready.waited_for = twins[0] if twins else "another run"
+            self._reporter.waiting(decision.node, f"{ready.waited_for}, which builds the same thing")
+        return lock
+
+    def _start(self, decision: Decision, lock: int) -> None:
+        from selectors import EVENT_READ, DefaultSelector
+
+        from stagegraph.execution.sandbox import Running, Sandbox, Workers, request_for
+
+        workspace, node = self._workspace, decision.node
+        if self._selector is None:  # the first execution of this run
+            self._selector = DefaultSelector()
+            self._workers = Workers(self._planner.dag.nodes)
+            workspace.sweep()
+        assert self._workers is not None  # made with the selector
+        sandbox, log, prepared = None, None, self._planner.prepared(node)
+        try:
+            sandbox = Sandbox.create(workspace, decision.key)
+            inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
+            log = sandbox.open_log(workspace.log_path(decision.key), prepared.secrets)
+            worker = self._workers.take(node, prepared.secrets)
+        except (OSError, RottenError) as error:
+            if log is not None:
+                log.close()
+            if sandbox is not None:
+                sandbox.remove(workspace)
+            os.close(lock)
+            if not (isinstance(error, RottenError) and self._remake(node, error.digest)):
+                self._finish(_not_started(decision, error))
+            return
+        now = time.monotonic()
+        deadline = now + node.spec.timeout if node.spec.timeout else None
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in node.inputs.items()}
+        self._running[worker] = Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
+        self._selector.register(worker, EVENT_READ)
+        workspace.set_last(self._pipeline, node.name, running=decision.key)
+        self._reporter.started(node, decision.reason)
+        fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
+        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh))
+
+    def _remake(self, node: Node, digest: str) -> bool:
+        """Settle a node again, and before it those above whose result has a damaged object; once for each object."""
+        if digest in self._remade:
+            return False
+        self._remade.add(digest)
+        broken = [u for u in node.upstream if digest in {d for d, _ in record_files(self._record_of(u)).values()}]
+        self.outcomes = {other: outcome for other, outcome in self.outcomes.items() if other not in broken}
+        self._waiting += [*broken, node]
+        return True
+
+    # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
+
+    def _await_events(self) -> None:
+        if not self._running:
+            time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
+            return
+        assert self._selector is not None  # something is running
+        self._selector.select(LOCK_POLL_SECONDS)
+        for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
+            for event in map(running.log.masked, worker.receive()):
+                if event["event"] == "progress":
+                    amount = event["done"], event["total"], event["unit"], event["note"]
+                    self._reporter.progress(running.decision.node, *amount)
+                elif event["event"] == "end":
+                    self._release(running, keep_worker=not self._planner.prepared(running.decision.node).secrets)
+                    self._end(running, event)
+                    break
+                else:
+                    self._stop(running, event["meaning"])
+        now = time.monotonic()
+        for running in [r for r in self._running.values() if r.deadline and now > r.deadline]:
+            self._stop(running, f"took longer than its timeout of {running.decision.node.spec.timeout:g} s")
+        for worker, meaning in self._room.over(self._at_work()):
+            self._stop(self._running[worker], meaning)
+
+    def _at_work(self) -> list[tuple[Node, Worker]]:
+        return [(running.decision.node, running.worker) for running in self._running.values()]
+
+    def _stop(self, running: Running, why: str) -> None:
+        self._release(running, keep_worker=False)
+        self._fail(running, [why], bug=False)
+
+    def _release(self, running: Running, *, keep_worker: bool) -> None:
+        assert self._selector is not None
+        assert self._workers is not None
+        self._selector.unregister(running.worker)
+        del self._running[running.worker]
+        if keep_worker:
+            self._workers.give_back(running.worker)
+        else:
+            running.worker.kill()
+        running.log.close()
+
+    def _end(self, running: Running, event: dict[str, Any]) -> None:
+        decision = running.decision
+        if not event["ok"]:
+            self._fail(running, event["problems"], bug=event["bug"])
+            return
+        changed = self._planner.changed(decision)
+        if changed:
+            self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
+            return
+        try:
+            with self._workspace.sharing():
+                self._commit(running, event)
+        except (OSError, sqlite3.OperationalError) as error:
+            self._fail(running, [problem_of(error)], bug=False)
+
+    def _commit(self, running: Running, event: dict[str, Any]) -> None:
+        decision, workspace = running.decision, self._workspace
+        workspace.store.damaged += event["damaged"]
+        seconds = time.monotonic() - running.began
+        made = (running.made_from, event, running.started_at, seconds)
+        record = new_record(decision.node.stage.id, decision.key, decision.document or {}, *made)
+        previous = decision.previous
+        same = previous is not None and same_outputs(previous, record)
+        if previous is not None and previous["key"] == decision.key and not same:
+            record["warnings"].append(f"{NOT_DETERMINISTIC}; `pipeline show` names the earlier one, which is kept")
+        for name, (digest, _) in record_files(record).items():
+            workspace.store.adopt(running.sandbox.out / name, digest)
+        if previous is not None and previous["key"] == decision.key and not same:
+            workspace.keep_other(previous)
+        workspace.index.set(f"rec:{decision.key}", record)
+        self._planner.keep_code(decision)
+        running.sandbox.remove(workspace)
+        os.close(running.lock)
+        reason = decision.reason
+        if reason == "forced" and previous is not None:
+            reason = "forced; the result is identical" if same else "forced; the result differs"
+        outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
+        outcome.log, outcome.reasons = running.log.path, decision.reasons
+        self._show(outcome, new=True)
+        self._finish(outcome)
+
+    def _show(self, outcome: Outcome, *, new: bool = False) -> list[str]:
+        """Materialise a result and remember it as the node's last; a full disk there fails the node, not the run."""
+        assert outcome.record is not None
+        name = outcome.node.name
+        try:
+            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
+            self._workspace.set_last(self._pipeline, name, key=outcome.key)
+        except (OSError, sqlite3.OperationalError) as error:
+            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)
+            return []
+        return restored
+
+    def _fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> None:
+        decision = running.decision
+        kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
+        os.close(running.lock)
+        self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
+        attempt = self._attempts[decision.node] = self._attempts.get(decision.node, 0) + 1
+        if attempt <= self._options.retries:
+            self._reporter.retrying(decision.node, problems[0], attempt)
+            self._ready.append(_Ready(decision))
+            return
+        outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
+        outcome.seconds = round(time.monotonic() - running.began, 3)
+        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log.path, kept, bug, decision.reasons
+        self._finish(outcome)
+        if self._options.fail_fast:
+            for ready in self._ready:
+                self._finish(Outcome(ready.decision.node, SKIPPED, f"{decision.node.name} failed (--fail-fast)"))
+            self._ready.clear()
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.node] = outcome
+        if self._pin is not None and outcome.record:
+            self._pin.add([outcome.key])
+        self._reporter.finished(outcome)
+
+    def _abandon(self) -> None:
+        """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
+        for running in list(self._running.values()):
+            running.worker.kill()
+            running.log.close()
+            running.sandbox.remove(self._workspace)
+            os.close(running.lock)
+        self._running.clear()
+
+
+def _not_started(decision: Decision, error: Exception) -> Outcome:
+    return Outcome(decision.node, FAILED, decision.reason, decision.key, problems=(problem_of(error),))

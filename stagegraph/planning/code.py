@@ -1,0 +1,289 @@
+"""The code digest: what a stage with given parameters can reach inside its own package, by content.
+
+A module counts as its syntax tree without comments, docstrings and positions, so that cosmetic edits stay cosmetic.
+The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
+imports, and under ``TYPE_CHECKING``, where a module names what it is handed and calls. A string that names a module of
+the package counts as an import of it, whoever imports or runs it by that name. Two things are finer than a module:
+
+- a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
+  :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
+- a data file beside a module, named by a string constant in it, contributes its bytes; it may come and go.
+
+Parsing is slow, so what one file contributes is summarised once and kept in the index under the file's stat.
+
+What a stage memoises (:mod:`stagegraph.store.memo`) is kept under the digest of the same closure, begun at the module
+that makes it. Rows that the stage chose are left out there: like parameters, they are for the part's document to tell.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
+from stagegraph.errors import PlanError
+from stagegraph.store.index import Index
+from stagegraph.store.memo import PartCode
+
+FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
+SUMMARY_SCHEMA = f"3/py{sys.version_info.major}.{sys.version_info.minor}"
+# A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
+# first-party modules, "data" are strings that may name a file beside the module.
+Summary = dict[str, Any]
+
+
+class CodeDigests:
+    """Digests of the code behind stages; summaries of source files are shared between runs through the index."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        saved = index.get("code") or {}
+        self._saved: dict[str, Any] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
+        self._contents: dict[str, Any] = {}
+        self._stats: dict[str, list[int]] = {}  # of files as they were when their contents were taken
+        self._paths: dict[str, str | None] = {}
+        self._closures: dict[tuple[str, str], dict[str, str]] = {}
+        self._packages: dict[str, list[str]] = {}
+        self._listings: dict[str, frozenset[str]] = {}
+        self._grown = False
+
+    def closure(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
+        """Return what ``module`` reaches: module, ``module:TABLE[row]`` or ``module/data file`` -> digest."""
+        chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
+        asked = (module, digest_json(chosen))
+        if asked not in self._closures:
+            found = dict(sorted(self._walk(module, chosen).items()))
+            if module not in found:
+                raise PlanError(f"the source of {module} cannot be found, so its results cannot be cached")
+            self._closures[asked] = found
+        return self._closures[asked]
+
+    def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
+        """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""
+        found = {name: digest for module in modules for name, digest in self.closure(module, rows).items()}
+        counting = {name: digest for name, digest in found.items() if name.partition("[")[0] not in rows}
+        paths = filter(None, map(self._path, found))
+        return PartCode(digest_json(counting), {path: self._stats[path] for path in paths})
+
+    def changed(self, closure: Mapping[str, str]) -> list[str]:
+        """Return the files behind a closure whose content is no longer what was digested."""
+        fresh = CodeDigests(self._index)
+        fresh._saved = self._saved
+        files = []
+        for name, digest in closure.items():
+            path = self._path(name)
+            if path and "/" in name:
+                files += [] if Path(path).is_file() and digest_file(path) == digest else [path]
+            elif path and fresh.summary(name, path) != self._contents[path]:
+                files.append(path)
+        return files
+
+    def _path(self, name: str) -> str | None:
+        """Return the file behind a module or a data file of a closure; None for a row, whose module is in it too."""
+        module, _, data = name.partition("/")
+        path = self._paths.get(module)
+        return str(Path(path).with_name(data)) if path and data else path
+
+    def files(self, closure: Mapping[str, str]) -> dict[str, Path]:
+        """Return where the modules of a closure are: module -> source file."""
+        return {name: Path(path) for name in closure if (path := self._paths.get(name))}
+
+    def save(self) -> None:
+        """Write new summaries back to the index."""
+        if self._grown:
+            self._index.set("code", {"schema": SUMMARY_SCHEMA, "files": self._saved})
+            self._grown = False
+
+    def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> dict[str, str]:
+        root = module.partition(".")[0]
+        found: dict[str, str] = {}
+        queue = [module]
+        while queue:
+            for part in _with_parents(queue.pop()):
+                path = None if part in found else self._find(part, root)
+                if path is None:
+                    continue
+                summary = self.summary(part, path)
+                found[part] = summary["digest"]
+                parts = [summary]
+                for table, contents in summary["tables"].items():
+                    rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
+                    found |= {f"{part}:{table}[{row}]": contents[row]["digest"] for row in rows}
+                    parts += [contents[row] for row in rows]
+                for reached in parts:
+                    queue += reached["imports"]
+                    found |= self._data(part, path, reached["data"])
+        return found
+
+    def _data(self, module: str, path: str, names: Iterable[str]) -> dict[str, str]:
+        """Return the digests of those ``names`` that are files beside a module; the listing rules out most."""
+        folder = os.path.dirname(path)  # noqa: PTH120 - on the path of every no-op, like all strings here
+        files = [(name, f"{folder}/{name}") for name in names if name in self._listing(folder)]
+        return {f"{module}/{name}": self._remembered(file, digest_file) for name, file in files if Path(file).is_file()}
+
+    def _find(self, module: str, root: str) -> str | None:
+        """Return the source file of a first-party module, without importing it."""
+        if module not in self._paths:
+            self._paths[module] = self._locate(module) if module.partition(".")[0] == root else None
+        return self._paths[module]
+
+    def _locate(self, module: str) -> str | None:
+        root, *parts = module.split(".")
+        for base in self._roots(root):
+            folder = "/".join([base, *parts[:-1]])
+            if parts and f"{parts[-1]}.py" in self._listing(folder):
+                return f"{folder}/{parts[-1]}.py"
+            package = f"{folder}/{parts[-1]}" if parts else base
+            if (not parts or parts[-1] in self._listing(folder)) and "__init__.py" in self._listing(package):
+                return f"{package}/__init__.py"
+        return None
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        """Return the names in a directory, none if there is no such directory; asked once a run."""
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(os.listdir(folder))  # noqa: PTH208
+            except OSError:
+                self._listings[folder] = frozenset()
+        return self._listings[folder]
+
+    def _roots(self, root: str) -> list[str]:
+        """Return the directories of a top-level package, which need not have an ``__init__.py``."""
+        if root not in self._packages:
+            spec = importlib.util.find_spec(root)
+            self._packages[root] = list(spec.submodule_search_locations or ()) if spec else []
+        return self._packages[root]
+
+    def summary(self, module: str, path: str) -> Summary:
+        """Return what one source file contributes; parsed only if its stat is not the one remembered."""
+        found: Summary = self._remembered(path, lambda file: summarise(module, Path(file)))
+        return found
+
+    def _remembered(self, path: str, compute: Callable[[str], Any]) -> Any:
+        if path not in self._contents:
+            now = list(stat_id(path))
+            saved = self._saved.get(path)
+            if saved is None or saved[0] != now:
+                _forget_bytecode(path)
+                saved = [now, compute(path)]
+                self._saved[path] = saved
+                self._grown = True
+            self._stats[path], self._contents[path] = saved
+        return self._contents[path]
+
+
+def _forget_bytecode(path: str) -> None:
+    """Remove what Python compiled of a file: of the same size and second, it would run that instead of an edit."""
+    if path.endswith(".py"):
+        with contextlib.suppress(OSError, NotImplementedError):
+            os.unlink(importlib.util.cache_from_source(path))  # noqa: PTH108
+
+
+def summarise(module: str, path: Path) -> Summary:
+    """Parse one source file into what it contributes; a file that does not parse contributes its bytes."""
+    source = path.read_bytes()
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return {"digest": digest_bytes(source), "imports": [], "data": [], "tables": {}}
+    tables = {name: _rows(module, value) for name, value in _tables(tree)}
+    tree.body = [node for node in tree.body if table_name(node) not in tables]
+    strip_docstrings(tree)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    return {
+        "digest": digest_bytes(ast.dump(tree).encode()),
+        "imports": sorted(set(_imports(tree, package))),
+        "tables": tables,
+        "data": sorted(set(_data_names(tree))),
+    }
+
+
+@functools.cache
+def _with_parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def table_name(node: ast.stmt) -> str | None:
+    """Return the name of a table, if this statement defines one."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        target: ast.expr = node.targets[0]
+    elif isinstance(node, ast.AnnAssign) and node.value is not None:
+        target = node.target
+    else:
+        return None
+    value = node.value
+    keys = value.keys if isinstance(value, ast.Dict) else []
+    literal = bool(keys) and all(isinstance(k, ast.Constant) and isinstance(k.value, str) for k in keys)
+    return target.id if literal and isinstance(target, ast.Name) and target.id.isupper() else None
+
+
+def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
+    for node in tree.body:
+        name = table_name(node)
+        if name is not None and isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            yield name, node.value
+
+
+def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
+    root = module.partition(".")[0]
+    rows = {}
+    for key, value in zip(table.keys, table.values, strict=True):
+        strings = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        modules = sorted({module for s in strings for module in _named(s, root)})
+        data = sorted(set(_data_names(value)))
+        if isinstance(key, ast.Constant):
+            digest = digest_bytes(ast.dump(value).encode())
+            rows[str(key.value)] = {"digest": digest, "imports": modules, "data": data}
+    return rows
+
+
+def strip_docstrings(tree: ast.Module) -> None:
+    """Remove the docstrings of a module and of all it defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
+                node.body = node.body[1:]
+
+
+def _imports(tree: ast.Module, package: str) -> Iterable[str]:
+    root = package.partition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == root)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            if base.partition(".")[0] == root:
+                yield base
+                yield from (f"{base}.{alias.name}" for alias in node.names)  # a name may be a submodule
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from _named(node.value, root)
+
+
+def _named(text: str, root: str) -> list[str]:
+    """Return what may be modules of the package ``root`` in a string: ``m`` of ``m:NAME``, of ``import m``."""
+    return re.findall(rf"(?<![\w.]){root}(?:\.\w+)+", text) if root in text else []
+
+
+def _data_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the strings that look like the name of a file; whether there is one is asked at every use."""
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and FILE_NAME.fullmatch(text) and not text.endswith(".py"):
+            yield text

@@ -1,0 +1,144 @@
+"""The graph of nodes: which instance feeds which input port, in what order, and what a selection means."""
+
+from __future__ import annotations
+
+import graphlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from stagegraph.errors import PlanError, SpecError, nearest
+from stagegraph.registry import get_stage
+
+if TYPE_CHECKING:
+    from stagegraph.spec.model import NodeSpec, Pipeline
+    from stagegraph.stage import In, Stage
+
+
+@dataclass(eq=False)
+class Node:
+    """A node with its stage and, per input port, the upstream nodes it reads."""
+
+    spec: NodeSpec
+    stage: Stage
+    inputs: dict[str, list[Node]] = field(default_factory=dict)
+    consumers: list[Node] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The entry with the instance in brackets: ``graph-build[llvm,decode]``."""
+        return self.spec.name
+
+    @property
+    def upstream(self) -> list[Node]:
+        """The nodes it reads, each once, in port order."""
+        return list(dict.fromkeys(node for nodes in self.inputs.values() for node in nodes))
+
+
+class Dag:
+    """All nodes of a pipeline in topological order; among equals, in the order of the file."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.by_name: dict[str, Node] = {}
+        by_entry: dict[str, list[Node]] = {}
+        for spec in pipeline.nodes:
+            node = Node(spec, get_stage(spec.uses))
+            self.by_name[spec.name] = node
+            by_entry.setdefault(spec.entry, []).append(node)
+        problems = list(dict.fromkeys(p for node in self.by_name.values() for p in _connect(node, by_entry)))
+        if problems:
+            raise SpecError(*problems)
+        order = graphlib.TopologicalSorter({name: [u.name for u in n.upstream] for name, n in self.by_name.items()})
+        self.nodes = [self.by_name[name] for name in order.static_order()]
+        for node in self.nodes:
+            for upstream in node.upstream:
+                upstream.consumers.append(node)
+
+    def select(self, pattern: str) -> list[Node]:
+        """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
+
+        ``bundle.llvm`` is ``bundle[llvm]``.
+        """
+        chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
+        if not chosen:
+            raise PlanError(f"no node is named '{pattern}'{self._nearest(pattern)}")
+        return chosen
+
+    def _nearest(self, pattern: str) -> str:
+        """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
+        entry = re.split(r"[\[.]", pattern)[0]
+        instances = {node.name for node in self.nodes if node.spec.entry == entry}
+        return nearest(pattern, instances or {node.spec.entry for node in self.nodes})
+
+    def above(self, nodes: Iterable[Node]) -> set[Node]:
+        """Return the nodes and everything they need, directly or not."""
+        return _reach(nodes, lambda node: node.upstream)
+
+    def below(self, nodes: Iterable[Node]) -> set[Node]:
+        """Return the nodes and everything that reads them, directly or not."""
+        return _reach(nodes, lambda node: node.consumers)
+
+
+def _reach(nodes: Iterable[Node], step: Callable[[Node], list[Node]]) -> set[Node]:
+    found: set[Node] = set()
+    queue = list(nodes)
+    while queue:
+        node = queue.pop()
+        if node not in found:
+            found.add(node)
+            queue += step(node)
+    return found
+
+
+def _matches(pattern: str, spec: NodeSpec) -> bool:
+    entry, bracket, instance = pattern.partition("[" if "[" in pattern else ".")  # bundle.llvm needs no quotes
+    if not bracket:
+        return pattern == spec.entry
+    wanted = instance.removesuffix("]").split(",")
+    values = list(spec.each.values())
+    return (
+        entry == spec.entry
+        and len(wanted) == len(values)
+        and all(fnmatchcase(value, want.strip()) for value, want in zip(values, wanted, strict=True))
+    )
+
+
+def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
+    """Fill ``node.inputs`` from its ``needs``; yield what does not fit."""
+    spec = node.spec
+    for port, declared in node.stage.inputs.items():
+        entries = [entry for entry in spec.needs if by_entry[entry][0].spec.uses == declared.stage]
+        if len(entries) > 1:
+            names = ", ".join(entries)
+            yield f"{spec.place}: {spec.entry} needs several entries that use '{declared.stage}': {names}; name one"
+        elif entries:
+            found = [u for u in by_entry[entries[0]] if _pairs(spec.each, u.spec.each)]
+            yield from _check_count(node, port, declared, found)
+            node.inputs[port] = found
+        elif not declared.optional:
+            providers = sorted(name for name, nodes in by_entry.items() if nodes[0].spec.uses == declared.stage)
+            advice = f"add '{providers[0]}' to its needs" if providers else f"add an entry that uses '{declared.stage}'"
+            yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"
+    reads = sorted({declared.stage for declared in node.stage.inputs.values()})
+    for entry in spec.needs:
+        if by_entry[entry][0].spec.uses not in reads:
+            place = spec.need_places.get(entry, spec.place)
+            known = ", ".join(reads) or "nothing"
+            yield f"{place}: {spec.entry} needs '{entry}' but stage '{node.stage.id}' reads only: {known}"
+
+
+def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iterable[str]:
+    where = f"{node.spec.place}: {node.name}: port '{port}'"
+    if not found:
+        yield f"{where} finds no instance of '{declared.stage}' with the same foreach values"
+    elif len(found) > 1 and not declared.many:
+        names = ", ".join(n.name for n in found)
+        yield f"{where} reads one instance but {names} match; add their foreach key here"
+
+
+def _pairs(consumer: Mapping[str, str], producer: Mapping[str, str]) -> bool:
+    """Two instances belong together if every ``foreach`` key they share has equal values."""
+    return all(consumer[key] == value for key, value in producer.items() if key in consumer)

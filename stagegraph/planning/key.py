@@ -1,0 +1,65 @@
+"""The key: digest of one document that holds everything that may influence a node's outputs, and nothing else.
+
+Hashed: stage id and version, code, parameters, the content of sources, the content of inputs, tool versions.
+Not hashed: node name, pipeline, paths, times, host, resources, timeout, log level. The document is stored with the
+result, so that "why did this run" is the difference between two documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Secret
+
+if TYPE_CHECKING:
+    from stagegraph.planning.sources import SourceState
+    from stagegraph.stage import Stage
+    from stagegraph.store.record import Document
+
+KEY_SCHEMA = 1
+SHOWN = "***"  # in place of a secret
+
+
+def key_document(
+    stage: Stage,
+    params: Any,
+    sources: Mapping[str, SourceState],
+    inputs: Mapping[str, list[tuple[Mapping[str, str], str]]],
+    code: Mapping[str, str],
+    tools: Mapping[str, str],
+) -> Document:
+    """Return the key document; ``inputs`` is port -> (``foreach`` values, artifact digest) of each instance."""
+    return {
+        "schema": KEY_SCHEMA,
+        "stage": stage.id,
+        "version": stage.version,
+        "params": hashed_params(params),
+        "sources": {name: state.digests for name, state in sources.items()},
+        "inputs": {
+            port: sorted(([dict(each), digest] for each, digest in found), key=lambda item: sorted(item[0].items()))
+            if stage.inputs[port].many
+            else found[0][1]
+            for port, found in inputs.items()
+        },
+        "code": dict(code),
+        "tools": dict(tools),
+    }
+
+
+def hashed_params(params: Any) -> dict[str, Any]:
+    """Return the parameters that count by value: not sources, not those declared ``hashed=False``."""
+    fields = dataclasses.fields(params)
+    return {
+        f.name: getattr(params, f.name)
+        for f in fields
+        if f.metadata.get("hashed", True) and "include" not in f.metadata
+    }
+
+
+def secrets_of(params: Any) -> list[Secret]:
+    """Return the values among a stage's parameters that are secret."""
+    values = [getattr(params, field.name) for field in dataclasses.fields(params)]
+    flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
+    return [value for value in flat if isinstance(value, Secret)]

@@ -1,0 +1,257 @@
+"""Deciding, as distinct from doing: whether a node's result is known, and if not, why not.
+
+``Planner.prepare`` resolves what can be known before anything runs (autos, sources, tools) and reports every
+problem at once. ``Planner.decide`` then settles one node whose inputs are settled; ``run``, ``--dry-run`` and
+``status`` all go through it, so an explanation cannot drift from what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.errors import PlanError, StageError, nearest
+from stagegraph.planning.code import CodeDigests
+from stagegraph.planning.key import key_document, secrets_of
+from stagegraph.planning.sources import Sources, SourceState
+from stagegraph.registry import find, names, stage_reference
+from stagegraph.store.journal import HIT
+from stagegraph.store.memo import PartCode
+from stagegraph.store.record import Document, Record, key_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stagegraph.planning.dag import Dag, Node
+    from stagegraph.stage import Stage
+    from stagegraph.store.workspace import Workspace
+
+Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
+STALE, NEVER, UNKNOWN = "STALE", "NEVER", "UNKNOWN"
+
+
+@dataclass
+class Prepared:
+    """What is fixed about a node before anything runs."""
+
+    params: Any
+    sources: dict[str, SourceState]
+    tools: dict[str, str]
+    secrets: tuple[str, ...] = ()
+
+
+@dataclass
+class Decision:
+    """A settled node: its key and, on a HIT, its record; otherwise the reasons why it must run.
+
+    ``previous`` is the result to compare with: that of the same key, else the last one of the node.
+    """
+
+    node: Node
+    status: str
+    reasons: list[str]
+    key: str = ""
+    document: Document | None = None
+    record: Record | None = None
+    previous: Record | None = None
+    rows: Rows = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """The first reason, and how many more there are."""
+        more = f" (+{len(self.reasons) - 1} more)" if len(self.reasons) > 1 else ""
+        return f"{self.reasons[0]}{more}" if self.reasons else ""
+
+
+class Planner:
+    """Settles nodes of one pipeline against one workspace."""
+
+    def __init__(self, dag: Dag, workspace: Workspace) -> None:
+        self.dag = dag
+        self.workspace = workspace
+        self.sources = Sources(workspace.index)
+        self._code = CodeDigests(workspace.index)
+        self._prepared: dict[Node, Prepared] = {}
+        self._kept: set[str] = set()
+
+    def prepare(self, nodes: Iterable[Node]) -> None:
+        """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError."""
+        problems: list[str] = []
+        for node in nodes:
+            if node not in self._prepared:
+                try:
+                    self._prepared[node] = self._prepare(node)
+                except (PlanError, StageError) as error:
+                    problems += error.problems
+        if problems:
+            raise PlanError(*dict.fromkeys(problems))
+
+    def _prepare(self, node: Node) -> Prepared:
+        spec = node.spec
+        secrets = secrets_of(spec.params)
+        try:
+            params = node.stage.resolve(spec.params)
+            tools = dict(node.stage.tools(params))
+        except StageError as error:
+            problems = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
+            raise PlanError(*_masked(secrets, problems)) from None
+        if secrets:
+            from stagegraph.planning.secrets import spread
+
+            params, tools = spread(params, secrets), _masked(secrets, tools)
+            secrets = secrets_of(params)
+        sources = {}
+        problems = []
+        for f in dataclasses.fields(params):
+            path = getattr(params, f.name)
+            if "include" not in f.metadata and "Source" in str(f.type):
+                raise PlanError(
+                    f"stage '{node.stage.id}': declare '{f.name}' with source(), or its content is not seen"
+                )
+            if "include" in f.metadata and path:
+                try:
+                    sources[f.name] = self.sources.state(path, f.metadata["include"])
+                except FileNotFoundError:
+                    place = spec.places.get(f.name, spec.place)
+                    problems.append(f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}")
+                except OSError as error:
+                    problems.append(f"{spec.places.get(f.name, spec.place)}: {spec.entry}.{f.name}: {error}")
+        if problems:
+            raise PlanError(*problems)
+        return Prepared(params, sources, tools, tuple(secrets))
+
+    def prepared(self, node: Node) -> Prepared:
+        """Return what :meth:`prepare` found for a node."""
+        return self._prepared[node]
+
+    def decide(self, node: Node, records: Callable[[Node], Record]) -> Decision:
+        """Settle a node whose upstream nodes all have records."""
+        prepared = self._prepared[node]
+        inputs: dict[str, list[Any]] = {}
+        facts: dict[str, Any] = {}
+        for port, upstream in node.inputs.items():
+            for u in upstream:
+                record = records(u)
+                inputs.setdefault(port, []).append(
+                    (u.spec.each, record["outputs"][node.stage.inputs[port].port]["digest"])
+                )
+                facts |= record["facts"]
+        rows = node.stage.rows(prepared.params, facts)
+        code = self._code_of(node, rows)
+        document = key_document(node.stage, self._hashed(prepared), prepared.sources, inputs, code, prepared.tools)
+        decision = self._look_up(node, key_of(document))
+        decision.document, decision.rows = document, rows
+        if decision.status != HIT and not decision.reasons:
+            decision.reasons = self._why(decision)
+        return decision
+
+    def _hashed(self, prepared: Prepared) -> Any:
+        """Return the parameters as they enter the key: secrets by a digest that only this store can make."""
+        if not prepared.secrets:
+            return prepared.params
+        from stagegraph.planning.secrets import sealed
+        from stagegraph.store.secret_key import mac
+
+        key = self.workspace.secret_key()
+        return sealed(prepared.params, lambda secret: mac(key, secret))
+
+    def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
+        """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
+        code: dict[str, str] = {}
+        for module in (_module(stage_reference(node.spec.uses)), *worker_module(node.stage)):
+            code |= self._code.closure(module, rows)
+        for kind, module in node.stage.parts.items():
+            if module not in code:
+                raise PlanError(
+                    f"stage '{node.stage.id}': {module} makes its parts '{kind}', but it uses no such module"
+                )
+        return code
+
+    def _look_up(self, node: Node, key: str) -> Decision:
+        workspace = self.workspace
+        pipeline = self.dag.pipeline.name
+        record = workspace.record(key)
+        if record is None:
+            previous = workspace.last_record(pipeline, node.name)
+            damaged = ["its record was damaged"] if workspace.is_damaged(key) else []
+            return Decision(node, STALE if previous or damaged else NEVER, damaged, key, previous=previous)
+        lost = workspace.lost_files(pipeline, node.name, record)
+        if lost:
+            return Decision(node, STALE, lost, key, previous=record)
+        return Decision(node, HIT, [], key, record=record, previous=record)
+
+    def _why(self, decision: Decision) -> list[str]:
+        if decision.previous is None:
+            return ["never built"]
+        from stagegraph.planning.changes import changes
+
+        assert decision.document is not None
+        found = changes(decision.previous["document"], decision.document)
+        return [change.text for change in found] or ["its record is gone"]
+
+    def part_codes(self, decision: Decision) -> dict[str, PartCode]:
+        """Return what makes the parts that a settled node memoises, by their kind."""
+        stage, rows = decision.node.stage, decision.rows
+        return {
+            kind: self._code.part_code((module, *worker_module(stage)), rows) for kind, module in stage.parts.items()
+        }
+
+    def changed(self, decision: Decision) -> list[str]:
+        """Return the source files and the code that are no longer what the key was made of."""
+        assert decision.document is not None
+        sources = self._prepared[decision.node].sources.values()
+        files = [str(state.root / name) for state in sources for name in state.changed()]
+        return files + self._code.changed(decision.document["code"])
+
+    def keep_code(self, decision: Decision) -> None:
+        """Keep the source texts behind a result, so that a later explanation can name the functions that changed."""
+        from stagegraph.planning.definitions import keep
+
+        assert decision.document is not None
+        code = {name: d for name, d in decision.document["code"].items() if d not in self._kept}
+        self._kept.update(code.values())
+        keep(self.workspace.index, code, self._code.files(code))
+
+    def code_files(self, decision: Decision) -> dict[str, Path]:
+        """Return where the modules are that a settled node reaches."""
+        return self._code.files(decision.document["code"]) if decision.document else {}
+
+    def plan(self, nodes: Iterable[Node]) -> list[Decision]:
+        """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""
+        self.prepare(nodes)
+        settled: dict[Node, Decision] = {}
+        for node in nodes:
+            below = [settled[u] for u in node.upstream if settled[u].status != HIT]
+            if below:
+                settled[node] = Decision(node, UNKNOWN, [f"after {below[0].node.name}"])
+            else:
+                settled[node] = self.decide(node, lambda n: settled[n].record or {})
+        self.save()
+        return list(settled.values())
+
+    def save(self) -> None:
+        """Keep what planning learned about source code, also when nothing runs."""
+        self._code.save()
+
+
+def _masked(secrets: Sequence[str], said: Any) -> Any:
+    """Return what a stage says while it is planned without its secrets."""
+    if not secrets:
+        return said
+    from stagegraph.planning.secrets import Mask
+
+    return Mask(secrets).value(said)
+
+
+def worker_module(stage: Stage) -> list[str]:
+    """Return the module, if any, that prepares the worker in which a stage runs."""
+    prepare: str | None = find("profiles", stage.profile)
+    if prepare is None:
+        raise PlanError(f"stage '{stage.id}': no profile '{stage.profile}'{nearest(stage.profile, names('profiles'))}")
+    return [_module(prepare)] if prepare else []
+
+
+def _module(reference: str) -> str:
+    return reference.partition(":")[0]

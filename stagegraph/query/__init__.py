@@ -1,0 +1,1 @@
+"""Questions about results: what one is, where it comes from, how two differ, what may go."""

@@ -1,0 +1,131 @@
+"""Where an artifact comes from: the records walked back to the sources, parameters, code and tools that made it.
+
+Records name the keys of what they were made from, so this tells what really happened, not what the pipeline says today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.digest import digest_json
+from stagegraph.store.record import Record, record_files
+
+if TYPE_CHECKING:
+    from stagegraph.planning.dag import Node
+    from stagegraph.project import Project
+    from stagegraph.query.artifact import Artifact
+
+
+@dataclass
+class Origin:
+    """One execution that an artifact comes from, and the origins it read; ``record`` is None where it is gone."""
+
+    label: str
+    key: str
+    record: Record | None
+    before: list[Origin] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """Return the execution as ``--json`` prints it."""
+        found: dict[str, Any] = {"label": self.label, "key": self.key, "from": [origin.key for origin in self.before]}
+        if self.record is None:
+            return found | {"gone": True}
+        key = self.record["document"]
+        code = {"digest": digest_json(key["code"]), "modules": key["code"]}
+        outputs = {port: output["digest"] for port, output in self.record["outputs"].items()}
+        made = {name: self.record[name] for name in ("stage", "started", "seconds", "host")}
+        same = {name: key[name] for name in ("version", "params", "sources", "tools")}
+        return found | made | same | {"code": code, "outputs": outputs}
+
+
+@dataclass
+class Lineage:
+    """An artifact's files and the executions behind them, nearest first."""
+
+    artifact: Artifact
+    origins: list[Origin]
+    copied: dict[str, str]  # file of the artifact -> ``label:file`` of the execution that made the same bytes
+
+    def document(self) -> dict[str, Any]:
+        """Return the lineage as ``--json`` prints it."""
+        return {
+            "label": self.artifact.label,
+            "path": self.artifact.path,
+            "files": {name: digest for name, (digest, _) in self.artifact.files.items()},
+            "copied": self.copied,
+            "executions": [origin.document() for origin in self.origins],
+        }
+
+
+def lineage(project: Project, artifact: Artifact) -> Lineage:
+    """Walk back from an artifact; from a single file that another execution made, only along that one."""
+    walker = _Walker(project)
+    label = artifact.label.partition("@")[0]
+    node = project.dag.by_name.get(label)
+    last = walker.origin(artifact.key, label if node else artifact.record["stage"], node)
+    made = walker.makers(last, artifact)
+    if artifact.path in made and len(artifact.files) == 1:
+        origin, name = made[artifact.path]
+        return Lineage(artifact, list(_nearest_first([origin])), {artifact.path: f"{origin.label}:{name}"})
+    copied = {file: f"{origin.label}:{name}" for file, (origin, name) in made.items()}
+    return Lineage(artifact, list(_nearest_first([last])), copied)
+
+
+class _Walker:
+    def __init__(self, project: Project) -> None:
+        self._workspace = project.workspace
+        self._seen: dict[str, Origin] = {}
+
+    def origin(self, key: str, label: str, node: Node | None) -> Origin:
+        """Return the execution of a key with all before it; ``node`` names those that the pipeline still has."""
+        if key in self._seen:
+            return self._seen[key]
+        record = self._workspace.record(key)
+        origin = self._seen[key] = Origin(label, key, record)
+        for port, keys in record.get("made_from", {}).items() if record else ():
+            upstream = node.inputs.get(port, []) if node else []
+            names = upstream if len(upstream) == len(keys) else [None] * len(keys)
+            for before, each in zip(keys, names, strict=True):
+                origin.before.append(self.origin(before, each.name if each else self._stage_of(before), each))
+        origin.before = list({before.key: before for before in origin.before}.values())
+        return origin
+
+    def _stage_of(self, key: str) -> str:
+        record = self._workspace.record(key)
+        return f"{record['stage']} {key[:8]}" if record else key[:8]
+
+    def makers(self, last: Origin, artifact: Artifact) -> dict[str, tuple[Origin, str]]:
+        """Return, for each file that an execution before the last made with the same bytes, the first one that did."""
+        made: dict[str, tuple[Origin, str]] = {}
+        for origin in _nearest_first(last.before):  # the farthest comes last and wins: the others copied it
+            for name, (digest, _) in record_files(origin.record).items() if origin.record else ():
+                made[digest] = (origin, name)
+        return {n: made[digest] for n, (digest, _) in artifact.files.items() if digest in made}
+
+
+def _nearest_first(origins: list[Origin]) -> Iterator[Origin]:
+    """Yield each execution once, after all that read it."""
+    done: dict[str, Origin] = {}
+
+    def visit(origin: Origin) -> None:
+        if origin.key not in done:
+            for before in origin.before:
+                visit(before)
+            done[origin.key] = origin
+
+    for origin in origins:
+        visit(origin)
+    yield from reversed(done.values())
+
+
+def sources(found: Lineage) -> Mapping[str, str]:
+    """Return every source file behind it: ``parameter: file`` -> digest."""
+    return {
+        f"{parameter}: {name}": digest
+        for origin in found.origins
+        if origin.record
+        for parameter, files in origin.record["document"]["sources"].items()
+        for name, digest in files.items()
+    }

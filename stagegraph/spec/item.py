@@ -1,0 +1,111 @@
+"""A value of a pipeline file together with where it is written, and the list of what is wrong with such values."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from stagegraph.errors import SpecError, nearest
+from stagegraph.stage import Secret
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from stagegraph.spec.model import Place
+
+_SUBJECTS_SHOWN = 4
+
+
+class Item(NamedTuple):
+    """A value, its place, the directory that a relative path written there starts from, and the place of its key."""
+
+    value: Value
+    place: Place
+    base: Path
+    key: Place | None = None
+
+    @property
+    def named_at(self) -> Place:
+        """The place of the key this value is written under; of the value itself where it has none."""
+        return self.key or self.place
+
+
+Scalar = None | bool | int | float | str
+Value = Scalar | list[Item] | dict[str, Item]
+
+
+def absolute(path: Path) -> Path:
+    """Return an absolute path without ``..``, which a symbolic link before it makes more than a matter of text."""
+    return Path(os.path.realpath(path)) if ".." in path.parts else path.absolute()
+
+
+def text_of(value: Value) -> str:
+    """Return a scalar as it reads inside other text and in a node's name."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def found(value: Value) -> str:
+    """Describe a value of the wrong kind for a message."""
+    if isinstance(value, dict):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, Secret):
+        return "a secret"
+    if isinstance(value, str):
+        return f"the text '{value if len(value) <= 60 else value[:57] + '...'}'"
+    if value is None or isinstance(value, bool):
+        return text_of(value)
+    return f"the number {value}"
+
+
+class Problems:
+    """What is wrong, by place. One mistake that shows in several subjects, say a variable, is one problem."""
+
+    def __init__(self) -> None:
+        self._subjects: dict[tuple[Place, str], list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._subjects)
+
+    def add(self, place: Place, text: str, subject: str = "") -> None:
+        """Note that ``subject`` (a key path or ``entry.parameter``) is wrong in the way that ``text`` says."""
+        subjects = self._subjects.setdefault((place, text), [])
+        if subject and subject not in subjects:
+            subjects.append(subject)
+
+    def unexpected(self, item: Item, expected: str, subject: str = "") -> None:
+        """Note that a value is not what was expected."""
+        self.add(item.place, f"found {found(item.value)}; expected {expected}", subject)
+
+    def mapping(self, item: Item, subject: str, keys: Collection[str] = ()) -> dict[str, Item] | None:
+        """Return the mapping that ``item`` is, noting keys that are not allowed; ``None``, noted too, if it is none."""
+        if not isinstance(item.value, dict):
+            self.unexpected(item, f"a mapping with keys of {', '.join(keys)}" if keys else "a mapping", subject)
+            return None
+        for key, value in item.value.items():
+            if keys and key not in keys:
+                self.add(value.named_at, f"unknown key '{key}'{nearest(key, keys)}")
+        return item.value
+
+    def check(self) -> None:
+        """Raise :class:`SpecError` with every problem noted so far, sorted by place, if there is any."""
+        if self._subjects:
+            raise self.error()
+
+    def error(self) -> SpecError:
+        """Return every problem as one line, sorted by place."""
+        ordered = sorted(self._subjects.items(), key=lambda row: (row[0][0].file, row[0][0].line, row[0][0].column))
+        return SpecError(*(f"{place}: {_joined(subjects)}{text}" for (place, text), subjects in ordered))
+
+
+def _joined(subjects: list[str]) -> str:
+    if not subjects:
+        return ""
+    more = len(subjects) - _SUBJECTS_SHOWN
+    return ", ".join(subjects[:_SUBJECTS_SHOWN]) + (f" and {more} more" if more > 0 else "") + ": "

@@ -1,0 +1,94 @@
+"""Reads a pipeline file into a :class:`~stagegraph.spec.model.Pipeline`: the one entry to everything named ``spec``.
+
+1. files: the file and those it extends, overlaid (``spec_files``, ``spec_yaml``);
+2. variables: overridden by ``--set``, then resolved (``spec_scope``);
+3. entries: keys, stages, needs, cycles (``spec_entries``); 4. nodes: instances and typed parameters (``spec_nodes``).
+All problems that these steps find are reported together, sorted by place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+from stagegraph.errors import nearest
+from stagegraph.spec.entries import read_entries
+from stagegraph.spec.item import Item, Problems
+from stagegraph.spec.layers import read_layers, shown
+from stagegraph.spec.model import NodeSpec, Pipeline, Place
+from stagegraph.spec.nodes import expand
+from stagegraph.spec.scope import Scope, override
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_EXPECTED = {
+    "version": f"'version: {VERSION}'",
+    "name": "a name, under which the artifacts are stored",
+    "stages": "a mapping of entries",
+}
+NODES_LIMIT = 10_000
+TOP_KEYS = ("version", "name", "extends", "vars", "stages")
+
+
+def load(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Pipeline:
+    """Return the pipeline that the file at ``path`` describes.
+
+    ``overrides`` are ``vars.NAME=VALUE`` settings; ``env`` is what ``${env.X}`` reads. Relative sources become
+    absolute: from the directory of the file they are written in, or from the working directory for overrides and
+    ``env``. Whether they exist is not checked here. Raises :class:`SpecError` with every problem found.
+    """
+    problems = Problems()
+    top = read_layers(path, problems)
+    for key, item in top.items():
+        if key not in TOP_KEYS:
+            problems.add(item.named_at, f"unknown key '{key}'{nearest(key, TOP_KEYS)}")
+    for key, expected in _EXPECTED.items():
+        if key not in top:
+            problems.add(Place(shown(path), 1, 1), f"missing key '{key}'; expected {expected}")
+    scope = Scope(env, problems)
+    variables = problems.mapping(top["vars"], "vars") if "vars" in top else {}
+    scope.define(override(variables or {}, overrides, problems))
+    _check_version(top.get("version"), problems)
+    name = _name(top.get("name"), scope, problems)
+    nodes = _nodes(top.get("stages"), scope, problems)
+    problems.check()
+    return Pipeline(name, path.absolute(), tuple(nodes))
+
+
+def _check_version(item: Item | None, problems: Problems) -> None:
+    if item is not None and (item.value != VERSION or not isinstance(item.value, int) or isinstance(item.value, bool)):
+        problems.unexpected(item, f"{VERSION}, the only version of the format there is", "version")
+
+
+def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
+    resolved = scope.resolve(item) if item is not None else None
+    if resolved is None:
+        return ""
+    if isinstance(resolved.value, str) and NAME.fullmatch(resolved.value):
+        return resolved.value
+    problems.unexpected(
+        resolved, "a safe file name: letters, digits, '.', '_' and '-', starting with a letter or digit", "name"
+    )
+    return ""
+
+
+def _nodes(item: Item | None, scope: Scope, problems: Problems) -> list[NodeSpec]:
+    stages = problems.mapping(item, "stages") if item is not None else None
+    if not stages:
+        if item is not None and stages is not None:
+            problems.unexpected(item, _EXPECTED["stages"], "stages")
+        return []
+    entries = read_entries(stages, scope, problems)
+    nodes = []
+    for node in (node for entry in entries for node in expand(entry, scope, problems)):
+        nodes.append(node)
+        if len(nodes) > NODES_LIMIT:
+            problems.add(node.place, f"is the entry that makes more than {NODES_LIMIT:,} nodes of the pipeline")
+            break
+    return nodes

@@ -1,0 +1,201 @@
+"""Interpolation: what ``${vars.x}``, ``${each.x}``, ``${env.X}`` and ``${secret.X}`` stand for, and ``--set``.
+
+A resolved value keeps the place where it was defined, for that is where a user mends it, and the directory that a
+relative path starts from: of a text with references, that of its first part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from stagegraph.errors import nearest, warn
+from stagegraph.spec.cycles import circle, order
+from stagegraph.spec.item import Item, Problems, text_of
+from stagegraph.spec.model import Place
+from stagegraph.spec.reader import core_scalar, parse
+from stagegraph.stage import Secret
+
+# Names of variables that are likely to hold what nobody may see.
+_LIKELY = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")
+_PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
+VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_TEXT_LIMIT = 100_000
+_FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
+_SECRET_LEAST = 4  # characters: what is shorter cannot be told from other text, and so not be masked
+
+Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
+
+
+class Scope:
+    """The variables of a pipeline and the environment: resolves items that refer to them."""
+
+    def __init__(self, env: Mapping[str, str], problems: Problems) -> None:
+        self._env, self._problems = env, problems
+        self._variables: dict[str, Item | None] = {}
+        self._warned: set[str] = set()
+
+    def define(self, variables: Mapping[str, Item]) -> None:
+        """Resolve the variables themselves, which may refer to one another, in the order this needs."""
+        self._variables = dict.fromkeys(variables)
+        uses = {name: [ref for ref in _variables_in(item) if ref in variables] for name, item in variables.items()}
+        ordered, cycles = order(uses)
+        for cycle in cycles:
+            places = ", ".join(f"{name}: {variables[name].place}" for name in cycle)
+            text = f"variables refer to each other in a circle: {circle(cycle)} ({places}); expected one with a value"
+            self._problems.add(variables[cycle[0]].place, text)
+        for name in ordered:
+            self._variables[name] = self._variable(name, variables[name])
+
+    def _variable(self, name: str, item: Item) -> Item | None:
+        if not VARIABLE_NAME.fullmatch(name):
+            text = f"'{name}' cannot name a variable; expected letters, digits, '_' and '-'"
+            self._problems.add(item.named_at, text)
+            return None
+        resolved = self.parameter(item)
+        if resolved is None:
+            return None
+        for part in resolved.value if isinstance(resolved.value, list) else [resolved]:
+            if isinstance(part.value, list | dict):
+                self._problems.unexpected(part, "a scalar or a list of scalars", f"vars.{name}")
+                return None
+        return resolved
+
+    def resolve(self, item: Item, each: Bindings | None = None) -> Item | None:
+        """Return what :meth:`parameter` does; a secret is a problem, as names, paths and amounts are shown."""
+        resolved = self.parameter(item, each)
+        for part in resolved.value if resolved and isinstance(resolved.value, list) else [resolved]:
+            if part is not None and isinstance(part.value, Secret):
+                self._problems.add(part.place, "a secret cannot stand here; expected it under 'with', for a text")
+                return None
+        return resolved
+
+    def parameter(self, item: Item, each: Bindings | None = None) -> Item | None:
+        """Return the item with its references replaced; ``None``, with a problem noted, where that is impossible.
+
+        A text that is one reference and nothing else becomes the typed value; one that holds a secret is one.
+        ``each`` holds the instance's values.
+        """
+        value = item.value
+        if isinstance(value, str):
+            return self._text(item, value, each) if "${" in value else item
+        if isinstance(value, list):
+            resolved = [self.parameter(part, each) for part in value]
+            parts = [part for part in resolved if part is not None]
+            return item._replace(value=parts) if len(parts) == len(value) else None
+        return item
+
+    def _text(self, item: Item, text: str, each: Bindings | None) -> Item | None:
+        whole = _PART.fullmatch(text)
+        if whole and whole[2]:
+            return self._look_up(whole[1].strip(), item, each)
+        written: list[str] = []
+        base, end, sound, kind = item.base, 0, True, str
+        for match in _PART.finditer(text):
+            written.append(text[end : match.start()])
+            end = match.end()
+            part = self._part(match, item, each)
+            if part is None:
+                sound = False
+                continue
+            if match.start() == 0:
+                base = part.base
+            kind = Secret if isinstance(part.value, Secret) else kind
+            written.append(text_of(part.value))
+            if sum(map(len, written)) > _TEXT_LIMIT:  # doubled a few dozen times it would fill the memory
+                self._problems.add(item.place, f"becomes a text of more than {_TEXT_LIMIT:,} characters")
+                return None
+        return Item(kind("".join(written) + text[end:]), item.place, base) if sound else None
+
+    def _part(self, match: re.Match[str], item: Item, each: Bindings | None) -> Item | None:
+        """Return what one match within a longer text contributes to it."""
+        if match[1] is None:
+            return item._replace(value="${")
+        if not match[2]:
+            text = f"'{match[0]}' has no closing brace; expected {_FORMS}, or '$${{' for a literal '${{'"
+            self._problems.add(item.place, text)
+            return None
+        part = self._look_up(match[1].strip(), item, each)
+        if part is not None and isinstance(part.value, list | dict):
+            text = f"'{match[0]}' is a list inside a text; expected a scalar there, or the list alone"
+            self._problems.add(item.place, text)
+            return None
+        return part
+
+    def _look_up(self, reference: str, item: Item, each: Bindings | None) -> Item | None:
+        kind, _, name = reference.partition(".")
+        if kind == "vars" and name in self._variables:
+            return self._variables[name]
+        if kind == "each" and each is not None and name in each:
+            return each[name]
+        if kind in {"env", "secret"} and name in self._env:
+            found = self._environment(kind, name, item)
+            if found is not None:
+                return found
+            text = f"environment variable '{name}' has less than {_SECRET_LEAST} characters; expected a longer secret"
+        elif kind in {"env", "secret"} and name:
+            text = f"environment variable '{name}' is not set; expected it to be, for '${{{kind}.{name}}}'"
+        elif kind == "each" and each is None:
+            where = "expected it under 'with', 'resources' or 'timeout' of an entry with 'foreach'"
+            text = f"'${{{reference}}}' means nothing here; {where}"
+        elif kind == "vars" and name:
+            text = _unknown(name, self._variables)
+        elif kind == "each" and each is not None:
+            text = f"unknown '${{{reference}}}'{nearest(name, each)}"
+        else:
+            hint = f"; did you mean '${{vars.{reference}}}'?" if reference in self._variables else ""
+            text = f"unknown reference '${{{reference}}}'; expected {_FORMS}{hint}"
+        self._problems.add(item.place, text)
+        return None
+
+    def _environment(self, kind: str, name: str, item: Item) -> Item | None:
+        """Return an environment variable: a typed value in clear, or a secret text; None if that is too short."""
+        value = self._env[name]
+        if kind == "secret":
+            return Item(Secret(value), item.place, Path.cwd()) if len(value) >= _SECRET_LEAST else None
+        if name not in self._warned and _LIKELY.search(name.upper()):
+            self._warned.add(name)
+            advice = f"write ${{secret.{name}}} if nobody may see it"
+            warn(f"{item.place}: ${{env.{name}}} is kept and shown in clear; {advice}")
+        return Item(core_scalar(value), item.place, Path.cwd())
+
+
+def override(variables: Mapping[str, Item], settings: Sequence[str], problems: Problems) -> dict[str, Item]:
+    """Return the variables with each ``vars.NAME=VALUE`` applied; VALUE is a YAML scalar or flow list."""
+    merged = dict(variables)
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        kind, _, name = target.partition(".")
+        place = Place(f"--set {target}")
+        if not equals or not name:
+            problems.add(Place(f"--set {setting}"), "has no variable and value; expected vars.NAME=VALUE")
+        elif kind != "vars":
+            problems.add(place, "only variables can be set; expected vars.NAME=VALUE")
+        elif name not in variables:
+            problems.add(place, _unknown(name, variables))
+        else:
+            item = _given(text.strip(), place, problems)
+            if item is not None:
+                merged[name] = item
+    return merged
+
+
+def _unknown(name: str, variables: Mapping[str, object]) -> str:
+    return f"unknown variable '{name}'" + (nearest(name, variables) or "; the pipeline defines none")
+
+
+def _given(text: str, place: Place, problems: Problems) -> Item | None:
+    """Read a value of the command line: YAML where it is a list or quoted, else as it stands, so that any path is."""
+    if text.startswith(("[", "'", '"')):
+        return parse(text, lambda _line, _column: place, Path.cwd(), problems)
+    return Item(core_scalar(text), place, Path.cwd())
+
+
+def _variables_in(item: Item) -> Iterable[str]:
+    for part in item.value if isinstance(item.value, list) else [item]:
+        if isinstance(part.value, str) and "${" in part.value:
+            for match in _PART.finditer(part.value):
+                kind, _, name = (match[1] or "").strip().partition(".")
+                if kind == "vars":
+                    yield name

@@ -1,0 +1,63 @@
+"""What killed runs, damage and nodes that are mended or gone leave in a store, of no use to anybody any more."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stagegraph.store.workspace import Workspace
+
+STORE_LOCK = "store"
+
+
+def leftovers(workspace: Workspace) -> Iterator[Path]:
+    """Yield files and directories that may go while nothing runs and nothing begins to (``alone``)."""
+    root = workspace.root
+    yield from _entries(root / "quarantine")
+    yield from sorted(root.glob("index.damaged-*"))
+    yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
+    for kept in ("objects", "records", "parts", "others"):  # copies that a kill cut short
+        yield from sorted(path for path in root.glob(f"{kept}/*/.*"))
+    lasts = workspace.lasts()
+    for pipeline in _entries(workspace.failed):
+        for node in _entries(pipeline):
+            if not lasts.get(f"{pipeline.name}/{node.name}", {}).get("failed"):
+                yield node
+
+
+def idle_locks(workspace: Workspace) -> Iterator[Path]:
+    """Yield the files of locks that nobody holds, while nothing begins to."""
+    for path in _entries(workspace.root / "locks"):
+        if path.name != STORE_LOCK and _is_free(path):
+            yield path
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _is_free(lock: Path) -> bool:
+    """Say whether no process holds a lock."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def tree_size(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a directory."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+    return path.lstat().st_size

@@ -1,0 +1,253 @@
+"""The store: immutable objects by content digest, verified whenever they are used.
+
+An object is a file ``objects/ab/abcd...`` of mode 0444. Its stat is remembered after it was verified; any later change
+of the stat means digest again, and content that no longer matches its name is moved to ``quarantine/``: damage is
+reported and rebuilt, never delivered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from stagegraph.digest import digest_bytes, digest_file, stat_id
+from stagegraph.errors import StoreError
+from stagegraph.files import open_regular, remove_tree
+from stagegraph.store.index import Index
+
+HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object
+FICLONE = 0x40049409
+
+
+# What says that there are too few descriptors or too little memory, and nothing about the object.
+SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class RottenError(StoreError):
+    """An object is not what its name says, and is in quarantine now; ``digest`` names it."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"stored object {digest[:16]} was damaged; `pipeline run` makes again what needs it")
+        self.digest = digest
+
+
+class Store:
+    """Objects under ``root/objects``, with what is known about them in the index."""
+
+    def __init__(self, root: Path, index: Index) -> None:
+        self.objects = root / "objects"
+        self._root_of_objects = str(self.objects)
+        self.quarantine = root / "quarantine"
+        self.index = index
+        self.damaged: list[str] = []
+
+    def path(self, digest: str) -> Path:
+        """Return where the object of this digest lives, whether or not it exists."""
+        return Path(f"{self._root_of_objects}/{digest[:2]}/{digest}")
+
+    def adopt(self, file: Path, digest: str) -> None:
+        """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
+        target = self.path(digest)
+        if self.is_object(digest, file):
+            file.unlink()
+            self.relink(digest)
+            return
+        if self.check(digest) is None:  # whatever its stat says: what is at hand is known to be right
+            file.unlink()
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.chmod(0o444)
+        file.rename(target)
+        self.remember(digest)
+
+    def share(self, file: Path, digest: str) -> bool:
+        """Make a finished file with this digest an object too; True if the two are one file now.
+
+        The file becomes read-only. Nothing is synced, so the object's stat is not remembered yet.
+        """
+        target = self.path(digest)
+        file.chmod(0o444)
+        for again in (True, False):  # a second time in place of a damaged object, which is in quarantine then
+            try:
+                linked = self._link(file, target)
+                break
+            except FileExistsError:
+                if self.is_object(digest, file):
+                    return True
+                if self.check(digest) is None:
+                    return False
+                if not again:
+                    raise
+        if not linked and self.verify(digest) is not None:
+            self._copy_beside(file, target, digest)
+        return linked
+
+    def _link(self, file: Path, target: Path) -> bool:
+        """Give a file a second name among the objects; False where that cannot be."""
+        try:
+            return _hardlink(file, target)
+        except FileNotFoundError:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _hardlink(file, target)
+
+    def _copy_beside(self, file: Path, target: Path, digest: str) -> None:
+        # Beside the object: the file may be on another file system, and a rename stays on one.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = target.with_name(f".{digest[:16]}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            _copy(file, copy)
+            copy.chmod(0o444)
+            copy.rename(target)
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def verify(self, digest: str) -> str | None:
+        """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
+        path = self.path(digest)
+        try:
+            now = stat_id(path)
+        except OSError:
+            return "damaged" if digest in self.damaged else "missing"
+        if self.index.get(f"obj:{digest}") == list(now):
+            return None
+        return self.check(digest)
+
+    def check(self, digest: str) -> str | None:
+        """Digest an object whatever is remembered about it; as :meth:`verify` otherwise."""
+        path = self.path(digest)
+        wrong = "damaged"
+        try:
+            if digest_file(path) == digest:
+                if self.index.get(f"obj:{digest}") != list(stat_id(path)):
+                    self.remember(digest)
+                return None
+        except FileNotFoundError:
+            return "damaged" if digest in self.damaged else "missing"
+        except OSError as error:
+            if error.errno in SHORT:
+                raise
+            wrong = f"unreadable ({error.strerror})"
+        with contextlib.suppress(OSError):  # whoever only looks at another user's store moves nothing
+            self.quarantine.mkdir(parents=True, exist_ok=True)
+            path.rename(self.quarantine / f"{digest}-{time.time_ns()}")
+            self.index.delete(f"obj:{digest}")
+        self.damaged.append(digest)
+        return wrong
+
+    def read(self, digest: str) -> bytes:
+        """Return the content of an object; :class:`RottenError` if it is not what its name says, or is not there."""
+        try:
+            with open_regular(self.path(digest)) as file:
+                content = file.readall()
+        except OSError:
+            content = b""
+        if digest_bytes(content) != digest:
+            self.check(digest)
+            raise RottenError(digest)
+        return content
+
+    def digests(self) -> Iterator[str]:
+        """Yield the digest of every object there is."""
+        if self.objects.is_dir():
+            for folder in sorted(self.objects.iterdir()):
+                yield from sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))  # a copy under way
+
+    def is_object(self, digest: str, path: Path) -> bool:
+        """Say whether ``path`` is the object itself under another name."""
+        try:
+            return path.samefile(self.path(digest))
+        except OSError:
+            return False
+
+    def remember(self, digest: str) -> None:
+        """Take the stat of an object, just verified or written, for that of its content."""
+        self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
+
+    def relink(self, digest: str) -> None:
+        """Remember an object after a link to it was made or removed, which moves its ctime and nothing else."""
+        known = self.index.get(f"obj:{digest}")
+        now = list(stat_id(self.path(digest)))
+        if known is not None and known[:4] == now[:4]:
+            self.remember(digest)
+        else:
+            self.check(digest)
+
+    def place(self, digest: str, target: Path, *, known: bool = False) -> bool:
+        """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link.
+
+        Reflink, copy or, for a large file, hard link. The directory must exist. What was placed is digested, as an
+        object can rot without a change of its stat (:class:`RottenError`), unless its content is ``known``.
+        """
+        source = self.path(digest)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.unlink(missing_ok=True)
+        linked = False
+        try:
+            if not _reflink(source, temporary):
+                linked = source.stat().st_size >= HARDLINK_FROM and _hardlink(source, temporary)
+                if not linked:
+                    _copy(source, temporary)
+                    temporary.chmod(0o444)
+            if not known and digest_file(temporary) != digest:
+                self._refuse(digest, temporary)
+            if target.is_dir() and not target.is_symlink():
+                remove_tree(target)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # a half copy must not keep a full disk full
+            raise
+        if linked:
+            self.relink(digest)
+        return linked
+
+    def _refuse(self, digest: str, copy: Path) -> NoReturn:
+        copy.unlink()
+        if self.check(digest) is not None:
+            raise RottenError(digest)
+        raise OSError(errno.EIO, "the copy of an intact object is not what was copied", str(copy))
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    with source.open("rb") as reader, target.open("xb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        except OSError:
+            cloned = False
+        else:
+            cloned = True
+    if cloned:
+        target.chmod(0o444)
+    else:
+        target.unlink()
+    return cloned
+
+
+def _copy(source: Path, target: Path) -> None:
+    import shutil  # with every archive format there is; a run without news copies nothing
+
+    shutil.copyfile(source, target)
+
+
+def _hardlink(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.EMLINK, errno.EPERM, errno.ENOTSUP, errno.ENOSYS}:
+            return False
+        raise
+    return True
+
+
+def fsync_file(path: Path) -> None:
+    """Push a file's content to the disk, so that a record never points to content that a crash loses."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,103 @@
+"""The record: what is kept of one execution beside its outputs; writing it into the index is the commit of a node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stagegraph.digest import digest_json
+
+Record = dict[str, Any]
+Document = dict[str, Any]  # of a key (:mod:`stagegraph.planning.key`)
+RECORD_SCHEMA = 1
+TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
+MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
+
+
+def new_record(
+    stage: str,
+    key: str,
+    document: Document,
+    made_from: Mapping[str, Sequence[str]],
+    event: Mapping[str, Any],
+    started: str,
+    seconds: float,
+) -> Record:
+    """Return the record of an execution that ended well; ``event`` is what the worker said, ``made_from`` by port."""
+    return {
+        "schema": RECORD_SCHEMA,
+        "key": key,
+        "stage": stage,
+        "document": document,
+        "made_from": {port: list(keys) for port, keys in made_from.items()},
+        "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
+        "started": started,
+        "seconds": round(seconds, 3),
+        "host": os.uname().nodename,
+    } | {name: event[name] for name in TOLD}
+
+
+def is_record_of(record: Any, key: str) -> bool:
+    """Say whether a document is the record of a key: made of what the key says, its files what its digests say."""
+    if not isinstance(record, dict) or record.get("schema") != RECORD_SCHEMA or not record.keys() >= TOLD | MADE:
+        return False
+    try:
+        outputs = record["outputs"].values()
+        sound = all(output["digest"] == artifact_digest(output["files"]) for output in outputs)
+        return sound and record["key"] == key == key_of(record["document"])
+    except (AttributeError, KeyError, TypeError, IndexError):
+        return False
+
+
+def is_newer(record: Any) -> bool:
+    """Say whether a document is a record of a schema that is yet to come."""
+    schema = record.get("schema") if isinstance(record, dict) else None
+    return isinstance(schema, int) and schema > RECORD_SCHEMA
+
+
+def key_of(document: Document) -> str:
+    """Return the key: the digest of the document."""
+    return digest_json(document)
+
+
+def artifact_digest(files: Mapping[str, list[Any]]) -> str:
+    """Return the digest that identifies one output: of its manifest, file name -> content digest."""
+    return digest_json({name: entry[0] for name, entry in files.items()})
+
+
+def same_outputs(a: Record, b: Record) -> bool:
+    """Say whether two executions made the same, byte for byte."""
+    return _digests(a) == _digests(b)
+
+
+def result_digest(record: Record) -> str:
+    """Return the digest of all outputs: what tells two results of one key apart, should there be two."""
+    return digest_json(_digests(record))
+
+
+def other_name(key: str, result: str) -> str:
+    """Return the name in the index of a result that another one of its key took the place of."""
+    return f"alt:{digest_json([key, result])}"
+
+
+def _digests(record: Record) -> dict[str, str]:
+    return {port: output["digest"] for port, output in record["outputs"].items()}
+
+
+def record_files(record: Record) -> dict[str, tuple[str, int]]:
+    """Return every file of a record, outputs and views: relative name -> (digest, size in bytes)."""
+    files = {name: tuple(entry) for port in record["outputs"].values() for name, entry in port["files"].items()}
+    files |= {f"views/{name}": tuple(entry) for name, entry in record["views"].items()}
+    return files
+
+
+def record_size(record: Record) -> int:
+    """Return the size in bytes of a record's outputs."""
+    return sum(size for _, size in record_files(record).values())
+
+
+def parts_text(record: Record) -> str:
+    """Say how many memoised parts a record's execution made and reused: ``tensor: 10 made, 290 reused``."""
+    kinds = record.get("parts", {}).items()
+    return "; ".join(f"{kind}: {counts['made']} made, {counts['reused']} reused" for kind, counts in kinds)

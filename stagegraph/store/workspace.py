@@ -1,0 +1,376 @@
+"""One ``artifacts/`` directory: store, index, journal, locks, logs, and the materialised outputs people look at.
+
+Layout: ``<pipeline>/<node>/`` holds the files of a node's outputs; everything else lives under ``.stagegraph/``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stagegraph.digest import digest_json, stat_id
+from stagegraph.errors import StoreError
+from stagegraph.files import remove_tree
+from stagegraph.store.folders import folder_times, real_directories, remove_strays, stat_or_none
+from stagegraph.store.index import Index
+from stagegraph.store.journal import Journal
+from stagegraph.store.objects import Store
+from stagegraph.store.record import Record, is_newer, is_record_of, other_name, record_files, result_digest
+
+
+class Workspace:
+    """Everything under one ``artifacts/`` directory."""
+
+    def __init__(self, artifacts: Path) -> None:
+        self.artifacts = artifacts
+        self.root = artifacts / ".stagegraph"
+        self.index = Index(self.root / "index")
+        self.store = Store(self.root, self.index)
+        self.journal = Journal(self.root / "journal.jsonl")
+        self._materialised: dict[str, dict[str, Any]] = {}
+        self._lasts: dict[str, dict[str, Any]] = {}
+        self.work = self.root / "work"
+        self.failed = self.root / "failed"
+        self._secret_key: bytes | None = None
+        self._may_make_key = False
+
+    def create(self) -> None:
+        """Make the directories; looking at a pipeline that was never run makes none."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
+            ) from None
+        self._may_make_key = True
+
+    def secret_key(self, like: Workspace | None = None) -> bytes:
+        """Return the key with which secrets are digested: the store's own, made by its first run, or that of another.
+
+        Whoever only looks at a store without one gets one that no result was made with.
+        """
+        from stagegraph.store.secret_key import KEY_BYTES, load_key
+
+        if like is not None:
+            self._secret_key, self._may_make_key = like.secret_key(), False
+        new = self._secret_key or os.urandom(KEY_BYTES)
+        found = load_key(self.root / "secret.key", new if self._may_make_key else None)
+        self._secret_key = found or new
+        return self._secret_key
+
+    def close(self) -> None:
+        """Release the index."""
+        self.index.close()
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def record(self, key: str, result: str = "") -> Record | None:
+        """Return the record of a key, or None if there is none that can be believed.
+
+        ``result`` asks for one result of it (:func:`~stagegraph.store.record.result_digest`), should there be several.
+        :class:`StoreError` for one that a newer version wrote: what it says may mean something else here.
+        """
+        record = self._record(f"rec:{key}", key)
+        if record is not None and result not in {"", result_digest(record)}:
+            return self._record(other_name(key, result), key)
+        return record
+
+    def _record(self, name: str, key: str) -> Record | None:
+        record: Record | None = self.index.get(name)
+        if record is None or is_record_of(record, key):
+            return record
+        if is_newer(record):
+            raise StoreError(
+                f"{self.root} has results of a newer version of stagegraph (a record of schema {record['schema']}); "
+                "use that version, or another directory"
+            )
+        self.index.damaged.add(name)
+        return None
+
+    def keep_other(self, record: Record) -> None:
+        """Keep a record beside the one that takes its place: made from the same key, and not the same."""
+        self.index.set(other_name(record["key"], result_digest(record)), record)
+
+    def others(self, key: str = "") -> Iterator[tuple[str, Record]]:
+        """Yield the results, with their names in the index, that others of their key took the place of."""
+        for name in self.index.names("alt:"):
+            found = self.index.get(name)
+            held = found.get("key") if isinstance(found, dict) else None
+            if isinstance(held, str) and held.startswith(key) and is_record_of(found, held):
+                current = self.record(held)
+                if current is None or result_digest(current) != result_digest(found):
+                    yield name, found
+
+    def is_damaged(self, key: str) -> bool:
+        """Say whether the record of a key was looked for and found damaged."""
+        return f"rec:{key}" in self.index.damaged | self.index.files.damaged
+
+    def records(self) -> Iterator[Record]:
+        """Yield every record there is."""
+        for name in self.index.names("rec:"):
+            record = self.record(name.removeprefix("rec:"))
+            if record is not None:
+                yield record
+
+    def last(self, pipeline: str, node: str) -> dict[str, Any]:
+        """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
+        name = f"last:{pipeline}/{node}"
+        if name not in self._lasts:
+            known = self.index.get(name)
+            self._lasts[name] = known if isinstance(known, dict) else self._journaled.get((pipeline, node), {})
+        return self._lasts[name]
+
+    @cached_property
+    def _journaled(self) -> dict[tuple[str, str], dict[str, str]]:
+        """What the journal says of every node's last result and failure: where the index does not know, or is new."""
+        return self.journal.last_results()
+
+    def lasts(self) -> dict[str, dict[str, Any]]:
+        """Return what is remembered of every node there ever was: ``pipeline/node`` -> as :meth:`last`."""
+        nodes = {tuple(name.removeprefix("last:").split("/", 1)) for name in self.index.names("last:")}
+        return {
+            f"{pipeline}/{node}": self.last(pipeline, node) for pipeline, node in sorted(nodes | {*self._journaled})
+        }
+
+    def last_record(self, pipeline: str, node: str) -> Record | None:
+        """Return the record of the last finished execution or hit of a node, or None."""
+        key = self.last(pipeline, node).get("key")
+        return self.record(key) if key else None
+
+    def set_last(self, pipeline: str, node: str, **facts: str) -> None:
+        """Remember the key of a node's result (``key=``) or of its failure (``failed=``)."""
+        old = self.last(pipeline, node)
+        new = facts if "key" in facts else {**old, **facts}
+        if old != new:
+            self.index.set(f"last:{pipeline}/{node}", new)
+            self._lasts[f"last:{pipeline}/{node}"] = new
+
+    def lost_files(self, pipeline: str, node: str, record: Record) -> list[str]:
+        """Return what is missing or damaged among the objects of a record, as reasons.
+
+        Their stats are remembered together with the node's directory, so that a no-op asks the index once a node.
+        """
+        known = self._shown(pipeline, node).get("objects", {})
+        lost = []
+        for name, (digest, _) in record_files(record).items():
+            if known.get(digest) == stat_or_none(self.store.path(digest)) is not None:
+                continue
+            wrong = self.store.verify(digest)
+            if wrong:
+                lost.append(f"stored {name} was {wrong}")
+        return lost
+
+    def _shown(self, pipeline: str, node: str) -> dict[str, Any]:
+        """Return what is known of a node's directory; read once a run."""
+        name = f"mat:{pipeline}/{node}"
+        if name not in self._materialised:
+            known = self.index.get(name)
+            self._materialised[name] = known if isinstance(known, dict) else {}
+        return self._materialised[name]
+
+    def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the index's name of every memoised part, and its entry: kind, digest of its object, size in bytes."""
+        for name in self.index.names("part:"):
+            entry = self.index.get(name)
+            if isinstance(entry, dict):
+                yield name, entry
+
+    # -- materialised outputs --------------------------------------------------------------------------------------
+
+    def node_dir(self, pipeline: str, node: str) -> Path:
+        """Return the directory that shows a node's outputs."""
+        return self.artifacts / pipeline / node
+
+    def materialise(self, pipeline: str, node: str, key: str, record: Record, *, new: bool = False) -> list[str]:
+        """Make the node's directory hold exactly this record's files; return the names that had to be restored.
+
+        :class:`~stagegraph.store.objects.RottenError` if an object turns out damaged; those of a ``new`` result are not
+        looked at.
+        """
+        folder = self.node_dir(pipeline, node)
+        known = self._shown(pipeline, node)
+        fresh = known.get("key") != key
+        wanted = record_files(record)
+        have: dict[str, Any] = known.get("files", {})
+        restored = []
+        files: dict[str, Any] = {}
+        for name, (digest, _) in wanted.items():
+            if self._is_in_place(have.get(name), digest, folder / name):
+                files[name] = [digest, list(stat_id(folder / name))]
+            else:
+                restored.append(name)
+        folders = folder_times(folder, wanted)
+        objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+        if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
+            return []
+        with self._locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
+            for name in restored:
+                real_directories(self.artifacts, (folder / name).parent)
+                self.store.place(wanted[name][0], folder / name, known=new)
+                files[name] = [wanted[name][0], list(stat_id(folder / name))]
+            strays = remove_strays(folder, set(wanted))
+            objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+            state = {"key": key, "files": files, "folders": folder_times(folder, wanted), "objects": objects}
+            self.index.set(f"mat:{pipeline}/{node}", state)
+            self._materialised[f"mat:{pipeline}/{node}"] = state
+        return [] if fresh else restored + strays
+
+    def is_shown(self, pipeline: str, node: str, key: str, record: Record) -> bool:
+        """Say whether the node's directory holds this record's files as they were put there."""
+        known = self._shown(pipeline, node)
+        folder = self.node_dir(pipeline, node)
+        wanted = record_files(record)
+        have = known.get("files", {})
+        same = all(self._is_in_place(have.get(n), digest, folder / n) for n, (digest, _) in wanted.items())
+        return same and known.get("key") == key and known.get("folders") == folder_times(folder, wanted)
+
+    def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
+        """Return the files of a record that a run would have to put into the node's directory: name -> bytes."""
+        have = self._shown(pipeline, node).get("files", {})
+        folder = self.node_dir(pipeline, node)
+        return {
+            name: size
+            for name, (digest, size) in record_files(record).items()
+            if not self._is_in_place(have.get(name), digest, folder / name)
+        }
+
+    @contextlib.contextmanager
+    def checkout(self, files: Mapping[str, tuple[str, int]]) -> Iterator[Path]:
+        """Show stored files, name -> (digest, size), in a directory of their own meanwhile."""
+        with self.scratch("checkout") as target:
+            for file, (digest, _) in files.items():
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                self.store.place(digest, target / file)
+            yield target
+
+    @contextlib.contextmanager
+    def scratch(self, purpose: str) -> Iterator[Path]:
+        """Lend an empty directory meanwhile, which no sweep of another run takes for one left behind."""
+        name = f"{purpose}-{os.getpid()}"
+        target = self.work / name
+        with self._locked(name, wait=True):
+            try:
+                target.mkdir(parents=True)
+                yield target
+            finally:
+                remove_tree(target)
+
+    def _is_in_place(self, known: Any, digest: str, target: Path) -> bool:
+        """Say whether a file is as it was put there, or its object under another name: links to it come and go."""
+        if known == [digest, stat_or_none(target)]:
+            return True
+        return bool(known) and known[0] == digest and self.store.is_object(digest, target)
+
+    # -- locks, work and logs --------------------------------------------------------------------------------------
+
+    def log_path(self, key: str) -> Path:
+        """Return the file that captures what an execution of this key prints."""
+        return self.root / "logs" / key[:2] / f"{key}.log"
+
+    def try_lock(self, key: str) -> int | None:
+        """Take the lock of a key: a descriptor to close, or None while another process holds it."""
+        descriptor = self._lock_file(key)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def is_running(self, key: str) -> bool:
+        """Say whether a run is executing this key."""
+        lock = self.try_lock(key) if (self.root / "locks" / key).exists() else None
+        if lock is not None:
+            os.close(lock)
+        return lock is None and (self.root / "locks" / key).exists()
+
+    def _lock_file(self, name: str) -> int:
+        path = self.root / "locks" / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno in {errno.EACCES, errno.EROFS} and path.exists():
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same
+            raise
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Hold a lock meanwhile; yields whether it is held, which without ``wait`` another process may prevent."""
+        descriptor = self._lock_file(name)
+        try:
+            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Keep :meth:`alone` waiting meanwhile: what is looked up or written here stays until it is claimed."""
+        yield from self._hold(fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no run is settling or committing a node, and keep them waiting meanwhile."""
+        yield from self._hold(fcntl.LOCK_EX)
+
+    def _hold(self, mode: int) -> Iterator[None]:
+        try:
+            descriptor = self._lock_file("store") if self.root.is_dir() else None
+        except OSError as error:
+            full = mode == fcntl.LOCK_SH and error.errno in {errno.ENOSPC, errno.EDQUOT}
+            if not full and error.errno not in {errno.EACCES, errno.EROFS}:
+                raise
+            descriptor = None  # whoever may not, or cannot, write here only looks
+        try:
+            if descriptor is not None:
+                _flock(descriptor, mode)
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def sweep(self) -> None:
+        """Remove the work directories that killed runs left behind; those in use are locked and stay."""
+        self.index.move_to_files()
+        if self.work.is_dir():
+            for folder in self.work.iterdir():
+                with contextlib.suppress(OSError), self._locked(folder.name, wait=False) as free:
+                    if free:
+                        remove_tree(folder)
+
+    def keep_failed(self, folder: Path, pipeline: str, node: str) -> Path:
+        """Keep the work directory of a failure (the last one of each node) and return where it is."""
+        kept = self.failed / pipeline / node
+        remove_tree(kept)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(kept)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+        return kept
+
+
+def _flock(descriptor: int, mode: int) -> None:
+    """Lock a file; :class:`BlockingIOError` if another process holds it, :class:`StoreError` where nothing can."""
+    try:
+        fcntl.flock(descriptor, mode)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"the file system of artifacts/ has no file locks ({error.strerror}), and runs side by side need them; "
+            "keep artifacts/ on one that has"
+        ) from None
