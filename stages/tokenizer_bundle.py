@@ -153,6 +153,8 @@ def _prove(
 
     for doubt in (*resolution.doubts, *family.doubts(resolution)):
         ctx.warn(doubt)
+    if isinstance(reference, Automatic):
+        reference.read(reference.added)  # in its process, which has limits, before the same is done in this one
     subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
     texts = texts_for(subject)
     if isinstance(reference, Automatic):

@@ -16,6 +16,7 @@ from typing import Any, TextIO, cast
 # C0 without tab and newline, DEL, C1, and what turns the direction of text round.
 CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
 CONTROLS = re.compile(f"[{CONTROL}]")
+LONGEST = 4000  # characters of a message
 BUT_COLOURS = re.compile(rf"(\x1b\[\d*m)|[{CONTROL}]")
 
 
@@ -25,7 +26,13 @@ def visible(text: str) -> str:
 
 
 def hanging(text: str) -> str:
-    """Return a message whose further lines are indented, so that none of them looks like one of ours."""
+    """Return a message whose further lines are indented, so that none of them looks like one of ours.
+
+    What is longer than any that we word, for a stranger's name of thousands of characters is in it, loses its middle.
+    """
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters) ... {text[-half:]}"
     return text.replace("\n", "\n  ")
 
 

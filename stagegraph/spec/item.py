@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from stagegraph.spec.model import Place
 
 _SUBJECTS_SHOWN = 4
+_OF_A_KIND = 20  # problems shown
 
 
 class Item(NamedTuple):
@@ -99,9 +102,23 @@ class Problems:
             raise self.error()
 
     def error(self) -> SpecError:
-        """Return every problem as one line, sorted by place."""
+        """Return every problem as one line, sorted by place; of many of a kind the first."""
         ordered = sorted(self._subjects.items(), key=lambda row: (row[0][0].file, row[0][0].line, row[0][0].column))
-        return SpecError(*(f"{place}: {_joined(subjects)}{text}" for (place, text), subjects in ordered))
+        kinds = Counter(_kind(text) for _, text in self._subjects)
+        shown: Counter[str] = Counter()
+        lines = []
+        for (place, text), subjects in ordered:
+            shown[_kind(text)] += 1
+            if shown[_kind(text)] <= _OF_A_KIND:
+                lines.append(f"{place}: {_joined(subjects)}{text}")
+            elif shown[_kind(text)] == _OF_A_KIND + 1:
+                lines.append(f"{place}: and {kinds[_kind(text)] - _OF_A_KIND:,} more of this kind from here on")
+        return SpecError(*lines)
+
+
+def _kind(text: str) -> str:
+    """Return a problem without the names and numbers in it."""
+    return re.sub(r"'[^']*'|[0-9]+", "", text)
 
 
 def _joined(subjects: list[str]) -> str:

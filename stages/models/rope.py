@@ -18,6 +18,7 @@ from stages.models.strict_json import shown
 if TYPE_CHECKING:
     from stages.models.config_reader import ConfigReader
 
+MAX_HEAD = 1 << 16  # channels; a frequency is computed for each pair of them before any tensor is looked at
 KEYS = "rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor"
 ORIGINAL = "original_max_position_embeddings"
 # rope_type -> what it reads besides the base: numbers it needs, numbers it may have, lists of a number per pair
@@ -136,7 +137,9 @@ def _reading(
     share = _one(read, where, values, share_key or partial, partial, 0.25 if share_key else 1.0)
     rotary_dim = int(head_dim * share)
     pairs = (rotary_dim + 1) // 2
-    if not share_key and share != 1:
+    if head_dim > MAX_HEAD:
+        read.problem(f"a head has {head_dim:,} channels; expected at most {MAX_HEAD:,}")
+    elif not share_key and share != 1:
         read.problem(f"partial_rotary_factor = {share}; only 1.0 is supported: all channels of a head are rotated")
     elif rotary_dim < 1 or 2 * pairs > head_dim:
         read.problem(f"{rotary_dim} of {head_dim} channels of a head are rotated; expected pairs of them")

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 64 << 20  # far above any real file: the index of a checkpoint of 100,000 tensors has 10 MB
+# Of a text, each of which takes up to 200 bytes of memory: a file of 64 MB could fill gigabytes. The header of 100,000
+# tensors has 1,500,000.
+MAX_VALUES = 3_000_000
 MAX_SHOWN = 80  # characters of a value in a message
 
 
@@ -36,6 +39,9 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 def parse(data: bytes) -> Any:
     """Return the JSON value in UTF-8 ``data``; :class:`ValueError` says what is wrong, without the file."""
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if values > MAX_VALUES:
+        raise ValueError(f"about {values:,} values are no description of a model (at most {MAX_VALUES:,} are read)")
     text = data.decode("utf-8")
     value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     if "\\u" in text:  # nothing else can make half a character

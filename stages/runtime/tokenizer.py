@@ -37,7 +37,10 @@ class BundleTokenizer:
             _check(self._info)
             self.prefix = [int(token) for token in self._info.get("prefix", ())]
             self._vocabulary = _open(root, self._info)
-        except Exception as error:  # noqa: BLE001 - the tokenizers library raises Exception itself
+        except BaseException as error:
+            # The tokenizers library raises Exception itself, and a panic of Rust is not even one.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
         self._root = root
         longest = sorted(self._vocabulary.specials, key=len, reverse=True)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.tokenizers import library
 from stages.tokenizers.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -24,6 +28,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 MAX_MESSAGE = 400  # characters of what the library says
 TABLES = "tokenizer.json"
+# A process that a file makes compute or grow without end is stopped by the kernel. Seconds are of computing; a tenth of
+# them is what the largest published vocabularies take.
+SECONDS = 5  # for a request, and beside that
+SECONDS_PER_MB = 10  # of files that are loaded, and of texts
+MEMORY = 1 << 29  # bytes beyond what it has, and beside that
+MEMORY_PER_BYTE = 40  # of files that are loaded
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from stages.tokenizers.automatic import serve; serve()"
 
 
@@ -37,6 +47,7 @@ class Automatic:
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         """Load ``files`` (name -> where to open it); :class:`TokenizerError` with what transformers says of them."""
+        self._tables = str(files[TABLES].resolve()) if TABLES in files else ""
         with tempfile.TemporaryDirectory(prefix="tokenizer-") as folder:
             for name, path in files.items():
                 (Path(folder) / name).symlink_to(path.resolve())
@@ -57,9 +68,7 @@ class Automatic:
 
     def tokenizer(self) -> Tokenizer:
         """Return the document as the tokenizers library loads it, which is how a runtime will."""
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_str(json.dumps(self.document))
+        return library.load(json.dumps(self.document), "tokenizer.json as transformers runs it cannot be loaded")
 
     def read(self, texts: Sequence[str]) -> None:
         """Encode many texts at once, for :meth:`encode` to have them."""
@@ -89,6 +98,11 @@ class Automatic:
     def added(self) -> list[str]:
         """The added tokens."""
         return [token["content"] for token in self.document["added_tokens"]]
+
+    def alone(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return the ``ids`` that tokenizer.json gives without the class and the files beside it, or the ``error``."""
+        found: dict[str, Any] = self._ask("alone", [self._tables, list(texts)])
+        return found
 
     def chats(self, template: str | None, cases: Sequence[tuple[list[dict[str, Any]], bool]]) -> list[dict[str, Any]]:
         """Return the ``ids`` of conversations, or the ``error`` that refuses one; None is the checkpoint's template.
@@ -127,11 +141,18 @@ class _Server:
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline())
         except (OSError, ValueError):
-            code = self.process.wait()
-            raise TokenizerError(f"transformers ended with code {code} while it read the tokenizer files") from None
+            raise TokenizerError(f"transformers {_ended(self.process.wait())} with these tokenizer files") from None
         if "error" in answer:
             raise TokenizerError(f"transformers cannot read these tokenizer files: {answer['error']}")
         return answer["value"]
+
+
+def _ended(code: int) -> str:
+    if code == -signal.SIGXCPU:
+        return "was stopped after computing far longer than any takes"
+    if code == -signal.SIGABRT:
+        return "ended for want of memory, or by a fault of its own,"
+    return f"ended with code {code}"
 
 
 _running: list[_Server] = []
@@ -157,6 +178,7 @@ def serve() -> None:
     for line in sys.stdin:
         what, values, number = json.loads(line)
         try:
+            _limit(len(line), _loaded_bytes(what, values))
             if what == "load":
                 number = len(loaded)
                 loaded[number], refused = _load(*values)
@@ -169,6 +191,30 @@ def serve() -> None:
             _write(answers, {"error": _said(error)})
         else:
             _write(answers, {"value": value})
+
+
+def _limit(texts: int, files: int) -> None:
+    """Set what the kernel lets a request have, of so many bytes of ``texts``, that loads so many of ``files``."""
+    if files:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401 - their import is not the files'
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5])
+        _at_most(resource.RLIMIT_DATA, pages * resource.getpagesize() + MEMORY + MEMORY_PER_BYTE * files)
+    seconds = time.process_time() + SECONDS + SECONDS_PER_MB * (texts + files) / 1e6
+    _at_most(resource.RLIMIT_CPU, int(seconds) + 1)
+
+
+def _loaded_bytes(what: str, values: Sequence[Any]) -> int:
+    """Return the bytes of the files that a request loads."""
+    if what == "load":
+        return sum(path.stat().st_size for path in Path(*values).iterdir())
+    return Path(values[0]).stat().st_size if what == "alone" else 0
+
+
+def _at_most(kind: int, limit: int) -> None:
+    """Set a limit; one that the user's shell or a container has set stays, and may be lower."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _load(folder: str) -> tuple[Any, str | None]:
@@ -214,9 +260,23 @@ def _chat(loaded: Any, template: str | None, messages: list[dict[str, Any]], spe
         return {"error": _said(error)}
 
 
+def _alone(path: str, texts: list[str]) -> dict[str, Any]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return {"ids": [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]}
+    except BaseException as error:  # noqa: BLE001 - the library panics, too
+        return {"error": _said(error)}
+
+
 def _answer(loaded: Any, what: str, values: list[Any]) -> Any:
     if what == "chat":
         return [_chat(loaded, *value) for value in values]
+    if what == "alone":
+        return _alone(*values)
     if what == "decode":
         return [loaded.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in values]
     plain = what == "encode_plain"

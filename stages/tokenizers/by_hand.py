@@ -98,16 +98,16 @@ def _differ(what: str, other: Reference, opened: Automatic, texts: Sequence[str]
 
 
 def _file_alone(resolution: Resolution, opened: Automatic, texts: Sequence[str]) -> Iterator[Finding]:
-    from tokenizers import Tokenizer
-
     said = json.loads(resolution.vocabulary.read_bytes())
     if _pipeline(said) == _pipeline(opened.document):
         return
-    alone = Tokenizer.from_file(str(resolution.vocabulary))
-    alone.no_truncation()
-    alone.no_padding()
-    for text in texts:
-        here, there = opened.encode(text, specials=True), alone.encode(text, add_special_tokens=False).ids
+    alone = opened.alone(texts)
+    if "error" in alone:
+        text = f"tokenizer.json alone cannot be loaded: {alone['error']}"
+        yield Finding("T22", WARNING, f"{text}; what transformers makes of it is used")
+        return
+    for text, there in zip(texts, alone["ids"], strict=True):
+        here = opened.encode(text, specials=True)
         if here != there:
             names = (opened.name, "tokenizer.json alone")
             found = difference(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.tokenizers import library
 from stages.tokenizers.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -50,12 +51,8 @@ def build(pairs: BytePairs) -> Tokenizer:
 
 def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json's value; :class:`TokenizerError` if its added tokens get other ids."""
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_str(json.dumps(value, ensure_ascii=False))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the content
-        raise TokenizerError(f"the tokenizers library does not take the vocabulary: {error}") from None
+    refused = "the tokenizers library does not take the vocabulary"
+    tokenizer = library.load(json.dumps(value, ensure_ascii=False), refused)
     moved = [token for token in added if tokenizer.token_to_id(token.content) != token.id]
     if moved:
         raise TokenizerError(

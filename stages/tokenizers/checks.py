@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.tokenizers import library
 from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
@@ -95,17 +96,15 @@ def _load_world(directory: Path) -> tuple[Any, Any]:
 
 
 def _load(directory: Path) -> tuple[Tokenizer, Any]:
-    from tokenizers import Tokenizer
-
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise TokenizerError(f"T01: {path}: there is no such file")
     data = read_bytes(path)
     try:
-        tokenizer = Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as error:  # noqa: BLE001 - the library raises plain Exception for every fault of the file
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise TokenizerError(f"T01: {path}: cannot be loaded ({error})") from None
-    return tokenizer, json.loads(data)
+    return library.load(text, f"T01: {path}: cannot be loaded"), json.loads(data)
 
 
 def added_tokens_unique(subject: Subject) -> Iterator[Finding]:

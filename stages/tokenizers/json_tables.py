@@ -9,7 +9,7 @@ from typing import Any
 
 from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.files import read_text
+from stages.tokenizers.files import read_json_text, read_text
 
 MAX_ADDED = 65_536
 MAX_TOKEN = 65_536  # characters; whole programs are tokens of published vocabularies
@@ -27,7 +27,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(read_text(path), object_pairs_hook=unique)
+        value = json.loads(read_json_text(path), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         if isinstance(error, TokenizerError):
             raise

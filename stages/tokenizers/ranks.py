@@ -14,8 +14,10 @@ from stages.tokenizers.files import read_bytes
 # must not choose it.
 MAX_TOKEN_BYTES = 1024
 MAX_RANK_DIGITS = 9
+MAX_LINES = 1 << 20  # of a vocabulary; the largest published ones have 262,144
 MAX_LENGTH = 8 << 20  # of all tokens together; real ones have 2 MB, and every cut of every token is looked at
 MAX_CUTS = 2_000_000  # cuts into two tokens; real vocabularies have 300,000
+MAX_SQUARES = 100_000_000  # of lengths, together: replaying merges is that much work; real vocabularies have 15,000,000
 MAX_SHOWN = 20
 NO_RANK = 1 << 62
 
@@ -25,7 +27,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
     problems: list[str] = []
-    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+    data = read_bytes(path)
+    bound_lines(data, path)
+    for number, line in enumerate(data.splitlines(), 1):
         if not line:
             continue
         try:
@@ -97,6 +101,13 @@ def all_splits(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
+def bound_lines(data: bytes, path: Path) -> None:
+    """Raise :class:`TokenizerError` for a file of far more lines than any vocabulary's."""
+    lines = data.count(b"\n")
+    if lines > MAX_LINES:
+        raise TokenizerError(f"{path}: {lines:,} lines, which is no vocabulary (at most {MAX_LINES:,} are read)")
+
+
 def bound_lengths(tokens: Iterable[bytes | str]) -> None:
     """Raise :class:`TokenizerError` for tokens that are far longer together than any vocabulary's."""
     length = sum(map(len, tokens))
@@ -120,6 +131,8 @@ def derive_merges(ranks: Mapping[bytes, int], path: Path) -> list[tuple[bytes, b
     tiktoken stores no merges: it joins the adjacent pair whose union has the lowest rank. Replaying that on a token
     with the ranks below its own leaves its two parents; a token that ends in more parts is not made by merging.
     """
+    if sum(len(token) ** 2 for token in ranks) > MAX_SQUARES:
+        raise TokenizerError(f"{path}: there are too many tokens of hundreds of bytes: this is no vocabulary")
     merges, orphans = [], []
     for token, rank in ranks.items():
         if len(token) > 1:

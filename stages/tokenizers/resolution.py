@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.tokenizers import roles, templates
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.files import LFS_HEADER, read_bytes
+from stages.tokenizers.files import LFS_HEADER, read_json_text
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
@@ -187,9 +187,9 @@ def second_vocabularies(resolution: Resolution) -> list[Resolution]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a small JSON object; :class:`TokenizerError` for anything else."""
-    data = read_bytes(path, MAX_CONFIG_BYTES)
+    text = read_json_text(path, MAX_CONFIG_BYTES)
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(text)
         # Half of a surrogate pair passes as an escape, but can be neither written nor printed.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.files import read_text
-from stages.tokenizers.ranks import MAX_SHOWN, MAX_TOKEN_BYTES
+from stages.tokenizers.files import read_bytes, read_text
+from stages.tokenizers.ranks import MAX_SHOWN, MAX_TOKEN_BYTES, bound_lines
 from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.world import END, END_TEXT, FILE, WorldTokenizer
 
@@ -23,6 +23,7 @@ def convert(resolution: Resolution) -> Any:
     path = resolution.vocabulary
     tokens: dict[int, bytes] = {}
     problems, seen = [], set()
+    bound_lines(read_bytes(path), path)
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line:

@@ -19,7 +19,9 @@ from stages.tokenizers.ranks import MAX_TOKEN_BYTES
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2
 MODELS = {UNIGRAM: "Unigram", BPE: "BPE", 3: "Word", 4: "Char"}
-MAX_PIECES = 1 << 20
+MAX_PIECES = 1 << 19  # twice the largest published
+MAX_BYTES = 16 << 20  # of a file; the largest published ones have 5 MB
+MAX_FIELDS = 1 << 20  # of a message; the largest hold a field for each piece
 MAX_SHOWN = 3  # pieces in a message
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
@@ -53,7 +55,7 @@ class SentencePieceModel:
 
 def read_model(path: Path) -> SentencePieceModel:
     """Read ``tokenizer.model``; :class:`TokenizerError` for what is no such file, is damaged or far too large."""
-    data = read_bytes(path)
+    data = read_bytes(path, MAX_BYTES)
     try:
         return _model(data)
     except (ValueError, struct.error) as error:
@@ -106,8 +108,11 @@ def _piece(data: bytes) -> Piece:
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield (field number, value) of one message: an int of a varint, the bytes of anything else."""
-    at = 0
+    at = count = 0
     while at < len(data):
+        count += 1
+        if count > MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS:,} fields, far more than any model has")
         key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
         if wire == VARINT:

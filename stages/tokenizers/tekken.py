@@ -47,7 +47,7 @@ def convert(resolution: Resolution) -> Tokenizer:
         size, count = int(config["default_vocab_size"]), int(config["default_num_special_tokens"])
         ranks = _ranks(value.get("vocab"), size - count)
         specials = _special_tokens(value.get("special_tokens"), count, str(config.get("version")))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise TokenizerError(f"{path}: {error}") from None
     bos = _begin(resolution)
     if bos is not None and bos not in specials:

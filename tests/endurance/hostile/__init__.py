@@ -1,0 +1,1 @@
+"""Files that a stranger can give us, mutated by their structure, and what must hold whatever they are."""

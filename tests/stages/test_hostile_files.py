@@ -1,0 +1,134 @@
+"""Files that were found to hang, to fill the memory or to end in a traceback: each is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stagegraph.stage import StageError
+from stages.config_parse import ConfigParse
+from stages.models import strict_json
+from stages.tokenizers import library, rwkv_world
+from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.json_tables import read_object
+from stages.tokenizers.ranks import derive_merges, read_ranks
+from stages.tokenizers.sentencepiece_model import read_model
+from tests.checkpoints import write_hollow, write_json
+from tests.local_context import run_stage
+from tests.stages import tokenizer_folders
+from tests.stages.test_config_fuzz import BASES, SIZES
+from tests.stages.tokenizer_folders import tables, with_class
+from tests.stages.tokenizer_samples import resolved
+
+LISTS = b'{"a":[' + b"[]," * 4_000_001 + b"0]}"  # 12 MB of text, a gigabyte of lists
+
+
+def test_json_of_millions_of_lists_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="values are no description of a model"):
+        strict_json.parse(LISTS)
+    (tmp_path / "tokenizer.json").write_bytes(LISTS)
+    with pytest.raises(TokenizerError, match="values are no vocabulary"):
+        read_object(tmp_path / "tokenizer.json")
+
+
+def test_a_head_of_a_billion_channels_has_no_frequencies_computed(tmp_path: Path) -> None:
+    config = {"model_type": "llama", **SIZES, **BASES["llama"]}
+    checkpoint = write_hollow(tmp_path / "checkpoint", config)
+    write_json(checkpoint / "config.json", {**config, "head_dim": 2**30})
+    with pytest.raises(StageError, match="a head has 1,073,741,824 channels"):
+        run_stage(ConfigParse(), tmp_path / "out", {"checkpoint": str(checkpoint)})
+
+
+def test_merges_of_long_tokens_are_not_replayed() -> None:
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"a" * 1000 + b"%d" % n: 256 + n for n in range(200)}
+    with pytest.raises(TokenizerError, match="too many tokens of hundreds of bytes"):
+        derive_merges(ranks, Path("x.tiktoken"))
+
+
+@pytest.mark.parametrize("read", [read_ranks, lambda p: rwkv_world.convert(resolved(p))])
+def test_a_vocabulary_of_millions_of_lines_is_not_read(read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rwkv_vocab_v20230424.txt"
+    path.write_bytes(b"\n" * ((1 << 20) + 1))
+    with pytest.raises(TokenizerError, match="lines, which is no vocabulary"):
+        read(path)
+
+
+def test_a_sentencepiece_model_of_a_million_unknown_fields_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x20\x00" * ((1 << 20) + 1))
+    with pytest.raises(TokenizerError, match="more than 1,048,576 fields"):
+        read_model(tmp_path / "tokenizer.model")
+
+
+def test_a_tekken_size_that_is_infinite_is_refused(tmp_path: Path) -> None:
+    value = tokenizer_folders.tekken(config={"default_vocab_size": float("inf")})
+    with pytest.raises(StageError, match="infinity"):
+        tokenizer_folders.build(tmp_path, {"tekken.json": value}, "mistral", 2)
+
+
+class PanicException(BaseException):
+    """What a panic of the library is in Python."""
+
+
+def test_a_panic_of_the_library_is_a_problem_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panics:
+        @staticmethod
+        def from_str(text: str) -> None:
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("tokenizers.Tokenizer", Panics)
+    with pytest.raises(TokenizerError, match=r"^x: index out of bounds"):
+        library.load("{}", "x")
+
+
+def test_a_name_of_thousands_of_characters_leaves_a_message_readable() -> None:
+    from stagegraph.cli.streams import hanging
+
+    shown = hanging(f"the file {'a' * 10**6} is missing; copy it again")
+    assert len(shown) < 4100
+    assert shown.startswith("the file a")
+    assert shown.endswith("copy it again")
+
+
+LOOP = "".join(f"{{% for {name} in range(99999) %}}" for name in "ijk") + "{% endfor %}" * 3
+GROW = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 10,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({**with_class("GPTNeoXTokenizer", tables()), "chat_template.jinja": LOOP.encode()}, "computing far longer"),
+        (with_class("GPTNeoXTokenizer", tables(normalizer=GROW)), "want of memory"),
+    ],
+)
+def test_what_transformers_would_compute_or_store_without_end_is_stopped(
+    files: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StageError, match=said):
+        tokenizer_folders.build(tmp_path, files, "gpt_neox", tokenizer_folders.SIZE)
+
+
+def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
+    """Python files, a setup and a pickle beside sound tokenizer files, named by auto_map: a canary tells."""
+    canary = tmp_path / "canary"
+    trap = f"open({str(canary)!r}, 'w').close()\n".encode()
+    pickled = b"cposix\nsystem\n(S'touch " + str(canary).encode() + b"'\ntR."
+    names = ("tokenization_x", "modeling_x", "configuration_x", "setup", "conftest", "sitecustomize", "tokenizers")
+    files = {
+        **with_class("XTokenizer", tables()),
+        "config.json": json.dumps({"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.C"}}).encode(),
+        **{f"{name}.py": trap for name in names},
+        **dict.fromkeys(("pytorch_model.bin", "training_args.bin", "tokenizer.pkl"), pickled),
+    }
+    files["tokenizer_config.json"] = {
+        "tokenizer_class": "XTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", "tokenization_x.XTokenizer"]},
+    }
+    tokenizer_folders.build(tmp_path, files, "gpt_neox", tokenizer_folders.SIZE)
+    assert not canary.exists()
