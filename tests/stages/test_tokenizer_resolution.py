@@ -101,7 +101,7 @@ def test_no_files_no_vocabulary_and_ambiguity_are_each_said(tmp_path):
     ("config", "says"),
     [
         (b"{", "not JSON in UTF-8"),
-        (b"\xff\xfe{}", "not JSON in UTF-8"),
+        (b"\xff\xfe{}", "not UTF-8"),
         (b"[" * 100_000, "not JSON in UTF-8"),
         (b"[1]", "expected a JSON object, found list"),
         (b'{"tokenizer_class": "QWenTokenizer", "extra_vocab_file": "more.tiktoken"}', "extra_vocab_file is set"),
