@@ -85,7 +85,7 @@ def one(name: str, data: st.SearchStrategy[bytes]) -> st.SearchStrategy[Files]:
 
 
 def read_pipeline(folder: Path) -> list[str]:
-    from stagegraph.spec import load
+    from stagegraph.spec.load import load
 
     overrides = json.loads((folder / "set.json").read_text()) if (folder / "set.json").exists() else []
     return refused(lambda: load(folder / "p.yaml", overrides, {"HOME": str(folder)}))
