@@ -63,7 +63,8 @@ def ours(bundle: str, _threads: int) -> tuple[Begin, Callable[[], dict[str, int]
 
     backend.tvm()
     imported, root = status("VmRSS"), Path(bundle)
-    session = Session(manifest.read(root))
+    bundle = manifest.read(root)
+    session = Session(bundle)
     sizes = json.loads((root / "bundle.json").read_text())["model"]
 
     def begin() -> tuple[Step, Step, Callable[[], None]]:
@@ -78,7 +79,7 @@ def ours(bundle: str, _threads: int) -> tuple[Begin, Callable[[], dict[str, int]
         return {
             "imported": imported,
             "peak": status("VmHWM"),
-            "weights": sum(record.nbytes for record in tensor_cache.records(root).values()),
+            "weights": sum(record.nbytes for record in tensor_cache.records(bundle.folder).values()),
             "kv": sizes["cache_bytes_per_token"] * sizes["context_window"],
         }
 

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import serving
+from stages.runtime import manifest, serving
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.folder import MANIFEST
 from stages.runtime.tokenizer import INFO, BundleTokenizer
 
 if TYPE_CHECKING:
     import argparse
+
+    from stages.runtime.folder import Folder
 
 EXAMPLE = "pipeline tokenize artifacts/tiny-qwen/tokenizer-bundle 'It was'"
 REFERENCES = ("bundle", "compare")  # arguments that may name a node's result instead of a path
@@ -33,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; 0 ok, 1 if ``--compare`` finds a difference, 2 for a bundle that cannot be read."""
     try:
         text = serving.standard_input() if args.text == "-" else args.text
-        tokenizer = BundleTokenizer(_directory(args.bundle))
-        other = BundleTokenizer(_directory(args.compare)) if args.compare else None
+        tokenizer = BundleTokenizer(_place(args.bundle))
+        other = BundleTokenizer(_place(args.compare)) if args.compare else None
         found = describe(tokenizer, text, specials=args.specials)
     except (BundleError, RequestError) as error:
         for problem in getattr(error, "problems", (error,)):
@@ -87,11 +90,12 @@ def compare(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | No
     return None
 
 
-def _directory(path: Path) -> Path:
+def _place(path: Path) -> Path | Folder:
+    """Return the listed files of a bundle, or the directory of tokenizer-bundle's output."""
     found = next((d for d in (path, path / "bundle", path / "tokenizer") if (d / INFO).is_file()), None)
     if found is None:
         raise BundleError(f"{path}: no {INFO} there; give the directory of a bundle or of tokenizer-bundle's output")
-    return found
+    return manifest.read(found).folder if (found / MANIFEST).is_file() else found
 
 
 def _page(found: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.packing import mlc
+from stages.runtime import seal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,7 +65,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Return bundle.json: what the loader checks before it loads anything, and how the checkpoint draws tokens."""
     metadata = found["metadata"]
-    return {
+    document = {
         "schema": 1,
         "name": name,
         "target": target,
@@ -76,6 +77,7 @@ def manifest(
         "sampling": found["generation"].get("sampling") or {},
         "files": files,
     }
+    return {**document, seal.KEY: seal.seal(document)}
 
 
 def chat_config(

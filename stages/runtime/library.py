@@ -14,7 +14,6 @@ from stages.runtime.stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 FILE = "tokenizer.json"
 SPACE = "\u2581"  # how a vocabulary over characters writes the space
@@ -67,7 +66,7 @@ class _Window:
 
 
 class LibraryVocabulary:
-    """Ids and text of one tokenizer.json.
+    """Ids and text of the ``content`` of one tokenizer.json.
 
     ``normalized`` says that text arrives in the form that the file's normalizer would give it, which costs time;
     ``shown`` are special tokens that decode to their text.
@@ -75,8 +74,8 @@ class LibraryVocabulary:
     all that are not the model's own: text -> (id, special).
     """
 
-    def __init__(self, path: Path, *, normalized: bool = False, shown: Sequence[int] = ()) -> None:
-        self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+    def __init__(self, content: bytes, *, normalized: bool = False, shown: Sequence[int] = ()) -> None:
+        self._tokenizer: Tokenizer = Tokenizer.from_buffer(content)
         if normalized:
             self._tokenizer.normalizer = None
         self._tokenizer.encode_special_tokens = True  # text that spells a special token stays text

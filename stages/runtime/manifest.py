@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import platform
@@ -12,27 +11,22 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import host
+from stages.runtime import host, seal
 from stages.runtime.errors import BundleError
+from stages.runtime.folder import LIMIT, MANIFEST, Entry, Folder, open_regular, parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SCHEMA = 1
-FILE = "bundle.json"
+WEIGHTS = ".bin"  # files of this ending are digested as they are loaded, whatever else is checked before
 _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 _STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
 _DEVICES = {"llvm": "cpu", "cuda": "cuda"}  # target -> the kind of device that its kernels run on
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file of a bundle: its SHA-256 in hex and its size in bytes."""
-
-    sha256: str
-    size: int
+# What a bundle may ask less of than its library was built for: to save memory.
+_AT_MOST = ("context_window", "prefill_chunk", "max_batch")
 
 
 @dataclass(frozen=True)
@@ -49,6 +43,12 @@ class Manifest:
     device_code: Sequence[Mapping[str, Any]]
     files: Mapping[str, Entry]
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json, by its keys
+    quick: bool = False  # whether weights are loaded by their sizes alone, undigested
+
+    @property
+    def folder(self) -> Folder:
+        """The files that may be read: those that are listed."""
+        return Folder(self.root, self.files)
 
     @property
     def device(self) -> str:
@@ -58,17 +58,13 @@ class Manifest:
 
 def read(path: Path) -> Manifest:
     """Read the bundle at ``path``, or at ``path/bundle``; :class:`BundleError` lists everything wrong with its form."""
-    root = next((d for d in (path, path / "bundle") if (d / FILE).is_file()), None)
+    root = next((d for d in (path, path / "bundle") if (d / MANIFEST).is_file()), None)
     if root is None:
-        raise BundleError(f"{path}: no {FILE} there, so it is not a bundle; give the directory that bundle wrote")
-    try:
-        document = json.loads((root / FILE).read_text(encoding="utf-8"))
-        json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{root / FILE}: cannot be read as JSON: {error}") from None
+        raise BundleError(f"{path}: no {MANIFEST} there, so it is not a bundle; give the directory that bundle wrote")
+    document = _document(root / MANIFEST)
     problems = _problems_of_form(document)
     if problems:
-        raise BundleError(*(f"{root / FILE}: {problem}" for problem in problems))
+        raise BundleError(*(f"{root / MANIFEST}: {problem}" for problem in problems))
     return Manifest(
         root=root,
         name=document["name"],
@@ -83,13 +79,18 @@ def read(path: Path) -> Manifest:
     )
 
 
-def check(manifest: Manifest, *, digest_limit: int | None = None, run: bool = True) -> list[str]:
+def check(manifest: Manifest, *, weights: bool = True, run: bool = True) -> list[str]:
     """Return what does not fit, each with what to do; an empty list means that the bundle can be loaded here.
 
-    Files larger than ``digest_limit`` bytes are checked by size alone; None digests every file. With ``run`` false
-    the files are looked at and not the machine.
+    Without ``weights`` their sizes alone are looked at: they are digested as they are loaded. With ``run`` false the
+    files are looked at and not the machine.
     """
-    problems = _file_problems(manifest, digest_limit)
+    problems: list[str] = []
+    for name in sorted(manifest.files):
+        try:
+            manifest.folder.check(name, digest=weights or not name.endswith(WEIGHTS))
+        except BundleError as error:
+            problems += error.problems
     if not run:
         return problems
     problems += _version_problems(manifest)
@@ -116,6 +117,32 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
     return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
 
 
+def disagreements(manifest: Manifest, metadata: Mapping[str, Any]) -> list[str]:
+    """Return where bundle.json contradicts what its library says of itself (``_metadata``), which is what runs."""
+    found: dict[str, Any] = {"target": manifest.target, **manifest.model}
+    built = {"target": metadata["target"]["target"], **metadata["model"]}
+    return [
+        f"{manifest.root / MANIFEST}: {key} is {found.get(key)!r:.60} and the library was built for {value!r:.60}: "
+        "build the bundle again"
+        for key, value in built.items()
+        if found.get(key) != value and not (key in _AT_MOST and 0 < found.get(key, 0) < value)
+    ]
+
+
+def _document(path: Path) -> Any:
+    try:
+        with open_regular(path) as file:
+            data = file.read(LIMIT + 1)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}; copy the bundle again") from None
+    document = parse(data, f"{path}", strict=True)
+    try:
+        json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
+    except ValueError as error:
+        raise BundleError(f"{path}: cannot be read as JSON: {error}; copy the bundle again") from None
+    return document
+
+
 def _problems_of_form(document: Any) -> list[str]:
     if not isinstance(document, dict):
         return ["expected an object"]
@@ -133,16 +160,22 @@ def _problems_of_form(document: Any) -> list[str]:
     if document["target"] not in _DEVICES:
         problems.append(f"target {document['target']!r} is not known here; known: {', '.join(_DEVICES)}")
     problems += _problems_of_sampling(document.get("sampling", {}))
-    return problems + _problems_of_model(document) + _problems_of_machine(document) + _problems_of_files(document)
+    problems += _problems_of_model(document) + _problems_of_machine(document) + _problems_of_files(document)
+    if not problems and document.get(seal.KEY, found := seal.seal(document)) != found:
+        problems.append(
+            "it is not as it was written, so damaged or changed: copy the bundle again; if you changed it on purpose, "
+            f"remove '{seal.KEY}', which seals the rest"
+        )
+    return problems
 
 
 def _problems_of_sampling(sampling: Any) -> list[str]:
     if not isinstance(sampling, dict):
         return [f"'sampling' must be dict, found {type(sampling).__name__}"]
     return [
-        f"'sampling.{key}' must be a number, true or false, found {value!r:.60}"
+        f"'sampling.{key}' must be a number (of at most 2**53), true or false, found {value!r:.60}"
         for key, value in sampling.items()
-        if not isinstance(value, int | float)
+        if not isinstance(value, int | float) or not -(2**53) <= value <= 2**53
     ]
 
 
@@ -166,8 +199,8 @@ def _problems_of_machine(document: Mapping[str, Any]) -> list[str]:
     for dist, version in document["tvm"].items():
         if not re.fullmatch(r"[a-z0-9-]+", dist) or not isinstance(version, str):
             problems.append(f"'tvm' must map distributions to versions, found {dist!r:.60}: {version!r:.60}")
-    features = document["cpu"].get("features", ())
-    if not isinstance(features, list | tuple) or not all(isinstance(feature, str) for feature in features):
+    features = document["cpu"].get("features")
+    if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
         problems.append(f"'cpu.features' must be a list of names, found {features!r:.60}")
     problems += [
         f"'device_code' must hold a 'kind' and an 'arch' each, found {code!r:.60}"
@@ -197,36 +230,6 @@ def _problems_of_files(document: Mapping[str, Any]) -> list[str]:
 def _stays_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name
-
-
-def _file_problems(manifest: Manifest, digest_limit: int | None) -> list[str]:
-    problems = []
-    for name, entry in sorted(manifest.files.items()):
-        try:
-            problem = _file_problem(manifest.root.resolve(), name, entry, digest_limit)
-        except OSError as error:  # not to be read, or a name that no file can have
-            problem = f"{manifest.root / name}: {error.strerror}; copy the bundle again"
-        problems += [problem] if problem else []
-    return problems
-
-
-def _file_problem(root: Path, name: str, entry: Entry, digest_limit: int | None) -> str:
-    path = root / name
-    if not path.resolve().is_relative_to(root):
-        return f"{path}: a link that leaves the bundle; copy the bundle with its links followed (cp -L)"
-    if not path.is_file():
-        return f"{path}: missing; copy the whole bundle again"
-    if path.stat().st_size != entry.size:
-        return f"{path}: {path.stat().st_size} bytes, not the {entry.size} of {FILE}; copy the bundle again"
-    if (digest_limit is None or entry.size <= digest_limit) and sha256(path) != entry.sha256:
-        return f"{path}: its SHA-256 is not the one in {FILE}: damaged or changed; copy the bundle again"
-    return ""
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version_problems(manifest: Manifest) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 _CONTROLS = re.compile("[\x7f-\x9f]")  # those before the space JSON escapes itself
 INTERRUPTED = 128 + signal.SIGINT
-# With --quick, larger files are weights: their size is checked and their digest is not.
-_QUICK_LIMIT = 16 << 20
+_SHOWN = 20  # problems
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -39,6 +39,11 @@ def json_text(document: object) -> str:
     """Return a document as JSON, readable but for control characters: a terminal would act on DEL and C1."""
     text = json.dumps(document, ensure_ascii=False, indent=1)
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _one_line(problem: object) -> str:
+    """Return a message as a terminal may show it: names out of files may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(problem))
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
@@ -77,8 +82,11 @@ def guarded(
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return 128 + signal.SIGPIPE
     except (BundleError, RequestError) as error:
-        for problem in getattr(error, "problems", (error,)):
-            err.write(f"error: {problem}\n")
+        problems = getattr(error, "problems", (error,))
+        for problem in problems[:_SHOWN]:
+            err.write(f"error: {_one_line(problem)}\n")
+        if len(problems) > _SHOWN:
+            err.write(f"and {len(problems) - _SHOWN:,} more problems\n")
         return 2
     except KeyboardInterrupt:
         err.write("interrupted\n")
@@ -148,8 +156,8 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says."""
     from stages.runtime import manifest
 
-    bundle = manifest.read(args.bundle)
-    problems = manifest.check(bundle, digest_limit=_QUICK_LIMIT if args.quick else None)
+    bundle = dataclasses.replace(manifest.read(args.bundle), quick=args.quick)
+    problems = manifest.check(bundle, weights=False)
     if args.device not in ("auto", bundle.device):
         problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
     if problems:
@@ -166,7 +174,7 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     if "" in args.stop:
         raise RequestError("--stop: the text is empty")
     stops = [text(stop, "--stop").encode() for stop in args.stop]
-    tokenizer = BundleTokenizer(bundle.root)
+    tokenizer = BundleTokenizer(bundle.folder)
     sampler = Sampler(min(tokenizer.active_vocab_size, bundle.model["vocab_size"]), settings, seed=args.seed)
     in_use = ("temperature", "repetition_penalty") if settings.temperature == 0 else _SAMPLING
     origin = " (generation_config.json)" if {*default} & {*in_use} - {*given} else ""

@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.runtime import backend, state, tensor_cache
 from stages.runtime.errors import BundleError, RequestError
-from stages.runtime.manifest import capability_problems
+from stages.runtime.manifest import capability_problems, disagreements
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,15 +52,19 @@ class Session:
         self._state = self._create_state(sequences)
 
     def _open_library(self) -> Any:
-        path = self.manifest.root / "model.so"
+        path = self.manifest.folder.check("model.so")
         with _refusing(f"{path}: not a library that can be loaded"):
             module = self._tvm.runtime.load_module(str(path))
             return self._tvm.runtime.vm.VirtualMachine(module, self._device)
 
     def _load_params(self) -> Any:
-        with _refusing(f"{self.manifest.root / 'model.so'}: does not say what it takes"):
-            expected = json.loads(self._vm["_metadata"]())["params"]
-        stored = tensor_cache.records(self.manifest.root)
+        folder = self.manifest.folder
+        with _refusing(f"{folder.root / 'model.so'}: does not say what it takes"):
+            metadata = json.loads(self._vm["_metadata"]())
+            expected, problems = metadata["params"], disagreements(self.manifest, metadata)
+        if problems:
+            raise BundleError(*problems)
+        stored = tensor_cache.records(folder)
         problems = [
             f"{param['name']}: the library takes {param['dtype']} {param['shape']} and the weights hold "
             f"{stored[param['name']].dtype} {list(stored[param['name']].shape)}"
@@ -71,7 +75,7 @@ class Session:
         if problems:
             raise BundleError(*problems)
         names = [param["name"] for param in expected]
-        return backend.array(list(tensor_cache.upload(self.manifest.root, names, self._device)))
+        return backend.array(tensor_cache.upload(folder, stored, names, self._device, digest=not self.manifest.quick))
 
     def _create_state(self, sequences: int) -> state.State:
         limit = self.max_batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime import chat as chats
 from stages.runtime import trie
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.folder import Folder
 from stages.runtime.trie import TrieVocabulary
 
 if TYPE_CHECKING:
@@ -23,26 +23,29 @@ INFO, CONFIG = "tokenizer_info.json", "tokenizer_config.json"
 
 
 class BundleTokenizer:
-    """The vocabulary with what tokenizer_info.json says about it.
+    """The vocabulary in a directory, or in a bundle's listed files, with what tokenizer_info.json says about it.
 
     ``stop`` are the ids that end a text; ``active_vocab_size`` is the number of ids that have a token, beyond which
     the model's logits are padding.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, place: Path | Folder) -> None:
+        self._folder = place if isinstance(place, Folder) else Folder(place)
         try:
-            self._info: dict[str, Any] = json.loads((root / INFO).read_text(encoding="utf-8"))
+            self._info: dict[str, Any] = self._folder.json(INFO)
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
             _check(self._info)
             self.prefix = [int(token) for token in self._info.get("prefix", ())]
-            self._vocabulary = _open(root, self._info)
+            self._vocabulary = _open(self._folder, self._info)
+        except BundleError:
+            raise
         except BaseException as error:
             # The tokenizers library raises Exception itself, and a panic of Rust is not even one.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise BundleError(f"{root}: the tokenizer cannot be read: {type(error).__name__}: {error}") from None
-        self._root = root
+            root, reason = self._folder.root, f"{type(error).__name__}: {error!s:.200}"
+            raise BundleError(f"{root}: the tokenizer cannot be read: {reason}") from None
         longest = sorted(self._vocabulary.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
 
@@ -104,7 +107,9 @@ class BundleTokenizer:
             raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}): give plain text")
         given = {"tools": None, "documents": None, **(variables or {})}
         given |= {"messages": conversation, "add_generation_prompt": add_generation_prompt}
-        config = json.loads((self._root / CONFIG).read_text(encoding="utf-8"))
+        config = self._folder.json(CONFIG)
+        if not isinstance(config, dict):
+            raise BundleError(f"{self._folder.root / CONFIG}: expected an object, found {config!r:.60}")
         chosen = chats.choose(config.get("chat_template"), tools=given["tools"] is not None, name=template)
         vocabulary = self._spelling(config)
         return chats.encoded(chats.marked(chosen, given, vocabulary), vocabulary)
@@ -177,10 +182,11 @@ def _check(info: Any) -> None:
         raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
-def _open(root: Path, info: Mapping[str, Any]) -> LibraryVocabulary | TrieVocabulary:
-    if (root / trie.FILE).is_file():
-        return TrieVocabulary(root / trie.FILE)
+def _open(folder: Folder, info: Mapping[str, Any]) -> LibraryVocabulary | TrieVocabulary:
+    if trie.FILE in folder:
+        return TrieVocabulary(bytes(folder.read(trie.FILE)))
     from stages.runtime import library
 
     shown = [int(index) for index in info.get("shown", ())]
-    return library.LibraryVocabulary(root / library.FILE, normalized=bool(info.get("normalize")), shown=shown)
+    content = bytes(folder.read(library.FILE))
+    return library.LibraryVocabulary(content, normalized=bool(info.get("normalize")), shown=shown)

@@ -12,7 +12,6 @@ from stages.runtime.stream import TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 FILE = "rwkv_vocab.txt"
 END, END_TEXT = 0, "<|endoftext|>"
@@ -24,9 +23,9 @@ class TrieVocabulary:
     specials: dict[str, tuple[int, bool, bool]] = {END_TEXT: (END, False, False)}
     added: dict[str, tuple[int, bool]] = {END_TEXT: (END, True)}
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, content: bytes) -> None:
         self._tokens: dict[int, bytes] = {}
-        for line in path.read_bytes().splitlines():
+        for line in content.splitlines():
             number, _, token = line.partition(b" ")
             self._tokens[int(number)] = base64.b64decode(token, validate=True)
         self._root: dict[int, Any] = {}

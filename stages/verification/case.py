@@ -62,7 +62,7 @@ class Case:
     @cached_property
     def tokenizer(self) -> BundleTokenizer:
         """The bundle's tokenizer."""
-        return BundleTokenizer(self.bundle)
+        return BundleTokenizer(self.manifest.folder)
 
     @cached_property
     def reader(self) -> SourceReader | None:
@@ -100,7 +100,7 @@ class Case:
     @cached_property
     def records(self) -> dict[str, tensor_cache.Record]:
         """Where the bundle's weights are."""
-        return tensor_cache.records(self.bundle)
+        return tensor_cache.records(self.manifest.folder)
 
     @cached_property
     def tensors(self) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from stages.config_parse import ConfigParse
 from stages.packing import assemble
 from stages.param_register import ParamRegister
 from stages.quantize import Quantize
-from stages.runtime.manifest import sha256
+from stages.runtime import seal
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import live
@@ -51,16 +51,18 @@ class Built:
     def sign(self) -> None:
         """Make bundle.json name the files as they are now, as an unlucky build would have."""
         document = json.loads((self.bundle / "bundle.json").read_text())
-        for name in document["files"]:
-            path = self.bundle / name
-            document["files"][name] = {"sha256": sha256(path), "size": path.stat().st_size}
-        assemble.write_json(self.bundle / "bundle.json", document)
+        found = assemble.files(self.bundle)
+        document["files"] = {name: found[name] for name in document["files"]}
+        self._write(document)
 
     def edit(self, change: Any) -> None:
         """Let ``change`` alter bundle.json's document."""
         document = json.loads((self.bundle / "bundle.json").read_text())
         change(document)
-        assemble.write_json(self.bundle / "bundle.json", document)
+        self._write(document)
+
+    def _write(self, document: Any) -> None:
+        assemble.write_json(self.bundle / "bundle.json", {**document, seal.KEY: seal.seal(document)})
 
 
 def build(

@@ -150,7 +150,7 @@ class Built:
     @cached_property
     def held(self) -> dict[str, np.ndarray]:
         """The checkpoint's tensors, float32, with the values that the bundle stores."""
-        registry, records = json.loads(self.params.read_text()), tensor_cache.records(self.bundle)
+        registry, records = json.loads(self.params.read_text()), tensor_cache.records(manifest.read(self.bundle).folder)
         return {tensor.name: tensor.values() for tensor in weights.held(registry, records, SCHEMES[self.scheme])}
 
     def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:

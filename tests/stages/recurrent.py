@@ -13,8 +13,10 @@ import numpy as np
 
 from stages import profiles
 from stages.config_parse import ConfigParse
+from stages.packing import assemble
 from stages.param_register import ParamRegister
 from stages.quantize import Quantize
+from stages.runtime.folder import Entry
 from stages.runtime.manifest import Manifest
 from stages.runtime.session import Session
 from stages.verification import live
@@ -84,9 +86,9 @@ class Built:
 
     def session(self, sequences: int = 1) -> Session:
         metadata = json.loads((self.root / "metadata.json").read_text())
-        return Session(
-            Manifest(self.root, "tiny", "llvm", "x86_64", {}, {}, metadata["model"], [], {}), sequences=sequences
-        )
+        files = {name: Entry(**entry) for name, entry in assemble.files(self.root).items()}
+        described = Manifest(self.root, "tiny", "llvm", "x86_64", {}, {}, metadata["model"], [], files)
+        return Session(described, sequences=sequences)
 
 
 def parse(folder: Path, checkpoint: Path, scheme: str, target: str = "llvm") -> tuple[Registered, dict[str, Path]]:

@@ -17,7 +17,7 @@ from stages import profiles
 from stages.codegen import describe
 from stages.config_parse import ConfigParse
 from stages.models import load_family
-from stages.runtime import tensor_cache
+from stages.runtime import manifest, tensor_cache
 from stages.runtime.errors import RequestError
 from stages.targets import fatbin, toolchain
 from stages.targets.fatbin import DeviceCode
@@ -392,7 +392,8 @@ def test_the_memory_that_compile_promises_is_what_the_runtime_takes(built, name)
     command = [sys.executable, "-c", CACHE_SIZES, str(library.bundle / "model.so")]
     measured = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert abs(measured / per_token - 1) < 0.01
-    weights = sum(record.load().nbytes for record in tensor_cache.records(library.bundle).values())
+    records = tensor_cache.records(manifest.read(library.bundle).folder)
+    weights = sum(record.load().nbytes for record in records.values())
     table = describe.memory(metadata)
     assert f"| weights | {weights:,} |" in table
     assert f"| KV cache, one sequence of {LIMIT} tokens | {per_token * LIMIT:,} |" in table

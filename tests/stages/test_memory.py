@@ -23,7 +23,8 @@ CONTEXT, CHUNK = 2048, 1024  # large enough for what is planned to stand out fro
 MEASURE = """
 import ctypes, json, os, sys
 from pathlib import Path
-from stages.runtime import manifest
+from stages.packing import assemble
+from stages.runtime import folder, manifest
 from stages.runtime.session import Session
 
 class Info(ctypes.Structure):
@@ -54,7 +55,8 @@ if (root / "bundle.json").is_file():
     described = manifest.read(root)
 else:
     model = json.loads((root / "metadata.json").read_text())["model"]
-    described = manifest.Manifest(root, "tiny", "llvm", "x86_64", {}, {}, model, [], {})
+    files = {name: folder.Entry(**entry) for name, entry in assemble.files(root).items()}
+    described = manifest.Manifest(root, "tiny", "llvm", "x86_64", {}, {}, model, [], files)
 session = Measured(described, sequences=int(sys.argv[2]))
 sequence, ids = session.add(), list(range(3, 403))
 chunk = (ids * 10)[: session.prefill_chunk]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 
@@ -12,9 +13,11 @@ import tiktoken
 
 from stages.runtime import backend, host, manifest, tensor_cache
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.folder import Folder
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers.tiktoken_qwen import PATTERN, SPECIALS
+from tests.engine.test_damage import flipped
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,7 @@ def test_weights_of_another_shape_are_refused_before_they_are_used(recorded, tmp
     record = next(r for r in document["records"][0]["records"] if r["name"] == "lm_head.weight")
     record["shape"] = record["shape"][::-1]
     path.write_text(json.dumps(document))
+    built.sign()
     with pytest.raises(
         BundleError, match=r"lm_head.weight: the library takes float32 \[16, 64, 32\] and the weights hold"
     ):
@@ -127,13 +131,16 @@ def test_everything_that_does_not_fit_is_said_at_once(recorded, tmp_path):
     assert len(problems(built)) == 5
 
 
-def test_large_files_may_be_checked_by_size_alone(recorded, tmp_path):
+def test_weights_are_digested_as_they_are_loaded_unless_that_is_not_wanted(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     shard = built.bundle / "params_shard_0.bin"
-    shard.write_bytes(bytes(shard.stat().st_size))
+    shard.write_bytes(flipped(shard.read_bytes(), 5))
     bundle = manifest.read(built.bundle)
-    assert manifest.check(bundle, digest_limit=100_000) == []
+    assert manifest.check(bundle, weights=False) == []
     assert len(manifest.check(bundle)) == 1
+    with pytest.raises(BundleError, match=r"shard_0.bin: its SHA-256 is not"):
+        Session(bundle)
+    Session(dataclasses.replace(bundle, quick=True))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "..\\b", ""])
@@ -193,9 +200,10 @@ def test_another_machines_code_is_refused(recorded, monkeypatch):
     assert "the library is x86_64 code and this machine is aarch64" in problems(recorded)[0]
 
 
-def test_a_cache_that_does_not_fit(recorded, tmp_path):
+def test_a_cache_that_does_not_fit(recorded, tmp_path, monkeypatch):
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document["model"].update(context_window=2**31 - 1))
+    monkeypatch.setattr("stages.runtime.session.disagreements", lambda *_: [])  # a library built for as many
     with pytest.raises(BundleError, match="no room for the state of 2,147,483,647 tokens"):
         Session(manifest.read(built.bundle))
 
@@ -203,6 +211,9 @@ def test_a_cache_that_does_not_fit(recorded, tmp_path):
 def test_a_library_that_is_none(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     (built.bundle / "model.so").write_bytes(b"not a library")
+    with pytest.raises(BundleError, match=r"model\.so: 13 bytes, not the"):
+        Session(manifest.read(built.bundle))
+    built.sign()
     with pytest.raises(BundleError, match="not a library that can be loaded"):
         Session(manifest.read(built.bundle))
 
@@ -232,7 +243,8 @@ def test_a_session_on_cuda_asks_for_code_that_the_device_runs(recorded, tmp_path
     monkeypatch.setattr(backend, "device", lambda _: processor)
     monkeypatch.setattr(backend, "capability", lambda _: capability)
     if fits:
-        assert Session(manifest.read(built.bundle)).manifest.device == "cuda"
+        with pytest.raises(BundleError, match="target is 'cuda' and the library was built for 'llvm'"):
+            Session(manifest.read(built.bundle))
     else:
         with pytest.raises(BundleError, match=r"\(elf 80\) does not run on sm_75"):
             Session(manifest.read(built.bundle))
@@ -267,10 +279,11 @@ def test_tensors_are_read_as_tvm_writes_them(tmp_path):
         "c": random.standard_normal(7).astype(np.float16),
     }
     tvmjs.dump_tensor_cache(wanted, str(tmp_path / "raw"), "raw", show_progress=False)
-    for name, array in tensor_cache.read(tmp_path / "raw").items():
-        np.testing.assert_array_equal(array, wanted[name])
+    for name, record in tensor_cache.records(Folder(tmp_path / "raw")).items():
+        np.testing.assert_array_equal(record.load(), wanted[name])
+        np.testing.assert_array_equal(record.of(record.shard.read_bytes()), wanted[name])
     tvmjs.dump_tensor_cache({"a": wanted["a"]}, str(tmp_path / "bf16"), "f32-to-bf16", show_progress=False)
-    np.testing.assert_allclose(tensor_cache.read(tmp_path / "bf16")["a"], wanted["a"], rtol=2**-8)
+    np.testing.assert_allclose(tensor_cache.records(Folder(tmp_path / "bf16"))["a"].load(), wanted["a"], rtol=2**-8)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +291,11 @@ def test_tensors_are_read_as_tvm_writes_them(tmp_path):
     [
         ("byteOffset", 10**9, "ends before the tensor does"),
         ("byteOffset", -4, "cannot be"),
-        ("byteOffset", float("inf"), "not a tensor cache"),
+        ("byteOffset", float("inf"), "Infinity is no number of JSON"),
+        ("byteOffset", "4", "is no record of a tensor"),
+        ("nbytes", 4.0, "is no record of a tensor"),
+        ("shape", None, "is no record of a tensor"),
+        ("name", [], "is no record of a tensor"),
         ("nbytes", 8, "cannot be"),
         ("dtype", "object", "dtype object is not one of"),
         ("format", "zip", "stored as zip"),
@@ -291,7 +308,7 @@ def test_a_record_that_its_shard_cannot_hold(recorded, tmp_path, key, value, mes
     document["records"][0]["records"][0][key] = value
     path.write_text(json.dumps(document))
     with pytest.raises(BundleError, match=message):
-        tensor_cache.records(built.bundle)
+        tensor_cache.records(Folder(built.bundle))
 
 
 def test_a_shard_outside_the_bundle_is_refused(recorded, tmp_path):
@@ -299,11 +316,12 @@ def test_a_shard_outside_the_bundle_is_refused(recorded, tmp_path):
     path = built.bundle / "tensor-cache.json"
     document = json.loads(path.read_text())
     shard = document["records"][0]["dataPath"]
-    for place, message in ((f"../{shard}", "is not in the bundle"), ("a\0b", "not a tensor cache")):
+    for place in (f"../{shard}", "a\0b", str(built.bundle / shard), f"./x/../{shard}", ""):
         document["records"][0]["dataPath"] = place
         path.write_text(json.dumps(document))
-        with pytest.raises(BundleError, match=message):
-            tensor_cache.records(built.bundle)
+        built.sign()
+        with pytest.raises(BundleError, match="is not among the files of the bundle"):
+            tensor_cache.records(manifest.read(built.bundle).folder)
 
 
 # Text

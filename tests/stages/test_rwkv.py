@@ -209,7 +209,8 @@ def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
     sizes = dict.fromkeys(("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size"), 1)
     sizes |= {"sep_embed": True, "scheme": "q0f32", "compute_dtype": "float32"}
     files = {name: {"sha256": "", "size": 1} for name in (*manifest._NEEDED, "rwkv_vocab.txt")}
-    texts = {"schema": 1, "name": "", "target": "llvm", "machine": "x86_64", "tvm": {}, "cpu": {}, "device_code": []}
+    texts = {"schema": 1, "name": "", "target": "llvm", "machine": "x86_64", "tvm": {}, "device_code": []}
+    texts["cpu"] = {"features": []}
 
     def problems(**model):
         return manifest._problems_of_form({**texts, "files": files, "model": {**sizes, **model}})

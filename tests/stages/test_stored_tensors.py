@@ -20,6 +20,7 @@ from stages.models.checkpoint import read_headers
 from stages.models.weights import Weights
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
+from stages.runtime.folder import Folder
 from stages.verification import weights
 from tests.checkpoints import write_json
 from tests.stages import families
@@ -60,7 +61,7 @@ def built(checkpoint: Path, work: Path, scheme: str = "q0f32", memo: Path | None
     inputs = register(checkpoint, work, scheme)
     quantize(checkpoint, work / "out", scheme, inputs, memo)
     registry = json.loads(inputs["params"].read_text())
-    records = tensor_cache.records(work / "out" / "weights")
+    records = tensor_cache.records(Folder(work / "out" / "weights"))
     files = {path.name: path for path in checkpoint.iterdir()}
     seen = read_headers(files).table()  # as verify does
     assert weights.mismatched(registry, seen) == []

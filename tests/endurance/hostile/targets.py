@@ -262,8 +262,9 @@ def _cache() -> tuple[dict[str, Any], bytes]:
 
 def read_cache(folder: Path) -> list[str]:
     from stages.runtime import tensor_cache
+    from stages.runtime.folder import Folder
 
-    return refused(lambda: [array.sum() for array in tensor_cache.read(folder).values()])
+    return refused(lambda: [record.load().sum() for record in tensor_cache.records(Folder(folder)).values()])
 
 
 MANIFEST = {
