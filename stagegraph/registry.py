@@ -100,7 +100,7 @@ def installed() -> Mapping[str, Provider]:
     for point in sorted(entry_points(group=GROUP)):
         try:
             provider = load_object(point.value)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # noqa: BLE001 - another's module; anything may be in it
             raise PipelineError(f"the provider '{point.name}' ({point.value}) cannot be loaded: {error}") from None
         if not isinstance(provider, Provider):
             raise PipelineError(f"the provider '{point.name}' ({point.value}) is no stagegraph.registry.Provider")

@@ -14,13 +14,13 @@ from stagegraph.errors import PlanError
 
 
 @contextlib.contextmanager
-def folder(args: argparse.Namespace, value: Path) -> Iterator[Path]:
+def folder(args: argparse.Namespace, value: str | Path) -> Iterator[Path]:
     """Yield ``value`` if that exists or can only be a path, else the folder or file that it means as a reference.
 
     A result that its node's directory does not show, such as that of an earlier run, is put into a directory of its
     own until the context ends.
     """
-    name = str(value)
+    name, value = str(value), Path(value)
     away = args.file == DEFAULT_FILE and not Path(DEFAULT_FILE).exists()
     if value.exists() or away or os.sep in name.partition(":")[0]:
         yield value
