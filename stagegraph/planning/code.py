@@ -26,12 +26,14 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.store.index import Index
-from stagegraph.store.memo import PartCode
+
+if TYPE_CHECKING:
+    from stagegraph.store.memo import PartCode
 
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
 SUMMARY_SCHEMA = f"3/py{sys.version_info.major}.{sys.version_info.minor}"
@@ -68,6 +70,8 @@ class CodeDigests:
 
     def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
         """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""
+        from stagegraph.store.memo import PartCode
+
         found = {name: digest for module in modules for name, digest in self.closure(module, rows).items()}
         counting = {name: digest for name, digest in found.items() if name.partition("[")[0] not in rows}
         paths = filter(None, map(self._path, found))

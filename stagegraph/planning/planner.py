@@ -18,7 +18,6 @@ from stagegraph.planning.key import key_document, secrets_of
 from stagegraph.planning.sources import Sources, SourceState
 from stagegraph.registry import find, names, stage_reference
 from stagegraph.store.journal import HIT
-from stagegraph.store.memo import PartCode
 from stagegraph.store.record import Document, Record, key_of
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from stagegraph.planning.dag import Dag, Node
     from stagegraph.stage import Stage
+    from stagegraph.store.memo import PartCode
     from stagegraph.store.workspace import Workspace
 
 Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
