@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+MAX_SHOWN = 20
+
 
 class TokenizerError(ValueError):
-    """A checkpoint's tokenizer files cannot be used: every problem found, each a complete sentence."""
+    """A checkpoint's tokenizer files cannot be used: the problems found, each a complete sentence."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        hidden = len(problems) - MAX_SHOWN
+        self.problems = (*problems[:MAX_SHOWN], *([f"and {hidden:,} more problems"] if hidden > 0 else []))
+        super().__init__("\n".join(self.problems))

@@ -18,7 +18,6 @@ MAX_LINES = 1 << 20  # of a vocabulary; the largest published ones have 262,144
 MAX_LENGTH = 8 << 20  # of all tokens together; real ones have 2 MB, and every cut of every token is looked at
 MAX_CUTS = 2_000_000  # cuts into two tokens; real vocabularies have 300,000
 MAX_SQUARES = 100_000_000  # of lengths, together: replaying merges is that much work; real vocabularies have 15,000,000
-MAX_SHOWN = 20
 NO_RANK = 1 << 62
 
 
@@ -47,8 +46,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[token], line_of_rank[rank] = rank, number
     problems += [f"{path}: {problem}" for problem in _gaps(ranks)]
     if problems:
-        hidden = len(problems) - MAX_SHOWN
-        raise TokenizerError(*problems[:MAX_SHOWN], *([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
+        raise TokenizerError(*problems)
     return dict(sorted(ranks.items(), key=lambda item: item[1]))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes, read_text
-from stages.tokenizers.ranks import MAX_SHOWN, MAX_TOKEN_BYTES, bound_lines
+from stages.tokenizers.ranks import MAX_TOKEN_BYTES, bound_lines
 from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.world import END, END_TEXT, FILE, WorldTokenizer
 
@@ -43,8 +43,7 @@ def convert(resolution: Resolution) -> Any:
     if tokens and max(tokens) != len(tokens):
         problems.append(f"{path}: ids 1..{max(tokens)} but {len(tokens)} tokens: lines are missing")
     if problems:
-        hidden = len(problems) - MAX_SHOWN
-        raise TokenizerError(*problems[:MAX_SHOWN], *([f"{path}: and {hidden} more problems"] if hidden > 0 else []))
+        raise TokenizerError(*problems)
     return WorldTokenizer(tokens)
 
 

@@ -171,3 +171,14 @@ def test_alias_bombs_are_refused_before_they_are_followed() -> None:
 
 def test_nesting_below_the_limit_is_read() -> None:
     assert value("[" * 60 + "]" * 60) is not None
+
+
+def test_of_hundreds_of_problems_of_a_kind_twenty_are_said() -> None:
+    problems = Problems()
+    for line in range(1, 301):
+        problems.add(Place("f.yaml", line, 1), f"unknown key 'k{line}'")
+    problems.add(Place("f.yaml", 400, 1), "another kind")
+    said = problems.error().problems
+    assert len(said) == 22
+    assert said[20] == "f.yaml:21:1: and 280 more of this kind from here on"
+    assert said[21] == "f.yaml:400:1: another kind"

@@ -68,6 +68,12 @@ def test_a_tekken_size_that_is_infinite_is_refused(tmp_path: Path) -> None:
         tokenizer_folders.build(tmp_path, {"tekken.json": value}, "mistral", 2)
 
 
+def test_of_hundreds_of_problems_twenty_are_said() -> None:
+    assert len(TokenizerError(*map(str, range(300))).problems) == 21
+    assert TokenizerError(*map(str, range(300))).problems[-1] == "and 280 more problems"
+    assert TokenizerError("one").problems == ("one",)
+
+
 class PanicException(BaseException):
     """What a panic of the library is in Python."""
 

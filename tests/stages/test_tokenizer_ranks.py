@@ -7,8 +7,8 @@ import base64
 import pytest
 
 from stages.tokenizers.byte_level import BYTES, CHARACTERS, spell, unspell
-from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.ranks import MAX_SHOWN, MAX_TOKEN_BYTES, derive_merges, read_ranks
+from stages.tokenizers.errors import MAX_SHOWN, TokenizerError
+from stages.tokenizers.ranks import MAX_TOKEN_BYTES, derive_merges, read_ranks
 from tests.stages.tokenizer_samples import tiktoken_text, tiny_ranks
 
 SINGLE = [bytes([byte]) for byte in range(256)]
@@ -79,7 +79,7 @@ def test_all_problems_of_a_file_come_at_once(tmp_path):
 def test_a_file_of_nonsense_does_not_flood_the_terminal(tmp_path):
     problems = problems_of(tmp_path / "v.tiktoken", b"x\n" * 5000)
     assert len(problems) == MAX_SHOWN + 1
-    assert "and 4981 more problems" in problems[-1]
+    assert "and 4,981 more problems" in problems[-1]
 
 
 def test_an_empty_file_has_no_ranks(tmp_path):
