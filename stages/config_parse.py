@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHOWN = 80  # characters of a key or a value in the view
 
-CONFIG_LIMIT = 64 << 20  # bytes, beyond which planning does not read it: no model's is a thousandth of that
-
 
 class ConfigParse(Stage):
     """config.json read as transformers does, every contradiction reported; of the weights a doubtful head is read."""
@@ -46,14 +44,12 @@ class ConfigParse(Stage):
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one family that config.json names, if it names a known one."""
-        from stages.models import FAMILIES
+        from stages.models import FAMILIES, strict_json
 
         path = Path(params.checkpoint) / CONFIG
         try:
-            if not path.is_file() or path.stat().st_size > CONFIG_LIMIT:
-                return {}
-            model_type = json.loads(path.read_bytes())["model_type"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            model_type: Any = strict_json.read_object(path, CONFIG).get("model_type") if path.is_file() else None
+        except (OSError, ValueError):
             return {}
         known = isinstance(model_type, str) and model_type in FAMILIES
         return {"stages.models:FAMILIES": model_type} if known else {}

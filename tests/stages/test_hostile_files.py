@@ -34,6 +34,13 @@ def test_json_of_millions_of_lists_is_refused_before_it_is_parsed(tmp_path: Path
         read_object(tmp_path / "tokenizer.json")
 
 
+def test_planning_parses_no_config_json_of_millions_of_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"model_type": "llama", ' + LISTS[1:])
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    stage = ConfigParse()
+    assert stage.rows(stage.Params(checkpoint=str(tmp_path)), {}) == {}
+
+
 def test_a_head_of_a_billion_channels_has_no_frequencies_computed(tmp_path: Path) -> None:
     config = {"model_type": "llama", **SIZES, **BASES["llama"]}
     checkpoint = write_hollow(tmp_path / "checkpoint", config)

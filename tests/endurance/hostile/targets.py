@@ -137,7 +137,9 @@ def parse_config(folder: Path) -> list[str]:
     if not list(folder.glob("*.safetensors")):
         with contextlib.suppress(OSError):
             (folder / "model.safetensors").symlink_to(_hollow(_number(config)) / "model.safetensors")
-    return refused(lambda: run_stage(ConfigParse(), folder / "out", {"checkpoint": str(folder)}))
+    stage = ConfigParse()
+    stage.rows(stage.Params(checkpoint=str(folder)), {})  # what planning reads
+    return refused(lambda: run_stage(stage, folder / "out", {"checkpoint": str(folder)}))
 
 
 def _number(config: Path) -> int:
