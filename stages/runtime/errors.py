@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+MAX_SHOWN = 20
+
 
 class BundleError(ValueError):
-    """A bundle that cannot be used here; ``problems`` holds every reason, each with what to do about it."""
+    """A bundle that cannot be used here; ``problems`` holds the first reasons, each with what to do about it."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        hidden = len(problems) - MAX_SHOWN
+        self.problems = (*problems[:MAX_SHOWN], *([f"and {hidden:,} more problems"] if hidden > 0 else []))
+        super().__init__("\n".join(self.problems))
 
 
 class RequestError(ValueError):

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _CONTROLS = re.compile("[\x7f-\x9f]")  # those before the space JSON escapes itself
 INTERRUPTED = 128 + signal.SIGINT
-_SHOWN = 20  # problems
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -82,11 +81,8 @@ def guarded(
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return 128 + signal.SIGPIPE
     except (BundleError, RequestError) as error:
-        problems = getattr(error, "problems", (error,))
-        for problem in problems[:_SHOWN]:
+        for problem in getattr(error, "problems", (error,)):
             err.write(f"error: {_one_line(problem)}\n")
-        if len(problems) > _SHOWN:
-            err.write(f"and {len(problems) - _SHOWN:,} more problems\n")
         return 2
     except KeyboardInterrupt:
         err.write("interrupted\n")

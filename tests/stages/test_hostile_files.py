@@ -11,6 +11,7 @@ import pytest
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.models import strict_json
+from stages.runtime.errors import BundleError
 from stages.tokenizers import library, rwkv_world
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.json_tables import read_object
@@ -78,6 +79,7 @@ def test_a_tekken_size_that_is_infinite_is_refused(tmp_path: Path) -> None:
 def test_of_hundreds_of_problems_twenty_are_said() -> None:
     assert len(TokenizerError(*map(str, range(300))).problems) == 21
     assert TokenizerError(*map(str, range(300))).problems[-1] == "and 280 more problems"
+    assert BundleError(*map(str, range(300))).problems[19:] == ("19", "and 280 more problems")
     assert TokenizerError("one").problems == ("one",)
 
 
