@@ -20,7 +20,8 @@ import numpy as np
 
 from stages.models import load_family
 from stages.quantization.schemes import SCHEMES
-from stages.runtime import manifest, tensor_cache
+from stages.runtime import tensor_cache
+from stages.runtime.folder import Folder
 from stages.verification import rounding, weights
 from stages.verification.checks import difference
 
@@ -149,7 +150,7 @@ def load(request: Request, progress: Callable[[int, int, str], None] = lambda *_
 
     registry = json.loads(Path(request.params).read_text("utf-8"))
     described = json.loads(Path(request.config).read_text("utf-8"))
-    records = tensor_cache.records(manifest.read(Path(request.bundle)).folder)
+    records = tensor_cache.records(Folder(Path(request.bundle)))  # verify has checked them
     tensors: dict[str, np.ndarray] = {}
     total = sum(len(entry["sources"]) for entry in registry["logical"])
     for done, tensor in enumerate(weights.held(registry, records, SCHEMES[registry["scheme"]]), start=1):

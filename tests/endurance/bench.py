@@ -74,12 +74,15 @@ class Bench:
 
     def here(self, verb: str, *argv: str) -> str:
         """Run a command that executes nothing in this process, which takes a tenth of the time; return what it said."""
-        if str(LIB) not in sys.path:
-            sys.path.append(str(LIB))
-            registry.installed.cache_clear()
         out = io.StringIO()
-        with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as end:
-            main([verb, str(self.folder / "pipeline.yaml"), *argv])
+        sys.path.append(str(LIB))
+        registry.installed.cache_clear()
+        try:
+            with redirect_stdout(out), redirect_stderr(out), pytest.raises(SystemExit) as end:
+                main([verb, str(self.folder / "pipeline.yaml"), *argv])
+        finally:
+            sys.path.remove(str(LIB))
+            registry.installed.cache_clear()
         assert not end.value.code, f"{verb}: exit {end.value.code}\n{out.getvalue()}"
         return out.getvalue()
 
