@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError, StageError, nearest
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.key import key_document, secrets_of
@@ -162,6 +163,8 @@ class Planner:
         code: dict[str, str] = {}
         for module in (_module(stage_reference(node.spec.uses)), *worker_module(node.stage)):
             code |= self._code.closure(module, rows)
+        if prepare := _prepares(node.stage):
+            code[prepare] = digest_json(prepare)  # which function of its module it is, a provider says
         for kind, module in node.stage.parts.items():
             if module not in code:
                 raise PlanError(
@@ -247,10 +250,16 @@ def _masked(secrets: Sequence[str], said: Any) -> Any:
 
 def worker_module(stage: Stage) -> list[str]:
     """Return the module, if any, that prepares the worker in which a stage runs."""
+    prepare = _prepares(stage)
+    return [_module(prepare)] if prepare else []
+
+
+def _prepares(stage: Stage) -> str:
+    """Return the function that prepares the worker in which a stage runs, as ``"module:NAME"``; empty for none."""
     prepare: str | None = find("profiles", stage.profile)
     if prepare is None:
         raise PlanError(f"stage '{stage.id}': no profile '{stage.profile}'{nearest(stage.profile, names('profiles'))}")
-    return [_module(prepare)] if prepare else []
+    return prepare
 
 
 def _module(reference: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
+from tests.engine.conftest import Demo, provide
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -78,6 +79,19 @@ def test_a_package_brings_a_stage_and_a_verb_as_the_page_says(tmp_path, packages
     assert command("status", "pipeline.yaml", "--check") == 4
     assert command("--help") == 0
     assert "say how many lines a file of counts tells of" in capsys.readouterr().out
+
+
+def test_what_prepares_a_worker_is_in_the_key(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    (demo.package / "ready.py").write_text('"""Prepares."""\n\ndef one():\n    pass\n\ndef two():\n    pass\n')
+    demo.edit("read", 'id = "read"', 'id = "read"\n    profile = "made-ready"')
+    stages = registry.shipped().stages
+    statuses = []
+    for function in ("one", "one", "two"):
+        provide(monkeypatch, stages, profiles={"made-ready": f"fakes.ready:{function}"})
+        statuses.append(demo.run("--stage", "read").outcomes["read"])
+    assert statuses == ["BUILT", "HIT", "UNCHANGED"]
+    provide(monkeypatch, stages)
+    assert "stage 'read': no profile 'made-ready'; known: light" in demo("status", str(demo.pipeline)).err
 
 
 @pytest.mark.parametrize(
