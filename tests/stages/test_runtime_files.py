@@ -71,7 +71,7 @@ def test_a_shard_that_only_tensor_cache_names_is_refused(built):
 def test_a_file_is_held_against_the_list_when_it_is_read_not_before(built):
     bundle = manifest.read(built.bundle)
     assert manifest.check(bundle) == []
-    for name in ("params_shard_0.bin", "model.so"):
+    for name in ("model.so", "params_shard_0.bin"):  # in the order of loading: one that is loaded must not change
         path = built.bundle / name
         content = path.read_bytes()
         path.write_bytes(flipped(content, 8 * len(content) - 1))
