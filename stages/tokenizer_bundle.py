@@ -89,7 +89,7 @@ class TokenizerBundle(Stage):
 
 
 def _build(ctx: Context) -> None:
-    from stages.tokenizers import load_tokenizer_family
+    from stages.tokenizers import load_tokenizer_family, rowless
     from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.emission import emit
     from stages.tokenizers.proof import fingerprint
@@ -107,18 +107,21 @@ def _build(ctx: Context) -> None:
         ctx.view("trace", f"{resolution.trace}{'transformers':<22}{reference.name}\n")
         tokenizer = reference.tokenizer()
     assert tokenizer is not None
+    tokenizer, beyond = rowless.leave_out(tokenizer, facts.rows)
+    left_out = rowless.findings(resolution, reference, facts, beyond)  # said first: what follows may fail for it
+    _report(ctx, left_out)
     directory = ctx.out / "tokenizer"
     emit(
         directory,
         tokenizer,
         family=family,
         facts=facts,
-        resolution=resolution,
+        resolution=rowless.without(resolution, beyond),
         fingerprint=fingerprint(reference),
         shown=family.shown(resolution),
     )
     del tokenizer  # what is proven is what a runtime loads from the files, and two at once is memory for nothing
-    _prove(ctx, directory, resolution, family, reference, facts)
+    _prove(ctx, directory, resolution, family, reference, facts, beyond, left_out)
 
 
 def _facts(ctx: Context) -> ModelFacts:
@@ -145,9 +148,12 @@ def _prove(
     family: TokenizerFamily,
     reference: Reference,
     facts: ModelFacts,
+    beyond: Mapping[int, str],
+    left_out: Sequence[Finding],
 ) -> None:
+    from stages.tokenizers import rowless
     from stages.tokenizers.automatic import Automatic
-    from stages.tokenizers.checks import ERROR, WARNING, examine
+    from stages.tokenizers.checks import examine
     from stages.tokenizers.proof import prove, texts_for
     from stages.tokenizers.second import agree
 
@@ -155,23 +161,30 @@ def _prove(
         ctx.warn(doubt)
     if isinstance(reference, Automatic):
         reference.read(reference.added)  # in its process, which has limits, before the same is done in this one
-    subject, findings = examine(directory, facts, resolution.declared, resolution.roles)
-    texts = texts_for(subject)
+    said = rowless.without(resolution, beyond)
+    subject, findings = examine(directory, facts, said.declared, said.roles)
+    texts = rowless.free_of(texts_for(subject), beyond)
     if isinstance(reference, Automatic):
         reference.read([text for _, text in texts])
-    findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"), texts)
+    findings += prove(subject, reference, lambda done, total: ctx.progress(done, total, "texts"), texts, beyond)
     findings += agree(resolution, reference)
-    findings += _beside(directory, resolution, family, reference, texts)
-    ctx.view("checks", _page(subject.info, findings))
+    findings += _beside(directory, resolution, family, reference, texts, [*beyond.values()])
+    ctx.view("checks", _page(subject.info, [*left_out, *findings]))
+    _report(ctx, findings)
+    ctx.summary(
+        f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
+    )
+
+
+def _report(ctx: Context, findings: Sequence[Finding]) -> None:
+    from stages.tokenizers.checks import ERROR, WARNING
+
     for finding in findings:
         if finding.level == WARNING:
             ctx.warn(str(finding))
     errors = [str(finding) for finding in findings if finding.level == ERROR]
     if errors:
         raise StageError(*errors)
-    ctx.summary(
-        f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
-    )
 
 
 def _beside(
@@ -180,6 +193,7 @@ def _beside(
     family: TokenizerFamily,
     reference: Reference,
     texts: Sequence[tuple[str, str]],
+    left_out: Sequence[str],
 ) -> list[Finding]:
     """Hold the reference, and the chats, against what else reads the same files."""
     from stages.tokenizers.automatic import Automatic
@@ -202,11 +216,11 @@ def _beside(
             any((finding.check, finding.level) == ("T22", NOTE) for finding in beside),
         )
     if resolution.chat_templates:
-        findings += same_chats(directory, resolution, theirs, exact=exact)
+        findings += same_chats(directory, resolution, theirs, left_out, exact=exact)
     return findings
 
 
-def _page(info: Mapping[str, Any], findings: list[Finding]) -> str:
+def _page(info: Mapping[str, Any], findings: Sequence[Finding]) -> str:
     """Render what was checked: the facts a runtime relies on, then every finding, or that there is none."""
     rows = [(name, json.dumps(info[name], ensure_ascii=False)) for name in sorted(info) if name != "schema"]
     rows += [(f"{finding.check} ({finding.level})", finding.message) for finding in findings] or [("findings", "none")]

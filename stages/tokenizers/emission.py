@@ -37,7 +37,7 @@ def emit(
     have no name. ``shown`` are the ids of special tokens that decode to their text.
     """
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    chat = _chat_format(family, facts)
+    chat = _chat_format(family, facts, ids)
     templates = resolution.chat_templates
     roles = {**{role: text for role, text in resolution.assumed.items() if text in ids}, **resolution.roles}
     ends = _distinct([*facts.eos, *(ids[text] for text in (roles.get("eos"),) if text in ids)])
@@ -105,16 +105,23 @@ def _end_of_text(ids: Mapping[str, int], family: TokenizerFamily) -> int:
     return found
 
 
-def _chat_format(family: TokenizerFamily, facts: ModelFacts) -> ChatFormat | None:
+def _chat_format(family: TokenizerFamily, facts: ModelFacts, ids: Mapping[str, int]) -> ChatFormat | None:
     if facts.chat_format in (None, RAW):
         return None
     try:
-        return family.chats[str(facts.chat_format)]
+        form = family.chats[str(facts.chat_format)]
     except KeyError:
         known = ", ".join(sorted({*family.chats, RAW}))
         raise TokenizerError(
             f"generation_config.json: chat_format {facts.chat_format!r} is not one of {family.name} (known: {known})"
         ) from None
+    lacking = [text for text in form.stops if text not in ids]
+    if lacking:
+        raise TokenizerError(
+            f"T14: generation_config.json: chat_format {facts.chat_format!r} ends a turn with {' or '.join(lacking)}, "
+            "which is no token of the vocabulary; remove chat_format, or take the tokenizer of this model"
+        )
+    return form
 
 
 def _describe(chat: ChatFormat | None, facts: ModelFacts, templates: Mapping[str, str]) -> dict[str, Any]:

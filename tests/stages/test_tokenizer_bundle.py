@@ -170,11 +170,17 @@ def test_a_generation_config_of_another_model_is_refused(tmp_path, generation, s
 
 
 def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
-    inputs = write_inputs(tmp_path / "inputs", RANKS, rows=RANKS)
+    inputs = write_inputs(tmp_path / "inputs", 7, rows=RANKS - 1)
     (problem,) = refusal(tmp_path, write_checkpoint(tmp_path / "checkpoint"), inputs)
     assert problem.startswith(
-        f"T06: the largest id is {RANKS + SPECIALS - 1}, but transformer.wte.weight has only {RANKS} rows"
+        f"T06: the largest id is {RANKS + SPECIALS - 1}, but transformer.wte.weight has only {RANKS - 1} rows"
     )
+
+
+def test_a_chat_format_whose_tokens_have_no_rows_is_refused(tmp_path):
+    inputs = write_inputs(tmp_path / "inputs", 7, rows=RANKS, chat_format="chatml")
+    (problem,) = refusal(tmp_path, write_checkpoint(tmp_path / "checkpoint"), inputs)
+    assert problem.startswith("T14: generation_config.json: chat_format 'chatml' ends a turn with <|im_end|>")
 
 
 def test_a_truncated_vocabulary_is_refused(tmp_path):

@@ -62,7 +62,6 @@ FAULTS = {
         "gpt_neox",
         "70,000 added",
     ),
-    "long list of added tokens": (neox(added_tokens=added(*(f"<|{i}|>" for i in range(60)))), "gpt_neox", "T06"),
     "wrong byte lengths": ({"rwkv_vocab_x.txt": world_text().replace(b"' 2\n", b"' 3\n")}, "rwkv", "the line says 3"),
     "world lines missing": (
         {"rwkv_vocab_x.txt": b"".join(world_text().splitlines(True)[:-9:2])},

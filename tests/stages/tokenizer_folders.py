@@ -196,12 +196,15 @@ def write_folder(directory: Path, files: dict[str, Any]) -> Path:
     return directory
 
 
-def write_facts(directory: Path, family: str, eos: int, rows: int = SIZE + 32, **generation: Any) -> dict[str, Path]:
-    """Write what config-parse would have of a model of ``family``."""
+def write_facts(
+    directory: Path, family: str, eos: int | None, rows: int = SIZE + 32, **generation: Any
+) -> dict[str, Path]:
+    """Write what config-parse would have of a model of ``family``; no ``eos`` where the model names none."""
+    ends = [] if eos is None else [eos]
     shape = {"dtype": "BF16", "shape": [rows, 64], "file": "m.safetensors"}
     values = {
         "config": {"schema": 1, "family": family, "vocab_size": rows, "context_window": 512},
-        "generation": {"schema": 1, "eos": [eos], "stop": [eos], "chat_format": None, **generation},
+        "generation": {"schema": 1, "eos": ends, "stop": ends, "chat_format": None, **generation},
         "tensors": {"schema": 1, "tensors": {EMBEDDINGS[family]: shape}, "names": {}},
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -210,7 +213,7 @@ def write_facts(directory: Path, family: str, eos: int, rows: int = SIZE + 32, *
     return {port: directory / f"{port}.json" for port in values}
 
 
-def build(folder: Path, files: dict[str, Any], family: str, eos: int, **facts: Any) -> tuple[LocalContext, Path]:
+def build(folder: Path, files: dict[str, Any], family: str, eos: int | None, **facts: Any) -> tuple[LocalContext, Path]:
     """Write a folder, run the stage over it; return its context and the emitted directory."""
     checkpoint = write_folder(folder / "checkpoint", files)
     inputs = write_facts(folder / "facts", family, eos, **facts)
