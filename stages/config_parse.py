@@ -164,7 +164,7 @@ def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple
 
     declared = raw.get("quantization_config")
     named = declared.get("quant_method") if isinstance(declared, dict) else declared
-    found = quantized.form(tensors)
+    found = quantized.form(tensors, declared=bool(declared))
     if found:
         said = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
         return [f"the weights are quantized by {found}{said}, which cannot be read; {foreign.UNQUANTIZED}"]

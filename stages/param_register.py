@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from stages.models.record import Param
     from stages.quantization.schemes import Scheme
 
-READABLE = ("F32", "F16", "BF16", "F64")
-
 
 class ParamRegister(Stage):
     """Missing, unexpected and misshapen tensors fail here, all listed at once, before any weight is read."""
@@ -91,6 +89,8 @@ def _check_tensors(
     params: Iterable[Param], checkpoint: Mapping[str, Any], vocab_size: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
+    from stages.models.weights import NUMPY_DTYPES
+
     tensors, names = checkpoint["tensors"], checkpoint["names"]
     expected = {
         names.get(source, source): (shape, parameter)
@@ -103,8 +103,8 @@ def _check_tensors(
         if found is None:
             missing.append(f"tensor {name} {list(shape)} is missing from the checkpoint")
             continue
-        if found["dtype"] not in READABLE:
-            wrong.append(f"tensor {name} is {found['dtype']}; only {', '.join(READABLE)} can be read")
+        if found["dtype"] not in NUMPY_DTYPES:
+            wrong.append(f"tensor {name} is {found['dtype']}; only {', '.join(NUMPY_DTYPES)} can be read")
         if tuple(found["shape"]) != shape:
             rows = parameter.kind in ("embedding", "head") and found["shape"][1:] == list(shape[1:])
             reason = f": config.json says vocab_size = {vocab_size}" if rows else ""

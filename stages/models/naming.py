@@ -6,7 +6,8 @@ front, and torch.compile, FSDP and activation checkpointing in between.
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from stages.models.record import Family
 
 ROTARY = "*.rotary_emb.*"  # inverse frequencies, cosines and sines, which every model here computes
+NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")  # a layer of many
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts that may stand anywhere
 
 
@@ -42,12 +44,14 @@ class Leftovers:
     """The checkpoint's tensors that no parameter is made of.
 
     ``derived``: the model computes them, or has them under another name. ``beside``: of no module that is built.
-    ``within``: of one that is, so that they may say another model than config.json.
+    ``within``: of one that is, so that they may say another model than config.json. ``layers``: of layers after the
+    model's last, number -> their tensors.
     """
 
     derived: Sequence[str]
     beside: Sequence[str]
     within: Sequence[str]
+    layers: Mapping[int, Sequence[str]]
 
 
 def wanted(family: Family, config: Any) -> list[str]:
@@ -88,6 +92,8 @@ def leftovers(family: Family, config: Any, naming: Naming, found: Collection[str
     repeated = {naming.stored(name) for name in (family.tied or ())[:1]}  # a head equal to its tied embedding
     modules = {_module(name, naming.own) for name in names}
     kinds: dict[str, list[str]] = {"derived": [], "beside": [], "within": []}
+    layers: dict[int, list[str]] = defaultdict(list)
+    last = _last_layers(names)
     for name in found:
         if name in used:
             continue
@@ -97,9 +103,19 @@ def leftovers(family: Family, config: Any, naming: Naming, found: Collection[str
             ours = naming.own + plain.removeprefix(naming.prefix)
         if name in repeated or any(fnmatchcase(f".{plain}", pattern) for pattern in (ROTARY, *family.recomputed)):
             kinds["derived"].append(name)
+        elif (part := NUMBERED.match(ours)) and int(part[2]) > last.get(part[1], int(part[2])):
+            layers[int(part[2])].append(name)
         else:
             kinds["within" if _module(ours, naming.own) in modules else "beside"].append(name)
-    return Leftovers(**kinds)
+    return Leftovers(**kinds, layers=dict(sorted(layers.items())))
+
+
+def _last_layers(names: Sequence[str]) -> dict[str, int]:
+    """Return what stands before a layer's number -> the number of the model's last."""
+    last: dict[str, int] = {}
+    for part in filter(None, map(NUMBERED.match, names)):
+        last[part[1]] = max(last.get(part[1], 0), int(part[2]))
+    return last
 
 
 def _module(name: str, own: str) -> str:

@@ -36,14 +36,17 @@ DTYPES = {
     "I32": "packed integers",
     "U32": "packed integers",
     "F4": "fp4",
-    "F8_E4M3": "fp8",
-    "F8_E5M2": "fp8",
 }
+PLAIN = {"F8_E4M3": "fp8", "F8_E5M2": "fp8"}  # numbers as they are, unless config.json names a method that scales them
 SHARE = 4  # one tensor in so many makes a dtype the form of the weights
 
 
-def form(tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
-    """Say by which method the weights of a checkpoint are packed, and by which tensors that shows; empty if none."""
+def form(tensors: Mapping[str, tuple[str, TensorInfo]], *, declared: bool) -> str:
+    """Say by which method the weights of a checkpoint are packed, and by which tensors that shows; empty if none.
+
+    ``declared`` says that config.json names a method.
+    """
+    dtypes = DTYPES | (PLAIN if declared else {})
     ends: dict[str, list[str]] = defaultdict(list)
     for name in sorted(tensors):
         parts = name.split(".")
@@ -56,8 +59,8 @@ def form(tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
     for name in ends["weight"]:
         by_dtype[tensors[name][1].dtype].append(name)
     for dtype, names in by_dtype.items():
-        if dtype in DTYPES and len(names) * SHARE >= len(ends["weight"]):
-            return _shown(f"a method that stores {DTYPES[dtype]}", names)
+        if dtype in dtypes and len(names) * SHARE >= len(ends["weight"]):
+            return _shown(f"a method that stores {dtypes[dtype]}", names)
     return ""
 
 

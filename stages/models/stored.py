@@ -61,6 +61,9 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
             f"{len(left.beside):,} tensors are of no part of a {family.name} model and are left out, as transformers "
             f"does: {listed(left.beside)}"
         )
+    if left.layers:
+        unused |= {name: "a layer beyond the model's" for names in left.layers.values() for name in names}
+        notes.append(_beyond(left.layers, config.num_layers))
     if zeros:
         notes.append(f"{len(zeros):,} biases that config.json does not have are zero and left out: {listed(zeros)}")
     doubles = [name for name, (_, info) in tensors.items() if info.dtype == "F64" and name not in unused]
@@ -88,6 +91,15 @@ def _with_stored_head(
         "taken as it is, as transformers does; set tie_word_embeddings to false to say so"
     )
     return replace(config, tied=False)
+
+
+def _beyond(layers: Mapping[int, Sequence[str]], count: int) -> str:
+    first, last = min(layers), max(layers)
+    which = f"layer {first}" if first == last else f"layers {first} to {last}"
+    return (
+        f"{which} of the checkpoint ({sum(map(len, layers.values())):,} tensors) are not read, as transformers does: "
+        f"config.json's num_hidden_layers is {count}"
+    )
 
 
 def _is_zero(weights: Weights, name: str, headers: Headers) -> bool:

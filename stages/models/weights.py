@@ -26,17 +26,21 @@ NUMPY_DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
     "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
+# What is worked on as it is; the others are widened to float32.
+WORKED_ON = ("F32", "F16", "BF16")
 
 
 def working_dtype(dtypes: Iterable[str]) -> np.dtype:
     """Return the dtype that tensors of these safetensors dtypes are worked on as, together.
 
-    Their own if it is one; float32 for several, which holds float16 and bfloat16 exactly, and for float64, which it
-    does not: transformers loads a float32 model the same way.
+    Their own if it is one; float32 for several, which holds float16, bfloat16 and float8 exactly, for float8 alone, and
+    for float64, which it does not hold: transformers loads a float32 model the same way.
     """
     kinds = {*dtypes}
-    return np.dtype(np.float32 if len(kinds) > 1 or "F64" in kinds else NUMPY_DTYPES[kinds.pop()])
+    return np.dtype(NUMPY_DTYPES[kinds.pop()] if len(kinds) == 1 and kinds <= {*WORKED_ON} else np.float32)
 
 
 def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

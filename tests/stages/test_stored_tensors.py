@@ -198,6 +198,47 @@ def test_what_no_parameter_is_made_of_is_left_out_or_refused(tmp_path: Path):
         register(write(tmp_path / "adapted", LLAMA, lambda tensors: tensors | adapter), tmp_path / "l", "q0f32")
 
 
+DEEP = {"num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize("case", [LLAMA, NEOX], ids=lambda c: c.prefix)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_layers_beyond_the_models_are_left_out_in_one_line(tmp_path: Path, case, prefix):
+    """As a checkpoint has them whose last layers predict further tokens, or that was cut in config.json alone."""
+    deep = write(tmp_path / "deep", families.Case(case.prefix, {**case.config, **DEEP}))
+    config = json.loads((deep / "config.json").read_text())
+    write_json(deep / "config.json", {**config, "num_hidden_layers": 2, "layer_types": None})
+    expected = loaded(deep)
+    tensors = load_file(deep / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, deep / "model.safetensors")
+    equal(built(deep, tmp_path / "work"), expected)
+    (said,) = [text for text in parsed(deep, tmp_path) if "prefix" not in text and "begin with" not in text]
+    count = len([name for name in tensors if ".2." in name or ".3." in name])
+    assert said == (
+        f"layers 2 to 3 of the checkpoint ({count} tensors) are not read, as transformers does: config.json's "
+        "num_hidden_layers is 2"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["q0f32", "q4f16_1"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_without_scales_is_read_for_the_numbers_that_it_is(tmp_path: Path, dtype, scheme):
+    def small(tensors: Tensors) -> Tensors:
+        return {name: tensor.to(dtype) if "proj" in name else tensor for name, tensor in tensors.items()}
+
+    checkpoint = write(tmp_path / "checkpoint", LLAMA, small)
+    wide = write(tmp_path / "wide", LLAMA, lambda tensors: {n: t.float() for n, t in small(tensors).items()})
+    found = built(checkpoint, tmp_path / "work", scheme)
+    if scheme == "q0f32":
+        equal(found, loaded(checkpoint))
+    equal(found, built(wide, tmp_path / "work of wide", scheme))
+    assert parsed(checkpoint, tmp_path) == []
+    config = json.loads((checkpoint / "config.json").read_text())
+    write_json(checkpoint / "config.json", {**config, "quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(StageError, match=r"quantized by a method that stores fp8 \(7 tensors"):
+        parsed(checkpoint, tmp_path / "declared")
+
+
 @pytest.mark.parametrize("scheme", ["q0f16", "q4f16_1"])
 @pytest.mark.parametrize(
     ("case", "name", "value", "place", "said"),
