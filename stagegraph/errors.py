@@ -26,6 +26,14 @@ class SpecError(PipelineError):
     """The pipeline file, or an override of it, is not well formed."""
 
 
+class PlacedError(SpecError):
+    """A problem of a file that a pipeline file names; ``place`` is where in it, None where its name itself is wrong."""
+
+    def __init__(self, problem: str, place: tuple[str, int, int] | None = None) -> None:
+        super().__init__(problem)
+        self.place = place
+
+
 class PlanError(PipelineError):
     """The pipeline is well formed but cannot be planned: a missing source, a stale input under ``--only``."""
 

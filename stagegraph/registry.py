@@ -79,6 +79,31 @@ class Provider:
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
 
 
+class Origin(NamedTuple):
+    """Where a stage comes from, so that another process can make it too: ``"module:NAME"`` of its class.
+
+    ``folder`` is that of the pipeline file for a class in a file beside it (:mod:`stagegraph.local`).
+    """
+
+    reference: str
+    folder: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module in which the code that the stage reaches begins."""
+        return self.reference.partition(":")[0]
+
+    def make(self) -> Stage:
+        """Return an instance of the stage."""
+        if self.folder:
+            from stagegraph.local import load_class
+
+            made: Stage = load_class(self.folder, self.reference)()
+        else:
+            made = load_object(self.reference)()
+        return made
+
+
 OWN = Provider(profiles={"light": ""})  # a stage needs no preparation unless it says so
 
 

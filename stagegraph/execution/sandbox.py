@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.files import remove_tree
 from stagegraph.planning.key import secrets_of
-from stagegraph.registry import find, hidden_variables, stage_reference
+from stagegraph.registry import find, hidden_variables
 
 if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
@@ -182,7 +182,7 @@ def request_for(
     }
     return {
         "prepare": find("profiles", node.stage.profile),
-        "reference": stage_reference(node.spec.uses),
+        "origin": node.spec.origin,
         "params": params,
         "inputs": inputs,
         "sources": sources,

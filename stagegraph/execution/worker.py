@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
-from stagegraph.registry import load_object
+from stagegraph.registry import Origin, load_object
 from stagegraph.stage import Context, Finished, Instance, Part, SourceFiles, Stage
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import fsync_file
@@ -207,7 +207,7 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
     """Run one stage and return the event that ends it."""
     usage = _Usage()
     try:
-        stage: Stage = load_object(request["reference"])()
+        stage = Origin(*request["origin"]).make()
         names = {f.name for f in dataclasses.fields(stage.Params)}
         params = stage.Params(**{k: _tupled(v) for k, v in request["params"].items() if k in names})
         ctx = WorkerContext(request, params, events)

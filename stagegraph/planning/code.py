@@ -1,4 +1,4 @@
-"""The code digest: what a stage with given parameters can reach inside its own package, by content.
+"""The code digest: what a stage with given parameters can reach in its own package and the shipped one, by content.
 
 A module counts as its syntax tree without comments, docstrings and positions, so that cosmetic edits stay cosmetic.
 The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
@@ -8,6 +8,8 @@ the package counts as an import of it, whoever imports or runs it by that name. 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
 - a data file beside a module, named by a string constant in it, contributes its bytes; it may come and go.
+
+The folder of the pipeline is a package too, :data:`stagegraph.local.LOCAL`, whose files import those beside them.
 
 Parsing is slow, so what one file contributes is summarised once and kept in the index under the file's stat.
 
@@ -24,19 +26,21 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
+from stagegraph.local import LOCAL
+from stagegraph.registry import SHIPPED
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
     from stagegraph.store.memo import PartCode
 
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
-SUMMARY_SCHEMA = f"3/py{sys.version_info.major}.{sys.version_info.minor}"
+SUMMARY_SCHEMA = f"4/py{sys.version_info.major}.{sys.version_info.minor}"
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
 # first-party modules, "data" are strings that may name a file beside the module.
 Summary = dict[str, Any]
@@ -45,15 +49,16 @@ Summary = dict[str, Any]
 class CodeDigests:
     """Digests of the code behind stages; summaries of source files are shared between runs through the index."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, index: Index, folder: Path | None = None) -> None:
+        """``folder`` is that of the pipeline, where the modules of the package ``local`` are."""
+        self._index, self._folder = index, folder
         saved = index.get("code") or {}
         self._saved: dict[str, Any] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
         self._contents: dict[str, Any] = {}
         self._stats: dict[str, list[int]] = {}  # of files as they were when their contents were taken
         self._paths: dict[str, str | None] = {}
         self._closures: dict[tuple[str, str], dict[str, str]] = {}
-        self._packages: dict[str, list[str]] = {}
+        self._packages: dict[str, list[str]] = {LOCAL: [str(folder)]} if folder else {}
         self._listings: dict[str, frozenset[str]] = {}
         self._grown = False
 
@@ -79,7 +84,7 @@ class CodeDigests:
 
     def changed(self, closure: Mapping[str, str]) -> list[str]:
         """Return the files behind a closure whose content is no longer what was digested."""
-        fresh = CodeDigests(self._index)
+        fresh = CodeDigests(self._index, self._folder)
         fresh._saved = self._saved
         files = []
         for name, digest in closure.items():
@@ -107,12 +112,12 @@ class CodeDigests:
             self._grown = False
 
     def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> dict[str, str]:
-        root = module.partition(".")[0]
+        roots = followed(module)
         found: dict[str, str] = {}
         queue = [module]
         while queue:
             for part in _with_parents(queue.pop()):
-                path = None if part in found else self._find(part, root)
+                path = None if part in found else self._find(part, roots)
                 if path is None:
                     continue
                 summary = self.summary(part, path)
@@ -133,10 +138,12 @@ class CodeDigests:
         files = [(name, f"{folder}/{name}") for name in names if name in self._listing(folder)]
         return {f"{module}/{name}": self._remembered(file, digest_file) for name, file in files if Path(file).is_file()}
 
-    def _find(self, module: str, root: str) -> str | None:
-        """Return the source file of a first-party module, without importing it."""
+    def _find(self, module: str, roots: Collection[str]) -> str | None:
+        """Return the source file of a module of one of the packages ``roots``, without importing it."""
+        if module.partition(".")[0] not in roots:
+            return None
         if module not in self._paths:
-            self._paths[module] = self._locate(module) if module.partition(".")[0] == root else None
+            self._paths[module] = self._locate(module)
         return self._paths[module]
 
     def _locate(self, module: str) -> str | None:
@@ -191,6 +198,11 @@ def _forget_bytecode(path: str) -> None:
             os.unlink(importlib.util.cache_from_source(path))  # noqa: PTH108
 
 
+def followed(module: str) -> frozenset[str]:
+    """Return the packages whose modules count for a module: its own, and the one that comes with the engine."""
+    return frozenset({module.partition(".")[0], SHIPPED.partition(".")[0]})
+
+
 def summarise(module: str, path: Path) -> Summary:
     """Parse one source file into what it contributes; a file that does not parse contributes its bytes."""
     source = path.read_bytes()
@@ -238,11 +250,11 @@ def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
 
 
 def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
-    root = module.partition(".")[0]
+    roots = followed(module)
     rows = {}
     for key, value in zip(table.keys, table.values, strict=True):
         strings = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-        modules = sorted({module for s in strings for module in _named(s, root)})
+        modules = sorted({module for s in strings for module in _named(s, roots)})
         data = sorted(set(_data_names(value)))
         if isinstance(key, ast.Constant):
             digest = digest_bytes(ast.dump(value).encode())
@@ -264,25 +276,29 @@ def strip_docstrings(tree: ast.Module) -> None:
 
 
 def _imports(tree: ast.Module, package: str) -> Iterable[str]:
-    root = package.partition(".")[0]
+    """Yield what may be modules that count; of a file of a pipeline's folder, those that may lie beside it too."""
+    roots = followed(package)
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == root)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*parents, base] if base else parents)
-            if base.partition(".")[0] == root:
-                yield base
-                yield from (f"{base}.{alias.name}" for alias in node.names)  # a name may be a submodule
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from _named(node.value, root)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]  # a name may be a submodule
+        else:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from _named(node.value, roots)
+            continue
+        yield from (name for name in names if name.partition(".")[0] in roots)
+        if package.partition(".")[0] == LOCAL and not (isinstance(node, ast.ImportFrom) and node.level):
+            yield from (f"{package}.{name}" for name in names)
 
 
-def _named(text: str, root: str) -> list[str]:
-    """Return what may be modules of the package ``root`` in a string: ``m`` of ``m:NAME``, of ``import m``."""
-    return re.findall(rf"(?<![\w.]){root}(?:\.\w+)+", text) if root in text else []
+def _named(text: str, roots: Iterable[str]) -> list[str]:
+    """Return what may be modules of the packages ``roots`` in a string: ``m`` of ``m:NAME``, of ``import m``."""
+    return [found for root in roots if root in text for found in re.findall(rf"(?<![\w.]){root}(?:\.\w+)+", text)]
 
 
 def _data_names(tree: ast.AST) -> Iterator[str]:

@@ -10,7 +10,6 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
-from stagegraph.registry import get_stage
 
 if TYPE_CHECKING:
     from stagegraph.spec.model import NodeSpec, Pipeline
@@ -22,7 +21,6 @@ class Node:
     """A node with its stage and, per input port, the upstream nodes it reads."""
 
     spec: NodeSpec
-    stage: Stage
     inputs: dict[str, list[Node]] = field(default_factory=dict)
     consumers: list[Node] = field(default_factory=list)
 
@@ -30,6 +28,11 @@ class Node:
     def name(self) -> str:
         """The entry with the instance in brackets: ``graph-build[llvm,decode]``."""
         return self.spec.name
+
+    @property
+    def stage(self) -> Stage:
+        """The stage it runs."""
+        return self.spec.stage
 
     @property
     def upstream(self) -> list[Node]:
@@ -45,7 +48,7 @@ class Dag:
         self.by_name: dict[str, Node] = {}
         by_entry: dict[str, list[Node]] = {}
         for spec in pipeline.nodes:
-            node = Node(spec, get_stage(spec.uses))
+            node = Node(spec)
             self.by_name[spec.name] = node
             by_entry.setdefault(spec.entry, []).append(node)
         problems = list(dict.fromkeys(p for node in self.by_name.values() for p in _connect(node, by_entry)))
@@ -110,7 +113,7 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
     """Fill ``node.inputs`` from its ``needs``; yield what does not fit."""
     spec = node.spec
     for port, declared in node.stage.inputs.items():
-        entries = [entry for entry in spec.needs if by_entry[entry][0].spec.uses == declared.stage]
+        entries = [entry for entry in spec.needs if by_entry[entry][0].stage.id == declared.stage]
         if len(entries) > 1:
             names = ", ".join(entries)
             yield f"{spec.place}: {spec.entry} needs several entries that use '{declared.stage}': {names}; name one"
@@ -119,12 +122,12 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
             yield from _check_count(node, port, declared, found)
             node.inputs[port] = found
         elif not declared.optional:
-            providers = sorted(name for name, nodes in by_entry.items() if nodes[0].spec.uses == declared.stage)
+            providers = sorted(name for name, nodes in by_entry.items() if nodes[0].stage.id == declared.stage)
             advice = f"add '{providers[0]}' to its needs" if providers else f"add an entry that uses '{declared.stage}'"
             yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"
     reads = sorted({declared.stage for declared in node.stage.inputs.values()})
     for entry in spec.needs:
-        if by_entry[entry][0].spec.uses not in reads:
+        if by_entry[entry][0].stage.id not in reads:
             place = spec.need_places.get(entry, spec.place)
             known = ", ".join(reads) or "nothing"
             yield f"{place}: {spec.entry} needs '{entry}' but stage '{node.stage.id}' reads only: {known}"
@@ -132,7 +135,10 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
 
 def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iterable[str]:
     where = f"{node.spec.place}: {node.name}: port '{port}'"
-    if not found:
+    if found and declared.port not in found[0].stage.outputs:
+        hint = nearest(declared.port, found[0].stage.outputs)
+        yield f"{where} reads {declared.stage}.{declared.port}, but that stage has no such output{hint}"
+    elif not found:
         yield f"{where} finds no instance of '{declared.stage}' with the same foreach values"
     elif len(found) > 1 and not declared.many:
         names = ", ".join(n.name for n in found)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stagegraph.digest import digest_json
-from stagegraph.errors import PlanError, StageError, nearest
+from stagegraph.errors import PipelineError, PlanError, StageError, nearest
+from stagegraph.local import failure, plain
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.key import key_document, secrets_of
 from stagegraph.planning.sources import Sources, SourceState
-from stagegraph.registry import find, names, stage_reference
+from stagegraph.registry import find, names
 from stagegraph.store.journal import HIT
 from stagegraph.store.record import Document, Record, key_of
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from stagegraph.store.memo import PartCode
     from stagegraph.store.workspace import Workspace
 
+T = TypeVar("T")
 Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
 STALE, NEVER, UNKNOWN = "STALE", "NEVER", "UNKNOWN"
 
@@ -73,7 +75,7 @@ class Planner:
         self.dag = dag
         self.workspace = workspace
         self.sources = Sources(workspace.index)
-        self._code = CodeDigests(workspace.index)
+        self._code = CodeDigests(workspace.index, dag.pipeline.root)
         self._prepared: dict[Node, Prepared] = {}
         self._kept: set[str] = set()
 
@@ -93,8 +95,8 @@ class Planner:
         spec = node.spec
         secrets = secrets_of(spec.params)
         try:
-            params = node.stage.resolve(spec.params)
-            tools = dict(node.stage.tools(params))
+            params = _asked(node, lambda: node.stage.resolve(spec.params))
+            tools = dict(_asked(node, lambda: node.stage.tools(params)))
         except StageError as error:
             problems = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
             raise PlanError(*_masked(secrets, problems)) from None
@@ -139,7 +141,8 @@ class Planner:
                     (u.spec.each, record["outputs"][node.stage.inputs[port].port]["digest"])
                 )
                 facts |= record["facts"]
-        rows = node.stage.rows(prepared.params, facts)
+        asked = _asked(node, lambda: node.stage.rows(prepared.params, facts))
+        rows = {plain(table): chosen for table, chosen in asked.items()}
         code = self._code_of(node, rows)
         document = key_document(node.stage, self._hashed(prepared), prepared.sources, inputs, code, prepared.tools)
         decision = self._look_up(node, key_of(document))
@@ -161,11 +164,11 @@ class Planner:
     def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
         """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
         code: dict[str, str] = {}
-        for module in (_module(stage_reference(node.spec.uses)), *worker_module(node.stage)):
+        for module in (node.spec.origin.module, *worker_module(node.stage)):
             code |= self._code.closure(module, rows)
         if prepare := _prepares(node.stage):
             code[prepare] = digest_json(prepare)  # which function of its module it is, a provider says
-        for kind, module in node.stage.parts.items():
+        for kind, module in _parts(node.stage).items():
             if module not in code:
                 raise PlanError(
                     f"stage '{node.stage.id}': {module} makes its parts '{kind}', but it uses no such module"
@@ -198,7 +201,7 @@ class Planner:
         """Return what makes the parts that a settled node memoises, by their kind."""
         stage, rows = decision.node.stage, decision.rows
         return {
-            kind: self._code.part_code((module, *worker_module(stage)), rows) for kind, module in stage.parts.items()
+            kind: self._code.part_code((module, *worker_module(stage)), rows) for kind, module in _parts(stage).items()
         }
 
     def changed(self, decision: Decision) -> list[str]:
@@ -239,6 +242,18 @@ class Planner:
         self._code.save()
 
 
+def _asked(node: Node, question: Callable[[], T]) -> T:
+    """Return what a stage answers while planning; what one in a file of the pipeline's folder raises is a problem."""
+    try:
+        return question()
+    except Exception as error:
+        if not node.spec.origin.folder or isinstance(error, PipelineError):
+            raise
+        wrong = failure(error, node.spec.origin.folder)
+        place = ":".join(map(str, wrong.place)) if wrong.place else str(node.spec.place)
+        raise PlanError(f"{place}: {node.spec.entry}: stage '{node.stage.id}' cannot be planned: {wrong}") from None
+
+
 def _masked(secrets: Sequence[str], said: Any) -> Any:
     """Return what a stage says while it is planned without its secrets."""
     if not secrets:
@@ -246,6 +261,11 @@ def _masked(secrets: Sequence[str], said: Any) -> Any:
     from stagegraph.planning.secrets import Mask
 
     return Mask(secrets).value(said)
+
+
+def _parts(stage: Stage) -> dict[str, str]:
+    """Return the module that makes each kind of part, as it is called in keys."""
+    return {kind: plain(module) for kind, module in stage.parts.items()}
 
 
 def worker_module(stage: Stage) -> list[str]:

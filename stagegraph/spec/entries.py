@@ -6,21 +6,23 @@ import itertools
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
-from stagegraph.errors import PipelineError, nearest
-from stagegraph.registry import get_stage, names
+from stagegraph.errors import PipelineError, PlacedError, nearest
+from stagegraph.registry import Origin, get_stage, names, stage_reference
 from stagegraph.spec import params
 from stagegraph.spec.cycles import circle, order
+from stagegraph.spec.model import Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from stagegraph.spec.item import Item, Problems
-    from stagegraph.spec.model import Place
     from stagegraph.spec.scope import Scope
     from stagegraph.stage import Stage
 
 ENTRY_KEYS = ("uses", "needs", "with", "foreach", "resources", "timeout")
 ENTRY_NAME = re.compile(r"[a-z0-9-]+")
+_IN_FILE = re.compile(r"[^:]*\.py(:.*)?", re.DOTALL)
 
 
 class Entry(NamedTuple):
@@ -28,8 +30,8 @@ class Entry(NamedTuple):
 
     name: str
     place: Place
-    uses: str
     stage: Stage | None
+    origin: Origin | None
     needs: Mapping[str, Place]
     given: Mapping[str, Item]
     foreach: Item | None
@@ -37,17 +39,21 @@ class Entry(NamedTuple):
     timeout: Item | None
 
 
-def read_entries(stages: Mapping[str, Item], scope: Scope, problems: Problems) -> list[Entry]:
-    """Return the entries in the order written, noting whatever is wrong with their keys and with what they name."""
-    reader = _Reader(stages, scope, problems)
+def read_entries(stages: Mapping[str, Item], folder: Path, scope: Scope, problems: Problems) -> list[Entry]:
+    """Return the entries in the order written, noting whatever is wrong with their keys and with what they name.
+
+    ``folder`` is that of the pipeline file, below which stages may be in files.
+    """
+    reader = _Reader(stages, str(folder), scope, problems)
     entries = [entry for name, item in stages.items() if (entry := reader.entry(name, item)) is not None]
     _check_cycles(entries, problems)
     return entries
 
 
 class _Reader:
-    def __init__(self, stages: Mapping[str, Item], scope: Scope, problems: Problems) -> None:
-        self._stages, self._scope, self._problems = stages, scope, problems
+    def __init__(self, stages: Mapping[str, Item], folder: str, scope: Scope, problems: Problems) -> None:
+        self._stages, self._folder, self._scope, self._problems = stages, folder, scope, problems
+        self._opened = False  # whether the files beside the pipeline are known as they are now
 
     def entry(self, name: str, item: Item) -> Entry | None:
         if not ENTRY_NAME.fullmatch(name):
@@ -56,15 +62,15 @@ class _Reader:
         body = self._problems.mapping(item, name, ENTRY_KEYS)
         if body is None:
             return None
-        uses, stage = self._stage(name, item.named_at, body.get("uses"))
+        stage, origin = self._stage(name, item, body.get("uses"))
         given = self._problems.mapping(body["with"], f"{name}.with") if "with" in body else {}
         if stage is not None and given is not None:
             self._check_params(stage, given, body["with"].named_at if "with" in body else item.named_at)
         return Entry(
             name,
             item.named_at,
-            uses,
             stage,
+            origin,
             self._needs(name, body.get("needs")),
             given or {},
             body.get("foreach"),
@@ -72,24 +78,40 @@ class _Reader:
             body.get("timeout"),
         )
 
-    def _stage(self, name: str, place: Place, uses: Item | None) -> tuple[str, Stage | None]:
-        """Return the id of the stage that an entry uses, by default that of its own name, and the stage."""
-        if uses is not None:
-            resolved = self._scope.resolve(uses)
-            if resolved is None:
-                return name, None
-            if not isinstance(resolved.value, str):
-                self._problems.unexpected(resolved, "the name of a stage", f"{name}.uses")
-                return name, None
-            name, place = resolved.value, resolved.place
+    def _stage(self, name: str, entry: Item, uses: Item | None) -> tuple[Stage, Origin] | tuple[None, None]:
+        """Return the stage that an entry uses, by default that of its own name."""
+        named = entry._replace(value=name, place=entry.named_at) if uses is None else self._scope.resolve(uses)
+        if named is None:
+            return None, None
+        if not isinstance(named.value, str):
+            self._problems.unexpected(named, "the name of a stage", f"{name}.uses")
+            return None, None
+        place, name = named.place, named.value
         try:
-            return name, get_stage(name)
+            if uses is not None and _IN_FILE.fullmatch(name):
+                return self._local(named.base, name)
+            return get_stage(name), Origin(stage_reference(name))
         except KeyError:
             self._problems.add(place, f"unknown stage '{name}'{nearest(name, names('stages'))}")
         except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
+            if isinstance(error, PlacedError):
+                self._problems.add(Place(*error.place) if error.place else place, str(error))
+                return None, None
             kind = "" if isinstance(error, PipelineError | ImportError) else f"{type(error).__name__}: "
             self._problems.add(place, f"stage '{name}' cannot be loaded: {kind}{error}")
-        return name, None
+        return None, None
+
+    def _local(self, base: Path, text: str) -> tuple[Stage, Origin]:
+        """Return a stage in a file beside the pipeline."""
+        from stagegraph import local  # few pipelines have one
+
+        if not self._opened:
+            local.forget(self._folder)
+            self._opened = True
+        reference, made = local.find_stage(self._folder, base, text)
+        stage = made()
+        params.declared(stage)  # what it declares wrongly is said now
+        return stage, Origin(reference, self._folder)
 
     def _check_params(self, stage: Stage, given: Mapping[str, Item], place: Place) -> None:
         declared = params.declared(stage)

@@ -56,7 +56,7 @@ def load(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.
     scope.define(override(variables or {}, overrides, problems))
     _check_version(top.get("version"), problems)
     name = _name(top.get("name"), scope, problems)
-    nodes = _nodes(top.get("stages"), scope, problems)
+    nodes = _nodes(top.get("stages"), path.absolute().parent, scope, problems)
     problems.check()
     return Pipeline(name, path.absolute(), tuple(nodes))
 
@@ -78,13 +78,13 @@ def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
     return ""
 
 
-def _nodes(item: Item | None, scope: Scope, problems: Problems) -> list[NodeSpec]:
+def _nodes(item: Item | None, folder: Path, scope: Scope, problems: Problems) -> list[NodeSpec]:
     stages = problems.mapping(item, "stages") if item is not None else None
     if not stages:
         if item is not None and stages is not None:
             problems.unexpected(item, _EXPECTED["stages"], "stages")
         return []
-    entries = read_entries(stages, scope, problems)
+    entries = read_entries(stages, folder, scope, problems)
     nodes = []
     for node in (node for entry in entries for node in expand(entry, scope, problems)):
         nodes.append(node)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from stagegraph.registry import Origin
+    from stagegraph.stage import Stage
 
 
 class Place(NamedTuple):
@@ -30,7 +34,8 @@ class NodeSpec(NamedTuple):
 
     name: str
     entry: str
-    uses: str
+    stage: Stage
+    origin: Origin
     each: Mapping[str, str]
     params: Any
     places: Mapping[str, Place]

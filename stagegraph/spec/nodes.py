@@ -46,11 +46,12 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
         name = f"{entry.name}[{','.join(texts.values())}]" if texts else entry.name
         if len(name.encode()) > _NAME_BYTES_LIMIT:
             problems.add(entry.place, f"'{name}' is too long a name; expected at most {_NAME_BYTES_LIMIT} bytes")
-        if entry.stage and not problems:
+        if entry.stage and entry.origin and not problems:
             yield NodeSpec(
                 name=name,
                 entry=entry.name,
-                uses=entry.uses,
+                stage=entry.stage,
+                origin=entry.origin,
                 each=texts,
                 params=entry.stage.Params(**values),
                 places=given,

@@ -23,6 +23,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 Schema = dict[str, Any]
 
 _REFERENCE: Schema = {"type": "string", "pattern": r"^.*\$\{.*$"}
+_IN_FILE = r"^[^:]*\.py:[A-Za-z_][A-Za-z0-9_]*$"
 _SCALAR: Schema = {"type": ["string", "number", "boolean", "null"]}
 _LIST: Schema = {"type": "array", "items": _SCALAR}
 _TYPES = {"str": "string", "Source": "string", "int": "integer", "float": "number", "bool": "boolean"}
@@ -79,8 +80,8 @@ def _entry(stages: list[str]) -> Schema:
         "type": "object",
         "properties": {
             "uses": {
-                "anyOf": [{"enum": stages}, _REFERENCE],
-                "description": "the stage; by default the one named like the entry",
+                "anyOf": [{"enum": stages}, {"type": "string", "pattern": _IN_FILE}, _REFERENCE],
+                "description": "the stage, or FILE.py:CLASS for one beside this file; by default that of its own name",
             },
             "needs": {"anyOf": [entries, _REFERENCE], "description": "the entries whose outputs this one reads"},
             "with": {"type": "object", "description": "parameters of the stage"},

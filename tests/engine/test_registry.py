@@ -45,9 +45,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         del sys.modules[name]
 
 
-def blocks() -> dict[str, str]:
-    """The files of the page: name -> text; the pipeline's is the one in YAML."""
-    text = PAGE.read_text()
+def blocks(section: str) -> dict[str, str]:
+    """The files of a section of the page: name -> text; the pipeline's is the one in YAML."""
+    (text,) = [part for part in PAGE.read_text().split("\n## ") if part.startswith(f"{section}\n")]
     found = dict(re.findall(r"^`([\w/.]+)`[^\n]*\n\n```\w+\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     (found["pipeline.yaml"],) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     return found
@@ -60,7 +60,7 @@ def command(*argv: str) -> int:
 
 
 def test_a_package_brings_a_stage_and_a_verb_as_the_page_says(tmp_path, packages, monkeypatch, capsys) -> None:
-    files = blocks()
+    files = blocks("An installed package")
     (entry_point,) = re.findall(r'^lines = "([\w.:]+)"', files["pyproject.toml"], re.MULTILINE)
     assert f'entry-points."{registry.GROUP}"' in files["pyproject.toml"]
     packages.install("lines", entry_point, {name: files[name] for name in files if name.startswith("lines/")})
@@ -79,6 +79,20 @@ def test_a_package_brings_a_stage_and_a_verb_as_the_page_says(tmp_path, packages
     assert command("status", "pipeline.yaml", "--check") == 4
     assert command("--help") == 0
     assert "say how many lines a file of counts tells of" in capsys.readouterr().out
+
+
+def test_a_stage_in_a_file_works_as_the_page_says(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = blocks("A stage in a file beside pipeline.yaml")
+    for name, text in files.items():
+        Path(name).write_text(text)
+    Path("text.txt").write_text("one\n  three  \nfour\n")
+    assert command("run") == 0
+    assert "5 letters" in capsys.readouterr().err
+    assert Path("artifacts/lines/longest/line.txt").read_text() == "  three  "
+    Path("measure.py").write_text(files["measure.py"].replace("line.strip()", "line"))
+    assert command("status", "--check") == 4
+    assert "code local.measure changed" in capsys.readouterr().out
 
 
 def test_what_prepares_a_worker_is_in_the_key(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:

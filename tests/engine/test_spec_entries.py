@@ -42,7 +42,7 @@ def test_foreach_is_a_product_in_the_written_order(spec: SpecFiles) -> None:
         *(f"build[{target},{size},true]" for target in ("llvm", "cuda") for size in (2, 10)),
     ]
     node = nodes["build[cuda,10,true]"]
-    assert (node.entry, node.uses, node.needs) == ("build", "shape", ("plain",))
+    assert (node.entry, node.stage.id, node.needs) == ("build", "shape", ("plain",))
     assert node.each == {"target": "cuda", "size": "10", "fast": "true"}
     assert node.params == type(node.params)("cuda", size=10, fast=True, tags=("10-x",))
     assert {name: str(place) for name, place in node.places.items()} == {

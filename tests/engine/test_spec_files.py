@@ -34,7 +34,7 @@ def test_a_pipeline_and_its_nodes(spec: SpecFiles) -> None:
     pipeline = spec.load(BASE)
     assert (pipeline.name, pipeline.file, pipeline.root) == ("base", spec.root / "p.yaml", spec.root)
     fetch, shape = pipeline.nodes
-    assert (fetch.name, fetch.uses, fetch.params.checkpoint) == ("fetch", "fetch", str(spec.root / "data"))
+    assert (fetch.name, fetch.stage.id, fetch.params.checkpoint) == ("fetch", "fetch", str(spec.root / "data"))
     assert fetch.params.files == (str(spec.root / "a"), str(spec.root / "b"))
     assert (shape.needs, shape.params.size, str(shape.place)) == (("fetch",), 4, "p.yaml:6:3")
     assert str(shape.need_places["fetch"]) == "p.yaml:6:19"

@@ -65,6 +65,8 @@ def test_a_pipeline_that_loads_validates(spec: SpecFiles, validator: jsonschema.
         ("timeout: 1.5", "timeout: 0"),
         ("uses: plain,", ""),
         ("uses: plain", "uses: plane"),
+        ("uses: plain", "uses: ./plain.py"),
+        ("uses: plain", "uses: './plain.py:'"),
         ("ratio: 0.25", "ratio: much"),
         ("mode: manual", "mode: manuel"),
         ("archs: [80, 90]", "archs: [80, 40]"),
