@@ -25,6 +25,7 @@ FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "spiece.model",
     "tekken.json",
     "rwkv_vocab_*.txt",
     "chat_template.jinja",

@@ -28,6 +28,7 @@ _FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "spiece.model",
     "tekken.json",
     "rwkv_vocab_*.txt",
     "reference/*",

@@ -21,6 +21,8 @@ from stages.tokenizers.templates import DEFAULT
 
 MAX_FORGED = 12  # control tokens that the last conversation spells
 CLOCK = "strftime_now"
+# What transformers says of a control token that its vocabulary has as a piece, too: our runtime takes it apart.
+UNPARTED = "Can't sanitize"
 
 
 def same_chats(
@@ -88,6 +90,8 @@ def _differences(
             refused.append(str(failure))
             if "ids" in there:
                 findings.append(error("T23", f"{what}: refused here and not by transformers: {failure}"))
+            continue
+        if UNPARTED in there.get("error", ""):
             continue
         if "ids" not in there:
             findings.append(error("T23", f"{what}: transformers refuses what is taken here: {there['error']}"))

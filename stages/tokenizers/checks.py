@@ -199,6 +199,21 @@ def special_tokens_are_single(subject: Subject) -> Iterator[Finding]:
             yield Finding("T13", WARNING, f"{text}: no prompt and no chat template can write it")
 
 
+def text_stays_text(subject: Subject) -> Iterator[Finding]:
+    """T13: which control tokens a plain text becomes because the vocabulary has them as pieces: a Unigram model may."""
+    special = [token for token in subject.spec["added_tokens"] if token["special"]]
+    subject.tokenizer.encode_special_tokens = True
+    try:
+        found = [t for t in special if t["id"] in subject.tokenizer.encode(t["content"], add_special_tokens=False).ids]
+    finally:
+        subject.tokenizer.encode_special_tokens = False
+    if found:
+        shown = ", ".join(repr(token["content"]) for token in found[:MAX_FINDINGS])
+        more = f" and {len(found) - MAX_FINDINGS} more" if len(found) > MAX_FINDINGS else ""
+        text = f"a prompt that spells {shown}{more} becomes the control token, as in its own library"
+        yield Finding("T13", WARNING, f"{text}: the vocabulary has it as a piece; in a chat it stays text")
+
+
 def control_ids_exist(subject: Subject) -> Iterator[Finding]:
     """T14, T15: the model's bos, eos, pad and stop ids are special tokens, and one of them ends a text."""
     facts, info = subject.facts, subject.info
@@ -294,6 +309,7 @@ CHECKS = (
     decoder_matches_pre_tokenizer,
     every_byte_has_a_token,
     special_tokens_are_single,
+    text_stays_text,
     control_ids_exist,
     named_roles_exist,
     control_ids_agree,

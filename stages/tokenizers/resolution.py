@@ -57,7 +57,7 @@ RULES: dict[str, Rule] = {
     ),
     "sentencepiece": Rule(
         classes=(),
-        patterns=("tokenizer.model",),
+        patterns=("tokenizer.model", "spiece.model"),
         usual="tokenizer.model",
         evidence=rb"\A\n",
         yields=("tokenizer-json",),

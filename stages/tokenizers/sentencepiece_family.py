@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # Classes of transformers 5 that put a space before a text alone; for some models it takes a class of its own instead.
 MODERN = ("LlamaTokenizer", "CodeLlamaTokenizer")
 GENERIC = ("mistral",)
+WITHOUT_BEGINNING = ("T5Tokenizer",)  # whose texts have an end alone; Japanese models of GPT-NeoX go by it
 
 
 def convert(resolution: Resolution) -> Tokenizer:
@@ -178,7 +179,8 @@ def _added(resolution: Resolution, model: SentencePieceModel) -> tuple[Added, ..
 def _prefix(resolution: Resolution, model: SentencePieceModel, added: tuple[Added, ...]) -> tuple[str, ...]:
     """Return the begin of text, which goes before every text unless the checkpoint says otherwise."""
     text = resolution.roles.get("bos") or (model.pieces[model.bos].text if 0 <= model.bos < len(model.pieces) else None)
-    if resolution.config.get("add_bos_token", True) is False or text is None:
+    stated = resolution.config.get("add_bos_token", resolution.class_name not in WITHOUT_BEGINNING)
+    if stated is False or text is None:
         return ()
     if text not in {token.content for token in added}:
         raise TokenizerError(f"{resolution.vocabulary}: T14: bos_token {text!r} is none of the special tokens")

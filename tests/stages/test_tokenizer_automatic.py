@@ -174,6 +174,25 @@ def test_the_bundle_has_the_ids_that_transformers_has(tmp_path, name):
         assert [warning for warning in ctx.warnings if says in warning], ctx.warnings
 
 
+def test_a_control_token_that_is_a_piece_too_is_read_as_transformers_reads_it_and_stays_text_in_chats(tmp_path):
+    """transformers takes no chat in which a user spells it; here the spelling is taken apart."""
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    files = {"tokenizer.json": unigram(), "tokenizer_config.json": {"eos_token": "</s>", "chat_template": template}}
+    ctx, directory = build(tmp_path, files, "llama", 1)
+    assert [said for said in ctx.warnings if "a prompt that spells '<unk>', '</s>' becomes the control token" in said]
+    loaded, ours = AutoTokenizer.from_pretrained(tmp_path / "checkpoint"), BundleTokenizer(directory)
+    for text in ("</s>", "a</s>b", "<unk>x"):
+        expected = loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ours.encode(text) == expected
+        assert {0, 1} & {*expected}
+    assert ours.chat("hello") == loaded.apply_chat_template([{"role": "user", "content": "hello"}], return_dict=False)
+    with pytest.raises(ValueError, match="Can't sanitize"):
+        loaded.apply_chat_template([{"role": "user", "content": "a</s>"}], sanitize_control_tokens=True)
+    assert ours.chat("a</s>b").count(1) == 1
+
+
 def test_what_differs_is_refused_whatever_is_at_fault(tmp_path, monkeypatch):
     """A conversion that went wrong after transformers had read the files."""
     from stages.tokenizers import emission
