@@ -23,12 +23,15 @@ def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path
     """List the files of a source that match a pattern: (root, relative POSIX name -> path).
 
     A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
-    cache's snapshot is made of them). ``path`` may name one file. :class:`FileNotFoundError` if nothing is there.
+    cache's snapshot is made of them). ``**`` takes all files at any depth but those in ``__pycache__``. ``path`` may
+    name one file. :class:`FileNotFoundError` if nothing is there.
     """
     if path.is_file():
         return path.parent, {path.name: path} if _matcher(tuple(include))(path.name) else {}
     if not path.is_dir():
         raise FileNotFoundError(path)
+    if "**" in include:
+        return path, _all_files(path)
     folders: dict[str, list[str]] = {}
     for pattern in include:
         folder, _, name = pattern.rpartition("/")
@@ -42,10 +45,25 @@ def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path
             continue
         for entry in entries:
             if matches(entry.name) and entry.is_file():
-                if not entry.name.isprintable() or any("\ud800" <= c <= "\udfff" for c in entry.name):
-                    raise PlanError(f"{path}: the file name {entry.name!r} is not text; rename it")
+                _check_name(path, entry.name)
                 files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
     return path, dict(sorted(files.items()))
+
+
+def _all_files(path: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for file in (Path(folder, name) for name in names):
+            if file.is_file():
+                _check_name(path, str(file.relative_to(path)))
+                files[file.relative_to(path).as_posix()] = file
+    return dict(sorted(files.items()))
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not name.isprintable() or any("\ud800" <= c <= "\udfff" for c in name):
+        raise PlanError(f"{path}: the file name {name!r} is not text; rename it")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,11 +82,13 @@ class Provider:
 class Origin(NamedTuple):
     """Where a stage comes from, so that another process can make it too: ``"module:NAME"`` of its class.
 
-    ``folder`` is that of the pipeline file for a class in a file beside it (:mod:`stagegraph.local`).
+    ``folder`` is that of the pipeline file for a class in a file beside it (:mod:`stagegraph.local`); ``arguments`` are
+    what the class, or a function in its place, is called with.
     """
 
     reference: str
     folder: str = ""
+    arguments: Sequence[Any] = ()
 
     @property
     def module(self) -> str:
@@ -100,7 +102,7 @@ class Origin(NamedTuple):
 
             made: Stage = load_class(self.folder, self.reference)()
         else:
-            made = load_object(self.reference)()
+            made = load_object(self.reference)(*self.arguments)
         return made
 
 

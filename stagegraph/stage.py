@@ -58,14 +58,16 @@ def param(
     choices: Sequence[str] | str | None = None,
     minimum: int | None = None,
     hashed: bool = True,
+    references: Sequence[str] = (),
 ) -> Any:
     """Declare one parameter of a stage.
 
     ``choices`` is a sequence of names, or ``"module:TABLE"`` naming a mapping whose keys are the allowed names (read
     only when a parameter is checked). ``hashed=False`` marks a parameter that cannot influence outputs.
-    A mutable default is given as a tuple.
+    A mutable default is given as a tuple. ``references`` are names that may stand as ``${NAME}`` in its text and stay:
+    the stage replaces them as it runs, and ``$${`` by ``${``.
     """
-    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "hashed": hashed}
+    metadata = {"doc": doc, "choices": choices, "minimum": minimum, "hashed": hashed, "references": tuple(references)}
     return field(default=default, metadata=metadata)
 
 
@@ -80,13 +82,17 @@ def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
 
 
 class In(NamedTuple):
-    """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one."""
+    """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one.
+
+    ``entry`` is the entry it reads where the pipeline file says so itself, whatever its stage.
+    """
 
     stage: str
     port: str
     doc: str
     many: bool = False
     optional: bool = False
+    entry: str = ""
 
 
 class Out(NamedTuple):

@@ -32,7 +32,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
 }
 # The engine's rooms: each imports itself, those before it, and the ground beneath them all.
 ENGINE = ("spec", "store", "planning", "execution", "project", "query", "api", "cli")
-GROUND = {"digest", "errors", "files", "local", "registry", "stage", "tools"}
+GROUND = {"digest", "errors", "files", "local", "registry", "shell", "stage", "tools"}
 MAX_MODULE, MAX_FUNCTION = 500, 60
 
 

@@ -39,6 +39,7 @@ from stagegraph.store.index import Index
 if TYPE_CHECKING:
     from stagegraph.store.memo import PartCode
 
+ENGINE = __name__.partition(".")[0]
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
 SUMMARY_SCHEMA = f"4/py{sys.version_info.major}.{sys.version_info.minor}"
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
@@ -114,6 +115,8 @@ class CodeDigests:
     def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> dict[str, str]:
         roots = followed(module)
         found: dict[str, str] = {}
+        if ENGINE in roots and (path := self._find(module, roots)):  # the rest of the engine is in no key
+            return {module: self.summary(module, path)["digest"]}
         queue = [module]
         while queue:
             for part in _with_parents(queue.pop()):

@@ -113,7 +113,7 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
     """Fill ``node.inputs`` from its ``needs``; yield what does not fit."""
     spec = node.spec
     for port, declared in node.stage.inputs.items():
-        entries = [entry for entry in spec.needs if by_entry[entry][0].stage.id == declared.stage]
+        entries = [entry for entry in spec.needs if _reads(declared, entry, by_entry[entry][0])]
         if len(entries) > 1:
             names = ", ".join(entries)
             yield f"{spec.place}: {spec.entry} needs several entries that use '{declared.stage}': {names}; name one"
@@ -127,10 +127,14 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
             yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"
     reads = sorted({declared.stage for declared in node.stage.inputs.values()})
     for entry in spec.needs:
-        if by_entry[entry][0].stage.id not in reads:
+        if not any(_reads(declared, entry, by_entry[entry][0]) for declared in node.stage.inputs.values()):
             place = spec.need_places.get(entry, spec.place)
             known = ", ".join(reads) or "nothing"
             yield f"{place}: {spec.entry} needs '{entry}' but stage '{node.stage.id}' reads only: {known}"
+
+
+def _reads(declared: In, entry: str, node: Node) -> bool:
+    return entry == declared.entry if declared.entry else node.stage.id == declared.stage
 
 
 def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iterable[str]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stagegraph.stage import Stage
 
 ENTRY_KEYS = ("uses", "needs", "with", "foreach", "resources", "timeout")
+SHELL = "shell"  # the stage that an entry declares itself (stagegraph.spec.shell)
 ENTRY_NAME = re.compile(r"[a-z0-9-]+")
 _IN_FILE = re.compile(r"[^:]*\.py(:.*)?", re.DOTALL)
 
@@ -62,8 +63,18 @@ class _Reader:
         body = self._problems.mapping(item, name, ENTRY_KEYS)
         if body is None:
             return None
+        needs = self._needs(name, body.get("needs"))
         stage, origin = self._stage(name, item, body.get("uses"))
-        given = self._problems.mapping(body["with"], f"{name}.with") if "with" in body else {}
+        given: Mapping[str, Item] | None
+        if origin is not None and origin.reference == SHELL:
+            from stagegraph.spec.shell import read_shell  # few pipelines have one
+
+            declared, given, reads = read_shell(name, body.get("with"), self._stages, self._scope, self._problems)
+            needs = reads | needs
+            origin = Origin("stagegraph.shell:make", arguments=declared)
+            stage = origin.make()
+        else:
+            given = self._problems.mapping(body["with"], f"{name}.with") if "with" in body else {}
         if stage is not None and given is not None:
             self._check_params(stage, given, body["with"].named_at if "with" in body else item.named_at)
         return Entry(
@@ -71,28 +82,29 @@ class _Reader:
             item.named_at,
             stage,
             origin,
-            self._needs(name, body.get("needs")),
+            needs,
             given or {},
             body.get("foreach"),
             body.get("resources"),
             body.get("timeout"),
         )
 
-    def _stage(self, name: str, entry: Item, uses: Item | None) -> tuple[Stage, Origin] | tuple[None, None]:
-        """Return the stage that an entry uses, by default that of its own name."""
+    def _stage(self, name: str, entry: Item, uses: Item | None) -> tuple[Stage | None, Origin | None]:
+        """Return the stage that an entry uses, by default that of its own name; one of ``shell`` is not made yet."""
         named = entry._replace(value=name, place=entry.named_at) if uses is None else self._scope.resolve(uses)
-        if named is None:
-            return None, None
-        if not isinstance(named.value, str):
-            self._problems.unexpected(named, "the name of a stage", f"{name}.uses")
+        if named is None or not isinstance(named.value, str):
+            if named is not None:
+                self._problems.unexpected(named, "the name of a stage", f"{name}.uses")
             return None, None
         place, name = named.place, named.value
+        if name == SHELL:
+            return None, Origin(SHELL)
         try:
             if uses is not None and _IN_FILE.fullmatch(name):
                 return self._local(named.base, name)
             return get_stage(name), Origin(stage_reference(name))
         except KeyError:
-            self._problems.add(place, f"unknown stage '{name}'{nearest(name, names('stages'))}")
+            self._problems.add(place, f"unknown stage '{name}'{nearest(name, [*names('stages'), SHELL])}")
         except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
             if isinstance(error, PlacedError):
                 self._problems.add(Place(*error.place) if error.place else place, str(error))

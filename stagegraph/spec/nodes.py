@@ -36,7 +36,8 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
         given = {}
         values = {}
         for name, item in entry.given.items():
-            resolved = scope.parameter(item, each)
+            kept = declared[name].references if name in declared else ()
+            resolved = scope.parameter(item, each, kept)
             if resolved is not None and name in declared:
                 given[name] = resolved.place
                 values[name] = params.read(declared[name], resolved, problems, f"{entry.name}.{name}")

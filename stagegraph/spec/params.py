@@ -43,6 +43,7 @@ class Param(NamedTuple):
     doc: str
     choices: Collection[str] | str | None
     minimum: int | None
+    references: Collection[str]
 
     @property
     def required(self) -> bool:
@@ -85,6 +86,7 @@ def _declaration(stage: Stage, field: dataclasses.Field[Any]) -> Param:
         doc=about.get("doc", ""),
         choices=about.get("choices"),
         minimum=about.get("minimum"),
+        references=about.get("references", ()),
     )
 
 

@@ -6,11 +6,12 @@ only a whole pipeline shows (cycles, unknown entries, values of references) is c
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.registry import get_stage, names
-from stagegraph.spec import params
-from stagegraph.spec.entries import ENTRY_NAME
+from stagegraph.spec import params, shell
+from stagegraph.spec.entries import ENTRY_NAME, SHELL
 from stagegraph.spec.load import NAME, VERSION
 from stagegraph.spec.nodes import MEBIBYTES, SECONDS
 from stagegraph.spec.scope import VARIABLE_NAME
@@ -69,7 +70,11 @@ def json_schema() -> Schema:
                 }
             },
         },
-        "$defs": {"entry": _entry(stages), **{f"with-{stage}": _with(stage) for stage in stages}},
+        "$defs": {
+            "entry": _entry(stages),
+            **{f"with-{stage}": _with(stage) for stage in stages},
+            f"with-{SHELL}": _shell(),
+        },
     }
 
 
@@ -80,7 +85,7 @@ def _entry(stages: list[str]) -> Schema:
         "type": "object",
         "properties": {
             "uses": {
-                "anyOf": [{"enum": stages}, {"type": "string", "pattern": _IN_FILE}, _REFERENCE],
+                "anyOf": [{"enum": [*stages, SHELL]}, {"type": "string", "pattern": _IN_FILE}, _REFERENCE],
                 "description": "the stage, or FILE.py:CLASS for one beside this file; by default that of its own name",
             },
             "needs": {"anyOf": [entries, _REFERENCE], "description": "the entries whose outputs this one reads"},
@@ -111,8 +116,38 @@ def _entry(stages: list[str]) -> Schema:
                 "if": {"required": ["uses"], "properties": {"uses": {"const": stage}}},
                 "then": {"properties": {"with": {"$ref": f"#/$defs/with-{stage}"}}},
             }
-            for stage in stages
+            for stage in [*stages, SHELL]
         ],
+    }
+
+
+def _shell() -> Schema:
+    text: Schema = {"type": "string"}
+
+    def named(names: re.Pattern[str], values: Schema, doc: str) -> Schema:
+        keys = {"pattern": f"^{names.pattern}$"}
+        return {"type": "object", "propertyNames": keys, "additionalProperties": values, "description": doc}
+
+    input_ = {"anyOf": [{"type": "string", "pattern": f"^{shell.INPUT.pattern}$"}, _REFERENCE]}
+    output = {"anyOf": [{"type": "string", "pattern": f"^{shell.PATH.pattern}$"}, _REFERENCE]}
+    program = "a program and its arguments, or a text for bash; ${in.NAME} and ${out.NAME} are paths"
+    return {
+        "type": "object",
+        "properties": {
+            "cmd": {"anyOf": [text, {"type": "array", "items": text, "minItems": 1}], "description": program},
+            "inputs": named(shell.NAME, input_, "what it reads of other entries: name -> ENTRY.OUTPUT"),
+            "sources": named(shell.NAME, text, "files and folders it reads: name -> path"),
+            "outputs": {
+                **named(shell.NAME, output, "what it writes: name -> path below the folder it starts in"),
+                "minProperties": 1,
+            },
+            "env": named(shell.VARIABLE, text, "the environment variables it gets"),
+            "tools": {
+                "anyOf": [{"type": "array", "items": text}, _REFERENCE],
+                "description": "programs it runs, whose content counts",
+            },
+        },
+        "additionalProperties": False,
     }
 
 

@@ -7,8 +7,9 @@ relative path starts from: of a text with references, that of its first part.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from stagegraph.errors import nearest, warn
 from stagegraph.spec.cycles import circle, order
@@ -26,6 +27,13 @@ _FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
 _SECRET_LEAST = 4  # characters: what is shorter cannot be told from other text, and so not be masked
 
 Bindings = Mapping[str, Item | None]  # None: its own problem is already noted, so references to it stay silent
+
+
+class _Reading(NamedTuple):
+    """How one text is read: the values of its instance, and the references in it that stay."""
+
+    each: Bindings | None
+    kept: Collection[str]
 
 
 class Scope:
@@ -71,31 +79,32 @@ class Scope:
                 return None
         return resolved
 
-    def parameter(self, item: Item, each: Bindings | None = None) -> Item | None:
+    def parameter(self, item: Item, each: Bindings | None = None, kept: Collection[str] = ()) -> Item | None:
         """Return the item with its references replaced; ``None``, with a problem noted, where that is impossible.
 
         A text that is one reference and nothing else becomes the typed value; one that holds a secret is one.
-        ``each`` holds the instance's values.
+        ``each`` holds the instance's values. Where references are ``kept`` as they are written, every other ``${`` of
+        the result is a ``$${``.
         """
         value = item.value
         if isinstance(value, str):
-            return self._text(item, value, each) if "${" in value else item
+            return self._text(item, value, _Reading(each, kept)) if "${" in value else item
         if isinstance(value, list):
-            resolved = [self.parameter(part, each) for part in value]
+            resolved = [self.parameter(part, each, kept) for part in value]
             parts = [part for part in resolved if part is not None]
             return item._replace(value=parts) if len(parts) == len(value) else None
         return item
 
-    def _text(self, item: Item, text: str, each: Bindings | None) -> Item | None:
+    def _text(self, item: Item, text: str, reading: _Reading) -> Item | None:
         whole = _PART.fullmatch(text)
         if whole and whole[2]:
-            return self._look_up(whole[1].strip(), item, each)
+            return self._look_up(whole[1].strip(), item, reading)
         written: list[str] = []
         base, end, sound, kind = item.base, 0, True, str
         for match in _PART.finditer(text):
             written.append(text[end : match.start()])
             end = match.end()
-            part = self._part(match, item, each)
+            part = self._part(match, item, reading)
             if part is None:
                 sound = False
                 continue
@@ -108,22 +117,31 @@ class Scope:
                 return None
         return Item(kind("".join(written) + text[end:]), item.place, base) if sound else None
 
-    def _part(self, match: re.Match[str], item: Item, each: Bindings | None) -> Item | None:
+    def _part(self, match: re.Match[str], item: Item, reading: _Reading) -> Item | None:
         """Return what one match within a longer text contributes to it."""
         if match[1] is None:
-            return item._replace(value="${")
+            return item._replace(value=match[0] if reading.kept else "${")
         if not match[2]:
             text = f"'{match[0]}' has no closing brace; expected {_FORMS}, or '$${{' for a literal '${{'"
             self._problems.add(item.place, text)
             return None
-        part = self._look_up(match[1].strip(), item, each)
+        part = self._look_up(match[1].strip(), item, reading)
         if part is not None and isinstance(part.value, list | dict):
             text = f"'{match[0]}' is a list inside a text; expected a scalar there, or the list alone"
             self._problems.add(item.place, text)
             return None
         return part
 
-    def _look_up(self, reference: str, item: Item, each: Bindings | None) -> Item | None:
+    def _look_up(self, reference: str, item: Item, reading: _Reading) -> Item | None:
+        if reference in reading.kept:
+            return item._replace(value=f"${{{reference}}}")
+        found = self._value(reference, item, reading)
+        if found is not None and reading.kept and isinstance(found.value, str) and "${" in found.value:
+            return found._replace(value=type(found.value)(found.value.replace("${", "$${")))
+        return found
+
+    def _value(self, reference: str, item: Item, reading: _Reading) -> Item | None:
+        each = reading.each
         kind, _, name = reference.partition(".")
         if kind == "vars" and name in self._variables:
             return self._variables[name]
@@ -143,6 +161,8 @@ class Scope:
             text = _unknown(name, self._variables)
         elif kind == "each" and each is not None:
             text = f"unknown '${{{reference}}}'{nearest(name, each)}"
+        elif reading.kept and kind in {"in", "out"}:
+            text = f"unknown '${{{reference}}}'{nearest(reference, reading.kept)}"
         else:
             hint = f"; did you mean '${{vars.{reference}}}'?" if reference in self._variables else ""
             text = f"unknown reference '${{{reference}}}'; expected {_FORMS}{hint}"

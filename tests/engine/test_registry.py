@@ -81,6 +81,21 @@ def test_a_package_brings_a_stage_and_a_verb_as_the_page_says(tmp_path, packages
     assert "say how many lines a file of counts tells of" in capsys.readouterr().out
 
 
+def test_a_command_works_as_the_page_says(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in blocks("A command").items():
+        Path(name).write_text(text)
+    Path("text.txt").write_text("the quick brown fox jumps\n")
+    assert command("run") == 0
+    assert Path("artifacts/shell/words/words.txt").read_text() == "brown\njumps\nquick\n"
+    assert Path("artifacts/shell/longest/longest.txt").read_text() == "brown"
+    assert command("status", "--set", "vars.least=5", "--check") == 4
+    Path("longest.py").write_text(Path("longest.py").read_text().replace("max", "min"))
+    capsys.readouterr()
+    assert command("status", "--check") == 4
+    assert "in_script longest.py changed" in capsys.readouterr().out
+
+
 def test_a_stage_in_a_file_works_as_the_page_says(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     files = blocks("A stage in a file beside pipeline.yaml")

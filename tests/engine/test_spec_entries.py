@@ -113,7 +113,7 @@ def test_missing_and_unknown_parameters(spec: SpecFiles) -> None:
     [
         ("{plane: {}}", "10: unknown stage 'plane'; did you mean 'plain'?"),
         ("{a: {uses: plane}}", "20: unknown stage 'plane'; did you mean 'plain'?"),
-        ("{a: {uses: zzz}}", "20: unknown stage 'zzz'; known: fetch, plain, shape"),
+        ("{a: {uses: zzz}}", "20: unknown stage 'zzz'; known: fetch, plain, shape, shell"),
         ("{a: {uses: [plain]}}", "20: a.uses: found a list; expected the name of a stage"),
         (
             "{a: [plain]}",
