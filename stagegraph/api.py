@@ -22,6 +22,8 @@ from stagegraph.project import Project, Selection
 from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from stagegraph.execution.outcome import Reporter, Run
     from stagegraph.query.artifact import Artifact
     from stagegraph.query.diff import Difference
@@ -54,6 +56,22 @@ class Pipeline(Project):
         if len(found) > 1:
             raise PlanError(f"'{reference}' means {', '.join(a.label for a in found)}: name one of them")
         return found[0]
+
+    def export(
+        self, reference: str, target: Path, *, replace: bool = False, unverified: bool = False
+    ) -> tuple[Artifact, list[str], list[str]]:
+        """Write the one artifact that a reference means to a directory, with what is attested of it beside it.
+
+        Returns it, the names of the files, and what was said of it. :class:`PlanError` if what must be attested
+        (:attr:`stagegraph.stage.Out.attests`) is not, or with a reservation, unless it may be ``unverified``.
+        """
+        from stagegraph.query.attest import attestations
+
+        artifact = self.artifact(reference)
+        found = attestations(self, artifact)
+        if found.problems and not unverified:
+            raise PlanError(*found.problems, "nothing was exported; --unverified exports it as it is")
+        return artifact, artifact.export(target, replace=replace, beside=found.files), found.said
 
     def runs(self) -> list[PastRun]:
         """Return the runs of this pipeline that did something, oldest first."""

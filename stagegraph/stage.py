@@ -17,6 +17,7 @@ from stagegraph.files import list_files
 from stagegraph.tools import dist_versions
 
 __all__ = [
+    "RESERVATION",
     "Context",
     "In",
     "Instance",
@@ -96,10 +97,15 @@ class In(NamedTuple):
 
 
 class Out(NamedTuple):
-    """An output port: one file, or one directory, at ``path`` relative to the node's directory."""
+    """An output port: one file, or one directory, at ``path`` relative to the node's directory.
+
+    A file that says whether an input may be shipped names that port in ``attests``: ``export`` lays it beside what was
+    read there, and ships that without being told to only if there is such a file and the stage had no reservation.
+    """
 
     path: str
     doc: str
+    attests: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,9 @@ class Part(NamedTuple):
     facts: Mapping[str, Json]
 
 
+# The fact by which a stage says why what it attests (:class:`Out`) should not be shipped all the same.
+RESERVATION = "reservation"
+
 # A part to keep: its document, file, the BLAKE3 digest of the file's bytes, and small facts to keep with it.
 Finished = tuple[Mapping[str, Json], Path, str, Mapping[str, Json]]
 
@@ -144,6 +153,7 @@ class Context(Protocol):
 
     params: Any
     out: Path
+    document: Mapping[str, Json]  # that the key is the digest of: code, parameters, sources, inputs, tools
 
     def input(self, port: str) -> Path:
         """Return the file or directory of a single input port."""

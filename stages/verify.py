@@ -9,7 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, param, source
+from stagegraph.stage import (
+    RESERVATION,
+    Context,
+    In,
+    Out,
+    Source,
+    Stage,
+    StageError,
+    dist_versions,
+    list_files,
+    param,
+    source,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +43,10 @@ _FILES = (
     "spiece.model",
     "tekken.json",
     "rwkv_vocab_*.txt",
+    "README.md",
+    "LICENSE*",
+    "LICENCE*",
+    "COPYING*",
     "reference/*",
     "record_reference.py",
 )
@@ -62,6 +78,10 @@ class Verify(Stage):
             default="auto",
             choices=("auto", "cpu", "cuda", "none"),
         )
+        origin: str = param(
+            "where the checkpoint is from, for the certificate; auto: repository and commit, as its folder tells them",
+            default="auto",
+        )
 
     inputs = {
         "bundle": In("bundle", "bundle", "the bundle"),
@@ -72,6 +92,7 @@ class Verify(Stage):
     outputs = {
         "report": Out("verify.json", "every check with what was measured"),
         "card": Out("card.md", "the same for people"),
+        "certificate": Out("certificate.json", "what may be shown elsewhere; docs/certificate.md", attests="bundle"),
     }
 
     def resolve(self, params: Params) -> Params:
@@ -85,7 +106,10 @@ class Verify(Stage):
             device = "auto" if params.target == "cuda" else "cpu"
         if device not in ("auto", "none", "cuda" if params.target == "cuda" else "cpu"):
             raise StageError(f"a bundle for {params.target} does not run on device {device}; use auto")
-        return replace(params, reference=reference, device=device)
+        from stages.verification.origin import hub_origin
+
+        origin = hub_origin(Path(params.checkpoint)) if params.origin == "auto" else params.origin
+        return replace(params, reference=reference, device=device, origin=origin)
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
@@ -116,7 +140,9 @@ class Verify(Stage):
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
         from stages.models.record import ConfigError
+        from stages.runtime import seal
         from stages.runtime.errors import BundleError, RequestError
+        from stages.verification import certificate
         from stages.verification.case import Case
         from stages.verification.live import LiveError
         from stages.verification.procedure import verify
@@ -149,6 +175,10 @@ class Verify(Stage):
         card = findings.card(quantized["tensors"])
         (ctx.out / "verify.json").write_text(text, "utf-8")
         (ctx.out / "card.md").write_text(card, "utf-8")
+        certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
+        (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
+        if not findings.passed:
+            ctx.fact(RESERVATION, findings.verdict)
         ctx.view("card", card)
         ctx.summary(findings.summary())
 

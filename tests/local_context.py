@@ -30,6 +30,7 @@ class LocalContext:
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     said: str = ""
+    document: Mapping[str, Any] = field(default_factory=lambda: {"code": {}, "tools": {}, "inputs": {}})
 
     def input(self, port: str) -> Path:
         path = self.connected[port]

@@ -19,13 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="where to; made if it is not there")
     add_file(parser)
     parser.add_argument("--force", action="store_true", help="replace what an export wrote into DIR")
+    parser.add_argument(
+        "--unverified", action="store_true", help="export what no later stage has passed, or not without reservation"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Pipeline(args.file, args.overrides) as pipeline:
-        artifact = pipeline.artifact(args.reference)
-        names = artifact.export(args.directory, replace=args.force)
+        artifact, names, said = pipeline.export(
+            args.reference, args.directory, replace=args.force, unverified=args.unverified
+        )
     size = sum((args.directory / name).stat().st_size for name in names)
     print(f"{artifact.label}: {len(names)} file{'s' * (len(names) != 1)}, {size_text(size)} in {shown(args.directory)}")
+    for line in said:
+        print(f"  {line}")
     return 0

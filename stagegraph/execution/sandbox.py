@@ -157,7 +157,7 @@ class Sandbox:
 
 
 def request_for(
-    node: Node,
+    decision: Decision,
     prepared: Prepared,
     inputs: Mapping[str, list[Any]],
     sandbox: Sandbox,
@@ -167,10 +167,11 @@ def request_for(
     parts: Mapping[str, PartCode],
     fresh: bool,
 ) -> dict[str, Any]:
-    """Return the message that makes a worker run a node; ``parts`` says what makes what it memoises.
+    """Return the message that makes a worker run a settled node; ``parts`` says what makes what it memoises.
 
     ``fresh`` makes it reuse nothing of that.
     """
+    node = decision.node
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
     sources = {
         name: {
@@ -184,6 +185,7 @@ def request_for(
         "prepare": find("profiles", node.stage.profile),
         "origin": node.spec.origin,
         "params": params,
+        "document": decision.document,
         "inputs": inputs,
         "sources": sources,
         "linked": sandbox.linked,

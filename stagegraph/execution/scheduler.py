@@ -235,7 +235,9 @@ class Scheduler:
         workspace.set_last(self._pipeline, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
         fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
-        worker.send(request_for(node, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh))
+        worker.send(
+            request_for(decision, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh)
+        )
 
     def _remake(self, node: Node, digest: str) -> bool:
         """Settle a node again, and before it those above whose result has a damaged object; once for each object."""

@@ -40,6 +40,7 @@ class WorkerContext(Context):
 
     def __init__(self, request: Mapping[str, Any], params: Any, events: TextIO) -> None:
         self.params = params
+        self.document = request["document"]
         self.out = Path(request["out"])
         self._request = request
         self._inputs = request["inputs"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,29 +96,34 @@ class Artifact:
             raise PlanError(f"{self.label} has no view '{name}'{nearest(name, self.record['views'])}")
         return self.read_text(f"views/{name}") if not self.path else self.whole.view(name)
 
-    def export(self, target: Path, *, replace: bool = False) -> list[str]:
+    def export(self, target: Path, *, replace: bool = False, beside: Mapping[str, str] | None = None) -> list[str]:
         """Write real files to the directory ``target`` at once or not at all; return their names, views left out.
 
         A ``path`` that is a folder becomes the directory itself. Every copy is read back and compared with its digest.
+        ``beside`` are files of other results that go with them, name in the artifact -> digest.
         """
         from stagegraph.query.export import export
 
-        names = self._names_exported()
-        digests = {name: self.files[stored][0] for name, stored in names.items()}
+        stored = {
+            name: digest for name, (digest, _) in self.files.items() if self.path or not name.startswith("views/")
+        }
+        taken = sorted(stored.keys() & (beside or {}).keys())
+        if taken:
+            raise PlanError(f"{self.label}: {taken[0]} is in it and beside it; one of the two stages must name another")
+        files = {self._name_exported(name): digest for name, digest in {**stored, **(beside or {})}.items()}
 
         def fetch(name: str) -> Path:
-            return self.object(names[name])
+            digest = files[name]
+            wrong = self.workspace.store.verify(digest)
+            if wrong:
+                raise StoreError(f"{self.label}: {name} is {wrong} in the store; `pipeline run` rebuilds it")
+            return self.workspace.store.path(digest)
 
-        return export(digests, fetch, target, replace=replace, workspace=self.workspace)
+        return export(files, fetch, target, replace=replace, workspace=self.workspace)
 
-    def _names_exported(self) -> dict[str, str]:
-        """Return name in an export -> name in the artifact."""
+    def _name_exported(self, name: str) -> str:
         path = self.path.rstrip("/")
-        if path in self.files:
-            return {Path(path).name: path}
-        prefix = f"{path}/" if path else ""
-        shipped = [name for name in self.files if path or not name.startswith("views/")]
-        return {name.removeprefix(prefix): name for name in shipped}
+        return Path(name).name if path in self.files else name.removeprefix(f"{path}/" if path else "")
 
     @property
     def whole(self) -> Artifact:

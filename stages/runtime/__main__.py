@@ -1,4 +1,4 @@
-"""``python -m stages.runtime [generate|chat] BUNDLE``: the commands where only this folder and TVM's runtime are."""
+"""``python -m stages.runtime [generate|chat|selftest] BUNDLE``: the commands where only this folder and TVM are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import difflib
 import sys
 
-from stages.runtime import command, console
+from stages.runtime import command, console, selftest
 
-COMMANDS = {"generate": command, "chat": console}
+COMMANDS = {"generate": command, "chat": console, "selftest": selftest}
 
 
 def main() -> int:
@@ -16,7 +16,8 @@ def main() -> int:
     name, *arguments = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in COMMANDS else ["generate", *sys.argv[1:]]
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.runtime {name}",
-        description="Continue a prompt with a bundle; with `chat` as the first argument, talk with it.",
+        description="Continue a prompt with a bundle; with `chat` as the first argument, talk with it, with `selftest` "
+        "hold it against its certificate.",
         allow_abbrev=False,
     )
     COMMANDS[name].add_arguments(parser)

@@ -117,6 +117,21 @@ def open_regular(path: Path) -> io.FileIO:
     return file
 
 
+def read_document(path: Path) -> tuple[Any, bytes]:
+    """Return the JSON document of a file that no list names, and its bytes; :class:`BundleError` for what is none."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(LIMIT + 1)
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}; copy the bundle again") from None
+    document = parse(data, f"{path}", strict=True)
+    try:
+        json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
+    except ValueError as error:
+        raise BundleError(f"{path}: cannot be read as JSON: {error}; copy the bundle again") from None
+    return document, data
+
+
 def parse(data: bytes | bytearray, where: str, *, strict: bool = False) -> Any:
     """Return the JSON document of ``data``, read from ``where``; :class:`BundleError` for what is none.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,17 +36,30 @@ _FLAG_OF_FEATURE = {
 _IMPLIED = {"crc32": "sse4_2", "evex512": "avx512f"}
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Return the instruction set flags that the kernel reports; empty where it reports none."""
+    return frozenset(_reported(cpuinfo, "flags", "Features").split())
+
+
+def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
+    """Return the model name that the kernel reports of the first processor, else what machine it is."""
+    return _reported(cpuinfo, "model name", "Hardware") or platform.machine()
+
+
+def _reported(cpuinfo: Path, *keys: str) -> str:
+    """Return the value of the first line of ``/proc/cpuinfo`` with one of these keys; empty if there is none."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return frozenset()
+        return ""
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
+        if key.strip() in keys:
+            return value.strip()
+    return ""
 
 
 def missing_features(features: Iterable[str], flags: frozenset[str]) -> list[str]:

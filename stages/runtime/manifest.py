@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-import json
 import platform
 import re
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime import host, seal
 from stages.runtime.errors import BundleError
-from stages.runtime.folder import LIMIT, MANIFEST, Entry, Folder, open_regular, parse
+from stages.runtime.folder import MANIFEST, Entry, Folder, read_document
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,6 +44,7 @@ class Manifest:
     files: Mapping[str, Entry]
     sampling: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json, by its keys
     quick: bool = False  # whether weights are loaded by their sizes alone, undigested
+    sha256: str = field(default="", compare=False)  # of bundle.json's bytes, in hex
 
     @property
     def folder(self) -> Folder:
@@ -61,7 +62,7 @@ def read(path: Path) -> Manifest:
     root = next((d for d in (path, path / "bundle") if (d / MANIFEST).is_file()), None)
     if root is None:
         raise BundleError(f"{path}: no {MANIFEST} there, so it is not a bundle; give the directory that bundle wrote")
-    document = _document(root / MANIFEST)
+    document, data = read_document(root / MANIFEST)
     problems = _problems_of_form(document)
     if problems:
         raise BundleError(*(f"{root / MANIFEST}: {problem}" for problem in problems))
@@ -76,6 +77,7 @@ def read(path: Path) -> Manifest:
         device_code=document["device_code"],
         files={name: Entry(entry["sha256"], entry["size"]) for name, entry in document["files"].items()},
         sampling=document.get("sampling", {}),
+        sha256=hashlib.sha256(data).hexdigest(),
     )
 
 
@@ -91,9 +93,12 @@ def check(manifest: Manifest, *, weights: bool = True, run: bool = True) -> list
             manifest.folder.check(name, digest=weights or not name.endswith(WEIGHTS))
         except BundleError as error:
             problems += error.problems
-    if not run:
-        return problems
-    problems += _version_problems(manifest)
+    return problems + machine_problems(manifest) if run else problems
+
+
+def machine_problems(manifest: Manifest) -> list[str]:
+    """Return why this machine cannot run the bundle, each reason with what to do."""
+    problems = _version_problems(manifest)
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     if machine != manifest.machine:
         problems.append(f"the library is {manifest.machine} code and this machine is {machine}: build the bundle on it")
@@ -127,20 +132,6 @@ def disagreements(manifest: Manifest, metadata: Mapping[str, Any]) -> list[str]:
         for key, value in built.items()
         if found.get(key) != value and not (key in _AT_MOST and 0 < found.get(key, 0) < value)
     ]
-
-
-def _document(path: Path) -> Any:
-    try:
-        with open_regular(path) as file:
-            data = file.read(LIMIT + 1)
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}; copy the bundle again") from None
-    document = parse(data, f"{path}", strict=True)
-    try:
-        json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
-    except ValueError as error:
-        raise BundleError(f"{path}: cannot be read as JSON: {error}; copy the bundle again") from None
-    return document
 
 
 def _problems_of_form(document: Any) -> list[str]:

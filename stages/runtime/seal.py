@@ -1,4 +1,8 @@
-"""The seal of bundle.json: a digest of all else that it says, by which damage to it is told from what was written."""
+"""The seal of a document: a digest of all else that it says, by which damage to it is told from what was written.
+
+bundle.json has one, and may be laid out in any way. A certificate and a result are *fixed* besides: there is one way to
+write what they say, so that no byte of their files can be another.
+"""
 
 from __future__ import annotations
 
@@ -16,3 +20,9 @@ def seal(document: Mapping[str, Any]) -> str:
     """Return the SHA-256 in hex of what a document says, its own seal left out."""
     said = {key: value for key, value in document.items() if key != KEY}
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fixed(document: Mapping[str, Any]) -> bytes:
+    """Return the one file, in UTF-8, that says what ``document`` does, with its seal; :class:`ValueError` for NaN."""
+    said = {**document, KEY: seal(document)}
+    return (json.dumps(said, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

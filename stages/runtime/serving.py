@@ -40,7 +40,7 @@ def json_text(document: object) -> str:
     return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _one_line(problem: object) -> str:
+def one_line(problem: object) -> str:
     """Return a message as a terminal may show it: names out of files may hold anything."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(problem))
 
@@ -82,7 +82,7 @@ def guarded(
         return 128 + signal.SIGPIPE
     except (BundleError, RequestError) as error:
         for problem in getattr(error, "problems", (error,)):
-            err.write(f"error: {_one_line(problem)}\n")
+            err.write(f"error: {one_line(problem)}\n")
         return 2
     except KeyboardInterrupt:
         err.write("interrupted\n")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.runtime.readings import read_along, readings
 from stages.verification.tolerances import softmax_bound
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ PROBES = (
 )
 
 
-# The shortest prompt that can be cut into chunks, halves and thirds.
-SHORTEST = 3
 # What the checks of text are called, and of the logits after every token.
 TEXT, EVERY_STEP = "greedy text after", "every step"
 
@@ -72,51 +71,12 @@ def logits(
 ) -> list[Check]:
     """Read ``tokens`` in every way that the library offers; each must give the rows ``wanted`` [n, V].
 
-    ``decoded`` are the rows after the ``prompt`` and after each token decoded behind it. A ``prompt`` of fewer than
-    :data:`SHORTEST` tokens is read in no other way.
+    ``decoded`` are the rows after the ``prompt`` and after each token decoded behind it: the first of
+    :func:`~stages.runtime.readings.readings`, which is not read again.
     """
-    found = [("prefill, then decode", decoded, wanted[prompt - 1 : prompt - 1 + len(decoded)])]
-    if prompt >= SHORTEST:
-        found += [
-            ("prefill in chunks", _chunked(session, tokens, prompt), wanted[prompt - 1]),
-            ("tokens taken back", _taken_back(session, tokens, prompt), wanted[prompt - 1 : prompt + 1]),
-        ]
-    if prompt >= SHORTEST and session.sequences > 1:
-        first, second = prompt // 2, prompt // 3
-        rows = [first - 1, second - 1, first, second]
-        found.append(("two sequences at once", _batched(session, tokens, first, second), wanted[rows]))
-    return [compare(name, have, want, bound) for name, have, want in found]
-
-
-def _chunked(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
-    sequence = session.add()
-    # Uneven on purpose: the last chunk is shorter, and no chunk is a whole number of pages.
-    row = session.prefill(sequence, tokens[:prompt], chunk=max(1, prompt // 3 + 1))
-    session.remove(sequence)
-    return row
-
-
-def _taken_back(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:
-    sequence = session.add()
-    session.prefill(sequence, tokens[: prompt - 1])
-    for token in tokens[: min(5, len(tokens) - prompt)]:  # a false start
-        session.decode(sequence, token)
-    session.popn(sequence, session.length(sequence) - (prompt - 1))
-    rows = [session.decode(sequence, token) for token in tokens[prompt - 1 : prompt + 1]]
-    session.remove(sequence)
-    return np.stack(rows)
-
-
-def _batched(session: Session, tokens: Sequence[int], first: int, second: int) -> np.ndarray:
-    a, b = session.add(), session.add()
-    if first + second <= session.prefill_chunk:
-        read = session.batch_prefill({a: tokens[:first], b: tokens[:second]})
-    else:
-        read = np.stack([session.prefill(a, tokens[:first]), session.prefill(b, tokens[:second])])
-    decoded = session.batch_decode({a: tokens[first], b: tokens[second]})
-    session.remove(a)
-    session.remove(b)
-    return np.concatenate([read, decoded])
+    first, *others = readings(tokens, prompt, session.sequences)
+    found = [(first, decoded), *((reading, reading.read(session)) for reading in others)]
+    return [compare(reading.name, rows, wanted[list(reading.after)], bound) for reading, rows in found]
 
 
 def read_greedily(
@@ -134,14 +94,6 @@ def read_greedily(
         rows.append(session.decode(sequence, ids[-1]))
     session.remove(sequence)
     return ids, np.stack(rows)
-
-
-def read_along(session: Session, prompt: Sequence[int], then: Sequence[int]) -> np.ndarray:
-    """Return the logits [1 + n, V] after ``prompt``, and after each of the n ids ``then`` decoded behind it."""
-    sequence = session.add()
-    rows = [session.prefill(sequence, prompt), *(session.decode(sequence, token) for token in then)]
-    session.remove(sequence)
-    return np.stack(rows)
 
 
 def greedy(tokenizer: BundleTokenizer, rows: np.ndarray, wanted: Continuation, bound: float, *, exact: bool) -> Check:

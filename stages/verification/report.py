@@ -8,6 +8,8 @@ from typing import Any
 
 from stages.verification.checks import EVERY_STEP, TEXT, Check
 
+VERIFIED, TEXT_VERIFIED = "verified", "text verified"
+
 
 @dataclass
 class Findings:
@@ -24,6 +26,7 @@ class Findings:
     unchecked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     loss: float | None = None
+    golden: dict[str, Any] | None = None  # of stages.runtime.golden
 
     @property
     def failures(self) -> list[str]:
@@ -38,10 +41,15 @@ class Findings:
         if self.device == "none":
             return f"NOT RUN ({self.not_run})"
         if self.reference != "none" and any(check.name == EVERY_STEP for check in self.checks):
-            return "verified"
+            return VERIFIED
         if self.reference != "none" and any(check.name.startswith(TEXT) for check in self.checks):
-            return "text verified"
+            return TEXT_VERIFIED
         return "runs, not checked against a reference"
+
+    @property
+    def passed(self) -> bool:
+        """Whether something that is not the bundle was found to say the same."""
+        return self.verdict in (VERIFIED, TEXT_VERIFIED)
 
     def summary(self) -> str:
         """One line."""

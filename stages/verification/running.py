@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.quantization.schemes import SCHEMES
+from stages.runtime import golden
+from stages.runtime.readings import SHORTEST, read_along
 from stages.runtime.session import Session
 from stages.verification import checks, live, weights
 from stages.verification.checks import Check
@@ -62,7 +64,7 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
     if recorded is not None:
         tokens = list(recorded.tokens)[: session.context_window]
         prompt = min(recorded.prompt_length, max(1, session.context_window // 2))
-        decoded = checks.read_along(session, tokens[:prompt], tokens[prompt:])
+        decoded = read_along(session, tokens[:prompt], tokens[prompt:])
         reference, bound = recorded, _recorded_bound(case)
     else:
         ids = _prompt_ids(case, case.prompts[0])
@@ -181,6 +183,8 @@ def _check_logits(
         findings.checks.append(checks.compare(checks.EVERY_STEP, rows, wanted, bound))
         if prompt > 1:
             findings.checks.append(checks.perplexity(rows[:prompt], wanted[:prompt], tokens[:prompt], PERPLEXITY))
+    origin = findings.origin if wanted is not rows else "the bundle itself, where it was verified"
+    findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
     if case.manifest.model["sep_embed"]:
         held = weights.held(case.registry, case.records, SCHEMES[case.registry["scheme"]])
@@ -190,7 +194,7 @@ def _check_logits(
     findings.checks.append(checks.softmax(session, rows))
     if session.sequences == 1:
         findings.unchecked.append("batches: the library was built for one sequence (max_batch)")
-    if prompt < checks.SHORTEST:
+    if prompt < SHORTEST:
         window = session.context_window
         findings.unchecked.append(f"chunks, tokens taken back, batches: {window} tokens of context are too few")
     _check_loss(case, session, tokens, rows, findings)
@@ -241,7 +245,7 @@ def _check_recorded_text(case: Case, session: Session, recorded: Sequence[Contin
                 f"text after {wanted.prompt[-24:]!r}: {count} tokens, the context holds {session.context_window}"
             )
         else:
-            rows = checks.read_along(session, wanted.prompt_ids, wanted.ids[:-1])
+            rows = read_along(session, wanted.prompt_ids, wanted.ids[:-1])
             findings.checks.append(checks.greedy(case.tokenizer, rows, wanted, bound, exact=exact))
 
 

@@ -76,6 +76,12 @@ def test_an_exported_bundle_runs(built: Project, tmp_path: Path) -> None:
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in target.rglob("*") if path.is_file())
     said = json.loads(built("generate", str(target), "--prompt", "It was", "--max-tokens", "3", "--json").stdout)
     assert said["text"]
+    result = json.loads(built("verify", str(target), "--json").stdout)
+    assert (result["result"], len(result["checks"])) == ("pass", 6)
+    certificate = json.loads((target / "certificate.json").read_text())
+    record = json.loads(built("show", "verify[llvm]", "overlay.yaml", "--json").stdout)["verify[llvm]"]
+    assert certificate["made"]["tools"] == record["document"]["tools"]
+    built("verify", "bundle[llvm]", "overlay.yaml", "--certificate", "verify[llvm]:certificate.json")
 
 
 def test_a_bundle_is_named_by_its_node(built: Project) -> None:

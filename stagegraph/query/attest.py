@@ -1,0 +1,105 @@
+"""What stands between an artifact and its export: files of later stages that say whether it may be shipped.
+
+A stage declares such a file with :attr:`stagegraph.stage.Out.attests`. It counts for exactly the content that its
+execution read, whatever the nodes are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stagegraph.registry import get_stage, names
+from stagegraph.stage import RESERVATION
+
+if TYPE_CHECKING:
+    from stagegraph.planning.dag import Node
+    from stagegraph.project import Project
+    from stagegraph.query.artifact import Artifact
+    from stagegraph.store.record import Record
+
+
+class Attestor(NamedTuple):
+    """A stage that attests an output: the port on which it reads that, and the one of the file that it writes."""
+
+    stage: str
+    reads: str
+    writes: str
+
+
+class Attestations(NamedTuple):
+    """Files to lay beside what is exported, name in the artifact -> digest, who said so, and what is against it."""
+
+    files: dict[str, str]
+    said: list[str]
+    problems: list[str]
+
+
+def attestations(project: Project, artifact: Artifact) -> Attestations:
+    """Return what is attested of those outputs of an artifact that are in it whole."""
+    found = Attestations({}, [], [])
+    narrowed, known = PurePosixPath(artifact.path), artifact.record["stage"] in names("stages")
+    for port, out in get_stage(artifact.record["stage"]).outputs.items() if known else ():
+        if port in artifact.record["outputs"] and PurePosixPath(out.path).is_relative_to(narrowed):
+            for attestor in _attestors(artifact.record["stage"], port):
+                _ask(project, artifact, port, attestor, found)
+    return found
+
+
+def _attestors(stage: str, port: str) -> Iterator[Attestor]:
+    for name in names("stages"):
+        other = get_stage(name)
+        for written, out in other.outputs.items():
+            if out.attests and other.inputs[out.attests][:2] == (stage, port):
+                yield Attestor(name, out.attests, written)
+
+
+def _ask(project: Project, artifact: Artifact, port: str, attestor: Attestor, found: Attestations) -> None:
+    digest = artifact.record["outputs"][port]["digest"]
+    nodes = [n for n in project.dag.nodes if n.stage.id == attestor.stage and _feeds(artifact.label, n, attestor)]
+    records = [(node.name, *_of_node(project, node, attestor, digest)) for node in nodes]
+    if not nodes:  # an earlier result, or one of a pipeline that asks nobody
+        record = _newest(project, attestor, digest)
+        why = "" if record else f"no {attestor.stage} of this content has passed; add one to the pipeline and run it"
+        records = [(attestor.stage, record, why)]
+    folder = _folder(artifact, port)
+    for name, record, missing in records:
+        if record is not None:
+            found.said.append(f"{name}: {record['summary']}")
+            files = record["outputs"][attestor.writes]["files"]
+            found.files.update({str(folder / PurePosixPath(path).name): entry[0] for path, entry in files.items()})
+        if why := record["facts"].get(RESERVATION) if record else missing:
+            found.problems.append(f"{artifact.label}: {name}: {why}")
+
+
+def _feeds(label: str, node: Node, attestor: Attestor) -> bool:
+    return any(upstream.name == label for upstream in node.inputs.get(attestor.reads, ()))
+
+
+def _of_node(project: Project, node: Node, attestor: Attestor, digest: str) -> tuple[Record | None, str]:
+    """Return the record by which a node attests a digest, or why there is none."""
+    if not project.varied and project.workspace.last(project.name, node.name).get("failed"):
+        return None, f"it failed when it ran last: `pipeline log '{node.name}'` has why"
+    key = project.key(node)
+    record = project.workspace.record(key) if key else None
+    if record is None or not _reads(record, attestor, digest):
+        return None, f"it has not passed yet: `pipeline run --stage '{node.name}'`"
+    return record, ""
+
+
+def _newest(project: Project, attestor: Attestor, digest: str) -> Record | None:
+    records = [r for r in project.workspace.records() if r["stage"] == attestor.stage and _reads(r, attestor, digest)]
+    return max(records, key=lambda record: str(record["started"]), default=None)
+
+
+def _reads(record: Record, attestor: Attestor, digest: str) -> bool:
+    read: Any = record["document"]["inputs"].get(attestor.reads)
+    return bool(read == digest) if isinstance(read, str) else any(each == digest for _, each in read or ())
+
+
+def _folder(artifact: Artifact, port: str) -> PurePosixPath:
+    """Return the directory of an output, or of the file that it is, in the artifact."""
+    path = get_stage(artifact.record["stage"]).outputs[port].path
+    single = path in artifact.record["outputs"][port]["files"]
+    return PurePosixPath(path).parent if single else PurePosixPath(path)

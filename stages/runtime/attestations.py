@@ -1,0 +1,75 @@
+"""What selftests on other machines said of a bundle: kept in ``attestations/`` beside it, and shown on a card there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages.runtime import certificate, seal, serving
+from stages.runtime.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stages.runtime.certificate import Sealed
+    from stages.runtime.manifest import Manifest
+
+FOLDER, CARD = "attestations", "card.md"
+
+
+def keep(bundle: Manifest, held: Sealed, path: Path) -> str:
+    """Keep the result at ``path`` beside the bundle and return the card; :class:`BundleError` if it is of another."""
+    result = certificate.read_result(path)
+    _refuse_foreign(bundle, held, result, path)
+    folder = bundle.root / FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        # Named by what it says: the same result twice is one.
+        (folder / f"{result.sha256[:16]}.json").write_bytes(seal.fixed(result.document))
+        card = _card(bundle, held, found(bundle, held))
+        (folder / CARD).write_text(card, "utf-8")
+    except OSError as error:
+        raise RequestError(f"{error.filename}: {error.strerror}") from None
+    return card
+
+
+def found(bundle: Manifest, held: Sealed) -> list[Sealed]:
+    """Return the results kept beside a bundle; :class:`BundleError` for one that is damaged or of another."""
+    results = []
+    for path in sorted((bundle.root / FOLDER).glob("*.json")):
+        results.append(certificate.read_result(path))
+        _refuse_foreign(bundle, held, results[-1], path)
+    return results
+
+
+def _refuse_foreign(bundle: Manifest, held: Sealed, result: Sealed, path: Path) -> None:
+    problems = [
+        f"{path}: it is of another {what}: run the selftest again with this one"
+        for what, of, here in (
+            ("bundle", result["bundle"], bundle.sha256),
+            ("certificate", result["certificate"], held.sha256),
+            ("certificate, which is of another bundle", held["bundle"]["sha256"], bundle.sha256),
+        )
+        if of != here
+    ]
+    if not problems and result["device"]["kind"] != bundle.device:
+        problems = [f"{path}: it was run on {result['device']['kind']}, and the bundle is for {bundle.device}"]
+    if problems:
+        raise BundleError(problems[0])
+
+
+def _card(bundle: Manifest, held: Sealed, results: list[Sealed]) -> str:
+    lines = [
+        f"# {bundle.name} ({held['bundle']['scheme']}, {bundle.target}): {held['verdict']}",
+        "",
+        "What `selftest` said on other machines, of this bundle and its certificate.",
+        "",
+        "| device | result | largest difference | at most |",
+        "| --- | --- | --- | --- |",
+    ]
+    for result in results:
+        measured = [check["measured"] for check in result["checks"] if check["measured"] is not None]
+        bounds = [check["bound"] for check in result["checks"] if check["bound"] is not None]
+        largest = f"{max(measured):.2e}" if measured else "not run"
+        cells = (result["device"]["name"], result["result"], largest, f"{max(bounds):.1e}" if bounds else "")
+        lines.append(f"| {' | '.join(serving.one_line(cell).replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,117 @@
+"""certificate.json beside a bundle: what was verified of it, and vectors by which any machine can see that again.
+
+It names the bundle by the digest of its bundle.json, which names every file of the bundle, and is sealed itself
+(docs/certificate.md). A result is what one machine found with it (:mod:`stages.runtime.selftest`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime import seal
+from stages.runtime.errors import BundleError
+from stages.runtime.folder import read_document
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+FILE, FORMAT = "certificate.json", 1
+RESULT_FORMAT = 1
+PASS, FAIL = "pass", "FAIL"
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A document whose seal and form were checked, and the SHA-256 in hex of the file that it was in."""
+
+    document: Mapping[str, Any]
+    sha256: str
+
+    def __getitem__(self, key: str) -> Any:
+        return self.document[key]
+
+
+def read(path: Path) -> Sealed:
+    """Read a certificate; :class:`BundleError` for one that is damaged, changed or of another format."""
+    return _read(path, "certificate", FORMAT, _check_certificate)
+
+
+def of(root: Path, elsewhere: Path | None = None) -> Sealed:
+    """Read the certificate of the bundle at ``root``, or the one that lies ``elsewhere``."""
+    path = elsewhere or root / FILE
+    if elsewhere is None and not path.exists():
+        raise BundleError(
+            f"{path}: the bundle has no certificate there; `pipeline export` of a verified bundle writes it, or name "
+            "one with --certificate"
+        )
+    return read(path)
+
+
+def read_result(path: Path) -> Sealed:
+    """Read what a selftest wrote; :class:`BundleError` likewise."""
+    return _read(path, "result", RESULT_FORMAT, _check_result)
+
+
+def _read(path: Path, what: str, version: int, check: Callable[[Mapping[str, Any]], None]) -> Sealed:
+    if not path.exists():
+        raise BundleError(f"{path}: there is no such file")
+    document, data = read_document(path)
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != f"stagegraph-{what}-{version}":
+        raise BundleError(f"{path}: not a {what} of format {version}, which this version reads: {found!r:.60}")
+    try:
+        sound = seal.fixed(document) == data
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise BundleError(f"{path}: it is not as it was written, so damaged or changed: get the {what} again")
+    try:
+        check(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{path}: not a {what}: {type(error).__name__}: {error!s:.200}") from None
+    return Sealed(document, hashlib.sha256(data).hexdigest())
+
+
+def _check_certificate(document: Mapping[str, Any]) -> None:
+    _text(document["verdict"], document["bundle"]["sha256"])
+    golden = document["golden"]
+    if golden is None:
+        return
+    tokens, prompt = golden["tokens"], golden["prompt"]
+    _text(golden["origin"])
+    if not all(type(token) is int for token in tokens) or type(prompt) is not int or not 0 < prompt <= len(tokens):
+        raise ValueError("golden: tokens must be ids, and the prompt some of them")
+    _number(golden["bound"])
+    for row in golden["rows"]:
+        _number(row["largest"], *row["logits"])
+        if not row["ids"] or len(row["ids"]) != len(row["logits"]) or not all(type(i) is int for i in row["ids"]):
+            raise ValueError("golden: a row must have an id for each of its logits")
+        if type(row["after"]) is not int or not 0 <= row["after"] < len(tokens):
+            raise ValueError(f"golden: a row follows token {row['after']!r:.20} of {len(tokens)}")
+
+
+def _check_result(document: Mapping[str, Any]) -> None:
+    device, checks = document["device"], document["checks"]
+    _text(document["bundle"], document["certificate"], device["kind"], device["name"])
+    _text(*document["tools"].values())
+    for check in checks:
+        _text(check["name"], check["detail"])
+        _number(*(check[key] for key in ("measured", "bound") if check[key] is not None))
+    passed = bool(checks) and all(check["ok"] is True for check in checks)
+    if document["result"] != (PASS if passed else FAIL):
+        raise ValueError("its result is not that of its checks")
+
+
+def _text(*values: Any) -> None:
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"expected text, found {value!r:.60}")
+
+
+def _number(*values: Any) -> None:
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) < 2**127:
+            raise TypeError(f"expected a number, found {value!r:.60}")

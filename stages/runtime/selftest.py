@@ -1,0 +1,139 @@
+"""The command that holds a bundle against its certificate on the machine at hand, and says pass or fail.
+
+For ``python -m stages.runtime selftest`` and for the verb ``verify``; needs no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from stages.runtime import certificate, golden, host, seal, serving
+from stages.runtime.certificate import FAIL, PASS
+from stages.runtime.errors import BundleError, RequestError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from stages.runtime.certificate import Sealed
+    from stages.runtime.manifest import Manifest
+
+_TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to ``parser``."""
+    serving.bundle_argument(parser)
+    add = parser.add_argument
+    add("--certificate", type=Path, metavar="FILE", help=f"the certificate (default: BUNDLE/{certificate.FILE})")
+    add("--output", type=Path, metavar="FILE", help="write the result to FILE, for `pipeline attest`")
+    add("--json", action="store_true", help="print the result as one JSON document")
+
+
+def run(args: argparse.Namespace, *streams: TextIO) -> int:
+    """Run the command: the result goes to stdout, errors to stderr, or to the two ``streams``.
+
+    Returns 0 for a pass, 1 for a fail, and 2 where there is no result: what cannot be read, or not be run here.
+    """
+    return serving.guarded(_run, args, *streams)
+
+
+def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
+    from stages.runtime import attestations, manifest
+
+    bundle = manifest.read(args.bundle)
+    held = certificate.of(bundle.root, args.certificate)
+    others = attestations.found(bundle, held)
+    result = test(bundle, held, lambda text: err.write(f"{text}\n") if err.isatty() else None)
+    if args.output is not None:
+        try:
+            args.output.write_bytes(seal.fixed(result))
+        except OSError as error:
+            raise RequestError(f"{args.output}: {error.strerror}") from None
+    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held, result, others))
+    out.flush()
+    return 0 if result["result"] == PASS else 1
+
+
+def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
+    """Return the result of holding ``bundle`` against its certificate; :class:`BundleError` where it cannot run here.
+
+    Nothing is loaded of a bundle whose files are not those that were certified.
+    """
+    from stages.runtime import manifest
+
+    checks = [_same_bundle(bundle, held), _files(bundle)]
+    device = {"kind": bundle.device, "name": "not run"}
+    if all(check["ok"] for check in checks):
+        problems = manifest.machine_problems(bundle)
+        if problems:
+            raise BundleError(*problems)
+        if held["golden"] is None:
+            raise BundleError(
+                "the certificate holds no golden vectors: none were made where it was verified, so that the files are "
+                "all that can be held against it"
+            )
+        checks += golden.check(held["golden"], bundle, progress)
+        device = _device(bundle)
+    result = {
+        "format": f"stagegraph-result-{certificate.RESULT_FORMAT}",
+        "result": PASS if all(check["ok"] for check in checks) else FAIL,
+        "bundle": bundle.sha256,
+        "certificate": held.sha256,
+        "device": device,
+        "tools": _tools(),
+        "checks": checks,
+    }
+    return {**result, seal.KEY: seal.seal(result)}
+
+
+def _check(name: str, problems: list[str], detail: str) -> dict[str, Any]:
+    return {
+        "name": name, "ok": not problems, "detail": "; ".join(problems) or detail, "measured": None, "bound": None
+    }  # fmt: skip
+
+
+def _same_bundle(bundle: Manifest, held: Sealed) -> dict[str, Any]:
+    problem = "its SHA-256 is not the one that the certificate names: another bundle, or changed"
+    same = held["bundle"]["sha256"] == bundle.sha256
+    return _check("bundle.json", [] if same else [problem], "the one that was certified")
+
+
+def _files(bundle: Manifest) -> dict[str, Any]:
+    from stages.runtime import manifest
+
+    problems = manifest.check(bundle, run=False)
+    return _check("files", problems, f"{len(bundle.files)} files as bundle.json has them")
+
+
+def _device(bundle: Manifest) -> dict[str, str]:
+    from stages.runtime import backend
+
+    if bundle.device == "cpu":
+        return {"kind": "cpu", "name": host.cpu_name()}
+    found = backend.device("cuda")
+    return {"kind": "cuda", "name": str(found.device_name), "driver": host.nvidia_driver()}
+
+
+def _tools() -> dict[str, str]:
+    found = {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    for name in _TOOLS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], others: list[Sealed]) -> str:
+    device = result["device"]
+    lines = [f"{bundle.name} ({held['bundle']['target']}), certified: {held['verdict']}"]
+    width = max(len(check["name"]) for check in result["checks"])
+    lines += [
+        f"  {check['name']:<{width}}  {'ok' if check['ok'] else FAIL}  {check['detail']}" for check in result["checks"]
+    ]
+    lines.append(f"{result['result']} on {device['name']} ({device['kind']})")
+    lines += [f"attested: {other['result']} on {other['device']['name']}" for other in others]
+    return "".join(f"{serving.one_line(line)}\n" for line in lines)

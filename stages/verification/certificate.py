@@ -1,0 +1,62 @@
+"""certificate.json: what was verified of a bundle, without times and paths, so that equal results are equal bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime import certificate, seal
+from stages.verification.reference import checkpoint_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from stages.verification.case import Case
+    from stages.verification.report import Findings
+
+CARD = "README.md"
+_LICENCE_FILE = re.compile(r"LICEN[SC]E|COPYING")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+_CARD_LIMIT = 1 << 20  # bytes of a model card that are looked at
+
+
+def document(case: Case, findings: Findings, source: str, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the certificate of a bundle says; its seal goes on as it is written (:mod:`stages.runtime.seal`).
+
+    ``source`` is the repository and commit of the checkpoint, where its folder tells; ``made`` is the document
+    that the key of this execution is the digest of.
+    """
+    bundle = case.manifest
+    return {
+        "format": f"stagegraph-certificate-{certificate.FORMAT}",
+        "verdict": findings.verdict,
+        "bundle": {
+            "name": bundle.name,
+            "target": bundle.target,
+            "scheme": bundle.model["scheme"],
+            "sha256": bundle.sha256,
+        },
+        "checkpoint": {
+            "blake3": checkpoint_digest(case.digests),
+            "files": dict(case.digests),
+            "licence": licence(case.files),
+            "source": source,
+        },
+        "made": {"code": seal.seal(made["code"]), "tools": made["tools"], "inputs": made["inputs"]},
+        "verification": findings.document(),
+        "golden": findings.golden,
+    }
+
+
+def licence(files: Mapping[str, Path]) -> dict[str, str]:
+    """Return what a checkpoint's folder says of its licence: its card's front matter, and the file with the text."""
+    found: dict[str, str] = {}
+    if CARD in files:
+        with files[CARD].open("rb") as file:
+            text = file.read(_CARD_LIMIT).decode("utf-8", "replace").replace("\r\n", "\n")
+        front = _FRONT_MATTER.match(text)
+        found = {key: value.strip("\"'") for key, value in _LICENCE.findall(front[1])} if front else {}
+    texts = sorted(name for name in files if _LICENCE_FILE.match(name))
+    return {**found, **({"file": texts[0]} if texts else {})}
