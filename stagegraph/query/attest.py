@@ -6,7 +6,7 @@ execution read, whatever the nodes are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project
     from stagegraph.query.artifact import Artifact
+    from stagegraph.stage import Stage
     from stagegraph.store.record import Record
 
 
@@ -39,31 +40,41 @@ class Attestations(NamedTuple):
 def attestations(project: Project, artifact: Artifact) -> Attestations:
     """Return what is attested of those outputs of an artifact that are in it whole."""
     found = Attestations({}, [], [])
-    narrowed, known = PurePosixPath(artifact.path), artifact.record["stage"] in names("stages")
-    for port, out in get_stage(artifact.record["stage"]).outputs.items() if known else ():
-        if port in artifact.record["outputs"] and PurePosixPath(out.path).is_relative_to(narrowed):
-            for attestor in _attestors(artifact.record["stage"], port):
-                _ask(project, artifact, port, attestor, found)
+    stages = {name: get_stage(name) for name in names("stages")} | {n.stage.id: n.stage for n in project.dag.nodes}
+    made_by = artifact.record["stage"]
+    for port, output in artifact.record["outputs"].items():
+        # A result may be of a stage, or of a form of it, that there is no more.
+        out = stages[made_by].outputs.get(port) if made_by in stages else None
+        if out is None or not PurePosixPath(out.path).is_relative_to(artifact.path):
+            continue
+        folder = PurePosixPath(out.path).parent if out.path in output["files"] else PurePosixPath(out.path)
+        for attestor in _attestors(stages, made_by, port):
+            _ask(project, artifact, output["digest"], folder, attestor, found)
     return found
 
 
-def _attestors(stage: str, port: str) -> Iterator[Attestor]:
-    for name in names("stages"):
-        other = get_stage(name)
+def _attestors(stages: Mapping[str, Stage], stage: str, port: str) -> Iterator[Attestor]:
+    for name, other in stages.items():
         for written, out in other.outputs.items():
             if out.attests and other.inputs[out.attests][:2] == (stage, port):
                 yield Attestor(name, out.attests, written)
 
 
-def _ask(project: Project, artifact: Artifact, port: str, attestor: Attestor, found: Attestations) -> None:
-    digest = artifact.record["outputs"][port]["digest"]
+def _ask(
+    project: Project,
+    artifact: Artifact,
+    digest: str,
+    folder: PurePosixPath,
+    attestor: Attestor,
+    found: Attestations,
+) -> None:
+    """Add what is attested of the output with this digest, which lies in a folder of the artifact."""
     nodes = [n for n in project.dag.nodes if n.stage.id == attestor.stage and _feeds(artifact.label, n, attestor)]
     records = [(node.name, *_of_node(project, node, attestor, digest)) for node in nodes]
     if not nodes:  # an earlier result, or one of a pipeline that asks nobody
         record = _newest(project, attestor, digest)
         why = "" if record else f"no {attestor.stage} of this content has passed; add one to the pipeline and run it"
         records = [(attestor.stage, record, why)]
-    folder = _folder(artifact, port)
     for name, record, missing in records:
         if record is not None:
             found.said.append(f"{name}: {record['summary']}")
@@ -96,10 +107,3 @@ def _newest(project: Project, attestor: Attestor, digest: str) -> Record | None:
 def _reads(record: Record, attestor: Attestor, digest: str) -> bool:
     read: Any = record["document"]["inputs"].get(attestor.reads)
     return bool(read == digest) if isinstance(read, str) else any(each == digest for _, each in read or ())
-
-
-def _folder(artifact: Artifact, port: str) -> PurePosixPath:
-    """Return the directory of an output, or of the file that it is, in the artifact."""
-    path = get_stage(artifact.record["stage"]).outputs[port].path
-    single = path in artifact.record["outputs"][port]["files"]
-    return PurePosixPath(path).parent if single else PurePosixPath(path)
