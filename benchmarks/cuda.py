@@ -1,13 +1,10 @@
 """How fast a bundle runs on a GPU, and whether it is right there; this file is all of stagegraph that is needed.
 
-Usage: python benchmarks/cuda.py pack BUNDLE OUT.tar [--no-weights] [--reference DIR]
-       python cuda.py run BUNDLE [--device cuda|cpu] [--contexts 128 1024 4096] [--json FILE]
+Usage: python cuda.py BUNDLE [--device cuda|cpu] [--contexts 128 1024 4096] [--json FILE]
 
-``pack`` writes a tar with this script, the bundle, and TVM's runtime without its compiler, for a machine with a GPU,
-its driver, NumPy and the same Python as here; there: tar xf OUT.tar && python cuda.py run bundle. BUNDLE is any folder
-with a model.so: without weights, as a compile stage leaves it or with --no-weights, they are drawn at random on the
-device. DIR holds reference.json and reference.safetensors, transformers' logits as recorded for a checkpoint: `run`
-then compares what the device computes, and exits with 1 if it differs.
+BUNDLE is any folder with a model.so: without weights, as a compile stage leaves it, they are drawn at random on the
+device. Where cuda_pack.py put a reference beside it, what the device computes is compared with that, and the exit
+status is 1 if it differs. ``cuda_pack.py`` also writes the tar that takes all of it to another machine.
 
 Of each context: one prompt of that many tokens in chunks, then steps of one token, median of several, waiting for the
 device after each; logits stay on it. Achieved bandwidth is what a step must read, the cache and all weights but the
@@ -20,15 +17,12 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
-import importlib.util
-import io
 import json
 import math
 import os
 import platform
 import statistics
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,16 +31,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("tvm", "tvm_ffi", "ml_dtypes", "typing_extensions")
-# Of these packages, what a runtime has no use for; the compiler alone is 260 MB.
-LEFT_OUT = (
-    *(
-        f"tvm/{name}"
-        for name in ("lib/libtvm_compiler.so", "lib/libtvm_runtime_extra.so", "3rdparty", "include", "src")
-    ),
-    *(f"tvm/{name}" for name in ("cmake", "web")),
-    *(f"tvm_ffi/{name}" for name in ("include", "src", "3rdparty", "cython", "share")),
-)
 LIBRARY, WEIGHTS, REFERENCE = "model.so", "tensor-cache.json", "reference.npz"
 CONTEXTS = (128, 1024, 4096)
 STEPS, REPEATS = 32, 3
@@ -61,90 +45,6 @@ def fail(message: str) -> NoReturn:
     """Leave with a message and the exit status of wrong usage."""
     print(f"cuda.py: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-# Packing
-
-
-def pack(args: argparse.Namespace) -> int:
-    """Write the tar."""
-    source = Path(args.bundle)
-    if not (source / LIBRARY).is_file():
-        fail(f"{source} has no {LIBRARY}: name the folder of a bundle or of a compile stage")
-    files = [source / LIBRARY]
-    if not args.no_weights and (source / WEIGHTS).is_file():
-        shards = [shard["dataPath"] for shard in json.loads((source / WEIGHTS).read_text("utf-8"))["records"]]
-        files += [source / WEIGHTS, *(source / name for name in shards)]
-    with tarfile.open(args.out, "w") as tar:
-        tar.add(Path(__file__).resolve(), "cuda.py")
-        for file in files:
-            tar.add(file.resolve(), f"bundle/{file.name}")
-        if args.reference:
-            _add_reference(tar, recorded(Path(args.reference), _scheme(source)))
-        size = sum(_add_package(tar, name) for name in PACKAGES) + _add_cudart(tar)
-    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, of it TVM's runtime {size / 1e6:.1f} MB")
-    return 0
-
-
-def _add_reference(tar: tarfile.TarFile, arrays: dict[str, np.ndarray]) -> None:
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    info = tarfile.TarInfo(f"bundle/{REFERENCE}")
-    info.size = content.tell()
-    content.seek(0)
-    tar.addfile(info, content)
-
-
-def _scheme(source: Path) -> str:
-    for name in ("bundle.json", "metadata.json"):
-        if (source / name).is_file():
-            return str(json.loads((source / name).read_text("utf-8"))["model"]["scheme"])
-    fail(f"{source} has neither bundle.json nor metadata.json, which tell the scheme to take a reference of")
-
-
-def recorded(folder: Path, scheme: str) -> dict[str, np.ndarray]:
-    """Return what is recorded for ``scheme``: ids, how many are the prompt, and float32 logits [ids, V] after each."""
-    document = json.loads((folder / "reference.json").read_text("utf-8"))
-    case = next((case for case in document["cases"] if case["scheme"] == scheme), None)
-    if case is None or not case["logits"]:
-        fail(f"{folder} records no logits of {scheme}")
-    data = (folder / "reference.safetensors").read_bytes()
-    begin = 8 + int.from_bytes(data[:8], "little")
-    entry = json.loads(data[8:begin])[case["logits"]]
-    start, end = entry["data_offsets"]
-    logits = np.frombuffer(data[begin + start : begin + end], "<f4").reshape(entry["shape"])
-    tokens = np.array(case["tokens"], "int32")
-    return {"tokens": tokens, "prompt": np.array(len(tokens) // 2), "logits": logits}
-
-
-def _add_package(tar: tarfile.TarFile, name: str) -> int:
-    """Add a package (or module) of this Python to ``site/``; return its bytes."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        fail(f"{name} is not installed here: pack with the Python that compiles bundles")
-    origin = Path(spec.origin)
-    root = origin.parent if origin.name == "__init__.py" else origin
-    total = 0
-    for file in [root] if root.is_file() else sorted(root.rglob("*")):
-        path = file.relative_to(root.parent).as_posix()
-        if (
-            file.is_file()
-            and "__pycache__" not in path
-            and not any(path == s or path.startswith(f"{s}/") for s in LEFT_OUT)
-        ):
-            tar.add(file.resolve(), f"site/{path}")
-            total += file.stat().st_size
-    return total
-
-
-def _add_cudart(tar: tarfile.TarFile) -> int:
-    """Add the CUDA runtime library where its package is installed: a driver does not bring it."""
-    spec = importlib.util.find_spec("nvidia")
-    for root in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(root).glob("*/lib/libcudart.so.13")):
-            tar.add(path.resolve(), f"site/{path.name}")
-            return path.stat().st_size
-    return 0
 
 
 # Running
@@ -410,21 +310,13 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Parse the command line and do it."""
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    packing = verbs.add_parser("pack", help="write a tar for a machine with a GPU")
-    packing.add_argument("bundle")
-    packing.add_argument("out")
-    packing.add_argument("--no-weights", action="store_true", help="leave them to be drawn at random there")
-    packing.add_argument("--reference", metavar="DIR", help="folder of reference.json and reference.safetensors")
-    running = verbs.add_parser("run", help="measure")
-    running.add_argument("bundle")
-    running.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    running.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N")
-    running.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-    return pack(args) if args.verb == "pack" else run(args)
+    parser.add_argument("bundle")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N")
+    parser.add_argument("--json", metavar="FILE")
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     from stagegraph import Pipeline
 
-    with Pipeline("pipeline.yaml", {"scheme": "q0f32"}) as pipeline:
+    with Pipeline("pipeline.yaml", {"size": "small"}) as pipeline:
         print(pipeline.plan().seconds)
-        run = pipeline.run(pipeline.select(stage=["quantize"]))
-        report = pipeline.artifact("quantize[llvm]").read_json("report.json")
+        run = pipeline.run(pipeline.select(stage=["count"]))
+        report = pipeline.artifact("count[english]").read_json("report.json")
 
 A :class:`Pipeline` sees the files of the moment it first looks at them: open it again after an edit. Mistakes are
 raised as :class:`~stagegraph.errors.PipelineError`; nothing is printed.

@@ -1,7 +1,7 @@
 """The one family of errors a user may see, by phase; the process boundary maps each to an exit code.
 
-A message says what is wrong, where (``file:line:column``, a node, a tensor) and what to do. All problems that a
-phase finds travel in one error, so that a user mends them in one go.
+A message says what is wrong, where (``file:line:column``, a node, a part of an input) and what to do. All problems
+that a phase finds travel in one error, so that a user mends them in one go.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def param(
 def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
     """Declare a parameter of type :class:`Source`; ``include`` are the glob patterns of the files the stage may read.
 
-    Only files that match enter the key: a stage that reads tokenizer files does not rerun because weights moved.
+    Only files that match enter the key: a stage that reads the words does not rerun because a picture changed.
     The parameter may name a single file too, which must then match. ``optional`` allows an empty path.
     """
     metadata = {"doc": doc, "choices": None, "minimum": None, "hashed": True, "include": tuple(include)}
@@ -170,7 +170,7 @@ class Context(Protocol):
     def recall(self, kind: str, document: Mapping[str, Json]) -> Part | None:
         """Return the part that was remembered for ``document``, or None if there is none (any more).
 
-        ``kind`` says in a word what it is (``tensor``), one of :attr:`Stage.parts`; the record counts by it.
+        ``kind`` says in a word what it is (``page``), one of :attr:`Stage.parts`; the record counts by it.
         ``document`` must hold everything that may influence the part but for code, what it takes of rows that
         :meth:`Stage.rows` names included. Its file may be linked into ``out``. Like :meth:`remember` it may be called
         from several threads.

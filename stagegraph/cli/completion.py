@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from stagegraph.cli.verbs import build_parser, verb_names
+from stagegraph.cli.verbs import build_parser, references, verb_names
 
 EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
-NODES = {"NODE", "REF", "A", "B", "BUNDLE"}  # arguments that name nodes
+NODES = {"NODE", "REF", "A", "B"}  # arguments that name nodes
 NODE_OPTIONS = {"--stage", "--from", "--until"}
 
 BASH = """\
@@ -72,7 +72,7 @@ def complete(words: list[str]) -> list[str]:
         expected = _expected(actions, options, before)
         if word.startswith("-") and not _takes(options, before[-1]):
             names = options
-        elif expected is not None and (expected.metavar in NODES or NODE_OPTIONS & set(expected.option_strings)):
+        elif expected is not None and _names_node(before[0], expected):
             names = _nodes(before)
         elif expected is not None:
             names = [str(choice) for choice in expected.choices or ()]
@@ -88,6 +88,15 @@ def _expected(
     given = [w for i, w in enumerate(before[1:]) if not w.startswith("-") and not _takes(options, before[i])]
     positional = [action for action in actions if not action.option_strings]
     return positional[len(given)] if len(given) < len(positional) else None
+
+
+def _names_node(verb: str, argument: argparse.Action) -> bool:
+    """Say whether an argument is a node's name, or may be one in place of a path."""
+    return (
+        argument.metavar in NODES
+        or argument.dest in references(verb)
+        or not NODE_OPTIONS.isdisjoint(argument.option_strings)
+    )
 
 
 def _takes(options: dict[str, argparse.Action], word: str) -> bool:

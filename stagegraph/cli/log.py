@@ -24,7 +24,7 @@ POLL_SECONDS = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("node", metavar="NODE", help="a node's name, as graph-build[llvm,decode]")
+    parser.add_argument("node", metavar="NODE", help="a node's name, with its instance in brackets")
     add_file(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="of one node that runs: print on until it ends")
     add_json(parser)

@@ -137,7 +137,7 @@ class LiveReporter(Quiet):
 
 
 def progress_text(done: int, total: int, unit: str, note: str) -> str:
-    """Return ``3 of 12 tensors`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``."""
+    """Return ``3 of 12 files`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``."""
     amount = f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
     return f"{amount}, {visible(note)}" if note else amount
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--view", metavar="NAME", help="print one view whole")
     parser.add_argument("--views", action="store_true", help="list the views")
     parser.add_argument("--ir", action="store_const", const="ir", dest="view", help="the view ir: readable code")
-    parser.add_argument("--plot", metavar="FILE", help="draw a picture of quantize's errors into FILE (.png, .svg)")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture of the result into FILE (.png, .svg)")
     lookup.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the records as one JSON document on stdout")
 
@@ -74,7 +74,7 @@ def _plot(found: list[Artifact], path: Path) -> None:
     """Draw the picture of a node's report that its stage knows how to draw."""
     plot = find("plots", found[0].record["stage"]) if len(found) == 1 else None
     if plot is None:
-        raise PlanError(f"--plot draws one result of {', '.join(names('plots'))}; name one, as 'quantize[llvm]'")
+        raise PlanError(f"--plot draws one result of {', '.join(names('plots'))}; name one instance")
     try:
         load_object(plot.function)(found[0].read_json(plot.file), path)
     except (ValueError, OSError) as error:

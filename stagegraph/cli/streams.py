@@ -1,6 +1,6 @@
 """Standard output and error for people: no name or message moves the cursor, and nothing breaks where they are gone.
 
-What comes from checkpoints, pipeline files and stages is printed with its control characters written out. Colours of
+What comes from source files, pipeline files and stages is printed with its control characters written out. Colours of
 our own pass on a terminal. The content of a file, in a pipe, stays as it is (:func:`exactly`).
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from stagegraph.cli.common import add_file
@@ -56,12 +56,18 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         formatter_class=_Help,
     )
     loaded.add_arguments(parser)
-    if references := getattr(loaded, "REFERENCES", ()):
+    if named := references(verb):
         for action in parser._actions:  # noqa: SLF001 - argparse tells its arguments in no other way
-            if action.dest in references:
+            if action.dest in named:
                 action.help = f"{action.help}, or a node's name"
         add_file(parser)
     return parser
+
+
+def references(verb: str) -> Sequence[str]:
+    """Return the arguments of a provider's verb that may name a node in place of a path."""
+    found: Sequence[str] = getattr(importlib.import_module(find_verb(verb).module), "REFERENCES", ())
+    return found
 
 
 class _Parser(argparse.ArgumentParser):

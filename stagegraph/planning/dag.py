@@ -26,7 +26,7 @@ class Node:
 
     @property
     def name(self) -> str:
-        """The entry with the instance in brackets: ``graph-build[llvm,decode]``."""
+        """The entry with the instance in brackets: ``build[x86,debug]``."""
         return self.spec.name
 
     @property
@@ -63,7 +63,7 @@ class Dag:
     def select(self, pattern: str) -> list[Node]:
         """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
 
-        ``bundle.llvm`` is ``bundle[llvm]``.
+        ``build.x86`` is ``build[x86]``.
         """
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
@@ -97,7 +97,7 @@ def _reach(nodes: Iterable[Node], step: Callable[[Node], list[Node]]) -> set[Nod
 
 
 def _matches(pattern: str, spec: NodeSpec) -> bool:
-    entry, bracket, instance = pattern.partition("[" if "[" in pattern else ".")  # bundle.llvm needs no quotes
+    entry, bracket, instance = pattern.partition("[" if "[" in pattern else ".")  # build.x86 needs no quotes
     if not bracket:
         return pattern == spec.entry
     wanted = instance.removesuffix("]").split(",")

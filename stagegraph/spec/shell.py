@@ -112,7 +112,7 @@ class _Reader:
         match = INPUT.fullmatch(text)
         if match is None:
             if text:
-                self._problems.unexpected(item._replace(value=text), "ENTRY.OUTPUT, as in bundle.bundle", subject)
+                self._problems.unexpected(item._replace(value=text), "ENTRY.OUTPUT, as in compile.library", subject)
             return ["", ""]
         entry, port = match.groups()
         if entry == self._name:

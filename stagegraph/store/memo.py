@@ -1,4 +1,4 @@
-"""Memoisation below a node's grain: a stage's finished parts (one quantized tensor, one kernel group) as objects.
+"""Memoisation below a node's grain: a stage's finished parts (one page of a book) as objects.
 
 ``part:<digest of kind, code and document>`` in the index names the object of a part. It is written as soon as the part
 is finished, by the worker, so that a killed run leaves what it had done to the next one. An object is synced only where

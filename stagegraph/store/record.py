@@ -98,6 +98,6 @@ def record_size(record: Record) -> int:
 
 
 def parts_text(record: Record) -> str:
-    """Say how many memoised parts a record's execution made and reused: ``tensor: 10 made, 290 reused``."""
+    """Say how many memoised parts a record's execution made and reused: ``page: 10 made, 290 reused``."""
     kinds = record.get("parts", {}).items()
     return "; ".join(f"{kind}: {counts['made']} made, {counts['reused']} reused" for kind, counts in kinds)

@@ -1,4 +1,4 @@
-"""benchmarks/cuda.py packed and carried away: a Python with NumPy and nothing else, here with a bundle for the CPU."""
+"""benchmarks/cuda.py, packed and carried away: a Python with NumPy and nothing else, here with a bundle for the CPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from tests.stages import bundles
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
+PACK = SCRIPT.with_name("cuda_pack.py")
 RUNTIME_MEGABYTES = 30
 
 
@@ -22,7 +23,7 @@ RUNTIME_MEGABYTES = 30
 def packed(recorded, tmp_path_factory):
     """A tar of a bundle with its reference, unpacked beside a folder of NumPy alone; and what packing printed."""
     folder = tmp_path_factory.mktemp("carried")
-    command = [sys.executable, str(SCRIPT), "pack", str(recorded.bundle), str(folder / "out.tar")]
+    command = [sys.executable, str(PACK), str(recorded.bundle), str(folder / "out.tar")]
     command += ["--reference", str(recorded.checkpoint / "reference")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     with tarfile.open(folder / "out.tar") as tar:
@@ -57,9 +58,7 @@ def test_what_is_carried_is_small_and_nothing_else_is_at_hand(packed):
 @pytest.mark.slow
 def test_a_carried_bundle_is_right_and_measured(packed):
     folder, _ = packed
-    done = carried(
-        folder, "cuda.py", "run", "bundle", "--device", "cpu", "--contexts", "16", "64", "--json", "out.json"
-    )
+    done = carried(folder, "cuda.py", "bundle", "--device", "cpu", "--contexts", "16", "64", "--json", "out.json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads((folder / "there" / "out.json").read_text())
     assert found["parity"]["right"]
@@ -79,7 +78,7 @@ def test_wrong_weights_are_called_wrong(packed):
     values = np.frombuffer(original, "float32")
     shard.write_bytes((values * np.float32(1.1)).tobytes())
     try:
-        done = carried(folder, "cuda.py", "run", "bundle", "--device", "cpu", "--contexts", "16")
+        done = carried(folder, "cuda.py", "bundle", "--device", "cpu", "--contexts", "16")
     finally:
         shard.write_bytes(original)
     assert done.returncode == 1
@@ -93,7 +92,7 @@ def test_weights_are_drawn_where_none_were_carried(scheme, tmp_path):
     library = tmp_path / "library"
     library.mkdir()
     (built.bundle / "model.so").rename(library / "model.so")
-    command = [sys.executable, str(SCRIPT), "run", str(library), "--device", "cpu", "--contexts", "16"]
+    command = [sys.executable, str(SCRIPT), str(library), "--device", "cpu", "--contexts", "16"]
     done = subprocess.run([*command, "--json", str(tmp_path / "out")], capture_output=True, text=True, check=True)
     assert "random weights" in done.stdout
     found = json.loads((tmp_path / "out").read_text())
@@ -104,16 +103,16 @@ def test_weights_are_drawn_where_none_were_carried(scheme, tmp_path):
 def test_what_cannot_be_run_is_said_in_one_line(packed, tmp_path):
     folder, _ = packed
     for arguments, said in (
-        (["run", "elsewhere"], "elsewhere has no model.so"),
-        (["run", "bundle", "--device", "cpu", "--contexts", "100000"], "no context fits"),
+        (["elsewhere"], "elsewhere has no model.so"),
+        (["bundle", "--device", "cpu", "--contexts", "100000"], "no context fits"),
     ):
         done = carried(folder, "cuda.py", *arguments)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
     if not Path("/dev/nvidiactl").exists():
-        done = carried(folder, "cuda.py", "run", "bundle")
+        done = carried(folder, "cuda.py", "bundle")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert "CUDA" in done.stderr
-    command = [sys.executable, str(SCRIPT), "pack", str(tmp_path), str(tmp_path / "x.tar")]
+    command = [sys.executable, str(PACK), str(tmp_path), str(tmp_path / "x.tar")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, (tmp_path / "x.tar").exists()) == (2, False)
