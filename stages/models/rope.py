@@ -135,11 +135,11 @@ def _reading(
     base = _one(read, where, values, theta_key, "rope_theta", 10000.0)
     partial = "partial_rotary_factor"
     share = _one(read, where, values, share_key or partial, partial, 0.25 if share_key else 1.0)
-    rotary_dim = int(head_dim * share)
+    rotary_dim = int(head_dim * share) if share_key else head_dim
     pairs = (rotary_dim + 1) // 2
     if head_dim > MAX_HEAD:
         read.problem(f"a head has {head_dim:,} channels; expected at most {MAX_HEAD:,}")
-    elif not share_key and share != 1:
+    elif not share_key and share != 1 and _kind(values) != "default":  # whose frequencies are of all channels there
         read.problem(f"partial_rotary_factor = {share}; only 1.0 is supported: all channels of a head are rotated")
     elif rotary_dim < 1 or 2 * pairs > head_dim:
         read.problem(f"{rotary_dim} of {head_dim} channels of a head are rotated; expected pairs of them")
@@ -177,12 +177,16 @@ def _one(
     return float(next(iter(found.values()), default))
 
 
+def _kind(values: Mapping[str, Any]) -> Any:
+    """Return the type of a scaling, by either of its keys."""
+    return next((values[key] for key in ("rope_type", "type") if values.get(key) is not None), "default")
+
+
 def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: int, positions: int) -> dict[str, Any]:
     """Return a scaling's type and what that reads, only the type after noting a problem."""
-    kinds = [values[key] for key in ("rope_type", "type") if values.get(key) is not None] or ["default"]
-    kind = kinds[0]
-    if kind != kinds[-1]:
-        read.problem(f"contradiction: {where} has a type {shown(kinds[-1])} and another rope_type {shown(kind)}")
+    kind, other = _kind(values), values.get("type")
+    if other is not None and other != kind:
+        read.problem(f"contradiction: {where} has a type {shown(other)} and another rope_type {shown(kind)}")
     nested = [key for key, value in values.items() if isinstance(value, Mapping)]
     if nested:
         read.problem(f"{where}.{nested[0]} is an object: positions that differ from layer to layer are not implemented")

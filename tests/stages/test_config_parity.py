@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from stages.models import FAMILIES, decoder, load_family
@@ -283,3 +285,93 @@ def test_every_combination_of_window_keys_is_read_as_transformers_reads_it(famil
         said = {key: value for key, value in zip(choices, values, strict=True) if value is not ...}
         found = outcome(family, {"model_type": family, **BASE, "max_position_embeddings": 8192, **said})
         assert found in ("same", "neither") or (found == "refused" and said["layer_types"] in not_built), (found, said)
+
+
+# Rotary positions
+
+ORIGINAL = "original_max_position_embeddings"
+LISTS = {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 3.0] * 4}  # for heads of 16 channels
+SCALINGS: list[Any] = [
+    {"type": "default"}, {"rope_type": "default", "factor": 2.0}, {"type": "linear", "factor": 2.0},
+    {"rope_type": "linear", "factor": 1.0}, {"rope_type": "linear", "factor": 2.0, "rope_theta": 7000.0},
+    {"rope_type": "linear", "type": "linear", "factor": 4}, {"rope_type": "dynamic", "factor": 2.0},
+    {"type": "yarn", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0, ORIGINAL: 32, "beta_fast": 16},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: 32},
+    {"rope_type": "longrope", **LISTS, ORIGINAL: 32}, {"rope_type": "longrope", **LISTS, "factor": 4.0},
+    {"rope_theta": 7000.0}, {"rope_type": "default", "rope_theta": 7000.0, "partial_rotary_factor": 0.5},
+    {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}, {"type": "linear"}, {"rope_type": "su"},
+]  # fmt: skip
+ROPE: dict[str, list[Any]] = {
+    "rope_theta": [None, 10000.0, 5000, 1e6],
+    "rope_scaling": [None, {}, *SCALINGS],
+    "rope_parameters": [None, {}, *SCALINGS],
+    ORIGINAL: [None, 32, 128],
+    "partial_rotary_factor": [None, 1.0, 0.5],
+    "max_position_embeddings": [64, 256],
+    "head_dim": [16, None],
+    "rotary_pct": [None, 0.25, 0.5, 1.0],
+    "rotary_emb_base": [None, 10000, 5000],
+}
+
+
+def turned(family: str, raw: Mapping[str, Any]) -> tuple[Any, float] | None:
+    """Return the frequencies and the factor of transformers' model, None where it makes none that it can use."""
+    import torch
+
+    prefix = CLASSES[family].removesuffix("Config")
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    try:
+        config = getattr(transformers, CLASSES[family]).from_dict(copy.deepcopy(dict(raw)))
+        rotary = getattr(modeling, f"{prefix}RotaryEmbedding")(config)
+        cos, _ = rotary(torch.zeros(1), torch.tensor([[config.max_position_embeddings - 1]]))
+    except Exception:  # noqa: BLE001 -- whatever the library says no with
+        return None
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if cos.shape[-1] != head and family != "gpt_neox":
+        return None  # which its layers cannot multiply a head by
+    return rotary.inv_freq.numpy(), float(rotary.attention_scaling)
+
+
+def positions(family: str, raw: Mapping[str, Any]) -> str:
+    """Return same, refused, lenient or neither, as :func:`outcome`; other positions fail the test."""
+    expected, record = turned(family, raw), load_family(family)
+    try:
+        config = record.parse(copy.deepcopy(dict(raw)))
+        found = record.for_context(config, record.context_window(config, 0))[0].attention
+    except ConfigError:
+        return "refused" if expected else "neither"
+    if expected is None:
+        return "lenient"
+    np.testing.assert_allclose(np.array(found.frequencies, np.float32), expected[0], rtol=2.5e-6, err_msg=str(raw))
+    assert found.attention_factor == pytest.approx(expected[1], rel=1e-12), raw
+    return "same"
+
+
+def pairs_of_rope_keys(family: str) -> Iterator[dict[str, Any]]:
+    """Yield every two keys with every two values that they may have."""
+    neox = {"rotary_pct", "rotary_emb_base"}
+    keys = [key for key in ROPE if family == "gpt_neox" or key not in neox]
+    for one, other in itertools.combinations(keys, 2):
+        for values in itertools.product(ROPE[one], ROPE[other]):
+            yield dict(zip((one, other), values, strict=True))
+
+
+def contradictory(said: Mapping[str, Any]) -> bool:
+    """Say whether keys describe two positions, of which transformers takes one without a word."""
+    forms = [said[key] for key in ("rope_scaling", "rope_parameters") if said.get(key)]
+    bases = [place.get(key) for place in (said, *forms) for key in ("rope_theta", "rotary_emb_base")]
+    shares = [place.get(key) for place in (said, *forms) for key in ("partial_rotary_factor", "rotary_pct")]
+    return len(forms) > 1 or any(len({value for value in found if value}) > 1 for found in (bases, shares))
+
+
+@pytest.mark.parametrize("family", [name for name in CLASSES if name != "rwkv"])
+def test_every_pair_of_rope_keys_is_read_as_transformers_reads_it(family):
+    pytest.importorskip("torch")
+    base = {"model_type": family, **BASE}
+    outcomes: dict[str, list[dict[str, Any]]] = {"same": [], "refused": [], "lenient": [], "neither": []}
+    for said in pairs_of_rope_keys(family):
+        outcomes[positions(family, {**base, **said})].append(said)
+    assert len(outcomes["same"]) > 300
+    assert [said for said in outcomes["refused"] if not contradictory(said)] == []
+    # null for the base, or for a size, says the usual here and nothing that the library can compute with.
+    assert [said for said in outcomes["lenient"] if None not in said.values()] == []

@@ -163,8 +163,14 @@ def test_keys_mean_what_they_mean_to_transformers(config):
              "rope_parameters": {"type": "linear", "factor": 2, "rope_theta": 5e5}},
             "describe different positions",
         ),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5; only 1.0 is supported: all channels"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5; only 1.0 is supported"),
+        (
+            {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}},
+            "partial_rotary_factor = 0.5; only 1.0 is supported: all channels",
+        ),
+        (
+            {"rope_parameters": {"type": "yarn", "factor": 2, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5; only 1.0 is supported",
+        ),
         ({"model_type": "gpt_neox", "rotary_pct": 0.001}, "0 of 128 channels of a head are rotated; expected pairs"),
         ({"model_type": "gpt_neox", "rotary_pct": 1.5}, "192 of 128 channels of a head are rotated"),
     ],
