@@ -28,9 +28,9 @@ class Example:
     """A checkpoint as arrays, and transformers' model of it."""
 
     def __init__(self, folder: Path) -> None:
+        from stages.checkpoint.headers import read_headers
+        from stages.checkpoint.tensors import Weights
         from stages.models import load_family
-        from stages.models.checkpoint import read_headers
-        from stages.models.weights import Weights
 
         raw = json.loads((folder / "config.json").read_text())
         self.family = load_family(raw["model_type"])
@@ -44,7 +44,7 @@ class Example:
     def stored(self, scheme_name: str, scales: str) -> dict[str, np.ndarray]:
         """Return the checkpoint's tensors in float32 as they are after a scheme."""
         from stages.models.transforms import apply, invert
-        from stages.quantization.convert import convert, restored
+        from stages.quantization.parameter import convert, restored
         from stages.quantization.schemes import SCHEMES
 
         scheme, found = SCHEMES[scheme_name], {}

@@ -70,7 +70,7 @@ def stage(folder: str, out: str, threads: str, keep: str, clocked: str = "clocke
     """Run the stage on a checkpoint in ``folder``: seconds inside, tensors made and reused, peak memory."""
     import diskcache  # noqa: F401 - imports are on nobody's clock
 
-    from stages.conversion import conversion  # noqa: F401
+    from stages.conversion import model  # noqa: F401
     from stages.quantization import schemes  # noqa: F401
 
     root, target = Path(folder), Path(out)
@@ -91,7 +91,7 @@ def stage(folder: str, out: str, threads: str, keep: str, clocked: str = "clocke
 
 def numpy_blocks(folder: str, out: str, threads: str) -> dict[str, Any]:
     """Quantize every matrix with blocked NumPy, write and digest the results: seconds."""
-    from stages.models.weights import Weights
+    from stages.checkpoint.tensors import Weights
     from stages.quantization import group
     from stages.quantization.schemes import SCHEMES
 

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.models.checkpoint import Headers
-    from stages.models.record import Family
-    from stages.models.safetensors import TensorInfo
+    from stages.checkpoint.headers import Headers
+    from stages.checkpoint.safetensors import TensorInfo
+    from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SHOWN = 80  # characters of a key or a value in the view
@@ -44,7 +44,8 @@ class ConfigParse(Stage):
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one family that config.json names, if it names a known one."""
-        from stages.models import FAMILIES, strict_json
+        from stages.checkpoint import strict_json
+        from stages.models import FAMILIES
 
         path = Path(params.checkpoint) / CONFIG
         try:
@@ -56,9 +57,9 @@ class ConfigParse(Stage):
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
-        from stages.models import load_family, stored
-        from stages.models.checkpoint import Headers
-        from stages.models.record import ConfigError
+        from stages.checkpoint.errors import ConfigError
+        from stages.checkpoint.headers import Headers
+        from stages.models import load_family, matching
 
         checkpoint = ctx.source("checkpoint")
         files = {name: path for name, path in checkpoint.files.items() if "/" not in name}
@@ -87,7 +88,7 @@ class ConfigParse(Stage):
         found = None
         try:
             if config and headers.tensors and not packed:
-                found = stored.match(family, config, files, headers)
+                found = matching.match(family, config, files, headers)
         except ConfigError as error:
             problems += error.problems
         if problems or found is None:
@@ -125,7 +126,8 @@ def _model(family: Family, config: Any, window: int) -> dict[str, Any]:
 def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     """Return config.json, of a model_type and architecture that are known."""
     from stagegraph.errors import nearest
-    from stages.models import FAMILIES, foreign, load_family, strict_json
+    from stages.checkpoint import foreign, strict_json
+    from stages.models import FAMILIES, load_family
 
     if Path(given).is_file():
         raise StageError(
@@ -159,8 +161,8 @@ def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str,
 
 def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> list[str]:
     """Return the problem of a checkpoint whose weights are packed; a quantization_config alone is a leftover."""
-    from stages.models import foreign, quantized
-    from stages.models.strict_json import shown
+    from stages.checkpoint import foreign, quantized
+    from stages.checkpoint.strict_json import shown
 
     declared = raw.get("quantization_config")
     named = declared.get("quant_method") if isinstance(declared, dict) else declared
@@ -178,9 +180,9 @@ def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple
 
 def _headers(root: Path, files: Mapping[str, Path]) -> Headers:
     """Return the tensors of the checkpoint in ``files``; ConfigError if there are none."""
-    from stages.models import foreign
-    from stages.models.checkpoint import read_headers
-    from stages.models.record import ConfigError
+    from stages.checkpoint import foreign
+    from stages.checkpoint.errors import ConfigError
+    from stages.checkpoint.headers import read_headers
 
     if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
         raise ConfigError(_in_place(root, "no *.safetensors file with weights there"))
@@ -192,16 +194,16 @@ def _headers(root: Path, files: Mapping[str, Path]) -> Headers:
 
 def _in_place(root: Path, otherwise: str) -> str:
     """Say what is in a folder in place of a checkpoint and what to do with it, ``otherwise`` if it is nothing known."""
-    from stages.models import foreign
+    from stages.checkpoint import foreign
 
     return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
 
 
 def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> dict[str, Any]:
     """Return the normalised generation defaults of generation_config.json, or else of config.json."""
-    from stages.models import strict_json
-    from stages.models.generation import normalise
-    from stages.models.record import ConfigError
+    from stages.checkpoint import strict_json
+    from stages.checkpoint.errors import ConfigError
+    from stages.checkpoint.generation import normalise
 
     try:
         settings = strict_json.read_object(files[GENERATION], GENERATION) if GENERATION in files else {}

@@ -11,7 +11,7 @@ from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions,
 
 if TYPE_CHECKING:
     from stages.graph.export import Build
-    from stages.models.record import AttentionCache
+    from stages.models.family import AttentionCache
 
 
 class GraphBuild(Stage):
@@ -69,9 +69,9 @@ class GraphBuild(Stage):
 
         import tvm
 
-        from stages.graph import FUNCTIONS, RECURRENT, cost, describe
+        from stages.graph import FUNCTIONS, RECURRENT, cost, views
         from stages.graph.export import GraphError
-        from stages.lowering.plain_names import without_places
+        from stages.ir.text import without_places
 
         model = json.loads(ctx.input("config").read_text("utf-8"))
         registry = json.loads(ctx.input("params").read_text("utf-8"))
@@ -83,22 +83,22 @@ class GraphBuild(Stage):
         except GraphError as error:
             raise StageError(*error.problems) from None
 
-        counts = describe.operators(exported)
-        signatures = describe.signatures(exported)
+        counts = views.operators(exported)
+        signatures = views.signatures(exported)
         graph = {
             "schema": 1,
             **facts,
             "functions": signatures,
             "operators": counts,
-            "kernels": describe.kernels(exported),
+            "kernels": views.kernels(exported),
         }
         (ctx.out / "module.json").write_text(without_places(tvm.ir.save_json(exported)), "utf-8")
         (ctx.out / "graph.json").write_text(
             json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
         )
-        ctx.view("operators", describe.operator_table(counts))
+        ctx.view("operators", views.operator_table(counts))
         ctx.view("cost", cost.cost_table(exported))
-        ctx.view("ir", describe.script(exported))
+        ctx.view("ir", views.script(exported))
         ctx.view("structure.json", cost.structure(exported))
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 

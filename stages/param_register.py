@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.models.record import Param
+    from stages.models.family import Param
     from stages.quantization.schemes import Scheme
 
 
@@ -47,8 +47,8 @@ class ParamRegister(Stage):
 
     def run(self, ctx: Context) -> None:
         """Compare what the family's graph needs with the headers, and write the register."""
+        from stages.checkpoint.errors import capped
         from stages.models import load_family
-        from stages.models.record import capped
         from stages.quantization.schemes import SCHEMES
         from stages.targets.table import TARGETS
 
@@ -89,7 +89,7 @@ def _check_tensors(
     params: Iterable[Param], checkpoint: Mapping[str, Any], vocab_size: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
-    from stages.models.weights import NUMPY_DTYPES
+    from stages.checkpoint.tensors import NUMPY_DTYPES
 
     tensors, names = checkpoint["tensors"], checkpoint["names"]
     expected = {

@@ -22,6 +22,6 @@ def compiler() -> None:
         if absent:
             del sys.modules["torch"]
 
-    from stages.lowering import compat
+    from stages.ir import compat
 
     compat.cache_module_lookups()

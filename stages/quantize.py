@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.conversion.conversion import Conversion
+    from stages.conversion.model import Conversion
 
 SLACK = 2**20  # bytes for tensor-cache.json and report.json
 
@@ -50,10 +50,10 @@ class Quantize(Stage):
         "report": Out("report.json", "per parameter: how it is stored and its error against the source"),
     }
     parts = {
-        "tensor": "stages.conversion.conversion",
-        "conversion": "stages.conversion.conversion",
+        "tensor": "stages.conversion.model",
+        "conversion": "stages.conversion.model",
         "digests": "stages.conversion.digests",
-        "kernels": "stages.conversion.kernels",
+        "kernels": "stages.conversion.compiled",
     }
 
     def resolve(self, params: Params) -> Params:
@@ -79,7 +79,7 @@ class Quantize(Stage):
 
     def run(self, ctx: Context) -> None:
         """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
-        from stages.conversion.conversion import Conversion, Plan
+        from stages.conversion.model import Conversion, Plan
         from stages.quantization.schemes import SCHEMES
         from stages.quantization.tensor_cache import listing, write_index
 
@@ -112,7 +112,7 @@ class Quantize(Stage):
 @contextlib.contextmanager
 def _leaving_nothing(ctx: Context, conversion: Conversion) -> Iterator[None]:
     """Remove what a failure has left half written; say which failure it was in the stage's terms."""
-    from stages.conversion.conversion import ConversionError
+    from stages.conversion.model import ConversionError
 
     try:
         yield

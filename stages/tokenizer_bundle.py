@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, source
 
 if TYPE_CHECKING:
-    from stages.tokenizers.record import Finding, ModelFacts, Reference, TokenizerFamily
     from stages.tokenizers.resolution import Resolution
+    from stages.tokenizers.tokenizer_family import Finding, ModelFacts, Reference, TokenizerFamily
 
 FILES = (
     "*.tiktoken",
@@ -128,7 +128,7 @@ def _build(ctx: Context) -> None:
 def _facts(ctx: Context) -> ModelFacts:
     from stages.tokenizers import EMBEDDINGS
     from stages.tokenizers.errors import TokenizerError
-    from stages.tokenizers.record import ModelFacts
+    from stages.tokenizers.tokenizer_family import ModelFacts
 
     model, generation, tensors = (
         json.loads(ctx.input(port).read_bytes()) for port in ("config", "generation", "tensors")

@@ -139,7 +139,7 @@ class Verify(Stage):
 
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
-        from stages.models.record import ConfigError
+        from stages.checkpoint.errors import ConfigError
         from stages.runtime import seal
         from stages.runtime.errors import BundleError, RequestError
         from stages.verification import certificate

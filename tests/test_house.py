@@ -20,18 +20,22 @@ ROOT = Path(__file__).parents[1]
 STAGE_MODULES = {reference.partition(":")[0] for reference in PROVIDER.stages.values()}
 HEAVY = {"tvm", "torch", "transformers", "tiktoken"}
 MAY_IMPORT = {  # room -> other rooms of the domain it may import
-    "models": set(),
-    "quantization": set(),
+    "checkpoint": set(),
+    "ir": set(),
+    "kernels": {"ir"},
     "targets": set(),
+    "quantization": set(),
+    "models": {"checkpoint", "kernels"},
     "tokenizers": {"runtime"},
-    "graph": {"models", "targets", "lowering"},
-    "lowering": {"models", "targets"},
-    "codegen": {"keeper", "lowering", "targets"},
+    "graph": {"ir", "kernels", "models"},
+    "lowering": {"ir", "kernels", "memo", "targets"},
+    "codegen": {"ir", "lowering", "memo", "targets"},
+    "conversion": {"checkpoint", "memo", "models", "quantization", "targets"},
     "runtime": set(),
     "packing": {"runtime"},
-    "conversion": {"keeper", "models", "quantization", "targets"},
-    "verification": {"models", "quantization", "runtime", "tokenizers"},
-    "cli": {"runtime", "models"},
+    "verification": {"checkpoint", "models", "quantization", "runtime", "tokenizers"},
+    "inspection": {"checkpoint", "quantization"},
+    "cli": {"models", "runtime"},
 }
 # The engine's rooms: each imports itself, those before it, and the ground beneath them all.
 ENGINE = ("spec", "store", "planning", "execution", "project", "query", "api", "cli")

@@ -15,13 +15,13 @@ from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.vm_build import VMExecutable
 
-from stages.codegen import kernels, workers
-from stages.codegen.kernels import Code
-from stages.keeper import Keeper
-from stages.lowering.compat import load_json
-from stages.lowering.name_kernels import content
+from stages.codegen import forked, objects
+from stages.codegen.objects import Code
+from stages.ir.compat import load_json
+from stages.ir.content import content
 from stages.lowering.rewriter import bound_values
-from stages.targets.cuda import LOADER
+from stages.memo import Memo
+from stages.targets.cuda.device_code import LOADER
 
 KIND = "kernel"  # of what is kept
 
@@ -58,38 +58,38 @@ class Built:
     reused: bool
 
 
-def build_library(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, library: Path) -> list[Built]:
+def build_library(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, library: Path) -> list[Built]:
     """Write ``library``; return its kernels by name. :class:`CodegenError` names every kernel that failed."""
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        built = list(_kernels(lowered, compilers, keeper, Path(scratch)))
+        built = list(_kernels(lowered, compilers, memo, Path(scratch)))
         _link(lowered, built, compilers, Path(scratch), library)
     return built
 
 
-def _kernels(lowered: tvm.IRModule, compilers: Compilers, keeper: Keeper, scratch: Path) -> Iterator[Built]:
+def _kernels(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, scratch: Path) -> Iterator[Built]:
     """Yield every kernel, by name, from what is kept or newly compiled and kept."""
     found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
     callers = _callers(lowered)
     how = compilers.document
     documents = {name: {"name": name, "content": content(kernel), **how} for name, kernel in found.items()}
-    parts = {name: keeper.recall(KIND, document) for name, document in documents.items()}
+    parts = {name: memo.recall(KIND, document) for name, document in documents.items()}
     # The largest first, so that no long one is left over for the end.
     texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
     missing = sorted(texts, key=lambda name: (-len(texts[name]), name))
     jobs = [
         functools.partial(
-            kernels.compile_kernel, name, found[name], compilers.target, compilers.compile_device, scratch / name
+            objects.compile_kernel, name, found[name], compilers.target, compilers.compile_device, scratch / name
         )
         for name in missing
     ]
     problems = []
-    for count, (number, seconds, problem) in enumerate(workers.run(jobs, scratch), start=1):
+    for count, (number, seconds, problem) in enumerate(forked.run(jobs, scratch), start=1):
         name = missing[number]
         if problem:
             problems.append(f"kernel {name} of {', '.join(callers[name])}: {problem}")
         else:
-            parts[name] = keeper.remember(KIND, documents[name], scratch / name, seconds=round(seconds, 3))
-        keeper.progress(count, len(missing), "kernels", name)
+            parts[name] = memo.remember(KIND, documents[name], scratch / name, seconds=round(seconds, 3))
+        memo.progress(count, len(missing), "kernels", name)
     if problems:
         raise CodegenError(*sorted(problems))
     for name in sorted(found):
@@ -125,10 +125,10 @@ def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, s
     tvm.get_global_func("relax.VMCodeGen")(builder, lowered)
     host = compilers.target.host or compilers.target
     anchor = tvm.get_global_func("codegen.LLVMModuleCreate")(str(host), "kernels")
-    objects = []
+    files = []
     for kernel in built:
-        objects.append(str(scratch / f"{kernel.name}.o"))
-        Path(objects[-1]).write_bytes(kernel.code.object)
+        files.append(str(scratch / f"{kernel.name}.o"))
+        Path(files[-1]).write_bytes(kernel.code.object)
         if kernel.code.device:
             functions = load_json(kernel.code.launch.decode())
             anchor.import_module(tvm.get_global_func(LOADER)(kernel.code.device, "fatbin", functions, {}))
@@ -149,4 +149,4 @@ def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, s
             log = done.stdout.strip().splitlines()
             raise CodegenError(f"{compilers.cxx} could not link the library:\n" + "\n".join(log[-30:]))
 
-    VMExecutable(linked).export_library(str(library), addons=objects, fcompile=link, workspace_dir=str(scratch))
+    VMExecutable(linked).export_library(str(library), addons=files, fcompile=link, workspace_dir=str(scratch))

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from stages.keeper import Keeper
-    from stages.models.weights import Weights
+    from stages.checkpoint.tensors import Weights
+    from stages.memo import Memo
 
 KIND = "digests"
 
@@ -28,14 +28,14 @@ class Digests:
 
     def __init__(
         self,
-        keeper: Keeper,
+        memo: Memo,
         weights: Weights,
         tensors: Mapping[str, Mapping[str, Any]],
         names: Iterable[str],
         files: Mapping[str, str],
         scratch: Path,
     ) -> None:
-        self._keeper = keeper
+        self._memo = memo
         self._weights = weights
         self._tensors = tensors
         self._files = files
@@ -46,7 +46,7 @@ class Digests:
         for name in names:
             self._waiting.setdefault(tensors[name]["file"], set()).add(name)
         for file, wanted in self._waiting.items():
-            part = keeper.recall(KIND, {"file": files[file]}) if file in files else None
+            part = memo.recall(KIND, {"file": files[file]}) if file in files else None
             if part is not None:
                 found = json.loads(part.path.read_bytes())
                 self._known |= found
@@ -91,5 +91,5 @@ class Digests:
         known = {name: digest for name, digest in self._known.items() if self._tensors[name]["file"] == file}
         path = self._scratch / "digests.json"
         path.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
-        self._keeper.remember(KIND, {"file": self._files[file]}, path)
+        self._memo.remember(KIND, {"file": self._files[file]}, path)
         path.unlink()

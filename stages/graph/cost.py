@@ -18,7 +18,7 @@ import tvm_ffi
 from tvm import relax as rx
 from tvm import tirx
 
-from stages.graph.describe import operator_name, relax_functions, type_text
+from stages.graph.views import operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
 FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})

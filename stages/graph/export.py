@@ -11,8 +11,7 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.graph import window
-from stages.lowering import cpu_cache
+from stages.kernels.cpu import kv_cache, sliding_window
 from stages.models.layers import CausalLM, LayerFactory
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
@@ -59,14 +58,14 @@ class Build:
         """TVM's name for the attention of each layer of the KV cache."""
         full, layers = self.config.attention.full_layers, self.config.num_layers
         if not self.sliding:
-            return [window.WITHIN] * layers
-        return [window.FULL] * full + [window.WITHIN] * (layers - full)
+            return [sliding_window.WITHIN] * layers
+        return [sliding_window.FULL] * full + [sliding_window.WITHIN] * (layers - full)
 
     @property
     def own_attention(self) -> bool:
         """Whether attention and the KV cache have kernels of ours (lowering/cpu_attention.py) and not TVM's."""
         attention = getattr(self.config, "attention", None)
-        return attention is not None and self.target.kind.name == "llvm" and cpu_cache.fits(attention.head_dim)
+        return attention is not None and self.target.kind.name == "llvm" and kv_cache.fits(attention.head_dim)
 
     @property
     def cache_bytes_per_token(self) -> int:

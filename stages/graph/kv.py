@@ -9,12 +9,13 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 
-from stages.graph import rotary, window
 from stages.graph.export import Build, export_plain
-from stages.lowering import cpu_attention, cpu_cache
-from stages.lowering.compat import load_json
-from stages.lowering.name_kernels import WRITTEN, written
-from stages.lowering.plain_names import SCHEDULED, without_places
+from stages.ir.compat import load_json
+from stages.ir.content import WRITTEN, written
+from stages.ir.text import SCHEDULED, without_places
+from stages.kernels.cpu import attention as cpu_attention
+from stages.kernels.cpu import kv_cache, sliding_window
+from stages.kernels.gpu import rotary
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
 
@@ -37,7 +38,7 @@ class Cache(nn.Module):
         attention, kinds = self.build.config.attention, self.build.cache_kinds
         return TIRPagedKVCache(
             attn_kind=kinds,
-            layer_sliding_window_size=window.NONE,
+            layer_sliding_window_size=sliding_window.NONE,
             max_batch_size=max_batch_size,
             max_total_seq_len=max_total_seq_len,
             prefill_chunk_size=prefill_chunk_size,
@@ -92,23 +93,27 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     turning = build.context_window, attention.rotary_dim, attention.attention_factor, attention.log_n
     if build.target.kind.name != "llvm":
         return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
-    heads, width = cpu_cache.Heads(*numbers), min(64, attention.head_dim)
-    made = {rotary.ROTARY: cpu_cache.rope(heads, *turning)}
+    heads, width = kv_cache.Heads(*numbers), min(64, attention.head_dim)
+    made = {rotary.ROTARY: kv_cache.rope(heads, *turning)}
     seen = attention.sliding_window if build.sliding else 0
     if not build.own_attention:
-        kernels = {window.PREFILL: window.prefill, window.DECODE: window.decode} if seen else {}
+        kernels = (
+            {sliding_window.PREFILL: sliding_window.prefill, sliding_window.DECODE: sliding_window.decode}
+            if seen
+            else {}
+        )
         return made | {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
     layers = len(build.cache_kinds)
     made |= {
-        "tir_kv_cache_transpose_append": cpu_cache.append(heads),
-        "copy_single_page_cpu": cpu_cache.copy_page(heads),
-        "tir_kv_cache_debug_get_kv": cpu_cache.read_back(heads, layers),
-        "compact_kv_copy_cpu": cpu_cache.move_tokens(heads),
-        window.DECODE: cpu_attention.decode(heads, width, seen),
-        window.PREFILL: cpu_attention.prefill(heads, width, seen),
+        "tir_kv_cache_transpose_append": kv_cache.append(heads),
+        "copy_single_page_cpu": kv_cache.copy_page(heads),
+        "tir_kv_cache_debug_get_kv": kv_cache.read_back(heads, layers),
+        "compact_kv_copy_cpu": kv_cache.move_tokens(heads),
+        sliding_window.DECODE: cpu_attention.decode(heads, width, seen),
+        sliding_window.PREFILL: cpu_attention.prefill(heads, width, seen),
         "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width),
     }
-    if window.FULL in build.cache_kinds:
-        made[window.DECODE + window.OTHERS] = cpu_attention.decode(heads, width, numbers=3)
-        made[window.PREFILL + window.OTHERS] = cpu_attention.prefill(heads, width, numbers=3)
+    if sliding_window.FULL in build.cache_kinds:
+        made[sliding_window.DECODE + sliding_window.OTHERS] = cpu_attention.decode(heads, width, numbers=3)
+        made[sliding_window.PREFILL + sliding_window.OTHERS] = cpu_attention.prefill(heads, width, numbers=3)
     return made

@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.relax.frontend import nn
 
 from stages.graph.export import Build, export_plain
-from stages.models import rwkv_kernels as kernels
+from stages.kernels import wkv
 from stages.models.rwkv_layers import RecurrentState
 
 
@@ -25,8 +25,8 @@ class State(nn.Module):
         builder = rx.BlockBuilder.current()
         getters, setters, initial = [], [], []
         for number, tensor in enumerate(self.tensors):
-            getters.append(builder.add_func(kernels.state_get(tensor.width, tensor.dtype), f"state_get_{number}"))
-            setters.append(builder.add_func(kernels.state_set(tensor.width, tensor.dtype), f"state_set_{number}"))
+            getters.append(builder.add_func(wkv.state_get(tensor.width, tensor.dtype), f"state_get_{number}"))
+            setters.append(builder.add_func(wkv.state_set(tensor.width, tensor.dtype), f"state_set_{number}"))
             value = rx.const(tensor.initial, tensor.dtype)
             initial.append(builder.emit(rx.op.full((tensor.width,), value, tensor.dtype)))
         call = rx.call_pure_packed(

@@ -11,9 +11,9 @@ import tvm
 import tvm_ffi
 from tvm import relax as rx
 
-from stages.lowering.cpu_float import Linear, linear_kernel
-from stages.lowering.cpu_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
-from stages.lowering.cpu_weights import BLOCK, Stored
+from stages.kernels.cpu.linear_float import Linear, linear_kernel
+from stages.kernels.cpu.linear_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
+from stages.kernels.cpu.stored import BLOCK, Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
 
 _FLOATS = ("float32", "float16")

@@ -10,7 +10,8 @@ from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from stages.lowering.compat import global_var
+from stages.ir.compat import global_var
+from stages.ir.content import anonymous
 
 
 def merge(modules: Sequence[tvm.IRModule]) -> tvm.IRModule:
@@ -50,11 +51,6 @@ def with_kernels(module: tvm.IRModule, kernels: Mapping[str, tuple[str, tirx.Pri
         del replaced[old]
     replaced.update(tvm.IRModule(dict(named.values()) | renamed))
     return replaced
-
-
-def anonymous(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Return ``kernel`` without the name it has in a module."""
-    return kernel.without_attr("global_symbol") if kernel.attrs and "global_symbol" in kernel.attrs else kernel
 
 
 @mutator

@@ -23,7 +23,7 @@ from stages.lowering.metadata import attach_metadata
 from stages.lowering.name_kernels import name_kernels
 from stages.lowering.plain_names import plain_names
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
-from stages.lowering.schedule import schedule_kernels
+from stages.lowering.schedules.rules import schedule_kernels
 from stages.targets.table import Target
 
 

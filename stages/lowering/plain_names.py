@@ -1,6 +1,4 @@
-"""Takes out of IR what makes no code: names of variables, which differ with the model around a kernel, and the places
-in source files that TVMScript notes, which differ with the machine.
-"""
+"""Takes names of variables out of kernels: they make no code, and differ with the model around a kernel."""
 
 from __future__ import annotations
 
@@ -9,9 +7,8 @@ import json
 import tvm
 from tvm import tirx
 
-from stages.lowering.compat import load_json
-
-SCHEDULED = "tirx.is_scheduled"
+from stages.ir.compat import load_json
+from stages.ir.text import SCHEDULED
 
 
 @tvm.transform.module_pass(opt_level=0, name="PlainNames")
@@ -26,19 +23,6 @@ def plain_names(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tv
         if isinstance(function, tirx.PrimFunc) and SCHEDULED not in (function.attrs or {}):
             plain[var] = _numbered(function)
     return plain
-
-
-def without_places(text: str) -> str:
-    """Return a module that was saved as ``text`` without the notes of which lines of which file it came from."""
-    if '"ir.SourceName"' not in text:
-        return text
-    document = json.loads(text)
-    nodes = document["nodes"]
-    nowhere = next(index for index, node in enumerate(nodes) if node["type"] == "None")
-    for node in nodes:
-        if isinstance(node.get("data"), dict) and "span" in node["data"]:
-            node["data"]["span"] = nowhere
-    return str(tvm.ir.save_json(load_json(json.dumps(document))))
 
 
 def _numbered(kernel: tirx.PrimFunc) -> tirx.PrimFunc:

@@ -11,7 +11,7 @@ import tvm
 from tvm import relax as rx
 from tvm import tirx
 
-from stages.lowering.compat import global_var
+from stages.ir.compat import global_var
 
 
 def bound_values(function: rx.Function) -> Iterator[Any]:

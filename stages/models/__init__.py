@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.models.record import Family
+    from stages.models.family import Family
 
 # model_type -> where its Family is; strings, so that naming a family imports none
 FAMILIES: dict[str, str] = {

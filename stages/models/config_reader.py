@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from stages.models.record import ConfigError, KeyClass
-from stages.models.strict_json import shown
+from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.strict_json import shown
+from stages.models.family import KeyClass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import ABSENT, FULL, SLIDING
-from stages.models.record import AttentionCache, Param, copied
+from stages.models.family import AttentionCache, Param, copied
 from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
-from stages.models.record import AttentionCache, Family, Param, copied
+from stages.models.family import AttentionCache, Family, Param, copied
 from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class NeoXConfig(Rope):
 
 
 def parse(raw: Mapping[str, Any]) -> NeoXConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "gpt_neox")
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
     head_dim = hidden // max(heads, 1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages.models import decoder, rope
 from stages.models.config_reader import FULL, IRRELEVANT, SHARED, SLIDING, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
-from stages.models.record import Family
+from stages.models.family import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,7 @@ KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} layer_types", IRRELE
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "mistral")
     sizes, window = decoder.read_sizes(read), read.integer("sliding_window", null=0)
     kinds = read.layer_kinds(sizes["num_layers"])

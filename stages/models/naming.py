@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from stages.models.record import Family
+    from stages.models.family import Family
 
 ROTARY = "*.rotary_emb.*"  # inverse frequencies, cosines and sines, which every model here computes
 NUMBERED = re.compile(r"(.*?)\.(\d{1,9})\.")  # a layer of many

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from stages.checkpoint.errors import ConfigError
 from stages.models.config_reader import SHARED, ConfigReader, classify
-from stages.models.record import AttentionCache, ConfigError, Family, Param, copied
+from stages.models.family import AttentionCache, Family, Param, copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class QWenConfig:
     """Sizes and options that determine the graph; ``intermediate_size`` is that of one branch of the gated MLP.
 
-    ``log_n`` is what :class:`~stages.models.record.AttentionCache` calls so.
+    ``log_n`` is what :class:`~stages.models.family.AttentionCache` calls so.
     """
 
     vocab_size: int
@@ -83,7 +84,7 @@ KEYS = classify(
 
 
 def parse(raw: Mapping[str, Any]) -> QWenConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     early = EARLY if "n_embd" in raw else {}
     read = ConfigReader(raw, KEYS, {**DEFAULTS, **early}, "qwen")
     hidden, heads = read.integer("hidden_size", "n_embd"), read.integer("num_attention_heads", "n_head")

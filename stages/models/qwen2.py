@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages.models import decoder, rope
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
-from stages.models.record import Family
+from stages.models.family import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +33,7 @@ KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} head_dim", IRRELEVAN
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "qwen2")
     sizes = decoder.read_sizes(read)
     config = DecoderConfig(**sizes, **decoder.read_window(read, sizes["num_layers"]), qkv_bias=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from stages.models import decoder, rope
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
 from stages.models.decoder import DecoderConfig
-from stages.models.record import Family
+from stages.models.family import Family
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS}", IRRELEVANT, UNBUIL
 
 
 def parse(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "qwen3")
     sizes = decoder.read_sizes(read)
     bias = read.flag("attention_bias")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stages.models.record import ConfigError
-from stages.models.strict_json import shown
+from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.strict_json import shown
 
 if TYPE_CHECKING:
     from stages.models.config_reader import ConfigReader
@@ -47,7 +47,7 @@ class Rope:
     rope_parameters: Mapping[str, Any]
 
     def kernel_options(self) -> dict[str, Any]:
-        """Return the keywords of :class:`~stages.models.record.AttentionCache`."""
+        """Return the keywords of :class:`~stages.models.family.AttentionCache`."""
         from stages.models.frequencies import frequencies
 
         found, factor = frequencies(self.rope_parameters, self.rotary_dim)

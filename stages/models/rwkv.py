@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReader, classify
-from stages.models.record import Family, Param, copied
+from stages.models.family import Family, Param, copied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} max_position_embeddings", IRRELE
 
 
 def parse(raw: Mapping[str, Any]) -> RwkvConfig:
-    """Return the config of a raw config.json; :class:`~stages.models.record.ConfigError` lists all that is wrong."""
+    """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "rwkv")
     hidden = read.integer("hidden_size")
     if read.flag("tie_word_embeddings"):
@@ -106,25 +106,25 @@ def _norm(name: str, width: int) -> tuple[Param, Param]:
 
 def causal_lm(config: RwkvConfig, make: Any) -> Any:
     """Return the graph's module composed of the layers of ``make``; its attribute order is that of :func:`params`."""
-    from stages.models import rwkv_layers as layers
+    from stages.models import rwkv_layers
 
     h, a = config.hidden_size, config.attention_hidden_size
 
-    def block(i: int) -> layers.Block:
+    def block(i: int) -> rwkv_layers.Block:
         name, eps = f"rwkv.blocks.{i}", config.norm_eps * 4 ** _halvings(config, i)
-        return layers.Block(
-            layers.LayerNorm(make, f"{name}.ln1", h, eps),
-            layers.TimeMixing(make, f"{name}.attention", h, a),
-            layers.LayerNorm(make, f"{name}.ln2", h, eps),
-            layers.ChannelMixing(make, f"{name}.feed_forward", h, config.intermediate_size),
+        return rwkv_layers.Block(
+            rwkv_layers.LayerNorm(make, f"{name}.ln1", h, eps),
+            rwkv_layers.TimeMixing(make, f"{name}.attention", h, a),
+            rwkv_layers.LayerNorm(make, f"{name}.ln2", h, eps),
+            rwkv_layers.ChannelMixing(make, f"{name}.feed_forward", h, config.intermediate_size),
         )
 
-    return layers.RecurrentLM(
+    return rwkv_layers.RecurrentLM(
         make,
         make.embedding("rwkv.embeddings", config.vocab_size, h),
-        layers.LayerNorm(make, "rwkv.blocks.0.pre_ln", h, config.norm_eps),
+        rwkv_layers.LayerNorm(make, "rwkv.blocks.0.pre_ln", h, config.norm_eps),
         [block(i) for i in range(config.num_layers)],
-        layers.LayerNorm(make, "rwkv.ln_out", h, FINAL_EPS * 4 ** _halvings(config, config.num_layers)),
+        rwkv_layers.LayerNorm(make, "rwkv.ln_out", h, FINAL_EPS * 4 ** _halvings(config, config.num_layers)),
         make.head("head", config.vocab_size, h),
         width=h,
         attention_width=a,

@@ -13,7 +13,7 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Object, Tensor, op
 
-from stages.models import rwkv_kernels as kernels
+from stages.kernels import wkv
 from stages.models.layers import Embedding, LayerFactory, Linear
 from stages.models.matrices import take
 
@@ -80,7 +80,7 @@ class Tokens:
     def shift(self, x: Tensor, state: RecurrentState, layer: int, number: int) -> tuple[Tensor, RecurrentState]:
         """Return the row before each row of x [r, h], and the state, whose ``number`` becomes each last row."""
         before = state.get(layer, number, self.ends.shape[0], self.states[number])
-        kernel = kernels.token_shift(x.shape[-1], x.dtype)
+        kernel = wkv.token_shift(x.shape[-1], x.dtype)
         shifted = op.tensor_ir_op(kernel, "token_shift", [x, before, self.ends], Tensor.placeholder(x.shape, x.dtype))
         return shifted, state.set(layer, number, take(x, self.ends))
 
@@ -107,7 +107,7 @@ class TimeMixing(nn.Module):
         receptance = op.sigmoid(self.receptance(self.mix_receptance(x, shifted, x.dtype)))
         held = [state.get(layer, number, tokens.ends.shape[0], tokens.states[number]) for number in (2, 3, 4)]
         y, *after = op.tensor_ir_op(
-            kernels.wkv(key.shape[-1], key.dtype),
+            wkv.wkv(key.shape[-1], key.dtype),
             "wkv",
             [key, value, self.decay, self.bonus, *held, tokens.ends],
             [Tensor.placeholder(like.shape, like.dtype) for like in (key, *held)],

@@ -13,7 +13,7 @@ class Target:
     ``kind`` is TVM's target kind; ``compute_dtype`` the dtype of all arithmetic, empty where the scheme's model dtype
     is used; ``layout`` how its kernels want matrices stored (stages/quantization/layouts.py); ``limits`` the target
     attributes that kernels are generated for; ``schedules`` names, in order, the scheduling rules tried on every kernel
-    (see stages/lowering/schedule.py).
+    (see stages/lowering/schedules/rules.py).
     """
 
     name: str

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from stages.tokenizers.record import TokenizerFamily
+    from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 # Family name -> where its TokenizerFamily is. Strings, so that naming a family imports nothing.
 TOKENIZERS: dict[str, str] = {

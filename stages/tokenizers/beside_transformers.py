@@ -14,8 +14,8 @@ from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.checks import NOTE, WARNING
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import difference
-from stages.tokenizers.record import Finding, Reference, TokenizerFamily
 from stages.tokenizers.resolution import Resolution
+from stages.tokenizers.tokenizer_family import Finding, Reference, TokenizerFamily
 
 
 class Unread(Exception):  # noqa: N818 - it says what is so, and fails nothing

@@ -17,8 +17,8 @@ from stages.tokenizers.merge_loop import MergeLoop
 from stages.tokenizers.metaspace import NEVER, SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT_WITHOUT
 from stages.tokenizers.patterns import GPT2, KNOWN
 from stages.tokenizers.proof import CODE_POINTS, difference
-from stages.tokenizers.record import Finding, Reference
 from stages.tokenizers.resolution import Resolution
+from stages.tokenizers.tokenizer_family import Finding, Reference
 
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -15,9 +15,9 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.checks import CONVERSION, NOTE, WARNING, error
 from stages.tokenizers.proof import difference
-from stages.tokenizers.record import Finding
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.templates import DEFAULT
+from stages.tokenizers.tokenizer_family import Finding
 
 MAX_FORGED = 12  # control tokens that the last conversation spells
 CLOCK = "strftime_now"

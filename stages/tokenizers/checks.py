@@ -21,8 +21,8 @@ from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
 from stages.tokenizers.json_tables import by_text
-from stages.tokenizers.record import Finding, ModelFacts
 from stages.tokenizers.resolution import read_json
+from stages.tokenizers.tokenizer_family import Finding, ModelFacts
 from stages.tokenizers.world import FILE as WORLD
 from stages.tokenizers.world import WorldTokenizer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.record import ChatFormat, ModelFacts, TokenizerFamily
 from stages.tokenizers.templates import emitted
+from stages.tokenizers.tokenizer_family import ChatFormat, ModelFacts, TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

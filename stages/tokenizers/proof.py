@@ -19,7 +19,7 @@ from stages.tokenizers.byte_level import read_token
 from stages.tokenizers.checks import NOTE, Subject, error, kinds
 from stages.tokenizers.emission import prefix_of
 from stages.tokenizers.metaspace import SPACE
-from stages.tokenizers.record import Finding, Reference
+from stages.tokenizers.tokenizer_family import Finding, Reference
 
 SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")
 GENERATED_CORPUS = Path(__file__).with_name("generated_corpus.jsonl")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stages.tokenizers import library
 from stages.tokenizers.checks import WARNING, error
-from stages.tokenizers.record import Finding, ModelFacts, Reference
+from stages.tokenizers.tokenizer_family import Finding, ModelFacts, Reference
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

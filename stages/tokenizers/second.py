@@ -8,8 +8,8 @@ from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.checks import WARNING, error
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import PROBES, difference, sample_corpus
-from stages.tokenizers.record import Finding, Reference
 from stages.tokenizers.resolution import Resolution, second_vocabularies
+from stages.tokenizers.tokenizer_family import Finding, Reference
 
 
 def agree(resolution: Resolution, reference: Reference) -> Iterator[Finding]:

@@ -13,7 +13,6 @@ from stages.tokenizers.charsmap import Charsmap
 from stages.tokenizers.checks import WARNING
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.metaspace import NEVER, SEGMENT, SPACE, TEXT, Characters, document
-from stages.tokenizers.record import Finding, TokenizerFamily
 from stages.tokenizers.resolution import MODEL, read_json
 from stages.tokenizers.sentencepiece_model import (
     BPE,
@@ -28,6 +27,7 @@ from stages.tokenizers.sentencepiece_model import (
     SentencePieceModel,
     read_model,
 )
+from stages.tokenizers.tokenizer_family import Finding, TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,8 +14,8 @@ from stages.tokenizers.byte_pairs import Added, BytePairs, build
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import TEKKEN
 from stages.tokenizers.ranks import MAX_TOKEN_BYTES, all_splits
-from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.tiktoken_reference import TiktokenReference
+from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

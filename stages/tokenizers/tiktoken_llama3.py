@@ -12,8 +12,8 @@ from stages.tokenizers.byte_pairs import Added, BytePairs, build
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import LLAMA3
 from stages.tokenizers.ranks import all_splits, read_ranks
-from stages.tokenizers.record import TokenizerFamily
 from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
+from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -13,8 +13,8 @@ from stages.tokenizers.byte_level import spell
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.patterns import QWEN
 from stages.tokenizers.ranks import derive_merges, read_ranks
-from stages.tokenizers.record import ChatFormat, TokenizerFamily
 from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
+from stages.tokenizers.tokenizer_family import ChatFormat, TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stages.tokenizers import json_tables
 from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.record import TokenizerFamily
+from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from stages.models.checkpoint import read_headers
+from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.verification.prompts import PARAGRAPH, PROMPTS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from stages.tokenizers.record import Reference as SourceReader
+    from stages.tokenizers.tokenizer_family import Reference as SourceReader
 
     Progress = Callable[[int, int, str], None]
 

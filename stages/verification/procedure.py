@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.models.weights import Weights
+from stages.checkpoint.tensors import Weights
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import backend, host, manifest
 from stages.runtime.errors import BundleError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
-from stages.models.safetensors import read_header
+from stages.checkpoint.safetensors import read_header
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

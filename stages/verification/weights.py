@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.checkpoint.tensors import NUMPY_DTYPES
 from stages.models import transforms
-from stages.models.weights import NUMPY_DTYPES
 from stages.quantization import float8, group, layouts
 from stages.quantization.blocks import row_blocks
-from stages.quantization.convert import restored
+from stages.quantization.parameter import restored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -44,7 +44,7 @@ def test_weights_are_made_anew_by_other_arithmetic(project: Project) -> None:
 @pytest.mark.parametrize(
     ("module", "old", "new", "node"),
     [
-        ("quantization/kernels.py", "CAST_LANES = 16", "CAST_LANES = 8", QUANTIZE),
+        ("quantization/tir_kernels.py", "CAST_LANES = 16", "CAST_LANES = 8", QUANTIZE),
         ("profiles.py", "cache_module_lookups()", "cache_module_lookups() or 1", "graph-build[llvm,softmax]"),
     ],
 )

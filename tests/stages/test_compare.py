@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from stages.cli import compare
+from stages.inspection import compare
 
 
 def files(folder, name, documents):

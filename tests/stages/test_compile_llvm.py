@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from stages.quantization.schemes import SCHEMES as TABLE
-from stages.targets import host
+from stages.targets import processor
 from stages.targets.table import TARGETS
 from tests.stages import libraries
 
@@ -95,7 +95,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(built, scheme):
     [("x86-64-v3", "float", "vfmadd231ps", TOLERANCE), ("x86-64-v3+avxvnni", "int8", "vpdpbusd", 5e-2)],
 )
 def test_code_for_processors_without_avx512_is_as_right(built, cpu, activations, instruction, tolerance):
-    if not set(host.required_features(cpu)) <= set(host.required_features(host.host_cpu())):
+    if not set(processor.required_features(cpu)) <= set(processor.required_features(processor.host_cpu())):
         pytest.skip("this processor cannot run it")
     library = built("q4f32_1", mcpu=cpu, activations=activations)
     code = subprocess.run(

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.lowering import compat
+from stages.ir import compat
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """

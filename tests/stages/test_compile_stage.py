@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from stagegraph.stage import Instance, StageError
-from stages.compile import Compile, takes_bytes
-from stages.targets import fatbin, host, toolchain
-from stages.targets.fatbin import DeviceCode
+from stages.codegen.agreement import takes_bytes
+from stages.compile import Compile
+from stages.targets import processor, toolchain
+from stages.targets.cuda import fatbin
+from stages.targets.cuda.fatbin import DeviceCode
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 from stages.targets.tvm_target import build_target
@@ -49,7 +51,7 @@ def resolved(**params):
 
 def test_auto_becomes_a_literal():
     params = resolved(target="llvm")
-    assert params.mcpu == host.host_cpu() != "auto"
+    assert params.mcpu == processor.host_cpu() != "auto"
     assert (params.archs, params.fast_math, params.toolchain) == ((), False, "none")
     unused = {"archs": (90,), "fast_math": True, "cuda_graph": True}
     assert resolved(target="llvm", **unused) == params, "what llvm has no use for must not matter"
@@ -285,20 +287,21 @@ KERNEL = (
 
 @needs_cuda
 def test_the_compiler_is_told_the_architectures_and_the_arithmetic(tmp_path, monkeypatch):
-    from stages.targets import cuda
+    from stages.targets.cuda import device_code
 
     toolkit = toolchain.toolkit()
-    exact = cuda.compile_fatbin(KERNEL, toolkit, [80])
-    assert exact == cuda.compile_fatbin(KERNEL, toolkit, [80])
-    assert exact != cuda.compile_fatbin(KERNEL, toolkit, [80], fast_math=True)
+    exact = device_code.compile_fatbin(KERNEL, toolkit, [80])
+    assert exact == device_code.compile_fatbin(KERNEL, toolkit, [80])
+    assert exact != device_code.compile_fatbin(KERNEL, toolkit, [80], fast_math=True)
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "--use_fast_math")
-    assert exact == cuda.compile_fatbin(KERNEL, toolkit, [80])
+    assert exact == device_code.compile_fatbin(KERNEL, toolkit, [80])
     (tmp_path / "k").write_bytes(exact)
     assert fatbin.missing(fatbin.entries(tmp_path / "k"), [80]) == []
     with pytest.raises(
-        cuda.CudaError, match=r'NVRTC of .* failed:\nkernels.cu\(2\): error: identifier "undeclared" is undefined'
+        device_code.CudaError,
+        match=r'NVRTC of .* failed:\nkernels.cu\(2\): error: identifier "undeclared" is undefined',
     ):
-        cuda.compile_fatbin(KERNEL.replace("expf", "undeclared"), toolkit, [80])
+        device_code.compile_fatbin(KERNEL.replace("expf", "undeclared"), toolkit, [80])
 
 
 HALVES = """
@@ -325,11 +328,11 @@ extern "C" __global__ void bytes(__nv_fp8_e4m3* x, float* y) { y[threadIdx.x] = 
 
 @needs_cuda
 def test_a_generation_shares_its_ptx_where_that_is_the_same():
-    from stages.targets import cuda, nvrtc
+    from stages.targets.cuda import device_code, nvrtc
 
-    assert cuda._generated(HALVES, [80, 86, 89, 90]) == {80: [80, 86, 89], 90: [90]}
-    assert cuda._generated(HALVES, [86]) == {86: [86]}
-    assert len(cuda._generated(BYTES, [80, 86, 89, 90])) == 4
+    assert device_code._generated(HALVES, [80, 86, 89, 90]) == {80: [80, 86, 89], 90: [90]}
+    assert device_code._generated(HALVES, [86]) == {86: [86]}
+    assert len(device_code._generated(BYTES, [80, 86, 89, 90])) == 4
 
     library, include = (toolchain.part(toolchain.toolkit(), name) for name in ("libnvrtc.so.13", "cuda_fp16.h"))
 
@@ -345,8 +348,9 @@ def test_a_generation_shares_its_ptx_where_that_is_the_same():
 LOAD = """
 from stages import profiles
 profiles.compiler()
-from stages.targets import cuda, toolchain
-cuda.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
+from stages.targets import toolchain
+from stages.targets.cuda import device_code
+device_code.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
 """
 
 
@@ -367,7 +371,7 @@ def test_a_toolkit_without_its_parts_fails_once_with_what_it_lacks(tmp_path, gra
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ptxas").write_text("")
     monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("system", str(tmp_path), "13.0.88"))
-    monkeypatch.setattr("stages.lowering.pipeline.lower", lambda *_, **__: pytest.fail("seconds before it is said"))
+    monkeypatch.setattr("stages.codegen.build.lower", lambda *_, **__: pytest.fail("seconds before it is said"))
     with pytest.raises(StageError) as error:
         libraries.compile_library(tmp_path / "out", ports, registered, target="cuda")
     lacking = "libcudart.so.13, libnvrtc.so.13, fatbinary, cuda_fp16.h: pip install -e '.[cuda]'"
@@ -377,7 +381,7 @@ def test_a_toolkit_without_its_parts_fails_once_with_what_it_lacks(tmp_path, gra
 @needs_cuda
 def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs, monkeypatch):
     """And nothing of what it made is kept for the next time."""
-    from stages.targets import cuda
+    from stages.targets.cuda import device_code
 
     registered, ports = graphs("cuda")
     whole = toolchain.toolkit()
@@ -390,9 +394,9 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
     )
     script.chmod(0o755)
     lazy = whole._replace(path=str(tmp_path))
-    with pytest.raises(cuda.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
-        cuda.compile_fatbin(KERNEL, lazy, [80, 90])
-    monkeypatch.setattr(cuda, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
+    with pytest.raises(device_code.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
+        device_code.compile_fatbin(KERNEL, lazy, [80, 90])
+    monkeypatch.setattr(device_code, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
     with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
         libraries.compile_library(tmp_path / "out", ports, registered, target="cuda", archs=(80, 90))
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from stages.checkpoint.errors import ConfigError
 from stages.models import FAMILIES, decoder, load_family
 from stages.models.config_reader import FULL, SHARED, SLIDING
-from stages.models.record import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

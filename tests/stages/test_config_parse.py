@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from stagegraph.stage import StageError
+from stages.checkpoint import strict_json
 from stages.config_parse import ConfigParse
-from stages.models import FAMILIES, strict_json
+from stages.models import FAMILIES
 from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
 from tests.local_context import LocalContext, run_stage
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.codegen import describe
-from stages.targets import cubin, fatbin, toolchain
+from stages.codegen import views
+from stages.targets import toolchain
+from stages.targets.cuda import cubin, fatbin
 
 DATA = Path(__file__).parents[1] / "data" / "cuda"
 # One kernel in the log of `ptxas -v`; only up to sm_89 does it tell the constants.
@@ -61,13 +62,13 @@ def test_the_table_begins_with_what_spills(recorded):
         f"sm_{arch}": {name: kernel.document() for name, kernel in found.items()}
         for arch, found in fatbin.kernels(recorded).items()
     }
-    lines = describe.device(figures).splitlines()
+    lines = views.device(figures).splitlines()
     assert lines[0].split(" | ")[2:8] == ["registers", "shared", "stack", "spill stores", "spill loads", "matrix"]
     assert lines[2] == "| spill | sm_80 | 32 | 0 | 192 | 288 | 316 | 0 | 364 | 5,504 | SPILLS |"
     assert [line.endswith("SPILLS |") for line in lines] == [False, False, True, True] + [False] * 6
     assert len({line.count("|") for line in lines}) == 1
     metadata = {"kernels": ["a"] * 4, "device_code": [{"kind": "ptx", "arch": 90}], "device_kernels": figures}
-    assert describe.summary(metadata, 10**6) == "1.00 MB, 4 kernels, 1 spill, ptx 90"
+    assert views.summary(metadata, 10**6) == "1.00 MB, 4 kernels, 1 spill, ptx 90"
 
 
 def test_machine_code_that_is_cut_compressed_or_unknown_is_refused(recorded, tmp_path):
@@ -87,13 +88,13 @@ def test_machine_code_that_is_cut_compressed_or_unknown_is_refused(recorded, tmp
 
 @pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 def test_the_compiler_of_this_machine_writes_machine_code_as_recorded(tmp_path):
-    from stages.targets import cuda, nvrtc
+    from stages.targets.cuda import device_code, nvrtc
 
     toolkit, archs, said = toolchain.toolkit(), (75, 86, 120), ""
     source = (DATA / "kernels.cu").read_text("utf-8")
     ptxas, library, header = (toolchain.part(toolkit, name) for name in ("ptxas", "libnvrtc.so.13", "mma.h"))
     made = tmp_path / "made"
-    made.write_bytes(cuda.compile_fatbin(source, toolkit, archs))
+    made.write_bytes(device_code.compile_fatbin(source, toolkit, archs))
     for arch in archs:
         options = [f"-arch=compute_{arch}", "-std=c++17", "-w"]
         (tmp_path / "k.ptx").write_bytes(nvrtc.compile_ptx(source, library, header.parent, options))

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from stages import profiles
-from stages.codegen import describe
+from stages.codegen import views
 from stages.config_parse import ConfigParse
 from stages.models import load_family
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.errors import RequestError
-from stages.targets import fatbin, toolchain
-from stages.targets.fatbin import DeviceCode
+from stages.targets import toolchain
+from stages.targets.cuda import fatbin
+from stages.targets.cuda.fatbin import DeviceCode
 from tests.local_context import run_stage
 from tests.stages import families
 from tests.stages.families import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
@@ -394,7 +395,7 @@ def test_the_memory_that_compile_promises_is_what_the_runtime_takes(built, name)
     assert abs(measured / per_token - 1) < 0.01
     records = tensor_cache.records(manifest.read(library.bundle).folder)
     weights = sum(record.load().nbytes for record in records.values())
-    table = describe.memory(metadata)
+    table = views.memory(metadata)
     assert f"| weights | {weights:,} |" in table
     assert f"| KV cache, one sequence of {LIMIT} tokens | {per_token * LIMIT:,} |" in table
 

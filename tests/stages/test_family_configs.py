@@ -14,11 +14,11 @@ from stagegraph.planning.code import CodeDigests
 from stagegraph.stage import SourceFiles, StageError
 from stagegraph.store.index import Index
 from stages import profiles
+from stages.checkpoint.errors import ConfigError
 from stages.config_parse import ConfigParse
 from stages.graph import FUNCTIONS
 from stages.graph_build import GraphBuild
 from stages.models import FAMILIES, load_family
-from stages.models.record import ConfigError
 from stages.param_register import ParamRegister
 from stages.provider import PROVIDER
 from tests.local_context import LocalContext, run_stage

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stagegraph.stage import StageError
+from stages.checkpoint import strict_json
 from stages.config_parse import ConfigParse
-from stages.models import strict_json
 from stages.runtime.errors import BundleError
 from stages.tokenizers import library, rwkv_world
 from stages.tokenizers.errors import TokenizerError

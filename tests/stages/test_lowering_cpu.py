@@ -9,22 +9,23 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
-from stages.graph.describe import operators
-from stages.lowering import cpu_attention, cpu_cache
-from stages.lowering.cpu_cache import PAGE, Heads, copy_page
-from stages.lowering.cpu_float import PANEL, linear_kernel
-from stages.lowering.cpu_float import Linear as FloatLinear
+from stages.graph.views import operators
+from stages.kernels.cpu import attention as cpu_attention
+from stages.kernels.cpu import kv_cache
+from stages.kernels.cpu.kv_cache import PAGE, Heads, copy_page
+from stages.kernels.cpu.linear_float import PANEL, linear_kernel
+from stages.kernels.cpu.linear_float import Linear as FloatLinear
+from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
+from stages.kernels.cpu.linear_int8 import dot_lanes
+from stages.kernels.cpu.stored import Stored
 from stages.lowering.cpu_gate import cpu_gate
-from stages.lowering.cpu_int8 import PANEL as BYTES_PANEL
-from stages.lowering.cpu_int8 import dot_lanes
 from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
-from stages.lowering.cpu_weights import Stored
 from stages.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout
 from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
-from stages.targets import host
+from stages.targets import processor
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target, host_triple
 from tests.stages.test_lowering_passes import export, random
@@ -50,7 +51,7 @@ def matrix(n, k, stored):
 
 
 def run(module, cpu, name, *arrays):
-    mcpu, features = host.parse(cpu)
+    mcpu, features = processor.parse(cpu)
     target = build_target(TARGETS["llvm"], mcpu, features, opt=3)
     library = tvm.compile(module, target=target, relax_pipeline=rx.get_default_pipeline(target))
     machine = rx.VirtualMachine(library, tvm.cpu())
@@ -81,7 +82,7 @@ class Block(nn.Module):
         return residual + self.linear(x)
 
 
-@pytest.mark.parametrize("cpu", [host.host_cpu(), V3, "x86-64"])
+@pytest.mark.parametrize("cpu", [processor.host_cpu(), V3, "x86-64"])
 @pytest.mark.parametrize(
     ("stored", "n", "k"),
     [
@@ -93,14 +94,14 @@ class Block(nn.Module):
     ],
 )
 def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
-    if not set(host.required_features(cpu)) <= set(host.required_features(host.host_cpu())):
+    if not set(processor.required_features(cpu)) <= set(processor.required_features(processor.host_cpu())):
         pytest.skip("this processor cannot run it")
     weight, arrays, values = matrix(n, k, stored)
     bias = random(n).astype("float16")
     for rows in ("s", 1):
         before = export(Block(weight, bias), x=([1, rows, k], "float32"), residual=([1, rows, n], "float32"))
         assert {"matmul", "dequantize", "add"} <= set(operators(before)["forward"])
-        after = cpu_linear(host.required_features(cpu))(before)
+        after = cpu_linear(processor.required_features(cpu))(before)
         ((kernel, calls),) = operators(after)["forward"].items()
         assert (kernel.rstrip("0123456789"), calls) == ("linear", 1)
         for count in (1, 2, 3, 7, 8, 21) if rows == "s" else (1,):
@@ -109,11 +110,11 @@ def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
             assert relative(run(after, cpu, "forward", x, residual, [*arrays, bias]), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("cpu", [host.host_cpu(), f"{V3}+avxvnni"])
+@pytest.mark.parametrize("cpu", [processor.host_cpu(), f"{V3}+avxvnni"])
 @pytest.mark.parametrize(("n", "k"), [(96, 2 * BYTES_PANEL + 64), (45, 96), (640, 64), (661, 64)])
 def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
-    features = host.required_features(cpu)
-    if not dot_lanes(features) or not set(features) <= set(host.required_features(host.host_cpu())):
+    features = processor.required_features(cpu)
+    if not dot_lanes(features) or not set(features) <= set(processor.required_features(processor.host_cpu())):
         pytest.skip("this processor cannot run it")
     weight, arrays, values = matrix(n, k, "q4f16_1")
     bias = random(n)
@@ -143,7 +144,7 @@ def test_a_product_that_is_read_twice_is_not_taken_up():
 
     weight, _, _ = matrix(96, 64, "float16")
     before = export(Both(weight), x=([1, "s", 64], "float32"), residual=([1, "s", 96], "float32"))
-    after = cpu_linear(host.required_features(V3))(before)
+    after = cpu_linear(processor.required_features(V3))(before)
     assert operators(after)["forward"] == {"linear": 1, "add": 1}
 
 
@@ -260,7 +261,7 @@ def test_kernels_are_made_for_aarch64(tmp_path):
         "decode": cpu_attention.decode(heads, 32),
         "window": cpu_attention.prefill(heads, 32, 20),
         "ragged": cpu_attention.prefill_ragged(heads, 32),
-        "append": cpu_cache.append(heads),
+        "append": kv_cache.append(heads),
         "packed": linear_kernel(FloatLinear(Stored(96, 64, "float16", 4, 32), None, 1, tile=tile)),
         "plain": linear_kernel(FloatLinear(Stored(96, 64, "float16"), 1, 1, tile=tile)),
     }

@@ -11,7 +11,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
 
-from stages.graph.describe import kernels, operators
+from stages.graph.views import kernels, operators
 from stages.lowering.fold_states import fold_states
 from stages.lowering.fuse_dequantize import fuse_dequantize_matmul
 from stages.lowering.fuse_operators import fuse_operators
@@ -21,8 +21,8 @@ from stages.lowering.merge import merge
 from stages.lowering.metadata import attach_metadata
 from stages.lowering.pipeline import lower, phases
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
-from stages.lowering.schedule_cpu_elementwise import CPUElementwise
-from stages.lowering.schedule_cpu_matmul import CPUMatmul
+from stages.lowering.schedules.cpu_elementwise import CPUElementwise
+from stages.lowering.schedules.cpu_matmul import CPUMatmul
 from stages.models.layers import Linear
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, take
 from stages.targets.table import TARGETS

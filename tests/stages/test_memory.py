@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-from stages.codegen import describe
+from stages.codegen import views
 from stages.runtime import state
 from tests.stages import families, recurrent
 
@@ -71,7 +71,7 @@ def test_the_memory_that_compile_promises_is_what_a_session_takes(tmp_path, name
     config = {**case.config, "max_position_embeddings": CONTEXT}
     built = families.build(tmp_path, dataclasses.replace(case, config=config), "q4f32_1", prefill_chunk=CHUNK)
     metadata = json.loads((tmp_path / "compile" / "metadata.json").read_text())
-    lines = [line.strip("| ").split(" | ") for line in describe.memory(metadata).splitlines()[2:]]
+    lines = [line.strip("| ").split(" | ") for line in views.memory(metadata).splitlines()[2:]]
     table = {what: int(size.replace(",", "")) for what, size in lines}
     command = [sys.executable, "-c", MEASURE, str(built.bundle), str(sequences)]
     env = {**os.environ, "TVM_NUM_THREADS": str(THREADS)}
@@ -81,8 +81,8 @@ def test_the_memory_that_compile_promises_is_what_a_session_takes(tmp_path, name
 
     tokens = sequences * table[f"KV cache, one sequence of {CONTEXT} tokens"]
     planned = tokens + table[f"KV cache, workspace for chunks of {CHUNK} tokens"]
-    assert 0 <= found["cache"] - 2 * describe.CACHE_TABLES - planned <= 0.03 * planned
-    assert found["cache resident"] < 0.01 * describe.CACHE_TABLES, "the tables are written to"
+    assert 0 <= found["cache"] - 2 * views.CACHE_TABLES - planned <= 0.03 * planned
+    assert found["cache resident"] < 0.01 * views.CACHE_TABLES, "the tables are written to"
 
     # The first chunk alone: no thread holds the scores of a full cache yet.
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -93,7 +93,7 @@ def test_the_memory_that_compile_promises_is_what_a_session_takes(tmp_path, name
     assert 0.85 * planned <= found["results"] <= 1.05 * planned
 
     in_all = table["in all for one sequence" if sequences == 1 else "in all for 2 sequences"]
-    taken = found["weights"] + found["cache"] - 2 * describe.CACHE_TABLES + found["results"] - tiles
+    taken = found["weights"] + found["cache"] - 2 * views.CACHE_TABLES + found["results"] - tiles
     assert abs(taken / in_all - 1) < 0.05
     print({**table, **found})  # pytest -rP shows it
 
@@ -113,19 +113,19 @@ def test_a_gpu_gives_the_tables_their_memory():
         "params": [{"shape": [10, 2], "dtype": "float16"}],
         "target": {"target": "cuda"},
     }
-    table = describe.memory(metadata)
+    table = views.memory(metadata)
     tables = 134_217_728
     assert f"| KV cache, tables of the runtime | {tables:,} |" in table
     assert f"| in all for one sequence | {40 + 7 + tables + 40 + 500 + 1000:,} |" in table
     assert f"| in all for 3 sequences | {40 + 7 + tables + 40 + 500 + 3000:,} |" in table
-    assert "tables" not in describe.memory({**metadata, "target": {"target": "llvm"}})
+    assert "tables" not in views.memory({**metadata, "target": {"target": "llvm"}})
 
 
 def test_the_state_of_a_recurrent_model_is_what_its_session_takes(tmp_path):
-    assert describe.STEPS_KEPT == state.HISTORY
+    assert views.STEPS_KEPT == state.HISTORY
     built = recurrent.build(tmp_path, recurrent.write_checkpoint(tmp_path / "checkpoint"), "q4f32_1")
     metadata = json.loads((tmp_path / "compile" / "metadata.json").read_text())
-    table = describe.memory(metadata)
+    table = views.memory(metadata)
     sizes = recurrent.MODEL["hidden_size"] * recurrent.MODEL["num_hidden_layers"] * 5 * 4
     assert f"| recurrent state, one sequence, 16 steps of it | {16 * sizes:,} |" in table
     assert "KV cache" not in table

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stages.models.checkpoint import INDEX, SINGLE, read_headers
-from stages.models.record import ConfigError
-from stages.models.safetensors import read_header
-from stages.models.weights import BLOCK, Weights
+from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.headers import INDEX, SINGLE, read_headers
+from stages.checkpoint.safetensors import read_header
+from stages.checkpoint.tensors import BLOCK, Weights
 from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ def tensor(tmp_path: Path) -> np.ndarray:
 def test_blocks_are_a_tensors_rows(tmp_path: Path, tensor: np.ndarray, monkeypatch: pytest.MonkeyPatch):
     found = Weights(files(tmp_path), TABLE)
     for size, count, longest in ((BLOCK, 1, 15000), (15000 * 28 // 3, 3, 5024), (1, 469, 32)):
-        monkeypatch.setattr("stages.models.weights.BLOCK", size)
+        monkeypatch.setattr("stages.checkpoint.tensors.BLOCK", size)
         blocks = [block.copy() for block in found.blocks("a")]
         assert (len(blocks), len(blocks[0])) == (count, longest)
         assert np.array_equal(np.concatenate(blocks), tensor)
 
 
 def test_a_file_that_ends_early_is_an_error_and_no_signal(tmp_path: Path, tensor: np.ndarray, monkeypatch):
-    monkeypatch.setattr("stages.models.weights.BLOCK", 32 * 28 * 64)
+    monkeypatch.setattr("stages.checkpoint.tensors.BLOCK", 32 * 28 * 64)
     found = Weights(files(tmp_path), TABLE)
     blocks = found.blocks("a")
     assert np.array_equal(next(blocks), tensor[:2528])
@@ -79,7 +79,7 @@ def test_a_file_that_ends_early_is_an_error_and_no_signal(tmp_path: Path, tensor
 
 
 def test_linux_without_populating_reads_the_same(tmp_path: Path, tensor: np.ndarray, monkeypatch):
-    monkeypatch.setattr("stages.models.weights.POPULATE_READ", 1 << 30)  # advice that no Linux knows: EINVAL
+    monkeypatch.setattr("stages.checkpoint.tensors.POPULATE_READ", 1 << 30)  # advice that no Linux knows: EINVAL
     assert np.array_equal(np.concatenate([*Weights(files(tmp_path), TABLE).blocks("a")]), tensor)
 
 

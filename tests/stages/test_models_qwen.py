@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from stages.checkpoint.errors import ConfigError
 from stages.models import FAMILIES, load_family, transforms
-from stages.models.record import ConfigError
 from tests.checkpoints import qwen_config, qwen_tensors
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from stages.targets import nvrtc, toolchain
+from stages.targets import toolchain
+from stages.targets.cuda import nvrtc
 
 toolkit = toolchain.toolkit()
 pytestmark = pytest.mark.skipif(

@@ -10,14 +10,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stages.quantization import float8, layouts, native, tensor_cache
+from stages.quantization import compiled, float8, layouts, tensor_cache
 from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
-from stages.quantization.convert import convert, kernel_names
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import dequantize, quantize
+from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.schemes import SCHEMES, Scheme
 from stages.quantization.tensor_cache import Tensor, shard_name, shards, write_index
-from stages.targets import host, toolchain
+from stages.targets import processor, toolchain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ SHAPES = [(1, 32), (3, 64), (7, 96), (5, 40), (4, 31), (2, 1), (3, 77), (2, 121)
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> native.Kernels:
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> compiled.Kernels:
     """Kernels of every scheme from every dtype, compiled for this machine."""
     dtypes = ("float32", "float16", "bfloat16")
     names = {
@@ -73,13 +73,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> native.Kernels:
         for scheme in GROUP_SCHEMES
         for name in kernel_names(source, scheme, "max", layouts=("nk", "n32", "kn"), dtypes=dtypes)
     }
-    names.add(native.quantize_name("bfloat16", SCHEMES["q4f16_1"], "mse", "nk"))
+    names.add(compiled.quantize_name("bfloat16", SCHEMES["q4f16_1"], "mse", "nk"))
     cxx = toolchain.cxx()
     if cxx is None:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    native.build(library, host.host_cpu(), cxx.path, sorted(names), toolchain.environment())
-    return native.Kernels(library)
+    compiled.build(library, processor.host_cpu(), cxx.path, sorted(names), toolchain.environment())
+    return compiled.Kernels(library)
 
 
 def sample(shape: tuple[int, int], dtype: type) -> np.ndarray:
@@ -131,7 +131,7 @@ def test_kernels_divide_as_exactly_at_the_middle_between_codes(name, kernels):
 
 @DTYPES
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("shape", [(5,), (native.ROW,), (native.ROW + 1,), (70, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (compiled.ROW,), (compiled.ROW + 1,), (70, 130)], ids=str)
 def test_compiled_casts_are_numpys(dtype, stored, shape, kernels):
     weight = np.random.default_rng(1).standard_normal(shape).astype(dtype)
     expected = cast(weight, stored)

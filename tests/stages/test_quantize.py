@@ -19,13 +19,14 @@ import pytest
 
 from stagegraph.stage import Source, SourceFiles, StageError
 from stagegraph.store.memo import Memo, PartCode
+from stages.checkpoint.tensors import Weights
 from stages.config_parse import ConfigParse
-from stages.conversion import conversion
-from stages.models.weights import Weights
+from stages.conversion import model
 from stages.param_register import ParamRegister
-from stages.quantization import layouts, native
-from stages.quantization.convert import restored
+from stages.quantization import compiled as native
+from stages.quantization import layouts
 from stages.quantization.dtypes import numpy_dtype
+from stages.quantization.parameter import restored
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize
 from tests.checkpoints import (
@@ -168,7 +169,7 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path: Path, monk
 def test_a_disk_that_fills_up_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
     inputs = register(checkpoint, tmp_path, "q0f32")
-    write, written = conversion._write, []
+    write, written = model._write, []
 
     def write_until_full(file: Any, tensor: np.ndarray) -> None:
         if len(written) == 3:
@@ -176,7 +177,7 @@ def test_a_disk_that_fills_up_midway_leaves_nothing(tmp_path: Path, monkeypatch:
         written.append(tensor)
         write(file, tensor)
 
-    monkeypatch.setattr(conversion, "_write", write_until_full)
+    monkeypatch.setattr(model, "_write", write_until_full)
     with pytest.raises(StageError, match=r"the disk is full after \d[\d,]* of 201,472 bytes of weights were read"):
         quantize(checkpoint, tmp_path / "out", "q0f32", inputs)
     assert list((tmp_path / "out").iterdir()) == []
@@ -249,7 +250,7 @@ def test_sources_are_read_once_unless_they_may_be_known(tmp_path: Path, monkeypa
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
     inputs = register(checkpoint, tmp_path, "q4f16_1")
     names = json.loads(inputs["tensors"].read_bytes())["tensors"].keys()
-    monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
+    monkeypatch.setattr(model, "KERNELS_FROM", 0)
     read, blocks = [], Weights.blocks
     monkeypatch.setattr(Weights, "blocks", lambda self, name: read.append(name) or blocks(self, name))
     quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo, threads=1)
@@ -270,7 +271,7 @@ def test_sources_are_read_once_unless_they_may_be_known(tmp_path: Path, monkeypa
 def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
     inputs = register(checkpoint, tmp_path, "q4f16_1")
-    write, written = conversion._write, []
+    write, written = model._write, []
 
     def write_some(file: Any, tensor: np.ndarray) -> None:
         if len(written) >= 15:
@@ -278,10 +279,10 @@ def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypat
         written.append(tensor)
         write(file, tensor)
 
-    monkeypatch.setattr(conversion, "_write", write_some)
+    monkeypatch.setattr(model, "_write", write_some)
     with pytest.raises(KeyboardInterrupt):
         quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo, threads=1)
-    monkeypatch.setattr(conversion, "_write", write)
+    monkeypatch.setattr(model, "_write", write)
     made, found = reused(quantize(checkpoint, tmp_path / "second", "q4f16_1", inputs, memo))
     assert found >= 8
     assert made + found == 17
@@ -291,7 +292,7 @@ def test_what_an_interrupted_run_did_is_not_done_again(tmp_path: Path, monkeypat
 def test_a_file_that_changes_meanwhile_leaves_nothing_to_reuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
     inputs = register(checkpoint, tmp_path, "q4f16_1")
-    convert, calls = conversion.convert, []
+    convert, calls = model.convert, []
 
     def convert_what_changes(*arguments: Any, **how: Any) -> Any:
         calls.append(how)
@@ -300,7 +301,7 @@ def test_a_file_that_changes_meanwhile_leaves_nothing_to_reuse(tmp_path: Path, m
                 path.write_bytes(path.read_bytes())
         return convert(*arguments, **how)
 
-    monkeypatch.setattr(conversion, "convert", convert_what_changes)
+    monkeypatch.setattr(model, "convert", convert_what_changes)
     with pytest.raises(StageError, match="the file was changed while it was read; run again"):
         quantize(checkpoint, tmp_path / "first", "q4f16_1", inputs, memo, threads=1)
     made, found = reused(quantize(checkpoint, tmp_path / "second", "q4f16_1", inputs, memo))
@@ -320,7 +321,7 @@ def test_parts_are_kept_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     quantize(checkpoint, tmp_path / "together", "q4f16_1", inputs, tmp_path / "memo")
     assert kept == [17]
     kept.clear()
-    monkeypatch.setattr(conversion, "KEPT_EVERY", 2**16)
+    monkeypatch.setattr(model, "KEPT_EVERY", 2**16)
     quantize(checkpoint, tmp_path / "on-the-way", "q4f16_1", inputs, tmp_path / "other")
     assert sum(kept) == 17
     assert len(kept) > 3
@@ -331,8 +332,8 @@ def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: p
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
     inputs = register(checkpoint, tmp_path, scheme)
     plain = quantize(checkpoint, tmp_path / "plain", scheme, inputs)
-    monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
-    monkeypatch.setattr("stages.models.weights.BLOCK", 8192)  # so that a matrix comes in several
+    monkeypatch.setattr(model, "KERNELS_FROM", 0)
+    monkeypatch.setattr("stages.checkpoint.tensors.BLOCK", 8192)  # so that a matrix comes in several
     compiled = quantize(checkpoint, tmp_path / "compiled", scheme, inputs, memo, threads=2)
     assert compiled.memo.counts["kernels"]["made"] == 1
     assert bits_of(compiled.out) == bits_of(plain.out)
@@ -342,7 +343,7 @@ def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: p
 def test_kernels_that_cannot_be_compiled_are_said_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     checkpoint = write_qwen(tmp_path / "checkpoint", layers=1)
     inputs = register(checkpoint, tmp_path, "q4f16_1")
-    monkeypatch.setattr(conversion, "KERNELS_FROM", 0)
+    monkeypatch.setattr(model, "KERNELS_FROM", 0)
 
     def fail(*_: object) -> None:
         raise native.KernelError("no such processor")

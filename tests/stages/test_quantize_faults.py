@@ -10,7 +10,7 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
-from stages.conversion import conversion
+from stages.conversion import model
 from tests.checkpoints import qwen_tensors, write_json, write_qwen, write_raw_safetensors, write_safetensors
 from tests.local_context import run_stage
 from tests.stages.test_quantize import quantize, register
@@ -40,7 +40,7 @@ def test_a_value_that_is_not_finite_is_named_with_its_index(
     tmp_path: Path, checkpoint: Path, scheme: str, value: float, kernels: int, monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(conversion, "KERNELS_FROM", kernels)
+    monkeypatch.setattr(model, "KERNELS_FROM", kernels)
     tensors = qwen_tensors(hidden=64, layers=2, ff=96, rows=512, seed=0)
     tensors["transformer.h.0.attn.c_proj.weight"][11, 3] = value
     single(checkpoint, tensors)

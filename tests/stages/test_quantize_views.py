@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.quantization import compare, plot
+from stages.inspection import error_plot, weights
 from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors
 from tests.stages.test_quantize import quantize, register
 
@@ -35,20 +35,20 @@ def made(tmp_path: Path):
 
 
 def test_equal_weights_have_no_differences(made):
-    assert compare.weights(made("a"), made("b")) == []
+    assert weights.weights(made("a"), made("b")) == []
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_1", "q4f16_0", "q8f16_1", "q0f16"])
 def test_two_layouts_of_equal_weights_have_no_differences(made, scheme: str):
-    assert compare.weights(made("a", scheme), made("b", scheme, target="cuda")) == []
-    rows = compare.weights(made("c", scheme, 1.25), made("d", scheme, target="cuda"))
+    assert weights.weights(made("a", scheme), made("b", scheme, target="cuda")) == []
+    rows = weights.weights(made("c", scheme, 1.25), made("d", scheme, target="cuda"))
     assert [row[0] for row in rows] == ["transformer.h.1.mlp.c_proj.weight", "tensors of equal content"]
     assert float(rows[0][2].split("RMSE ")[1].split(",")[0]) == pytest.approx(0.2, rel=0.05)
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_1", "q0f16", "e4m3_f16"])
 def test_a_changed_tensor_is_named_with_its_distance(made, scheme: str):
-    rows = compare.weights(made("a", scheme), made("b", scheme, 1.25))
+    rows = weights.weights(made("a", scheme), made("b", scheme, 1.25))
     described = f"{scheme if scheme != 'q0f16' else 'float16'} [64, 96]"
     assert [row[:2] for row in rows] == [
         ("transformer.h.1.mlp.c_proj.weight", described),
@@ -59,9 +59,9 @@ def test_a_changed_tensor_is_named_with_its_distance(made, scheme: str):
 
 
 def test_other_scales_and_schemes_are_said(made):
-    rows = compare.weights(made("a"), made("b", scales="mse"))
+    rows = weights.weights(made("a"), made("b", scales="mse"))
     assert rows[0] == ("scales", "max", "mse")
-    rows = compare.weights(made("c", "q4f16_1"), made("d", "q8f16_1"))
+    rows = weights.weights(made("c", "q4f16_1"), made("d", "q8f16_1"))
     assert rows[0] == ("scheme", "q4f16_1", "q8f16_1")
     errors = [float(row[2].split("RMSE ")[1].split(",")[0]) for row in rows[1:-1]]
     assert all(0.05 < error < 0.15 for error in errors)
@@ -70,18 +70,18 @@ def test_other_scales_and_schemes_are_said(made):
 
 def test_pictures_need_matplotlib_and_say_so(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     report = json.loads(made("a")["report.json"].read_text())
-    with pytest.raises(plot.PlotError, match=r"drawn as \.png or \.svg"):
-        plot.draw(report, tmp_path / "errors.pdf")
+    with pytest.raises(error_plot.PlotError, match=r"drawn as \.png or \.svg"):
+        error_plot.draw(report, tmp_path / "errors.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(plot.PlotError, match=r"pip install 'stagegraph\[plot\]'"):
-        plot.draw(report, tmp_path / "errors.png")
+    with pytest.raises(error_plot.PlotError, match=r"pip install 'stagegraph\[plot\]'"):
+        error_plot.draw(report, tmp_path / "errors.png")
 
 
-@pytest.mark.parametrize("suffix", plot.FORMATS)
+@pytest.mark.parametrize("suffix", error_plot.FORMATS)
 def test_pictures_are_drawn(made, tmp_path: Path, suffix: str):
     pytest.importorskip("matplotlib")
     report = json.loads(made("a")["report.json"].read_text())
-    plot.draw(report, tmp_path / f"errors{suffix}")
+    error_plot.draw(report, tmp_path / f"errors{suffix}")
     start = (tmp_path / f"errors{suffix}").read_bytes()[:200]
     assert start.startswith(b"\x89PNG") if suffix == ".png" else b"<?xml" in start
 
@@ -92,4 +92,4 @@ def test_lines_are_grouped_by_kind():
         {"name": "model.layers.4.mlp.down_proj.weight", "kind": "linear", "rmse": 0.2},
         {"name": "lm_head.weight", "kind": "head", "rmse": 0.3},
     ]
-    assert plot._by_kind(lines) == {"mlp.down_proj": [(3, 0.1), (4, 0.2)], "head": [(-1, 0.3)]}
+    assert error_plot._by_kind(lines) == {"mlp.down_proj": [(3, 0.1), (4, 0.2)], "head": [(-1, 0.3)]}

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from stages import profiles
+from stages.checkpoint.errors import ConfigError
 from stages.config_parse import ConfigParse
 from stages.models import load_family
-from stages.models.record import ConfigError
 from tests.checkpoints import write_qwen
 from tests.local_context import run_stage
 from tests.stages import families
@@ -260,15 +260,15 @@ def test_heads_are_turned_alike_at_any_position(head_dim, dtype, bound, paramete
     profiles.compiler()
     import tvm
 
-    from stages.graph.rotary import rotary_kernel
-    from stages.lowering import cpu_cache
+    from stages.kernels.cpu import kv_cache
+    from stages.kernels.gpu.rotary import rotary_kernel
 
     config = {**MODEL, "head_dim": head_dim, "rope_parameters": parameters}
     cache = parse(config).attention
     numbers = cache.num_heads, cache.num_kv_heads, head_dim
     turning = int(max(POSITIONS)) + 1, cache.rotary_dim, cache.attention_factor, log_n
     if dtype == "float32":
-        kernel = cpu_cache.rope(cpu_cache.Heads(*numbers), *turning)
+        kernel = kv_cache.rope(kv_cache.Heads(*numbers), *turning)
     else:
         kernel = rotary_kernel(*numbers, dtype, *turning)
     module = tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")})
@@ -292,7 +292,7 @@ def test_on_a_gpu_queries_outside_the_context_are_not_a_number(dtype):
     profiles.compiler()
     import tvm
 
-    from stages.graph.rotary import rotary_kernel
+    from stages.kernels.gpu.rotary import rotary_kernel
 
     kernel = rotary_kernel(2, 1, 8, dtype, 5, 8, 1.0).with_attr("global_symbol", "main")
     positions = np.array([4, 5, 0, 6], np.int32)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from stagegraph.stage import StageError
+from stages.checkpoint.errors import ConfigError
 from stages.graph import RECURRENT
 from stages.graph_build import GraphBuild
 from stages.models import load_family
-from stages.models.record import ConfigError
 from stages.models.rwkv import FAMILY, RwkvConfig
 from stages.runtime import manifest
 from stages.targets import toolchain
@@ -163,7 +163,7 @@ def run_kernel(kernel, arrays, outputs):
 def test_the_scan_equals_plain_sums_in_float64_even_where_exponentials_overflow(width):
     import tvm
 
-    from stages.models import rwkv_kernels
+    from stages.kernels import wkv as rwkv_kernels
 
     random = np.random.default_rng(0)
     rows, ends = 11, np.array([3, 4, 10], "int32")
@@ -186,7 +186,7 @@ def test_the_scan_equals_plain_sums_in_float64_even_where_exponentials_overflow(
 def test_ends_outside_the_rows_are_clipped():
     import tvm
 
-    from stages.models import rwkv_kernels
+    from stages.kernels import wkv as rwkv_kernels
 
     x = np.arange(40, dtype="float32").reshape(5, 8)
     before = -np.ones((3, 8), "float32")
@@ -238,7 +238,7 @@ def test_a_cuda_library_compiles(tmp_path, checkpoint, scheme):
 def test_on_a_gpu_each_channel_of_each_sequence_is_a_thread():
     import tvm
 
-    from stages.models import rwkv_kernels
+    from stages.kernels import wkv as rwkv_kernels
 
     with tvm.target.Target({"kind": "cuda", "arch": "sm_80"}):
         text = rwkv_kernels.wkv(160, "float16").script()

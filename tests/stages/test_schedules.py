@@ -7,9 +7,8 @@ from tvm import te
 from stagegraph.store.index import Index
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import Store
-from stages.codegen import schedules
-from stages.lowering import schedule
-from stages.lowering.plain_names import SCHEDULED
+from stages.ir.text import SCHEDULED
+from stages.lowering.schedules import cache, rules
 
 RULES = ("gpu-reduction", "gpu-fallback")
 TARGET = tvm.target.Target({"kind": "cuda", "arch": "sm_80"}, host={"kind": "llvm"})
@@ -38,9 +37,9 @@ def run(tmp_path):
     (tmp_path / "out").mkdir()
 
     def scheduled(*arguments, how=HOW, rules=RULES):
-        memo = Memo(Store(tmp_path, index), {schedules.KIND: PartCode("of this test", {})})
+        memo = Memo(Store(tmp_path, index), {cache.KIND: PartCode("of this test", {})})
         with TARGET:
-            found = schedules.scheduled(module(*arguments), rules, how, memo, tmp_path / "out")
+            found = cache.scheduled(module(*arguments), rules, how, memo, tmp_path / "out")
         assert not list((tmp_path / "out").iterdir())
         counts = memo.counts["schedule"]
         return found, (counts["made"], counts["reused"])
@@ -51,11 +50,11 @@ def run(tmp_path):
 
 def test_a_kept_schedule_is_the_one_that_the_rules_make(run, monkeypatch):
     with TARGET:
-        expected = schedule.schedule_kernels(RULES)(module())
+        expected = rules.schedule_kernels(RULES)(module())
     assert "blockIdx.x" in expected["scale"].script()
     first, counts = run()
     assert counts == (2, 0), "the one that was written with its schedule is none of ours"
-    monkeypatch.delattr(schedule, "schedule_kernels")  # nor are the rules imported
+    monkeypatch.delattr(rules, "schedule_kernels")  # nor are the rules imported
     again, counts = run()
     assert counts == (0, 2)
     for found in (first, again):
@@ -67,7 +66,7 @@ def test_only_a_changed_kernel_is_scheduled(run):
     found, counts = run(3.0)
     assert counts == (1, 1)
     with TARGET:
-        tvm.ir.assert_structural_equal(found, schedule.schedule_kernels(RULES)(module(3.0)))
+        tvm.ir.assert_structural_equal(found, rules.schedule_kernels(RULES)(module(3.0)))
 
 
 def test_other_rules_and_targets_schedule_anew(run):

@@ -14,10 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from stagegraph.stage import StageError
-from stages.conversion import conversion
+from stages.checkpoint.headers import read_headers
+from stages.checkpoint.tensors import Weights
+from stages.conversion import model as conversion
 from stages.models import load_family
-from stages.models.checkpoint import read_headers
-from stages.models.weights import Weights
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder

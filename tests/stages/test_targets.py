@@ -13,8 +13,9 @@ import pytest
 from stagegraph.stage import StageError
 from stages.compile import Compile
 from stages.runtime.host import missing_features
-from stages.targets import fatbin, host, toolchain
-from stages.targets.fatbin import DeviceCode
+from stages.targets import processor, toolchain
+from stages.targets.cuda import fatbin
+from stages.targets.cuda.fatbin import DeviceCode
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 
@@ -37,13 +38,13 @@ V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
     ],
 )
 def test_a_processor_is_its_highest_full_level_and_the_extras(flags, literal):
-    assert host.describe(frozenset(f"sse sse2 {flags}".split())) == literal
+    assert processor.describe(frozenset(f"sse sse2 {flags}".split())) == literal
 
 
 def test_required_features_spell_out_the_levels():
-    assert set(host.required_features("x86-64-v4+avx512vnni")) >= {"sse2", "avx2", "avx512f", "avx512vnni"}
-    assert "avx512f" not in host.required_features("x86-64-v3")
-    assert {"aes", "vaes"} <= set(host.required_features("x86-64-v4+vaes"))
+    assert set(processor.required_features("x86-64-v4+avx512vnni")) >= {"sse2", "avx2", "avx512f", "avx512vnni"}
+    assert "avx512f" not in processor.required_features("x86-64-v3")
+    assert {"aes", "vaes"} <= set(processor.required_features("x86-64-v4+vaes"))
 
 
 # What LLVM lists beside instructions that a loader could look for: its tuning, and what every x86-64 processor has.
@@ -52,33 +53,33 @@ TUNING = re.compile(r"64bit-mode|idivq-to-divl|macrofusion|vzeroupper|(allow|fas
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the levels are those of x86-64")
-@pytest.mark.parametrize("cpu", [*host.LEVELS, *(f"x86-64-v4+{extra}" for extra in host.EXTRAS)])
+@pytest.mark.parametrize("cpu", [*processor.LEVELS, *(f"x86-64-v4+{extra}" for extra in processor.EXTRAS)])
 def test_required_features_are_all_that_llvm_may_use(cpu):
     import tvm
     from tvm.target.codegen import llvm_get_cpu_features
 
-    mcpu, added = host.parse(cpu)
+    mcpu, added = processor.parse(cpu)
     triple = "x86_64-unknown-linux-gnu"
     attributes = [f"+{feature}" for feature in added]
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": mcpu, "mattr": attributes})
     used = {str(feature) for feature in llvm_get_cpu_features(target)}
     instructions = {feature for feature in used if not TUNING.fullmatch(feature)} - {*EVERY_X86_64}
-    assert instructions == set(host.required_features(cpu))
+    assert instructions == set(processor.required_features(cpu))
 
 
 def test_the_runtime_reads_the_kernels_flags_as_we_do():
-    for cpu in ("x86-64-v4", *(f"x86-64-v4+{extra}" for extra in host.EXTRAS)):
-        features = host.required_features(cpu)
-        flags = frozenset(host.FLAGS.get(feature, feature) for feature in features)
+    for cpu in ("x86-64-v4", *(f"x86-64-v4+{extra}" for extra in processor.EXTRAS)):
+        features = processor.required_features(cpu)
+        flags = frozenset(processor.FLAGS.get(feature, feature) for feature in features)
         assert missing_features(features, flags) == [], cpu
         for feature in features:
-            assert missing_features(features, flags - {host.FLAGS.get(feature, feature)}) == [feature]
+            assert missing_features(features, flags - {processor.FLAGS.get(feature, feature)}) == [feature]
 
 
 def test_this_machine_has_what_its_literal_says():
-    mcpu, added = host.parse(host.host_cpu())
-    assert mcpu in {*host.LEVELS, "generic"}
-    assert not host.problems(host.host_cpu()), added
+    mcpu, added = processor.parse(processor.host_cpu())
+    assert mcpu in {*processor.LEVELS, "generic"}
+    assert not processor.problems(processor.host_cpu()), added
 
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the levels are those of x86-64")
@@ -95,7 +96,7 @@ def test_this_machine_has_what_its_literal_says():
     ],
 )
 def test_a_processor_whose_instructions_nobody_wrote_down_is_refused(cpu, says):
-    (problem,) = host.problems(cpu)
+    (problem,) = processor.problems(cpu)
     assert says in problem
 
 

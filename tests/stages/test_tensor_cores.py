@@ -20,14 +20,15 @@ from tvm import s_tir, tirx
 
 from stagegraph.stage import SourceFiles
 from stages.config_parse import ConfigParse
-from stages.lowering import schedule_tensor_tiles as tiles
 from stages.lowering.merge import merge
 from stages.lowering.pipeline import phases
-from stages.lowering.schedule_tensor_matmul import TensorMatmul
+from stages.lowering.schedules import tensor_tiles
+from stages.lowering.schedules.tensor_matmul import TensorMatmul
 from stages.param_register import ParamRegister
 from stages.quantization import group
 from stages.quantization.schemes import SCHEMES
-from stages.targets import fatbin, toolchain
+from stages.targets import toolchain
+from stages.targets.cuda import fatbin
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target
 from tests.checkpoints import write_hollow
@@ -58,11 +59,11 @@ def test_what_tiles_do_is_what_tvm_says(dtype):
         cuda.get_wmma_sync_intrin(*size, dtype, "float32", b_transposed=True),
     ]
     found = [
-        tiles.load(dtype, shared, "a", "row_major"),
-        tiles.load(dtype, shared, "b", "col_major"),
-        tiles.store(shared),
-        tiles.clear(),
-        tiles.multiply(dtype),
+        tensor_tiles.load(dtype, shared, "a", "row_major"),
+        tensor_tiles.load(dtype, shared, "b", "col_major"),
+        tensor_tiles.store(shared),
+        tensor_tiles.clear(),
+        tensor_tiles.multiply(dtype),
     ]
     for pair in zip(found, expected, strict=True):
         for ours, theirs in zip(*pair, strict=True):
@@ -116,11 +117,11 @@ def products(folder, scheme, arch=80, registered=None):
 
 def machine_code(found, names, folder, archs):
     """Compile kernels and return architecture -> kernel -> figures."""
-    from stages.targets import cuda
+    from stages.targets.cuda import device_code
 
     toolkit = toolchain.toolkit()
-    cuda.load_cuda_side(toolkit, toolchain.cxx())
-    compile_source = functools.partial(cuda.compile_fatbin, toolkit=toolkit, archs=archs)
+    device_code.load_cuda_side(toolkit, toolchain.cxx())
+    compile_source = functools.partial(device_code.compile_fatbin, toolkit=toolkit, archs=archs)
     tvm.register_global_func("tvm_callback_cuda_compile", compile_source, override=True)
     kernels = {name: found.after[name].with_attr("global_symbol", name) for name in names}
     with found.target:
@@ -175,9 +176,9 @@ def test_a_block_fits_every_architecture(scheme, tmp_path):
 
 def source_of(kernel, target):
     """Return the CUDA source of a scheduled kernel."""
-    from stages.targets import cuda
+    from stages.targets.cuda import device_code
 
-    cuda.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
+    device_code.load_cuda_side(toolchain.toolkit(), toolchain.cxx())
     sources = []
 
     def compile_source(code):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stages.cli import tensors
+from stages.inspection import tensors
 from stages.models import transforms
 from tests.output_schema import validate
 from tests.stages import families

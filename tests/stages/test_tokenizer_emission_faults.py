@@ -11,8 +11,8 @@ from stages.tokenizers import EMBEDDINGS, load_tokenizer_family
 from stages.tokenizers.checks import ERROR, examine
 from stages.tokenizers.patterns import LLAMA3, QWEN
 from stages.tokenizers.proof import prove
-from stages.tokenizers.record import ModelFacts
 from stages.tokenizers.resolution import resolve
+from stages.tokenizers.tokenizer_family import ModelFacts
 from tests.stages.tokenizer_folders import FOLDERS, split
 
 

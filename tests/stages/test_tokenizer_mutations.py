@@ -14,7 +14,7 @@ from stages.tokenizers.checks import ERROR, NOTE, WARNING, examine
 from stages.tokenizers.emission import emit
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import prove
-from stages.tokenizers.record import ModelFacts
+from stages.tokenizers.tokenizer_family import ModelFacts
 from tests.local_context import run_stage
 from tests.stages.tokenizer_samples import (
     EMBEDDING,

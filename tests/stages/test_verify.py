@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from stagegraph.stage import StageError
 from stages.runtime.errors import BundleError
-from stages.targets import host
+from stages.targets import processor
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import checks as checks_of
 from stages.verification import live
@@ -70,7 +70,9 @@ def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
     assert any("mean loss" in warning for warning in context.warnings)  # the weights are random, and it shows
 
 
-@pytest.mark.skipif(not host.multiplies_bytes(host.host_cpu()), reason="this processor does not multiply bytes")
+@pytest.mark.skipif(
+    not processor.multiplies_bytes(processor.host_cpu()), reason="this processor does not multiply bytes"
+)
 def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     built = bundles.build(tmp_path / "built", "q4f32_1", activations="int8", max_batch=2, prefill_chunk=24)
     found = checks(bundles.verify(built, tmp_path / "verify"))

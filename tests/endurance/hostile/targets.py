@@ -118,7 +118,7 @@ def prepare() -> None:
     for number in range(len(FAMILIES)):
         _hollow(number)
     _payload()
-    for module in ("tokenizers", "stages.config_parse", "stages.models.stored", "stages.tokenizer_bundle"):
+    for module in ("tokenizers", "stages.config_parse", "stages.models.matching", "stages.tokenizer_bundle"):
         importlib.import_module(module)
 
 

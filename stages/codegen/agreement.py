@@ -1,0 +1,64 @@
+"""Whether graphs and registered parameters belong to one library, and which layers can read int8 activations."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+# What all graphs of one library must agree on; it goes into the metadata under "model".
+SHARED = (
+    "attention_thread_bytes",
+    "cache_bytes_per_token",
+    "cache_workspace_bytes",
+    "compute_dtype",
+    "context_window",
+    "family",
+    "hidden_size",
+    "kv_dtype",
+    "max_batch",
+    "num_layers",
+    "page_size",
+    "prefill_chunk",
+    "scheme",
+    "sep_embed",
+    "state",
+    "state_bytes",
+    "vocab_size",
+)
+
+
+def takes_bytes(registry: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Return the layers that can read activations as int8, and those whose quantized weights are read by floats."""
+    logical = registry["logical"]
+    head = "head" if any(entry["kind"] == "head" for entry in logical) else "embedding"  # tied: the table is the head
+    layers = [entry for entry in logical if entry["quantize"] and entry["kind"] in ("linear", head)]
+    direct = [entry["layout"] == "n32" for entry in layers]
+    names = [(entry["name"], takes) for entry, takes in zip(layers, direct, strict=True)]
+    return [name for name, takes in names if takes], [name for name, takes in names if not takes]
+
+
+def disagreements(
+    graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str, activations: str
+) -> list[str]:
+    """Say where graphs are of different builds, and which functions occur twice or stand for nothing."""
+    problems = []
+    for name in (*SHARED, "target"):
+        values = {json.dumps(graph[name]) for graph in graphs}
+        if len(values) > 1:
+            problems.append(
+                f"the graphs disagree on {name}: {', '.join(sorted(values))}; give every graph-build the same"
+            )
+    if target != graphs[0]["target"]:
+        problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
+    if registry["scheme"] != graphs[0]["scheme"]:
+        problems.append(f"the graphs take {graphs[0]['scheme']} parameters, registered are {registry['scheme']}")
+    if activations == "int8" and not takes_bytes(registry)[0]:
+        problems.append(
+            f"activations: int8 has no effect: no layer of this model in {registry['scheme']} has a kernel for it, "
+            "which takes weights of 4 or 8 bits with float32 or float16 scales, in rows of whole groups; use float"
+        )
+    functions = [name for graph in graphs for name in graph["functions"]]
+    return problems + [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]

@@ -1,0 +1,325 @@
+"""All parameters of one model, in parallel: which thread makes which, where it goes, what is known already."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Lock, local
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+from stages.checkpoint.tensors import NUMPY_DTYPES, Weights, as_dtype, working_dtype
+from stages.conversion import compiled
+from stages.conversion.digests import Digests
+from stages.conversion.memory import Memory
+from stages.models import transforms
+from stages.quantization.blocks import UnfitError
+from stages.quantization.parameter import convert, kernel_names
+from stages.quantization.tensor_cache import Tensor, shard_name, shards
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from stages.memo import Memo, NewPart, Part
+    from stages.quantization.compiled import Kernels
+    from stages.quantization.schemes import Scheme
+
+KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
+KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
+KEPT_EVERY = 64 * 2**20  # bytes of sources: what is made of as many is kept at once, and may be lost to a kill
+SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
+
+
+class ConversionError(ValueError):
+    """Parameters that cannot be converted; ``problems`` names each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
+
+    ``scales`` is max or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles kernels.
+    """
+
+    register: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, Path]
+    digests: Mapping[str, str]
+    scheme: Scheme
+    scales: str
+    threads: int
+    tools: Mapping[str, str]
+
+
+class Conversion:
+    """Writes ``folder``'s shards; ``scratch`` takes what is no output. Both are made and, failing, left behind."""
+
+    def __init__(self, plan: Plan, memo: Memo, folder: Path, scratch: Path) -> None:
+        stored = {e["name"]: Tensor(e["name"], tuple(e["shape"]), e["dtype"]) for e in plan.register["params"]}
+        self._plan = plan
+        self._memo = memo
+        self._logical: Sequence[Mapping[str, Any]] = plan.register["logical"]
+        self._stored = [[stored[name] for name in entry["stored"]] for entry in self._logical]
+        self._weights = Weights(plan.files, plan.tensors)
+        self._sizes = [sum(self._weights.nbytes(name) for name in entry["sources"]) for entry in self._logical]
+        self._folder = folder
+        self._scratch = scratch
+        self._shards = shards(self._stored)
+        self.contents = [[tensor for index in shard for tensor in self._stored[index]] for shard in self._shards]
+        alone = {shard[0]: shard_name(number) for number, shard in enumerate(self._shards) if len(shard) == 1}
+        self._targets = [
+            folder / alone[index] if index in alone else scratch / str(index) for index in range(len(self._logical))
+        ]
+        self.total = sum(self._sizes)
+        self.stored_bytes = sum(tensor.nbytes for tensors in self._stored for tensor in tensors)
+        self.done = self._written = self._finished = 0
+        self._lock = Lock()
+        self._local = local()
+        self._threads = plan.threads or len(os.sched_getaffinity(0))
+        self._began = time.monotonic()
+        self._repeated = False
+        self._unkept: list[NewPart] = []
+        self._unkept_bytes = 0
+
+    def run(self) -> list[dict[str, Any]]:
+        """Make every parameter and every shard; return a line for each parameter, in packed order.
+
+        :class:`ConversionError` names every parameter that was found wrong until the first one ended the work.
+        """
+        self._folder.mkdir()
+        self._scratch.mkdir()
+        plan, memo = self._plan, self._memo
+        library = None
+        if self.total >= KERNELS_FROM:
+            library = compiled.load(memo, self._kernel_names(), self._scratch, plan.tools)
+        self._repeated = library is None or self._begun_before()
+        names = [name for entry in self._logical for name in entry["sources"]]
+        digests = Digests(memo, self._weights, plan.tensors, names, plan.digests, self._scratch)
+        memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
+        try:
+            with ThreadPoolExecutor(self._threads) as pool:
+                jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in self._order()}
+                wait(jobs.values(), return_when=FIRST_EXCEPTION)
+                pool.shutdown(cancel_futures=True)
+            _raise_failures(list(jobs.values()))
+        except BaseException:
+            with contextlib.suppress(Exception):  # what ended the work is what is said
+                self._keep()
+            raise
+        self._keep()
+        self._join_small()
+        shutil.rmtree(self._scratch)
+        return [jobs[index].result() for index in range(len(self._logical))]
+
+    def _order(self) -> list[int]:
+        """Return parameters in the order in which they lie in files, after the largest: begun last, as a head would be,
+        that leaves one thread with work and the others without.
+        """
+        largest = max(self._sizes)
+
+        def place(index: int) -> tuple[bool, str, int]:
+            return (self._sizes[index] < largest, *self._weights.place(self._logical[index]["sources"][0]))
+
+        return sorted(range(len(self._logical)), key=place)
+
+    def _begun_before(self) -> bool:
+        """Say whether such a conversion was begun before, of whatever values: only then may sources be known.
+
+        To find out costs kernels, which take what is just read, a second reading of those that are not.
+        """
+        how = {"scheme": self._plan.scheme.name, "scales": self._plan.scales}
+        document = {"parameters": self._logical, **how}
+        if self._memo.recall("conversion", document):
+            return True
+        path = self._scratch / "begun"
+        path.touch()
+        self._memo.remember("conversion", document, path)
+        return False
+
+    def _kernel_names(self) -> list[str]:
+        sources = {str(self._dtype(entry)) for entry in self._logical}
+        layouts = sorted({entry["layout"] for entry in self._logical if entry["quantize"]})
+        dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
+        return [
+            name
+            for source in sorted(sources)
+            for name in kernel_names(source, self._plan.scheme, self._plan.scales, layouts=layouts, dtypes=dtypes)
+        ]
+
+    def _dtype(self, entry: Mapping[str, Any]) -> np.dtype:
+        """Return the dtype that a parameter is made in, before it is stored."""
+        return working_dtype(self._plan.tensors[name]["dtype"] for name in entry["sources"])
+
+    def _source_dtypes(self, entry: Mapping[str, Any]) -> list[str]:
+        """Return the dtypes of the tensors that a parameter is made of, each once."""
+        return sorted({str(np.dtype(NUMPY_DTYPES[self._plan.tensors[name]["dtype"]])) for name in entry["sources"]})
+
+    def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> dict[str, Any]:
+        """Make one parameter unless it is known, and say how far all are; runs in a thread."""
+        entry, target = self._logical[index], self._targets[index]
+        values = math.prod(entry["shape"])
+        as_it_is = [str(self._dtype(entry))] == self._source_dtypes(entry) and entry["transform"] == "copy"
+        copied = 0 if as_it_is else 4 * values
+        made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
+        with memory.reserved(self._sizes[index] + copied + made):
+            try:
+                part = self._recall(entry, digests)
+                if part is not None:
+                    _link(part.path, target)
+                facts = part.facts if part is not None else self._convert(index, digests, library)
+            except UnfitError as error:
+                raise ConversionError(self._located(entry, error)) from None
+            except ValueError as error:
+                made_of = ", ".join(entry["sources"])
+                raise ConversionError(f"parameter {entry['name']} (from {made_of}): {error}") from None
+        with self._lock:
+            self._finished += 1
+            self.done += self._sizes[index]
+            self._written += sum(tensor.nbytes for tensor in self._stored[index])
+            self._memo.progress(self.done, self.total, "B", self._note())
+        return {
+            "name": entry["name"],
+            "kind": entry["kind"],
+            "scheme": self._plan.scheme.name if entry["quantize"] else entry["dtype"],
+            "shape": entry["shape"],
+            "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
+            **facts,
+        }
+
+    def _located(self, entry: Mapping[str, Any], error: UnfitError) -> str:
+        """Say of a value that cannot be stored where it stands in the checkpoint."""
+        source, row = transforms.source_of(entry["transform"], error.index[0], entry["source_shapes"])
+        name, place = entry["sources"][source], [row, *error.index[1:]]
+        value, reason = float(self._weights[name][tuple(place)]), error.reason
+        if math.isfinite(value) and not math.isfinite(error.value):
+            reason = ", which does not fit float32"
+        of = f" (of parameter {entry['name']})" if name != entry["name"] else ""
+        return f"{self._plan.tensors[name]['file']}: tensor {name}{of}: the value at {place} is {value:g}{reason}"
+
+    def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
+        """Return the part that was made of equal sources before; sources are read for it only where one may be."""
+        if not self._repeated and not all(name in digests for name in entry["sources"]):
+            return None
+        return self._memo.recall("tensor", self._document(entry, digests.take(entry["sources"])))
+
+    def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
+        """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
+        scheme = self._plan.scheme
+        how: dict[str, Any] = {"dtype": entry["dtype"]}
+        if entry["quantize"]:
+            how = {
+                "kind": scheme.kind,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "scale_dtype": scheme.storage_dtype,
+                "scales": self._plan.scales,
+            }
+        tensors = [self._plan.tensors[name] for name in entry["sources"]]
+        sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
+        made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
+        return {"layout": entry["layout"], **made, **how}
+
+    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
+        """Write what a parameter is stored as, to be kept with others; return facts."""
+        entry, target, plan = self._logical[index], self._targets[index], self._plan
+        names, transform, dtype = entry["sources"], entry["transform"], self._dtype(entry)
+
+        def whole() -> np.ndarray:
+            return transforms.apply(transform, [as_dtype(digests.tensor(name), dtype) for name in names])
+
+        def rows() -> Iterator[np.ndarray]:
+            if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
+                for name in names:
+                    yield from (as_dtype(block, dtype) for block in digests.blocks(name))
+            else:
+                yield whole()
+
+        data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
+        how = {"dtype": entry["dtype"], "scales": plan.scales, "layout": entry["layout"], "kernels": library}
+        made = convert(rows(), plan.scheme, entry["kind"], shape=entry["shape"], whole=whole, into=data, **how)
+        with target.open("xb", buffering=0) as file:
+            _write(file, data.data)
+        # Four digits: kernels and NumPy add up in another order.
+        rmse, worst = (float(f"{error:.4g}") for error in (made.rmse, made.worst))
+        facts = {"source_dtype": ", ".join(self._source_dtypes(entry)), "rmse": rmse, "max_error": worst}
+        document = self._document(entry, digests.take(names))
+        for name in names:
+            self._weights.check_unchanged(name)
+        digest = blake3(data.data).hexdigest()
+        with self._lock:
+            self._unkept.append((document, target, digest, facts))
+            self._unkept_bytes += self._sizes[index]
+            enough = self._unkept_bytes >= KEPT_EVERY
+        if enough:
+            self._keep()
+        return facts
+
+    def _keep(self) -> None:
+        """Keep what was finished since the last time."""
+        with self._lock:
+            parts, self._unkept, self._unkept_bytes = self._unkept, [], 0
+        if parts:
+            self._memo.remember_all("tensor", parts)
+
+    def _memory(self, use: str, size: int) -> np.ndarray:
+        """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""
+        kept = vars(self._local)
+        if use not in kept or size > kept[use].size:
+            memory = np.empty(size, np.uint8)
+            if size > KEPT // self._threads:
+                return memory
+            kept[use] = memory
+        found: np.ndarray = kept[use][:size]
+        return found
+
+    def _join_small(self) -> None:
+        """Write the shards that several parameters share."""
+        for number, shard in enumerate(self._shards):
+            if len(shard) > 1:
+                with (self._folder / shard_name(number)).open("xb") as file:
+                    for index in shard:
+                        file.write(self._targets[index].read_bytes())
+
+    def _note(self) -> str:
+        rate = self.done / max(time.monotonic() - self._began, 1e-6)
+        return (
+            f"{self._finished} of {len(self._logical)} tensors, {self._written / 1e6:,.0f} MB out, "
+            f"{rate / 1e6:,.0f} MB/s, {(self.total - self.done) / max(rate, 1):,.0f} s left"
+        )
+
+
+def _write(file: Any, data: memoryview) -> None:
+    """Write all bytes; a raw file takes at most 2 GiB at once."""
+    while len(data):
+        data = data[file.write(data) :]
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give ``source`` a second name; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _raise_failures(jobs: Sequence[Future[Any]]) -> None:
+    """Raise what ended the work: every wrong parameter at once, or the first failure of another kind."""
+    failed = [error for job in jobs if not job.cancelled() and (error := job.exception())]
+    for error in failed:
+        if not isinstance(error, ConversionError):
+            raise error
+    if failed:
+        raise ConversionError(*(problem for error in failed for problem in getattr(error, "problems", ())))

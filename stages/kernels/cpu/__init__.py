@@ -1,0 +1,1 @@
+"""Kernels for CPUs, in float32, written in vectors of lanes."""

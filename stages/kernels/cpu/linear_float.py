@@ -1,0 +1,324 @@
+"""Kernels of linear layers on a CPU in float32: y = x @ w.T (+ bias) (+ residual), weights unpacked on the way."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from stages.kernels.cpu.stored import BLOCK, Stored
+from stages.kernels.cpu.vectors import (
+    T,
+    as_float,
+    choose,
+    constant,
+    get,
+    kernel,
+    prefetch,
+    put,
+    span,
+    splat,
+    total,
+    vector,
+)
+
+PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
+AHEAD = 4096  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
+LINE = 64  # bytes of a cache line
+MANY_STREAMS = 4  # blocks for each stream, or there is one: threads share the blocks of one stream
+FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of a graph.
+
+    ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
+    all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
+    that fit the registers of the target. ``streams`` is how many blocks of features, far apart, one row is multiplied
+    by at the same time: a processor reads ahead in each, and has more on its way from memory than of one. ``dot`` is
+    the number of lanes of the instruction that multiplies bytes, where activations are quantized to them; 0 where they
+    stay floats.
+    """
+
+    weight: Stored
+    rows: int | None
+    outer: int
+    bias: str = ""
+    residual: bool = False
+    tile: tuple[int, int] = (8, BLOCK)
+    streams: int = 1
+    dot: int = 0
+
+
+class Arguments:
+    """The tensors of a kernel of ``linear``, declared in the order in which it is called; ``rows`` is how many."""
+
+    def __init__(self, made: Any, linear: Linear) -> None:
+        self.linear, weight = linear, linear.weight
+        self.rows: Any = T.int64() if linear.rows is None else linear.rows
+        self.outer = (0,) * linear.outer
+        shape = (1,) * linear.outer + (self.rows,)
+        self.inputs(made, shape)
+        self.weights = [made.argument(*tensor) for tensor in weight.tensors]
+        self.bias = made.argument("bias", (weight.n,), linear.bias) if linear.bias else None
+        self.residual = made.argument("residual", (*shape, weight.n), "float32") if linear.residual else None
+        self.y = made.argument("y", (*shape, weight.n), "float32")
+
+    def inputs(self, made: Any, shape: tuple[Any, ...]) -> None:
+        """Declare the activations, rows of ``shape``."""
+        self.x = made.argument("x", (*shape, self.linear.weight.k), "float32")
+
+    def term(self, row: Any, k: Any) -> Any:
+        """Return x[row, k]."""
+        return self.x[(*self.outer, row, k)]
+
+    def added(self, row: Any, features: Any, lanes: int) -> Any:
+        """Return what is added to the products of ``features``, None for nothing."""
+        parts = []
+        if self.bias is not None:
+            parts.append(as_float(self.bias[features], lanes))
+        if self.residual is not None:
+            parts.append(self.residual[(*self.outer, row, features)])
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def write(self, row: Any, block: Any, sums: Any) -> None:
+        """Store the BLOCK ``sums`` of a block of features, as far as there are as many."""
+        n = self.linear.weight.n
+        whole, rest = divmod(n, BLOCK)
+
+        def store(features: Any, value: Any, lanes: int) -> None:
+            added = self.added(row, features, lanes)
+            put(self.y, value if added is None else value + added, *self.outer, row, features)
+
+        def full() -> None:
+            store(span(block * BLOCK, BLOCK), get(sums, BLOCK), BLOCK)
+
+        def part() -> None:
+            with T.serial(0, rest) as v:
+                store(whole * BLOCK + v, sums[v], 1)
+
+        if not rest:
+            full()
+        elif not whole:
+            part()
+        else:
+            choose(block < whole, full, part)
+
+
+def _zeros() -> Any:
+    """Return a fresh accumulator of a block, cleared."""
+    zeros = vector(BLOCK)
+    put(zeros, constant(0, BLOCK), span(0, BLOCK))
+    return zeros
+
+
+@functools.cache
+def linear_kernel(linear: Linear) -> tirx.PrimFunc:
+    """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
+    with kernel() as made:
+        Product(Arguments(made, linear)).emit()
+    return made.function
+
+
+class Product:
+    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows."""
+
+    panel_terms = PANEL
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        self.weight = arguments.linear.weight
+
+    def emit(self) -> None:
+        """Emit the kernel: blocks of features on all threads."""
+        if self.arguments.linear.rows == 1:
+            self.single_row()
+        else:
+            with T.parallel(0, self.weight.blocks) as block:
+                self.rows(block)
+
+    def single_row(self) -> None:
+        """Emit a kernel of one row: the blocks in streams of the same length, of which the last may end earlier."""
+        sums, blocks, streams = self.group_sums(0), self.weight.blocks, self.arguments.linear.streams
+        if blocks < streams * MANY_STREAMS:
+            streams = 1
+        length = -(-blocks // streams)
+        last = blocks - length * (streams - 1)
+        with T.parallel(0, length) as at:
+            side = [at + length * stream for stream in range(streams)]
+            if last == length:
+                self.row(0, side, sums)
+            else:
+                choose(at < last, lambda: self.row(0, side, sums), lambda: self.row(0, side[:-1], sums))
+
+    def group_sums(self, row: Any) -> Any:
+        """Emit the sums of x over each group, which take the place of the middle in every product; None if there is
+        none.
+        """
+        if not self.weight.bits:
+            return None
+        groups = self.weight.k // self.weight.group
+        sums, lanes = T.alloc_buffer((groups,), "float32"), vector(self.weight.group)
+        with T.serial(0, groups) as g:
+            part = self.arguments.term(row, span(g * self.weight.group, self.weight.group))
+            put(lanes, part, span(0, self.weight.group))
+            put(sums, total(lanes, self.weight.group), g)
+        return sums
+
+    def row(self, row: Any, blocks: Sequence[Any], sums: Any) -> None:
+        """Emit the products of one row and some blocks, weights unpacked for it alone."""
+        products = [_zeros() for _ in blocks]
+        self.row_products(row, blocks, sums, products)
+        for block, part in zip(blocks, products, strict=True):
+            self.arguments.write(row, block, part)
+
+    def fetch(self, blocks: Sequence[Any], row: Any, rows: int) -> None:
+        """Ask for ``rows`` of words, or of floats, of blocks that lie :data:`AHEAD` of those from ``row`` on."""
+        stored, (_, _, dtype) = self.arguments.weights[0], self.weight.tensors[0]
+        size = tvm.DataType(dtype).itemsize
+        for block in blocks:
+            for number in range(rows):
+                for lane in range(0, BLOCK, LINE // size):
+                    prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
+
+    def row_products(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+        """Emit the products of one row, added to ``products``, one of each block."""
+        if self.weight.bits:
+            self._packed_row(row, blocks, sums, products)
+        else:
+            self._float_row(row, blocks, products)
+
+    def _packed_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+        weight, (q_weight, q_scale) = self.weight, self.arguments.weights
+        per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
+        with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(blocks, g * per_group, per_group)
+            parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
+            for first, *others in parts:
+                put(first, splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
+                for part in others:
+                    put(part, constant(0, BLOCK), span(0, BLOCK))
+            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
+                words = [q_weight[block, g * per_group + w, span(0, BLOCK)] for block in blocks]
+                for element in range(weight.per_word):
+                    x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
+                    for word, parts_of_block in zip(words, parts, strict=True):
+                        part = parts_of_block[element % ways]
+                        put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
+            for block, parts_of_block, product in zip(blocks, parts, products, strict=True):
+                value = sum((get(part, BLOCK) for part in parts_of_block[1:]), get(parts_of_block[0], BLOCK))
+                put(product, get(product, BLOCK) + value * weight.scale(q_scale, block, g), span(0, BLOCK))
+
+    def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
+        (stored,), k, ways = self.arguments.weights, self.weight.k, 4
+        sums = ways // len(blocks)  # independent ones of each block
+        parts = [[product, *(_zeros() for _ in range(sums - 1))] for product in products]
+
+        def add(at: Any, way: int) -> None:
+            x = splat(self.arguments.term(row, at), BLOCK)
+            for block, parts_of_block in zip(blocks, parts, strict=True):
+                part = parts_of_block[way % sums]
+                put(part, get(part, BLOCK) + as_float(stored[block, at, span(0, BLOCK)], BLOCK) * x, span(0, BLOCK))
+
+        with T.serial(0, k // ways) as step:
+            self.fetch(blocks, step * ways, ways)
+            for way in range(ways):
+                add(step * ways + way, way)
+        for way in range(k % ways):
+            add(k // ways * ways + way, way)
+        for product, *others in parts:
+            for part in others:
+                put(product, get(product, BLOCK) + get(part, BLOCK), span(0, BLOCK))
+
+    def rows(self, block: Any) -> None:
+        """Emit all rows: tiles of them against one panel of unpacked weights after the other."""
+        rows, whole = self.arguments.rows, self.weight.n // BLOCK
+        alone = rows <= FEW if whole == self.weight.blocks else T.Or(rows <= FEW, block >= whole)
+        choose(alone, lambda: self._alone(block), lambda: self._panels(block))
+
+    def _alone(self, block: Any) -> None:
+        with T.serial(0, self.arguments.rows) as row:
+            self.row(row, [block], self.group_sums(row))
+
+    def _panels(self, block: Any) -> None:
+        rows, k, most = self.arguments.rows, self.weight.k, self.panel_terms
+        panel = self.panel()
+        with T.serial(0, -(-k // most)) as number:
+            first, terms = number * most, T.min(most, k - number * most)
+            self.unpack(panel, block, first, terms)
+            height, _ = self.arguments.linear.tile
+            with T.serial(0, rows // height) as tile:
+                self.tile(panel, block, first, terms, tile * height, height)
+            done, half = rows // height * height, height // 2
+            with T.serial(0, rows % height // half) as tile:
+                self.tile(panel, block, first, terms, done + tile * half, half)
+            with T.serial(0, rows % height % half) as row:
+                self.tile(panel, block, first, terms, done + rows % height // half * half + row, 1)
+
+    def panel(self) -> Any:
+        """Make room for the weights of a panel."""
+        return T.alloc_buffer((min(self.panel_terms, self.weight.k), BLOCK), "float32")
+
+    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
+        """Fill the panel with the values of the weights of k from ``first`` on."""
+        weight, stored = self.weight, self.arguments.weights
+        if not weight.bits:
+            with T.serial(0, terms) as k:
+                put(panel, as_float(stored[0][block, first + k, span(0, BLOCK)], BLOCK), k, span(0, BLOCK))
+            return
+        per_group = weight.group // weight.per_word
+        with T.serial(0, terms // weight.group) as g:
+            for w in range(per_group):
+                word = stored[0][block, first // weight.per_word + g * per_group + w, span(0, BLOCK)]
+                for element in range(weight.per_word):
+                    difference = weight.mantissa(word, element) - constant(weight.mantissa_middle, BLOCK)
+                    scale = weight.scale(stored[1], block, first // weight.group + g)
+                    at = g * weight.group + w * weight.per_word + element
+                    put(panel, difference * scale, at, span(0, BLOCK))
+
+    def begin(self, sums: list[Any], first: Any, top: Any, features: Any, lanes: int) -> None:
+        """Emit what the sums of rows from ``top`` on begin with: what is added to the products, and after the first
+        panel what they have come to.
+        """
+        arguments = self.arguments
+
+        def fresh() -> None:
+            for row, part in enumerate(sums):
+                added = arguments.added(top + row, features, lanes)
+                put(part, constant(0, lanes) if added is None else added, span(0, lanes))
+
+        def further() -> None:
+            for row, part in enumerate(sums):
+                put(part, arguments.y[(*arguments.outer, top + row, features)], span(0, lanes))
+
+        if self.weight.k <= self.panel_terms:
+            fresh()
+        else:
+            choose(first == 0, fresh, further)
+
+    def tile(self, panel: Any, block: Any, first: Any, terms: Any, top: Any, height: int) -> None:
+        """Emit the products of ``height`` rows from ``top`` on with the weights of a panel; y holds what they come
+        to.
+        """
+        arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
+        for left in range(0, BLOCK, lanes):
+            features, sums = span(block * BLOCK + left, lanes), [vector(lanes) for _ in range(height)]
+            self.begin(sums, first, top, features, lanes)
+            self.products(panel, block, (first, terms), top, left, sums)
+            for row, part in enumerate(sums):
+                put(arguments.y, get(part, lanes), *arguments.outer, top + row, features)
+
+    def products(self, panel: Any, _block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
+        """Emit the products of ``terms`` (start, number) of k for rows from ``top`` on and the features from ``left``
+        of the block on, added to ``sums``, one of each row.
+        """
+        arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
+        with T.serial(0, terms[1]) as k:
+            for row, part in enumerate(sums):
+                x = splat(arguments.term(top + row, terms[0] + k), lanes)
+                put(part, get(part, lanes) + panel[k, span(left, lanes)] * x, span(0, lanes))

@@ -1,0 +1,176 @@
+"""Kernels of linear layers on a CPU that multiplies bytes: activations are quantized, group by group, as they come.
+
+A group of activations becomes integers of -127 to 127 and one scale. The instruction multiplies four unsigned bytes of
+weights by four signed ones of activations in each lane and adds them up; that a weight's zero is not 0 is made up for
+by the sum of the activations times the weight's zero, from which the sums begin.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+
+from stages.kernels.cpu.linear_float import Arguments, Linear, Product
+from stages.kernels.cpu.stored import BLOCK
+from stages.kernels.cpu.vectors import T, as_float, constant, each_row, get, kernel, put, span, splat, total, vector
+
+_DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name
+LARGEST = 127
+PANEL = 1024  # terms of k whose weights are unpacked at once: 32 KiB of bytes, which stay in the first-level cache
+
+
+def dot_lanes(features: Collection[str]) -> int:
+    """Return how many lanes of four bytes an instruction of the processor multiplies, 0 if it has none."""
+    if "avx512vnni" in features:
+        return 16
+    return 8 if "avxvnni" in features else 0
+
+
+def with_bytes(layer: Linear, dot: int) -> Linear:
+    """Return ``layer`` with quantized activations, for an instruction of so many lanes; its sums of integers and of
+    floats share the registers.
+    """
+    tile, streams = ((5, BLOCK), 4) if dot == 16 else ((2, 16), 1)
+    return replace(layer, dot=dot, tile=tile, streams=streams)
+
+
+@functools.cache
+def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> tirx.PrimFunc:
+    """Return the kernel of (x [.., rows, k] float32, bytes, scales, offsets): bytes int32 [rows, k / 4], four to a
+    word; scales float32 and offsets, the sums of the integers times ``-middle``, int32 [rows, k / group].
+    """
+    with kernel() as made:
+        n: Any = T.int64() if rows is None else rows
+        ones, zeros = (1,) * outer, (0,) * outer
+        x = made.argument("x", (*ones, n, k), "float32")
+        words = made.argument("words", (n, k // 4), "int32")
+        scales = made.argument("scales", (n, k // group), "float32")
+        offsets = made.argument("offsets", (n, k // group), "int32")
+
+        def row(i: Any) -> None:
+            with T.serial(0, k // group) as g:
+                peak, part = vector(group), vector(group, "int32")
+                packed = vector(group, "int8")
+                values = x[(*zeros, i, span(g * group, group))]
+                put(peak, T.fabs(values), span(0, group))
+                total(peak, group, T.max)
+                put(peak, T.max(peak[0], T.float32(1e-20)), 0)
+                put(scales, peak[0] * T.float32(1 / LARGEST), i, g)
+                scaled = values * splat(T.float32(LARGEST) / peak[0], group)
+                put(part, T.Cast(f"int32x{group}", T.nearbyint(scaled)), span(0, group))
+                put(packed, T.Cast(f"int8x{group}", get(part, group)), span(0, group))
+                four = T.reinterpret(f"int32x{group // 4}", get(packed, group))
+                put(words, four, i, span(g * (group // 4), group // 4))
+                put(offsets, total(part, group) * T.int32(-middle), i, g)
+
+        with T.sblock("quantize"):  # TVM looks into the body of what has one input, and expects a block
+            each_row(n, 4 * k, row)
+    return made.function
+
+
+@functools.cache
+def int8_kernel(linear: Linear) -> tirx.PrimFunc:
+    """Return the kernel of (bytes, scales, offsets, stored weight..., [bias], [residual], y)."""
+    with kernel() as made:
+        _ByteProduct(_Bytes(made, linear)).emit()
+    return made.function
+
+
+class _Bytes(Arguments):
+    """Arguments whose activations are quantized."""
+
+    def inputs(self, made: Any, _shape: tuple[Any, ...]) -> None:
+        """Declare what :func:`quantizer` makes."""
+        weight, rows = self.linear.weight, self.rows
+        groups = weight.k // weight.group
+        self.words = made.argument("words", (rows, weight.k // 4), "int32")
+        self.scales = made.argument("scales", (rows, groups), "float32")
+        self.offsets = made.argument("offsets", (rows, groups), "int32")
+
+
+class _ByteProduct(Product):
+    """Products of bytes; the sums of a group become floats when it ends."""
+
+    arguments: _Bytes
+    panel_terms = PANEL
+
+    def group_sums(self, _row: Any) -> Any:
+        """They have been made with the bytes."""
+
+    def _dot(self, sums: Any, bytes_of_weights: Any, word: Any) -> Any:
+        lanes = self.arguments.linear.dot
+        weights = T.reinterpret(f"uint8x{4 * lanes}", bytes_of_weights)
+        activations = T.reinterpret(f"int8x{4 * lanes}", splat(word, lanes))
+        return T.call_llvm_pure_intrin(f"int32x{lanes}", _DOT[lanes], sums, weights, activations)
+
+    def _four(self, word: Any, part: int, lanes: int) -> Any:
+        """Return the bytes of elements 4 * part to 4 * part + 3 of a word."""
+        if self.weight.bits == 8:
+            return word
+        shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
+        return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
+
+    def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
+        """Emit the products of one row, added to ``products``, one of each block."""
+        arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
+        q_weight, q_scale = arguments.weights
+        per_group, fours = weight.group // weight.per_word, weight.per_word // 4
+        places = [
+            (block, product, left)
+            for block, product in zip(blocks, products, strict=True)
+            for left in range(0, BLOCK, lanes)
+        ]
+        with T.serial(0, weight.k // weight.group) as g:
+            self.fetch(blocks, g * per_group, per_group)
+            sums = [vector(lanes, "int32") for _ in places]
+            for part in sums:
+                put(part, splat(arguments.offsets[row, g], lanes), span(0, lanes))
+            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
+                words = [q_weight[block, g * per_group + w, span(left, lanes)] for block, _, left in places]
+                for four in range(fours):
+                    x = arguments.words[row, (g * per_group + w) * fours + four]
+                    for word, part in zip(words, sums, strict=True):
+                        put(part, self._dot(get(part, lanes), self._four(word, four, lanes), x), span(0, lanes))
+            for (block, product, left), part in zip(places, sums, strict=True):
+                scale = as_float(q_scale[block, g, span(left, lanes)], lanes) * splat(arguments.scales[row, g], lanes)
+                value = product[span(left, lanes)] + as_float(get(part, lanes), lanes) * scale
+                put(product, value, span(left, lanes))
+
+    def panel(self) -> Any:
+        """Make room for the bytes of a panel, four to a word."""
+        return T.alloc_buffer((min(self.panel_terms, self.weight.k) // 4, BLOCK), "uint32")
+
+    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
+        """Fill the panel with the bytes of the weights of k from ``first`` on."""
+        weight, fours = self.weight, self.weight.per_word // 4
+        with T.serial(0, terms // weight.per_word) as w:
+            word = self.arguments.weights[0][block, first // weight.per_word + w, span(0, BLOCK)]
+            for part in range(fours):
+                put(panel, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
+
+    def products(self, panel: Any, block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
+        """Emit the products of ``terms``, group by group."""
+        with T.serial(0, terms[1] // self.weight.group) as g:
+            self._group(panel, block, (terms[0], g), top, left, sums)
+
+    def _group(self, panel: Any, block: Any, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
+        """Emit the products of a group, ``at`` (start of the panel, group in it), added to those of each row."""
+        arguments, group, lanes = self.arguments, self.weight.group, self.arguments.linear.dot
+        width, number = arguments.linear.tile[1], at[0] // group + at[1]
+        parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
+        sums = [vector(lanes, "int32") for _ in parts]
+        for (row, _), part in zip(parts, sums, strict=True):
+            put(part, splat(arguments.offsets[top + row, number], lanes), span(0, lanes))
+        for word in range(group // 4):
+            for (row, start), part in zip(parts, sums, strict=True):
+                weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]
+                x = arguments.words[top + row, number * (group // 4) + word]
+                put(part, self._dot(get(part, lanes), weights, x), span(0, lanes))
+        for (row, start), part in zip(parts, sums, strict=True):
+            scale = as_float(arguments.weights[1][block, number, span(left + start, lanes)], lanes)
+            value = as_float(get(part, lanes), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
+            put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))

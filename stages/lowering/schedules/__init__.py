@@ -1,0 +1,1 @@
+"""How the loops of kernels are scheduled: the rules by name, those of ours, and the memo of what came out."""

@@ -1,0 +1,103 @@
+"""What a model family is to the stages: its config, its parameters in packed order, its graph, its reference model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+Kind = Literal["linear", "embedding", "head", "norm", "bias", "vector"]
+Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
+KeyClass = Literal["honoured", "irrelevant", "refused"]
+
+
+@dataclass(frozen=True)
+class Param:
+    """One logical parameter of the graph and where it comes from in a checkpoint.
+
+    ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
+    (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
+    ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+    transform: Transform = "copy"
+    dtype: Literal["", "float32"] = ""
+
+
+def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform = "copy") -> Param:
+    """Return the parameter that one checkpoint tensor of the same name and shape becomes."""
+    return Param(name, shape, kind, (name,), (shape,), transform)
+
+
+@dataclass(frozen=True)
+class AttentionCache:
+    """What the paged KV cache and its kernels must know of a model's attention.
+
+    The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, each pair by the
+    position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
+    With ``log_n`` n > 0, where all channels are turned, the query at position p - 1 is stretched by log p / log n if
+    that is more than one. With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w
+    tokens alone.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+    log_n: int = 0
+    sliding_window: int = 0
+    full_layers: int = 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are turned."""
+        return 2 * len(self.frequencies)
+
+
+def _whatever_the_context(config: Any, window: int) -> tuple[Any, str]:  # noqa: ARG001
+    return config, ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family.
+
+    ``config`` is the family's frozen config dataclass: JSON values only, so ``config(**model["config"])`` restores
+    what config-parse wrote; its property ``attention`` is the :class:`AttentionCache`. ``parse`` makes one from a raw
+    config.json or raises :class:`ConfigError`. ``context_window(config, requested)`` resolves the number of positions
+    to build for (0: the model's own) or raises it too; ``for_context(config, window)`` settles what depends on that and
+    says it in a sentence, empty if nothing does. ``params`` lists the parameters in packed order, which is the
+    attribute order of the module that ``causal_lm(config, make)`` composes from the layers of ``make``.
+    ``to_reference(config, tensors)`` maps float32 checkpoint tensors by name to ``(transformers class name, config
+    keywords, state dict)``. ``keys`` classifies what transformers' class reads of a config.json: honoured, irrelevant
+    to inference, or refused unless it says the usual; any other key is ignored. ``recomputed`` are name patterns of
+    tensors that old checkpoints store although the model derives them, beside those of rotary positions; ``tied`` names
+    the output projection and the token embedding where ``config.tied`` may say that they are one; ``aliases`` are other
+    names that transformers reads of a tensor. ``supports`` says in a few words each what of the family can be built.
+    ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which
+    has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config: type
+    parse: Callable[[Mapping[str, Any]], Any]
+    context_window: Callable[[Any, int], int]
+    params: Callable[[Any], tuple[Param, ...]]
+    causal_lm: Callable[[Any, Any], Any]
+    to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
+    keys: Mapping[str, KeyClass]
+    for_context: Callable[[Any, int], tuple[Any, str]] = _whatever_the_context
+    recomputed: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    tied: tuple[str, str] | None = None
+    supports: tuple[str, ...] = ()
+    state: Literal["kv", "rnn"] = "kv"

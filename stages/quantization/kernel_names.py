@@ -1,0 +1,30 @@
+"""Names of the quantizing kernels, and the sizes that they and their callers agree on.
+
+A kernel's name says what it does: ``quantize_bfloat16_float16_4_32_max_n32``, ``cast_bfloat16_float16``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.quantization.schemes import Scheme
+
+ROW = 4096  # values of one row of a cast
+TILE_ROWS, TILE_GROUPS = 32, 64  # what is quantized before the next rows and groups are
+
+
+def quantize_name(source: str, scheme: Scheme, scales: str, layout: str) -> str:
+    """Return the name of the kernel that quantizes values of dtype ``source`` into ``layout``."""
+    return f"quantize_{source}_{scheme.storage_dtype}_{scheme.bits}_{scheme.group_size}_{scales}_{layout}"
+
+
+def cast_name(source: str, stored: str) -> str:
+    """Return the name of the kernel that casts ``source`` to ``stored``."""
+    return f"cast_{source}_{stored}"
+
+
+def parse_name(name: str) -> tuple[str, tuple[Any, ...]]:
+    """Return a kernel's algorithm and its arguments."""
+    algorithm, *words = name.split("_")
+    return algorithm, tuple(int(word) if word.isdigit() else word for word in words)
