@@ -41,12 +41,13 @@ class Bundle(Stage):
         return dataclasses.replace(params, name=_name(params.name))
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
-        """Return no target: its name is all that is asked of it here."""
-        return {"stages.targets.table:TARGETS": ()}
+        """Return the target: the card says what it needs where the bundle runs."""
+        return {"stages.targets.table:TARGETS": params.target}
 
     def run(self, ctx: Context) -> None:
         """Copy the files, write the configuration files and the card, digest everything into bundle.json."""
         from stages.packing import assemble, documents, mlc
+        from stages.targets.table import TARGETS
 
         found = {port: json.loads(ctx.input(port).read_text("utf-8")) for port in ("metadata", "config", "generation")}
         names = {"tokenizer_info": "tokenizer_info", "tokenizer_config": "tokenizer_config", "tables": "tokenizer"}
@@ -75,7 +76,7 @@ class Bundle(Stage):
         files = sorted(path.name for path in ctx.input("tokenizer").iterdir())
         chat = documents.chat_config({**found, "tables": texts.get("tables", {})}, files, conversation)
         assemble.write_json(root / "mlc-chat-config.json", chat)
-        card = documents.card(ctx.params.name, ctx.params.target, found)
+        card = documents.card(ctx.params.name, ctx.params.target, TARGETS[ctx.params.target].needs, found)
         (root / "README.md").write_text(card, "utf-8")
         name, target = ctx.params.name, ctx.params.target
         manifest = documents.manifest(name, target, machine, found, assemble.files(root))

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
-    from stages.targets.toolchain import Program
+    pass
 
-OLDEST_ARCH = 75  # of those that CUDA 13 still compiles for
+
+# What parameters of devices become for a target without one.
+PROCESSOR_ALONE: Mapping[str, Any] = {"archs": (), "fast_math": False, "cuda_graph": False, "toolchain": "none"}
 
 
 class Compile(Stage):
@@ -66,6 +68,8 @@ class Compile(Stage):
     def resolve(self, params: Params) -> Params:
         """Name this machine's processor and toolchain; drop what the target has no use for."""
         from stages.targets import processor, toolchain
+        from stages.targets.backends import load_backend
+        from stages.targets.table import TARGETS
 
         problems = [] if params.mcpu == "auto" else processor.problems(params.mcpu)
         try:
@@ -75,47 +79,37 @@ class Compile(Stage):
         if params.opt > 3:
             problems.append(f"opt: {params.opt} is not an optimisation level; choose 0 to 3")
         mcpu = processor.host_cpu() if params.mcpu == "auto" else params.mcpu
-        archs: tuple[int, ...] = ()
-        fast_math, kind = False, "none"
-        if params.target == "cuda":
-            archs, fast_math, kind = tuple(sorted(set(params.archs))), params.fast_math, params.toolchain
-            if not archs:
-                problems.append("archs: name at least one CUDA architecture, such as 80")
-            problems += [
-                f"archs: {arch} is not an architecture that CUDA 13 compiles for; it starts at {OLDEST_ARCH}"
-                for arch in archs
-                if arch < OLDEST_ARCH
-            ]
-            if kind == "auto":
-                found = toolchain.toolkit()
-                kind = found.kind if found else "missing"
-        if params.activations == "int8" and (params.target != "llvm" or not processor.multiplies_bytes(mcpu)):
-            built_for = mcpu if params.target == "llvm" else params.target
+        resolved, backend = dict(PROCESSOR_ALONE), load_backend(params.target)
+        if backend:
+            resolved, wrong = backend.resolve(params)
+            problems += wrong
+        row = TARGETS[params.target]
+        if params.activations == "int8" and not (row.cpu_kernels and processor.multiplies_bytes(mcpu)):
+            built_for = mcpu if row.cpu_kernels else params.target
             problems.append(
                 f"activations: int8 cannot be built for {built_for}: it takes target llvm and a processor with "
                 "avx512vnni or avxvnni; use float"
             )
         if problems:
             raise StageError(*problems)
-        cuda_graph = params.cuda_graph and params.target == "cuda"
-        return dataclasses.replace(
-            params, mcpu=mcpu, archs=archs, fast_math=fast_math, cuda_graph=cuda_graph, toolchain=kind
-        )
+        return dataclasses.replace(params, mcpu=mcpu, **resolved)
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """The versions of TVM, the C++ compiler and, for CUDA, the toolkit with the packages it is made of."""
+        """The versions of TVM, the C++ compiler and, for a device, the toolkit with the packages it is made of."""
         from stages.targets import toolchain
+        from stages.targets.backends import load_backend, packages
 
-        cxx = toolchain.cxx()
+        cxx, backend = toolchain.cxx(), load_backend(params.target)
         tools = {**dist_versions("apache-tvm", "apache-tvm-ffi"), "c++": cxx.version if cxx else "missing"}
-        if params.target == "cuda":
-            toolkit = toolchain.toolkit(params.toolchain)
-            tools |= {"cuda": toolkit.version if toolkit else "missing", **_packages(toolkit)}
+        if backend:
+            toolkit = backend.toolkit(params.toolchain)
+            version = toolkit.version if toolkit else "missing"
+            tools |= {backend.NAME: version, **packages(backend, toolkit, dist_versions)}
         return tools
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
-        """The target."""
-        return {"stages.targets.table:TARGETS": params.target}
+        """The target, and what makes its device code."""
+        return {"stages.targets.table:TARGETS": params.target, "stages.targets.backends:BACKENDS": params.target}
 
     def run(self, ctx: Context) -> None:
         """Build the library and prove what is in it."""
@@ -147,10 +141,3 @@ class Compile(Stage):
             ctx.view(name, text)
         ctx.summary(views.summary(metadata, library.stat().st_size))
         ctx.progress(STEPS, STEPS, "steps")
-
-
-def _packages(program: Program | None) -> dict[str, str]:
-    """Return the versions of the packages that a packaged toolkit is made of; a system's has the one version."""
-    from stages.targets import toolchain
-
-    return dist_versions(*toolchain.CUDA_PACKAGES) if program and program.kind == "pypi" else {}

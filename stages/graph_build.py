@@ -137,6 +137,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         config=config,
         compose=family.causal_lm,
         registry=registry,
+        row=target,
         target=export_target(target),
         group=(scheme.bits, scheme.group_size),
         context_window=model["context_window"],
@@ -180,7 +181,9 @@ def _chunk(params: Any, context_window: int, attention: AttentionCache | None) -
 
 def _check_window(window: int, target: str) -> None:
     """Refuse a context longer than the model's sliding window where that is not known to be exact."""
-    if target != "llvm" or window == 1:
+    from stages.targets.table import TARGETS
+
+    if not TARGETS[target].long_windows or window == 1:
         reason = "a window of one token" if window == 1 else f"contexts beyond it on target {target}"
         raise StageError(
             f"sliding_window = {window} of config.json: {reason} cannot be built; set context_window of config-parse "

@@ -27,7 +27,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "quantization": set(),
     "models": {"checkpoint", "kernels"},
     "tokenizers": {"runtime"},
-    "graph": {"ir", "kernels", "models"},
+    "graph": {"ir", "kernels", "models", "targets"},
     "lowering": {"ir", "kernels", "memo", "targets"},
     "codegen": {"ir", "lowering", "memo", "targets"},
     "conversion": {"checkpoint", "memo", "models", "quantization", "targets"},

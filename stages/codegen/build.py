@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,7 @@ from stages.lowering.merge import merge
 from stages.lowering.pipeline import lower
 from stages.lowering.schedules.cache import scheduled
 from stages.targets import processor, toolchain
-from stages.targets.cuda import cubin, device_code, fatbin
-from stages.targets.cuda.device_code import CudaError
+from stages.targets.backends import DeviceCodeError, load_backend, packages
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target
 
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 
     from stages.codegen.library import Built
     from stages.memo import Memo
+    from stages.targets.backends import Backend
     from stages.targets.toolchain import Program
 
 STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
@@ -51,6 +50,15 @@ class Options:
     activations: str
 
 
+@dataclass(frozen=True)
+class _Tools:
+    """What a library is built with: the C++ compiler and, for a device, its backend and toolkit."""
+
+    cxx: Program
+    backend: Backend | None
+    toolkit: Program | None
+
+
 def build(
     modules: Sequence[str],
     graphs: Sequence[Mapping[str, Any]],
@@ -65,8 +73,11 @@ def build(
     ``versions`` returns the versions of installed distributions by name. :class:`BuildError` for what is missing or
     cannot be compiled.
     """
-    cxx, toolkit = _compilers(options)
-    metadata = _metadata(graphs, registry, options, versions, {"c++": cxx, **({"cuda": toolkit} if toolkit else {})})
+    tools = _find_tools(options)
+    metadata = _metadata(graphs, registry, options) | {
+        "toolchain": _toolchain(tools, versions),
+        "tools": versions("apache-tvm", "apache-tvm-ffi"),
+    }
     memory: dict[str, int] = {}
 
     def describe(planned: Mapping[str, int]) -> dict[str, Any]:
@@ -74,28 +85,42 @@ def build(
         return {**metadata, "memory": dict(planned)}
 
     try:
-        built = _build(modules, options, metadata, (cxx, toolkit), describe, memo, library)
-    except CudaError as error:
+        built = _build(modules, options, metadata, tools, describe, memo, library)
+        contents = tools.backend.contents(library) if tools.backend else {"device_code": [], "device_kernels": {}}
+    except DeviceCodeError as error:
         raise BuildError(str(error)) from None
     except CodegenError as error:
         raise BuildError(*error.problems) from None
     on_device = [name for kernel in built for name in kernel.code.entry_points]
     names = sorted(on_device or [kernel.name for kernel in built])
-    return metadata | {"memory": memory, "kernels": names, **_device(library)}, built
+    return metadata | {"memory": memory, "kernels": names, **contents}, built
 
 
-def _metadata(
-    graphs: Sequence[Mapping[str, Any]],
-    registry: Mapping[str, Any],
-    options: Options,
-    versions: Callable[..., dict[str, str]],
-    programs: Mapping[str, Program],
-) -> dict[str, Any]:
-    """Return what is known of the library before it is built."""
+def _find_tools(options: Options) -> _Tools:
+    """Find the compilers; what is missing fails here, with what to install."""
+    cxx, backend = toolchain.cxx(), load_backend(options.target)
+    toolkit = backend.toolkit(options.toolchain) if backend else None
+    missing = [] if cxx else [toolchain.INSTALL_CXX]
+    if backend and toolkit is None:
+        missing.append(backend.INSTALL)
+    if cxx is None or missing:
+        raise BuildError(*missing)
+    return _Tools(cxx, backend, toolkit)
+
+
+def _toolchain(tools: _Tools, versions: Callable[..., dict[str, str]]) -> dict[str, Any]:
+    """Return the compilers as metadata tells them: name -> where it comes from, its version and its packages'."""
+    found: dict[str, Any] = {"c++": {"kind": tools.cxx.kind, "version": tools.cxx.version, "packages": {}}}
+    if tools.backend and tools.toolkit:
+        kind, _, version = tools.toolkit
+        parts = packages(tools.backend, tools.toolkit, versions)
+        found[tools.backend.NAME] = {"kind": kind, "version": version, "packages": parts}
+    return found
+
+
+def _metadata(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], options: Options) -> dict[str, Any]:
+    """Return what is known of the library before it is built, but for its tools."""
     mcpu, _ = processor.parse(options.mcpu)
-    packages = {
-        name: versions(*toolchain.CUDA_PACKAGES) if program.kind == "pypi" else {} for name, program in programs.items()
-    }
     return {
         "schema": 1,
         "target": {
@@ -103,11 +128,6 @@ def _metadata(
             for name in ("target", "opt", "archs", "fast_math", "cuda_graph", "activations")
         },
         "cpu": {"mcpu": mcpu, "features": list(processor.required_features(options.mcpu))},
-        "toolchain": {
-            name: {"kind": program.kind, "version": program.version, "packages": packages[name]}
-            for name, program in programs.items()
-        },
-        "tools": versions("apache-tvm", "apache-tvm-ffi"),
         "functions": sorted(name for graph in graphs for name in graph["functions"]),
         "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
         "model": {
@@ -118,42 +138,30 @@ def _metadata(
     }
 
 
-def _compilers(options: Options) -> tuple[Program, Program | None]:
-    """Return the C++ compiler and, for CUDA, the toolkit; what is missing fails here, with what to install."""
-    cxx = toolchain.cxx()
-    toolkit = toolchain.toolkit(options.toolchain) if options.target == "cuda" else None
-    missing = [] if cxx else [toolchain.INSTALL_CXX]
-    if options.target == "cuda" and toolkit is None:
-        missing.append(toolchain.INSTALL_CUDA)
-    if cxx is None or missing:
-        raise BuildError(*missing)
-    return cxx, toolkit
-
-
 def _build(
     modules: Sequence[str],
     options: Options,
     metadata: Mapping[str, Any],
-    programs: tuple[Program, Program | None],
+    tools: _Tools,
     describe: Callable[[Mapping[str, int]], dict[str, Any]],
     memo: Memo,
     library: Path,
 ) -> list[Built]:
     """Merge, lower and compile ``modules`` into ``library``; return its kernels."""
-    row, (cxx, toolkit) = TARGETS[options.target], programs
+    row = TARGETS[options.target]
     mcpu, features = processor.parse(options.mcpu)
+    attributes = tools.backend.attributes(options) if tools.backend else {}
     try:
-        target = build_target(row, mcpu, features, opt=options.opt, arch=min(options.archs, default=0))
+        target = build_target(row, mcpu, features, opt=options.opt, attributes=attributes)
     except ValueError as error:
         raise BuildError(str(error)) from None
     module = merge([load_json(text) for text in modules])
     flags = {name: getattr(options, name) for name in ("opt", "archs", "fast_math")}
     how = {"target": str(target), "tools": metadata["tools"]}
     document = {**how, **flags, "toolchain": {}}
-    compile_device = None
-    if toolkit is not None:
-        device_code.load_cuda_side(toolkit, cxx)
-        compile_device = functools.partial(device_code.compile_fatbin, toolkit=toolkit, **flags)
+    device = None
+    if tools.backend and tools.toolkit:
+        device = tools.backend.prepare(tools.toolkit, tools.cxx, options)
         document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
     lowered = lower(
         module,
@@ -166,16 +174,5 @@ def _build(
         cuda_graph=options.cuda_graph,
         schedule=lambda module: scheduled(module, row.schedules, how, memo, library.parent),
     )
-    compilers = Compilers(target, compile_device, document, cxx.path, toolchain.environment())
+    compilers = Compilers(target, device, document, tools.cxx.path, toolchain.environment())
     return build_library(lowered, compilers, memo, library)
-
-
-def _device(library: Path) -> dict[str, Any]:
-    """Return what device code the finished library holds, and the figures of its kernels."""
-    code = fatbin.entries(library)
-    try:
-        kernels = fatbin.kernels(library)
-    except cubin.CubinError as error:
-        raise BuildError(f"the library's device code cannot be read: {error}") from None
-    figures = {f"sm_{arch}": {name: kernel.document() for name, kernel in kernels[arch].items()} for arch in kernels}
-    return {"device_code": [entry.document() for entry in code], "device_kernels": figures}

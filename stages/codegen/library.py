@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from stages.ir.compat import load_json
 from stages.ir.content import content
 from stages.lowering.rewriter import bound_values
 from stages.memo import Memo
-from stages.targets.cuda.device_code import LOADER
+from stages.targets.backends import DeviceCompiler
 
 KIND = "kernel"  # of what is kept
 
@@ -36,12 +36,13 @@ class CodegenError(ValueError):
 
 @dataclass(frozen=True)
 class Compilers:
-    """What makes code: for ``target``, with device code by ``compile_device`` (CUDA source -> fatbin) if it is a GPU.
+    """What makes code: for ``target``, by ``device`` where kernels do not run on the processor.
+
     ``document`` tells all of that as plain data. ``cxx`` links, and sees no other variables than ``environment``.
     """
 
     target: tvm.target.Target
-    compile_device: Callable[[str], bytes] | None
+    device: DeviceCompiler | None
     document: Mapping[str, Any]
     cxx: str
     environment: Mapping[str, str]
@@ -77,9 +78,7 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, scratch: P
     texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
     missing = sorted(texts, key=lambda name: (-len(texts[name]), name))
     jobs = [
-        functools.partial(
-            objects.compile_kernel, name, found[name], compilers.target, compilers.compile_device, scratch / name
-        )
+        functools.partial(objects.compile_kernel, name, found[name], compilers.target, compilers.device, scratch / name)
         for name in missing
     ]
     problems = []
@@ -131,7 +130,9 @@ def _link(lowered: tvm.IRModule, built: Sequence[Built], compilers: Compilers, s
         Path(files[-1]).write_bytes(kernel.code.object)
         if kernel.code.device:
             functions = load_json(kernel.code.launch.decode())
-            anchor.import_module(tvm.get_global_func(LOADER)(kernel.code.device, "fatbin", functions, {}))
+            assert compilers.device is not None
+            create = tvm.get_global_func(compilers.device.loader)
+            anchor.import_module(create(kernel.code.device, compilers.device.image_format, functions, {}))
     linked = tvm.get_global_func("relax.VMLink")(builder, compilers.target, anchor, [], {})
 
     def link(output: str, parts: Sequence[str]) -> None:

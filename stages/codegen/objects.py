@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import tvm
 from tvm import tirx
 
 from stages.ir.compat import load_json
-from stages.targets.cuda.device_code import LOADER
+from stages.targets.backends import DeviceCompiler
 
 SHF_EXECINSTR = 4
 OBJECT, DEVICE, LAUNCH = "kernel.o", "kernel.fatbin", "launch.json"
@@ -62,30 +61,25 @@ def _executable_bytes(elf: bytes) -> int:
 
 
 def compile_kernel(
-    name: str,
-    kernel: tirx.PrimFunc,
-    target: tvm.target.Target,
-    compile_device: Callable[[str], bytes] | None,
-    file: Path,
+    name: str, kernel: tirx.PrimFunc, target: tvm.target.Target, device: DeviceCompiler | None, file: Path
 ) -> None:
-    """Compile one kernel for ``target`` into ``file``; ``compile_device`` makes a fatbin of CUDA source.
+    """Compile one kernel for ``target`` into ``file``, by ``device`` where it is no processor.
 
     In a process of its own: how TVM loads device code is replaced there.
     """
-    device, launch = [], []
-    create = tvm.get_global_func(LOADER, allow_missing=True)
+    images, launch = [], []
+    if device is not None:
+        create = tvm.get_global_func(device.loader, allow_missing=True)
 
-    def load(source: bytes, _format: str, functions: object, _sources: object) -> tvm.runtime.Module:
-        assert compile_device is not None
-        device.append(compile_device(bytes(source).decode()))
-        launch.append(tvm.ir.save_json(functions).encode())
-        return create(device[-1], "fatbin", functions, {})
+        def load(source: bytes, _format: str, functions: object, _sources: object) -> tvm.runtime.Module:
+            images.append(device.compile(bytes(source).decode()))
+            launch.append(tvm.ir.save_json(functions).encode())
+            return create(images[-1], device.image_format, functions, {})
 
-    if compile_device is not None:
-        tvm.register_global_func(LOADER, load, override=True)
+        tvm.register_global_func(device.loader, load, override=True)
     with target:  # the device compiler asks for the current target, although the call names one
         module = tvm.tirx.build(tvm.IRModule({name: kernel}), target=target)
     compiled = file.with_suffix(".o")
     module.write_to_file(str(compiled))
-    Code(compiled.read_bytes(), b"".join(device), b"".join(launch)).write(file)
+    Code(compiled.read_bytes(), b"".join(images), b"".join(launch)).write(file)
     compiled.unlink()

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.targets.table import TARGETS
+
 if TYPE_CHECKING:
     from stages.codegen.library import Built
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
-# What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host. A
-# processor takes memory when it is written to, which next to nothing of this is; a GPU takes all of it at once.
+# What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host:
+# committed lazily on a processor, which writes to next to nothing of it, fully on a GPU.
 CACHE_TABLES = 128 * 2**20
 # Columns of the table of device code, all but architecture and name: see stages.targets.cuda.cubin.Kernel.
 FIGURES = ("registers", "shared", "stack", "spill_stores", "spill_loads", "matrix", "constant", "code")
@@ -82,7 +84,7 @@ def memory(metadata: Mapping[str, Any]) -> str:
     model, plan = metadata["model"], metadata["memory"]
     weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])
     token, tokens = model["cache_bytes_per_token"], model["context_window"]
-    tables = CACHE_TABLES if token and metadata["target"]["target"] == "cuda" else 0
+    tables = CACHE_TABLES if token and TARGETS[metadata["target"]["target"]].commits_memory else 0
     # Embeddings are there while the function that reads them runs.
     embeddings, others = plan.get("embed", 0), [size for name, size in plan.items() if name != "embed"]
     sequence = token * tokens + STEPS_KEPT * model["state_bytes"]

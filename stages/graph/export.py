@@ -13,6 +13,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.kernels.cpu import kv_cache, sliding_window
 from stages.models.layers import CausalLM, LayerFactory
+from stages.targets.table import Target
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
 PAGE_SIZE = 16  # tokens per page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
@@ -32,12 +33,14 @@ class GraphError(ValueError):
 class Build:
     """One model on one target: its config, the registered parameters, and the sizes the graph is bounded by.
 
-    ``compose(config, factory)`` is the family's ``causal_lm``. ``group`` is (bits, group size) of quantized matrices.
+    ``compose(config, factory)`` is the family's ``causal_lm``; ``target`` is what TVM makes of ``row``. ``group`` is
+    (bits, group size) of quantized matrices.
     """
 
     config: Any
     compose: Callable[[Any, LayerFactory], CausalLM]
     registry: Mapping[str, Any]
+    row: Target
     target: tvm.target.Target
     compute_dtype: str
     kv_dtype: str
@@ -63,9 +66,9 @@ class Build:
 
     @property
     def own_attention(self) -> bool:
-        """Whether attention and the KV cache have kernels of ours (lowering/cpu_attention.py) and not TVM's."""
+        """Whether attention and the KV cache have kernels of ours (kernels/cpu/attention.py) and not TVM's."""
         attention = getattr(self.config, "attention", None)
-        return attention is not None and self.target.kind.name == "llvm" and kv_cache.fits(attention.head_dim)
+        return attention is not None and self.row.cpu_kernels and kv_cache.fits(attention.head_dim)
 
     @property
     def cache_bytes_per_token(self) -> int:

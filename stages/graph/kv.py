@@ -75,13 +75,13 @@ def export(build: Build) -> tvm.IRModule:
         module[variable] = kernel.with_attr("global_symbol", module[variable].attrs["global_symbol"])
     for variable, kernel in module.functions_items():
         if isinstance(kernel, tirx.PrimFunc) and WRITTEN not in kernel.attrs:
-            module[variable] = _finished(kernel, build.target.kind.name)
+            module[variable] = _finished(kernel, on_cpu=build.row.device == "cpu")
     return module
 
 
-def _finished(kernel: tirx.PrimFunc, kind: str) -> tirx.PrimFunc:
+def _finished(kernel: tirx.PrimFunc, *, on_cpu: bool) -> tirx.PrimFunc:
     """Return a kernel of TVM's with what spares lowering to look for a schedule, and to save it for its content."""
-    if kind == "llvm":  # written loop by loop, but only some are marked so
+    if on_cpu:  # written loop by loop, but only some are marked so
         kernel = kernel.with_attr(SCHEDULED, True)
     return written(load_json(without_places(tvm.ir.save_json(kernel)))) if SCHEDULED in kernel.attrs else kernel
 
@@ -91,7 +91,7 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     attention = build.config.attention
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
     turning = build.context_window, attention.rotary_dim, attention.attention_factor, attention.log_n
-    if build.target.kind.name != "llvm":
+    if not build.row.cpu_kernels:
         return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
     heads, width = kv_cache.Heads(*numbers), min(64, attention.head_dim)
     made = {rotary.ROTARY: kv_cache.rope(heads, *turning)}

@@ -37,7 +37,7 @@ def phases(
     passes = rx.transform
     return {
         "graph": [
-            *([cpu_linear(features, activations), cpu_norm, cpu_gate, cpu_softmax] if row.kind == "llvm" else []),
+            *([cpu_linear(features, activations), cpu_norm, cpu_gate, cpu_softmax] if row.cpu_kernels else []),
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),

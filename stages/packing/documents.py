@@ -118,8 +118,11 @@ def chat_config(
     }
 
 
-def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return README.md: what the bundle is, what it was made of and with, and the command that runs it."""
+def card(name: str, target: str, target_needs: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return README.md: what the bundle is, what it was made of and with, and the command that runs it.
+
+    ``target_needs`` is what pip installs for the target beside TVM.
+    """
     metadata, model = found["metadata"], found["metadata"]["model"]
     shards = found["tensors"]["records"]
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(metadata["tools"].items()))
@@ -137,8 +140,7 @@ def card(name: str, target: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)
     needs = " ".join(f"{dist}=={metadata['tools'][dist]}" for dist in ("apache-tvm", "apache-tvm-ffi"))
-    if target == "cuda":
-        needs += " 'nvidia-cuda-runtime==13.0.*'"
+    needs += "".join(f" '{dist}'" for dist in target_needs)
     # Templates are rendered by it; the format that is built piece by piece needs no more.
     chats = " 'jinja2>=3.1.6'" if found["tokenizer_info"]["chat"]["format"] == "template" else ""
     return f"""# {name} ({model["scheme"]}, {target})

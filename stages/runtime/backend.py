@@ -17,6 +17,8 @@ from stages.runtime.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+DEVICES = {"llvm": "cpu", "cuda": "cuda"}  # target -> the kind of device that its kernels run on
+
 
 @functools.cache
 def tvm() -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime import host, seal
+from stages.runtime.backend import DEVICES
 from stages.runtime.errors import BundleError
 from stages.runtime.folder import MANIFEST, Entry, Folder, read_document
 
@@ -24,7 +25,6 @@ _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 _STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
-_DEVICES = {"llvm": "cpu", "cuda": "cuda"}  # target -> the kind of device that its kernels run on
 # What a bundle may ask less of than its library was built for: to save memory.
 _AT_MOST = ("context_window", "prefill_chunk", "max_batch")
 
@@ -54,7 +54,7 @@ class Manifest:
     @property
     def device(self) -> str:
         """The kind of device that the library's kernels run on: ``"cpu"`` or ``"cuda"``."""
-        return _DEVICES[self.target]
+        return DEVICES[self.target]
 
 
 def read(path: Path) -> Manifest:
@@ -148,8 +148,8 @@ def _problems_of_form(document: Any) -> list[str]:
     ]
     if problems:
         return problems
-    if document["target"] not in _DEVICES:
-        problems.append(f"target {document['target']!r} is not known here; known: {', '.join(_DEVICES)}")
+    if document["target"] not in DEVICES:
+        problems.append(f"target {document['target']!r} is not known here; known: {', '.join(DEVICES)}")
     problems += _problems_of_sampling(document.get("sampling", {}))
     problems += _problems_of_model(document) + _problems_of_machine(document) + _problems_of_files(document)
     if not problems and document.get(seal.KEY, found := seal.seal(document)) != found:

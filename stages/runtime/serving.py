@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.runtime.backend import DEVICES
 from stages.runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     add("--specials", action="store_true", help="show special tokens, the one that ends the text too")
     add(
         "--device",
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", *dict.fromkeys(DEVICES.values())),
         default="auto",
         metavar="NAME",
-        help="cpu or cuda (default: the bundle's)",
+        help=f"{' or '.join(dict.fromkeys(DEVICES.values()))} (default: the bundle's)",
     )
     add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
 

@@ -27,11 +27,11 @@ TOLERANCE = 1e-3
 class Built:
     """One compiled library with its weights and the reference's logits of IDS."""
 
-    def __init__(self, folder, scheme, *, sep_embed=True, **options):
-        self.registered = libraries.register(folder, scheme, "llvm")
+    def __init__(self, folder, scheme, *, target="llvm", sep_embed=True, **options):
+        self.registered = libraries.register(folder, scheme, target)
         sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, "sep_embed": sep_embed}
-        ports = libraries.build_graphs(folder, self.registered, "llvm", **sizes)
-        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target="llvm", **options)
+        ports = libraries.build_graphs(folder, self.registered, target, **sizes)
+        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target=target, **options)
         self.weights = libraries.weights(self.registered)
         self.expected = libraries.reference_logits(self.registered, self.weights.meant, IDS)
 
@@ -58,6 +58,20 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
         at += size
     for position in range(at, len(IDS)):
         errors += [libraries.relative(runner.decode(IDS[position]), library.expected[position])]
+    assert max(errors) < TOLERANCE, errors
+
+
+def test_a_target_of_the_processor_is_one_row(tmp_path, monkeypatch):
+    """Here one that leaves every kernel to TVM."""
+    row = dataclasses.replace(TARGETS["llvm"], name="plain", layout="nk", cpu_kernels=False, long_windows=False)
+    monkeypatch.setitem(TARGETS, "plain", row)
+    library = Built(tmp_path, "q4f16_1", target="plain")
+    metadata = json.loads((library.context.out / "metadata.json").read_text())
+    assert metadata["target"]["target"] == "plain"
+    assert not [name for name in metadata["kernels"] if name.startswith(("linear_", "silu_gate_"))]
+    runner = library.runner()
+    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [libraries.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
     assert max(errors) < TOLERANCE, errors
 
 

@@ -142,6 +142,13 @@ def test_parts_are_shared_by_schemes_and_not_by_what_a_scheme_is(domain: Domain)
     assert found[0][1] == found[1][1]
 
 
+def test_what_makes_device_code_is_in_the_key_of_its_target_alone(domain: Domain) -> None:
+    """So an edit of what compiles CUDA compiles no library of a processor anew, nor registers or exports anything."""
+    tables = ("stages.targets.table:TARGETS", "stages.targets.backends:BACKENDS")
+    for target, stages in (("cuda", {"compile"}), ("llvm", set())):
+        assert moved(domain, "stages.targets.cuda.device_code", dict.fromkeys(tables, target))[0] == stages
+
+
 def kept_by(tree: ast.Module) -> set[str]:
     """Return the kinds of parts that a module recalls or remembers."""
     constants = {

@@ -382,7 +382,7 @@ def test_what_follows_a_kernel_is_fused_and_a_module_without_that_is_left_alone(
 @pytest.mark.parametrize("name", ["llvm", "cuda"])
 def test_a_reshape_is_a_view_and_no_kernel(name):
     row = TARGETS[name]
-    target = build_target(row, "x86-64-v3", (), opt=3, arch=80)
+    target = build_target(row, "x86-64-v3", (), opt=3, attributes={"arch": "sm_80"})
     made = function(
         [("x", ("s", 8, 4), "float32")],
         lambda builder, x: builder.emit(rx.op.reshape(x, (x.ty.shape.values[0], 32))),

@@ -106,7 +106,7 @@ def merged(folder, registered):
 def products(folder, scheme, arch=80, registered=None):
     """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
     module = merged(folder, registered or libraries.register(folder, scheme, "cuda"))
-    target, steps = build_target(ROW, "x86-64-v3", [], opt=3, arch=arch), phases(ROW)
+    target, steps = build_target(ROW, "x86-64-v3", [], opt=3, attributes={"arch": f"sm_{arch}"}), phases(ROW)
     with target:
         before = tvm.transform.Sequential([*steps["graph"], *steps["kernels"]])(module)
         after = tvm.transform.Sequential(steps["schedule"])(before.clone())
@@ -255,7 +255,7 @@ def test_what_no_tensor_core_takes_is_left_to_other_rules(tmp_path):
     found = products(tmp_path, "q4bf16_1", arch=75)
     rule = TensorMatmul()
     assert all(rule.apply(found.before[name], found.target, False) is None for name in found.prefill | found.decode)
-    sm80 = build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    sm80 = build_target(ROW, "x86-64-v3", [], opt=3, attributes={"arch": "sm_80"})
     taken = {name for name in found.prefill | found.decode if rule.apply(found.before[name], sm80, False) is not None}
     assert taken == found.prefill - found.decode
     floats = products(tmp_path / "floats", "q0f32")
@@ -287,7 +287,7 @@ def test_layers_of_published_models_run_on_tensor_cores(path, scheme, tmp_path):
 
 def test_only_steps_of_decode_with_static_sizes_are_captured(tmp_path):
     module = merged(tmp_path, libraries.register(tmp_path, "q4f16_1", "cuda"))
-    target = build_target(ROW, "x86-64-v3", [], opt=3, arch=80)
+    target = build_target(ROW, "x86-64-v3", [], opt=3, attributes={"arch": "sm_80"})
     steps = phases(ROW, cuda_graph=True)
     with target:
         planned = tvm.transform.Sequential([*steps["graph"], *steps["kernels"], *steps["plan"]])(module)

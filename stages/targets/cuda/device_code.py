@@ -12,6 +12,7 @@ from pathlib import Path
 import tvm
 
 from stages.targets import toolchain
+from stages.targets.backends import DeviceCodeError
 from stages.targets.cuda import fatbin, nvrtc
 from stages.targets.cuda.nvrtc import NvrtcError
 from stages.targets.toolchain import Program
@@ -35,8 +36,8 @@ ASSEMBLER, PACKER = "ptxas", "fatbinary"
 LOG_TAIL = 30
 
 
-class CudaError(ValueError):
-    """Device code could not be made; the message says what failed and what to do."""
+class CudaError(DeviceCodeError):
+    """CUDA code could not be made; the message says what failed and what to do."""
 
 
 def load_cuda_side(toolkit: Program, cxx: Program) -> None:
