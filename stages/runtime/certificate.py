@@ -75,19 +75,30 @@ def _read(path: Path, what: str, version: int, check: Callable[[Mapping[str, Any
     return Sealed(document, hashlib.sha256(data).hexdigest())
 
 
+def check_document(
+    name: str, ok: bool, detail: str, measured: float | None = None, bound: float | None = None
+) -> dict[str, Any]:
+    """Return one check as a result tells it; numbers are relative differences, where the check has any."""
+    return {"name": name, "ok": ok, "detail": detail, "measured": measured, "bound": bound}
+
+
 def _check_certificate(document: Mapping[str, Any]) -> None:
     _text(document["verdict"], document["bundle"]["sha256"])
+    tokenizer = document["tokenizer"]
+    _text(*(entry["text"] for entry in tokenizer["texts"]))
+    _ids(*(entry["ids"] for entry in tokenizer["texts"]), *filter(None, [tokenizer["conversation"]]))
     golden = document["golden"]
     if golden is None:
         return
     tokens, prompt = golden["tokens"], golden["prompt"]
     _text(golden["origin"])
-    if not all(type(token) is int for token in tokens) or type(prompt) is not int or not 0 < prompt <= len(tokens):
-        raise ValueError("golden: tokens must be ids, and the prompt some of them")
+    _ids(tokens, *(row["ids"] for row in golden["rows"]))
+    if type(prompt) is not int or not 0 < prompt <= len(tokens):
+        raise ValueError("golden: the prompt must be some of the tokens")
     _number(golden["bound"])
     for row in golden["rows"]:
         _number(row["largest"], *row["logits"])
-        if not row["ids"] or len(row["ids"]) != len(row["logits"]) or not all(type(i) is int for i in row["ids"]):
+        if not row["ids"] or len(row["ids"]) != len(row["logits"]):
             raise ValueError("golden: a row must have an id for each of its logits")
         if type(row["after"]) is not int or not 0 <= row["after"] < len(tokens):
             raise ValueError(f"golden: a row follows token {row['after']!r:.20} of {len(tokens)}")
@@ -96,7 +107,7 @@ def _check_certificate(document: Mapping[str, Any]) -> None:
 def _check_result(document: Mapping[str, Any]) -> None:
     device, checks = document["device"], document["checks"]
     _text(document["bundle"], document["certificate"], device["kind"], device["name"])
-    _text(*document["tools"].values())
+    _text(*document["tools"].values(), *document["unchecked"])
     for check in checks:
         _text(check["name"], check["detail"])
         _number(*(check[key] for key in ("measured", "bound") if check[key] is not None))
@@ -109,6 +120,12 @@ def _text(*values: Any) -> None:
     for value in values:
         if not isinstance(value, str):
             raise TypeError(f"expected text, found {value!r:.60}")
+
+
+def _ids(*values: Any) -> None:
+    for value in values:
+        if not isinstance(value, list) or not all(type(token) is int for token in value):
+            raise TypeError(f"expected ids, found {value!r:.60}")
 
 
 def _number(*values: Any) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.runtime.certificate import check_document
 from stages.runtime.errors import BundleError
 from stages.runtime.readings import readings
 
@@ -75,8 +76,8 @@ def check(golden: Mapping[str, Any], manifest: Manifest, progress: Callable[[str
         measured = max(difference(row, kept[place]) for row, place in zip(rows, reading.after, strict=True))
         ok, bound = measured <= golden["bound"], golden["bound"]
         detail = f"{measured:.2e} of the largest logit, at most {bound:.1e}"
-        kept_measure = float(f"{measured:.3g}") if math.isfinite(measured) else None
-        checks.append({"name": reading.name, "ok": ok, "detail": detail, "measured": kept_measure, "bound": bound})
+        digits = float(f"{measured:.3g}") if math.isfinite(measured) else None
+        checks.append(check_document(reading.name, ok, detail, digits, bound))
     return checks
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CPU_SECONDS = 5
 MEMORY = 1 << 29
 MAX_CHARACTERS = 1 << 20
+CLOCK = "strftime_now"  # the function by which a template asks for the date
 MAX_SHOWN = 500  # characters of an error that the template or jinja2 words
 OLDEST_JINJA = (3, 1, 6)  # earlier sandboxes can be left
 INSTALL = "pip install 'jinja2>=3.1.6'"
@@ -142,7 +143,7 @@ def _compile(source: str, now: datetime | None) -> tuple[Any, str]:
     environment.filters["tojson"] = _tojson
     environment.globals |= {
         "raise_exception": _raiser(jinja2.exceptions.TemplateError),
-        "strftime_now": _clock(now),
+        CLOCK: _clock(now),
         "dict": _Dictionary(),
         "namespace": _namespace(),
     }

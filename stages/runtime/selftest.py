@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from stages.runtime import certificate, golden, host, seal, serving
-from stages.runtime.certificate import FAIL, PASS
+from stages.runtime.certificate import FAIL, PASS, check_document
 from stages.runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.runtime.certificate import Sealed
     from stages.runtime.manifest import Manifest
 
-_TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy")
+_TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +62,10 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
 
     Nothing is loaded of a bundle whose files are not those that were certified.
     """
-    from stages.runtime import manifest
+    from stages.runtime import manifest, wording
 
     checks = [_same_bundle(bundle, held), _files(bundle)]
-    device = {"kind": bundle.device, "name": "not run"}
+    device, unchecked = {"kind": bundle.device, "name": "not run"}, ["what it computes"]
     if all(check["ok"] for check in checks):
         problems = manifest.machine_problems(bundle)
         if problems:
@@ -75,6 +75,8 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
                 "the certificate holds no golden vectors: none were made where it was verified, so that the files are "
                 "all that can be held against it"
             )
+        of_tokenizer, unchecked = wording.check(held["tokenizer"], bundle.folder)
+        checks += of_tokenizer
         checks += golden.check(held["golden"], bundle, progress)
         device = _device(bundle)
     result = {
@@ -85,27 +87,24 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
         "device": device,
         "tools": _tools(),
         "checks": checks,
+        "unchecked": unchecked,
     }
     return {**result, seal.KEY: seal.seal(result)}
 
 
-def _check(name: str, problems: list[str], detail: str) -> dict[str, Any]:
-    return {
-        "name": name, "ok": not problems, "detail": "; ".join(problems) or detail, "measured": None, "bound": None
-    }  # fmt: skip
-
-
 def _same_bundle(bundle: Manifest, held: Sealed) -> dict[str, Any]:
-    problem = "its SHA-256 is not the one that the certificate names: another bundle, or changed"
     same = held["bundle"]["sha256"] == bundle.sha256
-    return _check("bundle.json", [] if same else [problem], "the one that was certified")
+    problem = "its SHA-256 is not the one that the certificate names: another bundle, or changed"
+    return check_document("bundle.json", same, "the one that was certified" if same else problem)
 
 
 def _files(bundle: Manifest) -> dict[str, Any]:
     from stages.runtime import manifest
 
     problems = manifest.check(bundle, run=False)
-    return _check("files", problems, f"{len(bundle.files)} files as bundle.json has them")
+    return check_document(
+        "files", not problems, "; ".join(problems) or f"{len(bundle.files)} files as bundle.json has them"
+    )
 
 
 def _device(bundle: Manifest) -> dict[str, str]:
@@ -134,6 +133,7 @@ def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], others: list[S
     lines += [
         f"  {check['name']:<{width}}  {'ok' if check['ok'] else FAIL}  {check['detail']}" for check in result["checks"]
     ]
+    lines += [f"  not checked: {text}" for text in result["unchecked"]]
     lines.append(f"{result['result']} on {device['name']} ({device['kind']})")
     lines += [f"attested: {other['result']} on {other['device']['name']}" for other in others]
     return "".join(f"{serving.one_line(line)}\n" for line in lines)

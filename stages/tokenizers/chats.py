@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.runtime.errors import RequestError
+from stages.runtime.render import CLOCK
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.checks import CONVERSION, NOTE, WARNING, error
@@ -20,7 +21,6 @@ from stages.tokenizers.templates import DEFAULT
 from stages.tokenizers.tokenizer_family import Finding
 
 MAX_FORGED = 12  # control tokens that the last conversation spells
-CLOCK = "strftime_now"
 # What transformers says of a control token that its vocabulary has as a piece, too: our runtime takes it apart.
 UNPARTED = "Can't sanitize"
 

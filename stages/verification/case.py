@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.tokenizer import BundleTokenizer
+from stages.verification.checks import PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import recorded_prompts
 
@@ -58,6 +59,12 @@ class Case:
     def prompts(self) -> tuple[str, tuple[str, ...]]:
         """The text to read and the texts to continue: those that the checkpoint brings, else ours."""
         return recorded_prompts(self.files) or (PARAGRAPH, PROMPTS)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text whose ids are compared."""
+        prompt, continued = self.prompts
+        return tuple(dict.fromkeys((*PROBES, PARAGRAPH, prompt, *continued)))
 
     @cached_property
     def tokenizer(self) -> BundleTokenizer:

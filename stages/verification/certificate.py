@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime import certificate, seal
+from stages.runtime.wording import wording
 from stages.verification.reference import checkpoint_digest
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def document(case: Case, findings: Findings, source: str, made: Mapping[str, Any
         },
         "made": {"code": seal.seal(made["code"]), "tools": made["tools"], "inputs": made["inputs"]},
         "verification": findings.document(),
+        "tokenizer": wording({text: case.prompt(text) for text in case.texts}, case.tokenizer, case.manifest.folder),
         "golden": findings.golden,
     }
 

@@ -10,7 +10,6 @@ from stages.runtime import backend, host, manifest
 from stages.runtime.errors import BundleError
 from stages.verification import checks, running, weights
 from stages.verification.checks import Check
-from stages.verification.prompts import PARAGRAPH
 from stages.verification.report import Findings
 
 if TYPE_CHECKING:
@@ -88,12 +87,10 @@ def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:
 
 
 def _check_tokenizer(case: Case, findings: Findings) -> None:
-    prompt, continued = case.prompts
-    texts = dict.fromkeys((*checks.PROBES, PARAGRAPH, prompt, *continued))
-    findings.checks.append(checks.round_trip(case.tokenizer, texts))
+    findings.checks.append(checks.round_trip(case.tokenizer, case.texts))
     if case.reader is None:
         findings.unchecked.append("the tokenizer: its source vocabulary is of no family known here")
         return
-    wrong = [text for text in texts if case.tokenizer.prompt(text) != case.prompt(text)]
+    wrong = [text for text in case.texts if case.tokenizer.prompt(text) != case.prompt(text)]
     detail = f"other ids than the checkpoint's vocabulary gives for {wrong[0][:40]!r}" if wrong else "ids equal"
     findings.checks.append(Check("tokenizer against the source vocabulary", ok=not wrong, detail=detail))

@@ -146,8 +146,8 @@ def test_a_bundle_passes_its_certificate_where_only_the_runtime_is(bundle, tmp_p
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["result"], result["device"]["kind"]) == ("pass", "cpu")
-    assert [check["name"] for check in result["checks"]] == ["bundle.json", "files", *READINGS]
-    assert all(check["measured"] < 2e-5 for check in result["checks"][2:])  # the bound is 1e-3
+    assert [check["name"] for check in result["checks"]] == ["bundle.json", "files", "tokenizer", "chat", *READINGS]
+    assert all(check["measured"] < 2e-5 for check in result["checks"][4:])  # the bound is 1e-3
 
 
 def test_a_logit_that_is_off_fails_with_its_number(bundle, certified):
@@ -162,6 +162,17 @@ def test_a_logit_that_is_off_fails_with_its_number(bundle, certified):
     assert out.count("FAIL") == 2
     assert "FAIL on " in out.splitlines()[-1]
     assert run(verify, bundle, "--certificate", certified[0] / "certificate.json")[0] == 0
+
+
+@pytest.mark.parametrize(("kept", "word"), [("texts", 'for "Hello, world!'), ("conversation", "for a conversation")])
+def test_a_tokenizer_that_gives_other_ids_fails(bundle, kept, word):
+    def changed(document):
+        tokenizer = document["tokenizer"]
+        (tokenizer["texts"][0]["ids"] if kept == "texts" else tokenizer["conversation"])[-1] += 1
+
+    rewritten(bundle / "certificate.json", changed)
+    code, out, _ = run(verify, bundle)
+    assert (code, out.count("FAIL"), f"other ids than were certified {word}" in out) == (1, 2, True)
 
 
 def test_a_token_that_should_not_be_among_the_first_fails():
@@ -234,6 +245,8 @@ def test_a_certificate_of_another_bundle_fails(bundle, quantized, tmp_path):
         lambda document: document.pop("bundle"),
         lambda document: document.update(format="stagegraph-certificate-2"),
         lambda document: document.update(golden=[]),
+        lambda document: document["tokenizer"].update(conversation="1"),
+        lambda document: document["tokenizer"].pop("texts"),
         lambda document: document["golden"].update(tokens=["1"]),
         lambda document: document["golden"].update(prompt=0),
         lambda document: document["golden"].update(bound="1"),

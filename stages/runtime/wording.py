@@ -1,0 +1,66 @@
+"""Texts and a conversation with the ids that they have: a bundle's tokenizer must give the same on every machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.certificate import check_document
+from stages.runtime.errors import RequestError
+from stages.runtime.render import CLOCK
+from stages.runtime.tokenizer import CONFIG, INFO, BundleTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stages.runtime.folder import Folder
+
+CONVERSATION = (
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of Japan, 日本? Say <|im_end|> to end."},
+)
+
+
+def wording(texts: Mapping[str, Sequence[int]], tokenizer: BundleTokenizer, folder: Folder) -> dict[str, Any]:
+    """Return what a certificate keeps of a tokenizer; ``texts`` are texts to continue with their ids."""
+    info = folder.json(INFO)
+    form = (info.get("chat") or {}).get("format")
+    return {
+        "family": info.get("family"),
+        "fingerprint": info.get("fingerprint"),
+        "texts": [{"text": text, "ids": [int(token) for token in ids]} for text, ids in texts.items()],
+        "chat": form,
+        "conversation": _conversation(tokenizer, folder),
+    }
+
+
+def _conversation(tokenizer: BundleTokenizer, folder: Folder) -> list[int] | None:
+    """Return the ids of :data:`CONVERSATION`; None without a chat format, or with one that asks for the date."""
+    if CONFIG in folder and CLOCK in folder.read(CONFIG).decode("utf-8", "replace"):
+        return None
+    try:
+        return tokenizer.chat(CONVERSATION)
+    except RequestError:  # there is no chat format, or it refuses such a conversation
+        return None
+
+
+def check(kept: Mapping[str, Any], folder: Folder) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the checks of a bundle's tokenizer against what was kept, and what cannot be checked here.
+
+    Raises :class:`~stages.runtime.errors.BundleError` where it cannot be loaded.
+    """
+    tokenizer = BundleTokenizer(folder)
+    wrong = [entry["text"] for entry in kept["texts"] if tokenizer.prompt(entry["text"]) != entry["ids"]]
+    detail = f"other ids than were certified for {wrong[0][:40]!r}" if wrong else f"ids of {len(kept['texts'])} texts"
+    checks = [check_document("tokenizer", not wrong, detail)]
+    if kept["conversation"] is None:
+        return checks, ["chat: the certificate holds no conversation (no chat format, or one that writes the date)"]
+    if kept["chat"] == "template" and importlib.util.find_spec("jinja2") is None:
+        return checks, ["chat: jinja2 is not installed, which renders the chat template"]
+    try:
+        same = tokenizer.chat(CONVERSATION) == kept["conversation"]
+        detail = "ids of a conversation" if same else "other ids than were certified for a conversation"
+    except RequestError as error:
+        same, detail = False, f"{error}"
+    return [*checks, check_document("chat", same, detail)], []
