@@ -17,7 +17,8 @@ from stagegraph.store.record import key_of
 from tests.engine.conftest import Demo
 
 # Every field of a node, and whether it can influence the key. A new field must be put into one of the two.
-HASHED = {"uses", "params", "needs"}  # by stage id, value, and the content of what is needed
+# By id, by the code that begins there (of a command by parameters made of its arguments), by value, by content.
+HASHED = {"stage", "origin", "params", "needs"}
 NOT_HASHED = {"name", "entry", "each", "places", "place", "need_places", "resources", "timeout"}
 STAGE_HASHED = {"id", "version", "inputs"}
 STAGE_NOT_HASHED = {"profile", "Params", "outputs", "parts"}  # Params by value; outputs and run by the code digest

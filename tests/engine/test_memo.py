@@ -87,7 +87,8 @@ def object_of(demo: Demo, text: str) -> Path:
     return next(p for p in found if p.is_file() and p.read_text() == text)
 
 
-def test_only_changed_parts_are_made_and_counted(parts: Demo) -> None:
+def test_only_changed_parts_are_made_and_counted(parts: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # of the table below
     assert counted(parts.run()) == {"made": 3, "reused": 0}
     assert parts.counts == ["here", "some", "words"]
     parts.source.write_text("some other words")
