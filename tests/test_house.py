@@ -194,6 +194,15 @@ def test_generated_pages_are_fresh() -> None:
     assert stale == [], "run `python docs/generate.py`"
 
 
+def test_links_between_pages_lead_somewhere() -> None:
+    problems = []
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
+        text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+        targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
+        problems += [f"{page.relative_to(ROOT)}: {target}" for target in targets if not (page.parent / target).exists()]
+    assert not problems, "\n".join(problems)
+
+
 def test_looking_verbs_load_nothing_heavy() -> None:
     code = (
         "import json, sys; from stagegraph.cli.main import dispatch; loaded = {}\n"
