@@ -277,3 +277,28 @@ def _check_loss(case: Case, session: Session, tokens: Sequence[int], rows: np.nd
             f"the model reads the prompt no better than its ids in disorder ({detail}; with its own tokenizer at most "
             f"{LOSS_RATIO}): the vocabulary is another model's, or the weights know nothing"
         )
+
+
+def expect(case: Case, findings: Findings, progress: Progress) -> None:
+    """Add golden vectors for a machine that can run the library to ``findings``, where this one cannot.
+
+    They are what a reference gives for its own text, or for the prompt; where there is none, that is said.
+    """
+    window = case.manifest.model["context_window"]
+    try:
+        if case.reference == "live":
+            tokens = _prompt_ids(case, case.prompts[0])
+            reference, bound = _live(case, tokens, max(1, len(tokens) // 2), (), progress)
+        else:
+            found = _recorded(case) if case.reference == "recorded" else None
+            if found is None:
+                return
+            reference, bound = found, _recorded_bound(case)
+    except (live.LiveError, RecordingError) as error:
+        findings.unchecked.append(f"what the library must compute elsewhere: {error.problems[0]}")
+        return
+    if reference.logits is not None:
+        tokens = list(reference.tokens)[:window]
+        prompt = min(reference.prompt_length, max(1, window // 2))
+        sequences = min(golden.SEQUENCES, case.manifest.model["max_batch"])
+        findings.golden = golden.vectors(tokens, prompt, reference.logits, bound, sequences, reference.origin)

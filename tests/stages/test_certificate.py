@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from stages.cli import attest, verify
 from stages.runtime import attestations, certificate, golden, manifest, seal, selftest, serving
 from stages.runtime.errors import BundleError
+from stages.verification import live
 from stages.verification.certificate import licence
 from stages.verification.origin import hub_origin
 from stages.verify import Verify
@@ -96,6 +97,36 @@ def test_what_nobody_else_says_is_certified_with_a_reservation(recorded, tmp_pat
     assert context.facts["reservation"] == "runs, not checked against a reference"
     document = json.loads((tmp_path / "certificate.json").read_text())
     assert document["golden"]["origin"] == "the bundle itself, where it was verified"
+
+
+@pytest.mark.parametrize("reference", ["live", "recorded"])
+def test_what_cannot_run_here_is_certified_for_a_machine_that_can(recorded, tmp_path, monkeypatch, reference):
+    """A library for the processor stands for one that this machine has no device for."""
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: False)
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda"))
+    context = bundles.verify(built, tmp_path / "out", target="cuda", device="auto", reference=reference)
+    assert context.facts["reservation"] == "NOT RUN (no NVIDIA driver is loaded)"
+    path = Path(shutil.copy(tmp_path / "out" / "certificate.json", recorded.bundle.parent / f"{reference}.json"))
+    sha256 = manifest.read(recorded.bundle).sha256
+    rewritten(path, lambda document: document["bundle"].update(sha256=sha256))
+    code, out, _ = run(verify, recorded.bundle, "--certificate", path)
+    assert (code, out.count(" of the largest logit")) == (0, len(READINGS))
+    assert "certified: NOT RUN" in out
+
+
+def test_a_reference_that_fails_leaves_no_vectors_and_says_so(recorded, tmp_path, monkeypatch):
+    def killed(*_):
+        raise live.LiveError("the live reference ended with signal 9")
+
+    monkeypatch.setattr(live, "answer", killed)
+    monkeypatch.setattr("stages.runtime.host.has_nvidia_driver", lambda: False)
+    built = recorded.copy(tmp_path)
+    built.edit(lambda document: document.update(target="cuda"))
+    bundles.verify(built, tmp_path / "out", target="cuda", device="auto", reference="live")
+    document = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert document["golden"] is None
+    assert any("ended with signal 9" in text for text in document["verification"]["unchecked"])
 
 
 @pytest.mark.parametrize(
