@@ -26,7 +26,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "targets": set(),
     "quantization": set(),
     "models": {"checkpoint", "kernels"},
-    "tokenizers": {"runtime"},
+    "tokenizers": {"checkpoint", "runtime"},
     "graph": {"ir", "kernels", "models", "targets"},
     "lowering": {"ir", "kernels", "memo", "targets"},
     "codegen": {"ir", "lowering", "memo", "targets"},

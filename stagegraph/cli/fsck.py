@@ -6,7 +6,8 @@ import argparse
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown, size_text
-from stagegraph.errors import EXIT_OK, EXIT_STORE
+from stagegraph.errors import EXIT_OK, EXIT_STORE, PipelineError
+from stagegraph.store.journal import HIT
 from stagegraph.store.record import record_files
 from stagegraph.store.workspace import Workspace
 
@@ -35,8 +36,18 @@ def run(args: argparse.Namespace) -> int:
         with workspace.alone():
             missing = _missing(workspace)
             problems = _problems(workspace, repair=args.repair)
+        notes = _refill(work) if workspace.index.set_aside else []
     if args.json:
-        print_json({"checked": checked, "bytes": size, "damaged": bad, "missing": missing, "problems": problems})
+        print_json(
+            {
+                "checked": checked,
+                "bytes": size,
+                "damaged": bad,
+                "missing": missing,
+                "problems": problems,
+                "notes": notes,
+            }
+        )
     else:
         print(f"{checked} objects, {size_text(size)} read")
         for digest, wrong in bad.items():
@@ -45,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"missing: {digest} ({name})")
         for problem in problems:
             print(problem)
+        for note in notes:
+            print(note)
         print(_advice(bool(bad or missing), bool(problems), repair=args.repair))
     return EXIT_STORE if bad or missing or problems else EXIT_OK
 
@@ -53,6 +66,26 @@ def _advice(lost: bool, damaged: bool, *, repair: bool) -> str:
     if damaged and not repair:
         return "`pipeline fsck --repair` mends the index and removes damaged records; the next run makes them again"
     return "the next `pipeline run` rebuilds what it needs of these" if lost or damaged else "all intact"
+
+
+def _refill(work: Pipeline) -> list[str]:
+    """Put into an index that was begun anew what can be found out at once; say what cannot, and what the next run does.
+
+    Stats of sources are taken by the planning itself, and source texts of results that the pipeline has as it stands.
+    """
+    known = 0
+    try:
+        for decision in work.planner.plan(work.dag.nodes):
+            if decision.status == HIT:
+                work.planner.keep_code(decision)
+                known += 1
+    except PipelineError as error:
+        return [
+            f"the index is begun anew; the pipeline cannot be planned, so that nothing is put in: {error.problems[0]}"
+        ]
+    held = f"with the source texts behind {known} results as they stand"
+    lost = "of earlier ones `explain` names modules that changed, and no functions"
+    return [f"the index is begun anew, {held}: {lost}; the next run places artifacts/ again"]
 
 
 def _size(workspace: Workspace, digest: str) -> int:

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
-# C0 without tab and newline, DEL, C1, and what turns the direction of text round.
-CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
+# C0 without tab and newline, DEL, C1, Unicode's line and paragraph separators, and its Bidi_Control: what turns the
+# direction of text round.
+CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
 CONTROLS = re.compile(f"[{CONTROL}]")
 LONGEST = 4000  # characters of a message
 BUT_COLOURS = re.compile(rf"(\x1b\[\d*m)|[{CONTROL}]")

@@ -3,7 +3,8 @@
 A module counts as its syntax tree without comments, docstrings and positions, so that cosmetic edits stay cosmetic.
 The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
 imports, and under ``TYPE_CHECKING``, where a module names what it is handed and calls. A string that names a module of
-the package counts as an import of it, whoever imports or runs it by that name. Two things are finer than a module:
+the package counts as an import of it, whoever imports or runs it by that name. A compiled module
+(``.so``) is its bytes. Two things are finer than a module:
 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
@@ -27,6 +28,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from stagegraph.store.memo import PartCode
 
 ENGINE = __name__.partition(".")[0]
+# What may follow the name of a module, in the order in which Python looks: a compiled one comes before its source.
+SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
 SUMMARY_SCHEMA = f"4/py{sys.version_info.major}.{sys.version_info.minor}"
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
@@ -153,12 +157,17 @@ class CodeDigests:
         root, *parts = module.split(".")
         for base in self._roots(root):
             folder = "/".join([base, *parts[:-1]])
-            if parts and f"{parts[-1]}.py" in self._listing(folder):
-                return f"{folder}/{parts[-1]}.py"
             package = f"{folder}/{parts[-1]}" if parts else base
-            if (not parts or parts[-1] in self._listing(folder)) and "__init__.py" in self._listing(package):
-                return f"{package}/__init__.py"
+            found = None if parts and parts[-1] not in self._listing(folder) else self._file(package, "__init__")
+            found = found or (self._file(folder, parts[-1]) if parts else None)
+            if found:
+                return found
         return None
+
+    def _file(self, folder: str, stem: str) -> str | None:
+        """Return the file that Python would load as a module of that name in a folder."""
+        names = self._listing(folder)
+        return next((f"{folder}/{stem}{suffix}" for suffix in SUFFIXES if f"{stem}{suffix}" in names), None)
 
     def _listing(self, folder: str) -> frozenset[str]:
         """Return the names in a directory, none if there is no such directory; asked once a run."""
@@ -207,7 +216,9 @@ def followed(module: str) -> frozenset[str]:
 
 
 def summarise(module: str, path: Path) -> Summary:
-    """Parse one source file into what it contributes; a file that does not parse contributes its bytes."""
+    """Parse one file into what it contributes; source that does not parse, and what is compiled, are their bytes."""
+    if path.suffix != ".py":
+        return {"digest": digest_file(str(path)), "imports": [], "data": [], "tables": {}}
     source = path.read_bytes()
     try:
         tree = ast.parse(source)

@@ -23,7 +23,7 @@ Definition = tuple[str, str]  # kind, qualified name
 def keep(index: Index, code: Mapping[str, str], files: Mapping[str, Path]) -> None:
     """Keep the texts of the modules in ``code`` (module -> digest) that are not kept yet."""
     for module, path in files.items():
-        if index.get(f"text:{code[module]}") is None:
+        if path.suffix == ".py" and index.get(f"text:{code[module]}") is None:
             index.set(f"text:{code[module]}", path.read_text("utf-8", "replace"))
 
 

@@ -27,7 +27,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Timer
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import warn
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import diskcache
 
 BUSY_SECONDS = 60
+SAID_AFTER = 3  # seconds of waiting without a word
 # What a database that another process is just creating answers: there is no file, or no table, yet.
 NOTHING_YET = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR}
 UNREADABLE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -147,7 +148,7 @@ class Index:
     # -- the database ------------------------------------------------------------------------------------------------
 
     def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
-        with self._lock:
+        with self._lock, self._waiting():
             for again in (True, False):
                 try:
                     return self._reading().execute(query, values).fetchall()
@@ -188,9 +189,10 @@ class Index:
 
         for again in (True, False, None):
             try:
-                cache = self._writing()
-                with cache.transact():
-                    change(cache)
+                with self._waiting():
+                    cache = self._writing()
+                    with cache.transact():
+                        change(cache)
             except diskcache.Timeout:
                 self._give_up(f"it was locked for {BUSY_SECONDS} s")
             except sqlite3.DatabaseError as error:
@@ -201,6 +203,18 @@ class Index:
             except OSError as error:
                 self._give_up(error.strerror or str(error), quietly=error.errno in {errno.EACCES, errno.EROFS})
             return
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Say what is waited for where another process keeps the database locked."""
+        said = f"another process keeps the index {self.directory} locked; waiting for it, at most {BUSY_SECONDS} s"
+        timer = Timer(SAID_AFTER, warn, (said,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _give_up(self, why: str, *, quietly: bool = False) -> None:
         self._readonly = True

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 64 << 20  # far above any real file: the index of a checkpoint of 100,000 tensors has 10 MB
+BLOCK = 1 << 20  # bytes read at a time
 # Of a text, each of which takes up to 200 bytes of memory: a file of 64 MB could fill gigabytes. The header of 100,000
 # tensors has 1,500,000.
 MAX_VALUES = 3_000_000
@@ -23,13 +24,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def read_bounded(path: Path, limit: int) -> bytes | None:
+    """Return the content of a file, None for more than ``limit`` bytes.
+
+    What is read counts and not what a stat says: a file may grow meanwhile, and the size of some says nothing.
+    """
+    data = bytearray()
+    with path.open("rb") as file:
+        while len(data) <= limit and (block := file.read(BLOCK)):
+            data += block
+    return bytes(data) if len(data) <= limit else None
+
+
 def read_object(path: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in ``path``; :class:`ValueError` calling the file ``name`` if it is none."""
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(f"{name}: {size:,} bytes is no description of a model (at most {MAX_BYTES:,} are read)")
+    data = read_bounded(path, MAX_BYTES)
+    if data is None:
+        raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes are no description of a model")
     try:
-        value = parse(path.read_bytes())
+        value = parse(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stages.checkpoint.strict_json import read_bounded
 from stages.tokenizers.errors import TokenizerError
 
 MAX_FILE_BYTES = 64 << 20  # far above any real vocabulary; the largest published ones have 20 MB
@@ -15,10 +16,9 @@ LFS_HEADER = b"version https://git-lfs"
 
 def read_bytes(path: Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """Return the content; :class:`TokenizerError` for a pointer and for more than ``limit`` bytes."""
-    size = path.stat().st_size
-    if size > limit:
-        raise TokenizerError(f"{path}: {size:,} bytes is no file of a tokenizer (at most {limit:,} are read)")
-    data = path.read_bytes()
+    data = read_bounded(path, limit)
+    if data is None:
+        raise TokenizerError(f"{path}: more than {limit:,} bytes are no file of a tokenizer")
     if data.startswith(LFS_HEADER):
         raise TokenizerError(
             f"T02: {path}: a Git LFS pointer and not the file itself; run `git lfs pull` in the checkpoint"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
+from stages.checkpoint import strict_json
 from stages.checkpoint.safetensors import read_header
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ def recorded_prompts(files: Mapping[str, Path]) -> tuple[str, tuple[str, ...]] |
 
 
 def _load(path: Path) -> Any:
-    document = json.loads(path.read_text("utf-8"))
-    json.dumps(document, ensure_ascii=False).encode()  # refuses escapes that are no characters
-    return document
+    return strict_json.read_object(path, path.name)
 
 
 def _text(value: Any) -> str:

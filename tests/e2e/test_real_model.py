@@ -102,7 +102,7 @@ def run(project: Path, *arguments: str) -> str:
 def bundle(project: Path) -> Path:
     """The q0f32 bundle, at a place of its own."""
     run(project, "run", "--stage", "bundle")
-    run(project, "export", "bundle[llvm]", "exported")
+    run(project, "export", "bundle[llvm]", "exported", "--unverified")  # what it answers is compared here
     return next(path.parent for path in (project / "exported").rglob("bundle.json"))
 
 

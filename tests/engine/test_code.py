@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,25 @@ def test_the_closure_follows_imports_rows_and_data_files(lib: Path) -> None:
         "lib", "lib.late", "lib.row_a", "lib.rows", "lib.rows:OTHER[x]", "lib.rows:ROWS[a]", "lib.stage", "lib.tools",
         "lib.tools/words.txt",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [*EXTENSION_SUFFIXES, ".pyc"])
+def test_a_compiled_module_is_its_bytes(lib: Path, suffix: str) -> None:
+    """Python takes an extension rather than source of the same name, and source rather than bytecode."""
+    native = lib / f"native{suffix}"
+    native.write_bytes(b"\x7fELF one\0")
+    (lib / "tools.py").write_text("from lib import native\nhelper = native.helper\n")
+    before = closure(lib, {})
+    assert "lib.native" in before
+    native.write_bytes(b"\x7fELF two\0")
+    after = closure(lib, {})
+    assert {name for name in before if before[name] != after[name]} == {"lib.native"}
+    (lib / "native.py").write_text("helper = 1\n")
+    assert (closure(lib, {})["lib.native"] == after["lib.native"]) is (suffix != ".pyc")
+    (lib / "deep").mkdir()
+    (lib / "deep" / f"__init__{suffix}").write_bytes(b"\x7fELF")
+    (lib / "tools.py").write_text("import lib.deep\n")
+    assert "lib.deep" in closure(lib, {})
 
 
 def test_a_table_without_a_choice_counts_whole(lib: Path) -> None:

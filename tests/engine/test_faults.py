@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -152,6 +153,33 @@ def test_killed_in_the_middle_the_next_run_resumes(troubled: Demo, how: signal.S
     assert not list((troubled.folder / "artifacts/.stagegraph/work").iterdir())
 
 
+def children(pid: int) -> set[int]:
+    found = {int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()}
+    return found.union(*map(children, found))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_workers_of_a_killed_run_end_with_it(troubled: Demo) -> None:
+    process = start(troubled, "--set", "vars.kind=sleep")
+    wait_for(troubled, "trouble")
+    workers = children(process.pid)
+    assert workers
+    assert all(map(alive, workers))
+    process.kill()
+    process.communicate()
+    for _ in range(200):  # a third of what the stage sleeps
+        if not any(map(alive, workers)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{[pid for pid in workers if alive(pid)]} work on for nobody")
+
+
 def test_what_a_killed_run_left_of_the_first_node_to_rerun_goes_too(demo: Demo) -> None:
     demo.run()
     key = demo("show", "read", str(demo.pipeline), "--json").json["read"]["key"]
@@ -170,6 +198,28 @@ def test_two_runs_at_once_execute_each_key_once_and_status_works_meanwhile(troub
     for process in both:
         process.communicate()
     assert troubled.counts == ["read", "trouble"]
+
+
+def test_a_locked_index_is_waited_for_and_that_is_said(
+    demo: Demo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from stagegraph.store import index
+
+    demo.run()
+    monkeypatch.setattr(index, "SAID_AFTER", 0.2)
+    database = demo.folder / "artifacts" / ".stagegraph" / "index" / "cache.db"
+    holder = sqlite3.connect(database, check_same_thread=False, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    opened = index.Index(database.parent)
+    release = threading.Timer(1.0, holder.rollback)
+    release.start()
+    opened.set("memo:a", 1)
+    release.join()
+    holder.close()
+    assert opened.get("memo:a") == 1
+    opened.close()
+    assert caplog.text.count("another process keeps the index") == 1
+    assert "at most 60 s" in caplog.text
 
 
 def test_a_damaged_object_is_quarantined_reported_and_rebuilt(demo: Demo) -> None:

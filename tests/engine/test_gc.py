@@ -236,6 +236,16 @@ def test_fsck_repairs_what_names_things(demo: Demo) -> None:
     assert len(demo.counts) == 1
 
 
+def test_fsck_puts_source_texts_into_an_index_that_is_begun_anew(demo: Demo) -> None:
+    demo.run()
+    database = demo.folder / "artifacts" / ".stagegraph" / "index" / "cache.db"
+    database.write_bytes(database.read_bytes()[:4096] + b"\x55" * 40960)
+    said = demo("fsck", str(demo.pipeline), "--repair")
+    assert "the index is begun anew, with the source texts behind 4 results as they stand" in said.out
+    demo.edit("read", "text.upper()", "text.title()")
+    assert "function Read.run" in demo("explain", "read", str(demo.pipeline)).out
+
+
 def test_what_was_left_behind_goes(demo: Demo) -> None:
     demo.run()
     root = demo.folder / "artifacts" / ".stagegraph"

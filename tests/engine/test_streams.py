@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
+from stagegraph.cli.streams import visible
 from tests.engine.conftest import Demo
 from tests.engine.test_faults import command
 
-ODD = "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\nerror: forged: all is lost"
-RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+ODD = "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\u061c\\u200e\\u200f\\u2028\\nerror: forged: all is lost"
+# Control characters, separators of lines, and what turns the direction of text round, by Unicode's own words.
+TURNS = ("-TO-RIGHT", "-TO-LEFT", "DIRECTIONAL", "ISOLATE", "ARABIC LETTER MARK")
+EVERY = [
+    c
+    for c in map(chr, range(sys.maxunicode + 1))
+    if (kind := unicodedata.category(c)) in {"Zl", "Zp"}
+    or (kind == "Cc" and c not in "\t\n")
+    or (kind == "Cf" and any(word in unicodedata.name(c, "") for word in TURNS))
+]
+RAW = re.compile(f"[{''.join(EVERY)}]")
 
 
 @pytest.fixture
@@ -34,6 +46,14 @@ def test_no_verb_passes_control_characters_or_forged_lines(odd: Demo) -> None:
             said = odd(verb, *words, *more) if verb != "diff" else odd(verb, *rest, str(odd.pipeline), *more)
             assert not RAW.search(said.out + said.err), (verb, said)
             assert not re.search("^error: forged", said.out + said.err, re.MULTILINE), (verb, said)
+
+
+def test_every_character_that_moves_or_turns_text_is_written_out() -> None:
+    assert len(EVERY) == 77
+    for character in EVERY:
+        assert visible(f"a{character}b") == f"a{ascii(character)[1:-1]}b"
+    kept = "\t\n\u200b\u200c\u200d\ufeffé你\U0001f468\u200d\U0001f469"
+    assert visible(kept) == kept
 
 
 def test_arguments_are_not_passed_through(demo: Demo) -> None:

@@ -12,11 +12,12 @@ from stagegraph.stage import StageError
 from stages.checkpoint import strict_json
 from stages.config_parse import ConfigParse
 from stages.runtime.errors import BundleError
-from stages.tokenizers import library, rwkv_world
+from stages.tokenizers import files, library, rwkv_world
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.json_tables import read_object
 from stages.tokenizers.ranks import derive_merges, read_ranks
 from stages.tokenizers.sentencepiece_model import read_model
+from stages.verification import reference
 from tests.checkpoints import write_hollow, write_json
 from tests.local_context import run_stage
 from tests.stages import tokenizer_folders
@@ -147,3 +148,14 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
     }
     tokenizer_folders.build(tmp_path, files, "gpt_neox", tokenizer_folders.SIZE)
     assert not canary.exists()
+
+
+def test_a_file_whose_size_says_nothing_is_read_no_further_than_its_bound():
+    """/dev/zero has zero bytes by its stat, and a file may grow after it was asked."""
+    endless = Path("/dev/zero")
+    with pytest.raises(ValueError, match="more than 67,108,864 bytes"):
+        strict_json.read_object(endless, "config.json")
+    with pytest.raises(TokenizerError, match="more than 67,108,864 bytes"):
+        files.read_bytes(endless)
+    with pytest.raises(reference.RecordingError, match="more than 67,108,864 bytes"):
+        reference.read_recorded({reference.RECORD: endless}, {}, "q0f32", vocab_size=8, encode=list)

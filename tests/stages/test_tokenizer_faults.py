@@ -199,6 +199,6 @@ def test_a_vocabulary_of_two_gigabytes_is_not_read(tmp_path, name):
     with (tmp_path / name).open("wb") as file:
         file.truncate(2 << 30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(TokenizerError, match="is no file of a tokenizer"):
+    with pytest.raises(TokenizerError, match="are no file of a tokenizer"):
         load_tokenizer_family((found := resolve(tmp_path, {name: tmp_path / name})).family).convert(found)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
