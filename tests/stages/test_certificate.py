@@ -23,6 +23,7 @@ from stages.verification.certificate import licence
 from stages.verification.origin import hub_origin
 from stages.verify import Verify
 from tests.engine.test_damage import flipped
+from tests.output_schema import validate
 from tests.stages import bundles
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,7 @@ def test_a_bundle_passes_its_certificate_where_only_the_runtime_is(bundle, tmp_p
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    validate(result, "verify")
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert (result["result"], result["device"]["kind"]) == ("pass", "cpu")
     assert [check["name"] for check in result["checks"]] == ["bundle.json", "files", "tokenizer", "chat", *READINGS]
