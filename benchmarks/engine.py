@@ -120,7 +120,7 @@ def touched(folder: Path) -> list[Figure]:
     """A touched shard is digested once; the run after that is a plain cached run."""
     shard = next((folder / "examples" / "tiny-qwen").glob("*.safetensors"))
     code = (
-        "import sys; from stagegraph import sources; from stagegraph.cli.main import dispatch; seen = [];"
+        "import sys; from stagegraph.planning import sources; from stagegraph.cli.main import dispatch; seen = [];"
         "real = sources.digest_file; sources.digest_file = lambda *a: (seen.append(a[0]), real(*a))[1];"
         "dispatch(['run', 'pipeline.yaml']); print(len(seen), file=sys.stderr)"
     )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from stages.documents.bundle import Parts
+
 
 class Bundle(Stage):
     """Assemble a bundle: every byte of it is determined by its inputs, and it says itself what it needs."""
@@ -46,16 +48,21 @@ class Bundle(Stage):
 
     def run(self, ctx: Context) -> None:
         """Copy the files, write the configuration files and the card, digest everything into bundle.json."""
+        from stages.documents.files import write_json
         from stages.packing import assemble, documents, mlc
         from stages.targets.table import TARGETS
 
-        found = {port: json.loads(ctx.input(port).read_text("utf-8")) for port in ("metadata", "config", "generation")}
         names = {"tokenizer_info": "tokenizer_info", "tokenizer_config": "tokenizer_config", "tables": "tokenizer"}
         paths = {key: ctx.input("tokenizer") / f"{name}.json" for key, name in names.items()}
         texts = {key: json.loads(path.read_text("utf-8")) for key, path in paths.items() if path.exists()}
-        found["tokenizer_info"] = texts["tokenizer_info"]
-        found["tensors"] = json.loads((ctx.input("weights") / "tensor-cache.json").read_text("utf-8"))
-        problems = documents.disagreements(target=ctx.params.target, **found)
+        found: Parts = {
+            "metadata": json.loads(ctx.input("metadata").read_bytes()),
+            "config": json.loads(ctx.input("config").read_bytes()),
+            "generation": json.loads(ctx.input("generation").read_bytes()),
+            "tokenizer_info": texts["tokenizer_info"],
+            "tensors": json.loads((ctx.input("weights") / "tensor-cache.json").read_bytes()),
+        }
+        problems = documents.disagreements(ctx.params.target, found)
         try:
             machine = assemble.machine(ctx.input("library"))
         except ValueError as error:
@@ -74,13 +81,13 @@ class Bundle(Stage):
             ctx.progress(done, total, "B")
         conversation, said = mlc.conversation(texts["tokenizer_config"], texts["tokenizer_info"], texts.get("tables"))
         files = sorted(path.name for path in ctx.input("tokenizer").iterdir())
-        chat = documents.chat_config({**found, "tables": texts.get("tables", {})}, files, conversation)
-        assemble.write_json(root / "mlc-chat-config.json", chat)
+        chat = documents.chat_config(found, texts.get("tables", {}), files, conversation)
+        write_json(root / "mlc-chat-config.json", chat)
         card = documents.card(ctx.params.name, ctx.params.target, TARGETS[ctx.params.target].needs, found)
         (root / "README.md").write_text(card, "utf-8")
         name, target = ctx.params.name, ctx.params.target
         manifest = documents.manifest(name, target, machine, found, assemble.files(root))
-        assemble.write_json(root / "bundle.json", manifest)
+        write_json(root / "bundle.json", manifest)
         ctx.view("card", card)
         ctx.view("mlc", f"mlc-chat-config.json: conv_template is {said}\n")
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")
@@ -101,7 +108,7 @@ def _name(text: str) -> str:
 def _sources(ctx: Context) -> dict[str, Path]:
     """Return what is copied: name in the bundle -> where it is."""
     weights, tokenizer = ctx.input("weights"), ctx.input("tokenizer")
-    found: dict[str, Any] = {"model.so": ctx.input("library")}
+    found: dict[str, Path] = {"model.so": ctx.input("library")}
     for directory in (weights, tokenizer):
         found |= {path.name: path for path in sorted(directory.iterdir())}
     return found

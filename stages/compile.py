@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
-    pass
-
+    from stages.documents.graph import Graph
+    from stages.documents.params import Register
 
 # What parameters of devices become for a target without one.
 PROCESSOR_ALONE: Mapping[str, Any] = {"archs": (), "fast_math": False, "cuda_graph": False, "toolchain": "none"}
@@ -115,9 +115,10 @@ class Compile(Stage):
         """Build the library and prove what is in it."""
         from stages.codegen import agreement, views
         from stages.codegen.build import STEPS, BuildError, Options, build
+        from stages.documents.files import write_json
 
-        graphs = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
-        registry = json.loads(ctx.input("params").read_text("utf-8"))
+        graphs: list[Graph] = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
+        registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
         options = Options(**dataclasses.asdict(ctx.params))
         problems = agreement.disagreements(graphs, registry, options.target, options.activations)
         if problems:
@@ -134,9 +135,7 @@ class Compile(Stage):
             metadata, built = build(modules, graphs, registry, options, dist_versions, ctx, library)
         except BuildError as error:
             raise StageError(*error.problems) from None
-        (ctx.out / "metadata.json").write_text(
-            json.dumps(metadata, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
-        )
+        write_json(ctx.out / "metadata.json", metadata)
         for name, text in views.views(metadata, graphs, built).items():
             ctx.view(name, text)
         ctx.summary(views.summary(metadata, library.stat().st_size))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stagegraph.stage import Context
     from stages.checkpoint.headers import Headers
     from stages.checkpoint.safetensors import TensorInfo
+    from stages.documents.model import CheckpointTensors, Generation, Model
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -59,6 +60,7 @@ class ConfigParse(Stage):
         """Read and check everything, raise all problems at once, write the three documents."""
         from stages.checkpoint.errors import ConfigError
         from stages.checkpoint.headers import Headers
+        from stages.documents.files import write_json
         from stages.models import load_family, matching
 
         checkpoint = ctx.source("checkpoint")
@@ -68,7 +70,7 @@ class ConfigParse(Stage):
         problems: list[str] = []
         config: Any = None
         headers = Headers({}, ())
-        generation: dict[str, Any] = {}
+        generation: Generation | None = None
         window = 0
         try:
             config = family.parse(raw)
@@ -91,17 +93,22 @@ class ConfigParse(Stage):
                 found = matching.match(family, config, files, headers)
         except ConfigError as error:
             problems += error.problems
-        if problems or found is None:
+        if problems or found is None or generation is None:
             raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
 
         config, said = family.for_context(found.config, window)
         for note in [*found.notes, *([said] if said else [])]:
             ctx.warn(note)
         tensors, model = headers.tensors, _model(family, config, window)
-        _write(ctx.out / "model.json", model)
-        _write(ctx.out / "generation.json", generation)
-        listing = {"schema": 1, "tensors": headers.table(), "names": found.names, "unused": found.unused}
-        _write(ctx.out / "tensors.json", listing)
+        write_json(ctx.out / "model.json", model)
+        write_json(ctx.out / "generation.json", generation)
+        listing: CheckpointTensors = {
+            "schema": 1,
+            "tensors": headers.table(),
+            "names": found.names,
+            "unused": found.unused,
+        }
+        write_json(ctx.out / "tensors.json", listing)
         ctx.fact("family", family.name)
         ctx.fact("state", family.state)
         ctx.view("config", _view(family, raw, model, tensors))
@@ -109,7 +116,7 @@ class ConfigParse(Stage):
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
 
 
-def _model(family: Family, config: Any, window: int) -> dict[str, Any]:
+def _model(family: Family, config: Any, window: int) -> Model:
     """Return the document that describes the model."""
     return {
         "schema": 1,
@@ -199,7 +206,7 @@ def _in_place(root: Path, otherwise: str) -> str:
     return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
 
 
-def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> dict[str, Any]:
+def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> Generation:
     """Return the normalised generation defaults of generation_config.json, or else of config.json."""
     from stages.checkpoint import strict_json
     from stages.checkpoint.errors import ConfigError
@@ -215,9 +222,7 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
     return generation
 
 
-def _view(
-    family: Family, raw: Mapping[str, Any], model: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]
-) -> str:
+def _view(family: Family, raw: Mapping[str, Any], model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
     rows = [("model", ""), *((f"  {key}", value) for key, value in model["config"].items())]
     rows.append(("  context_window", model["context_window"]))
     honoured = [key for key in sorted(raw) if family.keys.get(key) == "honoured"]
@@ -233,7 +238,3 @@ def _view(
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _write(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")

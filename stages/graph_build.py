@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
+    from stages.documents.graph import Graph, ModelSizes
+    from stages.documents.model import Model
+    from stages.documents.params import Register
     from stages.graph.export import Build
     from stages.models.family import AttentionCache
 
@@ -69,14 +72,15 @@ class GraphBuild(Stage):
 
         import tvm
 
+        from stages.documents.files import write_json
         from stages.graph import FUNCTIONS, RECURRENT, cost, views
         from stages.graph.export import GraphError
         from stages.ir.text import without_places
 
-        model = json.loads(ctx.input("config").read_text("utf-8"))
-        registry = json.loads(ctx.input("params").read_text("utf-8"))
-        build, facts = _build(ctx.params, model, registry)
-        exports = {**FUNCTIONS, **RECURRENT} if facts.get("state") == "rnn" else FUNCTIONS
+        model: Model = json.loads(ctx.input("config").read_text("utf-8"))
+        registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
+        build, sizes = _build(ctx.params, model, registry)
+        exports = {**FUNCTIONS, **RECURRENT} if sizes["state"] == "rnn" else FUNCTIONS
         module_name, _, name = exports[ctx.params.function].partition(":")
         try:
             exported = getattr(importlib.import_module(module_name), name)(build)
@@ -85,17 +89,16 @@ class GraphBuild(Stage):
 
         counts = views.operators(exported)
         signatures = views.signatures(exported)
-        graph = {
+        graph: Graph = {
+            **sizes,
             "schema": 1,
-            **facts,
+            "target": ctx.params.target,
             "functions": signatures,
             "operators": counts,
             "kernels": views.kernels(exported),
         }
         (ctx.out / "module.json").write_text(without_places(tvm.ir.save_json(exported)), "utf-8")
-        (ctx.out / "graph.json").write_text(
-            json.dumps(graph, allow_nan=False, indent=1, sort_keys=True) + "\n", "utf-8"
-        )
+        write_json(ctx.out / "graph.json", graph)
         ctx.view("operators", views.operator_table(counts))
         ctx.view("cost", cost.cost_table(exported))
         ctx.view("ir", views.script(exported))
@@ -103,11 +106,12 @@ class GraphBuild(Stage):
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 
 
-def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -> tuple[Build, dict[str, Any]]:
-    """Return the build, and the facts of it that go into graph.json."""
-    from stages.graph.export import PAGE_SIZE, Build
+def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:
+    """Return the build, and the sizes that all graphs of one library share."""
+    from stages.graph.export import Build
     from stages.models import load_family
     from stages.quantization.schemes import SCHEMES
+    from stages.sizes import PAGE_SIZE
     from stages.targets.table import TARGETS
     from stages.targets.tvm_target import export_target
 
@@ -126,13 +130,7 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
     if family.state == "rnn" and params.kv_dtype != "auto":
         raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
     config = family.config(**model["config"])
-    sizes = {
-        "sep_embed": params.sep_embed,
-        "prefill_chunk": _chunk(params, model["context_window"], config.attention if family.state == "kv" else None),
-        "max_batch": params.max_batch,
-        "compute_dtype": compute_dtype,
-        "kv_dtype": kv_dtype,
-    }
+    chunk = _chunk(params, model["context_window"], config.attention if family.state == "kv" else None)
     build = Build(
         config=config,
         compose=family.causal_lm,
@@ -141,22 +139,31 @@ def _build(params: Any, model: Mapping[str, Any], registry: Mapping[str, Any]) -
         target=export_target(target),
         group=(scheme.bits, scheme.group_size),
         context_window=model["context_window"],
-        **sizes,
+        sep_embed=params.sep_embed,
+        prefill_chunk=chunk,
+        max_batch=params.max_batch,
+        compute_dtype=compute_dtype,
+        kv_dtype=kv_dtype,
     )
-    facts = {
-        **sizes,
-        "page_size": PAGE_SIZE,
-        **({"kv_dtype": None, "page_size": None} if family.state == "rnn" else {}),
-        "state": family.state,
-        **{name: model[name] for name in ("family", "context_window", "vocab_size", "hidden_size", "num_layers")},
+    return build, {
+        "attention_thread_bytes": build.attention_thread_bytes,
         "cache_bytes_per_token": build.cache_bytes_per_token,
         "cache_workspace_bytes": build.cache_workspace_bytes,
-        "attention_thread_bytes": build.attention_thread_bytes,
-        "state_bytes": build.state_bytes,
+        "compute_dtype": compute_dtype,
+        "context_window": model["context_window"],
+        "family": model["family"],
+        "hidden_size": model["hidden_size"],
+        "kv_dtype": None if family.state == "rnn" else kv_dtype,
+        "max_batch": params.max_batch,
+        "num_layers": model["num_layers"],
+        "page_size": None if family.state == "rnn" else PAGE_SIZE,
+        "prefill_chunk": chunk,
         "scheme": registry["scheme"],
-        "target": params.target,
+        "sep_embed": params.sep_embed,
+        "state": family.state,
+        "state_bytes": build.state_bytes,
+        "vocab_size": model["vocab_size"],
     }
-    return build, facts
 
 
 def _chunk(params: Any, context_window: int, attention: AttentionCache | None) -> int:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from stagegraph.stage import Context
+    from stages.documents.model import CheckpointTensors, Model
+    from stages.documents.params import Parameter, Register, StoredTensor
     from stages.models.family import Param
     from stages.quantization.schemes import Scheme
 
@@ -47,13 +49,14 @@ class ParamRegister(Stage):
 
     def run(self, ctx: Context) -> None:
         """Compare what the family's graph needs with the headers, and write the register."""
-        from stages.checkpoint.errors import capped
+        from stages.documents.files import write_json
         from stages.models import load_family
+        from stages.problems import capped
         from stages.quantization.schemes import SCHEMES
         from stages.targets.table import TARGETS
 
-        model = json.loads(ctx.input("config").read_bytes())
-        checkpoint = json.loads(ctx.input("tensors").read_bytes())
+        model: Model = json.loads(ctx.input("config").read_bytes())
+        checkpoint: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
         family, scheme = load_family(model["family"]), SCHEMES[ctx.params.scheme]
         params = family.params(family.config(**model["config"]))
         kinds = _check_tensors(params, checkpoint, model["vocab_size"])
@@ -61,13 +64,13 @@ class ParamRegister(Stage):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
         layout = TARGETS[ctx.params.target].layout
-        stored: list[dict[str, Any]] = []
-        logical: list[dict[str, Any]] = []
+        stored: list[StoredTensor] = []
+        logical: list[Parameter] = []
         for parameter in params:
             entry, parts = _entries(parameter, scheme, layout, checkpoint["names"])
             stored += parts
             logical.append(entry)
-        document = {
+        document: Register = {
             "schema": 1,
             "family": model["family"],
             "scheme": scheme.name,
@@ -76,8 +79,7 @@ class ParamRegister(Stage):
             "params": stored,
             "logical": logical,
         }
-        text = json.dumps(document, allow_nan=False, indent=1, sort_keys=True) + "\n"
-        (ctx.out / "params.json").write_text(text, encoding="utf-8")
+        write_json(ctx.out / "params.json", document)
         for name, value in (("family", model["family"]), ("scheme", scheme.name), ("target", ctx.params.target)):
             ctx.fact(name, value)
         ctx.view("params", _view(logical, stored))
@@ -86,7 +88,7 @@ class ParamRegister(Stage):
 
 
 def _check_tensors(
-    params: Iterable[Param], checkpoint: Mapping[str, Any], vocab_size: int
+    params: Iterable[Param], checkpoint: CheckpointTensors, vocab_size: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
     from stages.checkpoint.tensors import NUMPY_DTYPES
@@ -119,7 +121,7 @@ def _check_tensors(
 
 def _entries(
     parameter: Param, scheme: Scheme, target: str, names: Mapping[str, str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Parameter, list[StoredTensor]]:
     """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``.
 
     ``names`` are the model's names of tensors -> the checkpoint's, of those that differ.
@@ -133,11 +135,11 @@ def _entries(
         stem = parameter.name.removesuffix("weight")
         n, k = parameter.shape
         tensors = [(f"{stem}{part}", shape, dtype) for part, shape, dtype in scheme.stored(n, k)]
-    stored = [
+    stored: list[StoredTensor] = [
         {"name": name, "shape": layouts.shape(layout, shape), "dtype": dtype, "of": parameter.name}
         for name, shape, dtype in tensors
     ]
-    entry = {
+    entry: Parameter = {
         "name": parameter.name,
         "shape": [*parameter.shape],
         "kind": parameter.kind,
@@ -153,7 +155,7 @@ def _entries(
     return entry, stored
 
 
-def _view(logical: Sequence[Mapping[str, Any]], stored: Sequence[Mapping[str, Any]]) -> str:
+def _view(logical: Sequence[Parameter], stored: Sequence[StoredTensor]) -> str:
     """Render the register: one line per parameter, with how it is stored and made."""
     layout = {entry["name"]: f"{entry['dtype']} {entry['shape']}" for entry in stored}
     lines = ["| parameter | shape | stored as | made of |", "|---|---|---|---|"]

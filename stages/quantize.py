@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from stagegraph.stage import Context
     from stages.conversion.model import Conversion
+    from stages.documents.model import CheckpointTensors
+    from stages.documents.params import Register
+    from stages.documents.weights import ErrorLine
 
 SLACK = 2**20  # bytes for tensor-cache.json and report.json
 
@@ -83,8 +86,8 @@ class Quantize(Stage):
         from stages.quantization.schemes import SCHEMES
         from stages.quantization.tensor_cache import listing, write_index
 
-        register = json.loads(ctx.input("params").read_bytes())
-        tensors = json.loads(ctx.input("tensors").read_bytes())["tensors"]
+        register: Register = json.loads(ctx.input("params").read_bytes())
+        listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
         scheme, scales, files = SCHEMES[ctx.params.scheme], ctx.params.scales, ctx.source("checkpoint")
         if [register["scheme"], register["target"]] != [scheme.name, ctx.params.target]:
             raise StageError(
@@ -92,7 +95,9 @@ class Quantize(Stage):
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
         compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
-        plan = Plan(register, tensors, files.files, files.digests, scheme, scales, ctx.params.threads, compilers)
+        plan = Plan(
+            register, listed["tensors"], files.files, files.digests, scheme, scales, ctx.params.threads, compilers
+        )
         conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
         size = conversion.stored_bytes
         _check_space(ctx, size)
@@ -139,7 +144,7 @@ def _check_space(ctx: Context, size: int) -> None:
         )
 
 
-def _view(report: Iterable[Mapping[str, Any]]) -> str:
+def _view(report: Iterable[ErrorLine]) -> str:
     """Render the report, largest error first."""
     head = "| parameter | shape | relative RMSE | max error | bytes | stored as | from |"
     lines = [head, "|---|---|---:|---:|---:|---|---|"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint.errors import ConfigError, capped
+from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.strict_json import shown
+from stages.problems import capped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from stages.documents.model import Generation
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # What transformers takes for each, and what a message says of anything else.
@@ -24,9 +27,7 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def normalise(
-    settings: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int
-) -> tuple[dict[str, Any], list[str]]:
+def normalise(settings: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int) -> tuple[Generation, list[str]]:
     """Return the normalised document, and what of the checkpoint it leaves out, in sentences.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older
@@ -82,9 +83,9 @@ def normalise(
     }, capped(notes)
 
 
-def _sampling(settings: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, Any]:
+def _sampling(settings: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, float | bool]:
     """Return the sampling defaults; a number out of range, such as a top_k of -1, is left out and noted."""
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, float | bool] = {}
     for key, (accepts, wanted) in SAMPLING.items():
         value = settings.get(key)
         if value is None:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint import strict_json
-from stages.checkpoint.errors import ConfigError, capped
+from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.safetensors import TensorInfo, read_header
+from stages.problems import capped
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
+
+    from stages.documents.model import CheckpointTensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,7 +38,7 @@ class Headers:
     tensors: Tensors
     notes: Sequence[str]
 
-    def table(self) -> dict[str, dict[str, Any]]:
+    def table(self) -> dict[str, CheckpointTensor]:
         """Return dtype, shape and file of every tensor, as tensors.json has them."""
         return {
             name: {"dtype": info.dtype, "shape": [*info.shape], "file": file}

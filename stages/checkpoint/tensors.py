@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
+    from stages.documents.model import CheckpointTensor
+
 BLOCK = 2**20  # bytes of a block, or a quarter more: what a core's second cache holds
 WINDOW = 2**24  # bytes of blocks that are left in memory: pages leave faster together
 STEP = 32  # rows of a block are a multiple of it
@@ -52,7 +54,7 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 class Weights:
     """Tensors by name. ``files`` are shard names -> paths, ``tensors`` config-parse's table: dtype, shape, file."""
 
-    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, CheckpointTensor]) -> None:
         self._files = files
         self._tensors = tensors
         self._headers: dict[str, dict[str, TensorInfo]] = {}

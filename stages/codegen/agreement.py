@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from stages.documents.graph import ModelSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-# What all graphs of one library must agree on; it goes into the metadata under "model".
-SHARED = (
-    "attention_thread_bytes",
-    "cache_bytes_per_token",
-    "cache_workspace_bytes",
-    "compute_dtype",
-    "context_window",
-    "family",
-    "hidden_size",
-    "kv_dtype",
-    "max_batch",
-    "num_layers",
-    "page_size",
-    "prefill_chunk",
-    "scheme",
-    "sep_embed",
-    "state",
-    "state_bytes",
-    "vocab_size",
-)
+    from stages.documents.graph import Graph
+    from stages.documents.params import Register
 
 
-def takes_bytes(registry: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def takes_bytes(registry: Register) -> tuple[list[str], list[str]]:
     """Return the layers that can read activations as int8, and those whose quantized weights are read by floats."""
     logical = registry["logical"]
     head = "head" if any(entry["kind"] == "head" for entry in logical) else "embedding"  # tied: the table is the head
@@ -40,13 +24,11 @@ def takes_bytes(registry: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return [name for name, takes in names if takes], [name for name, takes in names if not takes]
 
 
-def disagreements(
-    graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], target: str, activations: str
-) -> list[str]:
+def disagreements(graphs: Sequence[Graph], registry: Register, target: str, activations: str) -> list[str]:
     """Say where graphs are of different builds, and which functions occur twice or stand for nothing."""
     problems = []
-    for name in (*SHARED, "target"):
-        values = {json.dumps(graph[name]) for graph in graphs}
+    for name in (*ModelSizes.__annotations__, "target"):
+        values = {json.dumps(dict(graph)[name]) for graph in graphs}
         if len(values) > 1:
             problems.append(
                 f"the graphs disagree on {name}: {', '.join(sorted(values))}; give every graph-build the same"

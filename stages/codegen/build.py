@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from stages.codegen.agreement import SHARED
 from stages.codegen.library import CodegenError, Compilers, build_library
+from stages.documents.graph import ModelSizes
 from stages.ir.compat import load_json
 from stages.lowering.merge import merge
 from stages.lowering.pipeline import lower
 from stages.lowering.schedules.cache import scheduled
+from stages.problems import ProblemsError
 from stages.targets import processor, toolchain
 from stages.targets.backends import DeviceCodeError, load_backend, packages
 from stages.targets.table import TARGETS
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.codegen.library import Built
+    from stages.documents.graph import Graph
+    from stages.documents.library import Compiler, Described, DeviceContents, Metadata
+    from stages.documents.params import Register
     from stages.memo import Memo
     from stages.targets.backends import Backend
     from stages.targets.toolchain import Program
@@ -28,12 +32,8 @@ if TYPE_CHECKING:
 STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
 
 
-class BuildError(ValueError):
-    """A library that cannot be built; ``problems`` says what is wrong and what to do."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+class BuildError(ProblemsError):
+    """A library that cannot be built, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,20 @@ class _Tools:
 
 def build(
     modules: Sequence[str],
-    graphs: Sequence[Mapping[str, Any]],
-    registry: Mapping[str, Any],
+    graphs: Sequence[Graph],
+    registry: Register,
     options: Options,
     versions: Callable[..., dict[str, str]],
     memo: Memo,
     library: Path,
-) -> tuple[dict[str, Any], list[Built]]:
+) -> tuple[Metadata, list[Built]]:
     """Write ``library``, of the exported ``modules`` (texts) with their ``graphs``; return its metadata and kernels.
 
     ``versions`` returns the versions of installed distributions by name. :class:`BuildError` for what is missing or
     cannot be compiled.
     """
     tools = _find_tools(options)
-    metadata = _metadata(graphs, registry, options) | {
-        "toolchain": _toolchain(tools, versions),
-        "tools": versions("apache-tvm", "apache-tvm-ffi"),
-    }
+    metadata = _described(graphs, registry, options, tools, versions)
     memory: dict[str, int] = {}
 
     def describe(planned: Mapping[str, int]) -> dict[str, Any]:
@@ -86,14 +83,15 @@ def build(
 
     try:
         built = _build(modules, options, metadata, tools, describe, memo, library)
-        contents = tools.backend.contents(library) if tools.backend else {"device_code": [], "device_kernels": {}}
+        none: DeviceContents = {"device_code": [], "device_kernels": {}}
+        contents = tools.backend.contents(library) if tools.backend else none
     except DeviceCodeError as error:
         raise BuildError(str(error)) from None
     except CodegenError as error:
         raise BuildError(*error.problems) from None
     on_device = [name for kernel in built for name in kernel.code.entry_points]
     names = sorted(on_device or [kernel.name for kernel in built])
-    return metadata | {"memory": memory, "kernels": names, **contents}, built
+    return {**metadata, **contents, "memory": memory, "kernels": names}, built
 
 
 def _find_tools(options: Options) -> _Tools:
@@ -108,9 +106,9 @@ def _find_tools(options: Options) -> _Tools:
     return _Tools(cxx, backend, toolkit)
 
 
-def _toolchain(tools: _Tools, versions: Callable[..., dict[str, str]]) -> dict[str, Any]:
+def _toolchain(tools: _Tools, versions: Callable[..., dict[str, str]]) -> dict[str, Compiler]:
     """Return the compilers as metadata tells them: name -> where it comes from, its version and its packages'."""
-    found: dict[str, Any] = {"c++": {"kind": tools.cxx.kind, "version": tools.cxx.version, "packages": {}}}
+    found: dict[str, Compiler] = {"c++": {"kind": tools.cxx.kind, "version": tools.cxx.version, "packages": {}}}
     if tools.backend and tools.toolkit:
         kind, _, version = tools.toolkit
         parts = packages(tools.backend, tools.toolkit, versions)
@@ -118,30 +116,43 @@ def _toolchain(tools: _Tools, versions: Callable[..., dict[str, str]]) -> dict[s
     return found
 
 
-def _metadata(graphs: Sequence[Mapping[str, Any]], registry: Mapping[str, Any], options: Options) -> dict[str, Any]:
-    """Return what is known of the library before it is built, but for its tools."""
+def _described(
+    graphs: Sequence[Graph],
+    registry: Register,
+    options: Options,
+    tools: _Tools,
+    versions: Callable[..., dict[str, str]],
+) -> Described:
+    """Return what is known of the library before it is built."""
     mcpu, _ = processor.parse(options.mcpu)
     return {
         "schema": 1,
         "target": {
-            name: getattr(options, name)
-            for name in ("target", "opt", "archs", "fast_math", "cuda_graph", "activations")
-        },
-        "cpu": {"mcpu": mcpu, "features": list(processor.required_features(options.mcpu))},
-        "functions": sorted(name for graph in graphs for name in graph["functions"]),
-        "params": [{key: param[key] for key in ("name", "shape", "dtype")} for param in registry["params"]],
-        "model": {
-            **{name: graphs[0][name] for name in SHARED},
-            "layout": registry["layout"],
+            "target": options.target,
+            "opt": options.opt,
+            "archs": options.archs,
+            "fast_math": options.fast_math,
+            "cuda_graph": options.cuda_graph,
             "activations": options.activations,
         },
+        "toolchain": _toolchain(tools, versions),
+        "tools": versions("apache-tvm", "apache-tvm-ffi"),
+        "cpu": {"mcpu": mcpu, "features": list(processor.required_features(options.mcpu))},
+        "functions": sorted(name for graph in graphs for name in graph["functions"]),
+        "params": [{"name": p["name"], "shape": p["shape"], "dtype": p["dtype"]} for p in registry["params"]],
+        "model": {**_sizes(graphs[0]), "layout": registry["layout"], "activations": options.activations},
     }
+
+
+def _sizes(graph: Graph) -> ModelSizes:
+    """Return the part of a graph's document that all graphs of a library share."""
+    return cast("ModelSizes", {name: value for name, value in graph.items() if name in ModelSizes.__annotations__})
 
 
 def _build(
     modules: Sequence[str],
     options: Options,
-    metadata: Mapping[str, Any],
+    metadata: Described,
     tools: _Tools,
     describe: Callable[[Mapping[str, int]], dict[str, Any]],
     memo: Memo,

@@ -21,17 +21,14 @@ from stages.ir.compat import load_json
 from stages.ir.content import content
 from stages.lowering.rewriter import bound_values
 from stages.memo import Memo
+from stages.problems import ProblemsError
 from stages.targets.backends import DeviceCompiler
 
 KIND = "kernel"  # of what is kept
 
 
-class CodegenError(ValueError):
-    """A library could not be made; ``problems`` are the kernels that failed, or the end of the linker's log."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+class CodegenError(ProblemsError):
+    """A library could not be made: the kernels that failed, or the end of the linker's log."""
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from stages.sizes import DTYPE_BYTES
 from stages.targets.table import TARGETS
 
 if TYPE_CHECKING:
     from stages.codegen.library import Built
+    from stages.documents.graph import Graph
+    from stages.documents.library import Metadata
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
 # What TVM's paged KV cache takes on its device for page tables, whatever its sizes, and once more on the host:
 # committed lazily on a processor, which writes to next to nothing of it, fully on a GPU.
 CACHE_TABLES = 128 * 2**20
@@ -20,7 +22,7 @@ FIGURES = ("registers", "shared", "stack", "spill_stores", "spill_loads", "matri
 STEPS_KEPT = 16  # of each sequence, in the state of a recurrent model: what the runtime's sessions ask for
 
 
-def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], built: Sequence[Built]) -> dict[str, str]:
+def views(metadata: Metadata, graphs: Sequence[Graph], built: Sequence[Built]) -> dict[str, str]:
     """Return the pages of a library by name; ``graphs`` are the documents of the graphs it was made of."""
     return {
         "functions": _functions(graphs),
@@ -30,7 +32,7 @@ def views(metadata: Mapping[str, Any], graphs: Sequence[Mapping[str, Any]], buil
     }
 
 
-def summary(metadata: Mapping[str, Any], size: int) -> str:
+def summary(metadata: Metadata, size: int) -> str:
     """Return the library of ``size`` bytes in a few words."""
     code = [f"{entry['kind']} {entry['arch']}" for entry in metadata["device_code"]]
     spilling = {name for found in metadata["device_kernels"].values() for name in found if _spilled(found[name])}
@@ -70,7 +72,7 @@ def _kernels(built: Sequence[Built]) -> str:
     )
 
 
-def _functions(graphs: Sequence[Mapping[str, Any]]) -> str:
+def _functions(graphs: Sequence[Graph]) -> str:
     signatures = {name: signature for graph in graphs for name, signature in graph["functions"].items()}
     rows = [
         f"| {name} | {', '.join(f'{arg}: {ty}' for arg, ty in signature['inputs'])} | {signature['output']} |"
@@ -79,7 +81,7 @@ def _functions(graphs: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["| function | arguments | result |", "|---|---|---|", *rows]) + "\n"
 
 
-def memory(metadata: Mapping[str, Any]) -> str:
+def memory(metadata: Metadata) -> str:
     """Render what the library needs on its device: a user asks whether it fits."""
     model, plan = metadata["model"], metadata["memory"]
     weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])

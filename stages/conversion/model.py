@@ -20,6 +20,7 @@ from stages.conversion import compiled
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory
 from stages.models import transforms
+from stages.problems import ProblemsError
 from stages.quantization.blocks import UnfitError
 from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from stages.documents.model import CheckpointTensor
+    from stages.documents.params import Parameter, Register
+    from stages.documents.weights import ErrorLine
     from stages.memo import Memo, NewPart, Part
     from stages.quantization.compiled import Kernels
     from stages.quantization.schemes import Scheme
@@ -39,12 +43,8 @@ KEPT_EVERY = 64 * 2**20  # bytes of sources: what is made of as many is kept at 
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
-class ConversionError(ValueError):
-    """Parameters that cannot be converted; ``problems`` names each."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+class ConversionError(ProblemsError):
+    """Parameters that cannot be converted, each named."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Plan:
     ``scales`` is max or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles kernels.
     """
 
-    register: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Any]]
+    register: Register
+    tensors: Mapping[str, CheckpointTensor]
     files: Mapping[str, Path]
     digests: Mapping[str, str]
     scheme: Scheme
@@ -71,7 +71,7 @@ class Conversion:
         stored = {e["name"]: Tensor(e["name"], tuple(e["shape"]), e["dtype"]) for e in plan.register["params"]}
         self._plan = plan
         self._memo = memo
-        self._logical: Sequence[Mapping[str, Any]] = plan.register["logical"]
+        self._logical = plan.register["logical"]
         self._stored = [[stored[name] for name in entry["stored"]] for entry in self._logical]
         self._weights = Weights(plan.files, plan.tensors)
         self._sizes = [sum(self._weights.nbytes(name) for name in entry["sources"]) for entry in self._logical]
@@ -94,7 +94,7 @@ class Conversion:
         self._unkept: list[NewPart] = []
         self._unkept_bytes = 0
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> list[ErrorLine]:
         """Make every parameter and every shard; return a line for each parameter, in packed order.
 
         :class:`ConversionError` names every parameter that was found wrong until the first one ended the work.
@@ -159,15 +159,15 @@ class Conversion:
             for name in kernel_names(source, self._plan.scheme, self._plan.scales, layouts=layouts, dtypes=dtypes)
         ]
 
-    def _dtype(self, entry: Mapping[str, Any]) -> np.dtype:
+    def _dtype(self, entry: Parameter) -> np.dtype:
         """Return the dtype that a parameter is made in, before it is stored."""
         return working_dtype(self._plan.tensors[name]["dtype"] for name in entry["sources"])
 
-    def _source_dtypes(self, entry: Mapping[str, Any]) -> list[str]:
+    def _source_dtypes(self, entry: Parameter) -> list[str]:
         """Return the dtypes of the tensors that a parameter is made of, each once."""
         return sorted({str(np.dtype(NUMPY_DTYPES[self._plan.tensors[name]["dtype"]])) for name in entry["sources"]})
 
-    def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> dict[str, Any]:
+    def _make(self, index: int, library: Kernels | None, digests: Digests, memory: Memory) -> ErrorLine:
         """Make one parameter unless it is known, and say how far all are; runs in a thread."""
         entry, target = self._logical[index], self._targets[index]
         values = math.prod(entry["shape"])
@@ -196,10 +196,12 @@ class Conversion:
             "scheme": self._plan.scheme.name if entry["quantize"] else entry["dtype"],
             "shape": entry["shape"],
             "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
-            **facts,
+            "source_dtype": facts["source_dtype"],
+            "rmse": facts["rmse"],
+            "max_error": facts["max_error"],
         }
 
-    def _located(self, entry: Mapping[str, Any], error: UnfitError) -> str:
+    def _located(self, entry: Parameter, error: UnfitError) -> str:
         """Say of a value that cannot be stored where it stands in the checkpoint."""
         source, row = transforms.source_of(entry["transform"], error.index[0], entry["source_shapes"])
         name, place = entry["sources"][source], [row, *error.index[1:]]
@@ -209,13 +211,13 @@ class Conversion:
         of = f" (of parameter {entry['name']})" if name != entry["name"] else ""
         return f"{self._plan.tensors[name]['file']}: tensor {name}{of}: the value at {place} is {value:g}{reason}"
 
-    def _recall(self, entry: Mapping[str, Any], digests: Digests) -> Part | None:
+    def _recall(self, entry: Parameter, digests: Digests) -> Part | None:
         """Return the part that was made of equal sources before; sources are read for it only where one may be."""
         if not self._repeated and not all(name in digests for name in entry["sources"]):
             return None
         return self._memo.recall("tensor", self._document(entry, digests.take(entry["sources"])))
 
-    def _document(self, entry: Mapping[str, Any], digests: Sequence[str]) -> dict[str, Any]:
+    def _document(self, entry: Parameter, digests: Sequence[str]) -> dict[str, Any]:
         """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
         scheme = self._plan.scheme
         how: dict[str, Any] = {"dtype": entry["dtype"]}
@@ -248,8 +250,18 @@ class Conversion:
                 yield whole()
 
         data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
-        how = {"dtype": entry["dtype"], "scales": plan.scales, "layout": entry["layout"], "kernels": library}
-        made = convert(rows(), plan.scheme, entry["kind"], shape=entry["shape"], whole=whole, into=data, **how)
+        made = convert(
+            rows(),
+            plan.scheme,
+            entry["kind"],
+            shape=entry["shape"],
+            whole=whole,
+            into=data,
+            dtype=entry["dtype"],
+            scales=plan.scales,
+            layout=entry["layout"],
+            kernels=library,
+        )
         with target.open("xb", buffering=0) as file:
             _write(file, data.data)
         # Four digits: kernels and NumPy add up in another order.

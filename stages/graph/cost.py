@@ -6,7 +6,6 @@ the cache is a call of the runtime whose work depends on what the cache holds; i
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ import tvm_ffi
 from tvm import relax as rx
 from tvm import tirx
 
+from stages.documents.files import json_text
 from stages.graph.views import operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
@@ -163,7 +163,7 @@ def structure(module: tvm.IRModule) -> str:
         for var, function in module.functions_items()
         if isinstance(function, tirx.PrimFunc)
     }
-    return json.dumps({"schema": 1, "functions": functions, "kernels": kernels}, indent=1, sort_keys=True) + "\n"
+    return json_text({"schema": 1, "functions": functions, "kernels": kernels})
 
 
 def _line(call: rx.Call) -> str:

@@ -11,22 +11,19 @@ from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
+from stages.documents.params import Register
 from stages.kernels.cpu import kv_cache, sliding_window
 from stages.models.layers import CausalLM, LayerFactory
+from stages.problems import ProblemsError
+from stages.sizes import DTYPE_BYTES, PAGE_SIZE
 from stages.targets.table import Target
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
-PAGE_SIZE = 16  # tokens per page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 tensor = nn.spec.Tensor
 
 
-class GraphError(ValueError):
-    """The model as composed and the parameters as registered disagree; ``problems`` says where, all at once."""
-
-    def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+class GraphError(ProblemsError):
+    """The model as composed and the parameters as registered disagree."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Build:
 
     config: Any
     compose: Callable[[Any, LayerFactory], CausalLM]
-    registry: Mapping[str, Any]
+    registry: Register
     row: Target
     target: tvm.target.Target
     compute_dtype: str

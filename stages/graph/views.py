@@ -9,14 +9,16 @@ import tvm
 from tvm import relax as rx
 from tvm import tirx
 
+from stages.documents.graph import Signature
 
-def signatures(module: tvm.IRModule) -> dict[str, dict[str, Any]]:
+
+def signatures(module: tvm.IRModule) -> dict[str, Signature]:
     """Return function name -> {"inputs": [[name, type]], "output": type}; packed parameters are one entry."""
     return {name: _signature(function) for name, function in relax_functions(module)}
 
 
-def _signature(function: rx.Function) -> dict[str, Any]:
-    inputs = [[var.name, type_text(var.ty)] for var in function.params]
+def _signature(function: rx.Function) -> Signature:
+    inputs = [(str(var.name), type_text(var.ty)) for var in function.params]
     return {"inputs": inputs, "output": type_text(function.ret_ty)}
 
 

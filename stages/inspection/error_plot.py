@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from stages.documents.weights import ErrorLine, ErrorReport
 
 LAYER = re.compile(r"\.(\d+)\.")
 FORMATS = (".png", ".svg")
@@ -17,10 +19,10 @@ class PlotError(ValueError):
     """The picture cannot be drawn; the message says what to do."""
 
 
-def draw(report: Mapping[str, Any], path: Path) -> None:
+def draw(report: ErrorReport, path: Path) -> None:
     """Draw a report of quantize into ``path``, whose suffix is .png or .svg."""
     if path.suffix not in FORMATS:
-        raise PlotError(f"{path}: a picture is drawn as {' or '.join(FORMATS)}; name the file so")
+        raise PlotError(f"{path}: a picture is drawn as {' or '.join(FORMATS)}; use a .png or .svg name")
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -39,7 +41,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _by_kind(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+def _by_kind(lines: Sequence[ErrorLine]) -> dict[str, list[tuple[int, float]]]:
     """Return what a parameter is called without its layer -> its (layer, error) in each."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in lines:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from stages.documents.model import CheckpointTensor
+    from stages.documents.params import Parameter, RegisterDocuments
+
 # What the rows of stages.models.transforms:TRANSFORMS do, in words.
 HOW = {
     "copy": "as it is",
@@ -18,14 +21,14 @@ HOW = {
 }
 
 
-def names(documents: Mapping[str, Any]) -> set[str]:
+def names(documents: RegisterDocuments) -> set[str]:
     """Return every name that :func:`find` knows: of parameters, of stored tensors, of checkpoint tensors."""
     logical = documents["params"]["logical"]
     made = {name for entry in logical for name in (entry["name"], *entry["stored"], *entry["sources"])}
     return made | set(_headers(documents))
 
 
-def find(documents: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+def find(documents: RegisterDocuments, name: str) -> dict[str, Any] | None:
     """Return what is known of ``name``, None if nothing is.
 
     ``parameter`` is there if a parameter or a tensor it is stored as has that name, ``checkpoint`` if a checkpoint
@@ -63,16 +66,15 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _headers(documents: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = documents["tensors"]["tensors"] if "tensors" in documents else {}
-    return found
+def _headers(documents: RegisterDocuments) -> Mapping[str, CheckpointTensor]:
+    return documents["tensors"]["tensors"] if "tensors" in documents else {}
 
 
-def _shapes(entry: Mapping[str, Any], name: str) -> Iterator[list[int]]:
+def _shapes(entry: Parameter, name: str) -> Iterator[list[int]]:
     return (s for source, s in zip(entry["sources"], entry["source_shapes"], strict=True) if source == name)
 
 
-def _parameter(documents: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+def _parameter(documents: RegisterDocuments, entry: Parameter) -> dict[str, Any]:
     """Return one parameter with the tensors it is stored as, and those it is made of."""
     headers, packed = _headers(documents), documents["params"]["params"]
     places = {param["name"]: place for place, param in enumerate(packed)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from stages.documents.weights import ErrorLine, ErrorReport
+
     Files = Mapping[str, Path]
 
 SHOWN = 30  # tensors; more are counted
@@ -27,8 +29,8 @@ class _Weights:
 
     def __init__(self, files: Files) -> None:
         index = json.loads(files["weights/tensor-cache.json"].read_bytes())
-        report = json.loads(files["report.json"].read_bytes())
-        self.lines: dict[str, Mapping[str, Any]] = {line["name"]: line for line in report["tensors"]}
+        report: ErrorReport = json.loads(files["report.json"].read_bytes())
+        self.lines: dict[str, ErrorLine] = {line["name"]: line for line in report["tensors"]}
         self.how = {"scheme": report["scheme"], "scales": report["scales"]}
         self._places = {
             record["name"]: (files[f"weights/{shard['dataPath']}"], record)
@@ -103,11 +105,11 @@ def weights(a: Files, b: Files) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _describe(line: Mapping[str, Any] | None) -> str:
+def _describe(line: ErrorLine | None) -> str:
     return f"{line['scheme']} {line['shape']}" if line else "-"
 
 
-def _comparable(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> bool:
+def _comparable(a: ErrorLine | None, b: ErrorLine | None) -> bool:
     return a is not None and b is not None and a["shape"] == b["shape"]
 
 

@@ -13,8 +13,9 @@ from tvm import relax as rx
 
 from stages.kernels.cpu.linear_float import Linear, linear_kernel
 from stages.kernels.cpu.linear_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
-from stages.kernels.cpu.stored import BLOCK, Stored
+from stages.kernels.cpu.stored import Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
+from stages.sizes import N32_BLOCK as BLOCK
 
 _FLOATS = ("float32", "float16")
 

@@ -5,13 +5,13 @@ A parameter keeps its storage dtype; arithmetic happens in the compute dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
+from stages.documents.params import Parameter, Register
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, Matrix, ScaledMatrix
 
 
@@ -205,7 +205,7 @@ class LayerFactory:
     stored name of each parameter made.
     """
 
-    def __init__(self, registry: Mapping[str, Any], compute_dtype: str, *, bits: int = 0, group_size: int = 0) -> None:
+    def __init__(self, registry: Register, compute_dtype: str, *, bits: int = 0, group_size: int = 0) -> None:
         self.compute_dtype = compute_dtype
         self.bits = bits
         self.group_size = group_size
@@ -243,8 +243,8 @@ class LayerFactory:
     def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
         logical = self._check(name, shape)
         rows, columns = shape
-        layout = Layout(logical.get("layout", "nk"))
-        if not logical.get("quantize"):
+        layout = Layout(logical["layout"] if logical else "nk")
+        if not logical or not logical["quantize"]:
             weight = self._parameter(name, layout.shape(rows, columns))
             return FloatMatrix(weight, rows, self.compute_dtype, layout)
         base = name.removesuffix("weight")
@@ -266,8 +266,8 @@ class LayerFactory:
         self._check(name, (features,))
         return self._parameter(name, (features,))
 
-    def _check(self, name: str, shape: tuple[int, ...]) -> Mapping[str, Any]:
-        logical: Mapping[str, Any] = self._logical.get(name, {})
+    def _check(self, name: str, shape: tuple[int, ...]) -> Parameter | None:
+        logical = self._logical.get(name)
         if logical and tuple(logical["shape"]) != shape:
             self.problems.append(f"{name}: registered as {list(logical['shape'])}, the model needs {list(shape)}")
         return logical

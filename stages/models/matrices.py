@@ -14,6 +14,8 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
+from stages.sizes import N32_BLOCK
+
 
 def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
     """Select ``ids`` (int32 [s]) along ``axis``; an id out of range is clipped, for the default mode reads wild."""
@@ -27,7 +29,7 @@ class Layout:
     (``kn``).
     """
 
-    BLOCKS = {"nk": 1, "kn": 0, "n32": 32}
+    BLOCKS = {"nk": 1, "kn": 0, "n32": N32_BLOCK}
 
     def __init__(self, name: str) -> None:
         self.block = self.BLOCKS[name]

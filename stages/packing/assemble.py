@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from stages.documents.bundle import FileEntry
 
 _MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
@@ -49,16 +50,11 @@ def machine(library: Path) -> str:
     return _MACHINES.get(code, f"ELF machine {code}")
 
 
-def files(root: Path) -> dict[str, dict[str, Any]]:
+def files(root: Path) -> dict[str, FileEntry]:
     """Return every file under ``root`` by relative name: its SHA-256 in hex and its size."""
-    found = {}
+    found: dict[str, FileEntry] = {}
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found[path.relative_to(root).as_posix()] = {"sha256": digest, "size": path.stat().st_size}
     return found
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write ``document`` with sorted keys, so that equal documents are equal bytes."""
-    path.write_text(json.dumps(document, ensure_ascii=False, indent=1, sort_keys=True) + "\n", "utf-8")

@@ -10,25 +10,22 @@ from stages.runtime import seal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stages.documents.bundle import FileEntry, Manifest, Parts
+    from stages.documents.library import BuiltModel, Metadata
+    from stages.documents.weights import Shard
+
 # The form of mlc-chat-config.json that this is written in.
 MLC_CONFIG_VERSION = "0.1.0"
 _SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size", "num_layers")
 
 
-def disagreements(
-    *,
-    target: str,
-    metadata: Mapping[str, Any],
-    config: Mapping[str, Any],
-    generation: Mapping[str, Any],
-    tokenizer_info: Mapping[str, Any],
-    tensors: Mapping[str, Any],
-) -> list[str]:
+def disagreements(target: str, found: Parts) -> list[str]:
     """Return where the parts of one bundle contradict one another; each would load and then give wrong text."""
+    metadata, config, tokenizer_info = found["metadata"], found["config"], found["tokenizer_info"]
     model = metadata["model"]
     stored = {
         record["name"]: (record["dtype"], record["shape"])
-        for shard in tensors["records"]
+        for shard in found["tensors"]["records"]
         for record in shard["records"]
     }
     taken = {entry["name"]: (entry["dtype"], list(entry["shape"])) for entry in metadata["params"]}
@@ -42,15 +39,15 @@ def disagreements(
         if stored.get(name) != taken.get(name)
     ]
     problems += [
-        f"{name}: the library was built for {model[name]} and the model's config says {config[name]}"
+        f"{name}: the library was built for {dict(model)[name]} and the model's config says {dict(config)[name]}"
         for name in ("vocab_size", "hidden_size", "num_layers", "context_window")
-        if model[name] != config[name]
+        if dict(model)[name] != dict(config)[name]
     ]
     if tokenizer_info["active_vocab_size"] > model["vocab_size"]:
         problems.append(
             f"the tokenizer has {tokenizer_info['active_vocab_size']} ids and the model {model['vocab_size']} rows"
         )
-    unknown = sorted(set(generation["stop"]) - set(tokenizer_info["stop"]))
+    unknown = sorted(set(found["generation"]["stop"]) - set(tokenizer_info["stop"]))
     if unknown:
         problems.append(f"stop ids {unknown} of generation_config.json are not stop ids of the tokenizer")
     return problems
@@ -60,12 +57,12 @@ def manifest(
     name: str,
     target: str,
     machine: str,
-    found: Mapping[str, Mapping[str, Any]],
-    files: Mapping[str, Mapping[str, Any]],
+    found: Parts,
+    files: Mapping[str, FileEntry],
 ) -> dict[str, Any]:
     """Return bundle.json: what the loader checks before it loads anything, and how the checkpoint draws tokens."""
     metadata = found["metadata"]
-    document = {
+    document: Manifest = {
         "schema": 1,
         "name": name,
         "target": target,
@@ -81,9 +78,9 @@ def manifest(
 
 
 def chat_config(
-    found: Mapping[str, Mapping[str, Any]], tokenizer_files: Sequence[str], conversation: Mapping[str, Any]
+    found: Parts, tables: Mapping[str, Any], tokenizer_files: Sequence[str], conversation: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return mlc-chat-config.json; ``conversation`` is its conv_template."""
+    """Return mlc-chat-config.json; ``tables`` are those of tokenizer.json, ``conversation`` is its conv_template."""
     model, info = found["metadata"]["model"], found["tokenizer_info"]
     sampling = found["generation"].get("sampling") or {}
     return {
@@ -110,7 +107,7 @@ def chat_config(
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "tokenizer_files": [name for name in tokenizer_files if name != "tokenizer_info.json"],
-        "tokenizer_info": mlc.tokenizer_info(found.get("tables")),
+        "tokenizer_info": mlc.tokenizer_info(tables),
         "conv_template": conversation,
         "bos_token_id": info["bos"],
         "eos_token_id": info["stop"],
@@ -118,7 +115,7 @@ def chat_config(
     }
 
 
-def card(name: str, target: str, target_needs: Sequence[str], found: Mapping[str, Mapping[str, Any]]) -> str:
+def card(name: str, target: str, target_needs: Sequence[str], found: Parts) -> str:
     """Return README.md: what the bundle is, what it was made of and with, and the command that runs it.
 
     ``target_needs`` is what pip installs for the target beside TVM.
@@ -132,7 +129,7 @@ def card(name: str, target: str, target_needs: Sequence[str], found: Mapping[str
         ("quantization", model["scheme"]),
         ("target", f"{target}, code for {_processors(metadata)}"),
         ("arithmetic", f"{model['compute_dtype']}, {_activations(model)}{_state(model)}"),
-        *((size.replace("_", " "), model[size]) for size in _SIZES if model[size] is not None),
+        *((size.replace("_", " "), dict(model)[size]) for size in _SIZES if dict(model)[size] is not None),
         ("tokens with a text", found["tokenizer_info"]["active_vocab_size"]),
         ("weights", f"{len(metadata['params'])} tensors in {len(shards)} files, {_bytes(shards):,} bytes"),
         ("tokenizer", f"{found['tokenizer_info']['family']}, fingerprint {found['tokenizer_info']['fingerprint']}"),
@@ -161,18 +158,18 @@ Whether the bundle computes what its checkpoint computes is said by the card of 
 """
 
 
-def _activations(model: Mapping[str, Any]) -> str:
+def _activations(model: BuiltModel) -> str:
     return "8-bit activations in layers with quantized weights, " if model.get("activations") == "int8" else ""
 
 
-def _state(model: Mapping[str, Any]) -> str:
+def _state(model: BuiltModel) -> str:
     return "recurrent state in place of a KV cache" if model["state"] == "rnn" else f"KV cache {model['kv_dtype']}"
 
 
-def _processors(metadata: Mapping[str, Any]) -> str:
+def _processors(metadata: Metadata) -> str:
     code = [f"{entry['kind']} {entry['arch']}" for entry in metadata.get("device_code") or ()]
     return ", ".join([str(metadata["cpu"]["mcpu"]), *code])
 
 
-def _bytes(shards: Sequence[Mapping[str, Any]]) -> int:
+def _bytes(shards: Sequence[Shard]) -> int:
     return sum(shard["nbytes"] for shard in shards)

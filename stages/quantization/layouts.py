@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.sizes import N32_BLOCK as BLOCK
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stages.quantization.schemes import Scheme
 
-BLOCK = 32
 _MATRICES = ("linear", "embedding", "head")  # kinds of parameters that are matrices
 _FLOATS = ("float32", "float16")
 

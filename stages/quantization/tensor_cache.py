@@ -12,13 +12,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stages.sizes import DTYPE_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 SHARD_BYTES = 32 * 2**20  # the loader reads a shard at once
 OWN_SHARD_BYTES = 256 * 2**10
-DTYPE_BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from stages.documents.library import DeviceContents
 from stages.targets.toolchain import Program
 
 # Target -> its backend. Targets that run on the processor alone have none.
@@ -55,7 +56,7 @@ class Backend(Protocol):
     def prepare(self, toolkit: Program, cxx: Program, params: Any) -> DeviceCompiler:
         """Return the compiler, ready; :class:`DeviceCodeError` for what the toolkit lacks, all at once."""
 
-    def contents(self, library: Path) -> dict[str, Any]:
+    def contents(self, library: Path) -> DeviceContents:
         """Return what device code a finished library holds, for its metadata: ``device_code``, ``device_kernels``."""
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.documents.files import write_json
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.templates import emitted
 from stages.tokenizers.tokenizer_family import ChatFormat, ModelFacts, TokenizerFamily
@@ -87,12 +87,6 @@ def prefix_of(tokenizer: Tokenizer) -> list[int]:
     around, plain = tokenizer.encode("a").ids, tokenizer.encode("a", add_special_tokens=False).ids
     at = next(i for i in range(len(around) + 1) if around[i : i + len(plain)] == plain)
     return list(around[:at])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as every artifact has it: sorted keys, one space of indentation, a final newline."""
-    text = json.dumps(value, allow_nan=False, ensure_ascii=False, indent=1, sort_keys=True)
-    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _end_of_text(ids: Mapping[str, int], family: TokenizerFamily) -> int:

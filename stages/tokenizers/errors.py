@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-MAX_SHOWN = 20
+from stages.problems import ProblemsError, capped
 
 
-class TokenizerError(ValueError):
-    """A checkpoint's tokenizer files cannot be used: the problems found, each a complete sentence."""
+class TokenizerError(ProblemsError):
+    """A checkpoint's tokenizer files cannot be used."""
 
     def __init__(self, *problems: str) -> None:
-        hidden = len(problems) - MAX_SHOWN
-        self.problems = (*problems[:MAX_SHOWN], *([f"and {hidden:,} more problems"] if hidden > 0 else []))
-        super().__init__("\n".join(self.problems))
+        super().__init__(*capped(problems, "problems"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from stages.documents.model import CheckpointTensor
+    from stages.documents.params import Register
     from stages.tokenizers.tokenizer_family import Reference as SourceReader
 
     Progress = Callable[[int, int, str], None]
@@ -39,9 +41,9 @@ class Case:
     scales: str = "max"  # how quantize chose them
 
     @cached_property
-    def registry(self) -> dict[str, Any]:
+    def registry(self) -> Register:
         """params.json."""
-        document: dict[str, Any] = json.loads(self.params.read_text("utf-8"))
+        document: Register = json.loads(self.params.read_text("utf-8"))
         return document
 
     @cached_property
@@ -110,7 +112,7 @@ class Case:
         return tensor_cache.records(self.manifest.folder)
 
     @cached_property
-    def tensors(self) -> dict[str, dict[str, Any]]:
+    def tensors(self) -> dict[str, CheckpointTensor]:
         """What the checkpoint's headers say of its tensors: dtype, shape, file."""
         return read_headers({name: path for name, path in self.files.items() if "/" not in name}).table()
 

@@ -14,6 +14,7 @@ from blake3 import blake3
 from stages import profiles
 from stages.bundle import Bundle
 from stages.config_parse import ConfigParse
+from stages.documents.files import write_json
 from stages.packing import assemble
 from stages.param_register import ParamRegister
 from stages.quantize import Quantize
@@ -62,7 +63,7 @@ class Built:
         self._write(document)
 
     def _write(self, document: Any) -> None:
-        assemble.write_json(self.bundle / "bundle.json", {**document, seal.KEY: seal.seal(document)})
+        write_json(self.bundle / "bundle.json", {**document, seal.KEY: seal.seal(document)})
 
 
 def build(

@@ -12,7 +12,7 @@ from tvm.relax.frontend.nn import op
 from stages.graph.views import operators
 from stages.kernels.cpu import attention as cpu_attention
 from stages.kernels.cpu import kv_cache
-from stages.kernels.cpu.kv_cache import PAGE, Heads, copy_page
+from stages.kernels.cpu.kv_cache import Heads, copy_page
 from stages.kernels.cpu.linear_float import PANEL, linear_kernel
 from stages.kernels.cpu.linear_float import Linear as FloatLinear
 from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
@@ -25,6 +25,7 @@ from stages.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout
 from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
+from stages.sizes import PAGE_SIZE as PAGE
 from stages.targets import processor
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target, host_triple

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from stages.documents.files import write_json
 from stages.packing import assemble
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.errors import BundleError
@@ -228,7 +229,7 @@ def test_a_document_that_is_none(built, name, content):
         document = json.loads((built.bundle / "bundle.json").read_text())
         document["files"] = assemble.files(built.bundle)
         del document["sha256"], document["files"]["bundle.json"]
-        assemble.write_json(built.bundle / "bundle.json", document)
+        write_json(built.bundle / "bundle.json", document)
     text = refusal(built)
     assert name in text or "tokenizer cannot be read" in text
 

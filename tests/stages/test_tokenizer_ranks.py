@@ -6,8 +6,9 @@ import base64
 
 import pytest
 
+from stages.problems import MAX_SHOWN
 from stages.tokenizers.byte_level import BYTES, CHARACTERS, spell, unspell
-from stages.tokenizers.errors import MAX_SHOWN, TokenizerError
+from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.ranks import MAX_TOKEN_BYTES, derive_merges, read_ranks
 from tests.stages.tokenizer_samples import tiktoken_text, tiny_ranks
 

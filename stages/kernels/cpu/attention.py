@@ -16,8 +16,9 @@ from typing import Any
 
 from tvm import tirx
 
-from stages.kernels.cpu.kv_cache import PAGE, Heads
+from stages.kernels.cpu.kv_cache import Heads
 from stages.kernels.cpu.vectors import T, constant, exp2, get, kernel, put, span, splat, total, vector
+from stages.sizes import PAGE_SIZE as PAGE
 
 LOWEST, HIDDEN = -5e4, -1e30
 ROWS = 4  # rows of a tile

@@ -14,8 +14,8 @@ from typing import Any
 from tvm import tirx
 
 from stages.kernels.cpu.vectors import T, along, each_row, kernel, put, span
+from stages.sizes import PAGE_SIZE as PAGE
 
-PAGE = 16
 LANES = 16
 
 

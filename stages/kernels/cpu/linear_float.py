@@ -10,7 +10,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from stages.kernels.cpu.stored import BLOCK, Stored
+from stages.kernels.cpu.stored import Stored
 from stages.kernels.cpu.vectors import (
     T,
     as_float,
@@ -25,6 +25,7 @@ from stages.kernels.cpu.vectors import (
     total,
     vector,
 )
+from stages.sizes import N32_BLOCK as BLOCK
 
 PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
 AHEAD = 4096  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself

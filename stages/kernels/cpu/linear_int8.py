@@ -15,8 +15,8 @@ from typing import Any
 from tvm import tirx
 
 from stages.kernels.cpu.linear_float import Arguments, Linear, Product
-from stages.kernels.cpu.stored import BLOCK
 from stages.kernels.cpu.vectors import T, as_float, constant, each_row, get, kernel, put, span, splat, total, vector
+from stages.sizes import N32_BLOCK as BLOCK
 
 _DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name
 LARGEST = 127

@@ -14,8 +14,8 @@ from typing import Any
 from tvm import tirx
 
 from stages.kernels.cpu.attention import LOWEST, first_seen, positions_of
-from stages.kernels.cpu.kv_cache import PAGE
 from stages.kernels.cpu.vectors import T, kernel, put, vector
+from stages.sizes import PAGE_SIZE as PAGE
 
 WITHIN, FULL = "mha", "mha_sliding"  # TVM's names of the kinds
 NONE = 1 << 30  # tokens of the window of full layers

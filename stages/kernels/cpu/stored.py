@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stages.kernels.cpu.vectors import T, as_float, constant, span
-
-BLOCK = 32
+from stages.sizes import N32_BLOCK as BLOCK
 
 
 @dataclass(frozen=True)

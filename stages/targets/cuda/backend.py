@@ -10,6 +10,7 @@ from stages.targets import toolchain
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stages.documents.library import DeviceContents
     from stages.targets.backends import DeviceCompiler
     from stages.targets.toolchain import Program
 
@@ -55,7 +56,7 @@ def prepare(toolkit: Program, cxx: Program, params: Any) -> DeviceCompiler:
     return DeviceCompiler(compile_source, device_code.LOADER, "fatbin")
 
 
-def contents(library: Path) -> dict[str, Any]:
+def contents(library: Path) -> DeviceContents:
     """Return the fatbins of a library by kind and architecture, and the figures of their kernels."""
     from stages.targets.backends import DeviceCodeError
     from stages.targets.cuda import cubin, fatbin

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.targets.cuda import cubin
 from stages.targets.cuda.cubin import Kernel
+
+if TYPE_CHECKING:
+    from stages.documents.library import DeviceCode as Entry
 
 MAGIC = bytes.fromhex("50ed55ba")
 KINDS = {1: "ptx", 2: "elf"}
@@ -28,9 +32,9 @@ class DeviceCode:
     arch: int
     kind: str
 
-    def document(self) -> dict[str, int | str]:
+    def document(self) -> Entry:
         """Return it as plain data."""
-        return asdict(self)
+        return {"kind": self.kind, "arch": self.arch}
 
 
 def entries(library: Path) -> list[DeviceCode]:

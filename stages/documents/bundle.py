@@ -1,0 +1,54 @@
+"""What bundle writes: bundle.json, and what of a bundle's parts it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from stages.documents.library import BuiltModel, Cpu, DeviceCode, Metadata
+from stages.documents.model import Generation, Model
+from stages.documents.weights import TensorCache
+
+
+class FileEntry(TypedDict):
+    """A file of a bundle."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(TypedDict):
+    """bundle.json but for its seal; what the loader checks before it loads anything."""
+
+    schema: int
+    name: str
+    target: str
+    machine: str
+    tvm: Mapping[str, str]
+    cpu: Cpu
+    device_code: Sequence[DeviceCode]
+    model: BuiltModel
+    sampling: Mapping[str, float | bool]
+    files: Mapping[str, FileEntry]
+
+
+class TokenizerInfo(TypedDict):
+    """What is read here of tokenizer_info.json."""
+
+    family: str
+    fingerprint: str
+    active_vocab_size: int
+    bos: int | None
+    pad: int | None
+    stop: list[int]
+    chat: Mapping[str, Any]
+
+
+class Parts(TypedDict):
+    """The documents of the parts of one bundle."""
+
+    metadata: Metadata
+    config: Model
+    generation: Generation
+    tokenizer_info: TokenizerInfo
+    tensors: TensorCache

@@ -1,0 +1,54 @@
+"""What param-register writes: params.json, every parameter of the graph and the tensors it is stored as."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from stages.documents.model import CheckpointTensors
+
+
+class StoredTensor(TypedDict):
+    """A tensor as it is stored and packed: ``of`` names its parameter."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    of: str
+
+
+class Parameter(TypedDict):
+    """A parameter of the graph: ``sources`` are the checkpoint's tensors that ``transform`` makes it of, of
+    ``source_shapes``, and ``source_names`` the model's names of them. ``layout`` is how a matrix lies in memory;
+    ``stored`` names the tensors that hold it; ``quantize`` says that they are the scheme's, else of ``dtype``.
+    """
+
+    name: str
+    shape: list[int]
+    kind: str
+    sources: list[str]
+    source_names: list[str]
+    source_shapes: list[list[int]]
+    transform: str
+    quantize: bool
+    dtype: str
+    layout: str
+    stored: list[str]
+
+
+class Register(TypedDict):
+    """params.json: ``params`` are the stored tensors in packed order, ``logical`` the parameters of the graph."""
+
+    schema: int
+    family: str
+    scheme: str
+    target: str
+    layout: str
+    params: list[StoredTensor]
+    logical: list[Parameter]
+
+
+class RegisterDocuments(TypedDict, total=False):
+    """params.json and, where it is known, tensors.json, by port."""
+
+    params: Register
+    tensors: CheckpointTensors
