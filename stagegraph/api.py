@@ -148,7 +148,7 @@ class Pipeline(Project):
         finally:
             outcomes = tuple(scheduler.outcomes.values())
             run = Run(outcomes, round(time.monotonic() - began, 3))
-            if any(outcome.reason for outcome in outcomes):  # a run that found everything in place leaves no trace
+            if any(outcome.reason for outcome in outcomes):  # a run that had nothing to do is not recorded
                 from stagegraph.query.history import journal_entry
 
                 entry = journal_entry(self.name, run, started, command, interrupted=not ended)

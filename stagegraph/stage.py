@@ -188,7 +188,7 @@ class Context(Protocol):
     def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
         """Keep several parts as :meth:`remember` does, in a fraction of the time; for many that are each made quickly.
 
-        What was finished before and not kept yet is lost to a kill: do not wait for long.
+        Unsaved parts are lost if the process is killed: save often.
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:

@@ -37,7 +37,7 @@ class Memo(Protocol):
         """Keep ``file`` as the part for ``document``; ``digest`` is that of its bytes, where it was taken."""
 
     def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
-        """Keep several parts in a fraction of the time; those that wait for it are lost to a kill."""
+        """Keep several parts in a fraction of the time; unsaved ones are lost if the process is killed."""
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         """Report progress."""

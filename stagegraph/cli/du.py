@@ -1,4 +1,4 @@
-"""``pipeline du``: who uses the space of the store, each object counted once, and what gc would free."""
+"""``pipeline du``: disk usage of the store per node, each object counted once, and what gc would free."""
 
 from __future__ import annotations
 

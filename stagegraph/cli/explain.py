@@ -45,10 +45,10 @@ def _lines(found: Explanation, *, diff: bool) -> Iterator[str]:
         yield f"  {note}"
     for cause in found.causes:
         yield from _tree(cause, "  ", diff=diff)
-    if found.spared:
-        names = list(found.spared)
+    if found.cut_off:
+        names = list(found.cut_off)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"  early cutoff spared {', '.join(names[:3])}{more}: {seconds_text(sum(found.spared.values()))}"
+        yield f"  early cutoff skipped {', '.join(names[:3])}{more}: {seconds_text(sum(found.cut_off.values()))}"
 
 
 def _headline(found: Explanation) -> str:

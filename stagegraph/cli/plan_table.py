@@ -63,7 +63,7 @@ def _totals(plan: Plan, *, costs: bool) -> list[str]:
 def _time(plan: Plan, count: int) -> str:
     unknown = len(plan.unpredicted)
     if unknown == count:
-        return "predicted time: unknown, nothing alike ever ran"
+        return "predicted time: unknown, no timing history"
     most = f" to {seconds_text(plan.most)}" if plan.most > plan.seconds else ""
-    without = f", without {unknown} of which nothing alike ever ran" if unknown else ""
+    without = f", without {unknown} that have no timing history" if unknown else ""
     return f"predicted time: {seconds_text(plan.seconds)}{most}{without}"

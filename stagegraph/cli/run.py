@@ -165,12 +165,14 @@ def _why(outcome: Outcome) -> str:
 
 
 def _print_saved(pipeline: Pipeline, done: Run) -> None:
-    """Say what the runs spared whose results came out as they were before."""
+    """Say how many downstream nodes early cutoff skipped, and how long they last took."""
     below = pipeline.dag.below([o.node for o in done.outcomes if o.outcome == UNCHANGED])
-    spared = [o for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
-    if spared:
-        seconds = sum(o.record["seconds"] for o in spared if o.record)
-        print(f"spared {len(spared)} below results that came out identical: {seconds_text(seconds)}")
+    skipped = [o for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
+    if skipped:
+        seconds = sum(o.record["seconds"] for o in skipped if o.record)
+        print(
+            f"early cutoff skipped {len(skipped)} downstream node{'s' * (len(skipped) != 1)}: {seconds_text(seconds)}"
+        )
 
 
 def _print_failure(outcome: Outcome) -> None:

@@ -22,7 +22,7 @@ OWN = {
     "runs": Verb("stagegraph.cli.runs", "list past runs, and what each did"),
     "log": Verb("stagegraph.cli.log", "print what a node prints as it runs, or printed"),
     "export": Verb("stagegraph.cli.export", "copy an artifact out as real files, all or nothing"),
-    "du": Verb("stagegraph.cli.du", "say who uses the space of the store"),
+    "du": Verb("stagegraph.cli.du", "show disk usage per node"),
     "gc": Verb("stagegraph.cli.gc", "remove earlier results from the store, never what is in use"),
     "fsck": Verb("stagegraph.cli.fsck", "read and check every stored object"),
     "completion": Verb("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),

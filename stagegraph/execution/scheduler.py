@@ -1,4 +1,4 @@
-"""Doing, as distinct from deciding: bring a selection of nodes up to date with worker processes.
+"""Executes a plan: brings a selection of nodes up to date with worker processes.
 
 Life of one node, in the order of the code below:
 1. wait until every upstream node has a record; if one failed, skip

@@ -43,12 +43,12 @@ class Cause:
 
 @dataclass
 class Explanation:
-    """A node's decision, what it was compared with, and why; ``spared`` are nodes early cutoff left alone."""
+    """A node's decision, what it was compared with, and why; ``cut_off`` are nodes that early cutoff skipped."""
 
     decision: Decision
     causes: list[Cause]
     notes: list[str]
-    spared: dict[str, float]  # node -> seconds of its last execution
+    cut_off: dict[str, float]  # node -> seconds of its last execution
 
     def document(self) -> dict[str, Any]:
         """Return the explanation as ``--json`` prints it."""
@@ -62,7 +62,7 @@ class Explanation:
             "compared_with": {"key": previous["key"], "built": previous["started"]} if previous else None,
             "causes": [cause.document() for cause in self.causes],
             "notes": self.notes,
-            "spared": self.spared,
+            "cut_off": self.cut_off,
         }
 
 
@@ -72,11 +72,11 @@ def explain(project: Project, nodes: Iterable[Node]) -> list[Explanation]:
     needed = project.dag.above(nodes) | project.dag.below(nodes)
     needed = project.dag.above(needed)
     decisions = project.planner.plan([node for node in project.dag.nodes if node in needed])
-    teller = _Teller(project, {d.node: d for d in decisions})
-    return [teller.explanation(node) for node in nodes]
+    explainer = _Explainer(project, {d.node: d for d in decisions})
+    return [explainer.explanation(node) for node in nodes]
 
 
-class _Teller:
+class _Explainer:
     def __init__(self, project: Project, decisions: Mapping[Node, Decision]) -> None:
         self._project = project
         self._workspace = project.workspace
@@ -96,7 +96,7 @@ class _Teller:
                 notes.append(f"not deterministic: its key gave {digest} on {other['started']} (pipeline show {digest})")
             if not self._workspace.is_shown(self._project.name, node.name, decision.key, decision.record):
                 notes.append("its files under artifacts/ are not all there or were edited: a run restores them")
-            return Explanation(decision, [], notes, self._spared(decision))
+            return Explanation(decision, [], notes, self._cut_off(decision))
         if decision.status == UNKNOWN:
             return Explanation(decision, list(self._stale_above(node)), notes, {})
         return Explanation(decision, self._causes_of(decision), notes, {})
@@ -180,7 +180,7 @@ class _Teller:
     # -- inputs ------------------------------------------------------------------------------------------------------
 
     def _inputs(self, change: Change, node: Node, previous: Record) -> Iterator[Cause]:
-        """Follow a changed input to the nodes that made it, and why they made another one."""
+        """Follow a changed input to the nodes that made it, and why their output changed."""
         old = dict(instances(change.old))
         many = node.stage.inputs[change.name].many
         for upstream in node.inputs.get(change.name, ()):
@@ -205,13 +205,13 @@ class _Teller:
             upstream, port, before, consumer["made_from"].get(name, ()) if "made_from" in consumer else ()
         )
         if earlier is None:
-            return Cause("node", f"{upstream.name} made another one; the record of the earlier one is gone")
+            return Cause("node", f"{upstream.name}: output changed; the previous record was collected")
         assert decision.document is not None
         found = changes(earlier["document"], decision.document)
         causes = [self._cause(change, decision, earlier) for change in found]
         if not causes:
-            return Cause("node", f"{upstream.name} made another one from the same key: it is not deterministic")
-        return Cause("node", f"{upstream.name} made another one", because=causes)
+            return Cause("node", f"{upstream.name}: output changed with the same key: it is not deterministic")
+        return Cause("node", f"{upstream.name}: output changed", because=causes)
 
     def _maker(self, node: Node, port: str, digest: str, keys: Iterable[str]) -> Record | None:
         """Return the record of the execution that made an earlier output: one of ``keys``, else the last that did."""
@@ -224,13 +224,13 @@ class _Teller:
 
     # -- early cutoff ------------------------------------------------------------------------------------------------
 
-    def _spared(self, decision: Decision) -> dict[str, float]:
+    def _cut_off(self, decision: Decision) -> dict[str, float]:
         """Return the nodes at and below this one that an identical result above them left alone."""
-        spared: set[Node] = set()
+        below: set[Node] = set()
         for d in self._decisions.values():
             if d.record and d.status == HIT and self._is_cut_off(d, decision.node):
-                spared |= self._project.dag.below([d.node])
-        hits = [self._decisions[node] for node in self._project.dag.nodes if node in spared & set(self._decisions)]
+                below |= self._project.dag.below([d.node])
+        hits = [self._decisions[node] for node in self._project.dag.nodes if node in below & set(self._decisions)]
         return {d.node.name: d.record["seconds"] for d in hits if d.status == HIT and d.record}
 
     def _is_cut_off(self, d: Decision, node: Node) -> bool:

@@ -118,7 +118,9 @@ def _step(project: Project, decision: Decision, predict: Callable[[Decision], fl
     if decision.record and not workspace.is_shown(project.name, name, decision.key, decision.record):
         sizes = workspace.unshown(project.name, name, decision.record)
         restore = sum(sizes.values())
-        decision.reasons = [f"restores {len(sizes)} file{'s' * (len(sizes) != 1)}" if sizes else "tidies artifacts/"]
+        decision.reasons = [
+            f"restores {len(sizes)} file{'s' * (len(sizes) != 1)}" if sizes else "removes stray files from artifacts/"
+        ]
     record = decision.record or decision.previous or workspace.last_record(project.name, name)
     return Step(decision, predict(decision), restore, record)
 

@@ -1,4 +1,4 @@
-"""Who uses the space of a store, and what can go: earlier results by run and by size, never what is in use.
+"""Disk usage of a store, and what can be removed: earlier results by run and by size, never what is in use.
 
 In use are the results that ``artifacts/`` shows, of every pipeline, those that the pipeline files beside it need as
 they stand, and those a run under way has settled on. While a run is under way memoised parts and objects that nothing

@@ -1,6 +1,6 @@
 """The history of runs, read from the journal: what ran when, why, for how long, and with which result.
 
-A run that found everything in place is not in it. A run's id is the digest of its journal line, shown as 8 digits.
+A run that had nothing to do is not recorded. A run's id is the digest of its journal line, shown as 8 digits.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Durations:
                     self._of_stage.setdefault(node.get("stage", ""), []).append(node["seconds"])
 
     def predict(self, pipeline: str, node: str, stage: str) -> float | None:
-        """Return the seconds an execution is likely to take; None if nothing alike ever ran."""
+        """Return the seconds an execution is likely to take; None without a timing history."""
         return _recent(self._of_node.get((pipeline, node), ())) or _recent(self._of_stage.get(stage, ()))
 
 

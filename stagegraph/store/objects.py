@@ -166,7 +166,7 @@ class Store:
             return False
 
     def remember(self, digest: str) -> None:
-        """Take the stat of an object, just verified or written, for that of its content."""
+        """Record the stat of an object whose content was just verified or written."""
         self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
 
     def relink(self, digest: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.documents.model import CheckpointTensor
 
 BLOCK = 2**20  # bytes of a block, or a quarter more: what a core's second cache holds
-WINDOW = 2**24  # bytes of blocks that are left in memory: pages leave faster together
+WINDOW = 2**24  # bytes: pages are released in batches of so many, which is faster than one by one
 STEP = 32  # rows of a block are a multiple of it
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, for which Python has no name
 NUMPY_DTYPES: dict[str, Any] = {
@@ -64,7 +64,8 @@ class Weights:
         """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
         path, info = self._find(name)
         _, _, data = _map(path, name, info)
-        return data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+        found: np.ndarray = data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
+        return found
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """Yield a tensor's rows, some at once; a block leaves memory some blocks later.

@@ -36,7 +36,7 @@ def disagreements(graphs: Sequence[Graph], registry: Register, target: str, acti
     if target != graphs[0]["target"]:
         problems.append(f"the graphs are built for target {graphs[0]['target']}, the library for {target}")
     if registry["scheme"] != graphs[0]["scheme"]:
-        problems.append(f"the graphs take {graphs[0]['scheme']} parameters, registered are {registry['scheme']}")
+        problems.append(f"the graphs expect {graphs[0]['scheme']} parameters, the register holds {registry['scheme']}")
     if activations == "int8" and not takes_bytes(registry)[0]:
         problems.append(
             f"activations: int8 has no effect: no layer of this model in {registry['scheme']} has a kernel for it, "

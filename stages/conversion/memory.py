@@ -1,4 +1,4 @@
-"""Keeps what runs at once within a limit of memory."""
+"""A memory budget for what runs at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Memory:
-    """Makes whoever asks wait until what is in work leaves room; one alone always has it."""
+    """Blocks callers until the memory budget allows them; a single caller is always let through."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -20,7 +20,7 @@ class Memory:
 
     @contextlib.contextmanager
     def reserved(self, count: int) -> Iterator[None]:
-        """Hold ``count`` bytes."""
+        """Reserve ``count`` bytes while the block runs."""
         with self._changed:
             self._changed.wait_for(lambda: self._used == 0 or self._used + count <= self._limit)
             self._used += count

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
-KEPT_EVERY = 64 * 2**20  # bytes of sources: what is made of as many is kept at once, and may be lost to a kill
+KEPT_EVERY = (
+    64 * 2**20
+)  # bytes of sources: parts made of so many are saved together; unsaved ones are lost if the process is killed
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 

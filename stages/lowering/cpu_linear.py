@@ -66,7 +66,7 @@ class _Linears(Rewriter):
         self.uses: Counter[Any] = Counter()
 
     def enter(self, function: rx.Function) -> bool:
-        """Count uses: what is read twice is not taken up by one of its readers."""
+        """Count uses: a value with several users is not fused into one of them."""
         self.uses = _uses(function)
         return True
 

@@ -125,7 +125,7 @@ class Rewriter:
         return self.added[-1]
 
     def drop(self, var: rx.Var) -> None:
-        """Bind ``var`` no more: nothing reads it."""
+        """Remove the unused binding of ``var``."""
         del self.values[var]
 
     def kernel(self, key: Any, make: Callable[[], tirx.PrimFunc], name: str) -> tvm.ir.GlobalVar:

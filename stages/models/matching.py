@@ -40,7 +40,7 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
             f"tensor {adapting} is of an adapter (LoRA), which changes the weights beside it: merge it into its base "
             "model (peft: merge_and_unload) and save that"
         )
-    if config.num_layers > len(tensors):  # said before a parameter is thought up for each
+    if config.num_layers > len(tensors):  # checked before parameters are listed
         raise ConfigError(
             f"config.json asks for {config.num_layers:,} layers, but the checkpoint has only {len(tensors):,} "
             "tensors; one of them belongs to another model"

@@ -76,14 +76,17 @@ def written(template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], 
     """Return the text that MLC makes of messages, without ``system_prefix_token_ids``."""
     given = next((message["content"] for message in messages if message["role"] == "system"), None)
     system = template["system_template"].replace(_CONTENT["system"], given or template["system_message"])
-    text, separators = system, template["seps"] * 2
+    text: str = system
+    separators = template["seps"] * 2
     for index, message in enumerate(turn for turn in messages if turn["role"] != "system"):
         role = message["role"]
         bare = system and not index and not template["add_role_after_system_message"]
         text += "" if bare else template["roles"][role] + template["role_content_sep"]
         text += template["role_templates"][role].replace(_CONTENT[role], message["content"])
         text += separators[role == "assistant"]
-    return text + template["roles"]["assistant"] + template["role_empty_sep"] if speaks else text
+    if speaks:
+        text += template["roles"]["assistant"] + template["role_empty_sep"]
+    return text
 
 
 def tokenizer_info(tables: Mapping[str, Any] | None) -> dict[str, Any]:

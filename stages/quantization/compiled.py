@@ -87,7 +87,7 @@ class Kernels:
         """Quantize the weight [rows, k] that ``parts`` are, one under the other, as :func:`.group.quantize` does.
 
         ``stored`` takes words and scales as they lie in ``layout``. Returns None where NumPy says what is wrong. Parts
-        are contiguous; each may lie where the last one was.
+        are contiguous; the buffer of one may be reused for the next.
         """
         words, scale = stored
         if layout == "n32":

@@ -10,4 +10,5 @@ SMALL = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3f
 
 def numpy_dtype(name: str) -> np.dtype:
     """Return the dtype of ``name``; :class:`TypeError` for a name nobody knows."""
-    return np.dtype(SMALL.get(name, name))
+    found: np.dtype = np.dtype(SMALL.get(name, name))
+    return found

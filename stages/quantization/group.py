@@ -67,7 +67,7 @@ def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, scheme: Scheme, k: int
 
 
 def _divisor(scale: np.ndarray) -> np.ndarray:
-    """Return the scales in float32, infinite where they are zero: that makes every code of the group the one of 0."""
+    """Return the scales in float32, infinite where they are zero, so that all-zero groups encode 0."""
     divisor: np.ndarray = scale.astype(np.float32)
     divisor[divisor == 0] = np.inf
     return divisor

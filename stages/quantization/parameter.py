@@ -58,10 +58,10 @@ def convert(
     """Convert a parameter of ``kind`` and ``shape``, made of ``parts`` one under the other; one that the scheme does
     not quantize is cast to ``dtype``.
 
-    Kernels take part by part: each may lie where the last one was if ``whole`` returns all of it for NumPy, which does
-    what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by default new memory), and
-    is the same with and without ``kernels``. :class:`~stages.quantization.blocks.UnfitError` for a value that is not
-    finite or does not fit.
+    Kernels take part by part: the buffer of one may be reused for the next if ``whole`` returns all of it for
+    NumPy, which does what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by
+    default new memory), and is the same with and without ``kernels``.
+    :class:`~stages.quantization.blocks.UnfitError` for a value that is not finite or does not fit.
     """
     quantizes = scheme.quantizes(kind)
     described = [(shape, dtype)]

@@ -77,7 +77,7 @@ def guarded(
     try:
         return run(args, out, err)
     except BrokenPipeError:
-        # Who read the text has gone. What Python still holds for stdout must go somewhere when the process ends.
+        # The reader closed the pipe. What Python still holds for stdout must go somewhere when the process ends.
         if out is sys.stdout:
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return 128 + signal.SIGPIPE

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 CXX_NAMES = ("g++", "clang++", "c++")
 # All that a compiler may see of our environment: its own variables (NVCC_APPEND_FLAGS, CPATH, LIBRARY_PATH, ...) change
@@ -116,7 +116,7 @@ def _remembered(path: str, arguments: list[str]) -> str:
     stat = Path(path).stat()
     key = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns} {' '.join(arguments)}"
     memory = _memory_file()
-    known: dict[str, Any] = {}
+    known: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         remembered = json.loads(memory.read_text("utf-8"))
         known = remembered if isinstance(remembered, dict) else {}

@@ -188,7 +188,7 @@ def same_ids(
 
 
 def same_text(subject: Subject, reference: Reference, tokens: Mapping[int, bytes]) -> Iterator[Finding]:
-    """T21, decoding: every id once, beside strangers, so that incomplete UTF-8 meets every kind of neighbour."""
+    """T21, decoding: every id once, next to unrelated ids, so that incomplete UTF-8 meets every kind of neighbour."""
     known = sorted(tokens)
     step = next(step for step in STEPS if len(known) % step)
     ids = [known[i * step % len(known)] for i in range(len(known))]

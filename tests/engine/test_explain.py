@@ -82,7 +82,7 @@ def test_an_input_is_followed_to_its_root(demo: Demo) -> None:
     (cause,) = explained(demo, "join")["causes"]
     assert cause["text"] == "input laid changed"
     (made,) = cause["because"]
-    assert made["text"] == "shape[line] made another one"
+    assert made["text"] == "shape[line]: output changed"
     assert [below["text"] for below in made["because"]] == ["fakes/line.py changed (function lay)"]
 
 
@@ -93,7 +93,7 @@ def test_a_root_two_nodes_above_is_told_once(demo: Demo) -> None:
     said = text(demo, "join")
     assert said.count("a.txt changed (source text)") == 1
     assert "read: as above" in said
-    assert "shape[column] made another one" in said
+    assert "shape[column]: output changed" in said
 
 
 def test_below_a_stale_node_the_stale_one_is_explained(demo: Demo) -> None:
@@ -122,10 +122,10 @@ def test_what_early_cutoff_saved(demo: Demo) -> None:
     demo.run()
     demo.edit("read", "text.upper() if", "text.swapcase() if")
     demo.run()
-    spared = explained(demo, "read")["spared"]
-    assert set(spared) == {"shape[line]", "shape[column]", "join"}
-    assert all(seconds > 0 for seconds in spared.values())
-    assert "early cutoff spared shape[line], shape[column], join: " in text(demo, "read")
+    skipped = explained(demo, "read")["cut_off"]
+    assert set(skipped) == {"shape[line]", "shape[column]", "join"}
+    assert all(seconds > 0 for seconds in skipped.values())
+    assert "early cutoff skipped shape[line], shape[column], join: " in text(demo, "read")
 
 
 def test_reasons_of_status_run_and_explain_are_the_same_decision(demo: Demo) -> None:

@@ -46,7 +46,7 @@ def statuses(demo: Demo, *argv: str) -> dict[str, str]:
 
 def test_status_names_what_changed_and_predicts_from_the_history(demo: Demo) -> None:
     never = demo("status", str(demo.pipeline))
-    assert "predicted time: unknown, nothing alike ever ran" in never.out
+    assert "predicted time: unknown, no timing history" in never.out
     demo.run()
     idle = demo("status", str(demo.pipeline))
     assert "all 4 nodes are up to date" in idle.out
@@ -134,8 +134,8 @@ def test_reasons_stand_next_to_what_executes(demo: Demo) -> None:
     assert "join: running (glue: - -> +)" in again.err
     assert "(glue: - -> +)" in again.err.splitlines()[-1]
     demo.edit("read", "text.upper() if", "text.swapcase() if")
-    spared = demo("run", str(demo.pipeline), "--set", "vars.glue=+")
-    assert "spared 3 below results that came out identical" in spared.out
+    skipped = demo("run", str(demo.pipeline), "--set", "vars.glue=+")
+    assert "early cutoff skipped 3 downstream nodes" in skipped.out
 
 
 def test_going_back_in_the_history_of_the_files_restores(demo: Demo) -> None:

@@ -28,7 +28,7 @@ from stages.kernels.cpu.vectors import (
 from stages.sizes import N32_BLOCK as BLOCK
 
 PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
-AHEAD = 4096  # bytes; what reads weights once asks for those that far on, further than a processor looks by itself
+AHEAD = 4096  # prefetch distance in bytes of kernels that read weights once; hardware prefetchers look less far
 LINE = 64  # bytes of a cache line
 MANY_STREAMS = 4  # blocks for each stream, or there is one: threads share the blocks of one stream
 FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
@@ -41,7 +41,7 @@ class Linear:
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
     all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
     that fit the registers of the target. ``streams`` is how many blocks of features, far apart, one row is multiplied
-    by at the same time: a processor reads ahead in each, and has more on its way from memory than of one. ``dot`` is
+    by at the same time: that keeps several memory streams in flight. ``dot`` is
     the number of lanes of the instruction that multiplies bytes, where activations are quantized to them; 0 where they
     stay floats.
     """

@@ -61,7 +61,7 @@ def _schedule(schedule: s_tir.Schedule, main: Any, dtype: str) -> None:
     i0, i1, i2, i3 = schedule.split(i, [None, 1, WARPS[0], TILES[0]])
     j0, j1, j2, j3 = schedule.split(j, [1, None, WARPS[1], TILES[1]])
     k0, k1 = schedule.split(k, [None, STEP])
-    # Of a step: what it needs is on its way from memory while the step before it multiplies.
+    # Software pipelining: the operands of a step are loaded while the step before it multiplies.
     schedule.annotate(k0, "software_pipeline_order", [0, 3, 1, 4, 5, 2, 6])
     schedule.annotate(k0, "software_pipeline_stage", [0, 0, 0, 0, 0, 1, 1])
     schedule.annotate(k1, "software_pipeline_order", [0, 1, 2])

@@ -1,7 +1,8 @@
-"""What the tensor cores of NVIDIA GPUs do with tiles of 16 by 16, for schedules to recognise and to put in its place.
+"""WMMA intrinsics of NVIDIA tensor cores for tiles of 16 by 16.
 
-Each is a pair: what the loops of a tile compute, and what does that at once. They are TVM's own, of
-tvm.s_tir.tensor_intrin, which parses hundreds for all processors in the first seconds of a process that imports it.
+Each is a pair of kernels: the description that a schedule matches loops against, and the implementation put there. They
+are TVM's own, of tvm.s_tir.tensor_intrin, which parses hundreds for all processors in the first seconds of a process
+that imports it.
 """
 
 from __future__ import annotations
