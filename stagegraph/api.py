@@ -98,12 +98,12 @@ class Pipeline(Project):
 
         ``agreed``, which an earlier ``dry_run`` returned, limits it to what that would have removed.
         """
-        from stagegraph.query.gc import collect, needed_now
+        from stagegraph.query.gc import collect
+        from stagegraph.query.needs import needs
 
-        needed, notes = needed_now(self)
-        sweep = collect(self.workspace, needed, keep_runs=keep_runs, max_size=max_size, dry_run=dry_run, agreed=agreed)
-        sweep.notes += notes
-        return sweep
+        return collect(
+            self.workspace, needs(self), keep_runs=keep_runs, max_size=max_size, dry_run=dry_run, agreed=agreed
+        )
 
     def explain(self, *patterns: str) -> list[Explanation]:
         """Say why each of these nodes would run, or would not."""

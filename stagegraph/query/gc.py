@@ -1,25 +1,24 @@
 """Disk usage of a store, and what can be removed: earlier results by run and by size, never what is in use.
 
-In use are the results that ``artifacts/`` shows, of every pipeline, those that the pipeline files beside it need as
-they stand, and those a run under way has settled on. While a run is under way memoised parts and objects that nothing
-names (yet) are left alone too. Nothing goes where what names things is damaged. A record goes before its objects, so
-that whenever this is interrupted, what remains is whole or is seen to be missing and rebuilt.
+In use are the results that ``artifacts/`` shows, of every pipeline that has a file (:mod:`stagegraph.query.needs`),
+those that the pipeline files beside it need as they stand, and those a run under way has settled on. While a run is
+under way memoised parts and objects that nothing names (yet) are left alone too. Nothing goes where what names things
+is damaged. A record goes before its objects, so that whenever this is interrupted, what remains is whole or is seen to
+be missing and rebuilt.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.errors import PipelineError, StoreError
-from stagegraph.files import open_regular, remove_tree
-from stagegraph.project import Project
+from stagegraph.errors import StoreError
+from stagegraph.files import remove_tree
 from stagegraph.query.history import past_runs
+from stagegraph.query.needs import Needs, gone
 from stagegraph.store.journal import EXECUTED, HIT
 from stagegraph.store.leftovers import idle_locks, leftovers, tree_size
 from stagegraph.store.pins import pinned
@@ -86,14 +85,21 @@ class Sweep:
         return {"freed_bytes": self.freed, "left_bytes": self.left, "removed": items, "notes": self.notes}
 
 
-def usage(workspace: Workspace, needed: Collection[str] = ()) -> Usage:
-    """Look at everything there is; ``needed`` are the keys that pipeline files need."""
+def usage(workspace: Workspace, needed: Collection[str] = (), without: Collection[str] = ()) -> Usage:
+    """Look at everything there is; ``needed`` are the keys that pipeline files need.
+
+    What is shown of the pipelines ``without`` a file is not in use for that.
+    """
     store = workspace.store
     sizes = {digest: store.path(digest).stat().st_size for digest in store.digests()}
     running, pins = pinned(workspace.root)
     records = {record["key"]: record for record in workspace.records()}
     lasts = workspace.lasts()
-    current = {name: records[last["key"]] for name, last in lasts.items() if last.get("key") in records}
+    current = {
+        name: records[last["key"]]
+        for name, last in lasts.items()
+        if last.get("key") in records and name.partition("/")[0] not in without
+    }
     used = {key for key in {*pins, *needed} if key in records} | {record["key"] for record in current.values()}
     objects = {digest for key in used for digest, _ in record_files(records[key]).values()}
     nodes = workspace.journal.node_of_key()
@@ -127,9 +133,14 @@ def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
     return Item("part", name, part["kind"], when, frozenset([part["digest"]]))
 
 
-def choose(workspace: Workspace, found: Usage, *, keep_runs: int, max_size: int | None) -> Sweep:
-    """Say what goes: results older than the last ``keep_runs`` runs of each pipeline, then the oldest until it fits."""
-    kept = _keys_of_runs(workspace, keep_runs)
+def choose(
+    workspace: Workspace, found: Usage, *, keep_runs: int, max_size: int | None, without: Collection[str] = ()
+) -> Sweep:
+    """Say what goes: results older than the last ``keep_runs`` runs of each pipeline, then the oldest until it fits.
+
+    The runs of pipelines ``without`` a file keep nothing.
+    """
+    kept = _keys_of_runs(workspace, keep_runs, without)
     candidates = [item for item in found.others if item.kind in RESULTS or not found.running]
     holders = Counter(digest for item in found.others for digest in item.digests)
     sweep = Sweep(left=found.total)
@@ -162,10 +173,10 @@ def _drop(item: Item, sweep: Sweep, holders: Counter[str], found: Usage) -> None
     sweep.left -= size
 
 
-def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
+def _keys_of_runs(workspace: Workspace, count: int, without: Collection[str]) -> set[str]:
     """Return what the last ``count`` runs of each pipeline had, of every node: keys, and names of other results."""
     keys: set[str] = set()
-    for pipeline in {entry.get("pipeline", "") for entry in workspace.journal.entries()}:
+    for pipeline in {entry.get("pipeline", "") for entry in workspace.journal.entries()} - {*without}:
         runs = past_runs(workspace.journal, pipeline)
         state: dict[str, tuple[str, str]] = {}
         for position, run in enumerate(runs):
@@ -176,43 +187,9 @@ def _keys_of_runs(workspace: Workspace, count: int) -> set[str]:
     return keys
 
 
-def needed_now(project: Project) -> tuple[set[str], list[str]]:
-    """Return the keys that the pipeline files beside ``artifacts/`` need as they stand, and notes on what is not known.
-
-    ``project`` is one of them, with its overrides.
-    """
-    keys: set[str] = set()
-    notes: list[str] = []
-    folder = project.workspace.artifacts.parent
-    others = [path for path in sorted(folder.iterdir()) if path.suffix in {".yaml", ".yml"} and _is_pipeline(path)]
-    for path in (None, *others):
-        try:
-            if path is None:
-                keys |= _keys_of_plan(project)
-            else:
-                with Project(path) as other:
-                    keys |= _keys_of_plan(other)
-        except PipelineError as error:
-            name = path.name if path else "the pipeline"
-            notes.append(f"{name} cannot be planned; only what artifacts/ shows of it is kept: {error.problems[0]}")
-    return keys, notes
-
-
-def _is_pipeline(path: Path) -> bool:
-    try:
-        with open_regular(path) as file:
-            return re.search(rb"^(stages|extends):", file.read(1 << 20), re.MULTILINE) is not None
-    except OSError:
-        return False
-
-
-def _keys_of_plan(project: Project) -> set[str]:
-    return {decision.key for decision in project.planner.plan(project.dag.nodes) if decision.status == HIT}
-
-
 def collect(
     workspace: Workspace,
-    needed: Collection[str],
+    needed: Needs,
     *,
     keep_runs: int,
     max_size: int | None,
@@ -227,13 +204,15 @@ def collect(
         return Sweep()
     with workspace.alone():
         _refuse_damaged(workspace)
-        found = usage(workspace, needed)
+        without, notes = gone(workspace, needed.names, mark=not dry_run)
+        found = usage(workspace, needed.keys, without)
         if agreed is not None:
             names = {(item.kind, item.name) for item in agreed.items}
             used = [item for item in found.others if (item.kind, item.name) not in names]
             found.used.update(digest for item in used for digest in item.digests)
             found.others = [item for item in found.others if (item.kind, item.name) in names]
-        sweep = choose(workspace, found, keep_runs=keep_runs, max_size=max_size)
+        sweep = choose(workspace, found, keep_runs=keep_runs, max_size=max_size, without=without)
+        sweep.notes += notes + needed.notes
         if not found.running:
             _add_leftovers(workspace, sweep)
         if not dry_run:

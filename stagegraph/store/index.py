@@ -8,6 +8,7 @@ Kinds of document, by the prefix of their name:
 ``mat:<pipeline>/<node>`` what was materialised: key, and the stats of its files, directories and objects
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
 ``text:<digest>`` source text of a module by the digest that stands for it in keys
+``gone:<pipeline>`` that ``gc`` found results of a pipeline and no file
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
 Records and parts are files (:mod:`stagegraph.store.documents`); all else is a cache in one database, which can be lost

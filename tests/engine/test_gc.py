@@ -72,6 +72,48 @@ def test_what_artifacts_show_is_never_removed(demo: Demo) -> None:
     assert demo.path("join", "joined.txt").read_text().count("b") == 1
 
 
+def test_results_of_a_renamed_pipeline_go_with_the_second_gc(demo: Demo) -> None:
+    glue(demo, "a")
+    text = demo.pipeline.read_text()
+    demo.pipeline.write_text(text.replace("name: demo", "name: fresh"))
+    demo.edit("join", 'count("join")', 'count("join"); print("two")')
+    demo.run("--set", "vars.glue=b")
+    foretold = gc(demo, "--dry-run")
+    for _ in range(2):  # saying marks nothing
+        assert gc(demo, "--dry-run") == foretold
+    first = gc(demo)
+    assert first["removed"] == foretold["removed"] == []
+    (note,) = first["notes"]
+    assert note.startswith("no pipeline file here is named 'demo': its results are kept this time, and the next gc")
+    second = gc(demo)
+    assert [item["what"] for item in second["removed"]] == ["demo/join"]  # the other results are the new pipeline's too
+    assert gc(demo)["removed"] == gc(demo)["notes"] == []
+    assert demo("fsck", str(demo.pipeline)).code == 0
+    demo.counts  # noqa: B018
+    demo.run("--set", "vars.glue=b")
+    assert demo.counts == []
+
+
+@pytest.mark.parametrize("how", ["comes back", "JSON", "a file that cannot be read"])
+def test_results_of_a_pipeline_that_may_have_a_file_stay(demo: Demo, how: str) -> None:
+    glue(demo, "a")
+    text = demo.pipeline.read_text()
+    other = demo.folder / "other.yaml"
+    demo.pipeline.write_text(text.replace("name: demo", "name: fresh"))
+    if how == "comes back":
+        assert "no pipeline file" in gc(demo)["notes"][0]
+        other.write_text(text)
+        assert gc(demo)["notes"] == []
+        other.unlink()
+    elif how == "JSON":
+        other.write_text(f'{{"extends": "{demo.pipeline.name}", "name": "demo"}}')
+    else:
+        other.write_text("name: demo\nstages: [")
+    assert gc(demo)["removed"] == []
+    if how != "comes back":
+        assert gc(demo)["removed"] == []
+
+
 def test_the_oldest_go_first_until_it_fits(demo: Demo) -> None:
     demo.edit("join", "ctx.params.glue.join(parts)", "ctx.params.glue * 1000 + ctx.params.glue.join(parts)")
     glue(demo, "a", "b", "c", "d")
