@@ -17,7 +17,10 @@ from stages.runtime.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-DEVICES = {"llvm": "cpu", "cuda": "cuda"}  # target -> the kind of device that its kernels run on
+DEVICES = {  # target -> the kind of device that its kernels run on
+    "llvm": "cpu",
+    "cuda": "cuda",
+}
 
 
 @functools.cache
