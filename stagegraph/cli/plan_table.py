@@ -24,7 +24,7 @@ def plan_lines(plan: Plan, *, costs: bool) -> list[str]:
 
 
 def _costs(step: Step) -> tuple[str, ...]:
-    d, r, said = step.decision, step.record, _said(step)
+    d, r, said = step.decision, step.record, _note(step)
     if r is None:
         return d.node.name, d.status, said, "-", "-", "-", "-"
     seconds, size, memory = seconds_text(r["seconds"]), size_text(record_size(r)), size_text(r["peak_bytes"])
@@ -34,13 +34,14 @@ def _costs(step: Step) -> tuple[str, ...]:
 def _predicted(step: Step) -> tuple[str, ...]:
     d = step.decision
     seconds = "?" if step.seconds is None else seconds_text(step.seconds)
-    return d.node.name, d.status, _said(step), "-" if d.status == HIT else seconds, _bytes(step.restore)
+    return d.node.name, d.status, _note(step), "-" if d.status == HIT else seconds, _bytes(step.restore)
 
 
-def _said(step: Step) -> str:
+def _note(step: Step) -> str:
     """Return why a node would run, which is never cut; of others what they made or wait for, which may be."""
     d = step.decision
-    return d.reason if d.reason and d.status != UNKNOWN else Brief(d.reason or (step.record or {}).get("summary", ""))
+    summary = step.record["summary"] if step.record else ""
+    return d.reason if d.reason and d.status != UNKNOWN else Brief(d.reason or summary)
 
 
 def _bytes(count: int) -> str:

@@ -144,7 +144,7 @@ def progress_text(done: int, total: int, unit: str, note: str) -> str:
 
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
-    summary = (outcome.record or {}).get("summary", "")
+    summary = outcome.record["summary"] if outcome.record else ""
     said = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
     said = hanging(visible(said))
     return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {said}".rstrip()

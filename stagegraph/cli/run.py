@@ -144,7 +144,7 @@ def _print(pipeline: Pipeline, done: Run) -> None:
     ]
     print(table(("node", "outcome", "reason", "time", "size"), rows, flexible=2))
     for o in done.outcomes:
-        for warning in (o.record or {}).get("warnings", []):
+        for warning in o.record["warnings"] if o.record else []:
             print(f"warning: {o.node.name}: {hanging(warning)}")
     for digest in pipeline.workspace.store.damaged:
         where = pipeline.workspace.store.quarantine
@@ -158,10 +158,10 @@ def _print(pipeline: Pipeline, done: Run) -> None:
 
 def _why(outcome: Outcome) -> str:
     """Return a node's reason or, without one, what came out; with the parts it made and reused if it ran."""
-    record = outcome.record or {}
+    record = outcome.record
     if outcome.outcome == HIT:
-        return outcome.reason or Brief(record.get("summary", ""))
-    return "; ".join(filter(None, [outcome.reason, parts_text(record)]))
+        return outcome.reason or Brief(record["summary"] if record else "")
+    return "; ".join(filter(None, [outcome.reason, parts_text(record) if record else ""]))
 
 
 def _print_saved(pipeline: Pipeline, done: Run) -> None:

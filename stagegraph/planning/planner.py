@@ -228,12 +228,18 @@ class Planner:
         """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""
         self.prepare(nodes)
         settled: dict[Node, Decision] = {}
+
+        def recorded(node: Node) -> Record:
+            record = settled[node].record
+            assert record is not None, "a HIT has a record"
+            return record
+
         for node in nodes:
             below = [settled[u] for u in node.upstream if settled[u].status != HIT]
             if below:
                 settled[node] = Decision(node, UNKNOWN, [f"after {below[0].node.name}"])
             else:
-                settled[node] = self.decide(node, lambda n: settled[n].record or {})
+                settled[node] = self.decide(node, recorded)
         self.save()
         return list(settled.values())
 

@@ -80,8 +80,9 @@ def _ask(
             found.said.append(f"{name}: {record['summary']}")
             files = record["outputs"][attestor.writes]["files"]
             found.files.update({str(folder / PurePosixPath(path).name): entry[0] for path, entry in files.items()})
-        if why := record["facts"].get(RESERVATION) if record else missing:
-            found.problems.append(f"{artifact.label}: {name}: {why}")
+        reservation: str = record["facts"].get(RESERVATION, "") if record else missing
+        if reservation:
+            found.problems.append(f"{artifact.label}: {name}: {reservation}")
 
 
 def _feeds(label: str, node: Node, attestor: Attestor) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.planning.changes import Change, changes, instances, show
 from stagegraph.planning.key import SHOWN as MASKED
 from stagegraph.registry import find, load_object
-from stagegraph.store.record import record_size, same_outputs
+from stagegraph.store.record import Record, record_size, same_outputs
 
 if TYPE_CHECKING:
     from stagegraph.project import Project
@@ -85,10 +85,10 @@ def _instance(each: Iterable[tuple[str, str]]) -> str:
     return f"[{','.join(value for _, value in each)}]" if each else ""
 
 
-def _costs(record: Mapping[str, Any]) -> dict[str, str]:
+def _costs(record: Record) -> dict[str, str]:
     return {
         "seconds": f"{record['seconds']:.2f} s",
-        "bytes": f"{record_size(dict(record)):,}",
+        "bytes": f"{record_size(record):,}",
         "peak_bytes": f"{record['peak_bytes']:,}",
     }
 

@@ -245,8 +245,8 @@ class _Explainer:
 
 
 def _digest(record: Record, port: str) -> str | None:
-    digest = record["outputs"].get(port, {}).get("digest")
-    return str(digest) if digest else None
+    output = record["outputs"].get(port)
+    return output["digest"] if output else None
 
 
 def _line(place: Any) -> str:

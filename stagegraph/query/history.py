@@ -60,7 +60,7 @@ def _node_entry(outcome: Outcome) -> dict[str, Any]:
 
 def outcome_document(outcome: Outcome) -> dict[str, Any]:
     """Return how one node ended, as ``run --json`` and the journal tell it."""
-    record = outcome.record or {}
+    record = outcome.record
     return {
         "node": outcome.node.name,
         "outcome": outcome.outcome,
@@ -69,10 +69,10 @@ def outcome_document(outcome: Outcome) -> dict[str, Any]:
         "key": outcome.key,
         "seconds": outcome.seconds,
         "bytes": record_size(record) if record else 0,
-        "peak_bytes": record.get("peak_bytes", 0),
-        "summary": record.get("summary", ""),
-        "parts": record.get("parts", {}),
-        "warnings": record.get("warnings", []),
+        "peak_bytes": record["peak_bytes"] if record else 0,
+        "summary": record["summary"] if record else "",
+        "parts": record["parts"] if record else {},
+        "warnings": record["warnings"] if record else [],
         "problems": list(outcome.problems),
         "log": str(outcome.log) if outcome.log else None,
     }

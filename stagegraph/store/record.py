@@ -4,12 +4,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from stagegraph.digest import digest_json
 
-Record = dict[str, Any]
 Document = dict[str, Any]  # of a key (:mod:`stagegraph.planning.key`)
+
+
+class Output(TypedDict):
+    """One output: ``files`` are relative names -> [digest, size in bytes]."""
+
+    digest: str
+    files: dict[str, list[Any]]
+
+
+class PartCounts(TypedDict):
+    """How many memoised parts of a kind an execution made and reused, and the digest of the code that makes them."""
+
+    made: int
+    reused: int
+    code: NotRequired[str]
+
+
+class Record(TypedDict):
+    """What is kept of one execution; ``made_from`` are the keys of what it read, by port."""
+
+    schema: int
+    key: str
+    stage: str
+    document: Document
+    made_from: dict[str, list[str]]
+    outputs: dict[str, Output]
+    started: str
+    seconds: float
+    host: str
+    views: dict[str, list[Any]]
+    facts: dict[str, Any]
+    warnings: list[str]
+    summary: str
+    parts: dict[str, PartCounts]
+    cpu_seconds: float
+    peak_bytes: int
+
+
 RECORD_SCHEMA = 1
 TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
@@ -25,7 +62,7 @@ def new_record(
     seconds: float,
 ) -> Record:
     """Return the record of an execution that ended well; ``event`` is what the worker said, ``made_from`` by port."""
-    return {
+    made = {
         "schema": RECORD_SCHEMA,
         "key": key,
         "stage": stage,
@@ -35,7 +72,8 @@ def new_record(
         "started": started,
         "seconds": round(seconds, 3),
         "host": os.uname().nodename,
-    } | {name: event[name] for name in TOLD}
+    }
+    return cast("Record", made | {name: event[name] for name in TOLD})
 
 
 def is_record_of(record: Any, key: str) -> bool:
