@@ -93,6 +93,7 @@ class Verify(Stage):
         "report": Out("verify.json", "every check with what was measured"),
         "card": Out("card.md", "the same for people"),
         "certificate": Out("certificate.json", "what may be shown elsewhere; docs/certificate.md", attests="bundle"),
+        "bom": Out("bom.cdx.json", "the bill of materials, CycloneDX 1.6", attests="bundle"),
     }
 
     def resolve(self, params: Params) -> Params:
@@ -142,7 +143,7 @@ class Verify(Stage):
         from stages.checkpoint.errors import ConfigError
         from stages.runtime import seal
         from stages.runtime.errors import BundleError, RequestError
-        from stages.verification import certificate
+        from stages.verification import bom, certificate
         from stages.verification.case import Case
         from stages.verification.live import LiveError
         from stages.verification.procedure import verify
@@ -177,6 +178,8 @@ class Verify(Stage):
         (ctx.out / "card.md").write_text(card, "utf-8")
         certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
         (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
+        bill = json.dumps(bom.bill(certified, case.manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        (ctx.out / "bom.cdx.json").write_text(bill, "utf-8")
         if not findings.passed:
             ctx.fact(RESERVATION, findings.verdict)
         ctx.view("card", card)

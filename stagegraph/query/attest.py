@@ -75,14 +75,18 @@ def _ask(
         record = _newest(project, attestor, digest)
         why = "" if record else f"no {attestor.stage} of this content has passed; add one to the pipeline and run it"
         records = [(attestor.stage, record, why)]
+    said, problems = [], []
     for name, record, missing in records:
         if record is not None:
-            found.said.append(f"{name}: {record['summary']}")
+            said.append(f"{name}: {record['summary']}")
             files = record["outputs"][attestor.writes]["files"]
             found.files.update({str(folder / PurePosixPath(path).name): entry[0] for path, entry in files.items()})
         reservation: str = record["facts"].get(RESERVATION, "") if record else missing
         if reservation:
-            found.problems.append(f"{artifact.label}: {name}: {reservation}")
+            problems.append(f"{artifact.label}: {name}: {reservation}")
+    # A stage that attests by several files says it once.
+    found.said.extend(text for text in said if text not in found.said)
+    found.problems.extend(text for text in problems if text not in found.problems)
 
 
 def _feeds(label: str, node: Node, attestor: Attestor) -> bool:

@@ -19,6 +19,7 @@ from stages.cli import attest, verify
 from stages.runtime import attestations, certificate, golden, manifest, seal, selftest, serving
 from stages.runtime.errors import BundleError
 from stages.verification import live
+from stages.verification.bom import bill
 from stages.verification.certificate import licence
 from stages.verification.origin import hub_origin
 from stages.verify import Verify
@@ -80,7 +81,8 @@ def test_what_a_certificate_says_is_what_was_verified_byte_for_byte(certified, r
     assert str(recorded.folder) not in path.read_text()
     assert "reservation" not in context.facts
     again = bundles.verify(recorded, tmp_path / "again", reference="recorded")
-    assert (again.out / "certificate.json").read_bytes() == path.read_bytes()
+    for name in ("certificate.json", "bom.cdx.json"):
+        assert (again.out / name).read_bytes() == (context.out / name).read_bytes()
 
 
 def test_golden_logits_are_the_references(certified, recorded):
@@ -91,6 +93,24 @@ def test_golden_logits_are_the_references(certified, recorded):
         assert np.array_equal(np.float32(row["logits"]), of_reference[row["ids"]])
         assert np.array_equal(np.sort(of_reference)[::-1][: golden.TOP], np.float32(row["logits"]))
         assert np.float32(row["largest"]) == np.abs(of_reference).max()
+
+
+def test_a_bill_of_materials_says_what_the_certificate_does(certified, recorded):
+    """Held against CycloneDX's own schema when it was written, which is a quarter of a megabyte and not kept here."""
+    found = json.loads((certified[1].out / "bom.cdx.json").read_text())
+    assert (found["bomFormat"], found["specVersion"]) == ("CycloneDX", "1.6")
+    model, bundle = found["metadata"]["component"], manifest.read(certified[0])
+    assert model["hashes"] == [{"alg": "SHA-256", "content": bundle.sha256}]
+    files = {each["name"]: each["hashes"][0]["content"] for each in found["components"] if each["type"] == "file"}
+    assert files == {name: entry.sha256 for name, entry in bundle.files.items()}
+    assert {each["ref"] for each in found["dependencies"]} == {model["bom-ref"]}
+    document = json.loads((certified[0] / "certificate.json").read_text())
+    (checkpoint,) = model["pedigree"]["ancestors"]
+    assert checkpoint["hashes"] == [{"alg": "BLAKE3", "content": document["checkpoint"]["blake3"]}]
+    document["checkpoint"] |= {"licence": {"license": "other", "license_name": "qwen"}, "source": f"ORG/NAME@{COMMIT}"}
+    (told,) = bill(document, bundle)["metadata"]["component"]["pedigree"]["ancestors"]
+    assert told["licenses"] == [{"license": {"name": "qwen"}}]
+    assert (told["name"], told["version"], told["purl"]) == ("ORG/NAME", COMMIT, f"pkg:huggingface/ORG/NAME@{COMMIT}")
 
 
 def test_what_nobody_else_says_is_certified_with_a_reservation(recorded, tmp_path):
