@@ -81,12 +81,12 @@ def failure(error: BaseException, folder: str) -> PlacedError:
 
     if isinstance(error, SyntaxError) and error.filename:
         return PlacedError(f"{error.msg}", (_shown(error.filename), error.lineno or 1, error.offset or 1))
-    said = f"{type(error).__name__}: {error}".removesuffix(": ")
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
     frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(folder)]
     if not frames:
-        return PlacedError(said)
+        return PlacedError(text)
     last = frames[-1]
-    return PlacedError(said, (_shown(last.filename), last.lineno or 1, (last.colno or 0) + 1))
+    return PlacedError(text, (_shown(last.filename), last.lineno or 1, (last.colno or 0) + 1))
 
 
 def _load(folder: str, module: str, written: str) -> ModuleType:
@@ -109,21 +109,21 @@ def _stages(module: ModuleType) -> list[str]:
     ]
 
 
-def _check_class(found: object, said: str) -> None:
+def _check_class(found: object, reference: str) -> None:
     from dataclasses import is_dataclass
 
     from stagegraph.stage import In, Out, Stage
 
     if not (isinstance(found, type) and issubclass(found, Stage)):
-        raise PlacedError(f"{said} is no stage; expected a class derived from stagegraph.stage.Stage")
+        raise PlacedError(f"{reference} is no stage; expected a class derived from stagegraph.stage.Stage")
     if not isinstance(getattr(found, "id", None), str):
-        raise PlacedError(f'{said} has no id; expected id = "...", the name by which others read its outputs')
+        raise PlacedError(f'{reference} has no id; expected id = "...", the name by which others read its outputs')
     if not is_dataclass(getattr(found, "Params", None)):
-        raise PlacedError(f"{said} has no parameters; expected a dataclass Params in it, which may be empty")
+        raise PlacedError(f"{reference} has no parameters; expected a dataclass Params in it, which may be empty")
     for kind, ports in ((In, found.inputs), (Out, found.outputs)):
         if not all(isinstance(port, kind) for port in ports.values()):
             what = f"{kind.__name__.lower()}puts"
-            raise PlacedError(f"{said}: one of its {what} is no port; expected {kind.__name__}(...)")
+            raise PlacedError(f"{reference}: one of its {what} is no port; expected {kind.__name__}(...)")
 
 
 def _package(folder: str) -> str:

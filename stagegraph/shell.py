@@ -113,9 +113,9 @@ class Shell(Stage):
         declared = {name: _filled(getattr(params, f"env_{name}"), places) for name in self.declared.env}
         status, tail = _run(command, ctx.out, _environment(ctx.out) | declared)
         if status:
-            said = "\n".join(["; its last lines:", *tail]) if tail else " and printed nothing"
+            ending = "\n".join(["; its last lines:", *tail]) if tail else " and printed nothing"
             how = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
-            raise StageError(f"the command {how}{said}")
+            raise StageError(f"the command {how}{ending}")
         self._keep_outputs(ctx.out)
 
     def _keep_outputs(self, out: Path) -> None:

@@ -79,7 +79,7 @@ class Bundle(Stage):
             assemble.copy(path, root / name)
             done += path.stat().st_size
             ctx.progress(done, total, "B")
-        conversation, said = mlc.conversation(texts["tokenizer_config"], texts["tokenizer_info"], texts.get("tables"))
+        conversation, origin = mlc.conversation(texts["tokenizer_config"], texts["tokenizer_info"], texts.get("tables"))
         files = sorted(path.name for path in ctx.input("tokenizer").iterdir())
         chat = documents.chat_config(found, texts.get("tables", {}), files, conversation)
         write_json(root / "mlc-chat-config.json", chat)
@@ -89,7 +89,7 @@ class Bundle(Stage):
         manifest = documents.manifest(name, target, machine, found, assemble.files(root))
         write_json(root / "bundle.json", manifest)
         ctx.view("card", card)
-        ctx.view("mlc", f"mlc-chat-config.json: conv_template is {said}\n")
+        ctx.view("mlc", f"mlc-chat-config.json: conv_template is {origin}\n")
         ctx.summary(f"{len(manifest['files'])} files, {total / 1e6:.1f} MB")
 
 

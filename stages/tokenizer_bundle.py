@@ -156,7 +156,7 @@ def _prove(
     from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.checks import examine
     from stages.tokenizers.proof import prove, texts_for
-    from stages.tokenizers.second import agree
+    from stages.tokenizers.second_vocabulary import agree
 
     for doubt in (*resolution.doubts, *family.doubts(resolution)):
         ctx.warn(doubt)

@@ -98,14 +98,17 @@ class Verify(Stage):
 
     def resolve(self, params: Params) -> Params:
         """Name the reference and the processor; whether a CUDA device can be used shows when it is asked to work."""
+        from stages.targets.table import TARGETS
+
         reference, device = params.reference, params.device
         if reference == "auto":
             recorded = (Path(params.checkpoint) / "reference" / "reference.json").is_file()
             installed = "absent" not in dist_versions(*_LIVE).values()
             reference = "live" if installed else "recorded" if recorded else "none"
-        if device == "auto":
-            device = "auto" if params.target == "cuda" else "cpu"
-        if device not in ("auto", "none", "cuda" if params.target == "cuda" else "cpu"):
+        runs_on = TARGETS[params.target].device
+        if device == "auto" and runs_on == "cpu":
+            device = runs_on
+        if device not in ("auto", "none", runs_on):
             raise StageError(f"a bundle for {params.target} does not run on device {device}; use auto")
         from stages.verification.origin import hub_origin
 
@@ -115,12 +118,13 @@ class Verify(Stage):
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
         from stages.runtime import host
+        from stages.targets.table import TARGETS
         from stages.tokenizers import READERS
 
         names = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS)
         found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
         found["unicode"] = unicodedata.unidata_version
-        if params.target == "cuda" and params.device != "none":
+        if TARGETS[params.target].device == "cuda" and params.device != "none":
             found["nvidia-driver"] = host.nvidia_driver()
             found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         return found

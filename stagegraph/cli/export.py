@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Pipeline(args.file, args.overrides) as pipeline:
-        artifact, names, said = pipeline.export(
+        artifact, names, notes = pipeline.export(
             args.reference, args.directory, replace=args.force, unverified=args.unverified
         )
     size = sum((args.directory / name).stat().st_size for name in names)
     print(f"{artifact.label}: {len(names)} file{'s' * (len(names) != 1)}, {size_text(size)} in {shown(args.directory)}")
-    for line in said:
+    for line in notes:
         print(f"  {line}")
     return 0

@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 print("nothing was removed")
                 return EXIT_OK
             sweep = pipeline.gc(**what, agreed=sweep)
-    said = "would remove" if args.dry_run else "removed"
-    print(f"{said} {_counted(sweep)}: {size_text(sweep.freed)}; {size_text(sweep.left)} are left")
+    verb = "would remove" if args.dry_run else "removed"
+    print(f"{verb} {_counted(sweep)}: {size_text(sweep.freed)}; {size_text(sweep.left)} are left")
     for note in sweep.notes:
         print(note)
     return EXIT_OK

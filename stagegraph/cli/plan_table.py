@@ -24,11 +24,11 @@ def plan_lines(plan: Plan, *, costs: bool) -> list[str]:
 
 
 def _costs(step: Step) -> tuple[str, ...]:
-    d, r, said = step.decision, step.record, _note(step)
+    d, r, note = step.decision, step.record, _note(step)
     if r is None:
-        return d.node.name, d.status, said, "-", "-", "-", "-"
+        return d.node.name, d.status, note, "-", "-", "-", "-"
     seconds, size, memory = seconds_text(r["seconds"]), size_text(record_size(r)), size_text(r["peak_bytes"])
-    return d.node.name, d.status, said, seconds, size, memory, age_text(r["started"])
+    return d.node.name, d.status, note, seconds, size, memory, age_text(r["started"])
 
 
 def _predicted(step: Step) -> tuple[str, ...]:
@@ -53,9 +53,9 @@ def _totals(plan: Plan, *, costs: bool) -> list[str]:
     sure, maybe = plan.count(STALE, NEVER), plan.count(UNKNOWN)
     if plan.idle:
         return [f"all {len(plan.steps)} nodes are up to date"]
-    said = [f"would run {sure} of {len(plan.steps)} nodes" + (f", and up to {maybe} below them" if maybe else "")]
-    said += [f"would restore {size_text(plan.restore)}"] if plan.restore else []
-    lines = ["; ".join(said if costs else [*said, "nothing was run"])]
+    totals = [f"would run {sure} of {len(plan.steps)} nodes" + (f", and up to {maybe} below them" if maybe else "")]
+    totals += [f"would restore {size_text(plan.restore)}"] if plan.restore else []
+    lines = ["; ".join(totals if costs else [*totals, "nothing was run"])]
     if sure:
         lines.append(_time(plan, sure + maybe))
     return lines

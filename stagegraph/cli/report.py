@@ -127,8 +127,8 @@ class LiveReporter(Quiet):
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
         self._bars.remove_task(self._tasks.pop(node.name))
-        said = hanging(visible(problem))
-        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {said}", markup=False, highlight=False)
+        text = hanging(visible(problem))
+        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {text}", markup=False, highlight=False)
 
     def __exit__(self, *_: object) -> None:
         """Take the bars off the screen."""
@@ -145,6 +145,6 @@ def progress_text(done: int, total: int, unit: str, note: str) -> str:
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
     summary = outcome.record["summary"] if outcome.record else ""
-    said = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
-    said = hanging(visible(said))
-    return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {said}".rstrip()
+    text = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
+    text = hanging(visible(text))
+    return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {text}".rstrip()

@@ -58,8 +58,8 @@ class Room:
             return False
         if not wanted.memory and not any(other.spec.resources.memory for other, _ in others):
             return True
-        held = held_bytes([worker.pid for _, worker in others])
-        taken = sum(max(o.spec.resources.memory * MEBIBYTE, held[w.pid]) for o, w in others)
+        used = held_bytes([worker.pid for _, worker in others])
+        taken = sum(max(o.spec.resources.memory * MEBIBYTE, used[w.pid]) for o, w in others)
         return taken + wanted.memory * MEBIBYTE <= machine_mib() * MEBIBYTE
 
     def over(self, running: Iterable[tuple[Node, Worker]]) -> Iterator[tuple[Worker, str]]:
@@ -69,12 +69,12 @@ class Room:
         if not limits or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        held = held_bytes([worker.pid for worker in limits])
+        used = held_bytes([worker.pid for worker in limits])
         for worker, spec in limits.items():
-            if held[worker.pid] > spec.resources.memory * MEBIBYTE:
-                took, most = memory_text(held[worker.pid] // MEBIBYTE), memory_text(spec.resources.memory)
-                said = f"took {took} of memory, more than its resources.memory of {most} ({spec.place})"
-                yield worker, f"{said}, and was stopped; declare more if it needs it"
+            if used[worker.pid] > spec.resources.memory * MEBIBYTE:
+                took, most = memory_text(used[worker.pid] // MEBIBYTE), memory_text(spec.resources.memory)
+                problem = f"took {took} of memory, more than its resources.memory of {most} ({spec.place})"
+                yield worker, f"{problem}, and was stopped; declare more if it needs it"
 
 
 def memory_text(mebibytes: int) -> str:

@@ -260,13 +260,13 @@ def _asked(node: Node, question: Callable[[], T]) -> T:
         raise PlanError(f"{place}: {node.spec.entry}: stage '{node.stage.id}' cannot be planned: {wrong}") from None
 
 
-def _masked(secrets: Sequence[str], said: Any) -> Any:
+def _masked(secrets: Sequence[str], value: Any) -> Any:
     """Return what a stage says while it is planned without its secrets."""
     if not secrets:
-        return said
+        return value
     from stagegraph.planning.secrets import Mask
 
-    return Mask(secrets).value(said)
+    return Mask(secrets).value(value)
 
 
 def _parts(stage: Stage) -> dict[str, str]:

@@ -107,8 +107,8 @@ def find_run(runs: Sequence[PastRun], name: str) -> int:
         raise PlanError(f"there is no run {name}: the history has {len(runs)}; `pipeline runs` lists them")
     found = [i for i, run in enumerate(runs) if name and run.id.startswith(name)]
     if len(found) != 1:
-        said = "more than one run begins" if found else "no run begins"
-        raise PlanError(f"{said} with '{name}'; `pipeline runs` lists them")
+        problem = "more than one run begins" if found else "no run begins"
+        raise PlanError(f"{problem} with '{name}'; `pipeline runs` lists them")
     return found[0]
 
 

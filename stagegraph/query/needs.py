@@ -66,8 +66,8 @@ def _plan(found: Needs, project: Project, name: str) -> None:
 
 
 def _unplanned(found: Needs, name: str, error: PipelineError) -> None:
-    said = f"{name} cannot be planned; only what artifacts/ shows of it is kept: {error.problems[0]}"
-    found.notes.append(said)
+    note = f"{name} cannot be planned; only what artifacts/ shows of it is kept: {error.problems[0]}"
+    found.notes.append(note)
 
 
 def _may_be_pipeline(path: Path) -> bool:

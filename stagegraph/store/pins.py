@@ -45,8 +45,8 @@ class Pin:
     def _give_up(self, error: OSError) -> None:
         """Go on without a claim: that costs no result, unless something is removed beside this run."""
         self._unclaimed = True
-        said = "what this run needs is not claimed: run no `pipeline gc` beside it"
-        warn(f"{self._path}: {error.strerror}; {said}")
+        advice = "what this run needs is not claimed: run no `pipeline gc` beside it"
+        warn(f"{self._path}: {error.strerror}; {advice}")
 
     def release(self) -> None:
         """End the claim."""

@@ -101,9 +101,9 @@ class Workspace:
         """Yield the results, with their names in the index, that others of their key took the place of."""
         for name in self.index.names("alt:"):
             found = self.index.get(name)
-            held = found.get("key") if isinstance(found, dict) else None
-            if isinstance(held, str) and held.startswith(key) and is_record_of(found, held):
-                current = self.record(held)
+            stored_key = found.get("key") if isinstance(found, dict) else None
+            if isinstance(stored_key, str) and stored_key.startswith(key) and is_record_of(found, stored_key):
+                current = self.record(stored_key)
                 if current is None or result_digest(current) != result_digest(found):
                     yield name, found
 
@@ -309,11 +309,11 @@ class Workspace:
         descriptor = self._lock_file(name)
         try:
             _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
+            acquired = True
         except BlockingIOError:
-            held = False
+            acquired = False
         try:
-            yield held
+            yield acquired
         finally:
             os.close(descriptor)
 

@@ -90,13 +90,13 @@ def _sampling(settings: Mapping[str, Any], problems: list[str], notes: list[str]
         value = settings.get(key)
         if value is None:
             continue
-        said = f"{GENERATION}: {key} = {shown(value)}; expected {wanted}"
+        problem = f"{GENERATION}: {key} = {shown(value)}; expected {wanted}"
         if accepts(value):
             sampling[key] = value
         elif _is_number(value):
-            notes.append(f"{said}; it is left out")
+            notes.append(f"{problem}; it is left out")
         else:
-            problems.append(said)
+            problems.append(problem)
     return sampling
 
 

@@ -168,7 +168,7 @@ def _read(files: Mapping[str, Path], shards: Sequence[str], notes: list[str]) ->
                 problems.append(f"tensor {name} is in both {first} and {shard}, and not the same; remove the wrong one")
     if problems:
         raise ConfigError(*capped(problems))
-    twice = [name for name, held in holders.items() if len(held) > 1]
+    twice = [name for name, owners in holders.items() if len(owners) > 1]
     if twice:
         notes.append(f"{len(twice)} tensors are in several files, the same in each: {listed(twice)}")
     return found, holders

@@ -79,8 +79,8 @@ def _work(job: Callable[[], object], log: Path, parent: int) -> None:
 def _problem(exitcode: int | None, log: Path) -> str:
     if exitcode == 0:
         return ""
-    said = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
-    if exitcode == 1 and said:
-        return said
+    text = log.read_text("utf-8", "replace").strip() if log.is_file() else ""
+    if exitcode == 1 and text:
+        return text
     name = signal.Signals(-exitcode).name if exitcode and exitcode < 0 else f"exit code {exitcode}"
-    return "\n".join([f"the compiler crashed ({name})", *said.splitlines()[:LOG_HEAD]])
+    return "\n".join([f"the compiler crashed ({name})", *text.splitlines()[:LOG_HEAD]])

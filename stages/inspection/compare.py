@@ -20,8 +20,8 @@ STRUCTURE = "views/structure.json"
 def graphs(a: Files, b: Files) -> list[Row]:
     """Compare two graph-builds: functions call by call with types, whatever variables are named; kernels by hash."""
     if STRUCTURE not in a or STRUCTURE not in b:
-        said = ["recorded" if STRUCTURE in side else "not recorded" for side in (a, b)]
-        return [("structure", said[0], said[1])]
+        states = ["recorded" if STRUCTURE in side else "not recorded" for side in (a, b)]
+        return [("structure", states[0], states[1])]
     old, new = _read(a[STRUCTURE]), _read(b[STRUCTURE])
     before, after = old["functions"], new["functions"]
     sizes = [{name: f"{len(calls)} calls" for name, calls in side.items()} for side in (before, after)]

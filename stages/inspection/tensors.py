@@ -132,5 +132,5 @@ def _checkpoint_line(tensor: Mapping[str, Any]) -> str:
 
 
 def _described(tensor: Mapping[str, Any]) -> str:
-    held = f" in {tensor['file']}" if "file" in tensor else ""
-    return f"{tensor.get('dtype', '')} {tensor['shape']}{held}".strip()
+    where = f" in {tensor['file']}" if "file" in tensor else ""
+    return f"{tensor.get('dtype', '')} {tensor['shape']}{where}".strip()

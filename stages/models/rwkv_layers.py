@@ -105,12 +105,12 @@ class TimeMixing(nn.Module):
         key = self.key(self.mix_key(x, shifted, x.dtype))
         value = self.value(self.mix_value(x, shifted, x.dtype))
         receptance = op.sigmoid(self.receptance(self.mix_receptance(x, shifted, x.dtype)))
-        held = [state.get(layer, number, tokens.ends.shape[0], tokens.states[number]) for number in (2, 3, 4)]
+        states = [state.get(layer, number, tokens.ends.shape[0], tokens.states[number]) for number in (2, 3, 4)]
         y, *after = op.tensor_ir_op(
             wkv.wkv(key.shape[-1], key.dtype),
             "wkv",
-            [key, value, self.decay, self.bonus, *held, tokens.ends],
-            [Tensor.placeholder(like.shape, like.dtype) for like in (key, *held)],
+            [key, value, self.decay, self.bonus, *states, tokens.ends],
+            [Tensor.placeholder(like.shape, like.dtype) for like in (key, *states)],
         )
         for number, tensor in zip((2, 3, 4), after, strict=True):
             state = state.set(layer, number, tensor)

@@ -69,9 +69,9 @@ def compare(reference: Reference, theirs: Automatic, texts: Sequence[tuple[str, 
     ]
     if other:
         count = len({text for text, _, _ in other})
-        said = difference("such as", *other[0], ("here", theirs.name))
+        example = difference("such as", *other[0], ("here", theirs.name))
         found.append(
-            Finding("T22", WARNING, f"transformers has other ids for {count:,} of {len(texts):,} texts, {said}")
+            Finding("T22", WARNING, f"transformers has other ids for {count:,} of {len(texts):,} texts, {example}")
         )
     else:
         found.append(Finding("T22", NOTE, f"{len(texts):,} texts have the same ids in transformers' {theirs.name}"))

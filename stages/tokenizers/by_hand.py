@@ -98,8 +98,8 @@ def _differ(what: str, other: Reference, opened: Automatic, texts: Sequence[str]
 
 
 def _file_alone(resolution: Resolution, opened: Automatic, texts: Sequence[str]) -> Iterator[Finding]:
-    said = json.loads(resolution.vocabulary.read_bytes())
-    if _pipeline(said) == _pipeline(opened.document):
+    written = json.loads(resolution.vocabulary.read_bytes())
+    if _pipeline(written) == _pipeline(opened.document):
         return
     alone = opened.alone(texts)
     if "error" in alone:

@@ -71,13 +71,13 @@ class CharacterLoop:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; neighbouring bytes that are not UTF-8 together become U+FFFD, each."""
-        text, held = "", b""
+        text, pending = "", b""
         for token in [*(self._texts[index] for index in ids), ""]:
             byte = BYTE.fullmatch(token) if self._bytes else None
             if byte:
-                held += bytes.fromhex(byte[1])
+                pending += bytes.fromhex(byte[1])
                 continue
-            text, held = text + _text(held) + token.replace(SPACE, " "), b""
+            text, pending = text + _text(pending) + token.replace(SPACE, " "), b""
         return text[1:] if self._strip and text.startswith(" ") else text
 
     def tokens(self) -> dict[int, bytes]:

@@ -23,8 +23,8 @@ from stages.tokenizers.files import read_bytes
 from stages.tokenizers.json_tables import by_text
 from stages.tokenizers.resolution import read_json
 from stages.tokenizers.tokenizer_family import Finding, ModelFacts
-from stages.tokenizers.world import FILE as WORLD
-from stages.tokenizers.world import WorldTokenizer
+from stages.tokenizers.world_vocabulary import FILE as WORLD
+from stages.tokenizers.world_vocabulary import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

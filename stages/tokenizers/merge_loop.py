@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stages.tokenizers.byte_level import BYTES, CHARACTERS
-from stages.tokenizers.old_nfc import nfc
+from stages.tokenizers.unicode9_nfc import nfc
 
 MAX_REMEMBERED = 200_000
 
@@ -64,13 +64,13 @@ class MergeLoop:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; the bytes between two added tokens are decoded together."""
-        text, held = "", b""
+        text, pending = "", b""
         for index in ids:
             if index in self._texts:
-                text, held = text + held.decode(errors="replace") + self._texts[index], b""
+                text, pending = text + pending.decode(errors="replace") + self._texts[index], b""
             else:
-                held += self._bytes[index]
-        return text + held.decode(errors="replace")
+                pending += self._bytes[index]
+        return text + pending.decode(errors="replace")
 
     def tokens(self) -> dict[int, bytes]:
         """Return every id with its bytes."""

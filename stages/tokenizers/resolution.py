@@ -225,11 +225,11 @@ def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) ->
             fitting.append(family)
     if own and fitting != ["tokenizer-json"]:
         return own, f"{_cut(named)} is named"  # and its files are missed there
-    said = f"{_cut(named)} does not decide" if named else "no class is named"
+    reason = f"{_cut(named)} does not decide" if named else "no class is named"
     if len(fitting) == 1:
-        return fitting[0], f"{said}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
+        return fitting[0], f"{reason}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
     found = "the files fit several families" if fitting else f"no vocabulary of a known family among {', '.join(files)}"
-    raise TokenizerError(f"{root}: {said} and {found}; {_known()}")
+    raise TokenizerError(f"{root}: {reason} and {found}; {_known()}")
 
 
 def _vocabulary(root: Path, files: Mapping[str, Path], family: str) -> tuple[str, str]:

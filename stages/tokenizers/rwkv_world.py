@@ -10,7 +10,7 @@ from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes, read_text
 from stages.tokenizers.ranks import MAX_TOKEN_BYTES, bound_lines
 from stages.tokenizers.tokenizer_family import TokenizerFamily
-from stages.tokenizers.world import END, END_TEXT, FILE, WorldTokenizer
+from stages.tokenizers.world_vocabulary import END, END_TEXT, FILE, WorldTokenizer
 
 if TYPE_CHECKING:
     from stages.tokenizers.resolution import Resolution
@@ -102,13 +102,13 @@ class GreedyReference:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        text, held = "", b""
+        text, pending = "", b""
         for index in ids:
             if index == END:
-                text, held = text + held.decode(errors="replace") + END_TEXT, b""
+                text, pending = text + pending.decode(errors="replace") + END_TEXT, b""
             else:
-                held += self._tokens[index]
-        return text + held.decode(errors="replace")
+                pending += self._tokens[index]
+        return text + pending.decode(errors="replace")
 
     def tokens(self) -> dict[int, bytes]:
         """Return every id with its bytes."""

@@ -248,11 +248,11 @@ def doubts(resolution: Resolution) -> Sequence[str]:
     ids = shown(resolution)
     if ids:
         first = model.pieces[ids[0]].text
-        said = f"T13: the {len(ids)} user-defined symbols, such as {first!r}, are special tokens here"
-        found += [f"{said}: a user's text that spells one stays text, where sentencepiece would make it the symbol"]
+        cause = f"T13: the {len(ids)} user-defined symbols, such as {first!r}, are special tokens here"
+        found += [f"{cause}: a user's text that spells one stays text, where sentencepiece would make it the symbol"]
     if "legacy" not in resolution.config and _lead(resolution, model) == TEXT:
-        said = f"T17: tokenizer_config.json names {resolution.class_name} and does not say `legacy`"
-        found += [f"{said}: a space goes before a text as in transformers 5; 4 puts one after each special token, too"]
+        cause = f"T17: tokenizer_config.json names {resolution.class_name} and does not say `legacy`"
+        found += [f"{cause}: a space goes before a text as in transformers 5; 4 puts one after each special token, too"]
     if model.dummy_prefix and model.remove_extra_whitespaces and not _legacy(resolution):
         found += ["T17: a space goes after each special token too, where transformers has none: spaces are removed"]
     if resolution.config.get("add_eos_token"):

@@ -14,11 +14,11 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.byte_level import spell
 from stages.tokenizers.merge_loop import MergeLoop
-from stages.tokenizers.old_nfc import nfc
 from stages.tokenizers.patterns import GPT2
 from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
 from stages.tokenizers.resolution import resolve
-from stages.tokenizers.world import WorldTokenizer
+from stages.tokenizers.unicode9_nfc import nfc
+from stages.tokenizers.world_vocabulary import WorldTokenizer
 from tests.stages.tokenizer_folders import (
     FOLDERS,
     PREFIXES,
