@@ -1,0 +1,20 @@
+"""The whole suite takes all processors, a file of tests at a time; a selection of tests runs in this process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+WORKER_BYTES = 6 << 30  # a worker with TVM and torch, and the processes that its tests start
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Have pytest-xdist, where it is installed, distribute a plain ``pytest``; ``-n`` says otherwise."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("usepdb")
+    if whole and config.getoption("numprocesses", 0) is None and not hasattr(config, "workerinput"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        workers = min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES)
+        if workers > 1:
+            config.option.numprocesses, config.option.dist = workers, "loadfile"
