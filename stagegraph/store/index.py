@@ -149,7 +149,7 @@ class Index:
     # -- the database ------------------------------------------------------------------------------------------------
 
     def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
-        with self._lock, self._waiting():
+        with self._lock:
             for again in (True, False):
                 try:
                     return self._reading().execute(query, values).fetchall()
@@ -207,7 +207,7 @@ class Index:
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Say what is waited for where another process keeps the database locked."""
+        """Say what is waited for where another process keeps the database locked: to write, for reading never waits."""
         said = f"another process keeps the index {self.directory} locked; waiting for it, at most {BUSY_SECONDS} s"
         timer = Timer(SAID_AFTER, warn, (said,))
         timer.daemon = True
