@@ -40,7 +40,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     """Return the JSON object in ``path``; :class:`ValueError` calling the file ``name`` if it is none."""
     data = read_bounded(path, MAX_BYTES)
     if data is None:
-        raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes are no description of a model")
+        raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes are too many for a config")
     try:
         value = parse(data)
     except (ValueError, RecursionError) as error:
@@ -54,7 +54,7 @@ def parse(data: bytes) -> Any:
     """Return the JSON value in UTF-8 ``data``; :class:`ValueError` says what is wrong, without the file."""
     values = data.count(b",") + data.count(b"[") + data.count(b"{")
     if values > MAX_VALUES:
-        raise ValueError(f"about {values:,} values are no description of a model (at most {MAX_VALUES:,} are read)")
+        raise ValueError(f"about {values:,} values are too many for a config (at most {MAX_VALUES:,} are read)")
     text = data.decode("utf-8")
     value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
     if "\\u" in text:  # nothing else can make half a character

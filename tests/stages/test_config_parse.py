@@ -174,7 +174,7 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path):
 def test_an_endless_config_is_not_read(checkpoint: Path):
     with (checkpoint / "config.json").open("wb") as file:
         file.truncate(strict_json.MAX_BYTES + 1)
-    assert problems(checkpoint) == ["config.json: more than 67,108,864 bytes are no description of a model"]
+    assert problems(checkpoint) == ["config.json: more than 67,108,864 bytes are too many for a config"]
 
 
 def test_hostile_numbers_and_keys_make_short_messages(checkpoint: Path):
