@@ -162,6 +162,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         "sep_embed": params.sep_embed,
         "state": family.state,
         "state_bytes": build.state_bytes,
+        "verify_chunk": None if family.state == "rnn" else build.verify_chunk,
         "vocab_size": model["vocab_size"],
     }
 

@@ -26,6 +26,7 @@ from stagegraph.stage import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+_LIMITS = ("max_kl", "min_top1", "max_ppl_ratio")  # stages.verification.gates.Limits
 _LIVE = ("torch", "transformers")
 _FILES = (
     "config.json",
@@ -83,6 +84,23 @@ class Verify(Stage):
             default="auto",
         )
 
+        corpus: Source = source(
+            "text on which the bundle is compared with the original model: a .txt file, or a .jsonl of texts and "
+            "conversations; empty: the one that comes along, of prose, code, Chinese and chat",
+            include=("*.txt", "*.jsonl"),
+            optional=True,
+        )
+        probe_tokens: int = param("how many tokens of the corpus are read", default=2048, minimum=16)
+        max_kl: float | None = param(
+            "largest mean KL divergence from the original model, in nats; null: by what the scheme keeps", default=None
+        )
+        min_top1: float | None = param(
+            "least share of places where the likeliest token is the original's; null: likewise", default=None
+        )
+        max_ppl_ratio: float | None = param(
+            "largest perplexity as a multiple of the original's; null: likewise", default=None
+        )
+
     inputs = {
         "bundle": In("bundle", "bundle", "the bundle"),
         "params": In("param-register", "params", "which checkpoint tensors the bundle's weights are made of"),
@@ -95,6 +113,8 @@ class Verify(Stage):
         "certificate": Out("certificate.json", "what may be shown elsewhere; docs/certificate.md", attests="bundle"),
         "bom": Out("bom.cdx.json", "the bill of materials, CycloneDX 1.6", attests="bundle"),
     }
+
+    parts = {"original": "stages.verification.original"}
 
     def resolve(self, params: Params) -> Params:
         """Name the reference and the processor; whether a CUDA device can be used shows when it is asked to work."""
@@ -148,8 +168,9 @@ class Verify(Stage):
         from stages.runtime import seal
         from stages.runtime.errors import BundleError, RequestError
         from stages.verification import bom, certificate
+        from stages.verification.apart import LiveError
         from stages.verification.case import Case
-        from stages.verification.live import LiveError
+        from stages.verification.probes import CorpusError
         from stages.verification.procedure import verify
         from stages.verification.reference import RecordingError
 
@@ -165,10 +186,15 @@ class Verify(Stage):
             reference=ctx.params.reference,
             device=ctx.params.device,
             scales=quantized["scales"],
+            corpus=_corpus(ctx),
+            probe_tokens=ctx.params.probe_tokens,
+            limits={name: value for name in _LIMITS if (value := getattr(ctx.params, name)) is not None},
+            scratch=ctx.out,
+            memo=ctx,
         )
         try:
             findings = verify(case, ctx.progress)
-        except (BundleError, RecordingError, ConfigError, LiveError) as error:
+        except (BundleError, RecordingError, ConfigError, LiveError, CorpusError) as error:
             raise StageError(*error.problems) from None
         except RequestError as error:
             raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
@@ -188,6 +214,17 @@ class Verify(Stage):
             ctx.fact(RESERVATION, findings.verdict)
         ctx.view("card", card)
         ctx.summary(findings.summary())
+
+
+def _corpus(ctx: Context) -> Path:
+    from stages.verification.probes import DEFAULT
+
+    if not ctx.params.corpus:
+        return DEFAULT
+    files = ctx.source("corpus").files
+    if len(files) != 1:
+        raise StageError(f"corpus: {ctx.params.corpus}: name one .txt or .jsonl file, found {len(files)}")
+    return next(iter(files.values()))
 
 
 def _tokenizer_family(root: Path) -> str | None:

@@ -35,7 +35,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "conversion": {"checkpoint", "models", "quantization", "targets"},
     "runtime": set(),
     "packing": {"runtime"},
-    "verification": {"checkpoint", "models", "quantization", "runtime", "tokenizers"},
+    "verification": {"checkpoint", "memo", "models", "quantization", "runtime", "tokenizers"},
     "inspection": {"checkpoint", "quantization"},
     "cli": {"models", "runtime"},
 }

@@ -14,7 +14,9 @@ class Signature(TypedDict):
 
 
 class ModelSizes(TypedDict):
-    """What all graphs of one library agree on; ``kv_dtype`` and ``page_size`` are None for a recurrent model."""
+    """What all graphs of one library agree on; of a recurrent model ``kv_dtype``, ``page_size`` and ``verify_chunk``
+    are None.
+    """
 
     attention_thread_bytes: int
     cache_bytes_per_token: int
@@ -32,6 +34,7 @@ class ModelSizes(TypedDict):
     sep_embed: bool
     state: str
     state_bytes: int
+    verify_chunk: int | None
     vocab_size: int
 
 

@@ -19,6 +19,7 @@ from stages.sizes import DTYPE_BYTES, PAGE_SIZE
 from stages.targets.table import Target
 
 CACHE = nn.spec.Object(object_type=PagedKVCache)
+VERIFY_CHUNK = 64  # see Build.verify_chunk
 tensor = nn.spec.Tensor
 
 
@@ -46,6 +47,13 @@ class Build:
     prefill_chunk: int
     max_batch: int
     context_window: int
+
+    @property
+    def verify_chunk(self) -> int:
+        """The most tokens that one call gives all logits of: enough for matrix products to be fast, and not so many
+        that their logits take much memory (64 of 150,000 are 38 MB).
+        """
+        return min(self.prefill_chunk, VERIFY_CHUNK)
 
     @property
     def sliding(self) -> bool:
@@ -120,8 +128,10 @@ class Build:
         return tensor(tokens, "int32")
 
 
-def export_prefill(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object) -> tvm.IRModule:
-    """Export ``prefill`` and ``batch_prefill``; ``state`` is what they read the chunks into."""
+def export_prefill(
+    build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object, **more: Mapping[str, Any]
+) -> tvm.IRModule:
+    """Export ``prefill``, ``batch_prefill`` and ``more``; ``state`` is what they read the chunks into."""
     states = build.states([1, "seq_len"])
     positions = tensor(["batch_size"], "int32")
     return export_model(
@@ -130,6 +140,7 @@ def export_prefill(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spe
         {
             "prefill": {"states": states, "cache": state},
             "batch_prefill": {"states": states, "logit_positions": positions, "cache": state},
+            **more,
         },
     )
 
@@ -173,7 +184,7 @@ def _export(
     with build.target:
         exported, named, _ = module.export_tvm(spec=nn.spec.ModuleSpec.from_raw(raw, module), allow_extern=True)
     # Memory is planned for these bounds; the names are those of the specs' symbolic dimensions.
-    bounds = {"seq_len": build.prefill_chunk, "batch_size": build.max_batch}
+    bounds = {"seq_len": build.prefill_chunk, "batch_size": build.max_batch, "verify_len": build.verify_chunk}
     for var, function in exported.functions_items():
         if isinstance(function, rx.Function):
             exported[var] = function.with_attr("tir_var_upper_bound", bounds)

@@ -1,4 +1,4 @@
-"""prefill and batch_prefill: read a chunk of tokens into the KV cache, return logits of chosen positions."""
+"""prefill, batch_prefill, batch_verify: read a chunk of tokens into the KV cache, return logits of some or of all."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class Prefill(nn.Module):
         hidden = take(hidden_states(self.model, states, cache), logit_positions, axis=1)
         return self.model.logits(hidden), cache
 
+    def batch_verify(self, states: Tensor, cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
+        """Read chunks of several sequences laid end to end; return the logits [1, s, V] of every token."""
+        return self.model.logits(hidden_states(self.model, states, cache)), cache
+
 
 def _last(x: te.Tensor) -> te.Tensor:
     batch, seq, width = x.shape
@@ -39,5 +43,6 @@ def _last(x: te.Tensor) -> te.Tensor:
 
 
 def export(build: Build) -> tvm.IRModule:
-    """Return the module of ``prefill`` and ``batch_prefill``."""
-    return export_prefill(build, Prefill, CACHE)
+    """Return the module of ``prefill``, ``batch_prefill`` and ``batch_verify``."""
+    every = {"states": build.states([1, "verify_len"]), "cache": CACHE}
+    return export_prefill(build, Prefill, CACHE, batch_verify=every)

@@ -176,6 +176,17 @@ class Session:
         requests = {sequence: [token] for sequence, token in tokens.items()}
         return self._forward("batch_decode", requests, self._states(list(tokens.values()), (len(tokens), 1)))
 
+    def score(self, sequence: int, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Read ``ids`` and yield the logits [n, V] after each of them, as many at once as the library gives."""
+        size = self.manifest.model.get("verify_chunk") or 0
+        for start in range(0, len(ids), size or 1):
+            part = ids[start : start + (size or 1)]
+            self._check(sequence, part)
+            if size:
+                yield self._forward("batch_verify", {sequence: part}, self._states(part, (1, len(part))))
+            else:
+                yield self.decode(sequence, part[0])[None]
+
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [n, h] of ``ids`` in the compute dtype; needs a library with ``sep_embed``."""
         self._check_ids(ids)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.tokenizer import BundleTokenizer
+from stages.verification import probes
 from stages.verification.checks import PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import recorded_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Register
+    from stages.memo import Memo
     from stages.tokenizers.tokenizer_family import Reference as SourceReader
-
-    Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Case:
     reference: str
     device: str
     scales: str = "max"  # how quantize chose them
+    corpus: Path = probes.DEFAULT
+    probe_tokens: int = 2048
+    limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.Limits
+    scratch: Path = Path()  # where files may be made that are removed again
+    memo: Memo | None = None  # where the original's answers are kept; without one they are computed anew
 
     @cached_property
     def registry(self) -> Register:
@@ -105,6 +110,19 @@ class Case:
             return self.tokenizer.decode(ids)
         table = self.reader.tokens()
         return self.reader.decode([token for token in ids if token in table and not _is_special(self.reader, token)])
+
+    @cached_property
+    def probes(self) -> probes.Probes:
+        """What the bundle and the original model read to be compared."""
+        window = int(self.manifest.model["context_window"])
+        return probes.of(
+            self.corpus,
+            self.probe_tokens,
+            window=window,
+            prefix=self.prefix,
+            encode=self.encode,
+            tokenizer=self.tokenizer,
+        )
 
     @cached_property
     def records(self) -> dict[str, tensor_cache.Record]:

@@ -13,7 +13,8 @@ from stages.verification.checks import Check
 from stages.verification.report import Findings
 
 if TYPE_CHECKING:
-    from stages.verification.case import Case, Progress
+    from stages.verification.apart import Progress
+    from stages.verification.case import Case
 
 
 def verify(case: Case, progress: Progress) -> Findings:

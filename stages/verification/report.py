@@ -27,6 +27,7 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     loss: float | None = None
     golden: dict[str, Any] | None = None  # of stages.runtime.golden
+    quantization: Mapping[str, Any] | None = None  # see loss.report
 
     @property
     def failures(self) -> list[str]:
@@ -54,7 +55,13 @@ class Findings:
     def summary(self) -> str:
         """One line."""
         measured = next((check.measured for check in self.checks if check.name == EVERY_STEP), None)
-        return self.verdict if measured is None else f"{self.verdict}, logits within {measured:.1e} of the reference"
+        if measured is None:
+            return self.verdict
+        text = f"{self.verdict}, logits within {measured:.1e} of the reference"
+        if self.quantization is None:
+            return text
+        figures = self.quantization["all"]
+        return f"{text}; KL {figures['kl_mean']:.2g}, {figures['top1']:.0%} first choices as the original"
 
     def document(self) -> dict[str, Any]:
         """Return verify.json; numbers are rounded to three digits, all that they mean."""
@@ -67,6 +74,7 @@ class Findings:
             "device": self.device,
             "reference": {"kind": self.reference, "origin": self.origin},
             "loss": _rounded(self.loss),
+            "quantization": self.quantization,
             "checks": [
                 {
                     "name": check.name,
@@ -93,6 +101,7 @@ class Findings:
             lines.append(f"- largest quantization error: {worst['rmse']:.2e} relative RMSE, {worst['name']}")
         if self.loss is not None:
             lines.append(f"- mean loss on the prompt: {self.loss:.3f} nats a token")
+        lines += _quantization_table(self.quantization)
         lines += ["", "| check | result | |", "| --- | --- | --- |"]
         lines += [
             f"| {check.name} | {'ok' if check.ok else 'FAILED'} | {_cell(check.detail)} |" for check in self.checks
@@ -100,6 +109,23 @@ class Findings:
         if self.unchecked:
             lines += ["", "Not checked:", "", *(f"- {text}" for text in self.unchecked)]
         return "\n".join(lines) + "\n"
+
+
+def _quantization_table(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    lines = [
+        "",
+        f"What quantization has cost, against {found['original']}:",
+        "",
+        "| text | tokens | KL mean | median | 99 % | max | first choice equal | perplexity | original's |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for kind, each in {"all": found["all"], **found["kinds"]}.items():
+        divergence = " | ".join(f"{each[f'kl_{name}']:.2g}" for name in ("mean", "median", "99", "max"))
+        numbers = f"{divergence} | {each['top1']:.1%} | {each['perplexity']:.4g} | {each['perplexity_original']:.4g}"
+        lines.append(f"| {_cell(kind)} | {each['tokens']} | {numbers} |")
+    return lines
 
 
 def _rounded(value: float | None) -> float | None:

