@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from stages.tokenizers import library
 from stages.tokenizers.checks import WARNING, error
 from stages.tokenizers.tokenizer_family import Finding, ModelFacts, Reference
+from stages.tokenizers.world_vocabulary import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,9 +28,10 @@ def leave_out(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, dict[int, str
     """Return the tokenizer without its added tokens from id ``rows`` on, and these: id -> text.
 
     Where other tokens are beyond the rows too, the vocabulary is another model's, which T06 says: nothing is left out.
+    RWKV's own has ordinary tokens alone.
     """
     beyond = {index: text for text, index in tokenizer.get_vocab(with_added_tokens=True).items() if index >= rows}
-    if not beyond:
+    if not beyond or isinstance(tokenizer, WorldTokenizer):
         return tokenizer, {}
     document = json.loads(tokenizer.to_str())
     kept = [token for token in document["added_tokens"] if token["id"] not in beyond]

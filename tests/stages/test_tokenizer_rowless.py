@@ -96,3 +96,9 @@ def test_what_a_text_or_a_chat_cannot_do_without_is_refused(tmp_path, files, row
     with pytest.raises(StageError) as caught:
         build(tmp_path, files, "llama", 2 if rows == ROWS else None, rows=rows)
     assert says in " ".join(caught.value.problems)
+
+
+def test_a_vocabulary_without_added_tokens_is_another_models(tmp_path):
+    with pytest.raises(StageError) as caught:
+        build(tmp_path, *FOLDERS["rwkv world"], rows=SIZE - 1)
+    assert "T06: the largest id is" in " ".join(caught.value.problems)
