@@ -199,7 +199,7 @@ class Verify(Stage):
         except RequestError as error:
             raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
         if findings.failures:
-            raise StageError(*(f"{findings.name}: {failure}" for failure in findings.failures))
+            raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
         for warning in findings.warnings:
             ctx.warn(warning)
         text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"

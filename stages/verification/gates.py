@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stages.verification.checks import Check
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stages.quantization.schemes import Scheme
     from stages.verification.loss import Loss
 
@@ -37,6 +39,11 @@ def bits_kept(scheme: Scheme, arithmetic: str) -> int:
     if arithmetic == "int8":
         bits = min(bits, 8)
     return next(limit for limit in LIMITS if bits >= limit or limit == min(LIMITS))
+
+
+def limits(scheme: Scheme, arithmetic: str, own: Mapping[str, float]) -> Limits:
+    """Return the limits of a bundle: those of its class but for the user's ``own``."""
+    return replace(LIMITS[bits_kept(scheme, arithmetic)], **own)
 
 
 def check(loss: Loss, limits: Limits) -> list[Check]:

@@ -60,16 +60,12 @@ class Request:
 def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     """Return :data:`ARRAYS`, the rows of all pieces one after the other."""
     import torch
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    mapped = _Mapped(request.files)
+    mapped, model, origin = load(request)
     with torch.inference_mode():
-        model, origin = _load(request, mapped)
         longest = max(map(len, request.pieces))
         padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
-        with _weights_in_float32(model, mapped, progress):
+        with weights_in_float32(model, mapped, progress):
             found = [
                 _likeliest(logits, torch.tensor(following)) for logits, following in _logits(model, padded, request)
             ]
@@ -113,7 +109,7 @@ def _document(case: Case) -> dict[str, Any]:
     }
 
 
-class _Mapped:
+class Mapped:
     """The tensors of safetensors files as torch tensors that lie in the files themselves."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
@@ -141,11 +137,14 @@ class _Mapped:
             each.madvise(mmap.MADV_DONTNEED)
 
 
-def _load(request: Request, mapped: _Mapped) -> tuple[Any, str]:
-    """Return transformers' model, its parameters where ``mapped`` has them, and what it is."""
+def load(request: Request) -> tuple[Mapped, Any, str]:
+    """Return the checkpoint's tensors, transformers' model whose parameters they are, and what it is in words."""
     import torch
     import transformers
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    mapped = Mapped(request.files)
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
     config = _own_config(request.root)
     stored: Counter[Any] = Counter()
@@ -166,7 +165,7 @@ def _load(request: Request, mapped: _Mapped) -> tuple[Any, str]:
         own = mapped.tensors.get(name)
         if own is not None and own.shape == parameter.shape and own.dtype != parameter.dtype:
             parameter.data = own
-    return model.eval(), how
+    return mapped, model.eval(), how
 
 
 def _own_config(root: Path) -> Any:
@@ -187,7 +186,7 @@ def _attention(cls: Any) -> str:
     return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
 
-def _by_family(request: Request, mapped: _Mapped) -> tuple[Any, Any]:
+def _by_family(request: Request, mapped: Mapped) -> tuple[Any, Any]:
     import torch
     import transformers
 
@@ -224,7 +223,7 @@ def parameters_without_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _weights_in_float32(model: Any, mapped: _Mapped, progress: Progress) -> Iterator[None]:
+def weights_in_float32(model: Any, mapped: Mapped, progress: Progress = lambda *_: None) -> Iterator[None]:
     """Give each module its own parameters in float32 while it computes, and no longer."""
     import torch
 

@@ -25,6 +25,7 @@ class Findings:
     checks: list[Check] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    advice: list[str] = field(default_factory=list)  # what to do about failures
     loss: float | None = None
     golden: dict[str, Any] | None = None  # of stages.runtime.golden
     quantization: Mapping[str, Any] | None = None  # see loss.report

@@ -12,7 +12,7 @@ from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along
 from stages.runtime.session import Session
-from stages.verification import checks, gates, live, loss, weights
+from stages.verification import advice, checks, gates, live, loss, weights
 from stages.verification import original as original_model
 from stages.verification.apart import LiveError
 from stages.verification.checks import Check
@@ -86,7 +86,7 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
     _check_logits(case, session, tokens, prompt, decoded, reference, bound, findings)
     if reference is not None:
         _check_text(case, session, reference, drafts, bound, findings)
-    _check_quantization(case, session, original, findings)
+    _check_quantization(case, session, original, findings, progress)
 
 
 def _recorded(case: Case) -> Reference | None:
@@ -268,7 +268,7 @@ def _check_recorded_text(case: Case, session: Session, recorded: Sequence[Contin
 
 
 def _check_quantization(
-    case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings
+    case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings, progress: Progress
 ) -> None:
     """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
     if original is None:
@@ -280,9 +280,11 @@ def _check_quantization(
     places = loss.measure(session, case.probes, original)
     figures = places.figures()
     findings.quantization = loss.report(places, case.probes, str(original["original_origin"]))
-    scheme = SCHEMES[case.registry["scheme"]]
-    limits = replace(gates.LIMITS[gates.bits_kept(scheme, case.arithmetic)], **case.limits)
-    findings.checks += gates.check(figures, limits)
+    limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
+    checked = gates.check(figures, limits)
+    findings.checks += checked
+    if not all(check.ok for check in checked):
+        findings.advice += advice.ask(case, progress)
     if case.probes.longest < session.context_window:
         findings.unchecked.append(
             f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "

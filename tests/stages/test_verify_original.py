@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import transformers
 
 from stagegraph.stage import StageError
 from stages.quantization.schemes import SCHEMES
-from stages.verification import gates, loss, original, probes
+from stages.verification import advice, gates, loss, original, probes
 from tests.stages import bundles
 
 VOCAB = 97
@@ -139,9 +140,9 @@ def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeyp
 def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(quantized, tmp_path, monkeypatch):
     memo = tmp_path / "memo"
     first = bundles.verify(quantized, tmp_path / "first", memo=memo)
-    monkeypatch.setattr(original, "compute", None)
-    monkeypatch.setattr(original, "asked", lambda _case: pytest.fail("the original was asked again"))
-    again = bundles.verify(quantized, tmp_path / "again", memo=memo)
+    with monkeypatch.context() as patch:
+        patch.setattr(original, "asked", lambda _case: pytest.fail("the original was asked again"))
+        again = bundles.verify(quantized, tmp_path / "again", memo=memo)
     one, other = (json.loads((context.out / "verify.json").read_text()) for context in (first, again))
     assert one == other
     figures = one["quantization"]["all"]
@@ -218,3 +219,40 @@ def test_any_class_of_transformers_is_an_original(tmp_path, kind, sizes):
     with torch.inference_mode():
         wanted = model(torch.tensor([piece])).logits[0, :-1].log_softmax(-1).numpy()
     np.testing.assert_allclose(found["original_chosen"], wanted[range(49), piece[1:]], atol=5e-5)
+
+
+def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
+    """The worst tensors and the scheme that would pass, against a model whose weights are quantized by hand."""
+    model = checkpoint(tmp_path, torch.bfloat16, tie_word_embeddings=True)
+    piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
+    files = {path.name: path for path in tmp_path.iterdir()}
+    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    limits = {"max_kl": 1e-4, "min_top1": 0.0, "max_ppl_ratio": 2.0}
+    names = ["q4f16_2", "q8f16_1", "q0f16"]
+    found = advice.compute(advice.Request(asked, "q4f32_1", "max", "float32", names, limits), lambda *_: None)
+
+    def log_probs():
+        with torch.inference_mode():
+            return model(torch.tensor([piece[:-1]])).logits[0].log_softmax(-1)
+
+    wanted = log_probs()
+    expected = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            whole = parameter.data
+            parameter.data = advice._quantized(whole, SCHEMES["q4f32_1"])
+            expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
+            parameter.data = whole
+    assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)
+    assert "model.embed_tokens.weight" in expected
+    assert found["passing"] == "q8f16_1"
+    assert 0 < found["passing_kl"] < 1e-4
+
+
+def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp_path):
+    limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None}
+    with pytest.raises(StageError) as refused:
+        bundles.verify(quantized, tmp_path, reference="live", **limits)
+    said = str(refused.value)
+    assert "cost most where they alone are quantized" in said
+    assert "would pass (KL " in said
