@@ -32,6 +32,8 @@ _FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "*.safetensors",
     "*.safetensors.index.json",
     "*.tiktoken",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Register
     from stages.memo import Memo
+    from stages.tokenizers.resolution import Resolution
     from stages.tokenizers.tokenizer_family import Reference as SourceReader
 
 
@@ -79,17 +80,24 @@ class Case:
         return BundleTokenizer(self.manifest.folder)
 
     @cached_property
-    def reader(self) -> SourceReader | None:
-        """An independent reader of the checkpoint's own vocabulary, None where it is of no family known here."""
-        from stages.tokenizers import load_tokenizer_family
+    def resolution(self) -> Resolution | None:
+        """What the checkpoint's own files say of its tokenizer, None where it is of no family known here."""
         from stages.tokenizers.errors import TokenizerError
         from stages.tokenizers.resolution import resolve
 
         try:
-            resolution = resolve(self.root, self.files)
+            return resolve(self.root, self.files)
         except TokenizerError:
             return None
-        return load_tokenizer_family(resolution.family).reference(resolution)
+
+    @cached_property
+    def reader(self) -> SourceReader | None:
+        """An independent reader of the checkpoint's own vocabulary, None where it is of no family known here."""
+        from stages.tokenizers import load_tokenizer_family
+
+        if self.resolution is None:
+            return None
+        return load_tokenizer_family(self.resolution.family).reference(self.resolution)
 
     @cached_property
     def prefix(self) -> list[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stages.verification.checks import Check
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from stages.quantization.schemes import Scheme
     from stages.verification.loss import Loss
@@ -44,6 +44,16 @@ def bits_kept(scheme: Scheme, arithmetic: str) -> int:
 def limits(scheme: Scheme, arithmetic: str, own: Mapping[str, float]) -> Limits:
     """Return the limits of a bundle: those of its class but for the user's ``own``."""
     return replace(LIMITS[bits_kept(scheme, arithmetic)], **own)
+
+
+def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Check:
+    """Return the check that what each of ``modules`` reads and gives, at most ``largest``, fits ``dtype``."""
+    top = {"float16": 65504.0}.get(dtype, 3.38e38)
+    value, name = max(zip(largest, modules, strict=True))
+    detail = f"{name} reaches {value:.4g} in the original on the probes, {dtype} ends at {top:.4g}"
+    if value > top:
+        detail += ": it would answer with infinities; take a scheme of bfloat16 or float32"
+    return Check(f"range of {dtype}", bool(value <= top), detail, float(f"{value:.4g}"), top)
 
 
 def check(loss: Loss, limits: Limits) -> list[Check]:

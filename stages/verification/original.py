@@ -38,8 +38,12 @@ KIND = "original"  # of part: what one checkpoint says of one set of probes, sha
 TOP = 1024  # of the likeliest tokens of a place are kept by themselves, the others as one sum
 ROWS = 128  # whose logits are in memory at a time
 # ids uint32 [n, TOP] and log_probs float32 [n, TOP], the likeliest first; chosen float32 [n]: the log probability of
-# the token that stands there.
-ARRAYS = ("original_ids", "original_log_probs", "original_chosen", "original_origin")
+# the token that stands there; what computes it in words; modules by name, and the largest magnitude that each reads or
+# gives on the probes, float32.
+ARRAYS = (
+    *("original_ids", "original_log_probs", "original_chosen", "original_origin"),
+    *("original_modules", "original_largest"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,15 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     with torch.inference_mode():
         longest = max(map(len, request.pieces))
         padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
-        with weights_in_float32(model, mapped, progress):
+        valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in request.pieces])
+        largest: dict[str, float] = {}
+        with _watched(model, valid, largest), weights_in_float32(model, mapped, progress):
             found = [
                 _likeliest(logits, torch.tensor(following)) for logits, following in _logits(model, padded, request)
             ]
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
-    return dict(zip(ARRAYS, [*columns, np.array(origin)], strict=True))
+    ranges = np.array(list(largest)), np.array(list(largest.values()), np.float32)
+    return dict(zip(ARRAYS, [*columns, np.array(origin), *ranges], strict=True))
 
 
 def asked(case: Case) -> Request:
@@ -223,11 +230,38 @@ def parameters_without_memory() -> Iterator[None]:
 
 
 @contextmanager
+def _watched(model: Any, valid: Any, largest: dict[str, float]) -> Iterator[None]:
+    """Keep the largest magnitude that each module with parameters reads or gives where ``valid`` bool [b, s] is."""
+    import torch
+
+    def note(name: str) -> Any:
+        def after(_module: Any, inputs: Any, output: Any) -> None:
+            for value in (*inputs, output):
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    here = value[valid] if value.shape[:2] == valid.shape else value
+                    largest[name] = max(largest.get(name, 0.0), float(here.abs().max()))
+
+        return after
+
+    named = [(name, module) for name, module in model.named_modules() if _owns(module)]
+    hooks = [module.register_forward_hook(note(name)) for name, module in named]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _owns(module: Any) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
+
+
+@contextmanager
 def weights_in_float32(model: Any, mapped: Mapped, progress: Progress = lambda *_: None) -> Iterator[None]:
     """Give each module its own parameters in float32 while it computes, and no longer."""
     import torch
 
-    owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    owners = [module for module in model.modules() if _owns(module)]
     done = 0
 
     def before(module: Any, _inputs: Any) -> None:

@@ -8,7 +8,7 @@ from stages.checkpoint.tensors import Weights
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import backend, host, manifest
 from stages.runtime.errors import BundleError
-from stages.verification import checks, running, weights
+from stages.verification import checks, endings, running, weights
 from stages.verification.checks import Check
 from stages.verification.report import Findings
 
@@ -97,3 +97,4 @@ def _check_tokenizer(case: Case, findings: Findings) -> None:
     wrong = [text for text in case.texts if case.tokenizer.prompt(text) != case.prompt(text)]
     detail = f"other ids than the checkpoint's vocabulary gives for {wrong[0][:40]!r}" if wrong else "ids equal"
     findings.checks.append(Check("tokenizer against the source vocabulary", ok=not wrong, detail=detail))
+    findings.checks += endings.check(case)

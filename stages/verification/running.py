@@ -12,7 +12,7 @@ from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along
 from stages.runtime.session import Session
-from stages.verification import advice, checks, gates, live, loss, weights
+from stages.verification import checks, live, quality, weights
 from stages.verification import original as original_model
 from stages.verification.apart import LiveError
 from stages.verification.checks import Check
@@ -78,15 +78,15 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
         reference, bound = None, _recorded_bound(case)
         if case.reference == "live":
             drafts = _drafts(case, session, findings)
-            original = original_model.recall(case) if case.probes.count else None
-            answer = _ask(case, tokens, drafts, progress, with_original=bool(case.probes.count) and original is None)
+            original = _known_original(case)
+            answer = _ask(case, tokens, drafts, progress, with_original=original is None)
             original = original or answer.original
             reference, bound = _live(case, answer, tokens, prompt, drafts)
     _say_what_there_is(case, reference, findings)
     _check_logits(case, session, tokens, prompt, decoded, reference, bound, findings)
     if reference is not None:
         _check_text(case, session, reference, drafts, bound, findings)
-    _check_quantization(case, session, original, findings, progress)
+    quality.check(case, session, original, findings, progress)
 
 
 def _recorded(case: Case) -> Reference | None:
@@ -122,6 +122,10 @@ def _drafts(case: Case, session: Session, findings: Findings) -> list[_Draft]:
     return drafts
 
 
+def _known_original(case: Case) -> Mapping[str, np.ndarray] | None:
+    return original_model.recall(case) if case.probes.count else None
+
+
 def _ask(
     case: Case, tokens: Sequence[int], drafts: Sequence[_Draft], progress: Progress, *, with_original: bool
 ) -> live.Answer:
@@ -134,7 +138,7 @@ def _ask(
         arithmetic=case.arithmetic,
         continued=[(draft.prompt_ids, draft.ids) for draft in drafts],
         active_vocab_size=case.tokenizer.active_vocab_size,
-        original=asdict(original_model.asked(case)) if with_original else None,
+        original=asdict(original_model.asked(case)) if with_original and case.probes.count else None,
     )
     answer = live.answer(request, progress)
     if not math.isfinite(answer.spread):
@@ -267,31 +271,6 @@ def _check_recorded_text(case: Case, session: Session, recorded: Sequence[Contin
             findings.checks.append(checks.greedy(case.tokenizer, rows, wanted, bound, exact=exact))
 
 
-def _check_quantization(
-    case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings, progress: Progress
-) -> None:
-    """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
-    if original is None:
-        why = "only reference live computes the original model (the extra 'verify')"
-        if case.reference == "live":
-            why = f"{session.context_window} tokens of context are too few"
-        findings.unchecked.append(f"what quantization has cost: {why}")
-        return
-    places = loss.measure(session, case.probes, original)
-    figures = places.figures()
-    findings.quantization = loss.report(places, case.probes, str(original["original_origin"]))
-    limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
-    checked = gates.check(figures, limits)
-    findings.checks += checked
-    if not all(check.ok for check in checked):
-        findings.advice += advice.ask(case, progress)
-    if case.probes.longest < session.context_window:
-        findings.unchecked.append(
-            f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "
-            "a longer corpus reach them"
-        )
-
-
 def _check_loss(case: Case, session: Session, tokens: Sequence[int], rows: np.ndarray, findings: Findings) -> None:
     """Read a text with the bundle's own ids, and with those ids under a permutation of the vocabulary.
 
@@ -331,7 +310,10 @@ def expect(case: Case, findings: Findings, progress: Progress) -> None:
     try:
         if case.reference == "live":
             tokens = _prompt_ids(case, case.prompts[0])
-            answer = _ask(case, tokens, (), progress, with_original=False)
+            original = _known_original(case)
+            narrow = case.manifest.model["compute_dtype"] == "float16"
+            answer = _ask(case, tokens, (), progress, with_original=narrow and original is None)
+            quality.check_range(case, original or answer.original, findings)
             reference, bound = _live(case, answer, tokens, max(1, len(tokens) // 2), ())
         else:
             found = _recorded(case) if case.reference == "recorded" else None

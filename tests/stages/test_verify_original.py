@@ -256,3 +256,41 @@ def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp
     said = str(refused.value)
     assert "cost most where they alone are quantized" in said
     assert "would pass (KL " in said
+
+
+def test_ranges_are_what_transformers_modules_read_and_give(tmp_path):
+    model = checkpoint(tmp_path, torch.bfloat16, tie_word_embeddings=False)
+    random = np.random.default_rng(3)
+    pieces = [random.integers(0, VOCAB, 40).tolist(), random.integers(0, VOCAB, 9).tolist()]
+    files = {path.name: path for path in tmp_path.iterdir()}
+    asked = original.Request(tmp_path, files, tmp_path / "none", pieces, skipped=0)
+    found = original.compute(asked, lambda *_: None)
+    largest = {}
+
+    def note(name):
+        def after(_module, inputs, output):
+            seen = [float(x.abs().max()) for x in (*inputs, output) if torch.is_tensor(x) and x.is_floating_point()]
+            largest[name] = max([*seen, largest.get(name, 0.0)])
+
+        return after
+
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None and name != "lm_head":
+            module.register_forward_hook(note(name))
+    with torch.inference_mode():
+        for piece in pieces:
+            model(torch.tensor([piece]))
+    ranges = dict(zip(found["original_modules"].tolist(), found["original_largest"].tolist(), strict=True))
+    assert ranges.pop("lm_head") > 0  # the logits of a piece's last token are not asked for
+    assert ranges == pytest.approx(largest, rel=1e-4)
+
+
+def test_a_model_that_leaves_float16_is_refused_in_it_and_by_the_layer_s_name():
+    names, values = ["model.layers.0.mlp", "model.layers.7.mlp.down_proj"], [12.0, 70_000.0]
+    assert gates.ranges(names, values, "float32").ok
+    assert gates.ranges(names, values, "bfloat16").ok
+    refused = gates.ranges(names, values, "float16")
+    assert not refused.ok
+    assert "model.layers.7.mlp.down_proj reaches 7e+04" in refused.detail
+    assert "bfloat16 or float32" in refused.detail
+    assert gates.ranges(names, [12.0, 65_504.0], "float16").ok

@@ -1,0 +1,52 @@
+"""A bundle against the original model: what quantization has cost, and whether its dtype holds the activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stages.quantization.schemes import SCHEMES
+from stages.verification import advice, gates, loss
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from stages.runtime.session import Session
+    from stages.verification.apart import Progress
+    from stages.verification.case import Case
+    from stages.verification.report import Findings
+
+
+def check(
+    case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings, progress: Progress
+) -> None:
+    """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
+    if original is None:
+        why = "only reference live computes the original model (the extra 'verify')"
+        if case.reference == "live":
+            why = f"{session.context_window} tokens of context are too few"
+        findings.unchecked.append(f"what quantization has cost: {why}")
+        return
+    check_range(case, original, findings)
+    places = loss.measure(session, case.probes, original)
+    figures = places.figures()
+    findings.quantization = loss.report(places, case.probes, str(original["original_origin"]))
+    limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
+    checked = gates.check(figures, limits)
+    findings.checks += checked
+    if not all(check.ok for check in checked):
+        findings.advice += advice.ask(case, progress)
+    if case.probes.longest < session.context_window:
+        findings.unchecked.append(
+            f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "
+            "a longer corpus reach them"
+        )
+
+
+def check_range(case: Case, original: Mapping[str, np.ndarray] | None, findings: Findings) -> None:
+    """Refuse to compute in a dtype what the original does not keep within it."""
+    dtype = str(case.manifest.model["compute_dtype"])
+    if original is not None:
+        found = original["original_modules"].tolist(), original["original_largest"].tolist()
+        findings.checks.append(gates.ranges(*found, dtype))
