@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 WORKER_BYTES = 6 << 30  # a worker with TVM and torch, and the processes that its tests start
+
+
+def pytest_configure() -> None:
+    """Let interrupts reach what the tests start: a shell that runs the suite in the background has them ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

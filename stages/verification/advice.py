@@ -55,7 +55,7 @@ def ask(case: Case, progress: Progress) -> list[str]:
     """Return what there is to say, each a sentence."""
     scheme = SCHEMES[case.registry["scheme"]]
     candidates = [name for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
-    request = Request(asdict(original.asked(case)), scheme.name, case.scales, case.arithmetic, candidates, case.limits)
+    request = Request(asdict(case.original), scheme.name, case.scales, case.arithmetic, candidates, case.limits)
     found = apart.call(__name__, asdict(request), progress)
     worst = sorted(zip(found["kl"].tolist(), found["names"].tolist(), strict=True), reverse=True)[:NAMED]
     said = []

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.verification import probes
+from stages.verification import original, probes
 from stages.verification.checks import PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
-from stages.verification.reference import recorded_prompts
+from stages.verification.reference import checkpoint_digest, recorded_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Register
@@ -131,6 +133,24 @@ class Case:
             encode=self.encode,
             tokenizer=self.tokenizer,
         )
+
+    @cached_property
+    def original(self) -> original.Request:
+        """What is asked of the original model."""
+        weights = {name: path for name, path in self.files.items() if "/" not in name}
+        return original.Request(self.root, weights, self.config, self.probes.pieces, self.probes.skipped)
+
+    def known_original(self) -> Mapping[str, np.ndarray] | None:
+        """Return what the original answered before to the same probes, for whatever scheme or target."""
+        if self.memo is None or not self.probes.count:
+            return None
+        return original.known(self.memo, original.document(self.original, checkpoint_digest(self.digests)))
+
+    def keep_original(self, found: Mapping[str, np.ndarray]) -> None:
+        """Keep what the original answers, for other schemes and targets."""
+        if self.memo is not None:
+            asked = original.document(self.original, checkpoint_digest(self.digests))
+            original.keep(self.memo, asked, found, self.scratch)
 
     @cached_property
     def records(self) -> dict[str, tensor_cache.Record]:

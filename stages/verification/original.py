@@ -26,13 +26,12 @@ from blake3 import blake3
 
 from stages.checkpoint.headers import read_headers
 from stages.models import load_family, naming
-from stages.verification.reference import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from stages.memo import Memo
     from stages.verification.apart import Progress
-    from stages.verification.case import Case
 
 KIND = "original"  # of part: what one checkpoint says of one set of probes, shared by all schemes and targets
 TOP = 1024  # of the likeliest tokens of a place are kept by themselves, the others as one sum
@@ -80,37 +79,29 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     return dict(zip(ARRAYS, [*columns, np.array(origin), *ranges], strict=True))
 
 
-def asked(case: Case) -> Request:
-    """Return what is asked of the original of ``case``."""
-    weights = {name: path for name, path in case.files.items() if "/" not in name}
-    return Request(case.root, weights, case.config, case.probes.pieces, case.probes.skipped)
-
-
-def recall(case: Case) -> dict[str, np.ndarray] | None:
-    """Return what was computed before of the same checkpoint and probes, for whatever scheme or target."""
-    part = case.memo.recall(KIND, _document(case)) if case.memo else None
+def known(memo: Memo, document: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """Return what was computed before of the same ``document``, for whatever scheme or target."""
+    part = memo.recall(KIND, document)
     if part is None:
         return None
     with np.load(part.path) as found:
         return dict(found)
 
 
-def keep(case: Case, found: Mapping[str, np.ndarray]) -> None:
-    """Keep what was computed, for other schemes and targets."""
-    if case.memo is None:
-        return
-    file = case.scratch / "original.npz"
+def keep(memo: Memo, document: Mapping[str, Any], found: Mapping[str, np.ndarray], folder: Path) -> None:
+    """Keep what was computed; ``folder`` is where a file may be made on the way."""
+    file = folder / "original.npz"
     np.savez(file, **dict(found))  # type: ignore[arg-type]
-    case.memo.remember(KIND, _document(case), file)
+    memo.remember(KIND, document, file)
     file.unlink()
 
 
-def _document(case: Case) -> dict[str, Any]:
-    """Return everything that the answer depends on beside the code."""
-    probes = json.dumps([case.probes.pieces, case.probes.skipped], separators=(",", ":"))
+def document(request: Request, checkpoint: str) -> dict[str, Any]:
+    """Return everything that an answer depends on beside the code; ``checkpoint`` is the digest of its files."""
+    probes = json.dumps([request.pieces, request.skipped], separators=(",", ":"))
     return {
-        "checkpoint": checkpoint_digest(case.digests),
-        "config": blake3(case.config.read_bytes()).hexdigest(),
+        "checkpoint": checkpoint,
+        "config": blake3(Path(request.config).read_bytes()).hexdigest(),
         "probes": blake3(probes.encode()).hexdigest(),
         "tools": {name: version(name) for name in ("torch", "transformers", "numpy")},
     }

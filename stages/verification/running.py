@@ -13,7 +13,6 @@ from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along
 from stages.runtime.session import Session
 from stages.verification import checks, live, quality, weights
-from stages.verification import original as original_model
 from stages.verification.apart import LiveError
 from stages.verification.checks import Check
 from stages.verification.reference import RECORD, Continuation, RecordingError, Reference, read_recorded
@@ -78,7 +77,7 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
         reference, bound = None, _recorded_bound(case)
         if case.reference == "live":
             drafts = _drafts(case, session, findings)
-            original = _known_original(case)
+            original = case.known_original()
             answer = _ask(case, tokens, drafts, progress, with_original=original is None)
             original = original or answer.original
             reference, bound = _live(case, answer, tokens, prompt, drafts)
@@ -122,10 +121,6 @@ def _drafts(case: Case, session: Session, findings: Findings) -> list[_Draft]:
     return drafts
 
 
-def _known_original(case: Case) -> Mapping[str, np.ndarray] | None:
-    return original_model.recall(case) if case.probes.count else None
-
-
 def _ask(
     case: Case, tokens: Sequence[int], drafts: Sequence[_Draft], progress: Progress, *, with_original: bool
 ) -> live.Answer:
@@ -138,7 +133,7 @@ def _ask(
         arithmetic=case.arithmetic,
         continued=[(draft.prompt_ids, draft.ids) for draft in drafts],
         active_vocab_size=case.tokenizer.active_vocab_size,
-        original=asdict(original_model.asked(case)) if with_original and case.probes.count else None,
+        original=asdict(case.original) if with_original and case.probes.count else None,
     )
     answer = live.answer(request, progress)
     if not math.isfinite(answer.spread):
@@ -147,7 +142,7 @@ def _ask(
             "checkpoint overflows, or its weights are damaged; nothing can be compared with that"
         )
     if answer.original is not None:
-        original_model.keep(case, answer.original)
+        case.keep_original(answer.original)
     return answer
 
 
@@ -310,7 +305,7 @@ def expect(case: Case, findings: Findings, progress: Progress) -> None:
     try:
         if case.reference == "live":
             tokens = _prompt_ids(case, case.prompts[0])
-            original = _known_original(case)
+            original = case.known_original()
             narrow = case.manifest.model["compute_dtype"] == "float16"
             answer = _ask(case, tokens, (), progress, with_original=narrow and original is None)
             quality.check_range(case, original or answer.original, findings)

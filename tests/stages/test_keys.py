@@ -112,7 +112,7 @@ CONVERSION = {"tensor", "conversion"}
         ("stages.quantization.compiled", CONVERSION | {"kernels"}),
         ("stages.conversion.model", CONVERSION),
         ("stages.models.transforms", CONVERSION),
-        ("stages.checkpoint.safetensors", CONVERSION | {"digests"}),
+        ("stages.checkpoint.safetensors", CONVERSION | {"digests", "original"}),
         ("stages.quantize", set()),
         ("stages.codegen.objects", {"kernel"}),
         ("stages.targets.cuda.nvrtc", {"kernel"}),
@@ -125,7 +125,7 @@ CONVERSION = {"tensor", "conversion"}
         ("stages.kernels.cpu.attention", set()),
         ("stages.lowering.pipeline", set()),
         ("stages.models.layers", set()),
-        ("stages.runtime.backend", set()),
+        ("stages.runtime.backend", {"original"}),  # prepares the process that keeps it
     ],
 )
 def test_which_parts_an_edit_makes_anew(domain: Domain, module: str, kinds: set[str]) -> None:
