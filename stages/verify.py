@@ -26,7 +26,6 @@ from stagegraph.stage import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_LIMITS = ("max_kl", "min_top1", "max_ppl_ratio")  # stages.verification.gates.Limits
 _LIVE = ("torch", "transformers")
 _FILES = (
     "config.json",
@@ -169,7 +168,7 @@ class Verify(Stage):
         from stages.checkpoint.errors import ConfigError
         from stages.runtime import seal
         from stages.runtime.errors import BundleError, RequestError
-        from stages.verification import bom, certificate
+        from stages.verification import bom, certificate, gates
         from stages.verification.apart import LiveError
         from stages.verification.case import Case
         from stages.verification.probes import CorpusError
@@ -190,7 +189,7 @@ class Verify(Stage):
             scales=quantized["scales"],
             corpus=_corpus(ctx),
             probe_tokens=ctx.params.probe_tokens,
-            limits={name: value for name in _LIMITS if (value := getattr(ctx.params, name)) is not None},
+            limits={name: value for name in gates.NAMES if (value := getattr(ctx.params, name)) is not None},
             scratch=ctx.out,
             memo=ctx,
         )

@@ -35,9 +35,14 @@ def wording(texts: Mapping[str, Sequence[int]], tokenizer: BundleTokenizer, fold
     }
 
 
+def writes_date(folder: Folder) -> bool:
+    """Say whether a chat template of the bundle asks for the date, so that a conversation has other ids tomorrow."""
+    return CONFIG in folder and CLOCK in folder.read(CONFIG).decode("utf-8", "replace")
+
+
 def _conversation(tokenizer: BundleTokenizer, folder: Folder) -> list[int] | None:
     """Return the ids of :data:`CONVERSATION`; None without a chat format, or with one that asks for the date."""
-    if CONFIG in folder and CLOCK in folder.read(CONFIG).decode("utf-8", "replace"):
+    if writes_date(folder):
         return None
     try:
         return tokenizer.chat(CONVERSATION)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import numpy as np
 from stages.quantization import float8, group
 from stages.quantization.parameter import restored
 from stages.quantization.schemes import SCHEMES
-from stages.verification import apart, gates, original
+from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
 if TYPE_CHECKING:
@@ -34,29 +34,35 @@ if TYPE_CHECKING:
 CANDIDATES = ("q4f16_2", "q8f16_1", "q0f16", "q0f32")
 TENSOR_TOKENS, SCHEME_TOKENS = 48, 256  # that a tensor, and a scheme, is judged by
 TOGETHER = 16  # tensors that are judged in one pass, each in a sequence of its own
+FLOAT, INT8 = "float32", "int8"  # arithmetic of activations
 NAMED = 3  # of the worst tensors, in a message
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged and how its ``scales`` are
-    chosen, the ``candidates`` among other schemes, and the user's ``limits``.
+    chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, and the user's ``limits``.
     """
 
     original: Mapping[str, Any]
     scheme: str
     scales: str
-    arithmetic: str
-    candidates: Sequence[str]
+    candidates: Sequence[tuple[str, str]]
     limits: Mapping[str, float]
 
 
 def ask(case: Case, progress: Progress) -> list[str]:
-    """Return what there is to say, each a sentence."""
+    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands."""
     scheme = SCHEMES[case.registry["scheme"]]
-    candidates = [name for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
-    request = Request(asdict(case.original), scheme.name, case.scales, case.arithmetic, candidates, case.limits)
-    found = apart.call(__name__, asdict(request), progress)
+    names = [name for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
+    candidates = [(name, case.arithmetic) for name in names]
+    if case.arithmetic == INT8:
+        candidates.insert(0, (scheme.name, FLOAT))
+    request = Request(asdict(case.original), scheme.name, case.scales, candidates, case.limits)
+    try:
+        found = apart.call(__name__, asdict(request), progress)
+    except apart.LiveError as error:
+        return [f"what would be better could not be measured: {error}"]
     worst = sorted(zip(found["kl"].tolist(), found["names"].tolist(), strict=True), reverse=True)[:NAMED]
     said = []
     if worst:
@@ -65,8 +71,8 @@ def ask(case: Case, progress: Progress) -> list[str]:
     if str(found["passing"]):
         figures = f"KL {float(found['passing_kl']):.2g}, {float(found['passing_top1']):.0%} equal first choices"
         said.append(
-            f"{found['passing']} would pass ({figures} on {SCHEME_TOKENS} tokens): take it as scheme, or allow more by "
-            "max_kl, min_top1 and max_ppl_ratio of verify"
+            f"{found['passing']} stays within the limits on {SCHEME_TOKENS} tokens ({figures}): take it, or allow more "
+            "by max_kl, min_top1 and max_ppl_ratio of verify"
         )
     return said
 
@@ -76,59 +82,61 @@ def _keeps_more(one: Scheme, other: Scheme) -> bool:
 
 
 def compute(request: Request, progress: Progress) -> dict[str, Any]:
-    """Return ``names`` and ``kl`` of the tensors, and the first scheme ``passing``, empty if none does."""
+    """Return ``names`` and ``kl`` of the tensors, and the first candidate ``passing``, empty if none does."""
     import torch
 
     asked = original.Request(**request.original)
-    mapped, model, _ = original.load(asked)
+    mapped, model, _ = streaming.load(asked.root, asked.files, asked.config)
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
-    with torch.inference_mode():
-        tensors = _matrices(model, SCHEMES[request.scheme])
-        total = -(-len(tensors) // TOGETHER) + 1 + len(request.candidates)
-        with original.weights_in_float32(model, mapped):
-            wanted = _log_probs(model, piece[None, :-1])[0]
+    scheme, matrices = SCHEMES[request.scheme], _matrices(model)
+    names = [name for name, (kind, _) in matrices.items() if scheme.quantizes(kind)]
+    groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
+    total = 1 + len(groups) + len(request.candidates)
+    with torch.inference_mode(), streaming.weights_in_float32(model, mapped):
+        wanted = _log_probs(model, piece[None, :-1])[0]
         progress(1, total, "passes for advice")
-        names, divergences = list(tensors), []
-        short = piece[:-1][:TENSOR_TOKENS]
-        for start in range(0, len(names), TOGETHER):
-            chosen = names[start : start + TOGETHER]
-            with (
-                _each_alone(tensors, chosen, SCHEMES[request.scheme], request.scales),
-                original.weights_in_float32(model, mapped),
-            ):
+    with torch.inference_mode():
+        divergences, short = [], piece[:-1][:TENSOR_TOKENS]
+        here = wanted[: len(short)]
+        for done, chosen in enumerate(groups, start=2):
+            alone = _each_alone([matrices[name][1] for name in chosen], scheme, request.scales)
+            with alone, streaming.weights_in_float32(model, mapped):
                 found = _log_probs(model, short[None].expand(len(chosen), -1))
-            here = wanted[: len(short)]
-            divergences += (here.exp() * (here - found)).sum(-1).mean(-1).tolist()
-            progress(2 + start // TOGETHER, total, "passes for advice")
+            divergences += _divergence(here, found).mean(-1).tolist()
+            progress(done, total, "passes for advice")
         result: dict[str, Any] = {"names": np.array(names), "kl": np.array(divergences), "passing": ""}
-        for number, name in enumerate(request.candidates, start=1):
-            with original.weights_in_float32(model, mapped), _all(_matrices(model, SCHEMES[name]), SCHEMES[name]):
-                figures = _figures(wanted, _log_probs(model, piece[None, :-1])[0], piece[1:])
-            progress(total - len(request.candidates) + number, total, "passes for advice")
-            limits = gates.limits(SCHEMES[name], request.arithmetic, request.limits)
+        for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
+            with (
+                streaming.weights_in_float32(model, mapped),
+                _as_stored(matrices, SCHEMES[name]),
+                rounding.rounded(model, arithmetic) if arithmetic == INT8 else nullcontext(),
+            ):
+                found = _log_probs(model, piece[None, :-1])[0]
+            progress(done, total, "passes for advice")
+            figures = _figures(wanted, found, piece[1:])
+            limits = gates.limits(SCHEMES[name], arithmetic, request.limits)
             if all(check.ok for check in gates.check(figures, limits)):
-                result |= {"passing": name, "passing_kl": figures.kl_mean, "passing_top1": figures.top1}
+                label = f"{name} with activations: float" if name == request.scheme else name
+                result |= {"passing": label, "passing_kl": figures.kl_mean, "passing_top1": figures.top1}
                 break
     return result
 
 
-def _matrices(model: Any, scheme: Scheme) -> dict[str, list[Any]]:
-    """Return the modules of every matrix that ``scheme`` quantizes, by the name of the matrix; a tied one has two."""
+def _matrices(model: Any) -> dict[str, tuple[str, list[Any]]]:
+    """Return what every matrix is (linear, embedding, head) and the modules that have it; a tied one has two."""
     import torch
 
     head = model.get_output_embeddings()
-    kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
     owners: dict[int, list[Any]] = defaultdict(list)
     for module in model.modules():
-        if type(module) in kinds:
+        if type(module) in (torch.nn.Linear, torch.nn.Embedding):
             owners[id(module.weight)].append(module)
     found = {}
     for name, parameter in model.named_parameters():
         modules = owners.get(id(parameter), [])
         embedding = any(type(module) is torch.nn.Embedding for module in modules)
-        kind = "embedding" if embedding else "head" if head in modules else "linear"
-        if modules and scheme.quantizes(kind):
-            found[name] = modules
+        if modules:
+            found[name] = "embedding" if embedding else "head" if head in modules else "linear", modules
     return found
 
 
@@ -136,24 +144,25 @@ def _log_probs(model: Any, ids: Any) -> Any:
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _quantized(weight: Any, scheme: Scheme, scales: str = "max") -> Any:
-    """Return what is left of a float32 ``weight`` [n, k] once ``scheme`` has stored it."""
+def _stored(weight: Any, scheme: Scheme, kind: str, scales: str = "max") -> Any:
+    """Return what is left of a float32 ``weight`` [n, k] once ``scheme`` has stored it, in float32."""
     import torch
 
+    if not scheme.quantizes(kind):
+        return weight.to(getattr(torch, scheme.storage_dtype)).float()
     array = weight.numpy()
     stored = float8.quantize(array) if scheme.kind == "tensor" else group.quantize(array, scheme, scales)
     return torch.from_numpy(restored(stored, scheme, array.shape[1]))
 
 
 @contextmanager
-def _each_alone(tensors: Mapping[str, list[Any]], chosen: Sequence[str], scheme: Scheme, scales: str) -> Iterator[None]:
-    """Let sequence i of a batch see the i-th of the ``chosen`` matrices quantized, and no other one."""
+def _each_alone(chosen: Sequence[list[Any]], scheme: Scheme, scales: str) -> Iterator[None]:
+    """Let sequence i of a batch see the matrix of the i-th of ``chosen`` modules quantized, and no other one."""
     import torch
 
     def hook(row: int) -> Any:
         def after(module: Any, inputs: Any, output: Any) -> Any:
-            weight = _quantized(module.weight.data, scheme, scales)
-            here = inputs[0][row % inputs[0].shape[0]]
+            weight, here = _stored(module.weight.data, scheme, "linear", scales), inputs[0][row]
             if type(module) is torch.nn.Embedding:
                 output[row] = weight[here]
             else:
@@ -162,7 +171,7 @@ def _each_alone(tensors: Mapping[str, list[Any]], chosen: Sequence[str], scheme:
 
         return after
 
-    hooks = [module.register_forward_hook(hook(row)) for row, name in enumerate(chosen) for module in tensors[name]]
+    hooks = [module.register_forward_hook(hook(row)) for row, modules in enumerate(chosen) for module in modules]
     try:
         yield
     finally:
@@ -171,13 +180,16 @@ def _each_alone(tensors: Mapping[str, list[Any]], chosen: Sequence[str], scheme:
 
 
 @contextmanager
-def _all(tensors: Mapping[str, list[Any]], scheme: Scheme) -> Iterator[None]:
-    """Let every one of the matrices be quantized while it is used; the others are float32 as they are."""
+def _as_stored(matrices: Mapping[str, tuple[str, list[Any]]], scheme: Scheme) -> Iterator[None]:
+    """Let every matrix be what is left of it by ``scheme`` while it is used."""
 
-    def before(module: Any, _inputs: Any) -> None:
-        module.weight.data = _quantized(module.weight.data, scheme)
+    def hook(kind: str) -> Any:
+        def before(module: Any, _inputs: Any) -> None:
+            module.weight.data = _stored(module.weight.data, scheme, kind)
 
-    hooks = [module.register_forward_pre_hook(before) for modules in tensors.values() for module in modules]
+        return before
+
+    hooks = [module.register_forward_pre_hook(hook(kind)) for kind, modules in matrices.values() for module in modules]
     try:
         yield
     finally:
@@ -185,9 +197,15 @@ def _all(tensors: Mapping[str, list[Any]], scheme: Scheme) -> Iterator[None]:
             each.remove()
 
 
+def _divergence(wanted: Any, found: Any) -> Any:
+    """Return the divergence of log probabilities [..., V], in nats; what is ruled out counts for nothing."""
+    p = wanted.exp()
+    return (p * (wanted - found)).where(p > 0, 0.0).sum(-1)
+
+
 def _figures(wanted: Any, found: Any, following: Any) -> Loss:
     """Return the figures of log probabilities ``found`` [n, V] against ``wanted``, exactly: nothing is summed up."""
-    kl = (wanted.exp() * (wanted - found)).sum(-1)
+    kl = _divergence(wanted, found)
     same = wanted.argmax(-1) == found.argmax(-1)
     columns = [rows.gather(-1, following[:, None])[:, 0].double().numpy() for rows in (found, wanted)]
     return Places(kl.double().numpy(), same.numpy(), *columns).figures()

@@ -6,11 +6,13 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
+from stages.runtime.errors import RequestError
 from stages.runtime.tokenizer import BundleTokenizer
+from stages.runtime.wording import writes_date
 from stages.verification import original, probes
 from stages.verification.checks import PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
@@ -114,6 +116,17 @@ class Case:
         """Return the ids of a text to continue: those of ``text`` after the prefix."""
         return [*self.prefix, *self.encode(text)]
 
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of a conversation in the model's own form, as plain text where its template takes none or
+        writes the date: what is measured must be the same tomorrow.
+        """
+        if not writes_date(self.manifest.folder):
+            try:
+                return self.tokenizer.chat(messages, add_generation_prompt=False)
+            except RequestError:
+                pass
+        return self.encode("\n\n".join(f"{each['role']}: {each['content']}" for each in messages) + "\n\n")
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens, by the checkpoint's own vocabulary likewise."""
         if self.reader is None:
@@ -131,7 +144,7 @@ class Case:
             window=window,
             prefix=self.prefix,
             encode=self.encode,
-            tokenizer=self.tokenizer,
+            chat=self.chat,
         )
 
     @cached_property

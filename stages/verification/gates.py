@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from stages.verification.checks import Check
@@ -25,6 +25,7 @@ class Limits:
     max_ppl_ratio: float
 
 
+NAMES = tuple(field.name for field in fields(Limits))  # verify's parameters of the same names set others
 # By how many bits a weight or an activation keeps. docs/verification.md has what the limits follow from.
 LIMITS = {
     16: Limits(max_kl=0.01, min_top1=0.96, max_ppl_ratio=1.01),

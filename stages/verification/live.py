@@ -18,7 +18,7 @@ from stages.models import load_family
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
-from stages.verification import apart, rounding, weights
+from stages.verification import apart, rounding, streaming, weights
 from stages.verification import original as original_model
 from stages.verification.checks import difference
 
@@ -118,7 +118,7 @@ def load(request: Request, progress: Progress = lambda *_: None) -> Any:
     family = load_family(described["family"])
     name, keywords, state = family.to_reference(family.config(**described["config"]), tensors)
     cls = getattr(transformers, name)
-    with original_model.parameters_without_memory():
+    with streaming.parameters_without_memory():
         model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
     # assign: the arrays become the parameters, so that the weights are in memory once.
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True, assign=True)

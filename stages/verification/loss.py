@@ -129,7 +129,8 @@ def _compare(
         p = np.exp(log_p)
         rest_p = np.maximum(1 - p.sum(-1), LEAST)
         rest_q = np.maximum(1 - np.exp(log_q).sum(-1), LEAST)
-        kl = (p * (log_p - log_q)).sum(-1)
+        # A token that the original rules out counts for nothing, whatever the bundle thinks of it.
+        kl = np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
         if ids.shape[1] < rows.shape[1]:
             kl += rest_p * (np.log(rest_p) - np.log(rest_q))
         chosen = rows[np.arange(len(rows)), list(following)] - log_sum

@@ -1,9 +1,8 @@
 """The original model: transformers on the checkpoint's own files, in float32, whose probabilities a bundle is held to.
 
 transformers reads config.json and the weights itself and with its own rules, so that nothing this project has misread
-is wrong on both sides. Weights stay where they are, mapped from the checkpoint's files: each module gets its own in
-float32 while it computes, so that a few of the largest matrices are in memory at a time and never the model. All tokens
-go through a module before the next one is looked at.
+is wrong on both sides. Its weights stay in the files (:mod:`stages.verification.streaming`), and all tokens go through
+a module before the next one is looked at, so that each is read once.
 
 A family that transformers has no class of (the first Qwen) is run by the class that its family names, on our reading of
 config.json.
@@ -12,9 +11,6 @@ config.json.
 from __future__ import annotations
 
 import json
-import math
-import mmap
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
-from stages.checkpoint.headers import read_headers
-from stages.models import load_family, naming
+from stages.verification import streaming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -64,13 +59,13 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     """Return :data:`ARRAYS`, the rows of all pieces one after the other."""
     import torch
 
-    mapped, model, origin = load(request)
+    mapped, model, origin = streaming.load(request.root, request.files, request.config)
     with torch.inference_mode():
         longest = max(map(len, request.pieces))
         padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
         valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in request.pieces])
         largest: dict[str, float] = {}
-        with _watched(model, valid, largest), weights_in_float32(model, mapped, progress):
+        with _watched(model, valid, largest), streaming.weights_in_float32(model, mapped, progress):
             found = [
                 _likeliest(logits, torch.tensor(following)) for logits, following in _logits(model, padded, request)
             ]
@@ -107,119 +102,6 @@ def document(request: Request, checkpoint: str) -> dict[str, Any]:
     }
 
 
-class Mapped:
-    """The tensors of safetensors files as torch tensors that lie in the files themselves."""
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        import torch
-
-        names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-        paths = {name: Path(path) for name, path in files.items()}
-        found = read_headers(paths).tensors
-        self._maps = {}
-        for shard in sorted({shard for shard, _ in found.values()}):
-            with paths[shard].open("rb") as file:
-                # Private and writable: torch wants memory that may be written, and nobody writes.
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
-        self.tensors: dict[str, Any] = {
-            name: torch.frombuffer(
-                self._maps[shard], dtype=names[info.dtype], count=math.prod(info.shape), offset=info.offset
-            ).reshape(info.shape)
-            for name, (shard, info) in found.items()
-            if info.dtype in names and 0 not in info.shape
-        }
-
-    def release(self) -> None:
-        """Take the pages that were read out of this process's memory; the system keeps them as long as it likes."""
-        for each in self._maps.values():
-            each.madvise(mmap.MADV_DONTNEED)
-
-
-def load(request: Request) -> tuple[Mapped, Any, str]:
-    """Return the checkpoint's tensors, transformers' model whose parameters they are, and what it is in words."""
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    mapped = Mapped(request.files)
-    versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    config = _own_config(request.root)
-    stored: Counter[Any] = Counter()
-    for tensor in mapped.tensors.values():
-        stored[tensor.dtype] += tensor.numel()
-    most = stored.most_common(1)[0][0]
-    if config is not None:
-        cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = cls.from_pretrained(
-            None, config=config, state_dict=dict(mapped.tensors), dtype=most, attn_implementation=_attention(cls)
-        )
-        how = f"{cls.__name__} of {versions} in float32 on the checkpoint's own files"
-    else:
-        model, cls = _by_family(request, mapped)
-        how = f"{cls.__name__} of {versions} in float32 on the checkpoint's weights, by this project's reading of them"
-    for name, parameter in model.named_parameters():
-        # What is stored in more digits than most of the checkpoint was rounded when it was taken up.
-        own = mapped.tensors.get(name)
-        if own is not None and own.shape == parameter.shape and own.dtype != parameter.dtype:
-            parameter.data = own
-    return mapped, model.eval(), how
-
-
-def _own_config(root: Path) -> Any:
-    """Return the configuration as transformers reads it, None where it has no class for such a model."""
-    import transformers
-
-    name = json.loads((Path(root) / "config.json").read_bytes()).get("model_type")
-    if name not in transformers.CONFIG_MAPPING:
-        return None
-    config = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "rescale_every"):
-        # RWKV halves its weights in place, and doubles what it makes of them, against overflows of float16.
-        config.rescale_every = 0
-    return config if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else None
-
-
-def _attention(cls: Any) -> str:
-    return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
-
-
-def _by_family(request: Request, mapped: Mapped) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    described = json.loads(Path(request.config).read_text("utf-8"))
-    family = load_family(described["family"])
-    config = family.config(**described["config"])
-    names = naming.resolve(family, config, mapped.tensors.keys())
-    tensors = {name: mapped.tensors[names.stored(name)] for name in naming.wanted(family, config)}
-    name, keywords, state = family.to_reference(config, tensors)
-    cls = getattr(transformers, name)
-    with parameters_without_memory():
-        model = cls(cls.config_class(**keywords, attn_implementation=_attention(cls)))
-    model.load_state_dict({key: torch.as_tensor(value) for key, value in state.items()}, strict=True, assign=True)
-    model.tie_weights()
-    return model, cls
-
-
-@contextmanager
-def parameters_without_memory() -> Iterator[None]:
-    """Let modules be made with parameters on the meta device; buffers, which no checkpoint holds, stay real."""
-    import torch
-
-    module_class: Any = torch.nn.Module
-    register = module_class.register_parameter
-
-    def on_meta(module: Any, name: str, parameter: Any) -> None:
-        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
-
-    module_class.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        module_class.register_parameter = register
-
-
 @contextmanager
 def _watched(model: Any, valid: Any, largest: dict[str, float]) -> Iterator[None]:
     """Keep the largest magnitude that each module with parameters reads or gives where ``valid`` bool [b, s] is."""
@@ -234,45 +116,8 @@ def _watched(model: Any, valid: Any, largest: dict[str, float]) -> Iterator[None
 
         return after
 
-    named = [(name, module) for name, module in model.named_modules() if _owns(module)]
+    named = [(name, module) for name, module in model.named_modules() if streaming.owns(module)]
     hooks = [module.register_forward_hook(note(name)) for name, module in named]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _owns(module: Any) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
-
-
-@contextmanager
-def weights_in_float32(model: Any, mapped: Mapped, progress: Progress = lambda *_: None) -> Iterator[None]:
-    """Give each module its own parameters in float32 while it computes, and no longer."""
-    import torch
-
-    owners = [module for module in model.modules() if _owns(module)]
-    done = 0
-
-    def before(module: Any, _inputs: Any) -> None:
-        module.stored = [parameter.data for parameter in module.parameters(recurse=False)]
-        for parameter in module.parameters(recurse=False):
-            if parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
-
-    def after(module: Any, _inputs: Any, _outputs: Any) -> None:
-        nonlocal done
-        for parameter, stored in zip(module.parameters(recurse=False), module.stored, strict=True):
-            parameter.data = stored
-        del module.stored
-        mapped.release()
-        if done < len(owners):
-            done += 1
-            progress(done, len(owners), "modules of the original")
-
-    hooks = [module.register_forward_pre_hook(before) for module in owners]
-    hooks += [module.register_forward_hook(after) for module in owners]
     try:
         yield
     finally:

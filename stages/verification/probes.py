@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.problems import ProblemsError
-from stages.runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from stages.runtime.tokenizer import BundleTokenizer
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 DEFAULT = Path(__file__).with_name("probes.jsonl")
 LIMIT = 2**24  # bytes of a corpus
+PART = 2**13  # characters of a text file that are encoded at a time, as many as are needed
 LONGEST_MESSAGE = 200  # characters of what stands in a message about a line
 
 
@@ -67,11 +65,11 @@ def of(
     window: int,
     prefix: Sequence[int],
     encode: Callable[[str], Sequence[int]],
-    tokenizer: BundleTokenizer,
+    chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
 ) -> Probes:
     """Return the first ``tokens`` ids of ``corpus`` in pieces of at most ``window``, each begun with ``prefix``.
 
-    ``encode`` gives the ids of a text, ``tokenizer`` those of a conversation. :class:`CorpusError` if there is no text.
+    ``encode`` gives the ids of a text, ``chat`` those of a conversation. :class:`CorpusError` if there is no text.
     """
     room = window - len(prefix)
     ids: list[int] = []
@@ -79,7 +77,7 @@ def of(
     for kind, content in segments(corpus):
         if len(ids) >= tokens:
             break
-        found = encode(content) if isinstance(content, str) else _chat(tokenizer, content)
+        found = encode(content) if isinstance(content, str) else chat(content)
         ids += found
         kinds += [kind] * len(found)
     ids, kinds = ids[:tokens], kinds[:tokens]
@@ -105,9 +103,10 @@ def segments(corpus: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
     except UnicodeDecodeError as error:
         raise CorpusError(f"{corpus}: not UTF-8 at byte {error.start}: save it as UTF-8 text") from None
     if corpus.suffix != ".jsonl":
-        yield "text", text
+        for start in range(0, len(text), PART):
+            yield "text", text[start : start + PART]
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # other ends of lines may stand within a JSON string
         if line.strip():
             yield _segment(line, f"{corpus}:{number}")
 
@@ -115,6 +114,7 @@ def segments(corpus: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
 def _segment(line: str, where: str) -> tuple[str, str | list[dict[str, Any]]]:
     try:
         entry = json.loads(line)
+        json.dumps(entry, ensure_ascii=False).encode()  # refuses escapes that are no characters
     except (ValueError, RecursionError) as error:
         raise CorpusError(f"{where}: not JSON: {str(error)[:LONGEST_MESSAGE]}") from None
     if isinstance(entry, dict) and isinstance(kind := entry.get("kind", "text"), str):
@@ -127,11 +127,3 @@ def _segment(line: str, where: str) -> tuple[str, str | list[dict[str, Any]]]:
         ):
             return kind, messages
     raise CorpusError(f'{where}: expected {{"kind": ..., "text": ...}} or {{"kind": ..., "messages": [...]}}')
-
-
-def _chat(tokenizer: BundleTokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """Return the ids of a conversation in the model's own form, or as plain text where its template takes none."""
-    try:
-        return tokenizer.chat(messages, add_generation_prompt=False)
-    except RequestError:
-        return tokenizer.encode("\n\n".join(f"{each['role']}: {each['content']}" for each in messages) + "\n\n")

@@ -60,7 +60,7 @@ class Findings:
             return self.verdict
         text = f"{self.verdict}, logits within {measured:.1e} of the reference"
         if self.quantization is None:
-            return text
+            return f"{text}; not compared with the original model"
         figures = self.quantization["all"]
         return f"{text}; KL {figures['kl_mean']:.2g}, {figures['top1']:.0%} first choices as the original"
 

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from stagegraph.stage import StageError
+from stages.config_parse import ConfigParse
 from stages.quantization.schemes import SCHEMES
-from stages.verification import advice, gates, loss, original, probes
+from stages.verification import advice, apart, gates, loss, original, probes, streaming
+from stages.verification.apart import call
+from stages.verification.case import Case
+from stages.verification.checks import Check
+from tests.checkpoints import write_qwen
+from tests.local_context import run_stage
 from tests.stages import bundles
 
 VOCAB = 97
@@ -160,7 +167,7 @@ def test_a_float_bundle_is_the_original(recorded, tmp_path):
     context = bundles.verify(recorded, tmp_path, reference="live", **limits)
     assert "KL " in context.said
     card = (tmp_path / "card.md").read_text()
-    assert "this project's reading of them" in card  # transformers has no class for the first Qwen
+    assert "by this project's reading" in card  # transformers has no class for the first Qwen
     assert {"prose", "code"} & set(json.loads((tmp_path / "verify.json").read_text())["quantization"]["kinds"])
 
 
@@ -173,6 +180,7 @@ def test_a_float_bundle_is_the_original(recorded, tmp_path):
         ("a.jsonl", b'\n{"text": "a"', r"a.jsonl:2: not JSON"),
         ("a.jsonl", b"[" * 100_000, r"a.jsonl:1: not JSON"),
         ("a.jsonl", b'{"messages": [{"role": "user"}]}', r"a.jsonl:1: expected"),
+        ("a.jsonl", b'{"text": "a \\ud800"}', r"a.jsonl:1: not JSON: .*surrogates not allowed"),
     ],
 )
 def test_a_corpus_that_cannot_be_read_is_a_message(quantized, tmp_path, name, content, message):
@@ -228,8 +236,8 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     files = {path.name: path for path in tmp_path.iterdir()}
     asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
     limits = {"max_kl": 1e-4, "min_top1": 0.0, "max_ppl_ratio": 2.0}
-    names = ["q4f16_2", "q8f16_1", "q0f16"]
-    found = advice.compute(advice.Request(asked, "q4f32_1", "max", "float32", names, limits), lambda *_: None)
+    names = [(name, "float32") for name in ("q4f16_2", "q8f16_1", "q0f16")]
+    found = advice.compute(advice.Request(asked, "q4f32_1", "max", names, limits), lambda *_: None)
 
     def log_probs():
         with torch.inference_mode():
@@ -240,7 +248,7 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             whole = parameter.data
-            parameter.data = advice._quantized(whole, SCHEMES["q4f32_1"])
+            parameter.data = advice._stored(whole, SCHEMES["q4f32_1"], "linear")
             expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
             parameter.data = whole
     assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)
@@ -249,13 +257,48 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     assert 0 < found["passing_kl"] < 1e-4
 
 
+def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_the_others(tmp_path, monkeypatch):
+    checkpoint(tmp_path, torch.bfloat16)
+    piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
+    files = {path.name: path for path in tmp_path.iterdir()}
+    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    seen = []
+
+    def refuse(figures, _limits):
+        seen.append(figures)
+        return [Check("refused", ok=False, detail="")]
+
+    monkeypatch.setattr(gates, "check", refuse)
+    tried = [("q8f16_1", "float32"), ("q8f16_1", "int8"), ("q0f16", "int8"), ("q0f16", "float16")]
+    found = advice.compute(advice.Request(asked, "q8f16_1", "max", tried, {}), lambda *_: None)
+    assert found["passing"] == ""
+    eight, eight_int8, half_int8, half = (figures.kl_mean for figures in seen)
+    assert abs(half) < eight < eight_int8  # of float16 there is next to nothing, below what float32 adds up
+    assert 10 * abs(half) < half_int8
+
+
+def test_a_refusal_stands_where_nothing_better_could_be_measured(quantized, tmp_path, monkeypatch):
+    first = bundles.verify(quantized, tmp_path / "first", memo=tmp_path / "memo", reference="live")
+    assert "not compared" not in first.said
+
+    def failing(module, *rest):
+        if "advice" in module:
+            raise apart.LiveError("killed")
+        return call(module, *rest)
+
+    monkeypatch.setattr(apart, "call", failing)
+    limits = {"max_kl": 1e-6, "min_top1": 0.0, "max_ppl_ratio": 100.0}
+    with pytest.raises(StageError, match=r"(?s)max_kl.*could not be measured: killed"):
+        bundles.verify(quantized, tmp_path / "second", memo=tmp_path / "memo", reference="live", **limits)
+
+
 def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp_path):
     limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None}
     with pytest.raises(StageError) as refused:
         bundles.verify(quantized, tmp_path, reference="live", **limits)
     said = str(refused.value)
     assert "cost most where they alone are quantized" in said
-    assert "would pass (KL " in said
+    assert "stays within the limits on 256 tokens (KL " in said
 
 
 def test_ranges_are_what_transformers_modules_read_and_give(tmp_path):
@@ -294,3 +337,121 @@ def test_a_model_that_leaves_float16_is_refused_in_it_and_by_the_layer_s_name():
     assert "model.layers.7.mlp.down_proj reaches 7e+04" in refused.detail
     assert "bfloat16 or float32" in refused.detail
     assert gates.ranges(names, [12.0, 65_504.0], "float16").ok
+
+
+def rewritten(folder, change):
+    """Write the tensors of a checkpoint of one file anew, each pair of name and tensor by ``change``."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    save_file(dict(change(name, tensor) for name, tensor in tensors.items()), folder / "model.safetensors")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def chosen(folder, files, piece, config=None):
+    asked = original.Request(folder, files, config or folder / "none", [piece], skipped=0)
+    found = original.compute(asked, lambda *_: None)
+    return found["original_chosen"], str(found["original_origin"])
+
+
+def wanted(model, piece):
+    with torch.inference_mode():
+        return model(torch.tensor([piece])).logits[0, :-1].log_softmax(-1).numpy()[range(len(piece) - 1), piece[1:]]
+
+
+PIECE = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
+
+
+def test_wider_tensors_of_a_narrow_checkpoint_keep_their_digits(tmp_path):
+    model = checkpoint(tmp_path, torch.bfloat16)
+    norms = {name: torch.rand_like(p) + 0.5 for name, p in model.named_parameters() if p.dim() == 1}
+    files = rewritten(tmp_path, lambda name, tensor: (name, norms.get(name, tensor)))
+    model.load_state_dict({**model.state_dict(), **norms})
+    found, _ = chosen(tmp_path, files, PIECE)
+    np.testing.assert_allclose(found, wanted(model, PIECE), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_an_original_in_any_float_is_read_exactly(tmp_path, dtype):
+    model = checkpoint(tmp_path, torch.float32)
+    files = rewritten(tmp_path, lambda name, tensor: (name, tensor.to(dtype)))
+    model.load_state_dict({name: p.to(dtype).float() for name, p in model.state_dict().items()})
+    found, _ = chosen(tmp_path, files, PIECE)
+    np.testing.assert_allclose(found, wanted(model, PIECE), atol=2e-5)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_names_that_transformers_does_not_know_are_told_to_it(tmp_path, prefix):
+    model = checkpoint(tmp_path / "checkpoint", torch.bfloat16, tie_word_embeddings=True)
+    files = rewritten(tmp_path / "checkpoint", lambda name, tensor: (prefix + name, tensor))
+    run_stage(ConfigParse(), tmp_path / "config", {"checkpoint": str(tmp_path / "checkpoint")})
+    config = tmp_path / "config" / ConfigParse.outputs["config"].path
+    found, origin = chosen(tmp_path / "checkpoint", files, PIECE, config)
+    np.testing.assert_allclose(found, wanted(model, PIECE), atol=2e-5)
+    assert origin.endswith("by the names that this project reads there")
+
+
+def test_weights_that_transformers_would_draw_at_random_are_an_error(tmp_path, monkeypatch):
+    checkpoint(tmp_path, torch.bfloat16)
+    files = rewritten(tmp_path, lambda name, tensor: (name.replace("layers.1.mlp", "layers.9.mlp"), tensor))
+    known = streaming.Mapped(files)
+    monkeypatch.setattr(streaming, "_named", lambda *_: (None, None, known.tensors))
+    with pytest.raises(apart.LiveError, match=r"LlamaForCausalLM finds no weights for model\.layers\.1\.mlp"):
+        chosen(tmp_path, files, PIECE)
+
+
+def test_a_quantization_config_that_is_left_over_changes_nothing(tmp_path):
+    model = checkpoint(tmp_path, torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found, _ = chosen(tmp_path, {path.name: path for path in tmp_path.iterdir()}, PIECE)
+    np.testing.assert_allclose(found, wanted(model, PIECE), atol=2e-5)
+
+
+def test_a_token_that_the_original_rules_out_counts_for_nothing():
+    pieces = [[1, 5, 9]]
+    texts = probes.Probes(pieces, [["a"] * 3], prefix=[])
+    p = logits(0, 3)
+    p[:, 7] = -np.inf
+    figures = loss.measure(Reads(logits(0, 3), 8), texts, kept(p, pieces, 0)).figures()
+    assert 0 < figures.kl_mean < 0.5
+
+
+def test_a_conversation_whose_template_writes_the_date_is_read_as_plain_text(tmp_path):
+    """Its ids would be others tomorrow, and with them what is measured and kept."""
+    built = bundles.build(tmp_path / "built", "q0f32", checkpoint=dated(tmp_path / "checkpoint"))
+    case = Case(built.bundle, built.params, built.config, built.checkpoint, {}, {}, "llvm", "none", "none")
+    said = [{"role": "user", "content": "every morning"}]
+    assert case.tokenizer.decode(case.chat(said)).strip() == "user: every morning"
+
+
+def dated(folder):
+    write_qwen(folder)
+    path = folder / "tokenizer_config.json"
+    template = "{{ strftime_now('%d') }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    return folder
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
+def test_marks_within_a_line_of_json_end_no_line(tmp_path, mark):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"kind": "a", "text": f"one{mark}two"}, ensure_ascii=False) + "\n", "utf-8")
+    assert list(probes.segments(path)) == [("a", f"one{mark}two")]
+
+
+def test_a_long_text_is_read_as_far_as_it_is_needed(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("abc " * 100_000)
+    read = []
+
+    def encode(text):
+        read.append(text)
+        return [2] * len(text)
+
+    found = probes.of(path, 3000, window=64, prefix=[1], encode=encode, chat=list)
+    assert found.count == 3000
+    assert len(read) == 1

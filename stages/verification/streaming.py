@@ -1,0 +1,224 @@
+"""A model of transformers whose weights stay in the checkpoint's files: memory holds what one module computes with.
+
+The files are mapped, and transformers takes the mapped tensors for its parameters, whatever their dtype. Each module
+gets its own in float32 while it computes, and no longer, so that a few of the largest matrices are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.headers import read_headers
+from stages.models import load_family, naming
+from stages.verification.apart import LiveError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from stages.verification.apart import Progress
+
+
+class Mapped:
+    """The tensors of safetensors files as torch tensors that lie in the files themselves."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        import torch
+
+        names = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+            "F8_E4M3": torch.float8_e4m3fn,
+            "F8_E5M2": torch.float8_e5m2,
+        }
+        paths = {name: Path(path) for name, path in files.items()}
+        found = read_headers(paths).tensors
+        self._maps = {}
+        for shard in sorted({shard for shard, _ in found.values()}):
+            with paths[shard].open("rb") as file:
+                # Private and writable: torch wants memory that may be written, and nobody writes.
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+        self.tensors: dict[str, Any] = {
+            name: torch.frombuffer(
+                self._maps[shard], dtype=names[info.dtype], count=math.prod(info.shape), offset=info.offset
+            ).reshape(info.shape)
+            for name, (shard, info) in found.items()
+            if info.dtype in names and 0 not in info.shape
+        }
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process's memory; the system keeps them as long as it likes."""
+        for each in self._maps.values():
+            each.madvise(mmap.MADV_DONTNEED)
+
+
+def load(root: Path, files: Mapping[str, Path], described: Path) -> tuple[Mapped, Any, str]:
+    """Return the checkpoint's tensors, transformers' model whose parameters they are, and what it is in words.
+
+    ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``described`` is where config-parse's config
+    is, for a model that transformers cannot read by itself.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    mapped = Mapped(files)
+    versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
+    config = _own_config(root)
+    if config is not None:
+        model, named = _from_files(config, described, mapped)
+        how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's own files{named}"
+    else:
+        model = _by_family(described, mapped)
+        how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's weights, by this project's reading"
+    return mapped, model.eval(), how
+
+
+def _from_files(config: Any, described: Path, mapped: Mapped) -> tuple[Any, str]:
+    """Return the model that transformers makes of the files, and what had to be said to it, if anything.
+
+    Names that wrappers have lengthened (torch.compile, DDP) are not known to transformers, which would draw such
+    weights at random: they are given by the names that param-register found them to be.
+    """
+    model, missing = _loaded(config, mapped.tensors)
+    if not missing:
+        return model, ""
+    model, missing = _loaded(config, _named(described, mapped)[2])
+    if missing:
+        raise LiveError(f"transformers' {type(model).__name__} finds no weights for {', '.join(missing[:3])}")
+    return model, ", by the names that this project reads there"
+
+
+def _loaded(config: Any, tensors: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Return transformers' model of these tensors, and the names of parameters that it found nothing for."""
+    import torch
+    import transformers
+
+    # float8 is no dtype to compute in, and float64 none that anybody loads a model in.
+    taken_up_as = {torch.float64: torch.float32, torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16}
+    stored: Counter[Any] = Counter()
+    for tensor in tensors.values():
+        stored[taken_up_as.get(tensor.dtype, tensor.dtype)] += tensor.numel()
+    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model, found = cls.from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(tensors),
+        dtype=stored.most_common(1)[0][0],
+        attn_implementation=_attention(cls),
+        output_loading_info=True,
+    )
+    for name, parameter in model.named_parameters():
+        # What is stored in another dtype than most of the checkpoint was copied, and perhaps rounded, on the way.
+        own = tensors.get(name)
+        if own is not None and own.shape == parameter.shape and own.dtype != parameter.dtype:
+            parameter.data = own
+    return model, sorted(found["missing_keys"])
+
+
+def _named(described: Path, mapped: Mapped) -> tuple[Any, Any, dict[str, Any]]:
+    """Return family and config as this project reads them, and the checkpoint's tensors by the model's names."""
+    model = json.loads(Path(described).read_text("utf-8"))
+    family = load_family(model["family"])
+    config = family.config(**model["config"])
+    names = naming.resolve(family, config, mapped.tensors.keys())
+    return family, config, {name: mapped.tensors[names.stored(name)] for name in naming.wanted(family, config)}
+
+
+def _own_config(root: Path) -> Any:
+    """Return the configuration as transformers reads it, None where it has no class for such a model."""
+    import transformers
+
+    name = json.loads((Path(root) / "config.json").read_bytes()).get("model_type")
+    if name not in transformers.CONFIG_MAPPING:
+        return None
+    config = transformers.AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    if hasattr(config, "rescale_every"):
+        # RWKV halves its weights in place, and doubles what it makes of them, against overflows of float16.
+        config.rescale_every = 0
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # left over from another form of the checkpoint: these weights are plain
+    return config if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else None
+
+
+def _attention(cls: Any) -> str:
+    return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+
+
+def _by_family(described: Path, mapped: Mapped) -> Any:
+    """Return the model by the class that the family names, on our reading of config.json."""
+    import torch
+    import transformers
+
+    family, config, tensors = _named(described, mapped)
+    name, keywords, state = family.to_reference(config, tensors)
+    cls = getattr(transformers, name)
+    with parameters_without_memory():
+        model = cls(cls.config_class(**keywords, attn_implementation=_attention(cls)))
+    model.load_state_dict({key: torch.as_tensor(value) for key, value in state.items()}, strict=True, assign=True)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Let modules be made with parameters on the meta device; buffers, which no checkpoint holds, stay real."""
+    import torch
+
+    module_class: Any = torch.nn.Module
+    register = module_class.register_parameter
+
+    def on_meta(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    module_class.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        module_class.register_parameter = register
+
+
+def owns(module: Any) -> bool:
+    """Say whether a module has parameters of its own, beside those of modules within it."""
+    return next(module.parameters(recurse=False), None) is not None
+
+
+@contextmanager
+def weights_in_float32(model: Any, mapped: Mapped, progress: Progress = lambda *_: None) -> Iterator[None]:
+    """Give each module its own parameters in float32 while it computes, and no longer."""
+    import torch
+
+    owners = [module for module in model.modules() if owns(module)]
+    done = 0
+
+    def before(module: Any, _inputs: Any) -> None:
+        module.stored = [parameter.data for parameter in module.parameters(recurse=False)]
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+
+    def after(module: Any, _inputs: Any, _outputs: Any) -> None:
+        nonlocal done
+        for parameter, stored in zip(module.parameters(recurse=False), module.stored, strict=True):
+            parameter.data = stored
+        del module.stored
+        mapped.release()
+        if done < len(owners):
+            done += 1
+            progress(done, len(owners), "modules of the original")
+
+    hooks = [module.register_forward_pre_hook(before) for module in owners]
+    hooks += [module.register_forward_hook(after) for module in owners]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
