@@ -26,14 +26,19 @@ class Reading(NamedTuple):
 def readings(tokens: Sequence[int], prompt: int, sequences: int) -> list[Reading]:
     """Return the ways to read ``tokens``, of which the first ``prompt`` are read together.
 
-    A ``prompt`` of fewer than :data:`SHORTEST` tokens is read in one way; two ``sequences`` are needed for batches.
+    A ``prompt`` of fewer than :data:`SHORTEST` tokens is read in two ways; two ``sequences`` are needed for batches.
     """
     found = [
         Reading(
             "prefill, then decode",
             range(prompt - 1, len(tokens)),
             lambda session: read_along(session, tokens[:prompt], tokens[prompt:]),
-        )
+        ),
+        Reading(
+            "every token scored",
+            range(prompt - 1, len(tokens)),
+            lambda session: score_all(session, tokens)[prompt - 1 :],
+        ),
     ]
     if prompt >= SHORTEST:
         after = range(prompt - 1, min(prompt + 1, len(tokens)))
@@ -54,6 +59,14 @@ def read_along(session: Session, prompt: Sequence[int], then: Sequence[int]) -> 
     rows = [session.prefill(sequence, prompt), *(session.decode(sequence, token) for token in then)]
     session.remove(sequence)
     return np.stack(rows)
+
+
+def score_all(session: Session, tokens: Sequence[int]) -> np.ndarray:
+    """Return the logits [n, V] after each of ``tokens``, as many at once as the library gives."""
+    sequence = session.add()
+    rows = np.concatenate([*session.score(sequence, tokens)])
+    session.remove(sequence)
+    return rows
 
 
 def _chunked(session: Session, tokens: Sequence[int], prompt: int) -> np.ndarray:

@@ -65,7 +65,7 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
     from stages.runtime import manifest, wording
 
     checks = [_same_bundle(bundle, held), _files(bundle)]
-    device, unchecked = {"kind": bundle.device, "name": "not run"}, ["what it computes"]
+    device, unchecked = {"kind": bundle.device, "name": ""}, ["what it computes"]
     if all(check["ok"] for check in checks):
         problems = manifest.machine_problems(bundle)
         if problems:
@@ -134,6 +134,7 @@ def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], others: list[S
         f"  {check['name']:<{width}}  {'ok' if check['ok'] else FAIL}  {check['detail']}" for check in result["checks"]
     ]
     lines += [f"  not checked: {text}" for text in result["unchecked"]]
-    lines.append(f"{result['result']} on {device['name']} ({device['kind']})")
+    where = f"on {device['name']}" if device["name"] else "without being run"
+    lines.append(f"{result['result']} {where} ({device['kind']})")
     lines += [f"attested: {other['result']} on {other['device']['name']}" for other in others]
     return "".join(f"{serving.one_line(line)}\n" for line in lines)

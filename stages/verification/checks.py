@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.runtime.readings import read_along, readings
+from stages.runtime.readings import read_along, readings, score_all
 from stages.verification.tolerances import softmax_bound
 
 if TYPE_CHECKING:
@@ -187,4 +187,4 @@ def disorder_loss(session: Session, ids: Sequence[int], active_vocab_size: int) 
     size = min(active_vocab_size, session.vocab_size)
     table = np.random.default_rng(22).permutation(size)
     disorder = [int(table[token]) for token in ids]
-    return mean_loss(decode_all(session, disorder), disorder)
+    return mean_loss(score_all(session, disorder), disorder)

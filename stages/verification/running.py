@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
-from stages.runtime.readings import SHORTEST, read_along
+from stages.runtime.readings import SHORTEST, read_along, score_all
 from stages.runtime.session import Session
 from stages.verification import checks, live, quality, weights
 from stages.verification.apart import LiveError
@@ -277,7 +277,7 @@ def _check_loss(case: Case, session: Session, tokens: Sequence[int], rows: np.nd
     if len(ids) < 2:
         return
     known = list(tokens[: len(ids)]) == ids
-    findings.loss = checks.mean_loss(rows if known else checks.decode_all(session, ids), ids)
+    findings.loss = checks.mean_loss(rows if known else score_all(session, ids), ids)
     control = checks.disorder_loss(session, ids, case.tokenizer.active_vocab_size)
     guessing = math.log(session.vocab_size)
     limit = _LOSS_SHARE * guessing

@@ -28,7 +28,13 @@ from tests.stages import bundles
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
-READINGS = ["prefill, then decode", "prefill in chunks", "tokens taken back", "two sequences at once"]
+READINGS = [
+    "prefill, then decode",
+    "every token scored",
+    "prefill in chunks",
+    "tokens taken back",
+    "two sequences at once",
+]
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from tests.stages import bundles, families
 LOGIT_CHECKS = {
     "every step",
     "prefill, then decode",
+    "every token scored",
     "prefill in chunks",
     "tokens taken back",
     "two sequences at once",
