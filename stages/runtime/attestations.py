@@ -70,6 +70,6 @@ def _card(bundle: Manifest, held: Sealed, results: list[Sealed]) -> str:
         measured = [check["measured"] for check in result["checks"] if check["measured"] is not None]
         bounds = [check["bound"] for check in result["checks"] if check["bound"] is not None]
         largest = f"{max(measured):.2e}" if measured else "not run"
-        cells = (result["device"]["name"], result["result"], largest, f"{max(bounds):.1e}" if bounds else "")
+        cells = (result["device"]["name"] or "-", result["result"], largest, f"{max(bounds):.1e}" if bounds else "")
         lines.append(f"| {' | '.join(serving.one_line(cell).replace('|', '/') for cell in cells)} |")
     return "\n".join(lines) + "\n"
