@@ -59,7 +59,8 @@ class Build:
     def sliding(self) -> bool:
         """Whether some layers forget: the context is longer than the model's sliding window."""
         attention = self.config.attention
-        return 0 < attention.sliding_window < self.context_window and attention.full_layers < self.config.num_layers
+        forgets: bool = 0 < attention.sliding_window < self.context_window
+        return forgets and bool(attention.full_layers < self.config.num_layers)
 
     @property
     def cache_kinds(self) -> list[str]:
@@ -81,7 +82,8 @@ class Build:
         attention = getattr(self.config, "attention", None)
         if attention is None:
             return 0
-        return len(self.cache_kinds) * 2 * attention.num_kv_heads * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
+        width: int = attention.num_kv_heads * attention.head_dim
+        return len(self.cache_kinds) * 2 * width * DTYPE_BYTES[self.kv_dtype]
 
     @property
     def cache_workspace_bytes(self) -> int:
@@ -89,8 +91,9 @@ class Build:
         attention = getattr(self.config, "attention", None)
         if attention is None:
             return 0
-        rows = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
-        sums = 2 * attention.num_heads * DTYPE_BYTES["float32"]
+        heads: int = attention.num_heads + attention.num_kv_heads
+        rows: int = 2 * heads * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
+        sums: int = 2 * attention.num_heads * DTYPE_BYTES["float32"]
         return PAGE_SIZE * self.cache_bytes_per_token + self.prefill_chunk * (rows + sums)
 
     @property
@@ -101,7 +104,8 @@ class Build:
         """
         if not self.own_attention:
             return 0
-        tokens, head_dim = self.max_batch * self.context_window, self.config.attention.head_dim
+        tokens = self.max_batch * self.context_window
+        head_dim: int = self.config.attention.head_dim
         return DTYPE_BYTES["float32"] * max(4 * tokens, (4 + head_dim) * self.prefill_chunk)
 
     @property

@@ -12,6 +12,7 @@ from stages.quantization.blocks import row_blocks
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import restored
 from stages.quantization.schemes import SCHEMES
+from stages.sizes import N32_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,9 +72,9 @@ def _rows(stored: np.ndarray, rows: slice, bits: int) -> np.ndarray:
     """Return rows of a stored tensor as layout nk has them; a matrix in blocks has a dimension more."""
     if stored.ndim < 3:
         return stored[rows]
-    first, last = rows.start // layouts.BLOCK, -(-rows.stop // layouts.BLOCK)
-    blocks = layouts.restore("n32", stored[first:last], (last - first) * layouts.BLOCK, bits)
-    return blocks[rows.start - first * layouts.BLOCK : rows.stop - first * layouts.BLOCK]
+    first, last = rows.start // N32_BLOCK, -(-rows.stop // N32_BLOCK)
+    blocks = layouts.restore("n32", stored[first:last], (last - first) * N32_BLOCK, bits)
+    return blocks[rows.start - first * N32_BLOCK : rows.stop - first * N32_BLOCK]
 
 
 def weights(a: Files, b: Files) -> list[tuple[str, str, str]]:

@@ -68,4 +68,5 @@ def _dims(kernel: tirx.PrimFunc, call: rx.Call, size: Callable[[Any], int]) -> M
 
 def _bytes_of(buffer: tirx.Buffer, dims: Mapping[tirx.Var, int]) -> int:
     shape = [dims.get(dim, 0) if isinstance(dim, tirx.Var) else int(dim) for dim in buffer.shape]
-    return tvm.DataType(buffer.dtype).itemsize * math.prod(shape)
+    itemsize: int = tvm.DataType(buffer.dtype).itemsize
+    return itemsize * math.prod(shape)

@@ -68,11 +68,13 @@ def _default(_parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
 
 
 def _linear(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
-    return np.float32(1) / powers / np.float32(parameters["factor"])
+    scaled: Numbers = np.float32(1) / powers / np.float32(parameters["factor"])
+    return scaled
 
 
 def _longrope(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
-    return np.float32(1) / (np.array(parameters["short_factor"], np.float32) * powers)
+    divided: Numbers = np.float32(1) / (np.array(parameters["short_factor"], np.float32) * powers)
+    return divided
 
 
 def _llama3(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
@@ -105,7 +107,8 @@ def _yarn(parameters: Parameters, powers: Numbers, dim: int) -> Numbers:
     high += 0.001 if low == high else 0.0
     ramp = (np.arange(len(powers), dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     kept = one - np.clip(ramp, np.float32(0), one)
-    return one / (np.float32(parameters["factor"]) * powers) * (one - kept) + one / powers * kept
+    blended: Numbers = one / (np.float32(parameters["factor"]) * powers) * (one - kept) + one / powers * kept
+    return blended
 
 
 TYPES: dict[str, Callable[[Parameters, Numbers, int], Numbers]] = {

@@ -81,12 +81,14 @@ def restore(layout: str, stored: np.ndarray, rows: int, bits: int) -> np.ndarray
 def _spread(words: np.ndarray) -> np.ndarray:
     """Move element i of eight 4-bit elements from bit 4 * i to bit 8 * (i % 4) + 4 * (i // 4)."""
     low, high = words & np.uint32(0xFFFF), words >> np.uint32(16)
-    return _apart(low) | (_apart(high) << np.uint32(4))
+    result: np.ndarray = _apart(low) | (_apart(high) << np.uint32(4))
+    return result
 
 
 def _gather(words: np.ndarray) -> np.ndarray:
     """Undo :func:`_spread`."""
-    return _together(words) | (_together(words >> np.uint32(4)) << np.uint32(16))
+    result: np.ndarray = _together(words) | (_together(words >> np.uint32(4)) << np.uint32(16))
+    return result
 
 
 def _apart(halves: np.ndarray) -> np.ndarray:

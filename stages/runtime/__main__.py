@@ -26,7 +26,8 @@ def main() -> int:
         options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
         close = difflib.get_close_matches(unknown[0].partition("=")[0], options, n=1, cutoff=0.6)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
-    return COMMANDS[name].run(args)
+    code: int = COMMANDS[name].run(args)
+    return code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from stages.tokenizers.tokenizer_family import TokenizerFamily
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.tokenizers.byte_pairs import Added
     from stages.tokenizers.resolution import Resolution
 
 TABLES, MERGES = "tokenizer.json", "merges.txt"
@@ -67,7 +68,7 @@ def added_in(resolution: Resolution) -> list[str]:
     return [token["content"] for token in json.loads(resolution.vocabulary.read_bytes()).get("added_tokens") or []]
 
 
-def _check_tables(resolution: Resolution) -> tuple[json_tables.Added, ...]:
+def _check_tables(resolution: Resolution) -> tuple[Added, ...]:
     where = str(resolution.vocabulary)
     spec = json_tables.read_object(resolution.vocabulary)
     model = spec.get("model")
@@ -107,7 +108,7 @@ def _check_reachable(
         )
 
 
-def _check_vocab_and_merges(resolution: Resolution) -> tuple[json_tables.Added, ...]:
+def _check_vocab_and_merges(resolution: Resolution) -> tuple[Added, ...]:
     name, path = resolution.class_name, resolution.vocabulary
     if MERGES not in resolution.files:
         raise TokenizerError(f"{path}: there is no {MERGES} beside it")

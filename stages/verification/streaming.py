@@ -68,8 +68,8 @@ def load(root: Path, files: Mapping[str, Path], described: Path) -> tuple[Mapped
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     mapped = Mapped(files)
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
     config = _own_config(root)

@@ -41,7 +41,8 @@ class Held:
     def rows(self, rows: Any) -> np.ndarray:
         """Return the float32 values of ``rows``, a slice or a list of indices."""
         if not self.quantized:
-            return self.stored[0][rows].astype(np.float32)
+            values: np.ndarray = self.stored[0][rows].astype(np.float32)
+            return values
         q_weight, q_scale = self.stored
         scale = q_scale if self.scheme.kind == "tensor" else q_scale[rows]
         return restored((q_weight[rows], scale), self.scheme, self.shape[1])

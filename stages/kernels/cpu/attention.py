@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.kv_cache import Heads
-from stages.kernels.cpu.vectors import T, constant, exp2, get, kernel, put, span, splat, total, vector
+from stages.kernels.cpu.vectors import constant, exp2, get, kernel, put, span, splat, total, vector
 from stages.sizes import PAGE_SIZE as PAGE
 
 LOWEST, HIDDEN = -5e4, -1e30

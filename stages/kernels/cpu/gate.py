@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.vectors import T, along, constant, each_row, exp2, kernel, put, span
+from stages.kernels.cpu.vectors import along, constant, each_row, exp2, kernel, put, span
 
 LANES = 32
 

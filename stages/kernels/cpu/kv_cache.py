@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.vectors import T, along, each_row, kernel, put, span
+from stages.kernels.cpu.vectors import along, each_row, kernel, put, span
 from stages.sizes import PAGE_SIZE as PAGE
 
 LANES = 16

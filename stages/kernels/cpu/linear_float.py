@@ -9,10 +9,10 @@ from typing import Any
 
 import tvm
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.stored import Stored
 from stages.kernels.cpu.vectors import (
-    T,
     as_float,
     choose,
     constant,

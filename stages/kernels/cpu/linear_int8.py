@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.linear_float import Arguments, Linear, Product
-from stages.kernels.cpu.vectors import T, as_float, constant, each_row, get, kernel, put, span, splat, total, vector
+from stages.kernels.cpu.vectors import as_float, constant, each_row, get, kernel, put, span, splat, total, vector
 from stages.sizes import N32_BLOCK as BLOCK
 
 _DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name

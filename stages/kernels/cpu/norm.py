@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.vectors import (
-    T,
     along,
     as_float,
     constant,

@@ -12,9 +12,10 @@ import math
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.attention import LOWEST, first_seen, positions_of
-from stages.kernels.cpu.vectors import T, kernel, put, vector
+from stages.kernels.cpu.vectors import kernel, put, vector
 from stages.sizes import PAGE_SIZE as PAGE
 
 WITHIN, FULL = "mha", "mha_sliding"  # TVM's names of the kinds

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.norm import unravel
-from stages.kernels.cpu.vectors import T, along, constant, each_row, exp2, kernel, put, span, splat, total, vector
+from stages.kernels.cpu.vectors import along, constant, each_row, exp2, kernel, put, span, splat, total, vector
 
 LANES = 32
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stages.kernels.cpu.vectors import T, as_float, constant, span
+from tvm.script.ir_builder import tirx as T  # noqa: N812
+
+from stages.kernels.cpu.vectors import as_float, constant, span
 from stages.sizes import N32_BLOCK as BLOCK
 
 
