@@ -60,6 +60,18 @@ class Plot(NamedTuple):
     function: str
 
 
+class Comparison(NamedTuple):
+    """What ``compare`` says of several results of a stage: the JSON files it is told from, and the module that tells.
+
+    ``files`` are those of the result itself, and of the stages that have read it: stage -> names. The module has
+    ``row(documents)``, plain values of what is known of one result, whose documents are by name, ``page(rows)`` of
+    label -> row as Markdown, and ``draw(rows, path)``, of which what cannot be drawn is a ValueError.
+    """
+
+    files: Mapping[str, Sequence[str]]
+    module: str
+
+
 @dataclass(frozen=True)
 class Provider:
     """What one package brings, everything by its name; objects are named as ``"module:NAME"``."""
@@ -77,6 +89,7 @@ class Provider:
     # (recall, digest before, path now) -> text or None.
     dissectors: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)  # by stage
 
 
 class Origin(NamedTuple):

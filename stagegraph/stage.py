@@ -214,14 +214,16 @@ class Stage:
     """One implementation: typed parameters, ports, a version, and ``run``.
 
     Class attributes: ``id``; ``version``, raised when the meaning of the outputs changes in a way the code digest
-    cannot see; ``profile``, the kind of worker process it runs in; ``Params``, a frozen dataclass made with
-    :func:`param` and :func:`source`; ``inputs`` and ``outputs``, port name -> :class:`In` / :class:`Out`; ``parts``,
-    kind of what it memoises -> the module that makes and remembers it: a part is good for the code that this reaches.
+    cannot see; ``profile``, the kind of worker process it runs in; ``measures``: whether its outputs are measurements,
+    of which a second one may be another and neither is wrong; ``Params``, a frozen dataclass made with :func:`param`
+    and :func:`source`; ``inputs`` and ``outputs``, port name -> :class:`In` / :class:`Out`; ``parts``, kind of what it
+    memoises -> the module that makes and remembers it: a part is good for the code that this reaches.
     """
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
     profile: ClassVar[str] = "light"
+    measures: ClassVar[bool] = False
     Params: ClassVar[type]
     inputs: ClassVar[Mapping[str, In]] = {}
     outputs: ClassVar[Mapping[str, Out]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagegraph.registry import Lookup, Plot, Provider, Verb
+from stagegraph.registry import Comparison, Lookup, Plot, Provider, Verb
 
 PROVIDER = Provider(
     stages={
@@ -14,6 +14,7 @@ PROVIDER = Provider(
         "tokenizer-bundle": "stages.tokenizer_bundle:TokenizerBundle",
         "bundle": "stages.bundle:Bundle",
         "verify": "stages.verify:Verify",
+        "bench": "stages.bench:Bench",
     },
     # What is loaded before a compiler differs from what is loaded before a bundle runs.
     profiles={"compiler": "stages.profiles:compiler", "runtime": "stages.runtime.backend:tvm"},
@@ -47,5 +48,15 @@ PROVIDER = Provider(
         "tokenizer-bundle": "stages.inspection.compare:tokenizers",
     },
     dissectors={".safetensors": "stages.inspection.shards:changed"},
+    comparisons={
+        "bundle": Comparison(
+            files={
+                "bundle": ("bundle/bundle.json", "bundle/tensor-cache.json"),
+                "verify": ("verify.json",),
+                "bench": ("bench.json",),
+            },
+            module="stages.inspection.bundles",
+        ),
+    },
     plots={"quantize": Plot("report.json", "stages.inspection.error_plot:draw")},
 )  # fmt: skip

@@ -199,14 +199,14 @@ class Verify(Stage):
             raise StageError(*error.problems) from None
         except RequestError as error:
             raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
-        if findings.failures:
-            raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
-        for warning in findings.warnings:
-            ctx.warn(warning)
         text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
         card = findings.card(quantized["tensors"])
         (ctx.out / "verify.json").write_text(text, "utf-8")
         (ctx.out / "card.md").write_text(card, "utf-8")
+        if findings.failures:  # what was measured stays with the failure, where `compare` finds it
+            raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
+        for warning in findings.warnings:
+            ctx.warn(warning)
         certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
         (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
         bill = json.dumps(bom.bill(certified, case.manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"

@@ -126,6 +126,7 @@ def _print_reproduction(again: Reproduction) -> None:
     counts = (
         (again.same, "the same, byte for byte"),
         (len(again.differing), "different"),
+        (again.measured, "measured again"),
         (len(again.failed), "failed"),
     )
     print("\nbuilt again from nothing: " + ", ".join(f"{count} {how}" for count, how in counts if count))

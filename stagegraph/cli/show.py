@@ -15,7 +15,7 @@ from stagegraph.cli.pager import describe_binary, page
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
 from stagegraph.planning.changes import show
-from stagegraph.query.artifact import missing_text
+from stagegraph.query.artifact import unbuilt
 from stagegraph.registry import find, load_object, names
 from stagegraph.store.record import parts_text, result_digest
 
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> int:
             _print_files(found)
         else:
             page("\n\n".join(_page(pipeline, artifact) for artifact in found))
-        _refuse_unbuilt(pipeline, args.reference, found)
+        # Said after the others were shown.
+        if missing := unbuilt(pipeline, args.reference, found):
+            raise PlanError(*missing)
     return 0
 
 
@@ -80,15 +82,6 @@ def _plot(found: list[Artifact], path: Path) -> None:
     except (ValueError, OSError) as error:
         raise PlanError(str(error)) from None
     print(f"drew {shown(path)}")
-
-
-def _refuse_unbuilt(pipeline: Pipeline, reference: str, found: list[Artifact]) -> None:
-    """Say which of the instances that were asked for have nothing to show, after the others were shown."""
-    labels = {artifact.label for artifact in found}
-    if labels <= set(pipeline.nodes):
-        nodes = [node.name for node in pipeline.dag.select(reference.partition(":")[0]) if node.name not in labels]
-        if nodes:
-            raise PlanError(*(missing_text(pipeline, name) for name in nodes))
 
 
 def _print_files(found: list[Artifact]) -> None:

@@ -17,6 +17,7 @@ OWN = {
     "explain": Verb("stagegraph.cli.explain", "say what changed since a node's result, and where that began"),
     "graph": Verb("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
     "show": Verb("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
+    "compare": Verb("stagegraph.cli.compare", "put results of one kind side by side: a table, a picture"),
     "diff": Verb("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
     "lineage": Verb("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
     "runs": Verb("stagegraph.cli.runs", "list past runs, and what each did"),
@@ -100,7 +101,7 @@ def _positionals(actions: Iterable[argparse.Action]) -> str:
 def parse(verb: str, argv: list[str]) -> argparse.Namespace:
     """Parse a verb's arguments; an option it does not have is said with the nearest it has."""
     parser = build_parser(verb)
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between arguments
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
         advice = f"; `pipeline {verb} --help` lists its arguments"
@@ -116,4 +117,4 @@ def _near(word: str, options: list[str]) -> str:
 def usage() -> str:
     """Return the list of verbs."""
     lines = [f"  {verb:<12}{find_verb(verb).doc}" for verb in verb_names()]
-    return "usage: pipeline VERB [arguments]\n\n" + "\n".join(lines) + "\n\n`pipeline VERB --help` explains one verb."
+    return "\n".join(["usage: pipeline VERB [arguments]", *lines, "`pipeline VERB --help` explains one verb."])

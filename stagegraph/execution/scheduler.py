@@ -315,7 +315,7 @@ class Scheduler:
         record = new_record(decision.node.stage.id, decision.key, decision.document or {}, *made)
         previous = decision.previous
         same = previous is not None and same_outputs(previous, record)
-        if previous is not None and previous["key"] == decision.key and not same:
+        if previous is not None and previous["key"] == decision.key and not same and not decision.node.stage.measures:
             record["warnings"].append(f"{NOT_DETERMINISTIC}; `pipeline show` names the earlier one, which is kept")
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)

@@ -63,7 +63,7 @@ class Dag:
     def select(self, pattern: str) -> list[Node]:
         """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
 
-        ``build.x86`` is ``build[x86]``.
+        ``build.x86`` is ``build[x86]``, and ``build[*]`` all instances, however many values tell them apart.
         """
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
@@ -102,6 +102,8 @@ def _matches(pattern: str, spec: NodeSpec) -> bool:
         return pattern == spec.entry
     wanted = instance.removesuffix("]").split(",")
     values = list(spec.each.values())
+    if wanted == ["*"]:
+        return entry == spec.entry and bool(values)
     return (
         entry == spec.entry
         and len(wanted) == len(values)

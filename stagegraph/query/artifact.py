@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +177,15 @@ def missing_text(project: Project, label: str, key: str | None = None) -> str:
         return f"{label}: its record is gone (`pipeline gc` removed it)"
     advice = "had no result then" if "@" in label else f"has no result yet; `pipeline run --stage '{label}'` makes it"
     return f"{label} {advice}"
+
+
+def unbuilt(project: Project, reference: str, found: Sequence[Artifact]) -> list[str]:
+    """Say which instances that a reference means as the pipeline stands are not ``found``: they have no result."""
+    labels = {artifact.label for artifact in found}
+    if not labels <= project.dag.by_name.keys():
+        return []
+    nodes = project.dag.select(reference.partition(":")[0])
+    return [missing_text(project, node.name) for node in nodes if node.name not in labels]
 
 
 def _narrowed(artifact: Artifact, path: str) -> Artifact:

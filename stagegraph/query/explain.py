@@ -93,7 +93,8 @@ class _Explainer:
             assert decision.record is not None
             for _, other in self._workspace.others(decision.key):
                 digest = result_digest(other)[:16]
-                notes.append(f"not deterministic: its key gave {digest} on {other['started']} (pipeline show {digest})")
+                what = "measured before" if node.stage.measures else "not deterministic"
+                notes.append(f"{what}: its key gave {digest} on {other['started']} (pipeline show {digest})")
             if not self._workspace.is_shown(self._project.name, node.name, decision.key, decision.record):
                 notes.append("its files under artifacts/ are not all there or were edited: a run restores them")
             return Explanation(decision, [], notes, self._cut_off(decision))
@@ -210,7 +211,8 @@ class _Explainer:
         found = changes(earlier["document"], decision.document)
         causes = [self._cause(change, decision, earlier) for change in found]
         if not causes:
-            return Cause("node", f"{upstream.name}: output changed with the same key: it is not deterministic")
+            why = "it was measured again" if upstream.stage.measures else "it is not deterministic"
+            return Cause("node", f"{upstream.name}: output changed with the same key: {why}")
         return Cause("node", f"{upstream.name}: output changed", because=causes)
 
     def _maker(self, node: Node, port: str, digest: str, keys: Iterable[str]) -> Record | None:

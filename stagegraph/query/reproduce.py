@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reproduction:
-    """How a second build came out: how many nodes are the same byte for byte, how the others differ or failed."""
+    """How a second build came out: how many nodes are the same byte for byte, how the others differ or failed.
+
+    ``measured`` are those of stages that measure, which were run again and not compared.
+    """
 
     same: int = 0
+    measured: int = 0
     differing: list[Difference] = field(default_factory=list)
     failed: list[Outcome] = field(default_factory=list)
 
@@ -35,7 +39,12 @@ class Reproduction:
     def document(self) -> dict[str, Any]:
         """Return it as ``--json`` prints it."""
         failed = [{"node": outcome.node.name, "problems": list(outcome.problems)} for outcome in self.failed]
-        return {"same": self.same, "differing": [asdict(each) for each in self.differing], "failed": failed}
+        return {
+            "same": self.same,
+            "measured": self.measured,
+            "differing": [asdict(each) for each in self.differing],
+            "failed": failed,
+        }
 
 
 def reproduce(project: Project, nodes: Sequence[Node], *, jobs: int = 0, reporter: Reporter) -> Reproduction:
@@ -55,6 +64,9 @@ def reproduce(project: Project, nodes: Sequence[Node], *, jobs: int = 0, reporte
                 outcome = scheduler.outcomes[node]
                 if outcome.record is None:
                     found.failed.append(outcome)
+                    continue
+                if node.stage.measures:
+                    found.measured += 1
                     continue
                 record = workspace.last_record(project.name, node.name)
                 assert record is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from stages.inspection import picture
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -12,25 +14,14 @@ if TYPE_CHECKING:
     from stages.documents.weights import ErrorLine, ErrorReport
 
 LAYER = re.compile(r"\.(\d+)\.")
-FORMATS = (".png", ".svg")
-
-
-class PlotError(ValueError):
-    """The picture cannot be drawn; the message says what to do."""
 
 
 def draw(report: ErrorReport, path: Path) -> None:
     """Draw a report of quantize into ``path``, whose suffix is .png or .svg."""
-    if path.suffix not in FORMATS:
-        raise PlotError(f"{path}: a picture is drawn as {' or '.join(FORMATS)}; use a .png or .svg name")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise PlotError("matplotlib is not installed, which draws pictures: pip install 'stagegraph[plot]'") from None
+    figure = picture.blank(path, 11, 4.5)
     lines = [line for line in report["tensors"] if line["rmse"] > 0]
     if not lines:
-        raise PlotError(f"nothing to draw: {report['scheme']} stores every parameter without error")
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+        raise picture.PlotError(f"nothing to draw: {report['scheme']} stores every parameter without error")
     by_layer, spread = figure.subplots(1, 2)
     for kind, found in sorted(_by_kind(lines).items()):
         by_layer.plot(*zip(*found, strict=True), "o", markersize=4, label=kind)
@@ -38,7 +29,7 @@ def draw(report: ErrorReport, path: Path) -> None:
     by_layer.legend(fontsize="small")
     spread.hist([line["rmse"] for line in lines], bins=30)
     spread.set(xlabel="relative RMSE", ylabel="parameters", title=f"{report['scheme']}, scales {report['scales']}")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    picture.save(figure, path)
 
 
 def _by_kind(lines: Sequence[ErrorLine]) -> dict[str, list[tuple[int, float]]]:

@@ -64,6 +64,13 @@ def device(kind: str) -> Any:
     return found
 
 
+def device_name(kind: str) -> dict[str, str]:
+    """Return what a result says of the device that it was found on."""
+    if kind == "cpu":
+        return {"kind": "cpu", "name": host.cpu_name()}
+    return {"kind": "cuda", "name": str(device("cuda").device_name), "driver": host.nvidia_driver()}
+
+
 def capability(found: Any) -> int:
     """Return the compute capability of a CUDA device: 90 for 9.0."""
     major, minor = str(found.compute_version).split(".")

@@ -107,3 +107,8 @@ def nvidia_driver() -> str:
         return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace").splitlines()[0]
     except (OSError, IndexError):
         return "unknown" if Path("/dev/nvidiactl").exists() else "absent"
+
+
+def nvidia_devices(folder: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """Return the model of each GPU that the NVIDIA driver knows, in its order; asks no library."""
+    return [name for file in sorted(folder.glob("*/information")) if (name := _reported(file, "Model"))]

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stages.runtime import certificate, golden, host, seal, serving
+from stages.runtime import certificate, golden, seal, serving
 from stages.runtime.certificate import FAIL, PASS, check_document
 from stages.runtime.errors import BundleError, RequestError
 
@@ -62,7 +62,7 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
 
     Nothing is loaded of a bundle whose files are not those that were certified.
     """
-    from stages.runtime import manifest, wording
+    from stages.runtime import backend, manifest, wording
 
     checks = [_same_bundle(bundle, held), _files(bundle)]
     device, unchecked = {"kind": bundle.device, "name": ""}, ["what it computes"]
@@ -78,7 +78,7 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
         of_tokenizer, unchecked = wording.check(held["tokenizer"], bundle.folder)
         checks += of_tokenizer
         checks += golden.check(held["golden"], bundle, progress)
-        device = _device(bundle)
+        device = backend.device_name(bundle.device)
     result = {
         "format": f"stagegraph-result-{certificate.RESULT_FORMAT}",
         "result": PASS if all(check["ok"] for check in checks) else FAIL,
@@ -105,15 +105,6 @@ def _files(bundle: Manifest) -> dict[str, Any]:
     return check_document(
         "files", not problems, "; ".join(problems) or f"{len(bundle.files)} files as bundle.json has them"
     )
-
-
-def _device(bundle: Manifest) -> dict[str, str]:
-    from stages.runtime import backend
-
-    if bundle.device == "cpu":
-        return {"kind": "cpu", "name": host.cpu_name()}
-    found = backend.device("cuda")
-    return {"kind": "cuda", "name": str(found.device_name), "driver": host.nvidia_driver()}
 
 
 def _tools() -> dict[str, str]:

@@ -14,6 +14,7 @@ from stagegraph import api
 from stages.checkpoint.safetensors import read_header
 from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
+from tests.output_schema import validate
 
 
 def test_quantize_does_not_run_for_a_tokenizer_file(project: Project) -> None:
@@ -122,3 +123,22 @@ def test_the_example_of_the_api_runs_as_it_stands(project: Project) -> None:
     said = python(project, example + '\nprint(run.ok, report["scheme"])')
     assert float(said.splitlines()[0]) >= 0
     assert said.splitlines()[1] == "True q0f32"
+
+
+def test_bundles_are_compared_without_loading_anything_heavy(built: Project) -> None:
+    said = built("compare", "bundle[*]", "overlay.yaml", "--json", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in said.stderr.splitlines() if "|" in line}
+    assert "stagegraph" in loaded
+    assert not loaded & {"tvm", "torch", "transformers", "numpy", "tokenizers", "matplotlib"}
+    rows = json.loads(said.stdout)
+    validate(rows, "compare")
+    assert rows["bundle[llvm]"]["verdict"] == "verified"
+    assert rows["bundle[llvm]"]["decode"] is None, "no bench in this pipeline"
+
+
+def test_the_page_on_comparing_has_a_pipeline(built: Project) -> None:
+    (overlay,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "comparing.md").read_text(), re.DOTALL)
+    (built.folder / "schemes.yaml").write_text(overlay.replace("extends: pipeline.yaml", "extends: overlay.yaml"))
+    planned = json.loads(built("status", "schemes.yaml", "--json").stdout)
+    names = {node["node"] for node in planned["nodes"]}
+    assert {"verify[llvm,q8f16_1]", "bench[llvm,q0f16]", "graph-build[llvm,kv,q4f16_1]"} <= names

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.inspection import error_plot, weights
+from stages.inspection import error_plot, picture, weights
 from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors
 from tests.stages.test_quantize import quantize, register
 
@@ -70,14 +70,14 @@ def test_other_scales_and_schemes_are_said(made):
 
 def test_pictures_need_matplotlib_and_say_so(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     report = json.loads(made("a")["report.json"].read_text())
-    with pytest.raises(error_plot.PlotError, match=r"drawn as \.png or \.svg"):
+    with pytest.raises(picture.PlotError, match=r"drawn as \.png or \.svg"):
         error_plot.draw(report, tmp_path / "errors.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(error_plot.PlotError, match=r"pip install 'stagegraph\[plot\]'"):
+    with pytest.raises(picture.PlotError, match=r"pip install 'stagegraph\[plot\]'"):
         error_plot.draw(report, tmp_path / "errors.png")
 
 
-@pytest.mark.parametrize("suffix", error_plot.FORMATS)
+@pytest.mark.parametrize("suffix", picture.FORMATS)
 def test_pictures_are_drawn(made, tmp_path: Path, suffix: str):
     pytest.importorskip("matplotlib")
     report = json.loads(made("a")["report.json"].read_text())

@@ -1,0 +1,103 @@
+"""bench: how fast a bundle runs on the machine at hand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+_BUSY = 1.25  # how much faster the fastest repeat may be than the slowest on a machine that does nothing else
+
+
+class Bench(Stage):
+    """Measure how many tokens a second a bundle reads and writes here; `pipeline compare` has them in its table.
+
+    A measurement and no build product: the processor is in its key, and a second one need not be the same. Let it run
+    alone (`resources: {exclusive: true}`).
+    """
+
+    id = "bench"
+    profile = "runtime"
+    measures = True
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of bench."""
+
+        target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        prompt_tokens: int = param("how many tokens are read at once", default=128, minimum=1)
+        decode_tokens: int = param("how many are read one by one after them", default=32, minimum=1)
+        repeats: int = param("how often; the median counts, the first time does not", default=5, minimum=1)
+
+    inputs = {"bundle": In("bundle", "bundle", "the bundle")}
+    outputs = {"speed": Out("bench.json", "tokens per second, how far the repeats are apart, and on what machine")}
+
+    def tools(self, params: Params) -> Mapping[str, str]:
+        """Name what runs the bundle, and the machine: another processor, or more of it, measures anew."""
+        from stages.runtime import host
+        from stages.targets.table import TARGETS
+
+        flags = hashlib.sha256(" ".join(sorted(host.cpu_flags())).encode()).hexdigest()[:16]
+        found = {
+            **dist_versions("apache-tvm", "apache-tvm-ffi", "numpy"),
+            "processor": f"{host.cpu_name()}, {_threads()} threads, flags {flags}",
+        }
+        if TARGETS[params.target].device == "cuda":
+            found["gpu"] = f"{', '.join(host.nvidia_devices()) or 'none'}, {host.nvidia_driver()}"
+            found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        return found
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+        """Return the target."""
+        return {"stages.targets.table:TARGETS": params.target}
+
+    def run(self, ctx: Context) -> None:
+        """Measure; a bundle for a device that is not here is not run, which bench.json says."""
+        from stages.runtime import backend, host, manifest, speed
+        from stages.runtime.errors import BundleError, RequestError
+
+        params = ctx.params
+        bundle = manifest.read(ctx.input("bundle"))
+        found: dict[str, Any] = {"schema": 1, "scheme": bundle.model["scheme"], "target": bundle.target}
+        if bundle.device == "cuda" and not host.has_nvidia_driver():
+            found["not_run"] = "no NVIDIA driver is loaded"
+            ctx.summary(f"not run: {found['not_run']}")
+        else:
+            try:
+                problems = manifest.check(bundle)
+                if problems:
+                    raise BundleError(*problems)
+                found |= speed.measure(
+                    bundle,
+                    prompt_tokens=params.prompt_tokens,
+                    decode_tokens=params.decode_tokens,
+                    repeats=params.repeats,
+                    progress=lambda done: ctx.progress(done, params.repeats + 1, "repeats"),
+                )
+            except BundleError as error:
+                raise StageError(*error.problems) from None
+            except RequestError as error:
+                raise StageError(str(error)) from None
+            found["machine"] = {**backend.device_name(bundle.device), "threads": backend.threads()}
+            found["repeats"] = params.repeats
+            spread = max(found[name]["highest"] / found[name]["lowest"] for name in ("prefill", "decode"))
+            if spread > _BUSY:
+                ctx.warn(
+                    f"the fastest repeat is {spread:.1f} times the slowest: the machine was busy; --force measures anew"
+                )
+            ctx.summary(", ".join(f"{name} {found[name]['rate']:,.0f} tokens/s" for name in ("prefill", "decode")))
+        (ctx.out / "bench.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _threads() -> str:
+    from stages.runtime import host
+
+    return os.environ.get("TVM_NUM_THREADS") or str(host.physical_cores())
