@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Out, Source, Stage, StageError, param, source
+from stagegraph.stage import Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+GRAPHS = ("parts", "parameters", "constants")  # of a traced model's config, too long to be shown
 SHOWN = 80  # characters of a key or a value in the view
 
 
@@ -36,6 +37,12 @@ class ConfigParse(Stage):
             include=(CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json"),
         )
         context_window: int = param("positions to build for; 0: all the model was made for", default=0, minimum=0)
+        frontend: str = param(
+            "native: by a family of this project; traced: from transformers' modelling code, which needs torch (the "
+            "extra trace); auto: native where there is a family for the model_type",
+            default="auto",
+            choices=("auto", "native", "traced"),
+        )
 
     outputs = {
         "config": Out("model.json", "family, architecture, sizes and options of the model"),
@@ -43,30 +50,39 @@ class ConfigParse(Stage):
         "tensors": Out("tensors.json", "dtype, shape and file of every tensor in the checkpoint"),
     }
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
-        """Return the one family that config.json names, if it names a known one."""
-        from stages.checkpoint import strict_json
-        from stages.models import FAMILIES
+    def resolve(self, params: Params) -> Params:
+        """Name the front end of the model_type that config.json says."""
+        from stages.models import native
 
-        path = Path(params.checkpoint) / CONFIG
-        try:
-            model_type: Any = strict_json.read_object(path, CONFIG).get("model_type") if path.is_file() else None
-        except (OSError, ValueError):
-            return {}
-        known = isinstance(model_type, str) and model_type in FAMILIES
-        return {"stages.models:FAMILIES": model_type} if known else {}
+        if params.frontend != "auto":
+            return params
+        model_type = _model_type(params)
+        return replace(params, frontend="native" if model_type is None or native(model_type) else "traced")
+
+    def tools(self, params: Params) -> Mapping[str, str]:
+        """Name what a model is traced with; a family of this project is read by nothing else."""
+        return dist_versions("torch", "transformers") if params.frontend == "traced" else {}
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+        """Return the one family of the model that config.json names, if it names a known one."""
+        from stages.models import TRACED, native
+
+        if params.frontend == "traced":
+            return {"stages.models:FAMILIES": TRACED}
+        model_type = _model_type(params)
+        return {"stages.models:FAMILIES": str(model_type)} if native(model_type) else {}
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
         from stages.checkpoint.errors import ConfigError
         from stages.checkpoint.headers import Headers
         from stages.documents.files import write_json
-        from stages.models import load_family, matching
+        from stages.models import TRACED, load_family, matching
 
         checkpoint = ctx.source("checkpoint")
         files = {name: path for name, path in checkpoint.files.items() if "/" not in name}
-        raw = _read_config(ctx.params.checkpoint, checkpoint.root, files)
-        family = load_family(raw["model_type"])
+        raw = _read_config(ctx.params, checkpoint.root, files)
+        family = load_family(row := TRACED if ctx.params.frontend == "traced" else raw["model_type"])
         problems: list[str] = []
         config: Any = None
         headers = Headers({}, ())
@@ -74,6 +90,7 @@ class ConfigParse(Stage):
         window = 0
         try:
             config = family.parse(raw)
+            family = family.of(family, config)
             window = family.context_window(config, ctx.params.context_window)
         except ConfigError as error:
             problems += error.problems
@@ -99,7 +116,7 @@ class ConfigParse(Stage):
         config, said = family.for_context(found.config, window)
         for note in [*found.notes, *([said] if said else [])]:
             ctx.warn(note)
-        tensors, model = headers.tensors, _model(family, config, window)
+        tensors, model = headers.tensors, _model(row, family, config, window)
         write_json(ctx.out / "model.json", model)
         write_json(ctx.out / "generation.json", generation)
         listing: CheckpointTensors = {
@@ -109,18 +126,18 @@ class ConfigParse(Stage):
             "unused": found.unused,
         }
         write_json(ctx.out / "tensors.json", listing)
-        ctx.fact("family", family.name)
+        ctx.fact("family", row)
         ctx.fact("state", family.state)
         ctx.view("config", _view(family, raw, model, tensors))
         size = sum(info.nbytes for _, info in tensors.values())
         ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
 
 
-def _model(family: Family, config: Any, window: int) -> Model:
+def _model(row: str, family: Family, config: Any, window: int) -> Model:
     """Return the document that describes the model."""
     return {
         "schema": 1,
-        "family": family.name,
+        "family": row,
         "architecture": family.architectures[0],
         "config": asdict(config),
         "context_window": window,
@@ -130,12 +147,22 @@ def _model(family: Family, config: Any, window: int) -> Model:
     }
 
 
-def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Return config.json, of a model_type and architecture that are known."""
-    from stagegraph.errors import nearest
-    from stages.checkpoint import foreign, strict_json
-    from stages.models import FAMILIES, load_family
+def _model_type(params: Any) -> Any:
+    """Return what config.json says, None where it cannot be read."""
+    from stages.checkpoint import strict_json
 
+    path = Path(params.checkpoint) / CONFIG
+    try:
+        return strict_json.read_object(path, CONFIG).get("model_type") if path.is_file() else None
+    except (OSError, ValueError):
+        return None
+
+
+def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Return config.json, of a model_type and architecture that are known."""
+    from stages.checkpoint import foreign, strict_json
+
+    given = params.checkpoint
     if Path(given).is_file():
         raise StageError(
             f"{given} is a file; "
@@ -148,12 +175,28 @@ def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str,
         raw = strict_json.read_object(files[CONFIG], CONFIG)
     except ValueError as error:
         raise StageError(f"{root}: {error}") from None
+    _check_type(raw, root, params.frontend)
+    return raw
+
+
+def _check_type(raw: Mapping[str, Any], root: Path, frontend: str) -> None:
+    """Refuse a model_type that the front end does not know, or architectures of another model."""
+    from stagegraph.errors import nearest
+    from stages.checkpoint import strict_json
+    from stages.models import FAMILIES, TRACED, load_family, native
+
+    families = ", ".join(sorted(name for name in FAMILIES if name != TRACED))
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
-        raise StageError(f"{root}: {CONFIG}: model_type is missing; known: {', '.join(sorted(FAMILIES))}")
-    if model_type not in FAMILIES:
+        raise StageError(f"{root}: {CONFIG}: model_type is missing; known: {families}")
+    if frontend == "traced":
+        return
+    if not native(model_type):
         named = strict_json.shown(model_type)
-        raise StageError(f"{root}: {CONFIG}: unknown model_type {named}; known: {', '.join(sorted(FAMILIES))}")
+        raise StageError(
+            f"{root}: {CONFIG}: no family for model_type {named}; known: {families}; frontend: traced builds it from "
+            "transformers' modelling code if that knows it"
+        )
     known = load_family(model_type).architectures
     found = raw.get("architectures") or [*known]
     names = found if isinstance(found, list) and all(isinstance(name, str) for name in found) else []
@@ -163,7 +206,6 @@ def _read_config(given: str, root: Path, files: Mapping[str, Path]) -> dict[str,
             f"{root}: {CONFIG}: architectures = {_short(found)} of model_type '{model_type}'; "
             f"expected one of: {', '.join(known)}{hint if 'mean' in hint else ''}"
         )
-    return raw
 
 
 def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> list[str]:
@@ -223,7 +265,8 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
 
 
 def _view(family: Family, raw: Mapping[str, Any], model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
-    rows = [("model", ""), *((f"  {key}", value) for key, value in model["config"].items())]
+    shown = {key: value for key, value in model["config"].items() if key not in GRAPHS}
+    rows = [("model", ""), *((f"  {key}", value) for key, value in shown.items())]
     rows.append(("  context_window", model["context_window"]))
     honoured = [key for key in sorted(raw) if family.keys.get(key) == "honoured"]
     for title, keys in (("honoured", honoured), ("ignored", sorted(raw.keys() - set(honoured)))):

@@ -109,13 +109,13 @@ class GraphBuild(Stage):
 def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:
     """Return the build, and the sizes that all graphs of one library share."""
     from stages.graph.export import Build
-    from stages.models import load_family
+    from stages.models import described
     from stages.quantization.schemes import SCHEMES
     from stages.sizes import PAGE_SIZE
     from stages.targets.table import TARGETS
     from stages.targets.tvm_target import export_target
 
-    family, scheme, target = load_family(model["family"]), SCHEMES[registry["scheme"]], TARGETS[params.target]
+    (family, config), scheme, target = described(model), SCHEMES[registry["scheme"]], TARGETS[params.target]
     if registry["target"] != params.target:
         raise StageError(
             f"the parameters are registered for target {registry['target']}, this graph is for {params.target}"
@@ -129,7 +129,6 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         )
     if family.state == "rnn" and params.kv_dtype != "auto":
         raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
-    config = family.config(**model["config"])
     chunk = _chunk(params, model["context_window"], config.attention if family.state == "kv" else None)
     build = Build(
         config=config,

@@ -50,15 +50,15 @@ class ParamRegister(Stage):
     def run(self, ctx: Context) -> None:
         """Compare what the family's graph needs with the headers, and write the register."""
         from stages.documents.files import write_json
-        from stages.models import load_family
+        from stages.models import described
         from stages.problems import capped
         from stages.quantization.schemes import SCHEMES
         from stages.targets.table import TARGETS
 
         model: Model = json.loads(ctx.input("config").read_bytes())
         checkpoint: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
-        family, scheme = load_family(model["family"]), SCHEMES[ctx.params.scheme]
-        params = family.params(family.config(**model["config"]))
+        (family, config), scheme = described(model), SCHEMES[ctx.params.scheme]
+        params = family.params(config)
         kinds = _check_tensors(params, checkpoint, model["vocab_size"])
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))

@@ -133,12 +133,12 @@ def _facts(ctx: Context) -> ModelFacts:
     model, generation, tensors = (
         json.loads(ctx.input(port).read_bytes()) for port in ("config", "generation", "tensors")
     )
-    if model["family"] not in EMBEDDINGS:
+    embedding = model["config"].get("embedding") or EMBEDDINGS.get(model["family"])  # a traced model names its own
+    if embedding is None:
         raise TokenizerError(
             f"model family {model['family']!r} has no row in stages.tokenizers.EMBEDDINGS; "
             "add the name of its token embedding there"
         )
-    embedding = EMBEDDINGS[model["family"]]
     return ModelFacts.read(model, generation, tensors["tensors"], tensors["names"].get(embedding, embedding))
 
 

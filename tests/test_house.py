@@ -27,7 +27,8 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "kernels": {"ir"},
     "targets": set(),
     "quantization": set(),
-    "models": {"checkpoint", "kernels"},
+    "models": {"checkpoint", "kernels", "tracing"},
+    "tracing": {"checkpoint"},
     "tokenizers": {"checkpoint", "runtime"},
     "graph": {"ir", "kernels", "models", "targets"},
     "lowering": {"ir", "kernels", "targets"},
@@ -35,7 +36,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "conversion": {"checkpoint", "models", "quantization", "targets"},
     "runtime": set(),
     "packing": {"runtime"},
-    "verification": {"checkpoint", "memo", "models", "quantization", "runtime", "tokenizers"},
+    "verification": {"checkpoint", "memo", "models", "quantization", "runtime", "tokenizers", "tracing"},
     "inspection": {"checkpoint", "quantization"},
     "cli": {"models", "runtime"},
 }

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from stages.models import FAMILIES, load_family
+from stages.models import FAMILIES, load_family, native
 
 if TYPE_CHECKING:
     import argparse
@@ -25,14 +25,18 @@ CLASSES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "family", nargs="?", choices=sorted(FAMILIES), metavar="MODEL_TYPE", help="one family, with all its keys"
+        "family",
+        nargs="?",
+        choices=sorted(filter(native, FAMILIES)),
+        metavar="MODEL_TYPE",
+        help="one family, with all its keys",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; 0."""
-    found = {name: describe(name) for name in ([args.family] if args.family else sorted(FAMILIES))}
+    found = {name: describe(name) for name in ([args.family] if args.family else sorted(filter(native, FAMILIES)))}
     if args.json:
         print(json.dumps(found, indent=1))
     else:

@@ -60,15 +60,16 @@ class Build:
         """Whether some layers forget: the context is longer than the model's sliding window."""
         attention = self.config.attention
         forgets: bool = 0 < attention.sliding_window < self.context_window
-        return forgets and bool(attention.full_layers < self.config.num_layers)
+        return forgets and len(attention.full_layers) < self.config.num_layers
 
     @property
     def cache_kinds(self) -> list[str]:
         """TVM's name for the attention of each layer of the KV cache."""
-        full, layers = self.config.attention.full_layers, self.config.num_layers
-        if not self.sliding:
-            return [sliding_window.WITHIN] * layers
-        return [sliding_window.FULL] * full + [sliding_window.WITHIN] * (layers - full)
+        full = self.config.attention.full_layers if self.sliding else ()
+        kinds = (
+            sliding_window.FULL if number in full else sliding_window.WITHIN for number in range(self.config.num_layers)
+        )
+        return list(kinds)
 
     @property
     def own_attention(self) -> bool:

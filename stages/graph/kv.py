@@ -59,8 +59,9 @@ class Cache(nn.Module):
             rope_scale=1,
             rope_theta=1,
             rope_scaling={},
-            rope_ext_factors=rx.const(np.array(attention.frequencies, np.float32)),
-            rotary_dim=attention.rotary_dim,
+            # One that nothing reads where nothing is turned: there is no tensor of none.
+            rope_ext_factors=rx.const(np.array(attention.frequencies or [0], np.float32)),
+            rotary_dim=attention.rotary_dim or attention.head_dim,  # of the kernel that ours takes the place of
             enable_disaggregation=False,
             dtype=self.build.kv_dtype,
             target=self.build.target,

@@ -11,6 +11,7 @@ from stages.ir.content import CONTENT, anonymous, content_digest
 from stages.lowering.merge import with_kernels
 
 SUFFIX = 8  # hexadecimal digits of the digest in the name
+LONGEST = 80  # characters of the rest: fusion joins the names of all that it fuses
 
 
 @tvm.transform.module_pass(opt_level=0, name="NameKernels")
@@ -22,7 +23,7 @@ def name_kernels(module: tvm.IRModule, _context: tvm.transform.PassContext) -> t
         if isinstance(function, tirx.PrimFunc):
             kernel = anonymous(function)
             digest = content_digest(kernel)
-            plain = re.sub(r"\d+", "", var.name_hint)
+            plain = re.sub(r"\d+", "", var.name_hint)[:LONGEST]
             short = f"{plain}_{digest[:SUFFIX]}"
             name = short if taken.setdefault(short, digest) == digest else f"{plain}_{digest}"
             kernels[var.name_hint] = name, kernel.with_attr(CONTENT, digest)

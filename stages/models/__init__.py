@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from stages.models.family import Family
 
 # model_type -> where its Family is; strings, so that naming a family imports none
@@ -17,7 +20,14 @@ FAMILIES: dict[str, str] = {
     "qwen2": "stages.models.qwen2:FAMILY",
     "qwen3": "stages.models.qwen3:FAMILY",
     "rwkv": "stages.models.rwkv:FAMILY",
+    "traced": "stages.models.traced:FAMILY",
 }
+TRACED = "traced"  # the row of every model_type that has none of its own
+
+
+def native(model_type: object) -> bool:
+    """Say whether there is a family for ``model_type``."""
+    return isinstance(model_type, str) and model_type in FAMILIES and model_type != TRACED
 
 
 def load_family(name: str) -> Family:
@@ -25,3 +35,10 @@ def load_family(name: str) -> Family:
     module, _, attribute = FAMILIES[name].partition(":")
     family: Family = getattr(importlib.import_module(module), attribute)
     return family
+
+
+def described(model: Mapping[str, Any]) -> tuple[Family, Any]:
+    """Return the family and the config of what config-parse wrote as model.json."""
+    family = load_family(model["family"])
+    config = family.config(**model["config"])
+    return family.of(family, config), config

@@ -51,7 +51,7 @@ class DecoderConfig(Rope):
             self.num_kv_heads,
             self.head_dim,
             sliding_window=self.sliding_window,
-            full_layers=self.full_layers,
+            full_layers=tuple(range(self.full_layers)),
             **self.kernel_options(),
         )
 

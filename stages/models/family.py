@@ -43,8 +43,8 @@ class AttentionCache:
     The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, each pair by the
     position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
     With ``log_n`` n > 0, where all channels are turned, the query at position p - 1 is stretched by log p / log n if
-    that is more than one. With a ``sliding_window`` w > 0, the layers from number ``full_layers`` on see the last w
-    tokens alone.
+    that is more than one. With a ``sliding_window`` w > 0, all layers but the ``full_layers`` see the last w tokens
+    alone. Without ``frequencies`` nothing is turned here: the graph has done it.
     """
 
     num_heads: int
@@ -54,12 +54,16 @@ class AttentionCache:
     attention_factor: float = 1.0
     log_n: int = 0
     sliding_window: int = 0
-    full_layers: int = 0
+    full_layers: tuple[int, ...] = ()
 
     @property
     def rotary_dim(self) -> int:
         """Channels of a head that are turned."""
         return 2 * len(self.frequencies)
+
+
+def _itself(family: Family, config: Any) -> Family:  # noqa: ARG001
+    return family
 
 
 def _whatever_the_context(config: Any, window: int) -> tuple[Any, str]:  # noqa: ARG001
@@ -83,7 +87,8 @@ class Family:
     the output projection and the token embedding where ``config.tied`` may say that they are one; ``aliases`` are other
     names that transformers reads of a tensor. ``supports`` says in a few words each what of the family can be built.
     ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which
-    has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``.
+    has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``. ``of(family, config)``
+    is the record for one model, where more than its config differs from model to model.
     """
 
     name: str
@@ -101,3 +106,4 @@ class Family:
     tied: tuple[str, str] | None = None
     supports: tuple[str, ...] = ()
     state: Literal["kv", "rnn"] = "kv"
+    of: Callable[[Family, Any], Family] = _itself

@@ -216,16 +216,16 @@ class LayerFactory:
 
     def linear(self, name: str, out_features: int, in_features: int, *, bias: bool = False) -> Linear:
         """Make ``name``.weight [out, in] and, where asked, ``name``.bias [out]."""
-        weight = self._matrix(f"{name}.weight", (out_features, in_features))
+        weight = self.matrix(f"{name}.weight", (out_features, in_features))
         return Linear(weight, self._vector(f"{name}.bias", out_features) if bias else None)
 
     def head(self, name: str, vocab_size: int, hidden_size: int) -> Linear:
         """Make the output projection ``name``.weight [V, h]; it yields float32."""
-        return Linear(self._matrix(f"{name}.weight", (vocab_size, hidden_size)), out_dtype="float32")
+        return Linear(self.matrix(f"{name}.weight", (vocab_size, hidden_size)), out_dtype="float32")
 
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> Embedding:
         """Make the token table ``name``.weight [V, h]."""
-        return Embedding(self._matrix(f"{name}.weight", (vocab_size, hidden_size)))
+        return Embedding(self.matrix(f"{name}.weight", (vocab_size, hidden_size)))
 
     def layer_norm(self, name: str, features: int, eps: float) -> LayerNorm:
         """Make the norm ``name``.weight and ``name``.bias [features]."""
@@ -240,7 +240,8 @@ class LayerFactory:
         self._check(name, shape)
         return self._parameter(name, shape)
 
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+    def matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """Make the matrix ``name`` [n, k] as it is stored."""
         logical = self._check(name, shape)
         rows, columns = shape
         layout = Layout(logical["layout"] if logical else "nk")

@@ -62,6 +62,15 @@ def _split_rows(array: np.ndarray, source_shapes: Shapes, _argument: str) -> lis
     return list(np.split(array, ends[:-1]))
 
 
+def _transposed(tensors: Arrays, _argument: str) -> np.ndarray:
+    (tensor,) = tensors
+    return np.ascontiguousarray(tensor.T)
+
+
+def _transposed_back(array: np.ndarray, _source_shapes: Shapes, _argument: str) -> list[np.ndarray]:
+    return [np.ascontiguousarray(array.T)]
+
+
 def _by_part(tensors: Arrays, heads: str) -> np.ndarray:
     (tensor,) = tensors
     return _swap(tensor, int(heads), 3)
@@ -79,10 +88,12 @@ def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(0, 1)).reshape(array.shape)
 
 
-# copy: the one tensor (a view). concat0: one under the other. interleaved_qkv:HEADS: rows that go head by head, each
+# copy: the one tensor (a view). concat0: one under the other. transpose: columns
+# become rows. interleaved_qkv:HEADS: rows that go head by head, each
 # with its q, k and v, become all q, all k, all v.
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(_only, lambda array, _shapes, _argument: [array]),
     "concat0": Transform(lambda tensors, _argument: np.concatenate(list(tensors), axis=0), _split_rows),
+    "transpose": Transform(_transposed, _transposed_back),
     "interleaved_qkv": Transform(_by_part, _by_head),
 }

@@ -83,12 +83,13 @@ def chat_config(
     """Return mlc-chat-config.json; ``tables`` are those of tokenizer.json, ``conversation`` is its conv_template."""
     model, info = found["metadata"]["model"], found["tokenizer_info"]
     sampling = found["generation"].get("sampling") or {}
+    config = found["config"]["config"]
     return {
         "version": MLC_CONFIG_VERSION,
-        "model_type": model["family"],
+        "model_type": config.get("model_type", model["family"]),  # of a traced model
         "quantization": model["scheme"],
         "model_config": {
-            **found["config"]["config"],
+            **config.get("source", config),
             "context_window_size": model["context_window"],
             "prefill_chunk_size": model["prefill_chunk"],
             "max_batch_size": model["max_batch"],
@@ -124,7 +125,7 @@ def card(name: str, target: str, target_needs: Sequence[str], found: Parts) -> s
     shards = found["tensors"]["records"]
     tools = ", ".join(f"{tool} {version}" for tool, version in sorted(metadata["tools"].items()))
     rows = [
-        ("model family", model["family"]),
+        ("model family", found["config"]["config"].get("model_type", model["family"])),
         ("architecture", found["config"]["architecture"]),
         ("quantization", model["scheme"]),
         ("target", f"{target}, code for {_processors(metadata)}"),

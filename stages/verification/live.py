@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.models import load_family
+from stages.models import described
 from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
-from stages.verification import apart, rounding, streaming, weights
+from stages.tracing import hollow
+from stages.verification import apart, rounding, weights
 from stages.verification import original as original_model
 from stages.verification.checks import difference
 
@@ -108,17 +109,16 @@ def load(request: Request, progress: Progress = lambda *_: None) -> Any:
     import transformers
 
     registry = json.loads(Path(request.params).read_text("utf-8"))
-    described = json.loads(Path(request.config).read_text("utf-8"))
     records = tensor_cache.records(Folder(Path(request.bundle)))  # verify has checked them
     tensors: dict[str, np.ndarray] = {}
     total = sum(len(entry["sources"]) for entry in registry["logical"])
     for done, tensor in enumerate(weights.held(registry, records, SCHEMES[registry["scheme"]]), start=1):
         tensors[tensor.name] = tensor.values()
         progress(done, total, "tensors of the reference")
-    family = load_family(described["family"])
-    name, keywords, state = family.to_reference(family.config(**described["config"]), tensors)
+    family, config = described(json.loads(Path(request.config).read_text("utf-8")))
+    name, keywords, state = family.to_reference(config, tensors)
     cls = getattr(transformers, name)
-    with streaming.parameters_without_memory():
+    with hollow.parameters_without_memory():
         model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
     # assign: the arrays become the parameters, so that the weights are in memory once.
     model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True, assign=True)

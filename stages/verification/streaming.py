@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import models
 from stages.checkpoint.headers import read_headers
-from stages.models import load_family, naming
+from stages.models import naming
+from stages.tracing import hollow
 from stages.verification.apart import LiveError
 
 if TYPE_CHECKING:
@@ -126,9 +128,7 @@ def _loaded(config: Any, tensors: Mapping[str, Any]) -> tuple[Any, list[str]]:
 
 def _named(described: Path, mapped: Mapped) -> tuple[Any, Any, dict[str, Any]]:
     """Return family and config as this project reads them, and the checkpoint's tensors by the model's names."""
-    model = json.loads(Path(described).read_text("utf-8"))
-    family = load_family(model["family"])
-    config = family.config(**model["config"])
+    family, config = models.described(json.loads(Path(described).read_text("utf-8")))
     names = naming.resolve(family, config, mapped.tensors.keys())
     return family, config, {name: mapped.tensors[names.stored(name)] for name in naming.wanted(family, config)}
 
@@ -161,29 +161,11 @@ def _by_family(described: Path, mapped: Mapped) -> Any:
     family, config, tensors = _named(described, mapped)
     name, keywords, state = family.to_reference(config, tensors)
     cls = getattr(transformers, name)
-    with parameters_without_memory():
+    with hollow.parameters_without_memory():
         model = cls(cls.config_class(**keywords, attn_implementation=_attention(cls)))
     model.load_state_dict({key: torch.as_tensor(value) for key, value in state.items()}, strict=True, assign=True)
     model.tie_weights()
     return model
-
-
-@contextmanager
-def parameters_without_memory() -> Iterator[None]:
-    """Let modules be made with parameters on the meta device; buffers, which no checkpoint holds, stay real."""
-    import torch
-
-    module_class: Any = torch.nn.Module
-    register = module_class.register_parameter
-
-    def on_meta(module: Any, name: str, parameter: Any) -> None:
-        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
-
-    module_class.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        module_class.register_parameter = register
 
 
 def owns(module: Any) -> bool:

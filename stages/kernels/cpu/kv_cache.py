@@ -81,20 +81,14 @@ def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int 
         qkv = made.argument("qkv", (n, heads.queries + 2 * heads.keys, heads.dim), "float32")
         positions = made.argument("positions", (n,), "int32", inside=True)
         outputs = [made.argument(name, (n, count, heads.dim), "float32") for name, count in _parts(heads)]
-        frequencies = made.argument("frequencies", (half,), "float32")
+        frequencies = made.argument("frequencies", (max(half, 1),), "float32")
         with T.serial(0, n) as s, T.Assert(positions[s] < context, beyond(context), "ValueError"):
             T.evaluate(0)
 
         def row(s: Any) -> None:
-            of_keys = [T.alloc_buffer((half,), "float32") for _ in range(2)]
-            of_queries = [T.alloc_buffer((half,), "float32") for _ in range(2)] if log_n else of_keys
-            stretch = T.bind(stretch_of(positions[s], log_n)) if log_n else None
-            with T.serial(0, half) as d:
-                angle = T.bind(T.Cast("float32", positions[s]) * frequencies[d])
-                for table, stretched, function in zip(of_keys, of_queries, (T.cos, T.sin), strict=True):
-                    put(table, function(angle) * T.float32(factor), d)
-                    if stretch is not None:
-                        put(stretched, table[d] * stretch, d)
+            of_keys = of_queries = _angles(positions[s], frequencies, factor, half)
+            if log_n:
+                of_queries = _stretched(of_keys, stretch_of(positions[s], log_n), half)
             first = 0
             turnings = (rotary_dim, of_queries), (rotary_dim, of_keys), (0, of_keys)
             for (_, count), output, (turned, tables) in zip(_parts(heads), outputs, turnings, strict=True):
@@ -102,21 +96,42 @@ def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int 
                     _turn(qkv, output, s, first + h, h, turned, heads.dim, *tables)
                 first += count
 
-        each_row(n, 50 * half, row)
+        each_row(n, max(50 * half, heads.dim), row)
     return made.function
+
+
+def _angles(position: Any, frequencies: Any, factor: float, half: int) -> list[Any]:
+    """Emit cosines and sines of a position times each of ``half`` frequencies; return where they are."""
+    tables = [T.alloc_buffer((half,), "float32") for _ in range(2)] if half else []
+    if half:
+        with T.serial(0, half) as d:
+            angle = T.bind(T.Cast("float32", position) * frequencies[d])
+            for table, function in zip(tables, (T.cos, T.sin), strict=True):
+                put(table, function(angle) * T.float32(factor), d)
+    return tables
+
+
+def _stretched(tables: list[Any], stretch: Any, half: int) -> list[Any]:
+    """Emit ``tables`` times a number; return where the products are."""
+    products = [T.alloc_buffer((half,), "float32") for _ in tables]
+    number = T.bind(stretch)
+    with T.serial(0, half) as d:
+        for table, product in zip(tables, products, strict=True):
+            put(product, table[d] * number, d)
+    return products
 
 
 def _parts(heads: Heads) -> list[tuple[str, int]]:
     return [("q", heads.queries), ("k", heads.keys), ("v", heads.keys)]
 
 
-def _turn(qkv: Any, output: Any, s: Any, source: Any, h: Any, turned: int, dim: int, cos: Any, sin: Any) -> None:
+def _turn(qkv: Any, output: Any, s: Any, source: Any, h: Any, turned: int, dim: int, *tables: Any) -> None:
     """Emit one head: its first ``turned`` channels turned, halves against each other, the others copied."""
     half = turned // 2
 
     def rotate(at: Any, lanes: int) -> None:
         low, high = (qkv[s, source, span(at + side, lanes)] for side in (0, half))
-        c, n = (table[span(at, lanes)] for table in (cos, sin))
+        c, n = (table[span(at, lanes)] for table in tables)
         put(output, low * c - high * n, s, h, span(at, lanes))
         put(output, high * c + low * n, s, h, span(at + half, lanes))
 

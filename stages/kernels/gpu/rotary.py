@@ -33,6 +33,8 @@ def rotary_kernel(
     keys, values, half = num_heads, num_heads + num_kv_heads, rotary_dim // 2
 
     def turned(x, positions, frequencies, s, h, d, stretch=1.0):
+        if not half:
+            return x[s, h, d]
         angle = tirx.Var("angle", "float32")
         other = tirx.if_then_else(d < half, -x[s, h, d + half], x[s, h, d - half]).astype("float32")
         scale = tirx.const(factor, "float32") * stretch
@@ -51,7 +53,7 @@ def rotary_kernel(
         q = T.match_buffer(q_, (n, num_heads, head_dim), dtype)
         k = T.match_buffer(k_, (n, num_kv_heads, head_dim), dtype)
         v = T.match_buffer(v_, (n, num_kv_heads, head_dim), dtype)
-        frequencies = T.match_buffer(frequencies_, (half,), "float32")
+        frequencies = T.match_buffer(frequencies_, (tirx.max(half, 1),), "float32")
         for iters in T.grid(n, values + num_kv_heads, head_dim):
             with T.sblock("rotary"):
                 s, h, d = T.axis.remap("SSS", iters)

@@ -42,9 +42,10 @@ def scheduled(
         saved |= {name: _saved(made[name]) for name in new}
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             finished: list[NewPart] = []
-            for name in new:
-                Path(scratch, name).write_bytes(saved[name])
-                finished.append((documents[name], Path(scratch, name), _digest(saved[name]), {}))
+            for number, name in enumerate(new):
+                file = Path(scratch, str(number))  # names of fused kernels may be longer than those of files
+                file.write_bytes(saved[name])
+                finished.append((documents[name], file, _digest(saved[name]), {}))
             memo.remember_all(KIND, finished)
     replaced = module.clone()
     for name, data in saved.items():

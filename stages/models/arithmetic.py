@@ -1,0 +1,250 @@
+"""Operators of traced graphs that work number by number or along an axis: arithmetic, comparisons, sums.
+
+Each takes :class:`Values` and torch's arguments by their names, ``self`` and ``input`` as ``x``. Floats are of the
+compute dtype, but what is made of positions alone is float32: an angle of half precision would be another position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+FLOATS = ("float16", "bfloat16", "float32")
+
+
+@dataclass
+class Values:
+    """What operators know of the function that is built: its dtype, the cache, and the channels of its heads."""
+
+    compute_dtype: str
+    cache: PagedKVCache | None
+    head_dim: int
+    layers: int = 0  # attentions so far
+
+
+def emitted(expr: Any, name: str) -> Tensor:
+    """Return ``expr`` as a tensor of the function that is built."""
+    return op.wrap_nested(expr, name)
+
+
+def expr_of(value: Any) -> Any:
+    """Return what TVM knows a tensor as."""
+    return value._expr  # noqa: SLF001 - the wrapped value has no other name
+
+
+def is_float(value: Any) -> bool:
+    """Say whether a value is a tensor of floats."""
+    return isinstance(value, Tensor) and value.dtype in FLOATS
+
+
+def pair(values: Values, x: Any, other: Any) -> tuple[Any, Any]:
+    """Return both operands as tensors of one dtype, numbers as constants of the other's."""
+    x, other = (computed(values, each) for each in (x, other))
+    if not isinstance(x, Tensor):
+        return number(x, other.dtype), other
+    if not isinstance(other, Tensor):
+        if isinstance(other, float) and not is_float(x):
+            x = x.astype("float32")
+        return x, number(other, x.dtype)
+    if x.dtype != other.dtype:
+        wanted = common(values, x.dtype, other.dtype)
+        return x.astype(wanted), other.astype(wanted)
+    return x, other
+
+
+def computed(values: Values, value: Any) -> Any:
+    """Return a parameter that is no matrix in the compute dtype, anything else as it is."""
+    return value.astype(values.compute_dtype) if isinstance(value, nn.Parameter) and is_float(value) else value
+
+
+def common(values: Values, one: str, other: str) -> str:
+    """Return the dtype in which two meet."""
+    if one == other:
+        return one
+    floats = [dtype for dtype in (one, other) if dtype in FLOATS]
+    if len(floats) == 2:
+        return values.compute_dtype
+    return floats[0] if floats else "int32"
+
+
+def number(value: float, dtype: str) -> Tensor:
+    """Return a constant."""
+    if dtype == "bool":
+        return emitted(rx.const(bool(value), "bool"), "number")
+    return emitted(rx.const(value, dtype), "number")
+
+
+def _binary(operator: Callable[[Any, Any], Any], name: str) -> Callable[..., Tensor]:
+    def apply(values: Values, x: Any, other: Any, alpha: float = 1, rounding_mode: str = "") -> Tensor:
+        if rounding_mode:
+            raise NotImplementedError(f"{name} with rounding_mode {rounding_mode}")
+        if alpha != 1:
+            other = ARITHMETIC["mul"](values, other, alpha)
+        left, right = pair(values, x, other)
+        return emitted(operator(expr_of(left), expr_of(right)), name)
+
+    return apply
+
+
+def _unary(operator: Callable[[Any], Any], name: str) -> Callable[..., Tensor]:
+    def apply(values: Values, x: Any) -> Tensor:
+        return emitted(operator(expr_of(computed(values, x))), name)
+
+    return apply
+
+
+def rsub(values: Values, x: Any, other: Any, alpha: float = 1) -> Tensor:
+    """other - alpha * x."""
+    return ARITHMETIC["sub"](values, other, x, alpha)
+
+
+def div(values: Values, x: Any, other: Any) -> Tensor:
+    """x / other, floats whatever they are."""
+    x, other = (
+        each.astype("float32") if isinstance(each, Tensor) and not is_float(each) else each for each in (x, other)
+    )
+    return _binary(rx.op.divide, "div")(values, x, other)
+
+
+def power(values: Values, x: Any, exponent: Any) -> Tensor:
+    """x ** exponent; a square is a product, which is exact."""
+    if exponent == 2:
+        return ARITHMETIC["mul"](values, x, x)
+    return _binary(rx.op.power, "pow")(values, x, exponent)
+
+
+def cast(values: Values, x: Any, dtype: str) -> Any:
+    """X in another dtype; between floats there is one, that of what is computed."""
+    x = computed(values, x)
+    if dtype in (*FLOATS, "float64"):
+        return x if is_float(x) else x.astype("float32")
+    return x.astype("int32" if dtype == "int64" else dtype)
+
+
+def gelu(values: Values, x: Any, approximate: str = "none") -> Tensor:
+    """The Gaussian error linear unit."""
+    return op.gelu(computed(values, x), None if approximate == "none" else approximate)
+
+
+def clamp(values: Values, x: Any, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002 - torch's names
+    """X within bounds."""
+    for operator, bound in ((rx.op.maximum, min), (rx.op.minimum, max)):
+        if bound is not None:
+            x = _binary(operator, "clamp")(values, x, bound)
+    return x
+
+
+def hardtanh(values: Values, x: Any, min_val: float = -1, max_val: float = 1) -> Tensor:
+    """X within bounds."""
+    return clamp(values, x, min_val, max_val)
+
+
+def softplus(values: Values, x: Any, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(beta x)) / beta, x itself above the threshold."""
+    scaled = ARITHMETIC["mul"](values, x, beta)
+    curved = ARITHMETIC["log"](values, ARITHMETIC["add"](values, ARITHMETIC["exp"](values, scaled), 1))
+    curved = ARITHMETIC["div"](values, curved, beta)
+    return where(values, ARITHMETIC["gt"](values, scaled, threshold), x, curved)
+
+
+def where(values: Values, condition: Any, x: Any, other: Any) -> Tensor:
+    """X where the condition holds, else other."""
+    left, right = pair(values, x, other)
+    return emitted(rx.op.where(expr_of(condition.astype("bool")), expr_of(left), expr_of(right)), "where")
+
+
+def masked_fill(values: Values, x: Any, mask: Any, value: float) -> Tensor:
+    """X with a number where the mask holds."""
+    return where(values, mask, value, x)
+
+
+def _reduction(operator: Callable[..., Any], name: str) -> Callable[..., Tensor]:
+    def apply(values: Values, x: Any, dim: Any = None, keepdim: bool = False, dtype: str = "") -> Tensor:  # noqa: ARG001
+        axes = [dim] if isinstance(dim, int) else [*dim] if dim else None
+        return emitted(operator(expr_of(computed(values, x)), axes, keepdim), name)
+
+    return apply
+
+
+def variance(values: Values, x: Any, dim: Any, correction: int = 1, keepdim: bool = False) -> Tensor:
+    """The variance along axes."""
+    if correction:
+        raise NotImplementedError("var with correction")
+    return emitted(rx.op.variance(expr_of(computed(values, x)), [*dim], keepdim), "var")
+
+
+def norm(values: Values, x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: str = "") -> Tensor:  # noqa: A002, ARG001
+    """The Euclidean norm along axes."""
+    if ord != 2:
+        raise NotImplementedError(f"a norm of order {ord}")
+    squares = ARITHMETIC["mul"](values, x, x)
+    return ARITHMETIC["sqrt"](values, ARITHMETIC["sum"](values, squares, dim, keepdim))
+
+
+def softmax(values: Values, x: Any, dim: int, dtype: str = "", half_to_float: bool = False) -> Tensor:  # noqa: ARG001
+    """Softmax along an axis."""
+    return op.softmax(computed(values, x), axis=dim)
+
+
+ARITHMETIC: dict[str, Callable[..., Any]] = {
+    **{
+        name: _binary(operator, name)
+        for name, operator in {
+            "add": rx.op.add,
+            "sub": rx.op.subtract,
+            "mul": rx.op.multiply,
+            "minimum": rx.op.minimum,
+            "maximum": rx.op.maximum,
+            "eq": rx.op.equal,
+            "ne": rx.op.not_equal,
+            "lt": rx.op.less,
+            "le": rx.op.less_equal,
+            "gt": rx.op.greater,
+            "ge": rx.op.greater_equal,
+            "logical_and": rx.op.logical_and,
+        }.items()
+    },
+    **{
+        name: _unary(operator, name)
+        for name, operator in {
+            "neg": rx.op.negative,
+            "abs": rx.op.abs,
+            "sqrt": rx.op.sqrt,
+            "rsqrt": rx.op.rsqrt,
+            "exp": rx.op.exp,
+            "log": rx.op.log,
+            "sin": rx.op.sin,
+            "cos": rx.op.cos,
+            "tanh": rx.op.tanh,
+            "erf": rx.op.erf,
+            "sigmoid": rx.op.sigmoid,
+            "silu": rx.op.nn.silu,
+            "relu": rx.op.nn.relu,
+            "square": rx.op.square,
+            "logical_not": rx.op.logical_not,
+        }.items()
+    },
+    **{
+        name: _reduction(operator, name)
+        for name, operator in {"mean": rx.op.mean, "sum": rx.op.sum, "amax": rx.op.max}.items()
+    },
+    "rsub": rsub,
+    "div": div,
+    "pow": power,
+    "cast": cast,
+    "gelu": gelu,
+    "clamp": clamp,
+    "hardtanh": hardtanh,
+    "softplus": softplus,
+    "where": where,
+    "masked_fill": masked_fill,
+    "var": variance,
+    "linalg_vector_norm": norm,
+    "softmax": softmax,
+}

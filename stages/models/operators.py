@@ -1,0 +1,223 @@
+"""The operators that traced graphs are written in, each as a function that emits TVM's: shapes, layers, attention, and
+those of :mod:`stages.models.arithmetic`, whose conventions hold here too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from stages.models.arithmetic import ARITHMETIC, Values, common, computed, emitted, expr_of, number, pair
+from stages.models.layers import Linear
+from stages.models.matrices import FloatMatrix, GroupMatrix, ScaledMatrix, take
+
+
+def reshape(values: Values, x: Any, shape: Sequence[Any]) -> Tensor:
+    """X in another shape."""
+    return op.reshape(computed(values, x), tuple(shape))
+
+
+def broadcast(values: Values, x: Any, shape: Sequence[Any]) -> Tensor:
+    """X repeated along axes of size one."""
+    return emitted(rx.op.broadcast_to(expr_of(computed(values, x)), tuple(shape)), "broadcast")
+
+
+def transpose(values: Values, x: Any, dim0: int, dim1: int) -> Tensor:
+    """X with two axes exchanged."""
+    axes = [*range(x.ndim)]
+    axes[dim0], axes[dim1] = axes[dim1], axes[dim0]
+    return permute(values, x, axes)
+
+
+def permute(values: Values, x: Any, dims: Sequence[int]) -> Tensor:
+    """X with its axes in another order."""
+    if isinstance(x, FloatMatrix | GroupMatrix | ScaledMatrix):
+        x = x.matrix()
+    return op.permute_dims(computed(values, x), [axis % x.ndim for axis in dims])
+
+
+def turned(values: Values, x: Any) -> Tensor:
+    """The transpose of a matrix."""
+    return permute(values, x, [1, 0])
+
+
+def cut(values: Values, x: Any, dim: int, start: int, end: int, step: int) -> Tensor:
+    """A part of x along an axis."""
+    sliced = rx.op.strided_slice(expr_of(computed(values, x)), [dim], [start], [end], [step])
+    return emitted(sliced, "slice")
+
+
+def select(values: Values, x: Any, index: int, dim: int = 0) -> Tensor:
+    """One place of x along an axis, which goes."""
+    dim %= x.ndim
+    index %= int(x.shape[dim])
+    return emitted(rx.op.squeeze(expr_of(cut(values, x, dim, index, index + 1, 1)), [dim]), "select")
+
+
+def split(values: Values, x: Any, sizes: Sequence[int], dim: int) -> Any:
+    """Parts of x along an axis."""
+    x = computed(values, x)
+    if len(sizes) == 1:
+        return [x]
+    ends = [sum(sizes[: number + 1]) for number in range(len(sizes) - 1)]
+    return op.split(x, len(sizes) if len(set(sizes)) == 1 else ends, axis=dim)
+
+
+def unbind(values: Values, x: Any, dim: int) -> list[Tensor]:
+    """The places of x along an axis."""
+    return [select(values, x, number, dim) for number in range(int(x.shape[dim]))]
+
+
+def item(_values: Values, x: Any, index: int) -> Any:
+    """One of several."""
+    return x[index]
+
+
+def cat(values: Values, tensors: Sequence[Any], dim: int = 0) -> Tensor:
+    """Tensors one after the other along an axis."""
+    found = [computed(values, tensor) for tensor in tensors]
+    dtype = functools.reduce(functools.partial(common, values), [tensor.dtype for tensor in found])
+    return op.concat([tensor.astype(dtype) for tensor in found], dim=dim % found[0].ndim)
+
+
+def stack(values: Values, tensors: Sequence[Any], dim: int = 0) -> Tensor:
+    """Tensors side by side along a new axis."""
+    dim %= tensors[0].ndim + 1
+    return cat(values, [emitted(rx.op.expand_dims(expr_of(t), dim), "stack") for t in tensors], dim)
+
+
+def repeat_interleave(values: Values, x: Any, repeats: int, dim: int) -> Tensor:
+    """Each place of x several times along an axis."""
+    return emitted(rx.op.repeat(expr_of(computed(values, x)), repeats, dim % x.ndim), "repeat")
+
+
+def matmul(values: Values, x: Any, other: Any = None, mat2: Any = None) -> Tensor:
+    """A matrix product; of one column by one row, the product of each with each, which is exact."""
+    other = mat2 if other is None else other
+    left, right = pair(values, x, other)
+    if left.shape[-1] == 1 and left.ndim > 1 and right.ndim > 1:
+        return emitted(rx.op.multiply(expr_of(left), expr_of(right)), "outer")
+    return op.matmul(left, right)
+
+
+def linear(values: Values, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
+    """X @ weight.T + bias."""
+    if isinstance(weight, nn.Parameter):
+        y = op.matmul(x, op.permute_dims(computed(values, weight)))
+        return y if bias is None else y + bias.astype(y.dtype)
+    return Linear(weight, bias)(x.astype(values.compute_dtype))
+
+
+def embedding(values: Values, weight: Any, indices: Tensor, padding_idx: int = -1, **_gradients: Any) -> Tensor:  # noqa: ARG001
+    """Rows of a table."""
+    flat = op.reshape(indices, (functools.reduce(lambda a, b: a * b, indices.shape, 1),)).astype("int32")
+    if isinstance(weight, Tensor):
+        rows = computed(values, take(weight, flat).astype(values.compute_dtype))
+    else:
+        rows = weight.rows(flat)
+    return op.reshape(rows, (*indices.shape, rows.shape[-1]))
+
+
+def rms_norm(values: Values, x: Tensor, weight: Any, eps: float, offset: float) -> Tensor:
+    """X / sqrt(mean(x ** 2) + eps) * (offset + weight)."""
+    x = x.astype(values.compute_dtype)
+    gain = weight.astype(x.dtype)
+    if offset:
+        gain = gain + offset
+    return op.rms_norm(x, gain, axes=-1, epsilon=eps)
+
+
+def layer_norm(
+    values: Values,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,  # noqa: ARG001 - torch's
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis."""
+    (width,) = normalized_shape
+    dtype = "float32" if values.compute_dtype == "bfloat16" else values.compute_dtype
+    gain, shift = (
+        emitted(rx.const(np.full(width, fill, "float32")), "plain").astype(dtype)
+        if each is None
+        else each.astype(dtype)
+        for each, fill in ((weight, 1), (bias, 0))
+    )
+    return op.layer_norm(x.astype(dtype), width, gain, shift, eps=eps).astype(values.compute_dtype)
+
+
+def arange(_values: Values, start: int, end: int, step: int, dtype: str) -> Tensor:
+    """Numbers in order."""
+    array = np.arange(start, end, step, dtype="int32" if dtype == "int64" else dtype)
+    return emitted(rx.const(array), "arange")
+
+
+def full(values: Values, value: Any, dtype: str, shape: Sequence[Any]) -> Tensor:
+    """One number everywhere."""
+    dtype = {"int64": "int32", "float64": "float32"}.get(dtype, dtype)
+    one = number(value, dtype)
+    return broadcast(values, one, shape) if shape else one
+
+
+def attention(
+    values: Values,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    heads: int,
+    value_width: int,
+    **_of_the_cache: Any,
+) -> Tensor:
+    """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, [1, s, heads, d of v].
+
+    Heads are widened by zeros to what the cache has, which add nothing to any product.
+    """
+    assert values.cache is not None
+    by_token = [permute(values, each.astype(values.compute_dtype), [0, 2, 1, 3]) for each in (q, k, v)]
+    qkv = op.concat([_widened(each, values.head_dim) for each in by_token], dim=2)
+    y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=scale)
+    values.layers += 1
+    return y if value_width == values.head_dim else cut(values, y, 3, 0, value_width, 1)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    missing = width - int(x.shape[-1])
+    if not missing:
+        return x
+    zeros = emitted(rx.op.zeros((*x.shape[:-1], missing), x.dtype), "zeros")
+    return op.concat([x, zeros], dim=len(x.shape) - 1)
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    **ARITHMETIC,
+    "reshape": reshape,
+    "broadcast": broadcast,
+    "transpose": transpose,
+    "permute": permute,
+    "t": turned,
+    "slice": cut,
+    "select": select,
+    "split": split,
+    "unbind": unbind,
+    "item": item,
+    "cat": cat,
+    "stack": stack,
+    "repeat_interleave": repeat_interleave,
+    "matmul": matmul,
+    "linear": linear,
+    "embedding": embedding,
+    "rms_norm": rms_norm,
+    "layer_norm": layer_norm,
+    "arange": arange,
+    "full": full,
+    "attention": attention,
+}

@@ -1,0 +1,90 @@
+"""A traced model as a module of TVM: its graphs, replayed operator by operator on the parameters of a build."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from stages.models.arithmetic import Values, emitted
+from stages.models.family import Param
+from stages.models.layers import LayerFactory
+from stages.models.operators import OPERATORS
+
+MATRICES = ("linear", "embedding", "head")
+
+
+class Held(nn.Module):
+    """One parameter, so that the module packs all of them in the order of a list."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Traced(nn.Module):
+    """What :class:`stages.models.layers.CausalLM` is to the exported functions, of a traced config."""
+
+    def __init__(self, config: Any, params: Sequence[Param], make: LayerFactory) -> None:
+        self.config = config
+        self.compute_dtype = make.compute_dtype
+        self.held = nn.ModuleList(
+            [
+                Held(make.matrix(each.name, (each.shape[0], each.shape[1])))
+                if each.kind in MATRICES
+                else Held(make.vector(each.name, each.shape))
+                for each in params
+            ]
+        )
+        self.numbers = {each.name: number for number, each in enumerate(params)}
+        if config.tied:
+            self.numbers[config.tie[0]] = self.numbers[config.tie[1]]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids [s] int32 -> embeddings [s, h] in the compute dtype."""
+        return self._run("embed", [ids], ids.shape[0])
+
+    def hidden(self, x: Tensor, cache: PagedKVCache) -> Tensor:
+        """Embeddings [1, s, h] -> normalised hidden states [1, s, h]."""
+        tokens = x.shape[1]
+        positions = op.reshape(cache.get_query_positions(tokens), (1, tokens))
+        return self._run("body", [x, positions], tokens, cache)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalised hidden states [1, s, h] -> logits [1, s, V] in float32."""
+        return self._run("head", [x], x.shape[1]).astype("float32")
+
+    def _run(self, part: str, inputs: list[Tensor], tokens: Any, cache: PagedKVCache | None = None) -> Tensor:
+        graph = self.config.parts[part]
+        values: list[Any] = [*inputs]
+        context = Values(self.compute_dtype, cache, self.config.attention.head_dim)
+
+        def meant(value: Any) -> Any:
+            if isinstance(value, list):
+                return [meant(each) for each in value]
+            if not isinstance(value, Mapping):
+                return value
+            ((kind, which),) = value.items()
+            if kind == "value":
+                return values[which]
+            if kind == "parameter":
+                return self.held[self.numbers[which]].value
+            if kind == "constant":
+                return _constant(self.config.constants[which])
+            return which * tokens  # {"tokens": k}
+
+        for name, arguments in graph["nodes"]:
+            values.append(OPERATORS[name](context, **{key: meant(value) for key, value in arguments.items()}))
+        return values[graph["output"]]
+
+
+def _constant(entry: Mapping[str, Any]) -> Tensor:
+    array = np.frombuffer(base64.b85decode(entry["data"]), entry["dtype"]).reshape(entry["shape"])
+    if array.dtype == np.int64:
+        array = array.astype(np.int32)
+    return emitted(rx.const(array), "constant")

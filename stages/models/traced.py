@@ -1,0 +1,169 @@
+"""Models of no family of their own: transformers' modelling code, traced when config.json is read.
+
+What was traced is data (:mod:`stages.tracing`), so that nothing behind config-parse needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stages.checkpoint.errors import ConfigError
+from stages.models.family import AttentionCache, Family, Param
+
+LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedConfig:
+    """A traced model, as JSON values.
+
+    ``source`` is what transformers' config of ``model_type`` says, ``architecture`` its class; ``wrapper`` is the name
+    of a model that has it for its text part. ``parts`` are the graphs of embed, body and head, written in the operators
+    of :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
+    embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
+    state dict that nothing reads.
+    """
+
+    model_type: str
+    architecture: str
+    wrapper: str
+    source: Mapping[str, Any]
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_positions: int
+    tied: bool
+    tie: Sequence[str] | None
+    embedding: str
+    parts: Mapping[str, Any]
+    parameters: Sequence[Mapping[str, Any]]
+    constants: Sequence[Mapping[str, Any]]
+    unread: Sequence[str]
+
+    @property
+    def attention(self) -> AttentionCache:
+        """What the KV cache must know: rotation is in the graph, so that the cache turns nothing."""
+        layers = [arguments for name, arguments in self.parts["body"]["nodes"] if name == "attention"]
+        windows = [layer["window"] for layer in layers]
+        width = max(max(layer["width"], layer["value_width"]) for layer in layers)
+        return AttentionCache(
+            layers[0]["heads"],
+            layers[0]["kv_heads"],
+            -(-width // LANES) * LANES,
+            frequencies=(),
+            sliding_window=max(windows),
+            full_layers=tuple(number for number, window in enumerate(windows) if not window),
+        )
+
+
+def parse(raw: Mapping[str, Any]) -> TracedConfig:
+    """Trace the model that a raw config.json describes; :class:`ConfigError` if transformers or we cannot."""
+    try:
+        from stages.tracing.trace import trace
+    except ImportError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise ConfigError(
+            f"config.json: model_type {raw['model_type']!r} has no family of its own, so it is traced from "
+            "transformers' modelling code, which needs torch: install the extra trace (pip install 'stagegraph[trace]')"
+        ) from None
+    config = TracedConfig(**trace(raw))
+    _check(config)
+    return config
+
+
+def _check(config: TracedConfig) -> None:
+    """Refuse what the cache and its kernels do not compute."""
+    layers = [arguments for name, arguments in config.parts["body"]["nodes"] if name == "attention"]
+    sizes = sorted({(layer["heads"], layer["kv_heads"]) for layer in layers})
+    windows = sorted({layer["window"] for layer in layers if layer["window"]})
+    problems = []
+    if len(sizes) > 1:
+        problems.append(f"layers of different numbers of heads and key-value heads, {sizes}")
+    if len(windows) > 1:
+        problems.append(f"layers of different windows, {windows}")
+    if any(layer["softcap"] for layer in layers):
+        problems.append("attention scores with a soft cap")
+    if any("sinks" in layer for layer in layers):
+        problems.append("attention with sinks")
+    if problems:
+        raise ConfigError(
+            *(
+                f"config.json: {config.architecture} has {problem}, which no kernel here computes"
+                for problem in problems
+            )
+        )
+
+
+def context_window(config: TracedConfig, requested: int) -> int:
+    """Return the positions to build for; :class:`ConfigError` for none, or for more than the model was made for."""
+    if requested > config.max_positions > 0:
+        raise ConfigError(
+            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
+            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
+        )
+    if not requested and not config.max_positions:
+        raise ConfigError("config.json does not say for how many positions the model was made: set context_window")
+    return requested or config.max_positions
+
+
+def params(config: TracedConfig) -> tuple[Param, ...]:
+    """Return the parameters in packed order; of a tied head there is none."""
+    return tuple(
+        Param(
+            entry["name"],
+            tuple(entry["shape"]),
+            entry["kind"],
+            tuple(entry["sources"]),
+            tuple(tuple(shape) for shape in entry["source_shapes"]),
+            entry["transform"],
+        )
+        for entry in config.parameters
+        if not _is_tied_head(config, entry["name"])
+    )
+
+
+def _is_tied_head(config: TracedConfig, name: str) -> bool:
+    return bool(config.tied and config.tie and name == config.tie[0])
+
+
+def causal_lm(config: TracedConfig, make: Any) -> Any:
+    """Return the module that replays the graphs on the parameters of ``make``."""
+    from stages.models.replay import Traced
+
+    return Traced(config, params(config), make)
+
+
+def to_reference(config: TracedConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return transformers' class name, config keywords and state dict."""
+    state = dict(tensors)
+    if config.tied and config.tie:
+        state[config.tie[0]] = state[config.tie[1]]
+    return config.architecture, dict(config.source), state
+
+
+def family_of(family: Family, config: TracedConfig) -> Family:
+    """Return the record of one traced model."""
+    return replace(
+        family,
+        name=config.model_type,
+        architectures=(config.architecture,),
+        tied=(config.tie[0], config.tie[1]) if config.tie else None,
+        recomputed=tuple(f".{name}" for name in config.unread),
+    )
+
+
+FAMILY = Family(
+    name="traced",
+    architectures=(),
+    config=TracedConfig,
+    parse=parse,
+    context_window=context_window,
+    params=params,
+    causal_lm=causal_lm,
+    to_reference=to_reference,
+    keys={},
+    of=family_of,
+)

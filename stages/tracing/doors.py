@@ -1,0 +1,128 @@
+"""What takes the place of transformers' attention, masks, experts and norms while a model is traced.
+
+transformers calls whatever is registered under a name with the queries, keys and values after rotation; here that is an
+operator of one node. A norm is replaced where it computes one of ours, which is tried out, whatever its class is named.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from stages.checkpoint.errors import ConfigError
+
+NAME = "stagegraph"
+# What attention is handed that changes nothing for one whole sequence after another.
+HARMLESS = {
+    *("position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "layer_idx"),
+    *("is_causal", "return_dict", "target_dtype", "position_embeddings", "past_key_values"),
+}
+_OPERATORS = {
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float softcap, int window) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+}
+
+
+@functools.cache
+def install() -> None:
+    """Register the operators with torch and the doors with transformers, once."""
+    import torch
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    make: Any = torch.library.Library  # which is not typed
+    library = make(NAME, "DEF")
+    for name, signature in _OPERATORS.items():
+        library.define(name + signature)
+    install.library = library  # type: ignore[attr-defined]  # operators go when it does
+
+    @torch.library.register_fake(f"{NAME}::attention")
+    def _attention(q: Any, _k: Any, v: Any, *_more: Any) -> Any:
+        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+    @torch.library.register_fake(f"{NAME}::rms_norm")
+    def _rms_norm(x: Any, *_more: Any) -> Any:
+        return torch.empty_like(x)
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *_arguments, **_keywords: None)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+
+
+def attention(
+    module: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    attention_mask: Any = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 - part of the interface
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Any = None,
+    **more: Any,
+) -> tuple[Any, None]:
+    """Take the place of attention: q [b, heads, n, d], k and v [b, kv heads, n, d] -> [b, n, heads, d]."""
+    import torch
+
+    where = type(module).__name__
+    causal = more["is_causal"] if more.get("is_causal") is not None else getattr(module, "is_causal", True)
+    if not causal:
+        raise ConfigError(f"{where} attends to later tokens too: this is no decoder")
+    strange = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+    if attention_mask is not None:
+        strange.append("attention_mask")
+    if strange:
+        raise ConfigError(f"{where}: attention with {', '.join(strange)} is not built")
+    scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), int(sliding_window or 0))
+    return made, None
+
+
+def experts(module: Any, *_arguments: Any, **_keywords: Any) -> Any:
+    """Refuse a mixture of experts."""
+    raise ConfigError(f"{type(module).__name__}: mixtures of experts are not built yet")
+
+
+def replace_norms(model: Any) -> None:
+    """Let every root-mean-square norm of ``model`` be one node of the graph."""
+    known: dict[Any, Any] = {}
+    for module in model.modules():
+        numbers = tuple(value for value in vars(module).values() if isinstance(value, float))
+        own = dict(module.named_parameters())
+        if list(own) != ["weight"] or own["weight"].dim() != 1 or "norm" not in type(module).__name__.lower():
+            continue
+        kind = type(module), numbers, own["weight"].shape
+        if kind not in known:
+            known[kind] = _form(module, numbers, own["weight"].shape[0])
+        if known[kind]:
+            module.forward = functools.partial(_rms_norm, module, *known[kind])
+
+
+def _rms_norm(module: Any, eps: float, offset: float, x: Any) -> Any:
+    import torch
+
+    return torch.ops.stagegraph.rms_norm(x, module.weight, eps, offset)
+
+
+def _form(module: Any, numbers: tuple[float, ...], width: int) -> tuple[float, float] | None:
+    """Return (eps, offset) if ``module`` computes x / sqrt(mean(x ** 2) + eps) * (offset + weight), else None."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    probe = copy.copy(module)
+    weight = torch.randn(width, generator=random)
+    probe.__dict__ = {**vars(module), "_parameters": {"weight": torch.nn.Parameter(weight, requires_grad=False)}}
+    x = torch.randn(2, 3, width, generator=random) * 0.01  # small, so that eps shows
+    try:
+        found = probe(x)
+    except Exception:  # noqa: BLE001 - one that wants more than x is none of ours
+        return None
+    for eps in numbers:
+        for offset in (0.0, 1.0):
+            form = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + weight)
+            if isinstance(found, torch.Tensor) and found.shape == x.shape and torch.allclose(found, form, 1e-5, 1e-6):
+                return eps, offset
+    return None

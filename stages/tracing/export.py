@@ -1,0 +1,286 @@
+"""One function of a model, exported by torch, as a graph of the operators of this project: plain JSON values.
+
+Rows are tokens: nothing but attention may know of more than one, for what a call reads may be of several sequences.
+That is what torch's symbolic sizes are looked at for: a value has the number of tokens in at most one of its sizes, and
+no operator but attention works along that axis or orders it otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.errors import ConfigError
+from stages.tracing.vocabulary import ALONG, OPERATORS, RESHAPES, SAME, SPLITS
+
+if TYPE_CHECKING:
+    from stages.tracing.names import Names
+
+EXAMPLE = 16  # tokens of the inputs that torch traces with
+MAX_CONSTANT = 1 << 22  # numbers of a table that is computed and not stored
+DROPPED = {"dtype_layout", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """``nodes`` of a graph, each of which makes the value of its number behind the ``inputs``; ``output`` is one."""
+
+    inputs: int
+    nodes: Sequence[tuple[str, Mapping[str, Any]]]
+    output: int
+
+
+def export(
+    model: Any, forward: Callable[..., Any], inputs: Sequence[Any], names: Names, axes: Sequence[int]
+) -> tuple[Part, tuple[int, ...]]:
+    """Return the graph of ``forward(*inputs)``, of which the number of tokens is at ``axes``, and its result's shape
+    without that; :class:`ConfigError` names the node and the operator that cannot be built.
+    """
+    import torch
+
+    class Called(torch.nn.Module):
+        """What torch exports."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *inputs: Any) -> Any:
+            return forward(*inputs)
+
+    tokens = torch.export.Dim("tokens", min=2, max=1 << 20)
+    shapes = (tuple({axis: tokens} for axis in axes),)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(Called(), tuple(inputs), dynamic_shapes=shapes, strict=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch raises what a modelling file made it stumble over
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        raise ConfigError(
+            f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}; a family of its own is "
+            "needed (docs/extending.md)"
+        ) from None
+    graph = _Graph(program, names)
+    return graph.part, tuple(size for size in graph.shape if isinstance(size, int))
+
+
+class _Graph:
+    """Writes down the nodes of an exported program."""
+
+    def __init__(self, program: Any, names: Names) -> None:
+        self.names = names
+        self.values: dict[Any, Any] = {}  # node of torch -> what stands for it
+        self.nodes: list[tuple[str, Mapping[str, Any]]] = []
+        self.signature = program.graph_signature
+        self.program = program
+        (symbol,) = program.range_constraints or [None]
+        self.symbol = symbol
+        nodes = list(program.graph.nodes)
+        self.inputs = len(self.signature.user_inputs)
+        needed = _needed(nodes)
+        given = iter(range(self.inputs))
+        for node in nodes:
+            if node.op == "placeholder" and (node in needed or node.name in self.signature.user_inputs):
+                self.values[node] = self._placeholder(node, given)
+            elif node.op == "call_function" and node in needed:
+                self._node(node)
+            elif node.op == "output":
+                (out,) = node.args[0]
+        self.shape = self._shape(out)
+        self.part = Part(self.inputs, self.nodes, self.values[out]["value"])
+
+    def _placeholder(self, node: Any, given: Any) -> Any:
+        if node.name in self.signature.inputs_to_parameters:
+            return self.names.parameter(self.signature.inputs_to_parameters[node.name].removeprefix("model."))
+        if node.name in self.signature.inputs_to_buffers:
+            name = self.signature.inputs_to_buffers[node.name]
+            if name not in self.signature.non_persistent_buffers:
+                return self.names.parameter(name.removeprefix("model."))
+            return self._constant(dict(self.program.named_buffers()) | dict(self.program.constants), name)
+        if node.name in self.signature.inputs_to_lifted_tensor_constants:
+            return self._constant(self.program.constants, self.signature.inputs_to_lifted_tensor_constants[node.name])
+        return {"value": next(given)}
+
+    def _constant(self, found: Mapping[str, Any], name: str) -> Any:
+        import torch
+
+        tensor = found[name].detach()
+        if tensor.numel() > MAX_CONSTANT:
+            raise ConfigError(
+                f"{name}: a table of {tensor.numel():,} numbers that is computed is too large to build in"
+            )
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if tensor.dtype == torch.float64:
+            tensor, dtype = tensor.float(), "float32"
+        return self.names.constant(dtype, [*tensor.shape], base64.b85encode(tensor.numpy().tobytes()).decode())
+
+    def _shape(self, node: Any) -> list[Any]:
+        """Return sizes, {"tokens": k} for k times the number of tokens."""
+        return [self._size(size) for size in node.meta["val"].shape]
+
+    def _size(self, size: Any) -> Any:
+        if isinstance(size, int):
+            return size
+        factor = size.node.expr / self.symbol
+        if not factor.is_Integer:
+            raise ConfigError(f"a size of {size.node.expr} tokens: only multiples of all are built")
+        return {"tokens": int(factor)}
+
+    def _node(self, node: Any) -> None:
+        import torch
+
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int):
+            self.values[node] = self._size(value)
+            return
+        if getattr(node.target, "__name__", "") == "getitem":
+            self._add(node, "item", {"x": self.values[node.args[0]], "index": node.args[1]})
+            return
+        if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 - torch has no other name for it
+            raise self._refusal(node, str(node.target))
+        name = node.target.overloadpacket.__name__
+        arguments = self._arguments(node)
+        self._check_shape(node, value)
+        if name in SAME or node.target.__name__ in SAME:
+            self.values[node] = arguments["x"]
+        elif name in RESHAPES:
+            self._reshape(node, arguments)
+        elif name in SPLITS:
+            axis = arguments.get("dim", 0) % node.args[0].meta["val"].dim()
+            sizes = [int(part.shape[axis]) for part in value]
+            self._along(node, "split", axis)
+            self._add(node, "split", {"x": arguments["x"], "sizes": sizes, "dim": axis})
+        elif name == "unbind":
+            axis = arguments.get("dim", 0) % node.args[0].meta["val"].dim()
+            self._along(node, "unbind", axis)
+            self._add(node, "unbind", {"x": arguments["x"], "dim": axis})
+        elif name in OPERATORS:
+            self._operator(node, name, OPERATORS[name], arguments)
+        else:
+            raise self._refusal(node, node.target.__name__)
+
+    def _operator(self, node: Any, name: str, ours: str, arguments: dict[str, Any]) -> None:
+        value = node.meta["val"]
+        if ours in ("broadcast", "full"):
+            if ours == "full":
+                fills = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_zeros": 0, "new_ones": 1}
+                fill = fills.get(name, arguments.get("fill_value", arguments.get("s", arguments.get("value"))))
+                arguments = {"value": fill, "dtype": str(value.dtype).removeprefix("torch.")}
+            else:
+                arguments = {"x": arguments["x"]}
+            arguments["shape"] = self._shape(node)
+        if ours == "arange":
+            if any(isinstance(argument, dict) for argument in arguments.values()):
+                raise self._refusal(node, "arange over the tokens, whose positions only the cache knows")
+            step, start = arguments.get("step", 1), arguments.get("start", 0)
+            arguments = {"start": start, "end": arguments["end"], "step": step, "dtype": str(value.dtype)[6:]}
+        if ours == "cast":
+            arguments = {"x": arguments["x"], "dtype": str(value.dtype).removeprefix("torch.")}
+        if ours == "slice":
+            self._slice(node, arguments)
+            return
+        if ours == "addmm":
+            ours, arguments = "linear", self._projection(node, arguments)
+        if ours == "attention":
+            arguments |= self._heads(node)
+        if ours == "matmul" and not isinstance(node.args[0].meta["val"].shape[-1], int):
+            raise self._refusal(node, f"{name} over the tokens")
+        if ours in ALONG:
+            first = node.args[0][0] if isinstance(node.args[0], list | tuple) else node.args[0]
+            axes = arguments.get(ALONG[ours], 0 if ours in ("cat", "select") else None)
+            every = range(first.meta["val"].dim())
+            for axis in every if axes is None or axes == [] else axes if isinstance(axes, list) else [axes]:
+                self._along(node, name, axis, first)
+        self._add(node, ours, arguments)
+
+    def _projection(self, node: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return bias + x @ w, w [k, n], as a linear layer, whose weight is stored the other way round."""
+        weight = arguments["mat2"]
+        if "parameter" not in weight or any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
+            raise self._refusal(node, "addmm of what is no weight")
+        return {"x": arguments["mat1"], "weight": self.names.transposed(weight["parameter"]), "bias": arguments["x"]}
+
+    def _heads(self, node: Any) -> dict[str, Any]:
+        """Return the sizes of an attention, of which one whole sequence after another is read."""
+        q, k, v = (self._shape(each) for each in node.args[:3])
+        if any(shape[0] != 1 or shape[2] != {"tokens": 1} for shape in (q, k, v)):
+            raise self._refusal(node, f"attention of {q} to {k}")
+        return {"heads": q[1], "kv_heads": k[1], "width": q[3], "value_width": v[3]}
+
+    def _slice(self, node: Any, arguments: Mapping[str, Any]) -> None:
+        source, axis = node.args[0], arguments.get("dim", 0) % node.args[0].meta["val"].dim()
+        if self._shape(source) == self._shape(node) and arguments.get("step", 1) == 1:
+            self.values[node] = arguments["x"]  # all of it
+            return
+        self._along(node, "slice", axis)
+        size = source.meta["val"].shape[axis]
+        start, end, step = slice(arguments.get("start"), arguments.get("end"), arguments.get("step", 1)).indices(size)
+        self._add(node, "slice", {"x": arguments["x"], "dim": axis, "start": start, "end": end, "step": step})
+
+    def _reshape(self, node: Any, arguments: Mapping[str, Any]) -> None:
+        before, after = (_outside(shape) for shape in (self._shape(node.args[0]), self._shape(node)))
+        if before != after:
+            raise self._refusal(node, f"{node.target.__name__} that orders tokens otherwise")
+        self._add(node, "reshape", {"x": arguments["x"], "shape": self._shape(node)})
+
+    def _along(self, node: Any, name: str, axis: int, source: Any = None) -> None:
+        """Refuse a node that works along the tokens."""
+        if not isinstance((source or node.args[0]).meta["val"].shape[axis], int):
+            raise self._refusal(node, f"{name} along the tokens")
+
+    def _check_shape(self, node: Any, value: Any) -> None:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if sum(not isinstance(size, int) for size in each.shape) > 1:
+                raise self._refusal(node, f"{node.target.__name__}, which pairs tokens with tokens")
+
+    def _arguments(self, node: Any) -> dict[str, Any]:
+        """Return the arguments by their names in torch's schema, of which ``self`` and ``input`` are x."""
+        schema = node.target._schema.arguments  # noqa: SLF001 - public in C++ alone
+        found = dict(zip((argument.name for argument in schema), node.args, strict=False)) | dict(node.kwargs)
+        named = {"x" if name in ("self", "input") else name: value for name, value in found.items()}
+        return {name: self._plain(value) for name, value in named.items() if name not in DROPPED and value is not None}
+
+    def _plain(self, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, torch.fx.Node):
+            return self.values[value]
+        if isinstance(value, list | tuple):
+            return [self._plain(each) for each in value]
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        return value
+
+    def _add(self, node: Any, name: str, arguments: Mapping[str, Any]) -> None:
+        self.values[node] = {"value": self.inputs + len(self.nodes)}
+        self.nodes.append((name, arguments))
+
+    def _refusal(self, node: Any, what: str) -> ConfigError:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next((path for path, _ in reversed(stack.values()) if path), "")
+        where = path.removeprefix("L['self'].").removeprefix("model.") or "the model"
+        return ConfigError(
+            f"{where}: node {node.name}: {what} is not built; a family of its own is needed (docs/extending.md)"
+        )
+
+
+def _needed(nodes: Sequence[Any]) -> set[Any]:
+    """Return the nodes that the output is made of."""
+    found: set[Any] = set()
+    waiting = [node for node in nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _outside(shape: Sequence[Any]) -> int:
+    """Return how many values stand outside of the axis of tokens; one where there is none."""
+    at = next((axis for axis, size in enumerate(shape) if isinstance(size, dict)), 0)
+    return math.prod(shape[:at])

@@ -1,0 +1,42 @@
+"""Models without memory: parameters that have a shape and no values."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Let modules be made with parameters on the meta device; buffers, which no checkpoint holds, stay real."""
+    import torch
+
+    module_class: Any = torch.nn.Module
+    register = module_class.register_parameter
+
+    def on_meta(module: Any, name: str, parameter: Any) -> None:
+        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+
+    module_class.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        module_class.register_parameter = register
+
+
+def spread(model: Any) -> None:
+    """Put one number in place of all values of each parameter: it is on the processor then, as buffers are, which
+    tracing wants, and takes no memory. Parameters that are one stay one.
+    """
+    import torch
+
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():  # noqa: SLF001 - replaced as they are, not copied into
+            if parameter is not None:
+                value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                kept = made.setdefault(id(parameter), torch.nn.Parameter(value, requires_grad=False))
+                module._parameters[name] = kept  # noqa: SLF001

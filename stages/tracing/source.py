@@ -1,0 +1,78 @@
+"""Which class of transformers a config.json means, and its model without weights. No code of a checkpoint is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.strict_json import shown
+from stages.tracing import doors, hollow
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Source:
+    """``model`` of ``cls`` by ``config``, which is transformers' own reading; ``wrapper`` is the class of a model that
+    has it for its text part, empty if it stands alone.
+    """
+
+    cls: Any
+    config: Any
+    model: Any
+    wrapper: str
+
+
+def open_source(raw: Mapping[str, Any]) -> Source:
+    """Return the model that a config.json describes; :class:`ConfigError` where transformers has none that decodes."""
+    import torch
+    import transformers
+
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    config = _config(raw)
+    text = config.get_text_config(decoder=True)
+    named = shown(raw["model_type"])
+    if getattr(text, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"config.json: model_type {named} is an encoder with a decoder; only decoders alone are built"
+        )
+    if type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")
+    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    doors.install()
+    options = {"attn_implementation": doors.NAME, "experts_implementation": doors.NAME, "dtype": torch.float32}
+    try:
+        with hollow.parameters_without_memory():
+            model = cls._from_config(text, **options).eval()
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a modelling file raises of a config that it cannot use
+        raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
+    hollow.spread(model)
+    wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
+    return Source(cls, text, model, wrapper)
+
+
+def _config(raw: Mapping[str, Any]) -> Any:
+    import transformers
+
+    name = raw["model_type"]
+    if name not in transformers.CONFIG_MAPPING:
+        own = "; the code that its auto_map names is never run" if raw.get("auto_map") else ""
+        raise ConfigError(
+            f"config.json: model_type {shown(name)} has no family here, and transformers {transformers.__version__} "
+            f"does not know it either{own}: if a newer transformers does, install that"
+        )
+    try:
+        return transformers.CONFIG_MAPPING[name].from_dict(dict(raw))
+    except Exception as error:  # noqa: BLE001 - its validators raise what they like
+        raise ConfigError(f"config.json: transformers refuses it: {_first(error)}") from None
+
+
+def _first(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines)[:300]}" if lines else type(error).__name__

@@ -1,0 +1,138 @@
+"""A whole model as a document: the graphs of embedding, body and head, their parameters and constants."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.errors import ConfigError
+from stages.tracing import doors
+from stages.tracing.export import EXAMPLE, Part, export
+from stages.tracing.names import Names
+from stages.tracing.source import open_source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stages.tracing.source import Source
+
+# Keys of config.json that say nothing of the model.
+SILENT = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
+
+
+def trace(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`stages.models.traced.TracedConfig` for a config.json.
+
+    :class:`ConfigError` says in one line what of the model cannot be built.
+    """
+    source = open_source(raw)
+    model = source.model
+    if model.get_input_embeddings() is None or not hasattr(model, model.base_model_prefix):
+        raise ConfigError(f"{source.cls.__name__} has no body that reads embeddings: a family of its own is needed")
+    doors.replace_norms(model)
+    names = Names(model)
+    parts, hidden, vocab = _parts(source, names)
+    attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
+    if not attention:
+        raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
+    return {
+        "model_type": source.config.model_type,
+        "architecture": source.cls.__name__,
+        "wrapper": source.wrapper,
+        "source": {key: value for key, value in source.config.to_dict().items() if key not in SILENT},
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_layers": len(attention),
+        "max_positions": _positions(source),
+        "tied": names.tied,
+        "tie": names.tie,
+        "embedding": next(iter(names.used)),
+        "parts": {name: asdict(part) for name, part in parts.items()},
+        "parameters": _parameters(parts, names),
+        "constants": names.constants,
+        "unread": names.unused(),
+    }
+
+
+def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
+    """Return the graphs, the width of the body's states, and how many logits there are."""
+    import torch
+
+    model, prefix = source.model, source.model.base_model_prefix
+    table, body = model.get_input_embeddings(), getattr(model, prefix)
+    embed, (hidden,) = export(model, table, [torch.zeros(EXAMPLE, dtype=torch.long)], names, [0])
+    positions = torch.arange(EXAMPLE)[None]
+    kinds: list[Any] = []
+
+    def states(x: Any, positions: Any) -> Any:
+        found = body(inputs_embeds=x, position_ids=positions, use_cache=False)
+        kinds.append(type(found))
+        return found.last_hidden_state
+
+    trunk, (_, width) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1])
+
+    class Given(torch.nn.Module):
+        """Stands where the body was, whose states are given."""
+
+        def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
+            return kinds[0](last_hidden_state=given)
+
+    given: Any = None
+
+    def logits(x: Any) -> Any:
+        nonlocal given
+        given = x
+        return model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
+
+    setattr(model, prefix, Given())
+    names.in_head = True
+    head, (_, vocab) = export(model, logits, [torch.zeros(1, EXAMPLE, width)], names, [1])
+    return {"embed": embed, "body": trunk, "head": head}, hidden, vocab
+
+
+def _positions(source: Source) -> int:
+    """Return how many positions the model was made for, 0 if it does not say."""
+    found = getattr(source.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def _parameters(parts: Mapping[str, Part], names: Names) -> list[dict[str, Any]]:
+    """Return the parameters in packed order, each with its kind and the tensor that it is made of."""
+    uses: dict[str, set[str]] = {}
+    for place, part in parts.items():
+        for name, arguments in part.nodes:
+            for argument, value in arguments.items():
+                for parameter in _read(value):
+                    uses.setdefault(parameter, set()).add(f"{name}.{argument}@{place}")
+    return [
+        {
+            "name": name,
+            "shape": [*(reversed(shape) if name in names.turned else shape)],
+            "kind": _kind(uses[name], shape),
+            "sources": [name],
+            "source_shapes": [[*shape]],
+            "transform": "transpose" if name in names.turned else "copy",
+        }
+        for name, shape in names.used.items()
+        if name in uses
+    ]
+
+
+def _read(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [name for each in value for name in _read(each)]
+    return [value["parameter"]] if isinstance(value, dict) and "parameter" in value else []
+
+
+def _kind(uses: set[str], shape: tuple[int, ...]) -> str:
+    if len(shape) == 2:
+        kinds = {
+            "linear.weight@body": "linear",
+            "linear.weight@embed": "linear",
+            "linear.weight@head": "head",
+            "embedding.weight@embed": "embedding",
+        }
+        return kinds.get(next(iter(uses)), "vector") if len(uses) == 1 else "vector"
+    if len(shape) == 1:
+        return "norm" if any("norm.weight" in use for use in uses) else "bias"
+    return "vector"

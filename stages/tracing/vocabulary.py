@@ -1,0 +1,75 @@
+"""The operators that a traced graph is written in, as data: torch's names -> those of :mod:`stages.models.operators`.
+
+An operator of torch that is in none of these tables is refused by its name, never guessed.
+"""
+
+from __future__ import annotations
+
+# That hand on what they are given.
+SAME = {
+    *("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to.device", "to.other", "type_as"),
+}
+# That only see a tensor in another shape: what comes out says which.
+RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
+# That take a tensor apart along one axis, in parts of what comes out.
+SPLITS = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split"}
+# Without their overload: all of one name mean the same of what they are given.
+OPERATORS: dict[str, str] = {
+    **{
+        name: name
+        for name in (
+            *("add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "sqrt", "rsqrt", "exp", "log", "sin", "cos"),
+            *(
+                "tanh",
+                "sigmoid",
+                "silu",
+                "gelu",
+                "relu",
+                "erf",
+                "softplus",
+                "square",
+                "reciprocal",
+                "log1p",
+                "hardtanh",
+            ),
+            *("clamp", "minimum", "maximum", "where", "masked_fill", "logical_not", "logical_and", "leaky_relu"),
+            *("eq", "ne", "lt", "le", "gt", "ge", "transpose", "permute", "t", "slice", "select", "cat", "stack"),
+            *("repeat_interleave", "mean", "sum", "softmax", "log_softmax", "amax", "matmul", "linear", "layer_norm"),
+            *("embedding", "attention", "rms_norm", "linalg_vector_norm", "var", "addmm", "arange", "full"),
+        )
+    },
+    "_softmax": "softmax",
+    "clamp_min": "clamp",
+    "clamp_max": "clamp",
+    "multiply": "mul",
+    "divide": "div",
+    "bmm": "matmul",
+    "mm": "matmul",
+    "to": "cast",
+    "_to_copy": "cast",
+    "mish": "mish",
+    "relu_": "relu",
+    "silu_": "silu",
+    "mul_": "mul",
+    "add_": "add",
+    "div_": "div",
+    "bitwise_not": "logical_not",
+    "bitwise_and": "logical_and",
+    "__and__": "logical_and",
+    "expand": "broadcast",
+    "expand_as": "broadcast",
+    "broadcast_to": "broadcast",
+    "ones": "full",
+    "zeros": "full",
+    "scalar_tensor": "full",
+    "ones_like": "full",
+    "zeros_like": "full",
+    "full_like": "full",
+    "new_zeros": "full",
+    "new_ones": "full",
+}
+# Of an operator that works along an axis: the argument that says which. None may work along the tokens.
+ALONG: dict[str, str] = {
+    **dict.fromkeys(("cat", "softmax", "log_softmax", "mean", "sum", "amax", "select", "linalg_vector_norm"), "dim"),
+    **dict.fromkeys(("split", "var"), "dim"),
+}
