@@ -93,11 +93,18 @@ def open_regular(path: str | Path) -> FileIO:
 
 def remove_tree(path: Path) -> None:
     """Remove a file or directory, read-only parts too; no error if there is none."""
-    if path.is_dir() and not path.is_symlink():
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        path.unlink(missing_ok=True)
+        return
+    import shutil
+
+    try:
+        shutil.rmtree(path)
+    except OSError:  # of folders that may not be written
         for folder, _, _ in os.walk(path):
             Path(folder).chmod(stat.S_IRWXU)
-        import shutil
-
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,12 +49,16 @@ class Room:
         if found := list(problems):
             raise PlanError(*found)
 
+    def full(self, running: Sequence[tuple[Node, Worker]]) -> bool:
+        """Say whether no node at all fits beside those that run."""
+        return len(running) >= self._jobs or any(node.spec.resources.exclusive for node, _ in running)
+
     def has(self, node: Node, running: Iterable[tuple[Node, Worker]]) -> bool:
         """Say whether a node fits beside those that run: each takes what it declares, or holds if that is more."""
         others, wanted = list(running), node.spec.resources
         if not others:
             return True
-        if len(others) >= self._jobs or wanted.exclusive or any(other.spec.resources.exclusive for other, _ in others):
+        if wanted.exclusive or self.full(others):
             return False
         if not wanted.memory and not any(other.spec.resources.memory for other, _ in others):
             return True

@@ -93,10 +93,13 @@ class Sandbox:
 
         What a killed run left behind for this key goes now: the sweep passes over a key that is locked.
         """
-        remove_tree(workspace.work / key)
+        of_key = workspace.work / key
+        remove_tree(of_key)
         # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
-        folder = workspace.work / key / str(time.time_ns())
-        (folder / "out").mkdir(parents=True)
+        folder = of_key / str(time.time_ns())
+        of_key.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+        (folder / "out").mkdir()
         return cls(folder)
 
     def lay_out_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
@@ -118,7 +121,8 @@ class Sandbox:
 
     def open_log(self, path: Path, secrets: Sequence[str]) -> Log:
         """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.secret = bool(secrets)
         if not secrets:
             return Log(path)

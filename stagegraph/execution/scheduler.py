@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stagegraph.execution.outcome import Outcome, Reporter, problem_of
 from stagegraph.execution.resources import Room
+from stagegraph.execution.waiting import Waiting
 from stagegraph.planning.planner import Decision, Planner
 from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
 from stagegraph.store.objects import RottenError
@@ -64,8 +65,9 @@ class Scheduler:
         self._options = options
         self._room = Room(options.jobs or os.cpu_count() or 1)
         self.outcomes: dict[Node, Outcome] = {}
-        self._waiting: list[Node] = []
+        self._waiting = Waiting(planner.dag.nodes)
         self._ready: list[_Ready] = []
+        self._failed = False
         self._running: dict[Worker, Running] = {}
         self._workers: Workers | None = None
         self._attempts: dict[Node, int] = {}
@@ -77,7 +79,8 @@ class Scheduler:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
         self._workspace.create()
         self._planner.prepare(nodes)
-        self._waiting = list(nodes)
+        for node in nodes:
+            self._waiting.add(node)
         try:
             self._settle()
             self._room.refuse([*(ready.decision.node for ready in self._ready), *self._waiting])
@@ -111,29 +114,23 @@ class Scheduler:
         self._pin.add(outcome.key for outcome in self.outcomes.values() if outcome.record)
 
     def _settle_all(self) -> None:
-        progressed = True
-        while progressed:
-            progressed = False
-            for node in list(self._waiting):
-                if any(u not in self.outcomes for u in node.upstream):
-                    continue
-                self._waiting.remove(node)
-                progressed = True
-                self._settle_node(node)
+        while (node := self._waiting.pop()) is not None:
+            self._settle_node(node)
 
     def _settle_node(self, node: Node) -> None:
         broken = [u for u in node.upstream if self.outcomes[u].record is None]
         if broken:
             self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].outcome.lower()}"))
             return
-        if self._options.fail_fast and any(o.outcome == FAILED for o in self.outcomes.values()):
+        if self._options.fail_fast and self._failed:
             self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
             return
         decision = self._planner.decide(node, self._record_of)
         forced = node.name in self._options.force
         if decision.status == HIT and not forced:
             try:
-                self._finish_hit(decision)
+                with self._workspace.index.together():
+                    self._finish_hit(decision)
                 return
             except RottenError:
                 decision = self._planner.decide(node, self._record_of)
@@ -162,10 +159,12 @@ class Scheduler:
 
     def _start_ready(self) -> None:
         for ready in list(self._ready):
+            if self._room.full(self._at_work()):
+                return
             decision = ready.decision
             if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
                 self._ready.remove(ready)
-                self._waiting.append(decision.node)
+                self._waiting.add(decision.node)
                 continue
             if not self._room.has(decision.node, self._at_work()):
                 continue
@@ -186,7 +185,7 @@ class Scheduler:
                         with self._workspace.sharing():
                             self._finish_hit(again, f"built by {ready.waited_for or 'another run'} meanwhile")
                     except RottenError:
-                        self._waiting.append(decision.node)
+                        self._waiting.add(decision.node)
                     continue
             self._start(decision, lock)
 
@@ -245,8 +244,10 @@ class Scheduler:
             return False
         self._remade.add(digest)
         broken = [u for u in node.upstream if digest in {d for d, _ in record_files(self._record_of(u)).values()}]
-        self.outcomes = {other: outcome for other, outcome in self.outcomes.items() if other not in broken}
-        self._waiting += [*broken, node]
+        for upstream in broken:
+            del self.outcomes[upstream]
+            self._waiting.undo(upstream)
+        self._waiting.add(node)
         return True
 
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
@@ -302,7 +303,7 @@ class Scheduler:
             self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
             return
         try:
-            with self._workspace.sharing():
+            with self._workspace.sharing(), self._workspace.index.together():
                 self._commit(running, event)
         except (OSError, sqlite3.OperationalError) as error:
             self._fail(running, [problem_of(error)], bug=False)
@@ -366,6 +367,8 @@ class Scheduler:
 
     def _finish(self, outcome: Outcome) -> None:
         self.outcomes[outcome.node] = outcome
+        self._failed |= outcome.outcome == FAILED
+        self._waiting.done(outcome.node)
         if self._pin is not None and outcome.record:
             self._pin.add([outcome.key])
         self._reporter.finished(outcome)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
@@ -34,9 +35,9 @@ class Node:
         """The stage it runs."""
         return self.spec.stage
 
-    @property
+    @cached_property
     def upstream(self) -> list[Node]:
-        """The nodes it reads, each once, in port order."""
+        """The nodes it reads, each once, in port order; asked for when all are connected."""
         return list(dict.fromkeys(node for nodes in self.inputs.values() for node in nodes))
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from stagegraph.project import Project
 
 
+DEEP = 20  # nodes; beyond, only where a change began is told, not every node by whose way it came
+
+
 @dataclass
 class Cause:
     """One difference in full: what changed, where to look, and for an input what changed before it."""
@@ -82,6 +85,7 @@ class _Explainer:
         self._workspace = project.workspace
         self._decisions = decisions
         self._told: set[str] = set()
+        self._depth = 0
 
     def explanation(self, node: Node) -> Explanation:
         decision = self._decisions[node]
@@ -182,41 +186,77 @@ class _Explainer:
 
     def _inputs(self, change: Change, node: Node, previous: Record) -> Iterator[Cause]:
         """Follow a changed input to the nodes that made it, and why their output changed."""
-        old = dict(instances(change.old))
-        many = node.stage.inputs[change.name].many
-        for upstream in node.inputs.get(change.name, ()):
-            each = tuple(sorted(upstream.spec.each.items())) if many else ()
-            port = node.stage.inputs[change.name].port
-            record = self._decisions[upstream].record
-            before = old.pop(each, None)
-            if record is None or record["outputs"][port]["digest"] == before:
-                continue
-            yield self._made_otherwise(upstream, port, before, previous, change.name)
-        for each in old:
+        for upstream, before in self._changed_inputs(change, node):
+            yield self._made_otherwise(upstream, before, change.name, node, previous)
+        here = {self._instance(upstream, change.name, node) for upstream in node.inputs.get(change.name, ())}
+        for each in dict(instances(change.old)).keys() - here:
             yield Cause("input", f"{', '.join(value for _, value in each) or change.name} is no longer read")
 
-    def _made_otherwise(self, upstream: Node, port: str, before: str | None, consumer: Record, name: str) -> Cause:
+    def _changed_inputs(self, change: Change, node: Node) -> Iterator[tuple[Node, str | None]]:
+        """Yield the nodes that a changed input port reads and whose output is another now, and its digest before."""
+        old = dict(instances(change.old))
+        port = node.stage.inputs[change.name].port
+        for upstream in node.inputs.get(change.name, ()):
+            before = old.get(self._instance(upstream, change.name, node))
+            record = self._decisions[upstream].record
+            if record is not None and record["outputs"][port]["digest"] != before:
+                yield upstream, before
+
+    @staticmethod
+    def _instance(upstream: Node, name: str, node: Node) -> tuple[tuple[str, str], ...]:
+        """Return how a key document tells what one port reads of several instances apart."""
+        return tuple(sorted(upstream.spec.each.items())) if node.stage.inputs[name].many else ()
+
+    def _made_otherwise(self, upstream: Node, before: str | None, name: str, node: Node, previous: Record) -> Cause:
+        """Say why the output of ``upstream`` is not ``before``, what ``node`` last read on port ``name``."""
         if upstream.name in self._told:
             return Cause("node", f"{upstream.name}: as above")
         self._told.add(upstream.name)
         if before is None:
             return Cause("node", f"{upstream.name} was not read before")
-        decision = self._decisions[upstream]
-        earlier = self._maker(
-            upstream, port, before, consumer["made_from"].get(name, ()) if "made_from" in consumer else ()
-        )
+        earlier = self._maker(upstream, before, name, node, previous)
         if earlier is None:
             return Cause("node", f"{upstream.name}: output changed; the previous record was collected")
+        decision = self._decisions[upstream]
         assert decision.document is not None
-        found = changes(earlier["document"], decision.document)
-        causes = [self._cause(change, decision, earlier) for change in found]
+        if self._depth == DEEP:
+            began = list(self._beginnings(decision, earlier))
+            return Cause(
+                "node", f"{upstream.name}: output changed, and of all before it these by themselves", because=began
+            )
+        self._depth += 1
+        causes = [self._cause(change, decision, earlier) for change in changes(earlier["document"], decision.document)]
+        self._depth -= 1
         if not causes:
             why = "it was measured again" if upstream.stage.measures else "it is not deterministic"
             return Cause("node", f"{upstream.name}: output changed with the same key: {why}")
         return Cause("node", f"{upstream.name}: output changed", because=causes)
 
-    def _maker(self, node: Node, port: str, digest: str, keys: Iterable[str]) -> Record | None:
-        """Return the record of the execution that made an earlier output: one of ``keys``, else the last that did."""
+    def _beginnings(self, decision: Decision, earlier: Record) -> Iterator[Cause]:
+        """Yield what changed at a node and all above it but for inputs, without what lies between."""
+        queue = [(decision, earlier)]
+        while queue:
+            decision, earlier = queue.pop()
+            assert decision.document is not None
+            found = changes(earlier["document"], decision.document)
+            own = [self._cause(change, decision, earlier) for change in found if change.kind != "input"]
+            if own:
+                yield Cause("node", f"{decision.node.name}: output changed", because=own)
+            for change in found:
+                for upstream, before in self._changed_inputs(change, decision.node) if change.kind == "input" else ():
+                    if before is None or upstream.name in self._told:
+                        continue
+                    self._told.add(upstream.name)
+                    maker = self._maker(upstream, before, change.name, decision.node, earlier)
+                    if maker is not None:
+                        queue.append((self._decisions[upstream], maker))
+
+    def _maker(self, node: Node, digest: str, name: str, consumer: Node, previous: Record) -> Record | None:
+        """Return the record of the execution of ``node`` that made what a consumer read on a port: of those that
+        its record names, else the last that did.
+        """
+        port = consumer.stage.inputs[name].port
+        keys = previous.get("made_from", {}).get(name, ())
         records = [record for key in keys if (record := self._workspace.record(key))]
         made = [r for r in records if r["stage"] == node.stage.id and _digest(r, port) == digest]
         if not made:
@@ -228,11 +268,9 @@ class _Explainer:
 
     def _cut_off(self, decision: Decision) -> dict[str, float]:
         """Return the nodes at and below this one that an identical result above them left alone."""
-        below: set[Node] = set()
-        for d in self._decisions.values():
-            if d.record and d.status == HIT and self._is_cut_off(d, decision.node):
-                below |= self._project.dag.below([d.node])
-        hits = [self._decisions[node] for node in self._project.dag.nodes if node in below & set(self._decisions)]
+        cut_off = (d.node for d in self._decisions.values() if d.status == HIT and self._is_cut_off(d, decision.node))
+        below = self._project.dag.below(cut_off) & self._decisions.keys()
+        hits = [self._decisions[node] for node in self._project.dag.nodes if node in below]
         return {d.node.name: d.record["seconds"] for d in hits if d.status == HIT and d.record}
 
     def _is_cut_off(self, d: Decision, node: Node) -> bool:

@@ -5,6 +5,7 @@ Records name the keys of what they were made from, so this tells what really hap
 
 from __future__ import annotations
 
+import graphlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,21 +81,24 @@ class _Walker:
 
     def origin(self, key: str, label: str, node: Node | None) -> Origin:
         """Return the execution of a key with all before it; ``node`` names those that the pipeline still has."""
-        if key in self._seen:
-            return self._seen[key]
-        record = self._workspace.record(key)
-        origin = self._seen[key] = Origin(label, key, record)
-        for port, keys in record.get("made_from", {}).items() if record else ():
-            upstream = node.inputs.get(port, []) if node else []
-            names = upstream if len(upstream) == len(keys) else [None] * len(keys)
-            for before, each in zip(keys, names, strict=True):
-                origin.before.append(self.origin(before, each.name if each else self._stage_of(before), each))
-        origin.before = list({before.key: before for before in origin.before}.values())
-        return origin
+        last = self._seen[key] = Origin(label, key, self._workspace.record(key))
+        queue = [(last, node)]
+        while queue:
+            origin, node = queue.pop()
+            before: dict[str, Origin] = {}
+            for other, each in _made_from(origin.record, node):
+                if other not in self._seen:
+                    self._seen[other] = self._named(other, each)
+                    queue.append((self._seen[other], each))
+                before[other] = self._seen[other]
+            origin.before = list(before.values())
+        return last
 
-    def _stage_of(self, key: str) -> str:
+    def _named(self, key: str, node: Node | None) -> Origin:
+        """Return an execution by the name of the node that it was of, if the pipeline has that, else of its stage."""
         record = self._workspace.record(key)
-        return f"{record['stage']} {key[:8]}" if record else key[:8]
+        label = node.name if node else f"{record['stage']} {key[:8]}" if record else key[:8]
+        return Origin(label, key, record)
 
     def makers(self, last: Origin, artifact: Artifact) -> dict[str, tuple[Origin, str]]:
         """Return, for each file that an execution before the last made with the same bytes, the first one that did."""
@@ -105,19 +109,24 @@ class _Walker:
         return {n: made[digest] for n, (digest, _) in artifact.files.items() if digest in made}
 
 
+def _made_from(record: Record | None, node: Node | None) -> Iterator[tuple[str, Node | None]]:
+    """Yield the keys of what an execution read, each with the node that it was of, where the pipeline tells."""
+    for port, keys in record.get("made_from", {}).items() if record else ():
+        upstream = node.inputs.get(port, []) if node else []
+        yield from zip(keys, upstream if len(upstream) == len(keys) else [None] * len(keys), strict=True)
+
+
 def _nearest_first(origins: list[Origin]) -> Iterator[Origin]:
     """Yield each execution once, after all that read it."""
-    done: dict[str, Origin] = {}
-
-    def visit(origin: Origin) -> None:
-        if origin.key not in done:
-            for before in origin.before:
-                visit(before)
-            done[origin.key] = origin
-
-    for origin in origins:
-        visit(origin)
-    yield from reversed(done.values())
+    found = {origin.key: origin for origin in origins}
+    queue = list(origins)
+    while queue:
+        for before in queue.pop().before:
+            if before.key not in found:
+                found[before.key] = before
+                queue.append(before)
+    order = graphlib.TopologicalSorter({key: [b.key for b in origin.before] for key, origin in found.items()})
+    yield from reversed([found[key] for key in order.static_order()])
 
 
 def sources(found: Lineage) -> Mapping[str, str]:

@@ -70,7 +70,7 @@ class Documents:
         prefix, mark, digest = name.partition(":")
         if not DIGEST.fullmatch(digest):
             return None
-        return self._root / FOLDERS[prefix + mark] / digest[:2] / digest
+        return Path(f"{self._root}/{FOLDERS[prefix + mark]}/{digest[:2]}/{digest}")
 
     def get(self, name: str) -> Any:
         """Return a document, or None if there is none or it is damaged."""
@@ -92,7 +92,8 @@ class Documents:
         """Write a document, whole or not at all."""
         path = self.path(name)
         assert path is not None, name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
         try:
             with temporary.open("xb") as file:

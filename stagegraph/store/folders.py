@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,9 +35,12 @@ def real_directories(base: Path, folder: Path) -> None:
     path = base
     for part in folder.relative_to(base).parts:
         path /= part
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            path.unlink()
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            if not stat.S_ISDIR(path.lstat().st_mode):
+                path.unlink()
+                path.mkdir()
 
 
 def remove_strays(folder: Path, wanted: set[str]) -> list[str]:

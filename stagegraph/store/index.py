@@ -53,6 +53,7 @@ class Index:
         self.set_aside: Path | None = None
         self.damaged: set[str] = set()  # names of documents that were read and not believed
         self._readonly = False
+        self._held_back: dict[str, Any] | None = None  # documents that wait for the end of together()
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
         self._lock = RLock()  # threads share it (a memo's do): one at a time opens the database or reads
@@ -63,6 +64,8 @@ class Index:
             found = self.files.get(name)
             if found is not None:
                 return found
+        if self._held_back and name in self._held_back:
+            return self._held_back[name]
         rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", _row_name(name))
         try:
             return unseal(name, rows[0][0]) if rows else None
@@ -81,9 +84,25 @@ class Index:
             if self.files.owns(name):
                 self.files.set(name, document)
             else:
-                cached[name] = seal(name, document)
-        if cached:
-            self._change(lambda cache: [cache.set(_row_name(name), text) for name, text in cached.items()])
+                cached[name] = document
+        if self._held_back is not None:
+            self._held_back.update(cached)
+        elif cached:
+            rows = {_row_name(name): seal(name, document) for name, document in cached.items()}
+            self._change(lambda cache: [cache.set(name, text) for name, text in rows.items()])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is set meanwhile to the database in one commit at the end; ``get`` knows it at once.
+
+        For the documents that end one node: a commit for each would take most of the engine's time.
+        """
+        self._held_back = {}
+        try:
+            yield
+        finally:
+            held_back, self._held_back = self._held_back, None
+            self.set_all(held_back)
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
@@ -190,10 +209,7 @@ class Index:
 
         for again in (True, False, None):
             try:
-                with self._waiting():
-                    cache = self._writing()
-                    with cache.transact():
-                        change(cache)
+                self._transact(change)
             except diskcache.Timeout:
                 self._give_up(f"it was locked for {BUSY_SECONDS} s")
             except sqlite3.DatabaseError as error:
@@ -205,17 +221,29 @@ class Index:
                 self._give_up(error.strerror or str(error), quietly=error.errno in {errno.EACCES, errno.EROFS})
             return
 
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Say what is waited for where another process keeps the database locked: to write, for reading never waits."""
-        said = f"another process keeps the index {self.directory} locked; waiting for it, at most {BUSY_SECONDS} s"
-        timer = Timer(SAID_AFTER, warn, (said,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def _transact(self, change: Any) -> None:
+        """Write to the database in one commit; what it waits for, if another process keeps it locked, is said.
+
+        Only writing waits: reading never does.
+        """
+        import diskcache
+
+        cache = self._writing()
+        until, said = time.monotonic() + BUSY_SECONDS, False
+        while True:
+            try:
+                with cache.transact():
+                    change(cache)
+                    return
+            except diskcache.Timeout:
+                if time.monotonic() >= until:
+                    raise
+                if not said:
+                    self._say_locked()
+                said = True
+
+    def _say_locked(self) -> None:
+        warn(f"another process keeps the index {self.directory} locked; waiting for it, at most {BUSY_SECONDS} s")
 
     def _give_up(self, why: str, *, quietly: bool = False) -> None:
         self._readonly = True
@@ -235,14 +263,20 @@ class Index:
     def _open_writer(self) -> diskcache.Cache:
         import diskcache
 
-        return diskcache.Cache(
-            str(self.directory),
-            BUSY_SECONDS,
-            disk_min_file_size=1 << 30,  # bytes: every value is a row, none a file of its own
-            eviction_policy="none",
-            cull_limit=0,
-            size_limit=1 << 62,
-        )
+        timer = Timer(SAID_AFTER, self._say_locked)  # opening waits for a minute by itself
+        timer.daemon = True
+        timer.start()
+        try:
+            return diskcache.Cache(
+                str(self.directory),
+                min(SAID_AFTER, BUSY_SECONDS),
+                disk_min_file_size=1 << 30,  # bytes: every value is a row, none a file of its own
+                eviction_policy="none",
+                cull_limit=0,
+                size_limit=1 << 62,
+            )
+        finally:
+            timer.cancel()
 
     def _mend(self, why: Exception, *, again: bool) -> None:
         """Open a database that cannot be read ``again``, as another process may have mended it; else set it aside."""

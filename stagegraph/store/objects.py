@@ -61,7 +61,8 @@ class Store:
         if self.check(digest) is None:  # whatever its stat says: what is at hand is known to be right
             file.unlink()
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True, exist_ok=True)
         file.chmod(0o444)
         file.rename(target)
         self.remember(digest)

@@ -294,10 +294,13 @@ class Workspace:
         return lock is None and (self.root / "locks" / key).exists()
 
     def _lock_file(self, name: str) -> int:
-        path = self.root / "locks" / name
+        path, flags = self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                return os.open(path, flags, 0o644)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return os.open(path, flags, 0o644)
         except OSError as error:
             if error.errno in {errno.EACCES, errno.EROFS} and path.exists():
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same

@@ -1,0 +1,62 @@
+"""The nodes of a run whose inputs are not all there yet; each counts what it misses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stagegraph.planning.dag import Node
+
+
+class Waiting:
+    """Nodes that wait, of a DAG's ``nodes`` in topological order, which is the order in which they come out."""
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._place = {node: place for place, node in enumerate(nodes)}
+        self._missing: dict[Node, int] = {}
+        self._free: list[tuple[int, Node]] = []  # a heap; one whose inputs are made again meanwhile stays in it
+        self._done: set[Node] = set()
+
+    def __bool__(self) -> bool:
+        """Whether any node waits."""
+        return bool(self._missing)
+
+    def __iter__(self) -> Iterator[Node]:
+        """Yield the nodes that wait."""
+        return iter(self._missing)
+
+    def add(self, node: Node) -> None:
+        """Let a node wait until everything that it reads is done."""
+        self._missing[node] = sum(upstream not in self._done for upstream in node.upstream)
+        self._free_if_ready(node)
+
+    def done(self, node: Node) -> None:
+        """Note that a node has ended."""
+        self._done.add(node)
+        for consumer in node.consumers:
+            if consumer in self._missing:
+                self._missing[consumer] -= 1
+                self._free_if_ready(consumer)
+
+    def undo(self, node: Node) -> None:
+        """Let a node that had ended wait again, and so what waits for it."""
+        self._done.remove(node)
+        for consumer in node.consumers:
+            if consumer in self._missing:
+                self._missing[consumer] += 1
+        self.add(node)
+
+    def pop(self) -> Node | None:
+        """Take out the first node that misses nothing, if there is one."""
+        while self._free:
+            _, node = heappop(self._free)
+            if self._missing.get(node) == 0:
+                del self._missing[node]
+                return node
+        return None
+
+    def _free_if_ready(self, node: Node) -> None:
+        if not self._missing[node]:
+            heappush(self._free, (self._place[node], node))

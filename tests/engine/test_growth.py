@@ -1,0 +1,63 @@
+"""Pipelines of many nodes: nothing recurses from node to node, and what is drawn is what networkx reduces to."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from benchmarks import scale
+from stagegraph import Pipeline
+from stagegraph.cli.graph import _implied
+from stagegraph.query.explain import DEEP
+from stagegraph.query.lineage import Origin, _nearest_first
+
+LONG = DEEP + 6
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Path:
+    """A chain of nodes, all built, whose first has another value since, which all but the last have seen."""
+    scale.write(tmp_path, "chain", LONG)
+    file = tmp_path / "pipeline.yaml"
+    with Pipeline(file) as pipeline:
+        assert pipeline.run().ok
+    file.write_text(file.read_text().replace("with: {value: 0}", "with: {value: 7}"))
+    with Pipeline(file) as pipeline:
+        assert pipeline.run(pipeline.select(stage=[f"n{LONG - 2}"])).ok
+    return file
+
+
+def test_a_change_is_followed_down_a_long_chain_to_where_it_began(chain: Path) -> None:
+    with Pipeline(chain) as pipeline:
+        (found,) = pipeline.explain(f"n{LONG - 1}")
+    (cause,) = found.causes
+    depth = 0
+    while cause.because:
+        (cause,) = cause.because
+        depth += 1
+    assert (cause.kind, cause.old, cause.new) == ("param", 0, 7)
+    assert depth < 3 * DEEP
+    json.dumps(found.document())
+
+
+def test_executions_are_walked_back_beyond_the_depth_of_calls() -> None:
+    origins = [Origin(f"n{i}", f"key {i}", None) for i in range(5_000)]
+    for before, origin in itertools.pairwise(origins):
+        origin.before.append(before)
+    assert list(_nearest_first([origins[-1]])) == origins[::-1]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_edges_that_others_imply_are_those_that_networkx_leaves_out(seed: int) -> None:
+    chance, nodes = np.random.default_rng(seed), [f"n{i}" for i in range(20)]
+    graph = nx.DiGraph()
+    graph.add_nodes_from(nodes)
+    graph.add_edges_from((a, b) for i, a in enumerate(nodes) for b in nodes[i + 1 :] if chance.random() < 0.2)
+    depths = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
+    implied = {(u, name) for name in graph for u in _implied(graph, depths, name)}
+    assert set(graph.edges) - implied == set(nx.transitive_reduction(graph).edges)
