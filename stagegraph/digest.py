@@ -16,6 +16,7 @@ from blake3 import blake3
 from stagegraph.files import open_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from threading import Event
 
 BLOCK = 8 << 20
@@ -33,8 +34,11 @@ def digest_bytes(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def digest_file(path: str | Path, stop: Event | None = None) -> str:
-    """Return the BLAKE3 hex digest of a file's content; :class:`InterruptedError` soon after ``stop`` is set."""
+def digest_file(path: str | Path, stop: Event | None = None, read: Callable[[int], None] | None = None) -> str:
+    """Return the BLAKE3 hex digest of a file's content; :class:`InterruptedError` soon after ``stop`` is set.
+
+    ``read`` is told the bytes of each block.
+    """
     hasher = blake3(max_threads=blake3.AUTO)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -42,6 +46,8 @@ def digest_file(path: str | Path, stop: Event | None = None) -> str:
         view = memoryview(buffer)
         while count := file.readinto(buffer):
             hasher.update(view[:count])
+            if read is not None:
+                read(count)
             if stop is not None and stop.is_set():
                 raise InterruptedError(path)
     return hasher.hexdigest()

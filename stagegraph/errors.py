@@ -61,6 +61,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}" if names else ""
 
 
+def tell(text: str) -> None:
+    """Say on stderr what takes long, unless a program has its own handlers of Python's ``logging``."""
+    from logging import getLogger
+
+    getLogger("stagegraph").warning("%s", text)
+
+
 def warn(text: str) -> None:
     """Tell whoever runs this; on stderr, unless a program has its own handlers of Python's ``logging``."""
     from logging import getLogger  # only trouble pays for it

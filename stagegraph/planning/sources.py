@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.digest import StatId, digest_file, stat_id
-from stagegraph.errors import PlanError
+from stagegraph.errors import PlanError, tell
 from stagegraph.files import list_files
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
     from threading import Event
 
+FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of reading without a word
+GB = 1e9
 RACY_NS = 50_000_000  # a file changed this shortly before it was digested may change again within one clock tick
 
 
@@ -78,8 +80,9 @@ class Sources:
                 self._digests[file] = now, memo[1]
             else:
                 stale.append(file)
+        read = _Progress(stale)
         if len(stale) < 2:
-            results = [_digest_stable(file) for file in stale]
+            results = [_digest_stable(file, None, read) for file in stale]
         else:
             from concurrent.futures import ThreadPoolExecutor  # 5 ms that a run without news does not pay
             from threading import Event
@@ -87,7 +90,7 @@ class Sources:
             stop = Event()
             with ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
                 try:
-                    results = list(pool.map(lambda file: _digest_stable(file, stop), stale))
+                    results = list(pool.map(lambda file: _digest_stable(file, stop, read), stale))
                 except BaseException:
                     stop.set()  # leaving the pool waits for what is under way
                     pool.shutdown(cancel_futures=True)
@@ -98,11 +101,30 @@ class Sources:
                 self._index.set(f"src:{file}", [list(now), digest])
 
 
-def _digest_stable(file: Path, stop: Event | None = None) -> tuple[StatId, str]:
+class _Progress:
+    """Says how far files have been read: after a second, and then now and then."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._total = sum(file.stat().st_size for file in files)
+        self._done = 0
+        self._began = time.monotonic()
+        self._next = self._began + FIRST_SECONDS
+
+    def __call__(self, count: int) -> None:
+        """Note ``count`` bytes more; threads may lose one another's, which shows in no digest."""
+        self._done += count
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + EVERY_SECONDS
+            rate = self._done / GB / max(now - self._began, 1e-9)
+            tell(f"reading sources: {self._done / GB:.1f} of {self._total / GB:.1f} GB, {rate:.2f} GB/s")
+
+
+def _digest_stable(file: Path, stop: Event | None, read: Callable[[int], None]) -> tuple[StatId, str]:
     """Digest a file together with the stat it had all the while; read again if it changed under the reading."""
     for _ in range(3):
         before = stat_id(file)
-        digest = digest_file(file, stop)
+        digest = digest_file(file, stop, read)
         if stat_id(file) == before:
             return before, digest
     raise PlanError(f"{file}: changes while it is read; wait until whatever writes it has finished")

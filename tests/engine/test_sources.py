@@ -105,7 +105,7 @@ def test_a_file_that_never_rests_is_refused(tmp_path: Path, index: Index, monkey
     path = tmp_path / "w.bin"
     path.write_text("x")
 
-    def growing(file: Path, _stop: object) -> str:
+    def growing(file: Path, *_: object) -> str:
         with file.open("a") as out:
             out.write("x")
         return "digest"
@@ -113,3 +113,13 @@ def test_a_file_that_never_rests_is_refused(tmp_path: Path, index: Index, monkey
     monkeypatch.setattr(sources, "digest_file", growing)
     with pytest.raises(PlanError, match="changes while it is read"):
         Sources(index).state(str(tmp_path), ("*.bin",))
+
+
+def test_long_reading_is_said(tmp_path: Path, index: Index, monkeypatch, caplog) -> None:
+    (tmp_path / "a.bin").write_bytes(bytes(20 << 20))
+    monkeypatch.setattr(sources, "FIRST_SECONDS", 0)
+    Sources(index).state(str(tmp_path), ("*.bin",))
+    (said,) = caplog.messages
+    assert said.startswith("reading sources: 0.0 of 0.0 GB, ")
+    assert not Sources(index).state(str(tmp_path), ("*.bin",)).changed()
+    assert len(caplog.messages) == 1
