@@ -63,6 +63,12 @@ class Build:
         return forgets and len(attention.full_layers) < self.config.num_layers
 
     @property
+    def softcap(self) -> float:
+        """What attention scores are capped by, 0 where they are not."""
+        attention = getattr(self.config, "attention", None)
+        return 0.0 if attention is None else float(attention.softcap)
+
+    @property
     def cache_kinds(self) -> list[str]:
         """TVM's name for the attention of each layer of the KV cache."""
         full = self.config.attention.full_layers if self.sliding else ()

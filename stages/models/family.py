@@ -44,7 +44,8 @@ class AttentionCache:
     position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
     With ``log_n`` n > 0, where all channels are turned, the query at position p - 1 is stretched by log p / log n if
     that is more than one. With a ``sliding_window`` w > 0, all layers but the ``full_layers`` see the last w tokens
-    alone. Without ``frequencies`` nothing is turned here: the graph has done it.
+    alone. A score x of attention becomes ``softcap`` * tanh(x / softcap), where there is one. Without ``frequencies``
+    nothing is turned here: the graph has done it.
     """
 
     num_heads: int
@@ -55,6 +56,7 @@ class AttentionCache:
     log_n: int = 0
     sliding_window: int = 0
     full_layers: tuple[int, ...] = ()
+    softcap: float = 0.0
 
     @property
     def rotary_dim(self) -> int:

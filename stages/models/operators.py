@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from tvm import relax as rx
-from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from stages.models.arithmetic import ARITHMETIC, Values, common, computed, emitted, expr_of, number, pair
 from stages.models.layers import Linear
-from stages.models.matrices import FloatMatrix, GroupMatrix, ScaledMatrix, take
+from stages.models.matrices import take
 
 
 def reshape(values: Values, x: Any, shape: Sequence[Any]) -> Tensor:
@@ -37,8 +36,6 @@ def transpose(values: Values, x: Any, dim0: int, dim1: int) -> Tensor:
 
 def permute(values: Values, x: Any, dims: Sequence[int]) -> Tensor:
     """X with its axes in another order."""
-    if isinstance(x, FloatMatrix | GroupMatrix | ScaledMatrix):
-        x = x.matrix()
     return op.permute_dims(computed(values, x), [axis % x.ndim for axis in dims])
 
 
@@ -106,9 +103,15 @@ def matmul(values: Values, x: Any, other: Any = None, mat2: Any = None) -> Tenso
     return op.matmul(left, right)
 
 
+def gather(values: Values, x: Any, dim: int, index: Tensor, **_gradients: Any) -> Tensor:
+    """The places of x along an axis that ``index`` names, one for each of its own."""
+    found = rx.op.gather_elements(expr_of(computed(values, x)), expr_of(index.astype("int64")), dim % x.ndim)
+    return emitted(found, "gather")
+
+
 def linear(values: Values, x: Tensor, weight: Any, bias: Any = None) -> Tensor:
     """X @ weight.T + bias."""
-    if isinstance(weight, nn.Parameter):
+    if isinstance(weight, Tensor):
         y = op.matmul(x, op.permute_dims(computed(values, weight)))
         return y if bias is None else y + bias.astype(y.dtype)
     return Linear(weight, bias)(x.astype(values.compute_dtype))
@@ -213,6 +216,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "stack": stack,
     "repeat_interleave": repeat_interleave,
     "matmul": matmul,
+    "gather": gather,
     "linear": linear,
     "embedding": embedding,
     "rms_norm": rms_norm,

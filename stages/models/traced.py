@@ -55,6 +55,7 @@ class TracedConfig:
             frequencies=(),
             sliding_window=max(windows),
             full_layers=tuple(number for number, window in enumerate(windows) if not window),
+            softcap=layers[0]["softcap"],
         )
 
 
@@ -84,8 +85,8 @@ def _check(config: TracedConfig) -> None:
         problems.append(f"layers of different numbers of heads and key-value heads, {sizes}")
     if len(windows) > 1:
         problems.append(f"layers of different windows, {windows}")
-    if any(layer["softcap"] for layer in layers):
-        problems.append("attention scores with a soft cap")
+    if len({layer["softcap"] for layer in layers}) > 1:
+        problems.append("layers of different soft caps of attention scores")
     if any("sinks" in layer for layer in layers):
         problems.append("attention with sinks")
     if problems:

@@ -158,35 +158,26 @@ class _Graph:
             axis = arguments.get("dim", 0) % node.args[0].meta["val"].dim()
             self._along(node, "unbind", axis)
             self._add(node, "unbind", {"x": arguments["x"], "dim": axis})
-        elif name in OPERATORS:
-            self._operator(node, name, OPERATORS[name], arguments)
+        elif ours := OPERATORS.get(node.target.__name__, OPERATORS.get(name)):
+            self._operator(node, name, ours, arguments)
         else:
             raise self._refusal(node, node.target.__name__)
 
     def _operator(self, node: Any, name: str, ours: str, arguments: dict[str, Any]) -> None:
-        value = node.meta["val"]
-        if ours in ("broadcast", "full"):
-            if ours == "full":
-                fills = {"ones": 1, "zeros": 0, "ones_like": 1, "zeros_like": 0, "new_zeros": 0, "new_ones": 1}
-                fill = fills.get(name, arguments.get("fill_value", arguments.get("s", arguments.get("value"))))
-                arguments = {"value": fill, "dtype": str(value.dtype).removeprefix("torch.")}
-            else:
-                arguments = {"x": arguments["x"]}
-            arguments["shape"] = self._shape(node)
-        if ours == "arange":
-            if any(isinstance(argument, dict) for argument in arguments.values()):
-                raise self._refusal(node, "arange over the tokens, whose positions only the cache knows")
-            step, start = arguments.get("step", 1), arguments.get("start", 0)
-            arguments = {"start": start, "end": arguments["end"], "step": step, "dtype": str(value.dtype)[6:]}
-        if ours == "cast":
-            arguments = {"x": arguments["x"], "dtype": str(value.dtype).removeprefix("torch.")}
+        special: dict[str, Callable[..., tuple[str, dict[str, Any]]]] = {
+            "broadcast": self._broadcast,
+            "full": self._full,
+            "arange": self._arange,
+            "cast": self._cast,
+            "addmm": self._projection,
+            "index": self._rows,
+            "attention": self._heads,
+        }
         if ours == "slice":
             self._slice(node, arguments)
             return
-        if ours == "addmm":
-            ours, arguments = "linear", self._projection(node, arguments)
-        if ours == "attention":
-            arguments |= self._heads(node)
+        if ours in special:
+            ours, arguments = special[ours](node, arguments)
         if ours == "matmul" and not isinstance(node.args[0].meta["val"].shape[-1], int):
             raise self._refusal(node, f"{name} over the tokens")
         if ours in ALONG:
@@ -197,19 +188,46 @@ class _Graph:
                 self._along(node, name, axis, first)
         self._add(node, ours, arguments)
 
-    def _projection(self, node: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def _broadcast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "broadcast", {"x": arguments["x"], "shape": self._shape(node)}
+
+    def _full(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return what is filled with one number, however torch says so."""
+        name, dtype = node.target.overloadpacket.__name__, str(node.meta["val"].dtype)
+        given = arguments.get("fill_value", arguments.get("s"))
+        value = given if given is not None else float("ones" in name)
+        return "full", {"value": value, "dtype": dtype.removeprefix("torch."), "shape": self._shape(node)}
+
+    def _arange(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if any(isinstance(argument, dict) for argument in arguments.values()):
+            raise self._refusal(node, "arange over the tokens, whose positions only the cache knows,")
+        limits = {"start": arguments.get("start", 0), "end": arguments["end"], "step": arguments.get("step", 1)}
+        return "arange", {**limits, "dtype": str(node.meta["val"].dtype).removeprefix("torch.")}
+
+    def _cast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        return "cast", {"x": arguments["x"], "dtype": str(node.meta["val"].dtype).removeprefix("torch.")}
+
+    def _projection(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return bias + x @ w, w [k, n], as a linear layer, whose weight is stored the other way round."""
         weight = arguments["mat2"]
         if "parameter" not in weight or any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
             raise self._refusal(node, "addmm of what is no weight")
-        return {"x": arguments["mat1"], "weight": self.names.transposed(weight["parameter"]), "bias": arguments["x"]}
+        turned = self.names.transposed(weight["parameter"])
+        return "linear", {"x": arguments["mat1"], "weight": turned, "bias": arguments["x"]}
 
-    def _heads(self, node: Any) -> dict[str, Any]:
-        """Return the sizes of an attention, of which one whole sequence after another is read."""
+    def _rows(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return x[indices] as rows looked up in a table."""
+        if len(arguments["indices"]) != 1 or any(isinstance(size, dict) for size in self._shape(node.args[0])):
+            raise self._refusal(node, "index.Tensor of what is no table")
+        return "embedding", {"weight": arguments["x"], "indices": arguments["indices"][0]}
+
+    def _heads(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Add the sizes of an attention, of which one whole sequence after another is read."""
         q, k, v = (self._shape(each) for each in node.args[:3])
         if any(shape[0] != 1 or shape[2] != {"tokens": 1} for shape in (q, k, v)):
             raise self._refusal(node, f"attention of {q} to {k}")
-        return {"heads": q[1], "kv_heads": k[1], "width": q[3], "value_width": v[3]}
+        sizes = {"heads": q[1], "kv_heads": k[1], "width": q[3], "value_width": v[3]}
+        return "attention", {**arguments, **sizes}
 
     def _slice(self, node: Any, arguments: Mapping[str, Any]) -> None:
         source, axis = node.args[0], arguments.get("dim", 0) % node.args[0].meta["val"].dim()

@@ -18,7 +18,9 @@ def parameters_without_memory() -> Iterator[None]:
     register = module_class.register_parameter
 
     def on_meta(module: Any, name: str, parameter: Any) -> None:
-        register(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta")))
+        if parameter is not None and parameter.device.type != "meta":  # one that two modules share stays one
+            parameter = torch.nn.Parameter(parameter.to("meta"))
+        register(module, name, parameter)
 
     module_class.register_parameter = on_meta
     try:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.errors import ConfigError
 from stages.tracing import doors
 from stages.tracing.export import EXAMPLE, Part, export
+from stages.tracing.merge import merged, read
 from stages.tracing.names import Names
 from stages.tracing.source import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from stages.tracing.source import Source
 
@@ -32,6 +33,7 @@ def trace(raw: Mapping[str, Any]) -> dict[str, Any]:
     doors.replace_norms(model)
     names = Names(model)
     parts, hidden, vocab = _parts(source, names)
+    parts["body"], merges = merged(parts["body"], names.shapes, names.turned)
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention:
         raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
@@ -48,7 +50,7 @@ def trace(raw: Mapping[str, Any]) -> dict[str, Any]:
         "tie": names.tie,
         "embedding": next(iter(names.used)),
         "parts": {name: asdict(part) for name, part in parts.items()},
-        "parameters": _parameters(parts, names),
+        "parameters": _parameters(parts, names, merges),
         "constants": names.constants,
         "unread": names.unused(),
     }
@@ -96,32 +98,34 @@ def _positions(source: Source) -> int:
     return found if isinstance(found, int) and found > 0 else 0
 
 
-def _parameters(parts: Mapping[str, Part], names: Names) -> list[dict[str, Any]]:
-    """Return the parameters in packed order, each with its kind and the tensor that it is made of."""
+def _parameters(parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Return the parameters in packed order, each with its kind and the tensors that it is made of."""
     uses: dict[str, set[str]] = {}
     for place, part in parts.items():
         for name, arguments in part.nodes:
             for argument, value in arguments.items():
-                for parameter in _read(value):
+                for parameter in read(value, "parameter"):
                     uses.setdefault(parameter, set()).add(f"{name}.{argument}@{place}")
-    return [
-        {
-            "name": name,
-            "shape": [*(reversed(shape) if name in names.turned else shape)],
-            "kind": _kind(uses[name], shape),
-            "sources": [name],
-            "source_shapes": [[*shape]],
-            "transform": "transpose" if name in names.turned else "copy",
-        }
-        for name, shape in names.used.items()
-        if name in uses
-    ]
-
-
-def _read(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [name for each in value for name in _read(each)]
-    return [value["parameter"]] if isinstance(value, dict) and "parameter" in value else []
+    into = {name: (new, old) for new, old in merges.items() for name in old}
+    found = []
+    for name in names.used:
+        new, sources = into.get(name, (name, [name]))
+        if name != sources[0] or new not in uses:
+            continue
+        shapes = [names.shapes[source] for source in sources]
+        stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        turned = name in names.turned
+        found.append(
+            {
+                "name": new,
+                "shape": [*(reversed(stacked) if turned else stacked)],
+                "kind": _kind(uses[new], stacked),
+                "sources": [*sources],
+                "source_shapes": [[*shape] for shape in shapes],
+                "transform": "transpose" if turned else "concat0" if len(shapes) > 1 else "copy",
+            }
+        )
+    return found
 
 
 def _kind(uses: set[str], shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ SAME = {
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 # That take a tensor apart along one axis, in parts of what comes out.
 SPLITS = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split"}
-# Without their overload: all of one name mean the same of what they are given.
+# Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {
     **{
         name: name
@@ -35,7 +35,18 @@ OPERATORS: dict[str, str] = {
             *("clamp", "minimum", "maximum", "where", "masked_fill", "logical_not", "logical_and", "leaky_relu"),
             *("eq", "ne", "lt", "le", "gt", "ge", "transpose", "permute", "t", "slice", "select", "cat", "stack"),
             *("repeat_interleave", "mean", "sum", "softmax", "log_softmax", "amax", "matmul", "linear", "layer_norm"),
-            *("embedding", "attention", "rms_norm", "linalg_vector_norm", "var", "addmm", "arange", "full"),
+            *(
+                "embedding",
+                "index",
+                "gather",
+                "attention",
+                "rms_norm",
+                "linalg_vector_norm",
+                "var",
+                "addmm",
+                "arange",
+                "full",
+            ),
         )
     },
     "_softmax": "softmax",
@@ -43,6 +54,8 @@ OPERATORS: dict[str, str] = {
     "clamp_max": "clamp",
     "multiply": "mul",
     "divide": "div",
+    "min.other": "minimum",
+    "max.other": "maximum",
     "bmm": "matmul",
     "mm": "matmul",
     "to": "cast",
@@ -70,6 +83,8 @@ OPERATORS: dict[str, str] = {
 }
 # Of an operator that works along an axis: the argument that says which. None may work along the tokens.
 ALONG: dict[str, str] = {
-    **dict.fromkeys(("cat", "softmax", "log_softmax", "mean", "sum", "amax", "select", "linalg_vector_norm"), "dim"),
+    **dict.fromkeys(
+        ("cat", "softmax", "log_softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"
+    ),
     **dict.fromkeys(("split", "var"), "dim"),
 }

@@ -171,10 +171,10 @@ class Built:
 
 
 def parse_and_register(
-    folder: Path, checkpoint: Path, scheme: str, target: str = "llvm", context_window: int = 0
+    folder: Path, checkpoint: Path, scheme: str, target: str = "llvm", context_window: int = 0, frontend: str = "auto"
 ) -> dict[str, Path]:
     """Run config-parse and param-register; return their artifacts by port."""
-    source = {"checkpoint": str(checkpoint), "context_window": context_window}
+    source = {"checkpoint": str(checkpoint), "context_window": context_window, "frontend": frontend}
     run_stage(ConfigParse(), folder / "config", source)
     ports = {name: folder / "config" / out.path for name, out in ConfigParse.outputs.items()}
     inputs = {name: ports[name] for name in ("config", "tensors")}
@@ -182,17 +182,26 @@ def parse_and_register(
     return {**ports, "params": folder / "params" / "params.json"}
 
 
-def build(folder: Path, case: Case, scheme: str, *, checkpoint: Path | None = None, **options: Any) -> Built:
-    """Run every stage but the tokenizer's and verify."""
+def build(
+    folder: Path,
+    case: Case,
+    scheme: str,
+    *,
+    checkpoint: Path | None = None,
+    memo: Path | None = None,
+    frontend: str = "auto",
+    **options: Any,
+) -> Built:
+    """Run every stage but the tokenizer's and verify; ``memo`` is a folder of kernels that are known."""
     profiles.compiler()
     checkpoint = checkpoint or write(folder / "checkpoint", case)
-    ports = parse_and_register(folder, checkpoint, scheme, context_window=case.context_window)
+    ports = parse_and_register(folder, checkpoint, scheme, context_window=case.context_window, frontend=frontend)
     choice = {"scheme": scheme, "target": "llvm", "checkpoint": str(checkpoint)}
     run_stage(Quantize(), folder / "quantize", choice, {name: ports[name] for name in ("params", "tensors")})
     registered = Registered(ports["config"], ports["params"])
     sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, **case.options, **options}
     graphs = build_graphs(folder, registered, "llvm", **sizes)
-    compile_library(folder / "compile", graphs, registered, target="llvm")
+    compile_library(folder / "compile", graphs, registered, memo=memo, target="llvm")
     inputs = {
         "library": folder / "compile" / "model.so",
         "metadata": folder / "compile" / "metadata.json",

@@ -23,9 +23,16 @@ BUILDS = [
 ]
 
 
-def built(folder: Path, model_type: str, scheme: str) -> families.Built:
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those that models have in common are compiled once."""
+    return tmp_path_factory.mktemp("kernels") / "memo"
+
+
+def built(folder: Path, model_type: str, scheme: str, kernels: Path) -> families.Built:
     checkpoint = traced.write(folder / "checkpoint", model_type)
-    return families.build(folder, families.Case("", traced.SIZES), scheme, checkpoint=checkpoint)
+    case = families.Case("", traced.SIZES)
+    return families.build(folder, case, scheme, checkpoint=checkpoint, memo=kernels, frontend="traced")
 
 
 def check(made: families.Built) -> None:
@@ -53,5 +60,7 @@ def check(made: families.Built) -> None:
 
 
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
-def test_a_traced_model_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
-    check(built(tmp_path, model_type, scheme))
+def test_a_traced_model_says_what_transformers_says(
+    tmp_path: Path, kernels: Path, model_type: str, scheme: str
+) -> None:
+    check(built(tmp_path, model_type, scheme, kernels))

@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.kv_cache import Heads
-from stages.kernels.cpu.vectors import constant, exp2, get, kernel, put, span, splat, total, vector
+from stages.kernels.cpu.vectors import constant, exp2, get, kernel, put, span, splat, tanh, total, vector
 from stages.sizes import PAGE_SIZE as PAGE
 
 LOWEST, HIDDEN = -5e4, -1e30
@@ -57,12 +57,13 @@ def _least(tokens: Sequence[Any]) -> Any:
 
 class _Kernel:
     """What all attention kernels declare, and the tile that they are made of. ``width`` is how many channels of a row
-    have accumulators at the same time.
+    have accumulators at the same time; a score x becomes ``cap`` * tanh(x / cap) where there is one.
     """
 
-    def __init__(self, heads: Heads, width: int) -> None:
+    def __init__(self, heads: Heads, width: int, cap: float) -> None:
         self.heads = heads
         self.width = width
+        self.cap = cap
         self.q: Any = None
         self.output: Any = None
         self.lse: Any = None
@@ -128,7 +129,11 @@ class _Kernel:
                     put(part, get(part, PAGE) + source.key(block, channel) * x, span(0, PAGE))
         for number, (ways_of_row, (low, high), peak) in enumerate(zip(parts, seen, peaks, strict=True)):
             score = sum((get(part, PAGE) for part in ways_of_row[1:]), get(ways_of_row[0], PAGE))
-            score = score * splat(self.sm_scale * T.float32(LOG2E), PAGE)
+            if self.cap:
+                score = tanh(score * splat(self.sm_scale * T.float32(1 / self.cap), PAGE), PAGE)
+                score = score * constant(self.cap * LOG2E, PAGE)
+            else:
+                score = score * splat(self.sm_scale * T.float32(LOG2E), PAGE)
             tokens = T.ramp(block * PAGE, 1, PAGE)
             visible = tokens < splat(high, PAGE)
             if not _is_zero(low):
@@ -185,11 +190,11 @@ class _Pages:
         )
 
 
-def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1) -> tirx.PrimFunc:
+def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0) -> tirx.PrimFunc:
     """Return the kernel of one query of each sequence against the tokens that the cache holds of it, within a
     ``window`` if there is one; ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width)
+    attention = _Kernel(heads, width, cap)
     with kernel() as made:
         batch = T.int32()
         attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
@@ -209,11 +214,11 @@ def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1) -> tirx.
     return made.function
 
 
-def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1) -> tirx.PrimFunc:
+def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the tokens that the cache holds of each, within a
     ``window`` if there is one; those of a chunk see each other elsewhere. ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width)
+    attention = _Kernel(heads, width, cap)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
@@ -251,9 +256,9 @@ def first_seen(window: int, query: Any, first: Any, end: Any) -> Any:
     return T.min(T.max(query - first - (window - 1), 0), end) if window else 0
 
 
-def prefill_ragged(heads: Heads, width: int) -> tirx.PrimFunc:
+def prefill_ragged(heads: Heads, width: int, cap: float = 0.0) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the keys and values that came with them."""
-    attention = _Kernel(heads, width)
+    attention = _Kernel(heads, width, cap)
     with kernel() as made:
         n, m, batch = T.int32(), T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")

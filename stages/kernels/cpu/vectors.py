@@ -6,6 +6,7 @@ them, and takes larger ones from the heap.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from tvm.script.ir_builder import tirx as T  # noqa: N812
 from stages.ir.content import written
 
 WORTH_THREADS = 1 << 17  # additions and multiplications; waking the other threads takes as long as many thousands
+_TANH = (62 / 2835, -17 / 315, 2 / 15, -1 / 3, 1.0)  # highest power of the square first
 _EXP2 = (0.00187757667, 0.00898934009, 0.0558263180, 0.240153617, 0.693153073, 0.999999940)  # highest power first
 
 
@@ -109,6 +111,17 @@ def exp2(x: Any, lanes: int) -> Any:
     exponent = T.Cast(lanes_of("int32", lanes), whole) + constant(127, lanes, "int32")
     bits = T.shift_left(exponent, constant(23, lanes, "int32"))
     return T.reinterpret(lanes_of("float32", lanes), bits) * power
+
+
+def tanh(x: Any, lanes: int) -> Any:
+    """Return tanh(x) for float32 lanes; near zero by its series, where a difference of exponentials has no digits."""
+    power = exp2(x * constant(2 * math.log2(math.e), lanes), lanes)
+    far = constant(1, lanes) - constant(2, lanes) / (power + constant(1, lanes))
+    square = x * x
+    series = constant(_TANH[0], lanes)
+    for coefficient in _TANH[1:]:
+        series = series * square + constant(coefficient, lanes)
+    return T.Select(T.fabs(x) < constant(0.25, lanes), series * x, far)
 
 
 def choose(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:

@@ -1,0 +1,88 @@
+"""Projections of one input become one matrix: q, k and v, or gate and up, whatever a modelling file calls them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from stages.tracing.export import Part
+
+Node = tuple[str, Mapping[str, Any]]
+
+
+def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -> tuple[Part, dict[str, list[str]]]:
+    """Return the graph with such linear layers merged, and what is merged: name of the new parameter -> names.
+
+    ``shapes`` are those of parameters; those ``apart`` stay as they are, as do any that are read more than once.
+    """
+    uses = Counter(name for _, arguments in part.nodes for name in read(list(arguments.values()), "parameter"))
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for number, (name, arguments) in enumerate(part.nodes):
+        if name == "linear" and "value" in arguments["x"]:
+            parameters = read([arguments["weight"], arguments.get("bias")], "parameter")
+            if all(uses[each] == 1 and each not in apart for each in parameters):
+                groups[arguments["x"]["value"], "bias" in arguments].append(number)
+    groups = {key: numbers for key, numbers in groups.items() if len(numbers) > 1}
+    first = {numbers[0]: numbers for numbers in groups.values()}
+    places = {number: (numbers[0], at) for numbers in groups.values() for at, number in enumerate(numbers)}
+    made: dict[str, list[str]] = {}
+    values: dict[int, int] = {number: number for number in range(part.inputs)}
+    splits: dict[int, int] = {}
+    nodes: list[Node] = []
+
+    def add(name: str, arguments: Mapping[str, Any]) -> int:
+        nodes.append((name, arguments))
+        return part.inputs + len(nodes) - 1
+
+    for number, (name, arguments) in enumerate(part.nodes):
+        if number in first:
+            members = [part.nodes[each][1] for each in first[number]]
+            together: dict[str, Any] = {"x": renumbered(arguments["x"], values)}
+            for leaf in ("weight", "bias"):
+                if leaf in arguments:
+                    names = [each[leaf]["parameter"] for each in members]
+                    made[joined(names)] = names
+                    together[leaf] = {"parameter": joined(names)}
+            sizes = [shapes[each["weight"]["parameter"]][0] for each in members]
+            product = add("linear", together)
+            splits[number] = add("split", {"x": {"value": product}, "sizes": sizes, "dim": -1})
+        if number in places:
+            leader, at = places[number]
+            values[part.inputs + number] = add("item", {"x": {"value": splits[leader]}, "index": at})
+        else:
+            values[part.inputs + number] = add(name, renumbered(arguments, values))
+    return replace(part, nodes=nodes, output=values[part.output]), made
+
+
+def joined(names: Sequence[str]) -> str:
+    """Return the name of several parameters in one: ``a.q.weight`` and ``a.k.weight`` are ``a.q+k.weight``."""
+    parts = [name.split(".") for name in names]
+    before = _alike(parts)
+    after = _alike([part[before:][::-1] for part in parts])
+    middle = "+".join(".".join(part[before : len(part) - after]) for part in parts)
+    return ".".join([*parts[0][:before], middle, *parts[0][len(parts[0]) - after :]])
+
+
+def _alike(parts: Sequence[Sequence[str]]) -> int:
+    """Return how many words all begin with."""
+    return next((at for at, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1), min(map(len, parts)))
+
+
+def renumbered(value: Any, values: Mapping[int, int]) -> Any:
+    """Return arguments with the values that they name under other numbers."""
+    if isinstance(value, list):
+        return [renumbered(each, values) for each in value]
+    if isinstance(value, Mapping):
+        if value.keys() == {"value"} and isinstance(value["value"], int):
+            return {"value": values[value["value"]]}
+        return {key: renumbered(each, values) for key, each in value.items()}
+    return value
+
+
+def read(value: Any, kind: str) -> list[Any]:
+    """Return what of a ``kind`` (value, parameter) arguments name."""
+    if isinstance(value, list):
+        return [found for each in value for found in read(each, kind)]
+    return [value[kind]] if isinstance(value, Mapping) and kind in value else []
