@@ -26,7 +26,6 @@ import functools
 import importlib.util
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.local import LOCAL
+from stagegraph.planning.syntax import syntax_text
 from stagegraph.registry import SHIPPED
 from stagegraph.store.index import Index
 
@@ -45,7 +45,7 @@ ENGINE = __name__.partition(".")[0]
 # What may follow the name of a module, in the order in which Python looks: a compiled one comes before its source.
 SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)
 FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
-SUMMARY_SCHEMA = f"4/py{sys.version_info.major}.{sys.version_info.minor}"
+SUMMARY_SCHEMA = 5
 # A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
 # first-party modules, "data" are strings that may name a file beside the module.
 Summary = dict[str, Any]
@@ -229,7 +229,7 @@ def summarise(module: str, path: Path) -> Summary:
     strip_docstrings(tree)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     return {
-        "digest": digest_bytes(ast.dump(tree).encode()),
+        "digest": digest_bytes(syntax_text(tree).encode()),
         "imports": sorted(set(_imports(tree, package))),
         "tables": tables,
         "data": sorted(set(_data_names(tree))),
@@ -271,7 +271,7 @@ def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
         modules = sorted({module for s in strings for module in _named(s, roots)})
         data = sorted(set(_data_names(value)))
         if isinstance(key, ast.Constant):
-            digest = digest_bytes(ast.dump(value).encode())
+            digest = digest_bytes(syntax_text(value).encode())
             rows[str(key.value)] = {"digest": digest, "imports": modules, "data": data}
     return rows
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.planning.code import strip_docstrings, table_name
+from stagegraph.planning.syntax import syntax_text
 
 if TYPE_CHECKING:
     from stagegraph.store.index import Index
@@ -67,17 +68,17 @@ def definitions(source: str) -> dict[Definition, str]:
 def _parts(body: Iterable[ast.stmt], prefix: str, rest: str) -> Iterator[tuple[Definition, str]]:
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield ("function", prefix + node.name), ast.dump(node)
+            yield ("function", prefix + node.name), syntax_text(node)
         elif isinstance(node, ast.ClassDef):
             yield from _parts(node.body, f"{prefix}{node.name}.", f"{prefix}{node.name}")
             node.body = []
-            yield ("class", prefix + node.name), ast.dump(node)
+            yield ("class", prefix + node.name), syntax_text(node)
         elif rest:
-            yield ("class", rest), ast.dump(node)
+            yield ("class", rest), syntax_text(node)
         elif names := _assigned(node):
-            yield ("constant", names), ast.dump(node)
+            yield ("constant", names), syntax_text(node)
         else:
-            yield ("", ""), ast.dump(node)
+            yield ("", ""), syntax_text(node)
 
 
 def _assigned(node: ast.stmt) -> str:
