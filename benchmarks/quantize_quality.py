@@ -11,10 +11,13 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from stages.quantization.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ("tiny-qwen", "tiny-llama")
@@ -51,9 +54,9 @@ class Example:
         for param in self.family.params(self.config):
             array = apply(param.transform, [self.arrays[source] for source in param.sources])
             dtype = param.dtype or scheme.storage_dtype
-            kept = convert([array], scheme, param.kind, shape=array.shape, dtype=dtype, scales=scales).stored
-            quantized = scheme.quantizes(param.kind)
-            array = restored(kept, scheme, array.shape[1]) if quantized else kept[0].astype(np.float32)
+            row = scheme.row(param.kind, array.shape[-1])
+            kept = convert([array], row, shape=array.shape, dtype=dtype, scales=scales).stored
+            array = restored(kept, row, array.shape[1]) if row else kept[0].astype(np.float32)
             found |= dict(zip(param.sources, invert(param.transform, array, param.source_shapes), strict=True))
         return found
 
@@ -81,6 +84,10 @@ class Example:
         return math.exp(loss / sum(map(len, documents)))
 
 
+def _grouped(scheme: Scheme) -> bool:
+    return any(row.kind == "group" for row in scheme.rows)
+
+
 def table() -> list[tuple[str, str, str, bool]]:
     """Print the perplexity in every scheme; return what is required of the search for scales."""
     from vocabulary import read_documents
@@ -91,16 +98,17 @@ def table() -> list[tuple[str, str, str, bool]]:
     for name in EXAMPLES:
         example, measured, known = Example(ROOT / "examples" / name), {}, {}
         for scheme in SCHEMES.values():
-            for scales in ("max", "mse") if scheme.kind == "group" else ("max",):
+            grouped = _grouped(scheme)
+            for scales in ("max", "mse") if grouped else ("max",):
                 values = replace(scheme, name="", linear_layout="nk"), scales  # what decides the values
                 if values not in known:
                     known[values] = example.perplexity(example.stored(scheme.name, scales), documents)
                 found = measured[scheme.name, scales] = known[values]
                 floor = measured["q0f32", "max"]
                 more = f"+{100 * (found / floor - 1):.2f} %"
-                print(f"{name:<11} {scheme.name:<9} {scales if scheme.kind == 'group' else '':<4} {found:8.4f}  {more}")
+                print(f"{name:<11} {scheme.name:<9} {scales if grouped else '':<4} {found:8.4f}  {more}")
         for scheme in SCHEMES.values():
-            if scheme.kind == "group" and scheme.bits < 8:
+            if _grouped(scheme) and scheme.bits < 8:
                 plain, searched = measured[scheme.name, "max"], measured[scheme.name, "mse"]
                 shown = f"{searched:.4f}, max {plain:.4f}, float32 {measured['q0f32', 'max']:.4f}"
                 rows.append((f"{name}, {scheme.name}, scales mse", shown, "below max", searched < plain))

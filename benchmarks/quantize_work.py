@@ -102,7 +102,7 @@ def numpy_blocks(folder: str, out: str, threads: str) -> dict[str, Any]:
 
     def convert(number: int, name: str) -> None:
         array = weights[name]
-        pair = group.quantize(array, SCHEMES["q4f16_1"]) if array.ndim == 2 else [array.astype(np.float16)]
+        pair = group.quantize(array, SCHEMES["q4f16_1"].body) if array.ndim == 2 else [array.astype(np.float16)]
         with (target / str(number)).open("wb") as file:
             for tensor in pair:
                 data = tensor.reshape(-1).view(np.uint8).data

@@ -136,7 +136,6 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         registry=registry,
         row=target,
         target=export_target(target),
-        group=(scheme.bits, scheme.group_size),
         context_window=model["context_window"],
         sep_embed=params.sep_embed,
         prefill_chunk=chunk,

@@ -128,13 +128,13 @@ def _entries(
     """
     from stages.quantization import layouts
 
-    quantize, dtype = scheme.quantizes(parameter.kind), parameter.dtype or scheme.storage_dtype
+    row, dtype = scheme.row(parameter.kind, parameter.shape[-1]), parameter.dtype or scheme.storage_dtype
     layout = layouts.of(target, parameter.kind, scheme, dtype, parameter.shape[-1])
     tensors: Sequence[tuple[str, tuple[int, ...], str]] = [(parameter.name, parameter.shape, dtype)]
-    if quantize:
+    if row:
         stem = parameter.name.removesuffix("weight")
         n, k = parameter.shape
-        tensors = [(f"{stem}{part}", shape, dtype) for part, shape, dtype in scheme.stored(n, k)]
+        tensors = [(f"{stem}{part}", shape, dtype) for part, shape, dtype in row.stored(n, k)]
     stored: list[StoredTensor] = [
         {"name": name, "shape": layouts.shape(layout, shape), "dtype": dtype, "of": parameter.name}
         for name, shape, dtype in tensors
@@ -147,7 +147,7 @@ def _entries(
         "source_names": [*parameter.sources],
         "source_shapes": [[*shape] for shape in parameter.source_shapes],
         "transform": parameter.transform,
-        "quantize": quantize,
+        "quantize": row.document() if row else None,
         "dtype": dtype,
         "layout": layout,
         "stored": [tensor["name"] for tensor in stored],

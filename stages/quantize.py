@@ -7,7 +7,7 @@ import errno
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, param, source
@@ -37,10 +37,12 @@ class Quantize(Stage):
         scheme: str = param("quantization scheme", choices="stages.quantization.schemes:SCHEMES")
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
         scales: str = param(
-            "how a group's scale is chosen: max takes the one that the largest value asks for, as MLC-LLM does; mse "
-            "searches the one of least squared error, which takes longer to quantize and no longer to run",
-            default="max",
-            choices=("max", "mse"),
+            "how a group's scale is chosen: max takes the one that the largest value asks for, as MLC-LLM does; full "
+            "takes the largest value to the code that max leaves over, as ggml's Q4_0 does; mse searches the one of "
+            "least squared error, which takes longer to quantize and no longer to run; auto is what the scheme's row "
+            "of docs/quantization.md says",
+            default="auto",
+            choices=("auto", "max", "full", "mse"),
         )
         threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
 
@@ -60,12 +62,22 @@ class Quantize(Stage):
     }
 
     def resolve(self, params: Params) -> Params:
-        """Refuse a search for scales where there are no groups that have one each."""
+        """Take the scheme's own choice for auto; refuse one where there are no groups that have a scale each."""
         from stages.quantization.schemes import SCHEMES
 
         scheme = SCHEMES.get(params.scheme)
-        if params.scales == "mse" and scheme is not None and scheme.kind != "group":
-            raise StageError(f"scales: mse searches the scale of each group, and {scheme.name} has no groups; use max")
+        if scheme is None:
+            return params
+        if params.scales == "auto":
+            return replace(params, scales=scheme.scales)
+        if params.scales != "max" and not any(row.kind == "group" for row in scheme.rows):
+            raise StageError(
+                f"scales: {params.scales} chooses the scale of each group, and {scheme.name} has no groups; use auto"
+            )
+        if params.scales == "full" and any(row.minimum for row in scheme.rows):
+            raise StageError(
+                f"scales: full is for groups around zero, and those of {scheme.name} have a minimum; use max or mse"
+            )
         return params
 
     def tools(self, params: Params) -> dict[str, str]:  # noqa: ARG002
@@ -95,9 +107,7 @@ class Quantize(Stage):
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
         compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
-        plan = Plan(
-            register, listed["tensors"], files.files, files.digests, scheme, scales, ctx.params.threads, compilers
-        )
+        plan = Plan(register, listed["tensors"], files.files, files.digests, scales, ctx.params.threads, compilers)
         conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
         size = conversion.stored_bytes
         _check_space(ctx, size)

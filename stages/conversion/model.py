@@ -23,6 +23,7 @@ from stages.models import transforms
 from stages.problems import ProblemsError
 from stages.quantization.blocks import UnfitError
 from stages.quantization.parameter import convert, kernel_names
+from stages.quantization.rows import Row
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from stages.documents.weights import ErrorLine
     from stages.memo import Memo, NewPart, Part
     from stages.quantization.compiled import Kernels
-    from stages.quantization.schemes import Scheme
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
@@ -53,14 +53,14 @@ class ConversionError(ProblemsError):
 class Plan:
     """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
 
-    ``scales`` is max or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles kernels.
+    ``scales`` is max, full or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles
+    kernels.
     """
 
     register: Register
     tensors: Mapping[str, CheckpointTensor]
     files: Mapping[str, Path]
     digests: Mapping[str, str]
-    scheme: Scheme
     scales: str
     threads: int
     tools: Mapping[str, str]
@@ -142,8 +142,7 @@ class Conversion:
 
         To find out costs kernels, which take what is just read, a second reading of those that are not.
         """
-        how = {"scheme": self._plan.scheme.name, "scales": self._plan.scales}
-        document = {"parameters": self._logical, **how}
+        document = {"parameters": self._logical, "scales": self._plan.scales}
         if self._memo.recall("conversion", document):
             return True
         path = self._scratch / "begun"
@@ -153,12 +152,12 @@ class Conversion:
 
     def _kernel_names(self) -> list[str]:
         sources = {str(self._dtype(entry)) for entry in self._logical}
-        layouts = sorted({entry["layout"] for entry in self._logical if entry["quantize"]})
+        quantizing = {(Row(**e["quantize"]), e["layout"]) for e in self._logical if e["quantize"]}
         dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
         return [
             name
             for source in sorted(sources)
-            for name in kernel_names(source, self._plan.scheme, self._plan.scales, layouts=layouts, dtypes=dtypes)
+            for name in kernel_names(source, sorted(quantizing, key=str), self._plan.scales, dtypes)
         ]
 
     def _dtype(self, entry: Parameter) -> np.dtype:
@@ -195,8 +194,10 @@ class Conversion:
         return {
             "name": entry["name"],
             "kind": entry["kind"],
-            "scheme": self._plan.scheme.name if entry["quantize"] else entry["dtype"],
+            "scheme": Row(**entry["quantize"]).name if entry["quantize"] else entry["dtype"],
             "shape": entry["shape"],
+            "quantize": entry["quantize"],
+            "layout": entry["layout"],
             "bytes": sum(tensor.nbytes for tensor in self._stored[index]),
             "source_dtype": facts["source_dtype"],
             "rmse": facts["rmse"],
@@ -221,16 +222,9 @@ class Conversion:
 
     def _document(self, entry: Parameter, digests: Sequence[str]) -> dict[str, Any]:
         """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
-        scheme = self._plan.scheme
         how: dict[str, Any] = {"dtype": entry["dtype"]}
         if entry["quantize"]:
-            how = {
-                "kind": scheme.kind,
-                "bits": scheme.bits,
-                "group_size": scheme.group_size,
-                "scale_dtype": scheme.storage_dtype,
-                "scales": self._plan.scales,
-            }
+            how = {**entry["quantize"], "scales": self._plan.scales}
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
@@ -254,8 +248,7 @@ class Conversion:
         data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
         made = convert(
             rows(),
-            plan.scheme,
-            entry["kind"],
+            Row(**entry["quantize"]) if entry["quantize"] else None,
             shape=entry["shape"],
             whole=whole,
             into=data,

@@ -7,6 +7,16 @@ from typing import TypedDict
 from stages.documents.model import CheckpointTensors
 
 
+class StoredRow(TypedDict):
+    """How a quantized matrix is stored: the fields of stages.quantization.rows:Row."""
+
+    kind: str
+    bits: int
+    group_size: int
+    scale_dtype: str
+    minimum: bool
+
+
 class StoredTensor(TypedDict):
     """A tensor as it is stored and packed: ``of`` names its parameter."""
 
@@ -19,7 +29,7 @@ class StoredTensor(TypedDict):
 class Parameter(TypedDict):
     """A parameter of the graph: ``sources`` are the checkpoint's tensors that ``transform`` makes it of, of
     ``source_shapes``, and ``source_names`` the model's names of them. ``layout`` is how a matrix lies in memory;
-    ``stored`` names the tensors that hold it; ``quantize`` says that they are the scheme's, else of ``dtype``.
+    ``stored`` names the tensors that hold it; ``quantize`` is the row that they are of, null for floats of ``dtype``.
     """
 
     name: str
@@ -29,7 +39,7 @@ class Parameter(TypedDict):
     source_names: list[str]
     source_shapes: list[list[int]]
     transform: str
-    quantize: bool
+    quantize: StoredRow | None
     dtype: str
     layout: str
     stored: list[str]

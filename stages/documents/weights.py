@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypedDict
 
+from stages.documents.params import StoredRow
+
 
 class ErrorLine(TypedDict):
-    """How a parameter is stored, and its error against the source: relative RMSE, and the largest over the largest."""
+    """How a parameter is stored, and its error against the source: relative RMSE, and the largest over the largest.
+
+    ``scheme`` says how in words, ``quantize`` and ``layout`` are those of params.json.
+    """
 
     name: str
     kind: str
     scheme: str
     shape: list[int]
+    quantize: StoredRow | None
+    layout: str
     bytes: int
     source_dtype: str
     rmse: float

@@ -31,8 +31,7 @@ class GraphError(ProblemsError):
 class Build:
     """One model on one target: its config, the registered parameters, and the sizes the graph is bounded by.
 
-    ``compose(config, factory)`` is the family's ``causal_lm``; ``target`` is what TVM makes of ``row``. ``group`` is
-    (bits, group size) of quantized matrices.
+    ``compose(config, factory)`` is the family's ``causal_lm``; ``target`` is what TVM makes of ``row``.
     """
 
     config: Any
@@ -42,7 +41,6 @@ class Build:
     target: tvm.target.Target
     compute_dtype: str
     kv_dtype: str
-    group: tuple[int, int]
     sep_embed: bool
     prefill_chunk: int
     max_batch: int
@@ -125,8 +123,7 @@ class Build:
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""
-        bits, group_size = self.group
-        factory = LayerFactory(self.registry, self.compute_dtype, bits=bits, group_size=group_size)
+        factory = LayerFactory(self.registry, self.compute_dtype)
         model = self.compose(self.config, factory)
         if factory.problems:
             raise GraphError(*factory.problems)

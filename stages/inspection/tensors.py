@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stages.quantization.rows import Row
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -89,7 +91,7 @@ def _parameter(documents: RegisterDocuments, entry: Parameter) -> dict[str, Any]
     return {
         **{key: entry[key] for key in ("name", "shape", "kind", "transform")},
         "how": HOW.get(transform, transform),
-        "quantized": documents["params"]["scheme"] if entry["quantize"] else None,
+        "quantized": Row(**entry["quantize"]).name if entry["quantize"] else None,
         "stored": [
             {"place": places[name], **{key: packed[places[name]][key] for key in ("name", "dtype", "shape")}}
             for name in entry["stored"]

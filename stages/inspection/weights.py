@@ -11,7 +11,7 @@ from stages.quantization import layouts
 from stages.quantization.blocks import row_blocks
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import restored
-from stages.quantization.schemes import SCHEMES
+from stages.quantization.rows import Row
 from stages.sizes import N32_BLOCK
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class _Weights:
 
     def stored(self, name: str) -> list[np.ndarray]:
         """Return the stored tensors of a parameter, mapped."""
-        stem = name.removesuffix("weight")
-        names = [name] if name in self._places else [f"{stem}q_weight", f"{stem}q_scale"]
+        row = self.lines[name]["quantize"]
+        names = [name.removesuffix("weight") + part for part in Row(**row).parts] if row else [name]
         places = [self._places[stored] for stored in names]
         return [
             np.memmap(path, numpy_dtype(record["dtype"]), "r", record["byteOffset"], tuple(record["shape"]))
@@ -51,17 +51,16 @@ class _Weights:
 
     def values(self, name: str, rows: slice) -> np.ndarray:
         """Return rows of a parameter in float32."""
-        stored, scheme = self.stored(name), SCHEMES.get(self.lines[name]["scheme"])
-        rows = slice(
-            rows.start, min(rows.stop, self.lines[name]["shape"][0])
-        )  # the last block of a layout is filled up
-        if len(stored) == 1 or scheme is None:
+        line, stored = self.lines[name], self.stored(name)
+        rows = slice(rows.start, min(rows.stop, line["shape"][0]))  # the last block of a layout is filled up
+        if not line["quantize"]:
             return _rows(stored[0], rows, 0).astype(np.float32)
-        if stored[0].ndim < 3:  # not in the layout of a target's kernels
-            layout = layouts.of_scheme(self.lines[name]["kind"], scheme)
-            stored = [layouts.restore(layout, tensor, rows.stop, scheme.bits) for tensor in stored]
-        scale = stored[1] if scheme.kind == "tensor" else _rows(stored[1], rows, scheme.bits)
-        return restored((_rows(stored[0], rows, scheme.bits), scale), scheme, self.lines[name]["shape"][1])
+        row = Row(**line["quantize"])
+        if line["layout"] == "kn":
+            stored = [layouts.restore("kn", tensor, rows.stop, row.bits) for tensor in stored]
+        if row.kind == "tensor":
+            return restored([stored[0][rows], stored[1]], row, line["shape"][1])
+        return restored([_rows(tensor, rows, row.bits) for tensor in stored], row, line["shape"][1])
 
     def relaid(self, other: _Weights, name: str) -> bool:
         """Say whether the other result stores a parameter in another layout."""

@@ -103,7 +103,9 @@ class _Linears(Rewriter):
 
     def _quantized(self, x: Any, layer: Linear) -> list[Any]:
         """Emit the quantization of activations; return bytes, scales and offsets."""
-        size = layer.rows, layer.outer, layer.weight.k, layer.weight.group, layer.weight.middle
+        weight = layer.weight
+        # What a minimum is multiplied by is the sum of the activations itself.
+        size = layer.rows, layer.outer, weight.k, weight.group, -1 if weight.minimum else weight.middle
         kernel = self.kernel(size, lambda: quantizer(*size), "quantize_rows")
         rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
         shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
@@ -144,6 +146,6 @@ def _stored(call: rx.Call) -> Stored | None:
     dtype = str(tensors[-1].dtype)
     if len(tensors) == 1:
         return Stored(n, k, dtype)
-    words, groups = columns
+    words, groups, *least = columns
     bits, group = 32 * words // k, k // groups
-    return Stored(n, k, dtype, bits, group) if bits in (4, 8) else None
+    return Stored(n, k, dtype, bits, group, minimum=bool(least)) if bits in (4, 8) else None

@@ -199,16 +199,13 @@ class CausalLM(nn.Module):
 class LayerFactory:
     """Makes layers whose parameters are those registered for the build, and notes every disagreement.
 
-    ``registry`` is the content of params.json; ``bits`` and ``group_size`` describe its quantized matrices, of which
-    group size 0 has one scale each. A family asks for layers by checkpoint name and the shape that its config implies.
-    After the model is composed, ``problems`` lists what the registry lacks or has otherwise, and ``names`` gives the
-    stored name of each parameter made.
+    ``registry`` is the content of params.json. A family asks for layers by checkpoint name and the shape that its
+    config implies. After the model is composed, ``problems`` lists what the registry lacks or has otherwise, and
+    ``names`` gives the stored name of each parameter made.
     """
 
-    def __init__(self, registry: Register, compute_dtype: str, *, bits: int = 0, group_size: int = 0) -> None:
+    def __init__(self, registry: Register, compute_dtype: str) -> None:
         self.compute_dtype = compute_dtype
-        self.bits = bits
-        self.group_size = group_size
         self.problems: list[str] = []
         self.names: dict[nn.Parameter, str] = {}
         self._logical = {entry["name"]: entry for entry in registry["logical"]}
@@ -249,16 +246,19 @@ class LayerFactory:
             weight = self._parameter(name, layout.shape(rows, columns))
             return FloatMatrix(weight, rows, self.compute_dtype, layout)
         base = name.removesuffix("weight")
-        if not self.group_size:
+        row = logical["quantize"]
+        if row["kind"] == "tensor":
             scale = self._parameter(f"{base}q_scale", (1,))
             return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, self.compute_dtype)
-        groups = -(-columns // self.group_size)
+        bits, size = row["bits"], row["group_size"]
+        groups = -(-columns // size)
+        widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
+        widths |= {"q_min": groups} if row["minimum"] else {}
         return GroupMatrix(
-            self._parameter(f"{base}q_weight", layout.shape(rows, groups * (self.group_size // (32 // self.bits)))),
-            self._parameter(f"{base}q_scale", layout.shape(rows, groups)),
+            *(self._parameter(f"{base}{part}", layout.shape(rows, width)) for part, width in widths.items()),
             shape=shape,
-            bits=self.bits,
-            group_size=self.group_size,
+            bits=bits,
+            group_size=size,
             compute_dtype=self.compute_dtype,
             layout=layout,
         )

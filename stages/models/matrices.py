@@ -81,15 +81,16 @@ class FloatMatrix(nn.Module):
 
 
 class GroupMatrix(nn.Module):
-    """A matrix [n, k] in groups of ``group_size`` along k: ``q_weight`` uint32 [n, k / per word], ``q_scale``
-    [n, k / group_size], both in the layout. Value = (element - (2 ** (bits - 1) - 1)) * scale. A last group that is
-    short takes the words of a full one.
+    """A matrix [n, k] in groups of ``group_size`` along k. ``q_weight`` is uint32 [n, k / per word], ``q_scale``
+    [n, k / group_size], value = (element - (2 ** (bits - 1) - 1)) * scale; with ``q_min`` of the scale's shape, value =
+    element * scale + minimum. All are in the layout; a last group that is short takes the words of a full one.
     """
 
     def __init__(
         self,
         q_weight: nn.Parameter,
         q_scale: nn.Parameter,
+        q_min: nn.Parameter | None = None,
         *,
         shape: tuple[int, int],
         bits: int,
@@ -99,33 +100,44 @@ class GroupMatrix(nn.Module):
     ) -> None:
         self.q_weight = q_weight
         self.q_scale = q_scale
+        self.q_min = q_min
         self.shape = shape
         self.bits = bits
         self.group_size = group_size
         self.compute_dtype = compute_dtype
         self.layout = layout
 
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """What is stored, in packed order."""
+        return [self.q_weight, self.q_scale, *([] if self.q_min is None else [self.q_min])]
+
     def matrix(self) -> Tensor:
         """Return all of it, dequantized, [n, k] in the compute dtype."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
+        return op.tensor_expr_op(self._unpack, "dequantize", self.stored)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` [s], dequantized, [s, k]: nothing but them is read."""
         if self.layout.block == 1:
-            return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), take(self.q_scale, ids)])
-        return _gather(self.shape, ids, [self.q_weight, self.q_scale], self._value)
+            return op.tensor_expr_op(self._unpack, "dequantize", [take(tensor, ids) for tensor in self.stored])
+        return _gather(self.shape, ids, self.stored, self._value)
 
-    def _value(self, words: te.Tensor, scale: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
+    def _value(self, words: te.Tensor, scale: te.Tensor, *rest: Any) -> tirx.PrimExpr:
+        """Return the value at ``rest``: row and column, after the minimum where there is one."""
+        *least, i, j = rest
         per_word, dtype = 32 // self.bits, self.compute_dtype
         mask, middle = (1 << self.bits) - 1, (1 << (self.bits - 1)) - 1
         bit = self.layout.bit(j % per_word, self.bits)
         shifted = tirx.shift_right(words[self.layout.at(i, j // per_word)], bit.astype("uint32"))
         element = tirx.bitwise_and(shifted, tirx.const(mask, "uint32")).astype(dtype)
-        return (element - tirx.const(middle, dtype)) * scale[self.layout.at(i, j // self.group_size)].astype(dtype)
+        group = self.layout.at(i, j // self.group_size)
+        if least:
+            return element * scale[group].astype(dtype) + least[0][group].astype(dtype)
+        return (element - tirx.const(middle, dtype)) * scale[group].astype(dtype)
 
-    def _unpack(self, words: te.Tensor, scale: te.Tensor) -> te.Tensor:
+    def _unpack(self, words: te.Tensor, *scales: te.Tensor) -> te.Tensor:
         rows = words.shape[0] if self.layout.block == 1 else self.shape[0]
-        return te.compute((rows, self.shape[1]), lambda i, j: self._value(words, scale, i, j), name="dequantize")
+        return te.compute((rows, self.shape[1]), lambda i, j: self._value(words, *scales, i, j), name="dequantize")
 
 
 def _gather(

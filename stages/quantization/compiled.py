@@ -20,7 +20,7 @@ from stages.quantization.kernel_names import ROW, TILE_GROUPS, TILE_ROWS, cast_n
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from stages.quantization.schemes import Scheme
+    from stages.quantization.rows import Row
 
 POINTER, INTEGER = 4, 1  # TVMFFITypeIndex: kTVMFFIOpaquePtr, kTVMFFIInt
 
@@ -79,7 +79,7 @@ class Kernels:
         self,
         parts: Iterable[np.ndarray],
         rows: int,
-        scheme: Scheme,
+        row: Row,
         scales: str,
         layout: str,
         stored: Sequence[np.ndarray],
@@ -96,12 +96,12 @@ class Kernels:
         sums: list[np.ndarray] = []
         first = 0
         for part in parts:
-            run = run or _Quantizing(self, part, rows, (scheme, scales, layout), words, scale)
+            run = run or _Quantizing(self, part, rows, (row, scales, layout), words, scale)
             sums += run(part, first)
             first += len(part)
         found = _sums(np.concatenate(sums))
         with np.errstate(over="ignore"):
-            fits = np.isfinite(np.float32(np.float32(found.peak / scheme.top).astype(scale.dtype)))
+            fits = np.isfinite(np.float32(np.float32(found.peak / row.top).astype(scale.dtype)))
         return found if fits else None
 
     def cast(self, parts: Iterable[np.ndarray], stored: np.ndarray) -> Sums | None:
@@ -148,17 +148,17 @@ class _Quantizing:
         kernels: Kernels,
         part: np.ndarray,
         rows: int,
-        how: tuple[Scheme, str, str],
+        how: tuple[Row, str, str],
         words: np.ndarray,
         scale: np.ndarray,
     ) -> None:
         self._how, self._words, self._scale = how, words, scale
-        scheme, scales, layout = how
+        row, scales, layout = how
         self._k, self._side = part.shape[1], layouts.side(layout, rows)
-        self._groups, self._rest = divmod(self._k, scheme.group_size)
-        self._strides = scheme.words(self._k), scheme.groups(self._k), self._side
+        self._groups, self._rest = divmod(self._k, row.group_size)
+        self._strides = row.words(self._k), row.groups(self._k), self._side
         self._places = words.ctypes.data, scale.ctypes.data
-        self._call = kernels.call(quantize_name(str(part.dtype), scheme, scales, layout), 4)
+        self._call = kernels.call(quantize_name(str(part.dtype), row, scales, layout), 4)
 
     def __call__(self, part: np.ndarray, first: int) -> Iterator[np.ndarray]:
         """Quantize rows from number ``first`` on; yield what errors are made of, tile by tile."""
@@ -169,9 +169,9 @@ class _Quantizing:
 
     def _run(self, source: np.ndarray, first: int, group: int, groups: int) -> np.ndarray:
         """Quantize ``groups`` groups of ``source`` as those from number ``group`` on."""
-        scheme, n = self._how[0], len(source)
+        row, n = self._how[0], len(source)
         words, scale = self._places
-        words += group * (scheme.group_size // scheme.per_word) * self._side * self._words.itemsize
+        words += group * (row.group_size // row.per_word) * self._side * self._words.itemsize
         scale += group * self._side * self._scale.itemsize
         stats = np.empty((-(-n // TILE_ROWS) * -(-groups // TILE_GROUPS), 4), np.float32)
         places = source.ctypes.data, words, scale, stats.ctypes.data
@@ -180,14 +180,14 @@ class _Quantizing:
 
     def _last(self, part: np.ndarray, first: int) -> np.ndarray:
         """Quantize a short last group, from a copy that is filled up with zeros."""
-        scheme, _, layout = self._how
+        row, _, layout = self._how
         end, whole = first + len(part), self._groups
-        last = np.zeros((len(part), scheme.group_size), part.dtype)
-        last[:, : self._rest] = part[:, whole * scheme.group_size :]
+        last = np.zeros((len(part), row.group_size), part.dtype)
+        last[:, : self._rest] = part[:, whole * row.group_size :]
         stats = self._run(last, first, whole, 1)
-        by_row = layouts.restore(layout, self._words, end, scheme.bits)  # a view: n32 has whole groups
-        words = by_row[first:end, whole * (scheme.group_size // scheme.per_word) :]
-        _clear_past_end(words, self._rest, scheme)
+        by_row = layouts.restore(layout, self._words, end, row.bits)  # a view: n32 has whole groups
+        words = by_row[first:end, whole * (row.group_size // row.per_word) :]
+        _clear_past_end(words, self._rest, row)
         return stats
 
 
@@ -225,10 +225,10 @@ def _sums(stats: np.ndarray) -> Sums:
     return Sums(float(errors), float(squares), float(stats[:, 2].max()), float(stats[:, 3].max()))
 
 
-def _clear_past_end(words: np.ndarray, count: int, scheme: Scheme) -> None:
+def _clear_past_end(words: np.ndarray, count: int, row: Row) -> None:
     """Zero the codes of a last group ``words`` [n, words of a group] behind its ``count`` values."""
-    full, codes = divmod(count, scheme.per_word)
+    full, codes = divmod(count, row.per_word)
     if codes:
-        words[:, full] &= np.uint32((1 << codes * scheme.bits) - 1)
+        words[:, full] &= np.uint32((1 << codes * row.bits) - 1)
         full += 1
     words[:, full:] = 0

@@ -8,15 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stages.quantization.schemes import Scheme
+    from stages.quantization.rows import Row
 
 ROW = 4096  # values of one row of a cast
+WORDS_AT_ONCE = {3: 8, 4: 32, 8: 8}  # bits -> the least values of a group that are packed at once
 TILE_ROWS, TILE_GROUPS = 32, 64  # what is quantized before the next rows and groups are
 
 
-def quantize_name(source: str, scheme: Scheme, scales: str, layout: str) -> str:
+def quantize_name(source: str, row: Row, scales: str, layout: str) -> str:
     """Return the name of the kernel that quantizes values of dtype ``source`` into ``layout``."""
-    return f"quantize_{source}_{scheme.storage_dtype}_{scheme.bits}_{scheme.group_size}_{scales}_{layout}"
+    return f"quantize_{source}_{row.scale_dtype}_{row.bits}_{row.group_size}_{scales}_{layout}"
+
+
+def compiled(row: Row, scales: str) -> bool:
+    """Say whether there is a kernel that quantizes so; NumPy does the rest."""
+    return row.kind == "group" and not row.minimum and row.group_size >= WORDS_AT_ONCE[row.bits] and scales != "full"
 
 
 def cast_name(source: str, stored: str) -> str:

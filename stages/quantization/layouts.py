@@ -32,9 +32,10 @@ def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
     n32 is for matrices that its kernels read directly, of whole groups or of floats. ``dtype`` is what the parameter is
     stored as where the scheme does not quantize it.
     """
-    if scheme.quantizes(kind):
-        direct = scheme.kind == "group" and scheme.bits in (4, 8) and k % scheme.group_size == 0
-        dtype = scheme.storage_dtype
+    row = scheme.row(kind, k)
+    if row:
+        direct = row.kind == "group" and row.bits in (4, 8) and k % row.group_size == 0
+        dtype = row.scale_dtype
     else:
         direct = kind in _MATRICES
     return target if target != "nk" and direct and dtype in _FLOATS else of_scheme(kind, scheme)
@@ -42,7 +43,7 @@ def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
 
 def of_scheme(kind: str, scheme: Scheme) -> str:
     """Return the layout of a parameter of ``kind`` where the target's kernels ask for none."""
-    return scheme.linear_layout if scheme.quantizes(kind) and kind in ("linear", "head") else "nk"
+    return scheme.linear_layout if scheme.row(kind) and kind in ("linear", "head") else "nk"
 
 
 def side(layout: str, n: int) -> int:

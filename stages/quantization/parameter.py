@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.quantization import float8, group
+from stages.quantization import float8, group, minimum
 from stages.quantization import layouts as arrangement
 from stages.quantization.blocks import cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
+from stages.quantization.kernel_names import cast_name, compiled, quantize_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from stages.quantization.compiled import Kernels, Sums
-    from stages.quantization.schemes import Scheme
+    from stages.quantization.rows import Row
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,17 @@ class Converted:
     worst: float
 
 
-def kernel_names(
-    source: str, scheme: Scheme, scales: str, *, layouts: Iterable[str], dtypes: Iterable[str]
-) -> list[str]:
-    """Return the kernels that conversions from dtype ``source`` may call: ``layouts`` of what is quantized, ``dtypes``
-    of what is not.
+def kernel_names(source: str, quantizing: Iterable[tuple[Row, str]], scales: str, dtypes: Iterable[str]) -> list[str]:
+    """Return the kernels that conversions from dtype ``source`` may call: ``quantizing`` are rows and layouts of what
+    is quantized, ``dtypes`` those of what is not.
     """
-    from stages.quantization.kernel_names import cast_name, quantize_name
-
-    quantizing = [quantize_name(source, scheme, scales, layout) for layout in layouts if scheme.kind == "group"]
-    return [*quantizing, *(cast_name(source, dtype) for dtype in dtypes)]
+    named = [quantize_name(source, row, scales, layout) for row, layout in quantizing if compiled(row, scales)]
+    return [*named, *(cast_name(source, dtype) for dtype in dtypes)]
 
 
 def convert(
     parts: Iterable[np.ndarray],
-    scheme: Scheme,
-    kind: str,
+    row: Row | None,
     *,
     shape: Sequence[int],
     dtype: str,
@@ -55,25 +51,24 @@ def convert(
     whole: Callable[[], np.ndarray] | None = None,
     into: np.ndarray | None = None,
 ) -> Converted:
-    """Convert a parameter of ``kind`` and ``shape``, made of ``parts`` one under the other; one that the scheme does
-    not quantize is cast to ``dtype``.
+    """Convert a parameter of ``shape``, made of ``parts`` one under the other, to what ``row`` stores; without one it
+    is cast to ``dtype``.
 
     Kernels take part by part: the buffer of one may be reused for the next if ``whole`` returns all of it for
     NumPy, which does what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by
     default new memory), and is the same with and without ``kernels``.
     :class:`~stages.quantization.blocks.UnfitError` for a value that is not finite or does not fit.
     """
-    quantizes = scheme.quantizes(kind)
     described = [(shape, dtype)]
-    if quantizes:
+    if row:
         n, k = shape
-        described = [(found, dtype) for _, found, dtype in scheme.stored(n, k)]
+        described = [(found, dtype) for _, found, dtype in row.stored(n, k)]
     stored = _tensors([(arrangement.shape(layout, found), numpy_dtype(dtype)) for found, dtype in described], into)
-    sums = _by_kernels(parts, shape, scheme, stored, quantizes, scales, layout, kernels) if kernels else None
+    sums = _by_kernels(parts, shape, row, stored, scales, layout, kernels) if kernels else None
     error = sums.relative() if sums else None
     if error is None:
         array = whole() if whole else np.concatenate([*parts])
-        error = _by_numpy(array, scheme, stored, quantizes, scales, layout)
+        error = _by_numpy(array, row, stored, scales, layout)
     return Converted(stored, *error)
 
 
@@ -90,9 +85,8 @@ def _tensors(described: Sequence[tuple[Sequence[int], np.dtype]], into: np.ndarr
 def _by_kernels(
     parts: Iterable[np.ndarray],
     shape: Sequence[int],
-    scheme: Scheme,
+    row: Row | None,
     stored: Sequence[np.ndarray],
-    quantizes: bool,
     scales: str,
     layout: str,
     kernels: Kernels,
@@ -100,39 +94,46 @@ def _by_kernels(
     parts = (
         part if part.flags.c_contiguous and part.flags.aligned else np.require(part, None, ("C", "A")) for part in parts
     )
-    if quantizes:
-        return kernels.quantize(parts, shape[0], scheme, scales, layout, stored) if scheme.kind == "group" else None
+    if row:
+        return kernels.quantize(parts, shape[0], row, scales, layout, stored) if compiled(row, scales) else None
     if layout == "nk":
         return kernels.cast(parts, stored[0])
     rows = np.empty(shape, stored[0].dtype)
     sums = kernels.cast(parts, rows)
-    stored[0][...] = arrangement.arrange(layout, rows, scheme.bits)
+    stored[0][...] = arrangement.arrange(layout, rows, 0)
     return sums
 
 
 def _by_numpy(
-    array: np.ndarray,
-    scheme: Scheme,
-    stored: Sequence[np.ndarray],
-    quantizes: bool,
-    scales: str,
-    layout: str,
+    array: np.ndarray, row: Row | None, stored: Sequence[np.ndarray], scales: str, layout: str
 ) -> tuple[float, float]:
-    if not quantizes:
+    if row:
+        made = quantize(array, row, scales)
+        scale_of_all = [] if row.kind == "group" else [*made[1:]]
+
+        def values(rows: slice) -> np.ndarray:
+            by_row = made[: len(made) - len(scale_of_all)]
+            return restored([*(each[rows] for each in by_row), *scale_of_all], row, array.shape[1])
+
+        error = relative_error(array, values)
+    else:
         made = [cast(array, stored[0].dtype.name)]
         error = relative_error(array, lambda rows: made[0][rows].astype(np.float32))
-    elif scheme.kind == "tensor":
-        codes, scale = made = [*float8.quantize(array)]
-        error = relative_error(array, lambda rows: float8.dequantize(codes[rows], scale))
-    else:
-        words, scale = made = [*group.quantize(array, scheme, scales)]
-        error = relative_error(array, lambda rows: group.dequantize(words[rows], scale[rows], scheme, array.shape[1]))
     for target, tensor in zip(stored, made, strict=True):
-        target[...] = arrangement.arrange(layout, tensor, scheme.bits)
+        target[...] = arrangement.arrange(layout, tensor, row.bits if row else 0)
     return error
 
 
-def restored(stored: Sequence[np.ndarray], scheme: Scheme, k: int) -> np.ndarray:
+def quantize(array: np.ndarray, row: Row, scales: str) -> Sequence[np.ndarray]:
+    """Return what a weight [n, k] is stored as, by NumPy, in layout nk."""
+    if row.kind == "tensor":
+        return float8.quantize(array)
+    return (minimum if row.minimum else group).quantize(array, row, scales)
+
+
+def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:
     """Return the float32 weight [n, k] that quantized ``stored`` tensors, or some of their rows, stand for."""
-    values, scale = stored
-    return float8.dequantize(values, scale) if scheme.kind == "tensor" else group.dequantize(values, scale, scheme, k)
+    if row.kind == "tensor":
+        values, scale = stored
+        return float8.dequantize(values, scale)
+    return (minimum if row.minimum else group).dequantize(*stored, row, k)

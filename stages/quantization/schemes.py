@@ -1,75 +1,95 @@
-"""The quantization schemes, by MLC-LLM's names, as data. Norms and biases are never quantized, whatever the scheme."""
+"""The quantization schemes, as data: named choices of rows. Norms and biases are never quantized, whatever the scheme.
+
+Schemes of MLC-LLM have its names and store what it does; in the others the embedding and the head, which cost a small
+model most, keep eight bits, and every group is whole.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from stages.quantization.rows import Row
+
 FloatType = Literal["float16", "bfloat16", "float32"]
+FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How weights are stored; the arithmetic is in docs/quantization.md.
 
-    ``kind`` "none" stores every parameter as ``storage_dtype``. "group" stores each ``group_size`` values of a weight's
-    row as ``bits``-bit integers, packed into uint32 words, with one scale of ``storage_dtype``, "tensor" stores
-    float8_e4m3fn with one float32 scale for the whole weight; both store the rest as ``storage_dtype``.
-    ``model_dtype`` is the dtype of activations where the target computes in it. ``linear_layout`` is how the tensors of
-    linear layers and the head lie in memory (layouts.py) unless a target's kernels read them in a layout of their own.
+    ``body``, ``embedding`` and ``head`` are the rows of linear layers, of the token table (also where it is the head)
+    and of a head of its own; None stores floats of ``storage_dtype``, as are all other parameters. ``model_dtype`` is
+    the dtype of activations where the target computes in it. ``scales`` is how scales are chosen unless the user says
+    otherwise. ``whole`` makes groups smaller where a row's length asks for it, so that all are full.
+    ``linear_layout`` is how the tensors of linear layers and the head lie in memory (layouts.py) unless a target's
+    kernels read them in a layout of their own.
     """
 
     name: str
-    kind: Literal["none", "group", "tensor"]
-    bits: int
-    group_size: int
+    body: Row | None
+    embedding: Row | None
+    head: Row | None
     storage_dtype: FloatType
     model_dtype: FloatType
-    quantize_embedding: bool
-    quantize_head: bool
+    scales: str = "max"
+    whole: bool = False
     linear_layout: Literal["nk", "kn"] = "nk"
 
-    def quantizes(self, kind: str) -> bool:
-        """Say whether parameters of ``kind`` (linear, embedding, head, norm, bias) are stored as integers."""
-        takes_part = {"linear": True, "embedding": self.quantize_embedding, "head": self.quantize_head}
-        return self.kind != "none" and takes_part.get(kind, False)
+    def row(self, kind: str, k: int = 0) -> Row | None:
+        """Return the row of parameters of ``kind`` (linear, embedding, head, norm, bias) with rows of ``k`` values;
+        None for what stays floats.
+        """
+        row = {"linear": self.body, "embedding": self.embedding, "head": self.head}.get(kind)
+        return row.fitting(k) if row and self.whole else row
 
     @property
-    def top(self) -> int:
-        """The largest integer that a group's scale is made for: codes are integers with this added."""
-        return int(2 ** (self.bits - 1) - 1)
+    def rows(self) -> list[Row]:
+        """The rows in use."""
+        return [row for row in (self.body, self.embedding, self.head) if row]
 
     @property
-    def per_word(self) -> int:
-        """How many codes one uint32 holds, low bits first."""
-        return 32 // self.bits
+    def bits(self) -> int:
+        """The fewest bits that a matrix keeps."""
+        return min((row.bits for row in self.rows), default=FLOAT_BITS[self.storage_dtype])
 
-    def groups(self, k: int) -> int:
-        """Return the number of groups in a row of ``k`` values, the last of which may be short."""
-        return -(-k // self.group_size)
 
-    def words(self, k: int) -> int:
-        """Return the number of words in a row of ``k`` values: a short group takes as many as a full one."""
-        return self.groups(k) * (self.group_size // self.per_word)
+def _float(name: str, dtype: FloatType) -> Scheme:
+    return Scheme(name, None, None, None, dtype, dtype)
 
-    def stored(self, n: int, k: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
-        """Return what a quantized weight [n, k] is stored as: last part of the name, shape, dtype."""
-        if self.kind == "tensor":
-            return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (1,), "float32")
-        return ("q_weight", (n, self.words(k)), "uint32"), ("q_scale", (n, self.groups(k)), self.storage_dtype)
+
+def _same(name: str, bits: int, group: int, dtype: FloatType, layout: Literal["nk", "kn"] = "nk") -> Scheme:
+    """Return a scheme that has one row for every matrix, as most of MLC-LLM's."""
+    row = Row("group", bits, group, dtype)
+    return Scheme(name, row, row, row, dtype, dtype, linear_layout=layout)
+
+
+def _mixed(name: str, scales: str, body: Row) -> Scheme:
+    """Return a scheme whose embedding and head keep eight bits."""
+    eight = Row("group", 8, 32, "float16")
+    return Scheme(name, body, eight, eight, "float16", "float16", scales, whole=True)
 
 
 SCHEMES: dict[str, Scheme] = {
-    "q0f32": Scheme("q0f32", "none", 32, 0, "float32", "float32", False, False),
-    "q0f16": Scheme("q0f16", "none", 16, 0, "float16", "float16", False, False),
-    "q0bf16": Scheme("q0bf16", "none", 16, 0, "bfloat16", "bfloat16", False, False),
-    "q3f16_1": Scheme("q3f16_1", "group", 3, 40, "float16", "float16", True, True),
-    "q4f16_0": Scheme("q4f16_0", "group", 4, 32, "float16", "float16", True, True, "kn"),
-    "q4f16_1": Scheme("q4f16_1", "group", 4, 32, "float16", "float16", True, True),
-    "q4f16_2": Scheme("q4f16_2", "group", 4, 32, "float16", "float16", False, False),
-    "q4bf16_1": Scheme("q4bf16_1", "group", 4, 32, "bfloat16", "bfloat16", True, True),
-    "q4f32_1": Scheme("q4f32_1", "group", 4, 32, "float32", "float32", True, True),
-    "q8f16_1": Scheme("q8f16_1", "group", 8, 32, "float16", "float16", True, True),
-    "q8f32_1": Scheme("q8f32_1", "group", 8, 32, "float32", "float32", True, True),
-    "e4m3_f16": Scheme("e4m3_f16", "tensor", 8, 0, "float16", "float16", False, False),
+    "q0f32": _float("q0f32", "float32"),
+    "q0f16": _float("q0f16", "float16"),
+    "q0bf16": _float("q0bf16", "bfloat16"),
+    "q3f16_1": _same("q3f16_1", 3, 40, "float16"),
+    "q4f16_0": _same("q4f16_0", 4, 32, "float16", "kn"),
+    "q4f16_1": _same("q4f16_1", 4, 32, "float16"),
+    "q4f16_2": Scheme("q4f16_2", Row("group", 4, 32, "float16"), None, None, "float16", "float16"),
+    "q4bf16_1": _same("q4bf16_1", 4, 32, "bfloat16"),
+    "q4f32_1": _same("q4f32_1", 4, 32, "float32"),
+    "q8f16_1": _same("q8f16_1", 8, 32, "float16"),
+    "q8f32_1": _same("q8f32_1", 8, 32, "float32"),
+    "e4m3_f16": Scheme("e4m3_f16", Row("tensor", 8, 0, "float32"), None, None, "float16", "float16"),
+    "q4s16": _mixed("q4s16", "mse", Row("group", 4, 16, "float16")),
+    "q4s32": _mixed("q4s32", "mse", Row("group", 4, 32, "float16")),
+    "q4s64": _mixed("q4s64", "mse", Row("group", 4, 64, "float16")),
+    "q4s128": _mixed("q4s128", "mse", Row("group", 4, 128, "float16")),
+    "q4a16": _mixed("q4a16", "max", Row("group", 4, 16, "float16", minimum=True)),
+    "q4a32": _mixed("q4a32", "max", Row("group", 4, 32, "float16", minimum=True)),
+    "q4a64": _mixed("q4a64", "max", Row("group", 4, 64, "float16", minimum=True)),
+    "q4a128": _mixed("q4a128", "max", Row("group", 4, 128, "float16", minimum=True)),
 }

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.quantization import float8, group
-from stages.quantization.parameter import restored
-from stages.quantization.schemes import SCHEMES
+from stages.quantization.parameter import quantize, restored
+from stages.quantization.schemes import FLOAT_BITS, SCHEMES
 from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from stages.verification.case import Case
 
 # Schemes to change to, the smallest first.
-CANDIDATES = ("q4f16_2", "q8f16_1", "q0f16", "q0f32")
+CANDIDATES = ("q4s32", "q4a32", "q4f16_2", "q8f16_1", "q0f16", "q0f32")
 TENSOR_TOKENS, SCHEME_TOKENS = 48, 256  # that a tensor, and a scheme, is judged by
 TOGETHER = 16  # tensors that are judged in one pass, each in a sequence of its own
 FLOAT, INT8 = "float32", "int8"  # arithmetic of activations
@@ -78,7 +77,14 @@ def ask(case: Case, progress: Progress) -> list[str]:
 
 
 def _keeps_more(one: Scheme, other: Scheme) -> bool:
-    return (one.bits, not one.quantize_embedding) > (other.bits, not other.quantize_embedding)
+    def kept(scheme: Scheme) -> tuple[int, int, bool]:
+        """Bits of the body, of the table, and what is closer at as many bits."""
+        body, table = (
+            (row.bits if row else FLOAT_BITS[scheme.storage_dtype]) for row in (scheme.body, scheme.embedding)
+        )
+        return body, table, bool(scheme.body and scheme.body.minimum)
+
+    return kept(one) > kept(other)
 
 
 def compute(request: Request, progress: Progress) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
     mapped, model, _ = streaming.load(asked.root, asked.files, asked.config)
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], _matrices(model)
-    names = [name for name, (kind, _) in matrices.items() if scheme.quantizes(kind)]
+    names = [name for name, (kind, _) in matrices.items() if scheme.row(kind)]
     groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
     total = 1 + len(groups) + len(request.candidates)
     with torch.inference_mode(), streaming.weights_in_float32(model, mapped):
@@ -99,7 +105,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
         divergences, short = [], piece[:-1][:TENSOR_TOKENS]
         here = wanted[: len(short)]
         for done, chosen in enumerate(groups, start=2):
-            alone = _each_alone([matrices[name][1] for name in chosen], scheme, request.scales)
+            alone = _each_alone([matrices[name] for name in chosen], scheme, request.scales)
             with alone, streaming.weights_in_float32(model, mapped):
                 found = _log_probs(model, short[None].expand(len(chosen), -1))
             divergences += _divergence(here, found).mean(-1).tolist()
@@ -144,25 +150,27 @@ def _log_probs(model: Any, ids: Any) -> Any:
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _stored(weight: Any, scheme: Scheme, kind: str, scales: str = "max") -> Any:
+def _stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
     """Return what is left of a float32 ``weight`` [n, k] once ``scheme`` has stored it, in float32."""
     import torch
 
-    if not scheme.quantizes(kind):
+    row = scheme.row(kind, weight.shape[1])
+    if row is None:
         return weight.to(getattr(torch, scheme.storage_dtype)).float()
     array = weight.numpy()
-    stored = float8.quantize(array) if scheme.kind == "tensor" else group.quantize(array, scheme, scales)
-    return torch.from_numpy(restored(stored, scheme, array.shape[1]))
+    return torch.from_numpy(restored(quantize(array, row, scales), row, array.shape[1]))
 
 
 @contextmanager
-def _each_alone(chosen: Sequence[list[Any]], scheme: Scheme, scales: str) -> Iterator[None]:
-    """Let sequence i of a batch see the matrix of the i-th of ``chosen`` modules quantized, and no other one."""
+def _each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales: str) -> Iterator[None]:
+    """Let sequence i of a batch see the matrix of the i-th of ``chosen``, its kind and modules, quantized, and no
+    other one.
+    """
     import torch
 
-    def hook(row: int) -> Any:
+    def hook(row: int, kind: str) -> Any:
         def after(module: Any, inputs: Any, output: Any) -> Any:
-            weight, here = _stored(module.weight.data, scheme, "linear", scales), inputs[0][row]
+            weight, here = _stored(module.weight.data, scheme, kind, scales), inputs[0][row]
             if type(module) is torch.nn.Embedding:
                 output[row] = weight[here]
             else:
@@ -171,7 +179,11 @@ def _each_alone(chosen: Sequence[list[Any]], scheme: Scheme, scales: str) -> Ite
 
         return after
 
-    hooks = [module.register_forward_hook(hook(row)) for row, modules in enumerate(chosen) for module in modules]
+    hooks = [
+        module.register_forward_hook(hook(row, kind))
+        for row, (kind, modules) in enumerate(chosen)
+        for module in modules
+    ]
     try:
         yield
     finally:
@@ -185,7 +197,7 @@ def _as_stored(matrices: Mapping[str, tuple[str, list[Any]]], scheme: Scheme) ->
 
     def hook(kind: str) -> Any:
         def before(module: Any, _inputs: Any) -> None:
-            module.weight.data = _stored(module.weight.data, scheme, kind)
+            module.weight.data = _stored(module.weight.data, scheme, kind, scheme.scales)
 
         return before
 

@@ -36,7 +36,7 @@ LIMITS = {
 
 def bits_kept(scheme: Scheme, arithmetic: str) -> int:
     """Return the class of a bundle: 16 of unquantized ones, 8 down to eight bits of weights or activations, 4 below."""
-    bits = 16 if scheme.kind == "none" else scheme.bits
+    bits = scheme.bits
     if arithmetic == "int8":
         bits = min(bits, 8)
     return next(limit for limit in LIMITS if bits >= limit or limit == min(LIMITS))

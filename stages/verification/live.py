@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.models import described
-from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
 from stages.tracing import hollow
@@ -112,7 +111,7 @@ def load(request: Request, progress: Progress = lambda *_: None) -> Any:
     records = tensor_cache.records(Folder(Path(request.bundle)))  # verify has checked them
     tensors: dict[str, np.ndarray] = {}
     total = sum(len(entry["sources"]) for entry in registry["logical"])
-    for done, tensor in enumerate(weights.held(registry, records, SCHEMES[registry["scheme"]]), start=1):
+    for done, tensor in enumerate(weights.held(registry, records), start=1):
         tensors[tensor.name] = tensor.values()
         progress(done, total, "tensors of the reference")
     family, config = described(json.loads(Path(request.config).read_text("utf-8")))

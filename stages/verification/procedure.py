@@ -75,7 +75,6 @@ def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:
     differing = weights.differences(
         case.registry,
         case.records,
-        scheme,
         checkpoint,
         case.scales,
         progress=lambda done: progress(done, compared, "tensors compared"),
@@ -83,9 +82,9 @@ def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:
     if differing:
         findings.checks += [Check("weights", ok=False, detail=text) for text in differing]
         return
-    how = f"bit for bit as {scheme.storage_dtype}" if scheme.kind == "none" else f"within half a step of {scheme.name}"
+    how = f"within half a step of {scheme.name}" if scheme.rows else f"bit for bit as {scheme.storage_dtype}"
     if case.scales != "max":
-        how = f"within what {scheme.name} with searched scales may be off"
+        how = f"within what {scheme.name} with scales: {case.scales} may be off"
     findings.checks.append(Check("weights", ok=True, detail=f"{compared} tensors of the checkpoint, {how}"))
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along, score_all
 from stages.runtime.session import Session
@@ -204,7 +203,7 @@ def _check_logits(
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
     if case.manifest.model["sep_embed"]:
-        held = weights.held(case.registry, case.records, SCHEMES[case.registry["scheme"]])
+        held = weights.held(case.registry, case.records)
         name = next(entry["source_names"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
         table = next(tensor for tensor in held if tensor.name == name)
         findings.checks.append(checks.embedding(session, tokens, table.rows))

@@ -29,6 +29,14 @@ TOLERANCES: dict[str, float] = {
     "q4bf16_1": 2e-2,
     "q8f16_1": 2e-2,
     "e4m3_f16": 2e-2,
+    "q4s16": 2e-2,
+    "q4s32": 2e-2,
+    "q4s64": 2e-2,
+    "q4s128": 2e-2,
+    "q4a16": 2e-2,
+    "q4a32": 2e-2,
+    "q4a64": 2e-2,
+    "q4a128": 2e-2,
 }
 
 # Where the library quantizes activations to eight bits as well, which a recorded reference does not. Measured: 1e-2 to

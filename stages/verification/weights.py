@@ -12,11 +12,11 @@ from stages.models import transforms
 from stages.quantization import float8, group, layouts
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
+from stages.quantization.rows import Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from stages.quantization.schemes import Scheme
     from stages.runtime.tensor_cache import Record
 
 # By how much the stored scale may be off, by its dtype: its rounding, and what it is off by below the normal range. A
@@ -35,17 +35,17 @@ class Held:
     source: str
     shape: tuple[int, ...]
     stored: Sequence[np.ndarray]
-    quantized: bool
-    scheme: Scheme
+    row: Row | None
 
     def rows(self, rows: Any) -> np.ndarray:
         """Return the float32 values of ``rows``, a slice or a list of indices."""
-        if not self.quantized:
+        if not self.row:
             values: np.ndarray = self.stored[0][rows].astype(np.float32)
             return values
-        q_weight, q_scale = self.stored
-        scale = q_scale if self.scheme.kind == "tensor" else q_scale[rows]
-        return restored((q_weight[rows], scale), self.scheme, self.shape[1])
+        first, *scales = self.stored
+        if self.row.kind == "group":
+            scales = [tensor[rows] for tensor in scales]
+        return restored([first[rows], *scales], self.row, self.shape[1])
 
     def values(self) -> np.ndarray:
         """Return the whole tensor in float32, made block by block."""
@@ -82,13 +82,15 @@ def mismatched(registry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, A
     ]
 
 
-def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Scheme) -> Iterator[Held]:
+def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Held]:
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
         arrays = [records[name].load() for name in entry["stored"]]
+        row = Row(**entry["quantize"]) if entry["quantize"] else None
         if entry["layout"] != "nk":
-            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], scheme.bits) for array in arrays]
-        one_for_all = arrays[1:] if entry["quantize"] and scheme.kind == "tensor" else []
+            bits = row.bits if row else 0
+            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array in arrays]
+        one_for_all = arrays[1:] if row and row.kind == "tensor" else []
         parts = [
             transforms.invert(
                 entry["transform"], array, [[shape[0], *array.shape[1:]] for shape in entry["source_shapes"]]
@@ -98,13 +100,12 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record], scheme: Sch
         parts += [[array] * len(entry["sources"]) for array in one_for_all]
         tensors = zip(entry["source_names"], entry["sources"], entry["source_shapes"], strict=True)
         for (name, source, shape), stored in zip(tensors, zip(*parts, strict=True), strict=True):
-            yield Held(name, source, tuple(shape), stored, entry["quantize"], scheme)
+            yield Held(name, source, tuple(shape), stored, row)
 
 
 def differences(
     registry: Mapping[str, Any],
     records: Mapping[str, Record],
-    scheme: Scheme,
     checkpoint: Mapping[str, np.ndarray] | Any,
     scales: str = "max",
     progress: Callable[[int], None] = lambda _: None,
@@ -117,12 +118,12 @@ def differences(
     is told how many tensors were compared.
     """
     problems = []
-    for number, tensor in enumerate(held(registry, records, scheme), start=1):
+    for number, tensor in enumerate(held(registry, records), start=1):
         original, count, first = checkpoint[tensor.source], 0, ""
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
-            if tensor.quantized:
-                wrong = ~(np.abs(values - wanted) <= _allowed(wanted, scheme, scales))
+            if tensor.row:
+                wrong = ~(np.abs(values - wanted) <= _allowed(wanted, tensor.row, scales))
             else:
                 wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
                 wrong = values != wanted
@@ -134,22 +135,31 @@ def differences(
         if count:
             problems.append(
                 f"{tensor.source}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
-                f"{scheme.name} explains, {first}"
+                f"{tensor.row.name if tensor.row else tensor.stored[0].dtype} explains, {first}"
             )
         progress(number)
     return problems
 
 
-def _allowed(wanted: np.ndarray, scheme: Scheme, scales: str) -> np.ndarray:
+def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
     """Return how far a held value may be from each of ``wanted`` [n, k]."""
-    if scheme.kind == "tensor":
+    if row.kind == "tensor":
         # Half a unit of three bits; below the smallest normal number, half of the smallest there is.
         smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)
         allowed: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest + np.float32(float8.LEAST_SCALE)
         return allowed
-    size, (relative, absolute) = scheme.group_size, _SCALE_ERROR[scheme.storage_dtype]
-    peak = np.maximum.reduceat(np.abs(wanted), np.arange(0, wanted.shape[1], size), axis=1)
-    steps = 0.5 if scales == "max" else max(0.5, scheme.top * (1 - group.TRIED[-1] / group.PARTS))
-    step = peak / np.float32(scheme.top)
-    allowed = step * np.float32(steps + scheme.top * relative + 1e-5) + np.float32(scheme.top * absolute)
+    size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
+    starts = np.arange(0, wanted.shape[1], size)
+    peak = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
+    if row.minimum:
+        step = np.maximum.reduceat(wanted, starts, axis=1) - np.minimum.reduceat(wanted, starts, axis=1)
+        step /= np.float32(row.most)
+        # Searched ones have no larger sum of squares than the plain: one value may have all of it.
+        steps = 0.5 if scales == "max" else 0.5 * size**0.5
+        rounding = peak * np.float32(relative + 1e-6) + np.float32((1 + row.most) * absolute)
+        allowed = step * np.float32(steps + 2 * row.most * relative + 1e-5) + rounding * np.float32(2 * steps)
+    else:
+        step = peak / np.float32(row.top)
+        steps = {"max": 0.5, "full": 1}.get(scales, max(0.5, row.top * (1 - group.TRIED[-1] / group.PARTS)))
+        allowed = step * np.float32(steps + row.top * relative + 1e-5) + np.float32(row.top * absolute)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]

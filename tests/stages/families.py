@@ -17,7 +17,6 @@ from stages.bundle import Bundle
 from stages.config_parse import ConfigParse
 from stages.models import load_family
 from stages.param_register import ParamRegister
-from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.session import Session
@@ -151,7 +150,7 @@ class Built:
     def held(self) -> dict[str, np.ndarray]:
         """The checkpoint's tensors, float32, with the values that the bundle stores."""
         registry, records = json.loads(self.params.read_text()), tensor_cache.records(manifest.read(self.bundle).folder)
-        return {tensor.name: tensor.values() for tensor in weights.held(registry, records, SCHEMES[self.scheme])}
+        return {tensor.name: tensor.values() for tensor in weights.held(registry, records)}
 
     def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,

@@ -20,7 +20,7 @@ from stages.param_register import ParamRegister
 from stages.quantization import layouts
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import convert, restored
-from stages.quantization.schemes import SCHEMES
+from stages.quantization.rows import Row
 from tests.checkpoints import qwen_tensors, write_qwen
 from tests.local_context import LocalContext, run_stage
 
@@ -79,18 +79,18 @@ class Weights:
 
 def weights(registered: Registered) -> Weights:
     registry = json.loads(registered.params.read_text())
-    scheme = SCHEMES[registry["scheme"]]
     tensors = qwen_tensors(MODEL["hidden"], MODEL["layers"], MODEL["ff"], ROWS, SEED)
     stored, meant = [], {}
     for entry in registry["logical"]:
         array = transforms.apply(entry["transform"], [tensors[name] for name in entry["sources"]])
         if entry["quantize"]:
-            packed = convert([array], scheme, entry["kind"], shape=array.shape, dtype="", scales="max").stored
-            stored += [layouts.arrange(entry["layout"], tensor, scheme.bits) for tensor in packed]
-            array = restored(packed, scheme, array.shape[1])
+            row = Row(**entry["quantize"])
+            packed = convert([array], row, shape=array.shape, dtype="", scales="max").stored
+            stored += [layouts.arrange(entry["layout"], tensor, row.bits) for tensor in packed]
+            array = restored(packed, row, array.shape[1])
         else:
             array = np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"])))
-            stored.append(layouts.arrange(entry["layout"], array, scheme.bits))
+            stored.append(layouts.arrange(entry["layout"], array, 0))
             array = array.astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))

@@ -23,7 +23,8 @@ from stages.lowering.cpu_linear import cpu_linear, register_tile
 from stages.lowering.cpu_norm import cpu_norm
 from stages.models.layers import GatedMLP, LayerNorm, Linear, RMSNorm
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout
-from stages.quantization import group, layouts
+from stages.quantization import layouts
+from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
 from stages.sizes import PAGE_SIZE as PAGE
 from stages.targets import processor
@@ -39,13 +40,13 @@ def matrix(n, k, stored):
     """Return a matrix of the graph, what is stored for it, and its values."""
     weight = np.random.default_rng(n + k).standard_normal((n, k)).astype("float32")
     if stored in SCHEMES:
-        scheme = SCHEMES[stored]
-        packed = group.quantize(weight, scheme)
-        arrays = [layouts.arrange("n32", tensor, scheme.bits) for tensor in packed]
+        row = SCHEMES[stored].body
+        packed = quantize(weight, row, "max")
+        arrays = [layouts.arrange("n32", tensor, row.bits) for tensor in packed]
         parameters = [nn.Parameter(array.shape, str(array.dtype)) for array in arrays]
-        options = {"bits": scheme.bits, "group_size": scheme.group_size, "compute_dtype": "float32"}
+        options = {"bits": row.bits, "group_size": row.group_size, "compute_dtype": "float32"}
         found = GroupMatrix(*parameters, shape=(n, k), layout=BLOCKS, **options)
-        return found, arrays, group.dequantize(*packed, scheme, k)
+        return found, arrays, restored(packed, row, k)
     array = layouts.arrange("n32", weight.astype(stored), 0)
     found = FloatMatrix(nn.Parameter(array.shape, stored), n, "float32", BLOCKS)
     return found, [array], weight.astype(stored).astype("float32")
@@ -89,6 +90,9 @@ class Block(nn.Module):
     [
         ("q4f32_1", 96, 2 * PANEL + 64),
         ("q4f16_1", 45, 96),
+        ("q4a32", 45, 96),
+        ("q4a128", 661, 2 * PANEL + 128),
+        ("q4a16", 70, 48),
         ("float16", 70, 41),
         ("float32", 20, PANEL + 3),
         *((stored, n, 64) for stored in ("q8f16_1", "float16") for n in (640, 661)),  # streams of blocks

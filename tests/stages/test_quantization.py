@@ -10,19 +10,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stages.quantization import compiled, float8, layouts, tensor_cache
+from stages.quantization import compiled, float8, layouts, minimum, tensor_cache
 from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import dequantize, quantize
 from stages.quantization.parameter import convert, kernel_names
-from stages.quantization.schemes import SCHEMES, Scheme
+from stages.quantization.rows import Row
+from stages.quantization.schemes import SCHEMES
 from stages.quantization.tensor_cache import Tensor, shard_name, shards, write_index
+from stages.quantization.words import unpack
 from stages.targets import processor, toolchain
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-GROUP_SCHEMES = [scheme for scheme in SCHEMES.values() if scheme.kind == "group"]
+ALL_ROWS = {row.name: row for scheme in SCHEMES.values() for row in scheme.rows if row.kind == "group"}
+SYMMETRIC = [row for row in ALL_ROWS.values() if not row.minimum]
+ROWS = {name: scheme.body for name, scheme in SCHEMES.items() if scheme.body}
 
 
 def float32(value: float) -> float:
@@ -37,18 +41,18 @@ def rounded(value: float, dtype: str) -> float:
     return struct.unpack("e", struct.pack("e", value))[0] if dtype == "float16" else float32(value)
 
 
-def by_plain_loops(weight: np.ndarray, scheme: Scheme) -> tuple[list[list[int]], list[list[float]]]:
+def by_plain_loops(weight: np.ndarray, row: Row) -> tuple[list[list[int]], list[list[float]]]:
     """Words and scales from Python floats, integers and loops; doubles rounded to float32 after each operation."""
     n, k = weight.shape
-    size, bits, per_word, top = scheme.group_size, scheme.bits, 32 // scheme.bits, 2 ** (scheme.bits - 1) - 1
+    size, bits, per_word, top = row.group_size, row.bits, 32 // row.bits, 2 ** (row.bits - 1) - 1
     words = [[0] * (math.ceil(k / size) * size // per_word) for _ in range(n)]
     scales = []
     for i in range(n):
-        row = [float(value) for value in weight[i]]
+        values = [float(value) for value in weight[i]]
         row_scales = []
         for start in range(0, k, size):
-            group = row[start : start + size]
-            scale = rounded(float32(max(abs(value) for value in group) / top), scheme.storage_dtype)
+            group = values[start : start + size]
+            scale = rounded(float32(max(abs(value) for value in group) / top), row.scale_dtype)
             row_scales.append(scale)
             for j, value in enumerate(group, start=start):
                 code = min(max(round(float32(value / scale)) + top, 0), 2 * top) if scale else top
@@ -65,15 +69,11 @@ SHAPES = [(1, 32), (3, 64), (7, 96), (5, 40), (4, 31), (2, 1), (3, 77), (2, 121)
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> compiled.Kernels:
-    """Kernels of every scheme from every dtype, compiled for this machine."""
+    """Kernels of every row from every dtype, compiled for this machine."""
     dtypes = ("float32", "float16", "bfloat16")
-    names = {
-        name
-        for source in dtypes
-        for scheme in GROUP_SCHEMES
-        for name in kernel_names(source, scheme, "max", layouts=("nk", "n32", "kn"), dtypes=dtypes)
-    }
-    names.add(compiled.quantize_name("bfloat16", SCHEMES["q4f16_1"], "mse", "nk"))
+    every = [(row, layout) for row in SYMMETRIC for layout in ("nk", "n32", "kn")]
+    names = {name for source in dtypes for name in kernel_names(source, every, "max", dtypes)}
+    names.add(compiled.quantize_name("bfloat16", ROWS["q4f16_1"], "mse", "nk"))
     cxx = toolchain.cxx()
     if cxx is None:
         pytest.skip("no C++ compiler")
@@ -87,26 +87,26 @@ def sample(shape: tuple[int, int], dtype: type) -> np.ndarray:
     return (random.standard_normal(shape) * random.choice([1e-6, 1e-2, 1, 300], shape)).astype(dtype)
 
 
-@pytest.mark.parametrize("scheme", GROUP_SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("row", SYMMETRIC, ids=lambda row: row.name)
 @DTYPES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernels):
+def test_words_and_scales_equal_the_plain_statement(row, dtype, shape, kernels):
     """NumPy's, and the compiled kernels', which read where a mapped file happens to begin."""
     weight = sample(shape, dtype)
-    words, scales = by_plain_loops(weight, scheme)
-    q_weight, q_scale = quantize(weight, scheme)
-    assert (q_weight.dtype, q_scale.dtype) == (np.uint32, numpy_dtype(scheme.storage_dtype))
+    words, scales = by_plain_loops(weight, row)
+    q_weight, q_scale = quantize(weight, row)
+    assert (q_weight.dtype, q_scale.dtype) == (np.uint32, numpy_dtype(row.scale_dtype))
     assert q_weight.tolist() == words
     assert q_scale.tolist() == scales
     elsewhere = np.empty(weight.size + 1, dtype)[1:].reshape(shape)
     elsewhere[:] = weight
-    error = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], scheme, shape[1]))
-    for layout in ("nk", "kn", *(["n32"] if scheme.bits in (4, 8) and not shape[1] % scheme.group_size else [])):
+    error = relative_error(weight, lambda rows: dequantize(q_weight[rows], q_scale[rows], row, shape[1]))
+    for layout in ("nk", "kn", *(["n32"] if row.bits in (4, 8) and not shape[1] % row.group_size else [])):
         parts = [elsewhere[: shape[0] // 2], elsewhere[shape[0] // 2 :]] if shape[0] > 1 else [elsewhere]
-        done = convert(parts, scheme, "linear", shape=shape, dtype="", scales="max", layout=layout, kernels=kernels)
-        assert layouts.restore(layout, done.stored[0], shape[0], scheme.bits).tolist() == words
-        assert layouts.restore(layout, done.stored[1], shape[0], scheme.bits).tolist() == scales
-        expected = layouts.arrange(layout, q_weight, scheme.bits)  # with what a last block is filled up with
+        done = convert(parts, row, shape=shape, dtype="", scales="max", layout=layout, kernels=kernels)
+        assert layouts.restore(layout, done.stored[0], shape[0], row.bits).tolist() == words
+        assert layouts.restore(layout, done.stored[1], shape[0], row.bits).tolist() == scales
+        expected = layouts.arrange(layout, q_weight, row.bits)  # with what a last block is filled up with
         assert np.array_equal(done.stored[0], expected)
         assert (done.rmse, done.worst) == pytest.approx(error, rel=1e-4, abs=1e-7)
 
@@ -114,17 +114,17 @@ def test_words_and_scales_equal_the_plain_statement(scheme, dtype, shape, kernel
 @pytest.mark.parametrize("name", ["q3f16_1", "q4f16_1", "q8f16_1", "q4f32_1"])
 def test_kernels_divide_as_exactly_at_the_middle_between_codes(name, kernels):
     """Values that are a middle times a scale, and their neighbours, fall on the side that a rounded quotient does."""
-    scheme, random = SCHEMES[name], np.random.default_rng(0)
+    row, random = ROWS[name], np.random.default_rng(0)
     rows = 500
-    scale = random.uniform(1e-7, 2, (rows, 1)).astype(scheme.storage_dtype).astype(np.float32)
-    middles = random.integers(-scheme.top, scheme.top, (rows, scheme.group_size)) + np.float32(0.5)
+    scale = random.uniform(1e-7, 2, (rows, 1)).astype(row.scale_dtype).astype(np.float32)
+    middles = random.integers(-row.top, row.top, (rows, row.group_size)) + np.float32(0.5)
     weight = (middles * scale).astype(np.float32)
     up = random.integers(-1, 2, weight.shape).astype(np.float32)
     weight = np.where(up == 0, weight, np.nextafter(weight, np.copysign(np.float32(np.inf), up)))
-    weight[:, 0] = scheme.top * scale[:, 0]
+    weight[:, 0] = row.top * scale[:, 0]
     how = {"shape": weight.shape, "dtype": "", "scales": "max"}
-    found = convert([weight], scheme, "linear", kernels=kernels, **how).stored
-    q_weight, q_scale = quantize(weight, scheme)
+    found = convert([weight], row, kernels=kernels, **how).stored
+    q_weight, q_scale = quantize(weight, row)
     assert np.array_equal(found[0], q_weight)
     assert np.array_equal(found[1], q_scale)
 
@@ -147,52 +147,117 @@ def test_kernels_leave_it_to_numpy_to_say_what_is_wrong(value, kernels):
     weight = np.ones((9, 64), np.float32)
     weight[7, 33] = value
     stored = [np.empty((9, 8), np.uint32), np.empty((9, 2), np.float16)]
-    assert kernels.quantize([weight], 9, SCHEMES["q4f16_1"], "max", "nk", stored) is None
+    assert kernels.quantize([weight], 9, ROWS["q4f16_1"], "max", "nk", stored) is None
     assert kernels.cast([weight], np.empty((9, 64), np.float16)) is None
     with pytest.raises(ValueError, match=r"\[7, 33\]"):
-        convert(
-            [weight], SCHEMES["q4f16_1"], "linear", shape=weight.shape, dtype="float16", scales="max", kernels=kernels
-        )
+        convert([weight], ROWS["q4f16_1"], shape=weight.shape, dtype="float16", scales="max", kernels=kernels)
 
 
-def squared_error(weight: np.ndarray, scheme: Scheme, q_weight: np.ndarray, q_scale: np.ndarray) -> np.ndarray:
+def squared_error(weight: np.ndarray, row: Row, q_weight: np.ndarray, q_scale: np.ndarray) -> np.ndarray:
     """The squared error of each group."""
     n, k = weight.shape
-    error = np.zeros((n, scheme.groups(k) * scheme.group_size))
-    error[:, :k] = weight - dequantize(q_weight, q_scale, scheme, k)
-    return (error**2).reshape(n, -1, scheme.group_size).sum(axis=-1)
+    error = np.zeros((n, row.groups(k) * row.group_size))
+    error[:, :k] = weight - dequantize(q_weight, q_scale, row, k)
+    return (error**2).reshape(n, -1, row.group_size).sum(axis=-1)
 
 
-@pytest.mark.parametrize("scheme", GROUP_SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("row", SYMMETRIC, ids=lambda row: row.name)
 @pytest.mark.parametrize("k", [256, 77])
-def test_searched_scales_are_never_worse(scheme, k):
+def test_searched_scales_are_never_worse(row, k):
     weight = np.random.default_rng(4).standard_normal((40, k)).astype(np.float32)
-    plain = squared_error(weight, scheme, *quantize(weight, scheme))
-    searched = squared_error(weight, scheme, *quantize(weight, scheme, "mse"))
+    plain = squared_error(weight, row, *quantize(weight, row))
+    searched = squared_error(weight, row, *quantize(weight, row, "mse"))
     assert (searched <= plain * (1 + 1e-5) + 1e-12).all()
-    if scheme.bits < 8:
+    if row.bits < 8:
         assert np.sqrt(searched.sum()) < 0.9 * np.sqrt(plain.sum())
 
 
 def test_a_searched_group_computed_by_hand():
     # fifteen steps of 1 fit between -7 and 8 without any error; the largest value alone would ask for steps of 8/7
     weight = np.arange(-7, 9, dtype=np.float32).repeat(2)[None]
-    q_weight, q_scale = quantize(weight, SCHEMES["q4f32_1"], "mse")
-    restored = dequantize(q_weight, q_scale, SCHEMES["q4f32_1"], 32)
+    q_weight, q_scale = quantize(weight, ROWS["q4f32_1"], "mse")
+    restored = dequantize(q_weight, q_scale, ROWS["q4f32_1"], 32)
     assert abs(q_scale[0, 0] - 1) < 0.02
     assert np.abs(restored - weight).max() < 0.15
-    assert np.array_equal(quantize(-weight, SCHEMES["q4f32_1"], "mse")[0], q_weight)  # the sign is in the scale
+    assert np.array_equal(quantize(-weight, ROWS["q4f32_1"], "mse")[0], q_weight)  # the sign is in the scale
 
 
 def test_compiled_search_finds_scales_as_good(kernels):
-    scheme, weight = SCHEMES["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
-    q_weight, q_scale = convert(
-        [weight], scheme, "linear", shape=weight.shape, dtype="", scales="mse", kernels=kernels
-    ).stored
-    ours, theirs = quantize(weight, scheme, "mse")
+    row, weight = ROWS["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
+    q_weight, q_scale = convert([weight], row, shape=weight.shape, dtype="", scales="mse", kernels=kernels).stored
+    ours, theirs = quantize(weight, row, "mse")
     assert (q_scale == theirs).mean() > 0.99  # near ties may go either way
-    found = squared_error(weight.astype(np.float32), scheme, q_weight, q_scale)
-    assert found == pytest.approx(squared_error(weight.astype(np.float32), scheme, ours, theirs), rel=1e-3)
+    found = squared_error(weight.astype(np.float32), row, q_weight, q_scale)
+    assert found == pytest.approx(squared_error(weight.astype(np.float32), row, ours, theirs), rel=1e-3)
+
+
+MINIMUM = [row for row in ALL_ROWS.values() if row.minimum]
+
+
+@pytest.mark.parametrize("row", MINIMUM, ids=lambda row: row.name)
+@pytest.mark.parametrize("k", [256, 77])
+def test_groups_with_a_minimum_equal_the_plain_statement(row, k):
+    """Python floats and loops, rounded to float32 after each operation; and each group's value from its own codes."""
+    weight = sample((5, k), np.float16)
+    q_weight, q_scale, q_min = minimum.quantize(weight, row)
+    restored = minimum.dequantize(q_weight, q_scale, q_min, row, k)
+    for i in range(5):
+        for number, start in enumerate(range(0, k, row.group_size)):
+            group = [float(value) for value in weight[i, start : start + row.group_size]]
+            scale = rounded(float32(float32(max(group) - min(group)) / 15), row.scale_dtype)
+            least = rounded(min(group), row.scale_dtype)
+            assert (q_scale[i, number], q_min[i, number]) == (scale, least)
+            for j, value in enumerate(group, start=start):
+                code = int(q_weight[i, j // 8]) >> 4 * (j % 8) & 15
+                assert code == (min(max(round(float32(float32(value - least) / scale)), 0), 15) if scale else 0)
+                assert restored[i, j] == float32(float32(code * scale) + least)
+    assert (unpack(q_weight, 4, q_weight.shape[1] * 8)[:, k:] == 0).all()
+
+
+@pytest.mark.parametrize("row", MINIMUM, ids=lambda row: row.name)
+@pytest.mark.parametrize("k", [256, 77])
+def test_a_searched_minimum_is_never_worse_and_much_better_on_the_whole(row, k):
+    weight = np.random.default_rng(4).standard_normal((40, k)).astype(np.float32)
+    groups = np.arange(0, k, row.group_size)
+    errors = []
+    for scales in ("max", "mse"):
+        rest = weight - minimum.dequantize(*minimum.quantize(weight, row, scales), row, k)
+        errors.append(np.add.reduceat(rest**2, groups, axis=1))
+    assert (errors[1] <= errors[0] * (1 + 1e-4) + 1e-9).all()
+    assert errors[1].sum() < 0.9 * errors[0].sum()
+
+
+@pytest.mark.parametrize("scales", ["max", "mse"])
+def test_weights_of_ggmls_forms_keep_every_bit(scales):
+    """Q4_1 (code * d + m), and Q4_0 ((code - 8) * d) with d of either sign, as gguf dequantizes its own."""
+    gguf = pytest.importorskip("gguf")
+    weight = np.random.default_rng(7).standard_normal((64, 256)).astype(np.float32) + np.float32(0.1)
+    kinds = gguf.GGMLQuantizationType
+    lattice = gguf.quants.dequantize(gguf.quants.quantize(weight, kinds.Q4_1), kinds.Q4_1)
+    row = ROWS["q4a32"]
+    found = minimum.dequantize(*minimum.quantize(lattice, row, scales), row, 256)
+    assert np.array_equal(found, lattice)
+    lattice = gguf.quants.dequantize(gguf.quants.quantize(weight, kinds.Q4_0), kinds.Q4_0)
+    row = ROWS["q4s32"]
+    assert np.array_equal(dequantize(*quantize(lattice, row, "full"), row, 256), lattice)
+    assert not np.array_equal(dequantize(*quantize(lattice, row, "max"), row, 256), lattice)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+def test_a_group_with_a_minimum_says_what_does_not_fit(value):
+    weight = np.ones((9, 64), np.float32)
+    weight[7, 33] = value
+    with pytest.raises(ValueError, match=r"\[7, 33\]"):
+        minimum.quantize(weight, ROWS["q4a32"])
+
+
+def test_groups_of_a_mixed_scheme_fill_every_row():
+    body = ROWS["q4a128"]
+    assert [body.fitting(k).group_size for k in (256, 576, 96, 48, 40)] == [128, 64, 32, 16, 128]
+    scheme = SCHEMES["q4a128"]
+    assert scheme.row("linear", 576).group_size == 64
+    assert (scheme.row("embedding", 576).bits, scheme.row("norm", 576)) == (8, None)
+    assert SCHEMES["q4f16_1"].row("linear", 40).group_size == 32  # MLC-LLM's last groups may be short
 
 
 def test_float8_codes_and_scale_equal_the_plain_statement():
@@ -218,8 +283,8 @@ def test_float8_codes_and_scale_equal_the_plain_statement():
 def test_blocks_of_rows_do_not_show():
     k = 96
     weight = np.random.default_rng(1).standard_normal((3 * BLOCK_BYTES // (4 * k) + 5, k)).astype(np.float32)
-    whole, scales = quantize(weight, SCHEMES["q4f16_1"])
-    one_by_one = [quantize(row[None], SCHEMES["q4f16_1"]) for row in weight]
+    whole, scales = quantize(weight, ROWS["q4f16_1"])
+    one_by_one = [quantize(row[None], ROWS["q4f16_1"]) for row in weight]
     assert np.array_equal(whole, np.concatenate([q for q, _ in one_by_one]))
     assert np.array_equal(scales, np.concatenate([s for _, s in one_by_one]))
 
@@ -227,21 +292,21 @@ def test_blocks_of_rows_do_not_show():
 def test_a_group_computed_by_hand():
     # largest |w| is 14, so the scale is 2: w/2 = 7, -7, 0.5, 1.5, 2.5, -0.5, -3, 0; halves round to even
     weight = np.array([[14, -14, 1, 3, 5, -1, -6, 0] + [0] * 24], np.float32)
-    q_weight, q_scale = quantize(weight, SCHEMES["q4f16_1"])
+    q_weight, q_scale = quantize(weight, ROWS["q4f16_1"])
     # codes 14, 0, 7, 9, 9, 7, 4, 7: the first in the lowest bits
     assert q_weight.tolist() == [[0x7479970E, 0x77777777, 0x77777777, 0x77777777]]
     assert q_scale.tolist() == [[2.0]]
-    assert dequantize(q_weight, q_scale, SCHEMES["q4f16_1"], 8).tolist() == [[14, -14, 0, 4, 4, 0, -6, 0]]
+    assert dequantize(q_weight, q_scale, ROWS["q4f16_1"], 8).tolist() == [[14, -14, 0, 4, 4, 0, -6, 0]]
 
 
-@pytest.mark.parametrize("scheme", GROUP_SCHEMES, ids=lambda scheme: scheme.name)
-def test_restored_values_are_within_half_a_step(scheme):
+@pytest.mark.parametrize("row", SYMMETRIC, ids=lambda row: row.name)
+def test_restored_values_are_within_half_a_step(row):
     weight = np.random.default_rng(2).standard_normal((64, 256)).astype(np.float32)
-    q_weight, q_scale = quantize(weight, scheme)
-    restored = dequantize(q_weight, q_scale, scheme, 256)
-    steps = np.repeat(q_scale.astype(np.float32), scheme.group_size, axis=1)[:, :256]
+    q_weight, q_scale = quantize(weight, row)
+    restored = dequantize(q_weight, q_scale, row, 256)
+    steps = np.repeat(q_scale.astype(np.float32), row.group_size, axis=1)[:, :256]
     # the stored scale may be rounded down by half a unit in its last place: the largest value then lies that far out
-    slack = scheme.top * float(ml_dtypes.finfo(scheme.storage_dtype).eps) / 2 + 1e-5
+    slack = row.top * float(ml_dtypes.finfo(row.scale_dtype).eps) / 2 + 1e-5
     assert (np.abs(weight - restored) <= steps * (0.5 + slack)).all()
     assert relative_error(weight, lambda rows: restored[rows]) == pytest.approx(
         (
@@ -252,17 +317,17 @@ def test_restored_values_are_within_half_a_step(scheme):
     )
 
 
-@pytest.mark.parametrize("scheme", GROUP_SCHEMES, ids=lambda scheme: scheme.name)
-def test_zero_and_vanishing_groups_are_zero(scheme):
+@pytest.mark.parametrize("row", SYMMETRIC, ids=lambda row: row.name)
+def test_zero_and_vanishing_groups_are_zero(row):
     weight = np.zeros((2, 64), np.float32)
-    weight[1, 40:] = 1e-8 if scheme.storage_dtype == "float16" else 0  # its scale is below float16's range
-    q_weight, q_scale = quantize(weight, scheme)
-    codes = (q_weight[..., None] >> (np.arange(scheme.per_word, dtype=np.uint32) * np.uint32(scheme.bits))) & np.uint32(
-        2**scheme.bits - 1
+    weight[1, 40:] = 1e-8 if row.scale_dtype == "float16" else 0  # its scale is below float16's range
+    q_weight, q_scale = quantize(weight, row)
+    codes = (q_weight[..., None] >> (np.arange(row.per_word, dtype=np.uint32) * np.uint32(row.bits))) & np.uint32(
+        2**row.bits - 1
     )
-    assert (codes.reshape(2, -1)[:, :64] == scheme.top).all()
+    assert (codes.reshape(2, -1)[:, :64] == row.top).all()
     assert not q_scale.any()
-    assert not dequantize(q_weight, q_scale, scheme, 64).any()
+    assert not dequantize(q_weight, q_scale, row, 64).any()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +337,7 @@ def test_what_cannot_be_stored_is_named_with_its_index(value, message):
     weight = np.ones((3000, 64), np.float32)
     weight[2777, 33] = value
     with pytest.raises(ValueError, match=rf"\[2777, 33\].*{message}"):
-        quantize(weight, SCHEMES["q4f16_1"])
+        quantize(weight, ROWS["q4f16_1"])
     with pytest.raises(ValueError, match=rf"\[2777, 33\].*{message}"):
         cast(weight, "float16")
 

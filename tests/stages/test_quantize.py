@@ -27,6 +27,7 @@ from stages.quantization import compiled as native
 from stages.quantization import layouts
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import restored
+from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize
 from tests.checkpoints import (
@@ -87,15 +88,16 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
     report = {line["name"]: line for line in json.loads((tmp_path / scheme / "report.json").read_text())["tensors"]}
     assert report.keys() == source.keys()
     layout = {entry["name"]: entry["layout"] for entry in register["logical"]}
+    rows = {entry["name"]: entry["quantize"] for entry in register["logical"]}
     for name, expected in source.items():
         stem = name.removesuffix("weight")
-        for part in {name, f"{stem}q_weight", f"{stem}q_scale"} & set(weights):
-            weights[part] = layouts.restore(layout[name], weights[part], len(expected), SCHEMES[scheme].bits)
-        if f"{stem}q_weight" in weights:
-            pair = weights[f"{stem}q_weight"], weights[f"{stem}q_scale"]
-            found = restored(pair, SCHEMES[scheme], expected.shape[1])
-            coarse = {3: 1 / 5.9, 4: 1 / 13, 8: 1 / 15 if SCHEMES[scheme].kind == "tensor" else 1 / 100}
-            assert np.abs(found - expected).max() < np.abs(expected).max() * coarse[SCHEMES[scheme].bits]
+        row = Row(**rows[name]) if rows[name] else None
+        for part in {name, *(f"{stem}{part}" for part in (row.parts if row else ()))} & set(weights):
+            weights[part] = layouts.restore(layout[name], weights[part], len(expected), row.bits if row else 0)
+        if row:
+            found = restored([weights[f"{stem}{part}"] for part in row.parts], row, expected.shape[1])
+            coarse = {3: 1 / 5.9, 4: 1 / 13, 8: 1 / 15 if row.kind == "tensor" else 1 / 100}
+            assert np.abs(found - expected).max() < np.abs(expected).max() * coarse[row.bits]
             error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
             assert report[name]["rmse"] == pytest.approx(error, rel=0.05)
         else:

@@ -65,8 +65,8 @@ def built(checkpoint: Path, work: Path, scheme: str = "q0f32", memo: Path | None
     files = {path.name: path for path in checkpoint.iterdir()}
     seen = read_headers(files).table()  # as verify does
     assert weights.mismatched(registry, seen) == []
-    assert weights.differences(registry, records, SCHEMES[scheme], Weights(files, seen)) == []
-    held = {tensor.name: tensor.values() for tensor in weights.held(registry, records, SCHEMES[scheme])}
+    assert weights.differences(registry, records, Weights(files, seen), SCHEMES[scheme].scales) == []
+    held = {tensor.name: tensor.values() for tensor in weights.held(registry, records)}
     model = json.loads((work / "parsed/model.json").read_text())
     family = load_family(model["family"])
     return family.to_reference(family.config(**model["config"]), held)[2]

@@ -25,7 +25,7 @@ from stages.lowering.pipeline import phases
 from stages.lowering.schedules import tensor_tiles
 from stages.lowering.schedules.tensor_matmul import TensorMatmul
 from stages.param_register import ParamRegister
-from stages.quantization import group
+from stages.quantization.parameter import restored
 from stages.quantization.schemes import SCHEMES
 from stages.targets import toolchain
 from stages.targets.cuda import fatbin
@@ -239,7 +239,7 @@ def test_the_source_of_a_kernel_computes_the_layer(scheme, rows, kernels, tmp_pa
         *given, out = arrays
         x, *extra = [array for array in given if array.ndim != 2]
         stored = [array for array in given if array.ndim == 2]
-        weight = group.dequantize(*stored, SCHEMES[scheme], x.shape[-1]) if len(stored) == 2 else stored[0]
+        weight = restored(stored, SCHEMES[scheme].body, x.shape[-1]) if len(stored) > 1 else stored[0]
         product = x.astype("float32") @ weight.astype(dtype).astype("float32").T
         expected = product.astype(out.dtype).astype("float32") + sum(array.astype("float32") for array in extra)
         out[...] = np.nan

@@ -54,7 +54,8 @@ def test_rows_and_scheme_are_told():
         ],
         "logical": [{
             "name": "qk.weight", "shape": [6, 32], "kind": "linear", "sources": ["q", "k"],
-            "source_shapes": [[4, 32], [2, 32]], "transform": "concat0", "quantize": True, "dtype": "float16",
+            "source_shapes": [[4, 32], [2, 32]], "transform": "concat0", "dtype": "float16",
+            "quantize": {"kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": False},
             "stored": ["qk.q_weight", "qk.q_scale"],
         }],
     }  # fmt: skip
@@ -66,7 +67,7 @@ def test_rows_and_scheme_are_told():
     }
     assert tensors.page(tensors.find(documents, "qk.weight")).splitlines() == [
         "parameter qk.weight [6, 32], linear",
-        "  stored, quantized as q4f16_1, as",
+        "  stored, quantized as 4 bits/32 float16, as",
         "    qk.q_weight  uint32 [6, 4], packed at 0",
         "    qk.q_scale  float16 [6, 1], packed at 1",
         "  made, concat0 (one under the other), of",

@@ -101,6 +101,7 @@ def test_logits_that_are_not_finite_fail_every_limit():
     [
         *(("q0f32", "float32", 16), ("q0f16", "int8", 8), ("q8f16_1", "float32", 8)),
         *(("e4m3_f16", "float16", 8), ("q4f16_1", "int8", 4), ("q3f16_1", "float32", 4)),
+        *(("q4a32", "float32", 4), ("q4s32", "int8", 4)),
     ],
 )
 def test_the_class_of_a_bundle_is_what_it_keeps(scheme, arithmetic, bits):
@@ -248,7 +249,7 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             whole = parameter.data
-            parameter.data = advice._stored(whole, SCHEMES["q4f32_1"], "linear")
+            parameter.data = advice._stored(whole, SCHEMES["q4f32_1"], "linear", "max")
             expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
             parameter.data = whole
     assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)

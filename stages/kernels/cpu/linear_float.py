@@ -195,7 +195,8 @@ class Product:
             self._float_row(row, blocks, products)
 
     def _packed_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
-        weight, (q_weight, q_scale) = self.weight, self.arguments.weights
+        weight, weights = self.weight, self.arguments.weights
+        q_weight, q_scale = weights[:2]
         per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
         with T.serial(0, weight.k // weight.group) as g:
             self.fetch(blocks, g * per_group, per_group)
@@ -213,7 +214,10 @@ class Product:
                         put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
             for block, parts_of_block, product in zip(blocks, parts, products, strict=True):
                 value = sum((get(part, BLOCK) for part in parts_of_block[1:]), get(parts_of_block[0], BLOCK))
-                put(product, get(product, BLOCK) + value * weight.scale(q_scale, block, g), span(0, BLOCK))
+                total_of_group = get(product, BLOCK) + value * weight.scale(q_scale, block, g)
+                if weight.minimum:
+                    total_of_group = total_of_group + weight.least(weights, block, g) * splat(sums[g], BLOCK)
+                put(product, total_of_group, span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4
@@ -280,7 +284,10 @@ class Product:
                     difference = weight.mantissa(word, element) - constant(weight.mantissa_middle, BLOCK)
                     scale = weight.scale(stored[1], block, first // weight.group + g)
                     at = g * weight.group + w * weight.per_word + element
-                    put(panel, difference * scale, at, span(0, BLOCK))
+                    value = difference * scale
+                    if weight.minimum:
+                        value = value + weight.least(stored, block, first // weight.group + g)
+                    put(panel, value, at, span(0, BLOCK))
 
     def begin(self, sums: list[Any], first: Any, top: Any, features: Any, lanes: int) -> None:
         """Emit what the sums of rows from ``top`` on begin with: what is added to the products, and after the first

@@ -2,7 +2,8 @@
 
 A group of activations becomes integers of -127 to 127 and one scale. The instruction multiplies four unsigned bytes of
 weights by four signed ones of activations in each lane and adds them up; that a weight's zero is not 0 is made up for
-by the sum of the activations times the weight's zero, from which the sums begin.
+by the sum of the activations times the weight's zero, from which the sums begin. Of groups with a minimum the sums
+begin from nothing, and the minimum times the sum of the activations is added where they end.
 """
 
 from __future__ import annotations
@@ -115,10 +116,21 @@ class _ByteProduct(Product):
         shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
         return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
 
+    def _begin(self, row: Any, group: Any) -> Any:
+        """Return what the sums of integers begin from."""
+        lanes = self.arguments.linear.dot
+        return constant(0, lanes, "int32") if self.weight.minimum else splat(self.arguments.offsets[row, group], lanes)
+
+    def _of_minimum(self, block: Any, group: Any, row: Any, left: Any) -> Any:
+        """Return what the minima of a group add to the products of the features from ``left`` of the block on."""
+        lanes, arguments = self.arguments.linear.dot, self.arguments
+        total_of_row = as_float(arguments.offsets[row, group], 1) * arguments.scales[row, group]
+        return self.weight.least(arguments.weights, block, group, left, lanes) * splat(total_of_row, lanes)
+
     def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
         arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
-        q_weight, q_scale = arguments.weights
+        q_weight, q_scale = arguments.weights[:2]
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
         places = [
             (block, product, left)
@@ -129,7 +141,7 @@ class _ByteProduct(Product):
             self.fetch(blocks, g * per_group, per_group)
             sums = [vector(lanes, "int32") for _ in places]
             for part in sums:
-                put(part, splat(arguments.offsets[row, g], lanes), span(0, lanes))
+                put(part, self._begin(row, g), span(0, lanes))
             with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
                 words = [q_weight[block, g * per_group + w, span(left, lanes)] for block, _, left in places]
                 for four in range(fours):
@@ -139,6 +151,8 @@ class _ByteProduct(Product):
             for (block, product, left), part in zip(places, sums, strict=True):
                 scale = as_float(q_scale[block, g, span(left, lanes)], lanes) * splat(arguments.scales[row, g], lanes)
                 value = product[span(left, lanes)] + as_float(get(part, lanes), lanes) * scale
+                if weight.minimum:
+                    value = value + self._of_minimum(block, g, row, left)
                 put(product, value, span(left, lanes))
 
     def panel(self) -> Any:
@@ -165,7 +179,7 @@ class _ByteProduct(Product):
         parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
         sums = [vector(lanes, "int32") for _ in parts]
         for (row, _), part in zip(parts, sums, strict=True):
-            put(part, splat(arguments.offsets[top + row, number], lanes), span(0, lanes))
+            put(part, self._begin(top + row, number), span(0, lanes))
         for word in range(group // 4):
             for (row, start), part in zip(parts, sums, strict=True):
                 weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]
@@ -174,4 +188,6 @@ class _ByteProduct(Product):
         for (row, start), part in zip(parts, sums, strict=True):
             scale = as_float(arguments.weights[1][block, number, span(left + start, lanes)], lanes)
             value = as_float(get(part, lanes), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
+            if self.weight.minimum:
+                value = value + self._of_minimum(block, number, top + row, left + start)
             put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))

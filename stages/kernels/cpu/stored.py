@@ -6,6 +6,7 @@ stored of a feature, along k: words of packed elements and the scales of groups,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from stages.sizes import N32_BLOCK as BLOCK
 @dataclass(frozen=True)
 class Stored:
     """A matrix [n, k]: ``bits`` per element and ``group`` elements per scale of ``dtype``, or, where ``bits`` is 0,
-    floats of ``dtype``.
+    floats of ``dtype``. With ``minimum`` a group has one too, which is added to element * scale; without, the element
+    in the middle means zero.
     """
 
     n: int
@@ -26,6 +28,7 @@ class Stored:
     dtype: str
     bits: int = 0
     group: int = 0
+    minimum: bool = False
 
     @property
     def blocks(self) -> int:
@@ -43,15 +46,13 @@ class Stored:
         if not self.bits:
             return [("weight", (self.blocks, self.k, BLOCK), self.dtype)]
         words, groups = self.k // self.per_word, self.k // self.group
-        return [
-            ("q_weight", (self.blocks, words, BLOCK), "uint32"),
-            ("q_scale", (self.blocks, groups, BLOCK), self.dtype),
-        ]
+        scales = [(name, (self.blocks, groups, BLOCK), self.dtype) for name in ("q_scale", "q_min")]
+        return [("q_weight", (self.blocks, words, BLOCK), "uint32"), *scales[: 1 + self.minimum]]
 
     @property
     def middle(self) -> int:
-        """The element that means zero."""
-        return (1 << (self.bits - 1)) - 1
+        """The element that is worth nothing."""
+        return 0 if self.minimum else (1 << (self.bits - 1)) - 1
 
     def place(self, element: int) -> int:
         """Return the bit at which an element of a word begins: bytes hold every fourth element, low bits first."""
@@ -70,7 +71,7 @@ class Stored:
 
     @property
     def mantissa_middle(self) -> float:
-        """What :meth:`mantissa` is for the element that means zero."""
+        """What :meth:`mantissa` is for the element that is worth nothing."""
         return 1 + self.middle / (1 << self.bits)
 
     def scale(self, q_scale: Any, block: Any, group: Any) -> Any:
@@ -80,3 +81,7 @@ class Stored:
     def plain_scale(self, q_scale: Any, block: Any, group: Any) -> Any:
         """Return the scales of a group as float32."""
         return as_float(q_scale[block, group, span(0, BLOCK)], BLOCK)
+
+    def least(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
+        """Return the minima of a group of ``weights`` as float32, ``lanes`` of them from ``left`` on."""
+        return as_float(weights[2][block, group, span(left, lanes)], lanes)

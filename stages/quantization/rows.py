@@ -1,0 +1,93 @@
+"""How a quantized matrix is stored, as data: a row of the table in docs/quantization.md, by itself.
+
+What a parameter is stored as is recorded with it in params.json, and everything that reads or writes stored weights
+asks that record, never the scheme: parameters of one model may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.documents.params import StoredRow
+
+NARROWEST = 16  # values of a group: scales of fewer would take as much as what they scale
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to store the values of a matrix [n, k].
+
+    ``kind`` "group" stores each ``group_size`` values of a row as integers of ``bits``, packed into uint32 words, with
+    one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "tensor" stores
+    float8_e4m3fn with one float32 scale for the whole weight. The value of an integer c is ``(c - top) * scale``, or
+    ``c * scale + minimum``.
+    """
+
+    kind: str
+    bits: int
+    group_size: int
+    scale_dtype: str
+    minimum: bool = False
+
+    @property
+    def name(self) -> str:
+        """A short name, for tables and messages."""
+        if self.kind == "tensor":
+            return "float8_e4m3fn"
+        return f"{self.bits} bits/{self.group_size} {self.scale_dtype}{' with minimum' if self.minimum else ''}"
+
+    @property
+    def top(self) -> int:
+        """The largest integer that a symmetric group's scale is made for: codes are integers with this added."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def most(self) -> int:
+        """The largest code."""
+        return int(2**self.bits - 1)
+
+    @property
+    def per_word(self) -> int:
+        """How many codes one uint32 holds, low bits first."""
+        return 32 // self.bits
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The last parts of the names of what is stored, in packed order."""
+        return ("q_weight", "q_scale", *(["q_min"] if self.minimum else []))
+
+    def groups(self, k: int) -> int:
+        """Return the number of groups in a row of ``k`` values, the last of which may be short."""
+        return -(-k // self.group_size)
+
+    def words(self, k: int) -> int:
+        """Return the number of words in a row of ``k`` values: a short group takes as many as a full one."""
+        return self.groups(k) * (self.group_size // self.per_word)
+
+    def stored(self, n: int, k: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
+        """Return what a weight [n, k] is stored as: last part of the name, shape, dtype."""
+        if self.kind == "tensor":
+            return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (1,), "float32")
+        scales = [(part, (n, self.groups(k)), self.scale_dtype) for part in self.parts[1:]]
+        return ("q_weight", (n, self.words(k)), "uint32"), *scales
+
+    def fitting(self, k: int) -> Row:
+        """Return the row whose groups fill rows of ``k`` values, if one of at most this group size does: this one
+        with the group halved until they do. Kernels of processors read whole groups.
+        """
+        size = self.group_size
+        while size > NARROWEST and k % size:
+            size //= 2
+        return replace(self, group_size=size) if k % size == 0 else self
+
+    def document(self) -> StoredRow:
+        """Return the row as params.json records it; ``Row(**document)`` is the row again."""
+        return {
+            "kind": self.kind,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "scale_dtype": self.scale_dtype,
+            "minimum": self.minimum,
+        }
