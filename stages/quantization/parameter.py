@@ -128,12 +128,14 @@ def quantize(array: np.ndarray, row: Row, scales: str) -> Sequence[np.ndarray]:
     """Return what a weight [n, k] is stored as, by NumPy, in layout nk."""
     if row.kind == "tensor":
         return float8.quantize(array)
-    return (minimum if row.minimum else group).quantize(array, row, scales)
+    return minimum.quantize(array, row, scales) if row.minimum else group.quantize(array, row, scales)
 
 
 def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:
     """Return the float32 weight [n, k] that quantized ``stored`` tensors, or some of their rows, stand for."""
+    values, scale, *least = stored
     if row.kind == "tensor":
-        values, scale = stored
         return float8.dequantize(values, scale)
-    return (minimum if row.minimum else group).dequantize(*stored, row, k)
+    if row.minimum:
+        return minimum.dequantize(values, scale, least[0], row, k)
+    return group.dequantize(values, scale, row, k)

@@ -96,7 +96,8 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
             weights[part] = layouts.restore(layout[name], weights[part], len(expected), row.bits if row else 0)
         if row:
             found = restored([weights[f"{stem}{part}"] for part in row.parts], row, expected.shape[1])
-            coarse = {3: 1 / 5.9, 4: 1 / 13, 8: 1 / 15 if row.kind == "tensor" else 1 / 100}
+            searched = SCHEMES[scheme].scales == "mse"  # may cut off the largest value
+            coarse = {3: 1 / 5.9, 4: 1 / 8 if searched else 1 / 13, 8: 1 / 15 if row.kind == "tensor" else 1 / 100}
             assert np.abs(found - expected).max() < np.abs(expected).max() * coarse[row.bits]
             error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
             assert report[name]["rmse"] == pytest.approx(error, rel=0.05)
