@@ -50,6 +50,8 @@ def _parameter(field: dataclasses.Field[object]) -> str:
         doc += f" (a row of `{choices}`)"
     if "include" in field.metadata:
         doc += f"; files: {', '.join(f'`{p}`' for p in field.metadata['include'])}"
+    if field.metadata.get("alone"):
+        doc += f"; or one file: {', '.join(f'`{p}`' for p in field.metadata['alone'])}"
     if not field.metadata.get("hashed", True):
         doc += "; never changes a result, so it is not part of the key"
     return f"| `{field.name}` | {field.type} | {default} | {doc} |"

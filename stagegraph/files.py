@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 WILDCARD = frozenset("*?[")
 
 
-def list_files(path: Path, include: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) -> tuple[Path, dict[str, Path]]:
     """List the files of a source that match a pattern: (root, relative POSIX name -> path).
 
     A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
     cache's snapshot is made of them). ``**`` takes all files at any depth but those in ``__pycache__``. ``path`` may
-    name one file. :class:`FileNotFoundError` if nothing is there.
+    name one file, which may also match one of ``alone``. :class:`FileNotFoundError` if nothing is there.
     """
     if path.is_file():
-        return path.parent, {path.name: path} if _matcher(tuple(include))(path.name) else {}
+        return path.parent, {path.name: path} if _matcher((*include, *alone))(path.name) else {}
     if not path.is_dir():
         raise FileNotFoundError(path)
     if "**" in include:

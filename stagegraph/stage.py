@@ -72,13 +72,15 @@ def param(
     return field(default=default, metadata=metadata)
 
 
-def source(doc: str, *, include: Sequence[str], optional: bool = False) -> Any:
+def source(doc: str, *, include: Sequence[str], alone: Sequence[str] = (), optional: bool = False) -> Any:
     """Declare a parameter of type :class:`Source`; ``include`` are the glob patterns of the files the stage may read.
 
     Only files that match enter the key: a stage that reads the words does not rerun because a picture changed.
-    The parameter may name a single file too, which must then match. ``optional`` allows an empty path.
+    The parameter may name a single file too, which must then match, or match one of ``alone``: patterns of files that
+    are the whole source by themselves, and nothing to it in a directory. ``optional`` allows an empty path.
     """
     metadata = {"doc": doc, "choices": None, "minimum": None, "hashed": True, "include": tuple(include)}
+    metadata["alone"] = tuple(alone)
     return field(default="" if optional else dataclasses.MISSING, metadata=metadata)
 
 

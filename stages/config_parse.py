@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from stagegraph.stage import Out, Source, Stage, StageError, dist_versions, para
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stagegraph.stage import Context
+    from stagegraph.stage import Context, SourceFiles
     from stages.checkpoint.headers import Headers
     from stages.checkpoint.safetensors import TensorInfo
     from stages.documents.model import CheckpointTensors, Generation, Model
@@ -33,8 +34,9 @@ class ConfigParse(Stage):
         """Parameters."""
 
         checkpoint: Source = source(
-            "checkpoint directory in Hugging Face format",
+            "checkpoint directory in Hugging Face format, or a GGUF file",
             include=(CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json"),
+            alone=("*.gguf",),
         )
         context_window: int = param("positions to build for; 0: all the model was made for", default=0, minimum=0)
         frontend: str = param(
@@ -56,12 +58,15 @@ class ConfigParse(Stage):
 
         if params.frontend != "auto":
             return params
-        model_type = _model_type(params)
-        return replace(params, frontend="native" if model_type is None or native(model_type) else "traced")
+        traced = [name for name in _model_types(params) if not native(name)]
+        return replace(params, frontend="traced" if traced else "native")
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name what a model is traced with; a family of this project is read by nothing else."""
-        return dist_versions("torch", "transformers") if params.frontend == "traced" else {}
+        """Name what a model is traced with, and what reads a GGUF file's weights; else nothing but this project."""
+        from stages.checkpoint.gguf import container
+
+        traced = ("torch", "transformers") if params.frontend == "traced" else ()
+        return dist_versions(*traced, *(["gguf"] if container.is_named(params.checkpoint) else []))
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one family of the model that config.json names, if it names a known one."""
@@ -69,68 +74,89 @@ class ConfigParse(Stage):
 
         if params.frontend == "traced":
             return {"stages.models:FAMILIES": TRACED}
-        model_type = _model_type(params)
-        return {"stages.models:FAMILIES": str(model_type)} if native(model_type) else {}
+        named = [name for name in _model_types(params) if native(name)]
+        return {"stages.models:FAMILIES": named} if named else {}
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
-        from stages.checkpoint.errors import ConfigError
-        from stages.checkpoint.headers import Headers
-        from stages.documents.files import write_json
-        from stages.models import TRACED, load_family, matching
+        with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
+            _parse(ctx, ctx.source("checkpoint"), Path(folder))
 
-        checkpoint = ctx.source("checkpoint")
-        files = {name: path for name, path in checkpoint.files.items() if "/" not in name}
-        raw = _read_config(ctx.params, checkpoint.root, files)
-        family = load_family(row := TRACED if ctx.params.frontend == "traced" else raw["model_type"])
-        problems: list[str] = []
-        config: Any = None
-        headers = Headers({}, ())
-        generation: Generation | None = None
-        window = 0
-        try:
-            config = family.parse(raw)
-            family = family.of(family, config)
-            window = family.context_window(config, ctx.params.context_window)
-        except ConfigError as error:
-            problems += error.problems
-        try:
-            headers = _headers(checkpoint.root, files)
-        except ConfigError as error:
-            problems += error.problems
-        packed = _quantized(ctx, raw, headers.tensors)
-        problems += packed
-        try:
-            generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
-        except ConfigError as error:
-            problems += error.problems
-        found = None
-        try:
-            if config and headers.tensors and not packed:
-                found = matching.match(family, config, files, headers)
-        except ConfigError as error:
-            problems += error.problems
-        if problems or found is None or generation is None:
-            raise StageError(*(f"{checkpoint.root}: {problem}" for problem in problems))
 
-        config, said = family.for_context(found.config, window)
-        for note in [*found.notes, *([said] if said else [])]:
-            ctx.warn(note)
-        tensors, model = headers.tensors, _model(row, family, config, window)
-        write_json(ctx.out / "model.json", model)
-        write_json(ctx.out / "generation.json", generation)
-        listing: CheckpointTensors = {
-            "schema": 1,
-            "tensors": headers.table(),
-            "names": found.names,
-            "unused": found.unused,
-        }
-        write_json(ctx.out / "tensors.json", listing)
-        ctx.fact("family", row)
-        ctx.fact("state", family.state)
-        ctx.view("config", _view(family, raw, model, tensors))
-        size = sum(info.nbytes for _, info in tensors.values())
-        ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
+    from stages.checkpoint.errors import ConfigError
+    from stages.checkpoint.headers import Headers
+    from stages.documents.files import write_json
+    from stages.models import TRACED, load_family, matching
+
+    given, files = _files(checkpoint, folder)
+    raw = _read_config(ctx.params, given, files)
+    family = load_family(row := TRACED if ctx.params.frontend == "traced" else raw["model_type"])
+    problems: list[str] = []
+    config: Any = None
+    headers = Headers({}, ())
+    generation: Generation | None = None
+    window = 0
+    try:
+        config = family.parse(raw)
+        family = family.of(family, config)
+        window = family.context_window(config, ctx.params.context_window)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        headers = _headers(given, files)
+    except ConfigError as error:
+        problems += error.problems
+    packed = _quantized(ctx, raw, headers.tensors)
+    problems += packed
+    try:
+        generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
+    except ConfigError as error:
+        problems += error.problems
+    found = None
+    try:
+        if config and headers.tensors and not packed:
+            found = matching.match(family, config, files, headers)
+    except ConfigError as error:
+        problems += error.problems
+    if problems or found is None or generation is None:
+        raise StageError(*(f"{given}: {problem}" for problem in problems))
+
+    config, said = family.for_context(found.config, window)
+    for note in [*found.notes, *([said] if said else [])]:
+        ctx.warn(note)
+    tensors, model = headers.tensors, _model(row, family, config, window)
+    write_json(ctx.out / "model.json", model)
+    write_json(ctx.out / "generation.json", generation)
+    listing: CheckpointTensors = {
+        "schema": 1,
+        "tensors": headers.table(),
+        "names": found.names,
+        "unused": found.unused,
+    }
+    write_json(ctx.out / "tensors.json", listing)
+    ctx.fact("family", row)
+    ctx.fact("state", family.state)
+    ctx.view("config", _view(family, raw, model, tensors))
+    size = sum(info.nbytes for _, info in tensors.values())
+    ctx.summary(f"{family.name}, {config.num_layers} layers, {len(tensors)} tensors, {size / 1e6:,.1f} MB")
+
+
+def _files(checkpoint: SourceFiles, folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Return what messages call the checkpoint, and its files at the top by name; of a GGUF file those that its
+    metadata stands for, written to ``folder``.
+    """
+    from stages.checkpoint.errors import ConfigError
+    from stages.checkpoint.gguf.folder import file_of, write
+
+    whole = file_of(checkpoint.files)
+    if not whole:
+        return checkpoint.root, {name: path for name, path in checkpoint.files.items() if "/" not in name}
+    path = checkpoint.files[whole]
+    try:
+        return path, {**write(path, folder), whole: path}
+    except ConfigError as error:
+        raise StageError(*(f"{checkpoint.root}: {problem}" for problem in error.problems)) from None
 
 
 def _model(row: str, family: Family, config: Any, window: int) -> Model:
@@ -147,15 +173,19 @@ def _model(row: str, family: Family, config: Any, window: int) -> Model:
     }
 
 
-def _model_type(params: Any) -> Any:
-    """Return what config.json says, None where it cannot be read."""
+def _model_types(params: Any) -> list[Any]:
+    """Return what config.json says, or what a GGUF file may be; [] where it cannot be read."""
     from stages.checkpoint import strict_json
+    from stages.checkpoint.gguf import config
 
+    if Path(params.checkpoint).is_file():
+        return [*config.model_types(Path(params.checkpoint))]
     path = Path(params.checkpoint) / CONFIG
     try:
-        return strict_json.read_object(path, CONFIG).get("model_type") if path.is_file() else None
+        named = strict_json.read_object(path, CONFIG).get("model_type") if path.is_file() else None
     except (OSError, ValueError):
-        return None
+        return []
+    return [] if named is None else [named]
 
 
 def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -163,7 +193,7 @@ def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str
     from stages.checkpoint import foreign, strict_json
 
     given = params.checkpoint
-    if Path(given).is_file():
+    if Path(given).is_file() and CONFIG not in files:
         raise StageError(
             f"{given} is a file; "
             + (foreign.described([Path(given).name]) or f"checkpoint names the folder that holds {CONFIG}: {root}")
@@ -231,9 +261,10 @@ def _headers(root: Path, files: Mapping[str, Path]) -> Headers:
     """Return the tensors of the checkpoint in ``files``; ConfigError if there are none."""
     from stages.checkpoint import foreign
     from stages.checkpoint.errors import ConfigError
+    from stages.checkpoint.gguf.folder import file_of
     from stages.checkpoint.headers import read_headers
 
-    if not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
+    if not file_of(files) and not any(name.endswith(".safetensors") and foreign.are_weights(name) for name in files):
         raise ConfigError(_in_place(root, "no *.safetensors file with weights there"))
     headers = read_headers(files)
     if not headers.tensors:

@@ -91,7 +91,7 @@ def _check_tensors(
     params: Iterable[Param], checkpoint: CheckpointTensors, vocab_size: int
 ) -> tuple[list[str], list[str], list[str]]:
     """Return what the graph needs and the checkpoint lacks, has otherwise, and has beyond."""
-    from stages.checkpoint.tensors import NUMPY_DTYPES
+    from stages.checkpoint.stored import NUMPY_DTYPES
 
     tensors, names = checkpoint["tensors"], checkpoint["names"]
     expected = {

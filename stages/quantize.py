@@ -33,7 +33,9 @@ class Quantize(Stage):
     class Params:
         """Parameters."""
 
-        checkpoint: Source = source("checkpoint directory with the weights", include=("*.safetensors",))
+        checkpoint: Source = source(
+            "checkpoint directory with the weights, or a GGUF file", include=("*.safetensors",), alone=("*.gguf",)
+        )
         scheme: str = param("quantization scheme", choices="stages.quantization.schemes:SCHEMES")
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
         scales: str = param(
@@ -80,9 +82,11 @@ class Quantize(Stage):
             )
         return params
 
-    def tools(self, params: Params) -> dict[str, str]:  # noqa: ARG002
+    def tools(self, params: Params) -> dict[str, str]:
         """Return the libraries that do the arithmetic; compiled kernels store the same, so no compiler counts."""
-        return dist_versions("numpy", "ml-dtypes")
+        from stages.checkpoint.gguf import container
+
+        return dist_versions("numpy", "ml-dtypes", *(["gguf"] if container.is_named(params.checkpoint) else []))
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one scheme; what the weights are is in the register, so no family is looked up."""

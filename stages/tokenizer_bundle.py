@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,9 @@ class TokenizerBundle(Stage):
         """Parameters of tokenizer-bundle."""
 
         checkpoint: Source = source(
-            "directory of a Hugging Face checkpoint; its tokenizer files are read", include=FILES
+            "directory of a Hugging Face checkpoint, whose tokenizer files are read, or a GGUF file",
+            include=FILES,
+            alone=("*.gguf",),
         )
 
     inputs = {
@@ -66,12 +69,14 @@ class TokenizerBundle(Stage):
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str]:
         """Name the family that the files resolve to; none, and so every row, where they resolve to no family."""
-        from stages.tokenizers import EMBEDDINGS
+        from stages.checkpoint.gguf import container
+        from stages.tokenizers import EMBEDDINGS, gguf_files
         from stages.tokenizers.errors import TokenizerError
         from stages.tokenizers.resolution import resolve
 
         try:
-            family = resolve(*list_files(Path(params.checkpoint), FILES)).family
+            family = gguf_files.family(Path(params.checkpoint)) if container.is_named(params.checkpoint) else ""
+            family = family or resolve(*list_files(Path(params.checkpoint), FILES)).family
         except (OSError, TokenizerError):
             return {}
         rows = {"stages.tokenizers:TOKENIZERS": family, "stages.tokenizers.resolution:RULES": family}
@@ -84,20 +89,32 @@ class TokenizerBundle(Stage):
         from stages.tokenizers.errors import TokenizerError
 
         try:
-            _build(ctx)
+            with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
+                _build(ctx, *_files(ctx, Path(folder)))
         except TokenizerError as error:
             raise StageError(*error.problems) from None
 
 
-def _build(ctx: Context) -> None:
+def _files(ctx: Context, folder: Path) -> tuple[Path, Mapping[str, Path]]:
+    """Return the checkpoint's root and its tokenizer's files; a GGUF file's are written to ``folder``."""
+    from stages.checkpoint.gguf.folder import file_of
+    from stages.tokenizers import gguf_files
+
+    checkpoint = ctx.source("checkpoint")
+    whole = file_of(checkpoint.files)
+    if not whole:
+        return checkpoint.root, checkpoint.files
+    return folder, gguf_files.write(checkpoint.files[whole], folder)
+
+
+def _build(ctx: Context, root: Path, files: Mapping[str, Path]) -> None:
     from stages.tokenizers import load_tokenizer_family, rowless
     from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.emission import emit
     from stages.tokenizers.proof import fingerprint
     from stages.tokenizers.resolution import resolve
 
-    files = ctx.source("checkpoint")
-    resolution = resolve(files.root, files.files)
+    resolution = resolve(root, files)
     ctx.view("trace", resolution.trace)
     facts = _facts(ctx)
     family = load_tokenizer_family(resolution.family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from stagegraph.stage import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from stagegraph.stage import SourceFiles
 
 _LIVE = ("torch", "transformers")
 _FILES = (
@@ -65,8 +68,9 @@ class Verify(Stage):
         """Parameters of verify."""
 
         checkpoint: Source = source(
-            "directory of the checkpoint that the bundle was made of",
+            "directory of the checkpoint that the bundle was made of, or its GGUF file",
             include=_FILES,
+            alone=("*.gguf",),
         )
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
         reference: str = param(
@@ -138,11 +142,13 @@ class Verify(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
+        from stages.checkpoint.gguf import container
         from stages.runtime import host
         from stages.targets.table import TARGETS
         from stages.tokenizers import READERS
 
-        names = ("apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS)
+        names = ["apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS]
+        names += ["gguf"] if container.is_named(params.checkpoint) else []
         found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
         found["unicode"] = unicodedata.unidata_version
         if TARGETS[params.target].device == "cuda" and params.device != "none":
@@ -165,56 +171,74 @@ class Verify(Stage):
 
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
-        from stages.checkpoint.errors import ConfigError
-        from stages.runtime import seal
-        from stages.runtime.errors import BundleError, RequestError
-        from stages.verification import bom, certificate, gates
-        from stages.verification.apart import LiveError
-        from stages.verification.case import Case
-        from stages.verification.probes import CorpusError
-        from stages.verification.procedure import verify
-        from stages.verification.reference import RecordingError
+        with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
+            _verify(ctx, Path(folder))
 
-        checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))
-        case = Case(
-            bundle=ctx.input("bundle"),
-            params=ctx.input("params"),
-            config=ctx.input("config"),
-            files=checkpoint.files,
-            digests=checkpoint.digests,
-            root=checkpoint.root,
-            target=ctx.params.target,
-            reference=ctx.params.reference,
-            device=ctx.params.device,
-            scales=quantized["scales"],
-            corpus=_corpus(ctx),
-            probe_tokens=ctx.params.probe_tokens,
-            limits={name: value for name in gates.NAMES if (value := getattr(ctx.params, name)) is not None},
-            scratch=ctx.out,
-            memo=ctx,
-        )
-        try:
-            findings = verify(case, ctx.progress)
-        except (BundleError, RecordingError, ConfigError, LiveError, CorpusError) as error:
-            raise StageError(*error.problems) from None
-        except RequestError as error:
-            raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
-        text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-        card = findings.card(quantized["tensors"])
-        (ctx.out / "verify.json").write_text(text, "utf-8")
-        (ctx.out / "card.md").write_text(card, "utf-8")
-        if findings.failures:  # what was measured stays with the failure, where `compare` finds it
-            raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
-        for warning in findings.warnings:
-            ctx.warn(warning)
-        certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
-        (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
-        bill = json.dumps(bom.bill(certified, case.manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-        (ctx.out / "bom.cdx.json").write_text(bill, "utf-8")
-        if not findings.passed:
-            ctx.fact(RESERVATION, findings.verdict)
-        ctx.view("card", card)
-        ctx.summary(findings.summary())
+
+def _verify(ctx: Context, folder: Path) -> None:
+    from stages.checkpoint.errors import ConfigError
+    from stages.runtime import seal
+    from stages.runtime.errors import BundleError, RequestError
+    from stages.verification import bom, certificate, gates
+    from stages.verification.apart import LiveError
+    from stages.verification.case import Case
+    from stages.verification.probes import CorpusError
+    from stages.verification.procedure import verify
+    from stages.verification.reference import RecordingError
+
+    checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))
+    root, files = _files(checkpoint, folder)
+    case = Case(
+        bundle=ctx.input("bundle"),
+        params=ctx.input("params"),
+        config=ctx.input("config"),
+        files=files,
+        digests=checkpoint.digests,
+        root=root,
+        target=ctx.params.target,
+        reference=ctx.params.reference,
+        device=ctx.params.device,
+        scales=quantized["scales"],
+        corpus=_corpus(ctx),
+        probe_tokens=ctx.params.probe_tokens,
+        limits={name: value for name in gates.NAMES if (value := getattr(ctx.params, name)) is not None},
+        scratch=ctx.out,
+        memo=ctx,
+    )
+    try:
+        findings = verify(case, ctx.progress)
+    except (BundleError, RecordingError, ConfigError, LiveError, CorpusError) as error:
+        raise StageError(*error.problems) from None
+    except RequestError as error:
+        raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
+    text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    card = findings.card(quantized["tensors"])
+    (ctx.out / "verify.json").write_text(text, "utf-8")
+    (ctx.out / "card.md").write_text(card, "utf-8")
+    if findings.failures:  # what was measured stays with the failure, where `compare` finds it
+        raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
+    for warning in findings.warnings:
+        ctx.warn(warning)
+    certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
+    (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
+    bill = json.dumps(bom.bill(certified, case.manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    (ctx.out / "bom.cdx.json").write_text(bill, "utf-8")
+    if not findings.passed:
+        ctx.fact(RESERVATION, findings.verdict)
+    ctx.view("card", card)
+    ctx.summary(findings.summary())
+
+
+def _files(checkpoint: SourceFiles, folder: Path) -> tuple[Path, Mapping[str, Path]]:
+    """Return the checkpoint's folder and files; of a GGUF file those that it stands for, written to ``folder``."""
+    from stages.checkpoint.gguf.folder import file_of, write
+    from stages.tokenizers import gguf_files
+
+    whole = file_of(checkpoint.files)
+    if not whole:
+        return checkpoint.root, checkpoint.files
+    path = checkpoint.files[whole]
+    return folder, {**write(path, folder), **gguf_files.write(path, folder), whole: path}
 
 
 def _corpus(ctx: Context) -> Path:
@@ -229,9 +253,13 @@ def _corpus(ctx: Context) -> Path:
 
 
 def _tokenizer_family(root: Path) -> str | None:
+    from stages.checkpoint.gguf import container
+    from stages.tokenizers import gguf_files
     from stages.tokenizers.errors import TokenizerError
     from stages.tokenizers.resolution import resolve
 
+    if container.is_named(root.name):
+        return gguf_files.family(root) or None
     try:
         root, files = list_files(root, [pattern for pattern in _FILES if "/" not in pattern])
         return resolve(root, files).family

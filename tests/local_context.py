@@ -92,7 +92,9 @@ def run_stage(
     for name, spec in stage.Params.__dataclass_fields__.items():
         value = getattr(resolved, name)
         if isinstance(value, Source) or "include" in spec.metadata:
-            sources[name] = source_files(Path(value), spec.metadata["include"]) if value else None
+            sources[name] = (
+                source_files(Path(value), spec.metadata["include"], spec.metadata["alone"]) if value else None
+            )
     out.mkdir(parents=True, exist_ok=True)
     folder = memo or Path(tempfile.mkdtemp(prefix="memo-", dir=out.parent))
     index = Index(folder / "index")
@@ -107,9 +109,10 @@ def run_stage(
     return ctx
 
 
-def source_files(root: Path, include: tuple[str, ...]) -> SourceFiles:
+def source_files(root: Path, include: tuple[str, ...], alone: tuple[str, ...] = ()) -> SourceFiles:
     found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     base = root.parent if root.is_file() else root
+    patterns = (*include, *alone) if root.is_file() else include
     files = {p.relative_to(base).as_posix(): p for p in found}
-    files = {name: p for name, p in files.items() if any(fnmatchcase(name, pattern) for pattern in include)}
+    files = {name: p for name, p in files.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     return SourceFiles(base, files, {name: blake3(p.read_bytes()).hexdigest() for name, p in files.items()})

@@ -115,7 +115,7 @@ class Planner:
                 )
             if "include" in f.metadata and path:
                 try:
-                    sources[f.name] = self.sources.state(path, f.metadata["include"])
+                    sources[f.name] = self.sources.state(path, f.metadata["include"], f.metadata["alone"])
                 except FileNotFoundError:
                     place = spec.places.get(f.name, spec.place)
                     problems.append(f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}")

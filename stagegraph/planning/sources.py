@@ -54,14 +54,14 @@ class Sources:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._states: dict[tuple[str, tuple[str, ...]], SourceState] = {}
+        self._states: dict[tuple[str, tuple[str, ...], tuple[str, ...]], SourceState] = {}
         self._digests: dict[Path, tuple[StatId, str]] = {}
 
-    def state(self, path: str, include: Sequence[str]) -> SourceState:
+    def state(self, path: str, include: Sequence[str], alone: Sequence[str] = ()) -> SourceState:
         """Return the state of a source; :class:`FileNotFoundError` if there is nothing at ``path``."""
-        asked = (path, tuple(include))
+        asked = (path, tuple(include), tuple(alone))
         if asked not in self._states:
-            root, files = list_files(Path(path), include)
+            root, files = list_files(Path(path), include, alone)
             self._digest_all(list(files.values()))
             known = {name: self._digests[file] for name, file in files.items()}
             self._states[asked] = SourceState(

@@ -24,7 +24,11 @@ FORMATS = (
             ".save_pretrained(NEW_DIR), and copy the tokenizer's files there"
         ),
     ),
-    (("*.gguf",), "GGUF, llama.cpp's quantized format, which cannot be read", UNQUANTIZED),
+    (
+        ("*.gguf",),
+        "in GGUF, llama.cpp's format, of which one file is a checkpoint",
+        "name the file, not the folder: checkpoint = DIR/NAME.gguf",
+    ),
     (
         ("consolidated*.pth",),
         "Meta's own format",

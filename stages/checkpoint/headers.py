@@ -1,4 +1,4 @@
-"""Which safetensors files make up a checkpoint and which tensors they hold; headers alone unless two files disagree.
+"""Which files make up a checkpoint and which tensors they hold; headers alone unless two files disagree.
 
 As transformers 5 resolves a folder: ``model.safetensors`` comes first, then the shards that the index names. Of the
 index nothing but the names of the files counts: what a file holds, its header says.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint import strict_json
 from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.gguf import weights as gguf
+from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.safetensors import TensorInfo, read_header
 from stages.problems import capped
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
-    from stages.documents.model import CheckpointTensor
+    from stages.documents.model import CheckpointTensor, Packed
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,17 +35,23 @@ Tensors = dict[str, tuple[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Headers:
-    """``tensors`` are name -> (file, info); ``notes`` say what is odd about the files and changes nothing."""
+    """``tensors`` are name -> (file, info); ``notes`` say what is odd about the files and changes nothing.
+
+    ``packed`` says of those whose values are not stored how they are made.
+    """
 
     tensors: Tensors
     notes: Sequence[str]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
 
     def table(self) -> dict[str, CheckpointTensor]:
         """Return dtype, shape and file of every tensor, as tensors.json has them."""
-        return {
-            name: {"dtype": info.dtype, "shape": [*info.shape], "file": file}
-            for name, (file, info) in self.tensors.items()
-        }
+        table: dict[str, CheckpointTensor] = {}
+        for name, (file, info) in self.tensors.items():
+            table[name] = {"dtype": info.dtype, "shape": [*info.shape], "file": file}
+            if name in self.packed:
+                table[name]["packed"] = self.packed[name]
+        return table
 
 
 def read_headers(files: Mapping[str, Path]) -> Headers:
@@ -51,19 +59,27 @@ def read_headers(files: Mapping[str, Path]) -> Headers:
 
     :class:`ConfigError` lists every shard that is missing or damaged, and what stands there twice and differs.
     """
+    whole = file_of(files)
+    if whole:
+        made = gguf.tensors(files[whole], whole)
+        return Headers(
+            {name: (whole, info) for name, (info, _) in made.items()},
+            (),
+            {name: packed for name, (_, packed) in made.items()},
+        )
     notes: list[str] = []
     index, weight_map, shards = _shards(files, notes)
     tensors, holders = _read(files, shards, notes)
     if SINGLE in files and shards != [SINGLE]:
-        whole, _ = _read(files, [SINGLE], notes)
-        difference = _difference(files, whole, tensors)
+        single, _ = _read(files, [SINGLE], notes)
+        difference = _difference(files, single, tensors)
         if difference:
             raise ConfigError(
                 f"there are two checkpoints, {SINGLE} and the shards of {index}, and they differ: {difference}; "
                 f"transformers reads {SINGLE}: remove the one that is not the model"
             )
         notes.append(f"{SINGLE} is read, as transformers does; the shards of {index} hold the same")
-        return Headers(whole, notes)
+        return Headers(single, notes)
     if weight_map:
         notes += _disagreements(index, weight_map, holders)
     return Headers(tensors, notes)

@@ -1,4 +1,7 @@
-"""Checkpoint tensors as NumPy arrays, mapped: a tensor at once, or block by block, of which only one is in memory."""
+"""Checkpoint tensors as NumPy arrays: a tensor at once, or block by block, of which only one is in memory.
+
+What is stored as it is is mapped; what is packed is made of its parts as it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,24 @@ import errno
 import math
 import mmap
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
-from stages.checkpoint.safetensors import DTYPE_BITS, TensorInfo, read_header
+from stages.checkpoint import packed
+from stages.checkpoint.safetensors import DTYPE_BITS, TensorInfo
+from stages.checkpoint.stored import NUMPY_DTYPES, Parts, header
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from stages.documents.model import CheckpointTensor
+    from stages.documents.model import CheckpointTensor, StoredPart
 
 BLOCK = 2**20  # bytes of a block, or a quarter more: what a core's second cache holds
 WINDOW = 2**24  # bytes: pages are released in batches of so many, which is faster than one by one
 STEP = 32  # rows of a block are a multiple of it
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, for which Python has no name
-NUMPY_DTYPES: dict[str, Any] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F64": np.float64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-}
 # What is worked on as it is; the others are widened to float32.
 WORKED_ON = ("F32", "F16", "BF16")
 
@@ -52,7 +48,7 @@ def as_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 class Weights:
-    """Tensors by name. ``files`` are shard names -> paths, ``tensors`` config-parse's table: dtype, shape, file."""
+    """Tensors by name. ``files`` are shard names -> paths, ``tensors`` config-parse's table."""
 
     def __init__(self, files: Mapping[str, Path], tensors: Mapping[str, CheckpointTensor]) -> None:
         self._files = files
@@ -62,6 +58,8 @@ class Weights:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return a read-only array in the checkpoint's dtype; :class:`ValueError` if the file has it otherwise."""
+        if "packed" in self._tensors[name]:
+            return np.concatenate([*self._made(name)])
         path, info = self._find(name)
         _, _, data = _map(path, name, info)
         found: np.ndarray = data.view(NUMPY_DTYPES[info.dtype]).reshape(info.shape)
@@ -73,11 +71,12 @@ class Weights:
         A mapping is read without copying: that takes two thirds of what reading and digesting a file does. Pages are
         made present before they are touched, so that a file that has become shorter is an error and no signal.
         """
+        if "packed" in self._tensors[name]:
+            yield from self._made(name)
+            return
         path, info = self._find(name)
-        rows = info.shape[0] if info.shape else 1
+        rows, step = _steps(info.shape, info.nbytes)
         width = info.nbytes // max(rows, 1)
-        count = -(-info.nbytes // (BLOCK + BLOCK // 4))
-        step = -(-rows // max(count, 1) // STEP) * STEP
         mapped, skipped, data = _map(path, name, info)
         kept = 0
         for start in range(0, rows, step):
@@ -95,28 +94,49 @@ class Weights:
                 mapped.madvise(mmap.MADV_DONTNEED, kept, first - kept)
                 kept = first
 
+    def _made(self, name: str) -> Iterator[np.ndarray]:
+        """Yield a packed tensor's rows, some at once."""
+        entry = self._tensors[name]
+        found = {key: self._info(part["name"], part) for key, part in entry["packed"]["parts"].items()}
+        parts = Parts(entry["packed"]["parts"], found, self._files)
+        rows, step = _steps(entry["shape"], self.nbytes(name))
+        for start in range(0, rows, step):
+            yield packed.rows(entry["packed"], parts, start, min(start + step, rows))
+
     def _find(self, name: str) -> tuple[Path, TensorInfo]:
         """Return the file of a tensor and what it says of it."""
         wanted = self._tensors[name]
+        return self._files[wanted["file"]], self._info(name, wanted)
+
+    def _info(self, name: str, wanted: CheckpointTensor | StoredPart) -> TensorInfo:
+        """Return what the file says of the tensor ``name`` in it."""
         file = wanted["file"]
         info = self._header(file).get(name)
         if info is None or [info.dtype, *info.shape] != [wanted["dtype"], *wanted["shape"]]:
             expected = f"{wanted['dtype']} {wanted['shape']}"
             raise ValueError(f"{file}: tensor {name} is not the {expected} that config-parse saw")
-        return self._files[file], info
+        return info
 
     def place(self, name: str) -> tuple[str, int]:
         """Return the file a tensor is in, and where there, to read tensors in the order in which they lie."""
-        file = self._tensors[name]["file"]
-        info = self._header(file).get(name)
-        return file, info.offset if info else 0
+        for part in self._stored(name):
+            info = self._header(part["file"]).get(part["name"])
+            return part["file"], info.offset if info else 0
+        return "", 0
+
+    def _stored(self, name: str) -> list[StoredPart]:
+        """Return what of the files a tensor is made of."""
+        entry = self._tensors[name]
+        if "packed" in entry:
+            return [*entry["packed"]["parts"].values()]
+        return [{"name": name, "dtype": entry["dtype"], "shape": entry["shape"], "file": entry["file"]}]
 
     def _header(self, file: str) -> dict[str, TensorInfo]:
         if file not in self._headers:
             if file not in self._files:
                 raise ValueError(f"{file}: the shard is missing")
             self._stats[file] = _stat(self._files[file])
-            self._headers[file] = read_header(self._files[file], file)
+            self._headers[file] = header(self._files[file], file)
         return self._headers[file]
 
     def check_unchanged(self, name: str) -> None:
@@ -124,14 +144,21 @@ class Weights:
 
         What is mapped changes with the file: without this, one content could be digested and another one converted.
         """
-        file = self._tensors[name]["file"]
-        if self._stats.get(file) != _stat(self._files[file]):
-            raise ValueError(f"{file}: the file was changed while it was read; run again")
+        for file in {part["file"] for part in self._stored(name)}:
+            if self._stats.get(file) != _stat(self._files[file]):
+                raise ValueError(f"{file}: the file was changed while it was read; run again")
 
     def nbytes(self, name: str) -> int:
-        """Return the size of a tensor in its file."""
+        """Return the size of a tensor's values."""
         tensor = self._tensors[name]
         return int(math.prod(tensor["shape"])) * DTYPE_BITS[tensor["dtype"]] // 8
+
+
+def _steps(shape: Sequence[int], nbytes: int) -> tuple[int, int]:
+    """Return how many rows a tensor has, and how many of them are a block."""
+    rows = shape[0] if shape else 1
+    count = -(-nbytes // (BLOCK + BLOCK // 4))
+    return rows, -(-rows // max(count, 1) // STEP) * STEP
 
 
 def _map(path: Path, name: str, info: TensorInfo) -> tuple[mmap.mmap, int, np.ndarray]:

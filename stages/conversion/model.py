@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
-from stages.checkpoint.tensors import NUMPY_DTYPES, Weights, as_dtype, working_dtype
+from stages.checkpoint.stored import NUMPY_DTYPES
+from stages.checkpoint.tensors import Weights, as_dtype, working_dtype
 from stages.conversion import compiled
 from stages.conversion.digests import Digests
 from stages.conversion.memory import Memory

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Model(TypedDict):
@@ -31,12 +31,33 @@ class Generation(TypedDict):
     sampling: Mapping[str, float | bool]
 
 
+class StoredPart(TypedDict):
+    """A tensor as a file has it: its name, safetensors dtype and shape there, and the file."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    file: str
+
+
+class Packed(TypedDict):
+    """How the values of a tensor are made of what is stored: ``form`` names the way, ``parts`` are what it reads, and
+    ``settings`` what it must know beside them. ``called`` is what people call it.
+    """
+
+    form: str
+    called: str
+    parts: Mapping[str, StoredPart]
+    settings: Mapping[str, Any]
+
+
 class CheckpointTensor(TypedDict):
-    """A tensor of a checkpoint: its safetensors dtype, shape and file."""
+    """A tensor of a checkpoint: its safetensors dtype, shape and file; ``packed`` where its values are not stored."""
 
     dtype: str
     shape: list[int]
     file: str
+    packed: NotRequired[Packed]
 
 
 class CheckpointTensors(TypedDict):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.headers import Headers, listed, same_values
 from stages.checkpoint.quantized import adapter
-from stages.checkpoint.tensors import NUMPY_DTYPES, Weights
+from stages.checkpoint.stored import NUMPY_DTYPES
+from stages.checkpoint.tensors import Weights
 from stages.models.naming import leftovers, resolve
 
 if TYPE_CHECKING:

@@ -92,7 +92,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
     import torch
 
     asked = original.Request(**request.original)
-    mapped, model, _ = streaming.load(asked.root, asked.files, asked.config)
+    mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], _matrices(model)
     names = [name for name, (kind, _) in matrices.items() if scheme.row(kind)]

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.checkpoint.generation import CONFIG
+from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.errors import RequestError
@@ -89,8 +91,10 @@ class Case:
         from stages.tokenizers.errors import TokenizerError
         from stages.tokenizers.resolution import resolve
 
+        # What a GGUF file says of its tokenizer is all there is: no class that its model's type would have counts.
+        files = {name: path for name, path in self.files.items() if name != CONFIG or not file_of(self.files)}
         try:
-            return resolve(self.root, self.files)
+            return resolve(self.root, files)
         except TokenizerError:
             return None
 
@@ -151,7 +155,8 @@ class Case:
     def original(self) -> original.Request:
         """What is asked of the original model."""
         weights = {name: path for name, path in self.files.items() if "/" not in name}
-        return original.Request(self.root, weights, self.config, self.probes.pieces, self.probes.skipped)
+        asked = self.probes
+        return original.Request(self.root, weights, self.config, asked.pieces, asked.skipped, self.scratch)
 
     def known_original(self) -> Mapping[str, np.ndarray] | None:
         """Return what the original answered before to the same probes, for whatever scheme or target."""

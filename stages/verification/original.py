@@ -45,7 +45,8 @@ class Request:
     """What to compute: the probabilities of what follows each token but the last of each of ``pieces``, token ids.
 
     The first ``skipped`` places of each piece are left out: they are those of what goes before every text.
-    ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``config`` is where config-parse's is.
+    ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``config`` is where config-parse's is, and
+    ``scratch`` where files may be made.
     """
 
     root: Path
@@ -53,13 +54,14 @@ class Request:
     config: Path
     pieces: Sequence[Sequence[int]]
     skipped: int
+    scratch: Path = Path()
 
 
 def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     """Return :data:`ARRAYS`, the rows of all pieces one after the other."""
     import torch
 
-    mapped, model, origin = streaming.load(request.root, request.files, request.config)
+    mapped, model, origin = streaming.load(request.root, request.files, request.config, request.scratch)
     with torch.inference_mode():
         longest = max(map(len, request.pieces))
         padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
@@ -98,7 +100,7 @@ def document(request: Request, checkpoint: str) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "config": blake3(Path(request.config).read_bytes()).hexdigest(),
         "probes": blake3(probes.encode()).hexdigest(),
-        "tools": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        "tools": {name: version(name) for name in ("torch", "transformers", "numpy", "gguf")},
     }
 
 

@@ -9,19 +9,25 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages import models
+from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.headers import read_headers
 from stages.models import naming
 from stages.tracing import hollow
+from stages.verification import gguf_original
 from stages.verification.apart import LiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import numpy as np
 
     from stages.verification.apart import Progress
 
@@ -61,30 +67,56 @@ class Mapped:
             each.madvise(mmap.MADV_DONTNEED)
 
 
-def load(root: Path, files: Mapping[str, Path], described: Path) -> tuple[Mapped, Any, str]:
+class Written:
+    """Tensors that are made one by one, as torch tensors that lie in one file without a name in ``scratch``."""
+
+    def __init__(self, made: Iterable[tuple[str, np.ndarray]], scratch: Path) -> None:
+        import torch
+
+        places: dict[str, tuple[int, tuple[int, ...], Any]] = {}
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            for name, values in made:
+                file.seek(-file.tell() % 64, 1)
+                dtype = torch.from_numpy(values[:0]).dtype
+                places[name] = file.tell(), values.shape, dtype
+                file.write(values.data)
+            file.flush()
+            self._map = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+        self.tensors: dict[str, Any] = {
+            name: torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
+            for name, (offset, shape, dtype) in places.items()
+        }
+
+    def release(self) -> None:
+        """Take the pages that were read out of this process's memory."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) -> tuple[Any, Any, str]:
     """Return the checkpoint's tensors, transformers' model whose parameters they are, and what it is in words.
 
     ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``described`` is where config-parse's config
-    is, for a model that transformers cannot read by itself.
+    is, for a model that transformers cannot read by itself. What is packed is written to ``scratch`` as float32.
     """
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    mapped = Mapped(files)
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    config = _own_config(root)
+    config, whole = _own_config(root), file_of(files)
+    mapped = Written(gguf_original.tensors(Path(files[whole]), config), scratch) if whole else Mapped(files)
     if config is not None:
         model, named = _from_files(config, described, mapped)
-        how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's own files{named}"
+        read = f"weights, dequantized by gguf {version('gguf')}" if whole else "own files"
+        how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's {read}{named}"
     else:
         model = _by_family(described, mapped)
         how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's weights, by this project's reading"
     return mapped, model.eval(), how
 
 
-def _from_files(config: Any, described: Path, mapped: Mapped) -> tuple[Any, str]:
+def _from_files(config: Any, described: Path, mapped: Any) -> tuple[Any, str]:
     """Return the model that transformers makes of the files, and what had to be said to it, if anything.
 
     Names that wrappers have lengthened (torch.compile, DDP) are not known to transformers, which would draw such
@@ -126,7 +158,7 @@ def _loaded(config: Any, tensors: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return model, sorted(found["missing_keys"])
 
 
-def _named(described: Path, mapped: Mapped) -> tuple[Any, Any, dict[str, Any]]:
+def _named(described: Path, mapped: Any) -> tuple[Any, Any, dict[str, Any]]:
     """Return family and config as this project reads them, and the checkpoint's tensors by the model's names."""
     family, config = models.described(json.loads(Path(described).read_text("utf-8")))
     names = naming.resolve(family, config, mapped.tensors.keys())
@@ -153,7 +185,7 @@ def _attention(cls: Any) -> str:
     return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
 
-def _by_family(described: Path, mapped: Mapped) -> Any:
+def _by_family(described: Path, mapped: Any) -> Any:
     """Return the model by the class that the family names, on our reading of config.json."""
     import torch
     import transformers
@@ -174,7 +206,7 @@ def owns(module: Any) -> bool:
 
 
 @contextmanager
-def weights_in_float32(model: Any, mapped: Mapped, progress: Progress = lambda *_: None) -> Iterator[None]:
+def weights_in_float32(model: Any, mapped: Any, progress: Progress = lambda *_: None) -> Iterator[None]:
     """Give each module its own parameters in float32 while it computes, and no longer."""
     import torch
 

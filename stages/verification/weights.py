@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.checkpoint.tensors import NUMPY_DTYPES
+from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
 from stages.quantization import float8, group, layouts
 from stages.quantization.blocks import row_blocks

@@ -308,7 +308,7 @@ def test_packed_weights_are_named_by_their_method(checkpoint: Path, names: str, 
         (["config.json", "adapter_model.safetensors"], "the weights are a LoRA adapter (PEFT), which is no model"),
         (
             ["m-Q4_K_M.gguf", "README.md"],
-            "the weights are GGUF, llama.cpp's quantized format, which cannot be read (m-Q4",
+            "the weights are in GGUF, llama.cpp's format, of which one file is a checkpoint (m-Q4_K_M.gguf); name the ",
         ),
         (["consolidated.00.pth", "params.json"], "the weights are Meta's own format (consolidated.00.pth); take the"),
         (
@@ -334,9 +334,9 @@ def test_a_folder_of_another_format_is_named_for_what_it_is(checkpoint: Path, tm
 def test_a_file_is_no_checkpoint(checkpoint: Path, tmp_path: Path):
     config = checkpoint / "config.json"
     assert problems(config) == [f"{config} is a file; checkpoint names the folder that holds config.json: {checkpoint}"]
-    (tmp_path / "m.gguf").write_text("")
-    (problem,) = problems(tmp_path / "m.gguf")
-    assert problem.startswith(f"{tmp_path / 'm.gguf'} is a file; the weights are GGUF")
+    (tmp_path / "model.bin").write_text("")
+    (problem,) = problems(tmp_path / "model.bin")
+    assert problem.startswith(f"{tmp_path / 'model.bin'} is a file; the weights are pickle files")
 
 
 def test_symlinks_and_other_folders(checkpoint: Path, tmp_path: Path):

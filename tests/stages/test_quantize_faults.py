@@ -137,10 +137,10 @@ def test_pickled_weights_are_refused_with_what_converts_them(tmp_path: Path, che
     assert "save_pretrained(NEW_DIR, safe_serialization=True)" in message
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path, checkpoint: Path) -> None:
+def test_of_a_folder_of_gguf_one_file_is_asked_for(tmp_path: Path, checkpoint: Path) -> None:
     for path in checkpoint.glob("*.safetensors*"):
         path.unlink()
     (checkpoint / "model-Q4_0.gguf").write_bytes(b"GGUF")
     message = parse(checkpoint, tmp_path)
     assert "model-Q4_0.gguf" in message
-    assert "GGUF" in message
+    assert "name the file, not the folder" in message

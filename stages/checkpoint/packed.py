@@ -1,0 +1,24 @@
+"""Tensors whose values are not stored but made of what is: which forms there are, and how each is read."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from stages.checkpoint.stored import Parts
+    from stages.documents.model import Packed
+
+# Form -> the function (parts, settings, start, stop) that returns those rows of the tensor.
+FORMS: dict[str, str] = {
+    "ggml": "stages.checkpoint.gguf.weights:rows",
+}
+
+
+def rows(packed: Packed, parts: Parts, start: int, stop: int) -> np.ndarray:
+    """Return the rows ``start`` to ``stop`` of a tensor, in the dtype that its entry names."""
+    module, _, name = FORMS[packed["form"]].partition(":")
+    made: np.ndarray = getattr(importlib.import_module(module), name)(parts, packed["settings"], start, stop)
+    return made
