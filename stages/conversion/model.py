@@ -207,8 +207,8 @@ class Conversion:
 
     def _located(self, entry: Parameter, error: UnfitError) -> str:
         """Say of a value that cannot be stored where it stands in the checkpoint."""
-        source, row = transforms.source_of(entry["transform"], error.index[0], entry["source_shapes"])
-        name, place = entry["sources"][source], [row, *error.index[1:]]
+        source, place = transforms.source_of(entry["transform"], error.index, entry["source_shapes"])
+        name = entry["sources"][source]
         value, reason = float(self._weights[name][tuple(place)]), error.reason
         if math.isfinite(value) and not math.isfinite(error.value):
             reason = ", which does not fit float32"

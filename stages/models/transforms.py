@@ -37,11 +37,14 @@ def invert(transform: str, array: np.ndarray, source_shapes: Shapes) -> list[np.
     return parts
 
 
-def source_of(transform: str, row: int, source_shapes: Shapes) -> tuple[int, int]:
-    """Return which of the tensors that :func:`apply` was given has row ``row`` of what it made, and which row it is."""
+def source_of(transform: str, place: Sequence[int], source_shapes: Shapes) -> tuple[int, list[int]]:
+    """Return which of the tensors that :func:`apply` was given has what is at ``place`` of what it made, and where."""
+    if transform == "transpose":
+        return 0, [*place][::-1]
     rows = np.arange(sum(shape[0] for shape in source_shapes))
     parts = invert(transform, rows, [shape[:1] for shape in source_shapes])
-    return next((number, int(np.argmax(part == row))) for number, part in enumerate(parts) if row in part)
+    number, part = next((number, part) for number, part in enumerate(parts) if place[0] in part)
+    return number, [int(np.argmax(part == place[0])), *place[1:]]
 
 
 def _row(name: str) -> Transform:

@@ -29,14 +29,15 @@ def rounded(model: Any, arithmetic: str) -> Iterator[None]:
     groups; the others as float32.
     """
     import torch
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     # The same disturbance on every run: verify.json must be the same bytes.
     random = torch.Generator().manual_seed(24)
     change = _changes(arithmetic, random)
     hooks = [
-        module.register_forward_pre_hook(lambda module, inputs: (change(module, inputs[0]), *inputs[1:]))
+        module.register_forward_pre_hook(lambda _module, inputs: (change(inputs[0]), *inputs[1:]))
         for module in model.modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear | Conv1D)
     ]
     try:
         yield
@@ -45,21 +46,21 @@ def rounded(model: Any, arithmetic: str) -> Iterator[None]:
             hook.remove()
 
 
-def _changes(arithmetic: str, random: Any) -> Callable[[Any, Any], Any]:
+def _changes(arithmetic: str, random: Any) -> Callable[[Any], Any]:
     import torch
 
-    def reordered(module: Any, x: Any) -> Any:
+    def reordered(x: Any) -> Any:
         noise = torch.randn(x.shape, generator=random)
-        return x * (1 + 2.0**-24 * math.sqrt(module.in_features / 2) * noise)
+        return x * (1 + 2.0**-24 * math.sqrt(x.shape[-1] / 2) * noise)
 
-    def integers(module: Any, x: Any) -> Any:
-        if module.in_features % INT8_GROUP:
-            return reordered(module, x)
+    def integers(x: Any) -> Any:
+        if x.shape[-1] % INT8_GROUP:
+            return reordered(x)
         groups = x.reshape(*x.shape[:-1], -1, INT8_GROUP)
         peak = groups.abs().amax(-1, keepdim=True).clamp_min(1e-20)
         return ((groups * (_INT8_TOP / peak)).round() * (peak / _INT8_TOP)).reshape(x.shape)
 
-    def stored(_module: Any, x: Any) -> Any:
+    def stored(x: Any) -> Any:
         return x.to(getattr(torch, arithmetic)).float()
 
     return {"float32": reordered, "int8": integers}.get(arithmetic, stored)

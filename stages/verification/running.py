@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -202,7 +204,7 @@ def _check_logits(
     origin = findings.origin if wanted is not rows else "the bundle itself, where it was verified"
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
-    if case.manifest.model["sep_embed"]:
+    if case.manifest.model["sep_embed"] and _embeds_rows(case):
         held = weights.held(case.registry, case.records)
         name = next(entry["source_names"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
         table = next(tensor for tensor in held if tensor.name == name)
@@ -214,6 +216,12 @@ def _check_logits(
         window = session.context_window
         findings.unchecked.append(f"chunks, tokens taken back, batches: {window} tokens of context are too few")
     _check_loss(case, session, tokens, rows, findings)
+
+
+def _embeds_rows(case: Case) -> bool:
+    """Say whether embeddings are the table's rows: a traced model may make something of them, which logits show."""
+    parts = json.loads(Path(case.config).read_bytes())["config"].get("parts")
+    return parts is None or [name for name, _ in parts["embed"]["nodes"]] == ["embedding"]
 
 
 def _check_text(

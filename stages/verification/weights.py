@@ -28,7 +28,8 @@ _SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25
 class Held:
     """One checkpoint tensor as the bundle holds it: the mapped arrays that are stored for its rows.
 
-    ``name`` is the model's, ``source`` the checkpoint's.
+    ``name`` is the model's, ``source`` the checkpoint's. Rows and ``shape`` are those of the transpose where it is
+    held ``turned``.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Held:
     shape: tuple[int, ...]
     stored: Sequence[np.ndarray]
     row: Row | None
+    turned: bool = False
 
     def rows(self, rows: Any) -> np.ndarray:
         """Return the float32 values of ``rows``, a slice or a list of indices."""
@@ -52,7 +54,7 @@ class Held:
         whole = np.empty(self.shape, np.float32)
         for rows in row_blocks(self.shape):
             whole[rows] = self.rows(rows)
-        return whole
+        return np.ascontiguousarray(whole.T) if self.turned else whole
 
 
 def misplaced(registry: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
@@ -90,6 +92,10 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator
         if entry["layout"] != "nk":
             bits = row.bits if row else 0
             arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array in arrays]
+        if entry["transform"] == "transpose":
+            (name,), (source,) = entry["source_names"], entry["sources"]
+            yield Held(name, source, tuple(entry["shape"]), arrays, row, turned=True)
+            continue
         one_for_all = arrays[1:] if row and row.kind == "tensor" else []
         parts = [
             transforms.invert(
@@ -120,6 +126,7 @@ def differences(
     problems = []
     for number, tensor in enumerate(held(registry, records), start=1):
         original, count, first = checkpoint[tensor.source], 0, ""
+        original = original.T if tensor.turned else original
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.row:
@@ -129,7 +136,7 @@ def differences(
                 wrong = values != wanted
             if wrong.any() and not first:
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
-                place = [at[0] + rows.start, *at[1:]]
+                place = [at[0] + rows.start, *at[1:]][:: -1 if tensor.turned else 1]
                 first = f"first at {place}: {values[at]:g} where it has {wanted[at]:g}"
             count += int(wrong.sum())
         if count:
