@@ -223,6 +223,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
             "cos": rx.op.cos,
             "tanh": rx.op.tanh,
             "erf": rx.op.erf,
+            "floor": rx.op.floor,
             "sigmoid": rx.op.sigmoid,
             "silu": rx.op.nn.silu,
             "relu": rx.op.nn.relu,

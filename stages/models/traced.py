@@ -23,7 +23,8 @@ class TracedConfig:
     of a model that has it for its text part. ``parts`` are the graphs of embed, body and head, written in the operators
     of :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
     embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
-    state dict that nothing reads.
+    state dict that nothing reads. ``settled`` is the context that rotary frequencies were chosen for, 0 if they do not
+    depend on it; then ``unsettled`` is config.json as it was read.
     """
 
     model_type: str
@@ -34,6 +35,8 @@ class TracedConfig:
     hidden_size: int
     num_layers: int
     max_positions: int
+    settled: int
+    unsettled: Mapping[str, Any]
     tied: bool
     tie: Sequence[str] | None
     embedding: str
@@ -59,8 +62,10 @@ class TracedConfig:
         )
 
 
-def parse(raw: Mapping[str, Any]) -> TracedConfig:
-    """Trace the model that a raw config.json describes; :class:`ConfigError` if transformers or we cannot."""
+def parse(raw: Mapping[str, Any], window: int = 0) -> TracedConfig:
+    """Trace the model that a raw config.json describes, for a context of ``window`` positions (0: all it was made for);
+    :class:`ConfigError` if transformers or we cannot.
+    """
     try:
         from stages.tracing.trace import trace
     except ImportError as error:
@@ -70,7 +75,7 @@ def parse(raw: Mapping[str, Any]) -> TracedConfig:
             f"config.json: model_type {raw['model_type']!r} has no family of its own, so it is traced from "
             "transformers' modelling code, which needs torch: install the extra trace (pip install 'stagegraph[trace]')"
         ) from None
-    config = TracedConfig(**trace(raw))
+    config = TracedConfig(**trace(raw, window))
     _check(config)
     return config
 
@@ -108,6 +113,19 @@ def context_window(config: TracedConfig, requested: int) -> int:
     if not requested and not config.max_positions:
         raise ConfigError("config.json does not say for how many positions the model was made: set context_window")
     return requested or config.max_positions
+
+
+def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
+    """Return the model with the rotary frequencies of so many positions, where they depend on it, and what to say."""
+    if not config.settled:
+        return config, ""
+    if config.settled != window:
+        again = parse(config.unsettled, window)
+        config = replace(again, tied=config.tied, wrapper=config.wrapper)
+    return config, (
+        f"rotary frequencies are chosen by length: all sequences are given those of one of {window} positions, the "
+        "context_window built for; transformers gives shorter ones others"
+    )
 
 
 def params(config: TracedConfig) -> tuple[Param, ...]:
@@ -162,6 +180,7 @@ FAMILY = Family(
     config=TracedConfig,
     parse=parse,
     context_window=context_window,
+    for_context=for_context,
     params=params,
     causal_lm=causal_lm,
     to_reference=to_reference,

@@ -1,12 +1,11 @@
-"""What takes the place of transformers' attention, masks, experts and norms while a model is traced.
+"""What takes the place of transformers' attention, masks and experts while a model is traced.
 
 transformers calls whatever is registered under a name with the queries, keys and values after rotation; here that is an
-operator of one node. A norm is replaced where it computes one of ours, which is tried out, whatever its class is named.
+operator of one node.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -84,45 +83,3 @@ def attention(
 def experts(module: Any, *_arguments: Any, **_keywords: Any) -> Any:
     """Refuse a mixture of experts."""
     raise ConfigError(f"{type(module).__name__}: mixtures of experts are not built yet")
-
-
-def replace_norms(model: Any) -> None:
-    """Let every root-mean-square norm of ``model`` be one node of the graph."""
-    known: dict[Any, Any] = {}
-    for module in model.modules():
-        numbers = tuple(value for value in vars(module).values() if isinstance(value, float))
-        own = dict(module.named_parameters())
-        if list(own) != ["weight"] or own["weight"].dim() != 1 or "norm" not in type(module).__name__.lower():
-            continue
-        kind = type(module), numbers, own["weight"].shape
-        if kind not in known:
-            known[kind] = _form(module, numbers, own["weight"].shape[0])
-        if known[kind]:
-            module.forward = functools.partial(_rms_norm, module, *known[kind])
-
-
-def _rms_norm(module: Any, eps: float, offset: float, x: Any) -> Any:
-    import torch
-
-    return torch.ops.stagegraph.rms_norm(x, module.weight, eps, offset)
-
-
-def _form(module: Any, numbers: tuple[float, ...], width: int) -> tuple[float, float] | None:
-    """Return (eps, offset) if ``module`` computes x / sqrt(mean(x ** 2) + eps) * (offset + weight), else None."""
-    import torch
-
-    random = torch.Generator().manual_seed(0)
-    probe = copy.copy(module)
-    weight = torch.randn(width, generator=random)
-    probe.__dict__ = {**vars(module), "_parameters": {"weight": torch.nn.Parameter(weight, requires_grad=False)}}
-    x = torch.randn(2, 3, width, generator=random) * 0.01  # small, so that eps shows
-    try:
-        found = probe(x)
-    except Exception:  # noqa: BLE001 - one that wants more than x is none of ours
-        return None
-    for eps in numbers:
-        for offset in (0.0, 1.0):
-            form = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (offset + weight)
-            if isinstance(found, torch.Tensor) and found.shape == x.shape and torch.allclose(found, form, 1e-5, 1e-6):
-                return eps, offset
-    return None

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Source:
     """``model`` of ``cls`` by ``config``, which is transformers' own reading; ``wrapper`` is the class of a model that
-    has it for its text part, empty if it stands alone.
+    has it for its text part, empty if it stands alone. ``settled`` is the context that its rotary frequencies were
+    chosen for, 0 where they do not depend on it.
     """
 
     cls: Any
     config: Any
     model: Any
     wrapper: str
+    settled: int
 
 
-def open_source(raw: Mapping[str, Any]) -> Source:
+def open_source(raw: Mapping[str, Any], window: int) -> Source:
     """Return the model that a config.json describes; :class:`ConfigError` where transformers has none that decodes."""
     import torch
     import transformers
@@ -42,6 +44,8 @@ def open_source(raw: Mapping[str, Any]) -> Source:
     if type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")
     cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    window = window or positions_of(text)
+    settled = window if settle(text, window) else 0
     doors.install()
     options = {"attn_implementation": doors.NAME, "experts_implementation": doors.NAME, "dtype": torch.float32}
     try:
@@ -53,7 +57,44 @@ def open_source(raw: Mapping[str, Any]) -> Source:
         raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
     hollow.spread(model)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
-    return Source(cls, text, model, wrapper)
+    return Source(cls, text, model, wrapper, settled)
+
+
+def positions_of(config: Any) -> int:
+    """Return how many positions a model was made for, 0 if its config does not say."""
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def settle(config: Any, window: int) -> bool:
+    """Give a config the rotary frequencies of a context of ``window`` positions, which transformers chooses by the
+    length of each sequence; say whether there was a choice.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [each for each in parameters.values() if isinstance(each, dict)]
+    chosen = False
+    for each in nested or [parameters]:
+        kind = each.get("rope_type")
+        if kind == "longrope":
+            longer = window > each["original_max_position_embeddings"]
+            each["short_factor"] = each["long_factor"] = each["long_factor" if longer else "short_factor"]
+        elif kind == "dynamic":
+            _settle_dynamic(config, each, window)
+        chosen = chosen or kind in ("longrope", "dynamic")
+    return chosen
+
+
+def _settle_dynamic(config: Any, parameters: dict[str, Any], window: int) -> None:
+    """Give the base of the NTK-aware scaling for ``window`` positions, as transformers computes it."""
+    trained, factor = config.max_position_embeddings, parameters["factor"]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    turned = int(width * parameters.get("partial_rotary_factor", 1.0))
+    base = parameters["rope_theta"]
+    if window > trained:
+        base *= (factor * window / trained - (factor - 1)) ** (turned / (turned - 2))
+    kept = {name: value for name, value in parameters.items() if name == "partial_rotary_factor"}
+    parameters.clear()
+    parameters.update(kept, rope_type="default", rope_theta=base)
 
 
 def _config(raw: Mapping[str, Any]) -> Any:

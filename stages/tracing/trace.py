@@ -6,11 +6,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
-from stages.tracing import doors
+from stages.tracing import leaves
 from stages.tracing.export import EXAMPLE, Part, export
 from stages.tracing.merge import merged, read
 from stages.tracing.names import Names
-from stages.tracing.source import open_source
+from stages.tracing.source import open_source, positions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 SILENT = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 
 
-def trace(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of :class:`stages.models.traced.TracedConfig` for a config.json.
+def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
+    """Return the fields of :class:`stages.models.traced.TracedConfig` for a config.json, built for ``window`` positions
+    (0: all that the model was made for).
 
     :class:`ConfigError` says in one line what of the model cannot be built.
     """
-    source = open_source(raw)
+    source = open_source(raw, window)
     model = source.model
     if model.get_input_embeddings() is None or not hasattr(model, model.base_model_prefix):
         raise ConfigError(f"{source.cls.__name__} has no body that reads embeddings: a family of its own is needed")
-    doors.replace_norms(model)
+    leaves.settle_rotation(model)
+    leaves.replace_norms(model)
     names = Names(model)
     parts, hidden, vocab = _parts(source, names)
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned)
@@ -45,7 +47,9 @@ def trace(raw: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_layers": len(attention),
-        "max_positions": _positions(source),
+        "max_positions": positions_of(source.config),
+        "settled": source.settled,
+        "unsettled": dict(raw) if source.settled else {},
         "tied": names.tied,
         "tie": names.tie,
         "embedding": next(iter(names.used)),
@@ -86,16 +90,13 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
         given = x
         return model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False).logits
 
-    setattr(model, prefix, Given())
+    stand_in = Given()
+    # A head may call a part of the body, as OPT's calls its decoder.
+    vars(stand_in).update(dict.fromkeys((name for name, _ in body.named_children()), stand_in))
+    setattr(model, prefix, stand_in)
     names.in_head = True
     head, (_, vocab) = export(model, logits, [torch.zeros(1, EXAMPLE, width)], names, [1])
     return {"embed": embed, "body": trunk, "head": head}, hidden, vocab
-
-
-def _positions(source: Source) -> int:
-    """Return how many positions the model was made for, 0 if it does not say."""
-    found = getattr(source.config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else 0
 
 
 def _parameters(parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

@@ -32,9 +32,17 @@ OPERATORS: dict[str, str] = {
                 "log1p",
                 "hardtanh",
             ),
-            *("clamp", "minimum", "maximum", "where", "masked_fill", "logical_not", "logical_and", "leaky_relu"),
+            *(
+                "clamp",
+                "minimum",
+                "maximum",
+                "where",
+                "masked_fill",
+                "logical_not",
+                "logical_and",
+            ),
             *("eq", "ne", "lt", "le", "gt", "ge", "transpose", "permute", "t", "slice", "select", "cat", "stack"),
-            *("repeat_interleave", "mean", "sum", "softmax", "log_softmax", "amax", "matmul", "linear", "layer_norm"),
+            *("repeat_interleave", "mean", "sum", "softmax", "amax", "matmul", "linear", "layer_norm"),
             *(
                 "embedding",
                 "index",
@@ -60,7 +68,6 @@ OPERATORS: dict[str, str] = {
     "mm": "matmul",
     "to": "cast",
     "_to_copy": "cast",
-    "mish": "mish",
     "relu_": "relu",
     "silu_": "silu",
     "mul_": "mul",
@@ -83,8 +90,6 @@ OPERATORS: dict[str, str] = {
 }
 # Of an operator that works along an axis: the argument that says which. None may work along the tokens.
 ALONG: dict[str, str] = {
-    **dict.fromkeys(
-        ("cat", "softmax", "log_softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"
-    ),
+    **dict.fromkeys(("cat", "softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"),
     **dict.fromkeys(("split", "var"), "dim"),
 }

@@ -64,3 +64,12 @@ def test_a_traced_model_says_what_transformers_says(
     tmp_path: Path, kernels: Path, model_type: str, scheme: str
 ) -> None:
     check(built(tmp_path, model_type, scheme, kernels))
+
+
+def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
+    from stages.models.operators import OPERATORS
+    from stages.tracing import vocabulary
+
+    rewritten = {"addmm", "index"}  # into linear layers and rows of tables
+    shapes = {"reshape", "split", "unbind", "item"}
+    assert {*vocabulary.OPERATORS.values()} - rewritten | shapes == set(OPERATORS)

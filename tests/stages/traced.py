@@ -12,7 +12,7 @@ SIZES = {
 GPT = {"vocab_size": 131, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 160, "bos_token_id": 1,
        "eos_token_id": 2}  # fmt: skip
 
-# model_type -> what its config says beside the sizes
+# model_type, or one with a variant behind it -> what its config says beside the sizes
 FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
@@ -24,6 +24,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": 20, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "phi3-longrope": {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 160,
+                      "original_max_position_embeddings": 40, "rope_parameters": {
+                          "rope_type": "longrope", "rope_theta": 1000.0, "original_max_position_embeddings": 40,
+                          "short_factor": [1.0 + 0.01 * i for i in range(16)],
+                          "long_factor": [1.0 + 0.2 * i for i in range(16)]}},
     "olmo": {"clip_qkv": 2.0},
     "olmo3": {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
     "starcoder2": {"use_bias": True},
@@ -55,7 +60,9 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
     import transformers
 
     sizes = GPT if "n_embd" in FAMILIES[model_type] else SIZES
-    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **FAMILIES[model_type], **more})
+    config = transformers.AutoConfig.for_model(
+        model_type.partition("-")[0], **{**sizes, **FAMILIES[model_type], **more}
+    )
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     scramble(model)
