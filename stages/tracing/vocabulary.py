@@ -13,50 +13,16 @@ SAME = {
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
 # That take a tensor apart along one axis, in parts of what comes out.
 SPLITS = {"split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split"}
+# What torch calls as we do.
+ALIKE = (
+    "add sub rsub mul div pow neg abs sqrt rsqrt exp log sin cos tanh sigmoid silu gelu relu erf softplus square floor "
+    "hardtanh clamp minimum maximum where masked_fill logical_not logical_and eq ne lt le gt ge transpose permute t "
+    "slice select cat stack repeat_interleave mean sum softmax amax matmul linear layer_norm embedding index gather "
+    "attention rms_norm linalg_vector_norm var addmm arange full"
+)
 # Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {
-    **{
-        name: name
-        for name in (
-            *("add", "sub", "rsub", "mul", "div", "pow", "neg", "abs", "sqrt", "rsqrt", "exp", "log", "sin", "cos"),
-            *(
-                "tanh",
-                "sigmoid",
-                "silu",
-                "gelu",
-                "relu",
-                "erf",
-                "softplus",
-                "square",
-                "reciprocal",
-                "log1p",
-                "hardtanh",
-            ),
-            *(
-                "clamp",
-                "minimum",
-                "maximum",
-                "where",
-                "masked_fill",
-                "logical_not",
-                "logical_and",
-            ),
-            *("eq", "ne", "lt", "le", "gt", "ge", "transpose", "permute", "t", "slice", "select", "cat", "stack"),
-            *("repeat_interleave", "mean", "sum", "softmax", "amax", "matmul", "linear", "layer_norm"),
-            *(
-                "embedding",
-                "index",
-                "gather",
-                "attention",
-                "rms_norm",
-                "linalg_vector_norm",
-                "var",
-                "addmm",
-                "arange",
-                "full",
-            ),
-        )
-    },
+    **{name: name for name in ALIKE.split()},
     "_softmax": "softmax",
     "clamp_min": "clamp",
     "clamp_max": "clamp",
