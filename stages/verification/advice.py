@@ -23,7 +23,7 @@ from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
@@ -94,12 +94,12 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
     asked = original.Request(**request.original)
     mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
-    scheme, matrices = SCHEMES[request.scheme], _matrices(model)
+    scheme, matrices = SCHEMES[request.scheme], matrices_of(model)
     names = [name for name, (kind, _) in matrices.items() if scheme.row(kind)]
     groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
     total = 1 + len(groups) + len(request.candidates)
     with torch.inference_mode(), streaming.weights_in_float32(model, mapped):
-        wanted = _log_probs(model, piece[None, :-1])[0]
+        wanted = log_probs(model, piece[None, :-1])[0]
         progress(1, total, "passes for advice")
     with torch.inference_mode():
         divergences, short = [], piece[:-1][:TENSOR_TOKENS]
@@ -107,19 +107,19 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
         for done, chosen in enumerate(groups, start=2):
             alone = _each_alone([matrices[name] for name in chosen], scheme, request.scales)
             with alone, streaming.weights_in_float32(model, mapped):
-                found = _log_probs(model, short[None].expand(len(chosen), -1))
+                found = log_probs(model, short[None].expand(len(chosen), -1))
             divergences += _divergence(here, found).mean(-1).tolist()
             progress(done, total, "passes for advice")
         result: dict[str, Any] = {"names": np.array(names), "kl": np.array(divergences), "passing": ""}
         for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
             with (
                 streaming.weights_in_float32(model, mapped),
-                _as_stored(matrices, SCHEMES[name]),
+                changed(matrices, _storing(SCHEMES[name])),
                 rounding.rounded(model, arithmetic) if arithmetic == INT8 else nullcontext(),
             ):
-                found = _log_probs(model, piece[None, :-1])[0]
+                found = log_probs(model, piece[None, :-1])[0]
             progress(done, total, "passes for advice")
-            figures = _figures(wanted, found, piece[1:])
+            figures = figures_of(wanted, found, piece[1:])
             limits = gates.limits(SCHEMES[name], arithmetic, request.limits)
             if all(check.ok for check in gates.check(figures, limits)):
                 label = f"{name} with activations: float" if name == request.scheme else name
@@ -128,7 +128,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
     return result
 
 
-def _matrices(model: Any) -> dict[str, tuple[str, list[Any]]]:
+def matrices_of(model: Any) -> dict[str, tuple[str, list[Any]]]:
     """Return what every matrix is (linear, embedding, head) and the modules that have it; a tied one has two."""
     import torch
 
@@ -146,11 +146,12 @@ def _matrices(model: Any) -> dict[str, tuple[str, list[Any]]]:
     return found
 
 
-def _log_probs(model: Any, ids: Any) -> Any:
+def log_probs(model: Any, ids: Any) -> Any:
+    """Return the log probabilities float32 [b, n, V] of what follows each of ``ids`` [b, n]."""
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
+def stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
     """Return what is left of a float32 ``weight`` [n, k] once ``scheme`` has stored it, in float32."""
     import torch
 
@@ -159,6 +160,10 @@ def _stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
         return weight.to(getattr(torch, scheme.storage_dtype)).float()
     array = weight.numpy()
     return torch.from_numpy(restored(quantize(array, row, scales), row, array.shape[1]))
+
+
+def _storing(scheme: Scheme) -> Callable[[Any, str], Any]:
+    return lambda weight, kind: stored(weight, scheme, kind, scheme.scales)
 
 
 @contextmanager
@@ -170,7 +175,7 @@ def _each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales:
 
     def hook(row: int, kind: str) -> Any:
         def after(module: Any, inputs: Any, output: Any) -> Any:
-            weight, here = _stored(module.weight.data, scheme, kind, scales), inputs[0][row]
+            weight, here = stored(module.weight.data, scheme, kind, scales), inputs[0][row]
             if type(module) is torch.nn.Embedding:
                 output[row] = weight[here]
             else:
@@ -192,12 +197,12 @@ def _each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales:
 
 
 @contextmanager
-def _as_stored(matrices: Mapping[str, tuple[str, list[Any]]], scheme: Scheme) -> Iterator[None]:
-    """Let every matrix be what is left of it by ``scheme`` while it is used."""
+def changed(matrices: Mapping[str, tuple[str, list[Any]]], change: Callable[[Any, str], Any]) -> Iterator[None]:
+    """Let every matrix be ``change(weight, kind)``, float32 [n, k], while it is used."""
 
     def hook(kind: str) -> Any:
         def before(module: Any, _inputs: Any) -> None:
-            module.weight.data = _stored(module.weight.data, scheme, kind, scheme.scales)
+            module.weight.data = change(module.weight.data, kind)
 
         return before
 
@@ -215,7 +220,7 @@ def _divergence(wanted: Any, found: Any) -> Any:
     return (p * (wanted - found)).where(p > 0, 0.0).sum(-1)
 
 
-def _figures(wanted: Any, found: Any, following: Any) -> Loss:
+def figures_of(wanted: Any, found: Any, following: Any) -> Loss:
     """Return the figures of log probabilities ``found`` [n, V] against ``wanted``, exactly: nothing is summed up."""
     kl = _divergence(wanted, found)
     same = wanted.argmax(-1) == found.argmax(-1)

@@ -218,6 +218,7 @@ extern "C" void run(void** arrays, int64_t rows) {{
     ("scheme", "rows", "kernels"),
     [
         ("q4bf16_1", 70, 1),
+        ("q4a32", 70, 1),
         *(pytest.param(*case, 5, marks=pytest.mark.slow) for case in (("q0f16", 70), ("q0bf16", 70), ("q4f16_1", 1))),
     ],
 )

@@ -249,7 +249,7 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             whole = parameter.data
-            parameter.data = advice._stored(whole, SCHEMES["q4f32_1"], "linear", "max")
+            parameter.data = advice.stored(whole, SCHEMES["q4f32_1"], "linear", "max")
             expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
             parameter.data = whole
     assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)
