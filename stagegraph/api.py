@@ -120,6 +120,7 @@ class Pipeline(Project):
         jobs: int = 0,
         fail_fast: bool = False,
         retries: int = 0,
+        fetch_only: bool = False,
         reporter: Reporter | None = None,
         command: Sequence[str] = (),
     ) -> Run:
@@ -127,7 +128,8 @@ class Pipeline(Project):
 
         ``only`` refuses with :class:`PlanError` if anything but the chosen nodes would have to run; ``force`` runs the
         chosen nodes even if they are hits; ``jobs`` bounds how many run at once (0: one per processor); ``retries``
-        is how often a failed node is tried again; ``reporter`` is called as nodes start, progress and end; ``command``
+        is how often a failed node is tried again; ``fetch_only`` runs nothing, and takes what the user's remotes have;
+        ``reporter`` is called as nodes start, progress and end; ``command``
         is what the history of runs shows.
         """
         from stagegraph.execution.outcome import Reporter as Silent
@@ -138,7 +140,7 @@ class Pipeline(Project):
         if only:
             self._refuse_others(selection)
         forced = frozenset(node.name for node in selection.chosen) if force else frozenset()
-        options = Options(jobs=jobs, force=forced, fail_fast=fail_fast, retries=retries)
+        options = Options(jobs, forced, fail_fast, retries, share=True, fetch_only=fetch_only)
         scheduler = Scheduler(self.planner, self.workspace, reporter or Silent(), options)
         started, began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
         ended = False

@@ -41,7 +41,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "cli": {"models", "runtime"},
 }
 # The engine's rooms: each imports itself, those before it, and the ground beneath them all.
-ENGINE = ("spec", "store", "planning", "execution", "project", "query", "api", "cli")
+ENGINE = ("spec", "store", "remote", "planning", "execution", "project", "query", "api", "cli")
 GROUND = {"digest", "errors", "files", "local", "registry", "shell", "stage", "tools"}
 MAX_MODULE, MAX_FUNCTION = 400, 60
 LATE = {"networkx", "rich", "jsonschema", "asyncio"}  # what the engine imports inside functions only

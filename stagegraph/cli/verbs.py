@@ -20,6 +20,9 @@ OWN = {
     "compare": Verb("stagegraph.cli.compare", "put results of one kind side by side: a table, a picture"),
     "diff": Verb("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
     "lineage": Verb("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
+    "pull": Verb("stagegraph.cli.pull", "take results that the remotes have, and run nothing"),
+    "push": Verb("stagegraph.cli.push", "give the results that are here to the remotes"),
+    "remote": Verb("stagegraph.cli.remote", "list the remotes and who is believed; print your own key"),
     "runs": Verb("stagegraph.cli.runs", "list past runs, and what each did"),
     "log": Verb("stagegraph.cli.log", "print what a node prints as it runs, or printed"),
     "export": Verb("stagegraph.cli.export", "copy an artifact out as real files, all or nothing"),
@@ -29,6 +32,7 @@ OWN = {
     "completion": Verb("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
     "schema": Verb("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
 }
+SELDOM = ("remote", "fsck", "completion", "schema")  # which the list of verbs, to fit a screen, only names
 
 
 def verb_names() -> list[str]:
@@ -116,5 +120,6 @@ def _near(word: str, options: list[str]) -> str:
 
 def usage() -> str:
     """Return the list of verbs."""
-    lines = [f"  {verb:<12}{find_verb(verb).doc}" for verb in verb_names()]
-    return "\n".join(["usage: pipeline VERB [arguments]", *lines, "`pipeline VERB --help` explains one verb."])
+    lines = [f"  {verb:<12}{find_verb(verb).doc}" for verb in verb_names() if verb not in SELDOM]
+    more = f"now and then: {', '.join(SELDOM)}"
+    return "\n".join(["usage: pipeline VERB [arguments]", *lines, more, "`pipeline VERB --help` explains one verb."])

@@ -11,6 +11,7 @@ Life of one node, in the order of the code below:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -18,13 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.execution.fetching import Fetching
 from stagegraph.execution.outcome import Outcome, Reporter, problem_of
 from stagegraph.execution.resources import Room
+from stagegraph.execution.results import Results
 from stagegraph.execution.waiting import Waiting
 from stagegraph.planning.planner import Decision, Planner
-from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.store.journal import FAILED, HIT, SKIPPED
 from stagegraph.store.objects import RottenError
-from stagegraph.store.record import Record, new_record, record_files, same_outputs
+from stagegraph.store.record import Record, record_files
 from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,20 +35,25 @@ if TYPE_CHECKING:
 
     from stagegraph.execution.sandbox import Running, Worker, Workers
     from stagegraph.planning.dag import Node
+    from stagegraph.remote.shared import Fetched
     from stagegraph.store.pins import Pin
 
 LOCK_POLL_SECONDS = 0.1
-NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: how many at once, which nodes to run even if they are hits, what a failure means."""
+    """How to run: how many at once, which nodes to run even if they are hits, what a failure means.
+
+    ``share``: take results from the user's remotes and give them; ``fetch_only``: run nothing that none of them has.
+    """
 
     jobs: int = 0
     force: frozenset[str] = frozenset()
     fail_fast: bool = False
     retries: int = 0
+    share: bool = False
+    fetch_only: bool = False
 
 
 @dataclass
@@ -60,12 +68,13 @@ class Scheduler:
     def __init__(self, planner: Planner, workspace: Workspace, reporter: Reporter, options: Options) -> None:
         self._planner = planner
         self._workspace = workspace
-        self._pipeline = planner.dag.pipeline.name
         self._reporter = reporter
         self._options = options
         self._room = Room(options.jobs or os.cpu_count() or 1)
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting = Waiting(planner.dag.nodes)
+        self._fetching: Fetching[Decision] = Fetching(workspace, enabled=options.share)
+        self._results = Results(planner, workspace, self._fetching.give)
         self._ready: list[_Ready] = []
         self._failed = False
         self._running: dict[Worker, Running] = {}
@@ -84,10 +93,11 @@ class Scheduler:
         try:
             self._settle()
             self._room.refuse([*(ready.decision.node for ready in self._ready), *self._waiting])
-            while self._ready or self._running or self._waiting:
+            while self._ready or self._running or self._waiting or self._fetching:
                 self._start_ready()
                 self._await_events()
                 self._settle()
+            self._fetching.finish(wait=True)
         except BaseException:
             self._abandon()
             raise
@@ -129,31 +139,48 @@ class Scheduler:
         forced = node.name in self._options.force
         if decision.status == HIT and not forced:
             try:
-                with self._workspace.index.together():
-                    self._finish_hit(decision)
+                self._finish_hit(decision)
                 return
             except RottenError:
                 decision = self._planner.decide(node, self._record_of)
         if decision.status == HIT:
             decision.reasons = ["forced"]
-        self._ready.append(_Ready(decision))
+        asks = not forced and not self._planner.prepared(node).secrets
+        if not asks or not self._fetching.begin(decision.key, decision):
+            self._enter(decision)
+
+    def _enter(self, decision: Decision) -> None:
+        """Let a node run when there is room for it."""
+        if self._options.fetch_only:
+            self._finish(Outcome(decision.node, SKIPPED, "no remote has its result", decision.key))
+        else:
+            self._ready.append(_Ready(decision))
+
+    def _take_fetched(self, seconds: float) -> None:
+        for waiting, fetched in self._fetching.ended(seconds):
+            with self._workspace.sharing():
+                for decision in waiting:
+                    if fetched is not None and self._take(decision, fetched):
+                        continue
+                    self._enter(decision)
+
+    def _take(self, decision: Decision, fetched: Fetched) -> bool:
+        """End a node with the result that another machine made; False where that cannot be."""
+        with contextlib.suppress(OSError, RottenError):
+            self._fetching.take(fetched)
+            again = self._planner.decide(decision.node, self._record_of)
+            if again.status == HIT:
+                self._finish_hit(again, f"from remote '{fetched.remote}'")
+                return True
+        return False
+
+    def _finish_hit(self, decision: Decision, reason: str = "") -> None:
+        self._finish(self._results.hit(decision, reason))
 
     def _record_of(self, node: Node) -> Record:
         record = self.outcomes[node].record
         assert record is not None
         return record
-
-    def _finish_hit(self, decision: Decision, reason: str = "") -> None:
-        name = decision.node.name
-        earlier = self._workspace.last(self._pipeline, name).get("key")
-        outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
-        restored = self._show(outcome)
-        if restored:
-            more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
-            outcome.reason = f"restored {restored[0]}{more}"
-        elif earlier != decision.key and not reason:
-            outcome.reason = "back to an earlier result" if earlier else "already in the store"
-        self._finish(outcome)
 
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
 
@@ -231,7 +258,7 @@ class Scheduler:
         made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in node.inputs.items()}
         self._running[worker] = Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
         self._selector.register(worker, EVENT_READ)
-        workspace.set_last(self._pipeline, node.name, running=decision.key)
+        workspace.set_last(self._planner.dag.pipeline.name, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
         fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
         worker.send(
@@ -253,8 +280,10 @@ class Scheduler:
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
     def _await_events(self) -> None:
+        self._take_fetched(0.0 if self._running or self._ready else LOCK_POLL_SECONDS)
         if not self._running:
-            time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
+            if self._ready:
+                time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
             return
         assert self._selector is not None  # something is running
         self._selector.select(LOCK_POLL_SECONDS)
@@ -303,62 +332,19 @@ class Scheduler:
             self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
             return
         try:
-            with self._workspace.sharing(), self._workspace.index.together():
-                self._commit(running, event)
+            with self._workspace.sharing():
+                self._finish(self._results.commit(running, event))
         except (OSError, sqlite3.OperationalError) as error:
             self._fail(running, [problem_of(error)], bug=False)
 
-    def _commit(self, running: Running, event: dict[str, Any]) -> None:
-        decision, workspace = running.decision, self._workspace
-        workspace.store.damaged += event["damaged"]
-        seconds = time.monotonic() - running.began
-        made = (running.made_from, event, running.started_at, seconds)
-        record = new_record(decision.node.stage.id, decision.key, decision.document or {}, *made)
-        previous = decision.previous
-        same = previous is not None and same_outputs(previous, record)
-        if previous is not None and previous["key"] == decision.key and not same and not decision.node.stage.measures:
-            record["warnings"].append(f"{NOT_DETERMINISTIC}; `pipeline show` names the earlier one, which is kept")
-        for name, (digest, _) in record_files(record).items():
-            workspace.store.adopt(running.sandbox.out / name, digest)
-        if previous is not None and previous["key"] == decision.key and not same:
-            workspace.keep_other(previous)
-        workspace.index.set(f"rec:{decision.key}", record)
-        self._planner.keep_code(decision)
-        running.sandbox.remove(workspace)
-        os.close(running.lock)
-        reason = decision.reason
-        if reason == "forced" and previous is not None:
-            reason = "forced; the result is identical" if same else "forced; the result differs"
-        outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
-        outcome.log, outcome.reasons = running.log.path, decision.reasons
-        self._show(outcome, new=True)
-        self._finish(outcome)
-
-    def _show(self, outcome: Outcome, *, new: bool = False) -> list[str]:
-        """Materialise a result and remember it as the node's last; a full disk there fails the node, not the run."""
-        assert outcome.record is not None
-        name = outcome.node.name
-        try:
-            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
-            self._workspace.set_last(self._pipeline, name, key=outcome.key)
-        except (OSError, sqlite3.OperationalError) as error:
-            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)
-            return []
-        return restored
-
     def _fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision
-        kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
-        os.close(running.lock)
-        self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
+        outcome = self._results.fail(running, problems, bug=bug)
         attempt = self._attempts[decision.node] = self._attempts.get(decision.node, 0) + 1
         if attempt <= self._options.retries:
             self._reporter.retrying(decision.node, problems[0], attempt)
             self._ready.append(_Ready(decision))
             return
-        outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
-        outcome.seconds = round(time.monotonic() - running.began, 3)
-        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log.path, kept, bug, decision.reasons
         self._finish(outcome)
         if self._options.fail_fast:
             for ready in self._ready:
@@ -375,6 +361,7 @@ class Scheduler:
 
     def _abandon(self) -> None:
         """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
+        self._fetching.finish(wait=False)
         for running in list(self._running.values()):
             running.worker.kill()
             running.log.close()

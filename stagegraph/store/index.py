@@ -28,7 +28,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from threading import RLock, Timer
+from threading import RLock, Timer, get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import warn
@@ -54,6 +54,7 @@ class Index:
         self.damaged: set[str] = set()  # names of documents that were read and not believed
         self._readonly = False
         self._held_back: dict[str, Any] | None = None  # documents that wait for the end of together()
+        self._holder = 0  # the thread in it
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
         self._lock = RLock()  # threads share it (a memo's do): one at a time opens the database or reads
@@ -64,8 +65,9 @@ class Index:
             found = self.files.get(name)
             if found is not None:
                 return found
-        if self._held_back and name in self._held_back:
-            return self._held_back[name]
+        held_back = self._held_back
+        if held_back is not None and name in held_back:
+            return held_back[name]
         rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", _row_name(name))
         try:
             return unseal(name, rows[0][0]) if rows else None
@@ -85,7 +87,7 @@ class Index:
                 self.files.set(name, document)
             else:
                 cached[name] = document
-        if self._held_back is not None:
+        if self._held_back is not None and get_ident() == self._holder:
             self._held_back.update(cached)
         elif cached:
             rows = {_row_name(name): seal(name, document) for name, document in cached.items()}
@@ -97,7 +99,7 @@ class Index:
 
         For the documents that end one node: a commit for each would take most of the engine's time.
         """
-        self._held_back = {}
+        self._held_back, self._holder = {}, get_ident()
         try:
             yield
         finally:

@@ -1,0 +1,45 @@
+"""``pipeline pull``: take the results of a pipeline that the user's remotes have, and run nothing."""
+
+from __future__ import annotations
+
+import argparse
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, add_json, add_selection, print_json
+from stagegraph.cli.layout import table
+from stagegraph.cli.report import reporter_for
+from stagegraph.errors import EXIT_OK
+from stagegraph.store.journal import HIT
+
+EXAMPLE = "pipeline pull --until 'compile[*]'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    add_selection(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from stagegraph.cli.remote import configured
+
+    configured(reads=True)
+    with Pipeline(args.file, args.overrides) as pipeline:
+        selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
+        with reporter_for(len(selection.nodes)) as reporter:
+            done = pipeline.run(selection, fetch_only=True, reporter=reporter, command=["pull", args.file])
+    taken = sum(o.outcome == HIT and o.reason.startswith("from remote") for o in done.outcomes)
+    here = sum(o.outcome == HIT for o in done.outcomes)
+    if args.json:
+        nodes = [{"node": o.node.name, "outcome": o.outcome, "reason": o.reason, "key": o.key} for o in done.outcomes]
+        print_json({"pipeline": pipeline.name, "taken": taken, "here": here, "nodes": nodes})
+    else:
+        print(
+            table(
+                ("node", "outcome", "reason"), [(o.node.name, o.outcome, o.reason) for o in done.outcomes], flexible=2
+            )
+        )
+        print(f"\n{taken} taken from remotes; {here} of {len(done.outcomes)} nodes have a result here")
+    return EXIT_OK

@@ -1,0 +1,43 @@
+"""``pipeline push``: give the results that are here to the user's remotes."""
+
+from __future__ import annotations
+
+import argparse
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, add_json, add_selection, print_json
+from stagegraph.cli.remote import configured
+from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK
+from stagegraph.store.journal import HIT
+
+EXAMPLE = "pipeline push --stage 'quantize[*]'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    add_selection(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from stagegraph.remote.shared import Shared
+
+    settings = configured(writes=True)
+    with Pipeline(args.file, args.overrides) as pipeline:
+        selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
+        plan = pipeline.planner.plan(selection.nodes)
+        here = [d for d in plan if d.status == HIT and not pipeline.planner.prepared(d.node).secrets]
+        shared = Shared(settings, pipeline.workspace)
+        try:
+            for decision in here:
+                if decision.record is not None:
+                    shared.push(decision.record)
+        finally:
+            sent = shared.finish()
+    if args.json:
+        print_json({"results": [d.node.name for d in here], "objects": sent, "failed": sorted(shared.failed)})
+    else:
+        print(f"{len(here)} of {len(selection.nodes)} nodes have a result here; {sent} objects were not there yet")
+    return EXIT_NODE_FAILED if shared.failed else EXIT_OK

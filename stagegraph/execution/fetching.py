@@ -1,0 +1,84 @@
+"""Nodes whose result is looked for in the user's remotes before they run, and results that are given to them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from stagegraph.store.workspace import Workspace
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from stagegraph.remote.shared import Fetched, Shared
+    from stagegraph.store.record import Record
+
+T = TypeVar("T")
+
+
+class Fetching(Generic[T]):
+    """What is asked of the remotes by key, each with what waits for the answer.
+
+    The user's configuration is read when the first result is missing: a run without news pays for none of it.
+    """
+
+    def __init__(self, workspace: Workspace, *, enabled: bool) -> None:
+        self._workspace = workspace
+        self._enabled = enabled
+        self._shared: Shared | None = None
+        self._waiting: dict[str, list[T]] = {}
+        self._ended: SimpleQueue[tuple[str, Future[Fetched | None]]] = SimpleQueue()
+
+    def __bool__(self) -> bool:
+        """Whether anything is under way."""
+        return bool(self._waiting)
+
+    def _open(self) -> Shared | None:
+        if self._enabled and self._shared is None:
+            from stagegraph.remote.settings import load_settings
+
+            settings = load_settings()
+            if not settings.remotes:
+                self._enabled = False
+                return None
+            from stagegraph.remote.shared import Shared
+
+            self._shared = Shared(settings, self._workspace)
+        return self._shared
+
+    def begin(self, key: str, waits: T) -> bool:
+        """Ask for the result of a key; False if there is nobody to ask."""
+        shared = self._open()
+        if shared is None or not shared.reads:
+            return False
+        if key not in self._waiting:
+            shared.fetch(key).add_done_callback(lambda future: self._ended.put((key, future)))
+        self._waiting.setdefault(key, []).append(waits)
+        return True
+
+    def ended(self, seconds: float) -> Iterator[tuple[list[T], Fetched | None]]:
+        """Yield what waited for each answer that came, and what came; the first is waited for so long at most."""
+        with contextlib.suppress(Empty):
+            while self._waiting:
+                key, future = self._ended.get(timeout=seconds) if seconds else self._ended.get_nowait()
+                seconds = 0.0
+                yield self._waiting.pop(key), future.result()
+
+    def take(self, fetched: Fetched) -> None:
+        """Make a result of another machine one of this store."""
+        for digest, file in fetched.objects.items():
+            self._workspace.store.adopt(file, digest)
+        self._workspace.index.set(f"rec:{fetched.record['key']}", fetched.record)
+
+    def give(self, record: Record) -> None:
+        """Give a result to the remotes that take results, beside what runs."""
+        shared = self._open()
+        if shared is not None:
+            shared.push(record)
+
+    def finish(self, *, wait: bool) -> None:
+        """Let what is given end, if ``wait``, and leave nothing behind of what was fetched."""
+        if self._shared is not None:
+            self._shared.finish() if wait else self._shared.close()

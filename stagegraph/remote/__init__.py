@@ -1,0 +1,1 @@
+"""Results that several machines share: where they are kept, whose are believed, and how they come and go."""

@@ -1,0 +1,206 @@
+"""Results of other machines: fetched before a node would run, and given to them after it ran.
+
+In a remote an object is ``objects/ab/<digest>`` and a record ``records/ab/<key>/<signer>``, the record last, so that
+whatever is named is there. What comes is believed only if it is signed by the user's own key or one that the user
+trusts, its document has the key that was asked for, and every object is what its digest says; else it is as if it were
+not there, and a warning says why. A remote that fails once is not asked again in this run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stagegraph.errors import warn
+from stagegraph.remote.settings import Remote, Settings, config_path
+from stagegraph.remote.signing import Signer, is_signed
+from stagegraph.remote.storage import MismatchError, RemoteError, Storage
+from stagegraph.store.objects import fsync_file
+from stagegraph.store.record import Record, is_record_of, record_files
+
+if TYPE_CHECKING:
+    from stagegraph.store.workspace import Workspace
+
+AT_ONCE = 8  # objects
+SIGNER_DIGITS = 16
+KEY_FILE = "signing.key"
+
+
+class Fetched(NamedTuple):
+    """A result of another machine: its record, and where the objects lie that the store lacks."""
+
+    record: Record
+    objects: dict[str, Path]  # digest -> synced file
+    remote: str
+
+
+class Shared:
+    """The remotes that a user configured; thread-safe. What it fetches lies in the store's work directory meanwhile."""
+
+    def __init__(self, settings: Settings, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self.signer = Signer(config_path().with_name(KEY_FILE))
+        self._believed = list(dict.fromkeys([self.signer.public, *settings.trusted.values()]))
+        self._readers = [remote for remote in settings.remotes if remote.reads]
+        self._writers = [remote for remote in settings.remotes if remote.writes]
+        self._storages: dict[str, Storage] = {}
+        self._dead: set[str] = set()
+        self._pool = ThreadPoolExecutor(AT_ONCE, "remote")
+        self._transfers = ThreadPoolExecutor(AT_ONCE, "transfer")
+        self._stack = ExitStack()
+        self._folder: Path | None = None
+        self._pushes: list[Future[int]] = []
+
+    @property
+    def reads(self) -> bool:
+        """Whether there is a remote to ask."""
+        return bool(self._readers)
+
+    # -- fetching ----------------------------------------------------------------------------------------------------
+
+    def fetch(self, key: str) -> Future[Fetched | None]:
+        """Begin to look for the result of a key."""
+        if self._folder is None:
+            self._folder = self._stack.enter_context(self._workspace.scratch("fetched"))
+        return self._pool.submit(self._fetch, key)
+
+    def _fetch(self, key: str) -> Fetched | None:
+        for remote in self._readers:
+            found: Fetched | None = self._ask(remote, partial(self._fetch_from, key))
+            if found is not None:
+                return found
+        return None
+
+    def _fetch_from(self, key: str, storage: Storage) -> Fetched | None:
+        name = storage.remote.name
+        for public in self._believed:
+            path = record_path(key, public)
+            text = storage.read(path)
+            if text is None:
+                continue
+            record = _believed(text, key, public)
+            if record is None:
+                warn(f"remote '{name}': {path} is damaged, or signed by somebody else; taken as not there")
+                continue
+            return Fetched(record, self._objects(storage, record), name)
+        return None
+
+    def _objects(self, storage: Storage, record: Record) -> dict[str, Path]:
+        """Fetch what the store lacks of a record, side by side."""
+        assert self._folder is not None
+        wanted = dict(record_files(record).values())
+        lacking = {digest: size for digest, size in wanted.items() if not self._workspace.store.path(digest).exists()}
+        targets = {digest: self._folder / f"{record['key'][:16]}-{digest}" for digest in lacking}
+
+        def transfer(digest: str) -> None:
+            targets[digest].unlink(missing_ok=True)
+            storage.download(object_path(digest), targets[digest], digest, lacking[digest])
+            fsync_file(targets[digest])
+
+        try:
+            list(self._transfers.map(transfer, lacking))
+        except BaseException:
+            for target in targets.values():
+                target.unlink(missing_ok=True)
+            raise
+        return targets
+
+    # -- giving ------------------------------------------------------------------------------------------------------
+
+    def push(self, record: Record) -> None:
+        """Begin to give a result to the remotes that take results."""
+        self._pushes += [self._pool.submit(self._push, remote, record) for remote in self._writers]
+
+    def _push(self, remote: Remote, record: Record) -> int:
+        """Return how many objects were sent."""
+        return self._ask(remote, partial(self._push_to, record)) or 0
+
+    def _push_to(self, record: Record, storage: Storage) -> int:
+        def transfer(digest: str) -> bool:
+            path = object_path(digest)
+            if storage.has(path):
+                return False
+            storage.upload(path, self._workspace.store.path(digest))
+            return True
+
+        sent = sum(self._transfers.map(transfer, {digest for digest, _ in record_files(record).values()}))
+        document = self.signer.sign({**record, "host": ""})
+        storage.write(record_path(record["key"], self.signer.public), json.dumps(document).encode())
+        return sent
+
+    # -- both --------------------------------------------------------------------------------------------------------
+
+    def _ask(self, remote: Remote, what: Callable[[Storage], Any]) -> Any:
+        """Do something with a remote; None, and a warning, where it fails. One that cannot be reached is left alone."""
+        if remote.name in self._dead:
+            return None
+        try:
+            if remote.name not in self._storages:
+                self._storages[remote.name] = Storage(remote)
+            return what(self._storages[remote.name])
+        except MismatchError as error:
+            warn(f"remote '{remote.name}': {error}; taken as not there")
+        except (RemoteError, OSError) as error:
+            if remote.name not in self._dead:
+                self._dead.add(remote.name)
+                warn(f"remote '{remote.name}' ({remote.url}): {error}; it is left alone for this run")
+        return None
+
+    def finish(self) -> int:
+        """Wait for what is under way, remove what was fetched and not taken; return how many objects were sent."""
+        sent = sum(push.result() for push in self._pushes)
+        self.close()
+        return sent
+
+    @property
+    def failed(self) -> frozenset[str]:
+        """The names of remotes that did not do what was asked of them."""
+        return frozenset(self._dead)
+
+    def close(self) -> None:
+        """Stop as soon as what is under way has ended."""
+        self._pool.shutdown(cancel_futures=True)
+        self._transfers.shutdown(cancel_futures=True)
+        self._stack.close()
+
+
+def reach(remote: Remote) -> str:
+    """Return what is wrong with a remote, nothing if it answers."""
+    try:
+        Storage(remote).has("records/none")
+    except (RemoteError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def object_path(digest: str) -> str:
+    """Return where an object is in a remote."""
+    return f"objects/{digest[:2]}/{digest}"
+
+
+def record_path(key: str, public: str) -> str:
+    """Return where the record of a key is that a signer made, by its public key."""
+    return f"records/{key[:2]}/{key}/{public[:SIGNER_DIGITS]}"
+
+
+def _believed(text: bytes, key: str, public: str) -> Record | None:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict) or not is_signed(document, public) or not is_record_of(document["record"], key):
+        return None
+    record: Record = document["record"]
+    record["host"] = f"another machine ({public[:SIGNER_DIGITS]})"
+    return record if all(map(_is_plain, record_files(record))) else None
+
+
+def _is_plain(name: str) -> bool:
+    """Say whether the name of a file stays below where it is put."""
+    return not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name  # noqa: PTH117 - a text

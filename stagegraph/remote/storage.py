@@ -1,0 +1,119 @@
+"""One remote's objects and records, by ``obstore``: a directory, S3, Google Cloud Storage, Azure, or HTTP to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from stagegraph.errors import PlanError
+from stagegraph.remote.signing import NEEDS
+
+if TYPE_CHECKING:
+    from stagegraph.remote.settings import Remote
+
+RECORD_LIMIT = 64 << 20  # bytes
+CONNECT = timedelta(seconds=2)
+ANSWER, TRANSFER = timedelta(seconds=3), timedelta(minutes=1)  # the longest silence: of a record, of an object
+
+
+class RemoteError(Exception):
+    """A remote does not do what is asked of it: it is away, refuses, or is full."""
+
+
+class MismatchError(Exception):
+    """What came is not what was asked for."""
+
+
+class Storage:
+    """A remote; every method raises :class:`RemoteError` where it cannot be reached."""
+
+    def __init__(self, remote: Remote) -> None:
+        self.remote = remote
+        with _failures():
+            self._quick, self._bulk = _open(remote.url, ANSWER), _open(remote.url, TRANSFER)
+
+    def read(self, path: str) -> bytes | None:
+        """Return a small document, or None if there is none."""
+        import obstore
+
+        with _failures():
+            try:
+                found = obstore.get(self._quick, path)
+            except FileNotFoundError:
+                return None
+            if found.meta["size"] > RECORD_LIMIT:
+                raise MismatchError(f"{path} has {found.meta['size']:,} bytes")
+            return bytes(found.bytes())
+
+    def has(self, path: str) -> bool:
+        """Say whether there is something."""
+        import obstore
+
+        with _failures():
+            try:
+                obstore.head(self._quick, path)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def write(self, path: str, data: bytes) -> None:
+        """Put a small document."""
+        import obstore
+
+        with _failures():
+            obstore.put(self._bulk, path, data)
+
+    def download(self, path: str, target: Path, digest: str, size: int) -> None:
+        """Put an object into the new file ``target``; :class:`MismatchError` unless it is what its digest says."""
+        import obstore
+
+        hasher, done = blake3(), 0
+        with _failures(), target.open("xb") as file:
+            try:
+                for chunk in obstore.get(self._bulk, path).stream(min_chunk_size=8 << 20):
+                    done += len(chunk)
+                    if done > size:
+                        break
+                    hasher.update(bytes(chunk))
+                    file.write(chunk)
+            except FileNotFoundError:
+                raise MismatchError(f"{path} is not there") from None
+        if done != size or hasher.hexdigest() != digest:
+            raise MismatchError(f"{path} is not what its digest says")
+
+    def upload(self, path: str, source: Path) -> None:
+        """Put a file, in parts where it is large."""
+        import obstore
+
+        with _failures():
+            obstore.put(self._bulk, path, source)
+
+
+def _open(url: str, silence: timedelta) -> Any:
+    try:
+        from obstore.store import LocalStore, from_url
+    except ImportError:
+        raise PlanError(NEEDS) from None
+    if url.startswith("file://"):
+        from urllib.parse import unquote, urlsplit
+
+        return LocalStore(unquote(urlsplit(url).path), mkdir=True)
+    options: Any = {"connect_timeout": CONNECT, "read_timeout": silence, "allow_http": True}
+    retries: Any = {"max_retries": 1, "retry_timeout": silence}
+    return from_url(url, client_options=options, retry_config=retries)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, PermissionError, NotADirectoryError) as error:
+        first = str(error).partition("\n")[0].strip()
+        raise RemoteError(first or type(error).__name__) from None

@@ -1,0 +1,268 @@
+"""Results that machines share: one makes them, another takes them; whatever a remote does, no run breaks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from benchmarks import scale
+from stagegraph import Pipeline
+from stagegraph.cli import main as cli
+from stagegraph.errors import PipelineError
+from stagegraph.execution.outcome import Run
+from stagegraph.remote.settings import load_settings
+
+pytest.importorskip("obstore")
+pytest.importorskip("cryptography")
+NODES = 4
+LAST = f"n{NODES - 1}"
+
+
+class Machine:
+    """A folder with a pipeline and a store of its own, and a user with a configuration."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.config = folder / "config" / "config.yaml"
+        self._monkeypatch = monkeypatch
+        self.config.parent.mkdir(parents=True)
+        scale.write(folder, "chain", NODES)
+
+    def configure(self, url: object, mode: str = "both", **trusted: str) -> None:
+        self.config.write_text(json.dumps({"remotes": {"team": {"url": str(url), "mode": mode}}, "trusted": trusted}))
+
+    def verb(self, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+        self._monkeypatch.setenv("STAGEGRAPH_CONFIG", str(self.config))
+        self._monkeypatch.chdir(self.folder)
+        code = cli.dispatch(list(words))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    def key(self, capsys: pytest.CaptureFixture[str]) -> str:
+        return self.verb(capsys, "remote", "key")[1].strip()
+
+    def run(self) -> Run:
+        self._monkeypatch.setenv("STAGEGRAPH_CONFIG", str(self.config))
+        with Pipeline(self.folder / "pipeline.yaml") as pipeline:
+            return pipeline.run()
+
+    def shown(self) -> str:
+        return (self.folder / "artifacts" / "chain" / LAST / "out.txt").read_text()
+
+
+@pytest.fixture
+def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Machine]:
+    return lambda name: Machine(tmp_path / name, monkeypatch)
+
+
+@pytest.fixture
+def filled(tmp_path: Path, machines, capsys) -> tuple[Path, Machine, str]:
+    """A remote with the results of one machine, that machine, and its public key."""
+    here = machines("here")
+    here.configure(tmp_path / "remote")
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    return tmp_path / "remote", here, here.key(capsys)
+
+
+def outcomes(run: Run) -> list[str]:
+    return [outcome.outcome for outcome in run.outcomes]
+
+
+def reasons(run: Run) -> set[str]:
+    return {outcome.reason for outcome in run.outcomes}
+
+
+def test_another_machine_takes_what_one_made(filled, machines) -> None:
+    remote, here, public = filled
+    there = machines("there")
+    there.configure(remote, "read", here=public)
+    run = there.run()
+    assert (outcomes(run), reasons(run)) == (["HIT"] * NODES, {"from remote 'team'"})
+    assert there.shown() == here.shown()
+    assert reasons(there.run()) == {""}
+    assert not list((there.folder / "artifacts" / ".stagegraph" / "work").glob("*"))
+    with Pipeline(there.folder / "pipeline.yaml") as pipeline:
+        found = pipeline.lineage(LAST)
+    assert len(found.origins) == NODES
+
+
+def test_who_is_not_trusted_is_not_believed(filled, machines, caplog) -> None:
+    remote, _, public = filled
+    there = machines("there")
+    there.configure(remote, "read")
+    assert outcomes(there.run()) == ["BUILT"] * NODES
+    other = "0" * 64
+    there = machines("third")
+    there.configure(remote, "read", other=other)
+    for record in list(remote.glob("records/*/*/*")):  # put under the trusted name
+        record.rename(record.with_name(other[:16]))
+    assert outcomes(there.run()) == ["BUILT"] * NODES
+    assert len([text for text in caplog.messages if "signed by somebody else" in text]) == NODES
+    assert public
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "grow", "remove"])
+@pytest.mark.parametrize("what", ["objects", "records"])
+def test_what_is_damaged_is_not_there(filled, machines, caplog, what: str, damage: str) -> None:
+    remote, here, public = filled
+    for path in sorted(remote.glob(f"{what}/*/*" if what == "objects" else f"{what}/*/*/*")):
+        content = path.read_bytes()
+        path.chmod(0o644)
+        middle = len(content) // 2
+        path.write_bytes(
+            {
+                "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "truncate": content[:-1],
+                "grow": content + b" x",
+                "remove": b"",
+            }[damage]
+        )
+        if damage == "remove":
+            path.unlink()
+    there = machines("there")
+    there.configure(remote, "read", here=public)
+    assert outcomes(there.run()) == ["BUILT"] * NODES
+    assert there.shown() == here.shown()
+    said = [text for text in caplog.messages if "taken as not there" in text]
+    assert len(said) == (0 if (what, damage) == ("records", "remove") else NODES)
+
+
+def test_a_record_of_another_key_and_files_that_leave_their_folder_are_refused(filled, machines, monkeypatch) -> None:
+    remote, here, public = filled
+    records = sorted(remote.glob("records/*/*/*"))
+    first = records[0].read_bytes()
+    for record in records[1:]:
+        record.write_bytes(first)
+    there = machines("there")
+    there.configure(remote, "read", here=public)
+    assert outcomes(there.run()).count("HIT") <= 1
+    from stagegraph.digest import digest_json
+    from stagegraph.remote.shared import Signer, _believed
+
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(here.config))
+    signer = Signer(here.config.with_name("signing.key"))
+    record = json.loads(first)["record"]
+    assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is not None
+    files = record["outputs"]["out"]["files"]
+    record["outputs"]["out"]["files"] = {"../../escaped": next(iter(files.values()))}
+    record["outputs"]["out"]["digest"] = digest_json({"../../escaped": next(iter(files.values()))[0]})
+    assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is None
+
+
+def test_a_remote_that_is_away_costs_a_warning(machines, caplog) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        here = machines("here")
+        here.configure(f"s3://bucket/store?endpoint=http://127.0.0.1:{nobody.getsockname()[1]}", "read")
+        here.configure(f"http://127.0.0.1:{nobody.getsockname()[1]}/store", "read")
+        assert outcomes(here.run()) == ["BUILT"] * NODES
+    (said,) = caplog.messages
+    assert said.startswith("warning: remote 'team' (http://127.0.0.1:")
+    assert "left alone" in said
+
+
+def test_a_remote_that_takes_nothing_costs_a_warning(tmp_path: Path, machines, caplog) -> None:
+    (tmp_path / "file").write_text("no folder")
+    here = machines("here")
+    here.configure(tmp_path / "file" / "remote", "write")
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    assert len(caplog.messages) == 1
+
+
+@pytest.fixture
+def http(filled) -> Iterator[str]:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(filled[0]))
+    handler.func.log_message = lambda *_: None  # type: ignore[attr-defined]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch) -> Iterator[str]:
+    localbucket = pytest.importorskip("localbucket")
+
+    class Handler(localbucket.S3Handler):
+        data_root = tmp_path / "buckets"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (Handler.data_root / "results").mkdir(parents=True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "AWS_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield "s3://results/stagegraph"
+    server.shutdown()
+
+
+def test_a_bucket_takes_and_gives_results(s3: str, machines, capsys) -> None:
+    here, there = machines("here"), machines("there")
+    here.configure(s3)
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    there.configure(s3, "read", here=here.key(capsys))
+    assert reasons(there.run()) == {"from remote 'team'"}
+
+
+def test_a_plain_web_server_gives_results(filled, http: str, machines) -> None:
+    there = machines("there")
+    there.configure(http, "read", here=filled[2])
+    assert reasons(there.run()) == {"from remote 'team'"}
+
+
+def test_pull_push_and_remote(filled, machines, capsys) -> None:
+    remote, here, public = filled
+    shutil.rmtree(remote)
+    assert "4 of 4 nodes have a result here; 4 objects" in here.verb(capsys, "push")[1]
+    assert "0 objects" in here.verb(capsys, "push")[1]
+    there = machines("there")
+    with pytest.raises(PipelineError, match=r"no remote gives results; say where some are in .*config\.yaml"):
+        there.verb(capsys, "pull")
+    there.configure(remote, "read", here=public)
+    shutil.rmtree(next(remote.glob("objects/*")))
+    code, out, _ = there.verb(capsys, "pull", "--json")
+    said = json.loads(out)
+    assert (code, said["taken"]) == (0, said["here"])
+    assert said["here"] < NODES
+    assert {node["reason"] for node in said["nodes"] if node["outcome"] == "SKIPPED"} >= {"no remote has its result"}
+    code, out, _ = there.verb(capsys, "remote")
+    assert (code, "answers" in out, f"trusted: here {public}" in out) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("remotes: {a: {url: ftp://x}}", "expected a directory or one of s3://"),
+        ("remotes: {a: {mode: read}}", "has no url"),
+        ("remotes: {a: {url: /x, mode: some}}", "expected read or write or both"),
+        ("remotes: {a: {url: https://x, mode: both}}", "expected mode read"),
+        ("trusted: {a: 12}", "a public key of 64 hexadecimal digits"),
+        ("remote: {}", "did you mean 'remotes'?"),
+        ("remotes: [", "cannot be read as YAML"),
+    ],
+)
+def test_mistakes_of_the_configuration_are_told_with_their_place(
+    tmp_path: Path, monkeypatch, text: str, said: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(path))
+    with pytest.raises(PipelineError) as caught:
+        load_settings()
+    assert said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:")
