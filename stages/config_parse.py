@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-GRAPHS = ("parts", "parameters", "constants")  # of a traced model's config, too long to be shown
+GRAPHS = ("parts", "parameters", "constants", "older")  # of a traced model's config, too long to be shown
 SHOWN = 80  # characters of a key or a value in the view
 
 

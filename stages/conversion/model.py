@@ -173,7 +173,10 @@ class Conversion:
         """Make one parameter unless it is known, and say how far all are; runs in a thread."""
         entry, target = self._logical[index], self._targets[index]
         values = math.prod(entry["shape"])
-        as_it_is = [str(self._dtype(entry))] == self._source_dtypes(entry) and entry["transform"] == "copy"
+        as_it_is = [str(self._dtype(entry))] == self._source_dtypes(entry) and entry["transform"] in (
+            "copy",
+            "stacked_copy",
+        )
         copied = 0 if as_it_is else 4 * values
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         with memory.reserved(self._sizes[index] + copied + made):
@@ -236,13 +239,15 @@ class Conversion:
         entry, target, plan = self._logical[index], self._targets[index], self._plan
         names, transform, dtype = entry["sources"], entry["transform"], self._dtype(entry)
 
+        row = entry["shape"][1:]
+
         def whole() -> np.ndarray:
             return transforms.apply(transform, [as_dtype(digests.tensor(name), dtype) for name in names])
 
         def rows() -> Iterator[np.ndarray]:
-            if transform in ("copy", "concat0"):  # nothing but the tensors, one under the other
+            if transform in ("copy", "concat0", "stacked_copy"):  # nothing but the tensors, one under the other
                 for name in names:
-                    yield from (as_dtype(block, dtype) for block in digests.blocks(name))
+                    yield from (as_dtype(block, dtype).reshape(-1, *row) for block in digests.blocks(name))
             else:
                 yield whole()
 

@@ -208,6 +208,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
             "gt": rx.op.greater,
             "ge": rx.op.greater_equal,
             "logical_and": rx.op.logical_and,
+            "logical_or": rx.op.logical_or,
         }.items()
     },
     **{

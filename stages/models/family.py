@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
-Kind = Literal["linear", "embedding", "head", "norm", "bias", "vector"]
+Kind = Literal["linear", "embedding", "head", "router", "norm", "bias", "vector"]
 Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
 KeyClass = Literal["honoured", "irrelevant", "refused"]
 
@@ -68,6 +68,10 @@ def _itself(family: Family, config: Any) -> Family:  # noqa: ARG001
     return family
 
 
+def _whatever_is_stored(config: Any, names: Collection[str]) -> Any:  # noqa: ARG001
+    return config
+
+
 def _whatever_the_context(config: Any, window: int) -> tuple[Any, str]:  # noqa: ARG001
     return config, ""
 
@@ -90,7 +94,8 @@ class Family:
     names that transformers reads of a tensor. ``supports`` says in a few words each what of the family can be built.
     ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which
     has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``. ``of(family, config)``
-    is the record for one model, where more than its config differs from model to model.
+    is the record for one model, where more than its config differs from model to model. ``stored_as(config, names)`` is
+    the config of a checkpoint with tensors of these names, where older ones cut the same parameters otherwise.
     """
 
     name: str
@@ -109,3 +114,4 @@ class Family:
     supports: tuple[str, ...] = ()
     state: Literal["kv", "rnn"] = "kv"
     of: Callable[[Family, Any], Family] = _itself
+    stored_as: Callable[[Any, Collection[str]], Any] = _whatever_is_stored

@@ -46,6 +46,7 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
             f"config.json asks for {config.num_layers:,} layers, but the checkpoint has only {len(tensors):,} "
             "tensors; one of them belongs to another model"
         )
+    config = family.stored_as(config, tensors)
     naming = resolve(family, config, tensors)
     if naming.problem:
         raise ConfigError(naming.problem)

@@ -68,16 +68,22 @@ class FloatMatrix(nn.Module):
         return op.tensor_expr_op(self._convert, "dequantize", [self.weight])
 
     def _convert(self, weight: te.Tensor) -> te.Tensor:
-        return te.compute(self.shape, lambda i, j: self._value(weight, i, j), name="dequantize")
+        return te.compute(self.shape, lambda i, j: self.value(weight, i, j), name="dequantize")
 
-    def _value(self, weight: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """What :meth:`value` reads."""
+        return [self.weight]
+
+    def value(self, weight: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
+        """Return one value of what is stored."""
         return weight[self.layout.at(i, j)].astype(self.compute_dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` [s], [s, k]."""
         if self.layout.block == 1:
             return take(self.weight, ids).astype(self.compute_dtype)
-        return _gather(self.shape, ids, [self.weight], self._value)
+        return _gather(self.shape, ids, [self.weight], self.value)
 
 
 class GroupMatrix(nn.Module):
@@ -120,9 +126,9 @@ class GroupMatrix(nn.Module):
         """Return the rows ``ids`` [s], dequantized, [s, k]: nothing but them is read."""
         if self.layout.block == 1:
             return op.tensor_expr_op(self._unpack, "dequantize", [take(tensor, ids) for tensor in self.stored])
-        return _gather(self.shape, ids, self.stored, self._value)
+        return _gather(self.shape, ids, self.stored, self.value)
 
-    def _value(self, words: te.Tensor, scale: te.Tensor, *rest: Any) -> tirx.PrimExpr:
+    def value(self, words: te.Tensor, scale: te.Tensor, *rest: Any) -> tirx.PrimExpr:
         """Return the value at ``rest``: row and column, after the minimum where there is one."""
         *least, i, j = rest
         per_word, dtype = 32 // self.bits, self.compute_dtype
@@ -137,7 +143,7 @@ class GroupMatrix(nn.Module):
 
     def _unpack(self, words: te.Tensor, *scales: te.Tensor) -> te.Tensor:
         rows = words.shape[0] if self.layout.block == 1 else self.shape[0]
-        return te.compute((rows, self.shape[1]), lambda i, j: self._value(words, *scales, i, j), name="dequantize")
+        return te.compute((rows, self.shape[1]), lambda i, j: self.value(words, *scales, i, j), name="dequantize")
 
 
 def _gather(
@@ -171,15 +177,27 @@ class ScaledMatrix(nn.Module):
         """Return the rows ``ids`` [s], [s, k]."""
         return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), self.q_scale])
 
-    def _unpack(self, values: te.Tensor, scale: te.Tensor) -> te.Tensor:
-        def value(i: tirx.Var, j: tirx.Var) -> tirx.PrimExpr:
-            # Sign, exponent and fraction moved to where a float32 has them; the difference in bias is 120.
-            bits = tirx.reinterpret("uint8", values[i, j]).astype("uint32")
-            moved = (bits & tirx.const(0x80, "uint32")) << 24 | (bits & tirx.const(0x7F, "uint32")) << 20
-            exact = tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
-            return (exact * scale[0]).astype(self.compute_dtype)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's."""
+        rows, columns = self.q_weight.shape
+        return int(rows), int(columns)
 
-        return te.compute(values.shape, value, name="dequantize")
+    @property
+    def stored(self) -> list[nn.Parameter]:
+        """What :meth:`value` reads."""
+        return [self.q_weight, self.q_scale]
+
+    def value(self, values: te.Tensor, scale: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
+        """Return one value of what is stored, dequantized."""
+        # Sign, exponent and fraction moved to where a float32 has them; the difference in bias is 120.
+        bits = tirx.reinterpret("uint8", values[i, j]).astype("uint32")
+        moved = (bits & tirx.const(0x80, "uint32")) << 24 | (bits & tirx.const(0x7F, "uint32")) << 20
+        exact = tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
+        return (exact * scale[0]).astype(self.compute_dtype)
+
+    def _unpack(self, values: te.Tensor, scale: te.Tensor) -> te.Tensor:
+        return te.compute(values.shape, lambda i, j: self.value(values, scale, i, j), name="dequantize")
 
 
 Matrix = FloatMatrix | GroupMatrix | ScaledMatrix

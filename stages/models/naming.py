@@ -66,7 +66,7 @@ def resolve(family: Family, config: Any, found: Collection[str]) -> Naming:
     body = [name.removeprefix(own) for name in names if name.startswith(own)]
     plain: dict[str, str] = {}
     for name in sorted(found, key=len, reverse=True):  # of equals, the one that was not wrapped
-        plain[_unwrapped(name)] = name
+        plain[unwrapped(name)] = name
     prefix, rivals = _prefix(own, set(body), plain)
     if prefix is None:
         naming = Naming(own, own, problem=_problem(family, names, found, rivals))
@@ -97,7 +97,7 @@ def leftovers(family: Family, config: Any, naming: Naming, found: Collection[str
     for name in found:
         if name in used:
             continue
-        plain = _unwrapped(name)
+        plain = unwrapped(name)
         ours = plain
         if _module(naming.own + plain.removeprefix(naming.prefix), naming.own) in modules:
             ours = naming.own + plain.removeprefix(naming.prefix)
@@ -124,11 +124,12 @@ def _module(name: str, own: str) -> str:
     return f"{first}.{rest.partition('.')[0]}" if name.startswith(own) else first
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return a name without the parts that wrappers put in between."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _suffixes(name: str) -> Iterator[str]:
+def suffixes(name: str) -> Iterator[str]:
     """Yield a name, then what is left of it without its first part, without its first two, and so on."""
     while name:
         yield name
@@ -137,7 +138,7 @@ def _suffixes(name: str) -> Iterator[str]:
 
 def _prefix(own: str, body: set[str], plain: Collection[str]) -> tuple[str | None, list[str]]:
     """Return what stands before most of the names of ``body``; None, and rivals if there are, where it is not clear."""
-    votes = Counter(name[: len(name) - len(end)] for name in plain for end in _suffixes(name) if end in body)
+    votes = Counter(name[: len(name) - len(end)] for name in plain for end in suffixes(name) if end in body)
     most = max(votes.values(), default=0)
     if 2 * most <= len(body):
         return None, []

@@ -13,6 +13,7 @@ from tvm import relax as rx
 from tvm.relax.frontend.nn import Tensor, op
 
 from stages.models.arithmetic import ARITHMETIC, Values, common, computed, emitted, expr_of, number, pair
+from stages.models.choosing import CHOOSING
 from stages.models.layers import Linear
 from stages.models.matrices import take
 
@@ -202,6 +203,7 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     **ARITHMETIC,
+    **CHOOSING,
     "reshape": reshape,
     "broadcast": broadcast,
     "transpose": transpose,

@@ -17,7 +17,7 @@ from stages.models.family import Param
 from stages.models.layers import LayerFactory
 from stages.models.operators import OPERATORS
 
-MATRICES = ("linear", "embedding", "head")
+MATRICES = ("linear", "embedding", "head", "router")
 
 
 class Held(nn.Module):

@@ -5,12 +5,15 @@ What was traced is data (:mod:`stages.tracing`), so that nothing behind config-p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from stages.checkpoint.errors import ConfigError
 from stages.models.family import AttentionCache, Family, Param
+from stages.models.naming import suffixes, unwrapped
 
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
@@ -23,8 +26,9 @@ class TracedConfig:
     of a model that has it for its text part. ``parts`` are the graphs of embed, body and head, written in the operators
     of :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
     embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
-    state dict that nothing reads. ``settled`` is the context that rotary frequencies were chosen for, 0 if they do not
-    depend on it; then ``unsettled`` is config.json as it was read.
+    state dict that nothing reads; ``older`` are those that a checkpoint of an earlier transformers may have otherwise
+    (:func:`stages.tracing.older.forms`). ``settled`` is the context that rotary frequencies were chosen for, 0 if they
+    do not depend on it; then ``unsettled`` is config.json as it was read.
     """
 
     model_type: str
@@ -44,6 +48,7 @@ class TracedConfig:
     parameters: Sequence[Mapping[str, Any]]
     constants: Sequence[Mapping[str, Any]]
     unread: Sequence[str]
+    older: Mapping[str, Mapping[str, Any]]
 
     @property
     def attention(self) -> AttentionCache:
@@ -121,7 +126,7 @@ def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
         return config, ""
     if config.settled != window:
         again = parse(config.unsettled, window)
-        config = replace(again, tied=config.tied, wrapper=config.wrapper)
+        config = replace(again, tied=config.tied, wrapper=config.wrapper, parameters=config.parameters)
     return config, (
         f"rotary frequencies are chosen by length: all sequences are given those of one of {window} positions, the "
         "context_window built for; transformers gives shorter ones others"
@@ -148,6 +153,24 @@ def _is_tied_head(config: TracedConfig, name: str) -> bool:
     return bool(config.tied and config.tie and name == config.tie[0])
 
 
+def stored_as(config: TracedConfig, names: Collection[str]) -> TracedConfig:
+    """Return the config of a checkpoint with tensors of these ``names``, some of which may be of an older form."""
+    ends = {end for name in names for end in suffixes(unwrapped(name))}
+    own = config.embedding.partition(".")[0] + "."
+    entries = []
+    for entry in config.parameters:
+        forms = [
+            {"sources": [name], "shapes": [shape]}
+            if name not in config.older or name.removeprefix(own) in ends
+            else config.older[name]
+            for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True)
+        ]
+        sources, shapes = ([each for form in forms for each in form[part]] for part in ("sources", "shapes"))
+        transform = "concat0" if len(sources) > len(forms) else entry["transform"]
+        entries.append({**entry, "sources": sources, "source_shapes": shapes, "transform": transform})
+    return replace(config, parameters=entries)
+
+
 def causal_lm(config: TracedConfig, make: Any) -> Any:
     """Return the module that replays the graphs on the parameters of ``make``."""
     from stages.models.replay import Traced
@@ -158,6 +181,10 @@ def causal_lm(config: TracedConfig, make: Any) -> Any:
 def to_reference(config: TracedConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return transformers' class name, config keywords and state dict."""
     state = dict(tensors)
+    for name, form in config.older.items():
+        if name not in state and all(source in state for source in form["sources"]):
+            parts = [state.pop(source) for source in form["sources"]]
+            state[name] = np.concatenate(parts).reshape(form["shape"])
     if config.tied and config.tie:
         state[config.tie[0]] = state[config.tie[1]]
     return config.architecture, dict(config.source), state
@@ -186,4 +213,5 @@ FAMILY = Family(
     to_reference=to_reference,
     keys={},
     of=family_of,
+    stored_as=stored_as,
 )

@@ -5,6 +5,7 @@ A transform is a row's name, with an argument after a colon where it takes one: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,10 @@ def source_of(transform: str, place: Sequence[int], source_shapes: Shapes) -> tu
     """Return which of the tensors that :func:`apply` was given has what is at ``place`` of what it made, and where."""
     if transform == "transpose":
         return 0, [*place][::-1]
-    rows = np.arange(sum(shape[0] for shape in source_shapes))
-    parts = invert(transform, rows, [shape[:1] for shape in source_shapes])
+    outer = [shape[:-1] or shape for shape in source_shapes]
+    parts = invert(transform, np.arange(sum(map(math.prod, outer))), outer)
     number, part = next((number, part) for number, part in enumerate(parts) if place[0] in part)
-    return number, [int(np.argmax(part == place[0])), *place[1:]]
+    return number, [*(int(at[0]) for at in np.nonzero(part == place[0])), *place[1:]]
 
 
 def _row(name: str) -> Transform:
@@ -63,6 +64,15 @@ def _split_rows(array: np.ndarray, source_shapes: Shapes, _argument: str) -> lis
     if ends[-1] != array.shape[0]:
         raise ValueError(f"concat0 of {[*map(tuple, source_shapes)]} has {ends[-1]} rows, not {array.shape[0]}")
     return list(np.split(array, ends[:-1]))
+
+
+def _stacked(tensors: Arrays, _argument: str) -> np.ndarray:
+    (tensor,) = tensors
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _unstacked(array: np.ndarray, source_shapes: Shapes, _argument: str) -> list[np.ndarray]:
+    return [array.reshape(tuple(source_shapes[0]))]
 
 
 def _transposed(tensors: Arrays, _argument: str) -> np.ndarray:
@@ -91,12 +101,13 @@ def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(0, 1)).reshape(array.shape)
 
 
-# copy: the one tensor (a view). concat0: one under the other. transpose: columns
-# become rows. interleaved_qkv:HEADS: rows that go head by head, each
+# copy: the one tensor (a view). concat0: one under the other. stacked_copy: matrices [e, n, k] one under the other (a
+# view). transpose: columns become rows. interleaved_qkv:HEADS: rows that go head by head, each
 # with its q, k and v, become all q, all k, all v.
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(_only, lambda array, _shapes, _argument: [array]),
     "concat0": Transform(lambda tensors, _argument: np.concatenate(list(tensors), axis=0), _split_rows),
+    "stacked_copy": Transform(_stacked, _unstacked),
     "transpose": Transform(_transposed, _transposed_back),
     "interleaved_qkv": Transform(_by_part, _by_head),
 }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from stages.quantization.schemes import Scheme
 
-_MATRICES = ("linear", "embedding", "head")  # kinds of parameters that are matrices
+_MATRICES = ("linear", "embedding", "head", "router")  # kinds of parameters that are matrices
 _FLOATS = ("float32", "float16")
 
 

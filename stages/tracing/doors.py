@@ -20,6 +20,8 @@ HARMLESS = {
 _OPERATORS = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float softcap, int window) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
+    # x [t, k], weight [experts, n, k], or [experts, k, n] if it is transposed, chosen [t * c] -> [t * c, n]
+    "expert_linear": "(Tensor x, Tensor weight, Tensor chosen, bool transposed) -> Tensor",
 }
 
 
@@ -44,6 +46,10 @@ def install() -> None:
     @torch.library.register_fake(f"{NAME}::rms_norm")
     def _rms_norm(x: Any, *_more: Any) -> Any:
         return torch.empty_like(x)
+
+    @torch.library.register_fake(f"{NAME}::expert_linear")
+    def _expert_linear(x: Any, weight: Any, chosen: Any, transposed: bool) -> Any:
+        return x.new_empty(chosen.shape[0], weight.shape[2 if transposed else 1])
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *_arguments, **_keywords: None)
@@ -80,6 +86,23 @@ def attention(
     return made, None
 
 
-def experts(module: Any, *_arguments: Any, **_keywords: Any) -> Any:
-    """Refuse a mixture of experts."""
-    raise ConfigError(f"{type(module).__name__}: mixtures of experts are not built yet")
+def experts(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """Take the place of a mixture's experts: x [t, k], the experts chosen for each token and their weights [t, c].
+
+    The layers of the chosen experts are operators; what is between and after them is transformers' own code.
+    """
+    import torch
+
+    if module.has_post_expert_norm:
+        raise ConfigError(f"{type(module).__name__}: a norm after each expert is not built")
+    chosen = top_k_index.reshape(-1)
+
+    def layer(y: Any, name: str) -> Any:
+        made = torch.ops.stagegraph.expert_linear(y, getattr(module, name), chosen, module.is_transposed)
+        return (
+            made + torch.nn.functional.embedding(chosen, getattr(module, f"{name}_bias")) if module.has_bias else made
+        )
+
+    y = module._apply_gate(layer(x, "gate_up_proj")) if module.has_gate else module.act_fn(layer(x, "up_proj"))  # noqa: SLF001
+    y = layer(y, "down_proj").view(*top_k_index.shape, x.shape[-1])
+    return (y * top_k_weights.unsqueeze(-1)).sum(1).to(x.dtype)

@@ -172,6 +172,8 @@ class _Graph:
             "addmm": self._projection,
             "index": self._rows,
             "attention": self._heads,
+            "topk": lambda _node, arguments: ("topk", {"dim": -1, **arguments}),
+            "expert_linear": self._experts,
         }
         if ours == "slice":
             self._slice(node, arguments)
@@ -228,6 +230,16 @@ class _Graph:
             raise self._refusal(node, f"attention of {q} to {k}")
         sizes = {"heads": q[1], "kv_heads": k[1], "width": q[3], "value_width": v[3]}
         return "attention", {**arguments, **sizes}
+
+    def _experts(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return a layer of chosen experts, whose matrices lie one under the other in one parameter."""
+        weight = arguments["weight"]
+        if "parameter" not in weight or [*map(len, (self._shape(each) for each in node.args[:3]))] != [2, 3, 1]:
+            raise self._refusal(node, "a layer of experts of what is no weight")
+        named = self.names.stacked(weight["parameter"], transposed=arguments["transposed"])
+        features = self._shape(node)[1]
+        arguments = {"x": arguments["x"], "weight": named, "chosen": arguments["chosen"], "features": features}
+        return "expert_linear", arguments
 
     def _slice(self, node: Any, arguments: Mapping[str, Any]) -> None:
         source, axis = node.args[0], arguments.get("dim", 0) % node.args[0].meta["val"].dim()

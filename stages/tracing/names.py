@@ -7,7 +7,8 @@ from typing import Any
 
 
 class Names:
-    """``used`` parameters in the order of their first use, name -> shape; ``constants`` by number.
+    """``used`` parameters in the order of their first use, name -> shape; ``constants`` by number; ``stacks`` of a
+    mixture's experts -> the state dict's name, and whether they are transposed there.
 
     Parameters that are one in the model have the name of the first, but in the head, where ``tie`` (the output
     projection, the embedding) says so.
@@ -23,6 +24,7 @@ class Names:
         self.tie: tuple[str, str] | None = self._tie(model)
         self.in_head = False
         self.turned: set[str] = set()
+        self.stacks: dict[str, tuple[str, bool]] = {}
         self.stored = [name for name in model.state_dict() if name in self.shapes]
 
     def _tie(self, model: Any) -> tuple[str, str] | None:
@@ -50,6 +52,17 @@ class Names:
         self.turned.add(name)
         return {"parameter": name}
 
+    def stacked(self, name: str, *, transposed: bool) -> dict[str, str]:
+        """Return what stands for the matrices [experts, n, k] of a mixture as one [experts * n, k]; the state dict may
+        hold them ``transposed``, [experts, k, n].
+        """
+        experts, *sizes = self.shapes[name]
+        n, k = reversed(sizes) if transposed else sizes
+        del self.used[name]
+        self.used[f"{name}.weight"] = (experts * n, k)
+        self.stacks[f"{name}.weight"] = name, transposed
+        return {"parameter": f"{name}.weight"}
+
     def constant(self, dtype: str, shape: Sequence[int], data: str) -> dict[str, int]:
         """Return what stands for a constant; equal ones are one."""
         entry = {"dtype": dtype, "shape": [*shape], "data": data}
@@ -59,5 +72,5 @@ class Names:
 
     def unused(self) -> list[str]:
         """Return the names of the state dict that the graph does not read."""
-        read = {self.own[name] for name in self.used}
+        read = {self.own[self.stacks[name][0] if name in self.stacks else name] for name in self.used}
         return [name for name in self.stored if self.own[name] not in read]

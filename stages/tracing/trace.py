@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
-from stages.tracing import leaves
+from stages.tracing import leaves, older
 from stages.tracing.export import EXAMPLE, Part, export
 from stages.tracing.merge import merged, read
 from stages.tracing.names import Names
+from stages.tracing.routers import routers
 from stages.tracing.source import open_source, positions_of
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
     leaves.settle_rotation(model)
     leaves.replace_norms(model)
     names = Names(model)
+    known = older.forms(model, names.stored)
     parts, hidden, vocab = _parts(source, names)
-    parts["body"], merges = merged(parts["body"], names.shapes, names.turned)
+    apart = routers(parts["body"], names.shapes)
+    parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention:
         raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
@@ -54,9 +57,10 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
         "tie": names.tie,
         "embedding": next(iter(names.used)),
         "parts": {name: asdict(part) for name, part in parts.items()},
-        "parameters": _parameters(parts, names, merges),
+        "parameters": _parameters(parts, names, merges, apart),
         "constants": names.constants,
         "unread": names.unused(),
+        "older": known,
     }
 
 
@@ -99,7 +103,9 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
     return {"embed": embed, "body": trunk, "head": head}, hidden, vocab
 
 
-def _parameters(parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def _parameters(
+    parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]], deciding: set[str]
+) -> list[dict[str, Any]]:
     """Return the parameters in packed order, each with its kind and the tensors that it is made of."""
     uses: dict[str, set[str]] = {}
     for place, part in parts.items():
@@ -113,6 +119,9 @@ def _parameters(parts: Mapping[str, Part], names: Names, merges: Mapping[str, Se
         new, sources = into.get(name, (name, [name]))
         if name != sources[0] or new not in uses:
             continue
+        if name in names.stacks:
+            found.append(_stack(name, names))
+            continue
         shapes = [names.shapes[source] for source in sources]
         stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         turned = name in names.turned
@@ -120,13 +129,26 @@ def _parameters(parts: Mapping[str, Part], names: Names, merges: Mapping[str, Se
             {
                 "name": new,
                 "shape": [*(reversed(stacked) if turned else stacked)],
-                "kind": _kind(uses[new], stacked),
+                "kind": "router" if new in deciding else _kind(uses[new], stacked),
                 "sources": [*sources],
                 "source_shapes": [[*shape] for shape in shapes],
                 "transform": "transpose" if turned else "concat0" if len(shapes) > 1 else "copy",
             }
         )
     return found
+
+
+def _stack(name: str, names: Names) -> dict[str, Any]:
+    """Return the parameter that the matrices of a mixture's experts are, one under the other."""
+    source, turned = names.stacks[name]
+    return {
+        "name": name,
+        "shape": [*names.used[name]],
+        "kind": "linear",
+        "sources": [source],
+        "source_shapes": [[*names.shapes[source]]],
+        "transform": "stacked_transpose" if turned else "stacked_copy",
+    }
 
 
 def _kind(uses: set[str], shape: tuple[int, ...]) -> str:

@@ -18,7 +18,7 @@ ALIKE = (
     "add sub rsub mul div pow neg abs sqrt rsqrt exp log sin cos tanh sigmoid silu gelu relu erf softplus square floor "
     "hardtanh clamp minimum maximum where masked_fill logical_not logical_and eq ne lt le gt ge transpose permute t "
     "slice select cat stack repeat_interleave mean sum softmax amax matmul linear layer_norm embedding index gather "
-    "attention rms_norm linalg_vector_norm var addmm arange full"
+    "attention rms_norm linalg_vector_norm var addmm arange full topk scatter logical_or max argmax expert_linear"
 )
 # Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {
@@ -39,6 +39,8 @@ OPERATORS: dict[str, str] = {
     "mul_": "mul",
     "add_": "add",
     "div_": "div",
+    "masked_fill_": "masked_fill",
+    "scatter_": "scatter",
     "bitwise_not": "logical_not",
     "bitwise_and": "logical_and",
     "__and__": "logical_and",
@@ -57,5 +59,5 @@ OPERATORS: dict[str, str] = {
 # Of an operator that works along an axis: the argument that says which. None may work along the tokens.
 ALONG: dict[str, str] = {
     **dict.fromkeys(("cat", "softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"),
-    **dict.fromkeys(("split", "var"), "dim"),
+    **dict.fromkeys(("split", "var", "topk", "scatter", "max", "argmax"), "dim"),
 }

@@ -45,9 +45,11 @@ class Held:
             values: np.ndarray = self.stored[0][rows].astype(np.float32)
             return values
         first, *scales = self.stored
+        first = first[rows]  # of several matrices, those of each: together they are the rows of one
         if self.row.kind == "group":
-            scales = [tensor[rows] for tensor in scales]
-        return restored([first[rows], *scales], self.row, self.shape[1])
+            scales = [tensor[rows].reshape(-1, tensor.shape[-1]) for tensor in scales]
+        found = restored([first.reshape(-1, first.shape[-1]), *scales], self.row, self.shape[-1])
+        return found.reshape(*first.shape[:-1], -1)
 
     def values(self) -> np.ndarray:
         """Return the whole tensor in float32, made block by block."""
@@ -99,7 +101,9 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator
         one_for_all = arrays[1:] if row and row.kind == "tensor" else []
         parts = [
             transforms.invert(
-                entry["transform"], array, [[shape[0], *array.shape[1:]] for shape in entry["source_shapes"]]
+                entry["transform"],
+                array,
+                [[*(shape[:-1] or shape), *array.shape[1:]] for shape in entry["source_shapes"]],
             )
             for array in arrays[: len(arrays) - len(one_for_all)]
         ]
@@ -130,7 +134,8 @@ def differences(
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.row:
-                wrong = ~(np.abs(values - wanted) <= _allowed(wanted, tensor.row, scales))
+                matrix = wanted.reshape(-1, wanted.shape[-1])
+                wrong = ~(np.abs(values - wanted) <= _allowed(matrix, tensor.row, scales).reshape(wanted.shape))
             else:
                 wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
                 wrong = values != wanted

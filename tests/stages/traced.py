@@ -54,15 +54,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Mixtures of experts, each with eight of which two are chosen.
+ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**ROUTED, "num_experts": 8, "head_dim": 16, "norm_topk_prob": True},
+}
+
+
 def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
     """Write a random checkpoint with outliers whose logits spread over a few units."""
     import torch
     import transformers
 
-    sizes = GPT if "n_embd" in FAMILIES[model_type] else SIZES
-    config = transformers.AutoConfig.for_model(
-        model_type.partition("-")[0], **{**sizes, **FAMILIES[model_type], **more}
-    )
+    own = {**FAMILIES, **MIXTURES}[model_type]
+    sizes = {**(GPT if "n_embd" in own else SIZES), **own, **more}
+    config = transformers.AutoConfig.for_model(model_type.partition("-")[0], **sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     scramble(model)
