@@ -55,7 +55,10 @@ class TokenizerBundle(Stage):
         "generation": In("config-parse", "generation", "Generation config: bos, eos, pad, stop ids, chat format."),
         "tensors": In("config-parse", "tensors", "Tensor headers: the rows of the embedding bound every id."),
     }
-    outputs = {"tokenizer": Out("tokenizer", "The three files a runtime reads.")}
+    outputs = {
+        "tokenizer": Out("tokenizer", "The three files a runtime reads."),
+        "proof": Out("proof.json", "What was compared with what, and every finding; the certificate repeats it."),
+    }
 
     def tools(self, params: Params) -> Mapping[str, str]:  # noqa: ARG002
         """Name the libraries, and Python for its Unicode tables, which normalise the reference's text."""
@@ -189,6 +192,13 @@ def _prove(
     findings += _beside(directory, resolution, family, reference, texts, [*beyond.values()])
     ctx.view("checks", _page(subject.info, [*left_out, *findings]))
     _report(ctx, findings)
+    proof = {
+        "vocabulary": resolution.vocabulary.name,
+        "reference": type(reference).__name__,
+        "texts": len(texts),
+        "findings": [{"check": f.check, "level": f.level, "message": f.message} for f in (*left_out, *findings)],
+    }
+    (ctx.out / "proof.json").write_text(json.dumps(proof, ensure_ascii=False, indent=1, sort_keys=True) + "\n", "utf-8")
     ctx.summary(
         f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
     )

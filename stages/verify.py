@@ -111,6 +111,7 @@ class Verify(Stage):
         "params": In("param-register", "params", "which checkpoint tensors the bundle's weights are made of"),
         "config": In("config-parse", "config", "the model's config"),
         "report": In("quantize", "report", "the errors of quantization, for the card"),
+        "tokenizer": In("tokenizer-bundle", "proof", "what proves the tokenizer, for the certificate", optional=True),
     }
     outputs = {
         "report": Out("verify.json", "every check with what was measured"),
@@ -119,7 +120,7 @@ class Verify(Stage):
         "bom": Out("bom.cdx.json", "the bill of materials, CycloneDX 1.6", attests="bundle"),
     }
 
-    parts = {"original": "stages.verification.original"}
+    parts = {"original": "stages.verification.original", "advice": "stages.verification.advice"}
 
     def resolve(self, params: Params) -> Params:
         """Name the reference and the processor; whether a CUDA device can be used shows when it is asked to work."""
@@ -199,6 +200,7 @@ def _verify(ctx: Context, folder: Path) -> None:
         reference=ctx.params.reference,
         device=ctx.params.device,
         scales=quantized["scales"],
+        proof=json.loads(ctx.input("tokenizer").read_bytes()) if ctx.has_input("tokenizer") else None,
         corpus=_corpus(ctx),
         probe_tokens=ctx.params.probe_tokens,
         limits={name: value for name in gates.NAMES if (value := getattr(ctx.params, name)) is not None},

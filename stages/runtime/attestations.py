@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from stages.runtime.certificate import Sealed
     from stages.runtime.manifest import Manifest
 
-FOLDER, CARD = "attestations", "card.md"
+CARD = "card.md"
 
 
 def keep(bundle: Manifest, held: Sealed, path: Path) -> str:
     """Keep the result at ``path`` beside the bundle and return the card; :class:`BundleError` if it is of another."""
     result = certificate.read_result(path)
     _refuse_foreign(bundle, held, result, path)
-    folder = bundle.root / FOLDER
+    folder = bundle.root / certificate.ATTESTATIONS
     try:
         folder.mkdir(exist_ok=True)
         # Named by what it says: the same result twice is one.
@@ -35,7 +35,7 @@ def keep(bundle: Manifest, held: Sealed, path: Path) -> str:
 def found(bundle: Manifest, held: Sealed) -> list[Sealed]:
     """Return the results kept beside a bundle; :class:`BundleError` for one that is damaged or of another."""
     results = []
-    for path in sorted((bundle.root / FOLDER).glob("*.json")):
+    for path in sorted((bundle.root / certificate.ATTESTATIONS).glob("*.json")):
         results.append(certificate.read_result(path))
         _refuse_foreign(bundle, held, results[-1], path)
     return results

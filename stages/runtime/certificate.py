@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FILE, FORMAT = "certificate.json", 1
 RESULT_FORMAT = 1
 PASS, FAIL = "pass", "FAIL"
+ATTESTATIONS = "attestations"  # folder beside it of results from other machines
 
 
 @dataclass(frozen=True)

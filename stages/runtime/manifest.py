@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stages.runtime import host, seal
+from stages.runtime import host, seal, signature
 from stages.runtime.backend import DEVICES
 from stages.runtime.errors import BundleError
 from stages.runtime.folder import MANIFEST, Entry, Folder, read_document
@@ -57,8 +57,11 @@ class Manifest:
         return DEVICES[self.target]
 
 
-def read(path: Path) -> Manifest:
-    """Read the bundle at ``path``, or at ``path/bundle``; :class:`BundleError` lists everything wrong with its form."""
+def read(path: Path, *, require_signature: Path | None = None) -> Manifest:
+    """Read the bundle at ``path``, or at ``path/bundle``; :class:`BundleError` lists everything wrong with its form.
+
+    ``require_signature`` is a public key (PEM): the folder must be signed by it, every file of it.
+    """
     root = next((d for d in (path, path / "bundle") if (d / MANIFEST).is_file()), None)
     if root is None:
         raise BundleError(f"{path}: no {MANIFEST} there, so it is not a bundle; give the directory that bundle wrote")
@@ -66,6 +69,9 @@ def read(path: Path) -> Manifest:
     problems = _problems_of_form(document)
     if problems:
         raise BundleError(*(f"{root / MANIFEST}: {problem}" for problem in problems))
+    sha256 = hashlib.sha256(data).hexdigest()
+    if require_signature is not None:
+        signature.check(root, sha256, require_signature)
     return Manifest(
         root=root,
         name=document["name"],
@@ -77,7 +83,7 @@ def read(path: Path) -> Manifest:
         device_code=document["device_code"],
         files={name: Entry(entry["sha256"], entry["size"]) for name, entry in document["files"].items()},
         sampling=document.get("sampling", {}),
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=sha256,
     )
 
 

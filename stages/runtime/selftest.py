@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stages.runtime import certificate, golden, seal, serving
+from stages.runtime import certificate, golden, seal, serving, signature
 from stages.runtime.certificate import FAIL, PASS, check_document
 from stages.runtime.errors import BundleError, RequestError
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.bundle_argument(parser)
     add = parser.add_argument
     add("--certificate", type=Path, metavar="FILE", help=f"the certificate (default: BUNDLE/{certificate.FILE})")
+    serving.signature_argument(parser)
     add("--output", type=Path, metavar="FILE", help="write the result to FILE, for `pipeline attest`")
     add("--json", action="store_true", help="print the result as one JSON document")
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, *streams: TextIO) -> int:
 def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     from stages.runtime import attestations, manifest
 
-    bundle = manifest.read(args.bundle)
+    bundle = manifest.read(args.bundle, require_signature=args.require_signature)
     held = certificate.of(bundle.root, args.certificate)
     others = attestations.found(bundle, held)
     result = test(bundle, held, lambda text: err.write(f"{text}\n") if err.isatty() else None)
@@ -52,7 +53,8 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
             args.output.write_bytes(seal.fixed(result))
         except OSError as error:
             raise RequestError(f"{args.output}: {error.strerror}") from None
-    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held, result, others))
+    signed = _signed(signature.signer(bundle.root), args.require_signature)
+    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held, result, [signed], others))
     out.flush()
     return 0 if result["result"] == PASS else 1
 
@@ -117,9 +119,17 @@ def _tools() -> dict[str, str]:
     return found
 
 
-def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], others: list[Sealed]) -> str:
+def _signed(signer: str | None, key: Path | None) -> str:
+    """Return a line that says by which key a bundle is signed, and whether that was checked."""
+    if signer is None:
+        return "  not signed"
+    checked = f"checked with {key}" if key else "not checked: name the public key with --require-signature"
+    return f"  signed by the key of SHA-256 {signer}, {checked}"
+
+
+def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], first: list[str], others: list[Sealed]) -> str:
     device = result["device"]
-    lines = [f"{bundle.name} ({held['bundle']['target']}), certified: {held['verdict']}"]
+    lines = [f"{bundle.name} ({held['bundle']['target']}), certified: {held['verdict']}", *first]
     width = max(len(check["name"]) for check in result["checks"])
     lines += [
         f"  {check['name']:<{width}}  {'ok' if check['ok'] else FAIL}  {check['detail']}" for check in result["checks"]

@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
         metavar="NAME",
         help=f"{' or '.join(dict.fromkeys(DEVICES.values()))} (default: the bundle's)",
     )
+    signature_argument(parser)
     add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
 
 
@@ -153,7 +154,8 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says."""
     from stages.runtime import manifest
 
-    bundle = dataclasses.replace(manifest.read(args.bundle), quick=args.quick)
+    bundle = manifest.read(args.bundle, require_signature=args.require_signature)
+    bundle = dataclasses.replace(bundle, quick=args.quick)
     problems = manifest.check(bundle, weights=False)
     if args.device not in ("auto", bundle.device):
         problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
@@ -181,6 +183,12 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
 def bundle_argument(parser: argparse.ArgumentParser) -> None:
     """Add the argument that names a bundle."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle's directory")
+
+
+def signature_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names whose signature a bundle must have."""
+    help_ = "public key (PEM): refuse a bundle that is not signed by it (model.sig)"
+    parser.add_argument("--require-signature", type=Path, metavar="KEY", help=help_)
 
 
 def rates(generation: Generation) -> str:

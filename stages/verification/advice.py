@@ -1,8 +1,8 @@
-"""For a bundle that quantization cost too much: which tensors cost most, and which scheme would not.
+"""On the original model: what each tensor costs where it alone is quantized, and what other schemes would cost.
 
-Both are measured on the original model. A tensor's part is the divergence where it alone is quantized; a scheme is
-tried by quantizing every matrix that it takes, while it is used. This runs as ``python -m stages.verification.advice``,
-and only for bundles that are refused.
+A tensor's part is the divergence where it alone is quantized; a scheme is tried by quantizing every matrix that it
+takes, while it is used. This runs as ``python -m stages.verification.advice``, and only for bundles that are refused
+(:mod:`stages.verification.refusal`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import json
 import sys
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.quantization.parameter import quantize, restored
-from stages.quantization.schemes import FLOAT_BITS, SCHEMES
+from stages.quantization.schemes import SCHEMES
 from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
@@ -27,20 +27,17 @@ if TYPE_CHECKING:
 
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
-    from stages.verification.case import Case
 
-# Schemes to change to, the smallest first.
-CANDIDATES = ("q4s32", "q4a32", "q4f16_2", "q8f16_1", "q0f16", "q0f32")
 TENSOR_TOKENS, SCHEME_TOKENS = 48, 256  # that a tensor, and a scheme, is judged by
 TOGETHER = 16  # tensors that are judged in one pass, each in a sequence of its own
-FLOAT, INT8 = "float32", "int8"  # arithmetic of activations
-NAMED = 3  # of the worst tensors, in a message
+INT8 = "int8"  # arithmetic of activations
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged and how its ``scales`` are
-    chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, and the user's ``limits``.
+    chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, of which the first within
+    the user's ``limits`` is the last that is tried, and the tensors that need not be judged because they are ``known``.
     """
 
     original: Mapping[str, Any]
@@ -48,54 +45,18 @@ class Request:
     scales: str
     candidates: Sequence[tuple[str, str]]
     limits: Mapping[str, float]
-
-
-def ask(case: Case, progress: Progress) -> list[str]:
-    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands."""
-    scheme = SCHEMES[case.registry["scheme"]]
-    names = [name for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
-    candidates = [(name, case.arithmetic) for name in names]
-    if case.arithmetic == INT8:
-        candidates.insert(0, (scheme.name, FLOAT))
-    request = Request(asdict(case.original), scheme.name, case.scales, candidates, case.limits)
-    try:
-        found = apart.call(__name__, asdict(request), progress)
-    except apart.LiveError as error:
-        return [f"what would be better could not be measured: {error}"]
-    worst = sorted(zip(found["kl"].tolist(), found["names"].tolist(), strict=True), reverse=True)[:NAMED]
-    said = []
-    if worst:
-        named = ", ".join(f"{name} ({kl:.2g})" for kl, name in worst)
-        said.append(f"these tensors cost most where they alone are quantized (KL of {TENSOR_TOKENS} tokens): {named}")
-    if str(found["passing"]):
-        figures = f"KL {float(found['passing_kl']):.2g}, {float(found['passing_top1']):.0%} equal first choices"
-        said.append(
-            f"{found['passing']} stays within the limits on {SCHEME_TOKENS} tokens ({figures}): take it, or allow more "
-            "by max_kl, min_top1 and max_ppl_ratio of verify"
-        )
-    return said
-
-
-def _keeps_more(one: Scheme, other: Scheme) -> bool:
-    def kept(scheme: Scheme) -> tuple[int, int, bool]:
-        """Bits of the body, of the table, and what is closer at as many bits."""
-        body, table = (
-            (row.bits if row else FLOAT_BITS[scheme.storage_dtype]) for row in (scheme.body, scheme.embedding)
-        )
-        return body, table, bool(scheme.body and scheme.body.minimum)
-
-    return kept(one) > kept(other)
+    known: Sequence[str] = ()
 
 
 def compute(request: Request, progress: Progress) -> dict[str, Any]:
-    """Return ``names`` and ``kl`` of the tensors, and the first candidate ``passing``, empty if none does."""
+    """Return ``names`` and ``kl`` of the tensors, and as JSON the figures of each candidate ``tried``, in order."""
     import torch
 
     asked = original.Request(**request.original)
     mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], matrices_of(model)
-    names = [name for name, (kind, _) in matrices.items() if scheme.row(kind)]
+    names = [name for name, (kind, _) in matrices.items() if scheme.row(kind) and name not in request.known]
     groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
     total = 1 + len(groups) + len(request.candidates)
     with torch.inference_mode(), streaming.weights_in_float32(model, mapped):
@@ -110,7 +71,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
                 found = log_probs(model, short[None].expand(len(chosen), -1))
             divergences += _divergence(here, found).mean(-1).tolist()
             progress(done, total, "passes for advice")
-        result: dict[str, Any] = {"names": np.array(names), "kl": np.array(divergences), "passing": ""}
+        tried: list[Loss] = []
         for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
             with (
                 streaming.weights_in_float32(model, mapped),
@@ -119,13 +80,16 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
             ):
                 found = log_probs(model, piece[None, :-1])[0]
             progress(done, total, "passes for advice")
-            figures = figures_of(wanted, found, piece[1:])
-            limits = gates.limits(SCHEMES[name], arithmetic, request.limits)
-            if all(check.ok for check in gates.check(figures, limits)):
-                label = f"{name} with activations: float" if name == request.scheme else name
-                result |= {"passing": label, "passing_kl": figures.kl_mean, "passing_top1": figures.top1}
+            tried.append(figures_of(wanted, found, piece[1:]))
+            if passes(name, arithmetic, tried[-1], request.limits):
                 break
-    return result
+    return {"names": np.array(names), "kl": np.array(divergences), "tried": json.dumps([vars(each) for each in tried])}
+
+
+def passes(scheme: str, arithmetic: str, figures: Loss, own: Mapping[str, float]) -> bool:
+    """Say whether a bundle of these figures would be within its limits, the user's ``own`` among them."""
+    limits = gates.limits(SCHEMES[scheme], arithmetic, own)
+    return all(check.ok for check in gates.check(figures, limits))
 
 
 def matrices_of(model: Any) -> dict[str, tuple[str, list[Any]]]:

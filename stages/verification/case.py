@@ -46,6 +46,7 @@ class Case:
     reference: str
     device: str
     scales: str = "max"  # how quantize chose them
+    proof: Mapping[str, Any] | None = None  # what tokenizer-bundle has found, where verify reads that
     corpus: Path = probes.DEFAULT
     probe_tokens: int = 2048
     limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.Limits

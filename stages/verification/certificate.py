@@ -47,7 +47,10 @@ def document(case: Case, findings: Findings, source: str, made: Mapping[str, Any
         },
         "made": {"code": seal.seal(made["code"]), "tools": made["tools"], "inputs": made["inputs"]},
         "verification": findings.document(),
-        "tokenizer": wording({text: case.prompt(text) for text in case.texts}, case.tokenizer, case.manifest.folder),
+        "tokenizer": {
+            **wording({text: case.prompt(text) for text in case.texts}, case.tokenizer, case.manifest.folder),
+            "proof": case.proof,
+        },
         "golden": findings.golden,
     }
 

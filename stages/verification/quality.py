@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.quantization.schemes import SCHEMES
-from stages.verification import advice, gates, loss
+from stages.verification import gates, loss, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ def check(
     checked = gates.check(figures, limits)
     findings.checks += checked
     if not all(check.ok for check in checked):
-        findings.advice += advice.ask(case, progress)
+        findings.advice += refusal.ask(case, progress)
     if case.probes.longest < session.context_window:
         findings.unchecked.append(
             f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,16 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> bundles.Built:
     built = bundles.build(tmp_path_factory.mktemp("q0f32"), "q0f32")
     bundles.record(built)
     return built
+
+
+@pytest.fixture(scope="session")
+def certified(recorded: bundles.Built, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LocalContext]:
+    """A bundle as `export` lays it out, and what its verify said."""
+    folder = tmp_path_factory.mktemp("certified")
+    context = bundles.verify(recorded, folder / "verify", reference="recorded")
+    shutil.copytree(recorded.bundle, folder / "bundle")
+    shutil.copy(folder / "verify" / "certificate.json", folder / "bundle")
+    return folder / "bundle", context
 
 
 @pytest.fixture(scope="session")

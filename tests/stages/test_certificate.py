@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from stages.cli import attest, verify
-from stages.runtime import attestations, certificate, golden, manifest, seal, selftest, serving
+from stages.runtime import certificate, golden, manifest, seal, selftest, serving
 from stages.runtime.errors import BundleError
 from stages.verification.bom import bill
 from stages.verification.certificate import licence
@@ -35,16 +35,6 @@ READINGS = [
     "tokens taken back",
     "two sequences at once",
 ]
-
-
-@pytest.fixture(scope="session")
-def certified(recorded, tmp_path_factory):
-    """A bundle as `export` lays it out, and what its verify said."""
-    folder = tmp_path_factory.mktemp("certified")
-    context = bundles.verify(recorded, folder / "verify", reference="recorded")
-    shutil.copytree(recorded.bundle, folder / "bundle")
-    shutil.copy(folder / "verify" / "certificate.json", folder / "bundle")
-    return folder / "bundle", context
 
 
 @pytest.fixture
@@ -374,7 +364,7 @@ def test_a_result_of_another_bundle_or_certificate_or_device_is_refused(bundle, 
 
 def test_what_is_kept_and_damaged_later_is_named(bundle, result):
     run(attest, bundle, result)
-    (kept,) = (bundle / attestations.FOLDER).glob("*.json")
+    (kept,) = (bundle / certificate.ATTESTATIONS).glob("*.json")
     kept.write_bytes(flipped(kept.read_bytes(), 999))
     code, out, err = run(verify, bundle)
     assert (code, out, kept.name in err) == (2, "", True)

@@ -254,8 +254,8 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
             parameter.data = whole
     assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)
     assert "model.embed_tokens.weight" in expected
-    assert found["passing"] == "q8f16_1"
-    assert 0 < found["passing_kl"] < 1e-4
+    four, eight = json.loads(found["tried"])  # and no further
+    assert 0 < eight["kl_mean"] < 1e-4 < four["kl_mean"]
 
 
 def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_the_others(tmp_path, monkeypatch):
@@ -272,7 +272,7 @@ def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_
     monkeypatch.setattr(gates, "check", refuse)
     tried = [("q8f16_1", "float32"), ("q8f16_1", "int8"), ("q0f16", "int8"), ("q0f16", "float16")]
     found = advice.compute(advice.Request(asked, "q8f16_1", "max", tried, {}), lambda *_: None)
-    assert found["passing"] == ""
+    assert len(json.loads(found["tried"])) == 4
     eight, eight_int8, half_int8, half = (figures.kl_mean for figures in seen)
     assert abs(half) < eight < eight_int8  # of float16 there is next to nothing, below what float32 adds up
     assert 10 * abs(half) < half_int8
@@ -300,6 +300,36 @@ def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp
     said = str(refused.value)
     assert "cost most where they alone are quantized" in said
     assert "stays within the limits on 256 tokens (KL " in said
+
+
+def test_what_was_measured_for_a_refusal_is_not_measured_again(quantized, tmp_path, monkeypatch):
+    asked = []
+
+    def noted(module, request, progress):
+        asked.extend([request] if "advice" in module else [])
+        return call(module, request, progress)
+
+    call = apart.call
+    monkeypatch.setattr(apart, "call", noted)
+
+    def refused(name, **limits):
+        limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None, **limits}
+        with pytest.raises(StageError) as error:
+            bundles.verify(quantized, tmp_path / name, memo=tmp_path / "memo", reference="live", **limits)
+        assert not (tmp_path / name / "advice").exists()
+        return error.value.problems[-2:]
+
+    first = refused("first")
+    assert len(asked) == 1
+    assert refused("again") == first
+    assert len(asked) == 1, "all of it was known"
+    costly, other = refused("other limits", max_kl=1e-9)
+    assert costly == first[0]
+    assert "q0f32 stays within the limits" in other
+    assert len(asked) == 2
+    before, after = ([name for name, _ in each["candidates"]] for each in asked)
+    assert after == before[-len(after) :] != before, "what is known of the others fails by itself"
+    assert "model.embed_tokens.weight" in asked[1]["known"]
 
 
 def test_ranges_are_what_transformers_modules_read_and_give(tmp_path):

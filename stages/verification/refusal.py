@@ -1,0 +1,146 @@
+"""What is said of a bundle that quantization cost too much: which tensors cost most, and which scheme would not.
+
+It is measured on the original model (:mod:`stages.verification.advice`), and every figure is kept by itself: of a
+tensor, and of a scheme. A second verify of a refused bundle, or one with other limits, measures only what is not known.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from stages.quantization.schemes import FLOAT_BITS, SCHEMES
+from stages.verification import advice, apart, original
+from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, Request
+from stages.verification.loss import Loss
+from stages.verification.reference import checkpoint_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stages.memo import NewPart
+    from stages.quantization.schemes import Scheme
+    from stages.verification.apart import Progress
+    from stages.verification.case import Case
+
+KIND = "advice"  # of part: the divergence by one tensor, the tensors there are, the figures of one scheme
+# Schemes to change to, the smallest first.
+CANDIDATES = ("q4s32", "q4a32", "q4f16_2", "q8f16_1", "q0f16", "q0f32")
+FLOAT = "float32"  # arithmetic of activations
+NAMED = 3  # of the worst tensors, in a message
+
+Candidate = tuple[str, str]  # scheme and arithmetic
+
+
+def ask(case: Case, progress: Progress) -> list[str]:
+    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands."""
+    scheme = SCHEMES[case.registry["scheme"]]
+    candidates = [(name, case.arithmetic) for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
+    if case.arithmetic == INT8:
+        candidates.insert(0, (scheme.name, FLOAT))
+    try:
+        divergences, figures = _measured(case, scheme, candidates, progress)
+    except apart.LiveError as error:
+        return [f"what would be better could not be measured: {error}"]
+    said = []
+    if divergences:
+        worst = sorted(divergences, key=lambda name: (-divergences[name], name))[:NAMED]
+        named = ", ".join(f"{name} ({divergences[name]:.2g})" for name in worst)
+        said.append(f"these tensors cost most where they alone are quantized (KL of {TENSOR_TOKENS} tokens): {named}")
+    for (name, arithmetic), found in figures.items():
+        if advice.passes(name, arithmetic, found, case.limits):
+            label = f"{name} with activations: float" if name == scheme.name else name
+            said.append(
+                f"{label} stays within the limits on {SCHEME_TOKENS} tokens (KL {found.kl_mean:.2g}, {found.top1:.0%} "
+                "equal first choices): take it, or allow more by max_kl, min_top1 and max_ppl_ratio of verify"
+            )
+            break
+    return said
+
+
+def _keeps_more(one: Scheme, other: Scheme) -> bool:
+    def kept(scheme: Scheme) -> tuple[int, int, bool]:
+        """Bits of the body, of the table, and what is closer at as many bits."""
+        body, table = (
+            (row.bits if row else FLOAT_BITS[scheme.storage_dtype]) for row in (scheme.body, scheme.embedding)
+        )
+        return body, table, bool(scheme.body and scheme.body.minimum)
+
+    return kept(one) > kept(other)
+
+
+def _measured(
+    case: Case, scheme: Scheme, candidates: Sequence[Candidate], progress: Progress
+) -> tuple[dict[str, float], dict[Candidate, Loss]]:
+    """Return the divergence by tensor, and the figures of the candidates up to the first that passes."""
+    shelf = _Shelf(case, scheme)
+    names = shelf.names()
+    divergences = {name: kl for name in names or () if (kl := shelf.tensor(name)) is not None}
+    kept = {candidate: figures for candidate in candidates if (figures := shelf.candidate(candidate)) is not None}
+    good = next((c for c in candidates if c in kept and advice.passes(*c, kept[c], case.limits)), None)
+    wanted = candidates if good is None else candidates[: candidates.index(good)]
+    missing = [candidate for candidate in wanted if candidate not in kept]
+    if names is None or divergences.keys() != set(names) or missing:
+        request = Request(shelf.asked, scheme.name, case.scales, missing, case.limits, [*divergences])
+        found = apart.call(advice.__name__, asdict(request), progress)
+        new = dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True))
+        tried = [Loss(**each) for each in json.loads(str(found["tried"]))]
+        measured = dict(zip(missing, tried, strict=False))  # up to the first that passes
+        shelf.keep(sorted({*divergences, *new}), new, measured)
+        divergences, kept = divergences | new, kept | measured
+    return divergences, {candidate: kept[candidate] for candidate in candidates if candidate in kept}
+
+
+class _Shelf:
+    """The figures that are kept of one checkpoint and scheme; without a memo there are none."""
+
+    def __init__(self, case: Case, scheme: Scheme) -> None:
+        read = replace(case.original, pieces=[case.original.pieces[0][: SCHEME_TOKENS + 1]])
+        self.asked = asdict(read)
+        self._memo, self._folder = case.memo, case.scratch
+        self._of = {"original": original.document(read, checkpoint_digest(case.digests))}
+        self._scheme = {**self._of, "scheme": asdict(scheme), "scales": case.scales}
+
+    def names(self) -> list[str] | None:
+        """Return which tensors the scheme quantizes, None where that was not seen yet."""
+        found: list[str] | None = self._recall(self._scheme)
+        return found
+
+    def tensor(self, name: str) -> float | None:
+        """Return the divergence where this tensor alone is quantized."""
+        found: float | None = self._recall({**self._scheme, "tensor": name})
+        return found
+
+    def candidate(self, candidate: Candidate) -> Loss | None:
+        """Return the figures of another scheme."""
+        found = self._recall(self._document(candidate))
+        return None if found is None else Loss(**found)
+
+    def keep(self, names: list[str], divergences: Mapping[str, float], figures: Mapping[Candidate, Loss]) -> None:
+        """Keep what was measured, each by itself."""
+        if self._memo is None:
+            return
+        values: list[tuple[Mapping[str, Any], Any]] = [(self._scheme, names)]
+        values += [({**self._scheme, "tensor": name}, kl) for name, kl in divergences.items()]
+        values += [(self._document(candidate), vars(found)) for candidate, found in figures.items()]
+        folder = self._folder / KIND
+        folder.mkdir()
+        parts: list[NewPart] = []
+        for number, (document, value) in enumerate(values):
+            file, data = folder / f"{number}.json", json.dumps(value).encode()
+            file.write_bytes(data)
+            parts.append((document, file, blake3(data).hexdigest(), {}))
+        self._memo.remember_all(KIND, parts)
+        shutil.rmtree(folder)
+
+    def _document(self, candidate: Candidate) -> dict[str, Any]:
+        scheme, arithmetic = candidate
+        return {**self._of, "candidate": asdict(SCHEMES[scheme]), "arithmetic": arithmetic}
+
+    def _recall(self, document: Mapping[str, Any]) -> Any:
+        part = self._memo.recall(KIND, document) if self._memo else None
+        return None if part is None else json.loads(part.path.read_bytes())
