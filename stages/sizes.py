@@ -5,4 +5,5 @@ from __future__ import annotations
 # Of all dtypes that weights and caches are stored as, by TVM's names.
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
 PAGE_SIZE = 16  # tokens of a page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
+LEVELED = 8  # groups whose scales and minima are integers of six bits and share two floats
 N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stages/quantization/layouts.py)

@@ -15,6 +15,7 @@ class StoredRow(TypedDict):
     group_size: int
     scale_dtype: str
     minimum: bool
+    levels: bool
 
 
 class StoredTensor(TypedDict):

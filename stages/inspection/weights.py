@@ -57,10 +57,11 @@ class _Weights:
             return _rows(stored[0], rows, 0).astype(np.float32)
         row = Row(**line["quantize"])
         if line["layout"] == "kn":
-            stored = [layouts.restore("kn", tensor, rows.stop, row.bits) for tensor in stored]
+            stored = [layouts.restore("kn", tensor, rows.stop, 0) for tensor in stored]
         if row.kind == "tensor":
             return restored([stored[0][rows], stored[1]], row, line["shape"][1])
-        return restored([_rows(tensor, rows, row.bits) for tensor in stored], row, line["shape"][1])
+        each = zip(stored, row.element_bits, strict=True)
+        return restored([_rows(tensor, rows, bits) for tensor, bits in each], row, line["shape"][1])
 
     def relaid(self, other: _Weights, name: str) -> bool:
         """Say whether the other result stores a parameter in another layout."""

@@ -147,5 +147,7 @@ def _stored(call: rx.Call) -> Stored | None:
     if len(tensors) == 1:
         return Stored(n, k, dtype)
     words, groups, *least = columns
+    if least and str(tensors[1].dtype) == "uint32":
+        return Stored(n, k, dtype, 4, 32, minimum=True, levels=True) if 8 * words == k else None
     bits, group = 32 * words // k, k // groups
     return Stored(n, k, dtype, bits, group, minimum=bool(least)) if bits in (4, 8) else None

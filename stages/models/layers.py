@@ -13,6 +13,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.documents.params import Parameter, Register
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, Matrix, ScaledMatrix
+from stages.sizes import LEVELED
 
 
 class Linear(nn.Module):
@@ -253,9 +254,13 @@ class LayerFactory:
         bits, size = row["bits"], row["group_size"]
         groups = -(-columns // size)
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
-        widths |= {"q_min": groups} if row["minimum"] else {}
+        if row["levels"]:
+            outer = -(-groups // LEVELED)
+            widths |= {"q_scale": 3 * outer, "q_outer": 2 * outer}
+        elif row["minimum"]:
+            widths |= {"q_min": groups}
         return GroupMatrix(
-            *(self._parameter(f"{base}{part}", layout.shape(rows, width)) for part, width in widths.items()),
+            **{part: self._parameter(f"{base}{part}", layout.shape(rows, width)) for part, width in widths.items()},
             shape=shape,
             bits=bits,
             group_size=size,

@@ -14,7 +14,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from stages.sizes import N32_BLOCK
+from stages.sizes import LEVELED, N32_BLOCK
 
 
 def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
@@ -89,7 +89,9 @@ class FloatMatrix(nn.Module):
 class GroupMatrix(nn.Module):
     """A matrix [n, k] in groups of ``group_size`` along k. ``q_weight`` is uint32 [n, k / per word], ``q_scale``
     [n, k / group_size], value = (element - (2 ** (bits - 1) - 1)) * scale; with ``q_min`` of the scale's shape, value =
-    element * scale + minimum. All are in the layout; a last group that is short takes the words of a full one.
+    element * scale + minimum. With ``q_outer`` there, ``q_scale`` has levels: eight groups share two floats that their
+    scales and minima, integers of six bits, are multiplied by, and the minimum is taken off. All are in the layout; a
+    last group that is short takes the words of a full one.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class GroupMatrix(nn.Module):
         q_weight: nn.Parameter,
         q_scale: nn.Parameter,
         q_min: nn.Parameter | None = None,
+        q_outer: nn.Parameter | None = None,
         *,
         shape: tuple[int, int],
         bits: int,
@@ -107,6 +110,7 @@ class GroupMatrix(nn.Module):
         self.q_weight = q_weight
         self.q_scale = q_scale
         self.q_min = q_min
+        self.q_outer = q_outer
         self.shape = shape
         self.bits = bits
         self.group_size = group_size
@@ -116,7 +120,7 @@ class GroupMatrix(nn.Module):
     @property
     def stored(self) -> list[nn.Parameter]:
         """What is stored, in packed order."""
-        return [self.q_weight, self.q_scale, *([] if self.q_min is None else [self.q_min])]
+        return [self.q_weight, self.q_scale, *(each for each in (self.q_min, self.q_outer) if each is not None)]
 
     def matrix(self) -> Tensor:
         """Return all of it, dequantized, [n, k] in the compute dtype."""
@@ -129,7 +133,7 @@ class GroupMatrix(nn.Module):
         return _gather(self.shape, ids, self.stored, self.value)
 
     def value(self, words: te.Tensor, scale: te.Tensor, *rest: Any) -> tirx.PrimExpr:
-        """Return the value at ``rest``: row and column, after the minimum where there is one."""
+        """Return the value at ``rest``: row and column, after minima or what levels are of where there are such."""
         *least, i, j = rest
         per_word, dtype = 32 // self.bits, self.compute_dtype
         mask, middle = (1 << self.bits) - 1, (1 << (self.bits - 1)) - 1
@@ -137,9 +141,25 @@ class GroupMatrix(nn.Module):
         shifted = tirx.shift_right(words[self.layout.at(i, j // per_word)], bit.astype("uint32"))
         element = tirx.bitwise_and(shifted, tirx.const(mask, "uint32")).astype(dtype)
         group = self.layout.at(i, j // self.group_size)
+        if self.q_outer is not None:
+            step, low = (self._of_levels(scale, least[0], i, j // self.group_size, which) for which in (0, 1))
+            return element * step.astype(dtype) - low.astype(dtype)
         if least:
             return element * scale[group].astype(dtype) + least[0][group].astype(dtype)
         return (element - tirx.const(middle, dtype)) * scale[group].astype(dtype)
+
+    def _of_levels(self, levels: te.Tensor, outer: te.Tensor, i: Any, group: Any, which: int) -> tirx.PrimExpr:
+        """Return the scale (``which`` is 0) or minimum (1) of a group in float32."""
+        block, level = group // LEVELED, group % LEVELED + LEVELED * which
+        mask = tirx.const(63, "uint32")
+        word = levels[self.layout.at(i, block * 3 + tirx.min(level // 5, 2))]
+        found = tirx.bitwise_and(tirx.shift_right(word, (level % 5 * 6).astype("uint32")), mask)
+        if which:  # the last level: two bits of each word
+            words = [levels[self.layout.at(i, block * 3 + n)] for n in range(3)]
+            first, *more = (tirx.shift_right(each, tirx.const(30, "uint32")) for each in words)
+            joined = sum((each * tirx.const(4**n, "uint32") for n, each in enumerate(more, start=1)), first)
+            found = tirx.Select(level == 2 * LEVELED - 1, joined, found)
+        return found.astype("float32") * outer[self.layout.at(i, block * 2 + which)].astype("float32")
 
     def _unpack(self, words: te.Tensor, *scales: te.Tensor) -> te.Tensor:
         rows = words.shape[0] if self.layout.block == 1 else self.shape[0]

@@ -45,7 +45,7 @@ def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndar
             raise why_not_finite(values, block.start, row)
         if scales == "mse":
             inside = (np.arange(padded) < k).astype(np.float32).reshape(groups, size)
-            scale, least = _best(by_group, inside, (scale, least), row.most)
+            scale, least = best(by_group, inside, (scale, least), row.most)
         q_scale[block], q_min[block] = scale, least
         codes = _codes(by_group, scale, least, row.most).reshape(count, padded)
         codes[:, k:] = 0
@@ -70,13 +70,14 @@ def _codes(groups: np.ndarray, scale: np.ndarray, least: np.ndarray, most: int) 
     return np.clip(np.rint(codes, out=codes), 0, most, out=codes)
 
 
-def _best(
-    groups: np.ndarray, inside: np.ndarray, plain: tuple[np.ndarray, np.ndarray], most: int
+def best(
+    groups: np.ndarray, inside: np.ndarray, plain: tuple[np.ndarray, np.ndarray], most: int, highest: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each group the scale and minimum of least squared error of those tried; the first of equals.
 
     Tried are ``plain`` and, for each division of the range into steps, the least squares through the codes that it
-    gives, as ggml's make_qkx2_quants has it. ``inside`` [g, size] is 0 behind the end of a short last group, else 1.
+    gives, as ggml's make_qkx2_quants has it. ``inside`` [g, size] is 0 behind the end of a short last group, else 1. No
+    minimum is above ``highest``.
     """
     low, high, size = groups.min(axis=-1), groups.max(axis=-1), inside.sum(axis=-1)
     scale, least = (each.copy() for each in plain)
@@ -92,7 +93,7 @@ def _best(
         apart = np.where(apart > 0, apart, np.float32(np.inf))
         with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is never better
             slope = ((size * products - total * count) / apart).astype(scale.dtype)
-            begin = ((squares * total - count * products) / apart + low).astype(scale.dtype)
+            begin = np.minimum((squares * total - count * products) / apart + low, highest).astype(scale.dtype)
             found = _error(groups, inside, codes, slope, begin)
         better = found < error
         scale[better], least[better], error[better] = slope[better], begin[better], found[better]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stages.quantization import float8, group, minimum
+from stages.quantization import float8, group, minimum, two_level
 from stages.quantization import layouts as arrangement
 from stages.quantization.blocks import cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
@@ -119,8 +119,8 @@ def _by_numpy(
     else:
         made = [cast(array, stored[0].dtype.name)]
         error = relative_error(array, lambda rows: made[0][rows].astype(np.float32))
-    for target, tensor in zip(stored, made, strict=True):
-        target[...] = arrangement.arrange(layout, tensor, row.bits if row else 0)
+    for target, tensor, bits in zip(stored, made, row.element_bits if row else [0], strict=True):
+        target[...] = arrangement.arrange(layout, tensor, bits)
     return error
 
 
@@ -128,6 +128,8 @@ def quantize(array: np.ndarray, row: Row, scales: str) -> Sequence[np.ndarray]:
     """Return what a weight [n, k] is stored as, by NumPy, in layout nk."""
     if row.kind == "tensor":
         return float8.quantize(array)
+    if row.levels:
+        return two_level.quantize(array, row, scales)
     return minimum.quantize(array, row, scales) if row.minimum else group.quantize(array, row, scales)
 
 
@@ -136,6 +138,8 @@ def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:
     values, scale, *least = stored
     if row.kind == "tensor":
         return float8.dequantize(values, scale)
+    if row.levels:
+        return two_level.dequantize(values, scale, least[0], row, k)
     if row.minimum:
         return minimum.dequantize(values, scale, least[0], row, k)
     return group.dequantize(values, scale, row, k)

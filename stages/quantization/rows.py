@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from stages.sizes import LEVELED
+
 if TYPE_CHECKING:
     from stages.documents.params import StoredRow
 
@@ -22,7 +24,8 @@ class Row:
     ``kind`` "group" stores each ``group_size`` values of a row as integers of ``bits``, packed into uint32 words, with
     one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "tensor" stores
     float8_e4m3fn with one float32 scale for the whole weight. The value of an integer c is ``(c - top) * scale``, or
-    ``c * scale + minimum``.
+    ``c * scale + minimum``. With ``levels`` scale and minimum of a group are integers of six bits, and
+    :data:`~stages.sizes.LEVELED` groups share two floats, s and m, for them: ``c * (s * scale) - m * minimum``.
     """
 
     kind: str
@@ -30,13 +33,15 @@ class Row:
     group_size: int
     scale_dtype: str
     minimum: bool = False
+    levels: bool = False
 
     @property
     def name(self) -> str:
         """A short name, for tables and messages."""
         if self.kind == "tensor":
             return "float8_e4m3fn"
-        return f"{self.bits} bits/{self.group_size} {self.scale_dtype}{' with minimum' if self.minimum else ''}"
+        more = " with minimum" if self.minimum else ""
+        return f"{self.bits} bits/{self.group_size} {self.scale_dtype}{more}{' in two levels' if self.levels else ''}"
 
     @property
     def top(self) -> int:
@@ -56,7 +61,12 @@ class Row:
     @property
     def parts(self) -> tuple[str, ...]:
         """The last parts of the names of what is stored, in packed order."""
-        return ("q_weight", "q_scale", *(["q_min"] if self.minimum else []))
+        return tuple(name for name, _, _ in self.stored(0, 0))
+
+    @property
+    def element_bits(self) -> tuple[int, ...]:
+        """The bits of the packed elements of each stored tensor, 0 for what is none: see layouts.py."""
+        return (self.bits, *(0 for _ in self.parts[1:]))
 
     def groups(self, k: int) -> int:
         """Return the number of groups in a row of ``k`` values, the last of which may be short."""
@@ -70,8 +80,12 @@ class Row:
         """Return what a weight [n, k] is stored as: last part of the name, shape, dtype."""
         if self.kind == "tensor":
             return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (1,), "float32")
-        scales = [(part, (n, self.groups(k)), self.scale_dtype) for part in self.parts[1:]]
-        return ("q_weight", (n, self.words(k)), "uint32"), *scales
+        words, groups = ("q_weight", (n, self.words(k)), "uint32"), self.groups(k)
+        if self.levels:
+            outer = -(-groups // LEVELED)
+            return words, ("q_scale", (n, 3 * outer), "uint32"), ("q_outer", (n, 2 * outer), self.scale_dtype)
+        scale = "q_scale", (n, groups), self.scale_dtype
+        return (words, scale, ("q_min", *scale[1:])) if self.minimum else (words, scale)
 
     def fitting(self, k: int) -> Row:
         """Return the row whose groups fill rows of ``k`` values, if one of at most this group size does: this one
@@ -80,7 +94,9 @@ class Row:
         size = self.group_size
         while size > NARROWEST and k % size:
             size //= 2
-        return replace(self, group_size=size) if k % size == 0 else self
+        if k % size or size == self.group_size:
+            return self
+        return replace(self, group_size=size, levels=False)
 
     def document(self) -> StoredRow:
         """Return the row as params.json records it; ``Row(**document)`` is the row again."""
@@ -90,4 +106,5 @@ class Row:
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype,
             "minimum": self.minimum,
+            "levels": self.levels,
         }

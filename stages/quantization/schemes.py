@@ -91,5 +91,6 @@ SCHEMES: dict[str, Scheme] = {
     "q4a16": _mixed("q4a16", "max", Row("group", 4, 16, "float16", minimum=True)),
     "q4a32": _mixed("q4a32", "max", Row("group", 4, 32, "float16", minimum=True)),
     "q4a64": _mixed("q4a64", "max", Row("group", 4, 64, "float16", minimum=True)),
+    "q4k": _mixed("q4k", "max", Row("group", 4, 32, "float16", minimum=True, levels=True)),
     "q4a128": _mixed("q4a128", "max", Row("group", 4, 128, "float16", minimum=True)),
 }

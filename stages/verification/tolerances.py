@@ -29,6 +29,7 @@ TOLERANCES: dict[str, float] = {
     "q4bf16_1": 2e-2,
     "q8f16_1": 2e-2,
     "e4m3_f16": 2e-2,
+    "q4k": 2e-2,
     "q4s16": 2e-2,
     "q4s32": 2e-2,
     "q4s64": 2e-2,

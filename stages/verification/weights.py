@@ -92,8 +92,8 @@ def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator
         arrays = [records[name].load() for name in entry["stored"]]
         row = Row(**entry["quantize"]) if entry["quantize"] else None
         if entry["layout"] != "nk":
-            bits = row.bits if row else 0
-            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array in arrays]
+            each = zip(arrays, row.element_bits if row else [0], strict=True)
+            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array, bits in each]
         if entry["transform"] == "transpose":
             (name,), (source,) = entry["source_names"], entry["sources"]
             yield Held(name, source, tuple(entry["shape"]), arrays, row, turned=True)

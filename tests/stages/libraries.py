@@ -86,7 +86,8 @@ def weights(registered: Registered) -> Weights:
         if entry["quantize"]:
             row = Row(**entry["quantize"])
             packed = convert([array], row, shape=array.shape, dtype="", scales="max").stored
-            stored += [layouts.arrange(entry["layout"], tensor, row.bits) for tensor in packed]
+            each = zip(packed, row.element_bits, strict=True)
+            stored += [layouts.arrange(entry["layout"], tensor, bits) for tensor, bits in each]
             array = restored(packed, row, array.shape[1])
         else:
             array = np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"])))

@@ -42,10 +42,10 @@ def matrix(n, k, stored):
     if stored in SCHEMES:
         row = SCHEMES[stored].body
         packed = quantize(weight, row, "max")
-        arrays = [layouts.arrange("n32", tensor, row.bits) for tensor in packed]
+        arrays = [layouts.arrange("n32", t, bits) for t, bits in zip(packed, row.element_bits, strict=True)]
         parameters = [nn.Parameter(array.shape, str(array.dtype)) for array in arrays]
         options = {"bits": row.bits, "group_size": row.group_size, "compute_dtype": "float32"}
-        found = GroupMatrix(*parameters, shape=(n, k), layout=BLOCKS, **options)
+        found = GroupMatrix(**dict(zip(row.parts, parameters, strict=True)), shape=(n, k), layout=BLOCKS, **options)
         return found, arrays, restored(packed, row, k)
     array = layouts.arrange("n32", weight.astype(stored), 0)
     found = FloatMatrix(nn.Parameter(array.shape, stored), n, "float32", BLOCKS)
@@ -93,6 +93,7 @@ class Block(nn.Module):
         ("q4a32", 45, 96),
         ("q4a128", 661, 2 * PANEL + 128),
         ("q4a16", 70, 48),
+        ("q4k", 70, 2 * PANEL + 96),
         ("float16", 70, 41),
         ("float32", 20, PANEL + 3),
         *((stored, n, 64) for stored in ("q8f16_1", "float16") for n in (640, 661)),  # streams of blocks

@@ -59,7 +59,9 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
         "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
         "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"],
         "source_names": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
-        "quantize": {"kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": False},
+        "quantize": {
+            "kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": False, "levels": False
+        },
         "dtype": "float16", "layout": "n32",
         "stored": [f"{block}.mlp.gate_up_proj.q_weight", f"{block}.mlp.gate_up_proj.q_scale"],
     }  # fmt: skip

@@ -10,15 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from stages.quantization import compiled, float8, layouts, minimum, tensor_cache
+from stages.quantization import compiled, float8, layouts, minimum, tensor_cache, two_level
 from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import dequantize, quantize
-from stages.quantization.parameter import convert, kernel_names
+from stages.quantization.parameter import convert, kernel_names, restored
+from stages.quantization.parameter import quantize as quantize_row
 from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
 from stages.quantization.tensor_cache import Tensor, shard_name, shards, write_index
-from stages.quantization.words import unpack
+from stages.quantization.words import pack, unpack
 from stages.targets import processor, toolchain
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def test_compiled_search_finds_scales_as_good(kernels):
     assert found == pytest.approx(squared_error(weight.astype(np.float32), row, ours, theirs), rel=1e-3)
 
 
-MINIMUM = [row for row in ALL_ROWS.values() if row.minimum]
+MINIMUM = [row for row in ALL_ROWS.values() if row.minimum and not row.levels]
 
 
 @pytest.mark.parametrize("row", MINIMUM, ids=lambda row: row.name)
@@ -200,7 +201,7 @@ def test_groups_with_a_minimum_equal_the_plain_statement(row, k):
     """Python floats and loops, rounded to float32 after each operation; and each group's value from its own codes."""
     weight = sample((5, k), np.float16)
     q_weight, q_scale, q_min = minimum.quantize(weight, row)
-    restored = minimum.dequantize(q_weight, q_scale, q_min, row, k)
+    found = minimum.dequantize(q_weight, q_scale, q_min, row, k)
     for i in range(5):
         for number, start in enumerate(range(0, k, row.group_size)):
             group = [float(value) for value in weight[i, start : start + row.group_size]]
@@ -210,7 +211,7 @@ def test_groups_with_a_minimum_equal_the_plain_statement(row, k):
             for j, value in enumerate(group, start=start):
                 code = int(q_weight[i, j // 8]) >> 4 * (j % 8) & 15
                 assert code == (min(max(round(float32(float32(value - least) / scale)), 0), 15) if scale else 0)
-                assert restored[i, j] == float32(float32(code * scale) + least)
+                assert found[i, j] == float32(float32(code * scale) + least)
     assert (unpack(q_weight, 4, q_weight.shape[1] * 8)[:, k:] == 0).all()
 
 
@@ -241,6 +242,51 @@ def test_weights_of_ggmls_forms_keep_every_bit(scales):
     row = ROWS["q4s32"]
     assert np.array_equal(dequantize(*quantize(lattice, row, "full"), row, 256), lattice)
     assert not np.array_equal(dequantize(*quantize(lattice, row, "max"), row, 256), lattice)
+
+
+def test_two_levels_carry_ggmls_q4_k_bit_for_bit():
+    """Random blocks of Q4_K, taken apart by the layout that ggml documents: d, dmin, 12 bytes of levels, nibbles."""
+    gguf = pytest.importorskip("gguf")
+    row, random = ROWS["q4k"], np.random.default_rng(5)
+    blocks = random.integers(0, 256, (6, 144), np.uint8)
+    floats = random.uniform(-1, 1, (6, 2)).astype(np.float16)
+    blocks[:, :4] = floats.view(np.uint8)
+    q = blocks[:, 4:16]
+    levels = np.zeros((6, 2, 8), np.uint8)
+    levels[:, 0, :4], levels[:, 1, :4] = q[:, :4] & 63, q[:, 4:8] & 63
+    levels[:, 0, 4:], levels[:, 1, 4:] = q[:, 8:] & 15 | q[:, :4] >> 6 << 4, q[:, 8:] >> 4 | q[:, 4:8] >> 6 << 4
+    nibbles = blocks[:, 16:].reshape(6, 4, 32)
+    codes = np.stack([nibbles & 15, nibbles >> 4], axis=2).reshape(6, 256)
+    stored = pack(codes, 4), two_level.pack_levels(levels.reshape(6, 1, 16)), floats
+    assert [x.shape for x in stored] == [shape for _, shape, _ in row.stored(6, 256)]
+    wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_K)
+    assert np.array_equal(restored(stored, row, 256), wanted)
+
+
+@pytest.mark.parametrize("k", [256, 576, 77])
+def test_two_levels_cost_little_more_than_floats_for_each_group(k):
+    weight = np.random.default_rng(4).standard_normal((40, k)).astype(np.float32)
+    plain, leveled = (
+        np.square(weight - restored(quantize_row(weight, row, scales), row, k)).sum()
+        for row, scales in ((ROWS["q4a32"], "max"), (ROWS["q4k"], "mse"))
+    )
+    assert leveled < plain
+    row = ROWS["q4k"]
+    words, levels, outer = quantize_row(weight, row, "max")
+    assert [(x.shape, x.dtype) for x in (words, levels, outer)] == [
+        (shape, np.dtype(dtype)) for _, shape, dtype in row.stored(40, k)
+    ]
+    peak = np.abs(weight).max()
+    assert np.abs(weight - restored((words, levels, outer), row, k)).max() < peak * (2 / 15 / 2 + 2 / 63)
+    assert not restored(quantize_row(np.zeros((2, k), np.float32), row, "mse"), row, k).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e9])
+def test_two_levels_say_what_does_not_fit(value):
+    weight = np.ones((9, 64), np.float32)
+    weight[7, 33] = value
+    with pytest.raises(ValueError, match=r"\[7, 33\]"):
+        two_level.quantize(weight, ROWS["q4k"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])

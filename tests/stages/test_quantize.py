@@ -92,8 +92,9 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
     for name, expected in source.items():
         stem = name.removesuffix("weight")
         row = Row(**rows[name]) if rows[name] else None
-        for part in {name, *(f"{stem}{part}" for part in (row.parts if row else ()))} & set(weights):
-            weights[part] = layouts.restore(layout[name], weights[part], len(expected), row.bits if row else 0)
+        parts = dict(zip((f"{stem}{part}" for part in row.parts), row.element_bits, strict=True)) if row else {name: 0}
+        for part, bits in parts.items():
+            weights[part] = layouts.restore(layout[name], weights[part], len(expected), bits)
         if row:
             found = restored([weights[f"{stem}{part}"] for part in row.parts], row, expected.shape[1])
             searched = SCHEMES[scheme].scales == "mse"  # may cut off the largest value

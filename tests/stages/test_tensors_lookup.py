@@ -8,6 +8,7 @@ import pytest
 
 from stages.inspection import tensors
 from stages.models import transforms
+from stages.quantization.rows import Row
 from tests.output_schema import validate
 from tests.stages import families
 
@@ -55,7 +56,7 @@ def test_rows_and_scheme_are_told():
         "logical": [{
             "name": "qk.weight", "shape": [6, 32], "kind": "linear", "sources": ["q", "k"],
             "source_shapes": [[4, 32], [2, 32]], "transform": "concat0", "dtype": "float16",
-            "quantize": {"kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": False},
+            "quantize": Row("group", 4, 32, "float16").document(),
             "stored": ["qk.q_weight", "qk.q_scale"],
         }],
     }  # fmt: skip

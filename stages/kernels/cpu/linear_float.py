@@ -11,7 +11,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.stored import Stored
+from stages.kernels.cpu.stored import Stored, level_fraction
 from stages.kernels.cpu.vectors import (
     as_float,
     choose,
@@ -25,6 +25,7 @@ from stages.kernels.cpu.vectors import (
     total,
     vector,
 )
+from stages.sizes import LEVELED
 from stages.sizes import N32_BLOCK as BLOCK
 
 PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, which stay in the first-level cache
@@ -189,35 +190,69 @@ class Product:
 
     def row_products(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
-        if self.weight.bits:
+        if self.weight.levels:
+            self._leveled_row(row, blocks, sums, products)
+        elif self.weight.bits:
             self._packed_row(row, blocks, sums, products)
         else:
             self._float_row(row, blocks, products)
 
     def _packed_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
         weight, weights = self.weight, self.arguments.weights
-        q_weight, q_scale = weights[:2]
-        per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
         with T.serial(0, weight.k // weight.group) as g:
-            self.fetch(blocks, g * per_group, per_group)
-            parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
-            for first, *others in parts:
-                put(first, splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
-                for part in others:
-                    put(part, constant(0, BLOCK), span(0, BLOCK))
-            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
-                words = [q_weight[block, g * per_group + w, span(0, BLOCK)] for block in blocks]
-                for element in range(weight.per_word):
-                    x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
-                    for word, parts_of_block in zip(words, parts, strict=True):
-                        part = parts_of_block[element % ways]
-                        put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
-            for block, parts_of_block, product in zip(blocks, parts, products, strict=True):
-                value = sum((get(part, BLOCK) for part in parts_of_block[1:]), get(parts_of_block[0], BLOCK))
-                total_of_group = get(product, BLOCK) + value * weight.scale(q_scale, block, g)
+            values = self._group_values(row, blocks, sums, g)
+            for block, value, product in zip(blocks, values, products, strict=True):
+                total_of_group = get(product, BLOCK) + value * weight.scale(weights, block, g)
                 if weight.minimum:
                     total_of_group = total_of_group + weight.least(weights, block, g) * splat(sums[g], BLOCK)
                 put(product, total_of_group, span(0, BLOCK))
+
+    def _group_values(self, row: Any, blocks: Sequence[Any], sums: Any, g: Any) -> list[Any]:
+        """Emit the products of a group's elements, each over 2 ** bits, and return their sums, one of each block."""
+        weight, q_weight = self.weight, self.arguments.weights[0]
+        per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
+        self.fetch(blocks, g * per_group, per_group)
+        parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
+        for first, *others in parts:
+            put(first, splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
+            for part in others:
+                put(part, constant(0, BLOCK), span(0, BLOCK))
+        with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
+            words = [q_weight[block, g * per_group + w, span(0, BLOCK)] for block in blocks]
+            for element in range(weight.per_word):
+                x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
+                for word, parts_of_block in zip(words, parts, strict=True):
+                    part = parts_of_block[element % ways]
+                    put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
+        return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
+
+    def _leveled_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+        whole, rest = divmod(self.weight.k // self.weight.group, LEVELED)
+        with T.serial(0, whole) as outer:
+            self._outer_group(row, blocks, sums, products, (outer, LEVELED))
+        if rest:
+            self._outer_group(row, blocks, sums, products, (whole, rest))
+
+    def _outer_group(
+        self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any], at: tuple[Any, int]
+    ) -> None:
+        """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``."""
+        weight, (_, q_scale, q_outer) = self.weight, self.arguments.weights
+        outer, count = at
+        levels = [[q_scale[block, outer * 3 + word, span(0, BLOCK)] for word in range(3)] for block in blocks]
+        scaled, lowered = [_zeros() for _ in blocks], [_zeros() for _ in blocks]
+        for number in range(count):
+            g = outer * LEVELED + number
+            values = self._group_values(row, blocks, sums, g)
+            for words, value, scale, low in zip(levels, values, scaled, lowered, strict=True):
+                put(scale, get(scale, BLOCK) + value * level_fraction(words, number), span(0, BLOCK))
+                least = level_fraction(words, LEVELED + number) * splat(sums[g], BLOCK)
+                put(low, get(low, BLOCK) + least, span(0, BLOCK))
+        for block, scale, low, product in zip(blocks, scaled, lowered, products, strict=True):
+            steps, lows = (as_float(q_outer[block, outer * 2 + which, span(0, BLOCK)], BLOCK) for which in (0, 1))
+            value = get(scale, BLOCK) * (steps * constant(64.0 * (1 << weight.bits), BLOCK))
+            value = value - get(low, BLOCK) * (lows * constant(64, BLOCK))
+            put(product, get(product, BLOCK) + value, span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4
@@ -282,7 +317,7 @@ class Product:
                 word = stored[0][block, first // weight.per_word + g * per_group + w, span(0, BLOCK)]
                 for element in range(weight.per_word):
                     difference = weight.mantissa(word, element) - constant(weight.mantissa_middle, BLOCK)
-                    scale = weight.scale(stored[1], block, first // weight.group + g)
+                    scale = weight.scale(stored, block, first // weight.group + g)
                     at = g * weight.group + w * weight.per_word + element
                     value = difference * scale
                     if weight.minimum:

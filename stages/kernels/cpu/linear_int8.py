@@ -130,7 +130,7 @@ class _ByteProduct(Product):
     def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
         arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
-        q_weight, q_scale = arguments.weights[:2]
+        q_weight = arguments.weights[0]
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
         places = [
             (block, product, left)
@@ -149,7 +149,8 @@ class _ByteProduct(Product):
                     for word, part in zip(words, sums, strict=True):
                         put(part, self._dot(get(part, lanes), self._four(word, four, lanes), x), span(0, lanes))
             for (block, product, left), part in zip(places, sums, strict=True):
-                scale = as_float(q_scale[block, g, span(left, lanes)], lanes) * splat(arguments.scales[row, g], lanes)
+                scale = weight.plain_scale(arguments.weights, block, g, left, lanes)
+                scale = scale * splat(arguments.scales[row, g], lanes)
                 value = product[span(left, lanes)] + as_float(get(part, lanes), lanes) * scale
                 if weight.minimum:
                     value = value + self._of_minimum(block, g, row, left)
@@ -186,7 +187,7 @@ class _ByteProduct(Product):
                 x = arguments.words[top + row, number * (group // 4) + word]
                 put(part, self._dot(get(part, lanes), weights, x), span(0, lanes))
         for (row, start), part in zip(parts, sums, strict=True):
-            scale = as_float(arguments.weights[1][block, number, span(left + start, lanes)], lanes)
+            scale = self.weight.plain_scale(arguments.weights, block, number, left + start, lanes)
             value = as_float(get(part, lanes), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
             if self.weight.minimum:
                 value = value + self._of_minimum(block, number, top + row, left + start)

@@ -12,7 +12,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.vectors import as_float, constant, span
+from stages.kernels.cpu.vectors import as_float, constant, span, splat
+from stages.sizes import LEVELED
 from stages.sizes import N32_BLOCK as BLOCK
 
 
@@ -20,7 +21,7 @@ from stages.sizes import N32_BLOCK as BLOCK
 class Stored:
     """A matrix [n, k]: ``bits`` per element and ``group`` elements per scale of ``dtype``, or, where ``bits`` is 0,
     floats of ``dtype``. With ``minimum`` a group has one too, which is added to element * scale; without, the element
-    in the middle means zero.
+    in the middle means zero. With ``levels`` both are integers, and eight groups share two floats for them.
     """
 
     n: int
@@ -29,6 +30,7 @@ class Stored:
     bits: int = 0
     group: int = 0
     minimum: bool = False
+    levels: bool = False
 
     @property
     def blocks(self) -> int:
@@ -46,6 +48,13 @@ class Stored:
         if not self.bits:
             return [("weight", (self.blocks, self.k, BLOCK), self.dtype)]
         words, groups = self.k // self.per_word, self.k // self.group
+        if self.levels:
+            outer = -(-groups // LEVELED)
+            return [
+                ("q_weight", (self.blocks, words, BLOCK), "uint32"),
+                ("q_scale", (self.blocks, 3 * outer, BLOCK), "uint32"),
+                ("q_outer", (self.blocks, 2 * outer, BLOCK), self.dtype),
+            ]
         scales = [(name, (self.blocks, groups, BLOCK), self.dtype) for name in ("q_scale", "q_min")]
         return [("q_weight", (self.blocks, words, BLOCK), "uint32"), *scales[: 1 + self.minimum]]
 
@@ -74,14 +83,61 @@ class Stored:
         """What :meth:`mantissa` is for the element that is worth nothing."""
         return 1 + self.middle / (1 << self.bits)
 
-    def scale(self, q_scale: Any, block: Any, group: Any) -> Any:
+    def scale(self, weights: Sequence[Any], block: Any, group: Any) -> Any:
         """Return the scales of a group times 2 ** bits: what a difference of mantissas is multiplied by."""
-        return self.plain_scale(q_scale, block, group) * constant(float(1 << self.bits), BLOCK)
+        return self.plain_scale(weights, block, group) * constant(float(1 << self.bits), BLOCK)
 
-    def plain_scale(self, q_scale: Any, block: Any, group: Any) -> Any:
-        """Return the scales of a group as float32."""
-        return as_float(q_scale[block, group, span(0, BLOCK)], BLOCK)
+    def plain_scale(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
+        """Return the scales of a group as float32, ``lanes`` of them from ``left`` on."""
+        if self.levels:
+            return self._of_levels(weights, block, group, 0, left, lanes)
+        return as_float(weights[1][block, group, span(left, lanes)], lanes)
 
     def least(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
-        """Return the minima of a group of ``weights`` as float32, ``lanes`` of them from ``left`` on."""
+        """Return the minima of a group as float32, ``lanes`` of them from ``left`` on."""
+        if self.levels:
+            return -self._of_levels(weights, block, group, 1, left, lanes)
         return as_float(weights[2][block, group, span(left, lanes)], lanes)
+
+    def _of_levels(self, weights: Sequence[Any], block: Any, group: Any, which: int, left: Any, lanes: int) -> Any:
+        """Return the scales (``which`` is 0) or minima (1) of a group that is known at run time."""
+        outer, level = group // LEVELED, group % LEVELED + LEVELED * which
+        word, bit = level // 5, T.Cast("uint32", level % 5 * 6)
+        levels = weights[1]
+        # The last level has no word: where it is asked for, bits of the first one are read and thrown away.
+        at = outer * 3 + T.min(word, 2) if which else outer * 3 + word
+        found = T.bitwise_and(
+            T.shift_right(levels[block, at, span(left, lanes)], splat(bit, lanes)), constant(63, lanes, "uint32")
+        )
+        if which:
+            words = [levels[block, outer * 3 + i, span(left, lanes)] for i in range(3)]
+            found = T.Select(splat(level == 2 * LEVELED - 1, lanes), last_level(words, 0, lanes), found)
+        whole = as_float(weights[2][block, outer * 2 + which, span(left, lanes)], lanes)
+        return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
+
+
+def last_level(words: Sequence[Any], place: int, lanes: int) -> Any:
+    """Return the last level of three ``words``, two bits of each, moved up to bit ``place``."""
+    parts = []
+    for number, word in enumerate(words):
+        down = 30 - 2 * number - place
+        parts.append(
+            T.bitwise_and(
+                T.shift_right(word, constant(down, lanes, "uint32")), constant(3 << 30 >> down, lanes, "uint32")
+            )
+        )
+    return T.bitwise_or(T.bitwise_or(parts[0], parts[1]), parts[2])
+
+
+def level_fraction(words: Sequence[Any], level: int) -> Any:
+    """Return level / 64 of each lane of a block, of three ``words`` of levels: moved into the mantissa of 1."""
+    if level == 2 * LEVELED - 1:
+        bits = last_level(words, 17, BLOCK)
+    else:
+        moved = 17 - 6 * (level % 5)
+        shift = T.shift_left if moved > 0 else T.shift_right
+        bits = T.bitwise_and(
+            shift(words[level // 5], constant(abs(moved), BLOCK, "uint32")), constant(63 << 17, BLOCK, "uint32")
+        )
+    one = T.bitwise_or(bits, constant(0x3F800000, BLOCK, "uint32"))
+    return T.reinterpret(f"float32x{BLOCK}", one) - constant(1, BLOCK)

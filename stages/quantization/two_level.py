@@ -1,0 +1,109 @@
+"""Group quantization in two levels in NumPy: scale and minimum of a group are integers that eight groups have a float
+each for.
+
+The form of ggml's Q4_K, but for the last groups of a row, of which there may be fewer than eight: a value is
+``code * (d * scale) - m * minimum``. docs/quantization.md states the bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stages.quantization.blocks import row_blocks
+from stages.quantization.dtypes import numpy_dtype
+from stages.quantization.group import why_not_finite
+from stages.quantization.minimum import best
+from stages.quantization.words import pack, unpack
+from stages.sizes import LEVELED
+
+if TYPE_CHECKING:
+    from stages.quantization.rows import Row
+
+TOP = 63  # the largest level
+PER_WORD, WIDTH = 5, 6  # levels in a word, and the bits of each; the last of 16 is in what three words have left
+
+
+def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale uint32 [n, 3 * outer],
+    q_outer [n, 2 * outer]), outer being eighths of the groups, rounded up.
+
+    :class:`UnfitError` as :func:`.group.quantize`.
+    """
+    n, k = weight.shape
+    (_, words, _), (_, levels, _), (_, outer, dtype) = row.stored(n, k)
+    size, groups, padded = row.group_size, row.groups(k), row.groups(k) * row.group_size
+    q_weight, q_scale, q_outer = np.empty(words, "<u4"), np.empty(levels, "<u4"), np.empty(outer, numpy_dtype(dtype))
+    for block in row_blocks((n, padded)):
+        count = block.stop - block.start
+        values = np.empty((count, padded), np.float32)
+        values[:, :k] = weight[block]
+        values[:, k:] = values[:, k - 1 : k]
+        by_group = values.reshape(count, groups, size)
+        with np.errstate(over="ignore", invalid="ignore"):
+            least = np.minimum(by_group.min(axis=-1), np.float32(0))
+            scale = (by_group.max(axis=-1) - least) / np.float32(row.most)
+        if scales == "mse":
+            inside = (np.arange(padded) < k).astype(np.float32).reshape(groups, size)
+            scale, least = best(by_group, inside, (scale, least), row.most, highest=0)
+        wholes, integers = zip(*(_levels(each, outer[1] // 2, q_outer.dtype) for each in (scale, -least)), strict=True)
+        q_outer[block] = np.stack(wholes, axis=-1).reshape(count, -1)
+        if not np.isfinite(q_outer[block].astype(np.float32)).all():
+            raise why_not_finite(values, block.start, row)
+        q_scale[block] = pack_levels(np.concatenate(integers, axis=-1))
+        step, low = (w.astype(np.float32)[..., None] * i for w, i in zip(wholes, integers, strict=True))
+        step, low = (each.reshape(count, -1)[:, :groups, None] for each in (step, low))
+        codes = (by_group + low) / np.where(step > 0, step, np.float32(np.inf))
+        codes = np.clip(np.rint(codes, out=codes), 0, row.most, out=codes).reshape(count, padded)
+        codes[:, k:] = 0
+        q_weight[block] = pack(codes.astype(np.uint8), row.bits)
+    return q_weight, q_scale, q_outer
+
+
+def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> np.ndarray:
+    """Return the float32 [n, k] weight that these stand for."""
+    n = len(q_weight)
+    levels = _unpack_levels(q_scale).reshape(n, -1, 2, LEVELED).astype(np.float32)
+    levels *= q_outer.astype(np.float32).reshape(n, -1, 2, 1)
+    step, low = (np.repeat(levels[:, :, which].reshape(n, -1), row.group_size, axis=1)[:, :k] for which in (0, 1))
+    values: np.ndarray = unpack(q_weight, row.bits, k).astype(np.float32)
+    values *= step
+    values -= low
+    return values
+
+
+def _levels(values: np.ndarray, outer: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return the floats [n, outer] of ``dtype`` and the levels [n, outer, 8] that stand for ``values`` [n, groups]."""
+    n, groups = values.shape
+    filled = np.zeros((n, outer * LEVELED), np.float32)
+    filled[:, :groups] = values
+    by_outer = filled.reshape(n, outer, LEVELED)
+    with np.errstate(over="ignore"):
+        whole = (by_outer.max(axis=-1) / np.float32(TOP)).astype(dtype)
+    divisor = np.where(whole > 0, whole.astype(np.float32), np.float32(np.inf))
+    with np.errstate(invalid="ignore"):  # what is not finite is refused
+        levels = np.nan_to_num(np.rint(by_outer / divisor[..., None]))
+    return whole, np.clip(levels, 0, TOP)
+
+
+def pack_levels(levels: np.ndarray) -> np.ndarray:
+    """Pack levels [n, outer, 16] into uint32 [n, 3 * outer]: 5 to a word, 6 bits each from the lowest; of the last one
+    the bits 2 * i and 2 * i + 1 are the highest of word i.
+    """
+    each = levels.astype(np.uint32)
+    last = each[..., -1:]
+    words = np.zeros((*each.shape[:-1], 3), np.uint32)
+    for place in range(PER_WORD):
+        words |= each[..., place:-1:PER_WORD] << np.uint32(WIDTH * place)
+    words |= ((last >> np.arange(0, WIDTH, 2, dtype=np.uint32)) & np.uint32(3)) << np.uint32(30)
+    return words.reshape(len(each), -1)
+
+
+def _unpack_levels(words: np.ndarray) -> np.ndarray:
+    """Undo :func:`pack_levels`: uint32 [n, outer * 16]."""
+    words = words.reshape(len(words), -1, 3)
+    shifts = np.arange(PER_WORD, dtype=np.uint32) * np.uint32(WIDTH)
+    first = ((words[..., None] >> shifts) & np.uint32(TOP)).reshape(*words.shape[:-1], -1)
+    last = ((words >> np.uint32(30)) << np.arange(0, WIDTH, 2, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    return np.concatenate([first, last[..., None]], axis=-1).reshape(len(words), -1)
