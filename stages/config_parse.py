@@ -107,7 +107,7 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
         headers = _headers(given, files)
     except ConfigError as error:
         problems += error.problems
-    packed = _quantized(ctx, raw, headers.tensors)
+    packed = _quantized(ctx, raw, headers)
     problems += packed
     try:
         generation = _generation(ctx, raw, files, config.vocab_size if config else 0)
@@ -191,9 +191,10 @@ def _model_types(params: Any) -> list[Any]:
 def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
     """Return config.json, of a model_type and architecture that are known."""
     from stages.checkpoint import foreign, strict_json
+    from stages.checkpoint.gguf.folder import file_of
 
     given = params.checkpoint
-    if Path(given).is_file() and CONFIG not in files:
+    if Path(given).is_file() and not file_of(files):
         raise StageError(
             f"{given} is a file; "
             + (foreign.described([Path(given).name]) or f"checkpoint names the folder that holds {CONFIG}: {root}")
@@ -238,18 +239,21 @@ def _check_type(raw: Mapping[str, Any], root: Path, frontend: str) -> None:
         )
 
 
-def _quantized(ctx: Context, raw: Mapping[str, Any], tensors: Mapping[str, tuple[str, TensorInfo]]) -> list[str]:
-    """Return the problem of a checkpoint whose weights are packed; a quantization_config alone is a leftover."""
+def _quantized(ctx: Context, raw: Mapping[str, Any], headers: Headers) -> list[str]:
+    """Return the problem of a checkpoint whose weights are packed in a way that is not read; a quantization_config
+    alone is a leftover.
+    """
     from stages.checkpoint import foreign, quantized
     from stages.checkpoint.strict_json import shown
 
     declared = raw.get("quantization_config")
     named = declared.get("quant_method") if isinstance(declared, dict) else declared
-    found = quantized.form(tensors, declared=bool(declared))
+    tensors = headers.tensors
+    found = quantized.form({name: at for name, at in tensors.items() if name not in headers.packed}, bool(declared))
     if found:
         said = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
         return [f"the weights are quantized by {found}{said}, which cannot be read; {foreign.UNQUANTIZED}"]
-    if declared and tensors:
+    if declared and tensors and not headers.packed:
         ctx.warn(
             f"{CONFIG}: quantization_config (quant_method {shown(named)}) is ignored: "
             f"none of the {len(tensors)} tensors is quantized"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stages.documents.params import Register
     from stages.documents.weights import ErrorLine
 
+PLAIN = {"F32", "F16", "BF16"}  # types of GGUF that quantize nothing
 SLACK = 2**20  # bytes for tensor-cache.json and report.json
 
 
@@ -123,9 +124,30 @@ class Quantize(Stage):
             write_index(ctx.out / "weights", conversion.contents, metadata)
             how = {"schema": 1, "scheme": scheme.name, "scales": scales}
             (ctx.out / "report.json").write_text(listing(how, "tensors", report), "utf-8")
+        for said in _twice(register, listed, report):
+            ctx.warn(said)
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
+
+
+def _twice(register: Register, listed: CheckpointTensors, report: Iterable[ErrorLine]) -> Iterator[str]:
+    """Say of matrices that were quantized before they came here how many have lost more; those that a row holds as
+    they are have not.
+    """
+    sources = {entry["name"]: entry["sources"] for entry in register["logical"] if entry["quantize"]}
+    forms, worst, count = set(), 0.0, 0
+    for line in report:
+        tensors = [listed["tensors"][name] for name in sources.get(line["name"], ())]
+        called = {tensor["packed"]["called"] for tensor in tensors if "packed" in tensor}
+        if (called := called - PLAIN) and line["rmse"]:
+            forms |= called
+            worst, count = max(worst, line["rmse"]), count + 1
+    if count:
+        yield (
+            f"{count} matrices are quantized already ({', '.join(sorted(forms))}) and are quantized a second time as "
+            f"{register['scheme']}: the errors add up, here up to {worst:.1e} (relative RMSE); q0f32 keeps the values"
+        )
 
 
 @contextlib.contextmanager

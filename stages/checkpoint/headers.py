@@ -15,6 +15,7 @@ from stages.checkpoint import strict_json
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.gguf import weights as gguf
 from stages.checkpoint.gguf.folder import file_of
+from stages.checkpoint.prequantized import Fold, declared
 from stages.checkpoint.safetensors import TensorInfo, read_header
 from stages.problems import capped
 
@@ -79,10 +80,16 @@ def read_headers(files: Mapping[str, Path]) -> Headers:
                 f"transformers reads {SINGLE}: remove the one that is not the model"
             )
         notes.append(f"{SINGLE} is read, as transformers does; the shards of {index} hold the same")
-        return Headers(single, notes)
+        return _folded(single, notes, files)
     if weight_map:
         notes += _disagreements(index, weight_map, holders)
-    return Headers(tensors, notes)
+    return _folded(tensors, notes, files)
+
+
+def _folded(tensors: Tensors, notes: Sequence[str], files: Mapping[str, Path]) -> Headers:
+    """Return the headers with quantized tensors in the place of the parts that they are made of."""
+    fold = Fold(tensors, files, declared(files))
+    return Headers(fold.tensors, notes, fold.packed)
 
 
 def same_values(path: Path, info: TensorInfo, other_path: Path, other: TensorInfo) -> bool:

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 # Form -> the function (parts, settings, start, stop) that returns those rows of the tensor.
 FORMS: dict[str, str] = {
     "ggml": "stages.checkpoint.gguf.weights:rows",
+    "gptq": "stages.checkpoint.dequantization:gptq",
+    "awq": "stages.checkpoint.dequantization:awq",
+    "compressed-tensors": "stages.checkpoint.dequantization:packed",
+    "scaled": "stages.checkpoint.dequantization:scaled",
+    "nf4": "stages.checkpoint.dequantization:nf4",
 }
 
 

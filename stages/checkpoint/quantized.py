@@ -41,7 +41,7 @@ PLAIN = {"F8_E4M3": "fp8", "F8_E5M2": "fp8"}  # numbers as they are, unless conf
 SHARE = 4  # one tensor in so many makes a dtype the form of the weights
 
 
-def form(tensors: Mapping[str, tuple[str, TensorInfo]], *, declared: bool) -> str:
+def form(tensors: Mapping[str, tuple[str, TensorInfo]], declared: bool) -> str:
     """Say by which method the weights of a checkpoint are packed, and by which tensors that shows; empty if none.
 
     ``declared`` says that config.json names a method.

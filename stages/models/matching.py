@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.headers import Headers, listed, same_values
 from stages.checkpoint.quantized import adapter
@@ -85,8 +87,13 @@ def _with_stored_head(
     head, embedding = (naming.stored(name) for name in family.tied)
     if head == embedding or not {head, embedding} <= headers.tensors.keys():
         return config
-    (file, info), (other_file, other) = (headers.tensors[name] for name in (head, embedding))
-    if same_values(files[file], info, files[other_file], other):
+    if {head, embedding} & headers.packed.keys():
+        weights = Weights(files, headers.table())
+        same = np.array_equal(weights[head], weights[embedding])
+    else:
+        (file, info), (other_file, other) = (headers.tensors[name] for name in (head, embedding))
+        same = same_values(files[file], info, files[other_file], other)
+    if same:
         return config
     notes.append(
         f"config.json: tie_word_embeddings is true, but the checkpoint holds a {head} that is not {embedding}: it is "

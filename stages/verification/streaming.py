@@ -16,9 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from stages import models
 from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.headers import read_headers
+from stages.checkpoint.tensors import Weights, as_dtype
 from stages.models import naming
 from stages.tracing import hollow
 from stages.verification import gguf_original
@@ -27,15 +30,14 @@ from stages.verification.apart import LiveError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    import numpy as np
-
+    from stages.checkpoint.headers import Tensors
     from stages.verification.apart import Progress
 
 
 class Mapped:
     """The tensors of safetensors files as torch tensors that lie in the files themselves."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, paths: Mapping[str, Path], found: Tensors) -> None:
         import torch
 
         names = {
@@ -46,8 +48,6 @@ class Mapped:
             "F8_E4M3": torch.float8_e4m3fn,
             "F8_E5M2": torch.float8_e5m2,
         }
-        paths = {name: Path(path) for name, path in files.items()}
-        found = read_headers(paths).tensors
         self._maps = {}
         for shard in sorted({shard for shard, _ in found.values()}):
             with paths[shard].open("rb") as file:
@@ -77,7 +77,7 @@ class Written:
         with tempfile.TemporaryFile(dir=scratch) as file:
             for name, values in made:
                 file.seek(-file.tell() % 64, 1)
-                dtype = torch.from_numpy(values[:0]).dtype
+                dtype = getattr(torch, values.dtype.name)
                 places[name] = file.tell(), values.shape, dtype
                 file.write(values.data)
             file.flush()
@@ -105,10 +105,19 @@ def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
     config, whole = _own_config(root), file_of(files)
-    mapped = Written(gguf_original.tensors(Path(files[whole]), config), scratch) if whole else Mapped(files)
+    paths = {name: Path(path) for name, path in files.items()}
+    headers = read_headers(paths)
+    if whole:
+        mapped: Any = Written(gguf_original.tensors(paths[whole], config), scratch)
+        read = f"weights, dequantized by gguf {version('gguf')}"
+    elif headers.packed:
+        weights = Weights(paths, headers.table())
+        mapped = Written(((name, as_dtype(weights[name], np.dtype(np.float32))) for name in headers.tensors), scratch)
+        read = f"weights, dequantized from {', '.join(sorted({each['called'] for each in headers.packed.values()}))}"
+    else:
+        mapped, read = Mapped(paths, headers.tensors), "own files"
     if config is not None:
         model, named = _from_files(config, described, mapped)
-        read = f"weights, dequantized by gguf {version('gguf')}" if whole else "own files"
         how = f"{type(model).__name__} of {versions} in float32 on the checkpoint's {read}{named}"
     else:
         model = _by_family(described, mapped)

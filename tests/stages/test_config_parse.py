@@ -77,7 +77,7 @@ def test_rows_name_the_family_and_tolerate_what_is_not_there(checkpoint: Path, t
     def rows(folder: Path) -> Any:
         return ConfigParse().rows(ConfigParse.Params(checkpoint=str(folder)), {})
 
-    assert rows(checkpoint) == {"stages.models:FAMILIES": "qwen"}
+    assert rows(checkpoint) == {"stages.models:FAMILIES": ["qwen"]}
     change(checkpoint, "config.json", model_type="unheard-of")
     assert rows(checkpoint) == {}
     (checkpoint / "config.json").write_text("[1, 2")
@@ -270,12 +270,10 @@ def test_a_quantization_that_no_tensor_has_is_ignored_and_said(checkpoint: Path,
     ("names", "dtype", "method"),
     [
         ("{}.qweight {}.qzeros {}.g_idx", "I32", "GPTQ (1 tensors such as {}.qweight)"),
-        ("{}.qweight {}.qzeros {}.scales", "I32", "AWQ (1 tensors such as {}.qweight)"),
+        ("{}.qweight {}.qzeros", "I32", "AWQ (1 tensors such as {}.qweight)"),
         ("{}.weight {}.weight.absmax", "U8", "bitsandbytes with 4 bits (1 tensors such as {}.weight.absmax)"),
         ("{}.weight {}.SCB", "I8", "bitsandbytes with int8 (1 tensors such as {}.SCB)"),
-        ("{}.weight {}.weight_scale_inv", "F8_E4M3", "fp8 with a scale for each block (1 tensors such as {}."),
-        ("{}.weight {}.weight_scale", "F8_E4M3", "fp8 or int8 with scales (1 tensors such as {}.weight_scale)"),
-        ("{}.weight_packed {}.weight_scale", "I32", "compressed-tensors (1 tensors such as {}.weight_packed)"),
+        ("{}.weight_packed", "I32", "compressed-tensors (1 tensors such as {}.weight_packed)"),
         ("{}.weight {}.scales {}.biases", "U32", "MLX (1 tensors such as {}.scales)"),
         ("{}.weight", "U8", "a method that stores packed bytes (1 tensors such as {}.weight)"),
     ],

@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from stagegraph.stage import StageError
+from stages.checkpoint.headers import read_headers
 from stages.config_parse import ConfigParse
 from stages.quantization.schemes import SCHEMES
 from stages.verification import advice, apart, gates, loss, original, probes, streaming
@@ -427,7 +428,7 @@ def test_names_that_transformers_does_not_know_are_told_to_it(tmp_path, prefix):
 def test_weights_that_transformers_would_draw_at_random_are_an_error(tmp_path, monkeypatch):
     checkpoint(tmp_path, torch.bfloat16)
     files = rewritten(tmp_path, lambda name, tensor: (name.replace("layers.1.mlp", "layers.9.mlp"), tensor))
-    known = streaming.Mapped(files)
+    known = streaming.Mapped(files, read_headers(files).tensors)
     monkeypatch.setattr(streaming, "_named", lambda *_: (None, None, known.tensors))
     with pytest.raises(apart.LiveError, match=r"LlamaForCausalLM finds no weights for model\.layers\.1\.mlp"):
         chosen(tmp_path, files, PIECE)

@@ -1,0 +1,294 @@
+"""Checkpoints that other tools quantized: read to the values that each tool's format says, and built like any other.
+
+The formats are written here by their descriptions, bit by bit, and the values computed from the codes themselves;
+compressed-tensors is held against its own library where it is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from stagegraph.stage import StageError
+from stages.checkpoint.headers import read_headers
+from stages.checkpoint.tensors import Weights
+from stages.config_parse import ConfigParse
+from stages.quantize import Quantize
+from stages.verification import original
+from tests.checkpoints import write_json
+from tests.local_context import run_stage
+from tests.stages import families
+
+CONFIG = {**families.SIZES, "hidden_size": 96, "num_key_value_heads": 2, "vocab_size": 128}
+NF4 = np.array(
+    [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
+     0.723, 1.0], np.float32,
+)  # fmt: skip
+Encoded = tuple[dict[str, np.ndarray], np.ndarray]  # parts, and the values that they are
+
+
+def random(*shape: int) -> np.random.Generator:
+    return np.random.default_rng([len(shape), *shape])
+
+
+def stream(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Each row's codes as one number, the first lowest, cut into words of 32 bits."""
+    width = -(-codes.shape[1] * bits // 32) * 4
+    numbers = [sum(int(code) << (bits * place) for place, code in enumerate(row)) for row in codes]
+    return np.stack([np.frombuffer(number.to_bytes(width, "little"), "<i4") for number in numbers])
+
+
+def gptq(weight: np.ndarray, *, bits: int = 4, sym: bool = True, act: bool = False, v2: bool = False) -> Encoded:
+    out, inputs = weight.shape
+    draw, groups = random(out, inputs, bits), inputs // 32
+    codes = draw.integers(0, 2**bits, (out, inputs))
+    zeros = np.full((out, groups), 2 ** (bits - 1)) if sym else draw.integers(1, 2**bits, (out, groups))
+    scales = draw.uniform(0.001, 0.01, (out, groups)).astype(np.float16)
+    group = np.repeat(np.arange(groups), 32)
+    if act:
+        group = draw.permutation(group)
+    values = ((codes - zeros[:, group]).astype(np.float16) * scales[:, group]).astype(np.float16)
+    parts = {
+        "qweight": stream(codes, bits).T,
+        "qzeros": stream((zeros - (not v2)).T, bits),
+        "scales": scales.T,
+        "g_idx": group.astype(np.int32),
+    }
+    return parts, values
+
+
+def awq(weight: np.ndarray) -> Encoded:
+    out, inputs = weight.shape
+    draw, groups = random(out, inputs), inputs // 32
+    codes, zeros = draw.integers(0, 16, (inputs, out)), draw.integers(0, 16, (groups, out))
+    scales = draw.uniform(0.001, 0.01, (groups, out)).astype(np.float16)
+    values = (codes - np.repeat(zeros, 32, 0)).astype(np.float16) * np.repeat(scales, 32, 0)
+
+    def packed(matrix: np.ndarray) -> np.ndarray:
+        words = np.zeros((len(matrix), out // 8), np.uint32)
+        for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):  # as AutoAWQ's WQLinear_GEMM
+            words |= matrix[:, column::8].astype(np.uint32) << np.uint32(4 * nibble)
+        return words.view(np.int32)
+
+    return {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}, values.T
+
+
+def compressed(weight: np.ndarray, *, bits: int = 4, sym: bool = True, groups: int = 0) -> Encoded:
+    out, inputs = weight.shape
+    groups = groups or inputs // 32
+    draw, half = random(out, inputs, groups), 2 ** (bits - 1)
+    codes = draw.integers(-half, half, (out, inputs))
+    scales = draw.uniform(0.001, 0.01, (out, groups)).astype(ml_dtypes.bfloat16)
+    zeros = np.zeros((out, groups), int) if sym else draw.integers(-half, half, (out, groups))
+    spread = functools.partial(np.repeat, repeats=inputs // groups, axis=1)
+    values = (codes - spread(zeros)).astype(ml_dtypes.bfloat16) * spread(scales)
+    parts = {
+        "weight_packed": stream(codes + half, bits),
+        "weight_scale": scales,
+        "weight_shape": np.array([out, inputs], np.int64),
+    }
+    if not sym:
+        parts["weight_zero_point"] = stream((zeros + half).T, bits).T
+    return parts, values
+
+
+def int8(weight: np.ndarray) -> Encoded:
+    codes = random(*weight.shape).integers(-128, 128, weight.shape).astype(np.int8)
+    scales = np.linspace(0.001, 0.002, len(weight), dtype=np.float32)[:, None].astype(ml_dtypes.bfloat16)
+    return {"weight": codes, "weight_scale": scales}, codes.astype(ml_dtypes.bfloat16) * scales
+
+
+def fp8(weight: np.ndarray, *, name: str = "weight_scale", shape: tuple[int, ...] = (1,)) -> Encoded:
+    codes = weight.astype(ml_dtypes.float8_e4m3fn)
+    scales = np.linspace(0.5, 1.5, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+    return {"weight": codes, name: scales}, codes.astype(np.float32) * scales
+
+
+def blocks(weight: np.ndarray, side: int = 64) -> Encoded:
+    """Blocks that do not divide the matrix, as the last of DeepSeek's."""
+    codes = weight.astype(ml_dtypes.float8_e4m3fn)
+    grid = tuple(-(-size // side) for size in weight.shape)
+    scales = random(*grid).uniform(0.5, 1.5, grid).astype(np.float32)
+    wide = scales.repeat(side, 0).repeat(side, 1)[: weight.shape[0], : weight.shape[1]]
+    return {"weight": codes, "weight_scale_inv": scales}, codes.astype(np.float32) * wide
+
+
+def nf4(weight: np.ndarray, *, nested: bool = False) -> Encoded:
+    draw, size = random(*weight.shape), weight.size
+    codes = draw.integers(0, 16, size)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [*weight.shape]}
+    largest = draw.uniform(0.01, 0.1, size // 64).astype(np.float32)
+    parts: dict[str, np.ndarray] = {}
+    if nested:
+        table, codes8 = np.linspace(-1, 1, 256, dtype=np.float32), draw.integers(0, 256, size // 64).astype(np.uint8)
+        outer = draw.uniform(0.01, 0.1, -(-size // 64 // 256)).astype(np.float32)
+        largest = table[codes8] * outer[np.arange(size // 64) // 256] + np.float32(0.05)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05}
+        parts |= {"weight.nested_absmax": outer, "weight.nested_quant_map": table, "weight.absmax": codes8}
+    parts = {
+        "weight.absmax": largest,
+        "weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None],
+        "weight.quant_map": NF4,
+        "weight.quant_state.bitsandbytes__nf4": np.frombuffer(json.dumps(state).encode(), np.uint8),
+        **parts,
+    }
+    return parts, (NF4[codes] * largest.repeat(64)).astype(np.float16).reshape(weight.shape)
+
+
+def group_of(bits: int, sym: bool) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group", "group_size": 32}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "format": "pack-quantized"}
+
+
+def of(method: str, **more: Any) -> dict[str, Any]:
+    return {"quant_method": method, **more}
+
+
+FORMS: dict[str, tuple[Callable[..., Encoded], dict[str, Any], dict[str, Any]]] = {
+    "gptq": (gptq, {}, of("gptq", bits=4, group_size=32, sym=True, desc_act=False)),
+    "gptq 2 bits": (gptq, {"bits": 2, "sym": False}, of("gptq", bits=2, group_size=32, sym=False)),
+    "gptq 3 bits": (gptq, {"bits": 3, "sym": False}, of("gptq", bits=3, group_size=32, sym=False)),
+    "gptq 8 bits act-order": (gptq, {"bits": 8, "act": True}, of("gptq", bits=8, sym=True, desc_act=True)),
+    "gptq asymmetric act-order": (gptq, {"sym": False, "act": True}, of("gptq", bits=4, sym=False, desc_act=True)),
+    "gptq v2": (gptq, {"sym": False, "v2": True}, of("gptq", bits=4, sym=False, checkpoint_format="gptq_v2")),
+    "gptq v2 that says v1": (gptq, {"v2": True}, of("gptq", bits=4, sym=True)),
+    "awq": (awq, {}, of("awq", bits=4, group_size=32, zero_point=True, version="gemm")),
+    "compressed W4A16": (compressed, {}, of("compressed-tensors", **group_of(4, True))),
+    "compressed asymmetric": (compressed, {"sym": False}, of("compressed-tensors", **group_of(4, False))),
+    "compressed 3 bits by row": (compressed, {"bits": 3, "groups": 1}, of("compressed-tensors", **group_of(3, True))),
+    "compressed int8": (int8, {}, of("compressed-tensors", format="int-quantized")),
+    "compressed fp8": (fp8, {}, of("compressed-tensors", format="float-quantized")),
+    "fp8 blocks": (blocks, {}, of("fp8", weight_block_size=[64, 64], activation_scheme="dynamic")),
+    "nf4": (nf4, {}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")),
+    "nf4 twice": (nf4, {"nested": True}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_use_double_quant=True)),
+}
+
+
+def write(folder: Path, form: str) -> dict[str, np.ndarray]:
+    """Write a Llama whose layers' matrices are in a form; return the values of all its tensors, float32."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    encode, options, declared = FORMS[form]
+    stored: dict[str, Any] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, tensor in model.state_dict().items():
+        if "_proj" not in name:
+            stored[name], values[name] = tensor.clone(), tensor.numpy()
+            continue
+        parts, made = encode(tensor.numpy(), **options)
+        values[name] = made.astype(np.float32)
+        for part, array in parts.items():
+            stored[f"{name.removesuffix('weight')}{part}"] = as_torch(array)
+    folder.mkdir(exist_ok=True)
+    save_file(stored, folder / "model.safetensors")
+    config = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": declared}
+    write_json(folder / "config.json", config)
+    return values
+
+
+def as_torch(array: np.ndarray) -> Any:
+    import torch
+
+    array = np.ascontiguousarray(array)
+    kinds = {"bfloat16": (np.int16, torch.bfloat16), "float8_e4m3fn": (np.int8, torch.float8_e4m3fn)}
+    if array.dtype.name in kinds:
+        carrier, kind = kinds[array.dtype.name]
+        return torch.from_numpy(array.view(carrier).copy()).view(kind)
+    return torch.from_numpy(array.copy())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantized_checkpoint_has_the_values_that_its_format_says(form: str, tmp_path: Path) -> None:
+    """From the files to the weights of a bundle, and to the original that it is held against."""
+    values = write(tmp_path / "model", form)
+    files = {path.name: path for path in (tmp_path / "model").iterdir()}
+    table = read_headers(files).table()
+    assert table.keys() == values.keys()
+    weights = Weights(files, table)
+    for name, wanted in values.items():
+        np.testing.assert_array_equal(weights[name].astype(np.float32), wanted, err_msg=name)
+    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32")
+    choice = {"scheme": "q0f32", "target": "llvm", "checkpoint": str(tmp_path / "model")}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    assert ctx.warnings == []
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert {line["rmse"] for line in report["tensors"]} == {0.0}
+    compare_original(tmp_path, files, ports["config"], values)
+
+
+def compare_original(tmp_path: Path, files: dict[str, Path], config: Path, values: dict[str, np.ndarray]) -> None:
+    import torch
+    import transformers
+
+    pieces = [[1, 5, 77, 30, 2, 9, 120, 44]]
+    found = original.compute(original.Request(tmp_path / "model", files, config, pieces, 0, tmp_path), lambda *_: None)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in values.items()})
+    with torch.no_grad():
+        wanted = model(torch.tensor(pieces)).logits[0, :-1].log_softmax(-1).topk(16).values.numpy()
+    np.testing.assert_allclose(found["original_log_probs"][:, :16], wanted, atol=2e-5)
+    assert "dequantized from" in str(found["original_origin"])
+
+
+def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Path) -> None:
+    write(tmp_path / "model", "awq")
+    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q4f16_1")
+    choice = {"scheme": "q4f16_1", "target": "llvm", "checkpoint": str(tmp_path / "model")}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    (said,) = ctx.warnings
+    assert said.startswith("8 matrices are quantized already (AWQ) and are quantized a second time as q4f16_1")
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "wanted"),
+    [
+        ("gptq", {"bits": 5}, "bits = 5; 2, 3, 4, 8 are read"),
+        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'; gptq and gptq_v2 are read"),
+        ("gptq", {"bits": 8}, "self_attn.k_proj: g_idx is I32 [96]; expected I32 [48]"),
+        ("awq", {"version": "gemv"}, "version = 'gemv'; of AWQ, gemm is read"),
+    ],
+)
+def test_what_a_format_does_not_say_is_refused(form: str, change: dict[str, Any], wanted: str, tmp_path: Path) -> None:
+    write(tmp_path, form)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] |= change
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(StageError) as raised:
+        run_stage(ConfigParse(), tmp_path / "out", {"checkpoint": str(tmp_path)})
+    assert any(wanted in said for said in raised.value.problems), raised.value.problems
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("compressed")])
+def test_compressed_tensors_dequantizes_the_same(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import IntQuantizationCompressor, PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    encode, options, _ = FORMS[form]
+    weight = np.random.default_rng(0).normal(0, 0.02, (64, 96)).astype(np.float32)
+    parts, values = encode(weight, **options)
+    kind = "float" if "fp8" in form else "int"
+    strategy = {"fp8": "tensor", "int8": "channel"}.get(form.split()[1], "group" if "row" not in form else "channel")
+    arguments = QuantizationArgs(
+        num_bits=options.get("bits", 8 if kind == "float" or "int8" in form else 4),
+        type=kind,
+        symmetric=options.get("sym", True),
+        strategy=strategy,
+        group_size=32 if strategy == "group" else None,
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    library = PackedQuantizationCompressor if "weight_packed" in parts else IntQuantizationCompressor
+    theirs = library.decompress({name: as_torch(array) for name, array in parts.items()}, scheme)["weight"]
+    np.testing.assert_array_equal(theirs.float().numpy(), values.astype(np.float32))
