@@ -28,7 +28,8 @@ class Selection(NamedTuple):
 class Project:
     """A pipeline file with the ``artifacts/`` beside it.
 
-    ``overrides`` are variables for this object only: a mapping of names to values, or ``vars.NAME=VALUE`` texts.
+    ``overrides`` are variables (``scheme``) and parameters (``compile.activations``) for this object only: a mapping of
+    names to values, or ``NAME=VALUE`` texts.
     """
 
     def __init__(self, file: str | Path = "pipeline.yaml", overrides: Mapping[str, Any] | Sequence[str] = ()) -> None:
@@ -98,4 +99,4 @@ class Project:
 
 
 def _settings(overrides: Mapping[str, Any]) -> list[str]:
-    return [f"vars.{name}={json.dumps(value)}" for name, value in overrides.items()]
+    return [f"{name}={json.dumps(value)}" for name, value in overrides.items()]

@@ -30,8 +30,8 @@ def add_set(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         dest="overrides",
-        metavar="VAR=VALUE",
-        help="override a variable for this command, as vars.NAME=VALUE",
+        metavar="NAME=VALUE",
+        help="a variable for this command, or STAGE.PARAMETER=VALUE",
     )
 
 

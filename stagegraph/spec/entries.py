@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph.errors import PipelineError, PlacedError, nearest
 from stagegraph.registry import Origin, get_stage, names, stage_reference
 from stagegraph.spec import params
 from stagegraph.spec.cycles import circle, order
+from stagegraph.spec.item import Item
 from stagegraph.spec.model import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
-    from stagegraph.spec.item import Item, Problems
+    from stagegraph.spec.item import Problems
     from stagegraph.spec.scope import Scope
+    from stagegraph.spec.settings import Setting
     from stagegraph.stage import Stage
 
 ENTRY_KEYS = ("uses", "needs", "with", "foreach", "resources", "timeout")
@@ -38,21 +40,33 @@ class Entry(NamedTuple):
     foreach: Item | None
     resources: Item | None
     timeout: Item | None
+    settings: tuple[Setting, ...] = ()  # parameters that some of its instances get from the command line
 
 
-def read_entries(stages: Mapping[str, Item], folder: Path, scope: Scope, problems: Problems) -> list[Entry]:
+def read_entries(
+    stages: Mapping[str, Item], folder: Path, scope: Scope, settings: Sequence[Setting], problems: Problems
+) -> list[Entry]:
     """Return the entries in the order written, noting whatever is wrong with their keys and with what they name.
 
-    ``folder`` is that of the pipeline file, below which stages may be in files.
+    ``folder`` is that of the pipeline file, below which stages may be in files; ``settings`` are parameters from the
+    command line, which take the place of what is written.
     """
-    reader = _Reader(stages, str(folder), scope, problems)
+    reader = _Reader(stages, str(folder), scope, settings, problems)
     entries = [entry for name, item in stages.items() if (entry := reader.entry(name, item)) is not None]
     _check_cycles(entries, problems)
     return entries
 
 
 class _Reader:
-    def __init__(self, stages: Mapping[str, Item], folder: str, scope: Scope, problems: Problems) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, Item],
+        folder: str,
+        scope: Scope,
+        settings: Sequence[Setting],
+        problems: Problems,
+    ) -> None:
+        self._settings = settings
         self._stages, self._folder, self._scope, self._problems = stages, folder, scope, problems
         self._opened = False  # whether the files beside the pipeline are known as they are now
 
@@ -63,6 +77,9 @@ class _Reader:
         body = self._problems.mapping(item, name, ENTRY_KEYS)
         if body is None:
             return None
+        settings = [setting for setting in self._settings if setting.entry == name]
+        body = self._set(body, {s.parameter: s.item for s in settings if s.instances is None})
+        some = tuple(setting for setting in settings if setting.instances is not None)
         needs = self._needs(name, body.get("needs"))
         stage, origin = self._stage(name, item, body.get("uses"))
         given: Mapping[str, Item] | None
@@ -76,7 +93,8 @@ class _Reader:
         else:
             given = self._problems.mapping(body["with"], f"{name}.with") if "with" in body else {}
         if stage is not None and given is not None:
-            self._check_params(stage, given, body["with"].named_at if "with" in body else item.named_at)
+            place = body["with"].named_at if "with" in body else item.named_at
+            self._check_params(stage, {**given, **{s.parameter: s.item for s in some}}, place)
         return Entry(
             name,
             item.named_at,
@@ -87,6 +105,17 @@ class _Reader:
             body.get("foreach"),
             body.get("resources"),
             body.get("timeout"),
+            some,
+        )
+
+    @staticmethod
+    def _set(body: dict[str, Item], items: Mapping[str, Item]) -> dict[str, Item]:
+        """Return the keys of an entry with parameters set; whatever ``with`` is but a mapping stays, to be refused."""
+        if not items:
+            return body
+        given = body.get("with") or Item({}, next(iter(items.values())).place, Path())
+        return (
+            {**body, "with": given._replace(value={**given.value, **items})} if isinstance(given.value, dict) else body
         )
 
     def _stage(self, name: str, entry: Item, uses: Item | None) -> tuple[Stage | None, Origin | None]:

@@ -18,11 +18,14 @@ from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.layers import read_layers, shown
 from stagegraph.spec.model import NodeSpec, Pipeline, Place
 from stagegraph.spec.nodes import expand
-from stagegraph.spec.scope import Scope, override
+from stagegraph.spec.scope import Scope
+from stagegraph.spec.settings import read_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    from stagegraph.spec.settings import Setting
 
 VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -39,9 +42,10 @@ TOP_KEYS = ("version", "name", "extends", "vars", "stages")
 def load(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Pipeline:
     """Return the pipeline that the file at ``path`` describes.
 
-    ``overrides`` are ``vars.NAME=VALUE`` settings; ``env`` is what ``${env.X}`` reads. Relative sources become
-    absolute: from the directory of the file they are written in, or from the working directory for overrides and
-    ``env``. Whether they exist is not checked here. Raises :class:`SpecError` with every problem found.
+    ``overrides`` are settings of variables and parameters (:mod:`stagegraph.spec.settings`); ``env`` is what
+    ``${env.X}`` reads. Relative sources become absolute: from the directory of the file they are written in, or from
+    the working directory for overrides and ``env``. Whether they exist is not checked here. Raises
+    :class:`SpecError` with every problem found.
     """
     problems = Problems()
     top = read_layers(path, problems)
@@ -53,10 +57,12 @@ def load(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.
             problems.add(Place(shown(path), 1, 1), f"missing key '{key}'; expected {expected}")
     scope = Scope(env, problems)
     variables = problems.mapping(top["vars"], "vars") if "vars" in top else {}
-    scope.define(override(variables or {}, overrides, problems))
+    entries = top["stages"].value if "stages" in top and isinstance(top["stages"].value, dict) else {}
+    settings = read_settings(overrides, variables or {}, entries, problems)
+    scope.define(settings.variables)
     _check_version(top.get("version"), problems)
     name = _name(top.get("name"), scope, problems)
-    nodes = _nodes(top.get("stages"), path.absolute().parent, scope, problems)
+    nodes = _nodes(top.get("stages"), path.absolute().parent, scope, settings.parameters, problems)
     problems.check()
     return Pipeline(name, path.absolute(), tuple(nodes))
 
@@ -78,13 +84,15 @@ def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
     return ""
 
 
-def _nodes(item: Item | None, folder: Path, scope: Scope, problems: Problems) -> list[NodeSpec]:
+def _nodes(
+    item: Item | None, folder: Path, scope: Scope, parameters: Sequence[Setting], problems: Problems
+) -> list[NodeSpec]:
     stages = problems.mapping(item, "stages") if item is not None else None
     if not stages:
         if item is not None and stages is not None:
             problems.unexpected(item, _EXPECTED["stages"], "stages")
         return []
-    entries = read_entries(stages, folder, scope, problems)
+    entries = read_entries(stages, folder, scope, parameters, problems)
     nodes = []
     for node in (node for entry in entries for node in expand(entry, scope, problems)):
         nodes.append(node)

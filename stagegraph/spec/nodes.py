@@ -32,10 +32,14 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
     """Yield the nodes of an entry in the written order of its ``foreach``, as long as no problem is known."""
     declared = params.declared(entry.stage) if entry.stage else {}
     settings = problems.mapping(entry.resources, f"{entry.name}.resources", RESOURCE_KEYS) if entry.resources else {}
+    unused = list(entry.settings)
     for each in _instances(entry, scope, problems):
         given = {}
         values = {}
-        for name, item in entry.given.items():
+        texts = {key: text_of(item.value) for key, item in each.items() if item} if each else {}
+        set_here = [setting for setting in entry.settings if setting.takes(list(texts.values()))]
+        unused = [setting for setting in unused if setting not in set_here]
+        for name, item in {**entry.given, **{setting.parameter: setting.item for setting in set_here}}.items():
             kept = declared[name].references if name in declared else ()
             resolved = scope.parameter(item, each, kept)
             if resolved is not None and name in declared:
@@ -43,7 +47,6 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
                 values[name] = params.read(declared[name], resolved, problems, f"{entry.name}.{name}")
         resources = _resources(entry, settings or {}, scope, each, problems)
         timeout = _timeout(entry, scope, each, problems)
-        texts = {key: text_of(item.value) for key, item in each.items() if item} if each else {}
         name = f"{entry.name}[{','.join(texts.values())}]" if texts else entry.name
         if len(name.encode()) > _NAME_BYTES_LIMIT:
             problems.add(entry.place, f"'{name}' is too long a name; expected at most {_NAME_BYTES_LIMIT} bytes")
@@ -62,6 +65,8 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
                 resources=resources,
                 timeout=timeout,
             )
+    for setting in unused:
+        problems.add(setting.item.place, f"'{entry.name}' has no such instance; `pipeline graph` lists them")
 
 
 def _instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Bindings | None]:

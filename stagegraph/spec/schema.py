@@ -48,7 +48,7 @@ def json_schema() -> Schema:
                 "type": "object",
                 "propertyNames": {"pattern": f"^{VARIABLE_NAME.pattern}$"},
                 "additionalProperties": {"anyOf": [_SCALAR, _LIST]},
-                "description": "values for ${vars.NAME}; --set vars.NAME=VALUE overrides one",
+                "description": "values for ${vars.NAME}; --set NAME=VALUE overrides one",
             },
             "stages": {
                 "type": "object",

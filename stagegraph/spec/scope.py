@@ -7,15 +7,14 @@ relative path starts from: of a text with references, that of its first part.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from stagegraph.errors import nearest, warn
 from stagegraph.spec.cycles import circle, order
 from stagegraph.spec.item import Item, Problems, text_of
-from stagegraph.spec.model import Place
-from stagegraph.spec.reader import core_scalar, parse
+from stagegraph.spec.reader import core_scalar
 from stagegraph.stage import Secret
 
 # Names of variables that are likely to hold what nobody may see.
@@ -158,7 +157,7 @@ class Scope:
             where = "expected it under 'with', 'resources' or 'timeout' of an entry with 'foreach'"
             text = f"'${{{reference}}}' means nothing here; {where}"
         elif kind == "vars" and name:
-            text = _unknown(name, self._variables)
+            text = unknown_variable(name, self._variables)
         elif kind == "each" and each is not None:
             text = f"unknown '${{{reference}}}'{nearest(name, each)}"
         elif reading.kept and kind in {"in", "out"}:
@@ -181,35 +180,9 @@ class Scope:
         return Item(core_scalar(value), item.place, Path.cwd())
 
 
-def override(variables: Mapping[str, Item], settings: Sequence[str], problems: Problems) -> dict[str, Item]:
-    """Return the variables with each ``vars.NAME=VALUE`` applied; VALUE is a YAML scalar or flow list."""
-    merged = dict(variables)
-    for setting in settings:
-        target, equals, text = setting.partition("=")
-        kind, _, name = target.partition(".")
-        place = Place(f"--set {target}")
-        if not equals or not name:
-            problems.add(Place(f"--set {setting}"), "has no variable and value; expected vars.NAME=VALUE")
-        elif kind != "vars":
-            problems.add(place, "only variables can be set; expected vars.NAME=VALUE")
-        elif name not in variables:
-            problems.add(place, _unknown(name, variables))
-        else:
-            item = _given(text.strip(), place, problems)
-            if item is not None:
-                merged[name] = item
-    return merged
-
-
-def _unknown(name: str, variables: Mapping[str, object]) -> str:
+def unknown_variable(name: str, variables: Mapping[str, object]) -> str:
+    """Return what is said of a variable that is not there."""
     return f"unknown variable '{name}'" + (nearest(name, variables) or "; the pipeline defines none")
-
-
-def _given(text: str, place: Place, problems: Problems) -> Item | None:
-    """Read a value of the command line: YAML where it is a list or quoted, else as it stands, so that any path is."""
-    if text.startswith(("[", "'", '"')):
-        return parse(text, lambda _line, _column: place, Path.cwd(), problems)
-    return Item(core_scalar(text), place, Path.cwd())
 
 
 def _variables_in(item: Item) -> Iterable[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.spec.model import Resources
+from stagegraph.spec.settings import EXPECTED
 from tests.engine.spec_fakes import SpecFiles
 
 
@@ -332,7 +333,7 @@ stages:
 """
     found = spec.problems(text, "vars.c=1", "foo")
     assert found == [
-        "--set foo: has no variable and value; expected vars.NAME=VALUE",
+        f"--set foo: has no name and value; expected {EXPECTED}",
         "--set vars.c: unknown variable 'c'; known: a, t",
         "p.yaml:1:10: version: found the number 3; expected 1, the only version of the format there is",
         "p.yaml:3:11: unknown variable 'b'; known: a, t",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph.spec.settings import EXPECTED
 from tests.engine.spec_fakes import SpecFiles
 
 FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
@@ -214,12 +215,40 @@ def test_variables_are_scalars_or_lists_of_them(spec: SpecFiles) -> None:
 
 
 @pytest.mark.parametrize(
+    ("setting", "targets"),
+    [
+        ("target=cuda", {"shape[a,x]": "cuda", "shape[a,y]": "cuda", "shape[b,x]": "cuda", "shape[b,y]": "cuda"}),
+        ("shape.target=cuda", {"shape[a,x]": "cuda", "shape[a,y]": "cuda", "shape[b,x]": "cuda", "shape[b,y]": "cuda"}),
+        ("shape[*,x].target=cuda", {"shape[a,x]": "cuda", "shape[b,x]": "cuda"}),
+        ("shape.b,y.target=cuda", {"shape[b,y]": "cuda"}),
+    ],
+)
+def test_a_parameter_of_all_instances_or_of_some(spec: SpecFiles, setting: str, targets: dict[str, str]) -> None:
+    body = """
+    vars: {target: llvm}
+    stages: {shape: {foreach: {one: [a, b], two: [x, y]}, with: {target: "${vars.target}"}}}
+    """
+    nodes = spec.entries(body, setting)
+    assert {name: node.params.target for name, node in nodes.items()} == dict.fromkeys(nodes, "llvm") | targets
+
+
+def test_a_parameter_that_is_not_written(spec: SpecFiles) -> None:
+    (node,) = spec.entries("\nstages: {shape: {with: {target: llvm}}}", "shape.size=7").values()
+    assert (node.params.size, str(node.places["size"])) == (7, "--set shape.size")
+
+
+@pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("foo", "--set foo: has no variable and value; expected vars.NAME=VALUE"),
-        ("vars.target", "--set vars.target: has no variable and value; expected vars.NAME=VALUE"),
-        ("target=cuda", "--set target=cuda: has no variable and value; expected vars.NAME=VALUE"),
-        ("stages.shape=1", "--set stages.shape: only variables can be set; expected vars.NAME=VALUE"),
+        ("foo", f"--set foo: has no name and value; expected {EXPECTED}"),
+        ("vars.target", f"--set vars.target: has no name and value; expected {EXPECTED}"),
+        ("=cuda", f"--set =cuda: has no name and value; expected {EXPECTED}"),
+        ("tarjet=cuda", "--set tarjet: unknown variable 'tarjet'; did you mean 'target'?"),
+        ("stages.shape=1", "--set stages.shape: no entry 'stages'; known: shape"),
+        ("shapes.target=x", "--set shapes.target: no entry 'shapes'; did you mean 'shape'?"),
+        ("shape.tarjet=a", "--set shape.tarjet: unknown parameter 'tarjet' of stage 'shape'; did you mean 'target'?"),
+        ("shape.target=cudo", "--set shape.target: shape.target: unknown value 'cudo'; did you mean 'cuda'?"),
+        ("shape[a].target=cuda", "--set shape[a].target: 'shape' has no such instance; `pipeline graph` lists them"),
         ("vars.tarjet=cuda", "--set vars.tarjet: unknown variable 'tarjet'; did you mean 'target'?"),
         ("vars.target=cudo", "--set vars.target: shape.target: unknown value 'cudo'; did you mean 'cuda'?"),
         ("vars.target=[llvm]", "--set vars.target: shape.target: found a list; expected text"),
