@@ -1,18 +1,23 @@
-"""``pipeline models``: the families that can be built, what each supports and which keys of config.json it honours."""
+"""``pipeline models``: the families that can be built, what each supports and which keys of config.json it honours; and
+what is known of the model types that are traced from transformers' code.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.models import FAMILIES, load_family, native
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Mapping
 
 EXAMPLE = "pipeline models qwen2"
+TRIED = Path(__file__).with_name("traced.json")  # what benchmarks/coverage.py found, by model_type
 WIDTH = 100  # characters at most
 # Class of a key -> what it is headed with.
 CLASSES = {
@@ -22,12 +27,20 @@ CLASSES = {
 }
 
 
+# What benchmarks/coverage.py says of a type -> what those are headed with.
+VERDICTS = {
+    "proven": "traced from transformers' code (the extra trace), and held against it on llvm",
+    "refused": "refused, with the reason that `pipeline models MODEL_TYPE` shows",
+    "unmade": "not tried: transformers makes no small model of them",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
         "family",
         nargs="?",
-        choices=sorted(filter(native, FAMILIES)),
+        choices=[*sorted(filter(native, FAMILIES)), *traced()],
         metavar="MODEL_TYPE",
         help="one family, with all its keys",
     )
@@ -36,19 +49,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; 0."""
-    found = {name: describe(name) for name in ([args.family] if args.family else sorted(filter(native, FAMILIES)))}
+    names = [args.family] if args.family else sorted(filter(native, FAMILIES))
+    families = {name: describe(name) for name in names if native(name)}
+    tried = {name: entry for name, entry in traced().items() if args.family in (None, name)}
     if args.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print("\n\n".join(_page(name, entry, whole=bool(args.family)) for name, entry in found.items()))
+        print(json.dumps({**families, **tried}, indent=1))
+        return 0
+    pages = [_page(name, entry, whole=bool(args.family)) for name, entry in families.items()]
+    print("\n\n".join([*pages, *(_traced_page(tried, whole=bool(args.family)) if tried else [])]))
     return 0
+
+
+def traced() -> dict[str, dict[str, str]]:
+    """Return what became of every model_type that has no family of its own, sorted."""
+    found: dict[str, dict[str, str]] = json.loads(TRIED.read_text("utf-8"))
+    return {name: {"frontend": "traced", **entry} for name, entry in sorted(found.items()) if not native(name)}
+
+
+def _traced_page(tried: Mapping[str, Mapping[str, str]], *, whole: bool) -> list[str]:
+    """Return a paragraph for each verdict, and with ``whole`` the reason of each type."""
+    pages = []
+    for verdict, title in VERDICTS.items():
+        names = [name for name, entry in tried.items() if entry["verdict"] == verdict]
+        if names:
+            lines = [f"{name}: {tried[name]['reason']}" for name in names] if whole else [" ".join(names)]
+            pages.append("\n".join([title, *(part for line in lines for part in _wrapped(line))]))
+    return pages
 
 
 def describe(name: str) -> dict[str, Any]:
     """Return architectures, what is supported, and the keys of config.json by class."""
     family = load_family(name)
     keys = {kind: sorted(key for key, found in family.keys.items() if found == kind) for kind in CLASSES}
-    return {"architectures": [*family.architectures], "supports": [*family.supports], "keys": keys}
+    return {
+        "frontend": "native",
+        "architectures": [*family.architectures],
+        "supports": [*family.supports],
+        "keys": keys,
+    }
 
 
 def _page(name: str, entry: dict[str, Any], *, whole: bool) -> str:
@@ -60,5 +98,9 @@ def _page(name: str, entry: dict[str, Any], *, whole: bool) -> str:
 
 
 def _block(title: str, text: str) -> list[str]:
+    return [f"  {title}", *_wrapped(text)]
+
+
+def _wrapped(text: str) -> list[str]:
     width = min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH)
-    return [f"  {title}", *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")]
+    return textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
