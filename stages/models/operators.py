@@ -173,21 +173,33 @@ def full(values: Values, value: Any, dtype: str, shape: Sequence[Any]) -> Tensor
 
 def attention(
     values: Values,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     scale: float,
     heads: int,
+    kv_heads: int,
+    width: int,
     value_width: int,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qkv: Tensor | None = None,
+    by_token: str = "",
     **_of_the_cache: Any,
 ) -> Tensor:
-    """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, [1, s, heads, d of v].
+    """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, or of ``qkv`` [1, s, all of them one
+    after the other]: [1, s, heads, d of v]. Those named in ``by_token`` are [1, s, heads, d].
 
     Heads are widened by zeros to what the cache has, which add nothing to any product.
     """
     assert values.cache is not None
-    by_token = [permute(values, each.astype(values.compute_dtype), [0, 2, 1, 3]) for each in (q, k, v)]
-    qkv = op.concat([_widened(each, values.head_dim) for each in by_token], dim=2)
+    if qkv is None:
+        found = [
+            each if name in by_token else permute(values, each, [0, 2, 1, 3])
+            for name, each in (("q", q), ("k", k), ("v", v))
+            if each is not None
+        ]
+        qkv = op.concat([_widened(each.astype(values.compute_dtype), values.head_dim) for each in found], dim=2)
+    else:
+        qkv = _widened(reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width)), values.head_dim)
     y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=scale)
     values.layers += 1
     return y if value_width == values.head_dim else cut(values, y, 3, 0, value_width, 1)

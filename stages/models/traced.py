@@ -27,8 +27,9 @@ class TracedConfig:
     of :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
     embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
     state dict that nothing reads; ``older`` are those that a checkpoint of an earlier transformers may have otherwise
-    (:func:`stages.tracing.older.forms`). ``settled`` is the context that rotary frequencies were chosen for, 0 if they
-    do not depend on it; then ``unsettled`` is config.json as it was read.
+    (:func:`stages.tracing.older.forms`). ``frequencies`` and ``attention_factor`` are what the cache turns heads by, as
+    in :class:`~stages.models.family.AttentionCache`. ``settled`` is the context that rotary frequencies were chosen
+    for, 0 if they do not depend on it; then ``unsettled`` is config.json as it was read.
     """
 
     model_type: str
@@ -39,6 +40,8 @@ class TracedConfig:
     hidden_size: int
     num_layers: int
     max_positions: int
+    frequencies: Sequence[float]
+    attention_factor: float
     settled: int
     unsettled: Mapping[str, Any]
     tied: bool
@@ -52,7 +55,7 @@ class TracedConfig:
 
     @property
     def attention(self) -> AttentionCache:
-        """What the KV cache must know: rotation is in the graph, so that the cache turns nothing."""
+        """What the KV cache must know; what it does not turn, the graph does."""
         layers = [arguments for name, arguments in self.parts["body"]["nodes"] if name == "attention"]
         windows = [layer["window"] for layer in layers]
         width = max(max(layer["width"], layer["value_width"]) for layer in layers)
@@ -60,7 +63,8 @@ class TracedConfig:
             layers[0]["heads"],
             layers[0]["kv_heads"],
             -(-width // LANES) * LANES,
-            frequencies=(),
+            frequencies=tuple(self.frequencies),
+            attention_factor=self.attention_factor,
             sliding_window=max(windows),
             full_layers=tuple(number for number, window in enumerate(windows) if not window),
             softcap=layers[0]["softcap"],

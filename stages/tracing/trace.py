@@ -10,6 +10,7 @@ from stages.tracing import leaves, older
 from stages.tracing.export import EXAMPLE, Part, export
 from stages.tracing.merge import merged, read
 from stages.tracing.names import Names
+from stages.tracing.rotation import hoisted, packed
 from stages.tracing.routers import routers
 from stages.tracing.source import open_source, positions_of
 
@@ -39,6 +40,8 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
     parts, hidden, vocab = _parts(source, names)
     apart = routers(parts["body"], names.shapes)
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
+    parts["body"], rotation = hoisted(parts["body"], names.constants)
+    parts["body"] = packed(parts["body"])
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention:
         raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
@@ -51,6 +54,8 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_layers": len(attention),
         "max_positions": positions_of(source.config),
+        "frequencies": list(rotation.frequencies) if rotation else [],
+        "attention_factor": rotation.factor if rotation else 1.0,
         "settled": source.settled,
         "unsettled": dict(raw) if source.settled else {},
         "tied": names.tied,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 pytest.importorskip("torch")
 
+from stages import profiles
 from tests.stages import families, traced
+from tests.stages.libraries import Registered, build_graph
 
 CHUNK = families.CHUNK
 STEPS = 64
@@ -73,3 +76,22 @@ def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
     rewritten = {"addmm", "index"}  # into linear layers and rows of tables
     shapes = {"reshape", "split", "unbind", "item"}
     assert {*vocabulary.OPERATORS.values()} - rewritten | shapes == set(OPERATORS)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "mistral"))],
+)
+def test_a_model_of_a_family_has_the_operators_of_the_family_when_it_is_traced(tmp_path: Path, model_type: str) -> None:
+    """Rotation is the cache's, projections of one input are one: the same kernels, so the same logits and speed."""
+    profiles.compiler()
+    checkpoint = traced.write(tmp_path / "checkpoint", model_type)
+    counts = {}
+    for frontend in ("native", "traced"):
+        ports = families.parse_and_register(tmp_path / frontend, checkpoint, "q4f16_1", frontend=frontend)
+        folder = tmp_path / frontend / "graph"
+        build_graph(folder, Registered(ports["config"], ports["params"]), "llvm", "decode")
+        operators = json.loads((folder / "graph.json").read_text())["operators"]["decode"]
+        views = ("reshape", "tuple", "vm.builtin.attention_kv_cache_get_query_positions")  # no kernels
+        counts[frontend] = {name: count for name, count in operators.items() if name not in views}
+    assert counts["traced"] == counts["native"]

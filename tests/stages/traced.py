@@ -48,7 +48,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "hidden_size": 64},
     "llama": {"head_dim": 32},
+    "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"head_dim": 32},
+    "mistral": {"head_dim": 32, "sliding_window": 20},
     "gpt_neox": {},
     "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True, "qk_layernorm": False},
 }  # fmt: skip
