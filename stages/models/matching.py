@@ -61,9 +61,11 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
     unused |= dict.fromkeys(left.beside, "the model has no such part")
     unused |= dict.fromkeys(zeros, "a bias of zeros")
     if left.beside:
+        wrapper = getattr(config, "wrapper", "")
+        why = f": of {wrapper} the text model alone is built" if wrapper else ", as transformers does"
         notes.append(
-            f"{len(left.beside):,} tensors are of no part of a {family.name} model and are left out, as transformers "
-            f"does: {listed(left.beside)}"
+            f"{len(left.beside):,} tensors are of no part of a {family.name} model and are left out{why}: "
+            f"{listed(left.beside)}"
         )
     if left.layers:
         unused |= {name: "a layer beyond the model's" for names in left.layers.values() for name in names}
