@@ -5,6 +5,7 @@ What was traced is data (:mod:`stages.tracing`), so that nothing behind config-p
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,15 +76,13 @@ def parse(raw: Mapping[str, Any], window: int = 0) -> TracedConfig:
     """Trace the model that a raw config.json describes, for a context of ``window`` positions (0: all it was made for);
     :class:`ConfigError` if transformers or we cannot.
     """
-    try:
-        from stages.tracing.trace import trace
-    except ImportError as error:
-        if error.name not in ("torch", "transformers"):
-            raise
+    if importlib.util.find_spec("torch") is None:
         raise ConfigError(
             f"config.json: model_type {raw['model_type']!r} has no family of its own, so it is traced from "
             "transformers' modelling code, which needs torch: install the extra trace (pip install 'stagegraph[trace]')"
-        ) from None
+        )
+    from stages.tracing.trace import trace
+
     config = TracedConfig(**trace(raw, window))
     _check(config)
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 pytest.importorskip("torch")
 
 from stages import profiles
+from stages.checkpoint.errors import ConfigError
+from stages.models.traced import parse
 from tests.stages import families, traced
 from tests.stages.libraries import Registered, build_graph
 
@@ -95,3 +98,32 @@ def test_a_model_of_a_family_has_the_operators_of_the_family_when_it_is_traced(t
         views = ("reshape", "tuple", "vm.builtin.attention_kv_cache_get_query_positions")  # no kernels
         counts[frontend] = {name: count for name, count in operators.items() if name not in views}
     assert counts["traced"] == counts["native"]
+
+
+def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    refused = {
+        "bert": "BertSelfAttention attends to later tokens too: this is no decoder",
+        "bloom": r"transformer: node arange\w*: arange over the tokens",
+        "t5": "'t5' is an encoder with a decoder",
+        "vit": "'vit' is no causal language model",
+        "gpt-of-tomorrow": r"transformers \S+ does not know it either; the code that its auto_map names is never run",
+    }
+    for model_type, reason in refused.items():
+        raw = {"model_type": model_type, "auto_map": {"AutoConfig": "x.Y"}, "intermediate_size": 64, **small}
+        with pytest.raises(ConfigError, match=reason):
+            parse(raw)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ConfigError, match=r"needs torch: install the extra trace \(pip install 'stagegraph\[trace\]'\)"
+    ):
+        parse({"model_type": "olmo2", **small})
+
+
+def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:
+    """Llama's is taken out of the graph, with the frequencies that its model has; Gemma 3 has two of them."""
+    for model_type, taken in (("stablelm", 2), ("gemma3_text", 0)):
+        raw = {**traced.SIZES, **traced.FAMILIES[model_type], "model_type": model_type}
+        config = parse(raw)
+        cosines = [name for name, _ in config.parts["body"]["nodes"] if name == "cos"]
+        assert (len(config.frequencies), bool(cosines)) == (taken, not taken)
