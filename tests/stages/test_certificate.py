@@ -169,6 +169,8 @@ def test_an_origin_is_what_the_folder_says(tmp_path):
         folder.mkdir(parents=True)
     (downloaded / "config.json.metadata").write_text(f"{COMMIT}\nan etag\n1700000000.0\n")
     assert hub_origin(snapshot) == f"ORG/a-model--b@{COMMIT}"
+    (snapshot / "model.gguf").write_bytes(b"GGUF")
+    assert hub_origin(snapshot / "model.gguf") == f"ORG/a-model--b@{COMMIT}"
     assert hub_origin(tmp_path / "here") == f"@{COMMIT}"
     assert hub_origin(tmp_path / "plain" / COMMIT) == ""
     resolved = Verify().resolve(Verify.Params(checkpoint=str(snapshot), target="llvm"))

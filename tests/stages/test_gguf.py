@@ -19,6 +19,7 @@ from stages.checkpoint.gguf import container, folder
 from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights
 from stages.config_parse import ConfigParse
+from stages.quantize import Quantize
 from stages.tokenizers import gguf_files
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.sentencepiece_model import read_model
@@ -90,6 +91,31 @@ def test_every_type_is_dequantized_as_by_its_own_package(kind: str, tmp_path: Pa
     name = "model.layers.1.self_attn.k_proj.weight"
     np.testing.assert_array_equal(gguf_samples.paired(weights[name].astype(np.float32), 2), wanted)
     assert table[name]["packed"]["called"] == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "scales", "twice"),
+    [
+        ("Q4_0", "q4s32", "full", "2 matrices are quantized already (Q8_0)"),  # embedding and head, by 127 steps
+        ("Q4_1", "q4a32", "max", ""),
+        ("Q8_0", "q8f16_1", "max", ""),
+        ("Q6_K", "q8f16_1", "max", "8 matrices are quantized already (Q6_K)"),
+    ],
+)
+def test_a_row_that_is_a_type_holds_its_values_as_they_are(
+    kind: str, scheme: str, scales: str, twice: str, tmp_path: Path
+) -> None:
+    """And where none does, it is said how much more is lost."""
+    path = tmp_path / "model.gguf"
+    gguf_samples.write(path, "llama", kind)
+    ports = families.parse_and_register(tmp_path / "stages", path, scheme)
+    choice = {"scheme": scheme, "scales": scales, "target": "llvm", "checkpoint": str(path)}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    lines = json.loads((tmp_path / "made" / "report.json").read_text())["tensors"]
+    lost = [line["name"] for line in lines if line["rmse"] and "norm" not in line["name"]]
+    assert len(lost) == int(twice[:1] or 0)
+    said = [text for text in ctx.warnings if "a second time" in text]
+    assert [text[: len(twice)] for text in said] == [twice] * bool(twice)
 
 
 def test_the_sizes_of_types_are_those_of_the_package() -> None:
@@ -260,6 +286,7 @@ def test_planning_reads_the_first_keys_and_imports_nothing_for_it(whole: Path) -
     script = f"""
 import sys
 from stages.config_parse import ConfigParse
+from stages.quantize import Quantize
 from stages.tokenizer_bundle import TokenizerBundle
 for stage in (ConfigParse(), TokenizerBundle()):
     params = stage.Params(checkpoint={str(whole)!r})
