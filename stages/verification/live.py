@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,12 @@ from stages.models import described
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
 from stages.tracing import hollow
-from stages.verification import apart, rounding, weights
+from stages.verification import apart, lending, rounding, weights
 from stages.verification import original as original_model
 from stages.verification.checks import difference
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stages.verification.apart import Progress
 
@@ -82,47 +83,101 @@ def compute(request: Request, progress: Progress = lambda *_: None) -> dict[str,
     result: dict[str, Any] = {}
     if request.original:
         result |= original_model.compute(original_model.Request(**request.original), progress)
-    model = load(request, progress)
-    passes = 2 + len(request.continued)
-
-    def forward(ids: Sequence[int], number: int) -> np.ndarray:
-        with torch.inference_mode():
-            logits: np.ndarray = model(torch.tensor([[*ids]]), use_cache=False).logits[0].float().numpy()
-        progress(number, passes, "passes of the reference")
-        return logits
-
-    logits = forward(request.tokens, 1)
-    with rounding.rounded(model, request.arithmetic):
-        spread = difference(forward(request.tokens, 2), logits)
+    pieces = [request.tokens, *([*prompt, *ids[:-1]] for prompt, ids in request.continued)]
+    places = [range(len(request.tokens))]
+    places += [range(len(prompt) - 1, len(prompt) + len(ids) - 1) for prompt, ids in request.continued]
+    logits, *following = _read(request, pieces, places, progress)
+    (moved,) = _read(request, pieces[:1], places[:1], progress, request.arithmetic)
     origin = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    result |= {"origin": origin, "logits": logits, "spread": spread}
-    for i, (prompt, ids) in enumerate(request.continued):
-        rows = forward([*prompt, *ids[:-1]], 3 + i)[len(prompt) - 1 :, : request.active_vocab_size]
-        result[f"picks_{i}"] = rows.argmax(-1)
-    return result
+    result |= {"origin": origin, "logits": logits, "spread": difference(moved, logits)}
+    return result | {f"picks_{i}": rows.argmax(-1) for i, rows in enumerate(following)}
 
 
-def load(request: Request, progress: Progress = lambda *_: None) -> Any:
-    """Return transformers' model in float32 with the weights that the bundle holds, dequantized."""
+def _read(
+    request: Request,
+    pieces: Sequence[Sequence[int]],
+    places: Sequence[range],
+    progress: Progress,
+    arithmetic: str = "",
+) -> list[np.ndarray]:
+    """Return the logits [n, V] after ``places`` of each of ``pieces``, of those after the first by the ids in use; what
+    layers read is rounded as in ``arithmetic``, if that is said.
+    """
+    import torch
+
+    whole = frozenset[str]()
+    while True:
+        found: list[list[np.ndarray]] = [[] for _ in pieces]
+        with loaded(request, progress, whole) as (model, used), torch.inference_mode():
+            with rounding.rounded(model, arithmetic) if arithmetic else nullcontext():
+                for number, _, rows in lending.logits(model, pieces, places):
+                    found[number].append(rows[:, : request.active_vocab_size if number else None].numpy())
+            passed_by = frozenset(lending.owners(model)) - used - whole
+        if not passed_by:
+            return [np.concatenate(each) for each in found]
+        whole |= passed_by  # some part may compute with them by itself: they are there all the time, then
+
+
+@contextmanager
+def loaded(
+    request: Request, progress: Progress = lambda *_: None, whole: frozenset[str] = frozenset()
+) -> Iterator[tuple[Any, set[str]]]:
+    """Yield transformers' model in float32 with the weights that the bundle holds, dequantized while a module uses
+    them or, of the modules ``whole``, once; and the names of the modules that have computed.
+    """
     import torch
     import transformers
 
     registry = json.loads(Path(request.params).read_text("utf-8"))
     records = tensor_cache.records(Folder(Path(request.bundle)))  # verify has checked them
-    tensors: dict[str, np.ndarray] = {}
-    total = sum(len(entry["sources"]) for entry in registry["logical"])
-    for done, tensor in enumerate(weights.held(registry, records), start=1):
-        tensors[tensor.name] = tensor.values()
-        progress(done, total, "tensors of the reference")
     family, config = described(json.loads(Path(request.config).read_text("utf-8")))
-    name, keywords, state = family.to_reference(config, tensors)
+    name, keywords, state = family.to_reference(config, weights.by_name(registry, records))
     cls = getattr(transformers, name)
     with hollow.parameters_without_memory():
         model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
-    # assign: the arrays become the parameters, so that the weights are in memory once.
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()}, strict=True, assign=True)
     model.tie_weights()
-    return model
+    hollow.spread(model)
+    divisors = _rescaled(model)
+
+    def values(name: str) -> Any:
+        array = state[name].values()
+        return torch.from_numpy(array / np.float32(divisors[name]) if name in divisors else array)
+
+    _check_names(model, state)
+    model.load_state_dict({name: values(name) for name, _ in model.named_buffers() if name in state}, strict=False)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] in whole:
+            parameter.data = values(name)
+
+    def tell(done: int, total: int) -> None:
+        progress(done, total, "modules of the reference")
+
+    with lending.lent(model, lambda name, _: values(name), progress=tell) as used:
+        yield model, used
+
+
+def _check_names(model: Any, state: Mapping[str, weights.Rows]) -> None:
+    """Refuse a state that is not, name by name and shape by shape, what the model has."""
+    wanted = {name: tuple(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
+    wanted |= {name: tuple(each.shape) for name, each in model.named_buffers() if name in state}
+    found = {name: each.shape for name, each in state.items()}
+    if names := [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]:
+        text = ", ".join(f"{name} (bundle {found.get(name)}, model {wanted.get(name)})" for name in names[:3])
+        raise apart.LiveError(f"transformers' {type(model).__name__} has other parameters: {text}")
+
+
+def _rescaled(model: Any) -> dict[str, int]:
+    """Return by what some parameters are divided: RWKV's are, in place, when the model first computes, and what it
+    makes of them is halved as often; what is lent must be so from the beginning.
+    """
+    every = getattr(model.config, "rescale_every", 0)
+    if not every:
+        return {}
+    body = getattr(model, model.base_model_prefix)
+    body.layers_are_rescaled = True
+    names = ("attention.output.weight", "feed_forward.value.weight")
+    prefix = f"{model.base_model_prefix}.blocks"
+    return {f"{prefix}.{i}.{name}": 2 ** (i // every) for i in range(len(body.blocks)) for name in names}
 
 
 def main(request_path: str, result_path: str) -> None:

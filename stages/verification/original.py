@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from blake3 import blake3
 
-from stages.verification import streaming
+from stages.verification import lending, streaming
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 KIND = "original"  # of part: what one checkpoint says of one set of probes, shared by all schemes and targets
 TOP = 1024  # of the likeliest tokens of a place are kept by themselves, the others as one sum
-ROWS = 128  # whose logits are in memory at a time
 # ids uint32 [n, TOP] and log_probs float32 [n, TOP], the likeliest first; chosen float32 [n]: the log probability of
 # the token that stands there; what computes it in words; modules by name, and the largest magnitude that each reads or
 # gives on the probes, float32.
@@ -62,15 +61,19 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     import torch
 
     mapped, model, origin = streaming.load(request.root, request.files, request.config, request.scratch)
-    with torch.inference_mode():
-        longest = max(map(len, request.pieces))
-        padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
-        valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in request.pieces])
-        largest: dict[str, float] = {}
-        with _watched(model, valid, largest), streaming.weights_in_float32(model, mapped, progress):
-            found = [
-                _likeliest(logits, torch.tensor(following)) for logits, following in _logits(model, padded, request)
-            ]
+    pieces, longest = request.pieces, max(map(len, request.pieces))
+    valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in pieces])
+    places = [range(request.skipped, len(piece) - 1) for piece in pieces]
+    largest: dict[str, float] = {}
+    with (
+        torch.inference_mode(),
+        _watched(model, valid, largest),
+        streaming.weights_in_float32(model, mapped, progress),
+    ):
+        found = [
+            _likeliest(rows, torch.tensor(pieces[number][some.start + 1 : some.stop + 1]))
+            for number, some, rows in lending.logits(model, pieces, places)
+        ]
     columns = [np.concatenate(column) for column in zip(*found, strict=True)]
     ranges = np.array(list(largest)), np.array(list(largest.values()), np.float32)
     return dict(zip(ARRAYS, [*columns, np.array(origin), *ranges], strict=True))
@@ -118,46 +121,13 @@ def _watched(model: Any, valid: Any, largest: dict[str, float]) -> Iterator[None
 
         return after
 
-    named = [(name, module) for name, module in model.named_modules() if streaming.owns(module)]
+    named = [(name, module) for name, module in lending.owners(model).items()]
     hooks = [module.register_forward_hook(note(name)) for name, module in named]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _logits(model: Any, padded: Any, request: Request) -> Iterator[tuple[Any, Sequence[int]]]:
-    """Yield logits float32 [n, V] of some places at a time, and the ids that stand after them.
-
-    The body reads everything at once; what makes logits of its result, the head and whatever the model does with its
-    output, is transformers' own forward with the body's result put in.
-    """
-    import torch
-
-    prefix = model.base_model_prefix
-    body = getattr(model, prefix)
-    outputs = body(padded, use_cache=False)
-    states = outputs.last_hidden_state.float()
-
-    class Given(torch.nn.Module):
-        """Stands where the body was and returns what it was given."""
-
-        states: Any
-
-        def forward(self, *_arguments: Any, **_keywords: Any) -> Any:
-            return type(outputs)(**{**outputs, "last_hidden_state": self.states})
-
-    given = Given()
-    setattr(model, prefix, given)
-    for number, piece in enumerate(request.pieces):
-        for start in range(request.skipped, len(piece) - 1, ROWS):
-            end = min(start + ROWS, len(piece) - 1)
-            given.states = states[number : number + 1, start:end]
-            yield (
-                model(padded[number : number + 1, start:end], use_cache=False).logits[0].float(),
-                piece[start + 1 : end + 1],
-            )
 
 
 def _likeliest(logits: Any, following: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

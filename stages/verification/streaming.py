@@ -24,7 +24,7 @@ from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights, as_dtype
 from stages.models import naming
 from stages.tracing import hollow
-from stages.verification import gguf_original
+from stages.verification import gguf_original, lending
 from stages.verification.apart import LiveError
 
 if TYPE_CHECKING:
@@ -209,39 +209,15 @@ def _by_family(described: Path, mapped: Any) -> Any:
     return model
 
 
-def owns(module: Any) -> bool:
-    """Say whether a module has parameters of its own, beside those of modules within it."""
-    return next(module.parameters(recurse=False), None) is not None
-
-
 @contextmanager
 def weights_in_float32(model: Any, mapped: Any, progress: Progress = lambda *_: None) -> Iterator[None]:
     """Give each module its own parameters in float32 while it computes, and no longer."""
-    import torch
 
-    owners = [module for module in model.modules() if owns(module)]
-    done = 0
+    def values(_name: str, parameter: Any) -> Any:
+        return parameter.data.float()
 
-    def before(module: Any, _inputs: Any) -> None:
-        module.stored = [parameter.data for parameter in module.parameters(recurse=False)]
-        for parameter in module.parameters(recurse=False):
-            if parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
+    def tell(done: int, total: int) -> None:
+        progress(done, total, "modules of the original")
 
-    def after(module: Any, _inputs: Any, _outputs: Any) -> None:
-        nonlocal done
-        for parameter, stored in zip(module.parameters(recurse=False), module.stored, strict=True):
-            parameter.data = stored
-        del module.stored
-        mapped.release()
-        if done < len(owners):
-            done += 1
-            progress(done, len(owners), "modules of the original")
-
-    hooks = [module.register_forward_pre_hook(before) for module in owners]
-    hooks += [module.register_forward_hook(after) for module in owners]
-    try:
+    with lending.lent(model, values, mapped.release, tell):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -89,28 +89,74 @@ def mismatched(registry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, A
 def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Held]:
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
-        arrays = [records[name].load() for name in entry["stored"]]
-        row = Row(**entry["quantize"]) if entry["quantize"] else None
-        if entry["layout"] != "nk":
-            each = zip(arrays, row.element_bits if row else [0], strict=True)
-            arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array, bits in each]
-        if entry["transform"] == "transpose":
-            (name,), (source,) = entry["source_names"], entry["sources"]
-            yield Held(name, source, tuple(entry["shape"]), arrays, row, turned=True)
-            continue
-        one_for_all = arrays[1:] if row and row.kind == "tensor" else []
-        parts = [
-            transforms.invert(
-                entry["transform"],
-                array,
-                [[*(shape[:-1] or shape), *array.shape[1:]] for shape in entry["source_shapes"]],
-            )
-            for array in arrays[: len(arrays) - len(one_for_all)]
-        ]
-        parts += [[array] * len(entry["sources"]) for array in one_for_all]
-        tensors = zip(entry["source_names"], entry["sources"], entry["source_shapes"], strict=True)
-        for (name, source, shape), stored in zip(tensors, zip(*parts, strict=True), strict=True):
-            yield Held(name, source, tuple(shape), stored, row)
+        yield from _held_by(entry, records)
+
+
+def _held_by(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Held]:
+    arrays = [records[name].load() for name in entry["stored"]]
+    row = Row(**entry["quantize"]) if entry["quantize"] else None
+    if entry["layout"] != "nk":
+        each = zip(arrays, row.element_bits if row else [0], strict=True)
+        arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array, bits in each]
+    if entry["transform"] == "transpose":
+        (name,), (source,) = entry["source_names"], entry["sources"]
+        yield Held(name, source, tuple(entry["shape"]), arrays, row, turned=True)
+        return
+    one_for_all = arrays[1:] if row and row.kind == "tensor" else []
+    parts = [
+        transforms.invert(
+            entry["transform"],
+            array,
+            [[*shape[:-1], *array.shape[1:]] if row else shape for shape in entry["source_shapes"]],
+        )
+        for array in arrays[: len(arrays) - len(one_for_all)]
+    ]
+    parts += [[array] * len(entry["sources"]) for array in one_for_all]
+    tensors = zip(entry["source_names"], entry["sources"], entry["source_shapes"], strict=True)
+    for (name, source, shape), stored in zip(tensors, zip(*parts, strict=True), strict=True):
+        yield Held(name, source, tuple(shape), stored, row)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive rows of a tensor that a bundle holds, read when their values are asked for and not kept."""
+
+    read: Callable[[], Held]
+    shape: tuple[int, ...]
+    start: int = 0
+
+    def __getitem__(self, rows: slice) -> Rows:
+        """Return some of the rows."""
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1, "rows are consecutive"
+        return Rows(self.read, (stop - start, *self.shape[1:]), self.start + start)
+
+    def values(self) -> np.ndarray:
+        """Return the rows in float32."""
+        return self.read().values()[self.start : self.start + self.shape[0]]
+
+
+def by_name(registry: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Rows]:
+    """Return every checkpoint tensor by the model's name, of which nothing is in memory before it is asked for.
+
+    What is stored together is kept until something else is asked for: a layer asks for its q, k and v one by one.
+    """
+    kept: dict[int, list[Held]] = {}
+
+    def reader(number: int, position: int) -> Callable[[], Held]:
+        def read() -> Held:
+            if number not in kept:
+                kept.clear()
+                kept[number] = [*_held_by(registry["logical"][number], records)]
+            return kept[number][position]
+
+        return read
+
+    return {
+        name: Rows(reader(number, position), tuple(shape))
+        for number, entry in enumerate(registry["logical"])
+        for position, (name, shape) in enumerate(zip(entry["source_names"], entry["source_shapes"], strict=True))
+    }
 
 
 def differences(

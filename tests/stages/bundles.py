@@ -127,20 +127,19 @@ def record(built: Built) -> None:
         continued=(),
         active_vocab_size=tokenizer.active_vocab_size,
     )
-    model = live.load(request)
+    with live.loaded(request) as (model, _):
+        spare = range(tokenizer.active_vocab_size, model.config.vocab_size)
+        options = {"eos_token_id": None, "suppress_tokens": [*spare] or None}
 
-    spare = range(tokenizer.active_vocab_size, model.config.vocab_size)
-    options = {"eos_token_id": None, "suppress_tokens": [*spare] or None}
+        def continued(ids: list[int], count: int) -> list[int]:
+            found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, **options)
+            return found[0].tolist()  # type: ignore[no-any-return]
 
-    def continued(ids: list[int], count: int) -> list[int]:
-        found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, **options)
-        return found[0].tolist()  # type: ignore[no-any-return]
-
-    tokens = continued(tokenizer.encode(prompt)[:64], 64)
-    with torch.inference_mode():
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
-    greeted = tokenizer.encode(greeting)
-    ids = continued(greeted, 24)[len(greeted) :]
+        tokens = continued(tokenizer.encode(prompt)[:64], 64)
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+        greeted = tokenizer.encode(greeting)
+        ids = continued(greeted, 24)[len(greeted) :]
     (built.checkpoint / "reference").mkdir()
     script = built.checkpoint / "record_reference.py"
     script.write_text("# stands for the script that makes a recording\n")
