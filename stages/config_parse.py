@@ -300,11 +300,16 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
 
 
 def _view(family: Family, raw: Mapping[str, Any], model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
+    from stages.models import TRACED
+
     shown = {key: value for key, value in model["config"].items() if key not in GRAPHS}
     rows = [("model", ""), *((f"  {key}", value) for key, value in shown.items())]
     rows.append(("  context_window", model["context_window"]))
-    honoured = [key for key in sorted(raw) if family.keys.get(key) == "honoured"]
-    for title, keys in (("honoured", honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
+    # Of a traced model, transformers' class has read all of them, as what they are to it.
+    traced = model["family"] == TRACED
+    honoured = [key for key in sorted(raw) if traced or family.keys.get(key) == "honoured"]
+    said = "read by transformers:" if traced else "honoured"
+    for title, keys in ((said, honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
         if keys:
             rows += [(f"{title} keys of {CONFIG}", ""), *((f"  {_short(key)[1:-1]}", _short(raw[key])) for key in keys)]
     dtypes = sorted({info.dtype for _, info in tensors.values()})
