@@ -53,6 +53,13 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
             model = cls._from_config(text, **options).eval()
     except ConfigError:
         raise
+    except KeyError as error:
+        if error.args != (doors.NAME,):
+            raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {error!r}") from None
+        raise ConfigError(
+            f"{cls.__name__}: its attention does not go through transformers' interface; a family of its own is needed "
+            "(docs/extending.md)"
+        ) from None
     except Exception as error:  # noqa: BLE001 - whatever a modelling file raises of a config that it cannot use
         raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
     hollow.spread(model)
