@@ -229,16 +229,36 @@ def test_a_quantized_checkpoint_has_the_values_that_its_format_says(form: str, t
 
 def compare_original(tmp_path: Path, files: dict[str, Path], config: Path, values: dict[str, np.ndarray]) -> None:
     import torch
-    import transformers
 
     pieces = [[1, 5, 77, 30, 2, 9, 120, 44]]
     found = original.compute(original.Request(tmp_path / "model", files, config, pieces, 0, tmp_path), lambda *_: None)
+    wanted = torch.from_numpy(logits_of(values, pieces[0]))[:-1].log_softmax(-1).topk(16).values.numpy()
+    np.testing.assert_allclose(found["original_log_probs"][:, :16], wanted, atol=2e-5)
+    assert "dequantized from" in str(found["original_origin"])
+
+
+def logits_of(values: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
+    """transformers' logits [n, V] on these tensors."""
+    import torch
+    import transformers
+
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in values.items()})
     with torch.no_grad():
-        wanted = model(torch.tensor(pieces)).logits[0, :-1].log_softmax(-1).topk(16).values.numpy()
-    np.testing.assert_allclose(found["original_log_probs"][:, :16], wanted, atol=2e-5)
-    assert "dequantized from" in str(found["original_origin"])
+        found: np.ndarray = model(torch.tensor([ids])).logits[0].numpy()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bundle_of_a_quantized_checkpoint_has_the_logits_of_its_values(form: str, tmp_path: Path) -> None:
+    values = write(tmp_path / "model", form)
+    case = families.Case("Llama", CONFIG)
+    session = families.build(tmp_path, case, "q0f32", checkpoint=tmp_path / "model").session()
+    ids = [1, 5, 77, 30, 2, 9, 120, 44]
+    sequence = session.add()
+    found = [session.prefill(sequence, ids[:4]), *(session.decode(sequence, token) for token in ids[4:])]
+    assert families.error(np.stack([*map(np.ravel, found)]), logits_of(values, ids)[3:]) < 1e-4
 
 
 def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Path) -> None:
