@@ -29,12 +29,19 @@ EXAMPLES = [str(ROOT / "examples" / name) for name in ("tiny-qwen", "tiny-llama"
 PAD = 0
 sys.path += [str(ROOT), str(ROOT / "examples" / "tiny-qwen")]
 
-# Schemes with how scales are chosen, the fewest bits first, and ggml's type that each must not cost more than.
+# Schemes with how scales are chosen, and ggml's type that each must not cost more than.
 OURS = [
     *(("q3f16_1", "max", ""), ("q3f16_1", "mse", "")),
     *(("q4f16_1", "max", ""), ("q4f16_1", "full", "Q4_0"), ("q4f16_1", "mse", "Q4_0")),
     *(("q4s128", "mse", ""), ("q4s64", "mse", ""), ("q4s32", "full", "Q4_0 e8"), ("q4s32", "mse", "Q4_0 e8")),
-    *(("q4a128", "max", ""), ("q4a64", "max", ""), ("q4a32", "max", "Q4_1 e8"), ("q4a32", "mse", "Q4_1 e8")),
+    *(
+        ("q4a128", "max", ""),
+        ("q4a64", "max", ""),
+        ("q4k", "max", ""),
+        ("q4k", "mse", ""),
+        ("q4a32", "max", "Q4_1 e8"),
+        ("q4a32", "mse", "Q4_1 e8"),
+    ),
     ("q8f16_1", "max", ""),
 ]
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -181,17 +188,13 @@ def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:
     costs: dict[str, float] = {}
     print(f"\n{checkpoint.name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
-    rows = []
-    for way in ways():
-        if not only or any(word in way.label for word in only):
-            found = measured.figures(way)
-            costs[way.label] = found.kl_mean
-            figures = f"{found.kl_mean:.5f} | {found.kl_99:.4f} | {found.top1:.4f} | {found.perplexity:.4f}"
-            rows.append((measured.bits(way), f"{way.label} | {measured.bits(way):.3f} | {figures}"))
-            floor = found.perplexity_original
-    for _, line in sorted(rows):
-        print(f"| {line} |")
-    print(f"| float32 | 32 | 0 | 0 | 1 | {floor:.4f} |", flush=True)
+    chosen = [way for way in ways() if not only or any(word in way.label for word in only)]
+    for way in sorted(chosen, key=measured.bits):
+        found = measured.figures(way)
+        costs[way.label] = found.kl_mean
+        figures = f"{found.kl_mean:.5f} | {found.kl_99:.4f} | {found.top1:.4f} | {found.perplexity:.4f}"
+        print(f"| {way.label} | {measured.bits(way):.3f} | {figures} |", flush=True)
+    print(f"| float32 | 32 | 0 | 0 | 1 | {found.perplexity_original:.4f} |", flush=True)
     return [
         f"{checkpoint.name}: {name} {scales} costs {costs[f'{name} {scales}']:.5f}, {peer} {costs[peer]:.5f}"
         for name, scales, peer in OURS
