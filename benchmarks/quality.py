@@ -143,9 +143,9 @@ class Measured:
         from stages.verification import advice, streaming
         from tests.local_context import run_stage
 
-        parsed = run_stage(ConfigParse(), work, {"checkpoint": str(checkpoint)}).out
+        parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)}).out
         files = {path.name: path for path in checkpoint.glob("*.safetensors")}
-        self._mapped, self._model, _ = streaming.load(checkpoint, files, parsed / "model.json")
+        self._mapped, self._model, _ = streaming.load(checkpoint, files, parsed / "model.json", work)
         self._matrices = advice.matrices_of(self._model)
         pieces = read(checkpoint, tokens)
         longest = max(map(len, pieces))
@@ -184,9 +184,12 @@ class Measured:
 def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:
     """Print the table of a checkpoint; return what costs more than it may."""
     with tempfile.TemporaryDirectory() as work:
-        measured = Measured(checkpoint, tokens, Path(work) / "parsed")
+        return _table(Measured(checkpoint, tokens, Path(work)), checkpoint.name, only)
+
+
+def _table(measured: Measured, name: str, only: Sequence[str]) -> list[str]:
     costs: dict[str, float] = {}
-    print(f"\n{checkpoint.name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
+    print(f"\n{name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
     chosen = [way for way in ways() if not only or any(word in way.label for word in only)]
     for way in sorted(chosen, key=measured.bits):
@@ -196,9 +199,9 @@ def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:
         print(f"| {way.label} | {measured.bits(way):.3f} | {figures} |", flush=True)
     print(f"| float32 | 32 | 0 | 0 | 1 | {found.perplexity_original:.4f} |", flush=True)
     return [
-        f"{checkpoint.name}: {name} {scales} costs {costs[f'{name} {scales}']:.5f}, {peer} {costs[peer]:.5f}"
-        for name, scales, peer in OURS
-        if f"{name} {scales}" in costs and peer in costs and costs[f"{name} {scales}"] > costs[peer] * SLACK + 1e-6
+        f"{name}: {ours} costs {costs[ours]:.5f}, {peer} {costs[peer]:.5f}"
+        for ours, peer in ((f"{scheme} {scales}", peer) for scheme, scales, peer in OURS)
+        if ours in costs and peer in costs and costs[ours] > costs[peer] * SLACK + 1e-6
     ]
 
 

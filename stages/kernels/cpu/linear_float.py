@@ -11,7 +11,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.stored import Stored, level_fraction
+from stages.kernels.cpu.stored import Stored, level_mantissa
 from stages.kernels.cpu.vectors import (
     as_float,
     choose,
@@ -239,15 +239,25 @@ class Product:
         """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``."""
         weight, (_, q_scale, q_outer) = self.weight, self.arguments.weights
         outer, count = at
-        levels = [[q_scale[block, outer * 3 + word, span(0, BLOCK)] for word in range(3)] for block in blocks]
-        scaled, lowered = [_zeros() for _ in blocks], [_zeros() for _ in blocks]
-        for number in range(count):
+        words = [lambda word, block=block: q_scale[block, outer * 3 + word, span(0, BLOCK)] for block in blocks]
+        scaled, lowered = [_zeros() for _ in blocks], [vector(BLOCK) for _ in blocks]
+        total_of_row = sum((sums[outer * LEVELED + number] for number in range(1, count)), sums[outer * LEVELED])
+        for low in lowered:  # what the ones of its mantissas come to
+            put(low, splat(-total_of_row, BLOCK), span(0, BLOCK))
+
+        def group(number: Any) -> None:
             g = outer * LEVELED + number
             values = self._group_values(row, blocks, sums, g)
-            for words, value, scale, low in zip(levels, values, scaled, lowered, strict=True):
-                put(scale, get(scale, BLOCK) + value * level_fraction(words, number), span(0, BLOCK))
-                least = level_fraction(words, LEVELED + number) * splat(sums[g], BLOCK)
+            for word, value, scale, low in zip(words, values, scaled, lowered, strict=True):
+                fraction = level_mantissa(word, number) - constant(1, BLOCK)
+                put(scale, get(scale, BLOCK) + value * fraction, span(0, BLOCK))
+                least = level_mantissa(word, LEVELED + number) * splat(sums[g], BLOCK)
                 put(low, get(low, BLOCK) + least, span(0, BLOCK))
+
+        with T.serial(0, min(count, LEVELED - 1)) as number:
+            group(number)
+        if count == LEVELED:  # whose minimum is in no word
+            group(count - 1)
         for block, scale, low, product in zip(blocks, scaled, lowered, products, strict=True):
             steps, lows = (as_float(q_outer[block, outer * 2 + which, span(0, BLOCK)], BLOCK) for which in (0, 1))
             value = get(scale, BLOCK) * (steps * constant(64.0 * (1 << weight.bits), BLOCK))

@@ -6,7 +6,7 @@ stored of a feature, along k: words of packed elements and the scales of groups,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,15 +129,16 @@ def last_level(words: Sequence[Any], place: int, lanes: int) -> Any:
     return T.bitwise_or(T.bitwise_or(parts[0], parts[1]), parts[2])
 
 
-def level_fraction(words: Sequence[Any], level: int) -> Any:
-    """Return level / 64 of each lane of a block, of three ``words`` of levels: moved into the mantissa of 1."""
-    if level == 2 * LEVELED - 1:
-        bits = last_level(words, 17, BLOCK)
+def level_mantissa(word: Callable[[Any], Any], level: Any) -> Any:
+    """Return 1 + level / 64 of each lane of a block, of the words of levels that ``word(number)`` gives: moved into the
+    mantissa of 1. The last level is known when the kernel is made, others need not be.
+    """
+    if isinstance(level, int) and level == 2 * LEVELED - 1:
+        bits = last_level([word(number) for number in range(3)], 17, BLOCK)
     else:
-        moved = 17 - 6 * (level % 5)
-        shift = T.shift_left if moved > 0 else T.shift_right
-        bits = T.bitwise_and(
-            shift(words[level // 5], constant(abs(moved), BLOCK, "uint32")), constant(63 << 17, BLOCK, "uint32")
-        )
+        found, left = word(level // 5), (49 - level % 5 * 6) % 32  # 17 to the left, or as many bits to the right
+        moved = constant(left, 1, "uint32") if isinstance(level, int) else T.Cast("uint32", left)
+        turned = T.call_llvm_pure_intrin(f"uint32x{BLOCK}", "llvm.fshl", found, found, splat(moved, BLOCK))
+        bits = T.bitwise_and(turned, constant(63 << 17, BLOCK, "uint32"))
     one = T.bitwise_or(bits, constant(0x3F800000, BLOCK, "uint32"))
-    return T.reinterpret(f"float32x{BLOCK}", one) - constant(1, BLOCK)
+    return T.reinterpret(f"float32x{BLOCK}", one)
