@@ -64,6 +64,11 @@ class ParamRegister(Stage):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
         layout = TARGETS[ctx.params.target].layout
+        if layout == "nk" and any(row.levels for row in scheme.rows):
+            raise StageError(
+                f"scheme: {scheme.name} stores scales in two levels, for which target {ctx.params.target} has no "
+                "schedule; q4a64 takes as many bits, q4a32 half a bit more"
+            )
         stored: list[StoredTensor] = []
         logical: list[Parameter] = []
         for parameter in params:

@@ -94,9 +94,9 @@ class Row:
         size = self.group_size
         while size > NARROWEST and k % size:
             size //= 2
-        if k % size or size == self.group_size:
-            return self
-        return replace(self, group_size=size, levels=False)
+        if k % size:
+            return replace(self, levels=False)
+        return self if size == self.group_size else replace(self, group_size=size, levels=False)
 
     def document(self) -> StoredRow:
         """Return the row as params.json records it; ``Row(**document)`` is the row again."""

@@ -25,9 +25,24 @@ def parsed(tmp_path: Path) -> Path:
     return tmp_path / "parsed"
 
 
-def register(parsed: Path, scheme: str) -> LocalContext:
+def register(parsed: Path, scheme: str, target: str = "llvm") -> LocalContext:
     inputs = {"config": parsed / "model.json", "tensors": parsed / "tensors.json"}
-    return run_stage(ParamRegister(), parsed.parent / scheme, {"scheme": scheme, "target": "llvm"}, inputs)
+    return run_stage(ParamRegister(), parsed.parent / scheme, {"scheme": scheme, "target": target}, inputs)
+
+
+def test_each_matrix_has_the_row_of_its_kind_and_length(parsed: Path):
+    register(parsed, "q4k")
+    document = json.loads((parsed.parent / "q4k/params.json").read_text())
+    rows = {entry["kind"]: entry["quantize"] for entry in document["logical"]}
+    assert (rows["embedding"]["bits"], rows["head"]["bits"], rows["norm"]) == (8, 8, None)
+    assert (rows["linear"]["bits"], rows["linear"]["levels"]) == (4, True)
+    assert {entry["name"].rpartition(".")[2] for entry in document["params"]} >= {"q_weight", "q_scale", "q_outer"}
+
+
+def test_a_row_that_a_target_has_no_schedule_for_is_refused(parsed: Path):
+    with pytest.raises(StageError, match=r"q4k stores scales in two levels.*target cuda.*q4a64"):
+        register(parsed, "q4k", "cuda")
+    register(parsed, "q4a64", "cuda")
 
 
 def change_tensors(parsed: Path, **changes: Any) -> None:
