@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -220,8 +221,6 @@ def unread(contents: Contents) -> list[str]:
 
 def written(folder: Path, documents: dict[str, Any]) -> dict[str, Path]:
     """Write JSON documents by file name; return where they are."""
-    import json
-
     files = {}
     for name, document in documents.items():
         files[name] = folder / name
