@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stages.documents.params import Register
     from stages.graph.export import Build
     from stages.models.family import AttentionCache
+    from stages.targets.table import Target
 
 
 class GraphBuild(Stage):
@@ -129,6 +130,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         )
     if family.state == "rnn" and params.kv_dtype != "auto":
         raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
+    _check_experts(config, target)
     chunk = _chunk(params, model["context_window"], config.attention if family.state == "kv" else None)
     build = Build(
         config=config,
@@ -165,6 +167,12 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         "verify_chunk": None if family.state == "rnn" else build.verify_chunk,
         "vocab_size": model["vocab_size"],
     }
+
+
+def _check_experts(config: Any, target: Target) -> None:
+    """Refuse a mixture where no kernel of ours reads the chosen experts alone."""
+    if getattr(config, "mixture", False) and not target.cpu_kernels:
+        raise StageError(f"target {target.name}: layers of chosen experts are built for target llvm alone so far")
 
 
 def _chunk(params: Any, context_window: int, attention: AttentionCache | None) -> int:

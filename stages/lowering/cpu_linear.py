@@ -136,13 +136,18 @@ def _call(layer: Linear, arguments: Sequence[Any], shape: Sequence[Any]) -> Kern
 
 def _stored(call: rx.Call) -> Stored | None:
     """Return what ``call`` rebuilds a matrix from, if that is a matrix in blocks of features."""
-    tensors = [field.ty for field in call.args[1].fields]
-    if not call.args[0].name_hint.startswith("dequantize") or any(tensor.ndim != 3 for tensor in tensors):
+    if not call.args[0].name_hint.startswith("dequantize"):
         return None
     n, k = (int(size) for size in call.ty.shape.values)
-    columns = [int(tensor.shape.values[1]) for tensor in tensors]
-    if any(int(tensor.shape.values[2]) != BLOCK for tensor in tensors):
+    return stored_as([field.ty for field in call.args[1].fields], k, n)
+
+
+def stored_as(tensors: Sequence[rx.TensorType], k: int, n: int = 0) -> Stored | None:
+    """Return what a matrix of rows of ``k`` is stored as, if in blocks of features: ``n`` of them, or all there are."""
+    if any(tensor.ndim != 3 or int(tensor.shape.values[2]) != BLOCK for tensor in tensors):
         return None
+    columns = [int(tensor.shape.values[1]) for tensor in tensors]
+    n = n or int(tensors[0].shape.values[0]) * BLOCK
     dtype = str(tensors[-1].dtype)
     if len(tensors) == 1:
         return Stored(n, k, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import tvm
 from tvm import relax as rx
 
+from stages.lowering.cpu_experts import cpu_experts
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear
 from stages.lowering.cpu_norm import cpu_norm
@@ -37,7 +38,7 @@ def phases(
     passes = rx.transform
     return {
         "graph": [
-            *([cpu_linear(features, activations), cpu_norm, cpu_gate, cpu_softmax] if row.cpu_kernels else []),
+            *(_for_cpu(features, activations) if row.cpu_kernels else []),
             fuse_transpose_matmul,
             rx.backend.DispatchSampling(),
             rx.backend.DispatchSortScan(),
@@ -73,6 +74,11 @@ def phases(
             passes.AttachGlobalSymbol(),
         ],
     }
+
+
+def _for_cpu(features: Collection[str], activations: str) -> list[Any]:
+    """Return the passes that put our kernels in place of operators."""
+    return [cpu_linear(features, activations), cpu_experts(features), cpu_norm, cpu_gate, cpu_softmax]
 
 
 def lower(

@@ -112,6 +112,11 @@ def div(values: Values, x: Any, other: Any) -> Tensor:
     return _binary(rx.op.divide, "div")(values, x, other)
 
 
+def reciprocal(values: Values, x: Any) -> Tensor:
+    """1 / x."""
+    return div(values, 1.0, x)
+
+
 def power(values: Values, x: Any, exponent: Any) -> Tensor:
     """x ** exponent; a square is a product, which is exact."""
     if exponent == 2:
@@ -239,6 +244,7 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "rsub": rsub,
     "div": div,
     "pow": power,
+    "reciprocal": reciprocal,
     "cast": cast,
     "gelu": gelu,
     "clamp": clamp,

@@ -90,6 +90,32 @@ def stack(values: Values, tensors: Sequence[Any], dim: int = 0) -> Tensor:
     return cat(values, [emitted(rx.op.expand_dims(expr_of(t), dim), "stack") for t in tensors], dim)
 
 
+def slice_scatter(
+    values: Values, x: Any, src: Any, dim: int = 0, start: int = 0, end: int | None = None, step: int = 1
+) -> Tensor:
+    """X with a part along an axis replaced by ``src``."""
+    size = int(x.shape[dim])
+    start, end, step = slice(start, end, step).indices(size)
+    if step != 1:
+        raise NotImplementedError("slice_scatter with a step")
+    outer = [cut(values, x, dim, *limits, 1) for limits in ((0, start), (end, size)) if limits[0] < limits[1]]
+    return cat(values, [*outer[: start > 0], src, *outer[start > 0 :]], dim)
+
+
+def polar(values: Values, abs: Any, angle: Any) -> Tensor:  # noqa: A002 - torch's name
+    """Complex numbers, pairs of floats [..., 2], of these magnitudes and angles."""
+    parts = [ARITHMETIC["mul"](values, abs, ARITHMETIC[part](values, angle)) for part in ("cos", "sin")]
+    return stack(values, parts, -1)
+
+
+def complex_mul(values: Values, x: Any, other: Any) -> Tensor:
+    """The products of complex numbers, pairs of floats [..., 2]."""
+    (a, b), (c, d) = (unbind(values, each, -1) for each in (x, other))
+    mul = functools.partial(ARITHMETIC["mul"], values)
+    real = ARITHMETIC["sub"](values, mul(a, c), mul(b, d))
+    return stack(values, [real, ARITHMETIC["add"](values, mul(a, d), mul(b, c))], -1)
+
+
 def repeat_interleave(values: Values, x: Any, repeats: int, dim: int) -> Tensor:
     """Each place of x several times along an axis."""
     return emitted(rx.op.repeat(expr_of(computed(values, x)), repeats, dim % x.ndim), "repeat")
@@ -228,6 +254,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "item": item,
     "cat": cat,
     "stack": stack,
+    "slice_scatter": slice_scatter,
+    "polar": polar,
+    "complex_mul": complex_mul,
     "repeat_interleave": repeat_interleave,
     "matmul": matmul,
     "gather": gather,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,19 +64,21 @@ class Traced(nn.Module):
         values: list[Any] = [*inputs]
         context = Values(self.compute_dtype, cache, self.config.attention.head_dim)
 
+        kinds: dict[str, Callable[[Any], Any]] = {
+            "value": values.__getitem__,
+            "parameter": lambda name: self.held[self.numbers[name]].value,
+            "constant": lambda number: _constant(self.config.constants[number]),
+            "number": float,
+            "tokens": lambda times: times * tokens,
+        }
+
         def meant(value: Any) -> Any:
             if isinstance(value, list):
                 return [meant(each) for each in value]
             if not isinstance(value, Mapping):
                 return value
             ((kind, which),) = value.items()
-            if kind == "value":
-                return values[which]
-            if kind == "parameter":
-                return self.held[self.numbers[which]].value
-            if kind == "constant":
-                return _constant(self.config.constants[which])
-            return which * tokens  # {"tokens": k}
+            return kinds[kind](which)
 
         for name, arguments in graph["nodes"]:
             values.append(OPERATORS[name](context, **{key: meant(value) for key, value in arguments.items()}))

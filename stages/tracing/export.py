@@ -64,6 +64,8 @@ def export(
             f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}; a family of its own is "
             "needed (docs/extending.md)"
         ) from None
+    if any(getattr(node.target, "__name__", "").startswith("copy_.") for node in program.graph.nodes):
+        program = program.run_decompositions({})  # what is written into a part of a tensor becomes a tensor of its own
     graph = _Graph(program, names)
     return graph.part, tuple(size for size in graph.shape if isinstance(size, int))
 
@@ -77,9 +79,10 @@ class _Graph:
         self.nodes: list[tuple[str, Mapping[str, Any]]] = []
         self.signature = program.graph_signature
         self.program = program
-        (symbol,) = program.range_constraints or [None]
-        self.symbol = symbol
         nodes = list(program.graph.nodes)
+        read = [node.meta["val"] for node in nodes if node.name in self.signature.user_inputs]
+        sizes = [size for value in read for size in value.shape if not isinstance(size, int)]
+        self.symbol = sizes[0].node.expr if sizes else None
         self.inputs = len(self.signature.user_inputs)
         needed = _needed(nodes)
         given = iter(range(self.inputs))
@@ -120,7 +123,8 @@ class _Graph:
 
     def _shape(self, node: Any) -> list[Any]:
         """Return sizes, {"tokens": k} for k times the number of tokens."""
-        return [self._size(size) for size in node.meta["val"].shape]
+        value = node.meta["val"]
+        return [*(self._size(size) for size in value.shape), *([2] if value.is_complex() else [])]
 
     def _size(self, size: Any) -> Any:
         if isinstance(size, int):
@@ -172,6 +176,8 @@ class _Graph:
             "addmm": self._projection,
             "index": self._rows,
             "attention": self._heads,
+            "mul": self._product,
+            "copy": lambda _node, arguments: ("cast", {"x": arguments["src"], "dtype": _dtype(node)}),
             "topk": lambda _node, arguments: ("topk", {"dim": -1, **arguments}),
             "expert_linear": self._experts,
         }
@@ -204,10 +210,10 @@ class _Graph:
         if any(isinstance(argument, dict) for argument in arguments.values()):
             raise self._refusal(node, "arange over the tokens, whose positions only the cache knows,")
         limits = {"start": arguments.get("start", 0), "end": arguments["end"], "step": arguments.get("step", 1)}
-        return "arange", {**limits, "dtype": str(node.meta["val"].dtype).removeprefix("torch.")}
+        return "arange", {**limits, "dtype": _dtype(node)}
 
     def _cast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        return "cast", {"x": arguments["x"], "dtype": str(node.meta["val"].dtype).removeprefix("torch.")}
+        return "cast", {"x": arguments["x"], "dtype": _dtype(node)}
 
     def _projection(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return bias + x @ w, w [k, n], as a linear layer, whose weight is stored the other way round."""
@@ -216,6 +222,11 @@ class _Graph:
             raise self._refusal(node, "addmm of what is no weight")
         turned = self.names.transposed(weight["parameter"])
         return "linear", {"x": arguments["mat1"], "weight": turned, "bias": arguments["x"]}
+
+    def _product(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return a product, of complex numbers if both are: they are pairs of floats."""
+        both = all(hasattr(each, "meta") and each.meta["val"].is_complex() for each in node.args)
+        return "complex_mul" if both else "mul", dict(arguments)
 
     def _rows(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return x[indices] as rows looked up in a table."""
@@ -281,6 +292,8 @@ class _Graph:
             return self.values[value]
         if isinstance(value, list | tuple):
             return [self._plain(each) for each in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return {"number": str(value)}  # which JSON cannot write
         if isinstance(value, torch.dtype):
             return str(value).removeprefix("torch.")
         return value
@@ -296,6 +309,10 @@ class _Graph:
         return ConfigError(
             f"{where}: node {node.name}: {what} is not built; a family of its own is needed (docs/extending.md)"
         )
+
+
+def _dtype(node: Any) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def _needed(nodes: Sequence[Any]) -> set[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 # That hand on what they are given.
 SAME = {
     *("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to.device", "to.other", "type_as"),
+    *("view_as_complex", "view_as_real"),  # a complex number is a pair of floats
 }
 # That only see a tensor in another shape: what comes out says which.
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
@@ -18,7 +19,8 @@ ALIKE = (
     "add sub rsub mul div pow neg abs sqrt rsqrt exp log sin cos tanh sigmoid silu gelu relu erf softplus square floor "
     "hardtanh clamp minimum maximum where masked_fill logical_not logical_and eq ne lt le gt ge transpose permute t "
     "slice select cat stack repeat_interleave mean sum softmax amax matmul linear layer_norm embedding index gather "
-    "attention rms_norm linalg_vector_norm var addmm arange full topk scatter logical_or max argmax expert_linear"
+    "attention rms_norm linalg_vector_norm var addmm arange full topk scatter logical_or "
+    "max argmax expert_linear reciprocal polar copy slice_scatter"
 )
 # Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {
@@ -30,6 +32,8 @@ OPERATORS: dict[str, str] = {
     "divide": "div",
     "min.other": "minimum",
     "max.other": "maximum",
+    "concat": "cat",
+    "concatenate": "cat",
     "bmm": "matmul",
     "mm": "matmul",
     "to": "cast",
@@ -54,10 +58,12 @@ OPERATORS: dict[str, str] = {
     "zeros_like": "full",
     "full_like": "full",
     "new_zeros": "full",
+    "new_empty": "full",
+    "empty": "full",
     "new_ones": "full",
 }
 # Of an operator that works along an axis: the argument that says which. None may work along the tokens.
 ALONG: dict[str, str] = {
     **dict.fromkeys(("cat", "softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"),
-    **dict.fromkeys(("split", "var", "topk", "scatter", "max", "argmax"), "dim"),
+    **dict.fromkeys(("split", "var", "topk", "scatter", "max", "argmax", "slice_scatter"), "dim"),
 }

@@ -58,9 +58,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # Mixtures of experts, each with eight of which two are chosen.
 ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+LATENT = {**ROUTED, "n_routed_experts": 8, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
+          "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "first_k_dense_replace": 1}  # fmt: skip
 MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {**ROUTED, "num_experts": 8, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**ROUTED, "num_experts": 8, "head_dim": 16, "norm_topk_prob": True},
-}
+    "mixtral": {"num_local_experts": 8, "sliding_window": None},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
+                   "logits_scaling": 2.0},
+}  # fmt: skip
+# Those whose routers use operators that are not proven in a whole model: refused by name.
+REFUSED: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_local_experts": 8, "sliding_window": None, "lm_head_bias": True},
+    "glm4_moe": {**ROUTED, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+                 "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1},
+    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2},
+}  # fmt: skip
 
 
 def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
@@ -68,7 +84,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
     import torch
     import transformers
 
-    own = {**FAMILIES, **MIXTURES}[model_type]
+    own = {**FAMILIES, **MIXTURES, **REFUSED}[model_type]
     sizes = {**(GPT if "n_embd" in own else SIZES), **own, **more}
     config = transformers.AutoConfig.for_model(model_type.partition("-")[0], **sizes)
     torch.manual_seed(seed)

@@ -79,6 +79,14 @@ class Arguments:
         """Return x[row, k]."""
         return self.x[(*self.outer, row, k)]
 
+    def place(self, row: Any) -> tuple[Any, ...]:
+        """Return where y has a row."""
+        return (*self.outer, row)
+
+    def features(self, block: Any) -> Any:
+        """Return which feature of y is the first of a block of the weight."""
+        return block * BLOCK
+
     def added(self, row: Any, features: Any, lanes: int) -> Any:
         """Return what is added to the products of ``features``, None for nothing."""
         parts = []
@@ -95,10 +103,10 @@ class Arguments:
 
         def store(features: Any, value: Any, lanes: int) -> None:
             added = self.added(row, features, lanes)
-            put(self.y, value if added is None else value + added, *self.outer, row, features)
+            put(self.y, value if added is None else value + added, *self.place(row), features)
 
         def full() -> None:
-            store(span(block * BLOCK, BLOCK), get(sums, BLOCK), BLOCK)
+            store(span(self.features(block), BLOCK), get(sums, BLOCK), BLOCK)
 
         def part() -> None:
             with T.serial(0, rest) as v:
@@ -128,9 +136,14 @@ def linear_kernel(linear: Linear) -> tirx.PrimFunc:
 
 
 class Product:
-    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows."""
+    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows.
+
+    ``exact`` takes the middle off each element of a row that is unpacked alone: a step more for each, and no sum of
+    large numbers that cancel.
+    """
 
     panel_terms = PANEL
+    exact = False
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -214,7 +227,8 @@ class Product:
         self.fetch(blocks, g * per_group, per_group)
         parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
         for first, *others in parts:
-            put(first, splat(sums[g] * T.float32(-weight.mantissa_middle), BLOCK), span(0, BLOCK))
+            begin = T.float32(0) if self.exact else sums[g] * T.float32(-weight.mantissa_middle)
+            put(first, splat(begin, BLOCK), span(0, BLOCK))
             for part in others:
                 put(part, constant(0, BLOCK), span(0, BLOCK))
         with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
@@ -222,8 +236,10 @@ class Product:
             for element in range(weight.per_word):
                 x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
                 for word, parts_of_block in zip(words, parts, strict=True):
-                    part = parts_of_block[element % ways]
-                    put(part, get(part, BLOCK) + weight.mantissa(word, element) * x, span(0, BLOCK))
+                    part, value = parts_of_block[element % ways], weight.mantissa(word, element)
+                    if self.exact:
+                        value = value - constant(weight.mantissa_middle, BLOCK)
+                    put(part, get(part, BLOCK) + value * x, span(0, BLOCK))
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
     def _leveled_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
@@ -347,7 +363,7 @@ class Product:
 
         def further() -> None:
             for row, part in enumerate(sums):
-                put(part, arguments.y[(*arguments.outer, top + row, features)], span(0, lanes))
+                put(part, arguments.y[(*arguments.place(top + row), features)], span(0, lanes))
 
         if self.weight.k <= self.panel_terms:
             fresh()
@@ -360,11 +376,11 @@ class Product:
         """
         arguments, (_, lanes) = self.arguments, self.arguments.linear.tile
         for left in range(0, BLOCK, lanes):
-            features, sums = span(block * BLOCK + left, lanes), [vector(lanes) for _ in range(height)]
+            features, sums = span(arguments.features(block) + left, lanes), [vector(lanes) for _ in range(height)]
             self.begin(sums, first, top, features, lanes)
             self.products(panel, block, (first, terms), top, left, sums)
             for row, part in enumerate(sums):
-                put(arguments.y, get(part, lanes), *arguments.outer, top + row, features)
+                put(arguments.y, get(part, lanes), *arguments.place(top + row), features)
 
     def products(self, panel: Any, _block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
         """Emit the products of ``terms`` (start, number) of k for rows from ``top`` on and the features from ``left``
