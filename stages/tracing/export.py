@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,12 +89,22 @@ class _Graph:
         for node in nodes:
             if node.op == "placeholder" and (node in needed or node.name in self.signature.user_inputs):
                 self.values[node] = self._placeholder(node, given)
-            elif node.op == "call_function" and node in needed:
-                self._node(node)
+            elif node.op == "call_function":
+                self._check_change(node, needed)
+                if node in needed:
+                    self._node(node)
             elif node.op == "output":
                 (out,) = node.args[0]
         self.shape = self._shape(out)
         self.part = Part(self.inputs, self.nodes, self.values[out]["value"])
+
+    def _check_change(self, node: Any, needed: set[Any]) -> None:
+        """Refuse a change in place that others would not see: torch's tracing hands the changed value on in place of
+        the one that was changed, but not in that of what this is a view of.
+        """
+        value, *bases = [*_changed(node)] or [None]
+        if any(base in needed for base in bases) or (value in needed and node not in needed):
+            raise self._refusal(node, f"{node.target.__name__}, which changes a value in place,")
 
     def _placeholder(self, node: Any, given: Any) -> Any:
         if node.name in self.signature.inputs_to_parameters:
@@ -325,6 +335,17 @@ def _needed(nodes: Sequence[Any]) -> set[Any]:
             found.add(node)
             waiting += node.all_input_nodes
     return found
+
+
+def _changed(node: Any) -> Iterator[Any]:
+    """Yield what a node changes in place: its first argument, and what that is a view of."""
+    schema = getattr(node.target, "_schema", None)
+    while schema is not None and schema.is_mutable and node.args:
+        (node, *_) = node.args
+        yield node
+        inner = getattr(node.target, "_schema", None)
+        if inner is None or not any(argument.alias_info for argument in inner.arguments):
+            return
 
 
 def _outside(shape: Sequence[Any]) -> int:

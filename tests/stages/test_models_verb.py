@@ -35,4 +35,4 @@ def test_an_unknown_family_is_bad_usage(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["models", "gpt5"])
     assert caught.value.code == 2
-    assert "unknown value 'gpt5'; known: gpt_neox, llama" in capsys.readouterr().err
+    assert "unknown value 'gpt5'; did you mean 'gptj'?" in capsys.readouterr().err

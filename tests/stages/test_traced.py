@@ -110,7 +110,12 @@ def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch
         "gpt-of-tomorrow": r"transformers \S+ does not know it either; the code that its auto_map names is never run",
     }
     for model_type, reason in refused.items():
-        raw = {"model_type": model_type, "auto_map": {"AutoConfig": "x.Y"}, "intermediate_size": 64, **small}
+        raw = {
+            "model_type": model_type,
+            "auto_map": {"AutoConfig": "x.Y"},
+            "intermediate_size": 64,
+            **small,
+        }
         with pytest.raises(ConfigError, match=reason):
             parse(raw)
     monkeypatch.setitem(sys.modules, "torch", None)
