@@ -193,13 +193,29 @@ def causal_lm(config: TracedConfig, make: Any) -> Any:
     return Traced(config, params(config), make)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of an older checkpoint as the one of ``shape`` that they are one under the other: arrays, or what has
+    ``values()``, so that nothing is in memory before it is asked for.
+    """
+
+    parts: Sequence[Any]
+    shape: tuple[int, ...]
+
+    def values(self) -> np.ndarray:
+        """Return all of it."""
+        arrays = [part if isinstance(part, np.ndarray) else part.values() for part in self.parts]
+        return np.concatenate(arrays).reshape(self.shape)
+
+
 def to_reference(config: TracedConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return transformers' class name, config keywords and state dict."""
     state = dict(tensors)
     for name, form in config.older.items():
         if name not in state and all(source in state for source in form["sources"]):
             parts = [state.pop(source) for source in form["sources"]]
-            state[name] = np.concatenate(parts).reshape(form["shape"])
+            joined = Joined(parts, tuple(form["shape"]))
+            state[name] = joined.values() if isinstance(parts[0], np.ndarray) else joined
     if config.tied and config.tie:
         state[config.tie[0]] = state[config.tie[1]]
     return config.architecture, dict(config.source), state
