@@ -28,7 +28,7 @@ def test_weights_are_made_anew_by_other_arithmetic(project: Project) -> None:
     right = weights(project)
     group = project.stages / "quantization" / "group.py"
     text = group.read_text()
-    project.edit("quantization/group.py", "np.rint(rows", "np.trunc(rows")
+    project.edit("quantization/group.py", "np.rint(values", "np.trunc(values")
     outcome, counts, wrong = quantized(project)
     assert (outcome, counts["reused"]) == ("BUILT", 0)
     assert wrong != right
