@@ -11,6 +11,7 @@ there are.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
@@ -42,6 +43,7 @@ def build(folder: Path, model_type: str, scheme: str, config: dict[str, Any]) ->
         model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
         print(f"{model_type}: {model.num_parameters() / 1e6:.0f} M parameters", flush=True)
         model.save_pretrained(checkpoint)
+    shutil.rmtree(folder / "built", ignore_errors=True)  # of --keep, the checkpoints are kept
     case = families.Case("", SIZES)
     built = families.build(folder / "built", case, scheme, checkpoint=checkpoint, frontend="traced")
     return built.session()
