@@ -10,7 +10,7 @@ from stages.checkpoint.strict_json import shown
 from stages.tracing import doors, hollow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,20 @@ def _config(raw: Mapping[str, Any]) -> Any:
         own = "; the code that its auto_map names is never run" if raw.get("auto_map") else ""
         raise ConfigError(
             f"config.json: model_type {shown(name)} has no family here, and transformers {transformers.__version__} "
-            f"does not know it either{own}: if a newer transformers does, install that"
+            f"does not know it either{_nearest(name, transformers.CONFIG_MAPPING)}{own}: if a newer transformers does, "
+            "install that"
         )
     try:
         return transformers.CONFIG_MAPPING[name].from_dict(dict(raw))
     except Exception as error:  # noqa: BLE001 - its validators raise what they like
         raise ConfigError(f"config.json: transformers refuses it: {_first(error)}") from None
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _first(error: BaseException) -> str:

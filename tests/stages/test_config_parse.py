@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -101,7 +102,12 @@ def test_no_config_and_no_weights(checkpoint: Path):
     assert problems(checkpoint) == ["no config.json there; expected a checkpoint directory in Hugging Face format"]
 
 
-KNOWN = f"known: {', '.join(sorted(FAMILIES))}"
+KNOWN = f"known: {', '.join(sorted(FAMILIES.keys() - {'traced'}))}"
+UNKNOWN = (
+    f"config.json: model_type 'gptneox' has no family here, and transformers {version('transformers')} does not know "
+    "it either; did you mean 'gpt_neox'?; the code that its auto_map names is never run: if a newer transformers does, "
+    "install that"
+)
 WRONG = """config.json: architectures = ["QWenLMHeadModl"] of model_type 'qwen'; """
 OTHER = """config.json: architectures = ["Other", "QWenLMHeadModel"] of model_type 'qwen'; """
 EXPECTED = "expected one of: QWenLMHeadModel"
@@ -110,7 +116,7 @@ EXPECTED = "expected one of: QWenLMHeadModel"
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "qwenn"}, f"config.json: unknown model_type 'qwenn'; {KNOWN}"),
+        ({"model_type": "gptneox"}, UNKNOWN),
         ({"model_type": None}, f"config.json: model_type is missing; {KNOWN}"),
         ({"architectures": ["QWenLMHeadModl"]}, WRONG + EXPECTED + "; did you mean 'QWenLMHeadModel'?"),
         ({"architectures": ["Other", "QWenLMHeadModel"]}, OTHER + EXPECTED),

@@ -202,7 +202,7 @@ def test_a_missing_embedding_and_an_unknown_model_family_are_refused(tmp_path):
     inputs = write_inputs(tmp_path / "inputs", RANKS)
     inputs["tensors"].write_text('{"schema": 1, "tensors": {"a": {}}, "names": {}}')
     assert "has no tensor of that name among its 1" in refusal(tmp_path, checkpoint, inputs)[0]
-    inputs["config"].write_text('{"family": "novel"}')
+    inputs["config"].write_text('{"family": "novel", "config": {}}')
     assert "model family 'novel'" in refusal(tmp_path, checkpoint, inputs)[0]
 
 

@@ -203,7 +203,7 @@ def write_facts(
     ends = [] if eos is None else [eos]
     shape = {"dtype": "BF16", "shape": [rows, 64], "file": "m.safetensors"}
     values = {
-        "config": {"schema": 1, "family": family, "vocab_size": rows, "context_window": 512},
+        "config": {"schema": 1, "family": family, "vocab_size": rows, "context_window": 512, "config": {}},
         "generation": {"schema": 1, "eos": ends, "stop": ends, "chat_format": None, **generation},
         "tensors": {"schema": 1, "tensors": {EMBEDDINGS[family]: shape}, "names": {}},
     }

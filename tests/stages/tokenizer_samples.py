@@ -74,7 +74,7 @@ def write_inputs(directory: Path, ranks: int, rows: int | None = None, **generat
     """Write model.json, generation.json and tensors.json of a Qwen model whose vocabulary has ``ranks`` ranks."""
     rows = ranks + SPECIALS + 16 if rows is None else rows
     values = {
-        "config": {"schema": 1, "family": "qwen", "vocab_size": rows, "context_window": 512},
+        "config": {"schema": 1, "family": "qwen", "vocab_size": rows, "context_window": 512, "config": {}},
         "generation": {
             "schema": 1,
             "bos": None,
