@@ -120,7 +120,7 @@ class Verify(Stage):
         "bom": Out("bom.cdx.json", "the bill of materials, CycloneDX 1.6", attests="bundle"),
     }
 
-    parts = {"original": "stages.verification.original", "advice": "stages.verification.advice"}
+    parts = {"original": "stages.verification.original", "advice": "stages.verification.refusal"}
 
     def resolve(self, params: Params) -> Params:
         """Name the reference and the processor; whether a CUDA device can be used shows when it is asked to work."""

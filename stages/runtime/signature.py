@@ -38,11 +38,11 @@ _FORM = {  # members of the file, by where they are
 
 def sign(root: Path, key: Path) -> str | None:
     """Sign the folder ``root`` with the private key in ``key`` (PEM, ECDSA); return the SHA-256 of the public one."""
-    library = _library("signing")
+    library = _library("model_signing.signing")
     path = root / FILE
     try:
         config = library.Config().use_elliptic_key_signer(private_key=key)
-        hashing = _library("hashing").Config().set_ignored_paths(paths=UNSIGNED, ignore_git_paths=False)
+        hashing = _library("model_signing.hashing").Config().set_ignored_paths(paths=UNSIGNED, ignore_git_paths=False)
         path.unlink(missing_ok=True)
         config.set_hashing_config(hashing).sign(root.resolve(), path)
     except Exception as error:  # noqa: BLE001 - of several libraries
@@ -64,7 +64,7 @@ def check(root: Path, sha256: str, key: Path) -> str:
     path = root / FILE
     if not path.exists():
         raise BundleError(f"{path}: the bundle is not signed, and a signature is required: `pipeline sign` makes one")
-    library = _library("verifying")
+    library = _library("model_signing.verifying")
     data, document = _read(path)
     said = io.StringIO()
     with tempfile.NamedTemporaryFile(suffix=".sig") as held, contextlib.redirect_stdout(said):
@@ -85,7 +85,7 @@ def check(root: Path, sha256: str, key: Path) -> str:
 
 def _library(name: str) -> Any:
     try:
-        return importlib.import_module(f"model_signing.{name}")
+        return importlib.import_module(name)
     except ImportError as error:
         raise BundleError(f"signatures need packages that are not installed ({error}): {_PACKAGES}") from None
 

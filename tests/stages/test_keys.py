@@ -105,14 +105,14 @@ CONVERSION = {"tensor", "conversion"}
 @pytest.mark.parametrize(
     ("module", "kinds"),
     [
-        ("stages.quantization.group", CONVERSION | {"kernels"}),
-        ("stages.quantization.schemes", CONVERSION | {"kernels"}),
-        ("stages.quantization.tir_kernels", CONVERSION | {"kernels"}),
-        ("stages.quantization.expressions", CONVERSION | {"kernels"}),
-        ("stages.quantization.compiled", CONVERSION | {"kernels"}),
+        ("stages.quantization.group", CONVERSION | {"kernels", "advice"}),
+        ("stages.quantization.schemes", CONVERSION | {"kernels", "advice"}),
+        ("stages.quantization.tir_kernels", CONVERSION | {"kernels", "advice"}),
+        ("stages.quantization.expressions", CONVERSION | {"kernels", "advice"}),
+        ("stages.quantization.compiled", CONVERSION | {"kernels", "advice"}),
         ("stages.conversion.model", CONVERSION),
         ("stages.models.transforms", CONVERSION),
-        ("stages.checkpoint.safetensors", CONVERSION | {"digests", "original"}),
+        ("stages.checkpoint.safetensors", CONVERSION | {"digests", "original", "advice"}),
         ("stages.quantize", set()),
         ("stages.codegen.objects", {"kernel"}),
         ("stages.targets.cuda.nvrtc", {"kernel"}),
@@ -125,7 +125,7 @@ CONVERSION = {"tensor", "conversion"}
         ("stages.kernels.cpu.attention", set()),
         ("stages.lowering.pipeline", set()),
         ("stages.models.layers", set()),
-        ("stages.runtime.backend", {"original"}),  # prepares the process that keeps it
+        ("stages.runtime.backend", {"original", "advice"}),  # prepares the process that keeps it
     ],
 )
 def test_which_parts_an_edit_makes_anew(domain: Domain, module: str, kinds: set[str]) -> None:
