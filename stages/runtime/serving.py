@@ -187,7 +187,7 @@ def bundle_argument(parser: argparse.ArgumentParser) -> None:
 
 def signature_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option that names whose signature a bundle must have."""
-    help_ = "public key (PEM): refuse a bundle that is not signed by it (model.sig)"
+    help_ = "PEM of the key that must have signed the bundle"
     parser.add_argument("--require-signature", type=Path, metavar="KEY", help=help_)
 
 

@@ -21,7 +21,13 @@ from tests.engine.conftest import Demo
 HASHED = {"stage", "origin", "params", "needs"}
 NOT_HASHED = {"name", "entry", "each", "places", "place", "need_places", "resources", "timeout"}
 STAGE_HASHED = {"id", "version", "inputs"}
-STAGE_NOT_HASHED = {"profile", "Params", "outputs", "parts"}  # Params by value; outputs and run by the code digest
+STAGE_NOT_HASHED = {
+    "profile",
+    "Params",
+    "outputs",
+    "parts",
+    "measures",
+}  # Params by value; outputs and run by the code digest
 
 
 class Example(Stage):

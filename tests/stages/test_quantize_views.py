@@ -46,10 +46,12 @@ def test_two_layouts_of_equal_weights_have_no_differences(made, scheme: str):
     assert float(rows[0][2].split("RMSE ")[1].split(",")[0]) == pytest.approx(0.2, rel=0.05)
 
 
-@pytest.mark.parametrize("scheme", ["q4f16_1", "q0f16", "e4m3_f16"])
-def test_a_changed_tensor_is_named_with_its_distance(made, scheme: str):
+@pytest.mark.parametrize(
+    ("scheme", "stored"), [("q4f16_1", "4 bits/32 float16"), ("q0f16", "float16"), ("e4m3_f16", "float8_e4m3fn")]
+)
+def test_a_changed_tensor_is_named_with_its_distance(made, scheme: str, stored: str):
     rows = weights.weights(made("a", scheme), made("b", scheme, 1.25))
-    described = f"{scheme if scheme != 'q0f16' else 'float16'} [64, 96]"
+    described = f"{stored} [64, 96]"
     assert [row[:2] for row in rows] == [
         ("transformer.h.1.mlp.c_proj.weight", described),
         ("tensors of equal content", "16 of 17"),

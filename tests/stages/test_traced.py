@@ -76,9 +76,10 @@ def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
     from stages.models.operators import OPERATORS
     from stages.tracing import vocabulary
 
-    rewritten = {"addmm", "index"}  # into linear layers and rows of tables
+    rewritten = {"addmm", "index", "copy"}  # into linear layers, rows of tables and casts
+    special = {"complex_mul"}  # of mul, where both are complex
     shapes = {"reshape", "split", "unbind", "item"}
-    assert {*vocabulary.OPERATORS.values()} - rewritten | shapes == set(OPERATORS)
+    assert {*vocabulary.OPERATORS.values()} - rewritten | shapes | special == set(OPERATORS)
 
 
 @pytest.mark.parametrize(

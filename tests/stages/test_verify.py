@@ -271,8 +271,9 @@ def test_quantized_weights_of_another_checkpoint_are_found(quantized, tmp_path):
     tensors["lm_head.weight"][17, 40] += np.float32(0.3)
     write_shards(checkpoint, tensors, "bfloat16")
     built = bundles.replace(quantized, checkpoint=checkpoint)
-    assert "lm_head.weight: 1 of 32,768 values are not the checkpoint's within what q4f32_1 explains" in failure(
-        built, tmp_path, reference="none"
+    assert (
+        "lm_head.weight: 1 of 32,768 values are not the checkpoint's within what 4 bits/32 float32 explains"
+        in failure(built, tmp_path, reference="none")
     )
 
 

@@ -15,7 +15,7 @@ from stagegraph.stage import StageError
 from stages.checkpoint.headers import read_headers
 from stages.config_parse import ConfigParse
 from stages.quantization.schemes import SCHEMES
-from stages.verification import advice, apart, gates, loss, original, probes, streaming
+from stages.verification import advice, apart, gates, lending, loss, original, probes, streaming
 from stages.verification.apart import call
 from stages.verification.case import Case
 from stages.verification.checks import Check
@@ -122,7 +122,7 @@ def checkpoint(folder, dtype, **config):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeypatch, dtype, tied):
-    monkeypatch.setattr(original, "ROWS", 5)
+    monkeypatch.setattr(lending, "ROWS", 5)
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     model = checkpoint(tmp_path, dtype, tie_word_embeddings=tied, rope_parameters=yarn)
     random = np.random.default_rng(3)
