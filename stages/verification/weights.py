@@ -9,10 +9,11 @@ import numpy as np
 
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
-from stages.quantization import float8, group, layouts
+from stages.quantization import float8, group, layouts, two_level
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
+from stages.sizes import LEVELED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,6 +207,8 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
         smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)
         allowed: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest + np.float32(float8.LEAST_SCALE)
         return allowed
+    if row.levels:
+        return _allowed_in_two_levels(wanted, row, scales)
     size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
     starts = np.arange(0, wanted.shape[1], size)
     peak = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
@@ -220,4 +223,27 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
         step = peak / np.float32(row.top)
         steps = {"max": 0.5, "full": 1}.get(scales, max(0.5, row.top * (1 - group.TRIED[-1] / group.PARTS)))
         allowed = step * np.float32(steps + row.top * relative + 1e-5) + np.float32(row.top * absolute)
+    return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
+
+
+def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
+    """As :func:`_allowed`, of groups whose scale and minimum are levels of what eight groups share.
+
+    A level is off by half of a part of the largest of the eight, and a group whose scale came out small loses its
+    largest values: those are off by as many steps as there are codes.
+    """
+    size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
+    starts = np.arange(0, wanted.shape[1], size)
+    low = np.minimum(np.minimum.reduceat(wanted, starts, axis=1), np.float32(0))
+    step = (np.maximum.reduceat(wanted, starts, axis=1) - low) / np.float32(row.most)
+    eights = np.arange(0, len(starts), LEVELED)
+    half = np.float32(0.5 / two_level.TOP + 2 * relative + 1e-5)  # of a level; what the shared float is off by
+    off_step, off_low = (
+        np.repeat(np.maximum.reduceat(each, eights, axis=1) * half, LEVELED, axis=1)[:, : len(starts)]
+        for each in (step, -low)
+    )
+    # Searched ones have no larger sum of squares than the plain: one value may have all of it.
+    steps = 0.5 if scales == "max" else 0.5 * size**0.5
+    tiny = np.float32((1 + row.most) * two_level.TOP * absolute)
+    allowed = (step * np.float32(steps) + off_step * np.float32(row.most + 1) + off_low + tiny) * np.float32(2 * steps)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
