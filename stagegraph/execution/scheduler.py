@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.errors import PlanError
 from stagegraph.execution.fetching import Fetching
 from stagegraph.execution.outcome import Outcome, Reporter, problem_of
 from stagegraph.execution.resources import Room
@@ -83,6 +84,7 @@ class Scheduler:
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
         self._remade: set[str] = set()
+        self._late = False
 
     def run(self, nodes: Sequence[Node]) -> None:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
@@ -92,7 +94,8 @@ class Scheduler:
             self._waiting.add(node)
         try:
             self._settle()
-            self._room.refuse([*(ready.decision.node for ready in self._ready), *self._waiting])
+            self._late = bool(self._fetching)  # what a remote may have needs no memory here, until it turns out not to
+            self._room.refuse([*(ready.decision.node for ready in self._ready), *(() if self._late else self._waiting)])
             while self._ready or self._running or self._waiting or self._fetching:
                 self._start_ready()
                 self._await_events()
@@ -132,8 +135,7 @@ class Scheduler:
         if broken:
             self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].outcome.lower()}"))
             return
-        if self._options.fail_fast and self._failed:
-            self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
+        if self._stops(node):
             return
         decision = self._planner.decide(node, self._record_of)
         forced = node.name in self._options.force
@@ -153,16 +155,29 @@ class Scheduler:
         """Let a node run when there is room for it."""
         if self._options.fetch_only:
             self._finish(Outcome(decision.node, SKIPPED, "no remote has its result", decision.key))
-        else:
-            self._ready.append(_Ready(decision))
+        elif not self._stops(decision.node):
+            try:
+                self._room.refuse([decision.node] if self._late else [])
+            except PlanError as error:
+                self._finish(_not_started(decision, *error.problems))
+            else:
+                self._ready.append(_Ready(decision))
+
+    def _stops(self, node: Node) -> bool:
+        """Skip a node where one has failed and no more are to be started; return whether it is so."""
+        stops = self._options.fail_fast and self._failed
+        if stops:
+            self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
+        return stops
 
     def _take_fetched(self, seconds: float) -> None:
         for waiting, fetched in self._fetching.ended(seconds):
             with self._workspace.sharing():
                 for decision in waiting:
-                    if fetched is not None and self._take(decision, fetched):
-                        continue
-                    self._enter(decision)
+                    if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
+                        self._waiting.add(decision.node)
+                    elif fetched is None or not self._take(decision, fetched):
+                        self._enter(decision)
 
     def _take(self, decision: Decision, fetched: Fetched) -> bool:
         """End a node with the result that another machine made; False where that cannot be."""
@@ -199,7 +214,7 @@ class Scheduler:
                 lock = self._lock(ready)
             except OSError as error:
                 self._ready.remove(ready)
-                self._finish(_not_started(decision, error))
+                self._finish(_not_started(decision, problem_of(error)))
                 continue
             if lock is None:
                 continue
@@ -250,7 +265,7 @@ class Scheduler:
                 sandbox.remove(workspace)
             os.close(lock)
             if not (isinstance(error, RottenError) and self._remake(node, error.digest)):
-                self._finish(_not_started(decision, error))
+                self._finish(_not_started(decision, problem_of(error)))
             return
         now = time.monotonic()
         deadline = now + node.spec.timeout if node.spec.timeout else None
@@ -370,5 +385,5 @@ class Scheduler:
         self._running.clear()
 
 
-def _not_started(decision: Decision, error: Exception) -> Outcome:
-    return Outcome(decision.node, FAILED, decision.reason, decision.key, problems=(problem_of(error),))
+def _not_started(decision: Decision, *problems: str) -> Outcome:
+    return Outcome(decision.node, FAILED, decision.reason, decision.key, problems=problems)

@@ -15,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import warn
 from stagegraph.remote.settings import Remote, Settings, config_path
 from stagegraph.remote.signing import Signer, is_signed
-from stagegraph.remote.storage import MismatchError, RemoteError, Storage
+from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
 from stagegraph.store.objects import fsync_file
 from stagegraph.store.record import Record, is_record_of, record_files
 
@@ -51,6 +52,7 @@ class Shared:
         self._writers = [remote for remote in settings.remotes if remote.writes]
         self._storages: dict[str, Storage] = {}
         self._dead: set[str] = set()
+        self._stop = Event()
         self._pool = ThreadPoolExecutor(AT_ONCE, "remote")
         self._transfers = ThreadPoolExecutor(AT_ONCE, "transfer")
         self._stack = ExitStack()
@@ -142,8 +144,10 @@ class Shared:
             return None
         try:
             if remote.name not in self._storages:
-                self._storages[remote.name] = Storage(remote)
+                self._storages[remote.name] = Storage(remote, self._stop)
             return what(self._storages[remote.name])
+        except StoppedError:
+            pass
         except MismatchError as error:
             warn(f"remote '{remote.name}': {error}; taken as not there")
         except (RemoteError, OSError) as error:
@@ -164,7 +168,8 @@ class Shared:
         return frozenset(self._dead)
 
     def close(self) -> None:
-        """Stop as soon as what is under way has ended."""
+        """End what is under way, downloads at once."""
+        self._stop.set()
         self._pool.shutdown(cancel_futures=True)
         self._transfers.shutdown(cancel_futures=True)
         self._stack.close()
@@ -173,7 +178,7 @@ class Shared:
 def reach(remote: Remote) -> str:
     """Return what is wrong with a remote, nothing if it answers."""
     try:
-        Storage(remote).has("records/none")
+        Storage(remote, Event()).has("records/none")
     except (RemoteError, OSError) as error:
         return str(error)
     return ""

@@ -14,6 +14,8 @@ from stagegraph.errors import PlanError
 from stagegraph.remote.signing import NEEDS
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from stagegraph.remote.settings import Remote
 
 RECORD_LIMIT = 64 << 20  # bytes
@@ -25,15 +27,23 @@ class RemoteError(Exception):
     """A remote does not do what is asked of it: it is away, refuses, or is full."""
 
 
+class StoppedError(Exception):
+    """The run was abandoned."""
+
+
 class MismatchError(Exception):
     """What came is not what was asked for."""
 
 
 class Storage:
-    """A remote; every method raises :class:`RemoteError` where it cannot be reached."""
+    """A remote; every method raises :class:`RemoteError` where it cannot be reached.
 
-    def __init__(self, remote: Remote) -> None:
+    Downloads end with :class:`StoppedError` soon after ``stop`` is set.
+    """
+
+    def __init__(self, remote: Remote, stop: Event) -> None:
         self.remote = remote
+        self._stop = stop
         with _failures():
             self._quick, self._bulk = _open(remote.url, ANSWER), _open(remote.url, TRANSFER)
 
@@ -77,6 +87,8 @@ class Storage:
             try:
                 for chunk in obstore.get(self._bulk, path).stream(min_chunk_size=8 << 20):
                     done += len(chunk)
+                    if self._stop.is_set():
+                        raise StoppedError
                     if done > size:
                         break
                     hasher.update(bytes(chunk))

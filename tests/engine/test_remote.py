@@ -7,6 +7,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,8 +18,10 @@ from benchmarks import scale
 from stagegraph import Pipeline
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
-from stagegraph.execution.outcome import Run
-from stagegraph.remote.settings import load_settings
+from stagegraph.execution.outcome import Outcome, Reporter, Run
+from stagegraph.remote.settings import Remote, load_settings
+from stagegraph.remote.shared import Shared
+from stagegraph.remote.storage import StoppedError, Storage
 
 pytest.importorskip("obstore")
 pytest.importorskip("cryptography")
@@ -155,6 +158,71 @@ def test_a_record_of_another_key_and_files_that_leave_their_folder_are_refused(f
     record["outputs"]["out"]["files"] = {"../../escaped": next(iter(files.values()))}
     record["outputs"]["out"]["digest"] = digest_json({"../../escaped": next(iter(files.values()))[0]})
     assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is None
+
+
+def limited(machine: Machine, memory: str) -> None:
+    file = machine.folder / "pipeline.yaml"
+    file.write_text(file.read_text().replace("with: {", f"resources: {{memory: {memory}}}, with: {{"))
+
+
+def test_memory_is_asked_for_only_where_a_node_runs(filled, machines) -> None:
+    remote, here, public = filled
+    there = machines("there")
+    there.configure(remote, "read", here=public)
+    limited(there, "900 TiB")
+    assert outcomes(there.run()) == ["HIT"] * NODES
+    shutil.rmtree(remote / "records")
+    there = machines("third")
+    there.configure(remote, "read", here=public)
+    limited(there, "900 TiB")
+    run = there.run()
+    assert outcomes(run) == ["FAILED", *["SKIPPED"] * (NODES - 1)]
+    assert "its resources.memory is 921600 GiB" in run.outcomes[0].problems[0]
+    assert here.shown()
+
+
+def test_after_a_failure_nothing_more_is_started_under_fail_fast(tmp_path: Path, machines, monkeypatch) -> None:
+    """Neither what a remote turns out not to have only then."""
+    machine = machines("here")
+    machine.configure(tmp_path / "empty", "read")
+    scale.write(machine.folder, "wide", NODES)
+    stage = machine.folder / "trivial.py"
+    stage.write_text(
+        stage.read_text().replace("        before =", "        assert self.id == 'step'\n        before =")
+    )
+    late: list[Future[None]] = []
+
+    def fetch(_shared: Shared, _key: str) -> Future[None]:
+        future: Future[None] = Future()
+        late.append(future)
+        if len(late) <= 2:  # the first node, and one of those that read it
+            future.set_result(None)
+        return future
+
+    class Answers(Reporter):
+        def finished(self, outcome: Outcome) -> None:
+            if outcome.outcome == "FAILED":
+                for future in late[2:]:
+                    future.set_result(None)
+
+    monkeypatch.setattr(Shared, "fetch", fetch)
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(machine.config))
+    with Pipeline(machine.folder / "pipeline.yaml") as pipeline:
+        run = pipeline.run(fail_fast=True, reporter=Answers())
+    assert outcomes(run) == ["BUILT", "FAILED", "SKIPPED", "SKIPPED"]
+
+
+def test_a_transfer_stops_when_the_run_is_abandoned(filled, tmp_path: Path) -> None:
+    remote, _, _ = filled
+    path = next(remote.glob("objects/*/*"))
+    stop = threading.Event()
+    storage = Storage(Remote("team", remote.as_uri(), reads=True, writes=False), stop)
+    name = str(path.relative_to(remote))
+    storage.download(name, tmp_path / "whole", path.name, path.stat().st_size)
+    assert (tmp_path / "whole").read_bytes() == path.read_bytes()
+    stop.set()
+    with pytest.raises(StoppedError):
+        storage.download(name, tmp_path / "part", path.name, path.stat().st_size)
 
 
 def test_a_remote_that_is_away_costs_a_warning(machines, caplog) -> None:
