@@ -75,8 +75,8 @@ class GraphBuild(Stage):
 
         from stages.documents.files import write_json
         from stages.graph import FUNCTIONS, RECURRENT, cost, views
-        from stages.graph.export import GraphError
         from stages.ir.text import without_places
+        from stages.problems import ProblemsError
 
         model: Model = json.loads(ctx.input("config").read_text("utf-8"))
         registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
@@ -85,7 +85,7 @@ class GraphBuild(Stage):
         module_name, _, name = exports[ctx.params.function].partition(":")
         try:
             exported = getattr(importlib.import_module(module_name), name)(build)
-        except GraphError as error:
+        except ProblemsError as error:
             raise StageError(*error.problems) from None
 
         counts = views.operators(exported)

@@ -16,8 +16,13 @@ from stages.models.arithmetic import Values, emitted
 from stages.models.family import Param
 from stages.models.layers import LayerFactory
 from stages.models.operators import OPERATORS
+from stages.problems import ProblemsError
 
 MATRICES = ("linear", "embedding", "head", "router")
+
+
+class OperatorError(ProblemsError):
+    """A traced graph asks an operator for what it does not compute."""
 
 
 class Held(nn.Module):
@@ -81,7 +86,13 @@ class Traced(nn.Module):
             return kinds[kind](which)
 
         for name, arguments in graph["nodes"]:
-            values.append(OPERATORS[name](context, **{key: meant(value) for key, value in arguments.items()}))
+            try:
+                values.append(OPERATORS[name](context, **{key: meant(value) for key, value in arguments.items()}))
+            except NotImplementedError as error:
+                raise OperatorError(
+                    f"{self.config.architecture}: node {len(values)} of its {part}, operator '{name}': {error}, which "
+                    "no kernel here computes; the model cannot be built until one does"
+                ) from None
         return values[graph["output"]]
 
 

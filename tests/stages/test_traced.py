@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.models.traced import parse
@@ -80,6 +81,20 @@ def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
     special = {"complex_mul"}  # of mul, where both are complex
     shapes = {"reshape", "split", "unbind", "item"}
     assert {*vocabulary.OPERATORS.values()} - rewritten | shapes | special == set(OPERATORS)
+
+
+def test_what_an_operator_does_not_compute_is_named_with_its_node(tmp_path: Path, monkeypatch) -> None:
+    from stages.models import operators
+
+    def refuses(*_: object, **_named: object) -> None:
+        raise NotImplementedError("a norm of order 3")
+
+    profiles.compiler()
+    checkpoint = traced.write(tmp_path / "checkpoint", "olmo2")
+    ports = families.parse_and_register(tmp_path, checkpoint, "q0f32", frontend="traced")
+    monkeypatch.setitem(operators.OPERATORS, "silu", refuses)
+    with pytest.raises(StageError, match=r"Olmo2ForCausalLM: node \d+ of its body, operator 'silu': a norm of order 3"):
+        build_graph(tmp_path / "graph", Registered(ports["config"], ports["params"]), "llvm", "prefill")
 
 
 @pytest.mark.parametrize(
