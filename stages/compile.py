@@ -84,11 +84,12 @@ class Compile(Stage):
             resolved, wrong = backend.resolve(params)
             problems += wrong
         row = TARGETS[params.target]
-        if params.activations == "int8" and not (row.cpu_kernels and processor.multiplies_bytes(mcpu)):
-            built_for = mcpu if row.cpu_kernels else params.target
+        byte_products = row.cpu_kernels and processor.byte_product(processor.required_features(mcpu))
+        if params.activations == "int8" and not byte_products:
+            built_for = f"mcpu {mcpu}" if row.cpu_kernels else f"target {params.target}"
             problems.append(
-                f"activations: int8 cannot be built for {built_for}: it takes target llvm and a processor with "
-                "avx512vnni or avxvnni; use float"
+                f"activations: int8 cannot be built for {built_for}: it takes target llvm and a processor of level "
+                "x86-64-v3 or higher (AVX2); use float"
             )
         if problems:
             raise StageError(*problems)

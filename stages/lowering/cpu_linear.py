@@ -12,19 +12,20 @@ import tvm_ffi
 from tvm import relax as rx
 
 from stages.kernels.cpu.linear_float import Linear, linear_kernel
-from stages.kernels.cpu.linear_int8 import dot_lanes, int8_kernel, quantizer, with_bytes
+from stages.kernels.cpu.linear_int8 import int8_kernel, made_up, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
 from stages.sizes import N32_BLOCK as BLOCK
+from stages.targets.processor import byte_product
 
 _FLOATS = ("float32", "float16")
 
 
 def cpu_linear(features: Collection[str], activations: str = "float") -> tvm.transform.Pass:
     """Return the pass, for a processor with ``features`` (LLVM's names). With ``activations`` ``int8``, those of
-    layers with quantized weights are quantized too; the processor must have an instruction for it.
+    layers with quantized weights are quantized too; the processor must be able to multiply bytes.
     """
-    dot = dot_lanes(features) if activations == "int8" else 0
+    dot = byte_product(features) if activations == "int8" else ""
 
     @tvm.transform.module_pass(opt_level=0, name="CPULinear")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
@@ -59,7 +60,7 @@ def _uses(function: rx.Function) -> Counter[Any]:
 
 
 class _Linears(Rewriter):
-    def __init__(self, module: tvm.IRModule, features: Collection[str], dot: int) -> None:
+    def __init__(self, module: tvm.IRModule, features: Collection[str], dot: str) -> None:
         super().__init__(module)
         self.features = features
         self.dot = dot
@@ -98,14 +99,14 @@ class _Linears(Rewriter):
         layer = Linear(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
         inputs = [x]
         if self.dot and stored.bits:
-            layer, inputs = with_bytes(layer, self.dot), self._quantized(x, layer)
+            layer = with_bytes(layer, self.dot)
+            inputs = self._quantized(x, layer)
         return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
 
     def _quantized(self, x: Any, layer: Linear) -> list[Any]:
         """Emit the quantization of activations; return bytes, scales and offsets."""
         weight = layer.weight
-        # What a minimum is multiplied by is the sum of the activations itself.
-        size = layer.rows, layer.outer, weight.k, weight.group, -1 if weight.minimum else weight.middle
+        size = layer.rows, layer.outer, weight.k, weight.group, made_up(layer)
         kernel = self.kernel(size, lambda: quantizer(*size), "quantize_rows")
         rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
         shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]

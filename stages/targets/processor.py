@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 # The levels of the x86-64 psABI: name -> (LLVM features it adds to the level before).
@@ -38,6 +39,8 @@ EXTRAS = (
     "vpclmulqdq",
 )
 EXTRAS_OF_LEVEL = {"x86-64-v3": ("avxifma", "avxvnni"), "x86-64-v4": EXTRAS}
+# Features by which kernels multiply bytes and add the products up (stages/kernels/cpu/byte_products.py), fastest first.
+BYTE_PRODUCTS = ("avx512vnni", "avxvnni", "avx2")
 # What LLVM turns on with an extra, beyond the extra's level.
 IMPLIED = {"amx-bf16": "amx-tile", "amx-int8": "amx-tile", "vaes": "aes", "vpclmulqdq": "pclmul"}
 # LLVM's name -> the flag of /proc/cpuinfo, where they differ.
@@ -101,9 +104,9 @@ def required_features(cpu: str) -> tuple[str, ...]:
     return tuple(sorted({*added, *implied, *(feature for level in levels for feature in LEVELS[level])}))
 
 
-def multiplies_bytes(cpu: str) -> bool:
-    """Say whether code for the literal ``cpu`` can multiply bytes and add the products up in one instruction."""
-    return bool({"avx512vnni", "avxvnni"} & set(required_features(cpu)))
+def byte_product(features: Collection[str]) -> str:
+    """Return the feature by which kernels for a processor with ``features`` multiply bytes, empty if they cannot."""
+    return next((feature for feature in BYTE_PRODUCTS if feature in features), "")
 
 
 def problems(cpu: str) -> list[str]:

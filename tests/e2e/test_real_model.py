@@ -128,7 +128,7 @@ def bundle(project: Path) -> Path:
 def test_every_scheme_ends_verified(project, scheme, activations):
     if activations == "int8" and scheme == "q0f32":
         pytest.skip("activations are quantized for quantized weights alone")
-    if activations == "int8" and not processor.multiplies_bytes(processor.host_cpu()):
+    if activations == "int8" and not processor.byte_product(processor.required_features(processor.host_cpu())):
         pytest.skip("this processor does not multiply bytes")
     choices = ["--set", f"vars.scheme={scheme}", "--set", f"vars.activations={activations}"]
     run(project, "run", *choices)

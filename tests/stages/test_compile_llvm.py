@@ -106,7 +106,11 @@ def test_sequences_of_a_batch_do_not_see_each_other(built, scheme):
 
 @pytest.mark.parametrize(
     ("cpu", "activations", "instruction", "tolerance"),
-    [("x86-64-v3", "float", "vfmadd231ps", TOLERANCE), ("x86-64-v3+avxvnni", "int8", "vpdpbusd", 5e-2)],
+    [
+        ("x86-64-v3", "float", "vfmadd231ps", TOLERANCE),
+        ("x86-64-v3", "int8", "vpmaddubsw", 5e-2),
+        ("x86-64-v3+avxvnni", "int8", "vpdpbusd", 5e-2),
+    ],
 )
 def test_code_for_processors_without_avx512_is_as_right(built, cpu, activations, instruction, tolerance):
     if not set(processor.required_features(cpu)) <= set(processor.required_features(processor.host_cpu())):

@@ -66,11 +66,13 @@ def test_architectures_are_sorted_and_checked():
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("choice", [{"target": "cuda"}, {"target": "llvm", "mcpu": "x86-64-v3"}])
-def test_quantized_activations_need_the_instruction(choice):
-    with pytest.raises(StageError, match=f"int8 cannot be built for {choice.get('mcpu', 'cuda')}: it takes"):
+@pytest.mark.parametrize("choice", [{"target": "cuda"}, {"target": "llvm", "mcpu": "x86-64-v2"}])
+def test_quantized_activations_need_the_instructions(choice):
+    built_for = "mcpu x86-64-v2" if "mcpu" in choice else "target cuda"
+    with pytest.raises(StageError, match=f"int8 cannot be built for {built_for}: it takes target llvm and .*x86-64-v3"):
         resolved(activations="int8", **choice)
-    assert resolved(target="llvm", mcpu="x86-64-v3+avxvnni", activations="int8").activations == "int8"
+    for mcpu in ("x86-64-v3", "x86-64-v3+avxvnni", "x86-64-v4", "x86-64-v4+avx512vnni"):
+        assert resolved(target="llvm", mcpu=mcpu, activations="int8").activations == "int8"
 
 
 @pytest.mark.parametrize("scheme", ["q0f32", "q3f16_1", "q4bf16_1", "e4m3_f16"])

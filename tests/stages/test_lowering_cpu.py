@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tvm
@@ -12,11 +14,12 @@ from tvm.relax.frontend.nn import op
 from stages.graph.views import operators
 from stages.kernels.cpu import attention as cpu_attention
 from stages.kernels.cpu import kv_cache
+from stages.kernels.cpu.byte_products import DOTS
 from stages.kernels.cpu.kv_cache import Heads, copy_page
 from stages.kernels.cpu.linear_float import PANEL, linear_kernel
 from stages.kernels.cpu.linear_float import Linear as FloatLinear
 from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
-from stages.kernels.cpu.linear_int8 import dot_lanes
+from stages.kernels.cpu.linear_int8 import int8_kernel, made_up, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear, register_tile
@@ -28,6 +31,7 @@ from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
 from stages.sizes import PAGE_SIZE as PAGE
 from stages.targets import processor
+from stages.targets.processor import byte_product
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target, host_triple
 from tests.stages.test_lowering_passes import export, random
@@ -53,12 +57,17 @@ def matrix(n, k, stored):
 
 
 def run(module, cpu, name, *arrays):
+    return runner(module, cpu, name)(*arrays)
+
+
+def runner(module, cpu, name):
+    """Return the function ``name`` of ``module``, compiled, as one of arrays."""
     mcpu, features = processor.parse(cpu)
     target = build_target(TARGETS["llvm"], mcpu, features, opt=3)
     library = tvm.compile(module, target=target, relax_pipeline=rx.get_default_pipeline(target))
     machine = rx.VirtualMachine(library, tvm.cpu())
 
-    def call(sign):
+    def call(sign, arrays):
         """Memory is used again: what a kernel leaves out must not be there from a call with the same values."""
         tensors = [
             [tvm.runtime.tensor(b) for b in a]
@@ -68,8 +77,17 @@ def run(module, cpu, name, *arrays):
         ]
         return machine[name](*tensors).numpy()
 
-    call(np.int8(-1))
-    return call(np.int8(1))
+    def twice(*arrays):
+        call(np.int8(-1), arrays)
+        return call(np.int8(1), arrays)
+
+    return twice
+
+
+def compiled(cpu, **kernels):
+    mcpu, features = processor.parse(cpu)
+    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    return tvm.compile(module, target=build_target(TARGETS["llvm"], mcpu, features, opt=3))
 
 
 def relative(found, wanted):
@@ -110,33 +128,116 @@ def test_a_linear_with_bias_and_residual_becomes_one_kernel(cpu, stored, n, k):
         after = cpu_linear(processor.required_features(cpu))(before)
         ((kernel, calls),) = operators(after)["forward"].items()
         assert (kernel.rstrip("0123456789"), calls) == ("linear", 1)
+        forward = runner(after, cpu, "forward")
         for count in (1, 2, 3, 7, 8, 21) if rows == "s" else (1,):
             x, residual = random(1, count, k), random(1, count, n)
             wanted = x @ values.T + bias.astype("float32") + residual
-            assert relative(run(after, cpu, "forward", x, residual, [*arrays, bias]), wanted) < 1e-5
+            assert relative(forward(x, residual, [*arrays, bias]), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("cpu", [processor.host_cpu(), f"{V3}+avxvnni"])
-@pytest.mark.parametrize(("n", "k"), [(96, 2 * BYTES_PANEL + 64), (45, 96), (640, 64), (661, 64)])
-def test_quantized_activations_are_multiplied_exactly(cpu, n, k):
+@pytest.mark.parametrize("cpu", list(dict.fromkeys([processor.host_cpu(), f"{V3}+avxvnni", V3])))
+@pytest.mark.parametrize(
+    ("stored", "n", "k"),
+    [
+        ("q4f16_1", 96, 2 * BYTES_PANEL + 64),
+        ("q8f16_1", 661, 64),
+        ("q4k", 70, 2 * BYTES_PANEL + 96),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (
+                ("q4f32_1", 45, 96),
+                ("q8f32_1", 70, BYTES_PANEL + 32),
+                ("q4s16", 45, 48),
+                ("q4s32", 45, 96),
+                ("q4s64", 45, 192),
+                ("q4s128", 640, 256),
+                ("q4a16", 70, BYTES_PANEL + 48),
+                ("q4a32", 45, 96),
+                ("q4a64", 640, 128),
+                ("q4a128", 661, 256),
+            )
+        ),
+    ],
+)
+def test_quantized_activations_are_multiplied_exactly(cpu, stored, n, k):
+    """By the formula of docs/abi.md in float64: what is left is the rounding of a float32 sum of groups."""
     features = processor.required_features(cpu)
-    if not dot_lanes(features) or not set(features) <= set(processor.required_features(processor.host_cpu())):
+    if not byte_product(features) or not set(features) <= set(processor.required_features(processor.host_cpu())):
         pytest.skip("this processor cannot run it")
-    weight, arrays, values = matrix(n, k, "q4f16_1")
-    bias = random(n)
+    weight, arrays, values = matrix(n, k, stored)
+    bias, group = random(n), SCHEMES[stored].body.group_size
     for rows in ("s", 1):
         before = export(Block(weight, bias), x=([1, rows, k], "float32"), residual=([1, rows, n], "float32"))
         after = cpu_linear(features, "int8")(before)
         assert sorted(name.rstrip("0123456789") for name in operators(after)["forward"]) == ["linear", "quantize_rows"]
+        forward = runner(after, cpu, "forward")
         for count in (1, 2, 7, 13) if rows == "s" else (1,):
             x, residual = random(1, count, k), random(1, count, n)
-            x[0, 0, :32] = 0
-            groups = x.reshape(count, -1, 32)
-            peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
-            rounded = (np.rint(groups * (np.float32(127) / peak)) * (peak / np.float32(127))).reshape(1, count, k)
-            found = run(after, cpu, "forward", x, residual, [*arrays, bias])
-            assert relative(found, rounded @ values.T + bias + residual) < 1e-5
+            x[0, 0, :group] = 0
+            wanted = in_bytes(x, group) @ values.T.astype("float64") + bias + residual
+            found = forward(x, residual, [*arrays, bias])
+            assert relative(found, wanted) < 2e-6
             assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2
+
+
+def in_bytes(x, group):
+    """Return float32 ``x`` [.., k] as docs/abi.md has it, in float64: integers of -127 to 127 times a scale."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
+    integers = np.rint(groups * (np.float32(127) / peak)).astype("float64")
+    return (integers * (peak / np.float32(127))).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "minimum"),
+    [
+        (4, 64, True),
+        (8, 16, False),
+        *(
+            pytest.param(bits, group, minimum, marks=pytest.mark.slow)
+            for bits in (4, 8)
+            for group in (16, 32, 64, 128)
+            for minimum in (False, True)
+        ),
+    ],
+)
+def test_the_largest_codes_and_activations_do_not_saturate(bits, group, minimum):
+    """Instructions that add pairs up in 16 bits saturate: every code and activation at its end, of equal signs."""
+    features = processor.required_features(V3)
+    weight = Stored(32, 2 * group, "float32", bits, group, minimum=minimum)
+    layer = with_bytes(FloatLinear(weight, None, 0), byte_product(features))
+    size = layer.rows, layer.outer, weight.k, group, made_up(layer)
+    library = compiled(
+        V3, quantize=quantizer(*size), several=int8_kernel(layer), one=int8_kernel(replace(layer, rows=1))
+    )
+    codes = np.full((2 * group // weight.per_word, 32), 0xFFFFFFFF, "uint32")
+    codes[:, 16:] = 0
+    scales, least = (np.ones((1, 2, 32), "float32") * value for value in (1, -3))
+    x = np.ones((5, 2 * group), "float32")
+    x[1::2] = -1
+    tensors = [tvm.runtime.tensor(a) for a in (codes[None], scales, *[least][:minimum])]
+    values = np.repeat([2**bits - 1.0, 0.0], 16) - (3 if minimum else weight.middle)
+    for name, rows in (("several", 5), ("one", 1)):
+        words, of_rows, offsets, y = (
+            tvm.runtime.tensor(np.zeros(shape, dtype))
+            for shape, dtype in (
+                ((rows, weight.k // 4), "int32"),
+                ((rows, 2), "float32"),
+                ((rows, 2), "int32"),
+                ((rows, 32), "float32"),
+            )
+        )
+        library["quantize"](tvm.runtime.tensor(x[:rows]), words, of_rows, offsets)
+        library[name](words, of_rows, offsets, *tensors, y)
+        assert relative(y.numpy(), x[:rows].sum(1, keepdims=True) * values) < 1e-6
+
+
+def test_every_way_to_multiply_bytes_has_instructions():
+    assert list(DOTS) == list(processor.BYTE_PRODUCTS)
+    assert byte_product(processor.required_features(f"{V3}+avxvnni")) == "avxvnni"
+    assert byte_product(processor.required_features("x86-64-v4+avx512vnni")) == "avx512vnni"
+    assert byte_product(processor.required_features("x86-64-v4")) == "avx2"
+    assert byte_product(processor.required_features("x86-64-v2")) == ""
 
 
 def test_a_product_that_is_read_twice_is_not_taken_up():
@@ -248,8 +349,7 @@ def test_a_gate_becomes_one_kernel_and_survives_large_values():
 
 def test_tokens_of_a_page_are_copied_with_their_transposed_keys():
     heads = Heads(2, 2, 32)
-    target = build_target(TARGETS["llvm"], V3, (), opt=3)
-    library = tvm.compile(tvm.IRModule({"copy": copy_page(heads).with_attr("global_symbol", "copy")}), target=target)
+    library = compiled(V3, copy=copy_page(heads))
     pages = random(3, 2, 2, PAGE, 32)
     tensor = tvm.runtime.tensor(pages)
     library["copy"](tensor, 2, 0, 5)

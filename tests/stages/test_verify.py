@@ -72,7 +72,8 @@ def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
 
 
 @pytest.mark.skipif(
-    not processor.multiplies_bytes(processor.host_cpu()), reason="this processor does not multiply bytes"
+    not processor.byte_product(processor.required_features(processor.host_cpu())),
+    reason="this processor does not multiply bytes",
 )
 def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     built = bundles.build(tmp_path / "built", "q4f32_1", activations="int8", max_batch=2, prefill_chunk=24)

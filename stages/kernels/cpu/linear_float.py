@@ -42,9 +42,8 @@ class Linear:
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
     all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
     that fit the registers of the target. ``streams`` is how many blocks of features, far apart, one row is multiplied
-    by at the same time: that keeps several memory streams in flight. ``dot`` is
-    the number of lanes of the instruction that multiplies bytes, where activations are quantized to them; 0 where they
-    stay floats.
+    by at the same time: that keeps several memory streams in flight. ``dot`` names
+    how bytes are multiplied (byte_products.py), where activations are quantized to them; empty where they stay floats.
     """
 
     weight: Stored
@@ -54,7 +53,7 @@ class Linear:
     residual: bool = False
     tile: tuple[int, int] = (8, BLOCK)
     streams: int = 1
-    dot: int = 0
+    dot: str = ""
 
 
 class Arguments:

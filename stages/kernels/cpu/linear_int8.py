@@ -1,49 +1,48 @@
 """Kernels of linear layers on a CPU that multiplies bytes: activations are quantized, group by group, as they come.
 
-A group of activations becomes integers of -127 to 127 and one scale. The instruction multiplies four unsigned bytes of
-weights by four signed ones of activations in each lane and adds them up; that a weight's zero is not 0 is made up for
-by the sum of the activations times the weight's zero, from which the sums begin. Of groups with a minimum the sums
-begin from nothing, and the minimum times the sum of the activations is added where they end.
+A group of activations becomes integers of -127 to 127 and one scale. They are multiplied by the weights' codes and
+added up in integers (byte_products.py); that a weight's zero is not 0 is made up for by the sum of the activations
+times the weight's zero, from which the sums begin. Of groups with a minimum, the minimum times the sum of the
+activations is added where they end.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
+from stages.kernels.cpu.byte_products import DOTS, LARGEST
 from stages.kernels.cpu.linear_float import Arguments, Linear, Product
 from stages.kernels.cpu.vectors import as_float, constant, each_row, get, kernel, put, span, splat, total, vector
 from stages.sizes import N32_BLOCK as BLOCK
 
-_DOT = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}  # lanes -> LLVM's name
-LARGEST = 127
 PANEL = 1024  # terms of k whose weights are unpacked at once: 32 KiB of bytes, which stay in the first-level cache
 
 
-def dot_lanes(features: Collection[str]) -> int:
-    """Return how many lanes of four bytes an instruction of the processor multiplies, 0 if it has none."""
-    if "avx512vnni" in features:
-        return 16
-    return 8 if "avxvnni" in features else 0
+def with_bytes(layer: Linear, dot: str) -> Linear:
+    """Return ``layer`` with quantized activations, multiplied by the instructions that DOTS has under ``dot``."""
+    return replace(layer, dot=dot, tile=DOTS[dot].tile, streams=DOTS[dot].streams)
 
 
-def with_bytes(layer: Linear, dot: int) -> Linear:
-    """Return ``layer`` with quantized activations, for an instruction of so many lanes; its sums of integers and of
-    floats share the registers.
+def made_up(layer: Linear) -> int:
+    """Return what the sums of a group's integers are multiplied by, for what :func:`quantizer` calls offsets.
+
+    Of a symmetric group they are what sums of (code - centre) * x must begin from to be of (code - middle) * x. What a
+    minimum is multiplied by are the sums themselves.
     """
-    tile, streams = ((5, BLOCK), 4) if dot == 16 else ((2, 16), 1)
-    return replace(layer, dot=dot, tile=tile, streams=streams)
+    weight = layer.weight
+    return 1 if weight.minimum else DOTS[layer.dot].centre(weight.bits) - weight.middle
 
 
 @functools.cache
-def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> tirx.PrimFunc:
+def quantizer(rows: int | None, outer: int, k: int, group: int, times: int) -> tirx.PrimFunc:
     """Return the kernel of (x [.., rows, k] float32, bytes, scales, offsets): bytes int32 [rows, k / 4], four to a
-    word; scales float32 and offsets, the sums of the integers times ``-middle``, int32 [rows, k / group].
+    word; scales float32 and offsets, the sums of the integers times ``times``, int32 [rows, k / group].
     """
     with kernel() as made:
         n: Any = T.int64() if rows is None else rows
@@ -67,7 +66,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int, middle: int) -> 
                 put(packed, T.Cast(f"int8x{group}", get(part, group)), span(0, group))
                 four = T.reinterpret(f"int32x{group // 4}", get(packed, group))
                 put(words, four, i, span(g * (group // 4), group // 4))
-                put(offsets, total(part, group) * T.int32(-middle), i, g)
+                put(offsets, total(part, group) * T.int32(times), i, g)
 
         with T.sblock("quantize"):  # TVM looks into the body of what has one input, and expects a block
             each_row(n, 4 * k, row)
@@ -103,33 +102,35 @@ class _ByteProduct(Product):
     def group_sums(self, _row: Any) -> Any:
         """They have been made with the bytes."""
 
-    def _dot(self, sums: Any, bytes_of_weights: Any, word: Any) -> Any:
-        lanes = self.arguments.linear.dot
-        weights = T.reinterpret(f"uint8x{4 * lanes}", bytes_of_weights)
-        activations = T.reinterpret(f"int8x{4 * lanes}", splat(word, lanes))
-        return T.call_llvm_pure_intrin(f"int32x{lanes}", _DOT[lanes], sums, weights, activations)
-
     def _four(self, word: Any, part: int, lanes: int) -> Any:
-        """Return the bytes of elements 4 * part to 4 * part + 3 of a word."""
+        """Return the bytes of elements 4 * part to 4 * part + 3 of a word, less the centre."""
         if self.weight.bits == 8:
-            return word
+            return T.bitwise_xor(word, constant(0x80808080, lanes, "uint32")) if self.dot.centre(8) else word
         shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
         return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
 
-    def _begin(self, row: Any, group: Any) -> Any:
-        """Return what the sums of integers begin from."""
-        lanes = self.arguments.linear.dot
-        return constant(0, lanes, "int32") if self.weight.minimum else splat(self.arguments.offsets[row, group], lanes)
+    @property
+    def dot(self) -> Any:
+        """How bytes are multiplied."""
+        return DOTS[self.arguments.linear.dot]
+
+    def _sums(self, row: Any, group: Any) -> Any:
+        """Return fresh sums of integers of a row and group."""
+        bits, lanes = self.weight.bits, self.dot.lanes
+        begin = splat(self.arguments.offsets[row, group], lanes)
+        if self.weight.minimum:  # whose offsets are the sums of activations, and whose codes count from 0
+            begin = begin * constant(self.dot.centre(bits), lanes, "int32")
+        return self.dot.sums(begin, bits)
 
     def _of_minimum(self, block: Any, group: Any, row: Any, left: Any) -> Any:
         """Return what the minima of a group add to the products of the features from ``left`` of the block on."""
-        lanes, arguments = self.arguments.linear.dot, self.arguments
+        lanes, arguments = self.dot.lanes, self.arguments
         total_of_row = as_float(arguments.offsets[row, group], 1) * arguments.scales[row, group]
         return self.weight.least(arguments.weights, block, group, left, lanes) * splat(total_of_row, lanes)
 
     def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
-        arguments, weight, lanes = self.arguments, self.weight, self.arguments.linear.dot
+        arguments, weight, lanes = self.arguments, self.weight, self.dot.lanes
         q_weight = arguments.weights[0]
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
         places = [
@@ -139,19 +140,24 @@ class _ByteProduct(Product):
         ]
         with T.serial(0, weight.k // weight.group) as g:
             self.fetch(blocks, g * per_group, per_group)
-            sums = [vector(lanes, "int32") for _ in places]
-            for part in sums:
-                put(part, self._begin(row, g), span(0, lanes))
-            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
-                words = [q_weight[block, g * per_group + w, span(left, lanes)] for block, _, left in places]
-                for four in range(fours):
-                    x = arguments.words[row, (g * per_group + w) * fours + four]
-                    for word, part in zip(words, sums, strict=True):
-                        put(part, self._dot(get(part, lanes), self._four(word, four, lanes), x), span(0, lanes))
+            sums = [self._sums(row, g) for _ in places]
+            run = min(sums[0].run // fours, per_group)
+            with T.unroll(0, per_group // run) as number:  # by TVM: a quarter of the IR
+                for part in sums:
+                    part.start()
+                with T.unroll(0, run) as inner:
+                    w = g * per_group + number * run + inner
+                    words = [q_weight[block, w, span(left, lanes)] for block, _, left in places]
+                    for four in range(fours):
+                        x = arguments.words[row, w * fours + four]
+                        for word, part in zip(words, sums, strict=True):
+                            part.add(self._four(word, four, lanes), x)
+                for part in sums:
+                    part.end()
             for (block, product, left), part in zip(places, sums, strict=True):
                 scale = weight.plain_scale(arguments.weights, block, g, left, lanes)
                 scale = scale * splat(arguments.scales[row, g], lanes)
-                value = product[span(left, lanes)] + as_float(get(part, lanes), lanes) * scale
+                value = product[span(left, lanes)] + as_float(part.total(), lanes) * scale
                 if weight.minimum:
                     value = value + self._of_minimum(block, g, row, left)
                 put(product, value, span(left, lanes))
@@ -175,20 +181,21 @@ class _ByteProduct(Product):
 
     def _group(self, panel: Any, block: Any, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
         """Emit the products of a group, ``at`` (start of the panel, group in it), added to those of each row."""
-        arguments, group, lanes = self.arguments, self.weight.group, self.arguments.linear.dot
+        arguments, group, lanes = self.arguments, self.weight.group, self.dot.lanes
         width, number = arguments.linear.tile[1], at[0] // group + at[1]
         parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
-        sums = [vector(lanes, "int32") for _ in parts]
-        for (row, _), part in zip(parts, sums, strict=True):
-            put(part, self._begin(top + row, number), span(0, lanes))
+        sums = [self._sums(top + row, number) for row, _ in parts]
         for word in range(group // 4):
             for (row, start), part in zip(parts, sums, strict=True):
+                if word % part.run == 0:
+                    part.start()
                 weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]
-                x = arguments.words[top + row, number * (group // 4) + word]
-                put(part, self._dot(get(part, lanes), weights, x), span(0, lanes))
+                part.add(weights, arguments.words[top + row, number * (group // 4) + word])
+                if (word + 1) % part.run == 0 or word == group // 4 - 1:
+                    part.end()
         for (row, start), part in zip(parts, sums, strict=True):
             scale = self.weight.plain_scale(arguments.weights, block, number, left + start, lanes)
-            value = as_float(get(part, lanes), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
+            value = as_float(part.total(), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
             if self.weight.minimum:
                 value = value + self._of_minimum(block, number, top + row, left + start)
             put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))
