@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Self
 
 from stagegraph.errors import PlanError
 from stagegraph.planning.dag import Dag, Node
+from stagegraph.planning.kept import read_pipeline
 from stagegraph.planning.planner import Planner
-from stagegraph.spec.load import load
 from stagegraph.store.workspace import Workspace
 
 
@@ -33,10 +33,14 @@ class Project:
     """
 
     def __init__(self, file: str | Path = "pipeline.yaml", overrides: Mapping[str, Any] | Sequence[str] = ()) -> None:
-        spec = load(Path(file), _settings(overrides) if isinstance(overrides, Mapping) else overrides)
+        settings = _settings(overrides) if isinstance(overrides, Mapping) else overrides
         self.varied = bool(overrides)  # what a node's name means is then the result that these settings have
-        self.dag = Dag(spec)
-        self.workspace = Workspace(spec.root / "artifacts")
+        self.workspace = Workspace(Path(file).absolute().parent / "artifacts")
+        try:
+            self.dag = Dag(read_pipeline(Path(file), settings, self.workspace.index))
+        except BaseException:
+            self.workspace.close()
+            raise
         self.planner = Planner(self.dag, self.workspace)
         self._keys: dict[Node, str | None] = {}
 

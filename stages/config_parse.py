@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +62,10 @@ class ConfigParse(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name what a model is traced with, and what reads a GGUF file's weights; else nothing but this project."""
-        from stages.checkpoint.gguf import container
+        from stages.checkpoint import gguf
 
         traced = ("torch", "transformers") if params.frontend == "traced" else ()
-        return dist_versions(*traced, *(["gguf"] if container.is_named(params.checkpoint) else []))
+        return dist_versions(*traced, *(["gguf"] if gguf.is_named(params.checkpoint) else []))
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one family of the model that config.json names, if it names a known one."""
@@ -79,6 +78,8 @@ class ConfigParse(Stage):
 
     def run(self, ctx: Context) -> None:
         """Read and check everything, raise all problems at once, write the three documents."""
+        import tempfile  # and all kinds of archives with it
+
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
             _parse(ctx, ctx.source("checkpoint"), Path(folder))
 
@@ -176,9 +177,10 @@ def _model(row: str, family: Family, config: Any, window: int) -> Model:
 def _model_types(params: Any) -> list[Any]:
     """Return what config.json says, or what a GGUF file may be; [] where it cannot be read."""
     from stages.checkpoint import strict_json
-    from stages.checkpoint.gguf import config
 
     if Path(params.checkpoint).is_file():
+        from stages.checkpoint.gguf import config
+
         return [*config.model_types(Path(params.checkpoint))]
     path = Path(params.checkpoint) / CONFIG
     try:

@@ -85,9 +85,9 @@ class Quantize(Stage):
 
     def tools(self, params: Params) -> dict[str, str]:
         """Return the libraries that do the arithmetic; compiled kernels store the same, so no compiler counts."""
-        from stages.checkpoint.gguf import container
+        from stages.checkpoint import gguf
 
-        return dist_versions("numpy", "ml-dtypes", *(["gguf"] if container.is_named(params.checkpoint) else []))
+        return dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one scheme; what the weights are is in the register, so no family is looked up."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,13 +71,17 @@ class TokenizerBundle(Stage):
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str]:
         """Name the family that the files resolve to; none, and so every row, where they resolve to no family."""
-        from stages.checkpoint.gguf import container
-        from stages.tokenizers import EMBEDDINGS, gguf_files
+        from stages.checkpoint import gguf
+        from stages.tokenizers import EMBEDDINGS
         from stages.tokenizers.errors import TokenizerError
         from stages.tokenizers.resolution import resolve
 
+        family = ""
         try:
-            family = gguf_files.family(Path(params.checkpoint)) if container.is_named(params.checkpoint) else ""
+            if gguf.is_named(params.checkpoint):
+                from stages.tokenizers import gguf_files
+
+                family = gguf_files.family(Path(params.checkpoint))
             family = family or resolve(*list_files(Path(params.checkpoint), FILES)).family
         except (OSError, TokenizerError):
             return {}
@@ -89,6 +92,8 @@ class TokenizerBundle(Stage):
 
     def run(self, ctx: Context) -> None:
         """Resolve, convert, emit, prove; one :class:`StageError` carries every problem of the step that failed."""
+        import tempfile  # and all kinds of archives with it
+
         from stages.tokenizers.errors import TokenizerError
 
         try:

@@ -143,16 +143,17 @@ class Verify(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
-        from stages.checkpoint.gguf import container
-        from stages.runtime import host
+        from stages.checkpoint import gguf
         from stages.targets.table import TARGETS
         from stages.tokenizers import READERS
 
         names = ["apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS]
-        names += ["gguf"] if container.is_named(params.checkpoint) else []
+        names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
         found["unicode"] = unicodedata.unidata_version
         if TARGETS[params.target].device == "cuda" and params.device != "none":
+            from stages.runtime import host
+
             found["nvidia-driver"] = host.nvidia_driver()
             found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         return found
@@ -255,12 +256,13 @@ def _corpus(ctx: Context) -> Path:
 
 
 def _tokenizer_family(root: Path) -> str | None:
-    from stages.checkpoint.gguf import container
-    from stages.tokenizers import gguf_files
+    from stages.checkpoint import gguf
     from stages.tokenizers.errors import TokenizerError
     from stages.tokenizers.resolution import resolve
 
-    if container.is_named(root.name):
+    if gguf.is_named(root.name):
+        from stages.tokenizers import gguf_files
+
         return gguf_files.family(root) or None
     try:
         root, files = list_files(root, [pattern for pattern in _FILES if "/" not in pattern])

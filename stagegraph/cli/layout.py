@@ -32,15 +32,15 @@ def coloured() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def terminal_width() -> int:
-    """Return what ``shutil.get_terminal_size`` would, without all that shutil imports."""
+def terminal_width(piped: int = PIPE_COLUMNS) -> int:
+    """Return what ``shutil.get_terminal_size`` would, without all that shutil imports; ``piped`` for no terminal."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdigit() and int(columns):
         return int(columns)
     try:
-        return os.get_terminal_size(1).columns or PIPE_COLUMNS
+        return os.get_terminal_size(1).columns or piped
     except OSError:
-        return PIPE_COLUMNS
+        return piped
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, width: int | None = None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from stagegraph.cli.common import add_file
+from stagegraph.cli.layout import terminal_width
 from stagegraph.errors import PipelineError, nearest
 from stagegraph.registry import Verb, find, names
 
@@ -91,7 +92,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Options in a narrow column, so that most take one line of a terminal of 80 columns."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=20)
+        super().__init__(prog, max_help_position=20, width=terminal_width(80) - 2)  # its own imports shutil
 
     def _format_usage(self, *args: Any) -> str:
         return f"usage: {self._prog} [options]{_positionals(args[1])}\n\n"

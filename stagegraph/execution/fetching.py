@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+    from queue import SimpleQueue
 
     from stagegraph.remote.shared import Fetched, Shared
     from stagegraph.store.record import Record
@@ -29,7 +29,7 @@ class Fetching(Generic[T]):
         self._enabled = enabled
         self._shared: Shared | None = None
         self._waiting: dict[str, list[T]] = {}
-        self._ended: SimpleQueue[tuple[str, Future[Fetched | None]]] = SimpleQueue()
+        self._ended: SimpleQueue[tuple[str, Future[Fetched | None]]] | None = None
 
     def __bool__(self) -> bool:
         """Whether anything is under way."""
@@ -54,12 +54,19 @@ class Fetching(Generic[T]):
         if shared is None or not shared.reads:
             return False
         if key not in self._waiting:
-            shared.fetch(key).add_done_callback(lambda future: self._ended.put((key, future)))
+            from queue import SimpleQueue
+
+            ended = self._ended = self._ended or SimpleQueue()
+            shared.fetch(key).add_done_callback(lambda future: ended.put((key, future)))
         self._waiting.setdefault(key, []).append(waits)
         return True
 
     def ended(self, seconds: float) -> Iterator[tuple[list[T], Fetched | None]]:
         """Yield what waited for each answer that came, and what came; the first is waited for so long at most."""
+        if self._ended is None:
+            return
+        from queue import Empty
+
         with contextlib.suppress(Empty):
             while self._waiting:
                 key, future = self._ended.get(timeout=seconds) if seconds else self._ended.get_nowait()

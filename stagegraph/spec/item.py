@@ -38,9 +38,25 @@ Scalar = None | bool | int | float | str
 Value = Scalar | list[Item] | dict[str, Item]
 
 
-def absolute(path: Path) -> Path:
-    """Return an absolute path without ``..``, which a symbolic link before it makes more than a matter of text."""
-    return Path(os.path.realpath(path)) if ".." in path.parts else path.absolute()
+class Reads:
+    """What besides the code of stages a pipeline was read from: the same again makes the same pipeline.
+
+    ``files``: path -> content; ``links``: path with ``..`` in it -> where that led; ``env``: variable -> value.
+    ``lasting`` is False where reading it again says or finds something that nobody may keep: a secret, a warning.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.links: dict[str, str] = {}
+        self.env: dict[str, str] = {}
+        self.lasting = True
+
+    def absolute(self, path: Path) -> Path:
+        """Return an absolute path without ``..``, which a symbolic link before it makes more than a matter of text."""
+        if ".." not in path.parts:
+            return path.absolute()
+        self.links[str(path)] = real = os.path.realpath(path)
+        return Path(real)
 
 
 def text_of(value: Value) -> str:
@@ -68,9 +84,13 @@ def found(value: Value) -> str:
 
 
 class Problems:
-    """What is wrong, by place. One mistake that shows in several subjects, say a variable, is one problem."""
+    """What is wrong, by place. One mistake that shows in several subjects, say a variable, is one problem.
 
-    def __init__(self) -> None:
+    ``reads`` is what was read to find that out.
+    """
+
+    def __init__(self, reads: Reads | None = None) -> None:
+        self.reads = reads or Reads()
         self._subjects: dict[tuple[Place, str], list[str]] = {}
 
     def __bool__(self) -> bool:

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING
 
 from stagegraph.files import open_regular
-from stagegraph.spec.item import absolute
 from stagegraph.spec.model import Place
 from stagegraph.spec.reader import parse
 
@@ -55,7 +54,8 @@ def _read(path: Path, named_at: Place, problems: Problems) -> dict[str, Item]:
     name = shown(path)
     text = _text(path, name, named_at, problems)
     if text is not None:
-        item = parse(text, lambda line, column: Place(name, line, column), absolute(path.parent), problems)
+        base = problems.reads.absolute(path.parent)
+        item = parse(text, lambda line, column: Place(name, line, column), base, problems)
         if item is not None and isinstance(item.value, dict):
             return item.value
         if item is not None:
@@ -75,6 +75,7 @@ def _text(path: Path, name: str, named_at: Place, problems: Problems) -> str | N
     if len(data) > _BYTES_LIMIT:
         problems.add(Place(name), f"is larger than {_BYTES_LIMIT >> 20} MiB; expected a pipeline file")
         return None
+    problems.reads.files[str(path.absolute())] = data
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from stagegraph.errors import nearest
 from stagegraph.spec.entries import read_entries
-from stagegraph.spec.item import Item, Problems
+from stagegraph.spec.item import Item, Problems, Reads
 from stagegraph.spec.layers import read_layers, shown
 from stagegraph.spec.model import NodeSpec, Pipeline, Place
 from stagegraph.spec.nodes import expand
@@ -39,15 +39,17 @@ NODES_LIMIT = 10_000
 TOP_KEYS = ("version", "name", "extends", "vars", "stages")
 
 
-def load(path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ) -> Pipeline:
+def load(
+    path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ, *, reads: Reads | None = None
+) -> Pipeline:
     """Return the pipeline that the file at ``path`` describes.
 
     ``overrides`` are settings of variables and parameters (:mod:`stagegraph.spec.settings`); ``env`` is what
     ``${env.X}`` reads. Relative sources become absolute: from the directory of the file they are written in, or from
     the working directory for overrides and ``env``. Whether they exist is not checked here. Raises
-    :class:`SpecError` with every problem found.
+    :class:`SpecError` with every problem found. ``reads`` is told what was read.
     """
-    problems = Problems()
+    problems = Problems(reads)
     top = read_layers(path, problems)
     for key, item in top.items():
         if key not in TOP_KEYS:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import PipelineError, nearest
 from stagegraph.registry import load_object
-from stagegraph.spec.item import Item, Problems, Scalar, absolute, found
+from stagegraph.spec.item import Item, Problems, Scalar, found
 from stagegraph.stage import Secret, Source
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _source(param: Param, item: Item, problems: Problems, subject: str) -> Sourc
     if not path or "\0" in path:
         problems.unexpected(item, "the path of a file or directory", subject)
         return Source("")
-    return Source(absolute(item.base / path))
+    return Source(problems.reads.absolute(item.base / path))
 
 
 def _quoted(value: Scalar) -> str:

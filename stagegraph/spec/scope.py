@@ -170,11 +170,13 @@ class Scope:
 
     def _environment(self, kind: str, name: str, item: Item) -> Item | None:
         """Return an environment variable: a typed value in clear, or a secret text; None if that is too short."""
-        value = self._env[name]
+        value = self._problems.reads.env[name] = self._env[name]
         if kind == "secret":
+            self._problems.reads.lasting = False
             return Item(Secret(value), item.place, Path.cwd()) if len(value) >= _SECRET_LEAST else None
         if name not in self._warned and _LIKELY.search(name.upper()):
             self._warned.add(name)
+            self._problems.reads.lasting = False
             advice = f"write ${{secret.{name}}} if nobody may see it"
             warn(f"{item.place}: ${{env.{name}}} is kept and shown in clear; {advice}")
         return Item(core_scalar(value), item.place, Path.cwd())

@@ -9,6 +9,7 @@ Kinds of document, by the prefix of their name:
 ``obj:<digest>`` the stat of a verified object   ``src:<path>`` stat and digest of a source file
 ``text:<digest>`` source text of a module by the digest that stands for it in keys
 ``gone:<pipeline>`` that ``gc`` found results of a pipeline and no file
+``spec:<number>`` a pipeline as it was read last
 ``code`` summaries of source modules   ``memo:<name>`` small facts about tools
 
 Records and parts are files (:mod:`stagegraph.store.documents`); all else is a cache in one database, which can be lost

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from stages.checkpoint.gguf import container
+from stages.checkpoint.gguf import container, is_named
 from stages.checkpoint.safetensors import TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def header(path: Path, name: str) -> dict[str, TensorInfo]:
 
     Those of GGUF are bytes: a row of them for each row of the tensor, or for each value of a vector.
     """
-    if not container.is_named(name):
+    if not is_named(name):
         return read_header(path, name)
     return {tensor: _bytes(stored) for tensor, stored in container.read(path, name).tensors.items()}
 

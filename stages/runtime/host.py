@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +45,7 @@ def cpu_flags(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
 
 def cpu_name(cpuinfo: Path = _CPUINFO) -> str:
     """Return the model name that the kernel reports of the first processor, else what machine it is."""
-    return _reported(cpuinfo, "model name", "Hardware") or platform.machine()
+    return _reported(cpuinfo, "model name", "Hardware") or os.uname().machine
 
 
 def _reported(cpuinfo: Path, *keys: str) -> str:

@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.checkpoint.gguf import SUFFIX
 from stages.checkpoint.strict_json import shown
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 BUFFER = 2**20  # bytes read at a time
@@ -81,11 +81,6 @@ class Contents:
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, Stored]
-
-
-def is_named(name: str) -> bool:
-    """Say whether a file of this name is one of GGUF."""
-    return name.lower().endswith(SUFFIX)
 
 
 def read(path: Path, name: str) -> Contents:

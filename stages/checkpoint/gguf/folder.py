@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.checkpoint.errors import ConfigError
-from stages.checkpoint.gguf import config, container
+from stages.checkpoint.gguf import config, container, is_named
 from stages.checkpoint.gguf.weights import rope_factors
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def file_of(files: Mapping[str, Path]) -> str:
     """Return the name of the GGUF file that a checkpoint's ``files`` are, empty where they are another's."""
-    return next((name for name in files if container.is_named(name)), "")
+    return next((name for name in files if is_named(name)), "")
 
 
 def contents_of(path: Path) -> container.Contents:
