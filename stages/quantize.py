@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.conversion.model import Conversion
+    from stages.conversion.model import Conversion, Plan
     from stages.documents.model import CheckpointTensors
     from stages.documents.params import Register
     from stages.documents.weights import ErrorLine
@@ -42,16 +42,18 @@ class Quantize(Stage):
         scales: str = param(
             "how a group's scale is chosen: max takes the one that the largest value asks for, as MLC-LLM does; full "
             "takes the largest value to the code that max leaves over, as ggml's Q4_0 does; mse searches the one of "
-            "least squared error, which takes longer to quantize and no longer to run; auto is what the scheme's row "
-            "of docs/quantization.md says",
+            "least squared error, which takes longer to quantize and no longer to run; importance does so too, and an "
+            "error counts by what its column carries (stage calibrate); auto is what the scheme's row of "
+            "docs/quantization.md says",
             default="auto",
-            choices=("auto", "max", "full", "mse"),
+            choices=("auto", "max", "full", "mse", "importance"),
         )
         threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
 
     inputs = {
         "params": In("param-register", "params", "what to store, and what it is made of"),
         "tensors": In("config-parse", "tensors", "dtype, shape and file of the checkpoint's tensors"),
+        "importance": In("calibrate", "importance", "what each column carries, for scales: importance", optional=True),
     }
     outputs = {
         "weights": Out("weights", "shards and tensor-cache.json"),
@@ -111,8 +113,11 @@ class Quantize(Stage):
                 f"the parameters are registered for {register['scheme']} on {register['target']}, quantize is asked "
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
+        importance = _importance(ctx)
         compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
-        plan = Plan(register, listed["tensors"], files.files, files.digests, scales, ctx.params.threads, compilers)
+        plan = Plan(
+            register, listed["tensors"], files.files, files.digests, scales, ctx.params.threads, compilers, importance
+        )
         conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
         size = conversion.stored_bytes
         _check_space(ctx, size)
@@ -124,11 +129,37 @@ class Quantize(Stage):
             write_index(ctx.out / "weights", conversion.contents, metadata)
             how = {"schema": 1, "scheme": scheme.name, "scales": scales}
             (ctx.out / "report.json").write_text(listing(how, "tensors", report), "utf-8")
-        for said in _twice(register, listed, report):
+        for said in (*_twice(register, listed, report), *_uncalibrated(plan)):
             ctx.warn(said)
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
+
+
+def _importance(ctx: Context) -> dict[str, Any]:
+    """Return what calibration has found, where scales are chosen by it."""
+    if ctx.params.scales != "importance":
+        return {}
+    if not ctx.has_input("importance"):
+        raise StageError(
+            "scales: importance weighs errors by what calibrate has found: add the stage calibrate, and name it under "
+            "needs of quantize (docs/quantization.md)"
+        )
+    import numpy as np
+
+    with np.load(ctx.input("importance")) as found:
+        return dict(found)
+
+
+def _uncalibrated(plan: Plan) -> Iterator[str]:
+    """Say which matrices were to be quantized by importance and have none."""
+    from stages.problems import capped
+
+    if missing := plan.uncalibrated():
+        yield (
+            f"{len(missing)} matrices have no importance, for they read too few tokens or are no layers of their own "
+            f"in transformers, and are quantized with scales: mse: {', '.join(capped(missing))}"
+        )
 
 
 def _twice(register: Register, listed: CheckpointTensors, report: Iterable[ErrorLine]) -> Iterator[str]:

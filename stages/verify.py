@@ -27,8 +27,6 @@ from stagegraph.stage import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stagegraph.stage import SourceFiles
-
 _LIVE = ("torch", "transformers")
 _FILES = (
     "config.json",
@@ -184,12 +182,13 @@ def _verify(ctx: Context, folder: Path) -> None:
     from stages.verification import bom, certificate, gates
     from stages.verification.apart import LiveError
     from stages.verification.case import Case
+    from stages.verification.checkpoint_files import checkpoint_files
     from stages.verification.probes import CorpusError
     from stages.verification.procedure import verify
     from stages.verification.reference import RecordingError
 
     checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))
-    root, files = _files(checkpoint, folder)
+    root, files = checkpoint_files(checkpoint.root, checkpoint.files, folder)
     case = Case(
         bundle=ctx.input("bundle"),
         params=ctx.input("params"),
@@ -232,27 +231,13 @@ def _verify(ctx: Context, folder: Path) -> None:
     ctx.summary(findings.summary())
 
 
-def _files(checkpoint: SourceFiles, folder: Path) -> tuple[Path, Mapping[str, Path]]:
-    """Return the checkpoint's folder and files; of a GGUF file those that it stands for, written to ``folder``."""
-    from stages.checkpoint.gguf.folder import file_of, write
-    from stages.tokenizers import gguf_files
-
-    whole = file_of(checkpoint.files)
-    if not whole:
-        return checkpoint.root, checkpoint.files
-    path = checkpoint.files[whole]
-    return folder, {**write(path, folder), **gguf_files.write(path, folder), whole: path}
-
-
 def _corpus(ctx: Context) -> Path:
-    from stages.verification.probes import DEFAULT
+    from stages.verification.probes import DEFAULT, CorpusError, one_file
 
-    if not ctx.params.corpus:
-        return DEFAULT
-    files = ctx.source("corpus").files
-    if len(files) != 1:
-        raise StageError(f"corpus: {ctx.params.corpus}: name one .txt or .jsonl file, found {len(files)}")
-    return next(iter(files.values()))
+    try:
+        return one_file(ctx.params.corpus, ctx.source("corpus").files) if ctx.params.corpus else DEFAULT
+    except CorpusError as error:
+        raise StageError(*error.problems) from None
 
 
 def _tokenizer_family(root: Path) -> str | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 KEPT_EVERY = (
     64 * 2**20
 )  # bytes of sources: parts made of so many are saved together; unsaved ones are lost if the process is killed
+KEPT_ANYWAY = 8  # bits
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -54,8 +55,8 @@ class ConversionError(ProblemsError):
 class Plan:
     """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
 
-    ``scales`` is max, full or mse, ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles
-    kernels.
+    ``scales`` is max, full, mse or importance, ``threads`` 0 takes one per processor; ``tools`` are versions of what
+    compiles kernels. ``importance`` is float32 [k] of tensors that are matrices reading k channels.
     """
 
     register: Register
@@ -65,6 +66,35 @@ class Plan:
     scales: str
     threads: int
     tools: Mapping[str, str]
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def how(self, entry: Parameter) -> tuple[str, np.ndarray | None]:
+        """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts.
+
+        By plain squares (mse) where eight bits are kept, of which nothing more can be had, and where there is no
+        importance.
+        """
+        row = entry["quantize"]
+        if self.scales != "importance" or row is None:
+            return self.scales, None
+        found = [self.importance.get(name) for name in entry["sources"]]
+        known = [each for each in found if each is not None and each.shape == (entry["shape"][-1],)]
+        if row["bits"] >= KEPT_ANYWAY or len(known) < len(found):
+            return "mse", None
+        counts: np.ndarray = np.stack(known).mean(axis=0, dtype=np.float32)
+        return self.scales, counts
+
+    def uncalibrated(self) -> list[str]:
+        """Return the names of layers that are quantized by importance but for their having none."""
+        return [
+            entry["name"]
+            for entry in self.register["logical"]
+            if self.scales == "importance"
+            and entry["kind"] == "linear"
+            and entry["quantize"]
+            and entry["quantize"]["bits"] < KEPT_ANYWAY
+            and self.how(entry)[1] is None
+        ]
 
 
 class Conversion:
@@ -155,11 +185,14 @@ class Conversion:
         sources = {str(self._dtype(entry)) for entry in self._logical}
         quantizing = {(Row(**e["quantize"]), e["layout"]) for e in self._logical if e["quantize"]}
         dtypes = sorted({entry["dtype"] for entry in self._logical if not entry["quantize"]})
-        return [
+        chosen = sorted({self._plan.how(entry)[0] for entry in self._logical if entry["quantize"]}) or ["max"]
+        names = (
             name
             for source in sorted(sources)
-            for name in kernel_names(source, sorted(quantizing, key=str), self._plan.scales, dtypes)
-        ]
+            for scales in chosen
+            for name in kernel_names(source, sorted(quantizing, key=str), scales, dtypes)
+        )
+        return [*dict.fromkeys(names)]
 
     def _dtype(self, entry: Parameter) -> np.dtype:
         """Return the dtype that a parameter is made in, before it is stored."""
@@ -228,7 +261,9 @@ class Conversion:
         """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
         how: dict[str, Any] = {"dtype": entry["dtype"]}
         if entry["quantize"]:
-            how = {**entry["quantize"], "scales": self._plan.scales}
+            scales, importance = self._plan.how(entry)
+            counts = {} if importance is None else {"importance": blake3(importance.tobytes()).hexdigest()}
+            how = {**entry["quantize"], "scales": scales, **counts}
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
@@ -251,6 +286,7 @@ class Conversion:
             else:
                 yield whole()
 
+        scales, importance = plan.how(entry)
         data = self._memory("stored", sum(tensor.nbytes for tensor in self._stored[index]))
         made = convert(
             rows(),
@@ -259,9 +295,10 @@ class Conversion:
             whole=whole,
             into=data,
             dtype=entry["dtype"],
-            scales=plan.scales,
+            scales=scales,
             layout=entry["layout"],
             kernels=library,
+            importance=importance,
         )
         with target.open("xb", buffering=0) as file:
             _write(file, data.data)

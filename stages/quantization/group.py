@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 # The scales that the error-minimising search tries: these fiftieths of the largest value's, each with both signs.
 PARTS = 50
 TRIED = range(PARTS, 30, -1)
+SEARCHED = ("mse", "importance")  # scales that are those of least squared error
+LEAST = 1e-3  # of the mean importance: what each column counts at least
 
 
-def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndarray, np.ndarray]:
+def quantize(
+    weight: np.ndarray, row: Row, scales: str = "max", importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale [n, groups]).
+
+    ``importance`` [k] is how much an error of each column counts where scales are searched; None: all the same.
 
     :class:`UnfitError` for a NaN or an infinity in the weight, naming its index, and for a scale that the storage
     dtype cannot hold. Works through blocks of rows: needs little memory beyond the result.
@@ -47,6 +53,8 @@ def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndar
             raise why_not_finite(values, block.start, row)
         if scales == "mse":
             scale = _best_scale(by_group, peak, row)
+        elif scales == "importance":
+            scale = _weighted_scale(by_group, peak, shares(row, k, importance), row)
         elif scales == "full":
             scale = _full_scale(by_group, row)
         q_scale[block] = scale
@@ -97,6 +105,37 @@ def _best_scale(groups: np.ndarray, peak: np.ndarray, row: Row) -> np.ndarray:
             error = np.einsum("ngi,ngi->ng", codes, codes)
             better = error < least
             best[better], least[better] = scale[better], error[better]
+    return best
+
+
+def shares(row: Row, k: int, importance: np.ndarray | None) -> np.ndarray:
+    """Return what the square of an error in each place of a row of ``k`` counts, float32 [groups, size].
+
+    That is ``importance``, of which the mean is one, and no column counts for nothing; 0 behind the end of the row.
+    """
+    found = np.zeros(row.groups(k) * row.group_size, np.float32)
+    found[:k] = 1 if importance is None else np.maximum(importance / max(float(importance.mean()), 1e-30), LEAST)
+    return found.reshape(-1, row.group_size)
+
+
+def _weighted_scale(groups: np.ndarray, peak: np.ndarray, share: np.ndarray, row: Row) -> np.ndarray:
+    """Return for each group the scale of least error, squares counted by ``share`` [g, size]: of those that
+    :func:`_best_scale` tries, and the least squares through the codes that each gives.
+    """
+    best = (peak / np.float32(row.top)).astype(numpy_dtype(row.scale_dtype))
+    most = np.full(peak.shape, -1, np.float32)  # by how much the sum of squares becomes less
+    smallest = peak * np.float32(TRIED[-1] / PARTS / row.top)
+    for part in TRIED:
+        for sign in (1, -1):
+            scale = peak * np.float32(sign * part / PARTS / row.top)
+            codes = np.clip(np.rint(groups * (1 / _divisor(scale))[..., None]), -row.top, row.top + 1)
+            counted = codes * share
+            squares = np.einsum("ngi,ngi->ng", counted, codes)
+            products = np.einsum("ngi,ngi->ng", counted, groups)
+            squares[squares == 0] = np.inf
+            found, fitted = products * products / squares, products / squares
+            better = (found > most) & (np.abs(fitted) >= smallest)
+            best[better], most[better] = fitted[better].astype(best.dtype), found[better]
     return best
 
 

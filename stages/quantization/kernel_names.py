@@ -22,7 +22,8 @@ def quantize_name(source: str, row: Row, scales: str, layout: str) -> str:
 
 def compiled(row: Row, scales: str) -> bool:
     """Say whether there is a kernel that quantizes so; NumPy does the rest."""
-    return row.kind == "group" and not row.minimum and row.group_size >= WORDS_AT_ONCE[row.bits] and scales != "full"
+    plain = row.kind == "group" and not row.minimum and row.bits in WORDS_AT_ONCE
+    return plain and row.group_size >= WORDS_AT_ONCE[row.bits] and scales in ("max", "mse")
 
 
 def cast_name(source: str, stored: str) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from stages.quantization.blocks import row_blocks
 from stages.quantization.dtypes import numpy_dtype
-from stages.quantization.group import why_not_finite
+from stages.quantization.group import SEARCHED, shares, why_not_finite
 from stages.quantization.words import pack, unpack
 
 if TYPE_CHECKING:
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 # By how many tenths of a step less or more than the largest code the range is taken to hold, where that is searched.
 TRIED = range(-10, 11)
+FURTHEST = 2  # steps of the plain scale that a searched one may leave a value off by
 
 
-def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(
+    weight: np.ndarray, row: Row, scales: str = "max", importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale and q_min [n, groups]).
 
-    :class:`UnfitError` as :func:`.group.quantize`.
+    ``importance`` and :class:`UnfitError` as :func:`.group.quantize`.
     """
     n, k = weight.shape
     size, groups, dtype = row.group_size, row.groups(k), numpy_dtype(row.scale_dtype)
@@ -43,9 +46,8 @@ def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndar
             scale, least = ((high - low) / np.float32(row.most)).astype(dtype), low.astype(dtype)
         if not (np.isfinite(scale.astype(np.float32)) & np.isfinite(least.astype(np.float32))).all():
             raise why_not_finite(values, block.start, row)
-        if scales == "mse":
-            inside = (np.arange(padded) < k).astype(np.float32).reshape(groups, size)
-            scale, least = best(by_group, inside, (scale, least), row.most)
+        if scales in SEARCHED:
+            scale, least = best(by_group, shares(row, k, importance), (scale, least), row.most)
         q_scale[block], q_min[block] = scale, least
         codes = _codes(by_group, scale, least, row.most).reshape(count, padded)
         codes[:, k:] = 0
@@ -71,42 +73,47 @@ def _codes(groups: np.ndarray, scale: np.ndarray, least: np.ndarray, most: int) 
 
 
 def best(
-    groups: np.ndarray, inside: np.ndarray, plain: tuple[np.ndarray, np.ndarray], most: int, highest: float = np.inf
+    groups: np.ndarray, share: np.ndarray, plain: tuple[np.ndarray, np.ndarray], most: int, highest: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return for each group the scale and minimum of least squared error of those tried; the first of equals.
 
     Tried are ``plain`` and, for each division of the range into steps, the least squares through the codes that it
-    gives, as ggml's make_qkx2_quants has it. ``inside`` [g, size] is 0 behind the end of a short last group, else 1. No
-    minimum is above ``highest``.
+    gives, as ggml's make_qkx2_quants has it. ``share`` [g, size] is what the square of each error counts, 0 behind the
+    end of a short last group. No minimum is above ``highest``. Only scales and minima are taken with which no value is
+    off by more than :data:`FURTHEST` of the steps that the range has by itself.
     """
-    low, high, size = groups.min(axis=-1), groups.max(axis=-1), inside.sum(axis=-1)
+    low, high, size = groups.min(axis=-1), groups.max(axis=-1), share.sum(axis=-1)
     scale, least = (each.copy() for each in plain)
-    error = _error(groups, inside, _codes(groups, scale, least, most), scale, least)
+    error, _ = _errors(groups, share, _codes(groups, scale, least, most), scale, least)
+    inside = (share > 0).astype(np.float32)
     above = (groups - low[..., None]) * inside  # near zero, where float32 sums are exact enough
-    total = above.sum(axis=-1)
+    total = np.einsum("ngi,gi->ng", above, share)
     width = np.where(high > low, high - low, np.float32(np.inf))
+    allowed = (high - np.minimum(low, highest)) * np.float32(FURTHEST / most)
     for step in TRIED:
         codes = np.clip(np.rint(above * ((np.float32(most) + np.float32(step) / 10) / width)[..., None]), 0, most)
-        count, squares = codes.sum(axis=-1), np.einsum("ngi,ngi->ng", codes, codes)
-        products = np.einsum("ngi,ngi->ng", codes, above)
+        counted = codes * share
+        count, squares = counted.sum(axis=-1), np.einsum("ngi,ngi->ng", counted, codes)
+        products = np.einsum("ngi,ngi->ng", counted, above)
         apart = size * squares - count * count
         apart = np.where(apart > 0, apart, np.float32(np.inf))
         with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is never better
             slope = ((size * products - total * count) / apart).astype(scale.dtype)
             begin = np.minimum((squares * total - count * products) / apart + low, highest).astype(scale.dtype)
-            found = _error(groups, inside, codes, slope, begin)
-        better = found < error
+            found, furthest = _errors(groups, share, codes, slope, begin)
+        better = (found < error) & (furthest <= allowed)
         scale[better], least[better], error[better] = slope[better], begin[better], found[better]
     return scale, least
 
 
-def _error(
-    groups: np.ndarray, inside: np.ndarray, codes: np.ndarray, scale: np.ndarray, least: np.ndarray
-) -> np.ndarray:
-    """Return the squared error of each group."""
+def _errors(
+    groups: np.ndarray, share: np.ndarray, codes: np.ndarray, scale: np.ndarray, least: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the squared error of each group, and its largest error."""
     rest = codes * scale.astype(np.float32)[..., None]
     rest += least.astype(np.float32)[..., None]
     rest -= groups
-    rest *= inside
-    found: np.ndarray = np.einsum("ngi,ngi->ng", rest, rest)
-    return found
+    furthest = np.abs(rest).max(axis=-1)
+    np.square(rest, out=rest)
+    found: np.ndarray = np.einsum("ngi,gi->ng", rest, share)
+    return found, furthest

@@ -50,13 +50,15 @@ def convert(
     kernels: Kernels | None = None,
     whole: Callable[[], np.ndarray] | None = None,
     into: np.ndarray | None = None,
+    importance: np.ndarray | None = None,
 ) -> Converted:
     """Convert a parameter of ``shape``, made of ``parts`` one under the other, to what ``row`` stores; without one it
     is cast to ``dtype``.
 
     Kernels take part by part: the buffer of one may be reused for the next if ``whole`` returns all of it for
     NumPy, which does what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by
-    default new memory), and is the same with and without ``kernels``.
+    default new memory), and is the same with and without ``kernels``. ``importance`` [k] is how much an error of each
+    column counts where ``scales`` is importance.
     :class:`~stages.quantization.blocks.UnfitError` for a value that is not finite or does not fit.
     """
     described = [(shape, dtype)]
@@ -68,7 +70,7 @@ def convert(
     error = sums.relative() if sums else None
     if error is None:
         array = whole() if whole else np.concatenate([*parts])
-        error = _by_numpy(array, row, stored, scales, layout)
+        error = _by_numpy(array, row, stored, scales, layout, importance)
     return Converted(stored, *error)
 
 
@@ -105,10 +107,15 @@ def _by_kernels(
 
 
 def _by_numpy(
-    array: np.ndarray, row: Row | None, stored: Sequence[np.ndarray], scales: str, layout: str
+    array: np.ndarray,
+    row: Row | None,
+    stored: Sequence[np.ndarray],
+    scales: str,
+    layout: str,
+    importance: np.ndarray | None,
 ) -> tuple[float, float]:
     if row:
-        made = quantize(array, row, scales)
+        made = quantize(array, row, scales, importance)
         scale_of_all = [] if row.kind == "group" else [*made[1:]]
 
         def values(rows: slice) -> np.ndarray:
@@ -124,13 +131,13 @@ def _by_numpy(
     return error
 
 
-def quantize(array: np.ndarray, row: Row, scales: str) -> Sequence[np.ndarray]:
+def quantize(array: np.ndarray, row: Row, scales: str, importance: np.ndarray | None = None) -> Sequence[np.ndarray]:
     """Return what a weight [n, k] is stored as, by NumPy, in layout nk."""
     if row.kind == "tensor":
         return float8.quantize(array)
-    if row.levels:
-        return two_level.quantize(array, row, scales)
-    return minimum.quantize(array, row, scales) if row.minimum else group.quantize(array, row, scales)
+    room = two_level if row.levels else minimum if row.minimum else group
+    made: Sequence[np.ndarray] = room.quantize(array, row, scales, importance)
+    return made
 
 
 def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:

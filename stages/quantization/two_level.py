@@ -13,7 +13,7 @@ import numpy as np
 
 from stages.quantization.blocks import row_blocks
 from stages.quantization.dtypes import numpy_dtype
-from stages.quantization.group import why_not_finite
+from stages.quantization.group import SEARCHED, shares, why_not_finite
 from stages.quantization.minimum import best
 from stages.quantization.words import pack, unpack
 from stages.sizes import LEVELED
@@ -25,11 +25,13 @@ TOP = 63  # the largest level
 PER_WORD, WIDTH = 5, 6  # levels in a word, and the bits of each; the last of 16 is in what three words have left
 
 
-def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def quantize(
+    weight: np.ndarray, row: Row, scales: str = "max", importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale uint32 [n, 3 * outer],
     q_outer [n, 2 * outer]), outer being eighths of the groups, rounded up.
 
-    :class:`UnfitError` as :func:`.group.quantize`.
+    ``importance`` and :class:`UnfitError` as :func:`.group.quantize`.
     """
     n, k = weight.shape
     (_, words, _), (_, levels, _), (_, outer, dtype) = row.stored(n, k)
@@ -44,9 +46,8 @@ def quantize(weight: np.ndarray, row: Row, scales: str = "max") -> tuple[np.ndar
         with np.errstate(over="ignore", invalid="ignore"):
             least = np.minimum(by_group.min(axis=-1), np.float32(0))
             scale = (by_group.max(axis=-1) - least) / np.float32(row.most)
-        if scales == "mse":
-            inside = (np.arange(padded) < k).astype(np.float32).reshape(groups, size)
-            scale, least = best(by_group, inside, (scale, least), row.most, highest=0)
+        if scales in SEARCHED:
+            scale, least = best(by_group, shares(row, k, importance), (scale, least), row.most, highest=0)
         wholes, integers = zip(*(_levels(each, outer[1] // 2, q_outer.dtype) for each in (scale, -least)), strict=True)
         q_outer[block] = np.stack(wholes, axis=-1).reshape(count, -1)
         if not np.isfinite(q_outer[block].astype(np.float32)).all():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[int, int, str], None]
 
+INSTEAD = "set reference to recorded or none to go without it"
 _PROGRESS = "progress"  # how a line of the other process begins that says how far it is
 
 
@@ -26,10 +27,10 @@ class LiveError(ProblemsError):
     """The reference could not be computed; ``problems`` says why."""
 
 
-def call(module: str, request: Mapping[str, Any], progress: Progress) -> dict[str, np.ndarray]:
+def call(module: str, request: Mapping[str, Any], progress: Progress, instead: str = INSTEAD) -> dict[str, np.ndarray]:
     """Run ``python -m module REQUEST.json RESULT.npz`` and return its arrays; :class:`LiveError` if it fails.
 
-    The process tells ``progress`` how far it is with :func:`say`.
+    The process tells ``progress`` how far it is with :func:`say`. ``instead`` is what a user can do without it.
     """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+", errors="replace") as errors:
         asked, answered = Path(folder) / "request.json", Path(folder) / "result.npz"
@@ -54,9 +55,7 @@ def call(module: str, request: Mapping[str, Any], progress: Progress) -> dict[st
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             errors.seek(0)
             last = "\n".join(errors.read().strip().splitlines()[-3:])
-            raise LiveError(
-                f"the live reference ended with {how}: {last}; set reference to recorded or none to go without it"
-            )
+            raise LiveError(f"the original model, run by torch, ended with {how}: {last}; {instead}")
         with np.load(answered) as result:
             return dict(result)
 

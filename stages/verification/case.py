@@ -12,9 +12,7 @@ from stages.checkpoint.generation import CONFIG
 from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
-from stages.runtime.errors import RequestError
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.runtime.wording import writes_date
 from stages.verification import original, probes
 from stages.verification.checks import PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
@@ -121,16 +119,9 @@ class Case:
         """Return the ids of a text to continue: those of ``text`` after the prefix."""
         return [*self.prefix, *self.encode(text)]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the ids of a conversation in the model's own form, as plain text where its template takes none or
-        writes the date: what is measured must be the same tomorrow.
-        """
-        if not writes_date(self.manifest.folder):
-            try:
-                return self.tokenizer.chat(messages, add_generation_prompt=False)
-            except RequestError:
-                pass
-        return self.encode("\n\n".join(f"{each['role']}: {each['content']}" for each in messages) + "\n\n")
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+        """Return the ids of a conversation."""
+        return probes.conversation(messages, self.tokenizer, self.manifest.folder, self.encode)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids`` without special tokens, by the checkpoint's own vocabulary likewise."""

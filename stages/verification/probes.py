@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.problems import ProblemsError
+from stages.runtime.errors import RequestError
+from stages.runtime.wording import writes_date
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from stages.runtime.folder import Folder
+    from stages.runtime.tokenizer import BundleTokenizer
 
 DEFAULT = Path(__file__).with_name("probes.jsonl")
 LIMIT = 2**24  # bytes of a corpus
@@ -91,6 +96,30 @@ def of(
         [[*[""] * len(prefix), *kinds[start : start + room]] for start in starts],
         prefix,
     )
+
+
+def conversation(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: BundleTokenizer,
+    folder: Folder,
+    encode: Callable[[str], Sequence[int]],
+) -> Sequence[int]:
+    """Return the ids of a conversation in the model's own form, as plain text where its template takes none or writes
+    the date: what is measured must be the same tomorrow. ``folder`` is where the ``tokenizer`` is.
+    """
+    if not writes_date(folder):
+        try:
+            return tokenizer.chat(messages, add_generation_prompt=False)
+        except RequestError:
+            pass
+    return encode("\n\n".join(f"{each['role']}: {each['content']}" for each in messages) + "\n\n")
+
+
+def one_file(named: str, files: Mapping[str, Path]) -> Path:
+    """Return the one file that a user's corpus ``named`` is."""
+    if len(files) != 1:
+        raise CorpusError(f"corpus: {named}: name one .txt or .jsonl file, found {len(files)}")
+    return next(iter(files.values()))
 
 
 def segments(corpus: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:

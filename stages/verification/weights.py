@@ -9,7 +9,7 @@ import numpy as np
 
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
-from stages.quantization import float8, group, layouts, two_level
+from stages.quantization import float8, group, layouts, minimum, two_level
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
@@ -171,8 +171,8 @@ def differences(
 
     Unquantized parameters must be the checkpoint's values cast to the storage dtype, bit for bit. A quantized value may
     be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing. Of
-    ``scales`` that were searched (mse), a value may also be what the smallest scale tried cuts off. ``progress``
-    is told how many tensors were compared.
+    ``scales`` that were searched (mse, importance), a value may also be what the smallest scale tried cuts off.
+    ``progress`` is told how many tensors were compared.
     """
     problems = []
     for number, tensor in enumerate(held(registry, records), start=1):
@@ -215,8 +215,7 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
     if row.minimum:
         step = np.maximum.reduceat(wanted, starts, axis=1) - np.minimum.reduceat(wanted, starts, axis=1)
         step /= np.float32(row.most)
-        # Searched ones have no larger sum of squares than the plain: one value may have all of it.
-        steps = 0.5 if scales == "max" else 0.5 * size**0.5
+        steps = 0.5 if scales == "max" else minimum.FURTHEST
         rounding = peak * np.float32(relative + 1e-6) + np.float32((1 + row.most) * absolute)
         allowed = step * np.float32(steps + 2 * row.most * relative + 1e-5) + rounding * np.float32(2 * steps)
     else:
@@ -242,8 +241,7 @@ def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndar
         np.repeat(np.maximum.reduceat(each, eights, axis=1) * half, LEVELED, axis=1)[:, : len(starts)]
         for each in (step, -low)
     )
-    # Searched ones have no larger sum of squares than the plain: one value may have all of it.
-    steps = 0.5 if scales == "max" else 0.5 * size**0.5
+    steps = 0.5 if scales == "max" else minimum.FURTHEST
     tiny = np.float32((1 + row.most) * two_level.TOP * absolute)
     allowed = (step * np.float32(steps) + off_step * np.float32(row.most + 1) + off_low + tiny) * np.float32(2 * steps)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]

@@ -448,7 +448,7 @@ def test_a_machine_that_does_not_fit_fails_before_anything_is_loaded(recorded, t
 def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "transformers.py").write_text("raise SystemExit('no transformers today')")
-    assert "the live reference ended with exit code 1: no transformers today" in failure(
+    assert "the original model, run by torch, ended with exit code 1: no transformers today" in failure(
         recorded, tmp_path, reference="live"
     )
 
