@@ -113,6 +113,7 @@ def _errors(
     rest = codes * scale.astype(np.float32)[..., None]
     rest += least.astype(np.float32)[..., None]
     rest -= groups
+    rest *= share > 0
     furthest = np.abs(rest).max(axis=-1)
     np.square(rest, out=rest)
     found: np.ndarray = np.einsum("ngi,gi->ng", rest, share)
