@@ -28,6 +28,7 @@ PROVIDER = Provider(
     verbs={
         "generate": Verb("stages.cli.generate", "generate text from a bundle"),
         "chat": Verb("stages.cli.chat", "talk with a bundle, in several turns"),
+        "serve": Verb("stages.cli.serve", "let programs use bundles, by the OpenAI API"),
         "verify": Verb("stages.cli.verify", "hold a bundle against its certificate on this machine"),
         "sign": Verb("stages.cli.sign", "sign an exported bundle with a key of your own"),
         "attest": Verb("stages.cli.attest", "keep what `verify` said on another machine beside a bundle"),

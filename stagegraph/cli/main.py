@@ -38,9 +38,12 @@ def dispatch(argv: list[str]) -> int:
     args = parse(argv[0], argv[1:])
     with contextlib.ExitStack() as stack:
         for name in getattr(module, "REFERENCES", ()):
-            from stagegraph.cli.reference import folder
+            from stagegraph.cli.reference import folder, folders
 
-            if (value := getattr(args, name)) is not None:
+            value = getattr(args, name)
+            if isinstance(value, list):
+                setattr(args, name, stack.enter_context(folders(args, value)))
+            elif value is not None:
                 setattr(args, name, stack.enter_context(folder(args, value)))
         code: int = module.run(args)
     return code

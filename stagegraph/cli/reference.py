@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from stagegraph.api import Pipeline
@@ -38,3 +38,13 @@ def folder(args: argparse.Namespace, value: str | Path) -> Iterator[Path]:
                     artifact.object(file)  # verifies it
                 root = stack.enter_context(workspace.checkout(artifact.files))
         yield root / artifact.path
+
+
+@contextlib.contextmanager
+def folders(args: argparse.Namespace, values: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Yield what each of ``values`` means; a pipeline file among them is the one that their nodes are of."""
+    files = [str(value) for value in values if str(value).endswith((".yaml", ".yml"))]
+    if files:
+        args.file = files[-1]
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(folder(args, value)) for value in values if str(value) not in files]

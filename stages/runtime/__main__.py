@@ -1,4 +1,4 @@
-"""``python -m stages.runtime [generate|chat|selftest] BUNDLE``: the commands where only this folder and TVM are."""
+"""``python -m stages.runtime [generate|chat|serve|selftest] BUNDLE``: what needs only this folder and TVM."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import difflib
 import sys
 
 from stages.runtime import command, console, selftest
+from stages.runtime.server import command as serve
 
-COMMANDS = {"generate": command, "chat": console, "selftest": selftest}
+COMMANDS = {"generate": command, "chat": console, "serve": serve, "selftest": selftest}
 
 
 def main() -> int:
@@ -16,8 +17,8 @@ def main() -> int:
     name, *arguments = sys.argv[1:] if sys.argv[1:2] and sys.argv[1] in COMMANDS else ["generate", *sys.argv[1:]]
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.runtime {name}",
-        description="Continue a prompt with a bundle; with `chat` as the first argument, talk with it, with `selftest` "
-        "hold it against its certificate.",
+        description="Continue a prompt with a bundle; with `chat` as the first argument, talk with it, with `serve` "
+        "let other programs use it, with `selftest` hold it against its certificate.",
         allow_abbrev=False,
     )
     COMMANDS[name].add_arguments(parser)

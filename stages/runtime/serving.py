@@ -59,7 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default 0)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--specials", action="store_true", help="show special tokens, the one that ends the text too")
-    add(
+    opening_arguments(parser)
+
+
+def opening_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add to ``parser`` how a bundle is opened."""
+    parser.add_argument(
         "--device",
         choices=("auto", *dict.fromkeys(DEVICES.values())),
         default="auto",
@@ -67,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
         help=f"{' or '.join(dict.fromkeys(DEVICES.values()))} (default: the bundle's)",
     )
     signature_argument(parser)
-    add("--quick", action="store_true", help="check the weights' sizes only, not their digests")
+    parser.add_argument("--quick", action="store_true", help="check the weights' sizes only, not their digests")
 
 
 def guarded(
@@ -152,15 +157,7 @@ class Served:
 
 def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says."""
-    from stages.runtime import manifest
-
-    bundle = manifest.read(args.bundle, require_signature=args.require_signature)
-    bundle = dataclasses.replace(bundle, quick=args.quick)
-    problems = manifest.check(bundle, weights=False)
-    if args.device not in ("auto", bundle.device):
-        problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
-    if problems:
-        raise BundleError(*problems)
+    bundle = opened(args.bundle, args)
     # What they import may be absent, which the check above has said by now.
     from stages.runtime.sampling import Sampler, Settings, of_checkpoint
     from stages.runtime.tokenizer import BundleTokenizer
@@ -178,6 +175,20 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     in_use = ("temperature", "repetition_penalty") if settings.temperature == 0 else _SAMPLING
     origin = " (generation_config.json)" if {*default} & {*in_use} - {*given} else ""
     return Served(bundle, tokenizer, sampler, f"{settings}{origin}", stops)
+
+
+def opened(path: Path, args: argparse.Namespace) -> Manifest:
+    """Return the manifest of a bundle that can run here; :class:`BundleError` says all that is in the way."""
+    from stages.runtime import manifest
+
+    bundle = manifest.read(path, require_signature=args.require_signature)
+    bundle = dataclasses.replace(bundle, quick=args.quick)
+    problems = manifest.check(bundle, weights=False)
+    if args.device not in ("auto", bundle.device):
+        problems.append(f"{bundle.root}: built for {bundle.target}; it runs on {bundle.device}, not on {args.device}")
+    if problems:
+        raise BundleError(*problems)
+    return bundle
 
 
 def bundle_argument(parser: argparse.ArgumentParser) -> None:

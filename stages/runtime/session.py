@@ -21,7 +21,10 @@ _KV = "vm.builtin.kv_state_"
 
 
 class Session:
-    """One library with its weights on a device and the state of up to ``sequences`` sequences.
+    """One library with its weights on a device and the state of up to ``sequences`` sequences that are read at once.
+
+    ``spare`` more may be held beside them, and ``tokens`` is what the KV cache holds of all together (default: the
+    context window of each that is read).
 
     The state is a KV cache, which ends at the context window and can go back to any token, or that of a recurrent
     model, which does not end and goes back over the newest tokens that were read one at a time.
@@ -30,13 +33,13 @@ class Session:
     the session stays usable.
     """
 
-    def __init__(self, manifest: Manifest, *, sequences: int = 1) -> None:
+    def __init__(self, manifest: Manifest, *, sequences: int = 1, spare: int = 0, tokens: int | None = None) -> None:
         self.manifest = manifest
         self.context_window: int = manifest.model["context_window"]
         self.prefill_chunk: int = manifest.model["prefill_chunk"]
         self.vocab_size: int = manifest.model["vocab_size"]
         self.max_batch: int = manifest.model["max_batch"]
-        self.sequences = sequences
+        self.sequences, self.spare = sequences, spare
         self._sep_embed: bool = manifest.model["sep_embed"]
         self._tvm = backend.tvm()
         self._device = backend.device(manifest.device)
@@ -46,10 +49,10 @@ class Session:
                 raise BundleError(*problems)
         self._vm = self._open_library()
         self._params = self._load_params()
-        self._free = list(range(sequences))[::-1]
+        self._free = list(range(sequences + spare))[::-1]
         self._lengths: dict[int, int] = {}
         self._reach: dict[int, int] = {}  # how many tokens of each sequence can be taken back
-        self._state = self._create_state(sequences)
+        self._state = self._create_state(sequences, tokens)
 
     def _open_library(self) -> Any:
         path = self.manifest.folder.check("model.so")
@@ -77,26 +80,35 @@ class Session:
         names = [param["name"] for param in expected]
         return backend.array(tensor_cache.upload(folder, stored, names, self._device, digest=not self.manifest.quick))
 
-    def _create_state(self, sequences: int) -> state.State:
+    def _create_state(self, sequences: int, tokens: int | None) -> state.State:
         limit = self.max_batch
         if not 1 <= sequences <= limit:
             raise RequestError(f"{sequences} sequences asked for; the library was built for 1 to {limit} (max_batch)")
+        wanted = self.context_window if tokens is None else tokens
         with _refusing(
-            f"{self.manifest.root}: no room for the state of {self.context_window:,} tokens: lower context_window, "
-            "or free memory"
+            f"{self.manifest.root}: no room for the state of {wanted:,} tokens: lower context_window, or free memory"
         ):
-            return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences)
+            return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences, tokens)
 
     # Sequences
 
     def add(self) -> int:
         """Start an empty sequence and return its number."""
-        if not self._free:
-            raise RequestError(f"all {len(self._lengths)} sequences of this session are in use; remove one first")
-        sequence = self._free.pop()
+        sequence = self._place()
         self._call("add_sequence", sequence)
         self._lengths[sequence] = self._reach[sequence] = 0
         return sequence
+
+    def fork(self, sequence: int, length: int) -> int:
+        """Start a sequence with the first ``length`` tokens of another, whose whole pages they share; its number."""
+        if not 0 < length <= self.length(sequence):
+            raise RequestError(f"cannot begin with {length} tokens of a sequence that holds {self.length(sequence)}")
+        if self.page_size is None:
+            raise RequestError("the state of this recurrent model cannot be shared by sequences")
+        child = self._place()
+        self._call("fork_sequence", sequence, child, length)
+        self._lengths[child] = self._reach[child] = length
+        return child
 
     def remove(self, sequence: int) -> None:
         """Forget a sequence and free its place."""
@@ -118,6 +130,22 @@ class Session:
         self._call("popn", sequence, count)
         self._lengths[sequence] -= count
         self._reach[sequence] -= count
+
+    def _place(self) -> int:
+        if not self._free:
+            raise RequestError(f"all {len(self._lengths)} sequences of this session are in use; remove one first")
+        return self._free.pop()
+
+    @property
+    def page_size(self) -> int | None:
+        """How many tokens a page of the KV cache has; None for the state of a recurrent model."""
+        return self._state.page
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages of the KV cache no sequence has; 0 for a recurrent model."""
+        count = "vm.builtin.attention_kv_cache_get_num_available_pages"
+        return 0 if self.page_size is None else int(self._tvm.get_global_func(count)(self._state.held))
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence holds."""

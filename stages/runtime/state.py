@@ -16,12 +16,13 @@ class State:
     """The library's object that holds it, and what it allows.
 
     ``limit`` is the most tokens a sequence may have, None where none is. ``history`` is how many states are kept of
-    a sequence, None where every token is.
+    a sequence, None where every token is. ``page`` is how many tokens share a page, None where there are no pages.
     """
 
     held: Any
     limit: int | None
     history: int | None
+    page: int | None
 
     def reach(self, before: int, count: int) -> int:
         """Return how many tokens can be taken back after ``count`` were read at once, where it was ``before``."""
@@ -31,11 +32,20 @@ class State:
         return min(before + 1, self.history - 1) if count == 1 else 0
 
 
-def create(functions: Any, shape: Callable[[list[int]], Any], model: Mapping[str, Any], sequences: int) -> State:
-    """Create the state that ``model`` (metadata's) asks for; ``functions`` are the library's, ``shape`` TVM's tuple."""
+def create(
+    functions: Any,
+    shape: Callable[[list[int]], Any],
+    model: Mapping[str, Any],
+    sequences: int,
+    tokens: int | None = None,
+) -> State:
+    """Create the state that ``model`` (metadata's) asks for; ``functions`` are the library's, ``shape`` TVM's tuple.
+
+    ``sequences`` are read at once; all that are held have so many ``tokens`` together, None for a whole context each.
+    """
     if model.get("state", "kv") == "rnn":
-        return State(functions["create_rnn_state"](shape([sequences]), shape([HISTORY])), None, HISTORY)
+        return State(functions["create_rnn_state"](shape([sequences]), shape([HISTORY])), None, HISTORY, None)
     window, page = model["context_window"], model["page_size"]
-    tokens = sequences * -(-window // page) * page
-    sizes = (sequences, tokens, model["prefill_chunk"], page, 0)
-    return State(functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes)), window, None)
+    pages = sequences * -(-window // page) if tokens is None else -(-tokens // page)
+    sizes = (sequences, pages * page, model["prefill_chunk"], page, 0)
+    return State(functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes)), window, None, page)

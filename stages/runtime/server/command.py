@@ -1,0 +1,124 @@
+"""The command that serves bundles until it is told to stop, for ``python -m`` and the verb ``serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from stages.runtime import serving
+from stages.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+    from stages.runtime.server.engine import Engine
+
+INSTALL = "pip install 'stagegraph[serve]' (or: pip install starlette uvicorn)"
+KEY = "STAGEGRAPH_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command to ``parser``."""
+    add = parser.add_argument
+    add("bundles", nargs="+", metavar="BUNDLE", type=Path, help="a bundle's directory")
+    add("--name", action="append", default=[], metavar="NAME", help="what a bundle is called, in their order")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, metavar="N", help="default 8000; 0 is any free one")
+    add("--api-key-file", type=Path, metavar="FILE", help=f"what clients must send; or the environment's {KEY}")
+    add("--no-auth", action="store_true", help="listen on other addresses without a key")
+    add("--sequences", type=int, metavar="N", help="answers made at a time (default: what the bundle was built for)")
+    add("--cache-tokens", type=int, metavar="N", help="what the KV cache holds (default: N whole contexts)")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (default 64)")
+    add("--timeout", type=float, default=600, metavar="SECONDS", help="how long an answer may take (default 600)")
+    add("--grace", type=int, default=30, metavar="SECONDS", help="what may finish after SIGTERM (default 30)")
+    serving.opening_arguments(parser)
+
+
+def run(args: argparse.Namespace, *streams: TextIO) -> int:
+    """Run the command: the address and a line about each request go to stderr.
+
+    Returns 0 once it was told to stop, 2 for a bundle or a setting that cannot be served.
+    """
+    return serving.guarded(_run, args, *streams)
+
+
+def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
+    try:
+        import uvicorn
+
+        from stages.runtime.server import app
+    except ImportError as error:
+        raise RequestError(f"serving needs starlette and uvicorn ({error}): {INSTALL}") from None
+    key = _key(args)
+    local = _is_local(args.host)
+    engines = _engines(args)
+    limits = app.Limits(seconds=args.timeout)
+    application = app.create(engines, key=key, local=local, limits=limits, log=err)
+    config = uvicorn.Config(
+        application,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=16 * (args.queue + 16),
+        timeout_graceful_shutdown=args.grace,
+    )
+    server = uvicorn.Server(config)
+    with config.bind_socket() as socket:
+        host, port = socket.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1\n")
+        err.flush()
+        server.run(sockets=[socket])
+    for engine in engines.values():
+        engine.close()
+    return 0
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _key(args: argparse.Namespace) -> str | None:
+    """Return what clients must send, None for nothing; others than this machine's need it."""
+    key = os.environ.get(KEY, "")
+    if args.api_key_file is not None:
+        try:
+            key = serving.text_of(args.api_key_file.read_bytes(), str(args.api_key_file))
+        except OSError as error:
+            raise RequestError(f"{args.api_key_file}: {error.strerror}") from None
+    if args.api_key_file is not None and not key.strip():
+        raise RequestError(f"{args.api_key_file}: the file is empty")
+    if not key.strip() and not _is_local(args.host) and not args.no_auth:
+        raise RequestError(
+            f"whoever reaches {args.host} could use the model: give a key with --api-key-file FILE or {KEY}, or say "
+            "--no-auth"
+        )
+    return key.strip() or None
+
+
+def _engines(args: argparse.Namespace) -> Mapping[str, Engine]:
+    """Load every bundle; all names are checked before."""
+    found = {}
+    if len(args.name) > len(args.bundles):
+        raise RequestError(f"{len(args.name)} names for {len(args.bundles)} bundles")
+    for path, given in itertools.zip_longest(args.bundles, args.name):
+        bundle = serving.opened(path, args)
+        name = given or bundle.name
+        if name in found:
+            raise RequestError(f"two bundles are named {name}: say --name once for each")
+        found[name] = bundle
+    from stages.runtime.server.engine import Engine
+
+    return {
+        name: Engine(bundle, sequences=args.sequences, tokens=args.cache_tokens, queue=args.queue)
+        for name, bundle in found.items()
+    }

@@ -1,0 +1,142 @@
+"""One request and its answers, between the loop that talks to clients and the thread that makes tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.errors import RequestError
+from stages.runtime.server.answer import End, Event, Failure, Piece
+from stages.runtime.server.engine import BusyError, ClosingError
+from stages.runtime.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from stages.runtime.server.answer import Answer
+    from stages.runtime.server.engine import Engine
+    from stages.runtime.server.requests import Wanted
+    from stages.runtime.server.responses import Form
+    from stages.runtime.server.scheduler import Job
+
+
+class Exchange:
+    """Begins the answers that a request wants; :class:`ApiError` where it cannot. To be closed, whatever happens.
+
+    ``seconds`` is how long all of it may take.
+    """
+
+    def __init__(self, engine: Engine, wanted: Wanted, form: Form, *, seconds: float) -> None:
+        self._engine, self._wanted, self._form = engine, wanted, form
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + seconds
+        self._seconds = seconds
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._made: list[tuple[Job, Answer]] = []
+        try:
+            for prompt in wanted.prompts:
+                self._begin(prompt)
+        except ApiError:
+            self.close()
+            raise
+
+    def _begin(self, prompt: Any) -> None:
+        first = len(self._made)
+
+        def deliver(index: int, event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
+                self._loop.call_soon_threadsafe(self._events.put_nowait, (first + index, event))
+
+        try:
+            self._made += self._engine.submit(prompt, self._wanted.options, self._wanted.seeds, deliver)
+        except RequestError as error:
+            raise ApiError(str(error), code="context_length_exceeded" if "context" in str(error) else None) from None
+        except BusyError:
+            raise ApiError("too many requests wait already; try again later", status=429, retry=1) from None
+        except ClosingError:
+            raise ApiError("the server is shutting down", status=503, retry=5) from None
+
+    def close(self) -> None:
+        """Call off what is not over; its pages are free before the next step."""
+        self._engine.cancel([job for job, _ in self._made])
+
+    async def whole(self) -> dict[str, Any]:
+        """Return the document with all answers."""
+        pieces: list[list[Piece]] = [[] for _ in self._made]
+        finishes = [""] * len(self._made)
+        async for index, event in self._all():
+            if isinstance(event, Piece):
+                pieces[index].append(event)
+            else:
+                finishes[index] = event.finish
+        choices = [
+            {"index": at, **self._form.choice(at, said), "finish_reason": finish}
+            for at, (said, finish) in enumerate(zip(pieces, finishes, strict=True))
+        ]
+        return {**self._form.envelope(choices, chunk=False), "usage": self.usage()}
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Yield the answers as server-sent events."""
+        try:
+            if (opening := self._form.opening()) is not None:
+                for at in range(len(self._made)):
+                    yield self._chunk(at, opening)
+            async for index, event in self._all():
+                if isinstance(event, Piece):
+                    if event.text or event.chosen:
+                        yield self._chunk(index, self._form.delta(index, event))
+                else:
+                    yield self._chunk(index, self._form.closing(), event.finish)
+            if self._wanted.include_usage:
+                yield _event({**self._form.envelope([], chunk=True), "usage": self.usage()})
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield _event(error.document())
+        finally:
+            self.close()
+
+    def usage(self) -> dict[str, Any]:
+        """Return how many tokens were read and made."""
+        count = len(self._wanted.seeds)
+        prompt = sum(map(len, self._wanted.prompts))
+        made = sum(answer.generated for _, answer in self._made)
+        cached = sum(job.cached for job, _ in self._made[::count])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    async def _all(self) -> AsyncIterator[tuple[int, Piece | End]]:
+        """Yield what the answers say until all are over."""
+        left = len(self._made)
+        while left:
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    index, event = await self._events.get()
+            except TimeoutError:
+                raise ApiError(f"not done after {self._seconds:g} seconds", status=504, code="timeout") from None
+            if isinstance(event, Failure):
+                raise _failed(event.error)
+            left -= isinstance(event, End)
+            yield index, event
+
+    def _chunk(self, index: int, content: dict[str, Any], finish: str | None = None) -> str:
+        choice = {"index": index, **content, "finish_reason": finish}
+        usage = {"usage": None} if self._wanted.include_usage else {}
+        return _event({**self._form.envelope([choice], chunk=True), **usage})
+
+
+def _failed(error: Exception) -> ApiError:
+    if isinstance(error, ClosingError):
+        return ApiError("the server is shutting down", status=503, retry=5)
+    if isinstance(error, RequestError):
+        return ApiError(str(error))
+    return ApiError(f"the answer failed: {type(error).__name__}", status=500)
+
+
+def _event(document: dict[str, Any]) -> str:
+    return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"

@@ -1,0 +1,90 @@
+"""The parameters of a request, read strictly: each has its kind and range, and one that is not known is an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+_NAMES: dict[Any, str] = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+
+
+class Fields:
+    """An object of a request's body; ``where`` is its path in there. What is null counts as absent."""
+
+    def __init__(self, document: Any, known: Collection[str] | None = None, *, where: str = "") -> None:
+        self._where = where
+        if not isinstance(document, dict):
+            raise ApiError(f"{where or 'the body'} must be an object, found {_shown(document)}", param=where or None)
+        self._given: Mapping[str, Any] = {name: value for name, value in document.items() if value is not None}
+        if known is not None and (unknown := sorted(self._given.keys() - {*known})):
+            import difflib  # only a mistake pays for it
+
+            close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
+            advice = f"; did you mean {close[0]}?" if close else ""
+            name = self.path(unknown[0])
+            raise ApiError(f"unknown parameter {name:.80}{advice}", param=name[:80], code="unknown_parameter")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._given
+
+    def path(self, name: str) -> str:
+        """Return the path of a parameter."""
+        return f"{self._where}.{name}" if self._where else name
+
+    def raw(self, name: str) -> Any:
+        """Return a parameter as it was given, None if it was not."""
+        return self._given.get(name)
+
+    def wrong(self, name: str, wanted: str) -> ApiError:
+        """Return the error that a parameter is not what is wanted of it."""
+        path = self.path(name)
+        return ApiError(f"{path} must be {wanted}, found {_shown(self.raw(name))}", param=path, code="invalid_value")
+
+    def take(self, name: str, kind: type, default: Any = None) -> Any:
+        """Return a parameter of a kind: bool, str, list or dict."""
+        if name not in self._given:
+            return default
+        value = self._given[name]
+        if not isinstance(value, kind):
+            raise self.wrong(name, _NAMES[kind])
+        return _text(self, name, value) if isinstance(value, str) else value
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """Return a number of a range, its ends included."""
+        value = self._given.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise self.wrong(name, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        """Return a whole number of a range, its ends included."""
+        if name not in self._given:
+            return default
+        value = self._given[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise self.wrong(name, f"a whole number from {low:,} to {high:,}")
+        return value
+
+    def texts(self, name: str, most: int) -> list[str]:
+        """Return a string, or a list of some, as a list."""
+        value = self._given.get(name, [])
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or len(values) > most or not all(isinstance(v, str) and v for v in values):
+            raise self.wrong(name, f"a string, or a list of at most {most}, none of them empty")
+        return [_text(self, name, text) for text in values]
+
+
+def _text(fields: Fields, name: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise fields.wrong(name, "text without lone surrogates") from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    return f"{value!a:.60}"

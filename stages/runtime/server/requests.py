@@ -1,0 +1,217 @@
+"""The bodies of /v1/chat/completions and /v1/completions: what is asked for, in the runtime's own terms."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.errors import RequestError
+from stages.runtime.sampling import Settings, of_checkpoint
+from stages.runtime.server.answer import Options
+from stages.runtime.server.errors import ApiError
+from stages.runtime.server.fields import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stages.runtime.server.engine import Engine
+
+MOST_ANSWERS = 16  # of one request
+MOST_STOPS, LONGEST_STOP = 16, 1024
+_LARGEST = 2**31 - 1
+
+_COMMON = {
+    "model", "stream", "stream_options", "stop", "n", "seed", "temperature", "top_p", "top_k", "min_p",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "max_tokens",
+}  # fmt: skip
+# What says who asks, or what the service may do with it: nothing here depends on it.
+_IDLE = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+}  # fmt: skip
+_CHAT = _COMMON | _IDLE | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+_TEXT = _COMMON | _IDLE | {"prompt", "echo", "best_of", "suffix"}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A request: the ids of its prompts, each with as many answers as there are ``seeds``.
+
+    ``echo`` are the prompts' texts, which go before the answers.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    options: Options
+    seeds: Sequence[int]
+    stream: bool
+    include_usage: bool
+    echo: Sequence[str] = ()
+
+
+def chat(body: Any, engine: Engine) -> Wanted:
+    """Return what a body of /v1/chat/completions asks for; :class:`ApiError` if it cannot be had."""
+    fields = Fields(body, _CHAT)
+    messages = [_message(message, at) for at, message in enumerate(fields.take("messages", list, []))]
+    if not messages:
+        raise fields.wrong("messages", "a list of at least one message")
+    variables = fields.take("chat_template_kwargs", dict, {})
+    try:
+        prompt = engine.tokenizer.chat(messages, variables=variables)
+    except RequestError as error:
+        raise ApiError(str(error), param="messages") from None
+    top = fields.integer("top_logprobs", None, 0, 20)
+    logprobs = fields.take("logprobs", bool, default=False)
+    if top is not None and not logprobs:
+        raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    limit = fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1, _LARGEST), 1, _LARGEST)
+    return _wanted(fields, engine, [prompt], limit or _LARGEST, (top or 0) if logprobs else None)
+
+
+def text(body: Any, engine: Engine) -> Wanted:
+    """Return what a body of /v1/completions asks for; :class:`ApiError` if it cannot be had."""
+    fields = Fields(body, _TEXT)
+    if fields.take("suffix", str, ""):
+        raise ApiError("suffix is not supported: these models continue a text", param="suffix")
+    if fields.integer("best_of", fields.integer("n", 1, 1, MOST_ANSWERS), 1, MOST_ANSWERS) != (fields.raw("n") or 1):
+        raise ApiError("best_of is not supported beyond n", param="best_of")
+    logprobs = fields.integer("logprobs", None, 0, 20)
+    echo = fields.take("echo", bool, default=False)
+    if echo and logprobs is not None:
+        raise ApiError("echo together with logprobs is not supported", param="echo")
+    prompts = [_ids(fields, prompt, engine) for prompt in _prompts(fields)]
+    limit = fields.integer("max_tokens", 16, 1, _LARGEST) or 16
+    said = [engine.tokenizer.decode(prompt) for prompt in prompts] if echo else ()
+    return _wanted(fields, engine, prompts, limit, logprobs, said)
+
+
+def _wanted(
+    fields: Fields,
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    logprobs: int | None,
+    echo: Sequence[str] = (),
+) -> Wanted:
+    count = fields.integer("n", 1, 1, MOST_ANSWERS) or 1
+    if count * len(prompts) > MOST_ANSWERS:
+        raise ApiError(f"{count * len(prompts)} answers asked for at once; at most {MOST_ANSWERS}", param="n")
+    seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
+    first = secrets.randbits(63) if seed is None else seed % 2**64
+    streaming = fields.take("stream", bool, default=False)
+    given = fields.raw("stream_options")
+    if given is not None and not streaming:
+        raise ApiError("stream_options needs stream to be true", param="stream_options")
+    stream_options = Fields(given or {}, {"include_usage", "include_obfuscation"}, where="stream_options")
+    stops = [stop.encode() for stop in fields.texts("stop", MOST_STOPS)]
+    if any(len(stop) > LONGEST_STOP for stop in stops):
+        raise fields.wrong("stop", f"of at most {LONGEST_STOP} bytes")
+    options = Options(
+        settings=_settings(fields, engine),
+        max_tokens=limit,
+        stops=tuple(stops),
+        frequency_penalty=fields.number("frequency_penalty", 0, -2, 2),
+        presence_penalty=fields.number("presence_penalty", 0, -2, 2),
+        logit_bias=_biases(fields, engine),
+        logprobs=logprobs,
+    )
+    return Wanted(
+        prompts=prompts,
+        options=options,
+        seeds=[first + (at << 64) for at in range(count)],
+        stream=streaming,
+        include_usage=stream_options.take("include_usage", bool, default=False),
+        echo=echo,
+    )
+
+
+def _settings(fields: Fields, engine: Engine) -> Settings:
+    """Return how to draw: as asked, else as the checkpoint says, else at a temperature of 1."""
+    usual = Settings(**{"temperature": 1.0, **of_checkpoint(engine.manifest.sampling)})
+    top_k = fields.integer("top_k", usual.top_k, -1, _LARGEST) or 0
+    return Settings(
+        temperature=fields.number("temperature", usual.temperature, 0, 100),
+        top_k=max(top_k, 0),  # -1 is what others take for all
+        top_p=max(fields.number("top_p", usual.top_p, 0, 1), 1e-9),  # 0 is the likeliest alone
+        min_p=fields.number("min_p", usual.min_p, 0, 1),
+        repetition_penalty=fields.number("repetition_penalty", usual.repetition_penalty, 0.01, 100),
+    )
+
+
+def _biases(fields: Fields, engine: Engine) -> dict[int, float]:
+    found = {}
+    for name, value in fields.take("logit_bias", dict, {}).items():
+        known = name.isdecimal() and len(name) < 10 and int(name) < engine.tokenizer.active_vocab_size
+        if not known or isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            raise fields.wrong("logit_bias", "token ids of the vocabulary with a number from -100 to 100 each")
+        found[int(name)] = float(value)
+    return found
+
+
+def _prompts(fields: Fields) -> list[Any]:
+    prompt = fields.raw("prompt")
+    several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+    prompts = prompt if several else [prompt]
+    if not all(isinstance(p, str) or _is_ids(p) for p in prompts):
+        raise fields.wrong("prompt", "a string or a list of token ids, or a list of these")
+    return list(prompts)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
+
+
+def _ids(fields: Fields, prompt: str | list[int], engine: Engine) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    try:
+        return engine.tokenizer.prompt(prompt)
+    except RequestError as error:
+        raise ApiError(str(error), param=fields.path("prompt")) from None
+
+
+def _message(message: Any, at: int) -> dict[str, Any]:
+    """Return a message as templates know it: content is one text, the arguments of a call are an object."""
+    fields = Fields(message, _MESSAGE, where=f"messages[{at}]")
+    role = fields.take("role", str)
+    if role not in _ROLES:
+        raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
+    found: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(fields)}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if name in fields:
+            found[name] = fields.take(name, str)
+    if "tool_calls" in fields:
+        calls = enumerate(fields.take("tool_calls", list))
+        found["tool_calls"] = [_call(call, f"{fields.path('tool_calls')}[{n}]") for n, call in calls]
+    return found
+
+
+def _content(fields: Fields) -> str:
+    content = fields.raw("content")
+    if isinstance(content, list):
+        texts = []
+        for at, part in enumerate(content):
+            inner = Fields(part, where=f"{fields.path('content')}[{at}]")
+            if inner.raw("type") not in ("text", "refusal"):
+                raise inner.wrong("type", "text: this model reads nothing else")
+            texts.append(inner.take(inner.raw("type"), str, ""))
+        return "\n".join(texts)
+    found: str = fields.take("content", str, "")
+    return found
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    fields = Fields(call, {"id", "type", "function", "index"}, where=where)
+    function = Fields(fields.raw("function"), {"name", "arguments"}, where=fields.path("function"))
+    arguments = function.take("arguments", str, "{}")
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError:
+        raise function.wrong("arguments", "JSON") from None
+    return {
+        "id": fields.take("id", str, ""),
+        "type": "function",
+        "function": {"name": function.take("name", str, ""), "arguments": parsed},
+    }

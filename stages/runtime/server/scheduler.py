@@ -1,0 +1,261 @@
+"""Continuous batching: which tokens of which jobs the model reads next, and whose pages go when none are left.
+
+A step decodes one token of every job that is ready for one, then reads a chunk of the prompts that are still being
+read, shared among them so that a short one is not kept by a long one. Jobs join and leave between steps. Nothing here
+knows of threads, sockets, text or time: whoever drives it calls :meth:`Scheduler.step` while there is something to do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from stages.runtime.server.prefixes import Prefixes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+
+CHUNK = 128  # tokens of prompts in one step: what decoding waits for, and a prompt that has just come
+
+
+class Model(Protocol):
+    """What the scheduler needs of a loaded bundle; :class:`stages.runtime.session.Session` is one.
+
+    ``page_size`` is None where a sequence takes the same room whatever its length, and cannot be forked.
+    """
+
+    max_batch: int
+    prefill_chunk: int
+
+    @property
+    def page_size(self) -> int | None:
+        """Tokens of a page."""
+
+    @property
+    def spare(self) -> int:
+        """How many sequences may be held beside those that are read."""
+
+    @property
+    def free_pages(self) -> int:
+        """How many pages no sequence has."""
+
+    def add(self) -> int:
+        """Start an empty sequence."""
+
+    def fork(self, sequence: int, length: int) -> int:
+        """Start a sequence with the first tokens of another."""
+
+    def remove(self, sequence: int) -> None:
+        """Forget a sequence."""
+
+    def batch_prefill(self, requests: Mapping[int, Sequence[int]]) -> np.ndarray:
+        """Read several tokens of each sequence; the logits [b, V] after them."""
+
+    def batch_decode(self, tokens: Mapping[int, int]) -> np.ndarray:
+        """Read one token of each sequence; the logits [b, V] after them."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One text to continue: ``ids``, which what is picked is added to.
+
+    ``take`` is given the logits after the ids and returns the next id, or None where the text is over. A job whose
+    ``leader`` has the same prompt waits until that was read. ``cached`` is how many ids were not read when it first
+    began, because another sequence held them.
+    """
+
+    ids: list[int]
+    take: Callable[[np.ndarray], int | None]
+    leader: Job | None = None
+    cached: int = 0
+    sequence: int | None = field(default=None, init=False)
+    read: int = field(default=0, init=False)  # how many of the ids its sequence holds
+    prompt: int = field(init=False)
+    begun: bool = field(default=False, init=False)
+    over: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.ids)
+
+    @property
+    def pending(self) -> int:
+        """How many of its ids are still to be read."""
+        return len(self.ids) - self.read
+
+    @property
+    def follows(self) -> bool:
+        """Whether it waits for its leader."""
+        return self.leader is not None and not self.leader.over and self.leader.read < self.leader.prompt
+
+
+class Scheduler:
+    """Drives the jobs of one ``model``.
+
+    ``waiting`` are those that have no sequence, ``active`` those that have, in the order in which they were let in; the
+    counters say what happened since the beginning.
+    """
+
+    def __init__(self, model: Model, *, chunk: int = CHUNK) -> None:
+        self._model = model
+        self._chunk = min(chunk, model.prefill_chunk)
+        self.waiting: deque[Job] = deque()
+        self.active: list[Job] = []
+        self.prefixes = Prefixes(model.page_size)
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.preemptions = self.steps = 0
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; the pages of all must hold its longest form alone, which is for the caller to see to."""
+        self.waiting.append(job)
+
+    def cancel(self, job: Job) -> None:
+        """Forget a job, and free its pages at once."""
+        if job.over:
+            return
+        job.over = True
+        if job.sequence is None:
+            self.waiting.remove(job)
+        else:
+            self._leave(job)
+
+    def step(self) -> bool:
+        """Do one step; False if there was nothing to do."""
+        self._admit()
+        if not self.active:
+            return False
+        self.steps += 1
+        self._read([(job, 1) for job in self.active if job.pending == 1], self._decode)
+        self._read(self._shares(), self._model.batch_prefill)
+        return True
+
+    # Who is read
+
+    def _admit(self) -> None:
+        """Let jobs in, first come first served, for as long as there are rows, and pages for all of their ids."""
+        while len(self.active) < self._model.max_batch:
+            job = next((job for job in self.waiting if not job.follows), None)
+            if job is None:
+                return
+            self._begin(job)
+            promised = sum(self._pages(other, other.pending) for other in self.active)
+            if not self._free(promised + self._pages(job, job.pending)):
+                self._drop(job)
+                return
+            self.waiting.remove(job)
+            self.active.append(job)
+            self.prompt_tokens += 0 if job.begun else job.prompt
+            if not job.begun:
+                job.begun, job.cached = True, job.read
+                self.cached_tokens += job.cached
+
+    def _begin(self, job: Job) -> None:
+        """Give a job a sequence, with as many of its ids as another one holds; the last must be read for its logits."""
+        held, length = self.prefixes.longest(job.ids[:-1])
+        if held is None:
+            job.sequence, job.read = self._model.add(), 0
+        else:
+            job.sequence, job.read = self._model.fork(held, length), length
+
+    def _shares(self) -> list[tuple[Job, int]]:
+        """Return which prompts are read in this step, and how many ids of each."""
+        reading = [job for job in self.active if job.pending > 1]
+        if not reading:
+            return []
+        left, share = self._chunk, max(1, self._chunk // len(reading))
+        counts = {}
+        for job in reading:
+            counts[job] = min(job.pending, share, left)
+            left -= counts[job]
+        for job in reading:  # what short ones leave goes to those that came first
+            more = min(job.pending - counts[job], left)
+            counts[job] += more
+            left -= more
+        return [(job, count) for job, count in counts.items() if count]
+
+    def _read(self, work: Sequence[tuple[Job, int]], read: Callable[[dict[int, list[int]]], np.ndarray]) -> None:
+        """Read so many ids of each of these jobs in one pass, where pages can be had for them."""
+        kept: list[tuple[Job, int]] = []
+        for job, count in work:
+            while job.sequence is not None and not self._free(
+                sum(self._pages(other, many) for other, many in [*kept, (job, count)])
+            ):
+                self._preempt()
+                kept = [(other, many) for other, many in kept if other.sequence is not None]
+            if job.sequence is not None:
+                kept.append((job, count))
+        if not kept:
+            return
+        parts = {}
+        for job, count in kept:
+            assert job.sequence is not None
+            parts[job.sequence] = job.ids[job.read : job.read + count]
+        rows = read(parts)
+        for (job, count), logits in zip(kept, rows, strict=True):
+            job.read += count
+            if not job.pending:
+                self._took(job, job.take(logits))
+
+    def _decode(self, parts: dict[int, list[int]]) -> np.ndarray:
+        return self._model.batch_decode({sequence: ids[0] for sequence, ids in parts.items()})
+
+    def _took(self, job: Job, token: int | None) -> None:
+        assert job.sequence is not None
+        if job.read == job.prompt:
+            self.prefixes.hold(job.sequence, job.ids)
+        if token is None:
+            self._finish(job)
+        else:
+            self.generated_tokens += 1
+            job.ids.append(token)
+
+    # Whose pages go
+
+    def _pages(self, job: Job, count: int) -> int:
+        """Return how many pages the next ``count`` ids of a job take: sequences are forked between pages only."""
+        page = self._model.page_size
+        return 0 if page is None else -(-(job.read + count) // page) - -(-job.read // page)
+
+    def _free(self, pages: int) -> bool:
+        """Forget what no job needs, the longest unused first, until so many pages are free; False if they never are."""
+        while pages and self._model.free_pages < pages:
+            sequence = self.prefixes.oldest()
+            if sequence is None:
+                return False
+            self._forget(sequence)
+        return True
+
+    def _preempt(self) -> None:
+        """Send the job that was let in last back to the queue's head; it will read again what it has read."""
+        job = self.active[-1]
+        self._leave(job)
+        self.waiting.appendleft(job)
+        self.preemptions += 1
+
+    def _finish(self, job: Job) -> None:
+        """Let a job go, and keep what it has read for those that begin alike, as long as there is room."""
+        assert job.sequence is not None
+        job.over = True
+        self.active.remove(job)
+        if self._model.page_size is None or not self._model.spare:
+            self._drop(job)
+            return
+        for sequence in self.prefixes.release(job.sequence, job.ids[: job.read]):
+            self._model.remove(sequence)
+        while self.prefixes.kept > self._model.spare:
+            self._forget(self.prefixes.oldest())
+        job.sequence = None
+
+    def _leave(self, job: Job) -> None:
+        self.active.remove(job)
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        self._forget(job.sequence)
+        job.sequence, job.read = None, 0
+
+    def _forget(self, sequence: int | None) -> None:
+        assert sequence is not None
+        self.prefixes.drop(sequence)
+        self._model.remove(sequence)
