@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
         shared = Shared(settings, pipeline.workspace)
         try:
             for decision in here:
-                if decision.record is not None:
-                    shared.push(decision.record)
+                record = pipeline.workspace.record(decision.key)
+                if record is not None:
+                    shared.push(record)
         finally:
             sent = shared.finish()
     if args.json:

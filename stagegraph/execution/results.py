@@ -64,7 +64,7 @@ class Results:
         for name, (digest, _) in record_files(record).items():
             workspace.store.adopt(running.sandbox.out / name, digest)
         if previous is not None and previous["key"] == decision.key and not same:
-            workspace.keep_other(previous)
+            workspace.keep_other(decision.key)
         workspace.index.set(f"rec:{decision.key}", record)
         self._planner.keep_code(decision)
         if not self._planner.prepared(decision.node).secrets:

@@ -128,11 +128,10 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
             providers = sorted(name for name, nodes in by_entry.items() if nodes[0].stage.id == declared.stage)
             advice = f"add '{providers[0]}' to its needs" if providers else f"add an entry that uses '{declared.stage}'"
             yield f"{spec.place}: {spec.entry} reads {declared.stage}.{declared.port} on port '{port}': {advice}"
-    reads = sorted({declared.stage for declared in node.stage.inputs.values()})
     for entry in spec.needs:
         if not any(_reads(declared, entry, by_entry[entry][0]) for declared in node.stage.inputs.values()):
             place = spec.need_places.get(entry, spec.place)
-            known = ", ".join(reads) or "nothing"
+            known = ", ".join(sorted({declared.stage for declared in node.stage.inputs.values()})) or "nothing"
             yield f"{place}: {spec.entry} needs '{entry}' but stage '{node.stage.id}' reads only: {known}"
 
 
@@ -141,6 +140,8 @@ def _reads(declared: In, entry: str, node: Node) -> bool:
 
 
 def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iterable[str]:
+    if len(found) == 1 and declared.port in found[0].stage.outputs:
+        return
     where = f"{node.spec.place}: {node.name}: port '{port}'"
     if found and declared.port not in found[0].stage.outputs:
         hint = nearest(declared.port, found[0].stage.outputs)

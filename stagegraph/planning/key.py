@@ -8,6 +8,7 @@ result, so that "why did this run" is the difference between two documents.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +51,22 @@ def key_document(
 
 def hashed_params(params: Any) -> dict[str, Any]:
     """Return the parameters that count by value: not sources, not those declared ``hashed=False``."""
+    return {name: getattr(params, name) for name in _hashed_names(params.__class__)}
+
+
+@functools.cache
+def _hashed_names(params: Any) -> list[str]:
     fields = dataclasses.fields(params)
-    return {
-        f.name: getattr(params, f.name)
-        for f in fields
-        if f.metadata.get("hashed", True) and "include" not in f.metadata
-    }
+    return [f.name for f in fields if f.metadata.get("hashed", True) and "include" not in f.metadata]
+
+
+@functools.cache
+def _names(params: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(params)]
 
 
 def secrets_of(params: Any) -> list[Secret]:
     """Return the values among a stage's parameters that are secret."""
-    values = [getattr(params, field.name) for field in dataclasses.fields(params)]
+    values = [getattr(params, name) for name in _names(params.__class__)]
     flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
     return [value for value in flat if isinstance(value, Secret)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Rows = Mapping[str, str | Sequence[str]]  # table -> the rows of it that a node uses
+FEW = 4  # nodes of which what is known is asked one by one
 STALE, NEVER, UNKNOWN = "STALE", "NEVER", "UNKNOWN"
 
 
@@ -77,11 +78,15 @@ class Planner:
         self.sources = Sources(workspace.index)
         self._code = CodeDigests(workspace.index, dag.pipeline.root)
         self._prepared: dict[Node, Prepared] = {}
+        self._codes: dict[tuple[str, str, str], dict[str, str]] = {}
         self._kept: set[str] = set()
 
     def prepare(self, nodes: Iterable[Node]) -> None:
         """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError."""
         problems: list[str] = []
+        nodes = [node for node in nodes if node not in self._prepared]
+        if len(nodes) > FEW:
+            self.workspace.read_ahead(self.dag.pipeline.name)
         for node in nodes:
             if node not in self._prepared:
                 try:
@@ -163,6 +168,9 @@ class Planner:
 
     def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
         """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
+        asked = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
+        if asked in self._codes:
+            return self._codes[asked]
         code: dict[str, str] = {}
         for module in (node.spec.origin.module, *worker_module(node.stage)):
             code |= self._code.closure(module, rows)
@@ -173,12 +181,13 @@ class Planner:
                 raise PlanError(
                     f"stage '{node.stage.id}': {module} makes its parts '{kind}', but it uses no such module"
                 )
+        self._codes[asked] = code
         return code
 
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
         pipeline = self.dag.pipeline.name
-        record = workspace.record(key)
+        record = workspace.known_record(pipeline, node.name, key) or workspace.record(key)
         if record is None:
             previous = workspace.last_record(pipeline, node.name)
             damaged = ["its record was damaged"] if workspace.is_damaged(key) else []

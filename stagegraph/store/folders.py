@@ -10,7 +10,7 @@ from pathlib import Path
 from stagegraph.digest import stat_id
 
 
-def stat_or_none(path: Path) -> list[int] | None:
+def stat_or_none(path: str | Path) -> list[int] | None:
     """Return what tells whether a file changed, or None if there is none."""
     try:
         return list(stat_id(path))
@@ -18,10 +18,10 @@ def stat_or_none(path: Path) -> list[int] | None:
         return None
 
 
-def folder_times(folder: Path, wanted: Iterable[str]) -> dict[str, int]:
+def folder_times(folder: str, wanted: Iterable[str]) -> dict[str, int]:
     """Return the modification times of the directories that hold ``wanted``: they move when a file comes or goes."""
-    names = {"", *(parent for name in wanted for parent in _parents(name))}
-    times = {name: stat_or_none(folder / name) for name in sorted(names)}
+    names = {"", *(parent for name in wanted if "/" in name for parent in _parents(name))}
+    times = {name: stat_or_none(f"{folder}/{name}") for name in sorted(names)}
     return {name: found[3] for name, found in times.items() if found}
 
 

@@ -53,6 +53,7 @@ class Index:
         self.files = Documents(directory.parent)
         self.set_aside: Path | None = None
         self.damaged: set[str] = set()  # names of documents that were read and not believed
+        self._ahead: dict[str, Any] = {}  # texts of documents that were read before they were asked for
         self._readonly = False
         self._held_back: dict[str, Any] | None = None  # documents that wait for the end of together()
         self._holder = 0  # the thread in it
@@ -69,12 +70,22 @@ class Index:
         held_back = self._held_back
         if held_back is not None and name in held_back:
             return held_back[name]
-        rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", _row_name(name))
+        if name in self._ahead:
+            text = self._ahead.pop(name)
+        else:
+            rows = self._rows("SELECT value FROM Cache WHERE key = ? AND raw = 1", _row_name(name))
+            text = rows[0][0] if rows else None
         try:
-            return unseal(name, rows[0][0]) if rows else None
+            return unseal(name, text) if text is not None else None
         except DamagedError:
             self.damaged.add(name)
             return None
+
+    def read_ahead(self, *prefixes: str) -> None:
+        """Read every document of these names at once, each for its next ``get``: asking one by one takes far longer."""
+        for prefix in prefixes:
+            query = "SELECT key, value FROM Cache WHERE key >= ? AND key < ? AND raw = 1"
+            self._ahead.update(self._rows(query, prefix, f"{prefix}\U0010ffff"))
 
     def set(self, name: str, document: Any) -> None:
         """Write a document; atomic, visible to other processes at once. What is a file is written, or raises."""
@@ -84,6 +95,7 @@ class Index:
         """Write documents by name; those in the database all or none, in one commit, which takes as long as many."""
         cached = {}
         for name, document in documents.items():
+            self._ahead.pop(name, None)
             if self.files.owns(name):
                 self.files.set(name, document)
             else:
@@ -109,6 +121,7 @@ class Index:
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
+        self._ahead.pop(name, None)
         if self.files.owns(name):
             self.files.delete(name)
         self._change(lambda cache: cache.delete(_row_name(name)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
 from stagegraph.digest import digest_json
@@ -49,6 +49,7 @@ class Record(TypedDict):
 
 RECORD_SCHEMA = 1
 TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
+SELDOM = ("document", "made_from")  # asked of a hit
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
 
@@ -74,6 +75,26 @@ def new_record(
         "host": os.uname().nodename,
     }
     return cast("Record", made | {name: event[name] for name in TOLD})
+
+
+class KnownRecord(dict[str, Any]):
+    """A record without what few ask of a hit, which is read when they do; so it is not to be written anywhere."""
+
+    def __init__(self, brief: Mapping[str, Any], read: Callable[[], Record | None]) -> None:
+        super().__init__(brief)
+        self._read = read
+
+    def __missing__(self, name: str) -> Any:
+        whole = self._read()
+        if whole is None:
+            raise KeyError(name)
+        self.update(whole)
+        return whole[name]  # type: ignore[literal-required]
+
+
+def brief(record: Record) -> dict[str, Any]:
+    """Return what a :class:`KnownRecord` knows from the start."""
+    return {name: value for name, value in record.items() if name not in SELDOM}
 
 
 def is_record_of(record: Any, key: str) -> bool:

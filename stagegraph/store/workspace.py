@@ -6,13 +6,11 @@ Layout: ``<pipeline>/<node>/`` holds the files of a node's outputs; everything e
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
@@ -20,16 +18,27 @@ from stagegraph.files import remove_tree
 from stagegraph.store.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.store.index import Index
 from stagegraph.store.journal import Journal
+from stagegraph.store.locks import Locks
 from stagegraph.store.objects import Store
-from stagegraph.store.record import Record, is_newer, is_record_of, other_name, record_files, result_digest
+from stagegraph.store.record import (
+    KnownRecord,
+    Record,
+    brief,
+    is_newer,
+    is_record_of,
+    other_name,
+    record_files,
+    result_digest,
+)
 
 
-class Workspace:
+class Workspace(Locks):
     """Everything under one ``artifacts/`` directory."""
 
     def __init__(self, artifacts: Path) -> None:
         self.artifacts = artifacts
-        self.root = artifacts / ".stagegraph"
+        self._artifacts = str(artifacts)
+        super().__init__(artifacts / ".stagegraph")
         self.index = Index(self.root / "index")
         self.store = Store(self.root, self.index)
         self.journal = Journal(self.root / "journal.jsonl")
@@ -93,9 +102,24 @@ class Workspace:
         self.index.damaged.add(name)
         return None
 
-    def keep_other(self, record: Record) -> None:
-        """Keep a record beside the one that takes its place: made from the same key, and not the same."""
-        self.index.set(other_name(record["key"], result_digest(record)), record)
+    def known_record(self, pipeline: str, node: str, key: str) -> Record | None:
+        """Return the record of a key as it is kept with the node's directory, unless its file is another since then."""
+        known = self._shown(pipeline, node)
+        if known.get("key") != key or "record" not in known:
+            return None
+        stat, text = known["record"]
+        if stat != self._record_stat(key):
+            return None
+        return cast("Record", KnownRecord(text, lambda: self.record(key)))
+
+    def _record_stat(self, key: str) -> list[int] | None:
+        return stat_or_none(f"{self.root}/records/{key[:2]}/{key}")
+
+    def keep_other(self, key: str) -> None:
+        """Keep the record of a key beside the one that will take its place: made from the same, and not the same."""
+        record = self.record(key)
+        if record is not None:
+            self.index.set(other_name(key, result_digest(record)), record)
 
     def others(self, key: str = "") -> Iterator[tuple[str, Record]]:
         """Yield the results, with their names in the index, that others of their key took the place of."""
@@ -138,6 +162,10 @@ class Workspace:
             f"{pipeline}/{node}": self.last(pipeline, node) for pipeline, node in sorted(nodes | {*self._journaled})
         }
 
+    def read_ahead(self, pipeline: str) -> None:
+        """Read what is known of all nodes of a pipeline at once."""
+        self.index.read_ahead(f"last:{pipeline}/", f"mat:{pipeline}/")
+
     def last_record(self, pipeline: str, node: str) -> Record | None:
         """Return the record of the last finished execution or hit of a node, or None."""
         key = self.last(pipeline, node).get("key")
@@ -159,7 +187,7 @@ class Workspace:
         known = self._shown(pipeline, node).get("objects", {})
         lost = []
         for name, (digest, _) in record_files(record).items():
-            if known.get(digest) == stat_or_none(self.store.path(digest)) is not None:
+            if known.get(digest) == stat_or_none(self.store.file(digest)) is not None:
                 continue
             wrong = self.store.verify(digest)
             if wrong:
@@ -193,7 +221,7 @@ class Workspace:
         :class:`~stagegraph.store.objects.RottenError` if an object turns out damaged; those of a ``new`` result are not
         looked at.
         """
-        folder = self.node_dir(pipeline, node)
+        shown = f"{self._artifacts}/{pipeline}/{node}"
         known = self._shown(pipeline, node)
         fresh = known.get("key") != key
         wanted = record_files(record)
@@ -201,25 +229,38 @@ class Workspace:
         restored = []
         files: dict[str, Any] = {}
         for name, (digest, _) in wanted.items():
-            if self._is_in_place(have.get(name), digest, folder / name):
-                files[name] = [digest, list(stat_id(folder / name))]
+            now = stat_or_none(f"{shown}/{name}")
+            if have.get(name) == [digest, now] or self._is_in_place(have.get(name), digest, Path(shown, name)):
+                files[name] = [digest, now]
             else:
                 restored.append(name)
-        folders = folder_times(folder, wanted)
-        objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
+        folders = folder_times(shown, wanted)
+        objects = self._object_stats(wanted)
         if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
+            if isinstance(record, KnownRecord) or not (stat := self._record_stat(key)):
+                return []
+            self._know(pipeline, node, {**known, "record": [stat, brief(record)]})
             return []
-        with self._locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
+        folder = Path(shown)
+        with self.locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
             for name in restored:
                 real_directories(self.artifacts, (folder / name).parent)
                 self.store.place(wanted[name][0], folder / name, known=new)
                 files[name] = [wanted[name][0], list(stat_id(folder / name))]
             strays = remove_strays(folder, set(wanted))
-            objects = {digest: stat_or_none(self.store.path(digest)) for digest, _ in wanted.values()}
-            state = {"key": key, "files": files, "folders": folder_times(folder, wanted), "objects": objects}
-            self.index.set(f"mat:{pipeline}/{node}", state)
-            self._materialised[f"mat:{pipeline}/{node}"] = state
+            state: dict[str, Any] = {"key": key, "files": files, "folders": folder_times(shown, wanted)}
+            state["objects"] = self._object_stats(wanted)
+            if stat := self._record_stat(key):
+                state["record"] = [stat, brief(record)]
+            self._know(pipeline, node, state)
         return [] if fresh else restored + strays
+
+    def _object_stats(self, wanted: Mapping[str, tuple[str, int]]) -> dict[str, list[int] | None]:
+        return {digest: stat_or_none(self.store.file(digest)) for digest, _ in wanted.values()}
+
+    def _know(self, pipeline: str, node: str, state: dict[str, Any]) -> None:
+        self.index.set(f"mat:{pipeline}/{node}", state)
+        self._materialised[f"mat:{pipeline}/{node}"] = state
 
     def is_shown(self, pipeline: str, node: str, key: str, record: Record) -> bool:
         """Say whether the node's directory holds this record's files as they were put there."""
@@ -228,7 +269,7 @@ class Workspace:
         wanted = record_files(record)
         have = known.get("files", {})
         same = all(self._is_in_place(have.get(n), digest, folder / n) for n, (digest, _) in wanted.items())
-        return same and known.get("key") == key and known.get("folders") == folder_times(folder, wanted)
+        return same and known.get("key") == key and known.get("folders") == folder_times(str(folder), wanted)
 
     def unshown(self, pipeline: str, node: str, record: Record) -> dict[str, int]:
         """Return the files of a record that a run would have to put into the node's directory: name -> bytes."""
@@ -254,7 +295,7 @@ class Workspace:
         """Lend an empty directory meanwhile, which no sweep of another run takes for one left behind."""
         name = f"{purpose}-{os.getpid()}"
         target = self.work / name
-        with self._locked(name, wait=True):
+        with self.locked(name, wait=True):
             try:
                 target.mkdir(parents=True)
                 yield target
@@ -267,91 +308,18 @@ class Workspace:
             return True
         return bool(known) and known[0] == digest and self.store.is_object(digest, target)
 
-    # -- locks, work and logs --------------------------------------------------------------------------------------
+    # -- work and logs --------------------------------------------------------------------------------------------
 
     def log_path(self, key: str) -> Path:
         """Return the file that captures what an execution of this key prints."""
         return self.root / "logs" / key[:2] / f"{key}.log"
-
-    def try_lock(self, key: str) -> int | None:
-        """Take the lock of a key: a descriptor to close, or None while another process holds it."""
-        descriptor = self._lock_file(key)
-        try:
-            _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def is_running(self, key: str) -> bool:
-        """Say whether a run is executing this key."""
-        lock = self.try_lock(key) if (self.root / "locks" / key).exists() else None
-        if lock is not None:
-            os.close(lock)
-        return lock is None and (self.root / "locks" / key).exists()
-
-    def _lock_file(self, name: str) -> int:
-        path, flags = self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        try:
-            try:
-                return os.open(path, flags, 0o644)
-            except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                return os.open(path, flags, 0o644)
-        except OSError as error:
-            if error.errno in {errno.EACCES, errno.EROFS} and path.exists():
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same
-            raise
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, *, wait: bool) -> Iterator[bool]:
-        """Hold a lock meanwhile; yields whether it is held, which without ``wait`` another process may prevent."""
-        descriptor = self._lock_file(name)
-        try:
-            _flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            acquired = True
-        except BlockingIOError:
-            acquired = False
-        try:
-            yield acquired
-        finally:
-            os.close(descriptor)
-
-    @contextlib.contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Keep :meth:`alone` waiting meanwhile: what is looked up or written here stays until it is claimed."""
-        yield from self._hold(fcntl.LOCK_SH)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until no run is settling or committing a node, and keep them waiting meanwhile."""
-        yield from self._hold(fcntl.LOCK_EX)
-
-    def _hold(self, mode: int) -> Iterator[None]:
-        try:
-            descriptor = self._lock_file("store") if self.root.is_dir() else None
-        except OSError as error:
-            full = mode == fcntl.LOCK_SH and error.errno in {errno.ENOSPC, errno.EDQUOT}
-            if not full and error.errno not in {errno.EACCES, errno.EROFS}:
-                raise
-            descriptor = None  # whoever may not, or cannot, write here only looks
-        try:
-            if descriptor is not None:
-                _flock(descriptor, mode)
-            yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def sweep(self) -> None:
         """Remove the work directories that killed runs left behind; those in use are locked and stay."""
         self.index.move_to_files()
         if self.work.is_dir():
             for folder in self.work.iterdir():
-                with contextlib.suppress(OSError), self._locked(folder.name, wait=False) as free:
+                with contextlib.suppress(OSError), self.locked(folder.name, wait=False) as free:
                     if free:
                         remove_tree(folder)
 
@@ -364,16 +332,3 @@ class Workspace:
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
         return kept
-
-
-def _flock(descriptor: int, mode: int) -> None:
-    """Lock a file; :class:`BlockingIOError` if another process holds it, :class:`StoreError` where nothing can."""
-    try:
-        fcntl.flock(descriptor, mode)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"the file system of artifacts/ has no file locks ({error.strerror}), and runs side by side need them; "
-            "keep artifacts/ on one that has"
-        ) from None

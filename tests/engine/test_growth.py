@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -15,6 +16,9 @@ from stagegraph import Pipeline
 from stagegraph.cli.graph import _implied
 from stagegraph.query.explain import DEEP
 from stagegraph.query.lineage import Origin, _nearest_first
+from stagegraph.store.documents import Documents
+from stagegraph.store.index import Index
+from stagegraph.store.journal import HIT
 
 LONG = DEEP + 6
 
@@ -43,6 +47,46 @@ def test_a_change_is_followed_down_a_long_chain_to_where_it_began(chain: Path) -
     assert (cause.kind, cause.old, cause.new) == ("param", 0, 7)
     assert depth < 3 * DEEP
     json.dumps(found.document())
+
+
+def test_a_run_without_news_asks_the_database_for_all_nodes_at_once_and_opens_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale.write(tmp_path, "wide", 8)
+    file = tmp_path / "pipeline.yaml"
+    with Pipeline(file) as pipeline:
+        assert pipeline.run().ok
+        key = pipeline.key(pipeline.dag.by_name["n3"])
+        assert key is not None
+    asked: list[str] = []
+    opened: list[str] = []
+    rows, get = Index._rows, Documents.get
+
+    def ask(index: Index, query: str, *values: str) -> list[tuple[Any, ...]]:
+        asked.append(query)
+        return rows(index, query, *values)
+
+    def read(documents: Documents, name: str) -> Any:
+        opened.append(name)
+        return get(documents, name)
+
+    monkeypatch.setattr(Index, "_rows", ask)
+    monkeypatch.setattr(Documents, "get", read)
+    with Pipeline(file) as pipeline:
+        again = pipeline.run()
+        assert {outcome.outcome for outcome in again.outcomes} == {HIT}
+        assert (len(asked) < 8, opened) == (True, [])
+        record = again.outcomes[3].record
+        assert record is not None
+        assert record["document"]["params"] == {"value": 3}  # the rest is there for who asks
+        assert opened == [f"rec:{key}"]
+        whole = pipeline.workspace.record(key)
+        assert record == whole
+        pipeline.workspace.index.set(f"rec:{key}", {**whole, "summary": "of another run"})
+    with Pipeline(file) as pipeline:
+        (found,) = [outcome.record for outcome in pipeline.run().outcomes if outcome.key == key]
+        assert found is not None
+        assert found["summary"] == "of another run"
 
 
 def test_executions_are_walked_back_beyond_the_depth_of_calls() -> None:
