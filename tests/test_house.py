@@ -187,7 +187,7 @@ def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -
 def test_the_runtime_stands_alone() -> None:
     """Nothing of the compiler side, of the engine or of the reference may be needed where a bundle runs."""
     allowed = set(sys.stdlib_module_names) | {"stages", "numpy", "tvm", "tvm_ffi", "tokenizers", "jinja2"}
-    server = allowed | {"starlette", "uvicorn"}  # in its own room, and loaded by `serve` alone
+    server = allowed | {"llguidance", "starlette", "uvicorn"}  # in its own room, and loaded by `serve` alone
     problems = []
     for name, path in modules("stages/runtime").items():
         may = server if name.startswith("stages.runtime.server.") else allowed

@@ -107,12 +107,22 @@ class BundleTokenizer:
             raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}): give plain text")
         given = {"tools": None, "documents": None, **(variables or {})}
         given |= {"messages": conversation, "add_generation_prompt": add_generation_prompt}
-        config = self._folder.json(CONFIG)
-        if not isinstance(config, dict):
-            raise BundleError(f"{self._folder.root / CONFIG}: expected an object, found {config!r:.60}")
+        config = self._config()
         chosen = chats.choose(config.get("chat_template"), tools=given["tools"] is not None, name=template)
         vocabulary = self._spelling(config)
         return chats.encoded(chats.marked(chosen, given, vocabulary), vocabulary)
+
+    def tool_template(self) -> str:
+        """Return the text of the template that conversations with tools have; empty where they have none."""
+        if (self._info.get("chat") or {}).get("format") != "template":
+            return ""
+        return chats.choose(self._config().get("chat_template"), tools=True)
+
+    def _config(self) -> Mapping[str, Any]:
+        config = self._folder.json(CONFIG)
+        if not isinstance(config, dict):
+            raise BundleError(f"{self._folder.root / CONFIG}: expected an object, found {config!r:.60}")
+        return config
 
     def _spelling(self, config: Mapping[str, Any]) -> chats.Vocabulary:
         controls = config.get("chat_control_tokens")

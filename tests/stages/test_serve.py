@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -25,7 +26,9 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from stages.runtime.server import app as apps  # noqa: E402 - needs what may be absent
+from stages.runtime.server import requests  # noqa: E402
 from stages.runtime.server.engine import Engine  # noqa: E402
+from stages.runtime.server.tools import STYLES, Reader, Tools  # noqa: E402
 
 TEXT = "The old lighthouse keeper walked"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -276,6 +279,137 @@ def test_models_and_health(served) -> None:
     assert [model.id for model in served.client.models.list()] == ["tiny"]
     assert served.client.models.retrieve("tiny").id == "tiny"
     assert json.loads(served.get("/health")[1]) == {"status": "ok"}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "grün"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["colour", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_fits_its_schema(served) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
+    answer = served.client.chat.completions.create(
+        model="tiny", messages=HELLO, response_format=form, n=4, seed=3, max_tokens=200, temperature=1.5
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+    assert len({choice.message.content for choice in answer.choices}) > 1
+    for wrong in ({"type": "objct"}, {"$ref": "#/nowhere"}, "x", {"type": "string", "pattern": "("}):
+        form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": wrong}}
+        with pytest.raises(openai.BadRequestError, match="response_format"):
+            served.client.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
+
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\nAnswer with <tool_call> where one is of use.\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "<tool_call>{{ c.function.name }} {{ c.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WEATHER = {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "what the weather will be",
+        "parameters": {"type": "object", "properties": WEATHER, "required": [*WEATHER], "additionalProperties": False},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tooled(recorded, tmp_path_factory) -> Iterator[Served]:
+    """A server of the bundle with a chat template that knows tools."""
+    built = recorded.copy(tmp_path_factory.mktemp("tooled"))
+    info, config = (built.bundle / name for name in ("tokenizer_info.json", "tokenizer_config.json"))
+    info.write_text(json.dumps({**json.loads(info.read_text()), "chat": {"format": "template"}}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": TEMPLATE}))
+    built.sign()
+    engine = Engine(manifest.read(built.bundle))
+    yield from serve(engine)
+    engine.close()
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_tool_is_called_that_has_to_be(tooled, choice, stream) -> None:
+    pytest.importorskip("llguidance")
+    request = {"model": "tiny", "messages": HELLO, "tools": [TOOL], "tool_choice": choice, "max_tokens": 200, "seed": 1}
+    if stream:
+        chunks = [chunk.choices[0] for chunk in tooled.client.chat.completions.create(**request, stream=True)]
+        assert "".join(chunk.delta.content or "" for chunk in chunks) == ""
+        (call,) = chunks[-1].delta.tool_calls
+        finish = chunks[-1].finish_reason
+    else:
+        choice = tooled.client.chat.completions.create(**request).choices[0]
+        (call,), finish = choice.message.tool_calls, choice.finish_reason
+        assert choice.message.content is None
+    assert finish == "tool_calls"
+    assert call.function.name == "weather"
+    jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
+
+
+def test_a_call_and_its_result_reach_the_template(tooled) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}, result]
+    wanted = requests.chat({"model": "tiny", "messages": messages, "tools": [TOOL]}, tooled.engine)
+    said = tooled.engine.tokenizer.decode(wanted.prompts[0])
+    assert "weather Rome" in said
+    assert "sunny" in said
+    assert '"what the weather will be"' in said
+    none = requests.chat({"model": "tiny", "messages": messages, "tools": [TOOL], "tool_choice": "none"}, tooled.engine)
+    assert "will be" not in tooled.engine.tokenizer.decode(none.prompts[0])
+
+
+def test_tools_that_cannot_be_called_are_refused(served, tooled) -> None:
+    with pytest.raises(openai.BadRequestError, match="no place for tools"):
+        served.client.chat.completions.create(model="tiny", messages=HELLO, tools=[TOOL])
+    other = {"type": "function", "function": {"name": "other"}}
+    with pytest.raises(openai.BadRequestError, match="names 'other'"):
+        tooled.client.chat.completions.create(model="tiny", messages=HELLO, tools=[TOOL], tool_choice=other)
+    with pytest.raises(openai.BadRequestError, match="needs tools"):
+        tooled.client.chat.completions.create(model="tiny", messages=HELLO, tool_choice="required")
+
+
+HERMES, MISTRAL, BARE = STYLES["<tool_call>"], STYLES["[TOOL_CALLS]"], STYLES['"parameters"']
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "said", "called"),
+    [
+        (
+            HERMES,
+            'Let me see. <tool_call>\n{"name": "weather", "arguments": {"a": 1}}\n</tool_call>',
+            "Let me see. ",
+            1,
+        ),
+        (HERMES, '<tool_call>{"name": "weather"}</tool_call><tool_call>{"name": "weather"}</tool_call>', "", 2),
+        (HERMES, '<tool_call>\n{"name": "weather", "arguments": {"a": 1}}', "", 1),
+        (HERMES, "<tool_call>broken", "<tool_call>broken", 0),
+        (HERMES, 'a <tool_call>{"name": "unknown"}</tool_call>', 'a <tool_call>{"name": "unknown"}</tool_call>', 0),
+        (HERMES, "1 < 2 and <tool", "1 < 2 and <tool", 0),
+        (MISTRAL, '[TOOL_CALLS] [{"name": "weather", "arguments": {}}, {"name": "weather"}]', "", 2),
+        (MISTRAL, '[TOOL_CALLS][{"name": "weather", "arguments": {"a": 1}}]', "", 1),
+        (BARE, '{"name": "weather", "parameters": {"a": 1}}', "", 1),
+        (BARE, '{"name": "weather", "parameters": {}}; {"name": "weather", "parameters": {}}', "", 2),
+        (BARE, "It is {not} one", "It is {not} one", 0),
+        (BARE, '{"some": "json"}', '{"some": "json"}', 0),
+    ],
+)
+def test_what_is_said_is_told_from_what_is_called(style, text, said, called) -> None:
+    tools = Tools([TOOL], style, (), parallel=True)
+    for step in (1, 3, len(text)):
+        reader = Reader(tools)
+        heard = "".join(reader.feed(text[at : at + step]) for at in range(0, len(text), step))
+        rest, calls = reader.finish()
+        assert (heard + rest, len(calls)) == (said, called)
+        assert all(json.loads(call["function"]["arguments"]) in ({}, {"a": 1}) for call in calls)
 
 
 def test_nothing_that_was_said_is_logged(served) -> None:

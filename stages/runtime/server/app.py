@@ -86,7 +86,10 @@ class _Api:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request)
         return await self._answered(
-            request, body, requests.chat, lambda name, engine, _: responses.Chat(name, engine.tokenizer)
+            request,
+            body,
+            requests.chat,
+            lambda name, engine, wanted: responses.Chat(name, engine.tokenizer, wanted.tools),
         )
 
     async def text(self, request: Request) -> Response:

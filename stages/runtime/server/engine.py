@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
 from stages.runtime.server.answer import Answer, Options
+from stages.runtime.server.grammar import Grammars
 from stages.runtime.server.scheduler import Job, Scheduler
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
@@ -42,6 +43,7 @@ class Engine:
     ) -> None:
         self.manifest, self.name = bundle, bundle.name
         self.tokenizer = BundleTokenizer(bundle.folder)
+        self.grammars = Grammars(self.tokenizer)
         window, paged = bundle.model["context_window"], bundle.model.get("state", "kv") == "kv"
         if tokens is not None and tokens < window:
             raise RequestError(f"a cache of {tokens:,} tokens does not hold one context of {window:,}")
@@ -81,7 +83,7 @@ class Engine:
         options: Options,
         seeds: Sequence[int],
         deliver: Callable[[int, Event], None],
-        masks: Sequence[Mask | None] | None = None,
+        masks: Callable[[], Mask | None] = lambda: None,
     ) -> list[tuple[Job, Answer]]:
         """Begin an answer for each of the ``seeds``; ``deliver`` is told their events, in the engine's thread.
 
@@ -107,7 +109,7 @@ class Engine:
                 seed=seed,
                 room=self.limit,
                 deliver=_bound(deliver, index),
-                mask=masks[index] if masks else None,
+                mask=masks(),
             )
             made.append((Job(answer.ids, answer.take, leader=made[0][0] if made else None), answer))
         with self._changed:

@@ -50,7 +50,8 @@ class Exchange:
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (first + index, event))
 
         try:
-            self._made += self._engine.submit(prompt, self._wanted.options, self._wanted.seeds, deliver)
+            wanted = self._wanted
+            self._made += self._engine.submit(prompt, wanted.options, wanted.seeds, deliver, wanted.masks)
         except RequestError as error:
             raise ApiError(str(error), code="context_length_exceeded" if "context" in str(error) else None) from None
         except BusyError:
@@ -72,7 +73,7 @@ class Exchange:
             else:
                 finishes[index] = event.finish
         choices = [
-            {"index": at, **self._form.choice(at, said), "finish_reason": finish}
+            {"index": at, **self._form.choice(at, said, finish)}
             for at, (said, finish) in enumerate(zip(pieces, finishes, strict=True))
         ]
         return {**self._form.envelope(choices, chunk=False), "usage": self.usage()}
@@ -84,11 +85,10 @@ class Exchange:
                 for at in range(len(self._made)):
                     yield self._chunk(at, opening)
             async for index, event in self._all():
-                if isinstance(event, Piece):
-                    if event.text or event.chosen:
-                        yield self._chunk(index, self._form.delta(index, event))
-                else:
-                    yield self._chunk(index, self._form.closing(), event.finish)
+                if isinstance(event, End):
+                    yield self._chunk(index, self._form.closing(index, event.finish))
+                elif (delta := self._form.delta(index, event)) is not None:
+                    yield self._chunk(index, delta)
             if self._wanted.include_usage:
                 yield _event({**self._form.envelope([], chunk=True), "usage": self.usage()})
             yield "data: [DONE]\n\n"
@@ -124,8 +124,8 @@ class Exchange:
             left -= isinstance(event, End)
             yield index, event
 
-    def _chunk(self, index: int, content: dict[str, Any], finish: str | None = None) -> str:
-        choice = {"index": index, **content, "finish_reason": finish}
+    def _chunk(self, index: int, content: dict[str, Any]) -> str:
+        choice = {"index": index, "finish_reason": None, **content}
         usage = {"usage": None} if self._wanted.include_usage else {}
         return _event({**self._form.envelope([choice], chunk=True), **usage})
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import RequestError
 from stages.runtime.sampling import Settings, of_checkpoint
+from stages.runtime.server import tools
 from stages.runtime.server.answer import Options
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.fields import Fields
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from stages.runtime.server.answer import Mask
     from stages.runtime.server.engine import Engine
+    from stages.runtime.server.tools import Tools
 
 MOST_ANSWERS = 16  # of one request
 MOST_STOPS, LONGEST_STOP = 16, 1024
@@ -30,7 +33,10 @@ _COMMON = {
 _IDLE = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
 }  # fmt: skip
-_CHAT = _COMMON | _IDLE | {"messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"}
+_CHAT = _COMMON | _IDLE | {
+    "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs", "response_format", "tools",
+    "tool_choice", "parallel_tool_calls",
+}  # fmt: skip
 _TEXT = _COMMON | _IDLE | {"prompt", "echo", "best_of", "suffix"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content"}
@@ -40,7 +46,8 @@ _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", 
 class Wanted:
     """A request: the ids of its prompts, each with as many answers as there are ``seeds``.
 
-    ``echo`` are the prompts' texts, which go before the answers.
+    ``echo`` are the prompts' texts, which go before the answers; ``masks`` makes what each answer has to fit, None for
+    anything; ``tools`` are the functions that it may call.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -49,6 +56,8 @@ class Wanted:
     stream: bool
     include_usage: bool
     echo: Sequence[str] = ()
+    masks: Callable[[], Mask | None] = lambda: None
+    tools: Tools | None = None
 
 
 def chat(body: Any, engine: Engine) -> Wanted:
@@ -57,7 +66,10 @@ def chat(body: Any, engine: Engine) -> Wanted:
     messages = [_message(message, at) for at, message in enumerate(fields.take("messages", list, []))]
     if not messages:
         raise fields.wrong("messages", "a list of at least one message")
-    variables = fields.take("chat_template_kwargs", dict, {})
+    called = tools.read(fields, engine.tokenizer.tool_template())
+    variables = {**fields.take("chat_template_kwargs", dict, {}), "tools": called.given if called else None}
+    masks = _masks(fields, engine, called)
+    masks()  # what is wrong with it is said now
     try:
         prompt = engine.tokenizer.chat(messages, variables=variables)
     except RequestError as error:
@@ -67,7 +79,28 @@ def chat(body: Any, engine: Engine) -> Wanted:
     if top is not None and not logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
     limit = fields.integer("max_completion_tokens", fields.integer("max_tokens", None, 1, _LARGEST), 1, _LARGEST)
-    return _wanted(fields, engine, [prompt], limit or _LARGEST, (top or 0) if logprobs else None)
+    found = _wanted(fields, engine, [prompt], limit or _LARGEST, (top or 0) if logprobs else None)
+    options = replace(found.options, specials=called is not None)  # a call may begin with one
+    return replace(found, options=options, masks=masks, tools=called)
+
+
+def _masks(fields: Fields, engine: Engine, called: Tools | None) -> Callable[[], Mask | None]:
+    """Return what makes the grammar of each answer: that of a call it has to make, or of its response_format."""
+    form = Fields(fields.take("response_format", dict, {"type": "text"}), where="response_format")
+    kind = form.raw("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise form.wrong("type", "text, json_object or json_schema")
+    if kind != "text" and called is not None:
+        raise ApiError("response_format together with tools is not supported", param="response_format")
+    if called is not None:
+        return lambda: called.mask(engine.grammars)
+    if kind == "text":
+        return lambda: None
+    schema: Any = {"type": "object"}
+    if kind == "json_schema":
+        known = {"name", "description", "schema", "strict"}
+        schema = Fields(form.raw("json_schema"), known, where=form.path("json_schema")).raw("schema")
+    return lambda: engine.grammars.json(schema, "response_format")
 
 
 def text(body: Any, engine: Engine) -> Wanted:

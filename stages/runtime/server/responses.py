@@ -7,10 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stages.runtime.server.answer import Chosen, Piece
+from stages.runtime.server.tools import Reader
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from stages.runtime.server.tools import Tools
     from stages.runtime.tokenizer import BundleTokenizer
 
 
@@ -20,14 +22,14 @@ class Form(Protocol):
     def opening(self) -> dict[str, Any] | None:
         """Return what a choice's stream begins with, None for nothing."""
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return what one more piece adds to a choice."""
+    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """Return what one more piece adds to a choice, None for nothing."""
 
-    def closing(self) -> dict[str, Any]:
-        """Return what a choice's stream ends with, beside why."""
+    def closing(self, index: int, finish: str) -> dict[str, Any]:
+        """Return what a choice's stream ends with, and why."""
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Return a whole choice."""
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:
+        """Return a whole choice, and why it ended."""
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         """Return the document around choices."""
@@ -56,27 +58,48 @@ class _Answers:
 
 
 class Chat(_Answers):
-    """/v1/chat/completions."""
+    """/v1/chat/completions; with ``tools`` what answers say is told from what they call."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, tokenizer: BundleTokenizer, tools: Tools | None = None) -> None:
+        super().__init__(model, tokenizer)
+        self._tools = tools
+        self._readers: dict[int, Reader] = {}
 
     def opening(self) -> dict[str, Any] | None:
         """Return what a choice's stream begins with: who speaks."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any]:  # noqa: ARG002 - the same for all
-        """Return what one more piece adds to a choice."""
-        return {"delta": {"content": piece.text}, "logprobs": self._logprobs([piece])}
+    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """Return what one more piece adds to a choice, None for nothing."""
+        text = piece.text
+        if self._tools is not None:
+            text = self._readers.setdefault(index, Reader(self._tools)).feed(text)
+        if not text and not piece.chosen:
+            return None
+        return {"delta": {"content": text}, "logprobs": self._logprobs([piece])}
 
-    def closing(self) -> dict[str, Any]:
-        """Return what a choice's stream ends with, beside why."""
-        return {"delta": {}}
+    def closing(self, index: int, finish: str) -> dict[str, Any]:
+        """Return what a choice's stream ends with, and why."""
+        text, calls = self._readers[index].finish() if index in self._readers else ("", [])
+        said = {"content": text} if text else {}
+        called = {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]} if calls else {}
+        return {"delta": {**said, **called}, "finish_reason": "tool_calls" if calls else finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:  # noqa: ARG002
-        """Return a whole choice."""
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:  # noqa: ARG002 - as the others
+        """Return a whole choice, and why it ended."""
         text = "".join(piece.text for piece in pieces)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(pieces)}
+        calls: list[dict[str, Any]] = []
+        if self._tools is not None:
+            reader = Reader(self._tools)
+            said = reader.feed(text)
+            rest, calls = reader.finish()
+            text = said + rest
+        called = {"tool_calls": calls} if calls else {}
+        message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None, **called}
+        reason = "tool_calls" if calls else finish
+        return {"message": message, "logprobs": self._logprobs(pieces), "finish_reason": reason}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
         chosen = [each for piece in pieces for each in piece.chosen]
@@ -104,22 +127,24 @@ class Text(_Answers):
         """Return nothing: a text begins with its first piece."""
         return None
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return what one more piece adds to a choice."""
+    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """Return what one more piece adds to a choice, None for nothing."""
         begun = self._lengths.get(index)
+        if not piece.text and not piece.chosen and (begun is not None or not self._echo):
+            return None
         offset = 0 if begun is None else begun
         text = (self._echo[index] if self._echo and begun is None else "") + piece.text
         self._lengths[index] = offset + len(text)
         return {"text": text, "logprobs": self._logprobs([piece], offset)}
 
-    def closing(self) -> dict[str, Any]:
-        """Return what a choice's stream ends with, beside why."""
-        return {"text": "", "logprobs": None}
+    def closing(self, index: int, finish: str) -> dict[str, Any]:  # noqa: ARG002 - as the others
+        """Return what a choice's stream ends with, and why."""
+        return {"text": "", "logprobs": None, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """Return a whole choice."""
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:
+        """Return a whole choice, and why it ended."""
         text = (self._echo[index] if self._echo else "") + "".join(piece.text for piece in pieces)
-        return {"text": text, "logprobs": self._logprobs(pieces, 0)}
+        return {"text": text, "logprobs": self._logprobs(pieces, 0), "finish_reason": finish}
 
     def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any] | None:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}

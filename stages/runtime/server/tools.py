@@ -1,0 +1,165 @@
+"""Calls of functions: how a model's template asks for them, which texts are calls, and what an answer says of them."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime.server.errors import ApiError
+from stages.runtime.server.fields import Fields
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from stages.runtime.server.answer import Mask
+    from stages.runtime.server.grammar import Grammars
+
+MOST = 128  # functions of one request
+_ARGUMENTS = ("arguments", "parameters")  # names that templates have for what a function is given
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family writes a call: ``sign``, ``opening``, JSON, ``closing``; ``arguments`` names what is handed in."""
+
+    sign: str = ""
+    opening: str = ""
+    closing: str = ""
+    arguments: str = "arguments"
+
+
+# What a template says -> how its model writes calls, the first that is found.
+STYLES = {
+    "<tool_call>": Style("<tool_call>", "\n", "\n</tool_call>"),  # Hermes, Qwen, SmolLM
+    "[TOOL_CALLS]": Style("[TOOL_CALLS]", " [", "]"),  # Mistral
+    '"parameters"': Style(arguments="parameters"),  # Llama
+}
+_PLAIN = Style()
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The functions that a request may call, as the template is given them.
+
+    ``must`` are the names of which one has to be called, none where the model may choose to speak.
+    """
+
+    given: Sequence[dict[str, Any]]
+    style: Style
+    must: Sequence[str]
+    parallel: bool
+
+    def mask(self, grammars: Grammars) -> Mask | None:
+        """Return the grammar of a call that has to be; None where there needs to be none."""
+        if not self.must:
+            return None
+        functions = [tool["function"] for tool in self.given if tool["function"]["name"] in self.must]
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function["name"]},
+                    self.style.arguments: function.get("parameters") or {"type": "object"},
+                },
+                "required": ["name", self.style.arguments],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        begin, end = json.dumps(self.style.sign + self.style.opening), json.dumps(self.style.closing)
+        return grammars.lark(f"start: {begin} call {end}\ncall: %json {json.dumps({'anyOf': calls})}", "tools")
+
+
+def read(fields: Fields, template: str) -> Tools | None:
+    """Return the functions of a request; None for one without, or whose ``tool_choice`` is ``"none"``."""
+    given = [_tool(tool, f"tools[{at}]") for at, tool in enumerate(fields.take("tools", list, []))]
+    parallel = fields.take("parallel_tool_calls", bool, default=True)
+    choice = fields.raw("tool_choice") or ("auto" if given else "none")
+    if len(given) > MOST:
+        raise fields.wrong("tools", f"at most {MOST}")
+    names = [tool["function"]["name"] for tool in given]
+    if isinstance(choice, dict):
+        function = Fields(Fields(choice, {"type", "function"}, where="tool_choice").raw("function"), {"name"})
+        choice = function.take("name", str, "")
+        if choice not in names:
+            raise ApiError(f"tool_choice names {choice!a:.80}, which is none of the tools", param="tool_choice")
+        must = [choice]
+    elif choice in ("auto", "none", "required"):
+        must = names if choice == "required" else []
+    else:
+        raise fields.wrong("tool_choice", "none, auto, required or a function")
+    if not given or choice == "none":
+        if must or choice == "required":
+            raise ApiError("tool_choice needs tools", param="tool_choice")
+        return None
+    if "tools" not in template:
+        raise ApiError("this model's chat template has no place for tools: it would never hear of them", param="tools")
+    style = next((style for sign, style in STYLES.items() if sign in template), _PLAIN)
+    return Tools(given, style, must, parallel)
+
+
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    fields = Fields(tool, {"type", "function"}, where=where)
+    if fields.raw("type") != "function":
+        raise fields.wrong("type", "function")
+    known = {"name", "description", "parameters", "strict"}
+    function = Fields(fields.raw("function"), known, where=fields.path("function"))
+    if not function.take("name", str, ""):
+        raise function.wrong("name", "the name of a function")
+    schema = function.take("parameters", dict, {"type": "object", "properties": {}})
+    found = {"name": function.take("name", str), "description": function.take("description", str, "")}
+    return {"type": "function", "function": {**found, "parameters": schema}}
+
+
+class Reader:
+    """Takes an answer's text as it comes, and tells what is said from what is called."""
+
+    def __init__(self, tools: Tools) -> None:
+        self._begin, self._end, self._parallel = tools.style.sign, tools.style.closing.strip(), tools.parallel
+        self._names = {tool["function"]["name"] for tool in tools.given}
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Return what is surely said; what may be a call is held until :meth:`finish`."""
+        held = self._held + text
+        if not self._begin:  # a call has no sign: the whole text is one or none
+            if held.lstrip() and not held.lstrip().startswith("{"):
+                self._held = ""
+                return held
+            self._held = held
+            return ""
+        at = held.find(self._begin)
+        if at < 0:
+            at = len(held) - next((n for n in range(len(self._begin) - 1, 0, -1) if held.endswith(self._begin[:n])), 0)
+        self._held = held[at:]
+        return held[:at]
+
+    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+        """Return what was held back and is no call after all, and the calls."""
+        held, self._held = self._held, ""
+        texts = held.split(self._begin) if self._begin else ["", held]
+        said, calls = texts[0], []
+        for text in texts[1:]:
+            found = list(self._found(text.partition(self._end)[0] if self._end.startswith("<") else text))
+            calls += found
+            said += "" if found else self._begin + text
+        return said, calls if self._parallel else calls[:1]
+
+    def _found(self, text: str) -> Iterator[dict[str, Any]]:
+        """Yield the calls of JSON: one, several in a list, or with a semicolon between them."""
+        decoder = json.JSONDecoder()
+        text = text.strip()
+        while text:
+            try:
+                document, end = decoder.raw_decode(text)
+            except (ValueError, RecursionError):
+                return
+            for call in document if isinstance(document, list) else [document]:
+                if isinstance(call, dict) and call.get("name") in self._names:
+                    arguments: Any = next((call[name] for name in _ARGUMENTS if name in call), {})
+                    shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+                    function = {"name": call["name"], "arguments": shown}
+                    yield {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+            text = text[end:].lstrip(" \n;,]")
