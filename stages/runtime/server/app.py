@@ -14,7 +14,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stages.runtime.server import requests, responses
+from stages.runtime.server import page, requests, responses
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.exchange import Exchange
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.requests import Wanted
 
-_OPEN = ("/health",)  # what needs no key
+_OPEN = ("/health", "/", *(f"/page/{name}" for name in page.FILES))  # what needs no key
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -45,14 +45,15 @@ def create(
     *,
     key: str | None = None,
     local: bool = True,
+    with_page: bool = True,
     limits: Limits | None = None,
     log: TextIO | None = None,
 ) -> Starlette:
     """Return the application that serves ``engines`` by their names.
 
     ``key`` is what clients must send, None for no key. ``local`` says that only names of this machine are meant: a
-    page of somewhere else whose name leads here (DNS rebinding) is refused. A line about each request goes to ``log``,
-    without anything of what was said.
+    page of somewhere else whose name leads here (DNS rebinding) is refused. ``with_page`` adds the page for people. A
+    line about each request goes to ``log``, without anything of what was said.
     """
     api = _Api(engines, limits or Limits())
     routes = [
@@ -62,6 +63,8 @@ def create(
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.text, methods=["POST"]),
     ]
+    if with_page:
+        routes += [Route("/", _page), Route("/page/{name}", _page)]
     handlers: Any = {ApiError: _refuse, 404: _not_found, 405: _not_allowed, Exception: _broken}
     middleware = [Middleware(_Log, log=log), Middleware(_Gate, key=key, local=local)]
     return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware)
@@ -174,6 +177,13 @@ async def _unless_gone(request: Request, exchange: Exchange) -> dict[str, Any]:
     finally:
         answer.cancel()
         left.cancel()
+
+
+async def _page(request: Request) -> Response:
+    found = page.FILES.get(request.path_params.get("name", page.INDEX))
+    if found is None:
+        return await _not_found(request, Exception())
+    return Response(found.content(), media_type=found.kind, headers=page.HEADERS)
 
 
 async def _refuse(_request: Request, error: ApiError) -> Response:

@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, metavar="N", help="default 8000; 0 is any free one")
     add("--api-key-file", type=Path, metavar="FILE", help=f"what clients must send; or the environment's {KEY}")
     add("--no-auth", action="store_true", help="listen on other addresses without a key")
+    add("--no-page", action="store_true", help="without the page for people at /")
     add("--sequences", type=int, metavar="N", help="answers made at a time (default: what the bundle was built for)")
     add("--cache-tokens", type=int, metavar="N", help="what the KV cache holds (default: N whole contexts)")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (default 64)")
@@ -57,7 +58,7 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     local = _is_local(args.host)
     engines = _engines(args)
     limits = app.Limits(seconds=args.timeout)
-    application = app.create(engines, key=key, local=local, limits=limits, log=err)
+    application = app.create(engines, key=key, local=local, with_page=not args.no_page, limits=limits, log=err)
     config = uvicorn.Config(
         application,
         host=args.host,
@@ -72,7 +73,8 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     with config.bind_socket() as socket:
         host, port = socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1\n")
+        page = "" if args.no_page else f", and a page to talk with them at http://{shown}:{port}/"
+        err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1{page}\n")
         err.flush()
         server.run(sockets=[socket])
     for engine in engines.values():
