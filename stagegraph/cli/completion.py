@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from pathlib import Path
 
 from stagegraph.cli.verbs import build_parser, references, verb_names
 
@@ -106,11 +105,12 @@ def _takes(options: dict[str, argparse.Action], word: str) -> bool:
 def _nodes(words: list[str]) -> list[str]:
     """Return the names of entries and nodes of the pipeline file on the command line, or of ./pipeline.yaml."""
     from stagegraph.errors import PipelineError
-    from stagegraph.spec.load import load
+    from stagegraph.project import Project
 
     file = next((word for word in words if word.endswith((".yaml", ".yml"))), "pipeline.yaml")
     try:
-        nodes = load(Path(file)).nodes
+        with Project(file) as project:
+            nodes = project.dag.pipeline.nodes
     except PipelineError:
         return []
     return list({node.entry for node in nodes} | {node.name for node in nodes})

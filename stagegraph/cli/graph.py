@@ -6,15 +6,15 @@ import argparse
 import html
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import add_file, add_json, print_json
-from stagegraph.planning.dag import Dag
-from stagegraph.spec.load import load
+from stagegraph.project import Project
 
 if TYPE_CHECKING:
     import networkx as nx
+
+    from stagegraph.planning.dag import Dag
 
 EXAMPLE = "pipeline graph --entries --format svg > dag.svg"
 BOX, GAP, HEIGHT = 30, 60, 44  # pixels of the SVG: height of a box, between columns, from row to row
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    dag = Dag(load(Path(args.file), args.overrides))
+    with Project(args.file, args.overrides) as project:
+        dag = project.dag
     if args.json:
         nodes = [{"node": n.name, "stage": n.stage.id, "reads": [u.name for u in n.upstream]} for n in dag.nodes]
         print_json({"pipeline": dag.pipeline.name, "nodes": nodes})
