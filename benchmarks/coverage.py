@@ -1,11 +1,12 @@
 """Which of the causal model types that transformers knows can be built, each proven or refused with its reason.
 
-Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--results FILE]   (status 1 if one is wrong)
+Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--jobs N] [--results FILE]
 
 Every type's default config is shrunk by one rule (SMALL), a random checkpoint of it is written by transformers, built
 for llvm in q0f32 through the stages, and held against AutoModelForCausalLM on the same folder: prefills around a
-chunk's length and 16 decode steps, the largest difference within 2e-5 of the largest |logit|. ``--results`` keeps
-what was found, type by type; docs/models.md is made of that in stages/cli/traced.json.
+chunk's length, 64 decode steps and batches, the largest difference within 2e-5 of the largest |logit|. ``--results``
+keeps what was found, type by type, and types that are in it are not tried again unless they are named;
+docs/models.md is made of it: stages/cli/traced.json. Status 1 if a type is wrong or crashed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
-import time
 import traceback
 import warnings
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 BOUND = 2e-5
-LAYERS, TOKENS, STEPS = 2, 80, 16
+LAYERS, CONTEXT = 2, 160
 # Keys of configs -> what each is in a small model.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim"), 64),
@@ -35,7 +40,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
     **dict.fromkeys(("head_dim", "kv_channels"), 16),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 160),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), CONTEXT),
     **dict.fromkeys(("sliding_window", "attention_window"), 20),
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -107,35 +112,25 @@ def attempt(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str, st
 
 def compare(folder: Path) -> tuple[str, str]:
     """Build the checkpoint and hold it against transformers."""
-    import numpy as np
-
     from stagegraph.stage import StageError
-    from tests.stages import families
+    from tests.stages import families, traced
 
     try:
-        case = families.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=160)
+        case = families.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
         made = families.build(
             folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=folder.parent / "memo", frontend="traced"
         )
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
-    ids = np.random.default_rng(5).integers(3, SMALL["vocab_size"], TOKENS + STEPS).tolist()
-    expected = made.reference(ids)
-    session = made.session()
-    worst = 0.0
-    for length in (1, 17, families.CHUNK - 1, families.CHUNK, TOKENS):
-        sequence = session.add()
-        found = [session.prefill(sequence, ids[:length])]
-        found += [session.decode(sequence, ids[length + step]) for step in range(STEPS)]
-        wanted = expected[length - 1 : length + STEPS]
-        worst = max(worst, *(families.error(*pair) for pair in zip(found, wanted, strict=True)))
-        session.remove(sequence)
+    worst = max(traced.differences(made, CONTEXT))
     return ("proven" if worst < BOUND else "wrong"), f"{worst:.1e}"
 
 
-def in_a_child(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str, str]:
-    """Run an attempt in a process of its own, so that what crashes there ends nothing here."""
-    answer = folder / "answer.json"
+def begin(model_type: str, folder: Path, *, only_trace: bool) -> int:
+    """Begin an attempt in a process of its own, which has all that this one imported, and return its number: what
+    crashes there ends nothing here.
+    """
+    folder.mkdir()
     child = os.fork()
     if child == 0:
         try:
@@ -143,10 +138,25 @@ def in_a_child(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str,
         except BaseException as error:  # noqa: BLE001 - a crash is a verdict
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = "crashed", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
-        answer.write_text(json.dumps(found))
+        (folder / "answer.json").write_text(json.dumps(found))
         os._exit(0)
-    os.waitpid(child, 0)
-    return tuple(json.loads(answer.read_text())) if answer.exists() else ("crashed", "the process died")
+    return child
+
+
+def verdicts(types: list[str], scratch: Path, jobs: int, *, only_trace: bool) -> Iterator[tuple[str, str, str, float]]:
+    """Yield (type, verdict, reason, seconds of processors) of all ``types``, so many at a time."""
+    waiting, running = [*reversed(types)], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            model_type = waiting.pop()
+            running[begin(model_type, scratch / model_type, only_trace=only_trace)] = model_type
+        child, _, used = os.wait4(-1, 0)
+        if child in running:
+            model_type = running.pop(child)
+            answer = scratch / model_type / "answer.json"
+            verdict, reason = json.loads(answer.read_text()) if answer.exists() else ("crashed", "the process died")
+            shutil.rmtree(scratch / model_type)
+            yield model_type, verdict, reason, used.ru_utime + used.ru_stime
 
 
 def main() -> int:
@@ -154,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--only-trace", action="store_true", help="stop where the graph is traced")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="types that are tried at the same time")
     parser.add_argument("--results", type=Path, metavar="FILE", help="what is known, and where it is kept")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -169,19 +180,15 @@ def main() -> int:
     profiles.compiler()
     attempt("llama", Path(), only_trace=True)  # what a first trace imports, every child then has
     known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
+    types = args.types or sorted(name for name in EVERY if name not in known)
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type in args.types or sorted(EVERY):
-            started = time.perf_counter()
-            folder = Path(scratch) / model_type
-            folder.mkdir()
-            verdict, reason = in_a_child(model_type, folder, only_trace=args.only_trace)
+        for model_type, *found, seconds in verdicts(types, Path(scratch), args.jobs, only_trace=args.only_trace):
+            verdict, reason = found
             known[model_type] = {"verdict": verdict, "reason": reason, "transformers": transformers.__version__}
-            print(f"{model_type:<28}{verdict:<9}{time.perf_counter() - started:6.1f} s  {reason}", flush=True)
+            print(f"{model_type:<28}{verdict:<9}{seconds:6.1f} CPU s  {reason}", flush=True)
             if args.results:
                 args.results.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    counts: dict[str, int] = {}
-    for entry in known.values():
-        counts[entry["verdict"]] = counts.get(entry["verdict"], 0) + 1
+    counts = Counter(entry["verdict"] for entry in known.values())
     print(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())))
     return 1 if counts.keys() & {"wrong", "crashed"} else 0
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
-from tvm import tirx
 
 from stages.lowering.rewriter import bound_values
-from stages.lowering.scratch import scratch_of
+from stages.lowering.scratch import scratch_of, size_of
 
 
 def planned_bytes(module: tvm.IRModule) -> dict[str, int]:
@@ -31,8 +30,7 @@ def _bytes_of(function: rx.Function, scratch: Callable[[rx.Call, Callable[[Any],
     total = largest = 0
 
     def size(dim: Any) -> int:
-        known = isinstance(dim, tirx.IntImm)
-        return int(dim) if known else int(bounds.get(getattr(dim, "name", ""), 0))
+        return size_of(dim, lambda var: int(bounds.get(var.name, 0)))
 
     for call in bound_values(function):
         if not isinstance(call, rx.Call):

@@ -56,17 +56,31 @@ def _outermost(kernel: tirx.PrimFunc) -> list[tirx.Buffer]:
 
 
 def _dims(kernel: tirx.PrimFunc, call: rx.Call, size: Callable[[Any], int]) -> Mapping[tirx.Var, int]:
-    """Return what the symbolic dimensions of ``kernel`` are where it is called."""
-    return {
-        dim: size(given)
-        for param, argument in zip(kernel.params, call.args, strict=False)
-        if isinstance(argument.ty, rx.TensorType)
-        for dim, given in zip(param.shape, argument.ty.shape.values, strict=True)
-        if isinstance(dim, tirx.Var)
-    }
+    """Return what the symbolic dimensions of ``kernel`` are where it is called; those that are only multiples of
+    others in its tensors are arguments themselves.
+    """
+    dims: dict[tirx.Var, int] = {}
+    for param, argument in zip(kernel.params, call.args, strict=False):
+        if isinstance(argument.ty, rx.TensorType):
+            pairs = zip(param.shape, argument.ty.shape.values, strict=True)
+            dims |= {dim: size(given) for dim, given in pairs if isinstance(dim, tirx.Var)}
+        elif isinstance(param, tirx.Var):
+            dims[param] = size(argument)
+    return dims
 
 
 def _bytes_of(buffer: tirx.Buffer, dims: Mapping[tirx.Var, int]) -> int:
-    shape = [dims.get(dim, 0) if isinstance(dim, tirx.Var) else int(dim) for dim in buffer.shape]
     itemsize: int = tvm.DataType(buffer.dtype).itemsize
-    return itemsize * math.prod(shape)
+    return itemsize * math.prod(size_of(dim, lambda var: dims.get(var, 0)) for dim in buffer.shape)
+
+
+def size_of(dim: Any, known: Callable[[Any], int]) -> int:
+    """Return what a dimension comes to, where ``known`` tells the variables that it is made of."""
+    if isinstance(dim, int | tirx.IntImm):
+        return int(dim)
+    if isinstance(dim, tirx.Var):
+        return known(dim)
+    analyzer = tvm.sym.Analyzer()
+    for var in tirx.analysis.undefined_vars(dim):
+        analyzer.bind(var, tirx.const(known(var), str(var.ty.dtype)))
+    return int(analyzer.simplify(dim))

@@ -73,9 +73,14 @@ def scatter(values: Values, x: Any, dim: int, index: Tensor, src: Any = None, va
 
     def replaced(x: te.Tensor, index: te.Tensor, *src: te.Tensor) -> te.Tensor:
         def found(of: Callable[[Any, Any], Any], dtype: str) -> te.Tensor:
+            def entry(row: tirx.Var, place: tirx.Var, at: Any) -> tirx.PrimExpr:
+                return tirx.Select(index[row, at] == place, of(row, at), tirx.const(0, dtype))
+
             def total(row: tirx.Var, place: tirx.Var) -> tirx.PrimExpr:
+                if count == 1:  # TVM's schedules inline a sum of one term wrongly
+                    return entry(row, place, 0)
                 at = te.reduce_axis((0, count), "at")
-                return te.sum(tirx.Select(index[row, at] == place, of(row, at), tirx.const(0, dtype)), axis=at)
+                return te.sum(entry(row, place, at), axis=at)
 
             return te.compute(x.shape, total, name="scattered")
 

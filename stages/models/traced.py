@@ -19,10 +19,6 @@ from stages.models.naming import suffixes, unwrapped
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
 
-# Operators of routers (of groups of experts, by masks) that have not been held against transformers in a whole model.
-UNPROVEN = {"gather", "scatter", "max", "argmax", "polar", "slice_scatter"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class TracedConfig:
     """A traced model, as JSON values.
@@ -111,9 +107,6 @@ def _check(config: TracedConfig) -> None:
         problems.append("layers of different soft caps of attention scores")
     if any("sinks" in layer for layer in layers):
         problems.append("attention with sinks")
-    unproven = sorted(UNPROVEN & {name for name, _ in config.parts["body"]["nodes"]})
-    if config.mixture and unproven:
-        problems.append(f"a mixture of experts beside {', '.join(unproven)}")
     if problems:
         raise ConfigError(
             *(

@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -18,10 +17,7 @@ from stages.models.traced import parse
 from tests.stages import families, traced
 from tests.stages.libraries import Registered, build_graph
 
-CHUNK = families.CHUNK
-STEPS = 64
 BOUND = 2e-5  # of the largest |logit|
-FIRST, SECOND = (np.random.default_rng(seed).integers(3, 131, 160).tolist() for seed in (5, 6))
 QUICK = {("olmo2", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
     pytest.param(name, scheme, marks=[] if (name, scheme) in QUICK else pytest.mark.slow, id=f"{name}-{scheme}")
@@ -43,26 +39,7 @@ def built(folder: Path, model_type: str, scheme: str, kernels: Path) -> families
 
 
 def check(made: families.Built) -> None:
-    """Hold prefills around a chunk's length, decode steps and a batch against transformers."""
-    first, second = made.reference(FIRST), made.reference(SECOND)
-    session = made.session(2)
-    found, wanted = [], []
-    for length in (1, 17, CHUNK - 1, CHUNK, CHUNK + 1):
-        sequence = session.add()
-        found += [session.prefill(sequence, FIRST[:length])]
-        steps = range(length, length + (STEPS if length == 17 else 1))
-        found += [session.decode(sequence, FIRST[at]) for at in steps]
-        wanted += list(first[length - 1 : steps[-1] + 1])
-        session.remove(sequence)
-    a, b = session.add(), session.add()
-    found += list(session.batch_prefill({a: FIRST[:7], b: SECOND[:5]}))
-    wanted += [first[6], second[4]]
-    for step in range(8):
-        found += list(session.batch_decode({a: FIRST[7 + step], b: SECOND[5 + step]}))
-        wanted += [first[7 + step], second[5 + step]]
-    found.append(session.prefill(b, SECOND[13:]))
-    wanted.append(second[-1])
-    errors = [families.error(have, want) for have, want in zip(found, wanted, strict=True)]
+    errors = traced.differences(made)
     assert max(errors) < BOUND, errors
 
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from tests.stages import families
+
+STEPS = 64  # of decode, after one of the prefills
+
 SIZES = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 160, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -64,18 +70,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**ROUTED, "num_experts": 8, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**ROUTED, "num_experts": 8, "head_dim": 16, "norm_topk_prob": True},
     "mixtral": {"num_local_experts": 8, "sliding_window": None},
-    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
-    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
-                   "logits_scaling": 2.0},
-}  # fmt: skip
-# Those whose routers use operators that are not proven in a whole model: refused by name.
-REFUSED: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 8, "sliding_window": None, "lm_head_bias": True},
     "glm4_moe": {**ROUTED, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
                  "head_dim": 16, "partial_rotary_factor": 0.5, "use_qk_norm": True, "routed_scaling_factor": 1.5},
     "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
+                   "logits_scaling": 2.0},
 }  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
     import torch
     import transformers
 
-    own = {**FAMILIES, **MIXTURES, **REFUSED}[model_type]
+    own = {**FAMILIES, **MIXTURES}[model_type]
     sizes = {**(GPT if "n_embd" in own else SIZES), **own, **more}
     config = transformers.AutoConfig.for_model(model_type.partition("-")[0], **sizes)
     torch.manual_seed(seed)
@@ -106,3 +109,29 @@ def scramble(model: Any) -> None:
             else:
                 near = 0.0 if name.endswith("bias") or "gemma" in type(model).__name__.lower() else 1.0
                 parameter.normal_(near, 0.25)
+
+
+def differences(made: families.Built, length: int = 160) -> list[float]:
+    """Hold prefills around a chunk's length, decode steps and a batch against transformers, in texts of ``length``
+    tokens; return each difference over the largest |logit|.
+    """
+    ones, others = (np.random.default_rng(seed).integers(3, SIZES["vocab_size"], length).tolist() for seed in (5, 6))
+    first, second = made.reference(ones), made.reference(others)
+    session = made.session(2)
+    found, wanted = [], []
+    for size in (1, 17, families.CHUNK - 1, families.CHUNK, families.CHUNK + 1):
+        sequence = session.add()
+        found += [session.prefill(sequence, ones[:size])]
+        steps = range(size, size + (STEPS if size == 17 else 1))
+        found += [session.decode(sequence, ones[at]) for at in steps]
+        wanted += list(first[size - 1 : steps[-1] + 1])
+        session.remove(sequence)
+    a, b = session.add(), session.add()
+    found += list(session.batch_prefill({a: ones[:7], b: others[:5]}))
+    wanted += [first[6], second[4]]
+    for step in range(8):
+        found += list(session.batch_decode({a: ones[7 + step], b: others[5 + step]}))
+        wanted += [first[7 + step], second[5 + step]]
+    found.append(session.prefill(b, others[13:]))
+    wanted.append(second[-1])
+    return [families.error(have, want) for have, want in zip(found, wanted, strict=True)]

@@ -20,6 +20,10 @@ class CPUElementwise(CPUScheduleRule):
         blocks = normalize_prim_func(schedule) or []
         if len(blocks) < 2 or not all(block.is_injective() for block in blocks):
             return None
+        # A sum of one term seems to reduce nothing, but begins with an init, which TVM inlines wrongly into what
+        # follows: the sum would be read from the result, before it is written.
+        if any(schedule.get(block.block_rv).init is not None for block in blocks):
+            return None
         left = try_inline(schedule, blocks)
         if len(left) != 1:
             return None
