@@ -56,6 +56,11 @@ SMALL: dict[str, Any] = {
     "v_head_dim": 16,
 }
 
+# What the rule cannot know of a type.
+OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 20},
+}
+
 
 def shrunk(config: Any) -> Any:
     """Return the values of a config, those of :data:`SMALL` in the place of theirs, in nested configs too."""
@@ -90,6 +95,7 @@ def attempt(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str, st
     try:
         config = transformers.AutoConfig.for_model(model_type)
         values = {key: value for key, value in shrunk(config.to_dict()).items() if key != "model_type"}
+        values |= OWN.get(model_type, {})
         config = transformers.AutoConfig.for_model(model_type, **values)
         raw = json.loads(config.to_json_string(use_diff=False))
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason

@@ -20,6 +20,7 @@ HOW = {
     "copy": "as it is",
     "concat0": "one under the other",
     "stacked_copy": "its matrices one under the other",
+    "stacked_transpose": "the transposes of its matrices one under the other",
     "transpose": "columns become rows",
     "interleaved_qkv": "rows that go head by head, each with its q, k and v, become all q, all k, all v",
 }

@@ -6,6 +6,7 @@ compute dtype, but what is made of positions alone is float32: an angle of half 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -158,6 +159,22 @@ def softplus(values: Values, x: Any, beta: float = 1, threshold: float = 20) -> 
     return where(values, ARITHMETIC["gt"](values, scaled, threshold), x, curved)
 
 
+def expm1(values: Values, x: Any) -> Tensor:
+    """exp(x) - 1, near zero too: tanh(x / 2) * (exp(x) + 1)."""
+    call = {name: functools.partial(ARITHMETIC[name], values) for name in ("mul", "tanh", "add", "exp")}
+    product: Tensor = call["mul"](call["tanh"](call["mul"](x, 0.5)), call["add"](call["exp"](x), 1.0))
+    return product
+
+
+def log1p(values: Values, x: Any) -> Tensor:
+    """log(1 + x), near zero too: what rounding takes from 1 + x is given back."""
+    call = {name: functools.partial(ARITHMETIC[name], values) for name in ("add", "sub", "log", "div")}
+    more = call["add"](x, 1.0)
+    lost = call["sub"](x, call["sub"](more, 1.0))
+    found: Tensor = call["add"](call["log"](more), call["div"](lost, more))
+    return found
+
+
 def where(values: Values, condition: Any, x: Any, other: Any) -> Tensor:
     """X where the condition holds, else other."""
     left, right = pair(values, x, other)
@@ -250,6 +267,8 @@ ARITHMETIC: dict[str, Callable[..., Any]] = {
     "clamp": clamp,
     "hardtanh": hardtanh,
     "softplus": softplus,
+    "expm1": expm1,
+    "log1p": log1p,
     "where": where,
     "masked_fill": masked_fill,
     "var": variance,

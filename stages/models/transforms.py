@@ -42,6 +42,9 @@ def source_of(transform: str, place: Sequence[int], source_shapes: Shapes) -> tu
     """Return which of the tensors that :func:`apply` was given has what is at ``place`` of what it made, and where."""
     if transform == "transpose":
         return 0, [*place][::-1]
+    if transform == "stacked_transpose":
+        expert, feature = divmod(place[0], source_shapes[0][2])
+        return 0, [expert, place[1], feature]
     outer = [shape[:-1] or shape for shape in source_shapes]
     parts = invert(transform, np.arange(sum(map(math.prod, outer))), outer)
     number, part = next((number, part) for number, part in enumerate(parts) if place[0] in part)
@@ -84,6 +87,16 @@ def _transposed_back(array: np.ndarray, _source_shapes: Shapes, _argument: str) 
     return [np.ascontiguousarray(array.T)]
 
 
+def _stacked_transposed(tensors: Arrays, _argument: str) -> np.ndarray:
+    (tensor,) = tensors
+    return np.ascontiguousarray(tensor.swapaxes(1, 2)).reshape(-1, tensor.shape[1])
+
+
+def _stacked_transposed_back(array: np.ndarray, source_shapes: Shapes, _argument: str) -> list[np.ndarray]:
+    experts, _, features = source_shapes[0]
+    return [np.ascontiguousarray(array.reshape(experts, features, -1).swapaxes(1, 2))]
+
+
 def _by_part(tensors: Arrays, heads: str) -> np.ndarray:
     (tensor,) = tensors
     return _swap(tensor, int(heads), 3)
@@ -102,12 +115,13 @@ def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
 
 
 # copy: the one tensor (a view). concat0: one under the other. stacked_copy: matrices [e, n, k] one under the other (a
-# view). transpose: columns become rows. interleaved_qkv:HEADS: rows that go head by head, each
-# with its q, k and v, become all q, all k, all v.
+# view); stacked_transpose: the transposes of [e, k, n]. transpose: columns become rows. interleaved_qkv:HEADS: rows
+# that go head by head, each with its q, k and v, become all q, all k, all v.
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(_only, lambda array, _shapes, _argument: [array]),
     "concat0": Transform(lambda tensors, _argument: np.concatenate(list(tensors), axis=0), _split_rows),
     "stacked_copy": Transform(_stacked, _unstacked),
+    "stacked_transpose": Transform(_stacked_transposed, _stacked_transposed_back),
     "transpose": Transform(_transposed, _transposed_back),
     "interleaved_qkv": Transform(_by_part, _by_head),
 }

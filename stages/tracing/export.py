@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stages.tracing.names import Names
 
 EXAMPLE = 16  # tokens of the inputs that torch traces with
+MOST = 1 << 20  # tokens of what it may be called with
 MAX_CONSTANT = 1 << 22  # numbers of a table that is computed and not stored
 DROPPED = {"dtype_layout", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"}
 
@@ -34,10 +35,16 @@ class Part:
 
 
 def export(
-    model: Any, forward: Callable[..., Any], inputs: Sequence[Any], names: Names, axes: Sequence[int]
+    model: Any,
+    forward: Callable[..., Any],
+    inputs: Sequence[Any],
+    names: Names,
+    axes: Sequence[int],
+    most: int = 0,
 ) -> tuple[Part, tuple[int, ...]]:
     """Return the graph of ``forward(*inputs)``, of which the number of tokens is at ``axes``, and its result's shape
-    without that; :class:`ConfigError` names the node and the operator that cannot be built.
+    without that; :class:`ConfigError` names the node and the operator that cannot be built. It is for at
+    most so many tokens (0: any number), for tables of positions may have no more rows.
     """
     import torch
 
@@ -51,7 +58,7 @@ def export(
         def forward(self, *inputs: Any) -> Any:
             return forward(*inputs)
 
-    tokens = torch.export.Dim("tokens", min=2, max=1 << 20)
+    tokens = torch.export.Dim("tokens", min=2, max=most or MOST)
     shapes = (tuple({axis: tokens} for axis in axes),)
     try:
         with torch.no_grad():
@@ -86,6 +93,7 @@ class _Graph:
         self.inputs = len(self.signature.user_inputs)
         needed = _needed(nodes)
         given = iter(range(self.inputs))
+        self.positions = {"value": 1} if self.inputs > 1 else None
         for node in nodes:
             if node.op == "placeholder" and (node in needed or node.name in self.signature.user_inputs):
                 self.values[node] = self._placeholder(node, given)
@@ -159,7 +167,8 @@ class _Graph:
         name = node.target.overloadpacket.__name__
         arguments = self._arguments(node)
         self._check_shape(node, value)
-        if name in SAME or node.target.__name__ in SAME:
+        once = name == "repeat" and self._shape(node.args[0]) == self._shape(node)
+        if once or name in SAME or node.target.__name__ in SAME:
             self.values[node] = arguments["x"]
         elif name in RESHAPES:
             self._reshape(node, arguments)
@@ -218,7 +227,11 @@ class _Graph:
 
     def _arange(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if any(isinstance(argument, dict) for argument in arguments.values()):
-            raise self._refusal(node, "arange over the tokens, whose positions only the cache knows,")
+            # Numbers of all tokens from the first on are their positions, which only the cache knows.
+            counted = (arguments.get("start", 0), arguments["end"], arguments.get("step", 1)) == (0, {"tokens": 1}, 1)
+            if not counted or self.positions is None:
+                raise self._refusal(node, "arange over the tokens, whose positions only the cache knows,")
+            return "cast", {"x": self._reshaped(self.positions, [{"tokens": 1}]), "dtype": _dtype(node)}
         limits = {"start": arguments.get("start", 0), "end": arguments["end"], "step": arguments.get("step", 1)}
         return "arange", {**limits, "dtype": _dtype(node)}
 
@@ -240,7 +253,9 @@ class _Graph:
 
     def _rows(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return x[indices] as rows looked up in a table."""
-        if len(arguments["indices"]) != 1 or any(isinstance(size, dict) for size in self._shape(node.args[0])):
+        if "index" in arguments and arguments["dim"] == 0:  # index_select
+            arguments = {**arguments, "indices": [arguments["index"]]}
+        if len(arguments.get("indices", ())) != 1 or any(isinstance(size, dict) for size in self._shape(node.args[0])):
             raise self._refusal(node, "index.Tensor of what is no table")
         return "embedding", {"weight": arguments["x"], "indices": arguments["indices"][0]}
 
@@ -277,6 +292,11 @@ class _Graph:
         if before != after:
             raise self._refusal(node, f"{node.target.__name__} that orders tokens otherwise")
         self._add(node, "reshape", {"x": arguments["x"], "shape": self._shape(node)})
+
+    def _reshaped(self, value: Any, shape: Sequence[Any]) -> dict[str, int]:
+        """Add a node that no node of torch stands for."""
+        self.nodes.append(("reshape", {"x": value, "shape": [*shape]}))
+        return {"value": self.inputs + len(self.nodes) - 1}
 
     def _along(self, node: Any, name: str, axis: int, source: Any = None) -> None:
         """Refuse a node that works along the tokens."""

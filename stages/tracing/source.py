@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.strict_json import shown
 from stages.tracing import doors, hollow
+from stages.tracing.written_out import replace_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -29,7 +30,6 @@ class Source:
 
 def open_source(raw: Mapping[str, Any], window: int) -> Source:
     """Return the model that a config.json describes; :class:`ConfigError` where transformers has none that decodes."""
-    import torch
     import transformers
 
     logging: Any = transformers.utils.logging
@@ -41,30 +41,45 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
         raise ConfigError(
             f"config.json: model_type {named} is an encoder with a decoder; only decoders alone are built"
         )
+    if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):  # one that may be either
+        raise ConfigError(
+            f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
+            "too; only decoders are built"
+        )
     if type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")
     cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     window = window or positions_of(text)
     settled = window if settle(text, window) else 0
     doors.install()
-    options = {"attn_implementation": doors.NAME, "experts_implementation": doors.NAME, "dtype": torch.float32}
     try:
-        with hollow.parameters_without_memory():
-            model = cls._from_config(text, **options).eval()
+        model = _made(cls, text)
     except ConfigError:
         raise
-    except KeyError as error:
-        if error.args != (doors.NAME,):
-            raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {error!r}") from None
-        raise ConfigError(
-            f"{cls.__name__}: its attention does not go through transformers' interface; a family of its own is needed "
-            "(docs/extending.md)"
-        ) from None
     except Exception as error:  # noqa: BLE001 - whatever a modelling file raises of a config that it cannot use
         raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
     hollow.spread(model)
+    replace_attention(model)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
     return Source(cls, text, model, wrapper, settled)
+
+
+def _made(cls: Any, config: Any) -> Any:
+    """Return the model without weights, whose attention and experts go through the doors; a class that looks its
+    attention up in a table of its own is told of them afterwards.
+    """
+    import torch
+
+    options = {"experts_implementation": doors.NAME, "dtype": torch.float32}
+    with hollow.parameters_without_memory():
+        try:
+            return cls._from_config(config, attn_implementation=doors.NAME, **options).eval()
+        except KeyError as error:
+            if error.args != (doors.NAME,):
+                raise
+            model = cls._from_config(config, attn_implementation="eager", **options).eval()
+            model.config._attn_implementation = doors.NAME  # noqa: SLF001 - so that no masks are made
+            return model
 
 
 def positions_of(config: Any) -> int:

@@ -77,6 +77,7 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
     table, body = model.get_input_embeddings(), getattr(model, prefix)
     embed, (hidden,) = export(model, table, [torch.zeros(EXAMPLE, dtype=torch.long)], names, [0])
     positions = torch.arange(EXAMPLE)[None]
+    most = max(positions_of(source.config), EXAMPLE + 1) if positions_of(source.config) else 0
     kinds: list[Any] = []
 
     def states(x: Any, positions: Any) -> Any:
@@ -84,7 +85,7 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
         kinds.append(type(found))
         return found.last_hidden_state
 
-    trunk, (_, width) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1])
+    trunk, (_, width) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1], most)
 
     class Given(torch.nn.Module):
         """Stands where the body was, whose states are given."""

@@ -29,8 +29,8 @@ _SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25
 class Held:
     """One checkpoint tensor as the bundle holds it: the mapped arrays that are stored for its rows.
 
-    ``name`` is the model's, ``source`` the checkpoint's. Rows and ``shape`` are those of the transpose where it is
-    held ``turned``.
+    ``name`` is the model's, ``source`` the checkpoint's. Rows and ``shape`` are those of the transpose, of each matrix
+    where there are several, where it is held ``turned``.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Held:
         whole = np.empty(self.shape, np.float32)
         for rows in row_blocks(self.shape):
             whole[rows] = self.rows(rows)
-        return np.ascontiguousarray(whole.T) if self.turned else whole
+        return np.ascontiguousarray(whole.swapaxes(-1, -2)) if self.turned else whole
 
 
 def misplaced(registry: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
@@ -99,9 +99,10 @@ def _held_by(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterato
     if entry["layout"] != "nk":
         each = zip(arrays, row.element_bits if row else [0], strict=True)
         arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array, bits in each]
-    if entry["transform"] == "transpose":
-        (name,), (source,) = entry["source_names"], entry["sources"]
-        yield Held(name, source, tuple(entry["shape"]), arrays, row, turned=True)
+    if entry["transform"] in ("transpose", "stacked_transpose"):
+        (name,), (source,), ((*experts, k, n),) = entry["source_names"], entry["sources"], entry["source_shapes"]
+        matrices = [array.reshape(*experts, n, -1) if array.ndim > 1 else array for array in arrays]
+        yield Held(name, source, (*experts, n, k), matrices, row, turned=True)
         return
     one_for_all = arrays[1:] if row and row.kind == "tensor" else []
     parts = [
@@ -177,7 +178,7 @@ def differences(
     problems = []
     for number, tensor in enumerate(held(registry, records), start=1):
         original, count, first = checkpoint[tensor.source], 0, ""
-        original = original.T if tensor.turned else original
+        original = original.swapaxes(-1, -2) if tensor.turned else original
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.row:
@@ -188,7 +189,8 @@ def differences(
                 wrong = values != wanted
             if wrong.any() and not first:
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
-                place = [at[0] + rows.start, *at[1:]][:: -1 if tensor.turned else 1]
+                place = [at[0] + rows.start, *at[1:]]
+                place = [*place[:-2], place[-1], place[-2]] if tensor.turned else place
                 first = f"first at {place}: {values[at]:g} where it has {wanted[at]:g}"
             count += int(wrong.sum())
         if count:

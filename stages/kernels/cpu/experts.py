@@ -134,7 +134,10 @@ class _RowByRow(Product):
     """A few rows, of experts that are hardly the same: each reads its expert's weights."""
 
     arguments: _Chosen
-    exact = True
+
+    def __init__(self, arguments: _Chosen) -> None:
+        super().__init__(arguments)
+        self.exact = True  # what routers decide by should be as right as can be
 
     def emit(self) -> None:
         """Emit the kernel: rows and blocks of features on all threads."""
@@ -150,7 +153,10 @@ class _Grouped(Product):
     """Rows expert by expert: a block of weights is unpacked once for all of them."""
 
     arguments: _Ordered
-    exact = True
+
+    def __init__(self, arguments: _Ordered) -> None:
+        super().__init__(arguments)
+        self.exact = True
 
     def emit(self) -> None:
         """Emit the kernel: blocks of features on all threads."""

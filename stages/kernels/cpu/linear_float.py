@@ -138,15 +138,16 @@ class Product:
     """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows.
 
     ``exact`` takes the middle off each element of a row that is unpacked alone: a step more for each, and no sum of
-    large numbers that cancel.
+    large numbers that cancel, whose rounding is several times that of the products. Weights of 8 bits are waited for
+    longer than that step takes.
     """
 
     panel_terms = PANEL
-    exact = False
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.weight = arguments.linear.weight
+        self.exact = self.weight.bits == 8
 
     def emit(self) -> None:
         """Emit the kernel: blocks of features on all threads."""

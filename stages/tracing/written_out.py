@@ -1,0 +1,132 @@
+"""Attention that a modelling file writes out instead of calling transformers' interface: it goes to the door too.
+
+Each function here takes the place of a method of one class of transformers, on the modules of one model alone. What is
+added to scores and depends on the key alone (ALiBi's slope times its position) is a channel more of keys, of which
+queries have the inverse of the scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from stages.tracing import doors
+
+
+def replace_attention(model: Any) -> None:
+    """Let every module of :data:`WRITTEN_OUT` call the door."""
+    for module in model.modules():
+        for method, function in WRITTEN_OUT.get(type(module).__name__, {}).items():
+            setattr(module, method, functools.partial(function, module))
+
+
+def _heads(module: Any, q: Any, k: Any, v: Any, scale: float, window: int = 0) -> Any:
+    """Return attention, laid out as q [b, heads, n, d]."""
+    return doors.attention(module, q, k, v, scaling=scale, sliding_window=window)[0].transpose(1, 2)
+
+
+def _biased(module: Any, q: Any, k: Any, v: Any, scale: float, bias: Any) -> Any:
+    """Return attention [b, n, heads, d] with ``bias`` [heads, n] of keys, scores being scale * q k + bias."""
+    import torch
+
+    q = torch.cat([q, torch.full_like(q[..., :1], 1 / scale)], -1)
+    k = torch.cat([k, bias[None, :, :, None]], -1)
+    return doors.attention(module, q, k, v, scaling=scale)[0]
+
+
+def gpt_neo(module: Any, q: Any, k: Any, v: Any, _mask: Any = None) -> tuple[Any, None]:
+    """Take the place of ``GPTNeoSelfAttention._attn``, which scales nothing."""
+    window = module.config.window_size if module.attention_type == "local" else 0
+    return _heads(module, q, k, v, 1.0, window), None
+
+
+def gpt_neox_japanese(module: Any, q: Any, k: Any, v: Any, _mask: Any = None) -> tuple[Any, None]:
+    """Take the place of ``GPTNeoXJapaneseAttention._attn``."""
+    return _heads(module, q, k, v, 1 / float(module.norm_factor)), None
+
+
+def openai(module: Any, q: Any, k: Any, v: Any, _mask: Any = None, _weights: bool = False) -> list[Any]:
+    """Take the place of ``Attention._attn`` of the first GPT, which is given keys transposed."""
+    return [_heads(module, q, k.transpose(-1, -2), v, v.shape[-1] ** -0.5 if module.scale else 1.0)]
+
+
+def xglm(module: Any, hidden_states: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``XGLMAttention.forward``."""
+    shape = (*hidden_states.shape[:2], module.num_heads, module.head_dim)
+    q, k, v = (
+        getattr(module, name)(hidden_states).view(shape).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    y = doors.attention(module, q, k, v, scaling=module.scaling)[0]
+    return module.out_proj(y.reshape(*hidden_states.shape[:2], -1)), None
+
+
+def bloom(module: Any, hidden_states: Any, residual: Any, alibi: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``BloomAttention.forward``; alibi [heads, 1, n]."""
+    q, k, v = module._reshape(module.query_key_value(hidden_states))  # noqa: SLF001 - transformers' own
+    y = _biased(module, q, k, v, module.inv_norm_factor, alibi[:, 0])
+    return module.dense(y.reshape(*hidden_states.shape[:2], -1)) + residual, None
+
+
+def falcon(
+    module: Any, hidden_states: Any, alibi: Any, position_embeddings: Any = None, **_more: Any
+) -> tuple[Any, None]:
+    """Take the place of ``FalconAttention.forward``; keys are not repeated for all queries that read them."""
+    b, n, _ = hidden_states.shape
+    qkv = module.query_key_value(hidden_states)
+    if module.new_decoder_architecture or module.multi_query:
+        qkv = qkv.view(b, n, module.num_kv_heads, -1, module.head_dim)
+        q, k, v = qkv[..., :-2, :].reshape(b, n, module.num_heads, -1), qkv[..., -2, :], qkv[..., -1, :]
+    else:
+        q, k, v = module._split_heads(qkv)  # noqa: SLF001 - transformers' own
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    if alibi is None:
+        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+        q, k = rotate(q, k, *position_embeddings)
+        y = doors.attention(module, q, k, v, scaling=module.inv_norm_factor)[0]
+    else:
+        bias = alibi.reshape(module.num_heads, n) * module.inv_norm_factor
+        y = _biased(module, q, k, v, module.inv_norm_factor, bias)
+    return module.dense(y.reshape(b, n, -1)), None
+
+
+def mpt(module: Any, hidden_states: Any, position_bias: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``MptAttention.forward``; position_bias [heads, 1, positions] counts back from the last."""
+    import torch
+
+    b, n, _ = hidden_states.shape
+    qkv = module.Wqkv(hidden_states)
+    if module.clip_qkv:
+        qkv = qkv.clamp(-module.clip_qkv, module.clip_qkv)
+    q, k, v = (each.reshape(b, n, module.n_heads, -1).transpose(1, 2) for each in qkv.chunk(3, dim=2))
+    bias = -position_bias[:, 0, -2:-1] * torch.arange(n)
+    y = _biased(module, q, k, v, module.softmax_scale, bias)
+    return module.out_proj(y.reshape(b, n, -1)), None
+
+
+def without_mask(module: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Take the place of a ``forward`` that goes on with the mask it made, and give it one that says nothing."""
+    import torch
+
+    forward = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    names = {**forward.__globals__, "create_causal_mask": lambda **_keywords: torch.zeros(())}
+    made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made(module, *arguments, **keywords)
+
+
+# Class of transformers -> method -> what takes its place.
+WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
+    "GPTNeoSelfAttention": {"_attn": gpt_neo},
+    "GPTNeoXJapaneseAttention": {"_attn": gpt_neox_japanese},
+    "Attention": {"_attn": openai},
+    "XGLMAttention": {"forward": xglm},
+    "BloomAttention": {"forward": bloom},
+    "FalconAttention": {"forward": falcon},
+    "MptAttention": {"forward": mpt},
+    "MptModel": {"forward": without_mask},
+}
