@@ -1,9 +1,9 @@
 """How a processor multiplies bytes: four unsigned ones of weights by four signed ones of activations in each lane.
 
 Every way gives the same integers. VNNI does it in one instruction. AVX2 multiplies and adds up pairs in 16 bits, which
-saturate: sums of products with codes of few bits stay there for some steps before they are widened. Codes of eight bits
-are taken as the distance from 128 instead, their magnitude by the activation with their sign: two products of at most
-128 * 127 are within 16 bits.
+saturate: sums of products with codes of few bits stay there for as many steps as cannot, and are widened then. Codes of
+eight bits are taken as the distance from 128 instead, their magnitude by the activation with their sign: two products
+of at most 128 * 127 are within 16 bits.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Avx2Sums:
         if self._signed:
             weights, activations = _sign(weights, weights), _sign(activations, weights)
         products = T.call_llvm_pure_intrin("int16x16", "llvm.x86.avx2.pmadd.ub.sw", weights, activations)
-        put(self._pairs, get(self._pairs, 16) + products, span(0, 16))
+        # Saturating ones, though none saturates: LLVM would reorder others, and run out of registers.
+        added = T.call_llvm_pure_intrin("int16x16", "llvm.sadd.sat", get(self._pairs, 16), products)
+        put(self._pairs, added, span(0, 16))
 
     def end(self) -> None:
         """End a run of products: neighbours are added up in 32 bits."""
@@ -129,5 +131,5 @@ def _sign(values: Any, signs: Any) -> Any:
 DOTS: dict[str, Vnni | Avx2] = {
     "avx512vnni": Vnni("llvm.x86.avx512.vpdpbusd.512", 16, tile=(5, 32), streams=4),
     "avxvnni": Vnni("llvm.x86.avx512.vpdpbusd.256", 8, tile=(2, 16), streams=1),
-    "avx2": Avx2(tile=(4, 16), streams=1),
+    "avx2": Avx2(tile=(2, 16), streams=1),
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
@@ -93,6 +93,14 @@ class _Bytes(Arguments):
         self.offsets = made.argument("offsets", (rows, groups), "int32")
 
 
+class _Panel(NamedTuple):
+    """Weights that are unpacked at once: codes, four to a word, and the scales and minima of groups as floats."""
+
+    codes: Any
+    scales: Any
+    least: Any
+
+
 class _ByteProduct(Product):
     """Products of bytes; the sums of a group become floats when it ends."""
 
@@ -122,11 +130,9 @@ class _ByteProduct(Product):
             begin = begin * constant(self.dot.centre(bits), lanes, "int32")
         return self.dot.sums(begin, bits)
 
-    def _of_minimum(self, block: Any, group: Any, row: Any, left: Any) -> Any:
-        """Return what the minima of a group add to the products of the features from ``left`` of the block on."""
-        lanes, arguments = self.dot.lanes, self.arguments
-        total_of_row = as_float(arguments.offsets[row, group], 1) * arguments.scales[row, group]
-        return self.weight.least(arguments.weights, block, group, left, lanes) * splat(total_of_row, lanes)
+    def _total(self, row: Any, group: Any) -> Any:
+        """Return the sum of the activations that minima are multiplied by."""
+        return as_float(self.arguments.offsets[row, group], 1) * self.arguments.scales[row, group]
 
     def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
@@ -159,43 +165,59 @@ class _ByteProduct(Product):
                 scale = scale * splat(arguments.scales[row, g], lanes)
                 value = product[span(left, lanes)] + as_float(part.total(), lanes) * scale
                 if weight.minimum:
-                    value = value + self._of_minimum(block, g, row, left)
+                    least = weight.least(arguments.weights, block, g, left, lanes)
+                    value = value + least * splat(self._total(row, g), lanes)
                 put(product, value, span(left, lanes))
 
-    def panel(self) -> Any:
-        """Make room for the bytes of a panel, four to a word."""
-        return T.alloc_buffer((min(self.panel_terms, self.weight.k) // 4, BLOCK), "uint32")
+    def panel(self) -> _Panel:
+        """Make room for a panel."""
+        terms = min(self.panel_terms, self.weight.k)
+        shape = terms // self.weight.group, BLOCK
+        least = T.alloc_buffer(shape, "float32") if self.weight.minimum else None
+        return _Panel(T.alloc_buffer((terms // 4, BLOCK), "uint32"), T.alloc_buffer(shape, "float32"), least)
 
-    def unpack(self, panel: Any, block: Any, first: Any, terms: Any) -> None:
-        """Fill the panel with the bytes of the weights of k from ``first`` on."""
-        weight, fours = self.weight, self.weight.per_word // 4
+    def unpack(self, panel: _Panel, block: Any, first: Any, terms: Any) -> None:
+        """Fill the panel with the weights of k from ``first`` on."""
+        weight, weights, fours = self.weight, self.arguments.weights, self.weight.per_word // 4
         with T.serial(0, terms // weight.per_word) as w:
-            word = self.arguments.weights[0][block, first // weight.per_word + w, span(0, BLOCK)]
+            word = weights[0][block, first // weight.per_word + w, span(0, BLOCK)]
             for part in range(fours):
-                put(panel, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
+                put(panel.codes, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
+        with T.serial(0, terms // weight.group) as g:
+            group = first // weight.group + g
+            put(panel.scales, weight.plain_scale(weights, block, group), g, span(0, BLOCK))
+            if weight.minimum:
+                put(panel.least, weight.least(weights, block, group), g, span(0, BLOCK))
 
-    def products(self, panel: Any, block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]) -> None:
+    def products(
+        self, panel: _Panel, _block: Any, terms: tuple[Any, Any], top: Any, left: int, sums: list[Any]
+    ) -> None:
         """Emit the products of ``terms``, group by group."""
         with T.serial(0, terms[1] // self.weight.group) as g:
-            self._group(panel, block, (terms[0], g), top, left, sums)
+            self._group(panel, (terms[0], g), top, left, sums)
 
-    def _group(self, panel: Any, block: Any, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
+    def _group(self, panel: _Panel, at: tuple[Any, Any], top: Any, left: int, products: list[Any]) -> None:
         """Emit the products of a group, ``at`` (start of the panel, group in it), added to those of each row."""
-        arguments, group, lanes = self.arguments, self.weight.group, self.dot.lanes
-        width, number = arguments.linear.tile[1], at[0] // group + at[1]
-        parts = [(row, start) for row in range(len(products)) for start in range(0, width, lanes)]
-        sums = [self._sums(top + row, number) for row, _ in parts]
-        for word in range(group // 4):
-            for (row, start), part in zip(parts, sums, strict=True):
-                if word % part.run == 0:
-                    part.start()
-                weights = panel[at[1] * (group // 4) + word, span(left + start, lanes)]
-                part.add(weights, arguments.words[top + row, number * (group // 4) + word])
-                if (word + 1) % part.run == 0 or word == group // 4 - 1:
-                    part.end()
+        arguments, weight, lanes = self.arguments, self.weight, self.dot.lanes
+        words, group = weight.group // 4, at[0] // weight.group + at[1]
+        width = range(0, arguments.linear.tile[1], lanes)
+        parts = [(row, start) for row in range(len(products)) for start in width]
+        sums = [self._sums(top + row, group) for row, _ in parts]
+        run = min(sums[0].run, words)
+        with T.serial(0, words // run) as number:
+            for part in sums:
+                part.start()
+            with T.serial(0, run) as inner:
+                word = number * run + inner
+                for (row, start), part in zip(parts, sums, strict=True):
+                    codes = panel.codes[at[1] * words + word, span(left + start, lanes)]
+                    part.add(codes, arguments.words[top + row, group * words + word])
+            for part in sums:
+                part.end()
         for (row, start), part in zip(parts, sums, strict=True):
-            scale = self.weight.plain_scale(arguments.weights, block, number, left + start, lanes)
-            value = as_float(part.total(), lanes) * (scale * splat(arguments.scales[top + row, number], lanes))
-            if self.weight.minimum:
-                value = value + self._of_minimum(block, number, top + row, left + start)
+            place = at[1], span(left + start, lanes)
+            scale = panel.scales[place] * splat(arguments.scales[top + row, group], lanes)
+            value = as_float(part.total(), lanes) * scale
+            if weight.minimum:
+                value = value + panel.least[place] * splat(self._total(top + row, group), lanes)
             put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))
