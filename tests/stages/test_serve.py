@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import http.client
+import functools
 import json
+import os
+import random
+import re
+import signal
 import socket
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -22,65 +27,18 @@ from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 
 openai = pytest.importorskip("openai")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
-from stages.runtime.server import app as apps  # noqa: E402 - needs what may be absent
-from stages.runtime.server import requests  # noqa: E402
+from stages.runtime.server import app as apps  # noqa: E402
+from stages.runtime.server import requests  # noqa: E402 - needs what may be absent
 from stages.runtime.server.engine import Engine  # noqa: E402
 from stages.runtime.server.tools import STYLES, Reader, Tools  # noqa: E402
+from tests.stages.servers import Served, idle, serve  # noqa: E402
 
 TEXT = "The old lighthouse keeper walked"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HELLO = [{"role": "user", "content": "Hello there"}]
-
-
-@dataclasses.dataclass
-class Served:
-    """A server of this process, its engine, and a client of it."""
-
-    engine: Engine
-    port: int
-    client: openai.OpenAI
-    log: list[str]
-
-    def post(self, path: str, body: bytes, **headers: str) -> tuple[int, dict]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-
-    def get(self, path: str, **headers: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-
-
-class Lines(list):
-    def write(self, line: str) -> None:
-        self.append(line)
-
-    def flush(self) -> None:
-        pass
-
-
-def serve(engine: Engine, **options) -> Iterator[Served]:
-    log = Lines()
-    options = {"limits": apps.Limits(body=1 << 16, sending=2, seconds=120), "log": log, **options}
-    config = uvicorn.Config(apps.create({"tiny": engine}, **options), log_level="warning", access_log=False)
-    server = uvicorn.Server(config)
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
-    thread.start()
-    port = listening.getsockname()[1]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0, timeout=60)
-    while not server.started:
-        time.sleep(0.01)
-    yield Served(engine, port, client, log)
-    client.close()
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -124,15 +82,6 @@ def logits(recorded):
         return found[:active].astype(np.float64)
 
     return after
-
-
-def idle(engine: Engine) -> bool:
-    """Wait until nothing is being answered; False if that never happens."""
-    for _ in range(2000):
-        if not engine.scheduler.active and not engine.waiting:
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_a_text_is_continued_as_generate_does(served, alone) -> None:
@@ -410,6 +359,117 @@ def test_what_is_said_is_told_from_what_is_called(style, text, said, called) -> 
         rest, calls = reader.finish()
         assert (heard + rest, len(calls)) == (said, called)
         assert all(json.loads(call["function"]["arguments"]) in ({}, {"a": 1}) for call in calls)
+
+
+def test_two_hundred_answers_at_once_are_those_alone(served, alone) -> None:
+    """Joins, clients that leave, prompts that begin alike, and pages for a few of them only."""
+    engine, rng = served.engine, random.Random(5)  # noqa: S311
+    systems = [[rng.randrange(1, 200) for _ in range(length)] for length in (40, 70, 120)]
+    wanted: dict[tuple[int, ...], str] = {}
+
+    def ask(at: int, prompt: list[int]) -> None:
+        request = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": at % 2 == 0}
+        answer = served.client.completions.create(**request)
+        if at % 2:
+            said[at] = answer.choices[0].text
+        elif at % 10:
+            said[at] = "".join(chunk.choices[0].text for chunk in answer)
+        else:  # this one leaves after its first word
+            next(iter(answer))
+            answer.close()
+
+    said: dict[int, str] = {}
+    before = engine.scheduler.cached_tokens
+    prompts = [[*rng.choice(systems), *(rng.randrange(1, 200) for _ in range(rng.randrange(1, 60)))] for _ in range(60)]
+    prompts = [rng.choice(prompts) for _ in range(200)]
+    with ThreadPoolExecutor(12) as clients:
+        list(clients.map(ask, range(200), prompts))
+    assert idle(engine)
+    assert len(said) == 180
+    for at, text in said.items():
+        prompt = tuple(prompts[at])
+        if prompt not in wanted:
+            wanted[prompt] = alone(prompts[at], 12)
+        assert text == wanted[prompt], at
+    assert engine.scheduler.cached_tokens - before > 5000
+    kept = engine.scheduler.prefixes
+    held = {page for pages in kept._held.values() for page in pages}
+    assert engine.pages - engine._session.free_pages <= len(held) + len(kept._held), "pages that nobody knows of"
+
+
+def test_what_waits_beyond_the_queue_is_refused(recorded) -> None:
+    engine = Engine(manifest.read(recorded.bundle), queue=1, sequences=1)
+
+    def asked(there: Served, _: int) -> tuple[int, str | None]:
+        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 200}
+        try:
+            answer = there.client.completions.with_raw_response.create(**body)
+        except openai.RateLimitError as error:
+            return error.status_code, error.response.headers["retry-after"]
+        return answer.status_code, None
+
+    for there in serve(engine):
+        with ThreadPoolExecutor(16) as clients:
+            found = list(clients.map(functools.partial(asked, there), range(16)))
+        assert {*found} == {(200, None), (429, "1")}
+    engine.close()
+
+
+def test_an_answer_that_takes_too_long_is_ended(engine) -> None:
+    for there in serve(engine, limits=apps.Limits(seconds=0.05)):
+        with pytest.raises(openai.APIStatusError, match="not done after") as raised:
+            there.client.completions.create(model="tiny", prompt="x", max_tokens=500)
+        assert raised.value.status_code == 504
+        with pytest.raises(openai.APIError, match="not done after"):
+            list(there.client.completions.create(model="tiny", prompt="x", max_tokens=500, stream=True))
+        assert idle(engine)
+
+
+def test_metrics_count_what_was_done(served) -> None:
+    served.client.completions.create(model="tiny", prompt=TEXT, max_tokens=3, temperature=0)
+    status, text = served.get("/metrics")
+    assert status == 200
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(found['stagegraph_generated_tokens_total{model="tiny"}']) >= 2
+    assert float(found['stagegraph_requests_total{model="tiny",outcome="done"}']) >= 1
+    assert found['stagegraph_kv_pages{model="tiny"}'] == str(served.engine.pages)
+    count = found['stagegraph_time_to_first_token_seconds_count{model="tiny"}']
+    assert found['stagegraph_time_to_first_token_seconds_bucket{model="tiny",le="+Inf"}'] == count
+
+
+def test_sigterm_lets_what_streams_end(recorded) -> None:
+    """The command as it is run, with its key from the environment."""
+    command = [sys.executable, "-m", "stages.runtime", "serve", str(recorded.bundle), "--port", "0", "--name", "mine"]
+    environment = {**os.environ, "STAGEGRAPH_API_KEY": "secret"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        first = process.stderr.readline()
+        port = int(re.search(r"http://127.0.0.1:(\d+)/v1", first)[1])
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0)
+        stream = client.completions.create(model="mine", prompt="x", max_tokens=300, stream=True, logit_bias={})
+        said = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        said += list(stream)
+        assert said[-1].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(60) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "give a key with --api-key-file"),  # noqa: S104
+        (["--cache-tokens", "10"], "does not hold one context"),
+        (["--sequences", "99"], "built for 1 to 4"),
+        (["--name", "a", "--name", "b"], "2 names for 1 bundles"),
+        (["--api-key-file", "nowhere"], "nowhere: No such file"),
+    ],
+)
+def test_what_cannot_be_served_is_said(recorded, options, said) -> None:
+    command = [sys.executable, "-m", "stages.runtime", "serve", str(recorded.bundle), "--port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_nothing_that_was_said_is_logged(served) -> None:

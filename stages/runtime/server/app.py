@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stages.runtime.server import page, requests, responses
+from stages.runtime.server import metrics, page, requests, responses
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.exchange import Exchange
+from stages.runtime.server.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,6 +60,7 @@ def create(
     api = _Api(engines, limits or Limits())
     routes = [
         Route("/health", api.health),
+        Route("/metrics", api.metrics),
         Route("/v1/models", api.models),
         Route("/v1/models/{name:path}", api.model),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
@@ -74,10 +77,14 @@ class _Api:
     def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
         self._engines, self._limits = engines, limits
         self._created = int(time.time())
+        self._metrics = Metrics(engines)
 
     async def health(self, _request: Request) -> Response:
         dead = [name for name, engine in self._engines.items() if not engine.alive]
         return JSONResponse({"status": "error", "models": dead} if dead else {"status": "ok"}, 503 if dead else 200)
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(self._metrics.text(), headers={"Content-Type": metrics.KIND})
 
     async def models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._described(name) for name in self._engines]})
@@ -109,16 +116,28 @@ class _Api:
         parse: Callable[[Any, Engine], Wanted],
         form: Callable[[str, Engine, Wanted], responses.Form],
     ) -> Response:
+        began = time.perf_counter()
         name, engine = self._chosen(body)
         wanted = await asyncio.to_thread(parse, body, engine)  # a template is rendered in a process of its own
-        exchange = Exchange(engine, wanted, form(name, engine, wanted), seconds=self._limits.seconds)
+        exchange = Exchange(
+            engine,
+            wanted,
+            form(name, engine, wanted),
+            seconds=self._limits.seconds,
+            first=lambda: self._metrics.first_token[name].add(time.perf_counter() - began),
+        )
+
+        def ended() -> None:
+            exchange.close()
+            self._metrics.requests[name][exchange.outcome] += 1
+            self._metrics.duration[name].add(time.perf_counter() - began)
+
         if wanted.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(exchange.stream(), media_type="text/event-stream", headers=headers)
+            return _Events(exchange, ended)
         try:
             return JSONResponse(await _unless_gone(request, exchange))
         finally:
-            exchange.close()
+            ended()
 
     def _chosen(self, body: Any) -> tuple[str, Engine]:
         name = body.get("model") if isinstance(body, dict) else None
@@ -155,10 +174,27 @@ class _Api:
                         raise ApiError(f"the body has more than {self._limits.body:,} bytes", status=413)
         except TimeoutError:
             raise ApiError(f"the body was not sent within {self._limits.sending:g} seconds", status=408) from None
+        except ClientDisconnect:
+            raise ApiError("the client left", status=499) from None
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
             raise ApiError("the body is not JSON") from None
+
+
+class _Events(StreamingResponse):
+    """The answers of an exchange as they come; ``ended`` is called whatever happens, also where none was sent."""
+
+    def __init__(self, exchange: Exchange, ended: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(exchange.stream(), media_type="text/event-stream", headers=headers)
+        self._ended = ended
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
 
 
 async def _unless_gone(request: Request, exchange: Exchange) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -76,6 +77,9 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         page = "" if args.no_page else f", and a page to talk with them at http://{shown}:{port}/"
         err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1{page}\n")
         err.flush()
+        # uvicorn takes these while it runs, and raises those that came once more when it is done.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
         server.run(sockets=[socket])
     for engine in engines.values():
         engine.close()

@@ -53,7 +53,7 @@ class Engine:
         self.limit = self._session.limit  # the most tokens of one sequence
         self.vocab_size = self._session.vocab_size
         self.scheduler = Scheduler(self._session)
-        self.pages = self._session.free_pages  # in all
+        self.pages = self.free_pages = self._session.free_pages  # in all, and those that nothing holds
         self._queue = queue
         self._inbox: deque[tuple[str, Job]] = deque()
         self._answers: dict[Job, Answer] = {}
@@ -66,11 +66,6 @@ class Engine:
     def waiting(self) -> int:
         """How many answers are not begun."""
         return len(self.scheduler.waiting) + len(self._inbox)
-
-    @property
-    def free_pages(self) -> int:
-        """How many pages of the KV cache no sequence has."""
-        return self._session.free_pages
 
     @property
     def alive(self) -> bool:
@@ -143,6 +138,7 @@ class Engine:
         try:
             while self._take_in(wait=not busy):
                 busy = self.scheduler.step()
+                self.free_pages = self._session.free_pages
                 for job in [job for job in self._answers if job.over]:
                     del self._answers[job]
         finally:

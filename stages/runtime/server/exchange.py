@@ -13,7 +13,7 @@ from stages.runtime.server.engine import BusyError, ClosingError
 from stages.runtime.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from stages.runtime.server.answer import Answer
     from stages.runtime.server.engine import Engine
@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 class Exchange:
     """Begins the answers that a request wants; :class:`ApiError` where it cannot. To be closed, whatever happens.
 
-    ``seconds`` is how long all of it may take.
+    ``seconds`` is how long all of it may take, and ``first`` is called when the first token has come.
     """
 
-    def __init__(self, engine: Engine, wanted: Wanted, form: Form, *, seconds: float) -> None:
-        self._engine, self._wanted, self._form = engine, wanted, form
+    def __init__(
+        self, engine: Engine, wanted: Wanted, form: Form, *, seconds: float, first: Callable[[], None] = lambda: None
+    ) -> None:
+        self._engine, self._wanted, self._form, self._first = engine, wanted, form, first
         self._loop = asyncio.get_running_loop()
+        self.outcome = "left"  # until it is known to be another
         self._deadline = self._loop.time() + seconds
         self._seconds = seconds
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -94,8 +97,6 @@ class Exchange:
             yield "data: [DONE]\n\n"
         except ApiError as error:
             yield _event(error.document())
-        finally:
-            self.close()
 
     def usage(self) -> dict[str, Any]:
         """Return how many tokens were read and made."""
@@ -112,17 +113,23 @@ class Exchange:
 
     async def _all(self) -> AsyncIterator[tuple[int, Piece | End]]:
         """Yield what the answers say until all are over."""
-        left = len(self._made)
+        left, begun = len(self._made), False
         while left:
             try:
                 async with asyncio.timeout_at(self._deadline):
                     index, event = await self._events.get()
             except TimeoutError:
+                self.outcome = "failed"
                 raise ApiError(f"not done after {self._seconds:g} seconds", status=504, code="timeout") from None
+            if not begun:
+                begun = True
+                self._first()
             if isinstance(event, Failure):
+                self.outcome = "failed"
                 raise _failed(event.error)
             left -= isinstance(event, End)
             yield index, event
+        self.outcome = "done"
 
     def _chunk(self, index: int, content: dict[str, Any]) -> str:
         choice = {"index": index, "finish_reason": None, **content}
