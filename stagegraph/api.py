@@ -137,6 +137,7 @@ class Pipeline(Project):
         from stagegraph.execution.scheduler import Options, Scheduler
 
         selection = selection or self.select()
+        self.check_name()
         if only:
             self._refuse_others(selection)
         forced = frozenset(node.name for node in selection.chosen) if force else frozenset()
@@ -146,6 +147,7 @@ class Pipeline(Project):
         ended = False
         try:
             scheduler.run(selection.nodes)
+            self.keep_name()
             ended = True
         finally:
             outcomes = tuple(scheduler.outcomes.values())

@@ -50,14 +50,18 @@ class StoreError(PipelineError):
     exit_code = EXIT_STORE
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of known names if none is close."""
+def similar(name: str, known: Iterable[str]) -> str:
+    """Return the known name that comes closest, empty if none is close."""
     import difflib  # only a mistake pays for it
 
+    return next(iter(difflib.get_close_matches(name, sorted(set(known)), n=1, cutoff=0.6)), "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of known names if none is close."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean '{close[0]}'?"
+    if close := similar(name, names):
+        return f"; did you mean '{close}'?"
     return f"; known: {', '.join(names)}" if names else ""
 
 

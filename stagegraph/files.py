@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -108,3 +109,27 @@ def remove_tree(path: Path) -> None:
         for folder, _, _ in os.walk(path):
             Path(folder).chmod(stat.S_IRWXU)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def dotted(node: str) -> str:
+    """Return a node's name as no shell touches it, and as its directory has it: ``build.x86.debug`` of
+    ``build[x86,debug]``. Of several values one of which has a dot it stays: two nodes could be called the same.
+    """
+    entry, _, instance = node.removesuffix("]").partition("[")
+    values = instance.split(",") if instance else []
+    return node if len(values) > 1 and "." in instance else ".".join([entry, *values])
+
+
+def typed(node: str) -> str:
+    """Return a node's name as it is typed in a shell."""
+    name = dotted(node)
+    return f"'{name}'" if "[" in name else name
+
+
+def path_name(path: str | Path) -> str:
+    """Return what people call a file or folder, as a safe name: of a revision in a download cache
+    (``models--ORG--NAME/snapshots/REVISION``) the name of what it is a revision of.
+    """
+    path = Path(path)
+    name = path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from stagegraph.errors import PlanError
+from stagegraph.errors import PlanError, SpecError
 from stagegraph.planning.dag import Dag, Node
 from stagegraph.planning.kept import read_pipeline
 from stagegraph.planning.planner import Planner
@@ -58,6 +58,32 @@ class Project:
     def name(self) -> str:
         """The pipeline's name, under which ``artifacts/`` shows its outputs."""
         return self.dag.pipeline.name
+
+    def check_name(self) -> None:
+        """Refuse the name, under which outputs are shown, if another file beside this one has run under it."""
+        known, here = self._owner(), self.dag.pipeline.file
+        if known is None or known == here.name or not (other := here.with_name(known)).exists():
+            return
+        from stagegraph.spec.load import load
+
+        try:
+            same = load(other).name == self.name
+        except SpecError:
+            return
+        if same:
+            raise PlanError(
+                f"{here.name} and {known} are both named '{self.name}', and would show their outputs in one folder, "
+                f"{self.workspace.artifacts.name}/{self.name}; give one of them another name"
+            )
+
+    def keep_name(self) -> None:
+        """Remember which file has this name."""
+        if self._owner() != self.dag.pipeline.file.name:
+            self.workspace.index.set(f"file:{self.name}", self.dag.pipeline.file.name)
+
+    def _owner(self) -> str | None:
+        known = self.workspace.index.get(f"file:{self.name}")
+        return known if isinstance(known, str) else None
 
     @property
     def nodes(self) -> list[str]:

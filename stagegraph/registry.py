@@ -72,6 +72,20 @@ class Comparison(NamedTuple):
     module: str
 
 
+class Starter(NamedTuple):
+    """What ``init`` and ``build`` begin with: the module that writes a first pipeline file for one kind of thing.
+
+    That kind, the starter's name, is also the variable of such files that holds its path. The module has
+    ``add_arguments(parser)``, ``settings(args)``, the variables that were asked for, ``examine(path)``, of which what
+    cannot be begun with is a ValueError, and ``compose(path, examined, settings, folder)``, the text of the file in a
+    folder. ``exports`` is the stage whose results ``build`` writes out.
+    """
+
+    module: str
+    exports: str
+    doc: str
+
+
 @dataclass(frozen=True)
 class Provider:
     """What one package brings, everything by its name; objects are named as ``"module:NAME"``."""
@@ -82,6 +96,7 @@ class Provider:
     # Environment variables that change what the stages make and that no key sees: workers do not get them.
     hidden_variables: frozenset[str] = frozenset()
     verbs: Mapping[str, Verb] = field(default_factory=dict)
+    starters: Mapping[str, Starter] = field(default_factory=dict)
     lookups: Mapping[str, Lookup] = field(default_factory=dict)  # option of ``show`` -> what answers it
     # Stage -> the function that says what differs inside two of its results (:data:`stagegraph.query.diff.Comparer`).
     comparers: Mapping[str, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagegraph.registry import Comparison, Lookup, Plot, Provider, Verb
+from stagegraph.registry import Comparison, Lookup, Plot, Provider, Starter, Verb
 
 PROVIDER = Provider(
     stages={
@@ -34,6 +34,9 @@ PROVIDER = Provider(
         "attest": Verb("stages.cli.attest", "keep what `verify` said on another machine beside a bundle"),
         "models": Verb("stages.cli.models", "list the model families and what each supports"),
         "tokenize": Verb("stages.cli.tokenize", "show how a tokenizer reads a text, and where another differs"),
+    },
+    starters={
+        "checkpoint": Starter("stages.cli.starter", exports="bundle", doc="its folder, or a GGUF file"),
     },
     lookups={
         "tensor": Lookup(

@@ -39,7 +39,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "packing": {"runtime"},
     "verification": {"checkpoint", "memo", "models", "quantization", "runtime", "tokenizers", "tracing"},
     "inspection": {"checkpoint", "quantization"},
-    "cli": {"models", "runtime"},
+    "cli": {"checkpoint", "models", "quantization", "runtime", "targets"},
 }
 # The engine's rooms: each imports itself, those before it, and the ground beneath them all.
 ENGINE = ("spec", "store", "remote", "planning", "execution", "project", "query", "api", "cli")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,18 @@ DEFAULT_FILE = "pipeline.yaml"
 
 def add_file(parser: argparse.ArgumentParser, *, settings: bool = True) -> None:
     """Add the pipeline file and, unless no variable counts for the verb, ``--set``."""
-    parser.add_argument(
-        "file", nargs="?", default=DEFAULT_FILE, metavar="FILE", help=f"pipeline file (default: ./{DEFAULT_FILE})"
-    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help=f"pipeline file (default: the nearest {DEFAULT_FILE})")
     if settings:
         add_set(parser)
     else:
         parser.set_defaults(overrides=[])
+
+
+def locate() -> str:
+    """Return the pipeline file of the working directory: the nearest one, here or in a folder above."""
+    here = Path.cwd()
+    found = next((folder for folder in (here, *here.parents) if (folder / DEFAULT_FILE).is_file()), here)
+    return os.path.relpath(found / DEFAULT_FILE)
 
 
 def add_set(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +49,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Add the options that select nodes by name or pattern."""
     for option, target, help_ in (
-        ("--stage", "stage", "nodes and what they need, as graph-build[*,decode]"),
+        ("--stage", "stage", "nodes and what they need, as graph-build.*.decode"),
         ("--from", "start", "these nodes and everything below them (and what they need)"),
         ("--until", "until", "of all that, nothing below these nodes"),
     ):

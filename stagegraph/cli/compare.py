@@ -21,7 +21,7 @@ from stagegraph.query.compare import comparison, documents
 if TYPE_CHECKING:
     from stagegraph.query.artifact import Artifact
 
-EXAMPLE = "pipeline compare 'bundle[*]' 'bundle[llvm]@~1'"
+EXAMPLE = "pipeline compare 'bundle.*' bundle.llvm@~1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from stagegraph.errors import PlanError
 if TYPE_CHECKING:
     from stagegraph.query.diff import Difference, Sets
 
-EXAMPLE = "pipeline diff 'quantize[llvm]@~1' 'quantize[llvm]'"
+EXAMPLE = "pipeline diff quantize.llvm@~1 quantize.llvm"
 RUN = re.compile(r"@?(~\d+|[0-9a-f]{6,64})")
 
 

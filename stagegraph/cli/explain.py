@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stagegraph.query.explain import Cause, Explanation
 
-EXAMPLE = "pipeline explain 'compile[cuda]' --diff"
+EXAMPLE = "pipeline explain compile.cuda --diff"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

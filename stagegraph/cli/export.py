@@ -8,7 +8,7 @@ from pathlib import Path
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, shown, size_text
 
-EXAMPLE = "pipeline export 'bundle[llvm]:bundle' dist/tiny-qwen"
+EXAMPLE = "pipeline export bundle.llvm:bundle dist/tiny-qwen"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from stagegraph.planning.changes import show
 if TYPE_CHECKING:
     from stagegraph.query.lineage import Lineage, Origin
 
-EXAMPLE = "pipeline lineage 'bundle[llvm]:bundle/model.so' --format mermaid"
+EXAMPLE = "pipeline lineage bundle.llvm:bundle/model.so --format mermaid"
 DIGITS = 16
 
 

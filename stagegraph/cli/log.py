@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.store.workspace import Workspace
 
-EXAMPLE = "pipeline log 'compile[cuda]' --follow"
+EXAMPLE = "pipeline log compile.cuda --follow"
 POLL_SECONDS = 0.2
 
 

@@ -7,11 +7,11 @@ import argparse
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, add_selection, print_json
 from stagegraph.cli.layout import table
-from stagegraph.cli.report import reporter_for
+from stagegraph.cli.live import watching
 from stagegraph.errors import EXIT_OK
 from stagegraph.store.journal import HIT
 
-EXAMPLE = "pipeline pull --until 'compile[*]'"
+EXAMPLE = "pipeline pull --until 'compile.*'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     configured(reads=True)
     with Pipeline(args.file, args.overrides) as pipeline:
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
-        with reporter_for(len(selection.nodes)) as reporter:
+        with watching(pipeline, selection.nodes) as reporter:
             done = pipeline.run(selection, fetch_only=True, reporter=reporter, command=["pull", args.file])
     taken = sum(o.outcome == HIT and o.reason.startswith("from remote") for o in done.outcomes)
     here = sum(o.outcome == HIT for o in done.outcomes)

@@ -10,7 +10,7 @@ from stagegraph.cli.remote import configured
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK
 from stagegraph.store.journal import HIT
 
-EXAMPLE = "pipeline push --stage 'quantize[*]'"
+EXAMPLE = "pipeline push --stage 'quantize.*'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

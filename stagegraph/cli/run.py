@@ -7,20 +7,19 @@ import sys
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, add_selection, print_json, seconds_text, shown, size_text
-from stagegraph.cli.layout import Brief, table
-from stagegraph.cli.report import Quiet, reporter_for
-from stagegraph.cli.streams import hanging
+from stagegraph.cli.common import add_file, add_selection, print_json
+from stagegraph.cli.live import watching
+from stagegraph.cli.summary import print_failure, print_summary
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
-from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
-from stagegraph.store.record import parts_text, record_size
+from stagegraph.files import dotted
+from stagegraph.store.journal import FAILED
 
 if TYPE_CHECKING:
-    from stagegraph.execution.outcome import Outcome, Run
+    from stagegraph.execution.outcome import Run
     from stagegraph.project import Selection
     from stagegraph.query.reproduce import Reproduction
 
-EXAMPLE = "pipeline run --stage 'graph-build[*,decode]' --set vars.scheme=q0f32"
+EXAMPLE = "pipeline run --stage 'graph-build.*.decode' --set vars.scheme=q0f32"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
     add("-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)")
+    add("-v", "--verbose", action="store_true", help="list every node, and what each reused")
     add("-q", "--quiet", action="store_true", help="print problems only")
     add("--json", action="store_true", help="print one JSON document on stdout")
 
@@ -74,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
             )
         else:
             if not args.quiet:
-                _print(pipeline, done)
+                print_summary(pipeline, done, verbose=args.verbose)
             for outcome in done.outcomes:
                 if outcome.outcome == FAILED:
-                    _print_failure(outcome)
+                    print_failure(outcome)
             if again:
                 _print_reproduction(again)
         if not done.ok:
@@ -97,7 +97,7 @@ def _dry_run(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
 
 
 def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> Run:
-    with reporter_for(len(selection.nodes)) if not args.quiet else Quiet() as reporter:
+    with watching(pipeline, selection.nodes, jobs=args.jobs or 0, quiet=args.quiet) as reporter:
         return pipeline.run(
             selection,
             only=args.only,
@@ -111,7 +111,7 @@ def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
 
 
 def _build_again(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> Reproduction:
-    with reporter_for(len(selection.nodes)) if not args.quiet else Quiet() as reporter:
+    with watching(pipeline, selection.nodes, jobs=args.jobs or 0, quiet=args.quiet) as reporter:
         return pipeline.reproduce(selection, jobs=args.jobs or 0, reporter=reporter)
 
 
@@ -132,66 +132,11 @@ def _print_reproduction(again: Reproduction) -> None:
     print("\nbuilt again from nothing: " + ", ".join(f"{count} {how}" for count, how in counts if count))
 
 
-def _print(pipeline: Pipeline, done: Run) -> None:
-    rows = [
-        (
-            o.node.name,
-            o.outcome,
-            _why(o),
-            seconds_text(o.seconds) if o.seconds else "-",
-            size_text(record_size(o.record)) if o.record else "-",
-        )
-        for o in done.outcomes
-    ]
-    print(table(("node", "outcome", "reason", "time", "size"), rows, flexible=2))
-    for o in done.outcomes:
-        for warning in o.record["warnings"] if o.record else []:
-            print(f"warning: {o.node.name}: {hanging(warning)}")
-    for digest in pipeline.workspace.store.damaged:
-        where = pipeline.workspace.store.quarantine
-        print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
-    kinds = (BUILT, UNCHANGED, HIT, FAILED, SKIPPED)
-    counts = {kind: sum(o.outcome == kind for o in done.outcomes) for kind in kinds}
-    print("\n" + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) + f" in {seconds_text(done.seconds)}")
-    if counts[UNCHANGED]:
-        _print_saved(pipeline, done)
-
-
-def _why(outcome: Outcome) -> str:
-    """Return a node's reason or, without one, what came out; with the parts it made and reused if it ran."""
-    record = outcome.record
-    if outcome.outcome == HIT:
-        return outcome.reason or Brief(record["summary"] if record else "")
-    return "; ".join(filter(None, [outcome.reason, parts_text(record) if record else ""]))
-
-
-def _print_saved(pipeline: Pipeline, done: Run) -> None:
-    """Say how many downstream nodes early cutoff skipped, and how long they last took."""
-    below = pipeline.dag.below([o.node for o in done.outcomes if o.outcome == UNCHANGED])
-    skipped = [o for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
-    if skipped:
-        seconds = sum(o.record["seconds"] for o in skipped if o.record)
-        print(
-            f"early cutoff skipped {len(skipped)} downstream node{'s' * (len(skipped) != 1)}: {seconds_text(seconds)}"
-        )
-
-
-def _print_failure(outcome: Outcome) -> None:
-    sys.stdout.flush()
-    lines = [f"error: {outcome.node.name}: {hanging(problem)}" for problem in outcome.problems]
-    if outcome.bug:
-        lines.append("  this is a bug of the stage, not of your input; the log has the traceback")
-    lines.append(f"  log:  pipeline log '{outcome.node.name}'")
-    if outcome.kept:
-        lines.append(f"  kept: {shown(outcome.kept)}/out")
-    print("\n".join(lines), file=sys.stderr)
-
-
 def _print_resume(done: Run, args: argparse.Namespace) -> None:
     """Say how to go on: what is done is done, so it is the same command; ``--force`` only for what is left."""
     import shlex
 
-    left = [o.node.name for o in done.outcomes if o.record is None] if args.force else None
+    left = [dotted(o.node.name) for o in done.outcomes if o.record is None] if args.force else None
     print(f"resume: {shlex.join(['pipeline', *_arguments(args, left)])}", file=sys.stderr)
 
 

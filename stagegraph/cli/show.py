@@ -14,6 +14,7 @@ from stagegraph.cli.layout import markdown, table, terminal_width
 from stagegraph.cli.pager import describe_binary, page
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
+from stagegraph.files import typed
 from stagegraph.planning.changes import show
 from stagegraph.query.artifact import unbuilt
 from stagegraph.registry import find, load_object, names
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from stagegraph.query.artifact import Artifact
 
 PREVIEW_LINES = 40
-EXAMPLE = "pipeline show 'compile[llvm]:metadata.json'"
+EXAMPLE = "pipeline show compile.llvm:metadata.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +118,7 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
         digest = result_digest(other)[:16]
         if digest != result_digest(record)[:16]:
             lines.append(
-                f"  other  of the same key, made {other['started']}: pipeline diff {digest} '{artifact.label}'"
+                f"  other  of the same key, made {other['started']}: pipeline diff {digest} {typed(artifact.label)}"
             )
     rows = [
         (port, name, size_text(size), digest[:16])
@@ -137,4 +138,4 @@ def _preview(artifact: Artifact, view: str) -> Iterator[str]:
     lines = markdown(artifact.view(view), terminal_width()).splitlines()
     yield from lines[:PREVIEW_LINES]
     if len(lines) > PREVIEW_LINES:
-        yield f"… {len(lines) - PREVIEW_LINES} more lines: pipeline show '{artifact.label}' --view {view}"
+        yield f"… {len(lines) - PREVIEW_LINES} more lines: pipeline show {typed(artifact.label)} --view {view}"

@@ -7,14 +7,17 @@ import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from stagegraph.cli.common import add_file
+from stagegraph.cli.common import add_file, locate
 from stagegraph.cli.layout import terminal_width
 from stagegraph.errors import PipelineError, nearest
 from stagegraph.registry import Verb, find, names
 
 OWN = {
+    "init": Verb("stagegraph.cli.init", "write a first pipeline.yaml that fits what it is given"),
+    "build": Verb("stagegraph.cli.build", "from nothing to real files: init if need be, run, export"),
     "run": Verb("stagegraph.cli.run", "do the work whose inputs changed, and nothing else"),
     "status": Verb("stagegraph.cli.status", "say what a run would do and how long it would take"),
+    "params": Verb("stagegraph.cli.params", "list every parameter, its value and where that comes from"),
     "explain": Verb("stagegraph.cli.explain", "say what changed since a node's result, and where that began"),
     "graph": Verb("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
     "show": Verb("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
@@ -33,7 +36,17 @@ OWN = {
     "completion": Verb("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
     "schema": Verb("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
 }
-SELDOM = ("remote", "fsck", "completion", "schema")  # which the list of verbs, to fit a screen, only names
+SELDOM = (
+    "pull",
+    "push",
+    "remote",
+    "du",
+    "fsck",
+    "attest",
+    "sign",
+    "completion",
+    "schema",
+)  # which the list of verbs, to fit a screen, only names
 
 
 def verb_names() -> list[str]:
@@ -100,7 +113,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _positionals(actions: Iterable[argparse.Action]) -> str:
     names = [a for a in actions if not a.option_strings]
-    return "".join(f" [{a.metavar}]" if a.nargs == "?" else f" {a.metavar}" for a in names)
+    given = [(a.metavar, getattr(a, "save_nargs", a.nargs)) for a in names]  # argparse hides it as it parses
+    return "".join(f" [{name}]" if nargs == "?" else f" {name}" for name, nargs in given)
 
 
 def parse(verb: str, argv: list[str]) -> argparse.Namespace:
@@ -111,6 +125,8 @@ def parse(verb: str, argv: list[str]) -> argparse.Namespace:
         options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
         advice = f"; `pipeline {verb} --help` lists its arguments"
         raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in unknown))
+    if getattr(args, "file", "") is None:
+        args.file = locate()
     return args
 
 

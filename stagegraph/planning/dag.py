@@ -6,11 +6,11 @@ import graphlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
+from stagegraph.spec.settings import fits
 
 if TYPE_CHECKING:
     from stagegraph.spec.model import NodeSpec, Pipeline
@@ -64,7 +64,7 @@ class Dag:
     def select(self, pattern: str) -> list[Node]:
         """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
 
-        ``build.x86`` is ``build[x86]``, and ``build[*]`` all instances, however many values tell them apart.
+        ``build.x86.debug`` is ``build[x86,debug]``, ``build[*]`` all instances however many values tell them apart.
         """
         chosen = [node for node in self.nodes if _matches(pattern, node.spec)]
         if not chosen:
@@ -98,18 +98,10 @@ def _reach(nodes: Iterable[Node], step: Callable[[Node], list[Node]]) -> set[Nod
 
 
 def _matches(pattern: str, spec: NodeSpec) -> bool:
-    entry, bracket, instance = pattern.partition("[" if "[" in pattern else ".")  # build.x86 needs no quotes
-    if not bracket:
-        return pattern == spec.entry
-    wanted = instance.removesuffix("]").split(",")
-    values = list(spec.each.values())
-    if wanted == ["*"]:
-        return entry == spec.entry and bool(values)
-    return (
-        entry == spec.entry
-        and len(wanted) == len(values)
-        and all(fnmatchcase(value, want.strip()) for value, want in zip(values, wanted, strict=True))
-    )
+    if not pattern.startswith(spec.entry):
+        return False
+    rest = pattern[len(spec.entry) :]
+    return not rest or (rest[0] in "[." and fits(rest, list(spec.each.values())))
 
 
 def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.files import typed
 from stagegraph.query.history import find_run, key_at, past_runs
 from stagegraph.store.objects import RottenError
 from stagegraph.store.record import Record, record_files, result_digest
@@ -172,10 +173,12 @@ def _keys(project: Project, name: str, run: str | None) -> Iterator[tuple[str, s
 def missing_text(project: Project, label: str, key: str | None = None) -> str:
     """Say that a node, or a node as of a run, has no result, and what to do."""
     if project.varied:
-        return f"{label} has no result with these settings; `pipeline run --stage '{label}'` with them makes it"
+        return f"{label} has no result with these settings; `pipeline run --stage {typed(label)}` with them makes it"
     if key:
         return f"{label}: its record is gone (`pipeline gc` removed it)"
-    advice = "had no result then" if "@" in label else f"has no result yet; `pipeline run --stage '{label}'` makes it"
+    advice = (
+        "had no result then" if "@" in label else f"has no result yet; `pipeline run --stage {typed(label)}` makes it"
+    )
     return f"{label} {advice}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from stagegraph.files import typed
 from stagegraph.registry import get_stage, names
 from stagegraph.stage import RESERVATION
 
@@ -96,11 +97,11 @@ def _feeds(label: str, node: Node, attestor: Attestor) -> bool:
 def _of_node(project: Project, node: Node, attestor: Attestor, digest: str) -> tuple[Record | None, str]:
     """Return the record by which a node attests a digest, or why there is none."""
     if not project.varied and project.workspace.last(project.name, node.name).get("failed"):
-        return None, f"it failed when it ran last: `pipeline log '{node.name}'` has why"
+        return None, f"it failed when it ran last: `pipeline log {typed(node.name)}` has why"
     key = project.key(node)
     record = project.workspace.record(key) if key else None
     if record is None or not _reads(record, attestor, digest):
-        return None, f"it has not passed yet: `pipeline run --stage '{node.name}'`"
+        return None, f"it has not passed yet: `pipeline run --stage {typed(node.name)}`"
     return record, ""
 
 

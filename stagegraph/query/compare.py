@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError
+from stagegraph.files import dotted
 from stagegraph.query.artifact import Artifact
 from stagegraph.registry import find, names
 
@@ -62,7 +63,7 @@ def _of_failure(project: Project, artifact: Artifact, stage: str, files: Sequenc
         needed = project.dag.above([node])
         decision = project.planner.plan([each for each in project.dag.nodes if each in needed])[-1]
         if decision.key == failed and decision.document and _has_read(decision.document, artifact):
-            folder = workspace.failed / project.name / node.name / "out"
+            folder = workspace.failed / project.name / dotted(node.name) / "out"
             return {name: json.loads((folder / name).read_bytes()) for name in files if (folder / name).is_file()}
     return {}
 

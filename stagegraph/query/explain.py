@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.files import typed
 from stagegraph.planning.changes import Change, changes, instances
 from stagegraph.planning.planner import UNKNOWN, Decision
 from stagegraph.registry import find, load_object
@@ -92,7 +93,7 @@ class _Explainer:
         self._told = set()
         notes = []
         if self._workspace.last(self._project.name, node.name).get("failed") == decision.key != "":
-            notes.append(f"its last execution failed: pipeline log '{node.name}'")
+            notes.append(f"its last execution failed: pipeline log {typed(node.name)}")
         if decision.status == HIT:
             assert decision.record is not None
             for _, other in self._workspace.others(decision.key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from stagegraph.errors import nearest
 from stagegraph.files import open_regular
 from stagegraph.spec.model import Place
 from stagegraph.spec.reader import parse
@@ -68,9 +69,8 @@ def _text(path: Path, name: str, named_at: Place, problems: Problems) -> str | N
         with open_regular(path) as file:
             data = file.read(_BYTES_LIMIT + 1)
     except OSError as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         about = "" if named_at.file == name else f"{name}: "
-        problems.add(named_at, f"{about}{reason}; expected a pipeline file")
+        problems.add(named_at, f"{about}{_unreadable(path, error, named_at)}")
         return None
     if len(data) > _BYTES_LIMIT:
         problems.add(Place(name), f"is larger than {_BYTES_LIMIT >> 20} MiB; expected a pipeline file")
@@ -84,6 +84,22 @@ def _text(path: Path, name: str, named_at: Place, problems: Problems) -> str | N
         place = Place(name, data.count(b"\n", 0, line_start) + 1, column)
         problems.add(place, f"byte 0x{data[error.start]:02X} is not UTF-8; expected a text file")
         return None
+
+
+def _unreadable(path: Path, error: OSError, named_at: Place) -> str:
+    """Say why a file cannot be read and what may have been meant."""
+    if isinstance(error, IsADirectoryError) or path.is_dir():
+        return "is a folder; expected a pipeline file"
+    if not isinstance(error, FileNotFoundError):
+        return f"{error.strerror}; expected a pipeline file"
+    beside = {file.name for suffix in ("yaml", "yml") for file in path.parent.glob(f"*.{suffix}")}
+    if beside := beside - {os.path.basename(named_at.file)}:  # noqa: PTH119 - a text
+        return f"no such file{nearest(path.name, beside)}"
+    return (
+        "no such file, nor in a folder above; `pipeline init` writes one"
+        if path.name == "pipeline.yaml"
+        else ("no such file; expected a pipeline file")
+    )
 
 
 def _overlay(base: dict[str, Item], over: dict[str, Item]) -> dict[str, Item]:

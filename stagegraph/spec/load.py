@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import nearest
+from stagegraph.files import path_name
 from stagegraph.spec.entries import read_entries
 from stagegraph.spec.item import Item, Problems, Reads
 from stagegraph.spec.layers import read_layers, shown
@@ -46,8 +47,9 @@ def load(
 
     ``overrides`` are settings of variables and parameters (:mod:`stagegraph.spec.settings`); ``env`` is what
     ``${env.X}`` reads. Relative sources become absolute: from the directory of the file they are written in, or from
-    the working directory for overrides and ``env``. Whether they exist is not checked here. Raises
-    :class:`SpecError` with every problem found. ``reads`` is told what was read.
+    the working directory for overrides and ``env``. Whether they exist is not checked here. A name that a variable
+    gives as a path is that of its last folder. Raises :class:`SpecError` with every problem
+    found. ``reads`` is told what was read.
     """
     problems = Problems(reads)
     top = read_layers(path, problems)
@@ -66,7 +68,7 @@ def load(
     name = _name(top.get("name"), scope, problems)
     nodes = _nodes(top.get("stages"), path.absolute().parent, scope, settings.parameters, problems)
     problems.check()
-    return Pipeline(name, path.absolute(), tuple(nodes))
+    return Pipeline(name, path.absolute(), tuple(nodes), scope.variables)
 
 
 def _check_version(item: Item | None, problems: Problems) -> None:
@@ -78,8 +80,11 @@ def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
     resolved = scope.resolve(item) if item is not None else None
     if resolved is None:
         return ""
-    if isinstance(resolved.value, str) and NAME.fullmatch(resolved.value):
-        return resolved.value
+    text = resolved.value
+    if isinstance(text, str) and resolved is not item and (os.sep in text or text in {".", ".."}):
+        text = path_name(problems.reads.absolute(resolved.base / text))  # a variable that holds a path
+    if isinstance(text, str) and NAME.fullmatch(text):
+        return text
     problems.unexpected(
         resolved, "a safe file name: letters, digits, '.', '_' and '-', starting with a letter or digit", "name"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ class NodeSpec(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-    """A pipeline file: its name, where it is, and its nodes in the order they are written."""
+    """A pipeline file: its name, where it is, its nodes in the order they are written; of a file just read its
+    resolved variables too.
+    """
 
     name: str
     file: Path
     nodes: tuple[NodeSpec, ...]
+    variables: Mapping[str, Any] = MappingProxyType({})  # name -> stagegraph.spec.item.Item
 
     @property
     def root(self) -> Path:

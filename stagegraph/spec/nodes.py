@@ -24,6 +24,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)")
 _VALUE_NAME = re.compile(r"[\w.+-]+")  # becomes part of a directory's name and of patterns on the command line
+SHOWN = 10  # instances in a message
 _INSTANCES_LIMIT = 10_000
 _NAME_BYTES_LIMIT = 200  # file systems take 255; the engine adds to it
 
@@ -32,11 +33,12 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
     """Yield the nodes of an entry in the written order of its ``foreach``, as long as no problem is known."""
     declared = params.declared(entry.stage) if entry.stage else {}
     settings = problems.mapping(entry.resources, f"{entry.name}.resources", RESOURCE_KEYS) if entry.resources else {}
-    unused = list(entry.settings)
+    unused, instances = list(entry.settings), []
     for each in _instances(entry, scope, problems):
         given = {}
         values = {}
         texts = {key: text_of(item.value) for key, item in each.items() if item} if each else {}
+        instances.append(".".join(texts.values()))
         set_here = [setting for setting in entry.settings if setting.takes(list(texts.values()))]
         unused = [setting for setting in unused if setting not in set_here]
         for name, item in {**entry.given, **{setting.parameter: setting.item for setting in set_here}}.items():
@@ -66,7 +68,8 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
                 timeout=timeout,
             )
     for setting in unused:
-        problems.add(setting.item.place, f"'{entry.name}' has no such instance; `pipeline graph` lists them")
+        known = f"; it has {', '.join(instances[:SHOWN])}" if any(instances) else ": it has no 'foreach'"
+        problems.add(setting.item.place, f"'{entry.name}' has no such instance{known}")
 
 
 def _instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Bindings | None]:

@@ -55,6 +55,11 @@ class Scope:
         for name in ordered:
             self._variables[name] = self._variable(name, variables[name])
 
+    @property
+    def variables(self) -> dict[str, Item]:
+        """The variables that have a value."""
+        return {name: item for name, item in self._variables.items() if item is not None}
+
     def _variable(self, name: str, item: Item) -> Item | None:
         if not VARIABLE_NAME.fullmatch(name):
             text = f"'{name}' cannot name a variable; expected letters, digits, '_' and '-'"

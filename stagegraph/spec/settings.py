@@ -7,38 +7,48 @@ YAML scalar or flow list.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from stagegraph.errors import nearest
+from stagegraph.errors import PipelineError, nearest, similar
+from stagegraph.registry import get_stage
 from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.model import Place
+from stagegraph.spec.params import declared
 from stagegraph.spec.reader import core_scalar, parse
 from stagegraph.spec.scope import unknown_variable
 
+SHOWN = 3  # places of a parameter
 EXPECTED = "NAME=VALUE, a variable, or ENTRY.PARAMETER=VALUE"
-_TARGET = re.compile(
-    r"(?P<entry>[^.\[\]]+)(?:\[(?P<instances>[^\]]*)\]|\.(?P<instance>[^.\[\]]+))?\.(?P<parameter>[^.\[\]]+)"
-)
+_TARGET = re.compile(r"(?P<entry>[^.\[\]]+)(?P<instances>\[[^\]]*\]|\.[^\[\]]+)?\.(?P<parameter>[^.\[\]]+)")
+
+
+def fits(pattern: str, values: Sequence[str]) -> bool:
+    """Say whether ``[x86,*]`` or ``.x86.*``, the rest of a node's name, fits the ``foreach`` values of an instance."""
+    if pattern in {"[*]", ".*"}:
+        return bool(values)
+    if pattern[0] == "." and "," not in pattern:
+        return bool(values) and fnmatchcase(".".join(values), pattern[1:])
+    wanted = pattern[1:].removesuffix("]").split(",")
+    pairs = zip(values, wanted, strict=False)
+    return len(wanted) == len(values) and all(fnmatchcase(value, want.strip()) for value, want in pairs)
 
 
 class Setting(NamedTuple):
-    """A parameter that ``--set`` gives to instances of an entry; ``instances`` are patterns of ``foreach`` values."""
+    """A parameter that ``--set`` gives to instances of an entry: to those that the pattern ``instances`` fits."""
 
     entry: str
-    instances: tuple[str, ...] | None
+    instances: str | None
     parameter: str
     item: Item
 
     def takes(self, values: Sequence[str]) -> bool:
         """Say whether it is meant for the instance with these ``foreach`` values."""
-        if self.instances is None:
-            return True
-        pairs = zip(values, self.instances, strict=False)
-        return len(values) == len(self.instances) and all(fnmatchcase(value, want) for value, want in pairs)
+        return self.instances is None or fits(self.instances, values)
 
 
 class Settings(NamedTuple):
@@ -62,7 +72,7 @@ def read_settings(
         name = target.removeprefix("vars.") if target.startswith("vars.") or "." not in target else None
         match = _TARGET.fullmatch(target)
         if name is not None and name not in variables:
-            problems.add(place, unknown_variable(name, variables) + _parameters_named(name, entries))
+            problems.add(place, _unknown(name, variables, entries))
         elif name is None and (match is None or match["entry"] not in entries):
             entry = match["entry"] if match is not None else target
             problems.add(place, f"no entry '{entry}'{nearest(entry, entries)}")
@@ -71,23 +81,37 @@ def read_settings(
         elif name is not None:
             merged[name] = item
         elif match is not None:
-            patterns = match["instances"] if match["instances"] is not None else match["instance"]
-            instances = tuple(part.strip() for part in patterns.split(",")) if patterns is not None else None
-            parameters.append(Setting(match["entry"], instances, match["parameter"], item))
+            parameters.append(Setting(match["entry"], match["instances"], match["parameter"], item))
     return Settings(merged, tuple(parameters))
 
 
-def _parameters_named(name: str, entries: Mapping[str, Item]) -> str:
-    """Return where a parameter of this name is given, should one have been meant."""
-    given = [
-        f"{entry}.{name}"
-        for entry, item in entries.items()
-        if isinstance(item.value, dict)
-        and (body := item.value.get("with")) is not None
-        and isinstance(body.value, dict)
-        and name in body.value
-    ]
-    return f"; a parameter is set as {' or '.join(given)}" if given else ""
+def _unknown(name: str, variables: Mapping[str, Item], entries: Mapping[str, Item]) -> str:
+    """Say that a variable is not there, with the variable or the parameter that may have been meant."""
+    where: dict[str, list[str]] = {}
+    for entry, item in entries.items():
+        for parameter in _parameters(entry, item):
+            where.setdefault(parameter, []).append(f"{entry}.{parameter}")
+    if name in where:
+        return f"{unknown_variable(name, variables)}; a parameter is set as {_listed(where[name])}"
+    close = similar(name, [*variables, *where])
+    if close and close not in variables:
+        return f"unknown variable '{name}'; did you mean {_listed(where[close])}?"
+    return unknown_variable(name, variables) + ("" if close else "; `pipeline params` lists parameters")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" or {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return " or ".join(names[:SHOWN]) + more
+
+
+def _parameters(entry: str, item: Item) -> Iterable[str]:
+    """Return the parameters of an entry's stage, as far as that is known by its name, and those that it is given."""
+    body = item.value if isinstance(item.value, dict) else {}
+    given, uses = body.get("with"), body.get("uses")
+    found = dict.fromkeys(given.value if given and isinstance(given.value, dict) else ())
+    with contextlib.suppress(KeyError, PipelineError, ImportError):
+        found |= dict.fromkeys(declared(get_stage(str(uses.value) if uses else entry)))
+    return found
 
 
 def _given(text: str, place: Place, problems: Problems) -> Item | None:

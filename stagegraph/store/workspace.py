@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
-from stagegraph.files import remove_tree
+from stagegraph.files import dotted, remove_tree
 from stagegraph.store.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.store.index import Index
 from stagegraph.store.journal import Journal
@@ -213,7 +213,7 @@ class Workspace(Locks):
 
     def node_dir(self, pipeline: str, node: str) -> Path:
         """Return the directory that shows a node's outputs."""
-        return self.artifacts / pipeline / node
+        return self.artifacts / pipeline / dotted(node)
 
     def materialise(self, pipeline: str, node: str, key: str, record: Record, *, new: bool = False) -> list[str]:
         """Make the node's directory hold exactly this record's files; return the names that had to be restored.
@@ -221,8 +221,11 @@ class Workspace(Locks):
         :class:`~stagegraph.store.objects.RottenError` if an object turns out damaged; those of a ``new`` result are not
         looked at.
         """
-        shown = f"{self._artifacts}/{pipeline}/{node}"
+        shown = f"{self._artifacts}/{pipeline}/{dotted(node)}"
         known = self._shown(pipeline, node)
+        if known and not os.path.exists(shown):  # noqa: PTH110 - on the path of every hit
+            with contextlib.suppress(OSError):  # as earlier versions called it
+                Path(shown).with_name(node).rename(shown)
         fresh = known.get("key") != key
         wanted = record_files(record)
         have: dict[str, Any] = known.get("files", {})
@@ -325,7 +328,7 @@ class Workspace(Locks):
 
     def keep_failed(self, folder: Path, pipeline: str, node: str) -> Path:
         """Keep the work directory of a failure (the last one of each node) and return where it is."""
-        kept = self.failed / pipeline / node
+        kept = self.failed / pipeline / dotted(node)
         remove_tree(kept)
         kept.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(kept)

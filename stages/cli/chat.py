@@ -9,7 +9,7 @@ from stages.runtime import console
 if TYPE_CHECKING:
     import argparse
 
-EXAMPLE = "pipeline chat 'bundle[llvm]'"
+EXAMPLE = "pipeline chat bundle.llvm"
 REFERENCES = ("bundle",)  # arguments that may name a node's result instead of a path
 
 

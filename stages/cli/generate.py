@@ -9,7 +9,7 @@ from stages.runtime import command
 if TYPE_CHECKING:
     import argparse
 
-EXAMPLE = "pipeline generate 'bundle[llvm]' --prompt 'It was'"
+EXAMPLE = "pipeline generate bundle.llvm --prompt 'It was'"
 REFERENCES = ("bundle",)  # arguments that may name a node's result instead of a path
 
 

@@ -89,7 +89,7 @@ def test_what_is_added_as_the_page_says_is_taken(extended: Project) -> None:
     extended.run("--until", "param-register")
     shown = extended.folder / "artifacts" / "tiny-qwen"
     assert json.loads((shown / "config-parse" / "model.json").read_text())["family"] == "seed_oss"
-    params = json.loads((shown / "param-register[plain]" / "params.json").read_text())
+    params = json.loads((shown / "param-register.plain" / "params.json").read_text())
     assert params["scheme"] == "q4f32_64"
     words = next(param for param in params["params"] if param["name"].endswith("qkv_proj.q_weight"))
     assert words["shape"][1] == 16, "96 values are two groups of 64, of 8 words each"
@@ -104,10 +104,10 @@ def test_what_is_added_as_the_page_says_makes_a_verified_bundle(extended: Projec
     outcomes = extended.run()
     assert {node["outcome"] for node in outcomes.values()} <= {"BUILT", "HIT"}
     shown = extended.folder / "artifacts" / "tiny-qwen"
-    report = json.loads((shown / "verify[plain]" / "verify.json").read_text())
+    report = json.loads((shown / "verify.plain" / "verify.json").read_text())
     assert (report["verdict"], report["reference"]["kind"]) == ("verified", "live")
     assert all(check["ok"] for check in report["checks"])
-    card = json.loads((shown / "bundle[plain]" / "bundle" / "bundle.json").read_text())
+    card = json.loads((shown / "bundle.plain" / "bundle" / "bundle.json").read_text())
     assert (card["target"], card["model"]["scheme"]) == ("plain", "q4f32_64")
 
 

@@ -26,7 +26,7 @@ NODES = [
 
 
 def bundle(project: Project) -> dict[str, bytes]:
-    folder = project.folder / "artifacts/tiny-qwen/bundle[llvm]/bundle"
+    folder = project.folder / "artifacts/tiny-qwen/bundle.llvm/bundle"
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 

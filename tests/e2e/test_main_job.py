@@ -19,7 +19,7 @@ def test_the_bundle_is_verified_and_a_second_run_executes_nothing(built: Project
     again = built.run()
     assert {node["outcome"] for node in again.values()} == {"HIT"}
     assert again["verify[llvm]"]["summary"].startswith("verified")
-    card = (built.folder / "artifacts/tiny-qwen/verify[llvm]/card.md").read_text()
+    card = (built.folder / "artifacts/tiny-qwen/verify.llvm/card.md").read_text()
     assert "recorded" in card
     assert built("status", "overlay.yaml", "--check").returncode == 0
 
@@ -27,7 +27,7 @@ def test_the_bundle_is_verified_and_a_second_run_executes_nothing(built: Project
 def test_generate_continues_the_prompt_as_recorded(built: Project) -> None:
     recording = json.loads((built.checkpoint / "reference" / "reference.json").read_text())
     (case,) = [c for c in recording["cases"] if c["scheme"] == "q4f32_1"]
-    bundle = "artifacts/tiny-qwen/bundle[llvm]/bundle"
+    bundle = "artifacts/tiny-qwen/bundle.llvm/bundle"
     for wanted in case["continuations"][:2]:
         argv = ("--prompt", wanted["prompt"], "--max-tokens", str(len(wanted["ids"])), "--json")
         said = json.loads(built("generate", bundle, *argv).stdout)

@@ -132,7 +132,7 @@ def test_every_scheme_ends_verified(project, scheme, activations):
         pytest.skip("this processor does not multiply bytes")
     choices = ["--set", f"vars.scheme={scheme}", "--set", f"vars.activations={activations}"]
     run(project, "run", *choices)
-    report = json.loads((project / "artifacts" / "real" / "verify[llvm]" / "verify.json").read_text())
+    report = json.loads((project / "artifacts" / "real" / "verify.llvm" / "verify.json").read_text())
     assert report["verdict"] == "verified", report
     assert (report["scheme"], report["reference"]["kind"]) == (scheme, "live")
     measured = {check["name"]: check["measured"] for check in report["checks"]}
@@ -144,9 +144,9 @@ def test_a_gguf_file_ends_verified_and_answers(scheme, file, project):
     """Its Q4_1 and Q8_0 are what the rows of q4a32 are, so that nothing is quantized twice."""
     choices = ["--set", f"vars.checkpoint={file}", "--set", f"vars.scheme={scheme}"]
     assert "a second time" not in run(project, "run", *choices)
-    report = json.loads((project / "artifacts" / "real" / "verify[llvm]" / "verify.json").read_text())
+    report = json.loads((project / "artifacts" / "real" / "verify.llvm" / "verify.json").read_text())
     assert report["verdict"] == "verified", report
-    weights = json.loads((project / "artifacts" / "real" / "quantize[llvm]" / "report.json").read_text())
+    weights = json.loads((project / "artifacts" / "real" / "quantize.llvm" / "report.json").read_text())
     assert not [line["name"] for line in weights["tensors"] if line["rmse"] and line["kind"] != "norm"]
     asked = ["--chat", "--temperature", "0", "--max-tokens", "40", "--prompt", "What is the capital of France?"]
     assert "Paris" in run(project, "generate", "bundle[llvm]", *choices, *asked)

@@ -315,7 +315,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def provide(monkeypatch: pytest.MonkeyPatch, stages: dict[str, str], **tables: Any) -> None:
     """Make these the stages that are shipped, beside the real verbs; ``registry.shipped().stages`` may be added to."""
-    provider = registry.Provider(stages=stages, **({"verbs": PROVIDER.verbs} | tables))
+    provider = registry.Provider(stages=stages, **({"verbs": PROVIDER.verbs, "starters": PROVIDER.starters} | tables))
     monkeypatch.setattr(registry, "shipped", lambda: provider)
     _forget()
 

@@ -146,5 +146,5 @@ def test_a_measurement_may_come_out_otherwise(weighed: Demo, measures: bool) -> 
 
 def test_rows_are_those_of_the_documents_alone(weighed: Demo) -> None:
     weighed.run()
-    (weighed.path("shape[line]", "laid", "deep", "text")).write_text(json.dumps("edited by hand"))
+    (weighed.path("shape.line", "laid", "deep", "text")).write_text(json.dumps("edited by hand"))
     assert compare(weighed, "shape[line]", "--json").json["shape[line]"]["text"] == "some words here"

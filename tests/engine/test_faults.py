@@ -343,10 +343,10 @@ def test_links_and_files_in_the_way_are_replaced_never_followed(demo: Demo) -> N
     precious = demo.folder / "precious"
     (precious / "deep").mkdir(parents=True)
     (precious / "deep" / "text").write_text("mine")
-    shutil.rmtree(demo.path("shape[line]"))
-    demo.path("shape[line]").symlink_to(precious)
-    shutil.rmtree(demo.path("shape[column]", "laid"))
-    demo.path("shape[column]", "laid").symlink_to(precious)
+    shutil.rmtree(demo.path("shape.line"))
+    demo.path("shape.line").symlink_to(precious)
+    shutil.rmtree(demo.path("shape.column", "laid"))
+    demo.path("shape.column", "laid").symlink_to(precious)
     shutil.rmtree(demo.path("join"))
     demo.path("join").write_text("in the way")
     assert demo("status", str(demo.pipeline), "--check").code == 4

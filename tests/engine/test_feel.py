@@ -21,7 +21,9 @@ def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     lines = verbs.build_parser(verb).format_help().splitlines()
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= (33 if verb in {"generate", "chat"} else 25)  # how to pick tokens, and whom to believe
+    assert len(lines) <= (
+        33 if verb in {"generate", "chat", "run"} else 25
+    )  # how to pick tokens, whom to believe, what to run
     assert lines[-1].startswith("example: ")
 
 

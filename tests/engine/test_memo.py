@@ -95,7 +95,7 @@ def test_only_changed_parts_are_made_and_counted(parts: Demo, monkeypatch: pytes
     assert counted(parts.run()) == {"made": 1, "reused": 2}
     assert parts.counts == ["other"]
     assert [p.read_text() for p in sorted(parts.path("parts", "out").iterdir())] == ["some", "other", "words"]
-    table = parts("run", str(parts.pipeline), "--force").out
+    table = parts("run", str(parts.pipeline), "--force", "-v").out
     assert "word: 3 made, 0 reused" in table  # --force says whether the result is the same: it must not be looked up
     assert parts.counts == ["other", "some", "words"]
     assert "parts  word: 3 made, 0 reused" in parts("show", "parts", str(parts.pipeline)).out

@@ -82,7 +82,7 @@ def test_an_edit_that_python_takes_for_none_is_run(demo: Demo, monkeypatch: pyte
     demo.edit("line", '" ".join', '"-".join')
     os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
     demo.run()
-    assert demo.path("shape[line]", "laid", "deep", "text").read_text() == "some-words-here"
+    assert demo.path("shape.line", "laid", "deep", "text").read_text() == "some-words-here"
 
 
 def test_a_row_of_a_table_concerns_only_the_nodes_that_use_it(demo: Demo) -> None:

@@ -216,7 +216,7 @@ stages:
     with: {cmd: "cat ${in.word} ${in.word} > ${out.twice}", inputs: {word: one.word}, outputs: {twice: twice.txt}}
 """)
     assert set(shell.run().outcomes.values()) == {"BUILT"}
-    assert [shell.path(f"two[{word}]", "twice.txt").read_text() for word in "ab"] == ["a\na\n", "b\nb\n"]
+    assert [shell.path(f"two.{word}", "twice.txt").read_text() for word in "ab"] == ["a\na\n", "b\nb\n"]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_extends_is_a_path(spec: SpecFiles, value: str) -> None:
 
 def test_files_that_cannot_be_read(spec: SpecFiles) -> None:
     assert problems("nope.yaml") == ["nope.yaml: no such file; expected a pipeline file"]
-    assert problems(".") == [".: Is a directory; expected a pipeline file"]
+    assert problems(".") == [".: is a folder; expected a pipeline file"]
     assert spec.problems("extends: nope.yaml") == ["p.yaml:1:10: nope.yaml: no such file; expected a pipeline file"]
     (spec.root / "latin.yaml").write_bytes("version: 1\nname: caf\xe9".encode("latin-1"))
     assert problems("latin.yaml") == ["latin.yaml:2:10: byte 0xE9 is not UTF-8; expected a text file"]

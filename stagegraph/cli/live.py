@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.cli.remaining import Remaining
 from stagegraph.cli.streams import exactly, hanging, visible
 from stagegraph.execution.outcome import Reporter
 from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from stagegraph.execution.outcome import Outcome
     from stagegraph.planning.dag import Node
+    from stagegraph.project import Project
 
 PLAIN_SECONDS = 5.0
 
 
-def reporter_for(total: int) -> Quiet:
-    """Return the reporter that suits stderr."""
-    return LiveReporter(total) if sys.stderr.isatty() else PlainReporter(total)
+def watching(project: Project, nodes: Sequence[Node], *, jobs: int = 0, quiet: bool = False) -> Quiet:
+    """Return who shows how far a run of these nodes is, as suits stderr."""
+    if quiet:
+        return Quiet()
+
+    def predict() -> Mapping[str, float | None]:
+        from stagegraph.query.history import Durations
+
+        known = Durations(project.workspace.journal)
+        return {node.name: known.predict(project.name, node.name, node.stage.id) for node in nodes}
+
+    kind = LiveReporter if sys.stderr.isatty() else PlainReporter
+    return kind(len(nodes), Remaining(predict, jobs or os.cpu_count() or 1))
 
 
 class Quiet(Reporter):
@@ -37,14 +52,16 @@ class Quiet(Reporter):
 class PlainReporter(Quiet):
     """One line when a node starts, one when it ends, and one every few seconds of progress between."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, remaining: Remaining) -> None:
         self._total = total
+        self._remaining = remaining
         self._done: set[str] = set()
         self._said: dict[str, float] = {}
 
     def started(self, node: Node, reason: str) -> None:
         """Show that a node begins."""
         self._said[node.name] = time.monotonic()
+        self._remaining.started(node.name)
         self._line(f"{node.name}: running ({reason})")
 
     def waiting(self, node: Node, what: str) -> None:
@@ -53,6 +70,7 @@ class PlainReporter(Quiet):
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
+        self._remaining.progress(node.name, done, total)
         if time.monotonic() - self._said.get(node.name, 0.0) >= PLAIN_SECONDS:
             self._said[node.name] = time.monotonic()
             self._line(f"{node.name}: {progress_text(done, total, unit, note)}")
@@ -60,8 +78,10 @@ class PlainReporter(Quiet):
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
         self._done.add(outcome.node.name)
+        self._remaining.finished(outcome.node.name)
         if outcome.outcome != HIT:
-            self._line(f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}")
+            left = self._remaining.text()
+            self._line(f"[{len(self._done)}/{self._total}{f', {left}' if left else ''}] {outcome_text(outcome)}")
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
@@ -74,10 +94,14 @@ class PlainReporter(Quiet):
 
 
 class LiveReporter(Quiet):
-    """A line per running node with a bar where the stage reports progress; finished nodes scroll above."""
+    """A line per running node with a bar where the stage reports progress, and one of the whole run below them;
+    finished nodes scroll above.
+    """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, remaining: Remaining) -> None:
         self._total = total
+        self._remaining = remaining
+        self._whole: Any = None
         self._done: set[str] = set()
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
@@ -97,12 +121,20 @@ class LiveReporter(Quiet):
             )
             # Across the whole line: where that is short, the amount is cut and no name.
             self._bars = Progress(*columns, console=Console(file=exactly(sys.stderr)), transient=True, expand=True)
+            self._whole = self._bars.add_task("", total=self._total, amount="")
             self._bars.start()
         return self._bars
 
+    def _show_whole(self) -> None:
+        left = self._remaining.text()
+        amount = f"{len(self._done)} of {self._total} nodes{f', {left}' if left else ''}"
+        self._bars.update(self._whole, completed=len(self._done), amount=amount)
+
     def started(self, node: Node, reason: str) -> None:
         """Show that a node begins."""
+        self._remaining.started(node.name)
         self._tasks[node.name] = self._start().add_task(node.name, total=None, amount=visible(reason))
+        self._show_whole()
 
     def waiting(self, node: Node, what: str) -> None:
         """Show what holds a node up."""
@@ -110,19 +142,23 @@ class LiveReporter(Quiet):
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
+        self._remaining.progress(node.name, done, total)
         self._bars.update(
             self._tasks[node.name], completed=done, total=total, amount=progress_text(done, total, unit, note)
         )
+        self._show_whole()
 
     def finished(self, outcome: Outcome) -> None:
         """Show how a node ended."""
         self._done.add(outcome.node.name)
         if outcome.node.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(outcome.node.name))
-        if outcome.outcome != HIT and self._bars is not None:
-            self._bars.console.print(
-                f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}", markup=False, highlight=False
-            )
+        self._remaining.finished(outcome.node.name)
+        if self._bars is not None:
+            self._show_whole()
+            if outcome.outcome != HIT:
+                text = f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}"
+                self._bars.console.print(text, markup=False, highlight=False)
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""

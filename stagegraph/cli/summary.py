@@ -1,0 +1,111 @@
+"""What ``run`` prints when it is done: what changed, what the last word on it is, and how much was as it had been."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from stagegraph.cli.common import seconds_text, shown, size_text
+from stagegraph.cli.layout import Brief, table
+from stagegraph.cli.streams import hanging
+from stagegraph.files import typed
+from stagegraph.stage import RESERVATION
+from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.store.record import parts_text, record_size
+
+if TYPE_CHECKING:
+    from stagegraph.execution.outcome import Outcome, Run
+    from stagegraph.project import Project
+
+NEW = "never built"  # as reason of nearly every node of a first run it says less than what came out
+
+
+def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
+    """Print the nodes that changed or have the last word (``verbose``: all, with internals), warnings and counts."""
+    rows = [_row(o, verbose=verbose) for o in done.outcomes if verbose or _counts(o)]
+    if rows:
+        print(table(("node", "outcome", "what", "time", "size"), rows, flexible=2))
+    for outcome in done.outcomes:
+        for warning in outcome.record["warnings"] if outcome.record else []:
+            print(f"warning: {outcome.node.name}: {hanging(warning)}")
+    for digest in project.workspace.store.damaged:
+        where = project.workspace.store.quarantine
+        print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
+    if not verbose:
+        print_lines(_skipped(done.outcomes))
+    print(("\n" if rows else "") + counts_text(done.outcomes, done.seconds))
+    if any(o.outcome == UNCHANGED for o in done.outcomes):
+        print_lines(_saved(project, done))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines."""
+    for line in lines:
+        print(line)
+
+
+def _counts(outcome: Outcome) -> bool:
+    """Say whether a node is worth a line: something happened to it, or it says whether others may be shipped."""
+    attests = any(out.attests for out in outcome.node.stage.outputs.values())
+    return outcome.outcome != SKIPPED and (outcome.outcome != HIT or bool(outcome.reason) or attests)
+
+
+def _row(outcome: Outcome, *, verbose: bool) -> tuple[str, ...]:
+    record = outcome.record
+    made = Brief(record["summary"] if record else "")
+    why = outcome.reason
+    if verbose:
+        why = "; ".join(filter(None, [why, parts_text(record) if record and outcome.outcome != HIT else ""]))
+    elif why == NEW and made:
+        why = ""
+    time = seconds_text(outcome.seconds) if outcome.seconds else "-"
+    size = size_text(record_size(record)) if record else "-"
+    return outcome.node.name, outcome.outcome, why or made, time, size
+
+
+def counts_text(outcomes: Iterable[Outcome], seconds: float) -> str:
+    """Return how many nodes ended in which way; those with a reservation are no success, and count by it."""
+    counts = Counter(reservation(o) or o.outcome for o in outcomes)
+    usual = [kind for kind in (BUILT, UNCHANGED, HIT, FAILED, SKIPPED) if kind in counts]
+    kinds = usual + [kind for kind in counts if kind not in usual]
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + f" in {seconds_text(seconds)}"
+
+
+def reservation(outcome: Outcome) -> str:
+    """Return with what reservation a node passed, without the reason for it: ``NOT RUN``."""
+    text: str = outcome.record["facts"].get(RESERVATION, "") if outcome.record else ""
+    return text.partition(" (")[0]
+
+
+def _skipped(outcomes: Iterable[Outcome]) -> Iterator[str]:
+    """Yield a line for each reason why nodes were skipped."""
+    reasons: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        if outcome.outcome == SKIPPED:
+            reasons.setdefault(outcome.reason, []).append(outcome.node.name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{SKIPPED} as {reason}: {', '.join(names[:3])}{more}"
+
+
+def _saved(project: Project, done: Run) -> Iterator[str]:
+    """Say how many downstream nodes early cutoff skipped, and how long they last took."""
+    below = project.dag.below([o.node for o in done.outcomes if o.outcome == UNCHANGED])
+    skipped = [o.record for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
+    if skipped:
+        seconds = seconds_text(sum(record["seconds"] for record in skipped))
+        yield f"early cutoff skipped {len(skipped)} downstream node{'s' * (len(skipped) != 1)}: {seconds}"
+
+
+def print_failure(outcome: Outcome) -> None:
+    """Say on stderr what is wrong, where the log is and what was kept."""
+    sys.stdout.flush()
+    lines = [f"error: {outcome.node.name}: {hanging(problem)}" for problem in outcome.problems]
+    if outcome.bug:
+        lines.append("  this is a bug of the stage, not of your input; the log has the traceback")
+    lines.append(f"  log:  pipeline log {typed(outcome.node.name)}")
+    if outcome.kept:
+        lines.append(f"  kept: {shown(outcome.kept)}/out")
+    print("\n".join(lines), file=sys.stderr)

@@ -1,0 +1,171 @@
+"""A first pipeline file: what ``pipeline init`` and ``pipeline build`` write for a checkpoint, and for this machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.gguf import folder, is_named
+from stages.checkpoint.headers import read_headers
+from stages.checkpoint.strict_json import read_object
+from stages.models import load_family, native
+from stages.quantization.schemes import SCHEMES
+from stages.targets.table import TARGETS
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from stages.checkpoint.headers import Tensors
+    from stages.quantization.schemes import Scheme
+
+STAGES = Path(__file__).with_name("pipeline.yaml")  # the part that is the same for every checkpoint
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+POSITIONS = 4096  # a context that conversations fit, of models made for more: its cache is memory from the start
+OFFERED = ("q0f32", "q0f16", "q8f16_1", "q4a32", "q4k", "q4f16_1")  # the schemes shown to choose from, best first
+BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+BESIDE = 1 << 30  # bytes that running a model takes beside its weights
+DEFAULTS = {True: "q4k", False: "q4f16_1"}  # whether all targets compute on the processor -> scheme
+
+
+class Model(NamedTuple):
+    """What is known of a checkpoint before anything is built: its tensors, and the positions it was made for."""
+
+    tensors: Tensors
+    positions: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what may be chosen; what is not asked for is not changed in a file that is there."""
+    parser.add_argument("--targets", metavar="NAMES", help=f"separated by commas, of {_listed(TARGETS)}")
+    parser.add_argument("--scheme", choices=list(SCHEMES), metavar="NAME", help="how weights are stored, as q4f16_1")
+    parser.add_argument("--context-window", type=int, metavar="N", help="positions to build for; 0: all there are")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the variables that the command line asks for; :class:`ValueError` for a target that is none."""
+    targets = args.targets.split(",") if args.targets else None
+    for target in targets or ():
+        if target not in TARGETS:
+            raise ValueError(f"--targets: unknown target '{target}'; known: {_listed(TARGETS)}")
+    asked = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def examine(path: Path) -> Model:
+    """Return what a checkpoint's headers say; :class:`ValueError` for what is none, with what to do."""
+    if is_named(path.name) and path.is_file():
+        files = {path.name: path}
+    elif path.is_dir():
+        files = {file.name: file for pattern in ("config.json", *WEIGHTS) for file in path.glob(pattern)}
+        files = files or {file.name: file for file in path.glob("*.gguf")}
+    else:
+        raise ValueError(_missing(path))
+    if "config.json" not in files and not any(map(is_named, files)):
+        below = sorted(found.parent.name for found in path.glob("*/config.json"))
+        advice = f"; a folder in it has one: {path / below[0]}" if below else ""
+        raise ValueError(f"{path}: has no config.json; expected a checkpoint's folder, or a GGUF file{advice}")
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            whole = folder.file_of(files)
+            if whole:
+                files = {**folder.write(files[whole], Path(place)), whole: files[whole]}
+            config = read_object(files["config.json"], "config.json")
+            return Model(read_headers(files).tensors, _positions(config))
+    except ConfigError as error:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
+
+
+def _missing(path: Path) -> str:
+    """Say that there is no checkpoint at a path, and what to do about it."""
+    text = str(path)
+    if path.is_file():
+        return f"{path}: is a file; expected a checkpoint's folder, or a .gguf file"
+    if not path.is_absolute() and text.count("/") == 1 and not path.parent.is_dir() and text[0] not in "~.":
+        get = f"hf download {text} --local-dir {path.name}"
+        return f"{path}: no such folder. Is it a name on the hub? `{get}` fetches it; then name the folder {path.name}"
+    if text.startswith("~"):
+        return f"{path}: no such folder; `~` is read by the shell alone: write {Path(text).expanduser()}"
+    return f"{path}: no such file or folder; expected a checkpoint's folder, or a GGUF file"
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    """Return the positions a model was made for, 0 where config.json does not say it in a way that is known here."""
+    name = config.get("model_type")
+    try:
+        if native(name):
+            family = load_family(str(name))
+            return int(family.context_window(family.parse(config), 0))
+    except ConfigError:
+        pass  # config-parse says what is wrong, with all the rest
+    found = config.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else 0
+
+
+def compose(path: Path, model: Model, chosen: Mapping[str, Any], where: Path) -> str:
+    """Return the text of a pipeline file in the folder ``where``, for a checkpoint."""
+    targets: Sequence[str] = chosen.get("targets", ["llvm"])
+    scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
+    window = chosen.get("context_window", min(model.positions or POSITIONS, POSITIONS))
+    made_for = f" (the model was made for {model.positions:,})" if model.positions else ""
+    lines = [
+        "# yaml-language-server: $schema=pipeline.schema.json",
+        "# A checkpoint to one verified bundle per target. `pipeline run` does the work whose inputs changed,",
+        "# `pipeline params` lists every parameter that can be set here or with --set, `pipeline status` looks ahead.",
+        "version: 1",
+        'name: "${vars.checkpoint}" # the last folder of this path: results are shown in artifacts/NAME/',
+        "",
+        "vars:",
+        f"  checkpoint: {_quoted(_written(path, where))}",
+        f"  # How weights are stored. About, of {_memory() / 2**30:.1f} GiB memory in this machine:",
+        *(f"  #   {line}" for line in _choices(model.tensors)),
+        f"  scheme: {scheme}",
+        f"  context_window: {window} # positions, prompt and answer together{made_for}",
+        f"  targets: [{', '.join(targets)}] # of {_listed(TARGETS)}",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + STAGES.read_text("utf-8")
+
+
+def _written(path: Path, where: Path) -> str:
+    """Return a path as the file names it: relative where it lies below the file."""
+    try:
+        return str(path.resolve().relative_to(where.resolve()))
+    except ValueError:
+        return str(path.absolute())
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text.replace("${", "$${"), ensure_ascii=False)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(names)
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _choices(tensors: Tensors) -> Iterator[str]:
+    """Yield a line for each scheme: what it takes, and whether that fits this machine."""
+    for name in OFFERED:
+        size = stored_bytes(SCHEMES[name], tensors)
+        fits = "" if size + BESIDE <= _memory() else "  does not fit"
+        yield f"{name:<8} {size / 2**20:>9,.0f} MiB{fits}"
+
+
+def stored_bytes(scheme: Scheme, tensors: Tensors) -> int:
+    """Return about how many bytes weights take: which matrix is an embedding or a head is told by its name."""
+    total = 0
+    for name, (_, info) in tensors.items():
+        kind = "embedding" if "embed" in name or "wte" in name else "head" if "head" in name else "linear"
+        row = scheme.row(kind, info.shape[-1]) if len(info.shape) == 2 else None
+        parts = row.stored(*info.shape) if row else (("", info.shape, scheme.storage_dtype),)
+        total += sum(math.prod(shape) * BYTES[dtype] for _, shape, dtype in parts)
+    return total

@@ -1,0 +1,86 @@
+"""The pipeline file that a checkpoint is begun with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.cli import starter
+from stages.quantization.schemes import SCHEMES
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "tiny-qwen"
+
+
+def test_the_stages_are_those_of_the_repository() -> None:
+    ours = yaml.safe_load((ROOT / "pipeline.yaml").read_text())
+    assert yaml.safe_load(starter.STAGES.read_text())["stages"] == ours["stages"]
+
+
+def test_the_file_says_what_was_found_and_chosen(tmp_path: Path) -> None:
+    model = starter.examine(EXAMPLE)
+    text = starter.compose(EXAMPLE, model, {"scheme": "q8f16_1"}, tmp_path)
+    read = yaml.safe_load(text)
+    assert read["vars"] == {
+        "checkpoint": str(EXAMPLE), "scheme": "q8f16_1", "context_window": model.positions, "targets": ["llvm"],
+    }  # fmt: skip
+    assert model.positions == json.loads((EXAMPLE / "config.json").read_text())["seq_length"]
+    inside = yaml.safe_load(starter.compose(EXAMPLE, model, {}, EXAMPLE.parent))
+    assert inside["vars"]["checkpoint"] == "tiny-qwen"
+    for targets, scheme in ((["llvm"], "q4k"), (["llvm", "cuda"], "q4f16_1")):
+        assert (
+            yaml.safe_load(starter.compose(EXAMPLE, model, {"targets": targets}, tmp_path))["vars"]["scheme"] == scheme
+        )
+
+
+@pytest.mark.parametrize("scheme", ["q0f32", "q4f32_1", "q4k"])
+def test_the_bytes_are_about_those_that_are_stored(scheme: str) -> None:
+    from stages.checkpoint.headers import read_headers
+    from stages.models import load_family
+
+    files = {path.name: path for path in EXAMPLE.glob("*.safetensors")} | {"config.json": EXAMPLE / "config.json"}
+    tensors = read_headers(files).tensors
+    family = load_family("qwen")
+    config = family.parse(json.loads((EXAMPLE / "config.json").read_text()))
+    exact = 0
+    for param in family.params(config):
+        row = SCHEMES[scheme].row(param.kind, param.shape[-1])
+        parts = row.stored(*param.shape) if row else (("", param.shape, SCHEMES[scheme].storage_dtype),)
+        exact += sum(starter.BYTES[dtype] * math.prod(shape) for _, shape, dtype in parts)
+    assert starter.stored_bytes(SCHEMES[scheme], tensors) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_scheme_that_does_not_fit_is_said_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = starter.examine(EXAMPLE)
+    assert "does not fit" not in starter.compose(EXAMPLE, model, {}, tmp_path)
+    monkeypatch.setattr(starter, "_memory", lambda: starter.BESIDE + 2_000_000)
+    text = starter.compose(EXAMPLE, model, {}, tmp_path)
+    assert [line for line in text.splitlines() if "q0f32 " in line and "does not fit" in line]
+    assert not [line for line in text.splitlines() if "q4k " in line and "does not fit" in line]
+
+
+def refusals(tmp_path: Path) -> list[tuple[Path, str]]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    return [
+        (Path("someone/Model-1B"), "`hf download someone/Model-1B --local-dir Model-1B` fetches it"),
+        (Path("~/models/x"), f"write {Path.home()}/models/x"),
+        (tmp_path / "nowhere", "no such file or folder; expected a checkpoint's folder, or a GGUF file"),
+        (tmp_path / "file.txt", "is a file; expected a checkpoint's folder, or a .gguf file"),
+        (tmp_path / "empty", "has no config.json"),
+        (EXAMPLE.parent, f"a folder in it has one: {EXAMPLE.parent / 'tiny-llama'}"),
+        (tmp_path / "broken", "config.json"),
+    ]
+
+
+def test_what_is_no_checkpoint_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for path, said in refusals(tmp_path):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            starter.examine(path)
