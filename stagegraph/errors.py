@@ -6,9 +6,12 @@ that a phase finds travel in one error, so that a user mends them in one go.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
+FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of long work without a word
+GB = 1e9
 EXIT_PIPE = 141  # what a shell reports for a program whose reader went away
 
 
@@ -70,6 +73,24 @@ def tell(text: str) -> None:
     from logging import getLogger
 
     getLogger("stagegraph").warning("%s", text)
+
+
+class Progress:
+    """Says how many of ``total`` bytes are done: after a second, and then now and then."""
+
+    def __init__(self, doing: str, total: int) -> None:
+        self._doing, self._total, self._done = doing, total, 0
+        self._began = time.monotonic()
+        self._next = self._began + FIRST_SECONDS
+
+    def __call__(self, count: int) -> None:
+        """Note ``count`` bytes more; threads may lose one another's, which shows in nothing else."""
+        self._done += count
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + EVERY_SECONDS
+            rate = self._done / GB / max(now - self._began, 1e-9)
+            tell(f"{self._doing} {self._done / GB:.1f} of {self._total / GB:.1f} GB, {rate:.2f} GB/s")
 
 
 def warn(text: str) -> None:

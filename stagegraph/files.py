@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +49,21 @@ def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) ->
                 _check_name(path, entry.name)
                 files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
     return path, dict(sorted(files.items()))
+
+
+def choose(names: Iterable[str], include: Sequence[str], alone: Sequence[str] = ()) -> list[str]:
+    """Return those of the files of a source that :func:`list_files` would list, were they in a folder.
+
+    If there is one file only, that may be one that is read alone.
+    """
+    found = list(names)
+    if len(found) == 1 and _matcher((*include, *alone))(found[0].rpartition("/")[2]):
+        return found
+    if "**" in include:
+        return [name for name in found if "__pycache__" not in name.split("/")]
+    patterns = [pattern.rpartition("/") for pattern in include]
+    split = {name: name.rpartition("/") for name in found}
+    return [n for n, (at, _, last) in split.items() if any(at == f and _matcher((p,))(last) for f, _, p in patterns)]
 
 
 def _all_files(path: Path) -> dict[str, Path]:

@@ -105,6 +105,8 @@ class Provider:
     dissectors: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)  # by stage
+    # Scheme of a URL that a source may be -> the module that brings its files (:mod:`stagegraph.planning.urls`).
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 class Origin(NamedTuple):
@@ -134,7 +136,8 @@ class Origin(NamedTuple):
         return made
 
 
-OWN = Provider(profiles={"light": ""})  # a stage needs no preparation unless it says so
+# A stage needs no preparation unless it says so.
+OWN = Provider(profiles={"light": ""}, sources=dict.fromkeys(("http", "https", "s3"), "stagegraph.remote.web"))
 
 
 @functools.cache
@@ -197,6 +200,11 @@ def hidden_variables() -> frozenset[str]:
 
 def _all() -> Iterable[Provider]:
     return (OWN, shipped(), *installed().values())
+
+
+def load_module(name: str) -> Any:
+    """Import what a provider named, and return the module."""
+    return importlib.import_module(name)
 
 
 def load_object(reference: str) -> Any:

@@ -64,5 +64,6 @@ PROVIDER = Provider(
             module="stages.inspection.bundles",
         ),
     },
+    sources={"hf": "stages.checkpoint.hub"},
     plots={"quantize": Plot("report.json", "stages.inspection.error_plot:draw")},
 )  # fmt: skip

@@ -89,7 +89,7 @@ class Scheduler:
     def run(self, nodes: Sequence[Node]) -> None:
         """Bring ``nodes`` (which include all they need, in topological order) up to date."""
         self._workspace.create()
-        self._planner.prepare(nodes)
+        self._planner.prepare(nodes, fetch=True)
         for node in nodes:
             self._waiting.add(node)
         try:

@@ -61,12 +61,13 @@ def _hashed_names(params: Any) -> list[str]:
 
 
 @functools.cache
-def _names(params: Any) -> list[str]:
+def names_of(params: Any) -> list[str]:
+    """Return the names of the parameters that a class of them has."""
     return [field.name for field in dataclasses.fields(params)]
 
 
 def secrets_of(params: Any) -> list[Secret]:
     """Return the values among a stage's parameters that are secret."""
-    values = [getattr(params, name) for name in _names(params.__class__)]
+    values = [getattr(params, name) for name in names_of(params.__class__)]
     flat = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
     return [value for value in flat if isinstance(value, Secret)]

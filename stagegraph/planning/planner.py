@@ -8,23 +8,24 @@ problem at once. ``Planner.decide`` then settles one node whose inputs are settl
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError, PlanError, StageError, nearest
 from stagegraph.local import failure, plain
 from stagegraph.planning.code import CodeDigests
-from stagegraph.planning.key import key_document, secrets_of
-from stagegraph.planning.sources import Sources, SourceState
-from stagegraph.registry import find, names
+from stagegraph.planning.key import key_document, names_of, secrets_of
+from stagegraph.planning.sources import MARK, Sources, SourceState
+from stagegraph.registry import OWN, find, names
+from stagegraph.stage import Source
 from stagegraph.store.journal import HIT
 from stagegraph.store.record import Document, Record, key_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from stagegraph.planning.dag import Dag, Node
     from stagegraph.stage import Stage
     from stagegraph.store.memo import PartCode
@@ -81,8 +82,11 @@ class Planner:
         self._codes: dict[tuple[str, str, str], dict[str, str]] = {}
         self._kept: set[str] = set()
 
-    def prepare(self, nodes: Iterable[Node]) -> None:
-        """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError."""
+    def prepare(self, nodes: Iterable[Node], *, fetch: bool = False) -> None:
+        """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError.
+
+        Only if ``fetch``, a source that is named by a URL and not here is fetched.
+        """
         problems: list[str] = []
         nodes = [node for node in nodes if node not in self._prepared]
         if len(nodes) > FEW:
@@ -90,17 +94,22 @@ class Planner:
         for node in nodes:
             if node not in self._prepared:
                 try:
-                    self._prepared[node] = self._prepare(node)
+                    self._prepared[node] = self._prepare(node, fetch=fetch)
                 except (PlanError, StageError) as error:
                     problems += error.problems
         if problems:
             raise PlanError(*dict.fromkeys(problems))
 
-    def _prepare(self, node: Node) -> Prepared:
+    def _prepare(self, node: Node, *, fetch: bool) -> Prepared:
         spec = node.spec
-        secrets = secrets_of(spec.params)
+        given = spec.params
+        secrets = secrets_of(given)
+        if any(MARK in path for path in _source_paths(given)):
+            from stagegraph.planning.urls import with_local_sources  # few pipelines have one
+
+            given = with_local_sources(spec, self.workspace.index, fetch=fetch)
         try:
-            params = _asked(node, lambda: node.stage.resolve(spec.params))
+            params = _asked(node, lambda: node.stage.resolve(given))
             tools = dict(_asked(node, lambda: node.stage.tools(params)))
         except StageError as error:
             problems = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
@@ -123,7 +132,9 @@ class Planner:
                     sources[f.name] = self.sources.state(path, f.metadata["include"], f.metadata["alone"])
                 except FileNotFoundError:
                     place = spec.places.get(f.name, spec.place)
-                    problems.append(f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}")
+                    problems.append(
+                        f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}{_offer(path)}"
+                    )
                 except OSError as error:
                     problems.append(f"{spec.places.get(f.name, spec.place)}: {spec.entry}.{f.name}: {error}")
         if problems:
@@ -267,6 +278,20 @@ def _asked(node: Node, question: Callable[[], T]) -> T:
         wrong = failure(error, node.spec.origin.folder)
         place = ":".join(map(str, wrong.place)) if wrong.place else str(node.spec.place)
         raise PlanError(f"{place}: {node.spec.entry}: stage '{node.stage.id}' cannot be planned: {wrong}") from None
+
+
+def _source_paths(params: Any) -> list[str]:
+    values = [getattr(params, name) for name in names_of(params.__class__)]
+    return [value for value in values if isinstance(value, Source)]
+
+
+def _offer(path: str) -> str:
+    """Return how a path that looks like a repository's name is written if it is one, where somebody brings those."""
+    name = "/".join(path.split("/")[-2:])
+    schemes = [scheme for scheme in names("sources") if find("sources", scheme) not in OWN.sources.values()]
+    if Path(path).parent.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return ""
+    return "".join(f"; if it is the repository {name}, write {scheme}{MARK}{name}@COMMIT" for scheme in schemes)
 
 
 def _masked(secrets: Sequence[str], value: Any) -> Any:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.digest import StatId, digest_file, stat_id
-from stagegraph.errors import PlanError, tell
+from stagegraph.errors import PlanError, Progress
 from stagegraph.files import list_files
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
     from threading import Event
 
-FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of reading without a word
-GB = 1e9
+MARK = "://"  # in a source that is a URL (:mod:`stagegraph.planning.urls`), and no path
 RACY_NS = 50_000_000  # a file changed this shortly before it was digested may change again within one clock tick
 
 
@@ -80,7 +79,7 @@ class Sources:
                 self._digests[file] = now, memo[1]
             else:
                 stale.append(file)
-        read = _Progress(stale)
+        read = Progress("reading sources:", sum(file.stat().st_size for file in stale))
         if len(stale) < 2:
             results = [_digest_stable(file, None, read) for file in stale]
         else:
@@ -99,25 +98,6 @@ class Sources:
             self._digests[file] = now, digest
             if time.time_ns() - now[4] > RACY_NS:
                 self._index.set(f"src:{file}", [list(now), digest])
-
-
-class _Progress:
-    """Says how far files have been read: after a second, and then now and then."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._total = sum(file.stat().st_size for file in files)
-        self._done = 0
-        self._began = time.monotonic()
-        self._next = self._began + FIRST_SECONDS
-
-    def __call__(self, count: int) -> None:
-        """Note ``count`` bytes more; threads may lose one another's, which shows in no digest."""
-        self._done += count
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + EVERY_SECONDS
-            rate = self._done / GB / max(now - self._began, 1e-9)
-            tell(f"reading sources: {self._done / GB:.1f} of {self._total / GB:.1f} GB, {rate:.2f} GB/s")
 
 
 def _digest_stable(file: Path, stop: Event | None, read: Callable[[int], None]) -> tuple[StatId, str]:

@@ -106,6 +106,35 @@ class Storage:
             obstore.put(self._bulk, path, source)
 
 
+def stream(url: str, start: int) -> tuple[int, int, Iterator[bytes]]:
+    """Return where what follows begins, the bytes of the object at ``url`` in all, and those from ``start`` on.
+
+    :class:`OSError` if it cannot be had.
+    """
+    import obstore
+
+    bucket, _, path = url.partition("://")[2].partition("/")
+    try:
+        with _failures():
+            store = _open(f"{url.partition('://')[0]}://{bucket}", TRANSFER)
+            size = obstore.head(store, path)["size"]
+            if start >= size:
+                return start, size, iter(())
+            found = obstore.get(store, path, options={"range": {"offset": start}})
+    except (RemoteError, FileNotFoundError) as error:
+        raise OSError(f"it cannot be had: {error}") from None
+    return start, size, _chunks(found)
+
+
+def _chunks(found: Any) -> Iterator[bytes]:
+    try:
+        with _failures():
+            for chunk in found.stream(min_chunk_size=8 << 20):
+                yield bytes(chunk)
+    except RemoteError as error:
+        raise OSError(f"the transfer broke off ({error}); run again to go on") from None
+
+
 def _open(url: str, silence: timedelta) -> Any:
     try:
         from obstore.store import LocalStore, from_url

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,7 @@ _ANNOTATION = re.compile(
     r"|list\[(?P<list>str|int|float|bool|Source)\]"
     r"|tuple\[(?P<tuple>str|int|float|bool|Source), ?\.\.\.\]"
 )
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _EXPECTED = {
     "str": "text",
     "int": "a whole number",
@@ -146,7 +148,19 @@ def _source(param: Param, item: Item, problems: Problems, subject: str) -> Sourc
     if not path or "\0" in path:
         problems.unexpected(item, "the path of a file or directory", subject)
         return Source("")
+    if _URL.match(path):
+        return Source(path)
+    if path.startswith("~"):
+        path = _home(path, problems)
     return Source(problems.reads.absolute(item.base / path))
+
+
+def _home(path: str, problems: Problems) -> str:
+    """Return a path with the home directory that ``~`` stands for."""
+    if home := os.environ.get("HOME"):
+        problems.reads.env["HOME"] = home
+    problems.reads.lasting &= bool(home) and path.partition("/")[0] == "~"  # else the system was asked
+    return os.path.expanduser(path)  # noqa: PTH111 - of a text
 
 
 def _quoted(value: Scalar) -> str:

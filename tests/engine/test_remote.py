@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from stagegraph import Pipeline
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
 from stagegraph.execution.outcome import Outcome, Reporter, Run
+from stagegraph.execution.scheduler import Options, Scheduler
+from stagegraph.remote import storage, web
 from stagegraph.remote.settings import Remote, load_settings
-from stagegraph.remote.shared import Shared
+from stagegraph.remote.shared import Fetched, Shared
 from stagegraph.remote.storage import StoppedError, Storage
 
-pytest.importorskip("obstore")
+obstore = pytest.importorskip("obstore")
 pytest.importorskip("cryptography")
 NODES = 4
 LAST = f"n{NODES - 1}"
@@ -212,6 +215,29 @@ def test_after_a_failure_nothing_more_is_started_under_fail_fast(tmp_path: Path,
     assert outcomes(run) == ["BUILT", "FAILED", "SKIPPED", "SKIPPED"]
 
 
+@pytest.mark.parametrize("came", [True, False])
+def test_a_node_whose_input_is_made_again_meanwhile_waits_for_it(machines, came: bool) -> None:
+    """What a remote answers then, a result or nothing, is of an input that is not there any more."""
+    here = machines("here")
+    here.run()
+    with Pipeline(here.folder / "pipeline.yaml") as pipeline:
+        first, second = (pipeline.dag.by_name[name] for name in ("n0", "n1"))
+        scheduler = Scheduler(pipeline.planner, pipeline.workspace, Reporter(), Options())
+        scheduler.run([first, second])
+        asked = pipeline.planner.decide(second, scheduler._record_of)
+        assert asked.record is not None
+        fetched = Fetched(asked.record, {}, "team") if came else None
+        scheduler._fetching.ended = lambda _: iter([([asked], fetched)])  # type: ignore[method-assign]
+        scheduler._fetching.take = lambda _: None  # type: ignore[method-assign]
+        for node in (second, first):  # as when an object of the first was found damaged
+            del scheduler.outcomes[node]
+        scheduler._waiting.undo(first)
+        scheduler._take_fetched(0.0)
+        assert list(scheduler._waiting) == [first, second]
+        scheduler._settle()
+        assert [scheduler.outcomes[node].outcome for node in (first, second)] == ["HIT", "HIT"]
+
+
 def test_a_transfer_stops_when_the_run_is_abandoned(filled, tmp_path: Path) -> None:
     remote, _, _ = filled
     path = next(remote.glob("objects/*/*"))
@@ -285,6 +311,20 @@ def test_a_bucket_takes_and_gives_results(s3: str, machines, capsys) -> None:
     assert outcomes(here.run()) == ["BUILT"] * NODES
     there.configure(s3, "read", here=here.key(capsys))
     assert reasons(there.run()) == {"from remote 'team'"}
+
+
+def test_a_file_in_a_bucket_is_a_source_and_goes_on_where_it_broke_off(s3: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = bytes(range(256)) * 100
+    obstore.put(storage._open("s3://results", storage.ANSWER), "some/big.txt", content)
+    url = f"s3://results/some/big.txt#sha256={sha256(content).hexdigest()}"
+    part = web._path(url).with_name(".big.txt.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(content[:1000])
+    assert web.get(url, {}).read_bytes() == content
+    assert web.here(url, {}) == web._path(url)
+    with pytest.raises(OSError, match="cannot be had"):
+        web.get(url.replace("big", "none"), {})
 
 
 def test_a_plain_web_server_gives_results(filled, http: str, machines) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph import errors
 from stagegraph.digest import digest_bytes, digest_file
 from stagegraph.errors import PlanError
 from stagegraph.files import list_files
@@ -118,7 +119,7 @@ def test_a_file_that_never_rests_is_refused(tmp_path: Path, index: Index, monkey
 def test_long_reading_is_said(tmp_path: Path, index: Index, monkeypatch, caplog) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(20 << 20))
     settle()  # what has just been written is read again, for its time does not yet tell it from a change
-    monkeypatch.setattr(sources, "FIRST_SECONDS", 0)
+    monkeypatch.setattr(errors, "FIRST_SECONDS", 0)
     Sources(index).state(str(tmp_path), ("*.bin",))
     (said,) = caplog.messages
     assert said.startswith("reading sources: 0.0 of 0.0 GB, ")
