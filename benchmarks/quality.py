@@ -1,12 +1,16 @@
-"""What schemes cost and take, beside ggml's types on the same weights: bits, KL divergence, first choices, perplexity.
+"""What schemes cost and take, beside llama.cpp's on the same weights: bits, KL divergence, first choices, perplexity.
 
 Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...]; default: the two trained examples.
 
 Nothing is built: transformers runs the checkpoint in float32, once as it is and once for each way of storing its
-matrices, with what is left of each while it is used. ggml's types are quantized and restored by the package gguf, those
-that it can. The examples read text that they were not trained on, other checkpoints verify's probes. ``bits`` is the
-mean over all matrices; a table that is also the head counts once. ``e8``: the embedding and the head in Q8_0.
-Needs the extras verify and gguf. Exit status 1 if a scheme costs more than ggml's type of the same form and groups.
+matrices, with what is left of each while it is used. The examples read text that they were not trained on, other
+checkpoints verify's probes. ``bits`` is the mean over all matrices; a table that is also the head counts once.
+
+ggml's types are quantized by the package gguf, those that it can; ``e8``: the embedding and the head in Q8_0. Mixtures
+(Q4_K_M) are those of llama.cpp, by ggml's own quantizers (the package libggml-python, if it is there) with the
+importance matrix that ``importance`` has too, of calibrate's samples; ``filled``: as if whole blocks filled every row,
+where llama.cpp takes wider types. Needs the extra verify. Exit status 1 if a scheme costs more than ggml's type of the
+same form and groups.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import ggml_types
 import numpy as np
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [str(ROOT / "examples" / name) for name in ("tiny-qwen", "tiny-llama")]
 PAD = 0
+CALIBRATED = 4096  # tokens that calibrate reads
 sys.path += [str(ROOT), str(ROOT / "examples" / "tiny-qwen")]
 
 # Schemes with how scales are chosen, and ggml's type that each must not cost more than.
@@ -42,18 +48,31 @@ OURS = [
         ("q4a32", "max", "Q4_1 e8"),
         ("q4a32", "mse", "Q4_1 e8"),
     ),
+    *((name, scales, "") for name in ("q2k", "q3k", "q5k", "q6k") for scales in ("max", "mse")),
+    *((name, "importance", "") for name in ("q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
     ("q8f16_1", "max", ""),
 ]
+MIXTURES = ("Q3_K_M", "Q4_0", "Q4_K_M")
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SLACK = 1.05  # times ggml's divergence: half steps go to the other side
 
 
+class Matrix(NamedTuple):
+    """A matrix [n, k]: its name, linear, embedding or head, and how much an error of each column counts."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    importance: np.ndarray | None
+    layers: int
+
+
 class Way(NamedTuple):
-    """One way to store matrices: what is left of one, and the bits that it takes; of (weight float32 [n, k], kind)."""
+    """One way to store matrices: what is left of the float32 values of one, and the bits that it takes."""
 
     label: str
-    left: Callable[[np.ndarray, str], np.ndarray]
-    taken: Callable[[tuple[int, int], str], float]
+    left: Callable[[np.ndarray, Matrix], np.ndarray]
+    taken: Callable[[Matrix], float]
 
 
 def ours(name: str, scales: str) -> Way:
@@ -64,15 +83,18 @@ def ours(name: str, scales: str) -> Way:
 
     scheme = SCHEMES[name]
 
-    def left(weight: np.ndarray, kind: str) -> np.ndarray:
-        row = scheme.row(kind, weight.shape[1])
-        return restored(quantize(weight, row, scales), row, weight.shape[1]) if row else weight
-
-    def taken(shape: tuple[int, int], kind: str) -> float:
-        row = scheme.row(kind, shape[1])
+    def left(weight: np.ndarray, of: Matrix) -> np.ndarray:
+        row, counts = scheme.row(of.kind, of.shape[1]), of.importance if scales == "importance" else None
         if row is None:
-            return FLOAT_BITS[scheme.storage_dtype] * float(np.prod(shape))
-        return sum(8.0 * DTYPE_BYTES[dtype] * float(np.prod(each)) for _, each, dtype in row.stored(*shape))
+            return weight
+        chosen = "mse" if scales == "importance" and (counts is None or row.bits == 8) else scales
+        return restored(quantize(weight, row, chosen, counts), row, of.shape[1])
+
+    def taken(of: Matrix) -> float:
+        row = scheme.row(of.kind, of.shape[1])
+        if row is None:
+            return FLOAT_BITS[scheme.storage_dtype] * float(np.prod(of.shape))
+        return sum(8.0 * DTYPE_BYTES[dtype] * float(np.prod(each)) for _, each, dtype in row.stored(*of.shape))
 
     return Way(f"{name} {scales}", left, taken)
 
@@ -81,19 +103,30 @@ def ggml(name: str, table: str) -> Way:
     """Return the way of a type of ggml, with one for embedding and head."""
     import gguf
 
-    types = {
-        kind: gguf.GGMLQuantizationType[table if kind != "linear" else name] for kind in ("linear", "embedding", "head")
-    }
+    def of_kind(of: Matrix) -> str:
+        return name if of.kind == "linear" else table
 
-    def left(weight: np.ndarray, kind: str) -> np.ndarray:
-        found: np.ndarray = gguf.quants.dequantize(gguf.quants.quantize(weight, types[kind]), types[kind])
+    def left(weight: np.ndarray, of: Matrix) -> np.ndarray:
+        kind = gguf.GGMLQuantizationType[of_kind(of)]
+        found: np.ndarray = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
         return found
 
-    def taken(shape: tuple[int, int], kind: str) -> float:
-        values, size = gguf.GGML_QUANT_SIZES[types[kind]]
-        return 8.0 * size / values * float(np.prod(shape))
+    return Way(
+        name if table == name else f"{name} e8", left, lambda of: ggml_types.bits(of_kind(of)) * np.prod(of.shape)
+    )
 
-    return Way(name if table == name else f"{name} e8", left, taken)
+
+def mixture(name: str, *, padded: bool) -> Way:
+    """Return the way of a file of llama.cpp's, quantized with an importance matrix."""
+
+    def of_matrix(of: Matrix) -> str:
+        return ggml_types.chosen(name, of.name, of.kind, of.shape[1], of.layers, padded=padded)
+
+    return Way(
+        f"llama.cpp {name}{' filled' if padded else ''}",
+        lambda weight, of: ggml_types.left(weight, of_matrix(of), of.importance),
+        lambda of: ggml_types.bits(of_matrix(of)) * np.prod(of.shape),
+    )
 
 
 def ways() -> Iterator[Way]:
@@ -102,6 +135,11 @@ def ways() -> Iterator[Way]:
         yield ggml(name, name)
         if name not in ("Q8_0", "Q5_1"):
             yield ggml(name, "Q8_0")
+    if ggml_types.library():
+        for name in MIXTURES:
+            yield mixture(name, padded=False)
+            if name.endswith("M"):
+                yield mixture(name, padded=True)
     for name, scales, _ in OURS:
         yield ours(name, scales)
 
@@ -116,20 +154,27 @@ def read(checkpoint: Path, tokens: int) -> list[list[int]]:
             if sum(map(len, pieces)) < tokens:
                 pieces.append([document[-1], *document])
         return pieces
-    import transformers
+    return ids_of(checkpoint, ROOT / "stages" / "verification" / "probes.jsonl", tokens, 256)
 
+
+def ids_of(checkpoint: Path, corpus: Path, tokens: int, window: int) -> list[list[int]]:
+    """Return ids of a corpus in pieces of at most ``window``, ``tokens`` in all."""
     from stages.verification import probes
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    corpus = ROOT / "stages" / "verification" / "probes.jsonl"
+    if str(checkpoint.resolve()) == EXAMPLES[0]:
+        from vocabulary import encode
+    else:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+
+        def encode(text: str) -> list[int]:
+            return [*tokenizer.encode(text, add_special_tokens=False)]
 
     def chat(messages: Sequence[Any]) -> list[int]:
-        return [*tokenizer.encode("\n\n".join(each["content"] for each in messages), add_special_tokens=False)]
+        return encode("\n\n".join(each["content"] for each in messages))
 
-    def encode(text: str) -> list[int]:
-        return [*tokenizer.encode(text, add_special_tokens=False)]
-
-    found = probes.of(corpus, tokens, window=256, prefix=(), encode=encode, chat=chat)
+    found = probes.of(corpus, tokens, window=window, prefix=(), encode=encode, chat=chat)
     return [[*piece] for piece in found.pieces]
 
 
@@ -147,6 +192,12 @@ class Measured:
         files = {path.name: path for path in checkpoint.glob("*.safetensors")}
         self._mapped, self._model, _ = streaming.load(checkpoint, files, parsed / "model.json", work)
         self._matrices = advice.matrices_of(self._model)
+        counts = self._importance(checkpoint, files, parsed / "model.json", work)
+        layers = int(self._model.config.num_hidden_layers)
+        self.matrices = [
+            Matrix(name, kind, tuple(modules[0].weight.shape), counts.get(name), layers)
+            for name, (kind, modules) in self._matrices.items()
+        ]
         pieces = read(checkpoint, tokens)
         longest = max(map(len, pieces))
         padded = torch.tensor([[*piece, *[PAD] * (longest - len(piece))] for piece in pieces])
@@ -154,13 +205,31 @@ class Measured:
         self._valid = torch.tensor([[at < len(piece) - 1 for at in range(longest - 1)] for piece in pieces])
         self._wanted = self._run(None)
 
+    def _importance(
+        self, checkpoint: Path, files: dict[str, Path], described: Path, work: Path
+    ) -> dict[str, np.ndarray]:
+        """Return what calibrate finds on its samples, by the names of the model's parameters."""
+        from stages.calibration import corpus, moments
+        from stages.verification.original import Request
+
+        pieces = ids_of(checkpoint, corpus.DEFAULT, CALIBRATED, 512)
+        found = moments.compute(Request(checkpoint, files, described, pieces, 0, work), lambda *_: None)
+        names = moments.names_of(self._model, self._mapped.tensors)
+        return {
+            name: found[names[id(modules[0].weight)]]
+            for name, (_, modules) in self._matrices.items()
+            if names.get(id(modules[0].weight)) in found
+        }
+
     def _run(self, way: Way | None) -> Any:
         import torch
 
         from stages.verification import advice, streaming
 
-        def change(weight: Any, kind: str) -> Any:
-            return torch.from_numpy(way.left(weight.numpy(), kind)) if way else weight
+        by_name = {matrix.name: matrix for matrix in self.matrices}
+
+        def change(weight: Any, name: str) -> Any:
+            return torch.from_numpy(way.left(weight.numpy(), by_name[name])) if way else weight
 
         with (
             torch.inference_mode(),
@@ -177,8 +246,9 @@ class Measured:
 
     def bits(self, way: Way) -> float:
         """Return how many bits a value of a matrix takes."""
-        shapes = [(tuple(modules[0].weight.shape), kind) for kind, modules in self._matrices.values()]
-        return sum(way.taken(shape, kind) for shape, kind in shapes) / sum(float(np.prod(shape)) for shape, _ in shapes)
+        return sum(way.taken(each) for each in self.matrices) / sum(
+            float(np.prod(each.shape)) for each in self.matrices
+        )
 
 
 def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:

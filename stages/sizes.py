@@ -7,3 +7,5 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "u
 PAGE_SIZE = 16  # tokens of a page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
 LEVELED = 8  # groups whose scales and minima are integers of six bits and share two floats
 N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stages/quantization/layouts.py)
+# Bits of an element of a row in two levels -> those of each of its planes, the lowest first: words of whole elements.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}

@@ -40,7 +40,7 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     longest = max(map(len, request.pieces))
     padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
     valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in request.pieces])
-    names, sums = _names(model, mapped.tensors), _Sums(valid)
+    names, sums = names_of(model, mapped.tensors), _Sums(valid)
     with (
         torch.inference_mode(),
         _watched(model, names, sums),
@@ -79,7 +79,7 @@ class _Sums:
         }
 
 
-def _names(model: Any, tensors: Mapping[str, Any]) -> dict[int, str]:
+def names_of(model: Any, tensors: Mapping[str, Any]) -> dict[int, str]:
     """Return which tensor of the checkpoint each parameter lies in, by the parameter's identity: parameters are the
     checkpoint's tensors or parts of them, whatever transformers calls them.
     """

@@ -98,7 +98,7 @@ class _Linears(Rewriter):
         tile, streams = register_tile(self.features), row_streams(self.features, stored.bits)
         layer = Linear(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
         inputs = [x]
-        if self.dot and stored.bits:
+        if self.dot and stored.bits in (4, 8):
             layer = with_bytes(layer, self.dot)
             inputs = self._quantized(x, layer)
         return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
@@ -154,6 +154,6 @@ def stored_as(tensors: Sequence[rx.TensorType], k: int, n: int = 0) -> Stored | 
         return Stored(n, k, dtype)
     words, groups, *least = columns
     if least and str(tensors[1].dtype) == "uint32":
-        return Stored(n, k, dtype, 4, 32, minimum=True, levels=True) if 8 * words == k else None
+        return Stored(n, k, dtype, 32 * words // k, 32, minimum=True, levels=True)
     bits, group = 32 * words // k, k // groups
     return Stored(n, k, dtype, bits, group, minimum=bool(least)) if bits in (4, 8) else None

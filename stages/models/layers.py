@@ -256,7 +256,7 @@ class LayerFactory:
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
         if row["levels"]:
             outer = -(-groups // LEVELED)
-            widths |= {"q_scale": 3 * outer, "q_outer": 2 * outer}
+            widths = {"q_weight": groups * size * bits // 32, "q_scale": 3 * outer, "q_outer": 2 * outer}
         elif row["minimum"]:
             widths |= {"q_min": groups}
         return GroupMatrix(

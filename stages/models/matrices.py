@@ -14,7 +14,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from stages.sizes import LEVELED, N32_BLOCK
+from stages.sizes import LEVELED, N32_BLOCK, PLANES
 
 
 def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
@@ -135,11 +135,8 @@ class GroupMatrix(nn.Module):
     def value(self, words: te.Tensor, scale: te.Tensor, *rest: Any) -> tirx.PrimExpr:
         """Return the value at ``rest``: row and column, after minima or what levels are of where there are such."""
         *least, i, j = rest
-        per_word, dtype = 32 // self.bits, self.compute_dtype
-        mask, middle = (1 << self.bits) - 1, (1 << (self.bits - 1)) - 1
-        bit = self.layout.bit(j % per_word, self.bits)
-        shifted = tirx.shift_right(words[self.layout.at(i, j // per_word)], bit.astype("uint32"))
-        element = tirx.bitwise_and(shifted, tirx.const(mask, "uint32")).astype(dtype)
+        middle, dtype = (1 << (self.bits - 1)) - 1, self.compute_dtype
+        element = self._element(words, i, j).astype(dtype)
         group = self.layout.at(i, j // self.group_size)
         if self.q_outer is not None:
             step, low = (self._of_levels(scale, least[0], i, j // self.group_size, which) for which in (0, 1))
@@ -147,6 +144,20 @@ class GroupMatrix(nn.Module):
         if least:
             return element * scale[group].astype(dtype) + least[0][group].astype(dtype)
         return (element - tirx.const(middle, dtype)) * scale[group].astype(dtype)
+
+    def _element(self, words: te.Tensor, i: Any, j: Any) -> tirx.PrimExpr:
+        """Return the element at row i and column j, uint32."""
+        if self.q_outer is None or self.bits == 4:
+            per_word = 32 // self.bits
+            word, bit = words[self.layout.at(i, j // per_word)], self.layout.bit(j % per_word, self.bits)
+            return _bits_of(word, bit, self.bits)
+        group, place = j // self.group_size, j % self.group_size
+        first, below, found = group * self.bits * self.group_size // 32, 0, tirx.const(0, "uint32")
+        for bits in PLANES[self.bits]:
+            word = words[self.layout.at(i, first + place * bits // 32)]
+            found = found | tirx.shift_left(_bits_of(word, place * bits % 32, bits), tirx.const(below, "uint32"))
+            first, below = first + self.group_size * bits // 32, below + bits
+        return found
 
     def _of_levels(self, levels: te.Tensor, outer: te.Tensor, i: Any, group: Any, which: int) -> tirx.PrimExpr:
         """Return the scale (``which`` is 0) or minimum (1) of a group in float32."""
@@ -164,6 +175,12 @@ class GroupMatrix(nn.Module):
     def _unpack(self, words: te.Tensor, *scales: te.Tensor) -> te.Tensor:
         rows = words.shape[0] if self.layout.block == 1 else self.shape[0]
         return te.compute((rows, self.shape[1]), lambda i, j: self.value(words, *scales, i, j), name="dequantize")
+
+
+def _bits_of(word: Any, bit: Any, bits: int) -> tirx.PrimExpr:
+    """Return so many bits of a word from ``bit`` on."""
+    shifted = tirx.shift_right(word, bit.astype("uint32"))
+    return tirx.bitwise_and(shifted, tirx.const((1 << bits) - 1, "uint32"))
 
 
 def _gather(

@@ -6,7 +6,7 @@
 - ``n32``: blocks of 32 output features side by side, [ceil(n / 32), columns, 32], where an ``nk`` tensor is
   [n, columns]; the last block is filled up with zeros. CPU kernels keep a feature in each lane. In a word of 4-bit
   elements, element i lies at bit 8 * (i % 4) + 4 * (i // 4): the low halves of its bytes are the first four elements,
-  ready for instructions that multiply four bytes at once.
+  ready for instructions that multiply four bytes at once. Words of planes are as in ``nk``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
     """
     row = scheme.row(kind, k)
     if row:
-        direct = row.kind == "group" and row.bits in (4, 8) and k % row.group_size == 0
+        direct = row.kind == "group" and (row.levels or row.bits in (4, 8)) and k % row.group_size == 0
         dtype = row.scale_dtype
     else:
         direct = kind in _MATRICES

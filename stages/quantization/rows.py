@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stages.sizes import LEVELED
+from stages.sizes import LEVELED, PLANES
 
 if TYPE_CHECKING:
     from stages.documents.params import StoredRow
@@ -55,8 +55,13 @@ class Row:
 
     @property
     def per_word(self) -> int:
-        """How many codes one uint32 holds, low bits first."""
-        return 32 // self.bits
+        """How many codes one uint32 holds, low bits first; with planes, their lowest bits."""
+        return 32 // self.planes[0]
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """How many bits of a code each plane holds, the lowest first: of a group, its words are one after the other."""
+        return PLANES[self.bits] if self.levels else (self.bits,)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -66,7 +71,7 @@ class Row:
     @property
     def element_bits(self) -> tuple[int, ...]:
         """The bits of the packed elements of each stored tensor, 0 for what is none: see layouts.py."""
-        return (self.bits, *(0 for _ in self.parts[1:]))
+        return (self.bits if self.bits == 4 else 0, *(0 for _ in self.parts[1:]))
 
     def groups(self, k: int) -> int:
         """Return the number of groups in a row of ``k`` values, the last of which may be short."""
@@ -74,7 +79,7 @@ class Row:
 
     def words(self, k: int) -> int:
         """Return the number of words in a row of ``k`` values: a short group takes as many as a full one."""
-        return self.groups(k) * (self.group_size // self.per_word)
+        return self.groups(k) * sum(self.group_size // (32 // bits) for bits in self.planes)
 
     def stored(self, n: int, k: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         """Return what a weight [n, k] is stored as: last part of the name, shape, dtype."""
@@ -90,13 +95,18 @@ class Row:
     def fitting(self, k: int) -> Row:
         """Return the row whose groups fill rows of ``k`` values, if one of at most this group size does: this one
         with the group halved until they do. Kernels of processors read whole groups.
+
+        Codes of two levels keep four or eight bits then: those of others have no words of their own in half a group.
         """
         size = self.group_size
         while size > NARROWEST and k % size:
             size //= 2
-        if k % size:
-            return replace(self, levels=False)
-        return self if size == self.group_size else replace(self, group_size=size, levels=False)
+        if size == self.group_size and not k % size:
+            return self
+        size = self.group_size if k % size else size
+        if self.levels and self.bits > 4:
+            return replace(self, bits=8, minimum=False, levels=False, group_size=size)
+        return replace(self, bits=4 if self.levels else self.bits, levels=False, group_size=size)
 
     def document(self) -> StoredRow:
         """Return the row as params.json records it; ``Row(**document)`` is the row again."""

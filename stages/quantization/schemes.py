@@ -91,6 +91,10 @@ SCHEMES: dict[str, Scheme] = {
     "q4a16": _mixed("q4a16", "max", Row("group", 4, 16, "float16", minimum=True)),
     "q4a32": _mixed("q4a32", "max", Row("group", 4, 32, "float16", minimum=True)),
     "q4a64": _mixed("q4a64", "max", Row("group", 4, 64, "float16", minimum=True)),
+    "q2k": _mixed("q2k", "mse", Row("group", 2, 32, "float16", minimum=True, levels=True)),
+    "q3k": _mixed("q3k", "mse", Row("group", 3, 32, "float16", minimum=True, levels=True)),
     "q4k": _mixed("q4k", "max", Row("group", 4, 32, "float16", minimum=True, levels=True)),
+    "q5k": _mixed("q5k", "max", Row("group", 5, 32, "float16", minimum=True, levels=True)),
+    "q6k": _mixed("q6k", "max", Row("group", 6, 32, "float16", minimum=True, levels=True)),
     "q4a128": _mixed("q4a128", "max", Row("group", 4, 128, "float16", minimum=True)),
 }

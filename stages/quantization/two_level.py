@@ -1,8 +1,8 @@
 """Group quantization in two levels in NumPy: scale and minimum of a group are integers that eight groups have a float
 each for.
 
-The form of ggml's Q4_K, but for the last groups of a row, of which there may be fewer than eight: a value is
-``code * (d * scale) - m * minimum``. docs/quantization.md states the bits.
+The form of ggml's Q4_K, in 2 to 6 bits, but for the last groups of a row, of which there may be fewer than eight: a
+value is ``code * (d * scale) - m * minimum``. docs/quantization.md states the bits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stages.quantization.blocks import row_blocks
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import SEARCHED, shares, why_not_finite
 from stages.quantization.minimum import best
-from stages.quantization.words import pack, unpack
+from stages.quantization.words import pack_planes, unpack_planes
 from stages.sizes import LEVELED
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def quantize(
         codes = (by_group + low) / np.where(step > 0, step, np.float32(np.inf))
         codes = np.clip(np.rint(codes, out=codes), 0, row.most, out=codes).reshape(count, padded)
         codes[:, k:] = 0
-        q_weight[block] = pack(codes.astype(np.uint8), row.bits)
+        q_weight[block] = pack_planes(codes.astype(np.uint8), row.planes, size)
     return q_weight, q_scale, q_outer
 
 
@@ -68,7 +68,7 @@ def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, q_outer: np.ndarray, r
     levels = _unpack_levels(q_scale).reshape(n, -1, 2, LEVELED).astype(np.float32)
     levels *= q_outer.astype(np.float32).reshape(n, -1, 2, 1)
     step, low = (np.repeat(levels[:, :, which].reshape(n, -1), row.group_size, axis=1)[:, :k] for which in (0, 1))
-    values: np.ndarray = unpack(q_weight, row.bits, k).astype(np.float32)
+    values: np.ndarray = unpack_planes(q_weight, row.planes, row.group_size, k).astype(np.float32)
     values *= step
     values -= low
     return values

@@ -75,7 +75,7 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
         for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
             with (
                 streaming.weights_in_float32(model, mapped),
-                changed(matrices, _storing(SCHEMES[name])),
+                changed(matrices, _storing(SCHEMES[name], matrices)),
                 rounding.rounded(model, arithmetic) if arithmetic == INT8 else nullcontext(),
             ):
                 found = log_probs(model, piece[None, :-1])[0]
@@ -126,8 +126,8 @@ def stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
     return torch.from_numpy(restored(quantize(array, row, scales), row, array.shape[1]))
 
 
-def _storing(scheme: Scheme) -> Callable[[Any, str], Any]:
-    return lambda weight, kind: stored(weight, scheme, kind, scheme.scales)
+def _storing(scheme: Scheme, matrices: Mapping[str, tuple[str, list[Any]]]) -> Callable[[Any, str], Any]:
+    return lambda weight, name: stored(weight, scheme, matrices[name][0], scheme.scales)
 
 
 @contextmanager
@@ -162,15 +162,17 @@ def _each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales:
 
 @contextmanager
 def changed(matrices: Mapping[str, tuple[str, list[Any]]], change: Callable[[Any, str], Any]) -> Iterator[None]:
-    """Let every matrix be ``change(weight, kind)``, float32 [n, k], while it is used."""
+    """Let every matrix be ``change(weight, name)``, float32 [n, k], while it is used."""
 
-    def hook(kind: str) -> Any:
+    def hook(name: str) -> Any:
         def before(module: Any, _inputs: Any) -> None:
-            module.weight.data = change(module.weight.data, kind)
+            module.weight.data = change(module.weight.data, name)
 
         return before
 
-    hooks = [module.register_forward_pre_hook(hook(kind)) for kind, modules in matrices.values() for module in modules]
+    hooks = [
+        module.register_forward_pre_hook(hook(name)) for name, (_, modules) in matrices.items() for module in modules
+    ]
     try:
         yield
     finally:

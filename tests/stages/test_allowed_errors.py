@@ -31,11 +31,12 @@ KINDS = ("normal", "outliers", "positive", "negative", "one large group", "latti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scales", ["max", "mse"])
+@pytest.mark.parametrize("scales", ["max", "mse", "importance"])
 @pytest.mark.parametrize("name", ROWS)
 def test_right_weights_are_never_refused(name: str, scales: str, kind: str) -> None:
     row, weight = ROWS[name], values(kind)
-    held = restored(quantize(weight, row, scales), row, K)
+    importance = np.exp(4 * np.random.default_rng(1).standard_normal(K)).astype(np.float32)
+    held = restored(quantize(weight, row, scales, importance), row, K)
     assert (np.abs(held - weight) <= _allowed(weight, row, scales)).all()
 
 

@@ -112,6 +112,9 @@ class Block(nn.Module):
         ("q4a128", 661, 2 * PANEL + 128),
         ("q4a16", 70, 48),
         ("q4k", 70, 2 * PANEL + 96),
+        ("q3k", 70, 2 * PANEL + 96),
+        ("q6k", 45, 96),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("q2k", 70, 96), ("q5k", 640, 2 * PANEL + 64))),
         ("float16", 70, 41),
         ("float32", 20, PANEL + 3),
         *((stored, n, 64) for stored in ("q8f16_1", "float16") for n in (640, 661)),  # streams of blocks
@@ -379,3 +382,20 @@ def test_kernels_are_made_for_aarch64(tmp_path):
     assert int.from_bytes((tmp_path / "kernels.o").read_bytes()[18:20], "little") == 183  # ELF's number of aarch64
     assembly = code.inspect_source("s")
     assert all(instruction in assembly for instruction in ("fmla\tv", "fcvtl", "prfm"))
+
+
+@pytest.mark.parametrize("stored", ["q2k", "q3k", "q5k", "q6k"])
+def test_rows_of_a_table_in_planes_are_what_it_holds(stored):
+    """By the operator that graphs rebuild weights with, which no kernel takes the place of."""
+    weight, arrays, values = matrix(40, 320, stored)
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            self.weight = weight
+
+        def forward(self, ids):
+            return weight.rows(ids)
+
+    forward = runner(export(Table(), ids=([3], "int32")), processor.host_cpu(), "forward")
+    ids = np.array([39, 0, 17], np.int32)
+    assert np.allclose(forward(ids, arrays), values[ids], rtol=1e-6, atol=1e-7)

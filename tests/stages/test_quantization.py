@@ -20,6 +20,7 @@ from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
 from stages.quantization.tensor_cache import Tensor, shard_name, shards, write_index
 from stages.quantization.words import pack, unpack
+from stages.sizes import PLANES
 from stages.targets import processor, toolchain
 
 if TYPE_CHECKING:
@@ -261,6 +262,28 @@ def test_two_levels_carry_ggmls_q4_k_bit_for_bit():
     assert [x.shape for x in stored] == [shape for _, shape, _ in row.stored(6, 256)]
     wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_K)
     assert np.array_equal(restored(stored, row, 256), wanted)
+
+
+@pytest.mark.parametrize("name", ["q2k", "q3k", "q5k", "q6k"])
+def test_planes_hold_every_code_where_the_table_says(name):
+    """Codes one by one, by the words of docs/quantization.md: of a group, those of the lowest bits come first."""
+    row = ROWS[name]
+    weight = np.random.default_rng(6).standard_normal((3, 96)).astype(np.float32)
+    words, levels, outer = quantize_row(weight, row, "max")
+    assert words.shape == (3, 3 * row.bits)
+    codes = np.zeros((3, 96), np.int64)
+    for n, i in np.ndindex(3, 96):
+        begin, below = i // 32 * row.bits, 0
+        for bits in PLANES[row.bits]:
+            place = i % 32 * bits
+            codes[n, i] |= (int(words[n, begin + place // 32]) >> place % 32 & (1 << bits) - 1) << below
+            begin, below = begin + bits, below + bits
+    values = restored((words, levels, outer), row, 96)
+    for n, g in np.ndindex(3, 3):  # equal codes of a group are equal values, and as many steps apart as the codes
+        mine, found = codes[n, 32 * g : 32 * g + 32], values[n, 32 * g : 32 * g + 32]
+        step = (found.max() - found.min()) / (mine.max() - mine.min())
+        assert np.allclose(found - found.min(), (mine - mine.min()) * step, atol=1e-5)
+    assert codes.max() == 2**row.bits - 1
 
 
 @pytest.mark.parametrize("k", [256, 576, 77])

@@ -224,7 +224,7 @@ class Product:
         """Emit the products of a group's elements, each over 2 ** bits, and return their sums, one of each block."""
         weight, q_weight = self.weight, self.arguments.weights[0]
         per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
-        self.fetch(blocks, g * per_group, per_group)
+        self.fetch(blocks, g * weight.words, weight.words)
         parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
         for first, *others in parts:
             begin = T.float32(0) if self.exact else sums[g] * T.float32(-weight.mantissa_middle)
@@ -232,11 +232,11 @@ class Product:
             for part in others:
                 put(part, constant(0, BLOCK), span(0, BLOCK))
         with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
-            words = [q_weight[block, g * per_group + w, span(0, BLOCK)] for block in blocks]
+            words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
             for element in range(weight.per_word):
                 x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
                 for word, parts_of_block in zip(words, parts, strict=True):
-                    part, value = parts_of_block[element % ways], weight.mantissa(word, element)
+                    part, value = parts_of_block[element % ways], weight.mantissa(word, w, element)
                     if self.exact:
                         value = value - constant(weight.mantissa_middle, BLOCK)
                     put(part, get(part, BLOCK) + value * x, span(0, BLOCK))
@@ -339,10 +339,12 @@ class Product:
             return
         per_group = weight.group // weight.per_word
         with T.serial(0, terms // weight.group) as g:
+            before = (first // weight.group + g) * weight.words
             for w in range(per_group):
-                word = stored[0][block, first // weight.per_word + g * per_group + w, span(0, BLOCK)]
                 for element in range(weight.per_word):
-                    difference = weight.mantissa(word, element) - constant(weight.mantissa_middle, BLOCK)
+                    difference = weight.mantissa(
+                        lambda at, before=before: stored[0][block, before + at, span(0, BLOCK)], w, element
+                    ) - constant(weight.mantissa_middle, BLOCK)
                     scale = weight.scale(stored, block, first // weight.group + g)
                     at = g * weight.group + w * weight.per_word + element
                     value = difference * scale

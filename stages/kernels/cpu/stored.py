@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.vectors import as_float, constant, span, splat
-from stages.sizes import LEVELED
+from stages.sizes import LEVELED, PLANES
 from stages.sizes import N32_BLOCK as BLOCK
 
 
@@ -21,7 +21,8 @@ from stages.sizes import N32_BLOCK as BLOCK
 class Stored:
     """A matrix [n, k]: ``bits`` per element and ``group`` elements per scale of ``dtype``, or, where ``bits`` is 0,
     floats of ``dtype``. With ``minimum`` a group has one too, which is added to element * scale; without, the element
-    in the middle means zero. With ``levels`` both are integers, and eight groups share two floats for them.
+    in the middle means zero. With ``levels`` both are integers, and eight groups share two floats for them; elements
+    may then lie in two planes: the words of a group's lowest bits, and after them those of the others.
     """
 
     n: int
@@ -39,15 +40,26 @@ class Stored:
 
     @property
     def per_word(self) -> int:
-        """Elements in one word."""
-        return 32 // self.bits
+        """Elements in one word, of those that hold their lowest bits."""
+        return 32 // self.planes[0]
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        """Bits of an element that each plane holds, the lowest first."""
+        return PLANES[self.bits] if self.levels else (self.bits,)
+
+    @property
+    def words(self) -> int:
+        """Words of a group."""
+        return sum(self.group // (32 // bits) for bits in self.planes)
 
     @property
     def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of what is stored."""
         if not self.bits:
             return [("weight", (self.blocks, self.k, BLOCK), self.dtype)]
-        words, groups = self.k // self.per_word, self.k // self.group
+        groups = self.k // self.group
+        words = groups * self.words
         if self.levels:
             outer = -(-groups // LEVELED)
             return [
@@ -64,19 +76,39 @@ class Stored:
         return 0 if self.minimum else (1 << (self.bits - 1)) - 1
 
     def place(self, element: int) -> int:
-        """Return the bit at which an element of a word begins: bytes hold every fourth element, low bits first."""
-        return 8 * (element % 4) + self.bits * (element // 4) if self.bits < 8 else 8 * element
+        """Return the bit at which an element of a word begins: where it is whole, bytes hold every fourth element, low
+        bits first.
+        """
+        if self.bits == 4:
+            return 8 * (element % 4) + 4 * (element // 4)
+        return self.planes[0] * element
 
-    def mantissa(self, word: Any, element: int) -> Any:
-        """Return 1 + element / 2 ** bits of each lane of a word: the element moved into the mantissa of 1."""
-        moved = 23 - self.bits - self.place(element)
-        shift = T.shift_left if moved > 0 else T.shift_right
-        shifted = shift(word, constant(abs(moved), BLOCK, "uint32")) if moved else word
-        mask = ((1 << self.bits) - 1) << (23 - self.bits)
-        kept = T.bitwise_or(
-            T.bitwise_and(shifted, constant(mask, BLOCK, "uint32")), constant(0x3F800000, BLOCK, "uint32")
-        )
-        return T.reinterpret(f"float32x{BLOCK}", kept)
+    def mantissa(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
+        """Return 1 + element / 2 ** bits of each lane: the element moved into the mantissa of 1.
+
+        It is an ``element`` of word ``number`` of a group, whose words ``word(number)`` gives.
+        """
+        kept = self._moved(word(number), self.place(element), 0, self.planes[0])
+        if len(self.planes) > 1:
+            low, high = self.planes
+            at = number * self.per_word * high + high * element
+            kept = T.bitwise_or(kept, self._moved(word(self.group * low // 32 + at // 32), at % 32, low, high))
+        one = T.bitwise_or(kept, constant(0x3F800000, BLOCK, "uint32"))
+        return T.reinterpret(f"float32x{BLOCK}", one)
+
+    def _moved(self, word: Any, place: Any, below: int, bits: int) -> Any:
+        """Return the ``bits`` from ``place`` on, ``below`` of an element's bits above its lowest, at their place in the
+        mantissa, and nothing else.
+        """
+        to = 23 - self.bits + below
+        if isinstance(place, int):
+            moved = to - place
+            shift = T.shift_left if moved > 0 else T.shift_right
+            word = shift(word, constant(abs(moved), BLOCK, "uint32")) if moved else word
+        else:
+            turned = splat(T.Cast("uint32", (to + 32 - place) % 32), BLOCK)
+            word = T.call_llvm_pure_intrin(f"uint32x{BLOCK}", "llvm.fshl", word, word, turned)
+        return T.bitwise_and(word, constant(((1 << bits) - 1) << to, BLOCK, "uint32"))
 
     @property
     def mantissa_middle(self) -> float:

@@ -1,0 +1,96 @@
+"""What is left of a matrix in llama.cpp's types, by ggml's own quantizers, and which type llama.cpp gives each matrix.
+
+The quantizers are those of the package libggml-python, importance matrix included; the package gguf restores values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+BLOCK = 256  # values of a block of the types with K
+# Where such a block does not divide a row's length llama.cpp takes these instead (tensor_type_fallback).
+INSTEAD = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@functools.cache
+def library() -> Any:
+    """Return ggml's library; None where the package is not installed."""
+    found = importlib.util.find_spec("libggml")
+    if found is None or not found.submodule_search_locations:
+        return None
+    loaded = ctypes.CDLL(str(Path(next(iter(found.submodule_search_locations))) / "lib64" / "libggml-base.so"))
+    loaded.ggml_quantize_chunk.restype = ctypes.c_size_t
+    loaded.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return loaded
+
+
+def left(weight: np.ndarray, name: str, importance: np.ndarray | None) -> np.ndarray:
+    """Return what a float32 weight [n, k] is worth after ggml's type ``name``; ``importance`` [k].
+
+    Rows that no whole blocks fill are filled up with zeros.
+    """
+    kind = gguf.GGMLQuantizationType[name]
+    n, k = weight.shape
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    padded = -(-k // values) * values
+    rows = np.zeros((n, padded), np.float32)
+    rows[:, :k] = weight
+    counts = np.zeros(padded, np.float32)
+    if importance is not None:
+        counts[:k] = importance
+    made = np.empty((n, padded // values * size), np.uint8)
+    library().ggml_quantize_chunk(
+        int(kind),
+        rows.ctypes.data,
+        made.ctypes.data,
+        0,
+        n,
+        padded,
+        None if importance is None else counts.ctypes.data,
+    )
+    found: np.ndarray = gguf.quants.dequantize(made, kind)[:, :k]
+    return found
+
+
+def bits(name: str) -> float:
+    """Return the bits that a value takes."""
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return 8 * size / values
+
+
+def chosen(mixture: str, tensor: str, kind: str, k: int, layers: int, *, padded: bool) -> str:
+    """Return the type that llama.cpp stores ``tensor`` in, in a file of type ``mixture`` of a llama of ``layers``.
+
+    As llama_tensor_get_type of llama.cpp has it, with an importance matrix; ``padded``: rows are as if whole blocks
+    filled them.
+    """
+    found = re.sub("_[SM]$", "", mixture)
+    layer = int(match[1]) if (match := LAYER.search(tensor)) else 0
+    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    if kind in {"head", "embedding"}:  # a table of its own would have the type of the body
+        found = "Q6_K" if padded or k % BLOCK == 0 else "Q8_0"
+    elif mixture == "Q4_K_M" and more and re.search("v_proj|down_proj", tensor):
+        found = "Q6_K"
+    elif mixture == "Q3_K_M" and "v_proj" in tensor:
+        found = "Q5_K" if layer < 2 else "Q4_K"
+    elif mixture == "Q3_K_M" and "down_proj" in tensor:
+        found = "Q5_K" if layer < layers // 16 else "Q4_K"
+    elif mixture == "Q3_K_M" and "o_proj" in tensor:
+        found = "Q4_K"
+    elif mixture == "Q4_0" and "down_proj" in tensor and layer < layers // 8:
+        found = "Q4_1"
+    return INSTEAD.get(found, found) if k % BLOCK and not padded else found
