@@ -100,7 +100,8 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
             searched = SCHEMES[scheme].scales == "mse"  # may cut off the largest value
             four = 1 - 31 / 50 * 8 / 7 if searched else 1 / 13
             three = 4 / 7 if searched else 1 / 5.9
-                coarse = {2: 4 / 3, 3: three, 4: four, 5: 1 / 15, 6: 1 / 20, 8: 1 / 15 if row.kind == "tensor" else 1 / 100}
+            eight = 1 / 15 if row.kind == "tensor" else 1 / 100
+            coarse = {2: 4 / 3, 3: three, 4: four, 5: 1 / 15, 6: 1 / 20, 8: eight}
             assert np.abs(found - expected).max() < np.abs(expected).max() * coarse[row.bits]
             error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
             assert report[name]["rmse"] == pytest.approx(error, rel=0.05)
