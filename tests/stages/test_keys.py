@@ -19,7 +19,7 @@ from stages.provider import PROVIDER
 ROOT = Path(__file__).parents[2]
 # What makes no artifact: verbs of the domain, what they look with, and the command that runs a finished bundle.
 LOOKERS = [
-    "stages.cli", "stages.runtime.__main__", "stages.provider",
+    "stages.cli", "stages.runtime.__main__", "stages.runtime.server.model", "stages.provider",
     *(found.module for found in (*PROVIDER.verbs.values(), *PROVIDER.lookups.values())),
     *(reference.partition(":")[0] for reference in (*PROVIDER.comparers.values(), *PROVIDER.dissectors.values())),
     *(plot.function.partition(":")[0] for plot in PROVIDER.plots.values()),

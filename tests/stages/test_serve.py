@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import io
 import json
 import os
 import random
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +34,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from stages.runtime.server import app as apps  # noqa: E402
-from stages.runtime.server import requests  # noqa: E402 - needs what may be absent
+from stages.runtime.server import command, requests  # noqa: E402 - needs what may be absent
 from stages.runtime.server.engine import Engine  # noqa: E402
 from stages.runtime.server.tools import STYLES, Reader, Tools  # noqa: E402
 from tests.stages.servers import Served, idle, serve  # noqa: E402
@@ -195,6 +198,7 @@ def test_what_is_no_request_is_refused(served) -> None:
     assert served.post("/v1/chat/completions", b"[" * 50000)[0] == 400
     assert served.post("/v1/chat/completions", b"\xff\xfe")[0] == 400
     assert served.post("/v1/chat/completions", b" " * (1 << 17))[0] == 413
+    assert served.post("/v1/chat/completions", b"{}", **{"Content-Length": str(10**12)})[0] == 413
     assert served.post("/v1/chat/completions", b"{}", **{"Content-Type": "text/plain"})[0] == 415
     assert served.post("/v1/completions", json.dumps({"model": "tiny", "prompt": "\ud800"}).encode())[0] == 400
     assert served.post("/v1/completions", json.dumps({"model": "tiny", "prompt": [10**9]}).encode())[0] == 400
@@ -248,7 +252,13 @@ def test_an_answer_fits_its_schema(served) -> None:
         assert choice.finish_reason == "stop"
         jsonschema.validate(json.loads(choice.message.content), SCHEMA)
     assert len({choice.message.content for choice in answer.choices}) > 1
-    for wrong in ({"type": "objct"}, {"$ref": "#/nowhere"}, "x", {"type": "string", "pattern": "("}):
+    for wrong in (
+        {"type": "objct"},
+        {"$ref": "#/nowhere"},
+        "x",
+        {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+        {"type": "string", "pattern": "("},
+    ):
         form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": wrong}}
         with pytest.raises(openai.BadRequestError, match="response_format"):
             served.client.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
@@ -361,7 +371,8 @@ def test_what_is_said_is_told_from_what_is_called(style, text, said, called) -> 
         assert all(json.loads(call["function"]["arguments"]) in ({}, {"a": 1}) for call in calls)
 
 
-def test_two_hundred_answers_at_once_are_those_alone(served, alone) -> None:
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_answers_at_once_are_those_alone(served, alone, count) -> None:
     """Joins, clients that leave, prompts that begin alike, and pages for a few of them only."""
     engine, rng = served.engine, random.Random(5)  # noqa: S311
     systems = [[rng.randrange(1, 200) for _ in range(length)] for length in (40, 70, 120)]
@@ -380,37 +391,41 @@ def test_two_hundred_answers_at_once_are_those_alone(served, alone) -> None:
 
     said: dict[int, str] = {}
     before = engine.scheduler.cached_tokens
-    prompts = [[*rng.choice(systems), *(rng.randrange(1, 200) for _ in range(rng.randrange(1, 60)))] for _ in range(60)]
-    prompts = [rng.choice(prompts) for _ in range(200)]
+    prompts = [
+        [*rng.choice(systems), *(rng.randrange(1, 200) for _ in range(rng.randrange(1, 60)))] for _ in range(count // 3)
+    ]
+    prompts = [rng.choice(prompts) for _ in range(count)]
     with ThreadPoolExecutor(12) as clients:
-        list(clients.map(ask, range(200), prompts))
+        list(clients.map(ask, range(count), prompts))
     assert idle(engine)
-    assert len(said) == 180
+    assert len(said) == 0.9 * count
     for at, text in said.items():
         prompt = tuple(prompts[at])
         if prompt not in wanted:
             wanted[prompt] = alone(prompts[at], 12)
         assert text == wanted[prompt], at
-    assert engine.scheduler.cached_tokens - before > 5000
+    assert engine.scheduler.cached_tokens - before > 20 * count
     kept = engine.scheduler.prefixes
     held = {page for pages in kept._held.values() for page in pages}
     assert engine.pages - engine._session.free_pages <= len(held) + len(kept._held), "pages that nobody knows of"
 
 
-def test_what_waits_beyond_the_queue_is_refused(recorded) -> None:
+def test_what_waits_beyond_the_queue_is_refused(recorded, monkeypatch) -> None:
     engine = Engine(manifest.read(recorded.bundle), queue=1, sequences=1)
+    refused, step = threading.Event(), engine.scheduler.step
+    monkeypatch.setattr(engine.scheduler, "step", lambda: (refused.wait(60), step())[1])
 
     def asked(there: Served, _: int) -> tuple[int, str | None]:
-        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 200}
         try:
-            answer = there.client.completions.with_raw_response.create(**body)
+            answer = there.client.completions.with_raw_response.create(model="tiny", prompt="x", max_tokens=2)
         except openai.RateLimitError as error:
+            refused.set()
             return error.status_code, error.response.headers["retry-after"]
         return answer.status_code, None
 
     for there in serve(engine):
-        with ThreadPoolExecutor(16) as clients:
-            found = list(clients.map(functools.partial(asked, there), range(16)))
+        with ThreadPoolExecutor(4) as clients:
+            found = list(clients.map(functools.partial(asked, there), range(4)))
         assert {*found} == {(200, None), (429, "1")}
     engine.close()
 
@@ -464,12 +479,12 @@ def test_sigterm_lets_what_streams_end(recorded) -> None:
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
     ],
 )
-def test_what_cannot_be_served_is_said(recorded, options, said) -> None:
-    command = [sys.executable, "-m", "stages.runtime", "serve", str(recorded.bundle), "--port", "0", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_be_served_is_said(recorded, options, said, monkeypatch) -> None:
+    monkeypatch.delenv(command.KEY, raising=False)
+    parser, err = argparse.ArgumentParser(), io.StringIO()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([str(recorded.bundle), "--port", "0", *options]), io.StringIO(), err) == 2
+    assert said in err.getvalue()
 
 
 def test_nothing_that_was_said_is_logged(served) -> None:

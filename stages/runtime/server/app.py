@@ -165,17 +165,18 @@ class _Api:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("the body must be sent as application/json", status=415)
-        data = bytearray()
+        size = int(request.headers.get("content-length", "0"))  # digits, or the request had not come so far
+        data, parts = bytearray(), aiter(request.stream())
         try:
             async with asyncio.timeout(self._limits.sending):
-                async for part in request.stream():
+                while max(size, len(data)) <= self._limits.body and (part := await anext(parts, None)) is not None:
                     data += part
-                    if len(data) > self._limits.body:
-                        raise ApiError(f"the body has more than {self._limits.body:,} bytes", status=413)
         except TimeoutError:
             raise ApiError(f"the body was not sent within {self._limits.sending:g} seconds", status=408) from None
         except ClientDisconnect:
             raise ApiError("the client left", status=499) from None
+        if max(size, len(data)) > self._limits.body:
+            raise ApiError(f"the body has more than {self._limits.body:,} bytes", status=413)
         try:
             return json.loads(data)
         except (ValueError, RecursionError):

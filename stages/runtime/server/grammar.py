@@ -51,6 +51,8 @@ class Grammars:
             else:
                 self._tokens = self._tokens or _tokens(self._tokenizer)
                 matcher = _library().LLMatcher(self._tokens, grammar, log_level=0)
+                if not matcher.is_error():
+                    matcher.compute_bitmask()  # some find only now that no text fits them
                 if matcher.is_error():
                     reason = " ".join(matcher.get_error().split())
                     raise ApiError(f"{where} cannot be used: {reason:.300}", param=where)
