@@ -30,19 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from stagegraph.query.gc import usage
+    from stagegraph.store.leftovers import disk_bytes
 
     with Pipeline(args.file, args.overrides) as pipeline:
         with pipeline.workspace.alone():
             found = usage(pipeline.workspace)
+            disk, copies = disk_bytes(pipeline.workspace)
         sweep = pipeline.gc(dry_run=True)
     rows = _rows(found)
     if args.json:
         entries = [{"what": what, "count": count, "bytes": size} for what, count, size in rows]
-        print_json({"bytes": found.total, "gc_frees": sweep.freed, "entries": entries})
+        sums = {"bytes": found.total, "disk_bytes": disk, "gc_frees": sweep.freed}
+        print_json({**sums, "entries": entries})
         return 0
     cells = [(what, str(count or "-"), size_text(size)) for what, count, size in rows]
     print(table(("what", "files", "size"), cells, flexible=0))
-    print(f"\n{size_text(found.total)} of objects; `pipeline gc` would free {size_text(sweep.freed)}")
+    print(f"\n{size_text(disk)} on disk, {size_text(copies)} of it copies that artifacts/ shows")
+    print(f"{size_text(found.total)} of objects; `pipeline gc` would free {size_text(sweep.freed)}")
     return 0
 
 

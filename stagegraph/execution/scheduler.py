@@ -255,7 +255,8 @@ class Scheduler:
         sandbox, log, prepared = None, None, self._planner.prepared(node)
         try:
             sandbox = Sandbox.create(workspace, decision.key)
-            inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
+            with workspace.index.together():
+                inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
             log = sandbox.open_log(workspace.log_path(decision.key), prepared.secrets)
             worker = self._workers.take(node, prepared.secrets)
         except (OSError, RottenError) as error:

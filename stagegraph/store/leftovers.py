@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
@@ -54,6 +55,35 @@ def _is_free(lock: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def disk_bytes(workspace: Workspace) -> tuple[int, int]:
+    """Return what the kernel counts for ``artifacts/``, and how much of that is not the store: the copies it shows.
+
+    Blocks, those of directories too, of each file once whatever names it has; what a file system shares is counted.
+    """
+    store = str(workspace.root)
+    seen: set[tuple[int, int]] = set()
+    inside = _blocks(store, seen, "")
+    outside = _blocks(str(workspace.artifacts), seen, store)
+    return inside + outside, outside
+
+
+def _blocks(top: str, seen: set[tuple[int, int]], without: str) -> int:
+    total, queue = 0, [top]
+    while queue:
+        folder = queue.pop()
+        with contextlib.suppress(OSError):  # gone meanwhile
+            found = [os.lstat(folder)]
+            for entry in os.scandir(folder):
+                if entry.is_dir(follow_symlinks=False):
+                    queue += [entry.path] if entry.path != without else []
+                else:
+                    found.append(entry.stat(follow_symlinks=False))
+            new = {(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in found}
+            total += sum(size for inode, size in new.items() if inode not in seen)
+            seen |= new.keys()
+    return total
 
 
 def tree_size(path: Path) -> int:

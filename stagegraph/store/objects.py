@@ -21,7 +21,7 @@ from stagegraph.errors import StoreError
 from stagegraph.files import open_regular, remove_tree
 from stagegraph.store.index import Index
 
-HARDLINK_FROM = 16 << 20  # bytes; below that a copy is as cheap and keeps a careless editor away from the object
+HARDLINK_FROM = 256 << 10  # bytes; below that a copy takes next to nothing, and keeps careless editors off the object
 FICLONE = 0x40049409
 
 

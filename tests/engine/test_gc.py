@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
 
 import pytest
 
 from stagegraph import Pipeline
+from stagegraph.store.leftovers import disk_bytes
 from stagegraph.store.pins import Pin, pinned
+from stagegraph.store.workspace import Workspace
 from tests.engine.conftest import Demo
 from tests.engine.test_faults import start, wait_for
 
@@ -208,6 +211,10 @@ def test_du_counts_each_object_once(demo: Demo) -> None:
     entries = {entry["what"]: entry["bytes"] for entry in found["entries"]}
     objects = sum(p.stat().st_size for p in (demo.folder / "artifacts/.stagegraph/objects").rglob("*") if p.is_file())
     assert found["bytes"] == objects
+    told = subprocess.run(["du", "-s", "-B1", "artifacts"], cwd=demo.folder, capture_output=True, text=True, check=True)
+    disk, copies = disk_bytes(Workspace(demo.folder / "artifacts"))
+    assert disk == int(told.stdout.split()[0]) <= found["disk_bytes"]  # which counts what an open index needs
+    assert 0 < copies < disk
     assert sum(size for what, size in entries.items() if not what.startswith(".stagegraph")) == objects
     assert "earlier results" in entries
     assert found["gc_frees"] == 0
