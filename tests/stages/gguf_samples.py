@@ -24,8 +24,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32,
     }}),
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 32, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3", {**GROUPED, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16,
+        "num_hidden_layers": 7, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }}),
     "gptneox": ("GPTNeoX", {**WIDE, "rotary_pct": 0.25, "use_parallel_residual": False}),
 }  # fmt: skip
+CONFIGS = {"gemma3": "Gemma3TextConfig"}
 NAMES = {"llama 3.1": "llama", "mistral": "llama"}
 
 
@@ -36,7 +42,9 @@ def model(case: str) -> Any:
 
     prefix, config = CASES[case]
     torch.manual_seed(0)
-    made = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**config)).eval()
+    made = getattr(transformers, f"{prefix}ForCausalLM")(
+        getattr(transformers, CONFIGS.get(case, f"{prefix}Config"))(**config)
+    ).eval()
     for name, parameter in made.named_parameters():
         if name.endswith("bias") or "norm" in name:  # which are zeros and ones
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -74,6 +82,8 @@ def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> Any:
         rows = tensor.numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             rows = paired(rows, config.num_key_value_heads if "k_proj" in name else config.num_attention_heads)
+        if architecture == "gemma3" and "norm" in name:
+            rows = rows + 1
         if "query_key_value" in name:
             rows = joined(rows, config.num_attention_heads)
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -117,6 +127,7 @@ def blocks(number: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndar
 def metadata(config: Any, architecture: str) -> dict[str, Any]:
     """The architecture's keys, as convert_hf_to_gguf.py writes them."""
     rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
     found: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -137,7 +148,9 @@ def metadata(config: Any, architecture: str) -> dict[str, Any]:
     if rope["rope_type"] == "yarn":
         found["rope.scaling.type"], found["rope.scaling.factor"] = "yarn", rope["factor"]
         found["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-    if config.model_type == "mistral":
+    if rope["rope_type"] == "linear":
+        found["rope.scaling.type"], found["rope.scaling.factor"] = "linear", rope["factor"]
+    if config.model_type in ("mistral", "gemma3_text"):
         found["attention.sliding_window"] = config.sliding_window
     return {f"{architecture}.{key}": value for key, value in found.items()}
 

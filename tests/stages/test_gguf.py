@@ -65,7 +65,7 @@ def test_the_model_is_the_one_that_the_file_was_made_of(case: str, tmp_path: Pat
     families.parse_and_register(tmp_path / "stages", path, "q0f32")
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "gptneox"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3", "gptneox"])
 def test_the_original_is_read_by_others_and_the_same(case: str, tmp_path: Path) -> None:
     import transformers
 

@@ -2,6 +2,7 @@
 
 llama.cpp's converter (convert_hf_to_gguf.py) renames tensors, turns the rows of a Llama's q and k from halves to pairs,
 and those of GPT-NeoX's fused q, k and v from head by head to all q, all k, all v.
+To the weights of Gemma's norms it adds the one that the model adds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Architecture:
     """``model_type`` is transformers' name of it; names of modules, those of a layer behind the prefix ``layers``.
 
     Of modules in ``halves`` the rows of each head were moved from halves to pairs, of those in ``fused`` from head by
-    head to all q, all k, all v.
+    head to all q, all k, all v. The file's norms are greater by ``norms_plus``.
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Architecture:
     layer: Mapping[str, str]
     halves: Sequence[str] = ()
     fused: Sequence[str] = ()
+    norms_plus: float = 0.0
 
     def name(self, stored: str) -> str:
         """Return the checkpoint's name of what the file calls ``stored``, empty if it has none."""
@@ -50,6 +52,10 @@ class Architecture:
             return [count, rows // count // 2, 2, 1]
         return [1, 3, heads, rows // heads // 3] if module in self.fused else []
 
+    def added(self, stored: str) -> float:
+        """Return by how much the file's values are greater than the checkpoint's."""
+        return self.norms_plus if stored.endswith("norm.weight") else 0.0
+
 
 _DECODER_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _DECODER = {
@@ -65,12 +71,18 @@ _DECODER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA = _DECODER | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _LLAMA = Architecture("llama", _DECODER_TOP, "model.layers", _DECODER, halves=("attn_q", "attn_k"))
 # general.architecture -> what it is; Mistral's models are llama there too.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": _LLAMA,
     "qwen2": Architecture("qwen2", _DECODER_TOP, "model.layers", _DECODER),
     "qwen3": Architecture("qwen3", _DECODER_TOP, "model.layers", _DECODER),
+    "gemma3": Architecture("gemma3_text", _DECODER_TOP, "model.layers", _GEMMA, norms_plus=1.0),
     "gptneox": Architecture(
         "gpt_neox",
         {"token_embd": "gpt_neox.embed_in", "output_norm": "gpt_neox.final_layer_norm", "output": "embed_out"},

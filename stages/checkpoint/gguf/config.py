@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 ARCHITECTURE = "general.architecture"
 # Keys of an architecture that make another model of it if they are more than zero.
 UNBUILT = ("expert_count", "attention.clamp_kqv", "attention.max_alibi_bias", "logit_scale", "embedding_scale")
+GEMMA3_ACTIVATION, GEMMA3_PERIOD, GEMMA3_NEAR_THETA, GEMMA3_27B_LAYERS = "gelu_pytorch_tanh", 6, 10_000.0, 62
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }
 
@@ -60,8 +62,8 @@ def config(contents: Contents, factors: Sequence[float] = ()) -> dict[str, Any]:
     :class:`ConfigError` lists what is missing or says a model that is not built.
     """
     read = _Metadata(contents, architecture(contents).model_type)
-    found = read.neox() if read.model_type == "gpt_neox" else read.decoder()
-    found |= read.shared(factors)
+    own = {"gpt_neox": read.neox, "gemma3_text": read.gemma3}.get(read.model_type, read.decoder)()
+    found = own | read.shared(factors)
     if read.problems:
         raise ConfigError(*capped(read.problems))
     return found
@@ -167,6 +169,24 @@ class _Metadata:
             }
         return found
 
+    def gemma3(self) -> dict[str, Any]:
+        """Return what Gemma 3 has; what files leave out is llama.cpp's for all of them (gemma3.cpp)."""
+        found = self.decoder()
+        found["hidden_activation"] = GEMMA3_ACTIVATION
+        del found["hidden_act"]
+        layers, heads = self.integer("block_count"), self.integer("attention.head_count")
+        # The largest one divides by what a head would have if all of them had the hidden width together.
+        scalar = self.integer("embedding_length") // heads if layers == GEMMA3_27B_LAYERS else found["head_dim"]
+        kinds = ["sliding_attention"] * (GEMMA3_PERIOD - 1) + ["full_attention"]
+        found |= {
+            "query_pre_attn_scalar": scalar,
+            "sliding_window": self.integer("attention.sliding_window"),
+            "layer_types": [kinds[layer % GEMMA3_PERIOD] for layer in range(layers)],
+        }
+        if self.get("final_logit_softcapping"):
+            found["final_logit_softcapping"] = self.number("final_logit_softcapping")
+        return found
+
     def neox(self) -> dict[str, Any]:
         """Return what GPT-NeoX has."""
         return {
@@ -210,6 +230,9 @@ class _Metadata:
                 "attention_factor": 1.0,
                 "original_max_position_embeddings": self.integer("context_length"),
             }
+        if self.model_type == "gemma3_text":
+            near = {"rope_type": "default", "rope_theta": self.number("rope.freq_base_swa", GEMMA3_NEAR_THETA)}
+            return {"rope_parameters": {"full_attention": found, "sliding_attention": near}}
         return {"rope_parameters": found}
 
 

@@ -58,7 +58,12 @@ def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
             "form": "ggml",
             "called": stored.type,
             "parts": {"data": part},
-            "settings": {"type": stored.type, "shape": [*stored.shape], "moved": moved},
+            "settings": {
+                "type": stored.type,
+                "shape": [*stored.shape],
+                "moved": moved,
+                "added": known.added(tensor),
+            },
         }
         info = TensorInfo(PLAIN.get(stored.type, "F32"), stored.shape, stored.offset)
         found[named] = info, packed  # type: ignore[assignment]
@@ -66,7 +71,7 @@ def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
 
 
 def rows(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
-    """Return rows of a tensor in the checkpoint's order."""
+    """Return rows of a tensor in the checkpoint's order, less what the converter has added."""
     shape, wanted = settings["shape"], _order(tuple(settings["moved"]), settings["shape"][0])
     if wanted is None:
         data = parts.rows("data", start, stop)
@@ -76,7 +81,8 @@ def rows(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np
         # The rows of a head are together; those of fused matrices are all over it, which is then read at once.
         near = last - first <= 2 * len(taken)
         data = parts.rows("data", first, last)[taken - first] if near else parts.whole("data")[taken]
-    return dequantized(data, settings["type"]).reshape(stop - start, *shape[1:])
+    values = dequantized(data, settings["type"]).reshape(stop - start, *shape[1:])
+    return values - values.dtype.type(settings["added"]) if settings["added"] else values
 
 
 def dequantized(data: np.ndarray, kind: str) -> np.ndarray:
