@@ -151,6 +151,8 @@ class Pipeline(Project):
             ended = True
         finally:
             outcomes = tuple(scheduler.outcomes.values())
+            for outcome in outcomes:
+                outcome.began = round(outcome.began - began, 3) if outcome.began else 0.0
             run = Run(outcomes, round(time.monotonic() - began, 3))
             if any(outcome.reason for outcome in outcomes):  # a run that had nothing to do is not recorded
                 from stagegraph.query.history import journal_entry

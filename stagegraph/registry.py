@@ -104,6 +104,8 @@ class Provider:
     # (recall, digest before, path now) -> text or None.
     dissectors: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
+    # Stage -> what ``report`` draws of its result: the function takes the document and returns figures with SVG.
+    charts: Mapping[str, Plot] = field(default_factory=dict)
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)  # by stage
     # Scheme of a URL that a source may be -> the module that brings its files (:mod:`stagegraph.planning.urls`).
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -46,11 +46,11 @@ class Calibrate(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name what runs the model and what it runs on: sums may come out otherwise on another processor."""
-        from stages.checkpoint.gguf import container
+        from stages.checkpoint.gguf import is_named
         from stages.targets import processor
 
         names = ["torch", "transformers", "numpy", "tokenizers"]
-        names += ["gguf"] if container.is_named(params.checkpoint) else []
+        names += ["gguf"] if is_named(params.checkpoint) else []
         return {**dist_versions(*names), "processor": processor.host_cpu()}
 
     def run(self, ctx: Context) -> None:

@@ -65,5 +65,9 @@ PROVIDER = Provider(
         ),
     },
     sources={"hf": "stages.checkpoint.hub"},
+    charts={
+        "quantize": Plot("report.json", "stages.inspection.charts:stored"),
+        "verify": Plot("verify.json", "stages.inspection.charts:divergence"),
+    },
     plots={"quantize": Plot("report.json", "stages.inspection.error_plot:draw")},
 )  # fmt: skip

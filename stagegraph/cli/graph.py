@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import html
 from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import add_file, add_json, print_json
+from stagegraph.cli.drawing import draw_graph
 from stagegraph.project import Project
 
 if TYPE_CHECKING:
@@ -17,14 +17,12 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Dag
 
 EXAMPLE = "pipeline graph --entries --format svg > dag.svg"
-BOX, GAP, HEIGHT = 30, 60, 44  # pixels of the SVG: height of a box, between columns, from row to row
-LETTER = 7.3  # pixels, about, of one in a 12 pixel monospace font
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
-    parser.add_argument("--format", choices=tuple(FORMATS), default="ascii", help="default: ascii")
+    parser.add_argument("--format", choices=(*FORMATS, "svg"), default="ascii", help="default: ascii")
     parser.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
     add_json(parser)
 
@@ -37,12 +35,16 @@ def run(args: argparse.Namespace) -> int:
         nodes = [{"node": n.name, "stage": n.stage.id, "reads": [u.name for u in n.upstream]} for n in dag.nodes]
         print_json({"pipeline": dag.pipeline.name, "nodes": nodes})
         return 0
-    reduced = _reduced(dag, by_entry=args.entries)
-    print(FORMATS[args.format](reduced))
+    reduced = reduced_graph(dag, by_entry=args.entries)
+    if args.format == "svg":
+        print(draw_graph(reduced, {}, f"the graph of {dag.pipeline.name}"))
+    else:
+        print(FORMATS[args.format](reduced))
     return 0
 
 
-def _reduced(dag: Dag, *, by_entry: bool) -> nx.DiGraph[str]:
+def reduced_graph(dag: Dag, *, by_entry: bool) -> nx.DiGraph[str]:
+    """Return the graph of nodes, or of entries, without the edges that others imply."""
     import networkx as nx
 
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -117,31 +119,4 @@ def _dot(graph: nx.DiGraph[str]) -> str:
     )
 
 
-def _svg(graph: nx.DiGraph[str]) -> str:
-    """Lay the nodes out in columns by depth, each node beside what it follows."""
-    import networkx as nx
-
-    columns = [sorted(layer) for layer in nx.topological_generations(graph)]
-    at: dict[str, tuple[float, float, float]] = {}  # node -> left, middle, width
-    left = 10.0
-    for column in columns:
-        row = {name: [at[u][1] for u in graph.predecessors(name)] for name in column}
-        column.sort(key=lambda name: (sum(row[name]) / len(row[name]) if row[name] else 0.0, name))
-        width = max(len(name) for name in column) * LETTER + 20
-        for i, name in enumerate(column):
-            at[name] = left, 10 + HEIGHT * i + BOX / 2, width
-        left += width + GAP
-    size = f'width="{left - GAP + 10:.0f}" height="{HEIGHT * max(map(len, columns)) + 10}"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="monospace" font-size="12">']
-    for a, b in graph.edges:
-        x, y, end = at[a][0] + at[a][2], at[a][1], at[b][0]
-        bend = f"C {x + GAP / 2:.0f} {y:.0f}, {end - GAP / 2:.0f} {at[b][1]:.0f}, {end:.0f} {at[b][1]:.0f}"
-        lines.append(f'<path d="M {x:.0f} {y:.0f} {bend}" fill="none" stroke="#888"/>')
-    for name, (x, y, width) in at.items():
-        box = f'x="{x:.0f}" y="{y - BOX / 2:.0f}" width="{width:.0f}" height="{BOX}"'
-        lines.append(f'<rect {box} rx="5" fill="#eef3fa" stroke="#456"/>')
-        lines.append(f'<text x="{x + 10:.0f}" y="{y + 4:.0f}">{html.escape(name)}</text>')
-    return "\n".join([*lines, "</svg>"])
-
-
-FORMATS = {"ascii": _ascii, "mermaid": _mermaid, "dot": _dot, "svg": _svg}
+FORMATS = {"ascii": _ascii, "mermaid": _mermaid, "dot": _dot}

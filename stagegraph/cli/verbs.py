@@ -22,6 +22,7 @@ OWN = {
     "graph": Verb("stagegraph.cli.graph", "draw the DAG as text, Mermaid, Graphviz dot or SVG"),
     "show": Verb("stagegraph.cli.show", "look at outputs, views, parameters and cost, now or as of a run"),
     "compare": Verb("stagegraph.cli.compare", "put results of one kind side by side: a table, a picture"),
+    "report": Verb("stagegraph.cli.report", "write one page of it all: graph, times, results, logs"),
     "diff": Verb("stagegraph.cli.diff", "say what differs between two results, runs or pipelines"),
     "lineage": Verb("stagegraph.cli.lineage", "follow a file back to its sources, parameters, code and tools"),
     "pull": Verb("stagegraph.cli.pull", "take results that the remotes have, and run nothing"),

@@ -23,6 +23,7 @@ class Outcome:
     key: str = ""
     record: Record | None = None
     seconds: float = 0.0
+    began: float = 0.0  # seconds after the run, of what was executed
     problems: tuple[str, ...] = ()
     log: Path | None = None
     kept: Path | None = None

@@ -74,7 +74,8 @@ class Results:
         reason = decision.reason
         if reason == "forced" and previous is not None:
             reason = "forced; the result is identical" if same else "forced; the result differs"
-        outcome = Outcome(decision.node, UNCHANGED if same else BUILT, reason, decision.key, record, record["seconds"])
+        kind = UNCHANGED if same else BUILT
+        outcome = Outcome(decision.node, kind, reason, decision.key, record, record["seconds"], running.began)
         outcome.log, outcome.reasons = running.log.path, decision.reasons
         self._show(outcome, new=True)
         return outcome
@@ -86,7 +87,7 @@ class Results:
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
         outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
-        outcome.seconds = round(time.monotonic() - running.began, 3)
+        outcome.seconds, outcome.began = round(time.monotonic() - running.began, 3), running.began
         outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log.path, kept, bug, decision.reasons
         return outcome
 

@@ -55,7 +55,11 @@ def journal_entry(
 
 def _node_entry(outcome: Outcome) -> dict[str, Any]:
     result = result_digest(outcome.record) if outcome.record else ""
-    return outcome_document(outcome) | {"stage": outcome.node.stage.id, "result": result}
+    return outcome_document(outcome) | {
+        "stage": outcome.node.stage.id,
+        "result": result,
+        "began": outcome.began,
+    }
 
 
 def outcome_document(outcome: Outcome) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def test_help_fits_a_screen(verb: str, monkeypatch) -> None:
     lines = verbs.build_parser(verb).format_help().splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) <= (
-        33 if verb in {"generate", "chat", "run"} else 25
+        33 if verb in {"generate", "chat", "run", "serve"} else 25
     )  # how to pick tokens, whom to believe, what to run
     assert lines[-1].startswith("example: ")
 
@@ -113,7 +113,7 @@ def test_quiet_prints_problems_only(demo: Demo) -> None:
 LOOKS = [
     ["run"], ["run", "--dry-run"], ["status"], ["explain", "join"], ["show", "join"], ["runs"], ["lineage", "join"],
     ["diff", "join@~1", "join"], ["diff", "@~1", "@~0"], ["du"], ["gc", "--dry-run"], ["fsck"], ["graph"],
-    ["log", "shape"],
+    ["log", "shape"], ["params"],
 ]  # fmt: skip
 
 

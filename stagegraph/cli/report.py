@@ -1,0 +1,38 @@
+"""``pipeline report``: one page to read, print and send, that needs nothing else: HTML without a script."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, shown
+from stagegraph.errors import PlanError
+
+EXAMPLE = "pipeline report -o report.html"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
+    )
+    parser.add_argument(
+        "--run", metavar="RUN", help="the run on the line of time: digits of its id, or @~N (default: last)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    from stagegraph.cli.report_page import page
+    from stagegraph.query.overview import overview
+
+    with Pipeline(args.file, args.overrides) as pipeline:
+        text = page(pipeline, overview(pipeline, args.run))
+    try:
+        args.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"{args.output}: {error.strerror}; name a file that can be written") from None
+    print(f"wrote {shown(args.output)}")
+    return 0

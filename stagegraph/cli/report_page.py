@@ -1,0 +1,212 @@
+"""The page of ``pipeline report``: verdicts first, then the graph, the last run, comparisons, each node, past runs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.cli.drawing import STATES, Bar, Box, draw_graph, draw_timeline
+from stagegraph.cli.graph import reduced_graph
+from stagegraph.cli.streams import visible
+from stagegraph.files import dotted, typed
+from stagegraph.planning.changes import show
+from stagegraph.store.journal import EXECUTED, FAILED
+from stagegraph.store.record import parts_text, record_size
+
+if TYPE_CHECKING:
+    from stagegraph.api import Pipeline
+    from stagegraph.query.history import PastRun
+    from stagegraph.query.overview import Entry, Overview
+    from stagegraph.store.record import Record
+
+STYLE = Path(__file__).with_name("report.css")
+MOST_BOXES = 60  # nodes that the graph shows one by one; of more it shows entries
+RUNS = 20
+MEANINGS = {"RESERVED": "with a reservation", "HIT": "up to date", "NEVER": "never built"}
+
+
+def page(pipeline: Pipeline, found: Overview) -> str:
+    """Return the page."""
+    parts = [
+        f"<h1>{escape(found.name)}</h1>",
+        f'<p class="lead">{_lead(pipeline, found)}</p>',
+        _verdicts(found.entries),
+        "<h2>The pipeline</h2>",
+        f'<div class="wide">{_graph(pipeline, found)}</div>',
+        _legend(entry.status for entry in found.entries),
+    ]
+    if found.run:
+        parts += [_run_title(found.run), _timeline(found, found.run)]
+    for stage, text in found.compared.items():
+        parts += [f"<h2>{escape(stage)}: side by side</h2>", markdown(text)]
+    parts += ["<h2>Nodes</h2>", *map(_node, found.entries)]
+    if found.runs:
+        parts += ["<h2>Runs</h2>", _runs(found.runs)]
+    style = STYLE.read_text(encoding="utf-8")
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(found.name)}</title>'
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _lead(pipeline: Pipeline, found: Overview) -> str:
+    file, now = pipeline.dag.pipeline.file.name, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    counts = {status: found.count(status) for status in dict.fromkeys(entry.status for entry in found.entries)}
+    told = ", ".join(f"{n} {MEANINGS.get(status, status.lower())}" for status, n in counts.items())
+    return escape(f"{file}, {len(found.entries)} nodes: {told}. As of {now}.")
+
+
+def _verdicts(entries: Sequence[Entry]) -> str:
+    """Return what those say that attest others, and what failed: a reader's first question."""
+    lines = []
+    for entry in entries:
+        attests = any(out.attests for out in entry.node.stage.outputs.values())
+        if not attests and entry.status != FAILED:
+            continue
+        said = entry.record["summary"] if entry.record else ""
+        text = (
+            "it failed when it ran last" if entry.status == FAILED else "; ".join(entry.reasons) or said
+        ) or "not run"
+        state = entry.status if entry.status in {"HIT", "RESERVED", FAILED} else ""
+        lines.append(f'<li class="{state}"><code>{escape(entry.node.name)}</code> {escape(visible(text))}</li>')
+    return f'<ul class="verdicts">{"".join(lines)}</ul>' if lines else ""
+
+
+def _graph(pipeline: Pipeline, found: Overview) -> str:
+    by_entry = len(found.entries) > MOST_BOXES
+    graph = reduced_graph(pipeline.dag, by_entry=by_entry)
+    boxes: dict[str, Box] = {}
+    if by_entry:
+        for name in graph:
+            of_it = [entry for entry in found.entries if entry.node.spec.entry == name]
+            worst = max((entry.status for entry in of_it), key=[*STATES].index)
+            boxes[name] = Box(worst, f"{len(of_it)} nodes")
+    else:
+        for entry in found.entries:
+            took = seconds_text(entry.record["seconds"]) if entry.record else "-"
+            boxes[entry.node.name] = Box(entry.status, f"{MEANINGS.get(entry.status, entry.status.lower())}, {took}")
+    return draw_graph(graph, boxes, f"the graph of {found.name}")
+
+
+def _legend(statuses: Iterable[str]) -> str:
+    return f'<p class="legend">{" ".join(_state(status) for status in dict.fromkeys(statuses))}</p>'
+
+
+def _state(status: str) -> str:
+    fill, line = STATES.get(status, ("#ededed", "#777"))
+    text = escape(MEANINGS.get(status, status.lower()))
+    return f'<span class="state" style="background:{fill};color:{line}">{text}</span>'
+
+
+def _run_title(run: PastRun) -> str:
+    ran = f"{run.count(*EXECUTED)} nodes ran in {seconds_text(run.seconds)}"
+    return f"<h2>Run {run.id[:8]}, {escape(run.started)}: {run.state}; {ran}</h2>"
+
+
+def _timeline(found: Overview, run: PastRun) -> str:
+    bars = [
+        Bar(n["node"], n["began"], n["seconds"], n["outcome"], n["node"] in found.critical)
+        for n in run.nodes
+        if n["outcome"] in EXECUTED | {FAILED} and "began" in n  # earlier versions did not keep it
+    ]
+    if not bars:
+        return ""
+    drawn = draw_timeline(bars, f"run {run.id[:8]} on a line of time")
+    legend = "outlined: the nodes that the run waited for (the critical path)"
+    return f'<div class="wide">{drawn}</div><p class="legend">{legend}</p>'
+
+
+def _node(entry: Entry) -> str:
+    record = entry.record
+    what = record["summary"] if record and entry.status in {"HIT", "RESERVED"} else "; ".join(entry.reasons)
+    cost = f"{seconds_text(record['seconds'])}, {size_text(record_size(record))}" if record else "-"
+    head = (
+        f'{_state(entry.status)}<span class="name">{escape(entry.node.name)}</span>'
+        f'<span class="what">{escape(visible(what))}</span><span class="cost">{cost}</span>'
+    )
+    body = "".join(_body(entry, record)) if record else "<p>It has no result yet.</p>"
+    opened = " open" if entry.status == FAILED else ""
+    log = f"<h4>Log</h4><pre>{escape(visible(entry.log))}</pre>" if entry.log.strip() else ""
+    begin = f'<details class="node" id="{escape(dotted(entry.node.name))}"{opened}>'
+    return f"{begin}<summary>{head}</summary><div>{body}{log}</div></details>"
+
+
+def _body(entry: Entry, record: Record) -> Iterator[str]:
+    document, name = record["document"], typed(entry.node.name)
+    cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
+    made = f"{record['started']} on {record['host']}: {cost}"
+    rows = [("key", record["key"]), ("built", made)]
+    rows += [(f"parameter {key}", show(value)) for key, value in document["params"].items()]
+    rows += [(f"reads {port}", ", ".join(n.name for n in nodes)) for port, nodes in entry.node.inputs.items()]
+    rows += [("source " + key, f"{len(value)} files") for key, value in document.get("sources", {}).items()]
+    rows += [("tool " + key, str(value)) for key, value in document["tools"].items()]
+    rows += [("memoised", parts_text(record))] if record["parts"] else []
+    yield _table(("", ""), rows)
+    yield "".join(f"<p>warning: {escape(visible(warning))}</p>" for warning in record["warnings"])
+    yield entry.charts
+    files = [
+        (n, size_text(size), digest[:16])
+        for out in record["outputs"].values()
+        for n, (digest, size) in out["files"].items()
+    ]
+    yield "<h4>Outputs</h4>" + _table(("file", "size", "digest"), files[:RUNS])
+    yield f"<p>and {len(files) - RUNS} more files</p>" if len(files) > RUNS else ""
+    for view, text in entry.views.items():
+        if not view.endswith(".json"):
+            yield f"<h4>{escape(view)}</h4>"
+            yield markdown(text) if text else f"<p><code>pipeline show {escape(name)} --view {escape(view)}</code></p>"
+
+
+def _runs(runs: Sequence[PastRun]) -> str:
+    rows = [
+        (
+            run.id[:8],
+            run.started,
+            run.state,
+            str(run.count(*EXECUTED)),
+            seconds_text(run.seconds),
+            " ".join(run.command),
+        )
+        for run in reversed(runs[-RUNS:])
+    ]
+    return _table(("run", "started", "state", "ran", "time", "command"), rows)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        classes = [' class="right"' if i in right else "" for i in range(len(cells))]
+        return (
+            "<tr>"
+            + "".join(f"<{tag}{c}>{escape(visible(t))}</{tag}>" for c, t in zip(classes, cells, strict=True))
+            + "</tr>"
+        )
+
+    head = line(header, "th") if any(header) else ""
+    return f'<div class="scroll"><table>{head}{"".join(line(row, "td") for row in rows)}</table></div>'
+
+
+def markdown(text: str) -> str:
+    """Return a view as HTML: its tables and headings as such, all else as it is written."""
+    parts: list[str] = []
+    for block in re.split(r"((?:^\|.*\|[ ]*$\n?)+|^#+ .*$\n?)", text, flags=re.MULTILINE):
+        if block.startswith("|"):
+            lines = [
+                [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", row)[1:-1]] for row in block.splitlines()
+            ]
+            header, rule, *rows = lines if len(lines) > 1 else [*lines, []]
+            right = frozenset(i for i, dashes in enumerate(rule) if dashes.endswith(":"))
+            parts.append(_table(header, [(row + [""] * len(header))[: len(header)] for row in rows], right))
+        elif block.startswith("#"):
+            parts.append(f"<h4>{escape(visible(block.lstrip('# ').strip()))}</h4>")
+        elif block.strip():
+            parts.append(f"<pre>{escape(visible(block.strip()))}</pre>")
+    return "".join(parts)

@@ -1,0 +1,155 @@
+"""The one page of a pipeline, and its pictures: whole, self-contained, and nothing in it that a stage could forge."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import networkx as nx
+import pytest
+
+from stagegraph.cli.drawing import Bar, Box, draw_graph, draw_timeline, layers, place
+from stagegraph.cli.report_page import markdown
+from tests.engine.conftest import Demo
+
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """Reads a page; every element that is opened must be closed in its turn."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.add(tag)
+        self.links += [str(found[name]) for name in ("src", "href", "onload", "onclick") if name in found]
+        if tag == "details":
+            self.ids.append(str(found["id"]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def report(demo: Demo, *argv: str) -> tuple[str, Page]:
+    done = demo("report", str(demo.pipeline), "-o", str(demo.folder / "r.html"), *argv)
+    assert done.code == 0, done.err
+    text = (demo.folder / "r.html").read_text()
+    return text, Page(text)
+
+
+def test_the_page_has_every_node_and_needs_nothing_else(demo: Demo) -> None:
+    assert demo.run().code == 0
+    text, page = report(demo)
+    assert page.ids == ["read", "shape.line", "shape.column", "join"]
+    assert page.links == []
+    assert "script" not in page.tags
+    assert "url(" not in re.sub(r"url\(#arrow\)", "", text)
+    for said in ("4 up to date", "3 words", "parameter glue", "read was here", "a page"):
+        assert said in text, said
+    assert "4 nodes ran" in text
+    assert text.count("#c2410c") == 3  # read, one of the shapes, join: what the run waited for
+
+
+def test_before_and_after_failures_it_says_so_first(demo: Demo) -> None:
+    text, page = report(demo)
+    assert "1 never built, 3 unknown" in text
+    assert len(page.ids) == 4
+    demo.source.write_text("FAIL <script>alert(1)</script>")
+    assert demo.run().code == 1
+    text, page = report(demo)
+    assert "script" not in page.tags
+    assert '<li class="FAILED"><code>read</code> it failed when it ran last</li>' in text
+    assert '<details class="node" id="read" open>' in text
+
+
+def test_what_a_stage_says_stays_text(demo: Demo) -> None:
+    demo.edit("read", '"a page\\n"', '"<b>x</b>\\n| a | b |\\n|---|--:|\\n| <i> | 1 |\\n"')
+    demo.edit("read", 'f"{len(text.split())} words"', '"<img src=x onerror=1>"')
+    assert demo.run().code == 0
+    text, page = report(demo)
+    assert not {"b", "i", "img"} & page.tags
+    assert '<td class="right">1</td>' in text
+
+
+def test_a_run_is_chosen_and_a_file_that_cannot_be_written_is_said(demo: Demo) -> None:
+    demo.run()
+    demo.run("--set", "glue=+")
+    assert "1 nodes ran" in report(demo)[0]
+    assert "4 nodes ran" in report(demo, "--run", "@~1")[0]
+    done = demo("report", str(demo.pipeline), "-o", str(demo.folder / "no" / "r.html"))
+    assert done.code == 2
+    assert "name a file that can be written" in done.err
+
+
+def test_many_nodes_are_drawn_by_entry(demo: Demo) -> None:
+    values = ", ".join(str(i) for i in range(70))
+    demo.pipeline.write_text(demo.pipeline.read_text().replace("join: {", f"join: {{foreach: {{n: [{values}]}}, "))
+    text, page = report(demo)
+    assert len(page.ids) == 73
+    assert "70 nodes" in text
+
+
+def test_layers_put_nodes_beside_their_neighbours() -> None:
+    graph: nx.DiGraph[str] = nx.DiGraph([("a", "y"), ("b", "x"), ("c", "w"), ("y", "1"), ("x", "2"), ("w", "3")])
+    found = layers(graph)
+    crossings = 0
+    for left, right in itertools.pairwise(found):
+        at = [(left.index(a), right.index(b)) for a, b in graph.edges if a in left and b in right]
+        crossings += sum(p[0] < q[0] and p[1] > q[1] for p in at for q in at)
+    assert crossings == 0
+
+
+def test_pictures_are_svg_with_titles_and_fitting_labels() -> None:
+    graph: nx.DiGraph[str] = nx.DiGraph([("read<", "shape[line]")])
+    picture = ElementTree.fromstring(draw_graph(graph, {"read<": Box("FAILED", "a note")}, "a & b"))  # noqa: S314 - ours
+    space = "{http://www.w3.org/2000/svg}"
+    assert picture.find(f"{space}title").text == "a & b"  # type: ignore[union-attr]
+    width, height = map(float, picture.attrib["viewBox"].split()[2:])
+    for box in picture.iter(f"{space}rect"):
+        assert float(box.attrib["x"]) + float(box.attrib["width"]) <= width
+        assert float(box.attrib["y"]) + float(box.attrib["height"]) <= height
+    assert len(list(picture.iter(f"{space}marker"))) == 1
+    bars = [Bar("a", 0, 2, "BUILT", critical=True), Bar("b", 1, 2, "FAILED", critical=False)]
+    ElementTree.fromstring(draw_timeline(bars, "x"))  # noqa: S314 - ours
+    ElementTree.fromstring(draw_timeline([], "x"))  # noqa: S314 - ours
+
+
+@pytest.mark.parametrize(
+    ("times", "lanes"),
+    [([(0, 2), (2, 1)], [0, 0]), ([(0, 2), (1, 2), (2.5, 1)], [0, 1, 0]), ([(0, 1), (0, 1), (0, 1)], [0, 1, 2])],
+)
+def test_nodes_that_ran_beside_others_have_lanes_of_their_own(
+    times: list[tuple[float, float]], lanes: list[int]
+) -> None:
+    bars = [Bar(str(i), began, seconds, "BUILT", critical=False) for i, (began, seconds) in enumerate(times)]
+    assert list(place(bars).values()) == lanes
+
+
+def test_markdown_is_tables_headings_and_text() -> None:
+    page = markdown("# A <b>\n\n| x | y |\n|---|---:|\n| 1 \\| 2 | 3 |\n\nrest & more\n")
+    assert page.startswith("<h4>A &lt;b&gt;</h4>")
+    assert "<td>1 | 2</td>" in page
+    assert page.endswith("<pre>rest &amp; more</pre>")
+
+
+def test_graph_in_svg_is_a_picture(demo: Demo) -> None:
+    picture = demo("graph", str(demo.pipeline), "--format", "svg").out
+    assert "<title>the graph of demo</title>" in picture
+    ElementTree.fromstring(picture)  # noqa: S314 - ours
+    assert Path(demo.folder / "artifacts").exists() is False
