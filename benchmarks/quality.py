@@ -209,10 +209,10 @@ class Measured:
         self, checkpoint: Path, files: dict[str, Path], described: Path, work: Path
     ) -> dict[str, np.ndarray]:
         """Return what calibrate finds on its samples, by the names of the model's parameters."""
-        from stages.calibration import corpus, moments
+        from stages.calibration import asking, moments
         from stages.verification.original import Request
 
-        pieces = ids_of(checkpoint, corpus.DEFAULT, CALIBRATED, 512)
+        pieces = ids_of(checkpoint, asking.DEFAULT, CALIBRATED, 512)
         found = moments.compute(Request(checkpoint, files, described, pieces, 0, work), lambda *_: None)
         names = moments.names_of(self._model, self._mapped.tensors)
         return {

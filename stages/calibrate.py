@@ -11,9 +11,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from stagegraph.stage import Context
-    from stages.verification.probes import Probes
-
-WINDOW = 512  # tokens of a piece: longer ones teach no more, and attention takes the square of it
 
 
 class Calibrate(Stage):
@@ -46,11 +43,11 @@ class Calibrate(Stage):
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name what runs the model and what it runs on: sums may come out otherwise on another processor."""
-        from stages.checkpoint.gguf import is_named
+        from stages.checkpoint import gguf
         from stages.targets import processor
 
         names = ["torch", "transformers", "numpy", "tokenizers"]
-        names += ["gguf"] if is_named(params.checkpoint) else []
+        names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         return {**dist_versions(*names), "processor": processor.host_cpu()}
 
     def run(self, ctx: Context) -> None:
@@ -61,51 +58,24 @@ class Calibrate(Stage):
 
         import numpy as np
 
-        from stages.calibration import moments
-        from stages.runtime.errors import BundleError
-        from stages.verification import apart, original
-        from stages.verification.checkpoint_files import checkpoint_files
-        from stages.verification.probes import CorpusError
+        from stages.calibration import asking, moments
+        from stages.verification.probes import CorpusError, one_file
 
-        if "absent" in dist_versions("torch", "transformers").values():
-            raise StageError(
-                "calibrate runs the original model, which takes torch: install the extra verify "
-                "(pip install 'stagegraph[verify]'), or quantize without it, with scales: mse"
-            )
-        checkpoint = ctx.source("checkpoint")
+        checkpoint, own = ctx.source("checkpoint"), ctx.params.corpus
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
-            root, files = checkpoint_files(checkpoint.root, checkpoint.files, Path(folder))
             try:
-                probes = _probes(ctx)
-                asked = original.Request(root, files, ctx.input("config"), probes.pieces, 0, Path(folder))
-                instead = "quantize with scales: mse to go without calibration"
-                found = apart.call(moments.__name__, asdict(asked), ctx.progress, instead)
-            except (apart.LiveError, CorpusError, BundleError) as error:
+                found = asking.Original(
+                    checkpoint.root,
+                    checkpoint.files,
+                    ctx.input("config"),
+                    ctx.input("tokenizer"),
+                    one_file(own, ctx.source("corpus").files) if own else asking.DEFAULT,
+                    ctx.params.tokens,
+                    Path(folder),
+                ).ask(moments.__name__, asdict, ctx.progress, "quantize with scales: mse")
+            except (asking.AskingError, CorpusError) as error:
                 raise StageError(*error.problems) from None
             made = Path(folder) / "importance.npz"
             np.savez(made, **found)  # type: ignore[arg-type]
             shutil.move(made, ctx.out / "importance.npz")
-        ctx.summary(f"{len(found)} matrices on {sum(map(len, probes.pieces)):,} tokens")
-
-
-def _probes(ctx: Context) -> Probes:
-    """Return the sample text as ids."""
-    import json
-
-    from stages.calibration.corpus import DEFAULT
-    from stages.runtime.folder import Folder
-    from stages.runtime.tokenizer import BundleTokenizer
-    from stages.verification import probes
-
-    corpus = probes.one_file(ctx.params.corpus, ctx.source("corpus").files) if ctx.params.corpus else DEFAULT
-    folder = Folder(ctx.input("tokenizer"))
-    tokenizer = BundleTokenizer(folder)
-    window = min(WINDOW, json.loads(ctx.input("config").read_bytes())["context_window"])
-    return probes.of(
-        corpus,
-        ctx.params.tokens,
-        window=window,
-        prefix=tokenizer.prefix,
-        encode=tokenizer.encode,
-        chat=lambda messages: probes.conversation(messages, tokenizer, folder, tokenizer.encode),
-    )
+        ctx.summary(f"{len(found)} matrices on up to {ctx.params.tokens:,} tokens")

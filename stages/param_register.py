@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import In, Out, Stage, StageError, param
+from stagegraph.stage import In, Out, Source, Stage, StageError, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stages.documents.model import CheckpointTensors, Model
     from stages.documents.params import Parameter, Register, StoredTensor
     from stages.models.family import Param
+    from stages.quantization.rows import Row
     from stages.quantization.schemes import Scheme
 
 
@@ -30,19 +31,26 @@ class ParamRegister(Stage):
 
         scheme: str = param("quantization scheme", choices="stages.quantization.schemes:SCHEMES")
         target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        rows: Source = source(
+            "a JSON file of parameters that are stored in the row of another scheme's body, as allocate writes it: "
+            '{"rows": {"model.layers.0.mlp.down_proj.weight": "q5k"}}',
+            include=("*.json",),
+            optional=True,
+        )
 
     inputs = {
         "config": In("config-parse", "config", "the model's family and sizes"),
         "tensors": In("config-parse", "tensors", "dtype and shape of the checkpoint's tensors"),
+        "rows": In("allocate", "rows", "parameters that are stored in rows of their own", optional=True),
     }
     outputs = {"params": Out("params.json", "stored tensors in packed order, and where each comes from")}
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
         """Return the model's family, the scheme and the target."""
-        rows: dict[str, str | Sequence[str]] = {
-            "stages.quantization.schemes:SCHEMES": params.scheme,
-            "stages.targets.table:TARGETS": params.target,
-        }
+        rows: dict[str, str | Sequence[str]] = {"stages.targets.table:TARGETS": params.target}
+        if not params.rows:  # a file may name any
+            others = facts.get("rows")
+            rows["stages.quantization.schemes:SCHEMES"] = [params.scheme, *others] if others else params.scheme
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
         return rows
@@ -63,16 +71,19 @@ class ParamRegister(Stage):
         if any(kinds):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
-        layout = TARGETS[ctx.params.target].layout
-        if layout == "nk" and any(row.levels for row in scheme.rows):
+        layout, own = TARGETS[ctx.params.target].layout, _own_rows(ctx, params)
+        leveled = [f"scheme: {scheme.name}"] if any(row.levels for row in scheme.rows) else []
+        leveled += [f"rows: {name}" for name, row in own.items() if row and row.levels]
+        if layout == "nk" and leveled:
             raise StageError(
-                f"scheme: {scheme.name} stores scales in two levels, for which target {ctx.params.target} has no "
+                f"{leveled[0]} stores scales in two levels, for which target {ctx.params.target} has no "
                 "schedule; q4a64 takes as many bits, q4a32 half a bit more"
             )
         stored: list[StoredTensor] = []
         logical: list[Parameter] = []
         for parameter in params:
-            entry, parts = _entries(parameter, scheme, layout, checkpoint["names"])
+            row = own.get(parameter.name, scheme.row(parameter.kind, parameter.shape[-1]))
+            entry, parts = _entries(parameter, scheme, row, layout, checkpoint["names"])
             stored += parts
             logical.append(entry)
         document: Register = {
@@ -90,6 +101,36 @@ class ParamRegister(Stage):
         ctx.view("params", _view(logical, stored))
         count = sum(math.prod(entry["shape"]) for entry in logical)
         ctx.summary(f"{count:,} parameters in {len(stored)} tensors as {scheme.name}")
+
+
+def _own_rows(ctx: Context, params: Iterable[Param]) -> dict[str, Row | None]:
+    """Return the rows that parameters are stored in whatever the scheme says: those of the user's file, else those that
+    were chosen for it.
+    """
+    from stages.problems import capped
+    from stages.quantization.schemes import SCHEMES
+
+    if ctx.params.rows:
+        found = ctx.source("rows").files
+        if len(found) != 1:
+            raise StageError(f"rows: {ctx.params.rows}: name one .json file, found {len(found)}")
+        path = next(iter(found.values()))
+    elif ctx.has_input("rows"):
+        path = ctx.input("rows")
+    else:
+        return {}
+    try:
+        named = json.loads(path.read_bytes())["rows"]
+        given = {str(name): str(scheme) for name, scheme in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StageError(f'{path}: expected {{"rows": {{parameter: scheme}}}}: {error}') from None
+    matrices = {each.name: each for each in params if each.kind in ("linear", "embedding", "head")}
+    unknown = [f"rows: the model has no matrix {name}" for name in given if name not in matrices]
+    unknown += [f"rows: {name}: there is no scheme {s}" for name, s in given.items() if s not in SCHEMES]
+    if unknown:
+        raise StageError(*capped(unknown))
+    bodies = {name: SCHEMES[scheme].body for name, scheme in given.items()}
+    return {name: body.fitting(matrices[name].shape[-1]) if body else None for name, body in bodies.items()}
 
 
 def _check_tensors(
@@ -125,16 +166,17 @@ def _check_tensors(
 
 
 def _entries(
-    parameter: Param, scheme: Scheme, target: str, names: Mapping[str, str]
+    parameter: Param, scheme: Scheme, row: Row | None, target: str, names: Mapping[str, str]
 ) -> tuple[Parameter, list[StoredTensor]]:
     """Return a parameter's entry and those of its stored tensors, in packed order, for kernels of layout ``target``.
 
-    ``names`` are the model's names of tensors -> the checkpoint's, of those that differ.
+    ``row`` is what it is stored in, None for floats; ``names`` are the model's names of tensors -> the checkpoint's, of
+    those that differ.
     """
     from stages.quantization import layouts
 
-    row, dtype = scheme.row(parameter.kind, parameter.shape[-1]), parameter.dtype or scheme.storage_dtype
-    layout = layouts.of(target, parameter.kind, scheme, dtype, parameter.shape[-1])
+    dtype = parameter.dtype or scheme.storage_dtype
+    layout = layouts.of(target, parameter.kind, scheme, row, dtype, parameter.shape[-1])
     tensors: Sequence[tuple[str, tuple[int, ...], str]] = [(parameter.name, parameter.shape, dtype)]
     if row:
         stem = parameter.name.removesuffix("weight")

@@ -9,6 +9,7 @@ PROVIDER = Provider(
         "config-parse": "stages.config_parse:ConfigParse",
         "param-register": "stages.param_register:ParamRegister",
         "graph-build": "stages.graph_build:GraphBuild",
+        "allocate": "stages.allocate:Allocate",
         "calibrate": "stages.calibrate:Calibrate",
         "quantize": "stages.quantize:Quantize",
         "compile": "stages.compile:Compile",

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # room -> other rooms of the domain it may import
     "graph": {"ir", "kernels", "models", "targets"},
     "lowering": {"ir", "kernels", "targets"},
     "codegen": {"ir", "lowering", "targets"},
-    "calibration": {"verification"},
+    "calibration": {"quantization", "runtime", "verification"},
     "conversion": {"checkpoint", "models", "quantization", "targets"},
     "runtime": set(),
     "packing": {"runtime"},

@@ -20,19 +20,19 @@ from stages.sizes import N32_BLOCK as BLOCK
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from stages.quantization.rows import Row
     from stages.quantization.schemes import Scheme
 
 _MATRICES = ("linear", "embedding", "head", "router")  # kinds of parameters that are matrices
 _FLOATS = ("float32", "float16")
 
 
-def of(target: str, kind: str, scheme: Scheme, dtype: str, k: int) -> str:
+def of(target: str, kind: str, scheme: Scheme, row: Row | None, dtype: str, k: int) -> str:
     """Return the layout of a parameter of ``kind`` with rows of ``k`` values on a target whose layout is ``target``.
 
-    n32 is for matrices that its kernels read directly, of whole groups or of floats. ``dtype`` is what the parameter is
-    stored as where the scheme does not quantize it.
+    n32 is for matrices that its kernels read directly, of whole groups or of floats. ``row`` is what it is stored in,
+    None for floats of ``dtype``.
     """
-    row = scheme.row(kind, k)
     if row:
         direct = row.kind == "group" and (row.levels or row.bits in (4, 8)) and k % row.group_size == 0
         dtype = row.scale_dtype

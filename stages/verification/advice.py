@@ -66,10 +66,10 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
         divergences, short = [], piece[:-1][:TENSOR_TOKENS]
         here = wanted[: len(short)]
         for done, chosen in enumerate(groups, start=2):
-            alone = _each_alone([matrices[name] for name in chosen], scheme, request.scales)
+            alone = each_alone([matrices[name] for name in chosen], scheme, request.scales)
             with alone, streaming.weights_in_float32(model, mapped):
                 found = log_probs(model, short[None].expand(len(chosen), -1))
-            divergences += _divergence(here, found).mean(-1).tolist()
+            divergences += divergence(here, found).mean(-1).tolist()
             progress(done, total, "passes for advice")
         tried: list[Loss] = []
         for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
@@ -131,7 +131,7 @@ def _storing(scheme: Scheme, matrices: Mapping[str, tuple[str, list[Any]]]) -> C
 
 
 @contextmanager
-def _each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales: str) -> Iterator[None]:
+def each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales: str) -> Iterator[None]:
     """Let sequence i of a batch see the matrix of the i-th of ``chosen``, its kind and modules, quantized, and no
     other one.
     """
@@ -180,7 +180,7 @@ def changed(matrices: Mapping[str, tuple[str, list[Any]]], change: Callable[[Any
             each.remove()
 
 
-def _divergence(wanted: Any, found: Any) -> Any:
+def divergence(wanted: Any, found: Any) -> Any:
     """Return the divergence of log probabilities [..., V], in nats; what is ruled out counts for nothing."""
     p = wanted.exp()
     return (p * (wanted - found)).where(p > 0, 0.0).sum(-1)
@@ -188,7 +188,7 @@ def _divergence(wanted: Any, found: Any) -> Any:
 
 def figures_of(wanted: Any, found: Any, following: Any) -> Loss:
     """Return the figures of log probabilities ``found`` [n, V] against ``wanted``, exactly: nothing is summed up."""
-    kl = _divergence(wanted, found)
+    kl = divergence(wanted, found)
     same = wanted.argmax(-1) == found.argmax(-1)
     columns = [rows.gather(-1, following[:, None])[:, 0].double().numpy() for rows in (found, wanted)]
     return Places(kl.double().numpy(), same.numpy(), *columns).figures()

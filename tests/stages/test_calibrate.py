@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from stagegraph.stage import StageError
-from stages.calibration import corpus, moments
+from stages.calibration import asking, moments
 from stages.config_parse import ConfigParse
 from stages.conversion.model import Plan
 from stages.quantization.parameter import quantize, restored
@@ -66,7 +66,7 @@ def test_the_samples_are_none_of_the_probes():
         texts = [json.dumps(content, ensure_ascii=False) for _, content in probes.segments(path)]
         return {part.strip() for text in texts for part in text.split(". ") if len(part) > 40}
 
-    samples, judged = sentences(corpus.DEFAULT), sentences(probes.DEFAULT)
+    samples, judged = sentences(asking.DEFAULT), sentences(probes.DEFAULT)
     assert len(samples) > 50
     assert len(judged) > 50
     assert not samples & judged

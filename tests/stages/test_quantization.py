@@ -487,17 +487,17 @@ def test_layouts_are_undone_and_put_elements_where_they_say(n, bits):
 
 def test_only_what_cpu_kernels_read_directly_is_stored_in_blocks():
     def of(scheme, kind, k):
-        return layouts.of("n32", kind, SCHEMES[scheme], SCHEMES[scheme].storage_dtype, k)
+        return layouts.of("n32", kind, SCHEMES[scheme], SCHEMES[scheme].row(kind, k), SCHEMES[scheme].storage_dtype, k)
 
     assert {of(scheme, "linear", 64) for scheme in ("q0f32", "q0f16", "q4f16_1", "q8f32_1")} == {"n32"}
     assert {of(scheme, "linear", 64) for scheme in ("q0bf16", "q4bf16_1", "q3f16_1", "e4m3_f16")} == {"nk"}
     assert of("q4f16_1", "linear", 70) == of("q4f16_1", "norm", 64) == "nk"
-    assert layouts.of("nk", "linear", SCHEMES["q4f16_1"], "float16", 64) == "nk"
+    assert layouts.of("nk", "linear", SCHEMES["q4f16_1"], SCHEMES["q4f16_1"].body, "float16", 64) == "nk"
 
 
 def test_a_scheme_of_transposed_matrices_is_so_unless_kernels_read_them_in_blocks():
     def of(target, kind, k=64):
-        return layouts.of(target, kind, SCHEMES["q4f16_0"], "float16", k)
+        return layouts.of(target, kind, SCHEMES["q4f16_0"], SCHEMES["q4f16_0"].row(kind, k), "float16", k)
 
     assert [of("nk", kind) for kind in ("linear", "head", "embedding", "norm")] == ["kn", "kn", "nk", "nk"]
     assert [of("n32", "linear"), of("n32", "linear", 70), of("n32", "embedding", 70)] == ["n32", "kn", "nk"]

@@ -340,11 +340,13 @@ class Product:
         per_group = weight.group // weight.per_word
         with T.serial(0, terms // weight.group) as g:
             before = (first // weight.group + g) * weight.words
+
+            def word(at: Any, before: Any = before) -> Any:
+                return stored[0][block, before + at, span(0, BLOCK)]
+
             for w in range(per_group):
                 for element in range(weight.per_word):
-                    difference = weight.mantissa(
-                        lambda at, before=before: stored[0][block, before + at, span(0, BLOCK)], w, element
-                    ) - constant(weight.mantissa_middle, BLOCK)
+                    difference = weight.mantissa(word, w, element) - constant(weight.mantissa_middle, BLOCK)
                     scale = weight.scale(stored, block, first // weight.group + g)
                     at = g * weight.group + w * weight.per_word + element
                     value = difference * scale

@@ -1,0 +1,140 @@
+"""allocate: choose a row for each matrix, so many bits a weight in all, by what each costs if it alone is quantized."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, param, source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stagegraph.stage import Context
+    from stages.documents.model import CheckpointTensors, Model
+
+ROWS = ("q2k", "q3k", "q4a64", "q4k", "q5k", "q6k", "q8f16_1")  # schemes whose body's row a matrix may have
+
+
+class Allocate(Stage):
+    """The choice is a JSON file of names: edit a copy, and give it to param-register as rows."""
+
+    id = "allocate"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters of allocate."""
+
+        checkpoint: Source = source(
+            "checkpoint directory, or a GGUF file",
+            include=("config.json", "*.safetensors", "*.safetensors.index.json"),
+            alone=("*.gguf",),
+        )
+        bits: float = param("bits that a weight of a matrix takes on the average, scales included")
+
+    inputs = {
+        "config": In("config-parse", "config", "the model's config"),
+        "tensors": In("config-parse", "tensors", "the checkpoint's names of tensors"),
+        "tokenizer": In("tokenizer-bundle", "tokenizer", "what makes ids of the text that losses are measured on"),
+    }
+    outputs = {"rows": Out("rows.json", "by parameter: the scheme whose row it has")}
+
+    def resolve(self, params: Params) -> Params:
+        """Refuse a number of bits that no choice of rows comes to."""
+        if not 2.5 <= params.bits <= 16:
+            raise StageError(f"bits: {params.bits:g}: rows take from 2.5 to 8.5 bits a weight")
+        return params
+
+    def tools(self, params: Params) -> Mapping[str, str]:
+        """Name what runs the model and what it runs on."""
+        from stages.checkpoint import gguf
+        from stages.targets import processor
+
+        names = ["torch", "transformers", "numpy", "tokenizers"]
+        names += ["gguf"] if gguf.is_named(params.checkpoint) else []
+        return {**dist_versions(*names), "processor": processor.host_cpu()}
+
+    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+        """Return the rows there are to choose from, and the model's family."""
+        rows: dict[str, str | Sequence[str]] = {"stages.quantization.schemes:SCHEMES": ROWS}
+        if "family" in facts:
+            rows["stages.models:FAMILIES"] = facts["family"]
+        return rows
+
+    def run(self, ctx: Context) -> None:
+        """Measure, choose, and say what was chosen."""
+        from stages.documents.files import write_json
+        from stages.quantization.budget import allocate
+
+        model: Model = json.loads(ctx.input("config").read_bytes())
+        listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
+        found = _measured(ctx)
+        choices = _choices(model, listed, found)
+        try:
+            taken = allocate(choices, ctx.params.bits)
+        except ValueError as error:
+            raise StageError(str(error)) from None
+        rows = {name: ROWS[way] for name, way in taken.items()}
+        values = sum(each.values for each in choices)
+        bits = sum(each.bits[taken[each.name]] for each in choices) / values
+        write_json(ctx.out / "rows.json", {"schema": 1, "bits": round(bits, 4), "rows": rows})
+        ctx.fact("rows", sorted({*rows.values()}))
+        lines = ["| parameter | row | bits | KL to be expected |", "|---|---|---:|---:|"]
+        for each in choices:
+            way = taken[each.name]
+            lines.append(f"| {each.name} | {ROWS[way]} | {each.bits[way] / each.values:.3f} | {each.loss[way]:.2e} |")
+        ctx.view("rows", "\n".join(lines) + "\n")
+        ctx.summary(f"{len(rows)} matrices at {bits:.3f} bits a weight")
+
+
+def _measured(ctx: Context) -> dict[str, Any]:
+    """Return what each matrix of the checkpoint costs in each of :data:`ROWS`."""
+    import tempfile
+    from pathlib import Path
+
+    from stages.calibration import asking, sensitivity
+
+    checkpoint = ctx.source("checkpoint")
+    with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
+        original = asking.Original(
+            checkpoint.root,
+            checkpoint.files,
+            ctx.input("config"),
+            ctx.input("tokenizer"),
+            asking.DEFAULT,
+            sensitivity.TOKENS,
+            Path(folder),
+        )
+        try:
+            return original.ask(
+                sensitivity.__name__,
+                lambda request: {"original": asdict(request), "schemes": ROWS},
+                ctx.progress,
+                "name rows yourself (param-register's rows)",
+            )
+        except asking.AskingError as error:
+            raise StageError(*error.problems) from None
+
+
+def _choices(model: Model, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
+    """Return what each matrix of the model can be stored as; one that was not measured costs what the dearest does."""
+    import numpy as np
+
+    from stages.models import described
+    from stages.quantization.budget import Choice, stored_bits
+    from stages.quantization.schemes import SCHEMES
+
+    family, config = described(model)
+    dearest = np.max([*found.values()], axis=0)
+    choices = []
+    for parameter in family.params(config):
+        if parameter.kind not in ("linear", "embedding", "head"):
+            continue
+        n, k = parameter.shape
+        names = [listed["names"].get(name, name) for name in parameter.sources]
+        loss = np.sum([found.get(name, dearest) for name in names], axis=0)
+        bodies = [body.fitting(k) for scheme in ROWS if (body := SCHEMES[scheme].body)]
+        bits = [stored_bits(row, n, k) for row in bodies]
+        choices.append(Choice(parameter.name, n * k, bits, [float(each) for each in loss]))
+    return choices
