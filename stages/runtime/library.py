@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -83,6 +84,7 @@ class LibraryVocabulary:
         self._by_pieces = set(_KIND.findall(_state(self._tokenizer.decoder))) in _BY_PIECES
         self._strips = b'"Strip"' in _state(self._tokenizer.decoder)
         self._leads_text = b'"prepend_scheme":"first"' in _state(self._tokenizer.pre_tokenizer)
+        self._taking_turns = threading.Lock()  # where the pre-tokenizer is changed for a text
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
@@ -94,21 +96,27 @@ class LibraryVocabulary:
 
         ``start`` says that nothing comes before it: some vocabularies put a space before the whole text only.
         """
-        if start or not self._leads_text:
+        if not self._leads_text:
+            return self._encoded(text)
+        with self._taking_turns:
+            usual = self._tokenizer.pre_tokenizer
+            if not start:
+                self._tokenizer.pre_tokenizer = _without_lead(usual)
             try:
-                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-            except BaseException as error:
-                # The library's patterns give up on text that makes them search for too long, by a panic of Rust.
-                if type(error).__name__ != "PanicException":
-                    raise
-                raise RequestError(f"the tokenizer cannot split this text: {str(error)[:200]}") from None
-            return ids
-        usual = self._tokenizer.pre_tokenizer
-        self._tokenizer.pre_tokenizer = _without_lead(usual)
+                return self._encoded(text)
+            finally:
+                if not start:
+                    self._tokenizer.pre_tokenizer = usual
+
+    def _encoded(self, text: str) -> list[int]:
         try:
-            return self.encode(text)
-        finally:
-            self._tokenizer.pre_tokenizer = usual
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except BaseException as error:
+            # The library's patterns give up on text that makes them search for too long, by a panic of Rust.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise RequestError(f"the tokenizer cannot split this text: {str(error)[:200]}") from None
+        return ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the ids of ``text`` by the model alone: nothing in it is an added token, of whatever kind."""
@@ -116,8 +124,9 @@ class LibraryVocabulary:
         if tokenizer.normalizer is not None:
             text = tokenizer.normalizer.normalize_str(text)
         splits = [text]
-        if tokenizer.pre_tokenizer is not None:
-            splits = [split for split, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        with self._taking_turns:
+            if tokenizer.pre_tokenizer is not None:
+                splits = [split for split, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
         return [token.id for split in splits for token in tokenizer.model.tokenize(split)]
 
     def piece(self, index: int) -> bytes | None:

@@ -79,6 +79,29 @@ def test_pages_come_back_when_a_sequence_is_removed(session, sequence):
     np.testing.assert_array_equal(rows[0], rows[2])
 
 
+def test_a_fork_goes_on_as_the_whole_would_and_shares_its_pages(recorded):
+    session = Session(manifest.read(recorded.bundle), sequences=2, spare=1, tokens=1024)
+    ids, free = [3 + n % 200 for n in range(40)], session.free_pages
+    first = session.add()
+    session.prefill(first, ids)
+    taken = free - session.free_pages
+    child = session.fork(first, 32)
+    other = session.fork(first, 16)
+    assert free - session.free_pages == taken == 3
+    row = session.prefill(child, ids[32:])
+    assert free - session.free_pages == 4
+    session.remove(first)
+    alone = session.add()
+    np.testing.assert_allclose(row, session.prefill(alone, ids), atol=1e-4)
+    with pytest.raises(RequestError, match="all 3 sequences"):
+        session.fork(child, 16)
+    with pytest.raises(RequestError, match="cannot begin with 41 tokens of a sequence that holds 40"):
+        session.fork(child, 41)
+    for sequence in (child, other, alone):
+        session.remove(sequence)
+    assert session.free_pages == free
+
+
 def test_more_sequences_than_the_library_was_built_for(recorded):
     with pytest.raises(RequestError, match=r"1 to 4 \(max_batch\)"):
         Session(manifest.read(recorded.bundle), sequences=5)
