@@ -5,8 +5,8 @@ Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--jobs N] [--res
 Every type's default config is shrunk by one rule (SMALL), a random checkpoint of it is written by transformers, built
 for llvm in q0f32 through the stages, and held against AutoModelForCausalLM on the same folder: prefills around a
 chunk's length, 64 decode steps and batches, the largest difference within 2e-5 of the largest |logit|. ``--results``
-keeps what was found, type by type, and types that are in it are not tried again unless they are named;
-docs/models.md is made of it: stages/cli/traced.json. Status 1 if a type is wrong or crashed.
+keeps what was found, type by type, and compiled kernels in a folder beside it; types that are in it are not tried again
+unless they are named. docs/models.md is made of it: stages/cli/traced.json. Status 1 if a type is wrong or crashed.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ SMALL: dict[str, Any] = {
     "hidden_size_per_layer_input": 16,
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+    "n_group": 4,
+    "topk_group": 2,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
@@ -58,7 +62,12 @@ SMALL: dict[str, Any] = {
 
 # What the rule cannot know of a type.
 OWN: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 20},
+    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1]],
+        "attention_layers": ["global", "local"],
+        "window_size": 20,
+    },
 }
 
 
@@ -66,7 +75,7 @@ def shrunk(config: Any) -> Any:
     """Return the values of a config, those of :data:`SMALL` in the place of theirs, in nested configs too."""
     if not isinstance(config, dict):
         return config
-    small = {}
+    small: dict[str, Any] = {}
     for key, value in config.items():
         if key in SMALL and (type(value) is int or (value is None and key != "sliding_window")):
             small[key] = SMALL[key]
@@ -80,10 +89,12 @@ def shrunk(config: Any) -> Any:
             small[key] = (kinds * LAYERS)[:LAYERS]
         else:
             small[key] = shrunk(value)
+    if "qk_rope_head_dim" in config:  # one latent vector for all heads, of which these channels alone are turned
+        small |= {"head_dim": SMALL["qk_rope_head_dim"], "num_key_value_heads": SMALL["num_attention_heads"]}
     return small
 
 
-def attempt(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str, str]:
+def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_trace: bool = False) -> tuple[str, str]:
     """Return (verdict, reason): proven, refused, unmade (transformers makes no such model), wrong or crashed."""
     import torch
     import transformers
@@ -113,26 +124,24 @@ def attempt(model_type: str, folder: Path, *, only_trace: bool) -> tuple[str, st
         model.save_pretrained(folder / "checkpoint")
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason
         return "unmade", f"{type(error).__name__}: {str(error)[:150]}"
-    return compare(folder)
+    return compare(folder, memo or folder / "memo")
 
 
-def compare(folder: Path) -> tuple[str, str]:
-    """Build the checkpoint and hold it against transformers."""
+def compare(folder: Path, memo: Path) -> tuple[str, str]:
+    """Build the checkpoint and hold it against transformers; kernels that models share are kept in ``memo``."""
     from stagegraph.stage import StageError
     from tests.stages import families, traced
 
     try:
         case = families.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
-        made = families.build(
-            folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=folder.parent / "memo", frontend="traced"
-        )
+        made = families.build(folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=memo, frontend="traced")
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
     worst = max(traced.differences(made, CONTEXT))
     return ("proven" if worst < BOUND else "wrong"), f"{worst:.1e}"
 
 
-def begin(model_type: str, folder: Path, *, only_trace: bool) -> int:
+def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int:
     """Begin an attempt in a process of its own, which has all that this one imported, and return its number: what
     crashes there ends nothing here.
     """
@@ -140,7 +149,7 @@ def begin(model_type: str, folder: Path, *, only_trace: bool) -> int:
     child = os.fork()
     if child == 0:
         try:
-            found = attempt(model_type, folder, only_trace=only_trace)
+            found = attempt(model_type, folder, memo, only_trace=only_trace)
         except BaseException as error:  # noqa: BLE001 - a crash is a verdict
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = "crashed", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
@@ -149,13 +158,15 @@ def begin(model_type: str, folder: Path, *, only_trace: bool) -> int:
     return child
 
 
-def verdicts(types: list[str], scratch: Path, jobs: int, *, only_trace: bool) -> Iterator[tuple[str, str, str, float]]:
+def verdicts(
+    types: list[str], scratch: Path, memo: Path, jobs: int, *, only_trace: bool
+) -> Iterator[tuple[str, str, str, float]]:
     """Yield (type, verdict, reason, seconds of processors) of all ``types``, so many at a time."""
     waiting, running = [*reversed(types)], {}
     while waiting or running:
         while waiting and len(running) < jobs:
             model_type = waiting.pop()
-            running[begin(model_type, scratch / model_type, only_trace=only_trace)] = model_type
+            running[begin(model_type, scratch / model_type, memo, only_trace=only_trace)] = model_type
         child, _, used = os.wait4(-1, 0)
         if child in running:
             model_type = running.pop(child)
@@ -188,8 +199,9 @@ def main() -> int:
     known = json.loads(args.results.read_text()) if args.results and args.results.exists() else {}
     types = args.types or sorted(name for name in EVERY if name not in known)
     with tempfile.TemporaryDirectory() as scratch:
-        for model_type, *found, seconds in verdicts(types, Path(scratch), args.jobs, only_trace=args.only_trace):
-            verdict, reason = found
+        memo = args.results.with_suffix(".kernels") if args.results else Path(scratch) / "memo"
+        tried = verdicts(types, Path(scratch), memo, args.jobs, only_trace=args.only_trace)
+        for model_type, verdict, reason, seconds in tried:
             known[model_type] = {"verdict": verdict, "reason": reason, "transformers": transformers.__version__}
             print(f"{model_type:<28}{verdict:<9}{seconds:6.1f} CPU s  {reason}", flush=True)
             if args.results:

@@ -145,8 +145,9 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         compute_dtype=compute_dtype,
         kv_dtype=kv_dtype,
     )
-    if build.softcap and not build.own_attention:
-        raise StageError(f"attention scores with a soft cap cannot be built for target {target.name}; target llvm can")
+    for asked, what in ((build.softcap, "scores with a soft cap"), (build.sinks, "with sinks")):
+        if asked and not build.own_attention:
+            raise StageError(f"attention {what} cannot be built for target {target.name}; target llvm can")
     return build, {
         "attention_thread_bytes": build.attention_thread_bytes,
         "cache_bytes_per_token": build.cache_bytes_per_token,

@@ -67,6 +67,12 @@ class Build:
         return 0.0 if attention is None else float(attention.softcap)
 
     @property
+    def sinks(self) -> bool:
+        """Whether attention has sinks."""
+        attention = getattr(self.config, "attention", None)
+        return attention is not None and attention.sinks > 0
+
+    @property
     def cache_kinds(self) -> list[str]:
         """TVM's name for the attention of each layer of the KV cache."""
         full = self.config.attention.full_layers if self.sliding else ()

@@ -21,11 +21,14 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 @dataclass
 class Values:
-    """What operators know of the function that is built: its dtype, the cache, and the channels of its heads."""
+    """What operators know of the function that is built: its dtype, the cache, the channels of its heads, and which of
+    those of queries is the score of a sink, 0 if none is.
+    """
 
     compute_dtype: str
     cache: PagedKVCache | None
     head_dim: int
+    sinks: int = 0
     layers: int = 0  # attentions so far
 
 

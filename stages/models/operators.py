@@ -17,6 +17,8 @@ from stages.models.choosing import CHOOSING
 from stages.models.layers import Linear
 from stages.models.matrices import take
 
+NO_WEIGHT = -3e4  # a score whose power is 0, in half precision too
+
 
 def reshape(values: Values, x: Any, shape: Sequence[Any]) -> Tensor:
     """X in another shape."""
@@ -116,6 +118,11 @@ def complex_mul(values: Values, x: Any, other: Any) -> Tensor:
     return stack(values, [real, ARITHMETIC["add"](values, mul(a, d), mul(b, c))], -1)
 
 
+def repeat(values: Values, x: Any, repeats: Sequence[int]) -> Tensor:
+    """X several times along each axis."""
+    return emitted(rx.op.tile(expr_of(computed(values, x)), [*repeats]), "repeat")
+
+
 def repeat_interleave(values: Values, x: Any, repeats: int, dim: int) -> Tensor:
     """Each place of x several times along an axis."""
     return emitted(rx.op.repeat(expr_of(computed(values, x)), repeats, dim % x.ndim), "repeat")
@@ -209,26 +216,42 @@ def attention(
     v: Tensor | None = None,
     qkv: Tensor | None = None,
     by_token: str = "",
+    sinks: Any = None,
     **_of_the_cache: Any,
 ) -> Tensor:
     """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, or of ``qkv`` [1, s, all of them one
     after the other]: [1, s, heads, d of v]. Those named in ``by_token`` are [1, s, heads, d].
 
-    Heads are widened by zeros to what the cache has, which add nothing to any product.
+    Heads are widened by zeros to what the cache has, which add nothing to any product. Of ``sinks`` [heads] each query
+    has its own in a channel of its own.
     """
     assert values.cache is not None
+    wide = values.sinks or values.head_dim
     if qkv is None:
         found = [
             each if name in by_token else permute(values, each, [0, 2, 1, 3])
             for name, each in (("q", q), ("k", k), ("v", v))
             if each is not None
         ]
-        qkv = op.concat([_widened(each.astype(values.compute_dtype), values.head_dim) for each in found], dim=2)
+        qkv = op.concat([_widened(each.astype(values.compute_dtype), wide) for each in found], dim=2)
     else:
-        qkv = _widened(reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width)), values.head_dim)
+        qkv = _widened(reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width)), wide)
+    if values.sinks:
+        qkv = _widened(_with_sinks(values, qkv, heads, sinks), values.head_dim)
     y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=scale)
     values.layers += 1
     return y if value_width == values.head_dim else cut(values, y, 3, 0, value_width, 1)
+
+
+def _with_sinks(values: Values, qkv: Tensor, heads: int, sinks: Any) -> Tensor:
+    """Return qkv [1, s, h, d] with a channel more: the sink of queries (one of no weight where ``sinks`` is None)."""
+    shape = (*qkv.shape[:2], heads, 1)
+    if sinks is None:
+        of_queries = full(values, NO_WEIGHT, qkv.dtype, shape)
+    else:
+        of_queries = broadcast(values, reshape(values, sinks.astype(qkv.dtype), (1, 1, heads, 1)), shape)
+    others = full(values, 0.0, qkv.dtype, (*qkv.shape[:2], qkv.shape[2] - heads, 1))
+    return op.concat([qkv, op.concat([of_queries, others], dim=2)], dim=3)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
@@ -257,6 +280,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "slice_scatter": slice_scatter,
     "polar": polar,
     "complex_mul": complex_mul,
+    "repeat": repeat,
     "repeat_interleave": repeat_interleave,
     "matmul": matmul,
     "gather": gather,

@@ -67,7 +67,8 @@ class Traced(nn.Module):
     def _run(self, part: str, inputs: list[Tensor], tokens: Any, cache: PagedKVCache | None = None) -> Tensor:
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
-        context = Values(self.compute_dtype, cache, self.config.attention.head_dim)
+        attention = self.config.attention
+        context = Values(self.compute_dtype, cache, attention.head_dim, attention.sinks)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,

@@ -65,15 +65,17 @@ class TracedConfig:
         layers = [arguments for name, arguments in self.parts["body"]["nodes"] if name == "attention"]
         windows = [layer["window"] for layer in layers]
         width = max(max(layer["width"], layer["value_width"]) for layer in layers)
+        sinks = width if any("sinks" in layer for layer in layers) else 0
         return AttentionCache(
             layers[0]["heads"],
             layers[0]["kv_heads"],
-            -(-width // LANES) * LANES,
+            -(-(width + (sinks > 0)) // LANES) * LANES,
             frequencies=tuple(self.frequencies),
             attention_factor=self.attention_factor,
             sliding_window=max(windows),
             full_layers=tuple(number for number, window in enumerate(windows) if not window),
             softcap=layers[0]["softcap"],
+            sinks=sinks,
         )
 
 
@@ -105,8 +107,6 @@ def _check(config: TracedConfig) -> None:
         problems.append(f"layers of different windows, {windows}")
     if len({layer["softcap"] for layer in layers}) > 1:
         problems.append("layers of different soft caps of attention scores")
-    if any("sinks" in layer for layer in layers):
-        problems.append("attention with sinks")
     if problems:
         raise ConfigError(
             *(

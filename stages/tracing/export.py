@@ -197,6 +197,7 @@ class _Graph:
             "attention": self._heads,
             "mul": self._product,
             "copy": lambda _node, arguments: ("cast", {"x": arguments["src"], "dtype": _dtype(node)}),
+            "repeat": self._repeat,
             "topk": lambda _node, arguments: ("topk", {"dim": -1, **arguments}),
             "expert_linear": self._experts,
         }
@@ -217,6 +218,15 @@ class _Graph:
 
     def _broadcast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "broadcast", {"x": arguments["x"], "shape": self._shape(node)}
+
+    def _repeat(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return x several times along axes of its own, none of them that of the tokens."""
+        times, shape = arguments["repeats"], self._shape(node.args[0])
+        if len(times) != len(shape) or any(
+            isinstance(size, dict) and n != 1 for n, size in zip(times, shape, strict=True)
+        ):
+            raise self._refusal(node, f"repeat of {shape} by {times}")
+        return "repeat", {"x": arguments["x"], "repeats": times}
 
     def _full(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return what is filled with one number, however torch says so."""

@@ -46,9 +46,12 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
             f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
             "too; only decoders are built"
         )
-    if type(text) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+    every: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    known = next((kind for kind in (type(text), type(config)) if kind in every), None)
+    if known is None:
         raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")
-    cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    cls: Any = every[known]
+    text = text if isinstance(text, cls.config_class) else config
     window = window or positions_of(text)
     settled = window if settle(text, window) else 0
     doors.install()

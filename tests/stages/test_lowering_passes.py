@@ -277,6 +277,29 @@ def test_what_reduces_is_not_taken_for_elementwise():
     assert CPUElementwise().apply(rx.transform.LegalizeOps()(made)["softmax"], LLVM, False) is None
 
 
+def test_a_sum_of_one_term_is_right_in_what_follows_it():
+    """TVM inlines what follows into such a sum, and reads it from the result: garbage of an earlier call."""
+
+    def chosen(x, index):
+        place = te.reduce_axis((0, 1), "place")
+        hits = te.compute((3, 8), lambda r, c: te.sum(tirx.Select(index[r, place] == c, 1, 0), axis=place))
+        return te.compute((3, 8), lambda r, c: tirx.Select(hits[r, c] > 0, tirx.const(-1, "float32"), x[r, c]))
+
+    x, index = te.placeholder((3, 8), "float32", "x"), te.placeholder((3, 1), "int32", "index")
+    kernel = te.create_prim_func([x, index, chosen(x, index)]).with_attr("global_symbol", "main")
+    schedule = CPUElementwise().apply(kernel, LLVM, False)
+    made = schedule.mod["main"] if schedule else kernel
+    found = tvm.runtime.empty((3, 8), "float32")
+    found.copyfrom(np.full((3, 8), 5, "float32"))
+    values, places = random(3, 8), np.array([[6], [3], [5]], "int32")
+    with LLVM:
+        built = tvm.compile(tvm.IRModule({"main": made}), LLVM)
+    built["main"](tvm.runtime.tensor(values), tvm.runtime.tensor(places), found)
+    wanted = values.copy()
+    wanted[np.arange(3), places[:, 0]] = -1
+    assert np.array_equal(found.numpy(), wanted)
+
+
 def _nt_matmul(rows, n, k):
     def emit(builder, x, w):
         return builder.emit(rx.op.matmul(x, builder.emit(rx.op.permute_dims(w))))

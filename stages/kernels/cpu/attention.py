@@ -30,11 +30,13 @@ LOG2E = math.log2(math.e)
 @dataclass(frozen=True)
 class Source:
     """Where the keys and values of one sequence are: ``key(block, channel)`` of 16 tokens in lanes, ``value(token,
-    start, lanes)`` of one token; tokens of a ``block`` number are its 16.
+    start, lanes)`` of one token; tokens of a ``block`` number are its 16. ``begins`` says whether the first token of
+    the sequence is among them: a sink belongs to those.
     """
 
     key: Callable[[Any, Any], Any]
     value: Callable[[Any, Any, int], Any]
+    begins: Any
 
 
 Range = tuple[Any, Any]  # of tokens: the first, and the one behind the last
@@ -57,13 +59,15 @@ def _least(tokens: Sequence[Any]) -> Any:
 
 class _Kernel:
     """What all attention kernels declare, and the tile that they are made of. ``width`` is how many channels of a row
-    have accumulators at the same time; a score x becomes ``cap`` * tanh(x / cap) where there is one.
+    have accumulators at the same time; a score x becomes ``cap`` * tanh(x / cap) where there is one. In the channel
+    ``sink`` of queries, if it is one, is the score of what is attended to and has no value.
     """
 
-    def __init__(self, heads: Heads, width: int, cap: float) -> None:
+    def __init__(self, heads: Heads, width: int, cap: float, sink: int) -> None:
         self.heads = heads
         self.width = width
         self.cap = cap
+        self.sink = sink
         self.q: Any = None
         self.output: Any = None
         self.lse: Any = None
@@ -97,20 +101,30 @@ class _Kernel:
             put(part, constant(0, PAGE), span(0, PAGE))
         with T.serial(first, end) as block:
             self._scores(rows, seen, block, source, peaks)
-        for peak in peaks:
+        floors = [self._floor(row, source) for row in rows]
+        for peak, floor in zip(peaks, floors, strict=True):
             total(peak, PAGE, T.max)
+            if self.sink:
+                put(peak, T.max(peak[0], floor), 0)
         with T.serial(first, end) as block:
             for number, (peak, part) in enumerate(zip(peaks, sums, strict=True)):
                 at = (number, span(block * PAGE, PAGE))
                 put(scores, exp2(scores[at] - splat(peak[0], PAGE), PAGE), *at)
                 put(part, get(part, PAGE) + scores[at], span(0, PAGE))
-        for (query, head), peak, part in zip(rows, peaks, sums, strict=True):
+        for (query, head), peak, part, floor in zip(rows, peaks, sums, floors, strict=True):
             # Where nothing is seen the sum is one, of nothing.
-            put(part, total(part, PAGE) + T.exp2(T.float32(LOWEST) - peak[0]), 0)
+            put(part, total(part, PAGE) + T.exp2(floor - peak[0]), 0)
             put(self.lse, peak[0] + T.log2(part[0]), query, head)
             put(part, T.float32(1) / part[0], 0)
         for start in range(0, self.heads.dim, self.width):
             self._values(rows, start, min(self.width, self.heads.dim - start), (low, high), source, scores, sums)
+
+    def _floor(self, row: tuple[Any, Any], source: Source) -> Any:
+        """Return the score of what is attended to beside tokens and has no value: a sink, or nothing."""
+        if not self.sink:
+            return T.float32(LOWEST)
+        score = T.max(self.q[(*row, self.sink)] * T.float32(LOG2E), T.float32(LOWEST))
+        return T.bind(T.if_then_else(source.begins, score, T.float32(LOWEST)))
 
     def _scores(
         self, rows: Sequence[tuple[Any, Any]], seen: Sequence[Range], block: Any, source: Source, peaks: Any
@@ -178,8 +192,8 @@ class _Pages:
         used = self.starts[sequence + 1] - self.starts[sequence]
         return T.if_then_else(used > 0, (used - 1) * PAGE + self.lengths[(*self.told, sequence)], 0)
 
-    def source(self, sequence: Any, head: Any) -> Source:
-        """Return where a head of a sequence is."""
+    def source(self, sequence: Any, head: Any, first: Any, end: Any) -> Source:
+        """Return where a head of a sequence is, of which these are the tokens from position ``first`` on to ``end``."""
 
         def page(block: Any) -> Any:
             return self.numbers[self.starts[sequence] + block]
@@ -187,14 +201,17 @@ class _Pages:
         return Source(
             lambda block, channel: self.pages[self.heads.key_channel(page(block), head, channel)],
             lambda token, start, lanes: self.pages[page(token // PAGE), 1, head, token % PAGE, span(start, lanes)],
+            T.And(first == 0, end > 0),
         )
 
 
-def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0) -> tirx.PrimFunc:
+def decode(
+    heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0, sink: int = 0
+) -> tirx.PrimFunc:
     """Return the kernel of one query of each sequence against the tokens that the cache holds of it, within a
     ``window`` if there is one; ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width, cap)
+    attention = _Kernel(heads, width, cap, sink)
     with kernel() as made:
         batch = T.int32()
         attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
@@ -205,7 +222,8 @@ def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: flo
         with T.parallel(0, batch * heads.keys) as task:
             sequence, head = task // heads.keys, task % heads.keys
             attention.room(cache.count)
-            end, source = T.bind(cache.end(sequence)), cache.source(sequence, head)
+            end = T.bind(cache.end(sequence))
+            source = cache.source(sequence, head, k_positions[sequence], end)
             low = _bound(first_seen(window, q_positions[sequence], k_positions[sequence], end))
             for first in range(0, heads.group, ROWS):
                 members = range(first, min(first + ROWS, heads.group))
@@ -214,11 +232,13 @@ def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: flo
     return made.function
 
 
-def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0) -> tirx.PrimFunc:
+def prefill(
+    heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0, sink: int = 0
+) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the tokens that the cache holds of each, within a
     ``window`` if there is one; those of a chunk see each other elsewhere. ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width, cap)
+    attention = _Kernel(heads, width, cap, sink)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
@@ -238,7 +258,7 @@ def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: fl
                 def seen(query: Any) -> Range:
                     return first_seen(window, q_positions[query], k_positions[s], end), end
 
-                _queries(attention, head, bounds, seen, cache.source(s, head))
+                _queries(attention, head, bounds, seen, cache.source(s, head, k_positions[s], end))
 
         _tasks(heads, n, sequences)
     return made.function
@@ -256,9 +276,9 @@ def first_seen(window: int, query: Any, first: Any, end: Any) -> Any:
     return T.min(T.max(query - first - (window - 1), 0), end) if window else 0
 
 
-def prefill_ragged(heads: Heads, width: int, cap: float = 0.0) -> tirx.PrimFunc:
+def prefill_ragged(heads: Heads, width: int, cap: float = 0.0, sink: int = 0) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the keys and values that came with them."""
-    attention = _Kernel(heads, width, cap)
+    attention = _Kernel(heads, width, cap, sink)
     with kernel() as made:
         n, m, batch = T.int32(), T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
@@ -266,7 +286,7 @@ def prefill_ragged(heads: Heads, width: int, cap: float = 0.0) -> tirx.PrimFunc:
         k, v = (made.argument(name, (m, heads.keys, heads.dim), "float32") for name in ("k", "v"))
         kv_starts = made.argument("kv_starts", (batch + 1,), "int32", inside=True)
         made.argument("q_positions", (n,), "int32", inside=True)
-        made.argument("k_positions", (batch,), "int32", inside=True)
+        k_positions = made.argument("k_positions", (batch,), "int32", inside=True)
         attention.outputs(made, n)
         causal = made.number("causal", "int32")
         attention.scale(made)
@@ -286,6 +306,7 @@ def prefill_ragged(heads: Heads, width: int, cap: float = 0.0) -> tirx.PrimFunc:
                 source = Source(
                     lambda block, channel: turned[block, channel, span(0, PAGE)],
                     lambda token, start, lanes: v[first + token, head, span(start, lanes)],
+                    T.And(k_positions[s] == 0, length > 0),
                 )
                 _queries(attention, head, bounds, seen, source)
 
