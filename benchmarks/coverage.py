@@ -55,6 +55,10 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
     "n_group": 4,
     "topk_group": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "laurel_rank": 8,
+    "vocab_size_per_layer_input": 131,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
@@ -62,13 +66,23 @@ SMALL: dict[str, Any] = {
 
 # What the rule cannot know of a type.
 OWN: dict[str, dict[str, Any]] = {
-    "cohere_compass_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
         "attention_layers": ["global", "local"],
         "window_size": 20,
     },
 }
+
+# Keys of what is listed layer by layer, or behind other keys of the same.
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 
 
 def shrunk(config: Any) -> Any:
@@ -79,13 +93,12 @@ def shrunk(config: Any) -> Any:
     for key, value in config.items():
         if key in SMALL and (type(value) is int or (value is None and key != "sliding_window")):
             small[key] = SMALL[key]
-        elif isinstance(value, list) and key in (
-            "layer_types",
-            "mlp_layer_types",
-            "no_rope_layers",
-            "layers_block_type",
-        ):
+        elif key == "per_layer_config" and value:  # in the last layer as much more or less as it is there
+            own = next(iter(value.values()))
+            small[key] = {LAYERS - 1: {name: SMALL[name] * own[name] // config[name] for name in own if name in SMALL}}
+        elif isinstance(value, list) and (key in PER_LAYER or len(value) == config.get("num_hidden_layers")):
             kinds = list(dict.fromkeys(value))[:LAYERS]
+            kinds = [SMALL.get(key, kind) for kind in kinds]
             small[key] = (kinds * LAYERS)[:LAYERS]
         else:
             small[key] = shrunk(value)

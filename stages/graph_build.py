@@ -107,6 +107,13 @@ class GraphBuild(Stage):
         ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
 
 
+def _check_attention(build: Build) -> None:
+    """Refuse what kernels of ours alone compute where attention has others."""
+    for asked, what in ((build.softcap, "scores with a soft cap"), (build.sinks, "with sinks")):
+        if asked and not build.own_attention:
+            raise StageError(f"attention {what} cannot be built for target {build.row.name}; target llvm can")
+
+
 def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:
     """Return the build, and the sizes that all graphs of one library share."""
     from stages.graph.export import Build
@@ -145,9 +152,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         compute_dtype=compute_dtype,
         kv_dtype=kv_dtype,
     )
-    for asked, what in ((build.softcap, "scores with a soft cap"), (build.sinks, "with sinks")):
-        if asked and not build.own_attention:
-            raise StageError(f"attention {what} cannot be built for target {target.name}; target llvm can")
+    _check_attention(build)
     return build, {
         "attention_thread_bytes": build.attention_thread_bytes,
         "cache_bytes_per_token": build.cache_bytes_per_token,

@@ -104,6 +104,13 @@ def slice_scatter(
     return cat(values, [*outer[: start > 0], src, *outer[start > 0 :]], dim)
 
 
+def select_scatter(values: Values, x: Any, src: Any, dim: int, index: int) -> Tensor:
+    """X with one place along an axis replaced by ``src``, which has no such axis."""
+    dim %= x.ndim
+    index %= int(x.shape[dim])
+    return slice_scatter(values, x, emitted(rx.op.expand_dims(expr_of(src), dim), "place"), dim, index, index + 1)
+
+
 def polar(values: Values, abs: Any, angle: Any) -> Tensor:  # noqa: A002 - torch's name
     """Complex numbers, pairs of floats [..., 2], of these magnitudes and angles."""
     parts = [ARITHMETIC["mul"](values, abs, ARITHMETIC[part](values, angle)) for part in ("cos", "sin")]
@@ -278,6 +285,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "cat": cat,
     "stack": stack,
     "slice_scatter": slice_scatter,
+    "select_scatter": select_scatter,
     "polar": polar,
     "complex_mul": complex_mul,
     "repeat": repeat,

@@ -7,13 +7,13 @@ no operator but attention works along that axis or orders it otherwise.
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
+from stages.tracing.nodes import bases_of, dtype_of, encoded, needed_nodes, outside
 from stages.tracing.vocabulary import ALONG, OPERATORS, RESHAPES, SAME, SPLITS
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class _Graph:
         sizes = [size for value in read for size in value.shape if not isinstance(size, int)]
         self.symbol = sizes[0].node.expr if sizes else None
         self.inputs = len(self.signature.user_inputs)
-        needed = _needed(nodes)
+        needed = needed_nodes(nodes)
         given = iter(range(self.inputs))
         self.positions = {"value": 1} if self.inputs > 1 else None
         for node in nodes:
@@ -110,7 +110,7 @@ class _Graph:
         """Refuse a change in place that others would not see: torch's tracing hands the changed value on in place of
         the one that was changed, but not in that of what this is a view of.
         """
-        value, *bases = [*_changed(node)] or [None]
+        value, *bases = [*bases_of(node)] or [None]
         if any(base in needed for base in bases) or (value in needed and node not in needed):
             raise self._refusal(node, f"{node.target.__name__}, which changes a value in place,")
 
@@ -137,7 +137,7 @@ class _Graph:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype == torch.float64:
             tensor, dtype = tensor.float(), "float32"
-        return self.names.constant(dtype, [*tensor.shape], base64.b85encode(tensor.numpy().tobytes()).decode())
+        return self.names.constant(dtype, [*tensor.shape], encoded(tensor))
 
     def _shape(self, node: Any) -> list[Any]:
         """Return sizes, {"tokens": k} for k times the number of tokens."""
@@ -196,8 +196,9 @@ class _Graph:
             "index": self._rows,
             "attention": self._heads,
             "mul": self._product,
-            "copy": lambda _node, arguments: ("cast", {"x": arguments["src"], "dtype": _dtype(node)}),
+            "copy": lambda _node, arguments: ("cast", {"x": arguments["src"], "dtype": dtype_of(node)}),
             "repeat": self._repeat,
+            "rms_norm": self._norm,
             "topk": lambda _node, arguments: ("topk", {"dim": -1, **arguments}),
             "expert_linear": self._experts,
         }
@@ -218,6 +219,23 @@ class _Graph:
 
     def _broadcast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         return "broadcast", {"x": arguments["x"], "shape": self._shape(node)}
+
+    def _norm(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return torch's own norm as ours, whose gain may be none, which is of ones."""
+        import torch
+
+        if "normalized_shape" not in arguments:
+            return "rms_norm", dict(arguments)
+        if len(arguments["normalized_shape"]) != 1:
+            raise self._refusal(node, "a norm over several axes")
+        ones = torch.ones(arguments["normalized_shape"])
+        gain = arguments.get("weight") or self.names.constant("float32", ones.shape, encoded(ones))
+        return "rms_norm", {
+            "x": arguments["x"],
+            "weight": gain,
+            "eps": arguments.get("eps", torch.finfo(torch.float32).eps),
+            "offset": 0.0,
+        }
 
     def _repeat(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return x several times along axes of its own, none of them that of the tokens."""
@@ -241,12 +259,12 @@ class _Graph:
             counted = (arguments.get("start", 0), arguments["end"], arguments.get("step", 1)) == (0, {"tokens": 1}, 1)
             if not counted or self.positions is None:
                 raise self._refusal(node, "arange over the tokens, whose positions only the cache knows,")
-            return "cast", {"x": self._reshaped(self.positions, [{"tokens": 1}]), "dtype": _dtype(node)}
+            return "cast", {"x": self._reshaped(self.positions, [{"tokens": 1}]), "dtype": dtype_of(node)}
         limits = {"start": arguments.get("start", 0), "end": arguments["end"], "step": arguments.get("step", 1)}
-        return "arange", {**limits, "dtype": _dtype(node)}
+        return "arange", {**limits, "dtype": dtype_of(node)}
 
     def _cast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        return "cast", {"x": arguments["x"], "dtype": _dtype(node)}
+        return "cast", {"x": arguments["x"], "dtype": dtype_of(node)}
 
     def _projection(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return bias + x @ w, w [k, n], as a linear layer, whose weight is stored the other way round."""
@@ -298,7 +316,7 @@ class _Graph:
         self._add(node, "slice", {"x": arguments["x"], "dim": axis, "start": start, "end": end, "step": step})
 
     def _reshape(self, node: Any, arguments: Mapping[str, Any]) -> None:
-        before, after = (_outside(shape) for shape in (self._shape(node.args[0]), self._shape(node)))
+        before, after = (outside(shape) for shape in (self._shape(node.args[0]), self._shape(node)))
         if before != after:
             raise self._refusal(node, f"{node.target.__name__} that orders tokens otherwise")
         self._add(node, "reshape", {"x": arguments["x"], "shape": self._shape(node)})
@@ -349,36 +367,3 @@ class _Graph:
         return ConfigError(
             f"{where}: node {node.name}: {what} is not built; a family of its own is needed (docs/extending.md)"
         )
-
-
-def _dtype(node: Any) -> str:
-    return str(node.meta["val"].dtype).removeprefix("torch.")
-
-
-def _needed(nodes: Sequence[Any]) -> set[Any]:
-    """Return the nodes that the output is made of."""
-    found: set[Any] = set()
-    waiting = [node for node in nodes if node.op == "output"]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _changed(node: Any) -> Iterator[Any]:
-    """Yield what a node changes in place: its first argument, and what that is a view of."""
-    schema = getattr(node.target, "_schema", None)
-    while schema is not None and schema.is_mutable and node.args:
-        (node, *_) = node.args
-        yield node
-        inner = getattr(node.target, "_schema", None)
-        if inner is None or not any(argument.alias_info for argument in inner.arguments):
-            return
-
-
-def _outside(shape: Sequence[Any]) -> int:
-    """Return how many values stand outside of the axis of tokens; one where there is none."""
-    at = next((axis for axis, size in enumerate(shape) if isinstance(size, dict)), 0)
-    return math.prod(shape[:at])

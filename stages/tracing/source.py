@@ -46,6 +46,13 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
             f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
             "too; only decoders are built"
         )
+    if getattr(text, "attention_chunk_size", None) and "chunked_attention" in (
+        getattr(text, "layer_types", None) or ()
+    ):
+        raise ConfigError(
+            f"config.json: model_type {named} has layers that attend within chunks of {text.attention_chunk_size} "
+            "tokens (attention_chunk_size), which no kernel here computes"
+        )
     every: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     known = next((kind for kind in (type(text), type(config)) if kind in every), None)
     if known is None:

@@ -42,6 +42,11 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
     parts["body"] = packed(parts["body"])
+    scalars = [name for name in names.used if not names.used[name]]
+    if scalars:
+        raise ConfigError(
+            f"{source.cls.__name__}: {scalars[0]} is a single number, which cannot be stored as a parameter"
+        )
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention:
         raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")

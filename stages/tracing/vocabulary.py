@@ -7,7 +7,18 @@ from __future__ import annotations
 
 # That hand on what they are given.
 SAME = {
-    *("alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to.device", "to.other", "type_as"),
+    *(
+        "alias",
+        "clone",
+        "contiguous",
+        "detach",
+        "detach_",
+        "dropout",
+        "lift_fresh_copy",
+        "to.device",
+        "to.other",
+        "type_as",
+    ),
     *("view_as_complex", "view_as_real"),  # a complex number is a pair of floats
 }
 # That only see a tensor in another shape: what comes out says which.
@@ -20,7 +31,7 @@ ALIKE = (
     "hardtanh clamp minimum maximum where masked_fill logical_not logical_and eq ne lt le gt ge transpose permute t "
     "slice select cat stack repeat_interleave mean sum softmax amax matmul linear layer_norm embedding index gather "
     "attention rms_norm linalg_vector_norm var addmm arange full topk scatter logical_or "
-    "max argmax repeat expm1 log1p expert_linear reciprocal polar copy slice_scatter"
+    "max argmax repeat expm1 log1p expert_linear reciprocal polar copy slice_scatter select_scatter"
 )
 # Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {
@@ -68,5 +79,5 @@ OPERATORS: dict[str, str] = {
 # Of an operator that works along an axis: the argument that says which. None may work along the tokens.
 ALONG: dict[str, str] = {
     **dict.fromkeys(("cat", "softmax", "mean", "sum", "amax", "select", "gather", "linalg_vector_norm"), "dim"),
-    **dict.fromkeys(("split", "var", "topk", "scatter", "max", "argmax", "slice_scatter"), "dim"),
+    **dict.fromkeys(("split", "var", "topk", "scatter", "max", "argmax", "slice_scatter", "select_scatter"), "dim"),
 }

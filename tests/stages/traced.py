@@ -53,6 +53,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "helium": {"head_dim": 16},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, "hidden_size": 64},
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 160, "expansion_ratio": 2, "n_embd": 64},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-alibi": {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                "window_size": 20},
+    "gpt_neox_japanese": {"intermediate_multiple_size": 2},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4},
+    "openai-gpt": {"n_embd": 64},
     "llama": {"head_dim": 32},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"head_dim": 32},
@@ -76,6 +85,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2},
+    "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 20,
+                "layer_types": ["sliding_attention", "full_attention"]},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
                    "logits_scaling": 2.0},
@@ -89,7 +100,8 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
 
     own = {**FAMILIES, **MIXTURES}[model_type]
     sizes = {**(GPT if "n_embd" in own else SIZES), **own, **more}
-    config = transformers.AutoConfig.for_model(model_type.partition("-")[0], **sizes)
+    kind = model_type if model_type in transformers.CONFIG_MAPPING else model_type.partition("-")[0]
+    config = transformers.AutoConfig.for_model(kind, **sizes)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     scramble(model)

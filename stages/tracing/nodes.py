@@ -1,0 +1,47 @@
+"""What is asked of the nodes of a graph that torch exported."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def encoded(tensor: Any) -> str:
+    """Return the bytes of a tensor as JSON can hold them."""
+    return base64.b85encode(tensor.numpy().tobytes()).decode()
+
+
+def dtype_of(node: Any) -> str:
+    """Return torch's name of the dtype of what a node makes."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
+def needed_nodes(nodes: Sequence[Any]) -> set[Any]:
+    """Return the nodes that the output is made of."""
+    found: set[Any] = set()
+    waiting = [node for node in nodes if node.op == "output"]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def bases_of(node: Any) -> Iterator[Any]:
+    """Yield what a node changes in place: its first argument, and what that is a view of."""
+    schema = getattr(node.target, "_schema", None)
+    while schema is not None and schema.is_mutable and node.args:
+        (node, *_) = node.args
+        yield node
+        inner = getattr(node.target, "_schema", None)
+        if inner is None or not any(argument.alias_info for argument in inner.arguments):
+            return
+
+
+def outside(shape: Sequence[Any]) -> int:
+    """Return how many values stand outside of the axis of tokens; one where there is none."""
+    at = next((axis for axis, size in enumerate(shape) if isinstance(size, dict)), 0)
+    return math.prod(shape[:at])
