@@ -104,7 +104,7 @@ class Sampler:
         below = logits[ids].astype(np.float64) - logits.max()  # before dividing, which may overflow to minus infinity
         with np.errstate(over="ignore"):
             weights = np.exp(below / settings.temperature)
-        order = np.argsort(-weights, kind="stable")
+        order = _descending(logits[ids])
         order, weights = ids[order], weights[order]
         count = len(order)
         if settings.top_p < 1:
@@ -126,3 +126,16 @@ class Sampler:
         logits = logits.copy()
         logits[ids] = np.where(found < 0, found * penalty, found / penalty)
         return logits
+
+
+def _descending(logits: np.ndarray) -> np.ndarray:
+    """Return the order of float32 logits, the largest first, and of equal ones the first.
+
+    A stable argsort of a large vocabulary takes as long as all else in a draw. So each logit becomes an integer, whose
+    upper half falls as the float rises, and lower half is its place: plain sorting, which is faster, is stable then.
+    """
+    bits = logits.astype(np.float32).view(np.uint32)
+    falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    keys = falling.astype(np.uint64) << np.uint64(32) | np.arange(len(bits), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

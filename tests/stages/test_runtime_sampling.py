@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stages.runtime.errors import RequestError
-from stages.runtime.sampling import Sampler, Settings, of_checkpoint
+from stages.runtime.sampling import Sampler, Settings, _descending, of_checkpoint
 
 # probabilities 0.5, 0.3, 0.15, 0.05; then two rows without a token, likelier than all
 LOGITS = np.log(np.array([0.15, 0.5, 0.05, 0.3, 40.0, 90.0])).astype(np.float32)
@@ -135,3 +135,10 @@ def test_level_tokens_stay_together_in_top_k_as_in_transformers():
 )
 def test_a_checkpoint_is_sampled_as_transformers_would(sampling, expected):
     assert str(Settings(**of_checkpoint(sampling))) == expected
+
+
+def test_the_order_is_that_of_a_stable_sort():
+    random = np.random.default_rng(0)
+    for logits in (random.normal(0, 5, 4096), random.normal(0, 2, 4096).round(1) + 0.0, [1, -np.inf, 0, np.inf, -1, 1]):
+        row = np.array(logits, np.float32)
+        np.testing.assert_array_equal(_descending(row), np.argsort(-row, kind="stable"))
