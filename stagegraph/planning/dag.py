@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
-from stagegraph.spec.settings import fits
+from stagegraph.spec.model import fits
 
 if TYPE_CHECKING:
     from stagegraph.spec.model import NodeSpec, Pipeline

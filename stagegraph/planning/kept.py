@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_bytes, digest_json, stat_id
+from stagegraph.files import open_regular
 from stagegraph.registry import Origin, get_stage, stage_reference
 from stagegraph.spec.model import NodeSpec, Pipeline, Place, Resources
 from stagegraph.stage import Source
@@ -57,7 +58,7 @@ def read_pipeline(file: Path, overrides: Sequence[str], index: Index) -> Pipelin
 def _same(kept: Mapping[str, Any]) -> bool:
     """Say whether all is as it was; of modules it may be too soon to say."""
     try:
-        files = {path: digest_bytes(Path(path).read_bytes()) for path in kept["files"]}
+        files = {path: digest_bytes(_text(path)) for path in kept["files"]}
         stats = {name: [path, list(stat_id(path))] for name, (path, _) in kept["modules"].items()}
     except OSError:
         return False
@@ -65,6 +66,11 @@ def _same(kept: Mapping[str, Any]) -> bool:
     env = _env_digest({name: os.environ.get(name) for name in kept["env"]})
     now = {"files": files, "links": links, "modules": stats}
     return all(kept[part] == found for part, found in now.items()) and kept["said"] == env and _settled(stats)
+
+
+def _text(path: str) -> bytes:
+    with open_regular(path) as file:
+        return file.readall()
 
 
 def _env_digest(env: Mapping[str, str | None]) -> str:
@@ -87,9 +93,10 @@ def _settled(modules: Mapping[str, Sequence[Any]]) -> bool:
     """Say whether this process has loaded the modules as their files are: none has changed since it began."""
     try:
         began = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        began_ns = time.time_ns() - int((time.clock_gettime(time.CLOCK_BOOTTIME) - began) * 1e9)
     except OSError:
         return False
+    # Whoever is interrupted between the two clocks has begun earlier by them, never later.
+    began_ns = max(time.time_ns() - int((time.clock_gettime(time.CLOCK_BOOTTIME) - began) * 1e9) for _ in range(3))
     return all(max(stat[3:]) < began_ns - RACY_NS for _, stat in modules.values())
 
 

@@ -1,8 +1,9 @@
-"""What a pipeline file says once it is read, interpolated, expanded and checked: plain data with places."""
+"""What a pipeline file says once it is read, interpolated, expanded and checked: plain data with places; node names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,3 +62,14 @@ class Pipeline(NamedTuple):
     def root(self) -> Path:
         """The directory of the file; relative sources and ``artifacts/`` live below it."""
         return self.file.parent
+
+
+def fits(pattern: str, values: Sequence[str]) -> bool:
+    """Say whether ``[x86,*]`` or ``.x86.*``, the rest of a node's name, fits the ``foreach`` values of an instance."""
+    if pattern in {"[*]", ".*"}:
+        return bool(values)
+    if pattern[0] == "." and "," not in pattern:
+        return bool(values) and fnmatchcase(".".join(values), pattern[1:])
+    wanted = pattern[1:].removesuffix("]").split(",")
+    pairs = zip(values, wanted, strict=False)
+    return len(wanted) == len(values) and all(fnmatchcase(value, want.strip()) for value, want in pairs)

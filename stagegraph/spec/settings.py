@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 from stagegraph.errors import PipelineError, nearest, similar
 from stagegraph.registry import get_stage
 from stagegraph.spec.item import Item, Problems
-from stagegraph.spec.model import Place
+from stagegraph.spec.model import Place, fits
 from stagegraph.spec.params import declared
 from stagegraph.spec.reader import core_scalar, parse
 from stagegraph.spec.scope import unknown_variable
@@ -25,17 +24,6 @@ from stagegraph.spec.scope import unknown_variable
 SHOWN = 3  # places of a parameter
 EXPECTED = "NAME=VALUE, a variable, or ENTRY.PARAMETER=VALUE"
 _TARGET = re.compile(r"(?P<entry>[^.\[\]]+)(?P<instances>\[[^\]]*\]|\.[^\[\]]+)?\.(?P<parameter>[^.\[\]]+)")
-
-
-def fits(pattern: str, values: Sequence[str]) -> bool:
-    """Say whether ``[x86,*]`` or ``.x86.*``, the rest of a node's name, fits the ``foreach`` values of an instance."""
-    if pattern in {"[*]", ".*"}:
-        return bool(values)
-    if pattern[0] == "." and "," not in pattern:
-        return bool(values) and fnmatchcase(".".join(values), pattern[1:])
-    wanted = pattern[1:].removesuffix("]").split(",")
-    pairs = zip(values, wanted, strict=False)
-    return len(wanted) == len(values) and all(fnmatchcase(value, want.strip()) for value, want in pairs)
 
 
 class Setting(NamedTuple):

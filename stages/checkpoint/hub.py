@@ -65,8 +65,8 @@ def get(url: str, wanted: Mapping[str, str]) -> Path:
         paths = dict(zip(wanted, pool.map(fetch, wanted), strict=True))
     for name, path in paths.items():
         if _digest(path, wanted[name].partition(":")[0]) != wanted[name]:
-            path.resolve().unlink()
-            path.unlink()
+            path.resolve().unlink()  # what the name in the snapshot leads to
+            path.unlink(missing_ok=True)
             raise OSError(f"{name} came damaged, and was removed; run again")
     found = here(url, wanted)
     assert found is not None, "all of it was just fetched"

@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name / "text.txt").write_text(name)
     (tmp_path / "text.txt").write_text("a")
     (tmp_path / "here").symlink_to("a/inside")
-    time.sleep(0.1)  # what changed just before a process began is not believed yet
+    time.sleep(0.3)  # what changed just before a process began is not believed yet
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def test_it_is_read_again_after_a_change_of(what: str, folder: Path) -> None:
     change, given = CHANGES[what]
     first = look(folder)
     change(folder)  # type: ignore[operator]
-    time.sleep(0.1)
+    time.sleep(0.3)
     second = look(folder, **given)
     assert second["read"] is True
     assert what == "a file that it extends" or first["nodes"] != second["nodes"]
@@ -124,7 +124,7 @@ def test_it_is_read_again_after_a_change_of(what: str, folder: Path) -> None:
 def test_a_pipeline_with_a_secret_is_not_kept(folder: Path) -> None:
     (folder / "step.py").write_text(STAGE.replace(', choices=("one", "two")', ""))
     (folder / "pipeline.yaml").write_text(FILE.replace("env.LAST", "secret.LAST"))
-    time.sleep(0.1)
+    time.sleep(0.3)
     for _ in range(2):
         assert look(folder, last="not to be kept")["read"] is True
     kept = b"".join(path.read_bytes() for path in (folder / "artifacts").rglob("*") if path.is_file())
