@@ -76,9 +76,9 @@ def bundle(setting: Setting, scheme: str, activations: str) -> str:
     pinned([*run, "--stage", "compile", "--stage", "quantize"], setting.threads)
     made = folder / "artifacts" / name
     inputs = {
-        "library": made / "compile[llvm]" / "model.so",
-        "metadata": made / "compile[llvm]" / "metadata.json",
-        "weights": made / "quantize[llvm]" / "weights",
+        "library": made / "compile.llvm" / "model.so",
+        "metadata": made / "compile.llvm" / "metadata.json",
+        "weights": made / "quantize.llvm" / "weights",
         "config": made / "config-parse" / "model.json",
         "generation": made / "config-parse" / "generation.json",
         "tokenizer": tokenizer,

@@ -123,14 +123,15 @@ class Pipeline(Project):
         fetch_only: bool = False,
         reporter: Reporter | None = None,
         command: Sequence[str] = (),
+        tag: str = "",
     ) -> Run:
         """Bring a selection up to date and return how each node ended; failures are outcomes, not exceptions.
 
         ``only`` refuses with :class:`PlanError` if anything but the chosen nodes would have to run; ``force`` runs the
         chosen nodes even if they are hits; ``jobs`` bounds how many run at once (0: one per processor); ``retries``
         is how often a failed node is tried again; ``fetch_only`` runs nothing, and takes what the user's remotes have;
-        ``reporter`` is called as nodes start, progress and end; ``command``
-        is what the history of runs shows.
+        ``reporter`` is called as nodes start, progress and end; ``command`` is what the history of runs shows, where
+        ``tag`` names this one.
         """
         from stagegraph.execution.outcome import Reporter as Silent
         from stagegraph.execution.outcome import Run
@@ -154,10 +155,10 @@ class Pipeline(Project):
             for outcome in outcomes:
                 outcome.began = round(outcome.began - began, 3) if outcome.began else 0.0
             run = Run(outcomes, round(time.monotonic() - began, 3))
-            if any(outcome.reason for outcome in outcomes):  # a run that had nothing to do is not recorded
+            if tag or any(outcome.reason for outcome in outcomes):  # else it had nothing to do, and is not recorded
                 from stagegraph.query.history import journal_entry
 
-                entry = journal_entry(self.name, run, started, command, interrupted=not ended)
+                entry = journal_entry(self.name, run, started, command, interrupted=not ended, tag=tag)
                 self.workspace.journal.append(entry)
         return Run(tuple(scheduler.outcomes[node] for node in selection.nodes), run.seconds)
 

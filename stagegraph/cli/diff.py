@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,8 @@ from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json
 from stagegraph.cli.layout import terminal_width
 from stagegraph.cli.pager import page
-from stagegraph.errors import PlanError
+from stagegraph.errors import PlanError, nearest
+from stagegraph.query.diff import KINDS
 
 if TYPE_CHECKING:
     from stagegraph.query.diff import Difference, Sets
@@ -27,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help=kinds)
     parser.add_argument("b", metavar="B", help="the same of the other side")
     add_file(parser)
+    parser.add_argument("--stat", action="store_true", help="how many differences of which kind, and not which")
+    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="differences of a kind, as param")
     add_json(parser)
 
 
@@ -42,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"differences": [each.document() for each in found]})
     else:
-        page("\n\n".join("\n".join(difference_lines(each)) for each in found))
+        page("\n\n".join("\n".join(_lines(each, args)) for each in found))
     return 0
 
 
@@ -76,9 +81,24 @@ def _print_sets(found: Sets, args: argparse.Namespace) -> int:
     sides = ((found.a, found.only_a), (found.b, found.only_b))
     lines = [f"only in {side}: {', '.join(nodes)}" for side, nodes in sides if nodes]
     for each in found.differing:
-        lines += [*difference_lines(each), ""]
+        lines += [*_lines(each, args), *([] if args.stat else [""])]
     page("\n".join([*lines, f"{len(found.differing)} differ, {found.same} are the same"]))
     return 0
+
+
+def _lines(found: Difference, args: argparse.Namespace) -> Iterator[str]:
+    """Yield what the command line asks for of a difference."""
+    kinds = Counter(row.kind for row in found.rows)
+    if unknown := set(args.only) - {*KINDS}:
+        raise PlanError(f"--only {min(unknown)}: unknown kind{nearest(min(unknown), KINDS)}")
+    if args.only:
+        found = replace(found, rows=[row for row in found.rows if row.kind in args.only])
+    if args.stat:
+        same = "the outputs are identical" if found.same else "the outputs differ"
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if not args.only or kind in args.only)
+        yield f"{found.a} -> {found.b}: {same}" + (f"; {told}" if told else "")
+    else:
+        yield from difference_lines(found)
 
 
 def difference_lines(found: Difference) -> Iterator[str]:

@@ -128,7 +128,7 @@ def _open(title: str, width: float, height: float) -> str:
     text = html.escape(title)
     marker = (
         '<defs><marker id="arrow" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" fill="#888"/></marker></defs>'
+        '<polygon points="0,0 8,4 0,8" fill="#888"/></marker></defs>'
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '

@@ -11,6 +11,7 @@ from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown
 from stagegraph.cli.streams import visible
 from stagegraph.errors import PlanError
+from stagegraph.store.journal import EXECUTED, FAILED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +25,7 @@ POLL_SECONDS = 0.2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("node", metavar="NODE", help="a node's name, with its instance in brackets")
+    parser.add_argument("node", metavar="NODE", help="a node, or NODE@RUN for its log as of a run")
     add_file(parser)
     parser.add_argument("-f", "--follow", action="store_true", help="of one node that runs: print on until it ends")
     add_json(parser)
@@ -33,16 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Pipeline(args.file, args.overrides) as pipeline:
-        nodes = pipeline.dag.select(args.node)
+        name, _, past = args.node.partition("@")
+        nodes = pipeline.dag.select(name)
+        if past and (args.follow or pipeline.varied):
+            raise PlanError(f"{args.node} is a past log, whatever runs now or --set says; leave one of the two out")
         if args.follow and len(nodes) > 1:
             raise PlanError(f"--follow follows one node: name one of {', '.join(node.name for node in nodes)}")
         unrun: list[str] = []
         logs: list[dict[str, str]] = []
         for node in nodes:
-            kind, key = _latest(pipeline, node)
+            kind, key = _as_of(pipeline, node, past) if past else _latest(pipeline, node)
             path = pipeline.workspace.log_path(key) if key else None
             if path is None or not path.exists():
                 said = "no log with these settings" if pipeline.varied else "no log yet: it has never run"
+                said = f"no log as of run {past}" if past else said
                 unrun.append(f"{node.name} has {said}")
                 continue
             text = path.read_bytes()
@@ -59,6 +64,18 @@ def run(args: argparse.Namespace) -> int:
         if unrun and not (args.json and logs):
             raise PlanError(*unrun)
     return 0
+
+
+def _as_of(pipeline: Pipeline, node: Node, past: str) -> tuple[str, str]:
+    """Return how an execution ended by a run, and its key."""
+    from stagegraph.query.history import find_run
+
+    runs = pipeline.runs()
+    for run in reversed(runs[: find_run(runs, past) + 1]):
+        for entry in run.nodes:
+            if entry["node"] == node.name and entry["outcome"] in {*EXECUTED, FAILED}:
+                return f"{entry['outcome']} in run {run.id[:8]}", str(entry["key"])
+    return "", ""
 
 
 def _latest(pipeline: Pipeline, node: Node) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from stagegraph.cli.live import watching
 from stagegraph.cli.summary import print_failure, print_summary
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.files import dotted
-from stagegraph.store.journal import FAILED
+from stagegraph.store.journal import FAILED, TAG
 
 if TYPE_CHECKING:
     from stagegraph.execution.outcome import Run
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
     add("-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)")
+    add("--tag", default="", metavar="NAME", help="name this run, so that NODE@NAME means what it made")
     add("-v", "--verbose", action="store_true", help="list every node, and what each reused")
     add("-q", "--quiet", action="store_true", help="print problems only")
     add("--json", action="store_true", help="print one JSON document on stdout")
@@ -45,14 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    if args.jobs is not None and args.jobs < 1:
-        raise PlanError(f"-j {args.jobs}: the number of jobs must be at least 1")
-    if args.retries < 0:
-        raise PlanError(f"--retries {args.retries}: the number of retries must be at least 0")
-    if args.dry_run and args.check_reproducible:
-        raise PlanError("--check-reproducible builds everything twice, --dry-run nothing: use one of them")
-    if args.only and not (args.stage or args.start or args.until):
-        raise PlanError("--only needs a selection: add --stage NAME, --from NAME or --until NAME")
+    _check(args)
     with Pipeline(args.file, args.overrides) as pipeline:
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
         if args.dry_run:
@@ -85,6 +79,20 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK if done.ok and (again is None or again.ok) else EXIT_NODE_FAILED
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what contradicts itself before anything is read."""
+    if args.jobs is not None and args.jobs < 1:
+        raise PlanError(f"-j {args.jobs}: the number of jobs must be at least 1")
+    if args.retries < 0:
+        raise PlanError(f"--retries {args.retries}: the number of retries must be at least 0")
+    if args.tag and not TAG.fullmatch(args.tag):
+        raise PlanError(f"--tag {args.tag}: expected a letter, then letters, digits, '.', '_' and '-'")
+    if args.dry_run and args.check_reproducible:
+        raise PlanError("--check-reproducible builds everything twice, --dry-run nothing: use one of them")
+    if args.only and not (args.stage or args.start or args.until):
+        raise PlanError("--only needs a selection: add --stage NAME, --from NAME or --until NAME")
+
+
 def _dry_run(pipeline: Pipeline, selection: Selection, args: argparse.Namespace) -> int:
     from stagegraph.cli.plan_table import plan_lines
 
@@ -107,6 +115,7 @@ def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
             retries=args.retries,
             reporter=reporter,
             command=_arguments(args),
+            tag=args.tag,
         )
 
 
@@ -149,4 +158,5 @@ def _arguments(args: argparse.Namespace, stage: list[str] | None = None) -> list
     words += [f"--{flag.replace('_', '-')}" for flag in ("only", "force", "fail_fast") if getattr(args, flag)]
     words += ["--retries", str(args.retries)] if args.retries else []
     words += ["-j", str(args.jobs)] if args.jobs else []
+    words += ["--tag", args.tag] if args.tag else []
     return words + [word for setting in args.overrides for word in ("--set", setting)]

@@ -24,7 +24,7 @@ EXAMPLE = "pipeline runs --run @~0"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser, settings=False)
-    parser.add_argument("--run", metavar="RUN", help="one run: the first digits of its id, or @~N, N before the last")
+    parser.add_argument("--run", metavar="RUN", help="one run: digits of its id, @~N, its tag or a date")
     parser.add_argument("-n", type=int, default=20, metavar="N", help="how many to list (default: 20)")
     add_json(parser)
 
@@ -43,16 +43,29 @@ def run(args: argparse.Namespace) -> int:
         elif not chosen:
             print("no run has executed anything yet")
         else:
-            header = ("run", "state", "command", "ran", "failed", "time", "when")
-            print(table(header, [_row(run) for run in chosen], flexible=2))
+            header = ("run", "state", "command", "ran", "failed", "time", "started", "", "tag")
+            rows = [_row(run) for run in chosen]
+            kept = len(header) - (not any(run.tag for run in chosen))
+            print(table(header[:kept], [row[:kept] for row in rows], flexible=2))
     return 0
 
 
 def _row(run: PastRun) -> tuple[str, ...]:
     ran, failed = run.count(*EXECUTED), run.count(FAILED)
-    when = age_text(run.started) if run.started else "-"
+    started = run.started[:16].replace("T", " ") if run.started else "-"
+    age = age_text(run.started) if run.started else "-"
     command = Brief(_command(run, but=DEFAULT_FILE))
-    return run.id[:8], run.state, command, str(ran), str(failed or "-"), seconds_text(run.seconds), when
+    return (
+        run.id[:8],
+        run.state,
+        command,
+        str(ran),
+        str(failed or "-"),
+        seconds_text(run.seconds),
+        started,
+        age,
+        run.tag,
+    )
 
 
 def _command(run: PastRun, but: str = "") -> str:

@@ -80,14 +80,18 @@ def reservation(outcome: Outcome) -> str:
 
 
 def _skipped(outcomes: Iterable[Outcome]) -> Iterator[str]:
-    """Yield a line for each reason why nodes were skipped."""
-    reasons: dict[str, list[str]] = {}
+    """Yield a line for each failure that nodes were skipped for."""
+    roots: dict[str, str] = {}  # node that was skipped -> what that began with
+    below: dict[str, list[str]] = {}
     for outcome in outcomes:
         if outcome.outcome == SKIPPED:
-            reasons.setdefault(outcome.reason, []).append(outcome.node.name)
-    for reason, names in reasons.items():
+            name = outcome.reason.partition(" ")[0]
+            root = roots.get(name, outcome.reason)
+            roots[outcome.node.name] = root
+            below.setdefault(root, []).append(outcome.node.name)
+    for root, names in below.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        yield f"{SKIPPED} as {reason}: {', '.join(names[:3])}{more}"
+        yield f"{SKIPPED} as {root}: {', '.join(names[:3])}{more}"
 
 
 def _saved(project: Project, done: Run) -> Iterator[str]:

@@ -125,7 +125,11 @@ def parse(verb: str, argv: list[str]) -> argparse.Namespace:
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
         advice = f"; `pipeline {verb} --help` lists its arguments"
-        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in unknown))
+        # What follows an unknown option may be its value.
+        told = [
+            word for before, word in zip(["", *unknown], unknown, strict=False) if word[0] == "-" or before[:1] != "-"
+        ]
+        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in told))
     if getattr(args, "file", "") is None:
         args.file = locate()
     return args

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import graphlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
+from stagegraph.files import dotted
 from stagegraph.spec.model import fits
 
 if TYPE_CHECKING:
@@ -73,8 +75,11 @@ class Dag:
 
     def _nearest(self, pattern: str) -> str:
         """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
+        if os.sep in pattern:
+            return "; that is a path, and a result is named by its node, NODE@RUN or a digest"
         entry = re.split(r"[\[.]", pattern)[0]
-        instances = {node.name for node in self.nodes if node.spec.entry == entry}
+        name = dotted if "[" not in pattern else str
+        instances = {name(node.name) for node in self.nodes if node.spec.entry == entry}
         return nearest(pattern, instances or {node.spec.entry for node in self.nodes})
 
     def above(self, nodes: Iterable[Node]) -> set[Node]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Comparer = Callable[[Mapping[str, Path], Mapping[str, Path]], list[tuple[str, str, str]]]
 JSON_LIMIT = 16 << 20  # bytes; a larger file is compared as a whole
 DIGITS = 12  # of a digest
+KINDS = ("stage", "param", "source", "input", "code", "tool", "fact", "file", "inside", "cost")
 SHOWN = 20  # values of one JSON file
 
 
@@ -33,7 +34,7 @@ SHOWN = 20  # values of one JSON file
 class Row:
     """One difference: what it is about, and its value on both sides (empty where it is not there)."""
 
-    kind: str  # stage, param, source, input, code, tool, fact, file, inside, cost
+    kind: str  # one of KINDS
     what: str
     a: str
     b: str

@@ -5,6 +5,7 @@ A run that had nothing to do is not recorded. A run's id is the digest of its jo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stagegraph.execution.outcome import Outcome, Run
     from stagegraph.store.journal import Journal
 
+DATE = re.compile(r"\d{4}-\d\d-\d\d")
 SAMPLES = 5  # a node's predicted time is the median of its last ones
 
 
@@ -33,6 +35,7 @@ class PastRun:
     state: str  # "ok", "failed" or "interrupted"
     command: tuple[str, ...]
     nodes: tuple[Mapping[str, Any], ...]
+    tag: str = ""
 
     def count(self, *outcomes: str) -> int:
         """Return how many nodes ended in one of these ways."""
@@ -40,10 +43,10 @@ class PastRun:
 
 
 def journal_entry(
-    pipeline: str, run: Run, started: str, command: Sequence[str], *, interrupted: bool
+    pipeline: str, run: Run, started: str, command: Sequence[str], *, interrupted: bool, tag: str = ""
 ) -> dict[str, Any]:
     """Return the journal's line about a run: every node that was not simply up to date."""
-    return {
+    return ({"tag": tag} if tag else {}) | {
         "pipeline": pipeline,
         "started": started,
         "seconds": run.seconds,
@@ -96,11 +99,13 @@ def _past(entry: Mapping[str, Any]) -> PastRun:
         state=entry.get("state", "ok"),
         command=tuple(entry.get("command", ())),
         nodes=tuple(entry.get("nodes", ())),
+        tag=str(entry.get("tag", "")),
     )
 
 
 def find_run(runs: Sequence[PastRun], name: str) -> int:
-    """Return the position of the run that ``name`` means: the first digits of its id, or ``~N``, N before the last.
+    """Return the position of the run that ``name`` means: the first digits of its id, ``~N``, N before the last, the
+    tag of one (of several the last), or a date, for the last run by the end of that day (UTC).
 
     An ``@`` may stand before it, which keeps shells from reading ``~N`` as a directory.
     """
@@ -109,6 +114,13 @@ def find_run(runs: Sequence[PastRun], name: str) -> int:
         if int(name[1:]) < len(runs):
             return len(runs) - 1 - int(name[1:])
         raise PlanError(f"there is no run {name}: the history has {len(runs)}; `pipeline runs` lists them")
+    tagged = [i for i, run in enumerate(runs) if name and run.tag == name]
+    if DATE.fullmatch(name):
+        tagged = [i for i, run in enumerate(runs) if run.started and run.started[: len(name)] <= name]
+        if not tagged:
+            raise PlanError(f"no run is as old as {name}; `pipeline runs` lists them")
+    if tagged:
+        return tagged[-1]
     found = [i for i, run in enumerate(runs) if name and run.id.startswith(name)]
     if len(found) != 1:
         problem = "more than one run begins" if found else "no run begins"

@@ -19,12 +19,14 @@ from stagegraph.errors import warn
 from stagegraph.files import open_regular
 
 SEAL_DIGITS = 32
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,49}")  # of a run
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 # Field -> its type.
 RUN = {"pipeline": str, "started": str, "seconds": float, "state": str, "command": list, "nodes": list}
 NODE = {"node": str, "outcome": str, "key": str, "seconds": float, "reason": str, "summary": str, "stage": str}
 NODE |= {"reasons": list, "warnings": list, "problems": list, "parts": dict, "bytes": float, "peak_bytes": float}
-SOMETIMES = {"stage", "warnings", "parts"}
+NODE |= {"began": float}
+SOMETIMES = {"stage", "warnings", "parts", "began"}
 # How a node ends, or that it needed nothing done; the first two mean that it was executed.
 BUILT, UNCHANGED, FAILED, SKIPPED, HIT = "BUILT", "UNCHANGED", "FAILED", "SKIPPED", "HIT"
 EXECUTED = frozenset({BUILT, UNCHANGED})
@@ -103,7 +105,8 @@ def _is_sound(entry: dict[str, Any]) -> bool:
         return False
     nodes = entry.get("nodes")
     return (
-        entry.keys() == RUN.keys()
+        entry.keys() - {"tag"} == RUN.keys()
+        and TAG.fullmatch(str(entry.get("tag", "x"))) is not None
         and all(_is(entry[name], kind) for name, kind in RUN.items())
         and TIME.fullmatch(entry["started"]) is not None
         and all(isinstance(word, str) for word in entry["command"])

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
+name: tiny-qwen
 vars: {{targets: [llvm], checkpoint: checkpoint}}
 stages:
   verify: {{with: {{reference: recorded}}}}

@@ -24,6 +24,7 @@ SECTIONS = {"A model family": 3, "A quantization scheme": 2, "A lowering pass": 
 STEP = re.compile(r"^`([\w/.]+)`(?:, after the line `([^`\n]+)`)?:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
+name: tiny-qwen
 vars: {{targets: [plain], checkpoint: checkpoint, context_window: 0, scheme: q4f32_64}}
 stages:
   graph-build: {{with: {{prefill_chunk: 48}}}}

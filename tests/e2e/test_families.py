@@ -22,6 +22,7 @@ from tests.stages.tokenizer_folders import FOLDERS, SIZE, write_folder
 
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
+name: tiny-qwen
 vars: {{targets: [llvm], checkpoint: checkpoint, context_window: 0, scheme: %(scheme)s}}
 stages:
   graph-build: {{with: {{prefill_chunk: 48, sep_embed: %(sep_embed)s}}}}

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from stagegraph.files import dotted, typed
-from stagegraph.spec.settings import fits
+from stagegraph.spec.model import fits
 from tests.engine.conftest import PIPELINE, Demo
 
 TWO = PIPELINE.replace("join: {", "join: {foreach: {os: [linux, mac], version: ['3.11', '3.12']}, ")
@@ -51,7 +51,7 @@ def test_dots_name_nodes_wherever_brackets_do(demo: Demo) -> None:
             done = demo(argv[0], *argv[1:], file)
             assert done.code == 0, (argv, done.err)
         assert "joined.txt" in demo("show", f"{name}@~0", file).out
-    assert "did you mean 'shape[line]'?" in demo("show", "shape.lime", file).err
+    assert "did you mean 'shape.line'?" in demo("show", "shape.lime", file).err
 
 
 def test_directories_of_earlier_versions_are_renamed_and_nothing_is_written(demo: Demo) -> None:

@@ -62,7 +62,7 @@ def test_without_a_pipeline_there_are_only_paths(tmp_path: Path, monkeypatch) ->
     ("name", "message"),
     [
         ("raed", "raed: no such file or directory, and no node is named 'raed'; did you mean 'read'?"),
-        ("shape.lime", "did you mean 'shape[line]'?"),
+        ("shape.lime", "did you mean 'shape.line'?"),
         ("shape", "'shape' means shape[line], shape[column]: name one of them"),
         ("read:nothing", "has no file 'nothing'"),
     ],
