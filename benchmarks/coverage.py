@@ -151,7 +151,7 @@ def compare(folder: Path, memo: Path) -> tuple[str, str]:
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
     worst = max(traced.differences(made, CONTEXT))
-    return ("proven" if worst < BOUND else "wrong"), f"{worst:.1e}"
+    return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest |logit|"
 
 
 def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int:
@@ -166,7 +166,9 @@ def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int
         except BaseException as error:  # noqa: BLE001 - a crash is a verdict
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = "crashed", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
-        (folder / "answer.json").write_text(json.dumps(found))
+        verdict, reason = found
+        reason = " ".join(reason.replace(f"{folder / 'checkpoint'}: ", "").split())
+        (folder / "answer.json").write_text(json.dumps([verdict, reason]))
         os._exit(0)
     return child
 
