@@ -237,6 +237,16 @@ def test_calling_off_frees_pages_at_once() -> None:
     assert not scheduler.step()
 
 
+def test_no_more_are_kept_than_there_is_room_for() -> None:
+    model = Counting(spare=2)
+    scheduler = Scheduler(model)
+    for first in (10, 20, 30, 40):
+        scheduler.submit(Asked(range(first, first + 9), 2).job)
+        drained(scheduler)
+    assert len(model.ids) == 2
+    assert scheduler.prefixes.longest(range(40, 49))[1] == 8, "the last ones"
+
+
 def test_of_kept_beginnings_the_longest_unused_goes_first() -> None:
     prefixes = Prefixes(2)
     assert prefixes.release(1, [1, 2, 3, 4]) == []
