@@ -23,7 +23,7 @@ def test_quantize_does_not_run_for_a_tokenizer_file(project: Project) -> None:
     path.write_text(json.dumps({**document, "model_max_length": 2048}))
     assert executed(project.run("--stage", "quantize")) == set()
     said = project("explain", "tokenizer-bundle", "overlay.yaml").stdout
-    assert "tokenizer_config.json changed (source checkpoint) (overlay.yaml:2)" in said
+    assert "tokenizer_config.json changed (source checkpoint) (overlay.yaml:3)" in said
 
 
 def test_an_edited_function_is_named_and_the_graphs_compared(project: Project) -> None:
@@ -91,11 +91,11 @@ def test_a_bundle_is_named_by_its_node(built: Project) -> None:
     options = ["overlay.yaml", "--prompt", "It was", "--max-tokens", "3", "--json"]
     for reference in ("bundle[llvm]", "bundle.llvm", "bundle[llvm]:bundle"):
         assert json.loads(built("generate", reference, *options).stdout)["bundle"] == built.checkpoint.name
-    assert "did you mean 'bundle[llvm]'?" in built("generate", "bundle.lvm", *options, code=2).stderr
+    assert "did you mean 'bundle.llvm'?" in built("generate", "bundle.lvm", *options, code=2).stderr
     # Several at once, and the pipeline file among them; it goes no further than the settings.
     several = ("bundle[llvm]", "bundle.llvm", "overlay.yaml", "--name", "a", "--name", "b")
     assert "does not hold one context" in built("serve", *several, "--cache-tokens", "1", code=2).stderr
-    assert "did you mean 'bundle[llvm]'?" in built("serve", "bundle[llvm]", "bundle.lvm", "overlay.yaml", code=2).stderr
+    assert "did you mean 'bundle.llvm'?" in built("serve", "bundle[llvm]", "bundle.lvm", "overlay.yaml", code=2).stderr
 
 
 def python(project: Project, code: str) -> str:
