@@ -51,8 +51,8 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
         )
     if text.model_type in WRONG:
         raise ConfigError(
-            f"config.json: model_type {named} is not built: traced, its small model had other logits than transformers' "
-            "(1.1 of the largest), and the cause is not known"
+            f"config.json: model_type {named} is not built: traced, its small model had other logits than "
+            "transformers' (1.1 of the largest), and the cause is not known"
         )
     if getattr(text, "attention_chunk_size", None) and "chunked_attention" in (
         getattr(text, "layer_types", None) or ()
