@@ -103,6 +103,10 @@ class Verify(Stage):
         max_ppl_ratio: float | None = param(
             "largest perplexity as a multiple of the original's; null: likewise", default=None
         )
+        max_activation_kl: float | None = param(
+            "largest mean KL divergence of int8 activations from float ones on the same weights; null: 0.03",
+            default=None,
+        )
 
     inputs = {
         "bundle": In("bundle", "bundle", "the bundle"),

@@ -55,7 +55,9 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
             wanted = advice.log_probs(model, ids)[0]
         for done, chosen in enumerate(groups, start=1):
             # Entered first, for it reads the weights while they are lent.
-            alone = advice.each_alone([("linear", matrices[name][1]) for name in chosen], measured, "max")
+            alone = advice.each_alone(
+                [advice.storing_one("linear", matrices[name][1], measured, "max") for name in chosen]
+            )
             with alone, streaming.weights_in_float32(model, mapped):
                 found = advice.log_probs(model, ids.expand(len(chosen), -1))
             divergences += advice.divergence(wanted, found).mean(-1).tolist()

@@ -6,12 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 from stages.documents.graph import ModelSizes
+from stages.sizes import BYTE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from stages.documents.graph import Graph
-    from stages.documents.params import Register
+    from stages.documents.params import Parameter, Register
 
 
 def takes_bytes(registry: Register) -> tuple[list[str], list[str]]:
@@ -19,9 +20,13 @@ def takes_bytes(registry: Register) -> tuple[list[str], list[str]]:
     logical = registry["logical"]
     head = "head" if any(entry["kind"] == "head" for entry in logical) else "embedding"  # tied: the table is the head
     layers = [entry for entry in logical if entry["quantize"] and entry["kind"] in ("linear", head)]
-    direct = [entry["layout"] == "n32" for entry in layers]
-    names = [(entry["name"], takes) for entry, takes in zip(layers, direct, strict=True)]
+    names = [(entry["name"], _takes_bytes(entry)) for entry in layers]
     return [name for name, takes in names if takes], [name for name, takes in names if not takes]
+
+
+def _takes_bytes(entry: Parameter) -> bool:
+    row = entry["quantize"]
+    return entry["layout"] == "n32" and row is not None and row["bits"] in BYTE_BITS
 
 
 def disagreements(graphs: Sequence[Graph], registry: Register, target: str, activations: str) -> list[str]:

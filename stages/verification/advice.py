@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.quantization import layouts
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
+from stages.sizes import BYTE_BITS
 from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
@@ -38,6 +40,7 @@ class Request:
     """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged and how its ``scales`` are
     chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, of which the first within
     the user's ``limits`` is the last that is tried, and the tensors that need not be judged because they are ``known``.
+    With ``activations``, layers are judged as well, by what int8 activations cost where one alone reads them.
     """
 
     original: Mapping[str, Any]
@@ -46,10 +49,13 @@ class Request:
     candidates: Sequence[tuple[str, str]]
     limits: Mapping[str, float]
     known: Sequence[str] = ()
+    activations: bool = False
 
 
 def compute(request: Request, progress: Progress) -> dict[str, Any]:
-    """Return ``names`` and ``kl`` of the tensors, and as JSON the figures of each candidate ``tried``, in order."""
+    """Return ``names`` and ``kl`` of the tensors, ``layers`` and ``layer_kl`` of those, and as JSON the figures of each
+    candidate ``tried``, in order.
+    """
     import torch
 
     asked = original.Request(**request.original)
@@ -57,33 +63,43 @@ def compute(request: Request, progress: Progress) -> dict[str, Any]:
     piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], matrices_of(model)
     names = [name for name, (kind, _) in matrices.items() if scheme.row(kind) and name not in request.known]
-    groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
-    total = 1 + len(groups) + len(request.candidates)
+    groups = byte_groups(model, matrices, scheme) if request.activations else {}
+    alone = [storing_one(*matrices[name], scheme, request.scales) for name in names]
+    alone += [_reading_bytes([model.get_submodule(name)], group) for name, group in groups.items()]
+    batches = [alone[start : start + TOGETHER] for start in range(0, len(alone), TOGETHER)]
+    total = 1 + len(batches) + len(request.candidates)
     with torch.inference_mode(), streaming.weights_in_float32(model, mapped):
         wanted = log_probs(model, piece[None, :-1])[0]
         progress(1, total, "passes for advice")
     with torch.inference_mode():
         divergences, short = [], piece[:-1][:TENSOR_TOKENS]
         here = wanted[: len(short)]
-        for done, chosen in enumerate(groups, start=2):
-            alone = each_alone([matrices[name] for name in chosen], scheme, request.scales)
-            with alone, streaming.weights_in_float32(model, mapped):
+        for done, chosen in enumerate(batches, start=2):
+            with each_alone(chosen), streaming.weights_in_float32(model, mapped):
                 found = log_probs(model, short[None].expand(len(chosen), -1))
             divergences += divergence(here, found).mean(-1).tolist()
             progress(done, total, "passes for advice")
         tried: list[Loss] = []
-        for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(groups)):
+        for done, (name, arithmetic) in enumerate(request.candidates, start=2 + len(batches)):
             with (
                 streaming.weights_in_float32(model, mapped),
                 changed(matrices, _storing(SCHEMES[name], matrices)),
-                rounding.rounded(model, arithmetic) if arithmetic == INT8 else nullcontext(),
+                rounding.rounded(model, INT8, _weights(byte_groups(model, matrices, SCHEMES[name])))
+                if arithmetic == INT8
+                else nullcontext(),
             ):
                 found = log_probs(model, piece[None, :-1])[0]
             progress(done, total, "passes for advice")
             tried.append(figures_of(wanted, found, piece[1:]))
             if passes(name, arithmetic, tried[-1], request.limits):
                 break
-    return {"names": np.array(names), "kl": np.array(divergences), "tried": json.dumps([vars(each) for each in tried])}
+    return {
+        "names": np.array(names),
+        "kl": np.array(divergences[: len(names)]),
+        "layers": np.array([*groups]),
+        "layer_kl": np.array(divergences[len(names) :]),
+        "tried": json.dumps([vars(each) for each in tried]),
+    }
 
 
 def passes(scheme: str, arithmetic: str, figures: Loss, own: Mapping[str, float]) -> bool:
@@ -110,6 +126,29 @@ def matrices_of(model: Any) -> dict[str, tuple[str, list[Any]]]:
     return found
 
 
+def byte_groups(model: Any, matrices: Mapping[str, tuple[str, list[Any]]], scheme: Scheme) -> dict[str, int]:
+    """Return in groups of how many values each layer, by name, reads int8 activations once ``scheme`` has stored it;
+    layers that read floats are left out.
+    """
+    import torch
+
+    kinds = {id(module): kind for kind, modules in matrices.values() for module in modules}
+    found = {}
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear and id(module) in kinds:
+            k = module.weight.shape[1]
+            kind = kinds[id(module)]
+            row = scheme.row(kind, k)
+            direct = layouts.of("n32", kind, scheme, row, scheme.storage_dtype, k) == "n32"
+            if row and direct and row.bits in BYTE_BITS:
+                found[name] = row.group_size
+    return found
+
+
+def _weights(groups: Mapping[str, int]) -> dict[str, int]:
+    return {f"{name}.weight": group for name, group in groups.items()}
+
+
 def log_probs(model: Any, ids: Any) -> Any:
     """Return the log probabilities float32 [b, n, V] of what follows each of ``ids`` [b, n]."""
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
@@ -130,27 +169,45 @@ def _storing(scheme: Scheme, matrices: Mapping[str, tuple[str, list[Any]]]) -> C
     return lambda weight, name: stored(weight, scheme, matrices[name][0], scheme.scales)
 
 
-@contextmanager
-def each_alone(chosen: Sequence[tuple[str, list[Any]]], scheme: Scheme, scales: str) -> Iterator[None]:
-    """Let sequence i of a batch see the matrix of the i-th of ``chosen``, its kind and modules, quantized, and no
-    other one.
-    """
+Alone = tuple["Sequence[Any]", "Callable[[Any, Any], Any]"]  # modules, and what one of them makes of its inputs
+
+
+def storing_one(kind: str, modules: Sequence[Any], scheme: Scheme, scales: str) -> Alone:
+    """Return what modules of ``kind`` do with a weight that ``scheme`` has stored."""
     import torch
 
-    def hook(row: int, kind: str) -> Any:
+    def compute(module: Any, x: Any) -> Any:
+        weight = stored(module.weight.data, scheme, kind, scales)
+        is_table = type(module) is torch.nn.Embedding
+        return weight[x] if is_table else torch.nn.functional.linear(x, weight, module.bias)
+
+    return modules, compute
+
+
+def _reading_bytes(modules: Sequence[Any], group: int) -> Alone:
+    """Return what modules do with int8 activations."""
+    import torch
+
+    def compute(module: Any, x: Any) -> Any:
+        return torch.nn.functional.linear(rounding.in_bytes(x, group), module.weight.data, module.bias)
+
+    return modules, compute
+
+
+@contextmanager
+def each_alone(chosen: Sequence[Alone]) -> Iterator[None]:
+    """Let sequence i of a batch see what the modules of the i-th of ``chosen`` compute, and no other one."""
+
+    def hook(row: int, compute: Callable[[Any, Any], Any]) -> Any:
         def after(module: Any, inputs: Any, output: Any) -> Any:
-            weight, here = stored(module.weight.data, scheme, kind, scales), inputs[0][row]
-            if type(module) is torch.nn.Embedding:
-                output[row] = weight[here]
-            else:
-                output[row] = torch.nn.functional.linear(here, weight, module.bias)
+            output[row] = compute(module, inputs[0][row])
             return output
 
         return after
 
     hooks = [
-        module.register_forward_hook(hook(row, kind))
-        for row, (kind, modules) in enumerate(chosen)
+        module.register_forward_hook(hook(row, compute))
+        for row, (modules, compute) in enumerate(chosen)
         for module in modules
     ]
     try:

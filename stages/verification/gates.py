@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from stages.verification.checks import Check
+from stages.verification.checks import Check, divergences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    import numpy as np
 
     from stages.quantization.schemes import Scheme
     from stages.verification.loss import Loss
@@ -17,14 +20,16 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Limits:
     """``max_kl``: mean divergence in nats. ``min_top1``: share of equal likeliest tokens. ``max_ppl_ratio``: perplexity
-    over the original's.
+    over the original's. ``max_activation_kl``: mean divergence of int8 activations from float ones on the same weights.
     """
 
     max_kl: float
     min_top1: float
     max_ppl_ratio: float
+    max_activation_kl: float = 0.03  # what eight bits may cost, whatever the weights keep
 
 
+ACTIVATIONS = "int8 activations (max_activation_kl)"
 NAMES = tuple(field.name for field in fields(Limits))  # verify's parameters of the same names set others
 # By how many bits a weight or an activation keeps. docs/verification.md has what the limits follow from.
 LIMITS = {
@@ -55,6 +60,22 @@ def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Chec
     if value > top:
         detail += ": it would answer with infinities; take a scheme of bfloat16 or float32"
     return Check(f"range of {dtype}", bool(value <= top), detail, float(f"{value:.4g}"), top)
+
+
+def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits) -> Check:
+    """Return the check of logits ``rows`` [n, V] of int8 activations against those of float ones on the same weights:
+    a loss of its own, which the weights' would hide.
+    """
+    each = divergences(rows, wanted)
+    mean, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
+    detail = (
+        f"{mean:.4g} nats a token (± {error:.1g}, {len(each)} tokens) from float activations on the same weights, at "
+        f"most {limits.max_activation_kl:g}"
+    )
+    ok = mean <= limits.max_activation_kl
+    if not ok:
+        detail += ": some layer reads a few channels far above the rest; take activations: float"
+    return Check(ACTIVATIONS, ok, detail, mean, limits.max_activation_kl)
 
 
 def check(loss: Loss, limits: Limits) -> list[Check]:

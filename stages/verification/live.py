@@ -108,8 +108,8 @@ def _read(
     whole = frozenset[str]()
     while True:
         found: list[list[np.ndarray]] = [[] for _ in pieces]
-        with loaded(request, progress, whole) as (model, used), torch.inference_mode():
-            with rounding.rounded(model, arithmetic) if arithmetic else nullcontext():
+        with loaded(request, progress, whole) as (model, used, groups), torch.inference_mode():
+            with rounding.rounded(model, arithmetic, groups) if arithmetic else nullcontext():
                 for number, _, rows in lending.logits(model, pieces, places):
                     found[number].append(rows[:, : request.active_vocab_size if number else None].numpy())
             passed_by = frozenset(lending.owners(model)) - used - whole
@@ -121,9 +121,10 @@ def _read(
 @contextmanager
 def loaded(
     request: Request, progress: Progress = lambda *_: None, whole: frozenset[str] = frozenset()
-) -> Iterator[tuple[Any, set[str]]]:
+) -> Iterator[tuple[Any, set[str], Mapping[str, int]]]:
     """Yield transformers' model in float32 with the weights that the bundle holds, dequantized while a module uses
-    them or, of the modules ``whole``, once; and the names of the modules that have computed.
+    them or, of the modules ``whole``, once; the names of the modules that have computed; and the groups in which the
+    layers of the weights by name read int8 activations (:attr:`~stages.verification.weights.Rows.group`).
     """
     import torch
     import transformers
@@ -153,7 +154,7 @@ def loaded(
         progress(done, total, "modules of the reference")
 
     with lending.lent(model, lambda name, _: values(name), progress=tell) as used:
-        yield model, used
+        yield model, used, {name: rows.group for name, rows in state.items()}
 
 
 def _check_names(model: Any, state: Mapping[str, weights.Rows]) -> None:

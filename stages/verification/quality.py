@@ -35,8 +35,9 @@ def check(
     limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
     checked = gates.check(figures, limits)
     findings.checks += checked
-    if not all(check.ok for check in checked):
-        findings.advice += refusal.ask(case, progress)
+    activations = any(check.name == gates.ACTIVATIONS and not check.ok for check in findings.checks)
+    if activations or not all(check.ok for check in checked):
+        findings.advice += refusal.ask(case, progress, activations=activations)
     if case.probes.longest < session.context_window:
         findings.unchecked.append(
             f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "

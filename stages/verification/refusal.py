@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from stages.quantization.schemes import FLOAT_BITS, SCHEMES
-from stages.verification import advice, apart, original
+from stages.verification import advice, apart, gates, original
 from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, Request
 from stages.verification.loss import Loss
 from stages.verification.reference import checkpoint_digest
@@ -36,30 +36,41 @@ NAMED = 3  # of the worst tensors, in a message
 Candidate = tuple[str, str]  # scheme and arithmetic
 
 
-def ask(case: Case, progress: Progress) -> list[str]:
-    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands."""
+def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[str]:
+    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands.
+
+    With ``activations``, int8 ones are what cost too much: layers are named, and nothing with such is proposed.
+    """
     scheme = SCHEMES[case.registry["scheme"]]
-    candidates = [(name, case.arithmetic) for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
+    arithmetic = FLOAT if activations else case.arithmetic
+    candidates = [(name, arithmetic) for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
     if case.arithmetic == INT8:
         candidates.insert(0, (scheme.name, FLOAT))
     try:
-        divergences, figures = _measured(case, scheme, candidates, progress)
+        divergences, layers, figures = _measured(case, scheme, candidates, progress, activations)
     except apart.LiveError as error:
         return [f"what would be better could not be measured: {error}"]
     said = []
+    of = f"(KL of {TENSOR_TOKENS} tokens)"
+    if layers:
+        said.append(f"int8 activations cost most where these layers alone read them {of}: {_worst(layers)}")
     if divergences:
-        worst = sorted(divergences, key=lambda name: (-divergences[name], name))[:NAMED]
-        named = ", ".join(f"{name} ({divergences[name]:.2g})" for name in worst)
-        said.append(f"these tensors cost most where they alone are quantized (KL of {TENSOR_TOKENS} tokens): {named}")
+        said.append(f"these tensors cost most where they alone are quantized {of}: {_worst(divergences)}")
     for (name, arithmetic), found in figures.items():
         if advice.passes(name, arithmetic, found, case.limits):
-            label = f"{name} with activations: float" if name == scheme.name else name
+            float_instead = case.arithmetic == INT8 and arithmetic != INT8
+            label = f"{name} with activations: float" if float_instead else name
             said.append(
                 f"{label} stays within the limits on {SCHEME_TOKENS} tokens (KL {found.kl_mean:.2g}, {found.top1:.0%} "
-                "equal first choices): take it, or allow more by max_kl, min_top1 and max_ppl_ratio of verify"
+                f"equal first choices): take it, or allow more by verify's {', '.join(gates.NAMES)}"
             )
             break
     return said
+
+
+def _worst(divergences: Mapping[str, float]) -> str:
+    names = sorted(divergences, key=lambda name: (-divergences[name], name))[:NAMED]
+    return ", ".join(f"{name} ({divergences[name]:.2g})" for name in names)
 
 
 def _keeps_more(one: Scheme, other: Scheme) -> bool:
@@ -74,9 +85,11 @@ def _keeps_more(one: Scheme, other: Scheme) -> bool:
 
 
 def _measured(
-    case: Case, scheme: Scheme, candidates: Sequence[Candidate], progress: Progress
-) -> tuple[dict[str, float], dict[Candidate, Loss]]:
-    """Return the divergence by tensor, and the figures of the candidates up to the first that passes."""
+    case: Case, scheme: Scheme, candidates: Sequence[Candidate], progress: Progress, activations: bool
+) -> tuple[dict[str, float], dict[str, float], dict[Candidate, Loss]]:
+    """Return the divergence by tensor and, by ``activations``, by layer, and the figures of the candidates up to the
+    first that passes.
+    """
     shelf = _Shelf(case, scheme)
     names = shelf.names()
     divergences = {name: kl for name in names or () if (kl := shelf.tensor(name)) is not None}
@@ -84,15 +97,18 @@ def _measured(
     good = next((c for c in candidates if c in kept and advice.passes(*c, kept[c], case.limits)), None)
     wanted = candidates if good is None else candidates[: candidates.index(good)]
     missing = [candidate for candidate in wanted if candidate not in kept]
-    if names is None or divergences.keys() != set(names) or missing:
-        request = Request(shelf.asked, scheme.name, case.scales, missing, case.limits, [*divergences])
+    layers = (shelf.layers() if activations else None) or {}
+    unread = activations and not layers
+    if names is None or divergences.keys() != set(names) or missing or unread:
+        request = Request(shelf.asked, scheme.name, case.scales, missing, case.limits, [*divergences], unread)
         found = apart.call(advice.__name__, asdict(request), progress)
         new = dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True))
         tried = [Loss(**each) for each in json.loads(str(found["tried"]))]
         measured = dict(zip(missing, tried, strict=False))  # up to the first that passes
-        shelf.keep(sorted({*divergences, *new}), new, measured)
+        layers |= dict(zip(found["layers"].tolist(), found["layer_kl"].tolist(), strict=True))
+        shelf.keep(sorted({*divergences, *new}), new, measured, layers if unread else None)
         divergences, kept = divergences | new, kept | measured
-    return divergences, {candidate: kept[candidate] for candidate in candidates if candidate in kept}
+    return divergences, layers, {candidate: kept[candidate] for candidate in candidates if candidate in kept}
 
 
 class _Shelf:
@@ -104,6 +120,7 @@ class _Shelf:
         self._memo, self._folder = case.memo, case.scratch
         self._of = {"original": original.document(read, checkpoint_digest(case.digests))}
         self._scheme = {**self._of, "scheme": asdict(scheme), "scales": case.scales}
+        self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8}
 
     def names(self) -> list[str] | None:
         """Return which tensors the scheme quantizes, None where that was not seen yet."""
@@ -115,18 +132,30 @@ class _Shelf:
         found: float | None = self._recall({**self._scheme, "tensor": name})
         return found
 
+    def layers(self) -> dict[str, float] | None:
+        """Return the divergence by layer where it alone reads int8 activations."""
+        found: dict[str, float] | None = self._recall(self._layers)
+        return found
+
     def candidate(self, candidate: Candidate) -> Loss | None:
         """Return the figures of another scheme."""
         found = self._recall(self._document(candidate))
         return None if found is None else Loss(**found)
 
-    def keep(self, names: list[str], divergences: Mapping[str, float], figures: Mapping[Candidate, Loss]) -> None:
+    def keep(
+        self,
+        names: list[str],
+        divergences: Mapping[str, float],
+        figures: Mapping[Candidate, Loss],
+        layers: Mapping[str, float] | None,
+    ) -> None:
         """Keep what was measured, each by itself."""
         if self._memo is None:
             return
         values: list[tuple[Mapping[str, Any], Any]] = [(self._scheme, names)]
         values += [({**self._scheme, "tensor": name}, kl) for name, kl in divergences.items()]
         values += [(self._document(candidate), vars(found)) for candidate, found in figures.items()]
+        values += [(self._layers, layers)] if layers is not None else []
         folder = self._folder / KIND
         folder.mkdir()
         parts: list[NewPart] = []

@@ -13,30 +13,33 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Mapping
 
-INT8_GROUP = 32  # values of an activation that share a scale (docs/abi.md)
 _INT8_TOP = 127
 
 
 @contextmanager
-def rounded(model: Any, arithmetic: str) -> Iterator[None]:
+def rounded(model: Any, arithmetic: str, groups: Mapping[str, int]) -> Iterator[None]:
     """Let every linear layer of ``model`` read activations as ``arithmetic`` rounds them.
 
     ``float32``: sums of K products in another order differ by about 2^-24 sqrt(K / 2) of the result, which independent
     relative errors of that size in the K activations cause as well. ``float16``, ``bfloat16``: activations are stored
-    in that dtype. ``int8``: groups of 32 values become integers of -127 to 127 times a scale, in layers that read whole
-    groups; the others as float32.
+    in that dtype. ``int8``: groups of values become integers of -127 to 127 times a scale, of as many values as
+    ``groups`` says of a layer's weight by its name; 0, or nothing, is for layers that read floats.
     """
     import torch
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
     # The same disturbance on every run: verify.json must be the same bytes.
     random = torch.Generator().manual_seed(24)
-    change = _changes(arithmetic, random)
+
+    def change(name: str) -> Any:
+        group = groups.get(f"{name}.weight", 0) if arithmetic == "int8" else 0
+        return lambda _module, inputs: (_changed(inputs[0], arithmetic, group, random), *inputs[1:])
+
     hooks = [
-        module.register_forward_pre_hook(lambda _module, inputs: (change(inputs[0]), *inputs[1:]))
-        for module in model.modules()
+        module.register_forward_pre_hook(change(name))
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
     ]
     try:
@@ -46,21 +49,21 @@ def rounded(model: Any, arithmetic: str) -> Iterator[None]:
             hook.remove()
 
 
-def _changes(arithmetic: str, random: Any) -> Callable[[Any], Any]:
+def _changed(x: Any, arithmetic: str, group: int, random: Any) -> Any:
     import torch
 
-    def reordered(x: Any) -> Any:
+    if arithmetic == "int8" and group:
+        return in_bytes(x, group)
+    if arithmetic in ("float32", "int8"):
         noise = torch.randn(x.shape, generator=random)
         return x * (1 + 2.0**-24 * math.sqrt(x.shape[-1] / 2) * noise)
+    return x.to(getattr(torch, arithmetic)).float()
 
-    def integers(x: Any) -> Any:
-        if x.shape[-1] % INT8_GROUP:
-            return reordered(x)
-        groups = x.reshape(*x.shape[:-1], -1, INT8_GROUP)
-        peak = groups.abs().amax(-1, keepdim=True).clamp_min(1e-20)
-        return ((groups * (_INT8_TOP / peak)).round() * (peak / _INT8_TOP)).reshape(x.shape)
 
-    def stored(x: Any) -> Any:
-        return x.to(getattr(torch, arithmetic)).float()
-
-    return {"float32": reordered, "int8": integers}.get(arithmetic, stored)
+def in_bytes(x: Any, group: int) -> Any:
+    """Return what is left of activations ``x`` [.., k] that are read as int8, ``group`` values to a scale: docs/abi.md
+    has the formula.
+    """
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    peak = groups.abs().amax(-1, keepdim=True).clamp_min(1e-20)
+    return ((groups * (_INT8_TOP / peak)).round() * (peak / _INT8_TOP)).reshape(x.shape)

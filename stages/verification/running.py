@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.quantization.schemes import SCHEMES
 from stages.runtime import golden
 from stages.runtime.readings import SHORTEST, read_along, score_all
 from stages.runtime.session import Session
-from stages.verification import checks, live, quality, weights
+from stages.verification import checks, gates, live, quality, weights
 from stages.verification.apart import LiveError
 from stages.verification.checks import Check
 from stages.verification.reference import RECORD, Continuation, RecordingError, Reference, read_recorded
@@ -201,6 +202,9 @@ def _check_logits(
         findings.checks.append(checks.compare(checks.EVERY_STEP, rows, wanted, bound))
         if prompt > 1:
             findings.checks.append(checks.perplexity(rows[:prompt], wanted[:prompt], tokens[:prompt], PERPLEXITY))
+        if case.arithmetic == "int8":
+            limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
+            findings.checks.append(gates.activations(rows, wanted, limits))
     origin = findings.origin if wanted is not rows else "the bundle itself, where it was verified"
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)

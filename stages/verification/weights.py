@@ -13,7 +13,7 @@ from stages.quantization import float8, group, layouts, minimum, two_level
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
-from stages.sizes import LEVELED
+from stages.sizes import BYTE_BITS, LEVELED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,17 +121,22 @@ def _held_by(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterato
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a tensor that a bundle holds, read when their values are asked for and not kept."""
+    """Consecutive rows of a tensor that a bundle holds, read when their values are asked for and not kept.
+
+    ``group`` is how many values of an activation share a scale where a library reads them as int8; 0 where its kernel
+    reads floats whatever it was built for.
+    """
 
     read: Callable[[], Held]
     shape: tuple[int, ...]
     start: int = 0
+    group: int = 0
 
     def __getitem__(self, rows: slice) -> Rows:
         """Return some of the rows."""
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1, "rows are consecutive"
-        return Rows(self.read, (stop - start, *self.shape[1:]), self.start + start)
+        return Rows(self.read, (stop - start, *self.shape[1:]), self.start + start, self.group)
 
     def values(self) -> np.ndarray:
         """Return the rows in float32."""
@@ -155,10 +160,16 @@ def by_name(registry: Mapping[str, Any], records: Mapping[str, Record]) -> dict[
         return read
 
     return {
-        name: Rows(reader(number, position), tuple(shape))
+        name: Rows(reader(number, position), tuple(shape), group=_byte_group(entry))
         for number, entry in enumerate(registry["logical"])
         for position, (name, shape) in enumerate(zip(entry["source_names"], entry["source_shapes"], strict=True))
     }
+
+
+def _byte_group(entry: Mapping[str, Any]) -> int:
+    """Return :attr:`Rows.group` of a tensor of params.json: kernels that read bytes take matrices in blocks."""
+    row, matrix = entry["quantize"], entry["layout"] == "n32" and len(entry["shape"]) == 2
+    return int(row["group_size"]) if row and matrix and row["bits"] in BYTE_BITS else 0
 
 
 def differences(

@@ -172,3 +172,11 @@ def metadata_of(library: Path) -> dict[str, Any]:
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
     """Return max |difference| over max |expected|."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def in_bytes(x: np.ndarray, group: int) -> np.ndarray:
+    """Return float32 ``x`` [.., k] as docs/abi.md has int8 activations, in float64: integers times a scale."""
+    groups = x.reshape(*x.shape[:-1], -1, group)
+    peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
+    integers = np.rint(groups * (np.float32(127) / peak)).astype(np.float64)
+    return (integers * (peak / np.float32(127))).reshape(x.shape)

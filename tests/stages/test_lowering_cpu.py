@@ -34,6 +34,7 @@ from stages.targets import processor
 from stages.targets.processor import byte_product
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target, host_triple
+from tests.stages import libraries
 from tests.stages.test_lowering_passes import export, random
 
 BLOCKS = Layout("n32")
@@ -177,18 +178,10 @@ def test_quantized_activations_are_multiplied_exactly(cpu, stored, n, k):
         for count in (1, 2, 7, 13) if rows == "s" else (1,):
             x, residual = random(1, count, k), random(1, count, n)
             x[0, 0, :group] = 0
-            wanted = in_bytes(x, group) @ values.T.astype("float64") + bias + residual
+            wanted = libraries.in_bytes(x, group) @ values.T.astype("float64") + bias + residual
             found = forward(x, residual, [*arrays, bias])
             assert relative(found, wanted) < 2e-6
             assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2
-
-
-def in_bytes(x, group):
-    """Return float32 ``x`` [.., k] as docs/abi.md has it, in float64: integers of -127 to 127 times a scale."""
-    groups = x.reshape(*x.shape[:-1], -1, group)
-    peak = np.maximum(np.abs(groups).max(-1, keepdims=True), np.float32(1e-20))
-    integers = np.rint(groups * (np.float32(127) / peak)).astype("float64")
-    return (integers * (peak / np.float32(127))).reshape(x.shape)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from stages.verification.case import Case
 from stages.verification.checks import Check
 from tests.checkpoints import write_qwen
 from tests.local_context import run_stage
-from tests.stages import bundles
+from tests.stages import bundles, libraries
 
 VOCAB = 97
 
@@ -276,7 +276,41 @@ def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_
     assert len(json.loads(found["tried"])) == 4
     eight, eight_int8, half_int8, half = (figures.kl_mean for figures in seen)
     assert abs(half) < eight < eight_int8  # of float16 there is next to nothing, below what float32 adds up
-    assert 10 * abs(half) < half_int8
+    assert abs(half_int8) < eight / 10  # layers of floats read floats
+
+
+def test_the_layers_that_int8_activations_cost_most_are_those_that_read_channels_far_above_the_rest(tmp_path):
+    """A channel of a norm times 1,000, and what reads it divided by as much: the same function, but not in bytes."""
+    model = checkpoint(tmp_path, torch.float32)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.input_layernorm.weight[5] *= 1000
+        for name in "qkv":
+            getattr(layer.self_attn, f"{name}_proj").weight[:, 5] /= 1000
+    model.save_pretrained(tmp_path)
+    piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
+    files = {path.name: path for path in tmp_path.iterdir()}
+    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    found = advice.compute(advice.Request(asked, "q4a16", "max", [], {}, (), activations=True), lambda *_: None)
+
+    def log_probs():
+        with torch.inference_mode():
+            return model(torch.tensor([piece[:-1]])).logits[0].log_softmax(-1)
+
+    def read_in_bytes(module, inputs):
+        group = 32 if module is model.lm_head else 16
+        return (torch.from_numpy(libraries.in_bytes(inputs[0].numpy(), group)).float(),)
+
+    wanted, expected = log_probs(), {}
+    for name, module in model.named_modules():
+        if type(module) is torch.nn.Linear:
+            hook = module.register_forward_pre_hook(read_in_bytes)
+            expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
+            hook.remove()
+    costs = dict(zip(found["layers"].tolist(), found["layer_kl"].tolist(), strict=True))
+    assert costs == pytest.approx(expected, rel=2e-2, abs=1e-8)
+    assert max(costs, key=costs.__getitem__) == "model.layers.1.self_attn.v_proj"
+    assert costs["model.layers.1.self_attn.q_proj"] > 10 * costs["model.layers.0.self_attn.q_proj"]
 
 
 def test_a_refusal_stands_where_nothing_better_could_be_measured(quantized, tmp_path, monkeypatch):
