@@ -72,7 +72,7 @@ def bits(name: str) -> float:
     return 8 * size / values
 
 
-def chosen(mixture: str, tensor: str, kind: str, k: int, layers: int, *, padded: bool) -> str:
+def chosen(mixture: str, tensor: str, makes_logits: bool, k: int, layers: int, *, padded: bool) -> str:
     """Return the type that llama.cpp stores ``tensor`` in, in a file of type ``mixture`` of a llama of ``layers``.
 
     As llama_tensor_get_type of llama.cpp has it, with an importance matrix; ``padded``: rows are as if whole blocks
@@ -81,7 +81,7 @@ def chosen(mixture: str, tensor: str, kind: str, k: int, layers: int, *, padded:
     found = re.sub("_[SM]$", "", mixture)
     layer = int(match[1]) if (match := LAYER.search(tensor)) else 0
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-    if kind in {"head", "embedding"}:  # a table of its own would have the type of the body
+    if makes_logits:  # a table that does not has the type of the body
         found = "Q6_K" if padded or k % BLOCK == 0 else "Q8_0"
     elif mixture == "Q4_K_M" and more and re.search("v_proj|down_proj", tensor):
         found = "Q6_K"

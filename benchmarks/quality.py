@@ -58,13 +58,16 @@ SLACK = 1.05  # times ggml's divergence: half steps go to the other side
 
 
 class Matrix(NamedTuple):
-    """A matrix [n, k]: its name, linear, embedding or head, and how much an error of each column counts."""
+    """A matrix [n, k]: its name, linear, embedding or head, how much an error of each column counts, how many layers
+    the model has, and whether the matrix is the head, or the table in its place.
+    """
 
     name: str
     kind: str
     shape: tuple[int, int]
     importance: np.ndarray | None
     layers: int
+    makes_logits: bool
 
 
 class Way(NamedTuple):
@@ -120,7 +123,7 @@ def mixture(name: str, *, padded: bool) -> Way:
     """Return the way of a file of llama.cpp's, quantized with an importance matrix."""
 
     def of_matrix(of: Matrix) -> str:
-        return ggml_types.chosen(name, of.name, of.kind, of.shape[1], of.layers, padded=padded)
+        return ggml_types.chosen(name, of.name, of.makes_logits, of.shape[1], of.layers, padded=padded)
 
     return Way(
         f"llama.cpp {name}{' filled' if padded else ''}",
@@ -194,8 +197,9 @@ class Measured:
         self._matrices = advice.matrices_of(self._model)
         counts = self._importance(checkpoint, files, parsed / "model.json", work)
         layers = int(self._model.config.num_hidden_layers)
+        head = self._model.get_output_embeddings()
         self.matrices = [
-            Matrix(name, kind, tuple(modules[0].weight.shape), counts.get(name), layers)
+            Matrix(name, kind, tuple(modules[0].weight.shape), counts.get(name), layers, head in modules)
             for name, (kind, modules) in self._matrices.items()
         ]
         pieces = read(checkpoint, tokens)
