@@ -73,9 +73,9 @@ def _verdicts(entries: Sequence[Entry]) -> str:
         if not attests and entry.status != FAILED:
             continue
         said = entry.record["summary"] if entry.record else ""
-        text = (
-            "it failed when it ran last" if entry.status == FAILED else "; ".join(entry.reasons) or said
-        ) or "not run"
+        known = entry.status in {"HIT", "RESERVED"}
+        text = "; ".join(entry.reasons) or said if known else f"not known as things stand ({'; '.join(entry.reasons)})"
+        text = "it failed when it ran last" if entry.status == FAILED else text
         state = entry.status if entry.status in {"HIT", "RESERVED", FAILED} else ""
         lines.append(f'<li class="{state}"><code>{escape(entry.node.name)}</code> {escape(visible(text))}</li>')
     return f'<ul class="verdicts">{"".join(lines)}</ul>' if lines else ""
@@ -121,7 +121,7 @@ def _timeline(found: Overview, run: PastRun) -> str:
     if not bars:
         return ""
     drawn = draw_timeline(bars, f"run {run.id[:8]} on a line of time")
-    legend = "outlined: the nodes that the run waited for (the critical path)"
+    legend = "outlined: the critical path, the node that ended last and each time the last of those that it needed"
     return f'<div class="wide">{drawn}</div><p class="legend">{legend}</p>'
 
 

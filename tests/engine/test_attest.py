@@ -91,7 +91,7 @@ def test_what_was_not_judged_yet_is_not_shipped_unless_told_to(judged: Demo) -> 
     assert judged.run("--stage", "shape").code == 0
     said = export(judged, "shape[line]:laid")
     assert said.code == 2
-    assert said.err.count("judge[line]: it has not passed yet: `pipeline run --stage 'judge[line]'`") == 1
+    assert said.err.count("judge[line]: it has not passed yet: `pipeline run --stage judge.line`") == 1
     assert "--unverified" in said.err
     assert not (judged.folder / "out").exists()
     assert export(judged, "shape[line]:laid", "--unverified").code == 0
@@ -111,7 +111,7 @@ def test_what_failed_last_is_not_shipped_though_it_passed_before(judged: Demo) -
     assert judged.run().code == 0
     with_judge(judged, "least: 1", "least: 9")
     assert judged.run().code == 1
-    assert "judge[line]: it failed when it ran last: `pipeline log 'judge[line]'`" in export(judged, "shape[line]").err
+    assert "judge[line]: it failed when it ran last: `pipeline log judge.line`" in export(judged, "shape[line]").err
     with_judge(judged, "least: 9", "least: 2")
     assert judged.run().code == 0
     assert export(judged, "shape[line]").code == 0

@@ -115,7 +115,7 @@ def test_a_failure_and_a_lost_object_are_said(demo: Demo) -> None:
     demo.run()
     demo.source.write_text("FAIL\n")
     assert demo.run().code == 1
-    assert "its last execution failed: pipeline log 'read'" in text(demo, "read")
+    assert "its last execution failed: pipeline log read" in text(demo, "read")
 
 
 def test_what_early_cutoff_saved(demo: Demo) -> None:

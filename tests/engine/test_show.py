@@ -100,7 +100,7 @@ def test_what_is_not_built_is_named_after_what_is(demo: Demo) -> None:
     result = demo("show", "shape", str(demo.pipeline))
     assert result.code == 2
     assert "shape[line]" in result.out
-    assert "shape[column] has no result yet; `pipeline run --stage 'shape[column]'` makes it" in result.err
+    assert "shape[column] has no result yet; `pipeline run --stage shape.column` makes it" in result.err
 
 
 def test_on_a_terminal_code_is_highlighted_and_long_texts_are_paged(monkeypatch, capfd) -> None:
