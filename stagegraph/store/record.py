@@ -91,6 +91,13 @@ class KnownRecord(dict[str, Any]):
         self.update(whole)
         return whole[name]  # type: ignore[literal-required]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a value, read like any other where it is not known yet."""
+        try:
+            return self[name]
+        except KeyError:
+            return default
+
 
 def brief(record: Record) -> dict[str, Any]:
     """Return what a :class:`KnownRecord` knows from the start."""
