@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +65,19 @@ def build_graphs(folder: Path, registered: Registered, target: str, **options: A
     return ports
 
 
+@functools.cache
+def kernels_made() -> Path:
+    """Where this process keeps the kernels that its tests have compiled: many models of the suite have equal ones."""
+    folder = tempfile.TemporaryDirectory(prefix="kernels-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
 def compile_library(
     folder: Path, ports: Mapping[str, Any], registered: Registered, *, memo: Path | None = None, **options: Any
 ) -> LocalContext:
-    return run_stage(Compile(), folder, options, {**ports, "params": registered.params}, memo)
+    """Compile the graphs of ``ports``; kernels are taken from ``memo``, without one from those made before."""
+    return run_stage(Compile(), folder, options, {**ports, "params": registered.params}, memo or kernels_made())
 
 
 @dataclass(frozen=True)
