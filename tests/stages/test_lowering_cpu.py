@@ -103,7 +103,7 @@ class Block(nn.Module):
         return residual + self.linear(x)
 
 
-@pytest.mark.parametrize("cpu", [processor.host_cpu(), V3, "x86-64"])
+@pytest.mark.parametrize("cpu", list(dict.fromkeys([processor.host_cpu(), V3, "x86-64"])))
 @pytest.mark.parametrize(
     ("stored", "n", "k"),
     [
