@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.gguf import container
 from stages.checkpoint.strict_json import shown
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.metaspace import SPACE
 from stages.tokenizers.patterns import GPT2, LLAMA3, QWEN, TEKKEN
 from stages.tokenizers.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
@@ -246,11 +247,16 @@ def _sentencepiece(read: _Metadata) -> bytes:
     scores = read.list("scores", float)[: len(read.tokens)]
     if len(scores) != len(read.tokens):
         raise ValueError(f"tokenizer.ggml.scores has {len(scores):,} values for {len(read.tokens):,} tokens")
+    types, unknown = [*read.types], read.id("unknown")
+    if UNKNOWN not in types and unknown is not None:
+        types[unknown] = UNKNOWN  # where tokenizer.json says of all its special tokens that they are such
     data = bytearray()
-    for token, score, kind in zip(read.tokens, scores, read.types, strict=True):
-        piece = _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
+    for token, score, kind in zip(read.tokens, scores, types, strict=True):
+        # The converter writes the symbols that users have added with the spaces that they stand for.
+        text = token.replace(" ", SPACE) if kind == USER_DEFINED else token
+        piece = _field(1, text.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + _field(3, kind)
         data += _field(1, piece)
-    roles = {40: read.types.index(UNKNOWN) if UNKNOWN in read.types else -1}
+    roles = {40: types.index(UNKNOWN) if UNKNOWN in types else -1}
     roles |= {
         number: -1 if (index := read.id(role)) is None else index
         for number, role in ((41, "bos"), (42, "eos"), (43, "padding"))

@@ -46,7 +46,8 @@ def convert(resolution: Resolution) -> Tokenizer:
     path = resolution.vocabulary
     model = read_model(path)
     added = _added(resolution, model)
-    problems = [*_unlike(model), *_unsound(model), *_contradicted(model, added), *_inexact(model)]
+    problems = [*_unlike(model), *_unsound(model), *_contradicted(model, added)]
+    problems += _inexact(model, _lead(resolution, model))
     if problems:
         raise TokenizerError(*(f"{path}: {problem}" for problem in problems))
     lead, unigram = _lead(resolution, model), model.model_type == UNIGRAM
@@ -96,7 +97,7 @@ def _contradicted(model: SentencePieceModel, added: Sequence[Added]) -> Iterator
             yield f"T05: {token.content!r} is stated to have id {token.id}, which is {piece!r}: a file of another model"
 
 
-def _inexact(model: SentencePieceModel) -> Iterator[str]:
+def _inexact(model: SentencePieceModel, lead: str) -> Iterator[str]:
     """Yield what sentencepiece does and a tokenizer.json cannot say."""
     unused = [piece.text for piece in model.pieces if piece.kind == UNUSED]
     if unused:
@@ -104,7 +105,8 @@ def _inexact(model: SentencePieceModel) -> Iterator[str]:
     if model.model_type == BPE:
         yield from sentencepiece_bpe.inexact(model)
     defined = [piece.text for piece in model.pieces if piece.kind == USER_DEFINED]
-    spaced = [text for text in defined if SPACE in text or " " in text]
+    spaces = lead == NEVER and model.model_type == BPE  # then they can be looked for where a space is U+2581 already
+    spaced = [text for text in defined if (SPACE in text or " " in text) and not (spaces and _is_spaces(text))]
     if spaced:
         yield f"the user-defined symbols {spaced[:MAX_SHOWN]} have spaces in them"
     try:
@@ -115,6 +117,10 @@ def _inexact(model: SentencePieceModel) -> Iterator[str]:
     changed = [text for text in defined if table and table.normalize(text) != text]
     if changed:
         yield f"the user-defined symbols {changed[:MAX_SHOWN]} are not normal forms of the model's own table"
+
+
+def _is_spaces(symbol: str) -> bool:
+    return set(symbol) == {SPACE}
 
 
 def _lead(resolution: Resolution, model: SentencePieceModel) -> str:
@@ -173,7 +179,8 @@ def _added(resolution: Resolution, model: SentencePieceModel) -> tuple[Added, ..
     entries += [entry for entry in own if entry["content"] not in named]
     entries = [entry for entry in entries if entry["content"] not in isolated]
     # A model's own tokens are found in the text as it is, whatever tokenizer_config.json says for other libraries.
-    return json_tables.added_tokens([{**entry, "normalized": False} for entry in entries], "added tokens")
+    found = [{**entry, "normalized": _is_spaces(entry["content"])} for entry in entries]
+    return json_tables.added_tokens(found, "added tokens")
 
 
 def _prefix(resolution: Resolution, model: SentencePieceModel, added: tuple[Added, ...]) -> tuple[str, ...]:

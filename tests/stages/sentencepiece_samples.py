@@ -29,6 +29,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "no bytes": {"byte_fallback": False, "vocab_size": 400, "character_coverage": 0.98},
     "spaces collapsed": {"remove_extra_whitespaces": True},
     "symbols": {"add_dummy_prefix": False, "user_defined_symbols": SYMBOLS},
+    "runs of spaces": {
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["\n\n", "\u2581\u2581", "\u2581" * 4],
+    },  # Gemma's
     "symbols after a space": {"user_defined_symbols": SYMBOLS[:2]},
     "digits": {"user_defined_symbols": [*"0123456789", "\t", "\n"]},
     "control tokens": {"control_symbols": ["[INST]", "[/INST]"], "pad_id": 3},

@@ -22,7 +22,8 @@ from stages.config_parse import ConfigParse
 from stages.quantize import Quantize
 from stages.tokenizers import gguf_files
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.sentencepiece_model import read_model
+from stages.tokenizers.metaspace import SPACE
+from stages.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_model
 from stages.verification import gguf_original
 from stages.verification.checks import PROBES
 from tests.local_context import run_stage
@@ -138,7 +139,7 @@ def test_a_byte_level_tokenizer_is_proven_as_of_a_folder(pre: str, tmp_path: Pat
     assert said["chat_template"].endswith("<|end|>{% endfor %}")
 
 
-@pytest.mark.parametrize("name", ["llama", "no space before", "control tokens", "digits"])
+@pytest.mark.parametrize("name", ["llama", "no space before", "control tokens", "digits", "runs of spaces"])
 def test_a_sentencepiece_vocabulary_becomes_the_model_that_it_was_taken_of(name: str, tmp_path: Path) -> None:
     import sentencepiece
 
@@ -147,9 +148,13 @@ def test_a_sentencepiece_vocabulary_becomes_the_model_that_it_was_taken_of(name:
     prefix = "tokenizer.ggml."
     keys = {
         f"{prefix}model": "llama",
-        f"{prefix}tokens": [piece.text for piece in model.pieces],
+        f"{prefix}tokens": [
+            piece.text.replace(SPACE, " ") if piece.kind == USER_DEFINED else piece.text for piece in model.pieces
+        ],
         f"{prefix}scores": [piece.score for piece in model.pieces],
-        f"{prefix}token_type": [piece.kind for piece in model.pieces],
+        # A tokenizer.json beside the model says of its special tokens only that they are such.
+        f"{prefix}token_type": [CONTROL if piece.kind == UNKNOWN else piece.kind for piece in model.pieces],
+        f"{prefix}unknown_token_id": model.unk,
         f"{prefix}bos_token_id": model.bos,
         f"{prefix}eos_token_id": model.eos,
         f"{prefix}padding_token_id": model.pad if model.pad >= 0 else None,
