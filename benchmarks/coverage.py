@@ -79,6 +79,8 @@ OWN: dict[str, dict[str, Any]] = {
         "attention_layers": ["global", "local"],
         "window_size": 20,
     },
+    # Loading one, transformers makes the row of its padding zeros, which a tied head reads; the published one has none.
+    "youtu": {"pad_token_id": None},
 }
 
 # Keys of what is listed layer by layer, or behind other keys of the same.

@@ -13,9 +13,6 @@ from stages.tracing.written_out import replace_attention
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-# Types that came out otherwise than transformers computes them, and nobody knows yet why.
-WRONG = {"youtu"}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -48,11 +45,6 @@ def open_source(raw: Mapping[str, Any], window: int) -> Source:
         raise ConfigError(
             f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
             "too; only decoders are built"
-        )
-    if text.model_type in WRONG:
-        raise ConfigError(
-            f"config.json: model_type {named} is not built: traced, its small model had other logits than "
-            "transformers' (1.1 of the largest), and the cause is not known"
         )
     if getattr(text, "attention_chunk_size", None) and "chunked_attention" in (
         getattr(text, "layer_types", None) or ()
