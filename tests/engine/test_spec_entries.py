@@ -334,7 +334,7 @@ stages:
     found = spec.problems(text, "vars.c=1", "foo")
     assert found == [
         f"--set foo: has no name and value; expected {EXPECTED}",
-        "--set vars.c: unknown variable 'c'; known: a, t",
+        "--set vars.c: unknown variable 'c'; known: a, t; `pipeline params` lists parameters",
         "p.yaml:1:10: version: found the number 3; expected 1, the only version of the format there is",
         "p.yaml:3:11: unknown variable 'b'; known: a, t",
         "p.yaml:3:27: shape.target: unknown value 'cudo'; did you mean 'cuda'?",

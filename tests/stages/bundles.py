@@ -127,7 +127,7 @@ def record(built: Built) -> None:
         continued=(),
         active_vocab_size=tokenizer.active_vocab_size,
     )
-    with live.loaded(request) as (model, _):
+    with live.loaded(request) as (model, *_):
         spare = range(tokenizer.active_vocab_size, model.config.vocab_size)
         options = {"eos_token_id": None, "suppress_tokens": [*spare] or None}
 

@@ -264,7 +264,10 @@ def test_metadata_that_is_not_built_is_named_by_its_key(changes: dict[str, Any],
 def test_another_architecture_is_refused_by_name(copy: Path, tmp_path: Path) -> None:
     put(copy, {place(copy, "general.architecture", 4 + 8): b"gemma"})
     said = problem(copy, tmp_path / "out")
-    assert "general.architecture = 'gemma': of GGUF files, the architectures llama, qwen2, qwen3, gptneox are" in said
+    assert (
+        "general.architecture = 'gemma': of GGUF files, the architectures llama, qwen2, qwen3, gemma3, gptneox are"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
