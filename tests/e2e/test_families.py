@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph.files import dotted
 from stagegraph.stage import StageError
 from stages import profiles
 from tests.checkpoints import write_qwen
@@ -89,7 +90,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Projec
 
 
 def node(project: Project, name: str) -> Path:
-    return project.folder / "artifacts" / "tiny-qwen" / name
+    return project.folder / "artifacts" / "tiny-qwen" / dotted(name)
 
 
 @pytest.mark.parametrize(

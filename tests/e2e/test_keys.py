@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import json
 
 import pytest
 
+from stagegraph.files import dotted
 from tests.e2e.conftest import Project
 
 QUANTIZE = "quantize[llvm]"
 
 
 def weights(project: Project) -> dict[str, bytes]:
-    (folder,) = (project.folder / "artifacts").glob(f"*/{glob.escape(QUANTIZE)}/weights")
+    (folder,) = (project.folder / "artifacts").glob(f"*/{dotted(QUANTIZE)}/weights")
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 

@@ -35,7 +35,7 @@ def test_what_differs_between_instances_is_listed_for_each(demo: Demo) -> None:
 
 
 def test_the_table_reads_as_the_file_is_written(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")  # room for paths of any length
     said = demo("params", str(demo.pipeline)).out
     lines = {line.split()[0]: line for line in said.splitlines()}
     assert "false" in lines["read.upper"]

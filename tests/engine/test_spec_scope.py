@@ -248,7 +248,7 @@ def test_a_parameter_that_is_not_written(spec: SpecFiles) -> None:
         ("shapes.target=x", "--set shapes.target: no entry 'shapes'; did you mean 'shape'?"),
         ("shape.tarjet=a", "--set shape.tarjet: unknown parameter 'tarjet' of stage 'shape'; did you mean 'target'?"),
         ("shape.target=cudo", "--set shape.target: shape.target: unknown value 'cudo'; did you mean 'cuda'?"),
-        ("shape[a].target=cuda", "--set shape[a].target: 'shape' has no such instance; `pipeline graph` lists them"),
+        ("shape[a].target=cuda", "--set shape[a].target: 'shape' has no such instance: it has no 'foreach'"),
         ("vars.tarjet=cuda", "--set vars.tarjet: unknown variable 'tarjet'; did you mean 'target'?"),
         ("vars.target=cudo", "--set vars.target: shape.target: unknown value 'cudo'; did you mean 'cuda'?"),
         ("vars.target=[llvm]", "--set vars.target: shape.target: found a list; expected text"),

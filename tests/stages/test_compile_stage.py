@@ -399,8 +399,9 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
     with pytest.raises(device_code.CudaError, match="made code that lacks machine code for sm_90, PTX for compute_90"):
         device_code.compile_fatbin(KERNEL, lazy, [80, 90])
     monkeypatch.setattr(device_code, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
+    memo, options = tmp_path / "memo", {"target": "cuda", "archs": (80, 90)}
     with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
-        libraries.compile_library(tmp_path / "out", ports, registered, target="cuda", archs=(80, 90))
+        libraries.compile_library(tmp_path / "out", ports, registered, memo=memo, **options)
 
 
 def _refuse(message, *_, **__):

@@ -93,7 +93,7 @@ def test_what_a_model_takes_by_itself_is_there_all_the_time(state, monkeypatch, 
             there = name.rpartition(".")[0] in whole
             parameter.data = state[name] if there else torch.zeros_like(parameter.data)
         with lending.lent(model, lambda name, _: state[name]) as used:
-            yield model, used
+            yield model, used, {}
 
     monkeypatch.setattr(live, "loaded", loaded)
     request = SimpleNamespace(active_vocab_size=6)

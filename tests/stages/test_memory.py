@@ -47,8 +47,8 @@ class Measured(Session):
     def _load_params(self):
         return note("weights", super()._load_params)
 
-    def _create_state(self, sequences):
-        return note("cache", lambda: super(Measured, self)._create_state(sequences))
+    def _create_state(self, *sizes):
+        return note("cache", lambda: super(Measured, self)._create_state(*sizes))
 
 root = Path(sys.argv[1])
 if (root / "bundle.json").is_file():
