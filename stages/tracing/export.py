@@ -327,8 +327,11 @@ class _Graph:
         return {"value": self.inputs + len(self.nodes) - 1}
 
     def _along(self, node: Any, name: str, axis: int, source: Any = None) -> None:
-        """Refuse a node that works along the tokens."""
-        if not isinstance((source or node.args[0]).meta["val"].shape[axis], int):
+        """Refuse a node that works along the tokens, or along an axis that there is not."""
+        shape = (source or node.args[0]).meta["val"].shape
+        if not -len(shape) <= axis < len(shape):
+            raise self._refusal(node, f"{name} of a single number")
+        if not isinstance(shape[axis], int):
             raise self._refusal(node, f"{name} along the tokens")
 
     def _check_shape(self, node: Any, value: Any) -> None:
