@@ -43,7 +43,7 @@ class Allocate(Stage):
     def resolve(self, params: Params) -> Params:
         """Refuse a number of bits that no choice of rows comes to."""
         if not 2.5 <= params.bits <= 16:
-            raise StageError(f"bits: {params.bits:g}: rows take from 2.5 to 8.5 bits a weight")
+            raise StageError(f"bits: {params.bits:g}: expected 2.5 to 16; rows take from 2.5 to 8.5 bits a weight")
         return params
 
     def tools(self, params: Params) -> Mapping[str, str]:
@@ -51,7 +51,7 @@ class Allocate(Stage):
         from stages.checkpoint import gguf
         from stages.targets import processor
 
-        names = ["torch", "transformers", "numpy", "tokenizers"]
+        names = ["torch", "transformers", "numpy", "tokenizers", "jinja2"]
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         return {**dist_versions(*names), "processor": processor.host_cpu()}
 

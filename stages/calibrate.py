@@ -46,7 +46,7 @@ class Calibrate(Stage):
         from stages.checkpoint import gguf
         from stages.targets import processor
 
-        names = ["torch", "transformers", "numpy", "tokenizers"]
+        names = ["torch", "transformers", "numpy", "tokenizers", "jinja2"]
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         return {**dist_versions(*names), "processor": processor.host_cpu()}
 

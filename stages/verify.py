@@ -149,7 +149,7 @@ class Verify(Stage):
         from stages.targets.table import TARGETS
         from stages.tokenizers import READERS
 
-        names = ["apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", *READERS]
+        names = ["apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes", "jinja2", *READERS]
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         found = dist_versions(*names, *(_LIVE if params.reference == "live" else ()))
         found["unicode"] = unicodedata.unidata_version

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from stagegraph.stage import StageError
+from stages.allocate import Allocate
+from stages.calibrate import Calibrate
 from stages.runtime.errors import BundleError
 from stages.targets import processor
 from stages.tokenizer_bundle import TokenizerBundle
@@ -210,7 +212,10 @@ def test_what_reads_the_checkpoint_is_among_the_tools():
     assert {"ml-dtypes", "unicode"} <= tools.keys()
     # It reads the vocabulary as tokenizer-bundle does, transformers included, which needs no live reference.
     read = TokenizerBundle().tools(TokenizerBundle.Params(checkpoint=""))
-    assert read.keys() - {"jinja2", "python"} <= tools.keys()
+    assert read.keys() - {"python"} <= tools.keys()
+    # Conversations of the probes and of sample text are what a template makes of them.
+    for stage, own in ((Calibrate(), {}), (Allocate(), {"bits": 4})):
+        assert {"jinja2", "tokenizers", "torch", "processor"} <= stage.tools(stage.Params(checkpoint="", **own)).keys()
     assert "nvidia-driver" in Verify().tools(Verify.Params(checkpoint="", target="cuda", device="auto"))
 
 
