@@ -86,7 +86,7 @@ class Quantize(Stage):
         return params
 
     def tools(self, params: Params) -> dict[str, str]:
-        """Return the libraries that do the arithmetic; compiled kernels store the same, so no compiler counts."""
+        """Return the libraries that do the arithmetic; no C++ compiler counts, for compiled kernels store the same."""
         from stages.checkpoint import gguf
 
         return dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))

@@ -61,6 +61,7 @@ def _execution(origin: Origin) -> Iterator[str]:
     code = about["code"]
     yield f"  code   {len(code['modules'])} modules and rows, {code['digest'][:DIGITS]}"
     yield from (f"  tool   {name} {version}" for name, version in about["tools"].items())
+    yield from (f"  library {name} {version}" for name, version in about["libraries"].items())
     yield from (f"  input  {before.label}  key {before.key[:DIGITS]}" for before in origin.before)
 
 

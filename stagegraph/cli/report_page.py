@@ -149,6 +149,7 @@ def _body(entry: Entry, record: Record) -> Iterator[str]:
     rows += [(f"reads {port}", ", ".join(n.name for n in nodes)) for port, nodes in entry.node.inputs.items()]
     rows += [("source " + key, f"{len(value)} files") for key, value in document.get("sources", {}).items()]
     rows += [("tool " + key, str(value)) for key, value in document["tools"].items()]
+    rows += [("library " + key, str(value)) for key, value in document.get("libraries", {}).items()]
     rows += [("memoised", parts_text(record))] if record["parts"] else []
     yield _table(("", ""), rows)
     yield "".join(f"<p>warning: {escape(visible(warning))}</p>" for warning in record["warnings"])

@@ -111,6 +111,8 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
         "  params " + (", ".join(f"{k}={show(v)}" for k, v in document["params"].items()) or "none"),
         "  tools  " + (", ".join(f"{k} {v}" for k, v in document["tools"].items()) or "none"),
     ]
+    if libraries := document.get("libraries"):
+        lines.append("  libraries  " + ", ".join(f"{k} {v}" for k, v in libraries.items()))
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {hanging(warning)}" for warning in record["warnings"]]

@@ -12,7 +12,7 @@ DIGITS = 6  # of a secret's keyed digest: enough to see that it changed
 
 
 class Change(NamedTuple):
-    """One difference. ``kind`` is stage, param, source, input, code or tool; ``item`` a file of a source."""
+    """One difference. ``kind`` is stage, param, source, input, code, tool or library; ``item`` a file of a source."""
 
     kind: str
     name: str
@@ -23,7 +23,7 @@ class Change(NamedTuple):
     @property
     def text(self) -> str:
         """The difference in a few words."""
-        if self.kind in {"stage", "tool"}:
+        if self.kind in {"stage", "tool", "library"}:
             return f"{self.name} {show(self.old)} -> {show(self.new)}"
         if self.kind == "param":
             return f"{self.name}: {show(self.old)} -> {show(self.new)}"
@@ -45,8 +45,8 @@ def changes(old: Document, new: Document) -> list[Change]:
     for source in sorted({*old["sources"], *new["sources"]}):
         files = _changed(old["sources"].get(source, {}), new["sources"].get(source, {}))
         found += [Change("source", source, before, now, file) for file, before, now in files]
-    for section, kind in (("inputs", "input"), ("code", "code"), ("tools", "tool")):
-        found += [Change(kind, *change) for change in _changed(old[section], new[section])]
+    for section, kind in (("inputs", "input"), ("code", "code"), ("tools", "tool"), ("libraries", "library")):
+        found += [Change(kind, *change) for change in _changed(old.get(section, {}), new.get(section, {}))]
     return found
 
 

@@ -4,7 +4,9 @@ A module counts as its syntax tree without comments, docstrings and positions, s
 The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
 imports, and under ``TYPE_CHECKING``, where a module names what it is handed and calls. A string that names a module of
 the package counts as an import of it, whoever imports or runs it by that name. A compiled module
-(``.so``) is its bytes. Two things are finer than a module:
+(``.so``) is its bytes, and so is a native library that the code names by its path from the module. Libraries of
+others that the code imports count as they are installed (:mod:`stagegraph.planning.libraries`). Two things are finer
+than a module:
 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.local import LOCAL
+from stagegraph.planning.libraries import Libraries, imported, top_names
 from stagegraph.planning.syntax import syntax_text
 from stagegraph.registry import SHIPPED
 from stagegraph.store.index import Index
@@ -44,10 +47,11 @@ if TYPE_CHECKING:
 ENGINE = __name__.partition(".")[0]
 # What may follow the name of a module, in the order in which Python looks: a compiled one comes before its source.
 SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)
-FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)+")
-SUMMARY_SCHEMA = 5
-# A summary: {"digest", "imports", "data", "tables": {table: {row: {"digest", "imports", "data"}}}}; "imports" are
-# first-party modules, "data" are strings that may name a file beside the module.
+FILE_NAME = re.compile(r"([\w-]+/)*[\w-]+(\.[\w-]+)+")  # below the folder of its module
+SUMMARY_SCHEMA = 6
+# A summary: {"digest", "imports", "foreign", "data", "tables": {table: {row: {"digest", "imports", "data"}}}};
+# "imports" are first-party modules, "foreign" top-level names of all others, "data" are strings that may name a file
+# beside the module or below its folder.
 Summary = dict[str, Any]
 
 
@@ -62,30 +66,50 @@ class CodeDigests:
         self._contents: dict[str, Any] = {}
         self._stats: dict[str, list[int]] = {}  # of files as they were when their contents were taken
         self._paths: dict[str, str | None] = {}
-        self._closures: dict[tuple[str, str], dict[str, str]] = {}
+        self._closures: dict[tuple[str, str], tuple[dict[str, str], list[str]]] = {}
+        self._installed = Libraries(index)
         self._packages: dict[str, list[str]] = {LOCAL: [str(folder)]} if folder else {}
         self._listings: dict[str, frozenset[str]] = {}
         self._grown = False
 
     def closure(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
         """Return what ``module`` reaches: module, ``module:TABLE[row]`` or ``module/data file`` -> digest."""
+        return self._reach(module, rows)[0]
+
+    def libraries(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
+        """Return what all that ``modules`` reach imports of others: distribution -> version and build."""
+        return self._installed.of(self._foreign(modules, rows))
+
+    def changed_libraries(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> list[str]:
+        """Return the native libraries behind :meth:`libraries` that are no longer what was digested."""
+        return self._installed.changed(self._foreign(modules, rows))
+
+    def _foreign(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> list[str]:
+        return sorted({name for module in modules for name in self._reach(module, rows)[1]})
+
+    def _reach(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> tuple[dict[str, str], list[str]]:
+        """Return the closure, and the top-level names of others that it imports."""
         chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
         asked = (module, digest_json(chosen))
         if asked not in self._closures:
-            found = dict(sorted(self._walk(module, chosen).items()))
+            foreign: set[str] = set()
+            found = dict(sorted(self._walk(module, chosen, foreign).items()))
             if module not in found:
                 raise PlanError(f"the source of {module} cannot be found, so its results cannot be cached")
-            self._closures[asked] = found
+            self._closures[asked] = found, imported(foreign, (*followed(module), ENGINE))
         return self._closures[asked]
 
     def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
         """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""
         from stagegraph.store.memo import PartCode
 
+        modules = list(modules)
         found = {name: digest for module in modules for name, digest in self.closure(module, rows).items()}
         counting = {name: digest for name, digest in found.items() if name.partition("[")[0] not in rows}
-        paths = filter(None, map(self._path, found))
-        return PartCode(digest_json(counting), {path: self._stats[path] for path in paths})
+        stats = {path: self._stats[path] for path in filter(None, map(self._path, found))}
+        libraries = self.libraries(modules, rows)
+        stats |= self._installed.stats(self._foreign(modules, rows))
+        return PartCode(digest_json([counting, libraries]), stats)
 
     def changed(self, closure: Mapping[str, str]) -> list[str]:
         """Return the files behind a closure whose content is no longer what was digested."""
@@ -115,8 +139,10 @@ class CodeDigests:
         if self._grown:
             self._index.set("code", {"schema": SUMMARY_SCHEMA, "files": self._saved})
             self._grown = False
+        self._installed.save()
 
-    def _walk(self, module: str, chosen: Mapping[str, list[str]]) -> dict[str, str]:
+    def _walk(self, module: str, chosen: Mapping[str, list[str]], foreign: set[str]) -> dict[str, str]:
+        """Return the closure; add what it imports of others to ``foreign``."""
         roots = followed(module)
         found: dict[str, str] = {}
         if ENGINE in roots and (path := self._find(module, roots)):  # the rest of the engine is in no key
@@ -129,6 +155,8 @@ class CodeDigests:
                     continue
                 summary = self.summary(part, path)
                 found[part] = summary["digest"]
+                beside = part.partition(".")[0] == LOCAL
+                foreign.update(name for name in summary["foreign"] if not (beside and self._is_beside(part, name)))
                 parts = [summary]
                 for table, contents in summary["tables"].items():
                     rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
@@ -139,10 +167,15 @@ class CodeDigests:
                     found |= self._data(part, path, reached["data"])
         return found
 
+    def _is_beside(self, module: str, name: str) -> bool:
+        """Say whether a module of the pipeline's folder finds the module ``name`` beside it or above."""
+        return any(self._find(f"{package}.{name}", [LOCAL]) for package in _with_parents(module))
+
     def _data(self, module: str, path: str, names: Iterable[str]) -> dict[str, str]:
         """Return the digests of those ``names`` that are files beside a module; the listing rules out most."""
         folder = os.path.dirname(path)  # noqa: PTH120 - on the path of every no-op, like all strings here
-        files = [(name, f"{folder}/{name}") for name in names if name in self._listing(folder)]
+        places = [(name, f"{folder}/{name}") for name in names]
+        files = [(name, at) for name, at in places if at.rpartition("/")[2] in self._listing(at.rpartition("/")[0])]
         return {f"{module}/{name}": self._remembered(file, digest_file) for name, file in files if Path(file).is_file()}
 
     def _find(self, module: str, roots: Collection[str]) -> str | None:
@@ -218,12 +251,12 @@ def followed(module: str) -> frozenset[str]:
 def summarise(module: str, path: Path) -> Summary:
     """Parse one file into what it contributes; source that does not parse, and what is compiled, are their bytes."""
     if path.suffix != ".py":
-        return {"digest": digest_file(str(path)), "imports": [], "data": [], "tables": {}}
+        return {"digest": digest_file(str(path)), "imports": [], "foreign": [], "data": [], "tables": {}}
     source = path.read_bytes()
     try:
         tree = ast.parse(source)
     except SyntaxError:
-        return {"digest": digest_bytes(source), "imports": [], "data": [], "tables": {}}
+        return {"digest": digest_bytes(source), "imports": [], "foreign": [], "data": [], "tables": {}}
     tables = {name: _rows(module, value) for name, value in _tables(tree)}
     tree.body = [node for node in tree.body if table_name(node) not in tables]
     strip_docstrings(tree)
@@ -231,6 +264,7 @@ def summarise(module: str, path: Path) -> Summary:
     return {
         "digest": digest_bytes(syntax_text(tree).encode()),
         "imports": sorted(set(_imports(tree, package))),
+        "foreign": sorted(set(top_names(tree))),
         "tables": tables,
         "data": sorted(set(_data_names(tree))),
     }
@@ -316,8 +350,25 @@ def _named(text: str, roots: Iterable[str]) -> list[str]:
 
 
 def _data_names(tree: ast.AST) -> Iterator[str]:
-    """Yield the strings that look like the name of a file; whether there is one is asked at every use."""
+    """Yield what looks like the name of a file, with folders where these are written before it as strings.
+
+    Whether there is such a file is asked at every use.
+    """
     for node in ast.walk(tree):
-        text = node.value if isinstance(node, ast.Constant) else None
-        if isinstance(text, str) and FILE_NAME.fullmatch(text) and not text.endswith(".py"):
+        text = "/".join(_path(node))
+        if FILE_NAME.fullmatch(text) and not text.endswith(".py"):
             yield text
+
+
+def _path(node: ast.AST) -> list[str]:
+    """Return the strings at the end of a path as code writes it: of ``here / "lib" / "a.so"`` the last two."""
+    if isinstance(node, ast.Constant):
+        return [node.value] if isinstance(node.value, str) else []
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        return [*_path(node.left), *last] if (last := _path(node.right)) else []
+    name = getattr(node.func, "attr", "") if isinstance(node, ast.Call) else ""
+    if isinstance(node, ast.Call) and name in {"join", "joinpath", "with_name"}:
+        parts = [_path(argument) for argument in node.args]
+        known = next((i for i, part in enumerate(reversed(parts)) if not part), len(parts))
+        return [text for part in parts[len(parts) - known :] for text in part]
+    return []

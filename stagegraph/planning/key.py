@@ -1,6 +1,7 @@
 """The key: digest of one document that holds everything that may influence a node's outputs, and nothing else.
 
-Hashed: stage id and version, code, parameters, the content of sources, the content of inputs, tool versions.
+Hashed: stage id and version, code, the libraries it imports, parameters, the content of sources, the content of
+inputs, tool versions.
 Not hashed: node name, pipeline, paths, times, host, resources, timeout, log level. The document is stored with the
 result, so that "why did this run" is the difference between two documents.
 """
@@ -30,9 +31,13 @@ def key_document(
     inputs: Mapping[str, list[tuple[Mapping[str, str], str]]],
     code: Mapping[str, str],
     tools: Mapping[str, str],
+    libraries: Mapping[str, str],
 ) -> Document:
-    """Return the key document; ``inputs`` is port -> (``foreach`` values, artifact digest) of each instance."""
-    return {
+    """Return the key document; ``inputs`` is port -> (``foreach`` values, artifact digest) of each instance.
+
+    It has ``libraries`` only where there are any, so that what imports none keeps its key.
+    """
+    document: Document = {
         "schema": KEY_SCHEMA,
         "stage": stage.id,
         "version": stage.version,
@@ -47,6 +52,7 @@ def key_document(
         "code": dict(code),
         "tools": dict(tools),
     }
+    return {**document, "libraries": dict(libraries)} if libraries else document
 
 
 def hashed_params(params: Any) -> dict[str, Any]:

@@ -160,7 +160,15 @@ class Planner:
         asked = _asked(node, lambda: node.stage.rows(prepared.params, facts))
         rows = {plain(table): chosen for table, chosen in asked.items()}
         code = self._code_of(node, rows)
-        document = key_document(node.stage, self._hashed(prepared), prepared.sources, inputs, code, prepared.tools)
+        document = key_document(
+            node.stage,
+            self._hashed(prepared),
+            prepared.sources,
+            inputs,
+            code,
+            prepared.tools,
+            self._libraries(node, rows),
+        )
         decision = self._look_up(node, key_of(document))
         decision.document, decision.rows = document, rows
         if decision.status != HIT and not decision.reasons:
@@ -194,6 +202,10 @@ class Planner:
                 )
         self._codes[asked] = code
         return code
+
+    def _libraries(self, node: Node, rows: Rows) -> dict[str, str]:
+        """Return the libraries of others that the code of a node imports."""
+        return self._code.libraries((node.spec.origin.module, *worker_module(node.stage)), rows)
 
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
@@ -229,7 +241,9 @@ class Planner:
         assert decision.document is not None
         sources = self._prepared[decision.node].sources.values()
         files = [str(state.root / name) for state in sources for name in state.changed()]
-        return files + self._code.changed(decision.document["code"])
+        modules = (decision.node.spec.origin.module, *worker_module(decision.node.stage))
+        libraries = self._code.changed_libraries(modules, decision.rows)
+        return files + self._code.changed(decision.document["code"]) + libraries
 
     def keep_code(self, decision: Decision) -> None:
         """Keep the source texts behind a result, so that a later explanation can name the functions that changed."""

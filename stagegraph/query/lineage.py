@@ -38,6 +38,7 @@ class Origin:
         outputs = {port: output["digest"] for port, output in self.record["outputs"].items()}
         made = {name: self.record[name] for name in ("stage", "started", "seconds", "host")}
         same = {name: key[name] for name in ("version", "params", "sources", "tools")}
+        same["libraries"] = key.get("libraries", {})
         return found | made | same | {"code": code, "outputs": outputs}
 
 

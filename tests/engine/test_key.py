@@ -52,7 +52,7 @@ def document(params: Example.Params, *, root: str = "/a", parts: tuple[str, ...]
     state = SourceState(Path(root), {}, {"w.bin": "d1"}, {})
     instances = [({"f": str(i)}, digest) for i, digest in enumerate(parts)]
     inputs = {"config": [({"t": "llvm"}, "c1")], "parts": instances}
-    return key_document(Example(), params, {"checkpoint": state}, inputs, {"stages.x": "s1"}, {"tool": "1.0"})
+    return key_document(Example(), params, {"checkpoint": state}, inputs, {"stages.x": "s1"}, {"tool": "1.0"}, {})
 
 
 BASE = Example.Params(checkpoint=Source("/a"))
@@ -97,6 +97,7 @@ def test_the_digest_of_a_document_is_pinned() -> None:
         {"inputs": {"config": "c2", "parts": []}},
         {"code": {"stages.x": "s2"}},
         {"tools": {"tool": "1.1"}},
+        {"libraries": {"numpy": "2.0 b1"}},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -122,6 +123,7 @@ def test_differences_name_the_cause() -> None:
     other = document(Example.Params(checkpoint=Source("/a"), scheme="q0"), parts=("p1", "px"))
     other["code"] = {"stages.x": "s2"}
     other["tools"] = {"tool": "2.0"}
+    other["libraries"] = {"numpy": "2.0 b1"}
     other["sources"] = {"checkpoint": {"w.bin": "d2"}}
     assert [change.text for change in changes(document(BASE), other)] == [
         "scheme: q4 -> q0",
@@ -129,6 +131,7 @@ def test_differences_name_the_cause() -> None:
         "input parts changed",
         "code stages.x changed",
         "tool 1.0 -> 2.0",
+        "numpy none -> 2.0 b1",
     ]
 
 

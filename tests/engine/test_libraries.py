@@ -1,0 +1,219 @@
+"""Libraries of others in keys: found by what code imports, and told apart by what is installed."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stagegraph.planning import libraries
+from stagegraph.planning.code import CodeDigests
+from stagegraph.store.index import Index
+from tests.engine.conftest import Demo
+
+STAGE = """\
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onlytypes
+
+def run():
+    from maths.fast import add
+    return add, json
+"""
+Identify = Callable[[], dict[str, str]]
+
+
+def install(site: Path, version: str = "1.0", native: bytes = b"\x7fELF one", source: str = "sha256=aa") -> Path:
+    """Install a distribution ``Maths.Lib`` with a package, a native module and a library beside the package."""
+    package = site / "maths"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").write_text("")
+    (package / "fast.so").write_bytes(native)
+    (site / "maths.libs").mkdir(exist_ok=True)
+    (site / "maths.libs" / "libblas.so.3").write_bytes(b"\x7fELF blas")
+    info = site / f"Maths.Lib-{version}.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "RECORD").write_text(
+        f"maths/__init__.py,{source},0\nmaths/fast.so,sha256=bb,8\nmaths.libs/libblas.so.3,sha256=cc,9\n"
+        f"maths/__pycache__/__init__.cpython-311.pyc,,\n{info.name}/INSTALLER,sha256={version},4\n{info.name}/RECORD,,\n"
+    )
+    return package
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text("")
+    (tmp_path / "own" / "stage.py").write_text(STAGE)
+    for folder in (tmp_path, tmp_path / "site"):
+        monkeypatch.syspath_prepend(str(folder))
+    install(tmp_path / "site")
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def identify(site: Path) -> Identify:
+    def found() -> dict[str, str]:
+        index = Index(site.parent / "index")
+        try:
+            code = CodeDigests(index)
+            said = code.libraries(["own.stage"], {})
+            code.save()
+            return said
+        finally:
+            index.close()
+
+    return found
+
+
+def test_what_is_imported_in_a_function_counts_with_version_and_build(identify: Identify) -> None:
+    found = identify()
+    assert set(found) - {"libc"} == {"maths-lib"}
+    assert found["maths-lib"].startswith("1.0 ")
+    assert ("libc" in found) == sys.platform.startswith("linux")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("maths/fast.so", b"\x7fELF two"), ("maths.libs/libblas.so.3", b"\x7fELF other"), ("maths/fast.so", None)],
+)
+def test_a_native_library_changed_in_place_counts(
+    site: Path, identify: Identify, name: str, content: bytes | None
+) -> None:
+    before = identify()
+    if content is None:
+        (site / name).unlink()
+    else:
+        (site / name).write_bytes(content)
+    assert identify() != before
+
+
+def test_what_the_installer_says_of_sources_counts(site: Path, identify: Identify) -> None:
+    before = identify()
+    install(site, source="sha256=other")
+    assert identify() != before
+
+
+def test_where_and_how_it_is_installed_does_not_count(
+    site: Path, identify: Identify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = identify()
+    (site / "maths" / "fast.so").touch()
+    (site / "Maths.Lib-1.0.dist-info" / "INSTALLER").write_text("uv")
+    assert identify() == before
+    install(site.parent / "elsewhere")
+    monkeypatch.setattr(sys, "path", [str(site.parent / "elsewhere"), *(p for p in sys.path if p != str(site))])
+    assert identify() == before
+
+
+def test_what_is_not_there_counts_once_it_is(site: Path, identify: Identify) -> None:
+    (site.parent / "own" / "stage.py").write_text("def run():\n    import missinglib\n")
+    assert identify() == {"missinglib": "absent"}
+    (site / "missinglib.py").write_text("x = 1\n")
+    loose = identify()
+    assert loose["missinglib"].startswith("unversioned ")
+    (site / "missinglib.py").write_text("x = 2\n")
+    assert identify() != loose
+
+
+def test_nothing_is_read_twice(identify: Identify, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identify()
+
+    def refuse(path: str) -> str:
+        raise AssertionError(f"{path} was read again")
+
+    monkeypatch.setattr(libraries, "digest_file", refuse)
+    monkeypatch.setattr(libraries, "_rows", refuse)
+    assert identify() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import a.b as c, d", {"a", "d"}),
+        ("from . import a\nfrom .b import c", set()),
+        ("try:\n    import a\nexcept ImportError:\n    import b", {"a", "b"}),
+        ("import typing as t\nif t.TYPE_CHECKING:\n    import a\nelse:\n    import b", {"typing", "b"}),
+        ("import_module('a.b')\nimportlib.util.find_spec('c')\n__import__('d')\nprint('e')", {"a", "c", "d"}),
+    ],
+)
+def test_which_imports_are_found(source: str, found: set[str]) -> None:
+    assert set(libraries.top_names(ast.parse(source))) == found
+
+
+@pytest.mark.parametrize(
+    "written", ['HERE / "native" / "libx.so"', 'HERE.joinpath("native", "libx.so")', '"native/libx.so"']
+)
+def test_a_library_that_code_loads_by_a_path_counts(site: Path, written: str) -> None:
+    own = site.parent / "own"
+    (own / "stage.py").write_text(f"import ctypes\nHERE = None\ndef run(): return ctypes.CDLL(str({written}))\n")
+    (own / "native").mkdir()
+    (own / "native" / "libx.so").write_bytes(b"\x7fELF one")
+
+    def closure() -> dict[str, str]:
+        index = Index(site.parent / "index")
+        try:
+            return CodeDigests(index).closure("own.stage", {})
+        finally:
+            index.close()
+
+    before = closure()
+    assert "own.stage/native/libx.so" in before
+    (own / "native" / "libx.so").write_bytes(b"\x7fELF two")
+    assert closure() != before
+
+
+def test_what_makes_parts_is_of_libraries_too(site: Path) -> None:
+    def digest() -> str:
+        index = Index(site.parent / "index")
+        try:
+            return CodeDigests(index).part_code(["own.stage"], {}).digest
+        finally:
+            index.close()
+
+    before = digest()
+    (site / "maths" / "fast.so").write_bytes(b"\x7fELF two")
+    assert digest() != before
+
+
+def test_a_rebuilt_library_makes_a_stage_stale_and_is_named(demo: Demo, site: Path) -> None:
+    (demo.folder / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom stagegraph.stage import Out, Stage\n\n\n"
+        "class Mine(Stage):\n    id = 'mine'\n\n    @dataclass(frozen=True)\n    class Params:\n        pass\n\n"
+        "    outputs = {'out': Out('out.txt', 'x')}\n\n    def run(self, ctx):\n"
+        "        import maths\n        (ctx.out / 'out.txt').write_text(str(maths))\n"
+    )
+    demo.pipeline.write_text("version: 1\nname: own\nstages:\n  mine: {uses: ./mine.py:Mine}\n")
+    assert demo.run().outcomes == {"mine": "BUILT"}
+    assert demo.run().outcomes == {"mine": "HIT"}
+    (site / "maths" / "fast.so").write_bytes(b"\x7fELF two")
+    (node,) = demo("status", str(demo.pipeline), "--json").json["nodes"]
+    assert node["status"] == "STALE"
+    assert node["reasons"][0].startswith("maths-lib 1.0 ")
+    assert demo.run().outcomes == {"mine": "UNCHANGED"}
+    shown = demo("show", "mine", str(demo.pipeline)).out
+    assert "maths-lib 1.0 " in shown
+
+
+def test_each_shipped_stage_counts_what_computes_its_results(tmp_path: Path) -> None:
+    expected = {
+        "graph_build": {"apache-tvm", "apache-tvm-ffi", "numpy"},
+        "compile": {"apache-tvm", "apache-tvm-ffi", "numpy"},
+        "quantize": {"apache-tvm", "apache-tvm-ffi", "numpy", "ml-dtypes"},
+        "tokenizer_bundle": {"tokenizers", "tiktoken", "regex"},
+        "verify": {"apache-tvm", "numpy", "tokenizers", "jinja2", "torch"},
+    }
+    index = Index(tmp_path / "index")
+    code = CodeDigests(index)
+    for stage, names in expected.items():
+        found = code.libraries([f"stages.{stage}"], {"stages.models:FAMILIES": "llama"})
+        assert names <= found.keys(), stage
+    assert (
+        not {"torch", "transformers"} & code.libraries(["stages.quantize"], {"stages.models:FAMILIES": "llama"}).keys()
+    )
+    index.close()
