@@ -121,6 +121,8 @@ class Pipeline(Project):
         fail_fast: bool = False,
         retries: int = 0,
         fetch_only: bool = False,
+        executor: str = "",
+        scheduler: str = "",
         reporter: Reporter | None = None,
         command: Sequence[str] = (),
         tag: str = "",
@@ -130,28 +132,32 @@ class Pipeline(Project):
         ``only`` refuses with :class:`PlanError` if anything but the chosen nodes would have to run; ``force`` runs the
         chosen nodes even if they are hits; ``jobs`` bounds how many run at once (0: one per processor); ``retries``
         is how often a failed node is tried again; ``fetch_only`` runs nothing, and takes what the user's remotes have;
+        ``executor`` (``local`` or ``dask``) and ``scheduler`` (its address) say where nodes run, if not as configured;
         ``reporter`` is called as nodes start, progress and end; ``command`` is what the history of runs shows, where
         ``tag`` names this one.
         """
+        from stagegraph.execution.executor import Options
         from stagegraph.execution.outcome import Reporter as Silent
         from stagegraph.execution.outcome import Run
-        from stagegraph.execution.scheduler import Options, Scheduler
+        from stagegraph.execution.scheduler import Scheduler
 
         selection = selection or self.select()
         self.check_name()
         if only:
             self._refuse_others(selection)
         forced = frozenset(node.name for node in selection.chosen) if force else frozenset()
-        options = Options(jobs, forced, fail_fast, retries, share=True, fetch_only=fetch_only)
-        scheduler = Scheduler(self.planner, self.workspace, reporter or Silent(), options)
+        options = Options(
+            jobs, forced, fail_fast, retries, share=True, fetch_only=fetch_only, executor=executor, scheduler=scheduler
+        )
+        work = Scheduler(self.planner, self.workspace, reporter or Silent(), options)
         started, began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), time.monotonic()
         ended = False
         try:
-            scheduler.run(selection.nodes)
+            work.run(selection.nodes)
             self.keep_name()
             ended = True
         finally:
-            outcomes = tuple(scheduler.outcomes.values())
+            outcomes = tuple(work.outcomes.values())
             for outcome in outcomes:
                 outcome.began = round(outcome.began - began, 3) if outcome.began else 0.0
             run = Run(outcomes, round(time.monotonic() - began, 3))
@@ -160,7 +166,7 @@ class Pipeline(Project):
 
                 entry = journal_entry(self.name, run, started, command, interrupted=not ended, tag=tag)
                 self.workspace.journal.append(entry)
-        return Run(tuple(scheduler.outcomes[node] for node in selection.nodes), run.seconds)
+        return Run(tuple(work.outcomes[node] for node in selection.nodes), run.seconds)
 
     def reproduce(self, selection: Selection, *, jobs: int = 0, reporter: Reporter | None = None) -> Reproduction:
         """Make what a run has brought up to date again, from nothing and elsewhere, and return what differs."""

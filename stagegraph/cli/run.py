@@ -12,6 +12,7 @@ from stagegraph.cli.live import watching
 from stagegraph.cli.summary import print_failure, print_summary
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
 from stagegraph.files import dotted
+from stagegraph.remote import EXECUTORS
 from stagegraph.store.journal import FAILED, TAG
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
     add("-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)")
+    add("--executor", choices=EXECUTORS, default="", help="where nodes run (default: as configured, else local)")
+    add("--scheduler", default="", metavar="URL", help="of --executor dask: tls://HOST:PORT")
     add("--tag", default="", metavar="NAME", help="name this run, so that NODE@NAME means what it made")
     add("-v", "--verbose", action="store_true", help="list every node, and what each reused")
     add("-q", "--quiet", action="store_true", help="print problems only")
@@ -113,6 +116,8 @@ def _execute(pipeline: Pipeline, selection: Selection, args: argparse.Namespace)
             jobs=args.jobs or 0,
             fail_fast=args.fail_fast,
             retries=args.retries,
+            executor=args.executor,
+            scheduler=args.scheduler,
             reporter=reporter,
             command=_arguments(args),
             tag=args.tag,
@@ -158,5 +163,7 @@ def _arguments(args: argparse.Namespace, stage: list[str] | None = None) -> list
     words += [f"--{flag.replace('_', '-')}" for flag in ("only", "force", "fail_fast") if getattr(args, flag)]
     words += ["--retries", str(args.retries)] if args.retries else []
     words += ["-j", str(args.jobs)] if args.jobs else []
+    words += ["--executor", args.executor] if args.executor else []
+    words += ["--scheduler", args.scheduler] if args.scheduler else []
     words += ["--tag", args.tag] if args.tag else []
     return words + [word for setting in args.overrides for word in ("--set", setting)]

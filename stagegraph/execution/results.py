@@ -15,7 +15,7 @@ from stagegraph.store.record import Record, new_record, record_files, same_outpu
 from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
-    from stagegraph.execution.sandbox import Running
+    from stagegraph.execution.executor import Running
 
 NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
 

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from stagegraph.planning.planner import Decision, Prepared
     from stagegraph.planning.secrets import Mask, MaskedLog
     from stagegraph.store.memo import PartCode
+    from stagegraph.store.objects import Store
     from stagegraph.store.record import Record
     from stagegraph.store.workspace import Workspace
 
 EXIT_GRACE_SECONDS = 2.0
+# Port -> its instances: ``foreach`` values, path of the output in its folder, files as a record has them.
+Layout = dict[str, list[tuple[dict[str, str], str, Mapping[str, Sequence[Any]]]]]
 
 
 @dataclass
@@ -54,21 +57,6 @@ class Log:
         """See that all that was printed is in the log."""
         if self.pipe:
             self.pipe.close()
-
-
-@dataclass
-class Running:
-    """A node that executes."""
-
-    decision: Decision
-    worker: Worker
-    sandbox: Sandbox
-    made_from: dict[str, list[str]]
-    lock: int
-    log: Log
-    began: float
-    started_at: str
-    deadline: float | None
 
 
 @dataclass
@@ -102,22 +90,23 @@ class Sandbox:
         (folder / "out").mkdir()
         return cls(folder)
 
-    def lay_out_inputs(self, workspace: Workspace, node: Node, records: Mapping[Node, Record]) -> dict[str, list[Any]]:
+    def lay_out_inputs(self, store: Store, layout: Layout) -> dict[str, list[Any]]:
         """Put the inputs below ``in/``; return port -> [(``foreach`` values, path)]."""
         inputs: dict[str, list[Any]] = {}
-        for port, upstream in node.inputs.items():
-            declared = node.stage.inputs[port]
-            for i, u in enumerate(sorted(upstream, key=lambda n: sorted(n.spec.each.items()))):
+        for port, instances in layout.items():
+            for i, (each, path, files) in enumerate(instances):
                 base = self.folder / "in" / port / str(i)  # nothing that is not in the key may be seen
-                for name, (digest, _) in records[u]["outputs"][declared.port]["files"].items():
-                    target = base / name
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    if workspace.store.place(digest, target):
-                        self.linked[str(target.absolute())] = digest
-                each = dict(u.spec.each) if declared.many else {}
-                path = base / u.stage.outputs[declared.port].path
-                inputs.setdefault(port, []).append([each, str(path.absolute())])
+                self.lay_out(store, base, {name: digest for name, (digest, _) in files.items()})
+                inputs.setdefault(port, []).append([each, str((base / path).absolute())])
         return inputs
+
+    def lay_out(self, store: Store, base: Path, files: Mapping[str, str]) -> None:
+        """Put objects below a folder; ``files`` are relative names -> digests."""
+        for name, digest in files.items():
+            target = base / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if store.place(digest, target):
+                self.linked[str(target.absolute())] = digest
 
     def open_log(self, path: Path, secrets: Sequence[str]) -> Log:
         """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
@@ -160,21 +149,20 @@ class Sandbox:
             workspace.store.relink(digest)
 
 
-def request_for(
-    decision: Decision,
-    prepared: Prepared,
-    inputs: Mapping[str, list[Any]],
-    sandbox: Sandbox,
-    log: Log,
-    *,
-    store: Path,
-    parts: Mapping[str, PartCode],
-    fresh: bool,
-) -> dict[str, Any]:
-    """Return the message that makes a worker run a settled node; ``parts`` says what makes what it memoises.
+def layout_of(node: Node, records: Mapping[Node, Record]) -> Layout:
+    """Return where the inputs of a node whose upstream nodes have these records lie for its stage."""
+    layout: Layout = {}
+    for port, upstream in node.inputs.items():
+        declared = node.stage.inputs[port]
+        for u in sorted(upstream, key=lambda n: sorted(n.spec.each.items())):
+            each = dict(u.spec.each) if declared.many else {}
+            files = records[u]["outputs"][declared.port]["files"]
+            layout.setdefault(port, []).append((each, u.stage.outputs[declared.port].path, files))
+    return layout
 
-    ``fresh`` makes it reuse nothing of that.
-    """
+
+def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> dict[str, Any]:
+    """Return what a worker is told of a settled node, wherever it runs; ``fresh``: it reuses no memoised parts."""
     node = decision.node
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
     sources = {
@@ -190,15 +178,23 @@ def request_for(
         "origin": node.spec.origin,
         "params": params,
         "document": decision.document,
-        "inputs": inputs,
         "sources": sources,
+        "fresh": fresh,
+        "secrets": prepared.secrets,
+    }
+
+
+def placed(
+    sandbox: Sandbox, log: Log, store: Path, inputs: Mapping[str, list[Any]], parts: Mapping[str, PartCode]
+) -> dict[str, Any]:
+    """Return what a worker is told besides, of this machine; ``parts`` says what makes what the stage memoises."""
+    return {
+        "inputs": inputs,
         "linked": sandbox.linked,
         "out": str(sandbox.out.absolute()),
         "store": str(store.absolute()),
         "parts": parts,
-        "fresh": fresh,
         "log": str(log.target.absolute()),
-        "secrets": prepared.secrets,
     }
 
 
@@ -218,18 +214,18 @@ class Workers:
         }
         self._idle: dict[str, list[Worker]] = {}
 
-    def take(self, node: Node, secrets: Sequence[str]) -> Worker:
-        """Return a worker for a node: a warm one, unless its memory counts or it has secrets.
+    def take(self, profile: str, *, new: bool) -> Worker:
+        """Return a worker: a warm one, unless a ``new`` one is asked for, as nobody else's memory or secrets are in it.
 
-        What an earlier node left in a worker is not this one's. One that died while idle is no node's fault.
+        One that died while idle is no node's fault.
         """
-        idle = self._idle.get(node.stage.profile, [])
-        while idle and not node.spec.resources.memory and not secrets:
+        idle = self._idle.get(profile, [])
+        while idle and not new:
             worker = idle.pop()
             if worker.alive():
                 return worker
             worker.kill()
-        return Worker(node.stage.profile, self._environment)
+        return Worker(profile, self._environment)
 
     def give_back(self, worker: Worker) -> None:
         """Keep a worker warm."""

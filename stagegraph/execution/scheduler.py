@@ -4,7 +4,8 @@ Life of one node, in the order of the code below:
 1. wait until every upstream node has a record; if one failed, skip
 2. decide: key -> record; a HIT is materialised and done, without a worker
 3. take the key's lock (another run may hold it: wait), then look up again: that run may have done the work
-4. run in a private work directory, in a worker of the stage's profile, within ``-j`` and the node's resources
+4. run in a private work directory, in a worker of the stage's profile, within ``-j`` and the node's resources, here or
+   in a cluster
 5. check that no source changed meanwhile; adopt the outputs into the store; write the record: that is the commit
 6. materialise; a failure keeps its work directory and log and is never served from the cache
 """
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError
+from stagegraph.execution.executor import Options
 from stagegraph.execution.fetching import Fetching
 from stagegraph.execution.outcome import Outcome, Reporter, problem_of
-from stagegraph.execution.resources import Room
+from stagegraph.execution.places import Places
 from stagegraph.execution.results import Results
 from stagegraph.execution.waiting import Waiting
 from stagegraph.planning.planner import Decision, Planner
@@ -34,27 +36,12 @@ from stagegraph.store.workspace import Workspace
 if TYPE_CHECKING:
     from selectors import BaseSelector
 
-    from stagegraph.execution.sandbox import Running, Worker, Workers
+    from stagegraph.execution.executor import Running, Slot
     from stagegraph.planning.dag import Node
     from stagegraph.remote.shared import Fetched
     from stagegraph.store.pins import Pin
 
 LOCK_POLL_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run: how many at once, which nodes to run even if they are hits, what a failure means.
-
-    ``share``: take results from the user's remotes and give them; ``fetch_only``: run nothing that none of them has.
-    """
-
-    jobs: int = 0
-    force: frozenset[str] = frozenset()
-    fail_fast: bool = False
-    retries: int = 0
-    share: bool = False
-    fetch_only: bool = False
 
 
 @dataclass
@@ -71,16 +58,16 @@ class Scheduler:
         self._workspace = workspace
         self._reporter = reporter
         self._options = options
-        self._room = Room(options.jobs or os.cpu_count() or 1)
+        self._places = Places(planner, workspace, options)
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting = Waiting(planner.dag.nodes)
         self._fetching: Fetching[Decision] = Fetching(workspace, enabled=options.share)
         self._results = Results(planner, workspace, self._fetching.give)
         self._ready: list[_Ready] = []
         self._failed = False
-        self._running: dict[Worker, Running] = {}
-        self._workers: Workers | None = None
+        self._running: dict[Slot, Running] = {}
         self._attempts: dict[Node, int] = {}
+        self._repeats: dict[Node, int] = {}  # of nodes whose worker was lost
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
         self._remade: set[str] = set()
@@ -95,7 +82,9 @@ class Scheduler:
         try:
             self._settle()
             self._late = bool(self._fetching)  # what a remote may have needs no memory here, until it turns out not to
-            self._room.refuse([*(ready.decision.node for ready in self._ready), *(() if self._late else self._waiting)])
+            self._places.refuse(
+                [*(ready.decision.node for ready in self._ready), *(() if self._late else self._waiting)]
+            )
             while self._ready or self._running or self._waiting or self._fetching:
                 self._start_ready()
                 self._await_events()
@@ -108,8 +97,7 @@ class Scheduler:
             self._planner.save()
             if self._pin is not None:
                 self._pin.release()
-            if self._workers is not None:
-                self._workers.stop()
+            self._places.stop()
 
     # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
 
@@ -157,7 +145,7 @@ class Scheduler:
             self._finish(Outcome(decision.node, SKIPPED, "no remote has its result", decision.key))
         elif not self._stops(decision.node):
             try:
-                self._room.refuse([decision.node] if self._late else [])
+                self._places.refuse([decision.node] if self._late else [])
             except PlanError as error:
                 self._finish(_not_started(decision, *error.problems))
             else:
@@ -201,14 +189,14 @@ class Scheduler:
 
     def _start_ready(self) -> None:
         for ready in list(self._ready):
-            if self._room.full(self._at_work()):
+            if self._places.full(self._running.values()):
                 return
             decision = ready.decision
             if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
                 self._ready.remove(ready)
                 self._waiting.add(decision.node)
                 continue
-            if not self._room.has(decision.node, self._at_work()):
+            if not self._places.has(decision.node, self._running.values()):
                 continue
             try:
                 lock = self._lock(ready)
@@ -244,21 +232,20 @@ class Scheduler:
     def _start(self, decision: Decision, lock: int) -> None:
         from selectors import EVENT_READ, DefaultSelector
 
-        from stagegraph.execution.sandbox import Running, Sandbox, Workers, request_for
+        from stagegraph.execution.executor import Running, Task
+        from stagegraph.execution.sandbox import Sandbox, layout_of
 
         workspace, node = self._workspace, decision.node
         if self._selector is None:  # the first execution of this run
             self._selector = DefaultSelector()
-            self._workers = Workers(self._planner.dag.nodes)
             workspace.sweep()
-        assert self._workers is not None  # made with the selector
-        sandbox, log, prepared = None, None, self._planner.prepared(node)
+        sandbox, log, prepared, place = None, None, self._planner.prepared(node), self._places.of(node)
+        fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
         try:
             sandbox = Sandbox.create(workspace, decision.key)
-            with workspace.index.together():
-                inputs = sandbox.lay_out_inputs(workspace, node, {u: self._record_of(u) for u in node.upstream})
             log = sandbox.open_log(workspace.log_path(decision.key), prepared.secrets)
-            worker = self._workers.take(node, prepared.secrets)
+            layout = layout_of(node, {u: self._record_of(u) for u in node.upstream})
+            slot = place.start(Task(decision, prepared, layout, sandbox, log, parts, fresh))
         except (OSError, RottenError) as error:
             if log is not None:
                 log.close()
@@ -268,18 +255,12 @@ class Scheduler:
             if not (isinstance(error, RottenError) and self._remake(node, error.digest)):
                 self._finish(_not_started(decision, problem_of(error)))
             return
-        now = time.monotonic()
-        deadline = now + node.spec.timeout if node.spec.timeout else None
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         made_from = {port: [self.outcomes[u].key for u in nodes] for port, nodes in node.inputs.items()}
-        self._running[worker] = Running(decision, worker, sandbox, made_from, lock, log, now, started, deadline)
-        self._selector.register(worker, EVENT_READ)
+        running = self._running[slot] = Running(decision, place, slot, sandbox, made_from, lock, log)
+        running.begin()
+        self._selector.register(slot, EVENT_READ)
         workspace.set_last(self._planner.dag.pipeline.name, node.name, running=decision.key)
         self._reporter.started(node, decision.reason)
-        fresh, parts = node.name in self._options.force, self._planner.part_codes(decision)
-        worker.send(
-            request_for(decision, prepared, inputs, sandbox, log, store=workspace.root, parts=parts, fresh=fresh)
-        )
 
     def _remake(self, node: Node, digest: str) -> bool:
         """Settle a node again, and before it those above whose result has a damaged object; once for each object."""
@@ -303,11 +284,13 @@ class Scheduler:
             return
         assert self._selector is not None  # something is running
         self._selector.select(LOCK_POLL_SECONDS)
-        for worker, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
-            for event in map(running.log.masked, worker.receive()):
+        for slot, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
+            for event in map(running.log.masked, slot.receive()):
                 if event["event"] == "progress":
                     amount = event["done"], event["total"], event["unit"], event["note"]
                     self._reporter.progress(running.decision.node, *amount)
+                elif event["event"] == "began":
+                    self._begun(running, event["where"])
                 elif event["event"] == "end":
                     self._release(running, keep_worker=not self._planner.prepared(running.decision.node).secrets)
                     self._end(running, event)
@@ -317,11 +300,16 @@ class Scheduler:
         now = time.monotonic()
         for running in [r for r in self._running.values() if r.deadline and now > r.deadline]:
             self._stop(running, f"took longer than its timeout of {running.decision.node.spec.timeout:g} s")
-        for worker, meaning in self._room.over(self._at_work()):
-            self._stop(self._running[worker], meaning)
+        for slot, meaning in self._places.over(self._running.values()):
+            self._stop(self._running[slot], meaning)
 
-    def _at_work(self) -> list[tuple[Node, Worker]]:
-        return [(running.decision.node, running.worker) for running in self._running.values()]
+    def _begun(self, running: Running, where: str) -> None:
+        """Note that a node begins elsewhere, or once more, because where it was begun is lost."""
+        node, lost = running.decision.node, running.where
+        if lost:
+            again = self._repeats[node] = self._repeats.get(node, 0) + 1
+            self._reporter.retrying(node, f"worker {lost} was lost", again)
+        running.begin(where)
 
     def _stop(self, running: Running, why: str) -> None:
         self._release(running, keep_worker=False)
@@ -329,13 +317,9 @@ class Scheduler:
 
     def _release(self, running: Running, *, keep_worker: bool) -> None:
         assert self._selector is not None
-        assert self._workers is not None
-        self._selector.unregister(running.worker)
-        del self._running[running.worker]
-        if keep_worker:
-            self._workers.give_back(running.worker)
-        else:
-            running.worker.kill()
+        self._selector.unregister(running.slot)
+        del self._running[running.slot]
+        running.executor.release(running.slot, keep=keep_worker)
         running.log.close()
 
     def _end(self, running: Running, event: dict[str, Any]) -> None:
@@ -379,7 +363,7 @@ class Scheduler:
         """End everything at once; what is unfinished leaves nothing behind that a next run would trip over."""
         self._fetching.finish(wait=False)
         for running in list(self._running.values()):
-            running.worker.kill()
+            running.slot.kill()
             running.log.close()
             running.sandbox.remove(self._workspace)
             os.close(running.lock)

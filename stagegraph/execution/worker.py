@@ -209,9 +209,7 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
     usage = _Usage()
     try:
         stage = Origin(*request["origin"]).make()
-        names = {f.name for f in dataclasses.fields(stage.Params)}
-        params = stage.Params(**{k: _tupled(v) for k, v in request["params"].items() if k in names})
-        ctx = WorkerContext(request, params, events)
+        ctx = WorkerContext(request, params_of(stage, request["params"]), events)
         stage.run(ctx)
         refuse_secrets(request, written_files(ctx.out))
         known = ctx.settle() | _known_inputs(request)
@@ -226,6 +224,12 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
         _print_traceback()
         end = {"event": "end", "ok": False, "problems": [f"{type(error).__name__}: {error}"], "bug": True}
     return end | usage.spent()
+
+
+def params_of(stage: Stage, written: Mapping[str, Any]) -> Any:
+    """Return a stage's parameters of a request."""
+    names = {f.name for f in dataclasses.fields(stage.Params)}
+    return stage.Params(**{k: _tupled(v) for k, v in written.items() if k in names})
 
 
 def _said(error: OSError) -> str:

@@ -134,6 +134,10 @@ class CodeDigests:
         """Return where the modules of a closure are: module -> source file."""
         return {name: Path(path) for name in closure if (path := self._paths.get(name))}
 
+    def own_files(self, closure: Mapping[str, str]) -> set[Path]:
+        """Return the files of the pipeline's folder in a closure: modules, and data beside them."""
+        return {Path(path) for name in closure if name.partition(".")[0] == LOCAL and (path := self._path(name))}
+
     def save(self) -> None:
         """Write new summaries back to the index."""
         if self._grown:

@@ -190,11 +190,7 @@ class Planner:
         asked = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
         if asked in self._codes:
             return self._codes[asked]
-        code: dict[str, str] = {}
-        for module in (node.spec.origin.module, *worker_module(node.stage)):
-            code |= self._code.closure(module, rows)
-        if prepare := _prepares(node.stage):
-            code[prepare] = digest_json(prepare)  # which function of its module it is, a provider says
+        code = code_of(self._code, node.spec.origin.module, node.stage, rows)
         for kind, module in _parts(node.stage).items():
             if module not in code:
                 raise PlanError(
@@ -231,10 +227,7 @@ class Planner:
 
     def part_codes(self, decision: Decision) -> dict[str, PartCode]:
         """Return what makes the parts that a settled node memoises, by their kind."""
-        stage, rows = decision.node.stage, decision.rows
-        return {
-            kind: self._code.part_code((module, *worker_module(stage)), rows) for kind, module in _parts(stage).items()
-        }
+        return part_codes(self._code, decision.node.stage, decision.rows)
 
     def changed(self, decision: Decision) -> list[str]:
         """Return the source files and the code that are no longer what the key was made of."""
@@ -253,6 +246,12 @@ class Planner:
         code = {name: d for name, d in decision.document["code"].items() if d not in self._kept}
         self._kept.update(code.values())
         keep(self.workspace.index, code, self._code.files(code))
+
+    def own_files(self, decision: Decision) -> dict[str, Path]:
+        """Return the files of the pipeline's folder that a settled node reaches, by their path in it."""
+        assert decision.document is not None
+        paths = self._code.own_files(decision.document["code"])
+        return {path.relative_to(self.dag.pipeline.root).as_posix(): path for path in paths}
 
     def code_files(self, decision: Decision) -> dict[str, Path]:
         """Return where the modules are that a settled node reaches."""
@@ -315,6 +314,21 @@ def _masked(secrets: Sequence[str], value: Any) -> Any:
     from stagegraph.planning.secrets import Mask
 
     return Mask(secrets).value(value)
+
+
+def code_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[str, str]:
+    """Return the code of a stage whose class is in ``module``: all it reaches, and what prepares its worker."""
+    code: dict[str, str] = {}
+    for start in (module, *worker_module(stage)):
+        code |= codes.closure(start, rows)
+    if prepare := _prepares(stage):
+        code[prepare] = digest_json(prepare)  # which function of its module it is, a provider says
+    return code
+
+
+def part_codes(codes: CodeDigests, stage: Stage, rows: Rows) -> dict[str, PartCode]:
+    """Return what makes the parts that a stage memoises, by their kind."""
+    return {kind: codes.part_code((module, *worker_module(stage)), rows) for kind, module in _parts(stage).items()}
 
 
 def _parts(stage: Stage) -> dict[str, str]:

@@ -68,6 +68,16 @@ class Sources:
             )
         return self._states[asked]
 
+    def is_intact(self, file: Path, digest: str) -> bool:
+        """Say whether a file is there and has this digest."""
+        try:
+            if not file.is_file():
+                return False
+            self._digest_all([file])
+        except OSError:
+            return False
+        return self._digests[file][1] == digest
+
     def _digest_all(self, files: list[Path]) -> None:
         stale: list[Path] = []
         for file in files:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stagegraph.execution.executor import Options
 from stagegraph.execution.outcome import Outcome, Reporter
-from stagegraph.execution.scheduler import Options, Scheduler
+from stagegraph.execution.scheduler import Scheduler
 from stagegraph.planning.planner import Planner
 from stagegraph.query.artifact import Artifact
 from stagegraph.query.diff import Difference, difference

@@ -1,4 +1,4 @@
-"""The user's own configuration: remotes, and whose signatures are believed.
+"""The user's own configuration: remotes, whose signatures are believed, and the cluster that nodes run in.
 
 ```yaml
 remotes:
@@ -6,6 +6,7 @@ remotes:
   disk: {url: /mnt/share/stagegraph}
 trusted:
   build-server: 5a1c...                               # what `pipeline remote key` prints there
+executor: {kind: dask, scheduler: "tls://head:8786", remote: team, tls: {ca: ca.pem, cert: me.pem, key: me.key}}
 ```
 
 It is one file, ``$STAGEGRAPH_CONFIG`` or ``~/.config/stagegraph/config.yaml``, and never the pipeline file: who checks
@@ -18,9 +19,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from stagegraph.errors import SpecError
+from stagegraph.errors import PlanError, SpecError
+from stagegraph.remote import EXECUTORS
 from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.model import Place
 from stagegraph.spec.reader import parse
@@ -29,6 +31,8 @@ MODES = {"read": (True, False), "write": (False, True), "both": (True, True)}  #
 SCHEMES = ("s3", "gs", "az", "http", "https", "file")
 READ_ONLY = ("http", "https")
 PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
+SCHEDULER = re.compile(r"(?P<scheme>tls|tcp)://(?P<host>\[[0-9a-fA-F:]+\]|[\w.-]+):[0-9]+")
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Remote(NamedTuple):
@@ -40,11 +44,60 @@ class Remote(NamedTuple):
     writes: bool
 
 
+class ClusterSettings(NamedTuple):
+    """A cluster: the address of its scheduler, the remote through which results pass, and certificates for TLS.
+
+    ``tls`` has the files ``ca``, ``cert`` and ``key``; ``insecure``: its network may be used without.
+    """
+
+    scheduler: str
+    remote: Remote
+    tls: Mapping[str, str]
+    insecure: bool
+
+
 class Settings(NamedTuple):
-    """Remotes in the order in which they are asked, and name -> public key (hexadecimal) of whom is believed."""
+    """Remotes in the order in which they are asked, name -> public key (hexadecimal) of whom is believed, executor."""
 
     remotes: tuple[Remote, ...] = ()
     trusted: Mapping[str, str] = {}
+    executor: Mapping[str, Any] = {}
+
+    def cluster(self, kind: str = "", scheduler: str = "") -> ClusterSettings | None:
+        """Return the cluster in which nodes run, None if that is this machine; the arguments come before the file.
+
+        :class:`PlanError` where something that it takes is missing.
+        """
+        kind = kind or ("dask" if scheduler else self.executor.get("kind", "local"))
+        if kind == "local":
+            if scheduler:
+                raise PlanError(f"--executor local runs nodes here, and --scheduler {scheduler} there; use one of them")
+            return None
+        scheduler = scheduler or self.executor.get("scheduler", "")
+        if not scheduler:
+            raise PlanError(f"--executor {kind} needs the address of its scheduler: --scheduler tls://HOST:8786")
+        host = SCHEDULER.fullmatch(scheduler)
+        if host is None:
+            raise PlanError(f"--scheduler {scheduler}: expected tls://HOST:PORT, or tcp://HOST:PORT on this machine")
+        insecure = bool(self.executor.get("insecure"))
+        if host["scheme"] == "tcp" and host["host"] not in LOOPBACK and not insecure:
+            raise PlanError(
+                f"--scheduler {scheduler}: whoever reaches a scheduler without TLS can run anything on its workers; "
+                f"use tls:// with certificates, or allow it under executor in {config_path()}: insecure: true"
+            )
+        tls = self.executor.get("tls", {})
+        return ClusterSettings(scheduler, self._through(self.executor.get("remote", "")), tls, insecure)
+
+    def _through(self, name: str) -> Remote:
+        """Return the remote of that name, else the first that takes and gives results."""
+        fit = [remote for remote in self.remotes if remote.reads and remote.writes and name in {"", remote.name}]
+        if not fit:
+            what = f"remote '{name}' with mode both" if name else "remote with mode both"
+            raise PlanError(
+                f"a cluster passes results through a remote, and there is no {what} in {config_path()}; add one that "
+                'its workers reach too: remotes: {team: {url: "s3://bucket/path", mode: both}}'
+            )
+        return fit[0]
 
 
 def config_path() -> Path:
@@ -66,11 +119,14 @@ def load_settings() -> Settings:
         raise SpecError(f"{path}: {error}") from None
     problems = Problems()
     top = parse(text, lambda line, column: Place(str(path), line, column), path.parent, problems)
-    found = problems.mapping(top, str(path), ("remotes", "trusted")) if top is not None and top.value else {}
+    found = (
+        problems.mapping(top, str(path), ("remotes", "trusted", "executor")) if top is not None and top.value else {}
+    )
     remotes = list(_remotes((found or {}).get("remotes"), problems))
     trusted = dict(_trusted((found or {}).get("trusted"), problems))
+    executor = dict(_executor((found or {}).get("executor"), problems))
     problems.check()
-    return Settings(tuple(remotes), trusted)
+    return Settings(tuple(remotes), trusted, executor)
 
 
 def _remotes(item: Item | None, problems: Problems) -> Iterator[Remote]:
@@ -104,3 +160,20 @@ def _trusted(item: Item | None, problems: Problems) -> Iterator[tuple[str, str]]
             yield name, entry.value
         else:
             problems.unexpected(entry, "a public key of 64 hexadecimal digits, in quotes", f"trusted.{name}")
+
+
+def _executor(item: Item | None, problems: Problems) -> Iterator[tuple[str, Any]]:
+    names = ("kind", "scheduler", "remote", "tls", "insecure")
+    for name, entry in (problems.mapping(item, "executor", names) or {}).items() if item is not None else ():
+        if name == "tls":
+            files = problems.mapping(entry, "executor.tls", ("ca", "cert", "key")) or {}
+            yield name, {each: str(file.base / Path(str(file.value)).expanduser()) for each, file in files.items()}
+        elif name == "insecure" and isinstance(entry.value, bool):
+            yield name, entry.value
+        elif name == "kind" and entry.value not in EXECUTORS:
+            problems.unexpected(entry, " or ".join(EXECUTORS), "executor.kind")
+        elif isinstance(entry.value, str):
+            yield name, entry.value
+        elif name in names:
+            expected = "true or false" if name == "insecure" else "a text"
+            problems.unexpected(entry, expected, f"executor.{name}")

@@ -22,7 +22,6 @@ from stagegraph.errors import warn
 from stagegraph.remote.settings import Remote, Settings, config_path
 from stagegraph.remote.signing import Signer, is_signed
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
-from stagegraph.store.objects import fsync_file
 from stagegraph.store.record import Record, is_record_of, record_files
 
 if TYPE_CHECKING:
@@ -101,9 +100,7 @@ class Shared:
         targets = {digest: self._folder / f"{record['key'][:16]}-{digest}" for digest in lacking}
 
         def transfer(digest: str) -> None:
-            targets[digest].unlink(missing_ok=True)
-            storage.download(object_path(digest), targets[digest], digest, lacking[digest])
-            fsync_file(targets[digest])
+            storage.take(digest, lacking[digest], targets[digest])
 
         try:
             list(self._transfers.map(transfer, lacking))
@@ -125,11 +122,7 @@ class Shared:
 
     def _push_to(self, record: Record, storage: Storage) -> int:
         def transfer(digest: str) -> bool:
-            path = object_path(digest)
-            if storage.has(path):
-                return False
-            storage.upload(path, self._workspace.store.path(digest))
-            return True
+            return storage.give(digest, self._workspace.store.path(digest))
 
         sent = sum(self._transfers.map(transfer, {digest for digest, _ in record_files(record).values()}))
         document = self.signer.sign({**record, "host": ""})
@@ -182,11 +175,6 @@ def reach(remote: Remote) -> str:
     except (RemoteError, OSError) as error:
         return str(error)
     return ""
-
-
-def object_path(digest: str) -> str:
-    """Return where an object is in a remote."""
-    return f"objects/{digest[:2]}/{digest}"
 
 
 def record_path(key: str, public: str) -> str:

@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from stagegraph.errors import PlanError
 from stagegraph.remote.signing import NEEDS
+from stagegraph.store.objects import fsync_file
 
 if TYPE_CHECKING:
     from threading import Event
@@ -104,6 +105,25 @@ class Storage:
 
         with _failures():
             obstore.put(self._bulk, path, source)
+
+    def take(self, digest: str, size: int, target: Path) -> None:
+        """Fetch an object into a file, which is synced; :class:`MismatchError` if it is not there as it should be."""
+        target.unlink(missing_ok=True)
+        self.download(object_path(digest), target, digest, size)
+        fsync_file(target)
+
+    def give(self, digest: str, source: Path) -> bool:
+        """Put an object, and return True, unless it is there."""
+        path = object_path(digest)
+        if self.has(path):
+            return False
+        self.upload(path, source)
+        return True
+
+
+def object_path(digest: str) -> str:
+    """Return where an object is in a remote."""
+    return f"objects/{digest[:2]}/{digest}"
 
 
 def stream(url: str, start: int) -> tuple[int, int, Iterator[bytes]]:

@@ -72,7 +72,7 @@ def new_record(
         "outputs": {p: {"digest": artifact_digest(f), "files": f} for p, f in event["outputs"].items()},
         "started": started,
         "seconds": round(seconds, 3),
-        "host": os.uname().nodename,
+        "host": event.get("host") or os.uname().nodename,
     }
     return cast("Record", made | {name: event[name] for name in TOLD})
 

@@ -19,8 +19,9 @@ from benchmarks import scale
 from stagegraph import Pipeline
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
+from stagegraph.execution.executor import Options
 from stagegraph.execution.outcome import Outcome, Reporter, Run
-from stagegraph.execution.scheduler import Options, Scheduler
+from stagegraph.execution.scheduler import Scheduler
 from stagegraph.remote import storage, web
 from stagegraph.remote.settings import Remote, load_settings
 from stagegraph.remote.shared import Fetched, Shared

@@ -1,0 +1,339 @@
+"""A node on a worker of a cluster: what it needs is fetched from the remote, and what it makes is given to it.
+
+Each Dask worker keeps a store of its own, which is a cache (``STAGEGRAPH_WORKER_DIR``, else in Dask's directory), and
+worker processes that stay warm. Before a node runs it is checked that this machine would make the same of it as the one
+that planned it: its platform, its code, module by module, and its tools.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import sys
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any
+
+from stagegraph.digest import digest_json
+from stagegraph.errors import PipelineError
+from stagegraph.execution.resources import MEBIBYTE, held_bytes, memory_text
+from stagegraph.execution.sandbox import Log, Sandbox, Worker, Workers, placed
+from stagegraph.execution.worker import params_of
+from stagegraph.planning.code import CodeDigests
+from stagegraph.planning.planner import code_of, part_codes
+from stagegraph.planning.sources import Sources
+from stagegraph.registry import Origin
+from stagegraph.remote.settings import Remote
+from stagegraph.remote.storage import MismatchError, RemoteError, Storage
+from stagegraph.stage import Stage
+from stagegraph.store.objects import RottenError
+from stagegraph.store.workspace import Workspace
+
+PROTOCOL = 1  # of what a client sends and is told
+DIRECTORY = "STAGEGRAPH_WORKER_DIR"
+LOOK_SECONDS = 0.2
+LOG_BYTES = 1 << 20  # of a node's prints that are sent
+AT_ONCE = 8  # files under way
+SHOWN = 3  # modules in a message
+
+
+def platform() -> str:
+    """Return the class of machines for which results are the same."""
+    return f"{sys.platform} {os.uname().machine}"
+
+
+def execute(text: str) -> str:
+    """Run the node of one request; what Dask calls. Returns the end, which was said already."""
+    from distributed import get_worker
+
+    worker, request = get_worker(), json.loads(text)
+
+    def say(event: Mapping[str, Any]) -> None:
+        worker.log_event(request["topic"], json.dumps({"task": request["task"], **event}))
+
+    def cancelled() -> bool:
+        state = worker.state.tasks.get(request["task"])
+        return state is None or state.state != "executing"
+
+    say({"event": "began", "where": worker.address})
+    end = _site(os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph").run(request, say, cancelled)
+    end = {"task": request["task"], **end, "where": worker.address}
+    say(end)
+    return json.dumps(end)
+
+
+_SITES = Lock()
+
+
+def _site(folder: str) -> Site:
+    with _SITES:  # threads of one worker share it
+        return _made(folder)
+
+
+@functools.cache
+def _made(folder: str) -> Site:
+    return Site(Path(folder))
+
+
+class Site:
+    """What the nodes that run in one Dask worker share."""
+
+    def __init__(self, folder: Path) -> None:
+        self._workspace = Workspace(folder.absolute())
+        self._workspace.create()
+        self._workers = Workers(())
+        self._storages: dict[str, Storage] = {}
+        # A worker process ends with the thread that began it, so one that stays begins them all.
+        self._starter = ThreadPoolExecutor(1, "starter")
+        self._transfers = ThreadPoolExecutor(AT_ONCE, "transfer")
+        self._checked: dict[str, list[str]] = {}
+
+    def run(
+        self, request: dict[str, Any], say: Callable[[Mapping[str, Any]], None], cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Run a node and return the event that ends it: ``end``, ``refused`` or ``lacks``."""
+        if request["protocol"] != PROTOCOL:
+            return _refused(f"speaks protocol {PROTOCOL} where {request['protocol']} is asked for: another stagegraph")
+        if request["platform"] != platform():
+            return _refused(f"is {platform()}, not {request['platform']}")
+        try:
+            origin = self._origin(request)
+            codes = CodeDigests(self._workspace.index, Path(origin.folder) if origin.folder else None)
+            if problems := self._mismatches(request, origin, codes):
+                return _refused(*problems)
+            with self._workspace.locked(request["key"], wait=True):
+                return self._run(request, origin, codes, say, cancelled)
+        except (RemoteError, MismatchError) as error:
+            return _failed(f"remote '{request['remote'][0]}' on its worker: {error}")
+        except (OSError, RottenError) as error:
+            return _failed(f"on its worker: {error}")
+
+    # -- is it the same here? ----------------------------------------------------------------------------------------
+
+    def _origin(self, request: Mapping[str, Any]) -> Origin:
+        """Return where the stage comes from here; files of a pipeline's folder were sent along."""
+        reference, folder, arguments = request["origin"]
+        if not folder:
+            return Origin(reference, "", tuple(arguments))
+        files = request["own_files"]
+        base = self._workspace.root / "code" / digest_json(files)
+        for name, text in files.items():
+            path = base / name
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise OSError(f"{name} leaves its folder")
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                new = path.with_name(f".{path.name}.{os.getpid()}.{id(text)}")
+                new.write_bytes(b64decode(text))
+                new.rename(path)
+        return Origin(reference, str(base), tuple(arguments))
+
+    def _mismatches(self, request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
+        """Say what here is not as the key of a node has it; asked once for each stage, code and tools."""
+        document = request["document"]
+        asked = digest_json([origin, document["code"], document["tools"], request["params"]])
+        if asked not in self._checked:
+            self._checked[asked] = _mismatches(request, origin, codes)
+            codes.save()
+        return self._checked[asked]
+
+    # -- run ---------------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        request: dict[str, Any],
+        origin: Origin,
+        codes: CodeDigests,
+        say: Callable[[Mapping[str, Any]], None],
+        cancelled: Callable[[], bool],
+    ) -> dict[str, Any]:
+        store, storage = self._workspace.store, self._storage(request)
+        layout, remote_sources = request["layout"], self._sources_not_here(request)
+        wanted = {
+            digest: size
+            for instances in layout.values()
+            for _, _, files in instances
+            for digest, size in files.values()
+        }
+        for name in remote_sources:
+            sizes = request["sizes"][name]
+            wanted |= {digest: sizes[file] for file, digest in request["sources"][name]["digests"].items()}
+        if lacking := self._fetch(storage, wanted):
+            return {"event": "lacks", "digests": lacking}
+        sandbox = Sandbox.create(self._workspace, request["key"])
+        try:
+            inputs = sandbox.lay_out_inputs(store, layout)
+            sources = dict(request["sources"])
+            for name in remote_sources:
+                base, digests = sandbox.folder / "source" / name, sources[name]["digests"]
+                sandbox.lay_out(store, base, digests)
+                files = {file: str(base / file) for file in digests}
+                sources[name] = {"root": str(base), "files": files, "digests": digests}
+            log = sandbox.open_log(self._workspace.log_path(request["key"]), ())
+            stage = origin.make()
+            told = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
+            told |= {"sources": sources, "origin": origin}
+            with self._worker(stage.profile, new=bool(request["memory"])) as worker:
+                worker.send(request | told)
+                end = _watch(worker, request, log, say, cancelled)
+            if end["ok"]:
+                end |= {"damaged": [], "host": os.uname().nodename}
+                self._give(storage, sandbox, end)
+            return end
+        finally:
+            sandbox.remove(self._workspace)
+
+    def _storage(self, request: Mapping[str, Any]) -> Storage:
+        name, url = request["remote"]
+        if url not in self._storages:
+            self._storages[url] = Storage(Remote(name, url, reads=True, writes=True), Event())
+        return self._storages[url]
+
+    def _sources_not_here(self, request: Mapping[str, Any]) -> list[str]:
+        """Return the sources that this machine does not have, as they were, under the same path."""
+        sources = Sources(self._workspace.index)
+        found = []
+        for name, source in request["sources"].items():
+            files = {file: Path(path) for file, path in source["files"].items()}
+            if not all(sources.is_intact(path, source["digests"][file]) for file, path in files.items()):
+                found.append(name)
+        return found
+
+    def _fetch(self, storage: Storage, wanted: Mapping[str, int]) -> list[str]:
+        """Fetch the objects that the store lacks; return those that the remote lacks too."""
+        store = self._workspace.store
+        missing = [digest for digest in wanted if store.verify(digest) is not None]
+        if not missing:
+            return []
+        with self._scratch() as folder:
+
+            def take(digest: str) -> bool:
+                try:
+                    storage.take(digest, wanted[digest], folder / digest)
+                except MismatchError:
+                    (folder / digest).unlink(missing_ok=True)
+                    return False
+                return True
+
+            there = dict(zip(missing, self._transfers.map(take, missing), strict=True))
+            for digest in missing:
+                if there[digest]:
+                    store.adopt(folder / digest, digest)
+        return [digest for digest in missing if not there[digest]]
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        from tempfile import TemporaryDirectory
+
+        self._workspace.work.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self._workspace.root, prefix="fetched-") as name:
+            yield Path(name)
+
+    def _give(self, storage: Storage, sandbox: Sandbox, end: Mapping[str, Any]) -> None:
+        """Keep what was made here, for nodes that read it, and give it to the remote."""
+        store = self._workspace.store
+        files = {name: digest for port in end["outputs"].values() for name, (digest, _) in port.items()}
+        files |= {f"views/{name}": digest for name, (digest, _) in end["views"].items()}
+        for name, digest in files.items():
+            store.adopt(sandbox.out / name, digest)
+        list(self._transfers.map(lambda digest: storage.give(digest, store.path(digest)), set(files.values())))
+
+    @contextmanager
+    def _worker(self, profile: str, *, new: bool) -> Iterator[Worker]:
+        worker = self._starter.submit(self._workers.take, profile, new=new).result()
+        try:
+            yield worker
+        except BaseException:
+            worker.kill()
+            raise
+        if worker.alive() and not new:
+            self._starter.submit(self._workers.give_back, worker).result()
+        else:
+            worker.kill()
+
+
+def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
+    document = request["document"]
+    try:
+        stage: Stage = origin.make()
+        code = code_of(codes, origin.module, stage, request["rows"])
+        tools = dict(stage.tools(params_of(stage, request["params"])))
+    except PipelineError as error:
+        return list(error.problems)
+    except Exception as error:  # noqa: BLE001 - a stage that cannot be made here, for whatever reason
+        return [f"has no stage like '{document['stage']}' ({type(error).__name__}: {error})"]
+    wanted, problems = document["code"], []
+    if differing := sorted(name for name in wanted.keys() | code.keys() if wanted.get(name) != code.get(name)):
+        more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        problems.append(f"its code differs: {', '.join(differing[:SHOWN])}{more}")
+    for name in sorted(document["tools"].keys() | tools.keys()):
+        here, there = tools.get(name, "none"), document["tools"].get(name, "none")
+        if here != there:
+            problems.append(f"it has {name} {here}, not {there}")
+    return problems
+
+
+def _watch(
+    worker: Worker,
+    request: Mapping[str, Any],
+    log: Log,
+    say: Callable[[Mapping[str, Any]], None],
+    cancelled: Callable[[], bool],
+) -> dict[str, Any]:
+    """Pass on what a worker process says until it ends, and see that it takes no more memory than it may."""
+    tail, limit = _Tail(log.path, say), request["memory"]
+    while True:
+        select.select([worker], [], [], LOOK_SECONDS)
+        for event in worker.receive():
+            if event["event"] == "progress":
+                say(event)
+                continue
+            tail.send()
+            if event["event"] == "gone":
+                worker.kill()
+                return _failed(event["meaning"])
+            return event
+        tail.send()
+        if cancelled():
+            worker.kill()
+            return _failed("cancelled")
+        if limit and (used := held_bytes([worker.pid])[worker.pid]) > limit * MEBIBYTE:
+            worker.kill()
+            took, most = memory_text(used // MEBIBYTE), memory_text(limit)
+            return _failed(f"took {took} of memory, more than its resources.memory of {most}, and was stopped")
+
+
+class _Tail:
+    """Sends what is new in a log, up to a size."""
+
+    def __init__(self, path: Path, say: Callable[[Mapping[str, Any]], None]) -> None:
+        self._path, self._say = path, say
+        self._sent = 0
+
+    def send(self) -> None:
+        """Send what was printed since."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._sent)
+                text = file.read(max(LOG_BYTES - self._sent, 0))
+        except OSError:
+            return
+        if text:
+            if self._sent + len(text) == LOG_BYTES:
+                text += b"\n... the rest is on the worker\n"
+            self._say({"event": "log", "offset": self._sent, "text": b64encode(text).decode()})
+            self._sent += len(text)
+
+
+def _refused(*problems: str) -> dict[str, Any]:
+    return {"event": "refused", "problems": problems}
+
+
+def _failed(*problems: str) -> dict[str, Any]:
+    return {"event": "end", "ok": False, "problems": problems, "bug": False}

@@ -1,0 +1,416 @@
+"""Nodes on the workers of a Dask cluster: scheduler and workers are processes of their own and speak TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import stages
+from stagegraph import Pipeline
+from stagegraph.errors import PlanError, SpecError
+from stagegraph.execution.cluster import Cluster
+from stagegraph.execution.outcome import Reporter, Run
+from stagegraph.remote.settings import load_settings
+
+pytest.importorskip("distributed")
+pytest.importorskip("obstore")
+x509 = pytest.importorskip("cryptography.x509")
+
+WORK = '''
+"""Stages that say where they ran."""
+from __future__ import annotations
+import os, time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from stagegraph.stage import Context, In, Out, Source, Stage, param, source
+
+
+class Work(Stage):
+    """Adds up."""
+
+    id = "work"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters."""
+
+        value: int = param("a number")
+        notes: str = param("folder in which a start is noted", hashed=False)
+        seconds: float = param("for how long", default=0.0, hashed=False)
+        words: Source = source("text", include=("*.txt",), optional=True)
+        secret: str = param("a secret", default="")
+
+    inputs = {"before": In("work", "out", "what comes before", optional=True)}
+    outputs = {"out": Out("out.txt", "the sum")}
+
+    def run(self, ctx: Context) -> None:
+        note = f"{ctx.params.value}-{os.getppid()}-{os.getpid()}-{time.time_ns()}"
+        (Path(ctx.params.notes) / note).touch()
+        print(f"adding {ctx.params.value}", flush=True)
+        ctx.progress(1, 2, "steps")
+        time.sleep(ctx.params.seconds)
+        before = int(ctx.input("before").read_text()) if ctx.has_input("before") else 0
+        if ctx.params.words:
+            before += len(ctx.source("words").path("words.txt").read_text())
+        ctx.view("page", "seen")
+        (ctx.out / "out.txt").write_text(f"{before + ctx.params.value}\\n")
+'''
+VERSIONED = '''
+"""A stage that not every worker has."""
+from __future__ import annotations
+import os
+from stagegraph.stage import Context
+from .work import Work
+
+
+class Versioned(Work):
+    """The same, with a tool, and code of an installed package."""
+
+    id = "versioned"
+    inputs = {}
+
+    def tools(self, params):
+        return {"adder": os.environ.get("ADDER", "1")}
+
+    def run(self, ctx: Context) -> None:
+        import stages.sizes
+
+        super().run(ctx)
+'''
+
+
+class Process(NamedTuple):
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+class Grid(NamedTuple):
+    """A scheduler with two workers, of which the second has another tool, and other code of the package ``stages``."""
+
+    address: str
+    tls: dict[str, str]
+    workers: Sequence[Process]
+    start: Callable[..., Process]
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """Make a certificate that scheduler, workers and clients share, signed by itself."""
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stagegraph")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem, private = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "cert.pem").write_bytes(made.public_bytes(pem))
+    (folder / "key.pem").write_bytes(key.private_bytes(pem, private, serialization.NoEncryption()))
+    return {"ca": str(folder / "cert.pem"), "cert": str(folder / "cert.pem"), "key": str(folder / "key.pem")}
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
+    folder = tmp_path_factory.mktemp("grid")
+    tls = certificates(folder)
+    with contextlib.ExitStack() as stack:
+
+        def start(name: str, *words: str, **environment: str) -> Process:
+            files = ["--tls-ca-file", tls["ca"], "--tls-cert", tls["cert"], "--tls-key", tls["key"]]
+            log = folder / f"{name}.log"
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "distributed.cli.dask_" + words[0], *words[1:], *files],
+                    cwd=folder,
+                    env=os.environ | environment,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return Process(process, log)
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        address = f"tls://127.0.0.1:{port}"
+        start("scheduler", "scheduler", "--protocol", "tls", "--host", address, "--no-dashboard")
+
+        def worker(name: str, **environment: str) -> Process:
+            options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
+            return start(name, "worker", address, *options, "--local-directory", str(folder / name), **environment)
+
+        shutil.copytree(Path(stages.__file__).parent, folder / "other" / "stages")
+        with (folder / "other" / "stages" / "sizes.py").open("a", encoding="utf-8") as file:
+            file.write("\nOTHER = 1\n")
+        here = worker("here"), worker("other", ADDER="2", PYTHONPATH=str(folder / "other"))
+        yield Grid(address, tls, here, worker)
+
+
+class Client:
+    """A folder with a pipeline and a store of its own, and a user whose nodes run in the cluster."""
+
+    def __init__(self, folder: Path, remote: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.remote = folder, remote
+        self.config, self.notes = folder / "config.yaml", folder / "notes"
+        self.notes.mkdir(parents=True)
+        (folder / "work.py").write_text(WORK)
+        (folder / "versioned.py").write_text(VERSIONED)
+        executor = {"kind": "dask", "scheduler": grid.address, "tls": grid.tls}
+        self.config.write_text(
+            json.dumps({"remotes": {"team": {"url": str(remote), "mode": "both"}}, "executor": executor})
+        )
+        monkeypatch.setenv("STAGEGRAPH_CONFIG", str(self.config))
+
+    def write(self, count: int, uses: str = "Work", *, chain: bool = True, **given: Any) -> None:
+        entries = {}
+        for i in range(count):
+            needs = [f"n{i - 1}"] if chain and i else []
+            params = {"value": i + 1, "notes": str(self.notes), **given}
+            entries[f"n{i}"] = {"uses": f"./{uses.lower()}.py:{uses}", "needs": needs, "with": params}
+        (self.folder / "pipeline.yaml").write_text(json.dumps({"version": 1, "name": "adding", "stages": entries}))
+
+    def run(self, reporter: Reporter | None = None, **options: Any) -> Run:
+        with Pipeline(self.folder / "pipeline.yaml") as pipeline:
+            return pipeline.run(reporter=reporter, **options)
+
+    def shown(self, name: str) -> str:
+        return (self.folder / "artifacts" / "adding" / name / "out.txt").read_text()
+
+    def starts(self) -> list[list[int]]:
+        """Value, process of the parent, process, of every start of a stage, in the order of time."""
+        notes = [[int(word) for word in path.name.split("-")] for path in self.notes.iterdir()]
+        return [note[:3] for note in sorted(notes, key=lambda note: note[3])]
+
+
+@pytest.fixture
+def client(tmp_path: Path, grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Client:
+    return Client(tmp_path / "client", tmp_path / "remote", grid, monkeypatch)
+
+
+class Watching(Reporter):
+    """Keeps what it hears; ``at_progress`` is called once a node reports some."""
+
+    def __init__(self, at_progress: Callable[[], None] = lambda: None) -> None:
+        self.heard: list[str] = []
+        self._at_progress = at_progress
+
+    def progress(self, node: Any, done: int, total: int, unit: str, note: str) -> None:
+        self.heard.append(f"{node.name} {done}/{total} {unit}")
+        self._at_progress()
+
+    def retrying(self, node: Any, problem: str, attempt: int) -> None:
+        self.heard.append(f"{node.name} again: {problem}")
+
+
+def outcomes(run: Run) -> list[str]:
+    return [outcome.outcome for outcome in run.outcomes]
+
+
+def until(true: Callable[[], object]) -> None:
+    while not true():
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except OSError:
+        return False
+
+
+def test_nodes_run_on_workers_and_end_here(client: Client, grid: Grid) -> None:
+    client.write(3)
+    watching = Watching()
+    run = client.run(watching)
+    assert outcomes(run) == ["BUILT"] * 3
+    assert client.shown("n2") == "6\n"
+    assert {parent for _, parent, _ in client.starts()} <= {worker.process.pid for worker in grid.workers}
+    assert "n0 1/2 steps" in watching.heard
+    logs = [outcome.log.read_text() for outcome in run.outcomes if outcome.log]
+    assert logs == ["adding 1\n", "adding 2\n", "adding 3\n"]
+    assert {path.name for path in client.folder.glob("artifacts/.stagegraph/work/*")} == set()
+    objects = {path.name for path in client.remote.glob("objects/*/*")}
+    for outcome in run.outcomes:
+        assert outcome.record
+        assert {digest for digest, _ in outcome.record["outputs"]["out"]["files"].values()} <= objects
+    code = "import sys; from stagegraph.cli.main import dispatch; dispatch(['run', '-q']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=client.folder, capture_output=True, text=True, check=True)
+    assert {"distributed", "dask", "obstore", "cryptography"}.isdisjoint(done.stdout.split())
+
+
+def test_what_is_made_is_what_is_made_here(client: Client, tmp_path: Path) -> None:
+    client.write(2)
+    there = client.run()
+    shutil.rmtree(client.folder / "artifacts")
+    shutil.rmtree(client.remote)
+    here = client.run(executor="local")
+    assert outcomes(here) == ["BUILT"] * 2
+    assert client.starts()[-1][1] == os.getpid()
+    pairs = [(a.record, b.record) for a, b in zip(there.outcomes, here.outcomes, strict=True)]
+    assert all(
+        a and b and (a["key"], a["outputs"], a["views"]) == (b["key"], b["outputs"], b["views"]) for a, b in pairs
+    )
+
+
+def test_a_worker_that_would_make_something_else_is_refused_by_name(client: Client, grid: Grid, caplog) -> None:
+    client.write(6, "Versioned", chain=False, seconds=0.2)
+    assert outcomes(client.run()) == ["BUILT"] * 6
+    assert {parent for _, parent, _ in client.starts()} == {grid.workers[0].process.pid}
+    (said,) = [text for text in caplog.messages if "is given no 'versioned'" in text]
+    assert "worker tls://127.0.0.1:" in said
+    assert "its code differs: stages.sizes; it has adder 2, not 1" in said
+
+
+def test_where_no_worker_fits_the_node_fails_with_every_reason(client: Client, grid: Grid, monkeypatch) -> None:
+    client.write(1)
+    monkeypatch.setattr("stagegraph.execution.cluster.platform", lambda: "plan9 mips")
+    run = client.run()
+    assert outcomes(run) == ["FAILED"]
+    (problem,) = run.outcomes[0].problems
+    assert problem.startswith("no worker can run it: tls://127.0.0.1:")
+    assert problem.count(f"is {sys.platform} {os.uname().machine}, not plan9 mips") == len(grid.workers)
+
+
+def test_what_a_worker_lacks_is_given_to_the_remote(client: Client, monkeypatch) -> None:
+    (client.folder / "words").mkdir()
+    (client.folder / "words" / "words.txt").write_text("four")
+    client.write(1)
+    assert outcomes(client.run(executor="local")) == ["BUILT"]
+    shutil.rmtree(client.remote)
+    client.write(2, words="words")
+    request = Cluster.request
+
+    def elsewhere(self: Cluster, task: Any) -> dict[str, Any]:
+        found = request(self, task)
+        for source in found["sources"].values():
+            source["files"] = {name: f"/nowhere/{name}" for name in source["files"]}
+        return found
+
+    monkeypatch.setattr(Cluster, "request", elsewhere)
+    assert outcomes(client.run()) == ["BUILT", "BUILT"]
+    assert client.shown("n1") == "11\n"
+
+
+def test_a_node_whose_worker_is_killed_runs_elsewhere(client: Client, grid: Grid) -> None:
+    doomed = grid.start("doomed").process
+    client.write(6, chain=False, seconds=0.5)
+    killed: list[int] = []
+
+    def kill() -> None:
+        theirs = [process for _, parent, process in client.starts() if parent == doomed.pid]
+        if theirs and not killed:
+            doomed.send_signal(signal.SIGKILL)
+            killed.extend(theirs)
+
+    until(lambda: "Registered to" in (grid.workers[0].log.parent / "doomed.log").read_text())
+    watching = Watching(kill)
+    run = client.run(watching)
+    assert outcomes(run) == ["BUILT"] * 6
+    assert killed
+    assert len(client.starts()) <= 6 + 1
+    assert [text for text in watching.heard if "was lost" in text]
+    until(lambda: not alive(killed[-1]))
+    assert [client.shown(f"n{i}") for i in range(6)] == [f"{i + 1}\n" for i in range(6)]
+
+
+def test_an_interrupt_ends_what_runs_elsewhere(client: Client) -> None:
+    client.write(1, seconds=600)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.run(Watching(interrupt))
+    ((_, _, process),) = client.starts()
+    until(lambda: not alive(process))
+    assert not list(client.folder.glob("artifacts/.stagegraph/work/*"))
+
+
+def test_a_failure_and_a_timeout_are_said_as_here(client: Client) -> None:
+    client.write(1, words="words")
+    (client.folder / "words").mkdir()
+    (client.folder / "words" / "other.txt").write_text("")
+    run = client.run()
+    assert outcomes(run) == ["FAILED"]
+    assert "no file named 'words.txt' there" in run.outcomes[0].problems[0]
+    assert run.outcomes[0].log
+    assert run.outcomes[0].log.read_text() == "adding 1\n"
+    client.write(1, seconds=600)
+    text = (client.folder / "pipeline.yaml").read_text().replace('"uses"', '"timeout": 1, "uses"')
+    (client.folder / "pipeline.yaml").write_text(text)
+    run = client.run()
+    assert outcomes(run) == ["FAILED"]
+    assert "longer than its timeout of 1 s" in run.outcomes[0].problems[0]
+    until(lambda: not alive(client.starts()[-1][2]))
+
+
+def test_secrets_stay_here(client: Client, monkeypatch) -> None:
+    monkeypatch.setenv("PASSWORD", "opensesame")
+    client.write(2, chain=False, secret="${secret.PASSWORD}")  # noqa: S106 - no secret
+    run = client.run()
+    assert outcomes(run) == ["BUILT"] * 2
+    assert {parent for _, parent, _ in client.starts()} == {os.getpid()}
+
+
+# -- what is configured ----------------------------------------------------------------------------------------------
+
+TEAM = {"team": {"url": "/tmp/team", "mode": "both"}}
+
+
+@pytest.mark.parametrize(
+    ("executor", "remotes", "given", "said"),
+    [
+        ({}, TEAM, ("dask", ""), "needs the address of its scheduler"),
+        ({}, TEAM, ("", "tcp://10.0.0.1:8786"), "without TLS can run anything"),
+        ({}, TEAM, ("", "10.0.0.1:8786"), "expected tls://HOST:PORT"),
+        ({}, TEAM, ("local", "tcp://127.0.0.1:1"), "use one of them"),
+        ({}, {"team": {"url": "/tmp/team"}}, ("", "tcp://127.0.0.1:1"), "there is no remote with mode both"),
+        ({"remote": "other"}, TEAM, ("", "tcp://127.0.0.1:1"), "there is no remote 'other' with mode both"),
+    ],
+)
+def test_what_a_cluster_lacks_is_said(executor, remotes, given, said, tmp_path, monkeypatch) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps({"remotes": remotes, "executor": executor}))
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(tmp_path / "config.yaml"))
+    with pytest.raises(PlanError, match=said):
+        load_settings().cluster(*given)
+
+
+def test_an_executor_is_read_and_its_mistakes_are_all_said(tmp_path, monkeypatch) -> None:
+    config = tmp_path / "config.yaml"
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(config))
+    tls = {"ca": "ca.pem", "cert": "~/me.pem"}
+    executor = {"kind": "dask", "scheduler": "tls://head:8786", "remote": "team", "tls": tls}
+    config.write_text(json.dumps({"remotes": TEAM, "executor": executor}))
+    found = load_settings().cluster()
+    assert found
+    assert (found.scheduler, found.remote.name) == ("tls://head:8786", "team")
+    assert found.tls == {"ca": str(tmp_path / "ca.pem"), "cert": str(Path("~/me.pem").expanduser())}
+    assert load_settings().cluster("local") is None
+    config.write_text(json.dumps({"executor": {"kind": "ray", "insecure": 1, "port": 1, "scheduler": []}}))
+    with pytest.raises(SpecError) as error:
+        load_settings()
+    assert len(error.value.problems) == 4
