@@ -22,6 +22,7 @@ from stagegraph.spec.reader import core_scalar, parse
 from stagegraph.spec.scope import unknown_variable
 
 SHOWN = 3  # places of a parameter
+LONGEST_NAME = 500  # characters of what a setting changes: longer ones are pasted by mistake, and fill the terminal
 EXPECTED = "NAME=VALUE, a variable, or ENTRY.PARAMETER=VALUE"
 _TARGET = re.compile(r"(?P<entry>[^.\[\]]+)(?P<instances>\[[^\]]*\]|\.[^\[\]]+)?\.(?P<parameter>[^.\[\]]+)")
 
@@ -54,6 +55,9 @@ def read_settings(
     for setting in settings:
         target, equals, text = setting.partition("=")
         place = Place(f"--set {target}")
+        if len(target) > LONGEST_NAME:
+            problems.add(Place("--set"), f"{target[:40]!r}... is too long for a name; expected {EXPECTED}")
+            continue
         if not equals or not target or target == "vars.":
             problems.add(Place(f"--set {setting}"), f"has no name and value; expected {EXPECTED}")
             continue

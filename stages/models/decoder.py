@@ -87,14 +87,14 @@ def read_window(read: ConfigReader, layers: int) -> dict[str, Any]:
     none = {"sliding_window": 0, "full_layers": 0}
     window = read.integer("sliding_window", null=0) if read.flag("use_sliding_window") else 0
     first = min(read.whole("max_window_layers"), layers) if window else layers
-    kinds = read.layer_kinds(layers) or [FULL] * first + [SLIDING] * (layers - first)
-    full = kinds.count(FULL)
+    kinds = read.layer_kinds(layers)  # no list is made here: config.json may ask for any number of layers
+    full = first if kinds is None else kinds.count(FULL)
     if full == layers:
         return none
     if not window:
         read.problem(f"layer_types has {SLIDING}, but use_sliding_window and sliding_window give no window")
         return none
-    if SLIDING in kinds[:full]:
+    if kinds is not None and SLIDING in kinds[:full]:
         read.problem(f"layer_types mixes its kinds; only layers of {FULL} before those of {SLIDING} are built")
     return {"sliding_window": window, "full_layers": full}
 

@@ -49,3 +49,10 @@ def test_where_it_cannot_count_it_is_refused(varied: Demo) -> None:
     for verb in ("runs", "du", "fsck"):
         refused = varied(verb, str(varied.pipeline), "--set", "vars.glue=a")
         assert (refused.code, "unknown argument '--set'" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize("setting", ["x\n" * 5000, "vars." + "x\n" * 5000 + "=1", "join." + "x" * 9000 + "=1"])
+def test_a_name_as_long_as_a_file_is_told_in_a_line(demo: Demo, setting: str) -> None:
+    refused = demo.run("--set", setting)
+    assert (refused.code, "is too long for a name; expected NAME=VALUE" in refused.err) == (2, True)
+    assert len(refused.err) < 400

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,15 @@ def test_what_the_real_configs_say():
     assert parse(raw("qwen2-0.5b", use_sliding_window=True, max_window_layers=0, sliding_window=...)) == parse(
         raw("qwen2-0.5b", use_sliding_window=True, max_window_layers=0, sliding_window=4096)
     )
+
+
+def test_layers_that_config_json_asks_for_are_not_listed_before_there_are_tensors_for_them() -> None:
+    tracemalloc.start()
+    try:
+        parse(raw("qwen2-0.5b", num_hidden_layers=2_000_000, use_sliding_window=True, sliding_window=1024))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20  # a list of them takes 15 MiB
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
