@@ -205,9 +205,34 @@ def test_a_short_prompt_is_not_kept_by_a_long_one_and_decoding_goes_on() -> None
     before = len(writing.answer)
     scheduler.step()
     scheduler.step()
-    assert short.job.over, "half of a chunk is more than it needs"
+    assert short.job.over
     assert len(writing.answer) == before + 2
     assert 0 < long.job.read < 400
+
+
+def test_a_short_prompt_is_read_before_the_rest_of_a_long_one() -> None:
+    model = Counting(pages=200)
+    scheduler = Scheduler(model, chunk=16)
+    scheduler.submit(Asked([1 + n % 96 for n in range(400)], 2).job)
+    scheduler.step()
+    short = Asked(range(1, 17), 1)
+    scheduler.submit(short.job)
+    scheduler.step()
+    assert short.job.over, "it waits for the chunk under way alone"
+    assert model.read == [16, 16]
+
+
+def test_short_prompts_do_not_keep_a_long_one() -> None:
+    model = Counting(pages=200)
+    scheduler = Scheduler(model, chunk=16)
+    long = Asked([1 + n % 96 for n in range(160)], 1)
+    scheduler.submit(long.job)
+    scheduler.step()
+    for first in range(1, 20):
+        scheduler.submit(Asked(range(first, first + 16), 1).job)
+        scheduler.step()
+    assert long.job.over
+    assert long.right()
 
 
 def test_without_pages_the_last_one_in_gives_way_and_reads_again() -> None:

@@ -144,12 +144,13 @@ class Answer:
         self._deliver(End(finish))
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """Return the logits with what the options add and take away."""
+        """Return the logits with what the options add and take away: changed in place where nobody asks for them."""
         options = self._options
         counted = self._counts if options.frequency_penalty or options.presence_penalty else {}
         if not counted and not options.logit_bias and self._mask is None:
             return logits
-        logits = logits.copy()
+        if options.logprobs is not None:
+            logits = logits.copy()
         for token, count in counted.items():
             logits[token] -= options.frequency_penalty * count + options.presence_penalty
         for token, bias in options.logit_bias.items():

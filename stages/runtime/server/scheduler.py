@@ -1,7 +1,8 @@
 """Continuous batching: which tokens of which jobs the model reads next, and whose pages go when none are left.
 
 A step decodes one token of every job that is ready for one, then reads a chunk of the prompts that are still being
-read, shared among them so that a short one is not kept by a long one. Jobs join and leave between steps. Nothing here
+read: those with the least left first, so that a short one is not kept by a long one, and in the next step the one that
+was passed over, so that no stream of short ones keeps it either. Jobs join and leave between steps. Nothing here
 knows of threads, sockets, text or time: whoever drives it calls :meth:`Scheduler.step` while there is something to do.
 """
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-CHUNK = 128  # tokens of prompts in one step: what decoding waits for, and a prompt that has just come
+CHUNK = 64  # tokens of prompts in one step, which decoding and a prompt that has just come wait for
 
 
 class Model(Protocol):
@@ -101,6 +102,7 @@ class Scheduler:
     def __init__(self, model: Model, *, chunk: int = CHUNK) -> None:
         self._model = model
         self._chunk = min(chunk, model.prefill_chunk)
+        self._passed: Job | None = None  # whose prompt came first, and was not read in the last step
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
         self.prefixes = Prefixes(model.page_size)
@@ -159,20 +161,27 @@ class Scheduler:
             job.sequence, job.read = self._model.fork(held, length), length
 
     def _shares(self) -> list[tuple[Job, int]]:
-        """Return which prompts are read in this step, and how many ids of each."""
+        """Return which prompts are read in this step, and how many ids of each.
+
+        Whole ones, the shortest first, as many as fit a chunk; one that is longer alone. The one that came first of
+        all is next wherever it was passed over.
+        """
         reading = [job for job in self.active if job.pending > 1]
         if not reading:
             return []
-        left, share = self._chunk, max(1, self._chunk // len(reading))
-        counts = {}
-        for job in reading:
-            counts[job] = min(job.pending, share, left)
-            left -= counts[job]
-        for job in reading:  # what short ones leave goes to those that came first
-            more = min(job.pending - counts[job], left)
-            counts[job] += more
-            left -= more
-        return [(job, count) for job, count in counts.items() if count]
+        first = reading[0]
+        order = [first] if first is self._passed else sorted(reading, key=lambda job: job.pending)
+        left = self._chunk
+        chosen: list[tuple[Job, int]] = []
+        for job in order:
+            if chosen and job.pending > left:
+                break
+            chosen.append((job, min(job.pending, left)))
+            left -= chosen[-1][1]
+            if not left:
+                break
+        self._passed = None if any(job is first for job, _ in chosen) else first
+        return chosen
 
     def _read(self, work: Sequence[tuple[Job, int]], read: Callable[[dict[int, list[int]]], np.ndarray]) -> None:
         """Read so many ids of each of these jobs in one pass, where pages can be had for them."""
