@@ -34,12 +34,20 @@ class Calibrate(Stage):
             optional=True,
         )
         tokens: int = param("how many tokens of the corpus are read", default=4096, minimum=256)
+        feedback: bool = param(
+            "also keep how errors of some columns are made up for by others, for scales: gptq of quantize: k * k bytes "
+            "for each input of k channels",
+            default=False,
+        )
 
     inputs = {
         "config": In("config-parse", "config", "the model's config"),
         "tokenizer": In("tokenizer-bundle", "tokenizer", "what makes ids of the corpus"),
     }
-    outputs = {"importance": Out("importance.npz", "mean square of what each matrix reads, by input channel")}
+    outputs = {
+        "importance": Out("importance.npz", "mean square of what each matrix reads, by input channel"),
+        "feedback": Out("feedback", "how errors are made up for, by what matrices read; empty unless asked for"),
+    }
 
     def tools(self, params: Params) -> Mapping[str, str]:
         """Name what runs the model and what it runs on: sums may come out otherwise on another processor."""
@@ -62,6 +70,8 @@ class Calibrate(Stage):
         from stages.verification.probes import CorpusError, one_file
 
         checkpoint, own = ctx.source("checkpoint"), ctx.params.corpus
+        feedback = ctx.out / "feedback"
+        feedback.mkdir()
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
             try:
                 found = asking.Original(
@@ -72,7 +82,12 @@ class Calibrate(Stage):
                     one_file(own, ctx.source("corpus").files) if own else asking.DEFAULT,
                     ctx.params.tokens,
                     Path(folder),
-                ).ask(moments.__name__, asdict, ctx.progress, "quantize with scales: mse")
+                ).ask(
+                    moments.__name__,
+                    lambda request: {**asdict(request), "feedback": str(feedback) if ctx.params.feedback else ""},
+                    ctx.progress,
+                    "quantize with scales: mse",
+                )
             except (asking.AskingError, CorpusError) as error:
                 raise StageError(*error.problems) from None
             made = Path(folder) / "importance.npz"

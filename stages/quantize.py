@@ -14,6 +14,7 @@ from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, 
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from stagegraph.stage import Context
     from stages.conversion.model import Conversion, Plan
@@ -43,10 +44,11 @@ class Quantize(Stage):
             "how a group's scale is chosen: max takes the one that the largest value asks for, as MLC-LLM does; full "
             "takes the largest value to the code that max leaves over, as ggml's Q4_0 does; mse searches the one of "
             "least squared error, which takes longer to quantize and no longer to run; importance does so too, and an "
-            "error counts by what its column carries (stage calibrate); auto is what the scheme's row of "
-            "docs/quantization.md says",
+            "error counts by what its column carries (stage calibrate); gptq does that, and lets later columns make up "
+            "for errors of earlier ones (calibrate with feedback: true), which loses least; auto is what the scheme's "
+            "row of docs/quantization.md says",
             default="auto",
-            choices=("auto", "max", "full", "mse", "importance"),
+            choices=("auto", "max", "full", "mse", "importance", "gptq"),
         )
         threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
 
@@ -54,6 +56,7 @@ class Quantize(Stage):
         "params": In("param-register", "params", "what to store, and what it is made of"),
         "tensors": In("config-parse", "tensors", "dtype, shape and file of the checkpoint's tensors"),
         "importance": In("calibrate", "importance", "what each column carries, for scales: importance", optional=True),
+        "feedback": In("calibrate", "feedback", "how errors are made up for, for scales: gptq", optional=True),
     }
     outputs = {
         "weights": Out("weights", "shards and tensor-cache.json"),
@@ -88,8 +91,12 @@ class Quantize(Stage):
     def tools(self, params: Params) -> dict[str, str]:
         """Return the libraries that do the arithmetic; no C++ compiler counts, for compiled kernels store the same."""
         from stages.checkpoint import gguf
+        from stages.targets import processor
 
-        return dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))
+        tools = dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))
+        if params.scales == "gptq":  # multiplies matrices, and how those are summed up is the processor's
+            tools["processor"] = processor.host_cpu()
+        return tools
 
     def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one scheme; what the weights are is in the register, so no family is looked up."""
@@ -113,10 +120,18 @@ class Quantize(Stage):
                 f"the parameters are registered for {register['scheme']} on {register['target']}, quantize is asked "
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
-        importance = _importance(ctx)
+        importance, feedback = _importance(ctx), _feedback(ctx)
         compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
         plan = Plan(
-            register, listed["tensors"], files.files, files.digests, scales, ctx.params.threads, compilers, importance
+            register,
+            listed["tensors"],
+            files.files,
+            files.digests,
+            scales,
+            ctx.params.threads,
+            compilers,
+            importance,
+            feedback,
         )
         conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
         size = conversion.stored_bytes
@@ -138,17 +153,32 @@ class Quantize(Stage):
 
 def _importance(ctx: Context) -> dict[str, Any]:
     """Return what calibration has found, where scales are chosen by it."""
-    if ctx.params.scales != "importance":
+    if ctx.params.scales not in ("importance", "gptq"):
         return {}
     if not ctx.has_input("importance"):
         raise StageError(
-            "scales: importance weighs errors by what calibrate has found: add the stage calibrate, and name it under "
-            "needs of quantize (docs/quantization.md)"
+            f"scales: {ctx.params.scales} weighs errors by what calibrate has found: add the stage calibrate, and name "
+            "it under needs of quantize (docs/quantization.md)"
         )
     import numpy as np
 
     with np.load(ctx.input("importance")) as found:
         return dict(found)
+
+
+def _feedback(ctx: Context) -> dict[str, Path]:
+    """Return the file of each tensor's feedback, where errors are fed back."""
+    if ctx.params.scales != "gptq":
+        return {}
+    from stages.calibration.curvature import INDEX
+
+    folder = ctx.input("feedback")
+    if not (folder / INDEX).exists():
+        raise StageError(
+            "scales: gptq takes what calibrate keeps only if it is asked to: give calibrate feedback: true "
+            "(docs/quantization.md)"
+        )
+    return {name: folder / file for name, file in json.loads((folder / INDEX).read_bytes()).items()}
 
 
 def _uncalibrated(plan: Plan) -> Iterator[str]:
@@ -157,8 +187,9 @@ def _uncalibrated(plan: Plan) -> Iterator[str]:
 
     if missing := plan.uncalibrated():
         yield (
-            f"{len(missing)} matrices have no importance, for they read too few tokens or are no layers of their own "
-            f"in transformers, and are quantized with scales: mse: {', '.join(capped(missing))}"
+            f"{len(missing)} matrices are quantized without what calibrate has found, for they read too few tokens or "
+            "are no layers of their own in transformers (scales: mse), or what they are made of reads different inputs "
+            f"(importance in the place of gptq): {', '.join(capped(missing))}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.calibration.curvature import Curvatures
 from stages.verification import apart, streaming
 from stages.verification.original import Request
 
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 ENOUGH = 64  # tokens that a matrix must have read: of fewer, an expert's, the mean says little
 
 
-def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
-    """Return float32 [k] of each tensor of the checkpoint that is a matrix which reads k channels, by its name.
+def compute(request: Request, progress: Progress, feedback: Path | None = None) -> dict[str, np.ndarray]:
+    """Return float32 [k] of each tensor of the checkpoint that is a matrix which reads k channels, by its name; with
+    ``feedback``, write into that folder what error feedback takes, too.
 
     Tables that are looked up read nothing, and are left out, as are matrices that read fewer than :data:`ENOUGH` tokens
     and those that transformers joins to larger ones as it loads them.
@@ -40,7 +42,7 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     longest = max(map(len, request.pieces))
     padded = torch.tensor([[*piece, *[0] * (longest - len(piece))] for piece in request.pieces])
     valid = torch.tensor([[at < len(piece) for at in range(longest)] for piece in request.pieces])
-    names, sums = names_of(model, mapped.tensors), _Sums(valid)
+    names, sums = names_of(model, mapped.tensors), _Sums(valid, Curvatures(feedback) if feedback else None)
     with (
         torch.inference_mode(),
         _watched(model, names, sums),
@@ -50,14 +52,15 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     head = model.get_output_embeddings()
     if head is not None and id(head.weight) in names:  # which has not run: its logits would take the most memory of all
         sums.add(names[id(head.weight)], states)
-    return sums.means()
+    return sums.finish()
 
 
 class _Sums:
     """Sums of squares by channel of the rows where ``valid`` bool [b, s] is."""
 
-    def __init__(self, valid: Any) -> None:
+    def __init__(self, valid: Any, curvatures: Curvatures | None) -> None:
         self._valid = valid
+        self._curvatures = curvatures
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
 
@@ -69,9 +72,13 @@ class _Sums:
         total = rows.float().square().sum(0, dtype=torch.float64)
         self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._counts[name] = self._counts.get(name, 0) + len(rows)
+        if self._curvatures and len(rows) >= ENOUGH:
+            self._curvatures.add(name, read, rows)
 
-    def means(self) -> dict[str, np.ndarray]:
+    def finish(self) -> dict[str, np.ndarray]:
         """Return the mean squares of what was read often enough."""
+        if self._curvatures:
+            self._curvatures.finish()
         return {
             name: (total / self._counts[name]).float().numpy()
             for name, total in sorted(self._sums.items())
@@ -120,7 +127,9 @@ def _watched(model: Any, names: Mapping[int, str], sums: _Sums) -> Iterator[None
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
     asked = json.loads(Path(request_path).read_text("utf-8"))
-    np.savez(result_path, **compute(Request(**asked), apart.say))  # type: ignore[arg-type]
+    folder = asked.pop("feedback")
+    found = compute(Request(**asked), apart.say, Path(folder) if folder else None)
+    np.savez(result_path, **found)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from stages.conversion.memory import Memory
 from stages.models import transforms
 from stages.problems import ProblemsError
 from stages.quantization.blocks import UnfitError
+from stages.quantization.feedback import load
 from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.rows import Row
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
@@ -44,6 +45,7 @@ KEPT_EVERY = (
     64 * 2**20
 )  # bytes of sources: parts made of so many are saved together; unsaved ones are lost if the process is killed
 KEPT_ANYWAY = 8  # bits
+CALIBRATED = ("importance", "gptq")  # scales that are chosen by what calibrate has found
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -55,8 +57,9 @@ class ConversionError(ProblemsError):
 class Plan:
     """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
 
-    ``scales`` is max, full, mse or importance, ``threads`` 0 takes one per processor; ``tools`` are versions of what
-    compiles kernels. ``importance`` is float32 [k] of tensors that are matrices reading k channels.
+    ``scales`` is max, full, mse, importance or gptq, ``threads`` 0 takes one per processor; ``tools`` are versions of
+    what compiles kernels. ``importance`` is float32 [k] of tensors that are matrices reading k channels, ``feedback``
+    the file of what error feedback takes.
     """
 
     register: Register
@@ -67,6 +70,7 @@ class Plan:
     threads: int
     tools: Mapping[str, str]
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    feedback: Mapping[str, Path] = field(default_factory=dict)
 
     def how(self, entry: Parameter) -> tuple[str, np.ndarray | None]:
         """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts.
@@ -75,25 +79,30 @@ class Plan:
         importance.
         """
         row = entry["quantize"]
-        if self.scales != "importance" or row is None:
+        if self.scales not in CALIBRATED or row is None:
             return self.scales, None
         found = [self.importance.get(name) for name in entry["sources"]]
         known = [each for each in found if each is not None and each.shape == (entry["shape"][-1],)]
         if row["bits"] >= KEPT_ANYWAY or len(known) < len(found):
             return "mse", None
         counts: np.ndarray = np.stack(known).mean(axis=0, dtype=np.float32)
-        return self.scales, counts
+        return "importance" if self.feedback_of(entry) is None else self.scales, counts
+
+    def feedback_of(self, entry: Parameter) -> Path | None:
+        """Return what a parameter's errors are fed back by: all that it is made of must read the same."""
+        found = {self.feedback.get(name) for name in entry["sources"]}
+        return found.pop() if len(found) == 1 else None
 
     def uncalibrated(self) -> list[str]:
-        """Return the names of layers that are quantized by importance but for their having none."""
+        """Return the names of layers that are quantized as calibration says but for its not having seen them."""
         return [
             entry["name"]
             for entry in self.register["logical"]
-            if self.scales == "importance"
+            if self.scales in CALIBRATED
             and entry["kind"] == "linear"
             and entry["quantize"]
             and entry["quantize"]["bits"] < KEPT_ANYWAY
-            and self.how(entry)[1] is None
+            and self.how(entry)[0] != self.scales
         ]
 
 
@@ -212,6 +221,8 @@ class Conversion:
         )
         copied = 0 if as_it_is else 4 * values
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
+        if self._plan.how(entry)[0] == "gptq":
+            made += 8 * entry["shape"][-1] ** 2  # the feedback, as it is read and as it is used
         with memory.reserved(self._sizes[index] + copied + made):
             try:
                 part = self._recall(entry, digests)
@@ -264,10 +275,17 @@ class Conversion:
             scales, importance = self._plan.how(entry)
             counts = {} if importance is None else {"importance": blake3(importance.tobytes()).hexdigest()}
             how = {**entry["quantize"], "scales": scales, **counts}
+            if scales == "gptq":
+                how["feedback"] = self._feedback_digest(entry)
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
         return {"layout": entry["layout"], **made, **how}
+
+    def _feedback_digest(self, entry: Parameter) -> str:
+        path = self._plan.feedback_of(entry)
+        assert path
+        return blake3(path.read_bytes()).hexdigest()
 
     def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
         """Write what a parameter is stored as, to be kept with others; return facts."""
@@ -299,6 +317,7 @@ class Conversion:
             layout=entry["layout"],
             kernels=library,
             importance=importance,
+            feedback=load(path) if scales == "gptq" and (path := plan.feedback_of(entry)) else None,
         )
         with target.open("xb", buffering=0) as file:
             _write(file, data.data)

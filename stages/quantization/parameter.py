@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stages.quantization import feedback as error_feedback
 from stages.quantization import float8, group, minimum, two_level
 from stages.quantization import layouts as arrangement
 from stages.quantization.blocks import cast, relative_error
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from stages.quantization.compiled import Kernels, Sums
+    from stages.quantization.feedback import Feedback
     from stages.quantization.rows import Row
 
 
@@ -51,6 +53,7 @@ def convert(
     whole: Callable[[], np.ndarray] | None = None,
     into: np.ndarray | None = None,
     importance: np.ndarray | None = None,
+    feedback: Feedback | None = None,
 ) -> Converted:
     """Convert a parameter of ``shape``, made of ``parts`` one under the other, to what ``row`` stores; without one it
     is cast to ``dtype``.
@@ -58,7 +61,7 @@ def convert(
     Kernels take part by part: the buffer of one may be reused for the next if ``whole`` returns all of it for
     NumPy, which does what kernels cannot. What is stored lies one after the other in the bytes of ``into`` (by
     default new memory), and is the same with and without ``kernels``. ``importance`` [k] is how much an error of each
-    column counts where ``scales`` is importance.
+    column counts where ``scales`` is importance or gptq, which takes ``feedback`` too.
     :class:`~stages.quantization.blocks.UnfitError` for a value that is not finite or does not fit.
     """
     described = [(shape, dtype)]
@@ -70,7 +73,7 @@ def convert(
     error = sums.relative() if sums else None
     if error is None:
         array = whole() if whole else np.concatenate([*parts])
-        error = _by_numpy(array, row, stored, scales, layout, importance)
+        error = _by_numpy(array, row, stored, scales, layout, importance, feedback)
     return Converted(stored, *error)
 
 
@@ -113,9 +116,10 @@ def _by_numpy(
     scales: str,
     layout: str,
     importance: np.ndarray | None,
+    feedback: Feedback | None,
 ) -> tuple[float, float]:
     if row:
-        made = quantize(array, row, scales, importance)
+        made = quantize(array, row, scales, importance, feedback)
         scale_of_all = [] if row.kind == "group" else [*made[1:]]
 
         def values(rows: slice) -> np.ndarray:
@@ -131,13 +135,23 @@ def _by_numpy(
     return error
 
 
-def quantize(array: np.ndarray, row: Row, scales: str, importance: np.ndarray | None = None) -> Sequence[np.ndarray]:
-    """Return what a weight [n, k] is stored as, by NumPy, in layout nk."""
+def quantize(
+    array: np.ndarray,
+    row: Row,
+    scales: str,
+    importance: np.ndarray | None = None,
+    feedback: Feedback | None = None,
+) -> Sequence[np.ndarray]:
+    """Return what a weight [n, k] is stored as, by NumPy, in layout nk; with ``feedback``, scales are searched by
+    importance before codes are chosen.
+    """
     if row.kind == "tensor":
         return float8.quantize(array)
     room = two_level if row.levels else minimum if row.minimum else group
-    made: Sequence[np.ndarray] = room.quantize(array, row, scales, importance)
-    return made
+    if feedback is None:
+        made: Sequence[np.ndarray] = room.quantize(array, row, scales, importance)
+        return made
+    return error_feedback.applied(array, room.quantize(array, row, "importance", importance), row, feedback)
 
 
 def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:

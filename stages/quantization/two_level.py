@@ -64,14 +64,20 @@ def quantize(
 
 def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> np.ndarray:
     """Return the float32 [n, k] weight that these stand for."""
-    n = len(q_weight)
-    levels = _unpack_levels(q_scale).reshape(n, -1, 2, LEVELED).astype(np.float32)
-    levels *= q_outer.astype(np.float32).reshape(n, -1, 2, 1)
-    step, low = (np.repeat(levels[:, :, which].reshape(n, -1), row.group_size, axis=1)[:, :k] for which in (0, 1))
+    step, low = steps(q_scale, q_outer, row, k)
     values: np.ndarray = unpack_planes(q_weight, row.planes, row.group_size, k).astype(np.float32)
     values *= step
     values -= low
     return values
+
+
+def steps(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a code is worth in each place, and what is taken from it, float32 [n, k] each."""
+    n = len(q_scale)
+    levels = _unpack_levels(q_scale).reshape(n, -1, 2, LEVELED).astype(np.float32)
+    levels *= q_outer.astype(np.float32).reshape(n, -1, 2, 1)
+    step, low = (np.repeat(levels[:, :, which].reshape(n, -1), row.group_size, axis=1)[:, :k] for which in (0, 1))
+    return step, low
 
 
 def _levels(values: np.ndarray, outer: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

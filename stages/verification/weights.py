@@ -9,7 +9,7 @@ import numpy as np
 
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
-from stages.quantization import float8, group, layouts, minimum, two_level
+from stages.quantization import feedback, float8, group, layouts, minimum, two_level
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
@@ -184,7 +184,7 @@ def differences(
     Unquantized parameters must be the checkpoint's values cast to the storage dtype, bit for bit. A quantized value may
     be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing. Of
     ``scales`` that were searched (mse, importance), a value may also be what the smallest scale tried cuts off.
-    ``progress`` is told how many tensors were compared.
+    Feedback (gptq) may have moved a value by two codes from there. ``progress`` is told how many tensors were compared.
     """
     problems = []
     for number, tensor in enumerate(held(registry, records), start=1):
@@ -223,6 +223,7 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
     if row.levels:
         return _allowed_in_two_levels(wanted, row, scales)
     size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
+    moved = _moved(row, scales)
     starts = np.arange(0, wanted.shape[1], size)
     peak = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
     if row.minimum:
@@ -231,10 +232,12 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
         steps = 0.5 if scales == "max" else minimum.FURTHEST
         rounding = peak * np.float32(relative + 1e-6) + np.float32((1 + row.most) * absolute)
         allowed = step * np.float32(steps + 2 * row.most * relative + 1e-5) + rounding * np.float32(2 * steps)
+        allowed += step * moved
     else:
         step = peak / np.float32(row.top)
         steps = {"max": 0.5, "full": 1}.get(scales, max(0.5, row.top * (1 - group.TRIED[-1] / group.PARTS)))
         allowed = step * np.float32(steps + row.top * relative + 1e-5) + np.float32(row.top * absolute)
+        allowed += step * moved
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
 
 
@@ -257,4 +260,13 @@ def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndar
     steps = 0.5 if scales == "max" else minimum.FURTHEST
     tiny = np.float32((1 + row.most) * two_level.TOP * absolute)
     allowed = (step * np.float32(steps) + off_step * np.float32(row.most + 1) + off_low + tiny) * np.float32(2 * steps)
+    allowed += (step + off_step) * _moved(row, scales)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
+
+
+def _moved(row: Row, scales: str) -> np.float32:
+    """Return by how many steps of the plain scale feedback may have moved a value: a searched step is longer at most
+    by what the ends of the range may be off.
+    """
+    longest = 1 + 2 * minimum.FURTHEST / row.most if row.minimum else 1.5
+    return np.float32(feedback.FURTHEST * longest if scales == "gptq" else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stages.quantization.feedback import Feedback
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
@@ -31,12 +32,14 @@ KINDS = ("normal", "outliers", "positive", "negative", "one large group", "latti
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("scales", ["max", "mse", "importance"])
+@pytest.mark.parametrize("scales", ["max", "mse", "importance", "gptq"])
 @pytest.mark.parametrize("name", ROWS)
 def test_right_weights_are_never_refused(name: str, scales: str, kind: str) -> None:
     row, weight = ROWS[name], values(kind)
     importance = np.exp(4 * np.random.default_rng(1).standard_normal(K)).astype(np.float32)
-    held = restored(quantize(weight, row, scales, importance), row, K)
+    # More feedback than any real one: every error goes on whole to the next column.
+    feedback = Feedback(np.arange(K), np.eye(K, k=1, dtype=np.float32)) if scales == "gptq" else None
+    held = restored(quantize(weight, row, scales, importance, feedback), row, K)
     assert (np.abs(held - weight) <= _allowed(weight, row, scales)).all()
 
 

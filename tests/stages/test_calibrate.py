@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 import transformers
 
 from stagegraph.stage import StageError
-from stages.calibration import asking, moments
+from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
 from stages.conversion.model import Plan
+from stages.quantization.feedback import load
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize, _importance, _uncalibrated
@@ -89,6 +91,46 @@ def test_errors_count_by_importance(name):
     assert even < 1.05 * plain
 
 
+@pytest.mark.parametrize("name", ["q4f16_1", "q4a64", "q3k"])
+def test_feedback_costs_less_on_what_is_read(tmp_path, name):
+    """Of inputs that go together the outputs are nearer; scales and all but codes are those of importance."""
+    rng = np.random.default_rng(3)
+    inputs = (rng.standard_normal((600, 40)) @ rng.standard_normal((40, 256))).astype(np.float32)
+    inputs += 0.1 * rng.standard_normal(inputs.shape).astype(np.float32)
+    weight, row = rng.standard_normal((48, 256)).astype(np.float32), SCHEMES[name].row("linear", 256)
+    curvatures = curvature.Curvatures(tmp_path)
+    read = torch.from_numpy(inputs)
+    for tensor in ("q", "k"):
+        curvatures.add(tensor, read, read)
+    curvatures.add("v", read.clone(), read)
+    curvatures.add("v", read.clone(), read)  # reads twice: what it read first is gone
+    curvatures.finish()
+    files = json.loads((tmp_path / curvature.INDEX).read_text())
+    assert files.keys() == {"q", "k"}
+    assert files["q"] == files["k"]
+    importance = np.square(inputs).mean(0)
+    plain, fed = (quantize(weight, row, "importance", importance, each) for each in (None, load(tmp_path / files["q"])))
+    assert all((one == other).all() for one, other in zip(plain[1:], fed[1:], strict=True))
+
+    def cost(stored) -> float:
+        return float(np.square(inputs @ (restored(stored, row, 256) - weight).T).sum())
+
+    assert cost(fed) < 0.5 * cost(plain)
+
+
+def test_feedback_solves_for_the_columns_behind():
+    """Whatever error the first column is left with, the others are moved to where least squares have them."""
+    rng = np.random.default_rng(4)
+    inputs = rng.standard_normal((500, 6)) @ rng.standard_normal((6, 6))
+    found = curvature.feedback_of(torch.from_numpy(inputs))
+    assert (np.diff(np.square(inputs).mean(0)[found.order]) <= 0).all()
+    first, *rest = found.order
+    square = inputs.T @ inputs / len(inputs)
+    square += curvature.DAMPING * np.trace(square) / 6 * np.eye(6)
+    wanted = np.linalg.solve(square[np.ix_(rest, rest)], square[rest, first])
+    assert np.allclose(found.shares[0, 1:], wanted, rtol=2e-3, atol=1e-5)
+
+
 def plan(importance: dict[str, np.ndarray], **row) -> Plan:
     stored = {"kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": True, "levels": False}
     entry = {"name": "qkv.weight", "kind": "linear", "sources": ["q", "k"], "shape": [8, 64], "quantize": stored | row}
@@ -104,10 +146,18 @@ def test_what_has_no_importance_is_named():
     for lacking in (plan({"q": one}), plan({"q": one, "k": one[:32]})):
         assert lacking.how(lacking.register["logical"][0]) == ("mse", None)
         (said,) = _uncalibrated(lacking)
-        assert "1 matrices have no importance" in said
+        assert "1 matrices are quantized without what calibrate has found" in said
         assert "qkv.weight" in said
     eight = plan({}, bits=8, minimum=False)
     assert [*_uncalibrated(eight)] == []
+
+
+def test_what_is_made_of_several_inputs_has_no_feedback(tmp_path):
+    counts, files = dict.fromkeys("qk", np.ones(64, np.float32)), (tmp_path / "1.npz", tmp_path / "2.npz")
+    for second, how, said in ((files[0], "gptq", 0), (files[1], "importance", 1)):
+        both = replace(plan(counts), scales="gptq", feedback={"q": files[0], "k": second})
+        assert both.how(both.register["logical"][0])[0] == how
+        assert len([*_uncalibrated(both)]) == said
 
 
 def test_importance_is_asked_for_by_what_lacks_it(tmp_path):

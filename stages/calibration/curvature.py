@@ -1,0 +1,67 @@
+"""How errors of some columns of a matrix are made up for by others, for error feedback (scales: gptq).
+
+Of what a matrix reads, rows x, the mean of x' x says what errors cost together: e (x' x) e'. Where the error of one
+column is given, the best the later ones can do about it comes from the Cholesky factor of the inverse of that (GPTQ).
+Columns that carry most are taken first, while most of the others can still make up for them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stages.quantization.feedback import Feedback, save
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DAMPING = 0.01  # of the mean of the diagonal, added to it: what few tokens say is not to be trusted to the end
+INDEX = "index.json"  # the file that each tensor's feedback is in
+
+
+class Curvatures:
+    """Writes the feedback of what is read into ``folder`` as soon as it is read, in memory for one matrix."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, str | None] = {}
+        self._last: Any = None
+        self._written = ""
+
+    def add(self, name: str, read: Any, rows: Any) -> None:
+        """Take ``rows`` [n, k] of what the tensor ``name`` has ``read``; what several read is worked on once.
+
+        A tensor that reads twice has no feedback: what it read first is gone.
+        """
+        if name in self._files:
+            self._files[name] = None
+            return
+        if read is not self._last:
+            self._last, self._written = read, f"{len(self._files):05}.npz"
+            save(self._folder / self._written, feedback_of(rows))
+        self._files[name] = self._written
+
+    def finish(self) -> None:
+        """Write which tensor's is where."""
+        self._last = None
+        known = {name: file for name, file in sorted(self._files.items()) if file}
+        (self._folder / INDEX).write_text(json.dumps(known, indent=1), "utf-8")
+
+
+def feedback_of(rows: Any) -> Feedback:
+    """Return the feedback that inputs ``rows``, a float tensor [n, k], ask for."""
+    import torch
+
+    rows = rows.float()
+    second = (rows.T @ rows).double() / len(rows)
+    carried = second.diagonal()
+    order = torch.argsort(carried, descending=True, stable=True)
+    damped = second[order][:, order]
+    damped.diagonal().add_(DAMPING * float(carried.mean()) or 1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    # An error e in column i, in units of the factor's diagonal, takes e times its row from the columns behind.
+    shares = -(factor / factor.diagonal()[:, None]).triu(1)
+    return Feedback(order.numpy(), shares.float().numpy().astype(np.float32))
