@@ -72,6 +72,7 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {
@@ -79,6 +80,10 @@ OWN: dict[str, dict[str, Any]] = {
         "attention_layers": ["global", "local"],
         "window_size": 20,
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    **{name: {"layer_types": ["conv", "full_attention"]} for name in ("lfm2", "lfm2_moe")},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
     # Loading one, transformers makes the row of its padding zeros, which a tied head reads; the published one has none.
     "youtu": {"pad_token_id": None},
 }

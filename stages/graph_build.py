@@ -57,12 +57,14 @@ class GraphBuild(Stage):
         rows: dict[str, str | Sequence[str]] = {
             "stages.graph:FUNCTIONS": params.function,
             "stages.graph:RECURRENT": (),
+            "stages.graph:HYBRID": (),
             "stages.targets.table:TARGETS": params.target,
         }
         if "family" in facts:
             rows["stages.models:FAMILIES"] = facts["family"]
-            if facts.get("state") == "rnn":
-                rows["stages.graph:RECURRENT"] = params.function
+            other = {"rnn": "RECURRENT", "hybrid": "HYBRID"}.get(facts.get("state", ""))
+            if other:
+                rows[f"stages.graph:{other}"] = params.function
         if "scheme" in facts:
             rows["stages.quantization.schemes:SCHEMES"] = facts["scheme"]
         return rows
@@ -74,14 +76,14 @@ class GraphBuild(Stage):
         import tvm
 
         from stages.documents.files import write_json
-        from stages.graph import FUNCTIONS, RECURRENT, cost, views
+        from stages.graph import FUNCTIONS, OTHERS, cost, views
         from stages.ir.text import without_places
         from stages.problems import ProblemsError
 
         model: Model = json.loads(ctx.input("config").read_text("utf-8"))
         registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
         build, sizes = _build(ctx.params, model, registry)
-        exports = {**FUNCTIONS, **RECURRENT} if sizes["state"] == "rnn" else FUNCTIONS
+        exports = {**FUNCTIONS, **OTHERS.get(sizes["state"], {})}
         module_name, _, name = exports[ctx.params.function].partition(":")
         try:
             exported = getattr(importlib.import_module(module_name), name)(build)
@@ -138,7 +140,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
     if family.state == "rnn" and params.kv_dtype != "auto":
         raise StageError(f"kv_dtype: {family.name} is recurrent and has no KV cache; its state has dtypes of its own")
     _check_experts(config, target)
-    chunk = _chunk(params, model["context_window"], config.attention if family.state == "kv" else None)
+    chunk = _chunk(params, model["context_window"], None if family.state == "rnn" else config.attention)
     build = Build(
         config=config,
         compose=family.causal_lm,
@@ -170,7 +172,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         "sep_embed": params.sep_embed,
         "state": family.state,
         "state_bytes": build.state_bytes,
-        "verify_chunk": None if family.state == "rnn" else build.verify_chunk,
+        "verify_chunk": build.verify_chunk if family.state == "kv" else None,
         "vocab_size": model["vocab_size"],
     }
 

@@ -1,4 +1,8 @@
-"""Read a JSON object strictly: no duplicate keys, no NaN or infinity, no half characters, no endless files."""
+"""Read a JSON object strictly: no duplicate keys, no NaN, no half characters, no endless files.
+
+Infinity, which JSON has not, stands in configs all the same (``time_step_limit`` of Mamba 2): transformers 5 writes it
+as the object ``{"__float__": "Infinity"}``, and as that it is read here where Python's own JSON was written.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 MAX_BYTES = 64 << 20  # far above any real file: the index of a checkpoint of 100,000 tensors has 10 MB
@@ -42,7 +46,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     if data is None:
         raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes are too many for a config")
     try:
-        value = parse(data)
+        value = parse(data, _infinite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -50,13 +54,16 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def parse(data: bytes) -> Any:
-    """Return the JSON value in UTF-8 ``data``; :class:`ValueError` says what is wrong, without the file."""
+def parse(data: bytes, constant: Callable[[str], Any] | None = None) -> Any:
+    """Return the JSON value in UTF-8 ``data``; :class:`ValueError` says what is wrong, without the file. ``constant``
+    makes a value of Infinity, -Infinity or NaN, which are refused without it.
+    """
     values = data.count(b",") + data.count(b"[") + data.count(b"{")
     if values > MAX_VALUES:
         raise ValueError(f"about {values:,} values are too many for a config (at most {MAX_VALUES:,} are read)")
     text = data.decode("utf-8")
-    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_float=_finite)
+    constant = constant or _no_constant
+    value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=constant, parse_float=_finite)
     if "\\u" in text:  # nothing else can make half a character
         _no_surrogates(value)
     return value
@@ -73,6 +80,12 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"{text} is not a JSON number")
+
+
+def _infinite(text: str) -> dict[str, str]:
+    if text == "NaN":
+        _no_constant(text)
+    return {"__float__": text}
 
 
 def _finite(text: str) -> float:

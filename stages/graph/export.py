@@ -121,11 +121,11 @@ class Build:
 
     @property
     def state_bytes(self) -> int:
-        """What one step of one sequence takes in the state of a recurrent model; 0 for a model with a KV cache."""
-        if hasattr(self.config, "attention"):
-            return 0
-        states: Any = self.model()[0]
-        return int(self.config.num_layers * sum(each.width * DTYPE_BYTES[each.dtype] for each in states.states))
+        """What one step of one sequence takes in the state of a recurrent model; 0 for one with a KV cache alone."""
+        model: Any = self.model()[0]
+        states = getattr(model, "states", ())
+        size = sum(each.width * DTYPE_BYTES[each.dtype] for each in states)
+        return int(size * model.state_layers) if states else 0
 
     def model(self) -> tuple[CausalLM, LayerFactory]:
         """Compose the model; :class:`GraphError` lists every parameter that differs from the register."""

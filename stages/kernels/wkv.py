@@ -19,7 +19,8 @@ THREADS = 128  # per block on a GPU
 LANES = 16  # neighbouring channels of one unit on a CPU: a cache line of float32
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Say whether kernels are made for a GPU."""
     target = tvm.target.Target.current(allow_none=False)
     return "gpu" in target.keys
 
@@ -33,7 +34,7 @@ def _once(make: Callable[[int, str], tirx.PrimFunc]) -> Callable[[int, str], tir
 
     @functools.wraps(make)
     def kernel(width: int, dtype: str) -> tirx.PrimFunc:
-        return made(width, dtype, _on_gpu())
+        return made(width, dtype, on_gpu())
 
     return kernel
 
@@ -65,7 +66,7 @@ def token_shift(width: int, dtype: str) -> tirx.PrimFunc:
                             i == 0, before[vb, vg * lanes + lane], x[first + i - 1, vg * lanes + lane]
                         )
 
-    return _schedule(token_shift)
+    return scheduled(token_shift)
 
 
 @_once
@@ -76,7 +77,7 @@ def wkv(width: int, dtype: str) -> tirx.PrimFunc:
     exp(bonus) times. ``sum`` and ``norm`` are numerator and denominator, both divided by exp(peak) lest they overflow.
     k, v and y are ``dtype``; all the rest and the arithmetic is float32.
     """
-    return _schedule(_wkv(width, dtype, _lanes(width)))
+    return scheduled(_wkv(width, dtype, _lanes(width)))
 
 
 def _wkv(width: int, dtype: str, lanes: int) -> tirx.PrimFunc:
@@ -159,7 +160,7 @@ def state_get(width: int, dtype: str) -> tirx.PrimFunc:
                 for lane in T.serial(lanes):
                     out[vb, vg * lanes + lane] = storage[slots[vb], steps[vb], vg * lanes + lane]
 
-    return _schedule(state_get)
+    return scheduled(state_get)
 
 
 @_once
@@ -183,20 +184,20 @@ def state_set(width: int, dtype: str) -> tirx.PrimFunc:
                         vb, vg * lanes + lane
                     ]
 
-    return _schedule(state_set)
+    return scheduled(state_set)
 
 
 def _lanes(width: int) -> int:
     # On a GPU the neighbours are other threads.
-    return 1 if _on_gpu() else math.gcd(width, LANES)
+    return 1 if on_gpu() else math.gcd(width, LANES)
 
 
-def _schedule(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
+def scheduled(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     """Spread the units of the kernel's one block over threads."""
     schedule = s_tir.Schedule(kernel)
     (block,) = schedule.get_child_blocks(schedule.get_sblock("root"))
     units = schedule.fuse(*schedule.get_loops(block))
-    if _on_gpu():
+    if on_gpu():
         outer, inner = schedule.split(units, [None, THREADS])
         schedule.bind(outer, "blockIdx.x")
         schedule.bind(inner, "threadIdx.x")

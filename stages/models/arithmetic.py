@@ -7,7 +7,7 @@ compute dtype, but what is made of positions alone is float32: an angle of half 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,21 @@ FLOATS = ("float16", "bfloat16", "float32")
 
 
 @dataclass
+class Remembered:
+    """What is kept of sequences beside a KV cache: the runtime's object, the tensors in it, the last row of each
+    sequence of a call int32 [b], and how many of the tensors were read so far.
+    """
+
+    held: Any
+    tensors: Sequence[Any]
+    ends: Tensor
+    number: int = 0
+
+
+@dataclass
 class Values:
-    """What operators know of the function that is built: its dtype, the cache, the channels of its heads, and which of
-    those of queries is the score of a sink, 0 if none is.
+    """What operators know of the function that is built: its dtype, the cache, the channels of its heads, which of
+    those of queries is the score of a sink, 0 if none is, and what is kept of sequences beside the cache.
     """
 
     compute_dtype: str
@@ -30,6 +42,7 @@ class Values:
     head_dim: int
     sinks: int = 0
     layers: int = 0  # attentions so far
+    states: Remembered | None = None
 
 
 def emitted(expr: Any, name: str) -> Tensor:

@@ -95,7 +95,7 @@ class Family:
     the output projection and the token embedding where ``config.tied`` may say that they are one; ``aliases`` are other
     names that transformers reads of a tensor. ``supports`` says in a few words each what of the family can be built.
     ``state`` is what a sequence leaves behind: a KV cache that grows with it, or the state of a recurrent model (which
-    has no ``attention``), whose graph is built by the functions of ``stages.graph.RECURRENT``. ``of(family, config)``
+    has no ``attention``), or both: ``stages.graph.OTHERS`` has the functions that build those. ``of(family, config)``
     is the record for one model, where more than its config differs from model to model. ``stored_as(config, names)`` is
     the config of a checkpoint with tensors of these names, where older ones cut the same parameters otherwise.
     """
@@ -114,6 +114,6 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     tied: tuple[str, str] | None = None
     supports: tuple[str, ...] = ()
-    state: Literal["kv", "rnn"] = "kv"
+    state: Literal["kv", "rnn", "hybrid"] = "kv"
     of: Callable[[Family, Any], Family] = _itself
     stored_as: Callable[[Any, Collection[str]], Any] = _whatever_is_stored

@@ -16,6 +16,7 @@ from stages.models.arithmetic import ARITHMETIC, Values, common, computed, emitt
 from stages.models.choosing import CHOOSING
 from stages.models.layers import Linear
 from stages.models.matrices import take
+from stages.models.recurrence import RECURRENCE
 
 NO_WEIGHT = -3e4  # a score whose power is 0, in half precision too
 
@@ -96,10 +97,14 @@ def slice_scatter(
     values: Values, x: Any, src: Any, dim: int = 0, start: int = 0, end: int | None = None, step: int = 1
 ) -> Tensor:
     """X with a part along an axis replaced by ``src``."""
+    dim %= x.ndim
     size = int(x.shape[dim])
     start, end, step = slice(start, end, step).indices(size)
-    if step != 1:
-        raise NotImplementedError("slice_scatter with a step")
+    if step != 1:  # every place is taken from one of the two
+        places = np.arange(size, dtype="int32")
+        places[start:end:step] = size + np.arange(len(range(start, end, step)), dtype="int32")
+        found = rx.op.take(expr_of(cat(values, [x, src], dim)), rx.const(places), dim)
+        return emitted(found, "slice_scatter")
     outer = [cut(values, x, dim, *limits, 1) for limits in ((0, start), (end, size)) if limits[0] < limits[1]]
     return cat(values, [*outer[: start > 0], src, *outer[start > 0 :]], dim)
 
@@ -272,6 +277,7 @@ def _widened(x: Tensor, width: int) -> Tensor:
 OPERATORS: dict[str, Callable[..., Any]] = {
     **ARITHMETIC,
     **CHOOSING,
+    **RECURRENCE,
     "reshape": reshape,
     "broadcast": broadcast,
     "transpose": transpose,

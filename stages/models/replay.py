@@ -12,10 +12,12 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.models.arithmetic import Values, emitted
+from stages.models.arithmetic import Remembered, Values, emitted
 from stages.models.family import Param
 from stages.models.layers import LayerFactory
 from stages.models.operators import OPERATORS
+from stages.models.recurrence import states_of
+from stages.models.rwkv_layers import RecurrentState
 from stages.problems import ProblemsError
 
 MATRICES = ("linear", "embedding", "head", "router")
@@ -33,11 +35,16 @@ class Held(nn.Module):
 
 
 class Traced(nn.Module):
-    """What :class:`stages.models.layers.CausalLM` is to the exported functions, of a traced config."""
+    """What :class:`stages.models.layers.CausalLM` is to the exported functions, of a traced config. ``states`` are what
+    its layers keep of a sequence beside the KV cache, in order, as if of one layer.
+    """
+
+    state_layers = 1
 
     def __init__(self, config: Any, params: Sequence[Param], make: LayerFactory) -> None:
         self.config = config
         self.compute_dtype = make.compute_dtype
+        self.states = states_of(config.parts["body"]["nodes"])
         self.held = nn.ModuleList(
             [
                 Held(make.matrix(each.name, (each.shape[0], each.shape[1])))
@@ -56,19 +63,38 @@ class Traced(nn.Module):
 
     def hidden(self, x: Tensor, cache: PagedKVCache) -> Tensor:
         """Embeddings [1, s, h] -> normalised hidden states [1, s, h]."""
+        return self._body(x, cache, None)
+
+    def hidden_kept(
+        self, x: Tensor, cache: PagedKVCache, state: RecurrentState, ends: Tensor
+    ) -> tuple[Tensor, RecurrentState]:
+        """Embeddings [1, s, h] -> normalised hidden states [1, s, h], and the state after them; a sequence ends at each
+        of the rows ``ends`` int32 [b].
+        """
+        kept = Remembered(state, self.states, ends)
+        return self._body(x, cache, kept), kept.held
+
+    def _body(self, x: Tensor, cache: PagedKVCache, kept: Remembered | None) -> Tensor:
         tokens = x.shape[1]
         positions = op.reshape(cache.get_query_positions(tokens), (1, tokens))
-        return self._run("body", [x, positions], tokens, cache)
+        return self._run("body", [x, positions], tokens, cache, kept)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised hidden states [1, s, h] -> logits [1, s, V] in float32."""
         return self._run("head", [x], x.shape[1]).astype("float32")
 
-    def _run(self, part: str, inputs: list[Tensor], tokens: Any, cache: PagedKVCache | None = None) -> Tensor:
+    def _run(
+        self,
+        part: str,
+        inputs: list[Tensor],
+        tokens: Any,
+        cache: PagedKVCache | None = None,
+        kept: Remembered | None = None,
+    ) -> Tensor:
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
         attention = self.config.attention
-        context = Values(self.compute_dtype, cache, attention.head_dim, attention.sinks)
+        context = Values(self.compute_dtype, cache, attention.head_dim, attention.sinks, states=kept)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,

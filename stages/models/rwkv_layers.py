@@ -157,8 +157,9 @@ class Block(nn.Module):
 class RecurrentLM(nn.Module):
     """Token embedding, first norm, blocks, final norm, head; parameters are packed in this order.
 
-    ``states`` describes what each layer keeps: the previous row of the channel mixing and of the time mixing, in the
-    compute dtype because they are such rows, and sum, norm and peak of the weighted average, always float32.
+    ``states`` describes what each of the ``state_layers`` keeps: the previous row of the channel mixing and of the time
+    mixing, in the compute dtype because they are such rows, and sum, norm and peak of the weighted average, always
+    float32.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class RecurrentLM(nn.Module):
         rows = StateTensor(width, make.compute_dtype)
         average = StateTensor(attention_width, "float32")
         self.states = (rows, rows, average, average, StateTensor(attention_width, "float32", -1e30))
+        self.state_layers = len(blocks)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Ids [s] int32 -> embeddings [s, h] in the compute dtype."""

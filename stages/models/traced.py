@@ -16,6 +16,7 @@ from stages.checkpoint.errors import ConfigError
 from stages.models.family import AttentionCache, Family, Param
 from stages.models.naming import suffixes, unwrapped
 
+KEEPING = ("causal_conv", "ssm_scan", "delta_rule")  # operators of layers that keep a state of each sequence
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
 
@@ -58,6 +59,11 @@ class TracedConfig:
     def mixture(self) -> bool:
         """Whether layers of experts are chosen for each token."""
         return any(name == "expert_linear" for name, _ in self.parts["body"]["nodes"])
+
+    @property
+    def remembers(self) -> bool:
+        """Whether layers keep a state beside the KV cache."""
+        return any(name in KEEPING for name, _ in self.parts["body"]["nodes"])
 
     @property
     def attention(self) -> AttentionCache:
@@ -167,16 +173,28 @@ def stored_as(config: TracedConfig, names: Collection[str]) -> TracedConfig:
     own = config.embedding.partition(".")[0] + "."
     entries = []
     for entry in config.parameters:
-        forms = [
-            {"sources": [name], "shapes": [shape]}
-            if name not in config.older or name.removeprefix(own) in ends
-            else config.older[name]
-            for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True)
-        ]
+        forms = _whole(
+            [
+                {"sources": [name], "shapes": [shape], "rows": []}
+                if name not in config.older or name.removeprefix(own) in ends
+                else config.older[name]
+                for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True)
+            ]
+        )
         sources, shapes = ([each for form in forms for each in form[part]] for part in ("sources", "shapes"))
-        transform = "concat0" if len(sources) > len(forms) else entry["transform"]
+        transform = "copy" if len(forms) < len(entry["sources"]) else entry["transform"]
+        transform = "concat0" if len(sources) > len(forms) else transform
         entries.append({**entry, "sources": sources, "source_shapes": shapes, "transform": transform})
     return replace(config, parameters=entries)
+
+
+def _whole(forms: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the forms of a parameter's sources, one of the whole where they are all rows of one tensor in order."""
+    first, rows = forms[0], [form["rows"] for form in forms]
+    if not all(rows) or any(form["sources"] != first["sources"] for form in forms):
+        return forms
+    starts, ends = zip(*rows, strict=True)
+    return [first] if starts == (0, *ends[:-1]) and ends[-1] == first["shapes"][0][0] else forms
 
 
 def causal_lm(config: TracedConfig, make: Any) -> Any:
@@ -188,30 +206,43 @@ def causal_lm(config: TracedConfig, make: Any) -> Any:
 
 @dataclass(frozen=True)
 class Joined:
-    """Tensors of an older checkpoint as the one of ``shape`` that they are one under the other: arrays, or what has
-    ``values()``, so that nothing is in memory before it is asked for.
+    """Tensors of an older checkpoint as the one of ``shape`` that they are one under the other, or that the ``rows``
+    from one to another of the only tensor are: arrays, or what has ``values()``, so that nothing is in memory before it
+    is asked for.
     """
 
     parts: Sequence[Any]
     shape: tuple[int, ...]
+    rows: tuple[int, ...] = ()
 
     def values(self) -> np.ndarray:
         """Return all of it."""
         arrays = [part if isinstance(part, np.ndarray) else part.values() for part in self.parts]
-        return np.concatenate(arrays).reshape(self.shape)
+        (joined,) = arrays if len(arrays) == 1 else [np.concatenate(arrays)]
+        return joined[slice(*self.rows)].reshape(self.shape) if self.rows else joined.reshape(self.shape)
 
 
 def to_reference(config: TracedConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return transformers' class name, config keywords and state dict."""
-    state = dict(tensors)
+    state, taken = dict(tensors), set()
     for name, form in config.older.items():
-        if name not in state and all(source in state for source in form["sources"]):
-            parts = [state.pop(source) for source in form["sources"]]
-            joined = Joined(parts, tuple(form["shape"]))
+        if name not in state and all(source in tensors for source in form["sources"]):
+            parts = [tensors[source] for source in form["sources"]]
+            taken.update(form["sources"])
+            joined = Joined(parts, tuple(form["shape"]), tuple(form["rows"]))
             state[name] = joined.values() if isinstance(parts[0], np.ndarray) else joined
+    for name in taken:
+        del state[name]
     if config.tied and config.tie:
         state[config.tie[0]] = state[config.tie[1]]
-    return config.architecture, dict(config.source), state
+    return config.architecture, _read(config.source), state
+
+
+def _read(value: Any) -> Any:
+    """Return a value of ``source`` as Python has it: infinite numbers, which JSON cannot write, are objects there."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _read(v) for k, v in value.items()}
+    return [_read(each) for each in value] if isinstance(value, list) else value
 
 
 def family_of(family: Family, config: TracedConfig) -> Family:
@@ -222,6 +253,7 @@ def family_of(family: Family, config: TracedConfig) -> Family:
         architectures=(config.architecture,),
         tied=(config.tie[0], config.tie[1]) if config.tie else None,
         recomputed=tuple(f".{name}" for name in config.unread),
+        state="hybrid" if config.remembers else "kv",
     )
 
 

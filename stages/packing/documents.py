@@ -164,7 +164,9 @@ def _activations(model: BuiltModel) -> str:
 
 
 def _state(model: BuiltModel) -> str:
-    return "recurrent state in place of a KV cache" if model["state"] == "rnn" else f"KV cache {model['kv_dtype']}"
+    cache = f"KV cache {model['kv_dtype']}"
+    kinds = {"rnn": "recurrent state in place of a KV cache", "hybrid": f"{cache} and recurrent state"}
+    return kinds.get(model["state"], cache)
 
 
 def _processors(metadata: Metadata) -> str:

@@ -24,7 +24,8 @@ WEIGHTS = ".bin"  # files of this ending are digested as they are loaded, whatev
 _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
-_STATES = {"kv": ("page_size",), "rnn": ()}  # kinds of state -> the sizes that each needs beside those
+# Kinds of state -> the sizes that each needs beside those.
+_STATES = {"kv": ("page_size",), "rnn": (), "hybrid": ("page_size",)}
 # What a bundle may ask less of than its library was built for: to save memory.
 _AT_MOST = ("context_window", "prefill_chunk", "max_batch")
 

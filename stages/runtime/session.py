@@ -145,7 +145,7 @@ class Session:
     def free_pages(self) -> int:
         """How many pages of the KV cache no sequence has; 0 for a recurrent model."""
         count = "vm.builtin.attention_kv_cache_get_num_available_pages"
-        return 0 if self.page_size is None else int(self._tvm.get_global_func(count)(self._state.held))
+        return 0 if self.page_size is None else int(self._tvm.get_global_func(count)(self._state.held[0]))
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence holds."""
@@ -244,7 +244,7 @@ class Session:
         return logits.reshape(-1, logits.shape[-1])
 
     def _run(self, function: str, *arguments: Any) -> np.ndarray:
-        return _on_host(self._vm[function](*arguments, self._state.held, self._params)[0])
+        return _on_host(self._vm[function](*arguments, *self._state.held, self._params)[0])
 
     def _states(self, ids: Sequence[int], shape: tuple[int, int]) -> Any:
         if not self._sep_embed:
@@ -260,7 +260,8 @@ class Session:
         return self._tvm.runtime.tensor(array, self._device)
 
     def _call(self, function: str, *arguments: Any) -> None:
-        self._tvm.get_global_func(_KV + function)(self._state.held, *arguments)
+        for held in self._state.held:
+            self._tvm.get_global_func(_KV + function)(held, *arguments)
 
     def _check(self, sequence: int, ids: Sequence[int]) -> None:
         held = self.length(sequence)

@@ -1,4 +1,4 @@
-"""What the sequences of a session leave behind on the device: a paged KV cache, or the state of a recurrent model."""
+"""What the sequences of a session leave behind on the device: a paged KV cache, a recurrent model's state, or both."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ HISTORY = 16  # states a session keeps of each sequence, the newest among them
 
 @dataclass(frozen=True)
 class State:
-    """The library's object that holds it, and what it allows.
+    """The library's objects that hold it, and what it allows.
 
     ``limit`` is the most tokens a sequence may have, None where none is. ``history`` is how many states are kept of
     a sequence, None where every token is. ``page`` is how many tokens share a page, None where there are no pages.
     """
 
-    held: Any
+    held: tuple[Any, ...]
     limit: int | None
     history: int | None
     page: int | None
@@ -43,9 +43,12 @@ def create(
 
     ``sequences`` are read at once; all that are held have so many ``tokens`` together, None for a whole context each.
     """
-    if model.get("state", "kv") == "rnn":
-        return State(functions["create_rnn_state"](shape([sequences]), shape([HISTORY])), None, HISTORY, None)
+    kind = model.get("state", "kv")
+    steps = [functions["create_rnn_state"](shape([sequences]), shape([HISTORY]))] if kind != "kv" else []
+    if kind == "rnn":
+        return State((*steps,), None, HISTORY, None)
     window, page = model["context_window"], model["page_size"]
     pages = sequences * -(-window // page) if tokens is None else -(-tokens // page)
     sizes = (sequences, pages * page, model["prefill_chunk"], page, 0)
-    return State(functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes)), window, None, page)
+    cache = functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
+    return State((cache, *steps), window, HISTORY if steps else None, None if steps else page)

@@ -22,6 +22,12 @@ _OPERATORS = {
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     # x [t, k], weight [experts, n, k], or [experts, k, n] if it is transposed, chosen [t * c] -> [t * c, n]
     "expert_linear": "(Tensor x, Tensor weight, Tensor chosen, bool transposed) -> Tensor",
+    # x [b, channels, n], weight [channels, taps] -> as x
+    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    # x [b, n, heads, width], dt [b, n, heads], a [heads], b and c [b, n, groups, size] -> as x
+    "ssm_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
+    # q and k [b, n, key heads, size], v [b, n, heads, width], decay and beta [b, n, heads] -> as v
+    "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
 }
 
 
@@ -50,6 +56,9 @@ def install() -> None:
     @torch.library.register_fake(f"{NAME}::expert_linear")
     def _expert_linear(x: Any, weight: Any, chosen: Any, transposed: bool) -> Any:
         return x.new_empty(chosen.shape[0], weight.shape[2 if transposed else 1])
+
+    for name, at in (("causal_conv", 0), ("ssm_scan", 0), ("delta_rule", 2)):
+        torch.library.register_fake(f"{NAME}::{name}")(lambda *given, at=at: torch.empty_like(given[at]))
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, lambda *_arguments, **_keywords: None)

@@ -201,6 +201,9 @@ class _Graph:
             "rms_norm": self._norm,
             "topk": lambda _node, arguments: ("topk", {"dim": -1, **arguments}),
             "expert_linear": self._experts,
+            "causal_conv": self._kept,
+            "ssm_scan": self._kept,
+            "delta_rule": self._kept,
         }
         if ours == "slice":
             self._slice(node, arguments)
@@ -304,6 +307,26 @@ class _Graph:
         features = self._shape(node)[1]
         arguments = {"x": arguments["x"], "weight": named, "chosen": arguments["chosen"], "features": features}
         return "expert_linear", arguments
+
+    def _kept(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Add the sizes of an operator that keeps a state of a sequence, which is one of one batch."""
+        name = node.target.overloadpacket.__name__
+        shapes = [self._shape(each) for each in node.args if hasattr(each, "meta")]
+        along = 2 if name == "causal_conv" else 1
+        if any(len(shape) > 2 and (shape[0] != 1 or shape[along] != {"tokens": 1}) for shape in shapes):
+            raise self._refusal(node, f"{name} of {shapes}")
+        first = shapes[0]
+        sizes: dict[str, Any] = {
+            "causal_conv": lambda: {"channels": first[1], "taps": shapes[1][1]},
+            "ssm_scan": lambda: {"heads": first[2], "width": first[3], "groups": shapes[3][2], "size": shapes[3][3]},
+            "delta_rule": lambda: {
+                "heads": shapes[2][2],
+                "key_heads": first[2],
+                "size": first[3],
+                "width": shapes[2][3],
+            },
+        }
+        return name, {**arguments, **sizes[name]()}
 
     def _slice(self, node: Any, arguments: Mapping[str, Any]) -> None:
         source, axis = node.args[0], arguments.get("dim", 0) % node.args[0].meta["val"].dim()

@@ -34,9 +34,11 @@ def replace_norms(model: Any) -> None:
             module.forward = functools.partial(_rms_norm, module, *known[kind])
 
 
-def _rms_norm(module: Any, eps: float, offset: float, x: Any) -> Any:
+def _rms_norm(module: Any, eps: float, offset: float, x: Any, *gate: Any, **more: Any) -> Any:
     import torch
 
+    if any(each is not None for each in (*gate, *more.values())):  # what has a gate is another norm
+        return type(module).forward(module, x, *gate, **more)
     return torch.ops.stagegraph.rms_norm(x, module.weight, eps, offset)
 
 

@@ -1,21 +1,24 @@
 """What checkpoints written for earlier versions of transformers call the tensors of its models, and how they cut them.
 
 transformers 5 stacks the matrices of a mixture's experts when it loads a checkpoint that has them one by one, and saves
-them one by one again. The way back, which is its own, is taken with numbered rows: where they come out says all.
+them one by one again; some models' projections are one tensor there. The way back, which is its own, is taken with
+numbered rows: where they come out says all.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 def forms(model: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return those of the ``names`` of the state dict that an older checkpoint has otherwise -> ``sources``, the names
-    of its tensors, and their ``shapes``; ``shape``, which they have when they lie one under the other.
+    of its tensors, and their ``shapes``; ``shape``, which they have when they lie one under the other; ``rows``, from
+    one to another, where they are only those of a tensor that several share.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -25,25 +28,63 @@ def forms(model: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     if not model._weight_conversions:  # noqa: SLF001
         return {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = ((name, _form(model, name, shapes[name])) for name in names if name in shapes)
-    return {name: form for name, form in found if form}
+    found: dict[str, dict[str, Any]] = {}
+    sharing: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if form := _form(model, name, shapes[name]) if name in shapes else None:
+            found[name] = form
+            sharing[form["sources"][0]].append(name)
+    for source, shared in sharing.items():
+        if len(shared) > 1:  # each had all of it to itself
+            found = {name: form for name, form in found.items() if name not in shared}
+            found |= _parts(model, source, {name: shapes[name] for name in shared})
+    return found
 
 
 def _form(model: Any, name: str, shape: tuple[int, ...]) -> dict[str, Any] | None:
     import torch
-    from transformers.core_model_loading import revert_weight_conversion
 
     outer = shape[:-1] or shape
     width = shape[len(outer) :]
-    rows = torch.arange(math.prod(outer)).reshape(*outer, *(1 for _ in width))
-    try:
-        old: Mapping[str, Any] = revert_weight_conversion(model, {name: rows})
-    except Exception:  # noqa: BLE001 - a conversion that wants more than rows: the checkpoint must have the new form
-        return None
+    old = _reverted(model, {name: torch.arange(math.prod(outer)).reshape(*outer, *(1 for _ in width))})
     in_order = dict(sorted(old.items(), key=lambda item: int(item[1].flatten()[0])))
-    flat = torch.cat([part.flatten() for part in in_order.values()])
-    whole = len(flat) == rows.numel() and bool((flat == torch.arange(len(flat))).all())
+    flat = torch.cat([part.flatten() for part in in_order.values()]) if old else torch.zeros(0)
+    whole = len(flat) == math.prod(outer) and bool((flat == torch.arange(len(flat))).all())
     if not whole or list(in_order) == [name]:
         return None
     cut = [(*part.shape[: part.dim() - len(width)], *width) for part in in_order.values()]
-    return {"sources": [*in_order], "shapes": [[*each] for each in cut], "shape": [*shape]}
+    return {"sources": [*in_order], "shapes": [[*each] for each in cut], "shape": [*shape], "rows": []}
+
+
+def _parts(model: Any, source: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """Return the forms of tensors that are one after the other in the tensor ``source``, whichever comes first."""
+    import torch
+
+    numbered, at = {}, 0
+    for name, shape in shapes.items():
+        numbered[name] = torch.arange(at, at + shape[0]).reshape(-1, *(1 for _ in shape[1:]))
+        at += shape[0]
+    old = _reverted(model, numbered)
+    flat = old[source].flatten().tolist() if [*old] == [source] else []
+    found = {}
+    for name, rows in numbered.items():
+        first, count = int(rows.flatten()[0]), len(rows)
+        start = flat.index(first) if first in flat else -1
+        if len(flat) != at or flat[start : start + count] != [*range(first, first + count)]:
+            return {}
+        whole, shape = [at, *shapes[name][1:]], [*shapes[name]]
+        found[name] = {"sources": [source], "shapes": [whole], "shape": shape, "rows": [start, start + count]}
+    return found
+
+
+def _reverted(model: Any, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what an older checkpoint has of ``tensors``; nothing where a conversion wants more than them, and the
+    checkpoint must have the new form.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        old: Mapping[str, Any] = revert_weight_conversion(model, dict(tensors))
+    except Exception:  # noqa: BLE001 - whatever a conversion raises
+        return {}
+    return old

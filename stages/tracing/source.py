@@ -141,9 +141,19 @@ def _config(raw: Mapping[str, Any]) -> Any:
             "install that"
         )
     try:
-        return transformers.CONFIG_MAPPING[name].from_dict(dict(raw))
+        kind: Any = transformers.CONFIG_MAPPING[name]
+        # Infinity and NaN, which JSON has not, are written as objects.
+        return kind.from_dict(kind._decode_special_floats(dict(raw)))  # noqa: SLF001 - transformers' own reading of a file
     except Exception as error:  # noqa: BLE001 - its validators raise what they like
         raise ConfigError(f"config.json: transformers refuses it: {_first(error)}") from None
+
+
+def written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config as JSON can hold them, as transformers writes them."""
+    import transformers
+
+    found: dict[str, Any] = transformers.PreTrainedConfig._encode_special_floats(values)  # noqa: SLF001 - its own writing
+    return found
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,8 @@ from stages.tracing.merge import merged, read
 from stages.tracing.names import Names
 from stages.tracing.rotation import hoisted, packed
 from stages.tracing.routers import routers
-from stages.tracing.source import open_source, positions_of
+from stages.tracing.sequences import sequential
+from stages.tracing.source import open_source, positions_of, written
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +38,8 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
     leaves.replace_norms(model)
     names = Names(model)
     known = older.forms(model, names.stored)
-    parts, hidden, vocab = _parts(source, names)
+    with sequential(model):
+        parts, hidden, vocab = _parts(source, names)
     apart = routers(parts["body"], names.shapes)
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
@@ -54,7 +56,7 @@ def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
         "model_type": source.config.model_type,
         "architecture": source.cls.__name__,
         "wrapper": source.wrapper,
-        "source": {key: value for key, value in source.config.to_dict().items() if key not in SILENT},
+        "source": written({key: value for key, value in source.config.to_dict().items() if key not in SILENT}),
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_layers": len(attention),

@@ -154,6 +154,15 @@ def test_what_transformers_does_not_read_is_ignored_and_listed_once(checkpoint: 
     assert ctx.warnings == []
 
 
+def test_an_infinite_number_of_a_config_is_read_as_transformers_writes_it(tmp_path: Path):
+    """Python's JSON has it, and configs of Mamba 2 do: {"time_step_limit": [0.0, Infinity]}."""
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    found = strict_json.read_object(tmp_path / "config.json", "config.json")
+    assert found == {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    with pytest.raises(ValueError, match="Infinity is not a JSON number"):
+        strict_json.parse(b"[Infinity]")
+
+
 def test_config_must_be_strict_json(checkpoint: Path):
     (checkpoint / "config.json").write_text('{"model_type": "qwen",\n "model_type": "llama"}')
     assert problems(checkpoint) == ["config.json: not valid JSON: key 'model_type' occurs twice in one object"]

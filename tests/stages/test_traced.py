@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -13,7 +14,7 @@ pytest.importorskip("torch")
 from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
-from stages.models.traced import parse
+from stages.models.traced import parse, stored_as, to_reference
 from tests.stages import families, traced
 from tests.stages.libraries import Registered, build_graph
 
@@ -126,3 +127,18 @@ def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:
         config = parse(raw)
         cosines = [name for name, _ in config.parts["body"]["nodes"] if name == "cos"]
         assert (len(config.frequencies), bool(cosines)) == (taken, not taken)
+
+
+def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> None:
+    """Sarvam's q, k and v are one matrix in its files, and three in transformers' model; the way back cuts it again."""
+    raw = {**traced.SIZES, **traced.MIXTURES["sarvam_moe"], "model_type": "sarvam_moe", "num_hidden_layers": 1}
+    config = parse({**raw, "first_k_dense_replace": 1})
+    old = "model.layers.0.attention.query_key_value.weight"
+    (entry,) = [each for each in stored_as(config, [old]).parameters if each["sources"] == [old]]
+    assert (entry["source_shapes"], entry["shape"], entry["transform"]) == ([[128, 64]], [128, 64], "copy")
+    tensor = np.arange(128 * 64, dtype=np.float32).reshape(128, 64)
+    _, _, state = to_reference(config, {old: tensor})
+    parts = [state[f"model.layers.0.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
+    assert [len(part) for part in parts] == [64, 32, 32]
+    assert np.array_equal(np.concatenate(parts), tensor)
+    assert old not in state

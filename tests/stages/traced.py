@@ -87,9 +87,23 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 20,
                 "layer_types": ["sliding_attention", "full_attention"]},
+    "sarvam_moe": {**ROUTED, "n_routed_experts": 8, "head_dim": 16},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
                    "logits_scaling": 2.0},
+}  # fmt: skip
+
+# Layers that keep states of several kinds.
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_expand": 2}
+DELTA = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}  # fmt: skip
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {**DELTA, **ROUTED, "num_experts": 8, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA,
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 8,
+                         "num_experts_per_tok": 2, "shared_intermediate_size": 32},
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
 }  # fmt: skip
 
 
@@ -98,7 +112,7 @@ def write(folder: Path, model_type: str, *, seed: int = 0, **more: Any) -> Path:
     import torch
     import transformers
 
-    own = {**FAMILIES, **MIXTURES}[model_type]
+    own = {**FAMILIES, **MIXTURES, **HYBRIDS}[model_type]
     sizes = {**(GPT if "n_embd" in own else SIZES), **own, **more}
     kind = model_type if model_type in transformers.CONFIG_MAPPING else model_type.partition("-")[0]
     config = transformers.AutoConfig.for_model(kind, **sizes)

@@ -1,0 +1,97 @@
+"""Operators of traced graphs that remember: what each keeps of a sequence is a tensor of its state, as large for a long
+text as for a short one. Conventions are those of :mod:`stages.models.operators`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tvm.relax.frontend.nn import Tensor, op
+
+from stages.kernels import recurrences
+from stages.models.arithmetic import Values, computed
+from stages.models.rwkv_layers import StateTensor
+
+
+def causal_conv(values: Values, x: Tensor, weight: Any, channels: int, taps: int, bias: Any = None) -> Tensor:
+    """Each channel of x [1, channels, s] convolved with its own taps of the weight [channels, taps]."""
+    rows = op.reshape(op.permute_dims(x, [0, 2, 1]), (x.shape[2], channels))
+    kernel = recurrences.causal_conv(taps, channels)
+    y = _walked(values, "causal_conv", kernel, [rows, computed(values, weight)], channels)
+    if bias is not None:
+        y = y + bias.astype("float32")
+    return op.permute_dims(op.reshape(y, (1, x.shape[2], channels)), [0, 2, 1]).astype(values.compute_dtype)
+
+
+def ssm_scan(
+    values: Values, x: Tensor, dt: Tensor, a: Any, b: Tensor, c: Tensor, heads: int, width: int, groups: int, size: int
+) -> Tensor:
+    """Mamba 2's state space of x [1, s, heads, width], dt [1, s, heads], a [heads], b and c [1, s, groups, size]."""
+    n = x.shape[1]
+    operands = [
+        op.reshape(x, (n, heads * width)),
+        op.reshape(dt, (n, heads)),
+        computed(values, a),
+        *(op.reshape(each, (n, groups * size)) for each in (b, c)),
+    ]
+    y = _walked(values, "ssm_scan", recurrences.ssm_scan(heads, groups, size, width), operands, heads * width)
+    return op.reshape(y, (1, n, heads, width))
+
+
+def delta_rule(
+    values: Values,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    heads: int,
+    key_heads: int,
+    size: int,
+    width: int,
+) -> Tensor:
+    """The gated delta rule of q, k [1, s, key heads, size], v [1, s, heads, width], decay and beta [1, s, heads]."""
+    n = v.shape[1]
+    operands = [
+        *(op.reshape(each, (n, key_heads * size)) for each in (q, k)),
+        op.reshape(v, (n, heads * width)),
+        *(op.reshape(each, (n, heads)) for each in (decay, beta)),
+    ]
+    y = _walked(values, "delta_rule", recurrences.delta_rule(heads, key_heads, size, width), operands, heads * width)
+    return op.reshape(y, (1, n, heads, width)).astype(values.compute_dtype)
+
+
+def _walked(values: Values, name: str, kernel: Any, operands: Sequence[Tensor], width: int) -> Tensor:
+    """Return [s, width] of what ``kernel`` makes of the operands and of the next tensor of the state."""
+    states = values.states
+    assert states is not None
+    ends = states.ends
+    before = states.held.get(0, states.number, ends.shape[0], states.tensors[states.number])
+    rows = [each.astype("float32") for each in operands]
+    like = [(rows[0].shape[0], width), before.shape]
+    made = op.tensor_ir_op(
+        kernel, name, [*rows, before, ends], [Tensor.placeholder(shape, "float32") for shape in like]
+    )
+    y, after = made
+    states.held = states.held.set(0, states.number, after)
+    states.number += 1
+    return y
+
+
+# Operator -> how many numbers it keeps of a sequence, by its arguments.
+KEPT: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "causal_conv": lambda node: (node["taps"] - 1) * node["channels"],
+    "ssm_scan": lambda node: node["heads"] * node["size"] * node["width"],
+    "delta_rule": lambda node: node["heads"] * node["size"] * node["width"],
+}
+RECURRENCE: dict[str, Callable[..., Any]] = {
+    "causal_conv": causal_conv,
+    "ssm_scan": ssm_scan,
+    "delta_rule": delta_rule,
+}
+
+
+def states_of(nodes: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[StateTensor, ...]:
+    """Return what the nodes of a graph keep, one tensor each, in their order."""
+    return tuple(StateTensor(KEPT[name](arguments), "float32") for name, arguments in nodes if name in KEPT)

@@ -1,0 +1,106 @@
+"""Functions of modelling files that walk a sequence token by token or in chunks: while a model is traced, an operator
+of one node stands in the place of each, which keeps the state that they would be handed.
+
+Every modelling file of transformers has them under the same names, and calls them as globals of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from stages.checkpoint.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@contextmanager
+def sequential(model: Any) -> Iterator[None]:
+    """Let the modelling files of ``model`` call what is in :data:`OPERATORS`."""
+    files = {type(module).__module__: sys.modules[type(module).__module__] for module in model.modules()}
+    before = [
+        (vars(file), name, vars(file)[name]) for file in files.values() for name in OPERATORS if name in vars(file)
+    ]
+    for names, name, _ in before:
+        names[name] = OPERATORS[name]
+    try:
+        yield
+    finally:
+        for names, name, function in before:
+            names[name] = function
+
+
+def _refuse(where: str, more: Mapping[str, Any]) -> None:
+    strange = sorted(name for name, value in more.items() if value is not None and name not in IDLE)
+    if strange:
+        raise ConfigError(f"{where} with {', '.join(strange)} is not built")
+
+
+def causal_conv(x: Any, weight: Any, bias: Any = None, activation: str | None = None, **more: Any) -> Any:
+    """Take the place of ``causal_conv1d_fn``: x [b, channels, n], weight [channels, taps]."""
+    import torch
+    from transformers.activations import ACT2FN
+
+    _refuse("a short convolution", more)
+    y = torch.ops.stagegraph.causal_conv(x, weight, bias)
+    return y if activation is None else ACT2FN[activation](y)
+
+
+def ssm_scan(
+    x: Any,
+    dt: Any,
+    A: Any,  # noqa: N803 - part of the interface, as all names here
+    B: Any,  # noqa: N803
+    C: Any,  # noqa: N803
+    chunk_size: int,  # noqa: ARG001
+    D: Any = None,  # noqa: N803
+    dt_bias: Any = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    **more: Any,
+) -> Any:
+    """Take the place of ``mamba2_chunk_scan``: x [b, n, heads, width], dt [b, n, heads], B, C [b, n, groups, size]."""
+    import torch
+
+    _refuse("a state space", {**more, "return_final_states": return_final_states or None})
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = torch.nn.functional.softplus(dt) if dt_softplus else dt
+    low, high = dt_limit
+    if low > 0 or high != float("inf") or not dt_softplus:
+        dt = torch.clamp(dt, low, None if high == float("inf") else high)
+    y = torch.ops.stagegraph.ssm_scan(x, dt, A, B, C)
+    return y if D is None else y + D[:, None] * x
+
+
+def delta_rule(
+    query: Any,
+    key: Any,
+    value: Any,
+    g: Any,
+    beta: Any,
+    chunk_size: int = 64,  # noqa: ARG001 - part of the interface
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    **more: Any,
+) -> tuple[Any, None]:
+    """Take the place of ``torch_chunk_gated_delta_rule``: q and k [b, n, key heads, size], v [b, n, heads, width]."""
+    import torch
+
+    _refuse("a gated delta rule", {**more, "output_final_state": output_final_state or None})
+    if use_qk_l2norm_in_kernel:
+        query, key = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (query, key))
+    query = query / query.shape[-1] ** 0.5
+    return torch.ops.stagegraph.delta_rule(query, key, value, g, beta), None
+
+
+# What is handed on and changes nothing for one whole sequence after another.
+IDLE = {"position_ids", "use_cache", "output_attentions", "output_hidden_states", "position_embeddings"}
+# Names in modelling files -> what takes their place.
+OPERATORS = {
+    "causal_conv1d_fn": causal_conv,
+    "mamba2_chunk_scan": ssm_scan,
+    "torch_chunk_gated_delta_rule": delta_rule,
+}

@@ -1,0 +1,120 @@
+"""Models whose layers keep states of several kinds: the kernels against NumPy, whole models against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tvm
+
+pytest.importorskip("torch")
+
+from stages.kernels import recurrences
+from stages.runtime.errors import RequestError
+from tests.stages import families, test_traced, traced
+from tests.stages.test_traced import kernels
+
+__all__ = ["kernels"]
+TARGET = {"kind": "llvm"}
+ENDS = np.array([0, 6, 7], np.int32)  # a token, six, one
+RANDOM = np.random.default_rng(3)
+
+
+def drawn(*shape: int) -> np.ndarray:
+    return RANDOM.standard_normal(shape).astype(np.float32)
+
+
+def run(make, sizes: tuple[int, ...], operands: list[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the kernel makes of the operands, the last of which is the state before."""
+    with tvm.target.Target(TARGET):
+        kernel = make(*sizes)
+        built = tvm.compile(tvm.IRModule({"main": kernel.with_attr("global_symbol", "main")}), target="llvm")
+    results = [np.full((len(operands[0]), width), np.nan, np.float32), np.full_like(operands[-1], np.nan)]
+    tensors = [tvm.runtime.tensor(each) for each in (*operands, ENDS, *results)]
+    built["main"](*tensors)
+    return tensors[-2].numpy(), tensors[-1].numpy()
+
+
+def sequences() -> list[tuple[int, range]]:
+    starts = [0, *(ENDS[:-1] + 1)]
+    return [(number, range(start, end + 1)) for number, (start, end) in enumerate(zip(starts, ENDS, strict=True))]
+
+
+def check(found: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> None:
+    for have, want in zip(found, wanted, strict=True):
+        assert np.abs(have - want).max() < 2e-6 * np.abs(want).max()
+
+
+def test_a_short_convolution_goes_on_where_each_sequence_was() -> None:
+    taps, channels = 4, 24
+    x, weight, before = drawn(8, channels), drawn(channels, taps), drawn(3, (taps - 1) * channels)
+    y, after = np.empty_like(x), np.empty_like(before)
+    for number, rows in sequences():
+        whole = np.concatenate([before[number].reshape(-1, channels), x[rows]])
+        for i, row in enumerate(rows):
+            y[row] = (whole[i : i + taps] * weight.T).sum(0)
+        after[number] = whole[1 - taps :].reshape(-1)
+    check(run(recurrences.causal_conv, (taps, channels), [x, weight, before], channels), (y, after))
+
+
+def test_a_state_space_fades_and_gains() -> None:
+    heads, groups, size, width = 4, 2, 3, 8
+    x, dt, a = drawn(8, heads * width), np.abs(drawn(8, heads)), -np.abs(drawn(heads))
+    b, c, before = drawn(8, groups * size), drawn(8, groups * size), drawn(3, heads * size * width)
+    y, after = np.empty_like(x), np.empty_like(before)
+    for number, rows in sequences():
+        state = before[number].reshape(heads, size, width).copy()
+        for row in rows:
+            for head in range(heads):
+                of_b, of_c = (each[row].reshape(groups, size)[head // 2] for each in (b, c))
+                given = dt[row, head] * x[row].reshape(heads, width)[head]
+                state[head] = state[head] * np.exp(dt[row, head] * a[head]) + np.outer(of_b, given)
+                y[row].reshape(heads, width)[head] = of_c @ state[head]
+        after[number] = state.reshape(-1)
+    found = run(recurrences.ssm_scan, (heads, groups, size, width), [x, dt, a, b, c, before], heads * width)
+    check(found, (y, after))
+
+
+def test_the_delta_rule_moves_what_is_held_for_a_key() -> None:
+    heads, key_heads, size, width = 4, 2, 3, 8
+    q, k, v = drawn(8, key_heads * size), drawn(8, key_heads * size), drawn(8, heads * width)
+    decay, beta, before = -np.abs(drawn(8, heads)), np.abs(drawn(8, heads)), drawn(3, heads * size * width)
+    y, after = np.empty_like(v), np.empty_like(before)
+    for number, rows in sequences():
+        state = before[number].reshape(heads, size, width).copy()
+        for row in rows:
+            for head in range(heads):
+                of_q, of_k = (each[row].reshape(key_heads, size)[head // 2] for each in (q, k))
+                state[head] *= np.exp(decay[row, head])
+                delta = (v[row].reshape(heads, width)[head] - of_k @ state[head]) * beta[row, head]
+                state[head] += np.outer(of_k, delta)
+                y[row].reshape(heads, width)[head] = of_q @ state[head]
+        after[number] = state.reshape(-1)
+    found = run(recurrences.delta_rule, (heads, key_heads, size, width), [q, k, v, decay, beta, before], heads * width)
+    check(found, (y, after))
+
+
+BUILDS = [
+    pytest.param(name, scheme, marks=[] if (name, scheme) == ("lfm2", "q0f32") else pytest.mark.slow)
+    for name in traced.HYBRIDS
+    for scheme in ("q0f32", "q4f16_1")
+]
+
+
+@pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
+def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, model_type: str, scheme: str) -> None:
+    """Both states go back over decoded tokens alone, and forks are refused: a state is of one place."""
+    made = test_traced.built(tmp_path, model_type, scheme, kernels)
+    test_traced.check(made)
+    session = made.session(2)
+    sequence = session.add()
+    session.prefill(sequence, [5, 9, 30, 7])
+    first = session.decode(sequence, 11)
+    session.decode(sequence, 12)
+    session.popn(sequence, 2)
+    assert families.error(session.decode(sequence, 11), first) == 0
+    with pytest.raises(RequestError, match="cannot take back 3 tokens"):
+        session.popn(sequence, 3)
+    with pytest.raises(RequestError, match="cannot be shared"):
+        session.fork(sequence, 2)
