@@ -22,6 +22,7 @@ _LIKELY = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)
 _PART = re.compile(r"\$\$\{|\$\{([^{}\n]*)(\}?)")
 VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _TEXT_LIMIT = 100_000
+_ALL_TEXTS_LIMIT = 20_000_000  # 2,000 characters for each of as many nodes as there may be
 _FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
 _SECRET_LEAST = 4  # characters: what is shorter cannot be told from other text, and so not be masked
 
@@ -42,6 +43,7 @@ class Scope:
         self._env, self._problems = env, problems
         self._variables: dict[str, Item | None] = {}
         self._warned: set[str] = set()
+        self._written = 0  # characters of all texts that were made of references
 
     def define(self, variables: Mapping[str, Item]) -> None:
         """Resolve the variables themselves, which may refer to one another, in the order this needs."""
@@ -119,6 +121,12 @@ class Scope:
             if sum(map(len, written)) > _TEXT_LIMIT:  # doubled a few dozen times it would fill the memory
                 self._problems.add(item.place, f"becomes a text of more than {_TEXT_LIMIT:,} characters")
                 return None
+        self._written += sum(map(len, written))
+        if self._written > _ALL_TEXTS_LIMIT:
+            self._problems.add(
+                item.place, f"is where the texts of all instances become more than {_ALL_TEXTS_LIMIT:,} characters"
+            )
+            return None
         return Item(kind("".join(written) + text[end:]), item.place, base) if sound else None
 
     def _part(self, match: re.Match[str], item: Item, reading: _Reading) -> Item | None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph import registry
 from stagegraph.errors import SpecError
 from stagegraph.spec import load as module
+from stagegraph.spec import reader, scope
 from stagegraph.spec.load import load
 from tests.engine.spec_fakes import SpecFiles
 
@@ -64,6 +66,10 @@ BOMBS = {
     + "stages:\n  x: {uses: '${vars.a40}'}\n",
     "listed": HEAD + "vars:\n  a: [" + ",".join(["x"] * 4_000_000) + "]\nstages: {x: {uses: y}}\n",
     "values": HEAD + "vars:\n  a: [" + ",".join(["x"] * 400_000) + "]\nstages: {x: {uses: y}}\n",
+    "merged": HEAD + "vars:\n  a: &a {" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}\n  b: ["
+    + ", ".join(["{<<: *a}"] * 20_000) + "]\nstages: {x: {uses: y}}\n",
+    "merged twice": HEAD + "vars:\n  a: &a {" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}\n  s: &s {z: 1}\n"
+    + "  b: {<<: *a, " + ", ".join(["<<: *s"] * 20_000) + "}\nstages: {x: {uses: y}}\n",
 }  # fmt: skip
 
 
@@ -84,6 +90,30 @@ def test_a_pipeline_that_would_grow_without_end_is_refused_in_little_memory(name
     said, grown = map(int, done.stdout.split())
     assert said < 10_000
     assert grown < 200 << 10  # KiB
+
+
+def test_what_reading_takes_is_bounded_by_what_is_counted(spec: SpecFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The counts at which reading ends, each just passed and just kept; docs/guarantees.md has what they take."""
+    spec.write("light_stage.py", STAGE)
+    monkeypatch.setattr(registry, "shipped", lambda: registry.Provider(stages={"light": "light_stage:Light"}))
+    monkeypatch.setattr(reader, "SIZE_LIMIT", 60)
+    monkeypatch.setattr(scope, "_ALL_TEXTS_LIMIT", 30)
+    shape = HEAD + "vars: {{v: [{}], t: {}, m: &m {{a: 1, b: 2}}{}}}\nstages: {{light: {{with: {{size: 1}}}}}}\n"
+    for values, text, merges, said in (
+        ("1, 2", "x", "", ""),
+        (",".join("1" * 60), "x", "", "it has more than 60 values"),
+        ("1, 2", "x", "".join(f", n{i}: {{<<: *m}}" for i in range(20)), "more than 60"),
+        ("'${vars.t}-', '${vars.t}-'", "x" * 13, "", ""),
+        ("'${vars.t}-', '${vars.t}-'", "x" * 17, "", "more than 30 characters"),
+    ):
+        file = spec.write("p.yaml", shape.format(values, text, merges))
+        try:
+            load(file)
+            refused = ""
+        except SpecError as error:
+            refused = str(error)
+        assert said in refused, (said, refused)
+        assert bool(said) == bool("more than" in refused), refused
 
 
 def test_pipes_and_devices_are_no_pipelines(tmp_path: Path) -> None:
