@@ -177,6 +177,7 @@ def _prove(
     beyond: Mapping[int, str],
     left_out: Sequence[Finding],
 ) -> None:
+    from stages.documents.files import write_json
     from stages.tokenizers import rowless
     from stages.tokenizers.automatic import Automatic
     from stages.tokenizers.checks import examine
@@ -203,7 +204,7 @@ def _prove(
         "texts": len(texts),
         "findings": [{"check": f.check, "level": f.level, "message": f.message} for f in (*left_out, *findings)],
     }
-    (ctx.out / "proof.json").write_text(json.dumps(proof, ensure_ascii=False, indent=1, sort_keys=True) + "\n", "utf-8")
+    write_json(ctx.out / "proof.json", proof)
     ctx.summary(
         f"{resolution.family}: {subject.info['active_vocab_size']:,} ids, proven equal to {resolution.vocabulary.name}"
     )

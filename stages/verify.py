@@ -181,6 +181,7 @@ class Verify(Stage):
 
 def _verify(ctx: Context, folder: Path) -> None:
     from stages.checkpoint.errors import ConfigError
+    from stages.documents.files import write_json
     from stages.runtime import seal
     from stages.runtime.errors import BundleError, RequestError
     from stages.verification import bom, certificate, gates
@@ -217,18 +218,17 @@ def _verify(ctx: Context, folder: Path) -> None:
         raise StageError(*error.problems) from None
     except RequestError as error:
         raise StageError(f"{case.bundle}: the library refuses what its sizes allow: {error}") from None
-    text = json.dumps(findings.document(), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    verified = findings.document()
     card = findings.card(quantized["tensors"])
-    (ctx.out / "verify.json").write_text(text, "utf-8")
+    write_json(ctx.out / "verify.json", verified)
     (ctx.out / "card.md").write_text(card, "utf-8")
     if findings.failures:  # what was measured stays with the failure, where `compare` finds it
         raise StageError(*(f"{findings.name}: {text}" for text in (*findings.failures, *findings.advice)))
     for warning in findings.warnings:
         ctx.warn(warning)
-    certified = certificate.document(case, findings, ctx.params.origin, ctx.document)
+    certified = certificate.document(case, verified, findings.golden, ctx.params.origin, ctx.document)
     (ctx.out / "certificate.json").write_bytes(seal.fixed(certified))
-    bill = json.dumps(bom.bill(certified, case.manifest), ensure_ascii=False, indent=1, sort_keys=True) + "\n"
-    (ctx.out / "bom.cdx.json").write_text(bill, "utf-8")
+    write_json(ctx.out / "bom.cdx.json", bom.bill(certified, verified, case.manifest))
     if not findings.passed:
         ctx.fact(RESERVATION, findings.verdict)
     ctx.view("card", card)

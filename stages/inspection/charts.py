@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+    from stages.documents.verification import Verification
+    from stages.documents.weights import ErrorLine, ErrorReport
 
 WIDTH, ROW, LABEL, VALUE = 640, 20, 190, 150  # pixels: of all, of a bar's row, left and right of the bars
 HEIGHT, MARGIN = 200, 46  # pixels: of the plot of errors, and around it
@@ -17,7 +20,7 @@ LETTERS = 30  # of a label, at most
 Bar = tuple[str, float, str]  # label, value, what is written after it
 
 
-def stored(document: Mapping[str, Any]) -> str:
+def stored(document: ErrorReport) -> str:
     """Return how the bytes of a quantize report share out over forms of storage, and the error of every tensor."""
     sizes: Counter[str] = Counter()
     for tensor in document["tensors"]:
@@ -30,14 +33,14 @@ def stored(document: Mapping[str, Any]) -> str:
     return _bars("how the weights are stored", bars) + _errors(document["tensors"])
 
 
-def divergence(document: Mapping[str, Any]) -> str:
+def divergence(document: Verification) -> str:
     """Return the KL divergence from the original by kind of text; empty where none was measured."""
-    found = document.get("quantization") or {}
-    kinds = {"all": found.get("all"), **found.get("kinds", {})}
+    found = document["quantization"]
+    kinds = {"all": found["all"], **found["kinds"]} if found else {}
     bars = [
-        (f"{kind}, {each['tokens']:,} tokens", each["kl_mean"], f"{each['kl_mean']:.2g}; {each['top1']:.1%}")
+        (f"{kind}, {each['tokens']:,} tokens", kl, f"{kl:.2g}; {each['top1']:.1%}")
         for kind, each in kinds.items()
-        if each
+        if (kl := each["kl_mean"]) is not None
     ]
     title = "mean KL divergence from the original, in nats; share of its first choices"
     return _bars(title, bars) if bars else ""
@@ -55,7 +58,7 @@ def _bars(title: str, bars: Sequence[Bar]) -> str:
     return "".join([*lines, "</svg></figure>"])
 
 
-def _errors(tensors: Sequence[Mapping[str, Any]]) -> str:
+def _errors(tensors: Sequence[ErrorLine]) -> str:
     """Return a dot for each quantized tensor, in the order of the model; the axis begins at zero."""
     shown = [tensor for tensor in tensors if tensor["quantize"]]
     if not shown:

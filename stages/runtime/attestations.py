@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.runtime.certificate import Sealed
+    from stages.runtime.documents import Certificate, Result
     from stages.runtime.manifest import Manifest
 
 CARD = "card.md"
 
 
-def keep(bundle: Manifest, held: Sealed, path: Path) -> str:
+def keep(bundle: Manifest, held: Sealed[Certificate], path: Path) -> str:
     """Keep the result at ``path`` beside the bundle and return the card; :class:`BundleError` if it is of another."""
     result = certificate.read_result(path)
     _refuse_foreign(bundle, held, result, path)
@@ -32,7 +33,7 @@ def keep(bundle: Manifest, held: Sealed, path: Path) -> str:
     return card
 
 
-def found(bundle: Manifest, held: Sealed) -> list[Sealed]:
+def found(bundle: Manifest, held: Sealed[Certificate]) -> list[Sealed[Result]]:
     """Return the results kept beside a bundle; :class:`BundleError` for one that is damaged or of another."""
     results = []
     for path in sorted((bundle.root / certificate.ATTESTATIONS).glob("*.json")):
@@ -41,32 +42,34 @@ def found(bundle: Manifest, held: Sealed) -> list[Sealed]:
     return results
 
 
-def _refuse_foreign(bundle: Manifest, held: Sealed, result: Sealed, path: Path) -> None:
+def _refuse_foreign(bundle: Manifest, held: Sealed[Certificate], result: Sealed[Result], path: Path) -> None:
+    said = result.document
     problems = [
         f"{path}: it is of another {what}: run the selftest again with this one"
         for what, of, here in (
-            ("bundle", result["bundle"], bundle.sha256),
-            ("certificate", result["certificate"], held.sha256),
-            ("certificate, which is of another bundle", held["bundle"]["sha256"], bundle.sha256),
+            ("bundle", said["bundle"], bundle.sha256),
+            ("certificate", said["certificate"], held.sha256),
+            ("certificate, which is of another bundle", held.document["bundle"]["sha256"], bundle.sha256),
         )
         if of != here
     ]
-    if not problems and result["device"]["kind"] != bundle.device:
-        problems = [f"{path}: it was run on {result['device']['kind']}, and the bundle is for {bundle.device}"]
+    if not problems and said["device"]["kind"] != bundle.device:
+        problems = [f"{path}: it was run on {said['device']['kind']}, and the bundle is for {bundle.device}"]
     if problems:
         raise BundleError(problems[0])
 
 
-def _card(bundle: Manifest, held: Sealed, results: list[Sealed]) -> str:
+def _card(bundle: Manifest, held: Sealed[Certificate], results: list[Sealed[Result]]) -> str:
+    certified = held.document
     lines = [
-        f"# {bundle.name} ({held['bundle']['scheme']}, {bundle.target}): {held['verdict']}",
+        f"# {bundle.name} ({certified['bundle']['scheme']}, {bundle.target}): {certified['verdict']}",
         "",
         "What `selftest` said on other machines, of this bundle and its certificate.",
         "",
         "| device | result | largest difference | at most |",
         "| --- | --- | --- | --- |",
     ]
-    for result in results:
+    for result in (each.document for each in results):
         measured = [check["measured"] for check in result["checks"] if check["measured"] is not None]
         bounds = [check["bound"] for check in result["checks"] if check["bound"] is not None]
         largest = f"{max(measured):.2e}" if measured else "not run"

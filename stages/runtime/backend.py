@@ -17,6 +17,8 @@ from stages.runtime.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from stages.runtime.documents import Device
+
 DEVICES = {  # target -> the kind of device that its kernels run on
     "llvm": "cpu",
     "cuda": "cuda",
@@ -64,7 +66,7 @@ def device(kind: str) -> Any:
     return found
 
 
-def device_name(kind: str) -> dict[str, str]:
+def device_name(kind: str) -> Device:
     """Return what a result says of the device that it was found on."""
     if kind == "cpu":
         return {"kind": "cpu", "name": host.cpu_name()}

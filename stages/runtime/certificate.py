@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stages.runtime import seal
 from stages.runtime.errors import BundleError
 from stages.runtime.folder import read_document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
+    from stages.runtime.documents import Certificate, CheckLine, Json, Result
+
+Document = TypeVar("Document")
 FILE, FORMAT = "certificate.json", 1
 RESULT_FORMAT = 1
 PASS, FAIL = "pass", "FAIL"
@@ -25,22 +28,19 @@ ATTESTATIONS = "attestations"  # folder beside it of results from other machines
 
 
 @dataclass(frozen=True)
-class Sealed:
+class Sealed(Generic[Document]):
     """A document whose seal and form were checked, and the SHA-256 in hex of the file that it was in."""
 
-    document: Mapping[str, Any]
+    document: Document
     sha256: str
 
-    def __getitem__(self, key: str) -> Any:
-        return self.document[key]
 
-
-def read(path: Path) -> Sealed:
+def read(path: Path) -> Sealed[Certificate]:
     """Read a certificate; :class:`BundleError` for one that is damaged, changed or of another format."""
     return _read(path, "certificate", FORMAT, _check_certificate)
 
 
-def of(root: Path, elsewhere: Path | None = None) -> Sealed:
+def of(root: Path, elsewhere: Path | None = None) -> Sealed[Certificate]:
     """Read the certificate of the bundle at ``root``, or the one that lies ``elsewhere``."""
     path = elsewhere or root / FILE
     if elsewhere is None and not path.exists():
@@ -51,12 +51,12 @@ def of(root: Path, elsewhere: Path | None = None) -> Sealed:
     return read(path)
 
 
-def read_result(path: Path) -> Sealed:
+def read_result(path: Path) -> Sealed[Result]:
     """Read what a selftest wrote; :class:`BundleError` likewise."""
     return _read(path, "result", RESULT_FORMAT, _check_result)
 
 
-def _read(path: Path, what: str, version: int, check: Callable[[Mapping[str, Any]], None]) -> Sealed:
+def _read(path: Path, what: str, version: int, check: Callable[[Json], None]) -> Sealed[Any]:
     if not path.exists():
         raise BundleError(f"{path}: there is no such file")
     document, data = read_document(path)
@@ -78,12 +78,12 @@ def _read(path: Path, what: str, version: int, check: Callable[[Mapping[str, Any
 
 def check_document(
     name: str, ok: bool, detail: str, measured: float | None = None, bound: float | None = None
-) -> dict[str, Any]:
+) -> CheckLine:
     """Return one check as a result tells it; numbers are relative differences, where the check has any."""
     return {"name": name, "ok": ok, "detail": detail, "measured": measured, "bound": bound}
 
 
-def _check_certificate(document: Mapping[str, Any]) -> None:
+def _check_certificate(document: Json) -> None:
     _text(document["verdict"], document["bundle"]["sha256"])
     tokenizer = document["tokenizer"]
     _text(*(entry["text"] for entry in tokenizer["texts"]))
@@ -105,7 +105,7 @@ def _check_certificate(document: Mapping[str, Any]) -> None:
             raise ValueError(f"golden: a row follows token {row['after']!r:.20} of {len(tokens)}")
 
 
-def _check_result(document: Mapping[str, Any]) -> None:
+def _check_result(document: Json) -> None:
     device, checks = document["device"], document["checks"]
     _text(document["bundle"], document["certificate"], device["kind"], device["name"])
     _text(*document["tools"].values(), *document["unchecked"])

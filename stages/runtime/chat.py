@@ -18,6 +18,8 @@ from stages.runtime.render import checked, render, render_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from stages.runtime.documents import Json
+
 OPEN, CLOSE = "\U000f0000", "\U000f0001"  # around a control token that a message spells
 _JOINTS = range(0x100000, 0x10FFFE)  # private use: one that no text has marks where a message could begin or end one
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field of a message, the usual one first
@@ -40,17 +42,17 @@ class Vocabulary:
     controls: Sequence[str] | None
 
 
-def turns(messages: str | Sequence[Mapping[str, Any]], system: str | None = None) -> list[dict[str, Any]]:
+def turns(messages: str | Sequence[Json], system: str | None = None) -> list[Json]:
     """Return messages as transformers hands them to a template: without None, after ``system`` if that is given.
 
     A string is one message of the user.
     """
-    given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    given: list[Json] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system:
         given = [{"role": "system", "content": system}, *given]
     if not given:
         raise RequestError("the conversation is empty: give at least one message")
-    plain = []
+    plain: list[Json] = []
     for message in given:
         kept = {key: value for key, value in message.items() if value is not None}
         reasoning = next((kept[name] for name in _REASONING if name in kept), None)
@@ -77,7 +79,7 @@ def choose(templates: Any, *, tools: bool, name: str | None = None) -> str:
     raise RequestError(f"the checkpoint has no chat template named {wanted[-1]}; it has: {known}")
 
 
-def marked(template: str, given: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+def marked(template: str, given: Json, vocabulary: Vocabulary) -> str:
     """Return the rendered conversation with :data:`OPEN` and :data:`CLOSE` around what was given and spells a control.
 
     ``given`` is all that the template sees beside the roles, which it wins over. :class:`RequestError` where the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from stages.runtime import serving
 from stages.runtime.errors import RequestError
@@ -11,6 +11,7 @@ from stages.runtime.errors import RequestError
 if TYPE_CHECKING:
     import argparse
 
+    from stages.runtime.documents import Json
     from stages.runtime.generation import Generation
     from stages.runtime.manifest import Manifest
 
@@ -97,7 +98,7 @@ def _ids(args: argparse.Namespace, served: serving.Served, prompt: str) -> list[
     return served.tokenizer.chat(prompt, system=system)
 
 
-def _counts(generation: Generation, manifest: Manifest) -> dict[str, Any]:
+def _counts(generation: Generation, manifest: Manifest) -> Json:
     from stages.runtime import backend
 
     return {

@@ -12,17 +12,16 @@ from stages.runtime.errors import BundleError
 from stages.runtime.readings import readings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
+    from stages.runtime.documents import CheckLine, Golden, GoldenRow
     from stages.runtime.manifest import Manifest
 
 SEQUENCES = 2  # read at once, where the library was built for as many
 TOP = 16  # logits kept of each row
 
 
-def vectors(
-    tokens: Sequence[int], prompt: int, rows: np.ndarray, bound: float, sequences: int, origin: str
-) -> dict[str, Any]:
+def vectors(tokens: Sequence[int], prompt: int, rows: np.ndarray, bound: float, sequences: int, origin: str) -> Golden:
     """Return what a certificate keeps of the logits ``rows`` [n, V], of which row i follows ``tokens[: i + 1]``.
 
     Kept are the rows that :func:`~stages.runtime.readings.readings` compare, of each the :data:`TOP` largest logits
@@ -38,7 +37,7 @@ def vectors(
     }
 
 
-def _row(place: int, row: np.ndarray) -> dict[str, Any]:
+def _row(place: int, row: np.ndarray) -> GoldenRow:
     # The order of equal logits is that of their ids: the same on every machine.
     ids = np.lexsort((np.arange(len(row)), -row))[:TOP]
     return {
@@ -53,7 +52,7 @@ def _digits(value: np.floating[Any]) -> float:
     return float(f"{float(value):.9g}")  # nine digits tell any two float32 apart
 
 
-def check(golden: Mapping[str, Any], manifest: Manifest, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+def check(golden: Golden, manifest: Manifest, progress: Callable[[str], object]) -> list[CheckLine]:
     """Read the text of ``golden`` in every way with the bundle; return a check for each.
 
     ``progress`` is told what is read next. Raises :class:`BundleError` for what cannot be loaded, and
@@ -81,7 +80,7 @@ def check(golden: Mapping[str, Any], manifest: Manifest, progress: Callable[[str
     return checks
 
 
-def difference(found: np.ndarray, golden: Mapping[str, Any]) -> float:
+def difference(found: np.ndarray, golden: GoldenRow) -> float:
     """Return how far a row of logits [V] is from a golden one, relative to its largest; infinite if not finite.
 
     A logit that was not among the kept ones is off by what it is above the smallest of them.

@@ -19,6 +19,8 @@ from stages.runtime.folder import MANIFEST, Entry, Folder, read_document
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stages.runtime.documents import BundledModel, Cpu, DeviceCode, Json
+
 SCHEMA = 1
 WEIGHTS = ".bin"  # files of this ending are digested as they are loaded, whatever else is checked before
 _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
@@ -39,11 +41,11 @@ class Manifest:
     target: str
     machine: str
     tvm: Mapping[str, str]
-    cpu: Mapping[str, Any]
-    model: Mapping[str, Any]
-    device_code: Sequence[Mapping[str, Any]]
+    cpu: Cpu
+    model: BundledModel
+    device_code: Sequence[DeviceCode]
     files: Mapping[str, Entry]
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # of generation_config.json, by its keys
+    sampling: Mapping[str, float | bool] = field(default_factory=dict)  # of generation_config.json, by its keys
     quick: bool = False  # whether weights are loaded by their sizes alone, undigested
     sha256: str = field(default="", compare=False)  # of bundle.json's bytes, in hex
 
@@ -121,7 +123,7 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
 
     Machine code runs on the same major version from its minor version on, PTX on everything from its version on.
     """
-    code = [(str(entry["kind"]), int(entry["arch"])) for entry in manifest.device_code]
+    code = [(entry["kind"], entry["arch"]) for entry in manifest.device_code]
     for kind, arch in code:
         if arch <= capability and (kind == "ptx" or arch // 10 == capability // 10):
             return []
@@ -129,9 +131,9 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
     return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
 
 
-def disagreements(manifest: Manifest, metadata: Mapping[str, Any]) -> list[str]:
+def disagreements(manifest: Manifest, metadata: Json) -> list[str]:
     """Return where bundle.json contradicts what its library says of itself (``_metadata``), which is what runs."""
-    found: dict[str, Any] = {"target": manifest.target, **manifest.model}
+    found: Json = {"target": manifest.target, **manifest.model}
     built = {"target": metadata["target"]["target"], **metadata["model"]}
     return [
         f"{manifest.root / MANIFEST}: {key} is {found.get(key)!r:.60} and the library was built for {value!r:.60}: "
@@ -177,7 +179,7 @@ def _problems_of_sampling(sampling: Any) -> list[str]:
     ]
 
 
-def _problems_of_model(document: Mapping[str, Any]) -> list[str]:
+def _problems_of_model(document: Json) -> list[str]:
     model, problems = document["model"], []
     state = model.get("state", "kv")
     if str(state) not in _STATES:
@@ -192,7 +194,7 @@ def _problems_of_model(document: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _problems_of_machine(document: Mapping[str, Any]) -> list[str]:
+def _problems_of_machine(document: Json) -> list[str]:
     problems = []
     for dist, version in document["tvm"].items():
         if not re.fullmatch(r"[a-z0-9-]+", dist) or not isinstance(version, str):
@@ -208,7 +210,7 @@ def _problems_of_machine(document: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _problems_of_files(document: Mapping[str, Any]) -> list[str]:
+def _problems_of_files(document: Json) -> list[str]:
     problems = []
     for name, entry in document["files"].items():
         if not _stays_inside(name):

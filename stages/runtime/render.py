@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+
+    from stages.runtime.documents import Json
 
 CPU_SECONDS = 5
 MEMORY = 1 << 29
@@ -43,7 +45,7 @@ class Rendering:
     literals: str
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
+def render(template: str, variables: Json) -> str:
     """Return the rendered text; :class:`RequestError` if it fails, or exceeds its time, memory or length."""
     return checked(render_all(template, [variables]).texts[0])
 
@@ -55,7 +57,7 @@ def checked(text: str | RequestError) -> str:
     return text
 
 
-def render_all(template: str, variables: Sequence[Mapping[str, Any]], *, now: datetime | None = None) -> Rendering:
+def render_all(template: str, variables: Sequence[Json], *, now: datetime | None = None) -> Rendering:
     """Render a template several times in one process; :class:`RequestError` if that itself fails.
 
     ``now`` is what the template's clock shows: None for the time it is. The limits are those of the whole.

@@ -58,7 +58,7 @@ class Settings:
         return ", ".join(said)
 
 
-def of_checkpoint(sampling: Mapping[str, Any]) -> dict[str, Any]:
+def of_checkpoint(sampling: Mapping[str, float | bool]) -> dict[str, Any]:
     """Return as arguments of :class:`Settings` what transformers makes of a generation_config.json.
 
     ``sampling`` has its keys; without ``do_sample`` all but the penalty is idle there.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 KEY = "sha256"
 
 
-def seal(document: Mapping[str, Any]) -> str:
+def seal(document: Mapping[str, object]) -> str:
     """Return the SHA-256 in hex of what a document says, its own seal left out."""
     said = {key: value for key, value in document.items() if key != KEY}
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fixed(document: Mapping[str, Any]) -> bytes:
+def fixed(document: Mapping[str, object]) -> bytes:
     """Return the one file, in UTF-8, that says what ``document`` does, with its seal; :class:`ValueError` for NaN."""
     said = {**document, KEY: seal(document)}
     return (json.dumps(said, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from stages.runtime import certificate, golden, seal, serving, signature
 from stages.runtime.certificate import FAIL, PASS, check_document
@@ -16,8 +16,10 @@ from stages.runtime.errors import BundleError, RequestError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
 
     from stages.runtime.certificate import Sealed
+    from stages.runtime.documents import Certificate, CheckLine, Device, Result
     from stages.runtime.manifest import Manifest
 
 _TOOLS = ("apache-tvm", "apache-tvm-ffi", "numpy", "tokenizers")
@@ -54,34 +56,36 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
         except OSError as error:
             raise RequestError(f"{args.output}: {error.strerror}") from None
     signed = _signed(signature.signer(bundle.root), args.require_signature)
-    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held, result, [signed], others))
+    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held.document, result, [signed], others))
     out.flush()
     return 0 if result["result"] == PASS else 1
 
 
-def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
+def test(bundle: Manifest, held: Sealed[Certificate], progress: Callable[[str], object]) -> Result:
     """Return the result of holding ``bundle`` against its certificate; :class:`BundleError` where it cannot run here.
 
     Nothing is loaded of a bundle whose files are not those that were certified.
     """
     from stages.runtime import backend, manifest, wording
 
+    certified = held.document
     checks = [_same_bundle(bundle, held), _files(bundle)]
+    device: Device
     device, unchecked = {"kind": bundle.device, "name": ""}, ["what it computes"]
     if all(check["ok"] for check in checks):
         problems = manifest.machine_problems(bundle)
         if problems:
             raise BundleError(*problems)
-        if held["golden"] is None:
+        if certified["golden"] is None:
             raise BundleError(
                 "the certificate holds no golden vectors: none were made where it was verified, so that the files are "
                 "all that can be held against it"
             )
-        of_tokenizer, unchecked = wording.check(held["tokenizer"], bundle.folder)
+        of_tokenizer, unchecked = wording.check(certified["tokenizer"], bundle.folder)
         checks += of_tokenizer
-        checks += golden.check(held["golden"], bundle, progress)
+        checks += golden.check(certified["golden"], bundle, progress)
         device = backend.device_name(bundle.device)
-    result = {
+    result: Result = {
         "format": f"stagegraph-result-{certificate.RESULT_FORMAT}",
         "result": PASS if all(check["ok"] for check in checks) else FAIL,
         "bundle": bundle.sha256,
@@ -91,16 +95,16 @@ def test(bundle: Manifest, held: Sealed, progress: Any) -> dict[str, Any]:
         "checks": checks,
         "unchecked": unchecked,
     }
-    return {**result, seal.KEY: seal.seal(result)}
+    return {**result, "sha256": seal.seal(result)}
 
 
-def _same_bundle(bundle: Manifest, held: Sealed) -> dict[str, Any]:
-    same = held["bundle"]["sha256"] == bundle.sha256
+def _same_bundle(bundle: Manifest, held: Sealed[Certificate]) -> CheckLine:
+    same = held.document["bundle"]["sha256"] == bundle.sha256
     problem = "its SHA-256 is not the one that the certificate names: another bundle, or changed"
     return check_document("bundle.json", same, "the one that was certified" if same else problem)
 
 
-def _files(bundle: Manifest) -> dict[str, Any]:
+def _files(bundle: Manifest) -> CheckLine:
     from stages.runtime import manifest
 
     problems = manifest.check(bundle, run=False)
@@ -127,9 +131,11 @@ def _signed(signer: str | None, key: Path | None) -> str:
     return f"  signed by the key of SHA-256 {signer}, {checked}"
 
 
-def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], first: list[str], others: list[Sealed]) -> str:
+def _page(
+    bundle: Manifest, certified: Certificate, result: Result, first: list[str], others: list[Sealed[Result]]
+) -> str:
     device = result["device"]
-    lines = [f"{bundle.name} ({held['bundle']['target']}), certified: {held['verdict']}", *first]
+    lines = [f"{bundle.name} ({certified['bundle']['target']}), certified: {certified['verdict']}", *first]
     width = max(len(check["name"]) for check in result["checks"])
     lines += [
         f"  {check['name']:<{width}}  {'ok' if check['ok'] else FAIL}  {check['detail']}" for check in result["checks"]
@@ -137,5 +143,6 @@ def _page(bundle: Manifest, held: Sealed, result: dict[str, Any], first: list[st
     lines += [f"  not checked: {text}" for text in result["unchecked"]]
     where = f"on {device['name']}" if device["name"] else "without being run"
     lines.append(f"{result['result']} {where} ({device['kind']})")
-    lines += [f"attested: {other['result']} on {other['device']['name']}" for other in others]
+    attested = (other.document for other in others)
+    lines += [f"attested: {other['result']} on {other['device']['name']}" for other in attested]
     return "".join(f"{serving.one_line(line)}\n" for line in lines)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from stages.runtime.documents import Speed
     from stages.runtime.manifest import Manifest
 
 
@@ -21,7 +22,7 @@ def measure(
     decode_tokens: int,
     repeats: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Speed]:
     """Return for ``prefill`` and ``decode`` how many tokens were read, and tokens per second.
 
     ``rate`` is the median, ``lowest`` and ``highest`` are the ends of what was seen. A prompt is read in one call and
@@ -38,7 +39,7 @@ def measure(
         times.append(_read(session, ids[:length], ids[length:]))
         progress(done + 1)
     prefill, decode = zip(*times[1:], strict=True)
-    return {"prefill": _rates(length, prefill), "decode": {"after": length, **_rates(steps, decode)}}
+    return {"prefill": _rates(length, prefill), "decode": {**_rates(steps, decode), "after": length}}
 
 
 def _read(session: Session, prompt: Sequence[int], following: Sequence[int]) -> tuple[float, float]:
@@ -54,8 +55,16 @@ def _read(session: Session, prompt: Sequence[int], following: Sequence[int]) -> 
     return read - began, ended - read
 
 
-def _rates(tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
+def _rates(tokens: int, seconds: Sequence[float]) -> Speed:
     """Return tokens per second, of four digits: all that they mean."""
     rates = [tokens / each for each in seconds]
-    found = {"rate": statistics.median(rates), "lowest": min(rates), "highest": max(rates)}
-    return {"tokens": tokens, **{name: float(f"{value:.4g}") for name, value in found.items()}}
+    return {
+        "tokens": tokens,
+        "rate": _digits(statistics.median(rates)),
+        "lowest": _digits(min(rates)),
+        "highest": _digits(max(rates)),
+    }
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")

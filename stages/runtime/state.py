@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from stages.runtime.documents import BundledModel
 
 HISTORY = 16  # states a session keeps of each sequence, the newest among them
 
@@ -35,7 +37,7 @@ class State:
 def create(
     functions: Any,
     shape: Callable[[list[int]], Any],
-    model: Mapping[str, Any],
+    model: BundledModel,
     sequences: int,
     tokens: int | None = None,
 ) -> State:
@@ -48,6 +50,7 @@ def create(
     if kind == "rnn":
         return State((*steps,), None, HISTORY, None)
     window, page = model["context_window"], model["page_size"]
+    assert page, "the size of a page was checked with the manifest"
     pages = sequences * -(-window // page) if tokens is None else -(-tokens // page)
     sizes = (sequences, pages * page, model["prefill_chunk"], page, 0)
     cache = functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime import chat as chats
 from stages.runtime import trie
@@ -13,9 +13,10 @@ from stages.runtime.folder import Folder
 from stages.runtime.trie import TrieVocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from stages.runtime.documents import Json
     from stages.runtime.library import LibraryVocabulary
     from stages.runtime.stream import TextStream
 
@@ -32,7 +33,7 @@ class BundleTokenizer:
     def __init__(self, place: Path | Folder) -> None:
         self._folder = place if isinstance(place, Folder) else Folder(place)
         try:
-            self._info: dict[str, Any] = self._folder.json(INFO)
+            self._info: Json = self._folder.json(INFO)
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
             _check(self._info)
@@ -82,11 +83,11 @@ class BundleTokenizer:
 
     def chat(
         self,
-        messages: str | Sequence[Mapping[str, Any]],
+        messages: str | Sequence[Json],
         *,
         system: str | None = None,
         add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
+        variables: Json | None = None,
         template: str | None = None,
     ) -> list[int]:
         """Return the ids of a conversation in the bundle's chat format.
@@ -118,13 +119,13 @@ class BundleTokenizer:
             return ""
         return chats.choose(self._config().get("chat_template"), tools=True)
 
-    def _config(self) -> Mapping[str, Any]:
+    def _config(self) -> Json:
         config = self._folder.json(CONFIG)
         if not isinstance(config, dict):
             raise BundleError(f"{self._folder.root / CONFIG}: expected an object, found {config!r:.60}")
         return config
 
-    def _spelling(self, config: Mapping[str, Any]) -> chats.Vocabulary:
+    def _spelling(self, config: Json) -> chats.Vocabulary:
         controls = config.get("chat_control_tokens")
         return chats.Vocabulary(
             encode=lambda text: self.encode(text, specials=True),
@@ -138,7 +139,7 @@ class BundleTokenizer:
         """Return a decoder of ids that arrive one at a time and continue the ids ``after``."""
         return self._vocabulary.stream(after[-1] if after else None)
 
-    def _chatml(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> list[int]:
+    def _chatml(self, messages: Sequence[Json], *, add_generation_prompt: bool) -> list[int]:
         """Encode turns after the format's own system message, unless they begin with one.
 
         Where tokenizer_info.json says piecewise, role and content are encoded one by one: at once they would merge,
@@ -179,7 +180,7 @@ class BundleTokenizer:
         return self._vocabulary.specials[token][0]
 
 
-def _check(info: Any) -> None:
+def _check(info: Json) -> None:
     """Raise :class:`ValueError` where tokenizer_info.json does not hold what is read from it."""
     active, form, chat = info["active_vocab_size"], info.get("normalize"), info.get("chat") or {}
     if type(active) is not int or active < 1:
@@ -192,7 +193,7 @@ def _check(info: Any) -> None:
         raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
-def _open(folder: Folder, info: Mapping[str, Any]) -> LibraryVocabulary | TrieVocabulary:
+def _open(folder: Folder, info: Json) -> LibraryVocabulary | TrieVocabulary:
     if trie.FILE in folder:
         return TrieVocabulary(bytes(folder.read(trie.FILE)))
     from stages.runtime import library

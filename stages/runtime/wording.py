@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime.certificate import check_document
 from stages.runtime.errors import RequestError
@@ -13,6 +13,7 @@ from stages.runtime.tokenizer import CONFIG, INFO, BundleTokenizer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stages.runtime.documents import CheckLine, Wording
     from stages.runtime.folder import Folder
 
 CONVERSATION = (
@@ -22,7 +23,7 @@ CONVERSATION = (
 )
 
 
-def wording(texts: Mapping[str, Sequence[int]], tokenizer: BundleTokenizer, folder: Folder) -> dict[str, Any]:
+def wording(texts: Mapping[str, Sequence[int]], tokenizer: BundleTokenizer, folder: Folder) -> Wording:
     """Return what a certificate keeps of a tokenizer; ``texts`` are texts to continue with their ids."""
     info = folder.json(INFO)
     form = (info.get("chat") or {}).get("format")
@@ -50,7 +51,7 @@ def _conversation(tokenizer: BundleTokenizer, folder: Folder) -> list[int] | Non
         return None
 
 
-def check(kept: Mapping[str, Any], folder: Folder) -> tuple[list[dict[str, Any]], list[str]]:
+def check(kept: Wording, folder: Folder) -> tuple[list[CheckLine], list[str]]:
     """Return the checks of a bundle's tokenizer against what was kept, and what cannot be checked here.
 
     Raises :class:`~stages.runtime.errors.BundleError` where it cannot be loaded.

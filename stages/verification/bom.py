@@ -6,16 +6,18 @@ no SPDX identifiers. There is neither a time nor a serial number, so that equal 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from stages.documents.verification import Verification
+    from stages.runtime.documents import Certificate, CertifiedCheckpoint, Json
     from stages.runtime.manifest import Manifest
 
 
-def bill(certified: Mapping[str, Any], bundle: Manifest) -> dict[str, Any]:
-    """Return the bill of materials of a bundle with this certificate."""
+def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Json:
+    """Return the bill of materials of a bundle with this certificate; ``verified`` is the verify.json in it."""
     checkpoint = certified["checkpoint"]
     licences = [{"license": {"name": name}} for name in (_licence(checkpoint["licence"]),) if name]
     model = {
@@ -28,7 +30,7 @@ def bill(certified: Mapping[str, Any], bundle: Manifest) -> dict[str, Any]:
         "pedigree": {"ancestors": [_checkpoint(checkpoint, bundle.name, licences)]},
         "modelCard": {
             "modelParameters": {"architectureFamily": str(bundle.model.get("family", ""))},
-            "quantitativeAnalysis": {"performanceMetrics": _metrics(certified["verification"])},
+            "quantitativeAnalysis": {"performanceMetrics": _metrics(verified)},
         },
         "properties": [
             {"name": "stagegraph:verdict", "value": certified["verdict"]},
@@ -36,7 +38,7 @@ def bill(certified: Mapping[str, Any], bundle: Manifest) -> dict[str, Any]:
             {"name": "stagegraph:target", "value": certified["bundle"]["target"]},
         ],
     }
-    files: list[dict[str, Any]] = [
+    files: list[Json] = [
         {
             "type": "file",
             "bom-ref": f"file:{name}",
@@ -46,7 +48,7 @@ def bill(certified: Mapping[str, Any], bundle: Manifest) -> dict[str, Any]:
         for name, file in sorted(bundle.files.items())
     ]
     needed = [_package(name, version) for name, version in sorted(bundle.tvm.items())]
-    components: list[dict[str, Any]] = [*files, *needed]
+    components: list[Json] = [*files, *needed]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -63,9 +65,9 @@ def _licence(said: Mapping[str, str]) -> str:
     return said.get("license_name") or said.get("license") or ""
 
 
-def _checkpoint(checkpoint: Mapping[str, Any], name: str, licences: list[Any]) -> dict[str, Any]:
+def _checkpoint(checkpoint: CertifiedCheckpoint, name: str, licences: Sequence[Json]) -> Json:
     repository, _, commit = checkpoint["source"].partition("@")
-    found = {
+    found: dict[str, object] = {
         "type": "machine-learning-model",
         "name": repository or name,
         "hashes": [{"alg": "BLAKE3", "content": checkpoint["blake3"]}],
@@ -78,10 +80,10 @@ def _checkpoint(checkpoint: Mapping[str, Any], name: str, licences: list[Any]) -
     return found
 
 
-def _metrics(verification: Mapping[str, Any]) -> list[dict[str, str]]:
+def _metrics(verified: Verification) -> list[dict[str, str]]:
     return [
         {"type": check["name"], "value": f"{check['measured']:g}"}
-        for check in verification["checks"]
+        for check in verified["checks"]
         if check["measured"] is not None
     ]
 

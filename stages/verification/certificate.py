@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime import certificate, seal
 from stages.runtime.wording import wording
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from stages.documents.verification import Verification
+    from stages.runtime.documents import Certificate, Golden, Json
     from stages.verification.case import Case
-    from stages.verification.report import Findings
 
 CARD = "README.md"
 _LICENCE_FILE = re.compile(r"LICEN[SC]E|COPYING")
@@ -23,16 +24,17 @@ _LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*
 _CARD_LIMIT = 1 << 20  # bytes of a model card that are looked at
 
 
-def document(case: Case, findings: Findings, source: str, made: Mapping[str, Any]) -> dict[str, Any]:
+def document(case: Case, verified: Verification, golden: Golden | None, source: str, made: Json) -> Certificate:
     """Return what the certificate of a bundle says; its seal goes on as it is written (:mod:`stages.runtime.seal`).
 
-    ``source`` is the repository and commit of the checkpoint, where its folder tells; ``made`` is the document
-    that the key of this execution is the digest of.
+    ``verified`` is verify.json, ``golden`` what :mod:`stages.runtime.golden` made. ``source`` is the repository and
+    commit of the checkpoint, where its folder tells; ``made`` is the document that the key of this execution is the
+    digest of.
     """
     bundle = case.manifest
     return {
         "format": f"stagegraph-certificate-{certificate.FORMAT}",
-        "verdict": findings.verdict,
+        "verdict": verified["verdict"],
         "bundle": {
             "name": bundle.name,
             "target": bundle.target,
@@ -46,12 +48,12 @@ def document(case: Case, findings: Findings, source: str, made: Mapping[str, Any
             "source": source,
         },
         "made": {"code": seal.seal(made["code"]), "tools": made["tools"], "inputs": made["inputs"]},
-        "verification": findings.document(),
+        "verification": verified,
         "tokenizer": {
             **wording({text: case.prompt(text) for text in case.texts}, case.tokenizer, case.manifest.folder),
             "proof": case.proof,
         },
-        "golden": findings.golden,
+        "golden": golden,
     }
 
 

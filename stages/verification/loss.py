@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from stages.documents.verification import LossFigures, QuantizationLoss
     from stages.runtime.session import Session
     from stages.verification.probes import Probes
 
@@ -44,9 +45,10 @@ class Loss:
     perplexity_ratio: float
     perplexity_ratio_error: float
 
-    def document(self) -> dict[str, Any]:
-        """Return the figures as numbers of four digits, for verify.json."""
-        return {name: value if name == "tokens" else float(f"{value:.4g}") for name, value in vars(self).items()}
+    def document(self) -> LossFigures:
+        """Return the figures as numbers of four digits."""
+        digits = {name: float(f"{value:.4g}") for name, value in vars(self).items()}
+        return cast("LossFigures", {**digits, "tokens": self.tokens})
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def measure(session: Session, probes: Probes, original: Mapping[str, np.ndarray]
     return Places(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def report(places: Places, probes: Probes, origin: str) -> dict[str, Any]:
-    """Return the figures of all places and of each kind of text, for verify.json."""
+def report(places: Places, probes: Probes, origin: str) -> QuantizationLoss:
+    """Return the figures of all places and of each kind of text."""
     kinds = np.array(probes.compared_kinds())
     return {
         "original": origin,

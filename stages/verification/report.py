@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from stages.verification.checks import EVERY_STEP, TEXT, Check
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stages.documents.verification import LossFigures, QuantizationLoss, Verification
+    from stages.documents.weights import ErrorLine
+    from stages.runtime.documents import Golden
 
 VERIFIED, TEXT_VERIFIED = "verified", "text verified"
 
@@ -27,8 +34,8 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)  # what to do about failures
     loss: float | None = None
-    golden: dict[str, Any] | None = None  # of stages.runtime.golden
-    quantization: Mapping[str, Any] | None = None  # see loss.report
+    golden: Golden | None = None
+    quantization: QuantizationLoss | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -64,8 +71,8 @@ class Findings:
         figures = self.quantization["all"]
         return f"{text}; KL {figures['kl_mean']:.2g}, {figures['top1']:.0%} first choices as the original"
 
-    def document(self) -> dict[str, Any]:
-        """Return verify.json; numbers are rounded to three digits, all that they mean."""
+    def document(self) -> Verification:
+        """Return verify.json; numbers are rounded to three digits, all that they mean, and null if not finite."""
         return {
             "schema": 1,
             "verdict": self.verdict,
@@ -75,7 +82,7 @@ class Findings:
             "device": self.device,
             "reference": {"kind": self.reference, "origin": self.origin},
             "loss": _rounded(self.loss),
-            "quantization": self.quantization,
+            "quantization": _written(self.quantization),
             "checks": [
                 {
                     "name": check.name,
@@ -89,7 +96,7 @@ class Findings:
             "unchecked": self.unchecked,
         }
 
-    def card(self, quantization: Sequence[Mapping[str, Any]]) -> str:
+    def card(self, quantization: Sequence[ErrorLine]) -> str:
         """Return the card in Markdown; ``quantization`` are the lines of quantize's report."""
         worst = max(quantization, key=lambda line: line["rmse"], default=None)
         lines = [
@@ -112,7 +119,7 @@ class Findings:
         return "\n".join(lines) + "\n"
 
 
-def _quantization_table(found: Mapping[str, Any] | None) -> list[str]:
+def _quantization_table(found: QuantizationLoss | None) -> list[str]:
     if found is None:
         return []
     lines = [
@@ -123,14 +130,29 @@ def _quantization_table(found: Mapping[str, Any] | None) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind, each in {"all": found["all"], **found["kinds"]}.items():
-        divergence = " | ".join(f"{each[f'kl_{name}']:.2g}" for name in ("mean", "median", "99", "max"))
-        numbers = f"{divergence} | {each['top1']:.1%} | {each['perplexity']:.4g} | {each['perplexity_original']:.4g}"
+        numbers = f"{each['kl_mean']:.2g} | {each['kl_median']:.2g} | {each['kl_99']:.2g} | {each['kl_max']:.2g}"
+        numbers += f" | {each['top1']:.1%} | {each['perplexity']:.4g} | {each['perplexity_original']:.4g}"
         lines.append(f"| {_cell(kind)} | {each['tokens']} | {numbers} |")
     return lines
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
+    return None if value is None or not math.isfinite(value) else float(f"{value:.3g}")
+
+
+def _written(found: QuantizationLoss | None) -> QuantizationLoss | None:
+    if found is None:
+        return None
+    return {
+        **found,
+        "all": _finite(found["all"]),
+        "kinds": {kind: _finite(each) for kind, each in found["kinds"].items()},
+    }
+
+
+def _finite(figures: LossFigures) -> LossFigures:
+    numbers = cast("Mapping[str, float]", figures)
+    return cast("LossFigures", {name: value if math.isfinite(value) else None for name, value in numbers.items()})
 
 
 def _cell(text: str) -> str:

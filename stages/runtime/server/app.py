@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from stages.runtime.documents import Json
+    from stages.runtime.server.documents import Completion
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.requests import Wanted
 
@@ -155,7 +157,7 @@ class _Api:
             )
         return self._engines[name]
 
-    def _described(self, name: str) -> dict[str, Any]:
+    def _described(self, name: str) -> Json:
         model = self._engines[name].manifest
         about = {"target": model.target, "scheme": model.model["scheme"], "context_window": self._engines[name].limit}
         return {"id": name, "object": "model", "created": self._created, "owned_by": "stagegraph", **about}
@@ -198,7 +200,7 @@ class _Events(StreamingResponse):
             self._ended()
 
 
-async def _unless_gone(request: Request, exchange: Exchange) -> dict[str, Any]:
+async def _unless_gone(request: Request, exchange: Exchange) -> Completion:
     """Return the whole answer; call it off where the client leaves."""
 
     async def gone() -> None:

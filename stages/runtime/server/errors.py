@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.runtime.server.documents import Refusal
 
 
 class ApiError(Exception):
@@ -14,7 +17,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code, self.retry = status, param, code, retry
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> Refusal:
         """Return the body of the response."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 

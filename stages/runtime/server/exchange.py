@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
 from stages.runtime.server.answer import End, Event, Failure, Piece
@@ -13,9 +13,10 @@ from stages.runtime.server.engine import BusyError, ClosingError
 from stages.runtime.server.errors import ApiError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from stages.runtime.server.answer import Answer
+    from stages.runtime.server.documents import Choice, Completion, Refusal, Usage
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.requests import Wanted
     from stages.runtime.server.responses import Form
@@ -45,7 +46,7 @@ class Exchange:
             self.close()
             raise
 
-    def _begin(self, prompt: Any) -> None:
+    def _begin(self, prompt: Sequence[int]) -> None:
         first = len(self._made)
 
         def deliver(index: int, event: Event) -> None:
@@ -66,7 +67,7 @@ class Exchange:
         """Call off what is not over; its pages are free before the next step."""
         self._engine.cancel([job for job, _ in self._made])
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Completion:
         """Return the document with all answers."""
         pieces: list[list[Piece]] = [[] for _ in self._made]
         finishes = [""] * len(self._made)
@@ -75,7 +76,7 @@ class Exchange:
                 pieces[index].append(event)
             else:
                 finishes[index] = event.finish
-        choices = [
+        choices: list[Choice] = [
             {"index": at, **self._form.choice(at, said, finish)}
             for at, (said, finish) in enumerate(zip(pieces, finishes, strict=True))
         ]
@@ -98,7 +99,7 @@ class Exchange:
         except ApiError as error:
             yield _event(error.document())
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Return how many tokens were read and made."""
         count = len(self._wanted.seeds)
         prompt = sum(map(len, self._wanted.prompts))
@@ -131,10 +132,9 @@ class Exchange:
             yield index, event
         self.outcome = "done"
 
-    def _chunk(self, index: int, content: dict[str, Any]) -> str:
-        choice = {"index": index, "finish_reason": None, **content}
-        usage = {"usage": None} if self._wanted.include_usage else {}
-        return _event({**self._form.envelope([choice], chunk=True), **usage})
+    def _chunk(self, index: int, content: Choice) -> str:
+        chunk = self._form.envelope([{"index": index, "finish_reason": None, **content}], chunk=True)
+        return _event({**chunk, "usage": None} if self._wanted.include_usage else chunk)
 
 
 def _failed(error: Exception) -> ApiError:
@@ -145,5 +145,5 @@ def _failed(error: Exception) -> ApiError:
     return ApiError(f"the answer failed: {type(error).__name__}", status=500)
 
 
-def _event(document: dict[str, Any]) -> str:
+def _event(document: Completion | Refusal) -> str:
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n"

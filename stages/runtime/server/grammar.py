@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 LARGEST = 1 << 16  # characters of a grammar
 KEPT = 64  # grammars that need not be compiled again
 INSTALL = "pip install 'stagegraph[serve]' (or: pip install llguidance)"
+Matcher: TypeAlias = Any  # llguidance's LLMatcher, which has no types
 # A model that is unsure may go on with white space for ever: there is a most of it between two parts.
 _JSON = {"whitespace_pattern": r"[ \n]{0,16}"}
 
@@ -28,7 +29,7 @@ class Grammars:
     def __init__(self, tokenizer: BundleTokenizer) -> None:
         self._tokenizer = tokenizer
         self._tokens: Any = None
-        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._compiled: OrderedDict[str, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def json(self, schema: Any, where: str) -> Mask:
@@ -66,7 +67,7 @@ class Grammars:
 class _Matching:
     """Where one text is in its grammar."""
 
-    def __init__(self, matcher: Any, tokenizer: BundleTokenizer) -> None:
+    def __init__(self, matcher: Matcher, tokenizer: BundleTokenizer) -> None:
         self._matcher = matcher
         self._count = tokenizer.active_vocab_size
         self._stop = np.zeros(self._count, bool)

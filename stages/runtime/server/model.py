@@ -8,7 +8,7 @@ import dataclasses
 import queue
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict
+from typing import TYPE_CHECKING, Self, TypedDict
 
 from stages.runtime import manifest as manifests
 from stages.runtime.errors import BundleError, RequestError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from typing import Unpack
 
+    from stages.runtime.documents import Json
     from stages.runtime.server.answer import Mask
     from stages.runtime.server.scheduler import Job
 
@@ -40,7 +41,7 @@ class Asked(TypedDict, total=False):
     repetition_penalty: float
     seed: int
     stop: Sequence[str]
-    schema: Mapping[str, Any]
+    schema: Json
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,7 @@ class Model:
         self._engine = engine
         self.name = engine.name
 
-    def chat(
-        self, messages: str | Sequence[Mapping[str, Any]], *, system: str | None = None, **asked: Unpack[Asked]
-    ) -> Reply:
+    def chat(self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]) -> Reply:
         """Return the answer to a conversation, or to one message of the user.
 
         ``messages`` have a ``role`` and a ``content`` each, as the model's template knows them. :class:`RequestError`
@@ -128,15 +127,13 @@ class Model:
         """Return how a text goes on."""
         return _whole(self._stream(self._engine.tokenizer.prompt(prompt), {}, asked))
 
-    def stream(
-        self, messages: str | Sequence[Mapping[str, Any]], *, system: str | None = None, **asked: Unpack[Asked]
-    ) -> Stream:
+    def stream(self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]) -> Stream:
         """Return the answer to a conversation as it comes."""
         ids = self._engine.tokenizer.chat(messages, system=system)
         return self._stream(ids, of_checkpoint(self._engine.manifest.sampling), asked)
 
     async def chat_async(
-        self, messages: str | Sequence[Mapping[str, Any]], *, system: str | None = None, **asked: Unpack[Asked]
+        self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]
     ) -> Reply:
         """Return the answer to a conversation, while others are made."""
         stream = await asyncio.to_thread(self.stream, messages, system=system, **asked)
@@ -154,7 +151,7 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self, ids: Sequence[int], usual: Mapping[str, Any], asked: Asked) -> Stream:
+    def _stream(self, ids: Sequence[int], usual: Mapping[str, float], asked: Asked) -> Stream:
         names = [field.name for field in dataclasses.fields(Settings)]
         settings = Settings(**{**usual, **{name: asked[name] for name in names if name in asked}})  # type: ignore[literal-required]
         limit, stops = asked.get("max_tokens", 2**31), asked.get("stop", ())
@@ -168,7 +165,7 @@ class Model:
 
         return Stream(begin, self._engine)
 
-    def _masks(self, schema: Mapping[str, Any] | None) -> Callable[[], Mask | None]:
+    def _masks(self, schema: Json | None) -> Callable[[], Mask | None]:
         if schema is None:
             return lambda: None
         try:

@@ -17,6 +17,7 @@ from stages.runtime.server.fields import Fields
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from stages.runtime.documents import Json
     from stages.runtime.server.answer import Mask
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.tools import Tools
@@ -205,13 +206,13 @@ def _ids(fields: Fields, prompt: str | list[int], engine: Engine) -> list[int]:
         raise ApiError(str(error), param=fields.path("prompt")) from None
 
 
-def _message(message: Any, at: int) -> dict[str, Any]:
+def _message(message: Any, at: int) -> Json:
     """Return a message as templates know it: content is one text, the arguments of a call are an object."""
     fields = Fields(message, _MESSAGE, where=f"messages[{at}]")
     role = fields.take("role", str)
     if role not in _ROLES:
         raise fields.wrong("role", f"one of {', '.join(_ROLES)}")
-    found: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(fields)}
+    found: dict[str, object] = {"role": "system" if role == "developer" else role, "content": _content(fields)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in fields:
             found[name] = fields.take(name, str)
@@ -235,7 +236,7 @@ def _content(fields: Fields) -> str:
     return found
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str) -> Json:
     fields = Fields(call, {"id", "type", "function", "index"}, where=where)
     function = Fields(fields.raw("function"), {"name", "arguments"}, where=fields.path("function"))
     arguments = function.take("arguments", str, "{}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stages.runtime.server.answer import Chosen, Piece
 from stages.runtime.server.tools import Reader
@@ -12,6 +12,15 @@ from stages.runtime.server.tools import Reader
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from stages.runtime.server.documents import (
+        ChatLogprobs,
+        Choice,
+        Completion,
+        Message,
+        TextLogprobs,
+        TokenLogprob,
+        ToolCall,
+    )
     from stages.runtime.server.tools import Tools
     from stages.runtime.tokenizer import BundleTokenizer
 
@@ -19,19 +28,19 @@ if TYPE_CHECKING:
 class Form(Protocol):
     """How one endpoint words its answers."""
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self) -> Choice | None:
         """Return what a choice's stream begins with, None for nothing."""
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def delta(self, index: int, piece: Piece) -> Choice | None:
         """Return what one more piece adds to a choice, None for nothing."""
 
-    def closing(self, index: int, finish: str) -> dict[str, Any]:
+    def closing(self, index: int, finish: str) -> Choice:
         """Return what a choice's stream ends with, and why."""
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:
         """Return a whole choice, and why it ended."""
 
-    def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+    def envelope(self, choices: Sequence[Choice], *, chunk: bool) -> Completion:
         """Return the document around choices."""
 
 
@@ -44,11 +53,16 @@ class _Answers:
         self._model, self._tokenizer = model, tokenizer
         self._id, self._created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
 
-    def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+    def envelope(self, choices: Sequence[Choice], *, chunk: bool) -> Completion:
         """Return the document around choices."""
         kind = self.chunk_kind if chunk else self.kind
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-        return {**head, "choices": [*choices]}
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": [*choices],
+        }
 
     def _bytes(self, token: int) -> bytes:
         return self._tokenizer.piece(token) or b""
@@ -67,11 +81,11 @@ class Chat(_Answers):
         self._tools = tools
         self._readers: dict[int, Reader] = {}
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self) -> Choice | None:
         """Return what a choice's stream begins with: who speaks."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def delta(self, index: int, piece: Piece) -> Choice | None:
         """Return what one more piece adds to a choice, None for nothing."""
         text = piece.text
         if self._tools is not None:
@@ -80,36 +94,38 @@ class Chat(_Answers):
             return None
         return {"delta": {"content": text}, "logprobs": self._logprobs([piece])}
 
-    def closing(self, index: int, finish: str) -> dict[str, Any]:
+    def closing(self, index: int, finish: str) -> Choice:
         """Return what a choice's stream ends with, and why."""
         text, calls = self._readers[index].finish() if index in self._readers else ("", [])
-        said = {"content": text} if text else {}
-        called = {"tool_calls": [{"index": at, **call} for at, call in enumerate(calls)]} if calls else {}
-        return {"delta": {**said, **called}, "finish_reason": "tool_calls" if calls else finish}
+        delta: Message = {"content": text} if text else {}
+        if calls:
+            delta["tool_calls"] = [{**call, "index": at} for at, call in enumerate(calls)]
+        return {"delta": delta, "finish_reason": "tool_calls" if calls else finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:  # noqa: ARG002 - as the others
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return a whole choice, and why it ended."""
         text = "".join(piece.text for piece in pieces)
-        calls: list[dict[str, Any]] = []
+        calls: list[ToolCall] = []
         if self._tools is not None:
             reader = Reader(self._tools)
             said = reader.feed(text)
             rest, calls = reader.finish()
             text = said + rest
-        called = {"tool_calls": calls} if calls else {}
-        message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None, **called}
+        message: Message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
         reason = "tool_calls" if calls else finish
         return {"message": message, "logprobs": self._logprobs(pieces), "finish_reason": reason}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
         chosen = [each for piece in pieces for each in piece.chosen]
         return {"content": [self._logprob(each) for each in chosen], "refusal": None} if chosen else None
 
-    def _logprob(self, chosen: Chosen) -> dict[str, Any]:
+    def _logprob(self, chosen: Chosen) -> TokenLogprob:
         top = [self._entry(token, logprob) for token, logprob in chosen.top]
         return {**self._entry(chosen.token, chosen.logprob), "top_logprobs": top}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float) -> TokenLogprob:
         return {"token": self._said(token), "logprob": logprob, "bytes": [*self._bytes(token)]}
 
 
@@ -123,11 +139,11 @@ class Text(_Answers):
         self._echo = echo
         self._lengths: dict[int, int] = {}  # of the text of each choice so far
 
-    def opening(self) -> dict[str, Any] | None:
+    def opening(self) -> Choice | None:
         """Return nothing: a text begins with its first piece."""
         return None
 
-    def delta(self, index: int, piece: Piece) -> dict[str, Any] | None:
+    def delta(self, index: int, piece: Piece) -> Choice | None:
         """Return what one more piece adds to a choice, None for nothing."""
         begun = self._lengths.get(index)
         if not piece.text and not piece.chosen and (begun is not None or not self._echo):
@@ -137,17 +153,17 @@ class Text(_Answers):
         self._lengths[index] = offset + len(text)
         return {"text": text, "logprobs": self._logprobs([piece], offset)}
 
-    def closing(self, index: int, finish: str) -> dict[str, Any]:  # noqa: ARG002 - as the others
+    def closing(self, index: int, finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return what a choice's stream ends with, and why."""
         return {"text": "", "logprobs": None, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:
         """Return a whole choice, and why it ended."""
         text = (self._echo[index] if self._echo else "") + "".join(piece.text for piece in pieces)
         return {"text": text, "logprobs": self._logprobs(pieces, 0), "finish_reason": finish}
 
-    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> dict[str, Any] | None:
-        found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> TextLogprobs | None:
+        found: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             for each in piece.chosen:
                 likeliest = {self._said(token): logprob for token, logprob in each.top}

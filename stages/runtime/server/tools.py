@@ -13,7 +13,9 @@ from stages.runtime.server.fields import Fields
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from stages.runtime.documents import Json
     from stages.runtime.server.answer import Mask
+    from stages.runtime.server.documents import Function, ToolCall
     from stages.runtime.server.grammar import Grammars
 
 MOST = 128  # functions of one request
@@ -46,7 +48,7 @@ class Tools:
     ``must`` are the names of which one has to be called, none where the model may choose to speak.
     """
 
-    given: Sequence[dict[str, Any]]
+    given: Sequence[Json]
     style: Style
     must: Sequence[str]
     parallel: bool
@@ -100,7 +102,7 @@ def read(fields: Fields, template: str) -> Tools | None:
     return Tools(given, style, must, parallel)
 
 
-def _tool(tool: Any, where: str) -> dict[str, Any]:
+def _tool(tool: Any, where: str) -> Json:
     fields = Fields(tool, {"type", "function"}, where=where)
     if fields.raw("type") != "function":
         raise fields.wrong("type", "function")
@@ -136,7 +138,7 @@ class Reader:
         self._held = held[at:]
         return held[:at]
 
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
+    def finish(self) -> tuple[str, list[ToolCall]]:
         """Return what was held back and is no call after all, and the calls."""
         held, self._held = self._held, ""
         texts = held.split(self._begin) if self._begin else ["", held]
@@ -147,7 +149,7 @@ class Reader:
             said += "" if found else self._begin + text
         return said, calls if self._parallel else calls[:1]
 
-    def _found(self, text: str) -> Iterator[dict[str, Any]]:
+    def _found(self, text: str) -> Iterator[ToolCall]:
         """Yield the calls of JSON: one, several in a list, or with a semicolon between them."""
         decoder = json.JSONDecoder()
         text = text.strip()
@@ -160,6 +162,6 @@ class Reader:
                 if isinstance(call, dict) and call.get("name") in self._names:
                     arguments: Any = next((call[name] for name in _ARGUMENTS if name in call), {})
                     shown = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-                    function = {"name": call["name"], "arguments": shown}
+                    function: Function = {"name": call["name"], "arguments": shown}
                     yield {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
             text = text[end:].lstrip(" \n;,]")
