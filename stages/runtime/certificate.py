@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from stages.runtime.documents import Certificate, CheckLine, Json, Result
+    from stages.runtime.documents import Certificate, CheckLine, JsonObject, Result
 
 Document = TypeVar("Document")
 FILE, FORMAT = "certificate.json", 1
@@ -56,7 +56,7 @@ def read_result(path: Path) -> Sealed[Result]:
     return _read(path, "result", RESULT_FORMAT, _check_result)
 
 
-def _read(path: Path, what: str, version: int, check: Callable[[Json], None]) -> Sealed[Any]:
+def _read(path: Path, what: str, version: int, check: Callable[[JsonObject], None]) -> Sealed[Any]:
     if not path.exists():
         raise BundleError(f"{path}: there is no such file")
     document, data = read_document(path)
@@ -83,7 +83,7 @@ def check_document(
     return {"name": name, "ok": ok, "detail": detail, "measured": measured, "bound": bound}
 
 
-def _check_certificate(document: Json) -> None:
+def _check_certificate(document: JsonObject) -> None:
     _text(document["verdict"], document["bundle"]["sha256"])
     tokenizer = document["tokenizer"]
     _text(*(entry["text"] for entry in tokenizer["texts"]))
@@ -105,7 +105,7 @@ def _check_certificate(document: Json) -> None:
             raise ValueError(f"golden: a row follows token {row['after']!r:.20} of {len(tokens)}")
 
 
-def _check_result(document: Json) -> None:
+def _check_result(document: JsonObject) -> None:
     device, checks = document["device"], document["checks"]
     _text(document["bundle"], document["certificate"], device["kind"], device["name"])
     _text(*document["tools"].values(), *document["unchecked"])

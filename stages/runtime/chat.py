@@ -18,7 +18,7 @@ from stages.runtime.render import checked, render, render_all
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
 
 OPEN, CLOSE = "\U000f0000", "\U000f0001"  # around a control token that a message spells
 _JOINTS = range(0x100000, 0x10FFFE)  # private use: one that no text has marks where a message could begin or end one
@@ -42,17 +42,17 @@ class Vocabulary:
     controls: Sequence[str] | None
 
 
-def turns(messages: str | Sequence[Json], system: str | None = None) -> list[Json]:
+def turns(messages: str | Sequence[JsonObject], system: str | None = None) -> list[JsonObject]:
     """Return messages as transformers hands them to a template: without None, after ``system`` if that is given.
 
     A string is one message of the user.
     """
-    given: list[Json] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+    given: list[JsonObject] = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
     if system:
         given = [{"role": "system", "content": system}, *given]
     if not given:
         raise RequestError("the conversation is empty: give at least one message")
-    plain: list[Json] = []
+    plain: list[JsonObject] = []
     for message in given:
         kept = {key: value for key, value in message.items() if value is not None}
         reasoning = next((kept[name] for name in _REASONING if name in kept), None)
@@ -79,7 +79,7 @@ def choose(templates: Any, *, tools: bool, name: str | None = None) -> str:
     raise RequestError(f"the checkpoint has no chat template named {wanted[-1]}; it has: {known}")
 
 
-def marked(template: str, given: Json, vocabulary: Vocabulary) -> str:
+def marked(template: str, given: JsonObject, vocabulary: Vocabulary) -> str:
     """Return the rendered conversation with :data:`OPEN` and :data:`CLOSE` around what was given and spells a control.
 
     ``given`` is all that the template sees beside the roles, which it wins over. :class:`RequestError` where the

@@ -11,7 +11,7 @@ from stages.runtime.errors import RequestError
 if TYPE_CHECKING:
     import argparse
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.generation import Generation
     from stages.runtime.manifest import Manifest
 
@@ -98,7 +98,7 @@ def _ids(args: argparse.Namespace, served: serving.Served, prompt: str) -> list[
     return served.tokenizer.chat(prompt, system=system)
 
 
-def _counts(generation: Generation, manifest: Manifest) -> Json:
+def _counts(generation: Generation, manifest: Manifest) -> JsonObject:
     from stages.runtime import backend
 
     return {

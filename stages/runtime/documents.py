@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypeAlias, TypedDict
 
-Json: TypeAlias = Mapping[str, Any]  # an object of any JSON: a schema, a message, what was read and is not checked yet
+JsonObject: TypeAlias = Mapping[str, Any]  # of any content: a schema, a message, what is not checked yet
 
 
 class Cpu(TypedDict):

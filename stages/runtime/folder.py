@@ -20,7 +20,7 @@ from stages.runtime.errors import BundleError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
 
 MANIFEST = "bundle.json"
 BLOCK = 1 << 20  # bytes read and digested at a time, while they are in the processor's cache
@@ -148,7 +148,7 @@ def parse(data: bytes | bytearray, where: str, *, strict: bool = False) -> Any:
         raise BundleError(f"{where}: cannot be read as JSON: {error!s:.200}; copy the bundle again") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Json:
+def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -19,7 +19,7 @@ from stages.runtime.folder import MANIFEST, Entry, Folder, read_document
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stages.runtime.documents import BundledModel, Cpu, DeviceCode, Json
+    from stages.runtime.documents import BundledModel, Cpu, DeviceCode, JsonObject
 
 SCHEMA = 1
 WEIGHTS = ".bin"  # files of this ending are digested as they are loaded, whatever else is checked before
@@ -131,9 +131,9 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
     return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
 
 
-def disagreements(manifest: Manifest, metadata: Json) -> list[str]:
+def disagreements(manifest: Manifest, metadata: JsonObject) -> list[str]:
     """Return where bundle.json contradicts what its library says of itself (``_metadata``), which is what runs."""
-    found: Json = {"target": manifest.target, **manifest.model}
+    found: JsonObject = {"target": manifest.target, **manifest.model}
     built = {"target": metadata["target"]["target"], **metadata["model"]}
     return [
         f"{manifest.root / MANIFEST}: {key} is {found.get(key)!r:.60} and the library was built for {value!r:.60}: "
@@ -179,7 +179,7 @@ def _problems_of_sampling(sampling: Any) -> list[str]:
     ]
 
 
-def _problems_of_model(document: Json) -> list[str]:
+def _problems_of_model(document: JsonObject) -> list[str]:
     model, problems = document["model"], []
     state = model.get("state", "kv")
     if str(state) not in _STATES:
@@ -194,7 +194,7 @@ def _problems_of_model(document: Json) -> list[str]:
     return problems
 
 
-def _problems_of_machine(document: Json) -> list[str]:
+def _problems_of_machine(document: JsonObject) -> list[str]:
     problems = []
     for dist, version in document["tvm"].items():
         if not re.fullmatch(r"[a-z0-9-]+", dist) or not isinstance(version, str):
@@ -210,7 +210,7 @@ def _problems_of_machine(document: Json) -> list[str]:
     return problems
 
 
-def _problems_of_files(document: Json) -> list[str]:
+def _problems_of_files(document: JsonObject) -> list[str]:
     problems = []
     for name, entry in document["files"].items():
         if not _stays_inside(name):

@@ -23,7 +23,7 @@ from stages.runtime.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
 
 CPU_SECONDS = 5
 MEMORY = 1 << 29
@@ -45,7 +45,7 @@ class Rendering:
     literals: str
 
 
-def render(template: str, variables: Json) -> str:
+def render(template: str, variables: JsonObject) -> str:
     """Return the rendered text; :class:`RequestError` if it fails, or exceeds its time, memory or length."""
     return checked(render_all(template, [variables]).texts[0])
 
@@ -57,7 +57,7 @@ def checked(text: str | RequestError) -> str:
     return text
 
 
-def render_all(template: str, variables: Sequence[Json], *, now: datetime | None = None) -> Rendering:
+def render_all(template: str, variables: Sequence[JsonObject], *, now: datetime | None = None) -> Rendering:
     """Render a template several times in one process; :class:`RequestError` if that itself fails.
 
     ``now`` is what the template's clock shows: None for the time it is. The limits are those of the whole.

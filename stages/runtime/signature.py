@@ -22,7 +22,7 @@ from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.folder import MANIFEST
 
 if TYPE_CHECKING:
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
 
 FILE = "model.sig"
 UNSIGNED = (ATTESTATIONS, FILE)  # what is written after a folder was signed
@@ -90,7 +90,7 @@ def _library(name: str) -> Any:
         raise BundleError(f"signatures need packages that are not installed ({error}): {_PACKAGES}") from None
 
 
-def _read(path: Path) -> tuple[bytes, Json]:
+def _read(path: Path) -> tuple[bytes, JsonObject]:
     """Return the bytes and the content of a signature's file; :class:`BundleError` unless it is in its one form."""
     with path.open("rb") as file:
         data = file.read(_SIZE)
@@ -104,7 +104,7 @@ def _read(path: Path) -> tuple[bytes, Json]:
     return data, document
 
 
-def _formed(document: Json) -> bool:
+def _formed(document: JsonObject) -> bool:
     for place, names in _FORM.items():
         found: Any = document
         for name in filter(None, place.split(".")):

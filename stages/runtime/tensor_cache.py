@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.folder import Folder
 
 FILE = "tensor-cache.json"
@@ -119,7 +119,7 @@ def _entries(document: Any) -> Iterator[tuple[Any, Any]]:
             yield shard.get("dataPath") if isinstance(shard, dict) else shard, entry
 
 
-def _record(root: Path, shard: str, entry: Json) -> Record:
+def _record(root: Path, shard: str, entry: JsonObject) -> Record:
     texts = (entry["name"], entry["dtype"], entry["format"], shard)
     numbers = (entry["byteOffset"], entry["nbytes"], *entry["shape"])
     if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):

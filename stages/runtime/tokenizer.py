@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.library import LibraryVocabulary
     from stages.runtime.stream import TextStream
 
@@ -33,7 +33,7 @@ class BundleTokenizer:
     def __init__(self, place: Path | Folder) -> None:
         self._folder = place if isinstance(place, Folder) else Folder(place)
         try:
-            self._info: Json = self._folder.json(INFO)
+            self._info: JsonObject = self._folder.json(INFO)
             self.active_vocab_size: int = self._info["active_vocab_size"]
             self.stop = frozenset(int(token) for token in self._info["stop"])
             _check(self._info)
@@ -83,11 +83,11 @@ class BundleTokenizer:
 
     def chat(
         self,
-        messages: str | Sequence[Json],
+        messages: str | Sequence[JsonObject],
         *,
         system: str | None = None,
         add_generation_prompt: bool = True,
-        variables: Json | None = None,
+        variables: JsonObject | None = None,
         template: str | None = None,
     ) -> list[int]:
         """Return the ids of a conversation in the bundle's chat format.
@@ -119,13 +119,13 @@ class BundleTokenizer:
             return ""
         return chats.choose(self._config().get("chat_template"), tools=True)
 
-    def _config(self) -> Json:
+    def _config(self) -> JsonObject:
         config = self._folder.json(CONFIG)
         if not isinstance(config, dict):
             raise BundleError(f"{self._folder.root / CONFIG}: expected an object, found {config!r:.60}")
         return config
 
-    def _spelling(self, config: Json) -> chats.Vocabulary:
+    def _spelling(self, config: JsonObject) -> chats.Vocabulary:
         controls = config.get("chat_control_tokens")
         return chats.Vocabulary(
             encode=lambda text: self.encode(text, specials=True),
@@ -139,7 +139,7 @@ class BundleTokenizer:
         """Return a decoder of ids that arrive one at a time and continue the ids ``after``."""
         return self._vocabulary.stream(after[-1] if after else None)
 
-    def _chatml(self, messages: Sequence[Json], *, add_generation_prompt: bool) -> list[int]:
+    def _chatml(self, messages: Sequence[JsonObject], *, add_generation_prompt: bool) -> list[int]:
         """Encode turns after the format's own system message, unless they begin with one.
 
         Where tokenizer_info.json says piecewise, role and content are encoded one by one: at once they would merge,
@@ -180,7 +180,7 @@ class BundleTokenizer:
         return self._vocabulary.specials[token][0]
 
 
-def _check(info: Json) -> None:
+def _check(info: JsonObject) -> None:
     """Raise :class:`ValueError` where tokenizer_info.json does not hold what is read from it."""
     active, form, chat = info["active_vocab_size"], info.get("normalize"), info.get("chat") or {}
     if type(active) is not int or active < 1:
@@ -193,7 +193,7 @@ def _check(info: Json) -> None:
         raise ValueError("chat must have a 'system' message and say whether it is 'piecewise'")
 
 
-def _open(folder: Folder, info: Json) -> LibraryVocabulary | TrieVocabulary:
+def _open(folder: Folder, info: JsonObject) -> LibraryVocabulary | TrieVocabulary:
     if trie.FILE in folder:
         return TrieVocabulary(bytes(folder.read(trie.FILE)))
     from stages.runtime import library

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.verification import Verification
-    from stages.runtime.documents import Certificate, CertifiedCheckpoint, Json
+    from stages.runtime.documents import Certificate, CertifiedCheckpoint, JsonObject
     from stages.runtime.manifest import Manifest
 
 
-def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Json:
+def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> JsonObject:
     """Return the bill of materials of a bundle with this certificate; ``verified`` is the verify.json in it."""
     checkpoint = certified["checkpoint"]
     licences = [{"license": {"name": name}} for name in (_licence(checkpoint["licence"]),) if name]
@@ -38,7 +38,7 @@ def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Js
             {"name": "stagegraph:target", "value": certified["bundle"]["target"]},
         ],
     }
-    files: list[Json] = [
+    files: list[JsonObject] = [
         {
             "type": "file",
             "bom-ref": f"file:{name}",
@@ -48,7 +48,7 @@ def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Js
         for name, file in sorted(bundle.files.items())
     ]
     needed = [_package(name, version) for name, version in sorted(bundle.tvm.items())]
-    components: list[Json] = [*files, *needed]
+    components: list[JsonObject] = [*files, *needed]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -65,7 +65,7 @@ def _licence(said: Mapping[str, str]) -> str:
     return said.get("license_name") or said.get("license") or ""
 
 
-def _checkpoint(checkpoint: CertifiedCheckpoint, name: str, licences: Sequence[Json]) -> Json:
+def _checkpoint(checkpoint: CertifiedCheckpoint, name: str, licences: Sequence[JsonObject]) -> JsonObject:
     repository, _, commit = checkpoint["source"].partition("@")
     found: dict[str, object] = {
         "type": "machine-learning-model",

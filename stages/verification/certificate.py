@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.documents.verification import Verification
-    from stages.runtime.documents import Certificate, Golden, Json
+    from stages.runtime.documents import Certificate, Golden, JsonObject
     from stages.verification.case import Case
 
 CARD = "README.md"
@@ -24,7 +24,7 @@ _LICENCE = re.compile(r"^(license|license_name|license_link):[ \t]*(\S.*?)[ \t]*
 _CARD_LIMIT = 1 << 20  # bytes of a model card that are looked at
 
 
-def document(case: Case, verified: Verification, golden: Golden | None, source: str, made: Json) -> Certificate:
+def document(case: Case, verified: Verification, golden: Golden | None, source: str, made: JsonObject) -> Certificate:
     """Return what the certificate of a bundle says; its seal goes on as it is written (:mod:`stages.runtime.seal`).
 
     ``verified`` is verify.json, ``golden`` what :mod:`stages.runtime.golden` made. ``source`` is the repository and

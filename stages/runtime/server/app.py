@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.server.documents import Completion
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.requests import Wanted
@@ -157,7 +157,7 @@ class _Api:
             )
         return self._engines[name]
 
-    def _described(self, name: str) -> Json:
+    def _described(self, name: str) -> JsonObject:
         model = self._engines[name].manifest
         about = {"target": model.target, "scheme": model.model["scheme"], "context_window": self._engines[name].limit}
         return {"id": name, "object": "model", "created": self._created, "owned_by": "stagegraph", **about}

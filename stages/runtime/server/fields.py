@@ -9,7 +9,7 @@ from stages.runtime.server.errors import ApiError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
 
 _NAMES: dict[Any, str] = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
@@ -21,7 +21,7 @@ class Fields:
         self._where = where
         if not isinstance(document, dict):
             raise ApiError(f"{where or 'the body'} must be an object, found {_shown(document)}", param=where or None)
-        self._given: Json = {name: value for name, value in document.items() if value is not None}
+        self._given: JsonObject = {name: value for name, value in document.items() if value is not None}
         if known is not None and (unknown := sorted(self._given.keys() - {*known})):
             import difflib  # only a mistake pays for it
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
     from typing import Unpack
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.server.answer import Mask
     from stages.runtime.server.scheduler import Job
 
@@ -41,7 +41,7 @@ class Asked(TypedDict, total=False):
     repetition_penalty: float
     seed: int
     stop: Sequence[str]
-    schema: Json
+    schema: JsonObject
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Model:
         self._engine = engine
         self.name = engine.name
 
-    def chat(self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]) -> Reply:
+    def chat(self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]) -> Reply:
         """Return the answer to a conversation, or to one message of the user.
 
         ``messages`` have a ``role`` and a ``content`` each, as the model's template knows them. :class:`RequestError`
@@ -127,13 +127,15 @@ class Model:
         """Return how a text goes on."""
         return _whole(self._stream(self._engine.tokenizer.prompt(prompt), {}, asked))
 
-    def stream(self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]) -> Stream:
+    def stream(
+        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]
+    ) -> Stream:
         """Return the answer to a conversation as it comes."""
         ids = self._engine.tokenizer.chat(messages, system=system)
         return self._stream(ids, of_checkpoint(self._engine.manifest.sampling), asked)
 
     async def chat_async(
-        self, messages: str | Sequence[Json], *, system: str | None = None, **asked: Unpack[Asked]
+        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]
     ) -> Reply:
         """Return the answer to a conversation, while others are made."""
         stream = await asyncio.to_thread(self.stream, messages, system=system, **asked)
@@ -165,7 +167,7 @@ class Model:
 
         return Stream(begin, self._engine)
 
-    def _masks(self, schema: Json | None) -> Callable[[], Mask | None]:
+    def _masks(self, schema: JsonObject | None) -> Callable[[], Mask | None]:
         if schema is None:
             return lambda: None
         try:

@@ -17,7 +17,7 @@ from stages.runtime.server.fields import Fields
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.server.answer import Mask
     from stages.runtime.server.engine import Engine
     from stages.runtime.server.tools import Tools
@@ -206,7 +206,7 @@ def _ids(fields: Fields, prompt: str | list[int], engine: Engine) -> list[int]:
         raise ApiError(str(error), param=fields.path("prompt")) from None
 
 
-def _message(message: Any, at: int) -> Json:
+def _message(message: Any, at: int) -> JsonObject:
     """Return a message as templates know it: content is one text, the arguments of a call are an object."""
     fields = Fields(message, _MESSAGE, where=f"messages[{at}]")
     role = fields.take("role", str)
@@ -236,7 +236,7 @@ def _content(fields: Fields) -> str:
     return found
 
 
-def _call(call: Any, where: str) -> Json:
+def _call(call: Any, where: str) -> JsonObject:
     fields = Fields(call, {"id", "type", "function", "index"}, where=where)
     function = Fields(fields.raw("function"), {"name", "arguments"}, where=fields.path("function"))
     arguments = function.take("arguments", str, "{}")

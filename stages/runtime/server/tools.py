@@ -13,7 +13,7 @@ from stages.runtime.server.fields import Fields
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from stages.runtime.documents import Json
+    from stages.runtime.documents import JsonObject
     from stages.runtime.server.answer import Mask
     from stages.runtime.server.documents import Function, ToolCall
     from stages.runtime.server.grammar import Grammars
@@ -48,7 +48,7 @@ class Tools:
     ``must`` are the names of which one has to be called, none where the model may choose to speak.
     """
 
-    given: Sequence[Json]
+    given: Sequence[JsonObject]
     style: Style
     must: Sequence[str]
     parallel: bool
@@ -102,7 +102,7 @@ def read(fields: Fields, template: str) -> Tools | None:
     return Tools(given, style, must, parallel)
 
 
-def _tool(tool: Any, where: str) -> Json:
+def _tool(tool: Any, where: str) -> JsonObject:
     fields = Fields(tool, {"type", "function"}, where=where)
     if fields.raw("type") != "function":
         raise fields.wrong("type", "function")
