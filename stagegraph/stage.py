@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Json = Any  # what the json module reads and writes
+JsonObject = Mapping[str, Json]  # an object of any content
 
 
 class Source(str):
@@ -140,7 +141,7 @@ class Part(NamedTuple):
     """A part that was remembered: its read-only file, and the small facts kept with it."""
 
     path: Path
-    facts: Mapping[str, Json]
+    facts: JsonObject
 
 
 # The fact by which a stage says why what it attests (:class:`Out`) should not be shipped all the same.
@@ -243,7 +244,7 @@ class Stage:
         """Return the versions of the tools that influence the outputs: tool name -> version. Runs while planning."""
         return {}
 
-    def rows(self, params: Any, facts: Mapping[str, Json]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Any, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
         """Say which rows of lookup tables this node uses: ``"module:TABLE"`` -> row name(s).
 
         A table is a module-level dictionary literal. Only the named rows, and the modules named in their

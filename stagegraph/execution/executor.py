@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from stagegraph.execution.messages import Event
     from stagegraph.execution.sandbox import Layout, Log, Sandbox
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Decision, Prepared
@@ -43,7 +44,7 @@ class Slot(Protocol):
     def fileno(self) -> int:
         """Return a descriptor that becomes readable when there are events."""
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[Event]:
         """Return the events that have arrived."""
 
     def kill(self) -> None:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.execution.outcome import Outcome, problem_of
 from stagegraph.planning.planner import Decision, Planner
@@ -16,6 +16,7 @@ from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
     from stagegraph.execution.executor import Running
+    from stagegraph.execution.messages import Succeeded
 
 NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage is not deterministic"
 
@@ -46,12 +47,12 @@ class Results:
             outcome.reason = "back to an earlier result" if earlier else "already in the store"
         return outcome
 
-    def commit(self, running: Running, event: dict[str, Any]) -> Outcome:
+    def commit(self, running: Running, event: Succeeded) -> Outcome:
         """Adopt what a node made, write its record, and show it."""
         with self._workspace.index.together():
             return self._commit(running, event)
 
-    def _commit(self, running: Running, event: dict[str, Any]) -> Outcome:
+    def _commit(self, running: Running, event: Succeeded) -> Outcome:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
         seconds = time.monotonic() - running.began

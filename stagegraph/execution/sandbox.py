@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stagegraph.files import remove_tree
 from stagegraph.planning.key import secrets_of
 from stagegraph.registry import find, hidden_variables
 
 if TYPE_CHECKING:
+    from stagegraph.execution.messages import Event, NodeRequest, Placed, Request, SourceRequest
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Decision, Prepared
     from stagegraph.planning.secrets import Mask, MaskedLog
@@ -49,9 +50,9 @@ class Log:
         """The log itself, or the pipe before it."""
         return self.pipe.pipe if self.pipe else self.path
 
-    def masked(self, event: dict[str, Any]) -> dict[str, Any]:
+    def masked(self, event: Event) -> Event:
         """Return an event without secrets."""
-        return self.mask.event(event) if self.mask else event
+        return cast("Event", self.mask.event(event)) if self.mask else event
 
     def close(self) -> None:
         """See that all that was printed is in the log."""
@@ -161,11 +162,12 @@ def layout_of(node: Node, records: Mapping[Node, Record]) -> Layout:
     return layout
 
 
-def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> dict[str, Any]:
+def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> NodeRequest:
     """Return what a worker is told of a settled node, wherever it runs; ``fresh``: it reuses no memoised parts."""
     node = decision.node
+    assert decision.document is not None, "it was settled"
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
-    sources = {
+    sources: dict[str, SourceRequest] = {
         name: {
             "root": str(state.root),
             "files": {n: str(p.absolute()) for n, p in state.files.items()},
@@ -186,7 +188,7 @@ def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> dict[
 
 def placed(
     sandbox: Sandbox, log: Log, store: Path, inputs: Mapping[str, list[Any]], parts: Mapping[str, PartCode]
-) -> dict[str, Any]:
+) -> Placed:
     """Return what a worker is told besides, of this machine; ``parts`` says what makes what the stage memoises."""
     return {
         "inputs": inputs,
@@ -273,20 +275,20 @@ class Worker:
         """Return the descriptor that becomes readable when there are events."""
         return self._events.fileno()
 
-    def send(self, request: Mapping[str, Any]) -> None:
+    def send(self, request: Request) -> None:
         """Start a request; if the process is gone, its end shows on the event stream."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[Event]:
         """Return the events that have arrived; an event ``gone`` when the process has ended."""
         ended = self._process.poll() is not None  # asked first: what it wrote before it ended is read below
         while chunk := self._events.read(1 << 16):
             self._pending += chunk
         *lines, self._pending = self._pending.split(b"\n")
-        events = [json.loads(line) for line in lines]
+        events: list[Event] = [json.loads(line) for line in lines]
         if ended or chunk == b"":
             events.append({"event": "gone", "meaning": describe_exit(self._process.wait())})
         return events

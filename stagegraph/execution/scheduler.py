@@ -18,7 +18,7 @@ import sqlite3
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError
 from stagegraph.execution.executor import Options
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from selectors import BaseSelector
 
     from stagegraph.execution.executor import Running, Slot
+    from stagegraph.execution.messages import Failed, Succeeded
     from stagegraph.planning.dag import Node
     from stagegraph.remote.shared import Fetched
     from stagegraph.store.pins import Pin
@@ -322,9 +323,9 @@ class Scheduler:
         running.executor.release(running.slot, keep=keep_worker)
         running.log.close()
 
-    def _end(self, running: Running, event: dict[str, Any]) -> None:
+    def _end(self, running: Running, event: Succeeded | Failed) -> None:
         decision = running.decision
-        if not event["ok"]:
+        if event["ok"] is False:
             self._fail(running, event["problems"], bug=event["bug"])
             return
         changed = self._planner.changed(decision)

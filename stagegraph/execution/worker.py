@@ -25,20 +25,23 @@ from typing import Any, TextIO
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
+from stagegraph.execution.messages import Event, Failed, Found, Progress, Request, Succeeded, Written
 from stagegraph.registry import Origin, load_object
-from stagegraph.stage import Context, Finished, Instance, Part, SourceFiles, Stage
+from stagegraph.stage import Context, Finished, Instance, JsonObject, Part, SourceFiles, Stage
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import fsync_file
+from stagegraph.store.record import FileEntry, Spent
 
 PROGRESS_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
+UNSPENT: Spent = {"cpu_seconds": 0.0, "peak_bytes": 0}
 VIEW_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 class WorkerContext(Context):
     """The stage author's context, backed by files and the event stream."""
 
-    def __init__(self, request: Mapping[str, Any], params: Any, events: TextIO) -> None:
+    def __init__(self, request: Request, params: Any, events: TextIO) -> None:
         self.params = params
         self.document = request["document"]
         self.out = Path(request["out"])
@@ -52,7 +55,7 @@ class WorkerContext(Context):
         self._fresh: bool = request["fresh"]
         self._opening = Lock()
         self._memo: Memo | None = None
-        self.found: dict[str, Any] = {"facts": {}, "warnings": [], "summary": "", "parts": {}, "damaged": []}
+        self.found: Found = {"facts": {}, "warnings": [], "summary": "", "parts": {}, "damaged": []}
 
     def input(self, port: str) -> Path:
         ((_, path),) = self._inputs[port]
@@ -68,10 +71,10 @@ class WorkerContext(Context):
         found = self._sources[name]
         return SourceFiles(Path(found["root"]), {n: Path(p) for n, p in found["files"].items()}, found["digests"])
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+    def recall(self, kind: str, document: JsonObject) -> Part | None:
         return self.memo.recall(kind, document)
 
-    def remember(self, kind: str, document: Mapping[str, Any], file: Path, **facts: Any) -> Part:
+    def remember(self, kind: str, document: JsonObject, file: Path, **facts: Any) -> Part:
         refuse_secrets(self._request, {file.name: file}, document, facts)
         return self.memo.remember(kind, document, file, **facts)
 
@@ -93,7 +96,8 @@ class WorkerContext(Context):
         if self._memo is None:
             return {}
         self.found["parts"] = {
-            kind: {**counts, "code": self._parts[kind].digest} for kind, counts in sorted(self._memo.counts.items())
+            kind: {"made": counts["made"], "reused": counts["reused"], "code": self._parts[kind].digest}
+            for kind, counts in sorted(self._memo.counts.items())
         }
         self.found["damaged"] = self._memo.damaged
         self.found["warnings"] += self._memo.warnings()
@@ -103,7 +107,8 @@ class WorkerContext(Context):
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_SECONDS or done == total:
             self._last_progress = now
-            send(self._events, event="progress", done=done, total=total, unit=unit, note=note)
+            progress: Progress = {"event": "progress", "done": done, "total": total, "unit": unit, "note": note}
+            send(self._events, progress)
 
     def warn(self, message: str) -> None:
         self.found["warnings"].append(_text(message))
@@ -128,7 +133,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def send(events: TextIO, **event: Any) -> None:
+def send(events: TextIO, event: Event) -> None:
     """Write one event; if the parent is gone there is nobody left to work for."""
     try:
         events.write(json.dumps(event) + "\n")
@@ -137,11 +142,11 @@ def send(events: TextIO, **event: Any) -> None:
         os._exit(1)
 
 
-def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str]) -> dict[str, Any]:
+def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str]) -> Written:
     """Check what was written against what was declared; sync and digest it. ``known``: (device, inode) -> digest."""
     written = written_files(out)
-    outputs: dict[str, dict[str, Any]] = {port: {} for port in stage.outputs}
-    views: dict[str, Any] = {}
+    outputs: dict[str, dict[str, FileEntry]] = {port: {} for port in stage.outputs}
+    views: dict[str, FileEntry] = {}
     problems = []
     for name, path in written.items():
         ports = [port for port, o in stage.outputs.items() if name == o.path or name.startswith(f"{o.path}/")]
@@ -159,7 +164,7 @@ def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str
     return {"outputs": outputs, "views": views}
 
 
-def refuse_secrets(request: Mapping[str, Any], files: Mapping[str, Path], *documents: Any) -> None:
+def refuse_secrets(request: Request, files: Mapping[str, Path], *documents: Any) -> None:
     """Raise if what is to be kept holds a secret: a file by content or name, or what goes with it."""
     if request["secrets"]:
         from stagegraph.planning.secrets import Mask
@@ -187,7 +192,7 @@ def written_files(out: Path) -> dict[str, Path]:
     return dict(sorted(files.items()))
 
 
-def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any]:
+def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> FileEntry:
     status = path.stat()
     digest = known.get((status.st_dev, status.st_ino))
     if digest is None and status.st_nlink > 1:
@@ -198,13 +203,13 @@ def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> list[Any
     return [digest, status.st_size]
 
 
-def _known_inputs(request: Mapping[str, Any]) -> dict[tuple[int, int], str]:
+def _known_inputs(request: Request) -> dict[tuple[int, int], str]:
     """Large inputs by identity: an output that is a hard link of one need not be digested again."""
     statuses = {digest: Path(path).stat() for path, digest in request["linked"].items()}
     return {(status.st_dev, status.st_ino): digest for digest, status in statuses.items()}
 
 
-def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
+def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
     """Run one stage and return the event that ends it."""
     usage = _Usage()
     try:
@@ -213,17 +218,17 @@ def run_one(request: Mapping[str, Any], events: TextIO) -> dict[str, Any]:
         stage.run(ctx)
         refuse_secrets(request, written_files(ctx.out))
         known = ctx.settle() | _known_inputs(request)
-        end = {"event": "end", "ok": True, **ctx.found, **collect_outputs(stage, ctx.out, known)}
-        json.dumps(end)  # what cannot be recorded is the stage's bug, and is said as one
+        written = collect_outputs(stage, ctx.out, known)
+        json.dumps(ctx.found)  # what cannot be recorded is the stage's bug, and is said as one
+        return {"event": "end", "ok": True, **ctx.found, **written, **usage.spent()}
     except StageError as error:
-        end = {"event": "end", "ok": False, "problems": list(error.problems), "bug": False}
+        return failed(error.problems, usage.spent())
     except OSError as error:
         _print_traceback()
-        end = {"event": "end", "ok": False, "problems": [_said(error)], "bug": False}
+        return failed([_problem_of(error)], usage.spent())
     except Exception as error:  # noqa: BLE001 - a stage's bug must not take the worker down
         _print_traceback()
-        end = {"event": "end", "ok": False, "problems": [f"{type(error).__name__}: {error}"], "bug": True}
-    return end | usage.spent()
+        return failed([f"{type(error).__name__}: {error}"], usage.spent(), bug=True)
 
 
 def params_of(stage: Stage, written: Mapping[str, Any]) -> Any:
@@ -232,7 +237,12 @@ def params_of(stage: Stage, written: Mapping[str, Any]) -> Any:
     return stage.Params(**{k: _tupled(v) for k, v in written.items() if k in names})
 
 
-def _said(error: OSError) -> str:
+def failed(problems: Sequence[str], spent: Spent = UNSPENT, *, bug: bool = False) -> Failed:
+    """Return the event that ends an execution without a result."""
+    return {"event": "end", "ok": False, "problems": [*problems], "bug": bug, **spent}
+
+
+def _problem_of(error: OSError) -> str:
     return f"{error.filename or 'I/O'}: {error.strerror or error}"
 
 
@@ -254,7 +264,7 @@ class _Usage:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; see proc(5)
 
-    def spent(self) -> dict[str, Any]:
+    def spent(self) -> Spent:
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         peak = max(_high_water_kib(), children if children > self._children else 0)
         return {"cpu_seconds": round(self._cpu_seconds() - self._cpu, 3), "peak_bytes": peak * 1024}
@@ -288,11 +298,11 @@ def main() -> None:
     os.dup2(null, 0)
     prepared = False
     for line in requests:
-        request = json.loads(line)
+        request: Request = json.loads(line)
         try:
             log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
         except OSError as error:
-            send(events, event="end", ok=False, problems=[_said(error)], bug=False, cpu_seconds=0, peak_bytes=0)
+            send(events, failed([_problem_of(error)]))
             continue
         os.set_blocking(log, True)  # it was opened so that a pipe in its place hangs nobody; the engine's own is read
         os.dup2(log, 1)
@@ -303,22 +313,14 @@ def main() -> None:
                 load_object(request["prepare"])()
             except Exception as error:  # noqa: BLE001 - reported as the node's failure
                 _print_traceback()
-                send(
-                    events,
-                    event="end",
-                    ok=False,
-                    problems=[f"worker '{profile}': {error}"],
-                    bug=True,
-                    cpu_seconds=0,
-                    peak_bytes=0,
-                )
+                send(events, failed([f"worker '{profile}': {error}"], bug=True))
                 continue
         prepared = True
         end = run_one(request, events)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
-        send(events, **end)
+        send(events, end)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Mask:
             return {self.value(name): self.value(each) for name, each in value.items()}
         return [self.value(each) for each in value] if isinstance(value, list | tuple) else value
 
-    def event(self, event: Mapping[str, Any]) -> dict[str, Any]:
+    def event(self, event: Mapping[str, object]) -> dict[str, object]:
         """Return an event of a worker without secrets in what its stage says."""
         return {name: self.value(value) if name in SAID else value for name, value in event.items()}
 

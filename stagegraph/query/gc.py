@@ -25,6 +25,7 @@ from stagegraph.store.pins import pinned
 from stagegraph.store.record import other_name, record_files
 
 if TYPE_CHECKING:
+    from stagegraph.store.memo import PartEntry
     from stagegraph.store.record import Record
     from stagegraph.store.workspace import Workspace
 
@@ -124,7 +125,7 @@ def _objects(record: Record) -> frozenset[str]:
     return frozenset(digest for digest, _ in record_files(record).values())
 
 
-def _part(workspace: Workspace, name: str, part: dict[str, Any]) -> Item:
+def _part(workspace: Workspace, name: str, part: PartEntry) -> Item:
     try:
         made = workspace.store.path(part["digest"]).stat().st_mtime
     except OSError:

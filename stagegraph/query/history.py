@@ -6,14 +6,14 @@ A run that had nothing to do is not recorded. A run's id is the digest of its jo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PlanError
-from stagegraph.store.journal import EXECUTED, HIT
+from stagegraph.store.journal import EXECUTED, HIT, NodeEntry, RunEntry
 from stagegraph.store.record import record_size, result_digest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class PastRun:
     seconds: float
     state: str  # "ok", "failed" or "interrupted"
     command: tuple[str, ...]
-    nodes: tuple[Mapping[str, Any], ...]
+    nodes: tuple[NodeEntry, ...]
     tag: str = ""
 
     def count(self, *outcomes: str) -> int:
@@ -44,9 +44,9 @@ class PastRun:
 
 def journal_entry(
     pipeline: str, run: Run, started: str, command: Sequence[str], *, interrupted: bool, tag: str = ""
-) -> dict[str, Any]:
+) -> RunEntry:
     """Return the journal's line about a run: every node that was not simply up to date."""
-    return ({"tag": tag} if tag else {}) | {
+    entry: RunEntry = {
         "pipeline": pipeline,
         "started": started,
         "seconds": run.seconds,
@@ -54,18 +54,22 @@ def journal_entry(
         "command": list(command),
         "nodes": [_node_entry(outcome) for outcome in run.outcomes if outcome.reason],
     }
+    if tag:
+        entry["tag"] = tag
+    return entry
 
 
-def _node_entry(outcome: Outcome) -> dict[str, Any]:
+def _node_entry(outcome: Outcome) -> NodeEntry:
     result = result_digest(outcome.record) if outcome.record else ""
-    return outcome_document(outcome) | {
+    return {
+        **outcome_document(outcome),
         "stage": outcome.node.stage.id,
         "result": result,
         "began": outcome.began,
     }
 
 
-def outcome_document(outcome: Outcome) -> dict[str, Any]:
+def outcome_document(outcome: Outcome) -> NodeEntry:
     """Return how one node ended, as ``run --json`` and the journal tell it."""
     record = outcome.record
     return {
@@ -87,18 +91,18 @@ def outcome_document(outcome: Outcome) -> dict[str, Any]:
 
 def past_runs(journal: Journal, pipeline: str) -> list[PastRun]:
     """Return the runs of one pipeline, oldest first."""
-    return [_past(entry) for entry in journal.entries() if entry.get("pipeline") == pipeline]
+    return [_past(entry) for entry in journal.entries() if entry["pipeline"] == pipeline]
 
 
-def _past(entry: Mapping[str, Any]) -> PastRun:
+def _past(entry: RunEntry) -> PastRun:
     return PastRun(
         id=digest_json(entry),
         pipeline=entry["pipeline"],
-        started=entry.get("started", ""),
-        seconds=entry.get("seconds", 0.0),
-        state=entry.get("state", "ok"),
-        command=tuple(entry.get("command", ())),
-        nodes=tuple(entry.get("nodes", ())),
+        started=entry["started"],
+        seconds=entry["seconds"],
+        state=entry["state"],
+        command=tuple(entry["command"]),
+        nodes=tuple(entry["nodes"]),
         tag=str(entry.get("tag", "")),
     )
 
@@ -147,7 +151,7 @@ class Durations:
         self._of_node: dict[tuple[str, str], list[float]] = {}
         self._of_stage: dict[str, list[float]] = {}
         for entry in journal.entries():
-            for node in entry.get("nodes", ()):
+            for node in entry["nodes"]:
                 if node["outcome"] in EXECUTED:
                     self._of_node.setdefault((entry["pipeline"], node["node"]), []).append(node["seconds"])
                     self._of_stage.setdefault(node.get("stage", ""), []).append(node["seconds"])

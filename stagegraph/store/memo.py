@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 from stagegraph.digest import digest_file, digest_json, stat_id
-from stagegraph.stage import Finished, Part
+from stagegraph.stage import Finished, JsonObject, Part
 from stagegraph.store.index import Index
 from stagegraph.store.objects import Store, fsync_file
 
@@ -37,6 +37,16 @@ class PartCode(NamedTuple):
             return all(list(stat_id(path)) == list(stat) for path, stat in self.files.items())
         except OSError:
             return False
+
+
+class PartEntry(TypedDict):
+    """What the index says of a part: the digest and the size of its object, and the small facts beside it."""
+
+    schema: int
+    kind: str
+    digest: str
+    size: int
+    facts: JsonObject
 
 
 class Memo:
@@ -60,7 +70,7 @@ class Memo:
         """Open the memo of the store at ``root`` from a process that has no workspace."""
         return cls(Store(root, Index(root / "index")), codes, fresh=fresh)
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+    def recall(self, kind: str, document: JsonObject) -> Part | None:
         """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
         entry = None if self._fresh or kind not in self._codes else self._entry(self._name(kind, document))
         if entry is None or self._store.check(entry["digest"]) is not None:  # read, as it becomes part of a result
@@ -68,9 +78,7 @@ class Memo:
         self._count(kind, "reused", entry["digest"])
         return Part(self._store.path(entry["digest"]), entry["facts"])
 
-    def remember(
-        self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
-    ) -> Part:
+    def remember(self, kind: str, document: JsonObject, file: Path, *, digest: str | None = None, **facts: Any) -> Part:
         """Take a finished file for a part: it becomes a read-only object, under a second name if that is possible.
 
         Whoever wrote the file may have taken its ``digest`` on the way.
@@ -81,7 +89,7 @@ class Memo:
 
     def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
         """Do the same for several (document, file, digest, facts): they are known at once, after one commit."""
-        entries = {}
+        entries: dict[str, PartEntry] = {}
         for document, file, digest, facts in parts:
             size = file.stat().st_size
             if self._store.share(file, digest):
@@ -100,15 +108,15 @@ class Memo:
         for _, _, digest, _ in parts:
             self._count(kind, "made", digest)
 
-    def _name(self, kind: str, document: Mapping[str, Any]) -> str:
+    def _name(self, kind: str, document: JsonObject) -> str:
         """Return the name under which the index knows a part."""
         if kind not in self._codes:
             raise ValueError(f"'{kind}' is no kind of part that the stage declares (Stage.parts)")
         return f"part:{digest_json([kind, self._codes[kind].digest, document])}"
 
-    def _entry(self, name: str) -> dict[str, Any] | None:
+    def _entry(self, name: str) -> PartEntry | None:
         entry = self._store.index.get(name)
-        return entry if isinstance(entry, dict) and entry.get("schema") == PART_SCHEMA else None
+        return cast("PartEntry", entry) if isinstance(entry, dict) and entry.get("schema") == PART_SCHEMA else None
 
     def warnings(self) -> list[str]:
         """Say which parts were made otherwise than those that are kept for the same code and document."""

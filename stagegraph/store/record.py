@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from stagegraph.digest import digest_json
+from stagegraph.stage import Json, JsonObject
 
 Document = dict[str, Any]  # of a key (:mod:`stagegraph.planning.key`)
+FileEntry: TypeAlias = list[Any]  # [digest, size in bytes]
 
 
 class Output(TypedDict):
     """One output: ``files`` are relative names -> [digest, size in bytes]."""
 
     digest: str
-    files: dict[str, list[Any]]
+    files: dict[str, FileEntry]
 
 
 class PartCounts(TypedDict):
@@ -26,7 +28,35 @@ class PartCounts(TypedDict):
     code: NotRequired[str]
 
 
-class Record(TypedDict):
+class Said(TypedDict):
+    """What a stage said while it ran."""
+
+    facts: dict[str, Json]
+    warnings: list[str]
+    summary: str
+    parts: dict[str, PartCounts]
+
+
+class Spent(TypedDict):
+    """What an execution took."""
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
+class Told(Said, Spent):
+    """What a record has of the worker as it was told; ``views`` are names -> files."""
+
+    views: dict[str, FileEntry]
+
+
+class Ended(Told):
+    """What the worker tells of an execution that ended well; ``outputs`` are the files of each."""
+
+    outputs: dict[str, dict[str, FileEntry]]
+
+
+class Record(Told):
     """What is kept of one execution; ``made_from`` are the keys of what it read, by port."""
 
     schema: int
@@ -38,17 +68,10 @@ class Record(TypedDict):
     started: str
     seconds: float
     host: str
-    views: dict[str, list[Any]]
-    facts: dict[str, Any]
-    warnings: list[str]
-    summary: str
-    parts: dict[str, PartCounts]
-    cpu_seconds: float
-    peak_bytes: int
 
 
 RECORD_SCHEMA = 1
-TOLD = frozenset({"views", "facts", "warnings", "summary", "parts", "cpu_seconds", "peak_bytes"})  # by the worker
+TOLD = Told.__required_keys__
 SELDOM = ("document", "made_from")  # asked of a hit
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 
@@ -58,7 +81,7 @@ def new_record(
     key: str,
     document: Document,
     made_from: Mapping[str, Sequence[str]],
-    event: Mapping[str, Any],
+    event: Ended,
     started: str,
     seconds: float,
 ) -> Record:
@@ -74,13 +97,13 @@ def new_record(
         "seconds": round(seconds, 3),
         "host": event.get("host") or os.uname().nodename,
     }
-    return cast("Record", made | {name: event[name] for name in TOLD})
+    return cast("Record", made | {name: value for name, value in event.items() if name in TOLD})
 
 
 class KnownRecord(dict[str, Any]):
     """A record without what few ask of a hit, which is read when they do; so it is not to be written anywhere."""
 
-    def __init__(self, brief: Mapping[str, Any], read: Callable[[], Record | None]) -> None:
+    def __init__(self, brief: JsonObject, read: Callable[[], Record | None]) -> None:
         super().__init__(brief)
         self._read = read
 
@@ -99,7 +122,7 @@ class KnownRecord(dict[str, Any]):
             return default
 
 
-def brief(record: Record) -> dict[str, Any]:
+def brief(record: Record) -> JsonObject:
     """Return what a :class:`KnownRecord` knows from the start."""
     return {name: value for name, value in record.items() if name not in SELDOM}
 
@@ -127,7 +150,7 @@ def key_of(document: Document) -> str:
     return digest_json(document)
 
 
-def artifact_digest(files: Mapping[str, list[Any]]) -> str:
+def artifact_digest(files: Mapping[str, FileEntry]) -> str:
     """Return the digest that identifies one output: of its manifest, file name -> content digest."""
     return digest_json({name: entry[0] for name, entry in files.items()})
 

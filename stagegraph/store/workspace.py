@@ -10,14 +10,14 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from stagegraph.digest import digest_json, stat_id
 from stagegraph.errors import StoreError
 from stagegraph.files import dotted, remove_tree
 from stagegraph.store.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.store.index import Index
-from stagegraph.store.journal import Journal
+from stagegraph.store.journal import Journal, LastResult
 from stagegraph.store.locks import Locks
 from stagegraph.store.objects import Store
 from stagegraph.store.record import (
@@ -31,6 +31,26 @@ from stagegraph.store.record import (
     result_digest,
 )
 
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from stagegraph.stage import JsonObject
+    from stagegraph.store.memo import PartEntry
+
+
+class Materialised(TypedDict, total=False):
+    """What is known of a node's directory: the ``key`` that it shows, and by what it is told that nothing changed.
+
+    ``files`` are name -> [digest, stat], ``folders`` name -> time of change, ``objects`` digest -> stat of the object,
+    ``record`` the stat of the key's record and what it says.
+    """
+
+    key: str
+    files: dict[str, list[Any]]
+    folders: dict[str, int]
+    objects: dict[str, list[int] | None]
+    record: tuple[list[int], JsonObject]
+
 
 class Workspace(Locks):
     """Everything under one ``artifacts/`` directory."""
@@ -42,8 +62,8 @@ class Workspace(Locks):
         self.index = Index(self.root / "index")
         self.store = Store(self.root, self.index)
         self.journal = Journal(self.root / "journal.jsonl")
-        self._materialised: dict[str, dict[str, Any]] = {}
-        self._lasts: dict[str, dict[str, Any]] = {}
+        self._materialised: dict[str, Materialised] = {}
+        self._lasts: dict[str, LastResult] = {}
         self.work = self.root / "work"
         self.failed = self.root / "failed"
         self._secret_key: bytes | None = None
@@ -142,20 +162,20 @@ class Workspace(Locks):
             if record is not None:
                 yield record
 
-    def last(self, pipeline: str, node: str) -> dict[str, Any]:
-        """Return what is remembered of a node: ``key`` of its last result, ``failed`` key of a later failure."""
+    def last(self, pipeline: str, node: str) -> LastResult:
+        """Return what is remembered of a node: see :class:`~stagegraph.store.journal.LastResult`."""
         name = f"last:{pipeline}/{node}"
         if name not in self._lasts:
-            known = self.index.get(name)
+            known: LastResult | None = self.index.get(name)
             self._lasts[name] = known if isinstance(known, dict) else self._journaled.get((pipeline, node), {})
         return self._lasts[name]
 
     @cached_property
-    def _journaled(self) -> dict[tuple[str, str], dict[str, str]]:
+    def _journaled(self) -> dict[tuple[str, str], LastResult]:
         """What the journal says of every node's last result and failure: where the index does not know, or is new."""
         return self.journal.last_results()
 
-    def lasts(self) -> dict[str, dict[str, Any]]:
+    def lasts(self) -> dict[str, LastResult]:
         """Return what is remembered of every node there ever was: ``pipeline/node`` -> as :meth:`last`."""
         nodes = {tuple(name.removeprefix("last:").split("/", 1)) for name in self.index.names("last:")}
         return {
@@ -171,10 +191,10 @@ class Workspace(Locks):
         key = self.last(pipeline, node).get("key")
         return self.record(key) if key else None
 
-    def set_last(self, pipeline: str, node: str, **facts: str) -> None:
-        """Remember the key of a node's result (``key=``) or of its failure (``failed=``)."""
+    def set_last(self, pipeline: str, node: str, **facts: Unpack[LastResult]) -> None:
+        """Remember a key of a node: of its result, of its failure, or of what runs."""
         old = self.last(pipeline, node)
-        new = facts if "key" in facts else {**old, **facts}
+        new: LastResult = facts if "key" in facts else {**old, **facts}
         if old != new:
             self.index.set(f"last:{pipeline}/{node}", new)
             self._lasts[f"last:{pipeline}/{node}"] = new
@@ -194,18 +214,18 @@ class Workspace(Locks):
                 lost.append(f"stored {name} was {wrong}")
         return lost
 
-    def _shown(self, pipeline: str, node: str) -> dict[str, Any]:
+    def _shown(self, pipeline: str, node: str) -> Materialised:
         """Return what is known of a node's directory; read once a run."""
         name = f"mat:{pipeline}/{node}"
         if name not in self._materialised:
-            known = self.index.get(name)
+            known: Materialised | None = self.index.get(name)
             self._materialised[name] = known if isinstance(known, dict) else {}
         return self._materialised[name]
 
-    def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
+    def parts(self) -> Iterator[tuple[str, PartEntry]]:
         """Yield the index's name of every memoised part, and its entry: kind, digest of its object, size in bytes."""
         for name in self.index.names("part:"):
-            entry = self.index.get(name)
+            entry: PartEntry | None = self.index.get(name)
             if isinstance(entry, dict):
                 yield name, entry
 
@@ -228,9 +248,9 @@ class Workspace(Locks):
                 Path(shown).with_name(node).rename(shown)
         fresh = known.get("key") != key
         wanted = record_files(record)
-        have: dict[str, Any] = known.get("files", {})
+        have = known.get("files", {})
         restored = []
-        files: dict[str, Any] = {}
+        files: dict[str, list[Any]] = {}
         for name, (digest, _) in wanted.items():
             now = stat_or_none(f"{shown}/{name}")
             if have.get(name) == [digest, now] or self._is_in_place(have.get(name), digest, Path(shown, name)):
@@ -242,7 +262,7 @@ class Workspace(Locks):
         if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
             if isinstance(record, KnownRecord) or not (stat := self._record_stat(key)):
                 return []
-            self._know(pipeline, node, {**known, "record": [stat, brief(record)]})
+            self._know(pipeline, node, {**known, "record": (stat, brief(record))})
             return []
         folder = Path(shown)
         with self.locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
@@ -251,17 +271,17 @@ class Workspace(Locks):
                 self.store.place(wanted[name][0], folder / name, known=new)
                 files[name] = [wanted[name][0], list(stat_id(folder / name))]
             strays = remove_strays(folder, set(wanted))
-            state: dict[str, Any] = {"key": key, "files": files, "folders": folder_times(shown, wanted)}
+            state: Materialised = {"key": key, "files": files, "folders": folder_times(shown, wanted)}
             state["objects"] = self._object_stats(wanted)
             if stat := self._record_stat(key):
-                state["record"] = [stat, brief(record)]
+                state["record"] = (stat, brief(record))
             self._know(pipeline, node, state)
         return [] if fresh else restored + strays
 
     def _object_stats(self, wanted: Mapping[str, tuple[str, int]]) -> dict[str, list[int] | None]:
         return {digest: stat_or_none(self.store.file(digest)) for digest, _ in wanted.values()}
 
-    def _know(self, pipeline: str, node: str, state: dict[str, Any]) -> None:
+    def _know(self, pipeline: str, node: str, state: Materialised) -> None:
         self.index.set(f"mat:{pipeline}/{node}", state)
         self._materialised[f"mat:{pipeline}/{node}"] = state
 

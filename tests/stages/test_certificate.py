@@ -103,7 +103,7 @@ def test_a_bill_of_materials_says_what_the_certificate_does(certified, recorded)
     (checkpoint,) = model["pedigree"]["ancestors"]
     assert checkpoint["hashes"] == [{"alg": "BLAKE3", "content": document["checkpoint"]["blake3"]}]
     document["checkpoint"] |= {"licence": {"license": "other", "license_name": "qwen"}, "source": f"ORG/NAME@{COMMIT}"}
-    (told,) = bill(document, bundle)["metadata"]["component"]["pedigree"]["ancestors"]
+    (told,) = bill(document, document["verification"], bundle)["metadata"]["component"]["pedigree"]["ancestors"]
     assert told["licenses"] == [{"license": {"name": "qwen"}}]
     assert (told["name"], told["version"], told["purl"]) == ("ORG/NAME", COMMIT, f"pkg:huggingface/ORG/NAME@{COMMIT}")
 
