@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from stages.documents.files import JsonObject
 
 
 # A new part to keep: its document, its file, the digest of the bytes of the file, and small facts.
-NewPart: TypeAlias = "tuple[Mapping[str, Any], Path, str, Mapping[str, Any]]"
+NewPart: TypeAlias = "tuple[JsonObject, Path, str, JsonObject]"
 
 
 class Part(Protocol):
@@ -21,19 +23,17 @@ class Part(Protocol):
         """The file; read-only."""
 
     @property
-    def facts(self) -> Mapping[str, Any]:
+    def facts(self) -> JsonObject:
         """The facts."""
 
 
 class Memo(Protocol):
     """A stage's context, as far as it is used here."""
 
-    def recall(self, kind: str, document: Mapping[str, Any]) -> Part | None:
+    def recall(self, kind: str, document: JsonObject) -> Part | None:
         """Return the part kept for ``document``, or None."""
 
-    def remember(
-        self, kind: str, document: Mapping[str, Any], file: Path, *, digest: str | None = None, **facts: Any
-    ) -> Part:
+    def remember(self, kind: str, document: JsonObject, file: Path, *, digest: str | None = None, **facts: Any) -> Part:
         """Keep ``file`` as the part for ``document``; ``digest`` is that of its bytes, where it was taken."""
 
     def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:

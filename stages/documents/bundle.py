@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
+from stages.documents.files import JsonObject
 from stages.documents.library import BuiltModel, Cpu, DeviceCode, Metadata
 from stages.documents.model import Generation, Model
 from stages.documents.weights import TensorCache
@@ -40,8 +41,9 @@ class TokenizerInfo(TypedDict):
     active_vocab_size: int
     bos: int | None
     pad: int | None
+    prefix: list[int]
     stop: list[int]
-    chat: Mapping[str, Any]
+    chat: JsonObject
 
 
 class Parts(TypedDict):

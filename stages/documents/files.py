@@ -1,12 +1,15 @@
-"""How documents are written: sorted keys and no numbers that JSON lacks, so that equal documents are equal bytes."""
+"""JSON of any content, and how documents are written: sorted keys, no numbers that JSON lacks, equal ones as equal bytes."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+JsonObject: TypeAlias = Mapping[str, Any]  # of any content: what others wrote, or what is not checked yet
 
 
 def json_text(document: object) -> str:

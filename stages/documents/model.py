@@ -3,7 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
+
+from stages.documents.files import JsonObject
+
+
+class RopeParameters(TypedDict, total=False):
+    """transformers' rope_parameters with every number in place: no null, nothing left out but what a type ignores."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    truncate: bool
+    low_freq_factor: float
+    high_freq_factor: float
+    short_factor: list[float]
+    long_factor: list[float]
+
+
+class RopeFields(TypedDict):
+    """The fields of stages.models.rope:Rope but for max_positions."""
+
+    rotary_dim: int
+    rope_parameters: RopeParameters
 
 
 class Model(TypedDict):
@@ -12,7 +40,7 @@ class Model(TypedDict):
     schema: int
     family: str
     architecture: str
-    config: Mapping[str, Any]
+    config: JsonObject
     context_window: int
     vocab_size: int
     hidden_size: int
@@ -48,7 +76,7 @@ class Packed(TypedDict):
     form: str
     called: str
     parts: Mapping[str, StoredPart]
-    settings: Mapping[str, Any]
+    settings: JsonObject
 
 
 class CheckpointTensor(TypedDict):

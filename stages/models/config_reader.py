@@ -16,6 +16,8 @@ from stages.models.family import KeyClass
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from stages.documents.files import JsonObject
+
 LARGEST = 2**31 - 1  # of a size: what kernels index with
 FULL, SLIDING = "full_attention", "sliding_attention"
 ABSENT = object()
@@ -47,9 +49,7 @@ class ConfigReader:
     key.
     """
 
-    def __init__(
-        self, raw: Mapping[str, Any], keys: Mapping[str, KeyClass], defaults: Mapping[str, Any], family: str
-    ) -> None:
+    def __init__(self, raw: JsonObject, keys: Mapping[str, KeyClass], defaults: JsonObject, family: str) -> None:
         self.raw = raw
         self.defaults = defaults
         self.problems: list[str] = []

@@ -12,9 +12,9 @@ from stages.models.family import AttentionCache, Param, copied
 from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from stages.documents.files import JsonObject
     from stages.models.config_reader import ConfigReader
+    from stages.models.family import Tensors
 
 SILU = {"silu": "silu", "swish": "silu"}  # transformers' two names of one activation
 
@@ -174,9 +174,7 @@ def causal_lm(config: DecoderConfig, make: Any) -> Any:
     )
 
 
-def reference(
-    config: DecoderConfig, tensors: Mapping[str, Any], **options: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def reference(config: DecoderConfig, tensors: Tensors, **options: Any) -> tuple[JsonObject, Tensors]:
     """Return the keywords of transformers' config, with ``options`` of the family, and the model's state dict."""
     keywords = {
         "vocab_size": config.vocab_size,

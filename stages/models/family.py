@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from stages.documents.files import JsonObject
+
+# Tensors by name: arrays, or what reads one when it is asked for.
+Tensors: TypeAlias = "Mapping[str, Any]"
+# The name of transformers' class, the keywords of its config, and its state dict.
+ReferenceModel: TypeAlias = "tuple[str, JsonObject, Tensors]"
 Kind = Literal["linear", "embedding", "head", "router", "norm", "bias", "vector"]
 Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
 KeyClass = Literal["honoured", "irrelevant", "refused"]
@@ -103,11 +109,11 @@ class Family:
     name: str
     architectures: tuple[str, ...]
     config: type
-    parse: Callable[[Mapping[str, Any]], Any]
+    parse: Callable[[JsonObject], Any]
     context_window: Callable[[Any, int], int]
     params: Callable[[Any], tuple[Param, ...]]
     causal_lm: Callable[[Any, Any], Any]
-    to_reference: Callable[[Any, Mapping[str, Any]], tuple[str, dict[str, Any], dict[str, Any]]]
+    to_reference: Callable[[Any, Tensors], ReferenceModel]
     keys: Mapping[str, KeyClass]
     for_context: Callable[[Any, int], tuple[Any, str]] = _whatever_the_context
     recomputed: tuple[str, ...] = ()

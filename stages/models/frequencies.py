@@ -7,17 +7,20 @@ a hundredth of a radian: it is not enough to compute the same formula, it must b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from stages.documents.model import RopeParameters
+
+
 # Beside rope.py, which the verbs that only look import too, because of numpy.
-Parameters = Mapping[str, Any]  # transformers' rope_parameters with every number in place: no null, nothing left out
 Numbers = np.ndarray  # float32 [rotary_dim / 2]
 
 
-def frequencies(parameters: Parameters, rotary_dim: int) -> tuple[tuple[float, ...], float]:
+def frequencies(parameters: RopeParameters, rotary_dim: int) -> tuple[tuple[float, ...], float]:
     """Return radians per position of each pair of ``rotary_dim`` channels, float32 values, and the attention factor, by
     which cosines and sines are multiplied. Of an odd number of channels the last is turned against another.
 
@@ -29,7 +32,7 @@ def frequencies(parameters: Parameters, rotary_dim: int) -> tuple[tuple[float, .
     return tuple(float(number) for number in found), attention_factor(parameters)
 
 
-def attention_factor(parameters: Parameters) -> float:
+def attention_factor(parameters: RopeParameters) -> float:
     """Return what cosines and sines are multiplied by: as given, or what the papers of yarn and longrope suggest."""
     kind = parameters["rope_type"]
     if kind not in ("yarn", "longrope"):
@@ -44,7 +47,7 @@ def attention_factor(parameters: Parameters) -> float:
     return _mscale(factor, one) / _mscale(factor, all_dim) if one and all_dim else _mscale(factor, 1)
 
 
-def dynamic_base(parameters: Parameters, rotary_dim: int, positions: int, trained: int) -> float:
+def dynamic_base(parameters: RopeParameters, rotary_dim: int, positions: int, trained: int) -> float:
     """Return the base that ``dynamic`` turns sequences of so many positions by, more than ``trained``."""
     factor, one = np.float32(parameters["factor"]), np.float32
     longer = factor * one(positions) / one(trained) - one(parameters["factor"] - 1)
@@ -63,25 +66,27 @@ def _powers(base: float, rotary_dim: int) -> Numbers:
     return np.array([rounded ** float(exponent) for exponent in exponents], np.float32)
 
 
-def _default(_parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
+def _default(_parameters: RopeParameters, powers: Numbers, _dim: int) -> Numbers:
     return np.float32(1) / powers
 
 
-def _linear(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
+def _linear(parameters: RopeParameters, powers: Numbers, _dim: int) -> Numbers:
     scaled: Numbers = np.float32(1) / powers / np.float32(parameters["factor"])
     return scaled
 
 
-def _longrope(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
+def _longrope(parameters: RopeParameters, powers: Numbers, _dim: int) -> Numbers:
     divided: Numbers = np.float32(1) / (np.array(parameters["short_factor"], np.float32) * powers)
     return divided
 
 
-def _llama3(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
+def _llama3(parameters: RopeParameters, powers: Numbers, _dim: int) -> Numbers:
     one, original = np.float32(1), parameters["original_max_position_embeddings"]
     factor, low = np.float32(parameters["factor"]), np.float32(parameters["low_freq_factor"])
     span = np.float32(parameters["high_freq_factor"] - parameters["low_freq_factor"])
-    shortest, longest = (np.float32(original / parameters[f"{name}_freq_factor"]) for name in ("high", "low"))
+    shortest, longest = (
+        np.float32(original / bound) for bound in (parameters["high_freq_factor"], parameters["low_freq_factor"])
+    )
     plain = one / powers
     wave = np.float32(2 * math.pi) / plain
     smooth = (np.float32(original) / wave - low) / span
@@ -89,7 +94,7 @@ def _llama3(parameters: Parameters, powers: Numbers, _dim: int) -> Numbers:
     return np.where(wave > longest, plain / factor, np.where(wave < shortest, plain, between))
 
 
-def _yarn(parameters: Parameters, powers: Numbers, dim: int) -> Numbers:
+def _yarn(parameters: RopeParameters, powers: Numbers, dim: int) -> Numbers:
     one, base = np.float32(1), parameters["rope_theta"]
 
     def turning(rotations: float) -> float:
@@ -111,7 +116,7 @@ def _yarn(parameters: Parameters, powers: Numbers, dim: int) -> Numbers:
     return blended
 
 
-TYPES: dict[str, Callable[[Parameters, Numbers, int], Numbers]] = {
+TYPES: dict[str, Callable[[RopeParameters, Numbers, int], Numbers]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _default,

@@ -12,7 +12,8 @@ from stages.models.family import AttentionCache, Family, Param, copied
 from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 # Transformers' names of an activation -> ours.
 ACTIVATIONS = {
@@ -72,7 +73,7 @@ class NeoXConfig(Rope):
         return AttentionCache(self.num_heads, self.num_heads, self.head_dim, **self.kernel_options())
 
 
-def parse(raw: Mapping[str, Any]) -> NeoXConfig:
+def parse(raw: JsonObject) -> NeoXConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "gpt_neox")
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
@@ -162,7 +163,7 @@ def causal_lm(config: NeoXConfig, make: Any) -> Any:
     )
 
 
-def to_reference(config: NeoXConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: NeoXConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     keywords = {
         "vocab_size": config.vocab_size,

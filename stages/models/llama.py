@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.models import decoder, rope
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
@@ -10,7 +10,8 @@ from stages.models.decoder import DecoderConfig
 from stages.models.family import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 # Of transformers' LlamaConfig.
 DEFAULTS = {
@@ -36,7 +37,7 @@ KEYS = classify(
 )
 
 
-def parse(raw: Mapping[str, Any]) -> DecoderConfig:
+def parse(raw: JsonObject) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "llama")
     sizes, bias = decoder.read_sizes(read), read.flag("attention_bias")
@@ -46,7 +47,7 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
-def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: DecoderConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     keywords, state = decoder.reference(config, tensors, attention_bias=config.qkv_bias, mlp_bias=config.mlp_bias)
     return "LlamaForCausalLM", keywords, state

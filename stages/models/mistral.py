@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.models import decoder, rope
 from stages.models.config_reader import FULL, IRRELEVANT, SHARED, SLIDING, UNBUILT_ATTENTION, ConfigReader, classify
@@ -10,7 +10,8 @@ from stages.models.decoder import DecoderConfig
 from stages.models.family import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 # Of transformers' MistralConfig; a sliding_window that is null means none.
 DEFAULTS = {
@@ -30,7 +31,7 @@ DEFAULTS = {
 KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} layer_types", IRRELEVANT, UNBUILT_ATTENTION)
 
 
-def parse(raw: Mapping[str, Any]) -> DecoderConfig:
+def parse(raw: JsonObject) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "mistral")
     sizes, window = decoder.read_sizes(read), read.integer("sliding_window", null=0)
@@ -42,7 +43,7 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
-def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: DecoderConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     keywords, state = decoder.reference(config, tensors, sliding_window=config.sliding_window or None)
     return "MistralForCausalLM", keywords, state

@@ -15,7 +15,9 @@ from stages.models.config_reader import SHARED, ConfigReader, classify
 from stages.models.family import AttentionCache, Family, Param, copied
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.documents.model import RopeParameters
+    from stages.models.family import ReferenceModel, Tensors
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class QWenConfig:
         return AttentionCache(self.num_heads, self.num_heads, self.head_dim, found, log_n=self.log_n)
 
     @property
-    def rope_parameters(self) -> dict[str, Any]:
+    def rope_parameters(self) -> RopeParameters:
         """Transformers' words for its rotary positions."""
         return {"rope_type": "default", "rope_theta": self.rope_theta}
 
@@ -83,7 +85,7 @@ KEYS = classify(
 )
 
 
-def parse(raw: Mapping[str, Any]) -> QWenConfig:
+def parse(raw: JsonObject) -> QWenConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     early = EARLY if "n_embd" in raw else {}
     read = ConfigReader(raw, KEYS, {**DEFAULTS, **early}, "qwen")
@@ -207,7 +209,7 @@ def causal_lm(config: QWenConfig, make: Any) -> Any:
     )
 
 
-def to_reference(config: QWenConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: QWenConfig, tensors: Tensors) -> ReferenceModel:
     """Return the same model as transformers' Qwen2: class name, config keywords, state dict (views of ``tensors``)."""
     keywords = {
         "vocab_size": config.vocab_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.models import decoder, rope
 from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT_ATTENTION, ConfigReader, classify
@@ -10,7 +10,8 @@ from stages.models.decoder import DecoderConfig
 from stages.models.family import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 # Of transformers' Qwen2Config, whose model reads a head_dim besides.
 DEFAULTS = {
@@ -32,7 +33,7 @@ DEFAULTS = {
 KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} {rope.KEYS} head_dim", IRRELEVANT, UNBUILT_ATTENTION)
 
 
-def parse(raw: Mapping[str, Any]) -> DecoderConfig:
+def parse(raw: JsonObject) -> DecoderConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "qwen2")
     sizes = decoder.read_sizes(read)
@@ -41,7 +42,7 @@ def parse(raw: Mapping[str, Any]) -> DecoderConfig:
     return config
 
 
-def to_reference(config: DecoderConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: DecoderConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     window = config.sliding_window or None
     options = {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": config.full_layers}

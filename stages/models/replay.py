@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tvm import relax as rx
@@ -19,6 +19,10 @@ from stages.models.operators import OPERATORS
 from stages.models.recurrence import states_of
 from stages.models.rwkv_layers import RecurrentState
 from stages.problems import ProblemsError
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 MATRICES = ("linear", "embedding", "head", "router")
 
@@ -123,7 +127,7 @@ class Traced(nn.Module):
         return values[graph["output"]]
 
 
-def _constant(entry: Mapping[str, Any]) -> Tensor:
+def _constant(entry: JsonObject) -> Tensor:
     array = np.frombuffer(base64.b85decode(entry["data"]), entry["dtype"]).reshape(entry["shape"])
     if array.dtype == np.int64:
         array = array.astype(np.int32)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypedDict, TypeVar, cast
 
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.strict_json import shown
 
 if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+    from stages.documents.model import RopeFields, RopeParameters
     from stages.models.config_reader import ConfigReader
 
 MAX_HEAD = 1 << 16  # channels; a frequency is computed for each pair of them before any tensor is looked at
 KEYS = "rope_theta rope_scaling rope_parameters original_max_position_embeddings partial_rotary_factor"
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL: Final = "original_max_position_embeddings"
 # rope_type -> what it reads besides the base: numbers it needs, numbers it may have, lists of a number per pair
 TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), (), ()),
@@ -35,6 +37,13 @@ STRETCHED = ("linear", "dynamic", "yarn", "longrope")  # types whose factor says
 Config = TypeVar("Config", bound="Rope")
 
 
+class KernelOptions(TypedDict):
+    """Keywords of :class:`~stages.models.family.AttentionCache`."""
+
+    frequencies: tuple[float, ...]
+    attention_factor: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rope:
     """The fields of a family's config that describe its rotary positions.
@@ -44,18 +53,18 @@ class Rope:
 
     max_positions: int
     rotary_dim: int
-    rope_parameters: Mapping[str, Any]
+    rope_parameters: RopeParameters
 
-    def kernel_options(self) -> dict[str, Any]:
+    def kernel_options(self) -> KernelOptions:
         """Return the keywords of :class:`~stages.models.family.AttentionCache`."""
         from stages.models.frequencies import frequencies
 
         found, factor = frequencies(self.rope_parameters, self.rotary_dim)
         return {"frequencies": found, "attention_factor": factor}
 
-    def reference(self) -> dict[str, Any]:
+    def reference(self) -> JsonObject:
         """Return transformers' ``rope_parameters``."""
-        return dict(self.rope_parameters)
+        return {**self.rope_parameters}
 
     @property
     def longest_context(self) -> int:
@@ -89,7 +98,7 @@ def for_context(config: Config, window: int) -> tuple[Config, str]:
     parameters, kind = config.rope_parameters, config.rope_parameters["rope_type"]
     if kind == "dynamic" and window > config.max_positions:
         base = dynamic_base(parameters, config.rotary_dim, window, config.max_positions)
-        settled = {"rope_type": "default", "rope_theta": base}
+        settled: RopeParameters = {"rope_type": "default", "rope_theta": base}
         ends = f"max_position_embeddings = {config.max_positions}"
     elif kind == "longrope" and window > parameters[ORIGINAL]:
         settled = {**parameters, "short_factor": parameters["long_factor"]}
@@ -105,7 +114,7 @@ def for_context(config: Config, window: int) -> tuple[Config, str]:
 
 def read_rope(
     read: ConfigReader, head_dim: int, positions: int, *, theta_key: str = "rope_theta", share_key: str = ""
-) -> dict[str, Any]:
+) -> RopeFields:
     """Return the fields of :class:`Rope` but for ``max_positions``, which are the ``positions``.
 
     ``share_key`` is the old key of the share of a head that is rotated, a quarter by default, for families that rotate
@@ -126,12 +135,12 @@ def read_rope(
 def _reading(
     read: ConfigReader,
     where: str,
-    values: Mapping[str, Any],
+    values: JsonObject,
     head_dim: int,
     positions: int,
     theta_key: str,
     share_key: str,
-) -> dict[str, Any]:
+) -> RopeFields:
     base = _one(read, where, values, theta_key, "rope_theta", 10000.0)
     partial = "partial_rotary_factor"
     share = _one(read, where, values, share_key or partial, partial, 0.25 if share_key else 1.0)
@@ -144,13 +153,13 @@ def _reading(
     elif rotary_dim < 1 or 2 * pairs > head_dim:
         read.problem(f"{rotary_dim} of {head_dim} channels of a head are rotated; expected pairs of them")
     else:
-        parameters = {"rope_theta": base, **_scaling(read, where, values, pairs, positions)}
+        parameters: RopeParameters = {"rope_theta": base, **_scaling(read, where, values, pairs, positions)}
         _check(read, where, parameters, rotary_dim)
         return {"rotary_dim": rotary_dim, "rope_parameters": parameters}
     return {"rotary_dim": rotary_dim, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
-def _mapping(read: ConfigReader, key: str) -> Mapping[str, Any]:
+def _mapping(read: ConfigReader, key: str) -> JsonObject:
     value = read.raw.get(key)
     if value is None or isinstance(value, Mapping):
         return value or {}
@@ -162,9 +171,7 @@ def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
-def _one(
-    read: ConfigReader, where: str, values: Mapping[str, Any], old_key: str, new_key: str, default: float
-) -> float:
+def _one(read: ConfigReader, where: str, values: JsonObject, old_key: str, new_key: str, default: float) -> float:
     """Return the one positive number under a key of config.json and another inside ``where``."""
     places = {old_key: read.raw.get(old_key), f"{where}.{new_key}": values.get(new_key)}
     found = {key: value for key, value in places.items() if value is not None}
@@ -177,12 +184,12 @@ def _one(
     return float(next(iter(found.values()), default))
 
 
-def _kind(values: Mapping[str, Any]) -> Any:
+def _kind(values: JsonObject) -> Any:
     """Return the type of a scaling, by either of its keys."""
     return next((values[key] for key in ("rope_type", "type") if values.get(key) is not None), "default")
 
 
-def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: int, positions: int) -> dict[str, Any]:
+def _scaling(read: ConfigReader, where: str, values: JsonObject, pairs: int, positions: int) -> RopeParameters:
     """Return a scaling's type and what that reads, only the type after noting a problem."""
     kind, other = _kind(values), values.get("type")
     if other is not None and other != kind:
@@ -213,10 +220,11 @@ def _scaling(read: ConfigReader, where: str, values: Mapping[str, Any], pairs: i
     if wrong:
         return {"rope_type": "default"}
     more = {"truncate": bool(found["truncate"])} if kind == "yarn" and "truncate" in found else {}
-    return {"rope_type": kind, **{name: found[name] for name in (*needed, *optional, *lists) if name in found}, **more}
+    taken = {name: found[name] for name in (*needed, *optional, *lists) if name in found}
+    return cast("RopeParameters", {"rope_type": kind, **taken, **more})
 
 
-def _completed(read: ConfigReader, kind: str, values: Mapping[str, Any], positions: int) -> dict[str, Any]:
+def _completed(read: ConfigReader, kind: str, values: JsonObject, positions: int) -> dict[str, Any]:
     """Return the values of a scaling with what transformers takes where they leave it to other keys."""
     found = {key: value for key, value in values.items() if value is not None or key in ("truncate", ORIGINAL)}
     found = {key: value for key, value in found.items() if value != 0 or key not in ABSENT_IF_ZERO}
@@ -230,7 +238,7 @@ def _completed(read: ConfigReader, kind: str, values: Mapping[str, Any], positio
     return found
 
 
-def _check(read: ConfigReader, where: str, parameters: Mapping[str, Any], rotary_dim: int) -> None:
+def _check(read: ConfigReader, where: str, parameters: RopeParameters, rotary_dim: int) -> None:
     """Note numbers of which no frequencies can be made, such as a logarithm's base of one."""
     from stages.models.frequencies import dynamic_base, frequencies
 

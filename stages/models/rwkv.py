@@ -15,7 +15,8 @@ from stages.models.config_reader import IRRELEVANT, SHARED, UNBUILT, ConfigReade
 from stages.models.family import Family, Param, copied
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 FINAL_EPS = 1e-5  # of the last norm: transformers takes no notice of layer_norm_epsilon there
 
@@ -49,7 +50,7 @@ DEFAULTS = {
 KEYS = classify(f"{SHARED} {' '.join(DEFAULTS)} max_position_embeddings", IRRELEVANT, UNBUILT)
 
 
-def parse(raw: Mapping[str, Any]) -> RwkvConfig:
+def parse(raw: JsonObject) -> RwkvConfig:
     """Return the config of a raw config.json; :class:`~stages.models.family.ConfigError` lists all that is wrong."""
     read = ConfigReader(raw, KEYS, DEFAULTS, "rwkv")
     hidden = read.integer("hidden_size")
@@ -136,7 +137,7 @@ def _halvings(config: RwkvConfig, layer: int) -> int:
     return layer // config.rescale_every if config.rescale_every else 0
 
 
-def to_reference(config: RwkvConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: RwkvConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' model: class name, config keywords, state dict (``tensors``, whose names are its own)."""
     keywords = {
         "vocab_size": config.vocab_size,

@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.checkpoint.errors import ConfigError
 from stages.models.family import AttentionCache, Family, Param
 from stages.models.naming import suffixes, unwrapped
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+    from stages.models.family import ReferenceModel, Tensors
 
 KEEPING = ("causal_conv", "ssm_scan", "delta_rule")  # operators of layers that keep a state of each sequence
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
@@ -37,7 +41,7 @@ class TracedConfig:
     model_type: str
     architecture: str
     wrapper: str
-    source: Mapping[str, Any]
+    source: JsonObject
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -45,15 +49,15 @@ class TracedConfig:
     frequencies: Sequence[float]
     attention_factor: float
     settled: int
-    unsettled: Mapping[str, Any]
+    unsettled: JsonObject
     tied: bool
     tie: Sequence[str] | None
     embedding: str
-    parts: Mapping[str, Any]
-    parameters: Sequence[Mapping[str, Any]]
-    constants: Sequence[Mapping[str, Any]]
+    parts: JsonObject
+    parameters: Sequence[JsonObject]
+    constants: Sequence[JsonObject]
     unread: Sequence[str]
-    older: Mapping[str, Mapping[str, Any]]
+    older: Mapping[str, JsonObject]
 
     @property
     def mixture(self) -> bool:
@@ -85,7 +89,7 @@ class TracedConfig:
         )
 
 
-def parse(raw: Mapping[str, Any], window: int = 0) -> TracedConfig:
+def parse(raw: JsonObject, window: int = 0) -> TracedConfig:
     """Trace the model that a raw config.json describes, for a context of ``window`` positions (0: all it was made for);
     :class:`ConfigError` if transformers or we cannot.
     """
@@ -222,7 +226,7 @@ class Joined:
         return joined[slice(*self.rows)].reshape(self.shape) if self.rows else joined.reshape(self.shape)
 
 
-def to_reference(config: TracedConfig, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def to_reference(config: TracedConfig, tensors: Tensors) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     state, taken = dict(tensors), set()
     for name, form in config.older.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.packing import mlc
 from stages.runtime import seal
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.bundle import FileEntry, Manifest, Parts
+    from stages.documents.files import JsonObject
     from stages.documents.library import BuiltModel, Metadata
     from stages.documents.weights import Shard
 
@@ -59,7 +60,7 @@ def manifest(
     machine: str,
     found: Parts,
     files: Mapping[str, FileEntry],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return bundle.json: what the loader checks before it loads anything, and how the checkpoint draws tokens."""
     metadata = found["metadata"]
     document: Manifest = {
@@ -78,8 +79,8 @@ def manifest(
 
 
 def chat_config(
-    found: Parts, tables: Mapping[str, Any], tokenizer_files: Sequence[str], conversation: Mapping[str, Any]
-) -> dict[str, Any]:
+    found: Parts, tables: JsonObject | None, tokenizer_files: Sequence[str], conversation: mlc.Conversation
+) -> JsonObject:
     """Return mlc-chat-config.json; ``tables`` are those of tokenizer.json, ``conversation`` is its conv_template."""
     model, info = found["metadata"]["model"], found["tokenizer_info"]
     sampling = found["generation"].get("sampling") or {}

@@ -11,11 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from stages.runtime import chat
 from stages.runtime.errors import RequestError
 from stages.runtime.render import checked, render_all
+
+if TYPE_CHECKING:
+    from stages.documents.bundle import TokenizerInfo
+    from stages.documents.files import JsonObject
+
 
 # A template with a clock shows this day: equal inputs must give equal bytes. Published templates name it themselves
 # where there is no clock.
@@ -23,6 +28,31 @@ DAY = datetime(2024, 7, 26)  # noqa: DTZ001 - local, as a template's clock is
 OTHER_DAY = datetime(2031, 1, 5)  # noqa: DTZ001
 SYSTEM, USERS, ASSISTANTS = "Xsystem0X", ("Xuser1X", "Xuser2X", "Xuser3X"), ("Xassistant1X", "Xassistant2X")
 _CONTENT = {"system": "{system_message}", "user": "{user_message}", "assistant": "{assistant_message}"}
+
+
+class SystemPart(TypedDict, total=False):
+    """How a system message is written."""
+
+    system_template: str
+    system_message: str
+    add_role_after_system_message: bool
+
+
+class Conversation(SystemPart, total=False):
+    """MLC-LLM's conversation template (``Conversation`` of mlc_llm/protocol/conversation_protocol.py)."""
+
+    name: str
+    system_prefix_token_ids: list[int]
+    roles: dict[str, str]
+    role_templates: dict[str, str]
+    messages: list[str]
+    seps: list[str]
+    role_content_sep: str
+    role_empty_sep: str
+    stop_str: list[str]
+    stop_token_ids: list[int]
+    function_string: str
+    use_function_calling: bool
 
 
 def _message(role: str, content: str) -> dict[str, str]:
@@ -46,9 +76,7 @@ _PROBES: dict[str, tuple[list[dict[str, str]], bool]] = {
 }
 
 
-def conversation(
-    config: Mapping[str, Any], info: Mapping[str, Any], tables: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], str]:
+def conversation(config: JsonObject, info: TokenizerInfo, tables: JsonObject | None) -> tuple[Conversation, str]:
     """Return MLC's conversation template of a bundle's tokenizer, and in a sentence how it relates to the checkpoint's.
 
     ``config`` is tokenizer_config.json, ``info`` tokenizer_info.json, ``tables`` tokenizer.json if there is one.
@@ -72,7 +100,7 @@ def conversation(
     return found, f"as the checkpoint's chat template writes it{system}{day}"
 
 
-def written(template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], *, speaks: bool) -> str:
+def written(template: Conversation, messages: Sequence[Mapping[str, str]], *, speaks: bool) -> str:
     """Return the text that MLC makes of messages, without ``system_prefix_token_ids``."""
     given = next((message["content"] for message in messages if message["role"] == "system"), None)
     system = template["system_template"].replace(_CONTENT["system"], given or template["system_message"])
@@ -89,7 +117,7 @@ def written(template: Mapping[str, Any], messages: Sequence[Mapping[str, str]], 
     return text
 
 
-def tokenizer_info(tables: Mapping[str, Any] | None) -> dict[str, Any]:
+def tokenizer_info(tables: JsonObject | None) -> JsonObject:
     """Return what MLC detects itself in a tokenizer.json, or where there is none."""
     decoders = _steps((tables or {}).get("decoder"), "decoders")
     methods = {"ByteLevel": "byte_level", "ByteFallback": "byte_fallback"}
@@ -103,13 +131,13 @@ def tokenizer_info(tables: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def _steps(part: Any, inside: str) -> list[dict[str, Any]]:
+def _steps(part: Any, inside: str) -> list[JsonObject]:
     if not isinstance(part, dict):
         return []
     return list(part.get(inside) or ()) if part.get("type") == "Sequence" else [part]
 
 
-def _texts(template: str, config: Mapping[str, Any], day: datetime) -> dict[str, str]:
+def _texts(template: str, config: JsonObject, day: datetime) -> dict[str, str]:
     """Return the text of every probe that the template takes; one without a system message it must take."""
     roles = {key: text for key, text in config.items() if key.endswith("_token") and isinstance(text, str)}
     given = [
@@ -124,9 +152,7 @@ def _with_system(probe: str) -> bool:
     return _PROBES[probe][0][0]["role"] == "system"
 
 
-def _expressed(
-    texts: Mapping[str, str], config: Mapping[str, Any], info: Mapping[str, Any]
-) -> tuple[dict[str, Any], bool]:
+def _expressed(texts: Mapping[str, str], config: JsonObject, info: TokenizerInfo) -> tuple[Conversation, bool]:
     """Return the first division that writes the probes, and whether those with a system message are among them."""
     bos, index = config.get("bos_token"), info["bos"]
     for prefix in (bos, "") if bos and index is not None else ("",):
@@ -136,7 +162,8 @@ def _expressed(
         bare = {name: text.removeprefix(prefix) for name, text in texts.items()}
         for framed in (True, False):
             parts = _divided(bare, framed=framed)
-            template = {**_plain(info), "system_prefix_token_ids": [index] if prefix else [], **(parts or {})}
+            template: Conversation = {**_plain(info), **(parts or {})}
+            template["system_prefix_token_ids"] = [index] if prefix and index is not None else []
             probes = {name: _PROBES[name] for name in bare if framed or not _with_system(name)}
             if parts and all(
                 written(template, messages, speaks=speaks) == bare[name] for name, (messages, speaks) in probes.items()
@@ -145,7 +172,7 @@ def _expressed(
     raise RequestError("what it writes around a message depends on more than the role")
 
 
-def _divided(texts: Mapping[str, str], *, framed: bool) -> dict[str, Any] | None:
+def _divided(texts: Mapping[str, str], *, framed: bool) -> Conversation | None:
     """Divide what stands around the contents of the probes; None where it does not fall into MLC's parts."""
     between = _around(texts["long"], [message["content"] for message in _LONG])
     ended = _around(texts["ended"], [message["content"] for message in _LONG[:2]])
@@ -160,7 +187,9 @@ def _divided(texts: Mapping[str, str], *, framed: bool) -> dict[str, Any] | None
         return None
     own_end = _beginning(shared, end)  # what ends an answer ends the user's message too, as far as it is there
     system = _system(texts, first, user + content_sep) if framed else _unframed(first, user + content_sep)
-    return system and {
+    if system is None:
+        return None
+    found: Conversation = {
         "name": "checkpoint",
         "roles": {"user": user, "assistant": shared[len(own_end) :]},
         "seps": [own_end, end],
@@ -168,9 +197,10 @@ def _divided(texts: Mapping[str, str], *, framed: bool) -> dict[str, Any] | None
         "role_empty_sep": empty_sep,
         **system,
     }
+    return found
 
 
-def _system(texts: Mapping[str, str], first: str, start: str) -> dict[str, Any] | None:
+def _system(texts: Mapping[str, str], first: str, start: str) -> SystemPart | None:
     """Return how a system message is written; ``first`` is what a conversation without one begins with.
 
     ``start`` begins a message of the user. Where there is no default message, MLC would write the frame around none.
@@ -184,11 +214,15 @@ def _system(texts: Mapping[str, str], first: str, start: str) -> dict[str, Any] 
     message = head.removeprefix(before).removesuffix(tail)
     if head != before + message + tail:
         return None
-    frame = {"system_template": f"{before}{_CONTENT['system']}{tail}", "system_message": message}
-    return {**frame, "add_role_after_system_message": own_turn}
+    frame: SystemPart = {
+        "system_template": f"{before}{_CONTENT['system']}{tail}",
+        "system_message": message,
+        "add_role_after_system_message": own_turn,
+    }
+    return frame
 
 
-def _unframed(first: str, start: str) -> dict[str, Any] | None:
+def _unframed(first: str, start: str) -> SystemPart | None:
     if not first.endswith(start):
         return None
     return {"system_template": first.removesuffix(start) + _CONTENT["system"], "system_message": ""}
@@ -210,7 +244,7 @@ def _beginning(one: str, other: str) -> str:
     return one[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))]
 
 
-def _plain(info: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(info: TokenizerInfo) -> Conversation:
     return {
         "name": "LM",
         "system_template": _CONTENT["system"],
