@@ -1,4 +1,4 @@
-"""JSON of any content, and how documents are written: sorted keys, no numbers that JSON lacks, equal ones as equal bytes."""
+"""JSON of any content, and the writer of documents: sorted keys and finite numbers, so that equal ones are equal bytes."""
 
 from __future__ import annotations
 

@@ -195,9 +195,8 @@ def _divided(texts: Mapping[str, str], *, framed: bool) -> Conversation | None:
         "seps": [own_end, end],
         "role_content_sep": content_sep,
         "role_empty_sep": empty_sep,
-        **system,
     }
-    return found
+    return {**found, **system}
 
 
 def _system(texts: Mapping[str, str], first: str, start: str) -> SystemPart | None:
