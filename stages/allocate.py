@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, param, source
+from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Allocate(Stage):
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
         return {**dist_versions(*names), "processor": processor.host_cpu()}
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the rows there are to choose from, and the model's family."""
         rows: dict[str, str | Sequence[str]] = {"stages.quantization.schemes:SCHEMES": ROWS}
         if "family" in facts:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Bench(Stage):
             found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         return found
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the target."""
         return {"stages.targets.table:TARGETS": params.target}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stagegraph.stage import Context, In, Out, Stage, StageError, param
+from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, param
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from stages.documents.bundle import Parts
@@ -42,7 +42,7 @@ class Bundle(Stage):
         """Reduce a path to the name that its folder, or its repository in a hub cache, has."""
         return dataclasses.replace(params, name=_name(params.name))
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the target: the card says what it needs where the bundle runs."""
         return {"stages.targets.table:TARGETS": params.target}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
     from stages.documents.graph import Graph
@@ -108,7 +108,7 @@ class Compile(Stage):
             tools |= {backend.NAME: version, **packages(backend, toolkit, dist_versions)}
         return tools
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
         """The target, and what makes its device code."""
         return {"stages.targets.table:TARGETS": params.target, "stages.targets.backends:BACKENDS": params.target}
 

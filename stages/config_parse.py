@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Out, Source, Stage, StageError, dist_versions, param, source
+from stagegraph.stage import JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ class ConfigParse(Stage):
         traced = ("torch", "transformers") if params.frontend == "traced" else ()
         return dist_versions(*traced, *(["gguf"] if gguf.is_named(params.checkpoint) else []))
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one family of the model that config.json names, if it names a known one."""
         from stages.models import TRACED, native
 
@@ -190,7 +190,7 @@ def _model_types(params: Any) -> list[Any]:
     return [] if named is None else [named]
 
 
-def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> JsonObject:
     """Return config.json, of a model_type and architecture that are known."""
     from stages.checkpoint import foreign, strict_json
     from stages.checkpoint.gguf.folder import file_of
@@ -212,7 +212,7 @@ def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> dict[str
     return raw
 
 
-def _check_type(raw: Mapping[str, Any], root: Path, frontend: str) -> None:
+def _check_type(raw: JsonObject, root: Path, frontend: str) -> None:
     """Refuse a model_type that the front end does not know, or architectures of another model."""
     from stagegraph.errors import nearest
     from stages.checkpoint import strict_json
@@ -241,7 +241,7 @@ def _check_type(raw: Mapping[str, Any], root: Path, frontend: str) -> None:
         )
 
 
-def _quantized(ctx: Context, raw: Mapping[str, Any], headers: Headers) -> list[str]:
+def _quantized(ctx: Context, raw: JsonObject, headers: Headers) -> list[str]:
     """Return the problem of a checkpoint whose weights are packed in a way that is not read; a quantization_config
     alone is a leftover.
     """
@@ -285,7 +285,7 @@ def _in_place(root: Path, otherwise: str) -> str:
     return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
 
 
-def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path], vocab_size: int) -> Generation:
+def _generation(ctx: Context, raw: JsonObject, files: Mapping[str, Path], vocab_size: int) -> Generation:
     """Return the normalised generation defaults of generation_config.json, or else of config.json."""
     from stages.checkpoint import strict_json
     from stages.checkpoint.errors import ConfigError
@@ -301,7 +301,7 @@ def _generation(ctx: Context, raw: Mapping[str, Any], files: Mapping[str, Path],
     return generation
 
 
-def _view(family: Family, raw: Mapping[str, Any], model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
+def _view(family: Family, raw: JsonObject, model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
     from stages.models import TRACED
 
     shown = {key: value for key, value in model["config"].items() if key not in GRAPHS}

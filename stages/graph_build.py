@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Stage, StageError, dist_versions, param
+from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
     from stages.documents.graph import Graph, ModelSizes
@@ -52,7 +52,7 @@ class GraphBuild(Stage):
         """The compiler's versions: its operators and kernels end up in the module."""
         return dist_versions("apache-tvm", "apache-tvm-ffi")
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:
+    def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:
         """The function, the target, and the family and scheme of the model on the input ports."""
         rows: dict[str, str | Sequence[str]] = {
             "stages.graph:FUNCTIONS": params.function,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stagegraph.stage import In, Out, Source, Stage, StageError, param, source
+from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +45,7 @@ class ParamRegister(Stage):
     }
     outputs = {"params": Out("params.json", "stored tensors in packed order, and where each comes from")}
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:
+    def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:
         """Return the model's family, the scheme and the target."""
         rows: dict[str, str | Sequence[str]] = {"stages.targets.table:TARGETS": params.target}
         if not params.rows:  # a file may name any

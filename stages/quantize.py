@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import In, Out, Source, Stage, StageError, dist_versions, param, source
+from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,7 +98,7 @@ class Quantize(Stage):
             tools["processor"] = processor.host_cpu()
         return tools
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
+    def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the one scheme; what the weights are is in the register, so no family is looked up."""
         return {
             "stages.quantization.schemes:SCHEMES": params.scheme,

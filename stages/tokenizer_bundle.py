@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, Out, Source, Stage, StageError, dist_versions, list_files, source
+from stagegraph.stage import Context, In, JsonObject, Out, Source, Stage, StageError, dist_versions, list_files, source
 
 if TYPE_CHECKING:
     from stages.tokenizers.resolution import Resolution
@@ -69,7 +69,7 @@ class TokenizerBundle(Stage):
             "unicode": unicodedata.unidata_version,
         }
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str]:
+    def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str]:
         """Name the family that the files resolve to; none, and so every row, where they resolve to no family."""
         from stages.checkpoint import gguf
         from stages.tokenizers import EMBEDDINGS

@@ -8,12 +8,13 @@ import tempfile
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import (
     RESERVATION,
     Context,
     In,
+    JsonObject,
     Out,
     Source,
     Stage,
@@ -160,7 +161,7 @@ class Verify(Stage):
             found["visible-cuda-devices"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         return found
 
-    def rows(self, params: Params, facts: Mapping[str, Any]) -> Mapping[str, str | Sequence[str]]:
+    def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:
         """Name the family, the scheme and the tokenizer family; of what is not known, every row counts."""
         rows: dict[str, str | Sequence[str]] = {"stages.tokenizers:EMBEDDINGS": (), "stages.targets.table:TARGETS": ()}
         tokenizer = _tokenizer_family(Path(params.checkpoint))

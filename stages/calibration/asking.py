@@ -17,10 +17,10 @@ from stages.verification.checkpoint_files import checkpoint_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
 
     import numpy as np
 
+    from stages.documents.files import JsonObject
     from stages.verification.apart import Progress
 
 DEFAULT = Path(__file__).with_name("samples.jsonl")  # of the kinds that verify's probes are of, and none of their texts
@@ -48,7 +48,7 @@ class Original:
     def ask(
         self,
         module: str,
-        request: Callable[[original.Request], Mapping[str, Any]],
+        request: Callable[[original.Request], JsonObject],
         progress: Progress,
         instead: str,
     ) -> dict[str, np.ndarray]:

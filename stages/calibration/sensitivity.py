@@ -21,8 +21,9 @@ from stages.quantization.schemes import SCHEMES
 from stages.verification import advice, apart, original, streaming
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
 
@@ -35,7 +36,7 @@ SAMPLED = 64  # rows of a matrix whose loss is compared
 class Request:
     """The ``original``'s own request, and the names of ``schemes`` whose rows of the body are compared."""
 
-    original: Mapping[str, Any]
+    original: JsonObject
     schemes: Sequence[str]
 
 

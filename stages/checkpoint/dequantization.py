@@ -12,9 +12,8 @@ import numpy as np
 from stages.checkpoint.stored import NUMPY_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from stages.checkpoint.stored import Parts
+    from stages.documents.files import JsonObject
 
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's nibbles each of its eight columns is
 
@@ -37,7 +36,7 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     return values.reshape(-1, columns)
 
 
-def gptq(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def gptq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """GPTQ: qweight [in * bits / 32, out], zeros and scales by group, g_idx the group of each input."""
     bits = settings["bits"]
     scales = parts.whole("scales")[:, start:stop].astype(np.float32)
@@ -54,7 +53,7 @@ def gptq(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np
     return _rounded(((codes - taken) * scales[group]).T, settings)
 
 
-def awq(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def awq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """AWQ (gemm): qweight [in, out / 8] and qzeros [groups, out / 8], nibbles in their own order."""
     scales = parts.whole("scales")[:, start:stop].astype(np.float32)
     codes, zeros = (_nibbles(parts.whole(key), start, stop) for key in ("qweight", "qzeros"))
@@ -62,7 +61,7 @@ def awq(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.
     return _rounded(((codes - zeros[group]) * scales[group]).T, settings)
 
 
-def packed(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def packed(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """compressed-tensors, pack-quantized: weight_packed [out, in * bits / 32], codes from -2^(bits - 1)."""
     bits, columns = settings["bits"], settings["shape"][1]
     half = 2 ** (bits - 1)
@@ -77,7 +76,7 @@ def packed(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> 
     return _rounded(codes * scales[:, group], settings)
 
 
-def scaled(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def scaled(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """Values of int8 or float8 times the scale of their tensor, row, group of a row, or block."""
     values = parts.rows("weight", start, stop).astype(np.float32)
     high, wide = settings["block"]
@@ -97,7 +96,7 @@ def scaled(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> 
     return _rounded(values * scales.astype(np.float32), settings)
 
 
-def nf4(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def nf4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """bitsandbytes with 4 bits: two codes a byte, the high nibble first, in blocks along the whole tensor."""
     columns, block = settings["shape"][1], settings["blocksize"]
     first, last = start * columns, stop * columns
@@ -113,7 +112,7 @@ def nf4(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.
     return _rounded(values.reshape(stop - start, columns), settings)
 
 
-def _rounded(values: np.ndarray, settings: Mapping[str, Any]) -> np.ndarray:
+def _rounded(values: np.ndarray, settings: JsonObject) -> np.ndarray:
     return np.ascontiguousarray(values.astype(np.float32, copy=False).astype(NUMPY_DTYPES[settings["dtype"]]))
 
 

@@ -10,8 +10,9 @@ from stages.checkpoint.strict_json import shown
 from stages.problems import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
+    from stages.documents.files import JsonObject
     from stages.documents.model import Generation
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -27,7 +28,7 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def normalise(settings: Mapping[str, Any], config: Mapping[str, Any], vocab_size: int) -> tuple[Generation, list[str]]:
+def normalise(settings: JsonObject, config: JsonObject, vocab_size: int) -> tuple[Generation, list[str]]:
     """Return the normalised document, and what of the checkpoint it leaves out, in sentences.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older
@@ -83,7 +84,7 @@ def normalise(settings: Mapping[str, Any], config: Mapping[str, Any], vocab_size
     }, capped(notes)
 
 
-def _sampling(settings: Mapping[str, Any], problems: list[str], notes: list[str]) -> dict[str, float | bool]:
+def _sampling(settings: JsonObject, problems: list[str], notes: list[str]) -> dict[str, float | bool]:
     """Return the sampling defaults; a number out of range, such as a top_k of -1, is left out and noted."""
     sampling: dict[str, float | bool] = {}
     for key, (accepts, wanted) in SAMPLING.items():

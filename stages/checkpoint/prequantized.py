@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from stages.documents.files import JsonObject
     from stages.documents.model import Packed
 
     Tensors = Mapping[str, tuple[str, TensorInfo]]
@@ -43,7 +44,7 @@ class Fold:
     ``tensors`` are name -> (file, info) of all that there are then; ``packed`` says how the quantized are made.
     """
 
-    def __init__(self, found: Tensors, files: Mapping[str, Path], declared: Mapping[str, Any]) -> None:
+    def __init__(self, found: Tensors, files: Mapping[str, Path], declared: JsonObject) -> None:
         self.tensors: dict[str, tuple[str, TensorInfo]] = dict(found)
         self.packed: dict[str, Packed] = {}
         self._files, self._declared = files, declared
@@ -111,10 +112,10 @@ class Fold:
             return opened.read(info.nbytes)
 
 
-Made = tuple[str, str, dict[str, str], tuple[int, ...], dict[str, Any]]
+Made = tuple[str, str, dict[str, str], tuple[int, ...], JsonObject]
 
 
-def declared(files: Mapping[str, Path]) -> Mapping[str, Any]:
+def declared(files: Mapping[str, Path]) -> JsonObject:
     """Return quantization_config of the config.json among ``files``, {} where there is none to be read."""
     try:
         found = strict_json.read_object(files["config.json"], "config.json").get("quantization_config")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
+    from stages.documents.files import JsonObject
+
 MAX_BYTES = 64 << 20  # far above any real file: the index of a checkpoint of 100,000 tensors has 10 MB
 BLOCK = 1 << 20  # bytes read at a time
 # Of a text, each of which takes up to 200 bytes of memory: a file of 64 MB could fill gigabytes. The header of 100,000
@@ -40,7 +42,7 @@ def read_bounded(path: Path, limit: int) -> bytes | None:
     return bytes(data) if len(data) <= limit else None
 
 
-def read_object(path: Path, name: str) -> dict[str, Any]:
+def read_object(path: Path, name: str) -> JsonObject:
     """Return the JSON object in ``path``; :class:`ValueError` calling the file ``name`` if it is none."""
     data = read_bounded(path, MAX_BYTES)
     if data is None:
@@ -69,7 +71,7 @@ def parse(data: bytes, constant: Callable[[str], Any] | None = None) -> Any:
     return value
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> JsonObject:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

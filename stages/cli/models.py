@@ -8,13 +8,15 @@ import json
 import shutil
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.models import FAMILIES, load_family, native
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Mapping
+
+    from stages.documents.files import JsonObject
 
 EXAMPLE = "pipeline models qwen2"
 TRIED = Path(__file__).with_name("traced.json")  # what benchmarks/coverage.py found, by model_type
@@ -77,7 +79,7 @@ def _traced_page(tried: Mapping[str, Mapping[str, str]], *, whole: bool) -> list
     return pages
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str) -> JsonObject:
     """Return architectures, what is supported, and the keys of config.json by class."""
     family = load_family(name)
     keys = {kind: sorted(key for key, found in family.keys.items() if found == kind) for kind in CLASSES}
@@ -89,7 +91,7 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def _page(name: str, entry: dict[str, Any], *, whole: bool) -> str:
+def _page(name: str, entry: JsonObject, *, whole: bool) -> str:
     lines = [f"{name}  {', '.join(entry['architectures'])}", *_block("supports", "; ".join(entry["supports"]))]
     for kind, title in CLASSES.items():
         if whole or kind == "honoured":

@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.gguf import folder, is_named
@@ -19,9 +19,10 @@ from stages.targets.table import TARGETS
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from stages.checkpoint.headers import Tensors
+    from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
 
 STAGES = Path(__file__).with_name("pipeline.yaml")  # the part that is the same for every checkpoint
@@ -47,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context-window", type=int, metavar="N", help="positions to build for; 0: all there are")
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: argparse.Namespace) -> JsonObject:
     """Return the variables that the command line asks for; :class:`ValueError` for a target that is none."""
     targets = args.targets.split(",") if args.targets else None
     for target in targets or ():
@@ -94,7 +95,7 @@ def _missing(path: Path) -> str:
     return f"{path}: no such file or folder; expected a checkpoint's folder, or a GGUF file"
 
 
-def _positions(config: Mapping[str, Any]) -> int:
+def _positions(config: JsonObject) -> int:
     """Return the positions a model was made for, 0 where config.json does not say it in a way that is known here."""
     name = config.get("model_type")
     try:
@@ -107,7 +108,7 @@ def _positions(config: Mapping[str, Any]) -> int:
     return found if isinstance(found, int) and found > 0 else 0
 
 
-def compose(path: Path, model: Model, chosen: Mapping[str, Any], where: Path) -> str:
+def compose(path: Path, model: Model, chosen: JsonObject, where: Path) -> str:
     """Return the text of a pipeline file in the folder ``where``, for a checkpoint."""
     targets: Sequence[str] = chosen.get("targets", ["llvm"])
     scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
@@ -144,7 +145,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text.replace("${", "$${"), ensure_ascii=False)
 
 
-def _listed(names: Mapping[str, Any]) -> str:
+def _listed(names: JsonObject) -> str:
     return ", ".join(names)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.runtime import manifest, serving
 from stages.runtime.errors import BundleError, RequestError
@@ -15,6 +15,7 @@ from stages.runtime.tokenizer import INFO, BundleTokenizer
 if TYPE_CHECKING:
     import argparse
 
+    from stages.documents.files import JsonObject
     from stages.runtime.folder import Folder
 
 EXAMPLE = "pipeline tokenize artifacts/tiny-qwen/tokenizer-bundle 'It was'"
@@ -46,14 +47,14 @@ def run(args: argparse.Namespace) -> int:
     difference = None
     if other is not None:
         difference = compare(found, describe(other, text, specials=args.specials))
-        found["difference"] = difference
+        found = {**found, "difference": difference}
     print(serving.json_text(found) if args.json else _page(found))
     if other is not None and not args.json:
         print(_comparison(difference, str(args.compare)))
     return 1 if difference else 0
 
 
-def describe(tokenizer: BundleTokenizer, text: str, *, specials: bool) -> dict[str, Any]:
+def describe(tokenizer: BundleTokenizer, text: str, *, specials: bool) -> JsonObject:
     """Return what there is to know: normalised text, one line for each id, the text that the ids decode to."""
     ids = tokenizer.encode(text, specials=specials)
     pieces = [
@@ -75,7 +76,7 @@ def describe(tokenizer: BundleTokenizer, text: str, *, specials: bool) -> dict[s
     }
 
 
-def compare(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+def compare(found: JsonObject, other: JsonObject) -> JsonObject | None:
     """Return the first difference between two descriptions; None if there is none."""
     for key in ("normalized", "before_a_prompt"):
         if found[key] != other[key]:
@@ -98,7 +99,7 @@ def _place(path: Path) -> Path | Folder:
     return manifest.read(found).folder if (found / MANIFEST).is_file() else found
 
 
-def _page(found: dict[str, Any]) -> str:
+def _page(found: JsonObject) -> str:
     lines = [f"text        {found['text']!r}"]
     if found["normalized"] != found["text"]:
         lines.append(f"normalised  {found['normalized']!r}")
@@ -116,7 +117,7 @@ def _page(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(found: dict[str, Any]) -> str:
+def _verdict(found: JsonObject) -> str:
     if found["decoded"] == found["normalized"]:
         return "            the text comes back"
     if any(piece["special"] for piece in found["pieces"]):
@@ -124,7 +125,7 @@ def _verdict(found: dict[str, Any]) -> str:
     return "            THE TEXT DOES NOT COME BACK as it went in"
 
 
-def _comparison(difference: dict[str, Any] | None, where: str) -> str:
+def _comparison(difference: JsonObject | None, where: str) -> str:
     if difference is None:
         return f"\n{where}: the same ids and text"
     if difference["what"] != "pieces":

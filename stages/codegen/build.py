@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from stages.codegen.library import CodegenError, Compilers, build_library
 from stages.documents.graph import ModelSizes
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.codegen.library import Built
+    from stages.documents.files import JsonObject
     from stages.documents.graph import Graph
     from stages.documents.library import Compiler, Described, DeviceContents, Metadata
     from stages.documents.params import Register
@@ -77,7 +78,7 @@ def build(
     metadata = _described(graphs, registry, options, tools, versions)
     memory: dict[str, int] = {}
 
-    def describe(planned: Mapping[str, int]) -> dict[str, Any]:
+    def describe(planned: Mapping[str, int]) -> JsonObject:
         memory.update(planned)
         return {**metadata, "memory": dict(planned)}
 
@@ -154,7 +155,7 @@ def _build(
     options: Options,
     metadata: Described,
     tools: _Tools,
-    describe: Callable[[Mapping[str, int]], dict[str, Any]],
+    describe: Callable[[Mapping[str, int]], JsonObject],
     memo: Memo,
     library: Path,
 ) -> list[Built]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax as rx
@@ -23,6 +23,10 @@ from stages.lowering.rewriter import bound_values
 from stages.memo import Memo
 from stages.problems import ProblemsError
 from stages.targets.backends import DeviceCompiler
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 KIND = "kernel"  # of what is kept
 
@@ -40,7 +44,7 @@ class Compilers:
 
     target: tvm.target.Target
     device: DeviceCompiler | None
-    document: Mapping[str, Any]
+    document: JsonObject
     cxx: str
     environment: Mapping[str, str]
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
+    from stages.documents.files import JsonObject
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Parameter, Register
     from stages.documents.weights import ErrorLine
@@ -268,7 +269,7 @@ class Conversion:
             return None
         return self._memo.recall("tensor", self._document(entry, digests.take(entry["sources"])))
 
-    def _document(self, entry: Parameter, digests: Sequence[str]) -> dict[str, Any]:
+    def _document(self, entry: Parameter, digests: Sequence[str]) -> JsonObject:
         """Return all that the stored bytes of a parameter depend on beside code; its name is not among it."""
         how: dict[str, Any] = {"dtype": entry["dtype"]}
         if entry["quantize"]:
@@ -287,7 +288,7 @@ class Conversion:
         assert path
         return blake3(path.read_bytes()).hexdigest()
 
-    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> Mapping[str, Any]:
+    def _convert(self, index: int, digests: Digests, library: Kernels | None) -> JsonObject:
         """Write what a parameter is stored as, to be kept with others; return facts."""
         entry, target, plan = self._logical[index], self._targets[index], self._plan
         names, transform, dtype = entry["sources"], entry["transform"], self._dtype(entry)

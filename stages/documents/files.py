@@ -1,4 +1,4 @@
-"""JSON of any content, and the writer of documents: sorted keys and finite numbers, so that equal ones are equal bytes."""
+"""JSON of any content, and the writer of documents: equal ones are equal bytes, with sorted keys and finite numbers."""
 
 from __future__ import annotations
 

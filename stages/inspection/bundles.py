@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    Row = dict[str, Any]
+    from stages.documents.files import JsonObject
+
+    Row = JsonObject
 
 # Key of a row -> heading, how the number is written.
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -25,7 +27,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 _LEAST_KL = 1e-9  # a logarithm has no zero
 
 
-def row(documents: Mapping[str, Any]) -> Row:
+def row(documents: JsonObject) -> Row:
     """Return what is known of a bundle: of itself, of its verify and of its bench, None where there is none."""
     manifest = documents["bundle/bundle.json"]
     verified, measured = documents.get("verify.json", {}), documents.get("bench.json", {})

@@ -9,7 +9,11 @@ import json
 from collections.abc import Iterator, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 Files = Mapping[str, Path]
 Row = tuple[str, str, str]
@@ -59,7 +63,7 @@ def tokenizers(a: Files, b: Files) -> list[Row]:
     return rows + _capped(_unequal("token ", *ids), "tokens")
 
 
-def _ids(document: Mapping[str, Any]) -> dict[str, str]:
+def _ids(document: JsonObject) -> dict[str, str]:
     vocabulary = document.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # a Unigram model's: [token, score], the id being the place
         vocabulary = {entry[0]: i for i, entry in enumerate(vocabulary)}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from stages.checkpoint.safetensors import read_header
 
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
+
 SHOWN = 3  # names of tensors
 KIND = "digests"  # of the parts that stages.conversion.digests keeps: tensor -> digest of its bytes
-Recall = Callable[[str, Mapping[str, Any]], Any]
+Recall = Callable[[str, JsonObject], Any]
 
 
 def changed(recall: Recall, old: str, path: Path) -> str | None:

@@ -12,6 +12,7 @@ from stages.quantization.rows import Row
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from stages.documents.files import JsonObject
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Parameter, RegisterDocuments
 
@@ -33,7 +34,7 @@ def names(documents: RegisterDocuments) -> set[str]:
     return made | set(_headers(documents))
 
 
-def find(documents: RegisterDocuments, name: str) -> dict[str, Any] | None:
+def find(documents: RegisterDocuments, name: str) -> JsonObject | None:
     """Return what is known of ``name``, None if nothing is.
 
     ``parameter`` is there if a parameter or a tensor it is stored as has that name, ``checkpoint`` if a checkpoint
@@ -55,7 +56,7 @@ def find(documents: RegisterDocuments, name: str) -> dict[str, Any] | None:
     return found or None
 
 
-def page(found: Mapping[str, Any]) -> str:
+def page(found: JsonObject) -> str:
     """Render what :func:`find` returned."""
     lines: list[str] = []
     if "parameter" in found:
@@ -79,7 +80,7 @@ def _shapes(entry: Parameter, name: str) -> Iterator[list[int]]:
     return (s for source, s in zip(entry["sources"], entry["source_shapes"], strict=True) if source == name)
 
 
-def _parameter(documents: RegisterDocuments, entry: Parameter) -> dict[str, Any]:
+def _parameter(documents: RegisterDocuments, entry: Parameter) -> JsonObject:
     """Return one parameter with the tensors it is stored as, and those it is made of."""
     headers, packed = _headers(documents), documents["params"]["params"]
     places = {param["name"]: place for place, param in enumerate(packed)}
@@ -103,7 +104,7 @@ def _parameter(documents: RegisterDocuments, entry: Parameter) -> dict[str, Any]
     }
 
 
-def _stored_lines(parameter: Mapping[str, Any]) -> list[str]:
+def _stored_lines(parameter: JsonObject) -> list[str]:
     scheme = f"quantized as {parameter['quantized']}" if parameter["quantized"] else "not quantized"
     lines = [f"  stored, {scheme}, as"]
     lines += [
@@ -113,7 +114,7 @@ def _stored_lines(parameter: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _source_lines(parameter: Mapping[str, Any]) -> list[str]:
+def _source_lines(parameter: JsonObject) -> list[str]:
     lines = [f"  made, {parameter['transform']} ({parameter['how']}), of"]
     for source in parameter["sources"]:
         rows = f", rows {source['rows'][0]} to {source['rows'][1] - 1}" if "rows" in source else ""
@@ -121,7 +122,7 @@ def _source_lines(parameter: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _feed_lines(parameter: Mapping[str, Any], name: str) -> list[str]:
+def _feed_lines(parameter: JsonObject, name: str) -> list[str]:
     rows = [
         f", rows {source['rows'][0]} to {source['rows'][1] - 1}"
         for source in parameter["sources"]
@@ -132,10 +133,10 @@ def _feed_lines(parameter: Mapping[str, Any], name: str) -> list[str]:
     return [f"  feeds {parameter['name']} {parameter['shape']}{''.join(rows)}, {how}", f"    stored as {stored}"]
 
 
-def _checkpoint_line(tensor: Mapping[str, Any]) -> str:
+def _checkpoint_line(tensor: JsonObject) -> str:
     return f"checkpoint tensor {tensor['name']}  {_described(tensor)}"
 
 
-def _described(tensor: Mapping[str, Any]) -> str:
+def _described(tensor: JsonObject) -> str:
     where = f" in {tensor['file']}" if "file" in tensor else ""
     return f"{tensor.get('dtype', '')} {tensor['shape']}{where}".strip()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tvm
 from tvm import relax as rx
 
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
 
-def attach_metadata(metadata: Mapping[str, Any]) -> tvm.transform.Pass:
+
+def attach_metadata(metadata: JsonObject) -> tvm.transform.Pass:
     """Return the pass; ``_metadata()`` of the library returns ``metadata`` as a JSON string."""
     builder = rx.BlockBuilder()
     with builder.function("_metadata", params=[]):

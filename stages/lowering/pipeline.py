@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import relax as rx
@@ -26,6 +26,9 @@ from stages.lowering.plain_names import plain_names
 from stages.lowering.scatter_get_item import scatter_tuple_get_item
 from stages.lowering.schedules.rules import schedule_kernels
 from stages.targets.table import Target
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
 
 
 def phases(
@@ -85,7 +88,7 @@ def lower(
     module: tvm.IRModule,
     row: Target,
     target: tvm.target.Target,
-    describe: Callable[[Mapping[str, int]], Mapping[str, Any]],
+    describe: Callable[[Mapping[str, int]], JsonObject],
     progress: Callable[[int, int], None],
     features: Collection[str] = (),
     activations: str = "float",

@@ -25,6 +25,8 @@ from stages.tokenizers.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
+
 ROOT = Path(__file__).resolve().parents[2]
 MAX_MESSAGE = 400  # characters of what the library says
 TABLES = "tokenizer.json"
@@ -99,17 +101,17 @@ class Automatic:
         """The added tokens."""
         return [token["content"] for token in self.document["added_tokens"]]
 
-    def alone(self, texts: Sequence[str]) -> dict[str, Any]:
+    def alone(self, texts: Sequence[str]) -> JsonObject:
         """Return the ``ids`` that tokenizer.json gives without the class and the files beside it, or the ``error``."""
         found: dict[str, Any] = self._ask("alone", [self._tables, list(texts)])
         return found
 
-    def chats(self, template: str | None, cases: Sequence[tuple[list[dict[str, Any]], bool]]) -> list[dict[str, Any]]:
+    def chats(self, template: str | None, cases: Sequence[tuple[list[JsonObject], bool]]) -> list[JsonObject]:
         """Return the ``ids`` of conversations, or the ``error`` that refuses one; None is the checkpoint's template.
 
         A case is messages, and whether the assistant is to speak. What messages spell of control tokens is text.
         """
-        found: list[dict[str, Any]] = self._ask("chat", [[template, messages, speaks] for messages, speaks in cases])
+        found: list[JsonObject] = self._ask("chat", [[template, messages, speaks] for messages, speaks in cases])
         return found
 
     def _may_hold_special(self, text: str) -> bool:
@@ -229,7 +231,7 @@ def _load(folder: str) -> tuple[Any, str | None]:
         return PreTrainedTokenizerFast.from_pretrained(folder), _said(error)
 
 
-def _describe(loaded: Any) -> dict[str, Any]:
+def _describe(loaded: Any) -> JsonObject:
     from stages.tokenizers.byte_level import read_token
 
     backend = loaded.backend_tokenizer
@@ -252,7 +254,7 @@ def _describe(loaded: Any) -> dict[str, Any]:
     }
 
 
-def _chat(loaded: Any, template: str | None, messages: list[dict[str, Any]], speaks: bool) -> dict[str, Any]:
+def _chat(loaded: Any, template: str | None, messages: list[JsonObject], speaks: bool) -> JsonObject:
     options = {"add_generation_prompt": speaks, "sanitize_control_tokens": True, "return_dict": False}
     try:
         return {"ids": loaded.apply_chat_template(messages, chat_template=template, **options)}
@@ -260,7 +262,7 @@ def _chat(loaded: Any, template: str | None, messages: list[dict[str, Any]], spe
         return {"error": _said(error)}
 
 
-def _alone(path: str, texts: list[str]) -> dict[str, Any]:
+def _alone(path: str, texts: list[str]) -> JsonObject:
     from tokenizers import Tokenizer
 
     try:

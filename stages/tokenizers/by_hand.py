@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import json_tables, tokenizer_json
 from stages.tokenizers.automatic import Automatic
@@ -19,6 +19,10 @@ from stages.tokenizers.patterns import GPT2, KNOWN
 from stages.tokenizers.proof import CODE_POINTS, difference
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.tokenizer_family import Finding, Reference
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -117,11 +121,11 @@ def _file_alone(resolution: Resolution, opened: Automatic, texts: Sequence[str])
             return
 
 
-def _pipeline(document: Mapping[str, Any]) -> list[Any]:
+def _pipeline(document: JsonObject) -> list[Any]:
     return [*(document.get(part) for part in PIPELINE), *(document["model"].get(key) for key in MODEL)]
 
 
-def loop_of(resolution: Resolution, document: Mapping[str, Any]) -> Reference:
+def loop_of(resolution: Resolution, document: JsonObject) -> Reference:
     """Return a loop over the source's tables by the document's pipeline; :class:`UnreadError` if it cannot go by it."""
     model = document["model"]
     if model["type"] != "BPE":
@@ -135,7 +139,7 @@ def loop_of(resolution: Resolution, document: Mapping[str, Any]) -> Reference:
     return _characters(document, vocab, merges)
 
 
-def _byte_level(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> MergeLoop:
+def _byte_level(document: JsonObject, vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> MergeLoop:
     model = document["model"]
     if model.get("byte_fallback") or (model.get("unk_token") and model["unk_token"] in vocab):
         raise UnreadError("characters may become an unknown token")
@@ -152,7 +156,7 @@ def _byte_level(document: Mapping[str, Any], vocab: Mapping[str, int], merges: l
     )
 
 
-def _patterns(part: Mapping[str, Any]) -> list[str]:
+def _patterns(part: JsonObject) -> list[str]:
     kind = part["type"]
     if kind == "ByteLevel" and not part.get("add_prefix_space"):
         return [GPT2] if part.get("use_regex", True) else []
@@ -164,7 +168,7 @@ def _patterns(part: Mapping[str, Any]) -> list[str]:
     raise UnreadError(f"pre_tokenizer {json.dumps(part)[:160]}")
 
 
-def _characters(document: Mapping[str, Any], vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> CharacterLoop:
+def _characters(document: JsonObject, vocab: Mapping[str, int], merges: list[tuple[str, str]]) -> CharacterLoop:
     model = document["model"]
     fallback = bool(model.get("byte_fallback"))
     if not model.get("fuse_unk") or any(fallback and f"<0x{byte:02X}>" not in vocab for byte in range(256)):
@@ -185,7 +189,7 @@ def _characters(document: Mapping[str, Any], vocab: Mapping[str, int], merges: l
     )
 
 
-def _lead(document: Mapping[str, Any]) -> str:
+def _lead(document: JsonObject) -> str:
     """Return when a space goes before a text."""
     normalizer, parts = json_tables.flat(document["normalizer"]), json_tables.flat(document["pre_tokenizer"])
     if not parts and normalizer in ([PREPEND, REPLACE], [REPLACE, PREPEND]):

@@ -13,6 +13,8 @@ from stages.tokenizers.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
+
 
 @dataclass(frozen=True)
 class Added:
@@ -49,7 +51,7 @@ def build(pairs: BytePairs) -> Tokenizer:
     return load(document(pairs), pairs.added)
 
 
-def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
+def load(value: JsonObject, added: Sequence[Added]) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json's value; :class:`TokenizerError` if its added tokens get other ids."""
     refused = "the tokenizers library does not take the vocabulary"
     tokenizer = library.load(json.dumps(value, ensure_ascii=False), refused)
@@ -63,7 +65,7 @@ def load(value: Mapping[str, Any], added: Sequence[Added]) -> Tokenizer:
     return tokenizer
 
 
-def document(pairs: BytePairs) -> dict[str, Any]:
+def document(pairs: BytePairs) -> JsonObject:
     """Return tokenizer.json as a value."""
     model = merging(pairs.vocab, pairs.merges, unk_token=None, fuse_unk=False, byte_fallback=False, ignore_merges=True)
     plain, before = _byte_level(trim_offsets=False), template(pairs.prefix, pairs.added)
@@ -77,7 +79,7 @@ def document(pairs: BytePairs) -> dict[str, Any]:
     )
 
 
-def assemble(added: Sequence[Added], *, model: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+def assemble(added: Sequence[Added], *, model: JsonObject, **parts: Any) -> JsonObject:
     """Return a tokenizer.json with the ``parts`` of its pipeline and the ``model``."""
     return {
         "version": "1.0",
@@ -89,7 +91,7 @@ def assemble(added: Sequence[Added], *, model: Mapping[str, Any], **parts: Any) 
     }
 
 
-def merging(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> dict[str, Any]:
+def merging(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **options: Any) -> JsonObject:
     """Return the model of a tokenizer.json that joins the pairs of ``merges``, the first of them first."""
     return {
         "type": "BPE",
@@ -102,7 +104,7 @@ def merging(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **optio
     }
 
 
-def template(prefix: Sequence[str], added: Sequence[Added]) -> dict[str, Any] | None:
+def template(prefix: Sequence[str], added: Sequence[Added]) -> JsonObject | None:
     """Return the post-processor that puts the tokens of ``prefix`` before every text; None for none."""
     if not prefix:
         return None
@@ -116,10 +118,10 @@ def template(prefix: Sequence[str], added: Sequence[Added]) -> dict[str, Any] | 
     }
 
 
-def _pre_tokenizer(pattern: str) -> dict[str, Any]:
+def _pre_tokenizer(pattern: str) -> JsonObject:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, _byte_level(use_regex=False)]}
 
 
-def _byte_level(*, trim_offsets: bool = True, use_regex: bool = True) -> dict[str, Any]:
+def _byte_level(*, trim_offsets: bool = True, use_regex: bool = True) -> JsonObject:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": trim_offsets, "use_regex": use_regex}

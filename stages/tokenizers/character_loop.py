@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.tokenizers.merge_loop import Finder, join
 from stages.tokenizers.metaspace import SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT, TEXT_WITHOUT
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -30,7 +34,7 @@ class CharacterLoop:
         vocab: Mapping[str, int],
         rank: Callable[[str, str], float | None],
         *,
-        added: Sequence[Mapping[str, Any]],
+        added: Sequence[JsonObject],
         unk: int | None,
         byte_fallback: bool,
         lead: str,

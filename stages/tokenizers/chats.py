@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
 from stages.runtime.render import CLOCK
@@ -19,6 +19,10 @@ from stages.tokenizers.proof import difference
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.templates import DEFAULT
 from stages.tokenizers.tokenizer_family import Finding
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 MAX_FORGED = 12  # control tokens that the last conversation spells
 # What transformers says of a control token that its vocabulary has as a piece, too: our runtime takes it apart.
@@ -54,7 +58,7 @@ def same_chats(
             yield Finding("T23", NOTE, f"chat template {name}: {equal}{f', {len(refused)} refused' if refused else ''}")
 
 
-def conversations(tokens: list[str]) -> list[tuple[list[dict[str, Any]], bool]]:
+def conversations(tokens: list[str]) -> list[tuple[list[JsonObject], bool]]:
     """Return messages, and whether the assistant is to speak; ``tokens`` are spelt by a user in the last."""
     system, user = (
         {"role": "system", "content": "Be <b>brief</b>."},
@@ -76,7 +80,7 @@ def _differences(
     theirs: Automatic,
     name: str,
     template: str,
-    cases: list[tuple[list[dict[str, Any]], bool]],
+    cases: list[tuple[list[JsonObject], bool]],
 ) -> tuple[list[Finding], list[str]]:
     """Return what differs, and why conversations were refused by both."""
     findings, refused = [], []

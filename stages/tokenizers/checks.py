@@ -29,6 +29,8 @@ from stages.tokenizers.world_vocabulary import WorldTokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
+
 ERROR, WARNING, NOTE = "E", "W", "N"
 MAX_FINDINGS = 5
 MAX_BYTES = 20
@@ -50,9 +52,9 @@ def error(check: str, text: str, advice: str = "") -> Finding:
 class Subject:
     """An emitted directory, read back: the three files parsed, and the tokenizer as a runtime loads it."""
 
-    spec: Mapping[str, Any]
-    config: Mapping[str, Any]
-    info: Mapping[str, Any]
+    spec: JsonObject
+    config: JsonObject
+    info: JsonObject
     tokenizer: Tokenizer
     facts: ModelFacts
     declared: Mapping[int, str]

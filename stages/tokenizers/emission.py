@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.documents.files import write_json
 from stages.tokenizers.errors import TokenizerError
@@ -14,6 +14,7 @@ from stages.tokenizers.tokenizer_family import ChatFormat, ModelFacts, Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
     from stages.tokenizers.resolution import Resolution
 
 SCHEMA = 1
@@ -118,7 +119,7 @@ def _chat_format(family: TokenizerFamily, facts: ModelFacts, ids: Mapping[str, i
     return form
 
 
-def _describe(chat: ChatFormat | None, facts: ModelFacts, templates: Mapping[str, str]) -> dict[str, Any]:
+def _describe(chat: ChatFormat | None, facts: ModelFacts, templates: Mapping[str, str]) -> JsonObject:
     if chat:
         return {"format": facts.chat_format, "piecewise": chat.piecewise, "system": chat.system}
     return {"format": "template" if templates else RAW}

@@ -20,8 +20,10 @@ from stages.tokenizers.patterns import GPT2, LLAMA3, QWEN, TEKKEN
 from stages.tokenizers.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from stages.documents.files import JsonObject
 
 KIND = "tokenizer.ggml.model"
 # tokenizer.ggml.model -> the family of the files that it becomes.
@@ -97,7 +99,7 @@ def _json(document: Any) -> bytes:
 class _Metadata:
     """The keys of a tokenizer, each of the type that it must have."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, metadata: JsonObject) -> None:
         self.metadata = metadata
         tokens = self.list("tokens", str)
         if not tokens:
@@ -141,7 +143,7 @@ class _Metadata:
         return self.flag("add_bos_token", self.pre().begins if self.metadata[KIND] == "gpt2" else True)
 
 
-def _config(read: _Metadata) -> dict[str, Any]:
+def _config(read: _Metadata) -> JsonObject:
     """Return tokenizer_config.json: roles, what goes around a text, and the chat templates."""
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
     found: dict[str, Any] = {
@@ -164,7 +166,7 @@ def _config(read: _Metadata) -> dict[str, Any]:
     return found
 
 
-def _byte_level(read: _Metadata) -> dict[str, Any]:
+def _byte_level(read: _Metadata) -> JsonObject:
     """Return tokenizer.json."""
     pre = read.pre()
     added = [
@@ -214,8 +216,8 @@ def _byte_level(read: _Metadata) -> dict[str, Any]:
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-def _splits(pre: Pre) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
+def _splits(pre: Pre) -> list[JsonObject]:
+    parts: list[JsonObject] = []
     for pattern in pre.patterns:
         if pattern == DIGIT:
             parts.append({"type": "Digits", "individual_digits": True})
@@ -225,7 +227,7 @@ def _splits(pre: Pre) -> list[dict[str, Any]]:
     return [*parts, _BYTES]
 
 
-def _around(read: _Metadata) -> dict[str, Any]:
+def _around(read: _Metadata) -> JsonObject:
     """Return what puts bos before a text, and eos after it, if the file says so."""
     ids = {role: read.id(role) for role in ("bos", "eos")}
     wanted = {"bos": read.begins(), "eos": read.flag("add_eos_token", False)}

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_json_text, read_text
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 MAX_ADDED = 65_536
 MAX_TOKEN = 65_536  # characters; whole programs are tokens of published vocabularies
 _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> JsonObject:
     """Return the JSON object in a vocabulary file; a key given twice is an error, for a parser keeps either."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]
@@ -120,7 +124,7 @@ def added_tokens(value: Any, where: str) -> tuple[Added, ...]:
     return tuple(tokens)
 
 
-def flat(part: Any) -> list[dict[str, Any]]:
+def flat(part: Any) -> list[JsonObject]:
     """Return the steps of a component of tokenizer.json, whose Sequences hold them under a name of their own."""
     if not isinstance(part, dict):
         return []

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.byte_level import BYTES, CHARACTERS
 from stages.tokenizers.unicode9_nfc import nfc
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 MAX_REMEMBERED = 200_000
 
@@ -28,7 +32,7 @@ class MergeLoop:
         vocab: Mapping[str, int],
         merges: Sequence[tuple[str, str]],
         *,
-        added: Sequence[Mapping[str, Any]] = (),
+        added: Sequence[JsonObject] = (),
         normalize: bool = False,
         splits: Sequence[str] = (),
         ignore_merges: bool = False,
@@ -129,7 +133,7 @@ def join(parts: list[str], rank: Callable[[str, str], float | None]) -> list[str
 class Finder:
     """Added tokens in a text: the leftmost, of those the longest."""
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]], normalize: Callable[[str], str]) -> None:
+    def __init__(self, entries: Sequence[JsonObject], normalize: Callable[[str], str]) -> None:
         import regex
 
         self._entries = {normalize(entry["content"]): entry for entry in entries}

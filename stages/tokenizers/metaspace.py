@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.tokenizers.byte_pairs import Added, assemble, template
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 SPACE = "\u2581"
 # When a U+2581 goes before a text. SEGMENT: before each part between added tokens. TEXT: before the text as a whole.
@@ -28,7 +32,7 @@ class Characters:
     spells a token that no text may become.
     """
 
-    model: Mapping[str, Any]
+    model: JsonObject
     added: Sequence[Added]
     lead: str
     collapse: bool
@@ -39,7 +43,7 @@ class Characters:
     cut: str | None = None
 
 
-def document(characters: Characters) -> dict[str, Any]:
+def document(characters: Characters) -> JsonObject:
     """Return tokenizer.json as a value."""
     fallback = [{"type": "ByteFallback"}] if characters.model["byte_fallback"] else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if characters.strip else []
@@ -53,7 +57,7 @@ def document(characters: Characters) -> dict[str, Any]:
     )
 
 
-def _normalizers(characters: Characters) -> list[dict[str, Any]]:
+def _normalizers(characters: Characters) -> list[JsonObject]:
     encoded = base64.b64encode(characters.charsmap).decode()
     table = [{"type": "Precompiled", "precompiled_charsmap": encoded}] if encoded else []
     prepend = [{"type": "Prepend", "prepend": SPACE}] if characters.lead == SEGMENT else []
@@ -61,7 +65,7 @@ def _normalizers(characters: Characters) -> list[dict[str, Any]]:
     return [*table, *collapse, *prepend, _replace(" ", SPACE)]
 
 
-def _pre_tokenizer(characters: Characters) -> dict[str, Any] | None:
+def _pre_tokenizer(characters: Characters) -> JsonObject | None:
     steps = []
     if characters.lead == TEXT:
         # Metaspace puts nothing before a text that begins with its own character: first with a character that no text
@@ -75,13 +79,13 @@ def _pre_tokenizer(characters: Characters) -> dict[str, Any] | None:
     return {"type": "Sequence", "pretokenizers": steps} if steps else None
 
 
-def _split(pattern: str, behavior: str) -> dict[str, Any]:
+def _split(pattern: str, behavior: str) -> JsonObject:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
 
 
-def _metaspace(character: str, scheme: str) -> dict[str, Any]:
+def _metaspace(character: str, scheme: str) -> JsonObject:
     return {"type": "Metaspace", "replacement": character, "prepend_scheme": scheme, "split": False}
 
 
-def _replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+def _replace(pattern: str, content: str, kind: str = "String") -> JsonObject:
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import roles, templates
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import LFS_HEADER, read_json_text
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
@@ -102,7 +106,7 @@ class Resolution:
     name: str
     vocabulary: Path
     files: Mapping[str, Path]
-    config: Mapping[str, Any]
+    config: JsonObject
     class_name: str | None
     declared: Mapping[int, str]
     roles: Mapping[str, str]
@@ -185,7 +189,7 @@ def second_vocabularies(resolution: Resolution) -> list[Resolution]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Read a small JSON object; :class:`TokenizerError` for anything else."""
     text = read_json_text(path, MAX_CONFIG_BYTES)
     try:
@@ -199,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
+def _config(files: Mapping[str, Path]) -> tuple[JsonObject, list[str]]:
     """Return tokenizer_config.json and what was read for it.
 
     Where it lists no added tokens, the roles of an older special_tokens_map.json win, as in transformers.
@@ -209,11 +213,12 @@ def _config(files: Mapping[str, Path]) -> tuple[dict[str, Any], list[str]]:
     if SPECIALS in files and "added_tokens_decoder" not in config:
         read.append(SPECIALS)
         stated = read_json(files[SPECIALS])
-        config |= {f"{role}_token": stated[f"{role}_token"] for role in roles.ROLES if f"{role}_token" in stated}
+        named = (f"{role}_token" for role in roles.ROLES)
+        config = {**config, **{name: stated[name] for name in named if name in stated}}
     return config, read
 
 
-def _family(root: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> tuple[str, str]:
+def _family(root: Path, files: Mapping[str, Path], config: JsonObject) -> tuple[str, str]:
     named = _class_name(config)
     own = next((family for family, rule in RULES.items() if named in rule.classes), None)
     if own and _named(files, RULES[own]):
@@ -270,12 +275,12 @@ def _cut(text: Any) -> str:
     return str(text)[:MAX_SHOWN]
 
 
-def _class_name(config: Mapping[str, Any]) -> str | None:
+def _class_name(config: JsonObject) -> str | None:
     named = config.get("tokenizer_class") or (_remote_class(config) or "").rpartition(".")[2]
     return str(named).removesuffix("Fast") if named else None
 
 
-def _remote_class(config: Mapping[str, Any]) -> str | None:
+def _remote_class(config: JsonObject) -> str | None:
     """Return ``module.Class`` of auto_map's tokenizer; the list of older files is the tokenizer's own [slow, fast]."""
     auto_map = config.get("auto_map")
     entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
@@ -284,13 +289,13 @@ def _remote_class(config: Mapping[str, Any]) -> str | None:
     return entry if isinstance(entry, str) else None
 
 
-def _describe(config: Mapping[str, Any]) -> str:
+def _describe(config: JsonObject) -> str:
     remote = _remote_class(config)
     code = f"auto_map names {remote}: present and not executed" if remote else "no auto_map"
     return f"tokenizer_class {config.get('tokenizer_class')}; {code}"
 
 
-def _declared(files: Mapping[str, Path], config: Mapping[str, Any]) -> dict[int, str]:
+def _declared(files: Mapping[str, Path], config: JsonObject) -> dict[int, str]:
     """Return the tokens whose ids the checkpoint states beside its vocabulary: id -> text."""
     stated: dict[int, str] = {}
     if "added_tokens.json" in files:

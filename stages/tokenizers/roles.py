@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 _END = "<|endoftext|>"
@@ -17,7 +20,7 @@ CLASS_ROLES: dict[str, dict[str, str]] = {
 }
 
 
-def named(config: Mapping[str, Any]) -> dict[str, str]:
+def named(config: JsonObject) -> dict[str, str]:
     """Return role -> token of every ``<role>_token`` in tokenizer_config.json, the model's own roles included."""
     own = config.get("extra_special_tokens")
     found = {**(own if isinstance(own, dict) else {}), **config}
@@ -29,7 +32,7 @@ def named(config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def assumed(config: Mapping[str, Any], class_name: str | None) -> dict[str, str]:
+def assumed(config: JsonObject, class_name: str | None) -> dict[str, str]:
     """Return the roles that the tokenizer class gives where tokenizer_config.json does not even say null."""
     roles = CLASS_ROLES.get(class_name or "", {})
     return {role: text for role, text in roles.items() if f"{role}_token" not in config}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from stages.tokenizers.byte_pairs import merging
 from stages.tokenizers.ranks import bound_cuts, bound_lengths
 from stages.tokenizers.sentencepiece_model import MAX_SHOWN, NORMAL, USER_DEFINED, SentencePieceModel
 
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
 
-def document(model: SentencePieceModel) -> dict[str, Any]:
+
+def document(model: SentencePieceModel) -> JsonObject:
     """Return the model of tokenizer.json."""
     return merging(
         {piece.text: index for index, piece in enumerate(model.pieces)},

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from stages.tokenizers import json_tables, sentencepiece_bpe, sentencepiece_unigram
 from stages.tokenizers.byte_pairs import Added, load
@@ -32,6 +32,7 @@ from stages.tokenizers.tokenizer_family import Finding, TokenizerFamily
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
     from stages.tokenizers.resolution import Resolution
 
 
@@ -206,7 +207,7 @@ def reference(resolution: Resolution) -> CharacterLoop:
     frozen = [text for text in defined if lead == NEVER or text in isolated]
     vocab = {piece.text: index for index, piece in enumerate(model.pieces)}
     ids = vocab | {token.content: token.id for token in added}
-    settings: Mapping[str, Any] = {
+    settings: JsonObject = {
         "added": [vars(token) for token in added if token.content not in frozen],
         "lead": lead,
         "collapse": model.remove_extra_whitespaces,

@@ -6,16 +6,20 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.character_loop import CharacterLoop
 from stages.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 UNKNOWN_PENALTY = 10.0  # below the worst score of a piece
 BYTE_PIECE = "<0x[0-9A-F]{2}>"
 
 
-def document(model: SentencePieceModel) -> dict[str, Any]:
+def document(model: SentencePieceModel) -> JsonObject:
     """Return the model of tokenizer.json; scores are float32 in the file and float64 there, which is exact."""
     return {
         "type": "Unigram",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import json_tables
@@ -20,6 +19,7 @@ from stages.tokenizers.tokenizer_family import TokenizerFamily
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
     from stages.tokenizers.resolution import Resolution
 
 BEGIN = "<s>"
@@ -120,7 +120,7 @@ class TekkenReference(TiktokenReference):
     """tiktoken on the ranks, moved behind the special tokens; its own reading of the file."""
 
     def __init__(self, resolution: Resolution) -> None:
-        value: Mapping[str, Any] = json.loads(resolution.vocabulary.read_bytes())
+        value: JsonObject = json.loads(resolution.vocabulary.read_bytes())
         config, size = value["config"], value["config"]["default_num_special_tokens"]
         used = value["vocab"][: config["default_vocab_size"] - size]
         ranks = {base64.b64decode(entry["token_bytes"]): size + entry["rank"] for entry in used}

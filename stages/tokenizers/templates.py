@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_text
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 FILE = "chat_template.jinja"
 FOLDER = "additional_chat_templates"
@@ -15,7 +19,7 @@ DEFAULT = "default"
 MAX_TEMPLATES = 64
 
 
-def read(files: Mapping[str, Path], config: Mapping[str, Any], where: Path) -> dict[str, str]:
+def read(files: Mapping[str, Path], config: JsonObject, where: Path) -> dict[str, str]:
     """Return name -> template; {} if there is none.
 
     ``files`` are the checkpoint's by their name in it. Templates in files of their own win over the key

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from stages.tokenizers.errors import TokenizerError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
     from stages.tokenizers.resolution import Resolution
 
 
@@ -104,9 +105,7 @@ class ModelFacts:
     chat_format: str | None
 
     @classmethod
-    def read(
-        cls, model: Mapping[str, Any], generation: Mapping[str, Any], tensors: Mapping[str, Any], embedding: str
-    ) -> ModelFacts:
+    def read(cls, model: JsonObject, generation: JsonObject, tensors: JsonObject, embedding: str) -> ModelFacts:
         """Gather the facts from config-parse's artifacts; :class:`TokenizerError` if there is no such embedding."""
         tensor = tensors.get(embedding)
         if tensor is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.tokenizers import json_tables
 from stages.tokenizers.automatic import Automatic
@@ -19,6 +19,7 @@ from stages.tokenizers.tokenizer_family import TokenizerFamily
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from stages.documents.files import JsonObject
     from stages.tokenizers.byte_pairs import Added
     from stages.tokenizers.resolution import Resolution
 
@@ -88,10 +89,10 @@ def _check_tables(resolution: Resolution) -> tuple[Added, ...]:
 
 
 def _check_reachable(
-    model: Mapping[str, Any],
+    model: JsonObject,
     vocab: Mapping[str, int],
     merges: list[tuple[str, str]],
-    spec: Mapping[str, Any],
+    spec: JsonObject,
     where: str,
 ) -> None:
     """Raise :class:`TokenizerError` if a great part of the tokens is made by no merge: then merges are missing."""

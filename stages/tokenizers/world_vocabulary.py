@@ -11,10 +11,14 @@ import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.byte_level import CHARACTERS, spell
 from stages.tokenizers.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
 
 FILE = "rwkv_vocab.txt"
 END, END_TEXT = 0, "<|endoftext|>"
@@ -60,7 +64,7 @@ class WorldTokenizer:
         lines = [b"%d %s\n" % (index, base64.b64encode(self._tokens[index])) for index in sorted(self._tokens)]
         Path(path).write_bytes(b"".join(lines))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> JsonObject:
         """Return what tokenizer.json would say of it, for the checks: every byte goes in and out as it is."""
         return {
             "added_tokens": [{"id": END, "content": END_TEXT, "special": True, "normalized": False}],

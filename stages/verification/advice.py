@@ -27,6 +27,7 @@ from stages.verification.loss import Loss, Places
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
 
@@ -43,7 +44,7 @@ class Request:
     With ``activations``, layers are judged as well, by what int8 activations cost where one alone reads them.
     """
 
-    original: Mapping[str, Any]
+    original: JsonObject
     scheme: str
     scales: str
     candidates: Sequence[tuple[str, str]]
@@ -52,7 +53,7 @@ class Request:
     activations: bool = False
 
 
-def compute(request: Request, progress: Progress) -> dict[str, Any]:
+def compute(request: Request, progress: Progress) -> JsonObject:
     """Return ``names`` and ``kl`` of the tensors, ``layers`` and ``layer_kl`` of those, and as JSON the figures of each
     candidate ``tried``, in order.
     """

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stages.problems import ProblemsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
+
+    from stages.documents.files import JsonObject
 
     Progress = Callable[[int, int, str], None]
 
@@ -27,7 +29,7 @@ class LiveError(ProblemsError):
     """The reference could not be computed; ``problems`` says why."""
 
 
-def call(module: str, request: Mapping[str, Any], progress: Progress, instead: str = INSTEAD) -> dict[str, np.ndarray]:
+def call(module: str, request: JsonObject, progress: Progress, instead: str = INSTEAD) -> dict[str, np.ndarray]:
     """Run ``python -m module REQUEST.json RESULT.npz`` and return its arrays; :class:`LiveError` if it fails.
 
     The process tells ``progress`` how far it is with :func:`say`. ``instead`` is what a user can do without it.

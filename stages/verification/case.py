@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.checkpoint.generation import CONFIG
 from stages.checkpoint.gguf.folder import file_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from stages.documents.files import JsonObject
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Register
     from stages.memo import Memo
@@ -44,7 +45,7 @@ class Case:
     reference: str
     device: str
     scales: str = "max"  # how quantize chose them
-    proof: Mapping[str, Any] | None = None  # what tokenizer-bundle has found, where verify reads that
+    proof: JsonObject | None = None  # what tokenizer-bundle has found, where verify reads that
     corpus: Path = probes.DEFAULT
     probe_tokens: int = 2048
     limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.Limits
@@ -119,7 +120,7 @@ class Case:
         """Return the ids of a text to continue: those of ``text`` after the prefix."""
         return [*self.prefix, *self.encode(text)]
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    def chat(self, messages: Sequence[JsonObject]) -> Sequence[int]:
         """Return the ids of a conversation."""
         return probes.conversation(messages, self.tokenizer, self.manifest.folder, self.encode)
 

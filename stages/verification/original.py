@@ -25,6 +25,7 @@ from stages.verification import lending, streaming
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.memo import Memo
     from stages.verification.apart import Progress
 
@@ -79,7 +80,7 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     return dict(zip(ARRAYS, [*columns, np.array(origin), *ranges], strict=True))
 
 
-def known(memo: Memo, document: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+def known(memo: Memo, document: JsonObject) -> dict[str, np.ndarray] | None:
     """Return what was computed before of the same ``document``, for whatever scheme or target."""
     part = memo.recall(KIND, document)
     if part is None:
@@ -88,7 +89,7 @@ def known(memo: Memo, document: Mapping[str, Any]) -> dict[str, np.ndarray] | No
         return dict(found)
 
 
-def keep(memo: Memo, document: Mapping[str, Any], found: Mapping[str, np.ndarray], folder: Path) -> None:
+def keep(memo: Memo, document: JsonObject, found: Mapping[str, np.ndarray], folder: Path) -> None:
     """Keep what was computed; ``folder`` is where a file may be made on the way."""
     file = folder / "original.npz"
     np.savez(file, **dict(found))  # type: ignore[arg-type]
@@ -96,7 +97,7 @@ def keep(memo: Memo, document: Mapping[str, Any], found: Mapping[str, np.ndarray
     file.unlink()
 
 
-def document(request: Request, checkpoint: str) -> dict[str, Any]:
+def document(request: Request, checkpoint: str) -> JsonObject:
     """Return everything that an answer depends on beside the code; ``checkpoint`` is the digest of its files."""
     probes = json.dumps([request.pieces, request.skipped], separators=(",", ":"))
     return {

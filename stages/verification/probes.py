@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stages.problems import ProblemsError
 from stages.runtime.errors import RequestError
@@ -19,6 +19,7 @@ from stages.runtime.wording import writes_date
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.runtime.folder import Folder
     from stages.runtime.tokenizer import BundleTokenizer
 
@@ -70,7 +71,7 @@ def of(
     window: int,
     prefix: Sequence[int],
     encode: Callable[[str], Sequence[int]],
-    chat: Callable[[Sequence[Mapping[str, Any]]], Sequence[int]],
+    chat: Callable[[Sequence[JsonObject]], Sequence[int]],
 ) -> Probes:
     """Return the first ``tokens`` ids of ``corpus`` in pieces of at most ``window``, each begun with ``prefix``.
 
@@ -99,7 +100,7 @@ def of(
 
 
 def conversation(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[JsonObject],
     tokenizer: BundleTokenizer,
     folder: Folder,
     encode: Callable[[str], Sequence[int]],
@@ -122,7 +123,7 @@ def one_file(named: str, files: Mapping[str, Path]) -> Path:
     return next(iter(files.values()))
 
 
-def segments(corpus: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
+def segments(corpus: Path) -> Iterator[tuple[str, str | list[JsonObject]]]:
     """Yield kind and content of each part of a corpus: a text, or the messages of a conversation."""
     data = corpus.read_bytes()
     if len(data) > LIMIT:
@@ -140,7 +141,7 @@ def segments(corpus: Path) -> Iterator[tuple[str, str | list[dict[str, Any]]]]:
             yield _segment(line, f"{corpus}:{number}")
 
 
-def _segment(line: str, where: str) -> tuple[str, str | list[dict[str, Any]]]:
+def _segment(line: str, where: str) -> tuple[str, str | list[JsonObject]]:
     try:
         entry = json.loads(line)
         json.dumps(entry, ensure_ascii=False).encode()  # refuses escapes that are no characters

@@ -22,6 +22,7 @@ from stages.verification.reference import checkpoint_digest
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.memo import NewPart
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
@@ -152,7 +153,7 @@ class _Shelf:
         """Keep what was measured, each by itself."""
         if self._memo is None:
             return
-        values: list[tuple[Mapping[str, Any], Any]] = [(self._scheme, names)]
+        values: list[tuple[JsonObject, Any]] = [(self._scheme, names)]
         values += [({**self._scheme, "tensor": name}, kl) for name, kl in divergences.items()]
         values += [(self._document(candidate), vars(found)) for candidate, found in figures.items()]
         values += [(self._layers, layers)] if layers is not None else []
@@ -166,10 +167,10 @@ class _Shelf:
         self._memo.remember_all(KIND, parts)
         shutil.rmtree(folder)
 
-    def _document(self, candidate: Candidate) -> dict[str, Any]:
+    def _document(self, candidate: Candidate) -> JsonObject:
         scheme, arithmetic = candidate
         return {**self._of, "candidate": asdict(SCHEMES[scheme]), "arithmetic": arithmetic}
 
-    def _recall(self, document: Mapping[str, Any]) -> Any:
+    def _recall(self, document: JsonObject) -> Any:
         part = self._memo.recall(KIND, document) if self._memo else None
         return None if part is None else json.loads(part.path.read_bytes())

@@ -18,6 +18,8 @@ from stages.sizes import BYTE_BITS, LEVELED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from stages.documents.model import CheckpointTensor
+    from stages.documents.params import Parameter, Register
     from stages.runtime.tensor_cache import Record
 
 # By how much the stored scale may be off, by its dtype: its rounding, and what it is off by below the normal range. A
@@ -60,7 +62,7 @@ class Held:
         return np.ascontiguousarray(whole.swapaxes(-1, -2)) if self.turned else whole
 
 
-def misplaced(registry: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
+def misplaced(registry: Register, records: Mapping[str, Record]) -> list[str]:
     """Return which of the tensors of params.json the bundle does not hold, or holds in another shape or dtype."""
     wanted = {entry["name"]: f"{entry['dtype']} {entry['shape']}" for entry in registry["params"]}
     found = {name: f"{record.dtype} {list(record.shape)}" for name, record in records.items()}
@@ -71,7 +73,7 @@ def misplaced(registry: Mapping[str, Any], records: Mapping[str, Record]) -> lis
     ]
 
 
-def mismatched(registry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def mismatched(registry: Register, tensors: Mapping[str, CheckpointTensor]) -> list[str]:
     """Return which of the tensors that params.json is made of the checkpoint lacks, or has in another shape."""
     wanted = {
         name: shape
@@ -87,13 +89,13 @@ def mismatched(registry: Mapping[str, Any], tensors: Mapping[str, Mapping[str, A
     ]
 
 
-def held(registry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Held]:
+def held(registry: Register, records: Mapping[str, Record]) -> Iterator[Held]:
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
         yield from _held_by(entry, records)
 
 
-def _held_by(entry: Mapping[str, Any], records: Mapping[str, Record]) -> Iterator[Held]:
+def _held_by(entry: Parameter, records: Mapping[str, Record]) -> Iterator[Held]:
     arrays = [records[name].load() for name in entry["stored"]]
     row = Row(**entry["quantize"]) if entry["quantize"] else None
     if entry["layout"] != "nk":
@@ -143,7 +145,7 @@ class Rows:
         return self.read().values()[self.start : self.start + self.shape[0]]
 
 
-def by_name(registry: Mapping[str, Any], records: Mapping[str, Record]) -> dict[str, Rows]:
+def by_name(registry: Register, records: Mapping[str, Record]) -> dict[str, Rows]:
     """Return every checkpoint tensor by the model's name, of which nothing is in memory before it is asked for.
 
     What is stored together is kept until something else is asked for: a layer asks for its q, k and v one by one.
@@ -166,14 +168,14 @@ def by_name(registry: Mapping[str, Any], records: Mapping[str, Record]) -> dict[
     }
 
 
-def _byte_group(entry: Mapping[str, Any]) -> int:
+def _byte_group(entry: Parameter) -> int:
     """Return :attr:`Rows.group` of a tensor of params.json: kernels that read bytes take matrices in blocks."""
     row, matrix = entry["quantize"], entry["layout"] == "n32" and len(entry["shape"]) == 2
     return int(row["group_size"]) if row and matrix and row["bits"] in BYTE_BITS else 0
 
 
 def differences(
-    registry: Mapping[str, Any],
+    registry: Register,
     records: Mapping[str, Record],
     checkpoint: Mapping[str, np.ndarray] | Any,
     scales: str = "max",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from stages.checkpoint.gguf.architectures import Architecture
     from stages.checkpoint.gguf.container import Contents
+    from stages.documents.files import JsonObject
 
 ARCHITECTURE = "general.architecture"
 # Keys of an architecture that make another model of it if they are more than zero.
@@ -242,7 +243,7 @@ def unread(contents: Contents) -> list[str]:
     return [name for name in contents.tensors if name != ROPE_FACTORS and not known.name(name)]
 
 
-def written(folder: Path, documents: dict[str, Any]) -> dict[str, Path]:
+def written(folder: Path, documents: JsonObject) -> dict[str, Path]:
     """Write JSON documents by file name; return where they are."""
     files = {}
     for name, document in documents.items():

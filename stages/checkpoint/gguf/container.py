@@ -18,6 +18,8 @@ from stages.checkpoint.strict_json import shown
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stages.documents.files import JsonObject
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 BUFFER = 2**20  # bytes read at a time
@@ -79,7 +81,7 @@ class Stored:
 class Contents:
     """What a file says before its weights: ``metadata`` are Python values by key, ``tensors`` are in file order."""
 
-    metadata: Mapping[str, Any]
+    metadata: JsonObject
     tensors: Mapping[str, Stored]
 
 
@@ -93,7 +95,7 @@ def read(path: Path, name: str) -> Contents:
         return Contents(metadata, _tensors(cursor, tensors, metadata))
 
 
-def peek(path: Path, wanted: Collection[str]) -> dict[str, Any]:
+def peek(path: Path, wanted: Collection[str]) -> JsonObject:
     """Return the values of those of the ``wanted`` keys that there are, reading no further than it must."""
     found: dict[str, Any] = {}
     with path.open("rb", BUFFER) as file:
@@ -189,7 +191,7 @@ def _format(cursor: _Cursor, kind: int, what: str) -> str:
     return SCALARS[kind]
 
 
-def _refuse_split(metadata: Mapping[str, Any], name: str) -> None:
+def _refuse_split(metadata: JsonObject, name: str) -> None:
     count = metadata.get("split.count", 0)
     if isinstance(count, int) and count > 1:
         raise ValueError(
@@ -197,7 +199,7 @@ def _refuse_split(metadata: Mapping[str, Any], name: str) -> None:
         )
 
 
-def _tensors(cursor: _Cursor, count: int, metadata: Mapping[str, Any]) -> dict[str, Stored]:
+def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, Stored]:
     """Return where the tensors are; every one of them lies within the file."""
     name, alignment = cursor.name, metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -16,15 +16,15 @@ from stages.checkpoint.strict_json import shown
 from stages.problems import capped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from stages.checkpoint.stored import Parts
+    from stages.documents.files import JsonObject
     from stages.documents.model import Packed
 
 # Types whose values are what is stored -> safetensors' name; all others are made in float32.
 PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-DTYPES: Mapping[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES: JsonObject = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
@@ -70,7 +70,7 @@ def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
     return found
 
 
-def rows(parts: Parts, settings: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+def rows(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """Return rows of a tensor in the checkpoint's order, less what the converter has added."""
     shape, wanted = settings["shape"], _order(tuple(settings["moved"]), settings["shape"][0])
     if wanted is None:

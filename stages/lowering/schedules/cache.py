@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tvm
 from blake3 import blake3
@@ -16,12 +16,14 @@ from stages.ir.text import SCHEDULED
 from stages.lowering.schedules import rules
 from stages.memo import Memo, NewPart
 
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+
+
 KIND = "schedule"  # of what is kept
 
 
-def scheduled(
-    module: tvm.IRModule, names: Sequence[str], how: Mapping[str, Any], memo: Memo, folder: Path
-) -> tvm.IRModule:
+def scheduled(module: tvm.IRModule, names: Sequence[str], how: JsonObject, memo: Memo, folder: Path) -> tvm.IRModule:
     """Return ``module`` with its kernels scheduled by the rules ``names`` for the current target.
 
     ``how`` tells that target and the versions of tools as plain data. The rules are imported, which may take seconds,
