@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stages.checkpoint import strict_json
 from stages.checkpoint.errors import ConfigError
@@ -112,7 +112,7 @@ class Fold:
             return opened.read(info.nbytes)
 
 
-Made = tuple[str, str, dict[str, str], tuple[int, ...], JsonObject]
+Made: TypeAlias = "tuple[str, str, dict[str, str], tuple[int, ...], JsonObject]"
 
 
 def declared(files: Mapping[str, Path]) -> JsonObject:

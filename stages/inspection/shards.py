@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # names of tensors
 KIND = "digests"  # of the parts that stages.conversion.digests keeps: tensor -> digest of its bytes
-Recall = Callable[[str, JsonObject], Any]
+Recall: TypeAlias = "Callable[[str, JsonObject], Any]"
 
 
 def changed(recall: Recall, old: str, path: Path) -> str | None:

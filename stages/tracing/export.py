@@ -18,6 +18,7 @@ from stages.tracing.vocabulary import ALONG, OPERATORS, RESHAPES, SAME, SPLITS
 
 if TYPE_CHECKING:
     from stages.tracing.names import Names
+    from stages.tracing.nodes import Arguments, Node
 
 EXAMPLE = 16  # tokens of the inputs that torch traces with
 MOST = 1 << 20  # tokens of what it may be called with
@@ -30,7 +31,7 @@ class Part:
     """``nodes`` of a graph, each of which makes the value of its number behind the ``inputs``; ``output`` is one."""
 
     inputs: int
-    nodes: Sequence[tuple[str, Mapping[str, Any]]]
+    nodes: Sequence[Node]
     output: int
 
 
@@ -83,7 +84,7 @@ class _Graph:
     def __init__(self, program: Any, names: Names) -> None:
         self.names = names
         self.values: dict[Any, Any] = {}  # node of torch -> what stands for it
-        self.nodes: list[tuple[str, Mapping[str, Any]]] = []
+        self.nodes: list[Node] = []
         self.signature = program.graph_signature
         self.program = program
         nodes = list(program.graph.nodes)
@@ -186,8 +187,8 @@ class _Graph:
         else:
             raise self._refusal(node, node.target.__name__)
 
-    def _operator(self, node: Any, name: str, ours: str, arguments: dict[str, Any]) -> None:
-        special: dict[str, Callable[..., tuple[str, dict[str, Any]]]] = {
+    def _operator(self, node: Any, name: str, ours: str, arguments: Arguments) -> None:
+        special: dict[str, Callable[..., Node]] = {
             "broadcast": self._broadcast,
             "full": self._full,
             "arange": self._arange,
@@ -220,10 +221,10 @@ class _Graph:
                 self._along(node, name, axis, first)
         self._add(node, ours, arguments)
 
-    def _broadcast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _broadcast(self, node: Any, arguments: Arguments) -> Node:
         return "broadcast", {"x": arguments["x"], "shape": self._shape(node)}
 
-    def _norm(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _norm(self, node: Any, arguments: Arguments) -> Node:
         """Return torch's own norm as ours, whose gain may be none, which is of ones."""
         import torch
 
@@ -240,7 +241,7 @@ class _Graph:
             "offset": 0.0,
         }
 
-    def _repeat(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _repeat(self, node: Any, arguments: Arguments) -> Node:
         """Return x several times along axes of its own, none of them that of the tokens."""
         times, shape = arguments["repeats"], self._shape(node.args[0])
         if len(times) != len(shape) or any(
@@ -249,14 +250,14 @@ class _Graph:
             raise self._refusal(node, f"repeat of {shape} by {times}")
         return "repeat", {"x": arguments["x"], "repeats": times}
 
-    def _full(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _full(self, node: Any, arguments: Arguments) -> Node:
         """Return what is filled with one number, however torch says so."""
         name, dtype = node.target.overloadpacket.__name__, str(node.meta["val"].dtype)
         given = arguments.get("fill_value", arguments.get("s"))
         value = given if given is not None else float("ones" in name)
         return "full", {"value": value, "dtype": dtype.removeprefix("torch."), "shape": self._shape(node)}
 
-    def _arange(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _arange(self, node: Any, arguments: Arguments) -> Node:
         if any(isinstance(argument, dict) for argument in arguments.values()):
             # Numbers of all tokens from the first on are their positions, which only the cache knows.
             counted = (arguments.get("start", 0), arguments["end"], arguments.get("step", 1)) == (0, {"tokens": 1}, 1)
@@ -266,10 +267,10 @@ class _Graph:
         limits = {"start": arguments.get("start", 0), "end": arguments["end"], "step": arguments.get("step", 1)}
         return "arange", {**limits, "dtype": dtype_of(node)}
 
-    def _cast(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _cast(self, node: Any, arguments: Arguments) -> Node:
         return "cast", {"x": arguments["x"], "dtype": dtype_of(node)}
 
-    def _projection(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _projection(self, node: Any, arguments: Arguments) -> Node:
         """Return bias + x @ w, w [k, n], as a linear layer, whose weight is stored the other way round."""
         weight = arguments["mat2"]
         if "parameter" not in weight or any(arguments.get(name, 1) != 1 for name in ("alpha", "beta")):
@@ -277,12 +278,12 @@ class _Graph:
         turned = self.names.transposed(weight["parameter"])
         return "linear", {"x": arguments["mat1"], "weight": turned, "bias": arguments["x"]}
 
-    def _product(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _product(self, node: Any, arguments: Arguments) -> Node:
         """Return a product, of complex numbers if both are: they are pairs of floats."""
         both = all(hasattr(each, "meta") and each.meta["val"].is_complex() for each in node.args)
         return "complex_mul" if both else "mul", dict(arguments)
 
-    def _rows(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _rows(self, node: Any, arguments: Arguments) -> Node:
         """Return x[indices] as rows looked up in a table."""
         if "index" in arguments and arguments["dim"] == 0:  # index_select
             arguments = {**arguments, "indices": [arguments["index"]]}
@@ -290,7 +291,7 @@ class _Graph:
             raise self._refusal(node, "index.Tensor of what is no table")
         return "embedding", {"weight": arguments["x"], "indices": arguments["indices"][0]}
 
-    def _heads(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _heads(self, node: Any, arguments: Arguments) -> Node:
         """Add the sizes of an attention, of which one whole sequence after another is read."""
         q, k, v = (self._shape(each) for each in node.args[:3])
         if any(shape[0] != 1 or shape[2] != {"tokens": 1} for shape in (q, k, v)):
@@ -298,7 +299,7 @@ class _Graph:
         sizes = {"heads": q[1], "kv_heads": k[1], "width": q[3], "value_width": v[3]}
         return "attention", {**arguments, **sizes}
 
-    def _experts(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _experts(self, node: Any, arguments: Arguments) -> Node:
         """Return a layer of chosen experts, whose matrices lie one under the other in one parameter."""
         weight = arguments["weight"]
         if "parameter" not in weight or [*map(len, (self._shape(each) for each in node.args[:3]))] != [2, 3, 1]:
@@ -308,7 +309,7 @@ class _Graph:
         arguments = {"x": arguments["x"], "weight": named, "chosen": arguments["chosen"], "features": features}
         return "expert_linear", arguments
 
-    def _kept(self, node: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def _kept(self, node: Any, arguments: Arguments) -> Node:
         """Add the sizes of an operator that keeps a state of a sequence, which is one of one batch."""
         name = node.target.overloadpacket.__name__
         shapes = [self._shape(each) for each in node.args if hasattr(each, "meta")]
@@ -328,7 +329,7 @@ class _Graph:
         }
         return name, {**arguments, **sizes[name]()}
 
-    def _slice(self, node: Any, arguments: Mapping[str, Any]) -> None:
+    def _slice(self, node: Any, arguments: Arguments) -> None:
         source, axis = node.args[0], arguments.get("dim", 0) % node.args[0].meta["val"].dim()
         if self._shape(source) == self._shape(node) and arguments.get("step", 1) == 1:
             self.values[node] = arguments["x"]  # all of it
@@ -338,7 +339,7 @@ class _Graph:
         start, end, step = slice(arguments.get("start"), arguments.get("end"), arguments.get("step", 1)).indices(size)
         self._add(node, "slice", {"x": arguments["x"], "dim": axis, "start": start, "end": end, "step": step})
 
-    def _reshape(self, node: Any, arguments: Mapping[str, Any]) -> None:
+    def _reshape(self, node: Any, arguments: Arguments) -> None:
         before, after = (outside(shape) for shape in (self._shape(node.args[0]), self._shape(node)))
         if before != after:
             raise self._refusal(node, f"{node.target.__name__} that orders tokens otherwise")
@@ -382,7 +383,7 @@ class _Graph:
             return str(value).removeprefix("torch.")
         return value
 
-    def _add(self, node: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    def _add(self, node: Any, name: str, arguments: Arguments) -> None:
         self.values[node] = {"value": self.inputs + len(self.nodes)}
         self.nodes.append((name, arguments))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.tracing.export import Part
 
-Node = tuple[str, Mapping[str, Any]]
+if TYPE_CHECKING:
+    from stages.tracing.nodes import Arguments, Node
 
 
 def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -> tuple[Part, dict[str, list[str]]]:
@@ -32,7 +33,7 @@ def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -
     splits: dict[int, int] = {}
     nodes: list[Node] = []
 
-    def add(name: str, arguments: Mapping[str, Any]) -> int:
+    def add(name: str, arguments: Arguments) -> int:
         nodes.append((name, arguments))
         return part.inputs + len(nodes) - 1
 

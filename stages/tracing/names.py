@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
 
 
 class Names:
@@ -20,7 +23,7 @@ class Names:
         self.own = {name: first.setdefault(id(tensor), name) for name, tensor in found.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         self.used: dict[str, tuple[int, ...]] = {}
-        self.constants: list[Mapping[str, Any]] = []
+        self.constants: list[JsonObject] = []
         self.tie: tuple[str, str] | None = self._tie(model)
         self.in_head = False
         self.turned: set[str] = set()

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+# The arguments of an operator by name: plain values, and {"value": n}, {"parameter": name} or {"constant": n}.
+Arguments: TypeAlias = Mapping[str, Any]
+Node: TypeAlias = tuple[str, Arguments]  # the name of an operator of stages.models.operators, and its arguments
 
 
 def encoded(tensor: Any) -> str:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from stages.documents.files import JsonObject
 
-def forms(model: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+
+def forms(model: Any, names: Iterable[str]) -> dict[str, JsonObject]:
     """Return those of the ``names`` of the state dict that an older checkpoint has otherwise -> ``sources``, the names
     of its tensors, and their ``shapes``; ``shape``, which they have when they lie one under the other; ``rows``, from
     one to another, where they are only those of a tensor that several share.
@@ -41,7 +43,7 @@ def forms(model: Any, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _form(model: Any, name: str, shape: tuple[int, ...]) -> dict[str, Any] | None:
+def _form(model: Any, name: str, shape: tuple[int, ...]) -> JsonObject | None:
     import torch
 
     outer = shape[:-1] or shape

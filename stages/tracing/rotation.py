@@ -9,12 +9,17 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.tracing.export import Part
 from stages.tracing.merge import read, renumbered
+
+if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
+    from stages.tracing.nodes import Arguments, Node
+
 
 PROBE = np.array([[0, 1, 2, 7, 40, 155]])  # positions at which angles are compared
 
@@ -29,7 +34,7 @@ class Rotation:
     factor: float
 
 
-def hoisted(part: Part, constants: Sequence[Mapping[str, Any]]) -> tuple[Part, Rotation | None]:
+def hoisted(part: Part, constants: Sequence[JsonObject]) -> tuple[Part, Rotation | None]:
     """Return the body without the rotation that all its layers share, and that; the body itself where there is none."""
     graph = _Graph(part, constants)
     nodes, rotations = list(part.nodes), set()
@@ -51,7 +56,7 @@ def packed(part: Part) -> Part:
     """
     nodes = list(part.nodes)
 
-    def node(value: Any) -> tuple[str, Mapping[str, Any]]:
+    def node(value: Any) -> Node:
         number = value["value"] - part.inputs if isinstance(value, Mapping) and "value" in value else -1
         return part.nodes[number] if number >= 0 else ("", {})
 
@@ -90,7 +95,7 @@ def pruned(part: Part) -> Part:
             needed.add(value)
             waiting += read_values(part.nodes[value - part.inputs][1])
     values = {number: number for number in range(part.inputs)}
-    nodes: list[tuple[str, Mapping[str, Any]]] = []
+    nodes: list[Node] = []
     for number, (name, arguments) in enumerate(part.nodes, start=part.inputs):
         if number in needed:
             values[number] = part.inputs + len(nodes)
@@ -98,7 +103,7 @@ def pruned(part: Part) -> Part:
     return replace(part, nodes=nodes, output=values[part.output])
 
 
-def read_values(arguments: Mapping[str, Any]) -> list[int]:
+def read_values(arguments: Arguments) -> list[int]:
     """Return the numbers of the values that a node reads."""
     found = read(list(arguments.values()), "value")
     return [value for value in found if isinstance(value, int) and not isinstance(value, bool)]
@@ -107,7 +112,7 @@ def read_values(arguments: Mapping[str, Any]) -> list[int]:
 class _Graph:
     """Looks behind values of a body."""
 
-    def __init__(self, part: Part, constants: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, part: Part, constants: Sequence[JsonObject]) -> None:
         self.part = part
         self.constants = [
             np.frombuffer(base64.b85decode(entry["data"]), entry["dtype"]).reshape(entry["shape"])
@@ -115,7 +120,7 @@ class _Graph:
         ]
         self.known: dict[int, np.ndarray | None] = {1: PROBE}
 
-    def node(self, value: Any) -> tuple[str, Mapping[str, Any]]:
+    def node(self, value: Any) -> Node:
         number = value.get("value", -1) - self.part.inputs if isinstance(value, Mapping) else -1
         return self.part.nodes[number] if number >= 0 else ("", {})
 
@@ -143,7 +148,7 @@ class _Graph:
         rotation = self.rotation(by_cosine[0, 0], by_sine[0, 0])
         return None if rotation is None else (kept, rotation)
 
-    def factors(self, product: Mapping[str, Any]) -> tuple[Any, np.ndarray | None]:
+    def factors(self, product: Arguments) -> tuple[Any, np.ndarray | None]:
         """Return the factor that is of the input, and the values of the one that is of positions."""
         for one, other in (("x", "other"), ("other", "x")):
             table = self.computed(product[other])
@@ -193,7 +198,7 @@ class _Graph:
         return self.known[number]
 
 
-def _shape(arguments: Mapping[str, Any]) -> list[int]:
+def _shape(arguments: Arguments) -> list[int]:
     return [size["tokens"] * PROBE.size if isinstance(size, Mapping) else size for size in arguments["shape"]]
 
 

@@ -11,7 +11,9 @@ from stages.tracing import doors, hollow
 from stages.tracing.written_out import replace_attention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
+
+    from stages.documents.files import JsonObject
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Source:
     settled: int
 
 
-def open_source(raw: Mapping[str, Any], window: int) -> Source:
+def open_source(raw: JsonObject, window: int) -> Source:
     """Return the model that a config.json describes; :class:`ConfigError` where transformers has none that decodes."""
     import transformers
 
@@ -129,7 +131,7 @@ def _settle_dynamic(config: Any, parameters: dict[str, Any], window: int) -> Non
     parameters.update(kept, rope_type="default", rope_theta=base)
 
 
-def _config(raw: Mapping[str, Any]) -> Any:
+def _config(raw: JsonObject) -> Any:
     import transformers
 
     name = raw["model_type"]

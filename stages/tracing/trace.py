@@ -18,13 +18,14 @@ from stages.tracing.source import open_source, positions_of, written
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.tracing.source import Source
 
 # Keys of config.json that say nothing of the model.
 SILENT = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
 
 
-def trace(raw: Mapping[str, Any], window: int = 0) -> dict[str, Any]:
+def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     """Return the fields of :class:`stages.models.traced.TracedConfig` for a config.json, built for ``window`` positions
     (0: all that the model was made for).
 
@@ -118,7 +119,7 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
 
 def _parameters(
     parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]], deciding: set[str]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Return the parameters in packed order, each with its kind and the tensors that it is made of."""
     uses: dict[str, set[str]] = {}
     for place, part in parts.items():
@@ -151,7 +152,7 @@ def _parameters(
     return found
 
 
-def _stack(name: str, names: Names) -> dict[str, Any]:
+def _stack(name: str, names: Names) -> JsonObject:
     """Return the parameter that the matrices of a mixture's experts are, one under the other."""
     source, turned = names.stacks[name]
     return {
