@@ -17,7 +17,7 @@ import numpy as np
 from blake3 import blake3
 from host_memory import settle
 
-from stagegraph.stage import Finished, Part, Source, SourceFiles
+from stagegraph.stage import NewPart, Part, Source, SourceFiles
 from stagegraph.store.memo import Memo, PartCode
 from stages.quantize import Quantize
 
@@ -46,7 +46,7 @@ class Context:
         """Keep a part."""
         return self.memo.remember(kind, document, file, **facts)
 
-    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+    def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         """Keep several parts."""
         self.memo.remember_all(kind, parts)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline as Pipeline
-    from stagegraph.execution.outcome import Reporter as Reporter
+    from stagegraph.execution.reporter import Reporter as Reporter
 
 __all__ = ["Pipeline", "Reporter"]
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return Pipeline
     if name == "Reporter":
-        from stagegraph.execution.outcome import Reporter
+        from stagegraph.execution.reporter import Reporter
 
         return Reporter
     raise AttributeError(f"module 'stagegraph' has no attribute '{name}'")

@@ -24,7 +24,8 @@ from stagegraph.store.journal import HIT
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stagegraph.execution.outcome import Reporter, Run
+    from stagegraph.execution.outcome import Run
+    from stagegraph.execution.reporter import Reporter
     from stagegraph.query.artifact import Artifact
     from stagegraph.query.diff import Difference
     from stagegraph.query.explain import Explanation
@@ -137,8 +138,8 @@ class Pipeline(Project):
         ``tag`` names this one.
         """
         from stagegraph.execution.executor import Options
-        from stagegraph.execution.outcome import Reporter as Silent
         from stagegraph.execution.outcome import Run
+        from stagegraph.execution.reporter import Reporter as Silent
         from stagegraph.execution.scheduler import Scheduler
 
         selection = selection or self.select()
@@ -170,7 +171,7 @@ class Pipeline(Project):
 
     def reproduce(self, selection: Selection, *, jobs: int = 0, reporter: Reporter | None = None) -> Reproduction:
         """Make what a run has brought up to date again, from nothing and elsewhere, and return what differs."""
-        from stagegraph.execution.outcome import Reporter as Silent
+        from stagegraph.execution.reporter import Reporter as Silent
         from stagegraph.query.reproduce import reproduce
 
         return reproduce(self, selection.nodes, jobs=jobs, reporter=reporter or Silent())

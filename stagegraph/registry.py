@@ -102,7 +102,7 @@ class Provider:
     comparers: Mapping[str, str] = field(default_factory=dict)
     # Suffix of a source file -> the function that says which of its parts changed:
     # (recall, digest before, path now) -> text or None.
-    dissectors: Mapping[str, str] = field(default_factory=dict)
+    file_diffs: Mapping[str, str] = field(default_factory=dict)
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
     # Stage -> what ``report`` draws of its result: the function takes the document and returns figures with SVG.
     charts: Mapping[str, Plot] = field(default_factory=dict)

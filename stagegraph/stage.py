@@ -148,7 +148,7 @@ class Part(NamedTuple):
 RESERVATION = "reservation"
 
 # A part to keep: its document, file, the BLAKE3 digest of the file's bytes, and small facts to keep with it.
-Finished = tuple[Mapping[str, Json], Path, str, Mapping[str, Json]]
+NewPart = tuple[Mapping[str, Json], Path, str, Mapping[str, Json]]
 
 
 class Context(Protocol):
@@ -188,7 +188,7 @@ class Context(Protocol):
         ``digest`` is the BLAKE3 digest of its bytes where it was taken while they were at hand: it is not read again.
         """
 
-    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+    def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         """Keep several parts as :meth:`remember` does, in a fraction of the time; for many that are each made quickly.
 
         Unsaved parts are lost if the process is killed: save often.

@@ -54,7 +54,7 @@ PROVIDER = Provider(
         "quantize": "stages.inspection.weights:weights",
         "tokenizer-bundle": "stages.inspection.compare:tokenizers",
     },
-    dissectors={".safetensors": "stages.inspection.shards:changed"},
+    file_diffs={".safetensors": "stages.inspection.shards:changed"},
     comparisons={
         "bundle": Comparison(
             files={

@@ -184,8 +184,8 @@ def _prove(
     from stages.tokenizers.proof import prove, texts_for
     from stages.tokenizers.second_vocabulary import agree
 
-    for doubt in (*resolution.doubts, *family.doubts(resolution)):
-        ctx.warn(doubt)
+    for warning in (*resolution.warnings, *family.warnings(resolution)):
+        ctx.warn(warning)
     if isinstance(reference, Automatic):
         reference.read(reference.added)  # in its process, which has limits, before the same is done in this one
     said = rowless.without(resolution, beyond)

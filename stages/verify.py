@@ -186,11 +186,11 @@ def _verify(ctx: Context, folder: Path) -> None:
     from stages.runtime import seal
     from stages.runtime.errors import BundleError, RequestError
     from stages.verification import bom, certificate, gates
+    from stages.verification.all_checks import verify
     from stages.verification.apart import LiveError
     from stages.verification.case import Case
     from stages.verification.checkpoint_files import checkpoint_files
     from stages.verification.probes import CorpusError
-    from stages.verification.procedure import verify
     from stages.verification.reference import RecordingError
 
     checkpoint, quantized = ctx.source("checkpoint"), json.loads(ctx.input("report").read_text("utf-8"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.stage import Finished, Instance, Part, Source, SourceFiles, Stage
+from stagegraph.stage import Instance, NewPart, Part, Source, SourceFiles, Stage
 from stagegraph.store.index import Index
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import Store
@@ -56,7 +56,7 @@ class LocalContext:
         assert self.memo
         return self.memo.remember(kind, document, file, **facts)
 
-    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+    def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         assert self.memo
         self.memo.remember_all(kind, parts)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from stagegraph.cli.common import seconds_text, size_text
 from stagegraph.cli.remaining import Remaining
 from stagegraph.cli.streams import exactly, hanging, visible
-from stagegraph.execution.outcome import Reporter
+from stagegraph.execution.reporter import Reporter
 from stagegraph.store.journal import HIT
 
 if TYPE_CHECKING:

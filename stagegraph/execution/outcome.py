@@ -1,4 +1,4 @@
-"""How the nodes of a run end, and who hears of it."""
+"""How the nodes of a run end."""
 
 from __future__ import annotations
 
@@ -41,25 +41,6 @@ class Run(NamedTuple):
     def ok(self) -> bool:
         """Whether every node has a result."""
         return all(outcome.record is not None for outcome in self.outcomes)
-
-
-class Reporter:
-    """Who watches a run; a subclass overrides what it wants to hear of."""
-
-    def started(self, node: Node, reason: str) -> None:
-        """A node begins to execute."""
-
-    def waiting(self, node: Node, what: str) -> None:
-        """A node is held up by ``what``."""
-
-    def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
-        """A running node reports how far it is."""
-
-    def retrying(self, node: Node, problem: str, attempt: int) -> None:
-        """A node failed and is tried again, for the ``attempt``-th time."""
-
-    def finished(self, outcome: Outcome) -> None:
-        """A node is done."""
 
 
 def problem_of(error: Exception) -> str:

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 from stagegraph.errors import PlanError
 from stagegraph.execution.executor import Options
 from stagegraph.execution.fetching import Fetching
-from stagegraph.execution.outcome import Outcome, Reporter, problem_of
+from stagegraph.execution.outcome import Outcome, problem_of
 from stagegraph.execution.places import Places
+from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.results import Results
 from stagegraph.execution.waiting import Waiting
 from stagegraph.planning.planner import Decision, Planner

@@ -27,7 +27,7 @@ from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
 from stagegraph.execution.messages import Event, Failed, Found, Progress, Request, Succeeded, Written
 from stagegraph.registry import Origin, load_object
-from stagegraph.stage import Context, Finished, Instance, JsonObject, Part, SourceFiles, Stage
+from stagegraph.stage import Context, Instance, JsonObject, NewPart, Part, SourceFiles, Stage
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import fsync_file
 from stagegraph.store.record import FileEntry, Spent
@@ -78,7 +78,7 @@ class WorkerContext(Context):
         refuse_secrets(self._request, {file.name: file}, document, facts)
         return self.memo.remember(kind, document, file, **facts)
 
-    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+    def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         for document, file, _, facts in parts:
             refuse_secrets(self._request, {file.name: file}, document, facts)
         self.memo.remember_all(kind, parts)

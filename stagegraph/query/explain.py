@@ -140,14 +140,14 @@ class _Explainer:
 
     def _inside(self, change: Change, decision: Decision) -> str:
         """Say which parts of a changed source file changed, where its kind of file has parts and both are known."""
-        dissector = find("dissectors", Path(change.item).suffix)
+        file_diff = find("file_diffs", Path(change.item).suffix)
         source = self._project.planner.prepared(decision.node).sources.get(change.name)
-        if dissector is None or source is None or change.old is None or change.item not in source.files:
+        if file_diff is None or source is None or change.old is None or change.item not in source.files:
             return ""
         from stagegraph.store.memo import Memo
 
         memo = Memo(self._workspace.store, self._part_codes())
-        found = load_object(dissector)(memo.recall, change.old, source.files[change.item])
+        found = load_object(file_diff)(memo.recall, change.old, source.files[change.item])
         return f": {found}" if found else ""
 
     def _part_codes(self) -> dict[str, PartCode]:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.execution.executor import Options
-from stagegraph.execution.outcome import Outcome, Reporter
+from stagegraph.execution.outcome import Outcome
+from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.scheduler import Scheduler
 from stagegraph.planning.planner import Planner
 from stagegraph.query.artifact import Artifact

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any, NamedTuple, TypedDict, cast
 
 from stagegraph.digest import digest_file, digest_json, stat_id
-from stagegraph.stage import Finished, JsonObject, Part
+from stagegraph.stage import JsonObject, NewPart, Part
 from stagegraph.store.index import Index
 from stagegraph.store.objects import Store, fsync_file
 
@@ -87,7 +87,7 @@ class Memo:
         self.remember_all(kind, [(document, file, digest, facts)])
         return Part(self._store.path(digest), facts)
 
-    def remember_all(self, kind: str, parts: Sequence[Finished]) -> None:
+    def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         """Do the same for several (document, file, digest, facts): they are known at once, after one commit."""
         entries: dict[str, PartEntry] = {}
         for document, file, digest, facts in parts:

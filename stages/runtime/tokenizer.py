@@ -7,10 +7,10 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from stages.runtime import chat as chats
-from stages.runtime import trie
+from stages.runtime import rwkv_vocabulary
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.folder import Folder
-from stages.runtime.trie import TrieVocabulary
+from stages.runtime.rwkv_vocabulary import TrieVocabulary
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,8 +194,8 @@ def _check(info: JsonObject) -> None:
 
 
 def _open(folder: Folder, info: JsonObject) -> LibraryVocabulary | TrieVocabulary:
-    if trie.FILE in folder:
-        return TrieVocabulary(bytes(folder.read(trie.FILE)))
+    if rwkv_vocabulary.FILE in folder:
+        return TrieVocabulary(bytes(folder.read(rwkv_vocabulary.FILE)))
     from stages.runtime import library
 
     shown = [int(index) for index in info.get("shown", ())]

@@ -99,7 +99,7 @@ class Resolution:
     checkpoint's tokenizer files, ``config`` is tokenizer_config.json with the roles of an older
     special_tokens_map.json, and ``class_name`` the tokenizer class that it names, without "Fast". ``declared`` are ids
     it states, ``roles`` its bos, eos, pad, unk and others, ``assumed`` those that the class alone gives,
-    ``chat_templates`` its own by name; ``doubts`` are warnings.
+    ``chat_templates`` its own by name; ``warnings`` what may be otherwise than it was meant.
     """
 
     family: str
@@ -113,7 +113,7 @@ class Resolution:
     assumed: Mapping[str, str]
     chat_templates: Mapping[str, str]
     trace: str
-    doubts: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
 
 def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
@@ -162,11 +162,11 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
         assumed=roles.assumed(config, _class_name(config)),
         chat_templates=chat_templates,
         trace="".join(f"{label:<22}{text}\n" for label, text in lines),
-        doubts=_doubts(vocabulary, family, _class_name(config)),
+        warnings=_warnings(vocabulary, family, _class_name(config)),
     )
 
 
-def _doubts(vocabulary: str, family: str, named: str | None) -> list[str]:
+def _warnings(vocabulary: str, family: str, named: str | None) -> list[str]:
     """Say that a class is not known: where transformers reads the files, it says itself what it makes of them."""
     if named is None or family == "tokenizer-json" or named in {*KNOWN_CLASSES, *RULES[family].classes}:
         return []

@@ -250,7 +250,7 @@ def _spaced(text: str, model: SentencePieceModel) -> str:
     return " ".join(filter(None, text.split(" "))) if model.remove_extra_whitespaces else text
 
 
-def doubts(resolution: Resolution) -> Sequence[str]:
+def warnings(resolution: Resolution) -> Sequence[str]:
     """Return where the emitted tokenizer is deliberately not sentencepiece's, or not what others make of the file."""
     model, found = read_model(resolution.vocabulary), []
     ids = shown(resolution)
@@ -275,7 +275,7 @@ FAMILY = TokenizerFamily(
     normalize=None,
     end_of_text=("</s>",),
     chats={},
-    doubts=doubts,
+    warnings=warnings,
     shown=shown,
     readings=readings,
     transformers_needs=("sentencepiece", "google.protobuf"),

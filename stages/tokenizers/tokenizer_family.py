@@ -65,7 +65,7 @@ class TokenizerFamily:
     ``convert`` turns the resolved files into a ``tokenizers.Tokenizer``, or what is used like one; ``reference`` opens
     the same files in an independent implementation. ``normalize`` is the Unicode form that a runtime gives text before
     it is split, or None. ``end_of_text`` are special tokens that end a text, the first there is; ``chats`` are chat
-    formats by generation_config's name. ``file`` is the vocabulary in the bundle. ``doubts`` are warnings: where the
+    formats by generation_config's name. ``file`` is the vocabulary in the bundle. ``warnings`` say where the
     emitted tokenizer deliberately does not do what the checkpoint's own would; ``shown`` are the ids of special tokens
     that are text when they are decoded; ``readings`` hold (kind, text) against another reading of the same files.
     ``by_transformers`` says that the reference is what transformers loads, and
@@ -80,7 +80,7 @@ class TokenizerFamily:
     end_of_text: tuple[str, ...]
     chats: Mapping[str, ChatFormat]
     file: str = "tokenizer.json"
-    doubts: Callable[[Resolution], Sequence[str]] = lambda _: ()
+    warnings: Callable[[Resolution], Sequence[str]] = lambda _: ()
     shown: Callable[[Resolution], Sequence[int]] = lambda _: ()
     readings: Callable[[Resolution, Sequence[tuple[str, str]]], Iterator[Finding]] = lambda *_: iter(())
     by_transformers: bool = False

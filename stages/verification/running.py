@@ -209,9 +209,9 @@ def _check_logits(
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
     if case.manifest.model["sep_embed"] and _embeds_rows(case):
-        held = weights.held(case.registry, case.records)
+        tensors = weights.bundled_tensors(case.registry, case.records)
         name = next(entry["source_names"][0] for entry in case.registry["logical"] if entry["kind"] == "embedding")
-        table = next(tensor for tensor in held if tensor.name == name)
+        table = next(tensor for tensor in tensors if tensor.name == name)
         findings.checks.append(checks.embedding(session, tokens, table.rows))
     findings.checks.append(checks.softmax(session, rows))
     if session.sequences == 1:

@@ -28,7 +28,7 @@ _SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25
 
 
 @dataclass(frozen=True)
-class Held:
+class BundledTensor:
     """One checkpoint tensor as the bundle holds it: the mapped arrays that are stored for its rows.
 
     ``name`` is the model's, ``source`` the checkpoint's. Rows and ``shape`` are those of the transpose, of each matrix
@@ -89,13 +89,13 @@ def mismatched(registry: Register, tensors: Mapping[str, CheckpointTensor]) -> l
     ]
 
 
-def held(registry: Register, records: Mapping[str, Record]) -> Iterator[Held]:
+def bundled_tensors(registry: Register, records: Mapping[str, Record]) -> Iterator[BundledTensor]:
     """Yield every checkpoint tensor of params.json as the bundle holds it; nothing is read before it is asked for."""
     for entry in registry["logical"]:
-        yield from _held_by(entry, records)
+        yield from _of_parameter(entry, records)
 
 
-def _held_by(entry: Parameter, records: Mapping[str, Record]) -> Iterator[Held]:
+def _of_parameter(entry: Parameter, records: Mapping[str, Record]) -> Iterator[BundledTensor]:
     arrays = [records[name].load() for name in entry["stored"]]
     row = Row(**entry["quantize"]) if entry["quantize"] else None
     if entry["layout"] != "nk":
@@ -104,7 +104,7 @@ def _held_by(entry: Parameter, records: Mapping[str, Record]) -> Iterator[Held]:
     if entry["transform"] in ("transpose", "stacked_transpose"):
         (name,), (source,), ((*experts, k, n),) = entry["source_names"], entry["sources"], entry["source_shapes"]
         matrices = [array.reshape(*experts, n, -1) if array.ndim > 1 else array for array in arrays]
-        yield Held(name, source, (*experts, n, k), matrices, row, turned=True)
+        yield BundledTensor(name, source, (*experts, n, k), matrices, row, turned=True)
         return
     one_for_all = arrays[1:] if row and row.kind == "tensor" else []
     parts = [
@@ -118,7 +118,7 @@ def _held_by(entry: Parameter, records: Mapping[str, Record]) -> Iterator[Held]:
     parts += [[array] * len(entry["sources"]) for array in one_for_all]
     tensors = zip(entry["source_names"], entry["sources"], entry["source_shapes"], strict=True)
     for (name, source, shape), stored in zip(tensors, zip(*parts, strict=True), strict=True):
-        yield Held(name, source, tuple(shape), stored, row)
+        yield BundledTensor(name, source, tuple(shape), stored, row)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Rows:
     reads floats whatever it was built for.
     """
 
-    read: Callable[[], Held]
+    read: Callable[[], BundledTensor]
     shape: tuple[int, ...]
     start: int = 0
     group: int = 0
@@ -150,13 +150,13 @@ def by_name(registry: Register, records: Mapping[str, Record]) -> dict[str, Rows
 
     What is stored together is kept until something else is asked for: a layer asks for its q, k and v one by one.
     """
-    kept: dict[int, list[Held]] = {}
+    kept: dict[int, list[BundledTensor]] = {}
 
-    def reader(number: int, position: int) -> Callable[[], Held]:
-        def read() -> Held:
+    def reader(number: int, position: int) -> Callable[[], BundledTensor]:
+        def read() -> BundledTensor:
             if number not in kept:
                 kept.clear()
-                kept[number] = [*_held_by(registry["logical"][number], records)]
+                kept[number] = [*_of_parameter(registry["logical"][number], records)]
             return kept[number][position]
 
         return read
@@ -189,7 +189,7 @@ def differences(
     Feedback (gptq) may have moved a value by two codes from there. ``progress`` is told how many tensors were compared.
     """
     problems = []
-    for number, tensor in enumerate(held(registry, records), start=1):
+    for number, tensor in enumerate(bundled_tensors(registry, records), start=1):
         original, count, first = checkpoint[tensor.source], 0, ""
         original = original.swapaxes(-1, -2) if tensor.turned else original
         for rows in row_blocks(tensor.shape):

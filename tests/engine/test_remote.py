@@ -20,7 +20,8 @@ from stagegraph import Pipeline
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
 from stagegraph.execution.executor import Options
-from stagegraph.execution.outcome import Outcome, Reporter, Run
+from stagegraph.execution.outcome import Outcome, Run
+from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.scheduler import Scheduler
 from stagegraph.remote import storage, web
 from stagegraph.remote.settings import Remote, load_settings

@@ -150,7 +150,7 @@ class Built:
     def held(self) -> dict[str, np.ndarray]:
         """The checkpoint's tensors, float32, with the values that the bundle stores."""
         registry, records = json.loads(self.params.read_text()), tensor_cache.records(manifest.read(self.bundle).folder)
-        return {tensor.name: tensor.values() for tensor in weights.held(registry, records)}
+        return {tensor.name: tensor.values() for tensor in weights.bundled_tensors(registry, records)}
 
     def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
         """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 LOOKERS = [
     "stages.cli", "stages.runtime.__main__", "stages.runtime.server.model", "stages.provider",
     *(found.module for found in (*PROVIDER.verbs.values(), *PROVIDER.lookups.values())),
-    *(reference.partition(":")[0] for reference in (*PROVIDER.comparers.values(), *PROVIDER.dissectors.values())),
+    *(reference.partition(":")[0] for reference in (*PROVIDER.comparers.values(), *PROVIDER.file_diffs.values())),
     *(plot.function.partition(":")[0] for plot in PROVIDER.plots.values()),
 ]  # fmt: skip
 

@@ -66,7 +66,7 @@ def built(checkpoint: Path, work: Path, scheme: str = "q0f32", memo: Path | None
     seen = read_headers(files).table()  # as verify does
     assert weights.mismatched(registry, seen) == []
     assert weights.differences(registry, records, Weights(files, seen), SCHEMES[scheme].scales) == []
-    held = {tensor.name: tensor.values() for tensor in weights.held(registry, records)}
+    held = {tensor.name: tensor.values() for tensor in weights.bundled_tensors(registry, records)}
     model = json.loads((work / "parsed/model.json").read_text())
     family = load_family(model["family"])
     return family.to_reference(family.config(**model["config"]), held)[2]

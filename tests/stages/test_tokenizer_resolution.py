@@ -78,13 +78,13 @@ def test_a_class_that_is_not_known_leaves_it_to_the_files_and_is_said(tmp_path, 
     found = resolve(tmp_path, files)
     assert found.family == "sentencepiece"
     assert f"{name.removesuffix('Fast')} does not decide" in found.trace
-    assert f"the tokenizer class {name.removesuffix('Fast')} is not known here" in found.doubts[0]
+    assert f"the tokenizer class {name.removesuffix('Fast')} is not known here" in found.warnings[0]
     files = folder(
         tmp_path,
         tokenizer__model=sentencepiece_samples.trained("llama"),
         tokenizer_config__json={"tokenizer_class": "CodeLlamaTokenizer"},
     )
-    assert resolve(tmp_path, files).doubts == []
+    assert resolve(tmp_path, files).warnings == []
 
 
 def test_no_files_no_vocabulary_and_ambiguity_are_each_said(tmp_path):

@@ -88,7 +88,7 @@ def read(folder: Path, files: dict[str, Any]) -> None:
     tokenizer = None if family.by_transformers else family.convert(resolution)
     reference = family.reference(resolution)
     tokenizer = reference.tokenizer() if isinstance(reference, Automatic) else tokenizer
-    family.doubts(resolution)
+    family.warnings(resolution)
     print_of = proof.fingerprint(reference)
     emit(out, tokenizer, family=family, facts=FACTS, resolution=resolution, fingerprint=print_of)
     examine(out, FACTS, resolution.declared, resolution.roles)
