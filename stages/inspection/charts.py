@@ -35,7 +35,7 @@ def stored(document: ErrorReport) -> str:
 
 def divergence(document: Verification) -> str:
     """Return the KL divergence from the original by kind of text; empty where none was measured."""
-    found = document["quantization"]
+    found = document.get("quantization")  # results of earlier versions have none
     kinds = {"all": found["all"], **found["kinds"]} if found else {}
     bars = [
         (f"{kind}, {each['tokens']:,} tokens", kl, f"{kl:.2g}; {each['top1']:.1%}")

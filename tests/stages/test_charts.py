@@ -44,3 +44,5 @@ def test_divergence() -> None:
     widths = [float(bar.attrib["width"]) for bar in picture.iter("rect")]
     assert widths[1] == 2 * widths[0]
     assert charts.divergence({"quantization": None}) == charts.divergence({}) == ""
+    infinite = {"quantization": {"all": {**one, "kl_mean": None}, "kinds": {}}}  # null: not finite
+    assert charts.divergence(infinite) == ""
