@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stagegraph.errors import PlanError, warn
 from stagegraph.execution.executor import AtWork, Slot, Task
@@ -28,6 +28,7 @@ from stagegraph.execution.site import PROTOCOL, execute, platform
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
 
 if TYPE_CHECKING:
+    from stagegraph.execution.messages import Event
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Planner
     from stagegraph.remote.settings import ClusterSettings
@@ -279,14 +280,14 @@ class ClusterSlot:
                 self._events.append(event)
                 os.eventfd_write(self._descriptor, 1)
 
-    def receive(self) -> list[dict[str, Any]]:
+    def receive(self) -> list[Event]:
         """Return the events that have arrived, and do what others ask for."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._descriptor)
-        found = []
+        found: list[dict[str, Any]] = []
         while self._events:
             found += self._taken(self._events.popleft())
-        return found or self._lost()
+        return cast("list[Event]", found or self._lost())
 
     def _taken(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         cluster = self._cluster

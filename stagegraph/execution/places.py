@@ -35,7 +35,7 @@ class Local(Room):
         new = bool(secrets or task.node.spec.resources.memory)
         worker = self._workers.take(task.node.stage.profile, new=new)
         request = request_for(task.decision, task.prepared, fresh=task.fresh)
-        worker.send(request | placed(task.sandbox, task.log, workspace.root, inputs, task.parts))
+        worker.send({**request, **placed(task.sandbox, task.log, workspace.root, inputs, task.parts)})
         return worker
 
     def release(self, slot: Any, *, keep: bool) -> None:

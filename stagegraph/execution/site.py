@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError
@@ -34,6 +34,10 @@ from stagegraph.remote.storage import MismatchError, RemoteError, Storage
 from stagegraph.stage import Stage
 from stagegraph.store.objects import RottenError
 from stagegraph.store.workspace import Workspace
+
+if TYPE_CHECKING:
+    from stagegraph.execution.messages import Request
+
 
 PROTOCOL = 1  # of what a client sends and is told
 DIRECTORY = "STAGEGRAPH_WORKER_DIR"
@@ -178,9 +182,8 @@ class Site:
             log = sandbox.open_log(self._workspace.log_path(request["key"]), ())
             stage = origin.make()
             told = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
-            told |= {"sources": sources, "origin": origin}
             with self._worker(stage.profile, new=bool(request["memory"])) as worker:
-                worker.send(request | told)
+                worker.send(cast("Request", {**request, **told, "sources": sources, "origin": origin}))
                 end = _watch(worker, request, log, say, cancelled)
             if end["ok"]:
                 end |= {"damaged": [], "host": os.uname().nodename}
@@ -298,7 +301,7 @@ def _watch(
             if event["event"] == "gone":
                 worker.kill()
                 return _failed(event["meaning"])
-            return event
+            return cast("dict[str, Any]", event)
         tail.send()
         if cancelled():
             worker.kill()

@@ -22,7 +22,8 @@ import stages
 from stagegraph import Pipeline
 from stagegraph.errors import PlanError, SpecError
 from stagegraph.execution.cluster import Cluster
-from stagegraph.execution.outcome import Reporter, Run
+from stagegraph.execution.outcome import Run
+from stagegraph.execution.reporter import Reporter
 from stagegraph.remote.settings import load_settings
 
 pytest.importorskip("distributed")
