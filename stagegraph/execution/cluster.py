@@ -28,7 +28,7 @@ from stagegraph.execution.site import PROTOCOL, execute, platform
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
 
 if TYPE_CHECKING:
-    from stagegraph.execution.messages import Event
+    from stagegraph.execution.messages import Event as Message
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Planner
     from stagegraph.remote.settings import ClusterSettings
@@ -280,14 +280,14 @@ class ClusterSlot:
                 self._events.append(event)
                 os.eventfd_write(self._descriptor, 1)
 
-    def receive(self) -> list[Event]:
+    def receive(self) -> list[Message]:
         """Return the events that have arrived, and do what others ask for."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._descriptor)
         found: list[dict[str, Any]] = []
         while self._events:
             found += self._taken(self._events.popleft())
-        return cast("list[Event]", found or self._lost())
+        return cast("list[Message]", found or self._lost())
 
     def _taken(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         cluster = self._cluster
