@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from stagegraph.stage import Context

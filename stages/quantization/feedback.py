@@ -68,7 +68,8 @@ def applied(weight: np.ndarray, stored: Sequence[np.ndarray], row: Row, feedback
 def _steps(scales: Sequence[np.ndarray], row: Row, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what a code is worth in each place, and what is added to it, float32 [n, k] each."""
     if row.levels:
-        step, low = two_level.steps(*scales, row, k)
+        inner, outer = scales
+        step, low = two_level.steps(inner, outer, row, k)
         return step, -low
     step, *least = (np.repeat(each.astype(np.float32), row.group_size, axis=1)[:, :k] for each in scales)
     return step, least[0] if least else np.zeros_like(step)

@@ -30,7 +30,7 @@ def forms(model: Any, names: Iterable[str]) -> dict[str, JsonObject]:
     if not model._weight_conversions:  # noqa: SLF001
         return {}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, JsonObject] = {}
     sharing: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if form := _form(model, name, shapes[name]) if name in shapes else None:

@@ -150,7 +150,7 @@ def _config(raw: JsonObject) -> Any:
         raise ConfigError(f"config.json: transformers refuses it: {_first(error)}") from None
 
 
-def written(values: Mapping[str, Any]) -> dict[str, Any]:
+def written(values: JsonObject) -> dict[str, Any]:
     """Return the values of a config as JSON can hold them, as transformers writes them."""
     import transformers
 
