@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stagegraph.errors import PlanError, warn
 from stagegraph.execution.executor import AtWork, Slot, Task
+from stagegraph.execution.resources import MEBIBYTE
 from stagegraph.execution.sandbox import request_for
 from stagegraph.execution.site import PROTOCOL, execute, platform
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
@@ -364,8 +365,14 @@ class ClusterSlot:
 
 
 def wanted(node: Node, workers: Iterable[Any]) -> dict[str, float]:
-    """Return the resources of Dask that a node takes: ``MEMORY`` in bytes where a worker offers it, else nothing."""
-    memory = node.spec.resources.memory
-    if memory and any("MEMORY" in worker["resources"] for worker in workers):
-        return {"MEMORY": memory * (1 << 20)}
-    return {}
+    """Return the resources of Dask that a node takes.
+
+    ``GPU``; each label, of which nothing is used up; ``MEMORY``, in bytes, only where some worker offers any.
+    """
+    takes = node.spec.resources
+    found: dict[str, float] = dict.fromkeys(takes.labels, 0)
+    if takes.gpu:
+        found["GPU"] = takes.gpu
+    if takes.memory and any("MEMORY" in worker["resources"] for worker in workers):
+        found["MEMORY"] = takes.memory * MEBIBYTE
+    return found

@@ -25,10 +25,15 @@ class Place(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What one node takes: memory in MiB (nodes run together only if all of it fits), or the whole machine."""
+    """What one node takes: memory in MiB (nodes run together only if all of it fits), or the whole machine.
+
+    Of a cluster besides: how many GPUs, and ``labels`` that its worker has.
+    """
 
     memory: int = 0
     exclusive: bool = False
+    gpu: int = 0
+    labels: Sequence[str] = ()
 
 
 class NodeSpec(NamedTuple):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from stagegraph.spec.entries import Entry
     from stagegraph.spec.scope import Bindings, Scope
 
-RESOURCE_KEYS = ("memory", "exclusive")
+RESOURCE_KEYS = ("memory", "exclusive", "gpu", "labels")
 MEBIBYTES = {"MiB": 1, "GiB": 1 << 10, "TiB": 1 << 20}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -95,9 +95,9 @@ def _instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Bindi
             yield dict(zip(lists, values, strict=True))
 
 
-def _values(item: Item, scope: Scope, problems: Problems, subject: str) -> list[Item]:
-    """Return values that tell nodes apart by name; none, with problems noted, if they cannot."""
-    resolved = scope.resolve(item)
+def _values(item: Item, scope: Scope, problems: Problems, subject: str, each: Bindings | None = None) -> list[Item]:
+    """Return values that tell nodes apart by name, or are labels; none, with problems noted, if they cannot be."""
+    resolved = scope.resolve(item, each)
     if resolved is None:
         return []
     if not isinstance(resolved.value, list) or not resolved.value:
@@ -122,17 +122,20 @@ def _resources(
     entry: Entry, settings: Mapping[str, Item], scope: Scope, each: Bindings | None, problems: Problems
 ) -> Resources:
     items = {key: resolved for key, item in settings.items() if (resolved := scope.resolve(item, each)) is not None}
-    mebibytes, exclusive = 0.0, False
+    subject, mebibytes, exclusive, gpu = f"{entry.name}.resources", 0.0, False, 0
     if "memory" in items:
-        subject = f"{entry.name}.resources.memory"
-        mebibytes = _quantity(
-            items["memory"], MEBIBYTES, "a size such as '2 GiB', or a number of MiB", problems, subject
-        )
+        expected = "a size such as '2 GiB', or a number of MiB"
+        mebibytes = _quantity(items["memory"], MEBIBYTES, expected, problems, f"{subject}.memory")
     if "exclusive" in items:
         exclusive = items["exclusive"].value is True
         if not isinstance(items["exclusive"].value, bool):
-            problems.unexpected(items["exclusive"], "true or false", f"{entry.name}.resources.exclusive")
-    return Resources(math.ceil(mebibytes), exclusive)
+            problems.unexpected(items["exclusive"], "true or false", f"{subject}.exclusive")
+    if "gpu" in items:
+        gpu = items["gpu"].value
+        if not isinstance(gpu, int) or isinstance(gpu, bool) or gpu < 1:
+            problems.unexpected(items["gpu"], "how many, at least 1", f"{subject}.gpu")
+    labels = _values(settings["labels"], scope, problems, f"{subject}.labels", each) if "labels" in settings else []
+    return Resources(math.ceil(mebibytes), exclusive, gpu, tuple(text_of(label.value) for label in labels))
 
 
 def _timeout(entry: Entry, scope: Scope, each: Bindings | None, problems: Problems) -> float | None:

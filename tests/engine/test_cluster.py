@@ -160,9 +160,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grid]:
         address = f"tls://127.0.0.1:{port}"
         start("scheduler", "scheduler", "--protocol", "tls", "--host", address, "--no-dashboard")
 
-        def worker(name: str, **environment: str) -> Process:
-            options = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
-            return start(name, "worker", address, *options, "--local-directory", str(folder / name), **environment)
+        def worker(name: str, *offers: str, **environment: str) -> Process:
+            options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1"]
+            options += ["--local-directory", str(folder / name), *offers]
+            return start(name, "worker", address, *options, **environment)
 
         shutil.copytree(Path(stages.__file__).parent, folder / "other" / "stages")
         with (folder / "other" / "stages" / "sizes.py").open("a", encoding="utf-8") as file:
@@ -367,6 +368,20 @@ def test_a_failure_and_a_timeout_are_said_as_here(client: Client) -> None:
     assert outcomes(run) == ["FAILED"]
     assert "longer than its timeout of 1 s" in run.outcomes[0].problems[0]
     until(lambda: not alive(client.starts()[-1][2]))
+
+
+def test_resources_and_labels_choose_the_worker(client: Client, grid: Grid) -> None:
+    gifted = grid.start("gifted", "--resources", "GPU=1 big=1 MEMORY=4e9")
+    client.write(4, chain=False)
+    text = json.loads((client.folder / "pipeline.yaml").read_text())
+    for name, takes in {"n0": {"gpu": 1}, "n1": {"labels": ["big"]}, "n2": {"memory": "1 GiB", "gpu": 1}}.items():
+        text["stages"][name]["resources"] = takes
+    (client.folder / "pipeline.yaml").write_text(json.dumps(text))
+    run = client.run()
+    assert outcomes(run) == ["BUILT"] * 4
+    parents = {value: parent for value, parent, _ in client.starts()}
+    assert {parents[value] for value in (1, 2, 3)} == {gifted.process.pid}
+    gifted.process.kill()
 
 
 def test_secrets_stay_here(client: Client, monkeypatch) -> None:
