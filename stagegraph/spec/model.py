@@ -27,13 +27,12 @@ class Place(NamedTuple):
 class Resources(NamedTuple):
     """What one node takes: memory in MiB (nodes run together only if all of it fits), or the whole machine.
 
-    Of a cluster besides: how many GPUs, and ``labels`` that its worker has.
+    Of a cluster besides ``labels``, what a worker must offer: name -> how much of it the node takes, 0 for none.
     """
 
     memory: int = 0
     exclusive: bool = False
-    gpu: int = 0
-    labels: Sequence[str] = ()
+    labels: Mapping[str, float] = MappingProxyType({})
 
 
 class NodeSpec(NamedTuple):
