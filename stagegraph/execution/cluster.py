@@ -367,12 +367,10 @@ class ClusterSlot:
 def wanted(node: Node, workers: Iterable[Any]) -> dict[str, float]:
     """Return the resources of Dask that a node takes.
 
-    ``GPU``; each label, of which nothing is used up; ``MEMORY``, in bytes, only where some worker offers any.
+    Its labels, and ``MEMORY``, in bytes, only where some worker offers any.
     """
     takes = node.spec.resources
-    found: dict[str, float] = dict.fromkeys(takes.labels, 0)
-    if takes.gpu:
-        found["GPU"] = takes.gpu
+    found = dict(takes.labels)
     if takes.memory and any("MEMORY" in worker["resources"] for worker in workers):
         found["MEMORY"] = takes.memory * MEBIBYTE
     return found

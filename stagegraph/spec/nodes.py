@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from stagegraph.spec.entries import Entry
     from stagegraph.spec.scope import Bindings, Scope
 
-RESOURCE_KEYS = ("memory", "exclusive", "gpu", "labels")
+RESOURCE_KEYS = ("memory", "exclusive", "labels")
 MEBIBYTES = {"MiB": 1, "GiB": 1 << 10, "TiB": 1 << 20}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)")
 _VALUE_NAME = re.compile(r"[\w.+-]+")  # becomes part of a directory's name and of patterns on the command line
+_LABEL = re.compile(r"([A-Za-z_][\w.-]*)(?:=([0-9]+(?:\.[0-9]+)?))?")
 SHOWN = 10  # instances in a message
 _INSTANCES_LIMIT = 10_000
 _NAME_BYTES_LIMIT = 200  # file systems take 255; the engine adds to it
@@ -95,9 +96,9 @@ def _instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Bindi
             yield dict(zip(lists, values, strict=True))
 
 
-def _values(item: Item, scope: Scope, problems: Problems, subject: str, each: Bindings | None = None) -> list[Item]:
-    """Return values that tell nodes apart by name, or are labels; none, with problems noted, if they cannot be."""
-    resolved = scope.resolve(item, each)
+def _values(item: Item, scope: Scope, problems: Problems, subject: str) -> list[Item]:
+    """Return values that tell nodes apart by name; none, with problems noted, if they cannot."""
+    resolved = scope.resolve(item)
     if resolved is None:
         return []
     if not isinstance(resolved.value, list) or not resolved.value:
@@ -122,7 +123,7 @@ def _resources(
     entry: Entry, settings: Mapping[str, Item], scope: Scope, each: Bindings | None, problems: Problems
 ) -> Resources:
     items = {key: resolved for key, item in settings.items() if (resolved := scope.resolve(item, each)) is not None}
-    subject, mebibytes, exclusive, gpu = f"{entry.name}.resources", 0.0, False, 0
+    subject, mebibytes, exclusive = f"{entry.name}.resources", 0.0, False
     if "memory" in items:
         expected = "a size such as '2 GiB', or a number of MiB"
         mebibytes = _quantity(items["memory"], MEBIBYTES, expected, problems, f"{subject}.memory")
@@ -130,12 +131,23 @@ def _resources(
         exclusive = items["exclusive"].value is True
         if not isinstance(items["exclusive"].value, bool):
             problems.unexpected(items["exclusive"], "true or false", f"{subject}.exclusive")
-    if "gpu" in items:
-        gpu = items["gpu"].value
-        if not isinstance(gpu, int) or isinstance(gpu, bool) or gpu < 1:
-            problems.unexpected(items["gpu"], "how many, at least 1", f"{subject}.gpu")
-    labels = _values(settings["labels"], scope, problems, f"{subject}.labels", each) if "labels" in settings else []
-    return Resources(math.ceil(mebibytes), exclusive, gpu, tuple(text_of(label.value) for label in labels))
+    labels = _labels(items["labels"], problems, f"{subject}.labels") if "labels" in items else {}
+    return Resources(math.ceil(mebibytes), exclusive, labels)
+
+
+def _labels(item: Item, problems: Problems, subject: str) -> dict[str, float]:
+    """Return what a worker must offer: ``[NAME, NAME=AMOUNT]`` as name -> amount."""
+    if not isinstance(item.value, list):
+        problems.unexpected(item, "a list such as [fast, NAME=2]", subject)
+        return {}
+    found = {}
+    for label in item.value:
+        match = _LABEL.fullmatch(text_of(label.value)) if not isinstance(label.value, list | dict) else None
+        if match:
+            found[match[1]] = float(match[2] or 0)
+        else:
+            problems.unexpected(label, "a name, or NAME=AMOUNT", subject)
+    return found
 
 
 def _timeout(entry: Entry, scope: Scope, each: Bindings | None, problems: Problems) -> float | None:

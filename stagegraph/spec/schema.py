@@ -104,13 +104,9 @@ def _entry(stages: list[str]) -> Schema:
                         "anyOf": [{"type": "boolean"}, _REFERENCE],
                         "description": "whether a node runs alone",
                     },
-                    "gpu": {
-                        "anyOf": [{"type": "integer", "minimum": 1}, _REFERENCE],
-                        "description": "how many GPUs its worker in a cluster offers it",
-                    },
                     "labels": {
-                        "anyOf": [{**_LIST, "minItems": 1, "uniqueItems": True}, _REFERENCE],
-                        "description": "what its worker in a cluster offers besides",
+                        "anyOf": [{"type": "array", "items": {"type": "string"}}, _REFERENCE],
+                        "description": "what a worker of a cluster must offer: NAME, or NAME=AMOUNT that it takes",
                     },
                 },
                 "additionalProperties": False,

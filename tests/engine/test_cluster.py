@@ -374,7 +374,11 @@ def test_resources_and_labels_choose_the_worker(client: Client, grid: Grid) -> N
     gifted = grid.start("gifted", "--resources", "GPU=1 big=1 MEMORY=4e9")
     client.write(4, chain=False)
     text = json.loads((client.folder / "pipeline.yaml").read_text())
-    for name, takes in {"n0": {"gpu": 1}, "n1": {"labels": ["big"]}, "n2": {"memory": "1 GiB", "gpu": 1}}.items():
+    for name, takes in {
+        "n0": {"labels": ["GPU=1"]},
+        "n1": {"labels": ["big"]},
+        "n2": {"memory": "1 GiB", "labels": ["GPU=1"]},
+    }.items():
         text["stages"][name]["resources"] = takes
     (client.folder / "pipeline.yaml").write_text(json.dumps(text))
     run = client.run()

@@ -244,7 +244,7 @@ def test_an_unsound_foreach_does_not_hide_or_multiply_other_problems(spec: SpecF
     [
         ("resources: {memory: 2 GiB, exclusive: true}", Resources(2048, True), None),
         ("resources: {memory: 1.5GiB}", Resources(1536), None),
-        ("resources: {gpu: 2, labels: [big, avx512]}", Resources(0, False, 2, ("big", "avx512")), None),
+        ("resources: {labels: [big, card=2]}", Resources(0, False, {"big": 0, "card": 2}), None),
         ("resources: {memory: 300}, timeout: 90", Resources(300), 90.0),
         ("resources: {memory: 0.5 MiB}, timeout: 0.5", Resources(1), 0.5),
         ("resources: {}, timeout: 10m", Resources(), 600.0),
@@ -270,7 +270,7 @@ def test_resources_may_differ_by_instance(spec: SpecFiles) -> None:
     [
         (
             "resources: [1]",
-            "29: plain.resources: found a list; expected a mapping with keys of memory, exclusive, gpu, labels",
+            "29: plain.resources: found a list; expected a mapping with keys of memory, exclusive, labels",
         ),
         ("resources: {memroy: 1}", "30: unknown key 'memroy'; did you mean 'memory'?"),
         *(
@@ -286,14 +286,13 @@ def test_resources_may_differ_by_instance(spec: SpecFiles) -> None:
                 (".inf", "the number inf"),
             ]
         ),
-        ("resources: {gpu: true}", "35: plain.resources.gpu: found true; expected how many, at least 1"),
-        ("resources: {gpu: 0}", "35: plain.resources.gpu: found the number 0; expected how many, at least 1"),
+        (
+            "resources: {labels: big}",
+            "38: plain.resources.labels: found the text 'big'; expected a list such as [fast, NAME=2]",
+        ),
         (
             "resources: {labels: [a b]}",
-            (
-                "39: plain.resources.labels: 'a b' cannot be part of a node's name; "
-                "expected letters, digits, '.', '_', '+' and '-'"
-            ),
+            "39: plain.resources.labels: found the text 'a b'; expected a name, or NAME=AMOUNT",
         ),
         ("resources: {exclusive: 1}", "41: plain.resources.exclusive: found the number 1; expected true or false"),
         *(
