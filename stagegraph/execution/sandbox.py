@@ -113,6 +113,8 @@ class Sandbox:
         """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            remove_tree(path)  # whatever took its place: a directory cannot be written, a pipe would wait for a reader
         self.secret = bool(secrets)
         if not secrets:
             return Log(path)
