@@ -12,6 +12,7 @@ from collections.abc import Iterable
 EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of long work without a word
 GB = 1e9
+_LISTED = 4  # names in a message
 EXIT_PIPE = 141  # what a shell reports for a program whose reader went away
 
 
@@ -66,6 +67,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close := similar(name, names):
         return f"; did you mean '{close}'?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return ``a, b, c, d and 3 more``: each name once, the first few in full."""
+    distinct = list(dict.fromkeys(names))
+    more = len(distinct) - _LISTED
+    return ", ".join(distinct[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def tell(text: str) -> None:

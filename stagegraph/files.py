@@ -143,8 +143,8 @@ def typed(node: str) -> str:
 
 def path_name(path: str | Path) -> str:
     """Return what people call a file or folder, as a safe name: of a revision in a download cache
-    (``models--ORG--NAME/snapshots/REVISION``) the name of what it is a revision of.
+    (``models--ORG--NAME/snapshots/REVISION``) the name of what it is a revision of, of a URL that without its pin.
     """
-    path = Path(path)
+    path = Path(re.sub(r"[@#].*", "", str(path)) if "://" in str(path) else path)
     name = path.parents[1].name.rpartition("--")[2] if path.parent.name == "snapshots" else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")

@@ -88,7 +88,8 @@ def source(doc: str, *, include: Sequence[str], alone: Sequence[str] = (), optio
 class In(NamedTuple):
     """An input port: which stage's output port it reads. ``many`` takes every matching instance instead of one.
 
-    ``entry`` is the entry it reads where the pipeline file says so itself, whatever its stage.
+    ``entry`` is the entry it reads where the pipeline file says so itself, whatever its stage. ``every`` names a
+    parameter of that stage with ``choices``: the port wants an instance of each.
     """
 
     stage: str
@@ -97,6 +98,7 @@ class In(NamedTuple):
     many: bool = False
     optional: bool = False
     entry: str = ""
+    every: str = ""
 
 
 class Out(NamedTuple):

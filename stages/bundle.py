@@ -94,11 +94,13 @@ class Bundle(Stage):
 
 
 def _name(text: str) -> str:
-    """Return ``Qwen3-0.6B`` of that name, of ``/models/Qwen3-0.6B`` and of its snapshot in a hub cache."""
+    """Return ``Qwen3-0.6B`` of that name, of ``/models/Qwen3-0.6B``, its snapshot in a hub cache and its URL."""
     from pathlib import Path
 
     if "/" not in text and text not in {".", ".."}:
         return text
+    if "://" in text:  # without what pins it
+        text = text.partition("#")[0].partition("@")[0]
     path = Path.cwd() / text
     if path.parent.name == "snapshots":
         path = path.parent.parent

@@ -55,7 +55,7 @@ class Compile(Stage):
         )
 
     inputs = {
-        "module": In("graph-build", "module", "the exported functions", many=True),
+        "module": In("graph-build", "module", "the exported functions", many=True, every="function"),
         "graph": In("graph-build", "graph", "their signatures and sizes", many=True),
         "params": In("param-register", "params", "the parameters the library takes"),
     }

@@ -25,7 +25,7 @@ EXAMPLE = "pipeline build /models/SmolLM2-135M-Instruct -o dist/smollm2"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     nouns = list(init.starters())
-    parser.add_argument("source", type=Path, metavar="|".join(nouns).upper(), help="; ".join(_docs()))
+    parser.add_argument("source", metavar="|".join(nouns).upper(), help="; ".join(_docs()))
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to export (default: dist/NAME)")
     init.add_options(parser)
     parser.add_argument("--unverified", action="store_true", help="export also what no later stage has passed")
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     file = locate()
     asked: list[str] = []
     if Path(file).exists():
-        wanted = {noun: str(args.source.absolute()), **begun.settings}
+        wanted = {noun: _named(begun.source), **begun.settings}
         asked = [f"{name}={json.dumps(value)}" for name, value in wanted.items() if not _is_so(file, name, value)]
     else:
         written = init.write(Path(), begun)
@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     words = [word for setting in overrides for word in ("--set", setting)]
     code = run_verb.run(parse("run", [file, *words, *(["--quiet"] if args.quiet else [])]))
     return code or _export(file, overrides, starter.exports, args)
+
+
+def _named(source: Path | str) -> str:
+    return str(source.absolute()) if isinstance(source, Path) else source
 
 
 def _is_so(file: str, name: str, wanted: Any) -> bool:

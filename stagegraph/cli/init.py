@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stagegraph.cli.common import DEFAULT_FILE, shown
-from stagegraph.errors import PlanError
+from stagegraph.errors import PlanError, tell
+from stagegraph.planning.sources import MARK
 from stagegraph.registry import Starter, find, names
 
 EXAMPLE = "pipeline init my-model --checkpoint /models/SmolLM2-135M-Instruct"
@@ -18,13 +19,13 @@ SCHEMA = "pipeline.schema.json"
 
 
 class Start(NamedTuple):
-    """What a pipeline is begun with: the starter's module, the path it was given, what it has found there, and the
-    variables that were asked for.
+    """What a pipeline is begun with: the starter's module, the path or pinned URL it was given, what it has found
+    there, and the variables that were asked for.
     """
 
     noun: str
     module: Any
-    path: Path
+    source: Path | str
     examined: Any
     settings: Mapping[str, Any]
 
@@ -44,30 +45,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("directory", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this one")
     for noun, starter in starters().items():
-        parser.add_argument(f"--{noun}", type=Path, metavar="PATH", help=starter.doc)
+        parser.add_argument(f"--{noun}", metavar="PATH", help=starter.doc)
     add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    given = {noun: path for noun in starters() if (path := getattr(args, noun)) is not None}
+    given = {noun: text for noun in starters() if (text := getattr(args, noun)) is not None}
     if not given:
         raise PlanError(f"what is it made for? add {' or '.join(f'--{noun} PATH' for noun in starters())}")
-    ((noun, path), *_) = given.items()
-    written = write(args.directory, start(noun, path, args))
+    ((noun, text), *_) = given.items()
+    if MARK in text:
+        _check_new(args.directory)  # before anything is fetched
+    written = write(args.directory, start(noun, text, args))
     print(f"wrote {', '.join(shown(file) for file in written)}")
     inside = "" if args.directory.resolve() == Path.cwd() else f"cd {shown(args.directory)} && "
     print(f"next: {inside}pipeline run")
     return 0
 
 
-def start(noun: str, path: Path, args: argparse.Namespace) -> Start:
-    """Return what a starter has found at a path; :class:`PlanError` if nothing can be begun with that."""
+def start(noun: str, text: str, args: argparse.Namespace) -> Start:
+    """Return what a starter has found at a path or URL; :class:`PlanError` if nothing can be begun with that.
+
+    What a URL names is fetched, as a run would; one that names no content yet is pinned to what it names now.
+    """
     module = importlib.import_module(starters()[noun].module)
     try:
-        return Start(noun, module, path, module.examine(path), module.settings(args))
+        settings = module.settings(args)  # before anything is fetched
+        source, path = _fetched(text, module) if MARK in text else (Path(text), Path(text))
+        return Start(noun, module, source, module.examine(path), settings)
     except ValueError as error:
         raise PlanError(*str(error).split("\n")) from None
+
+
+def _fetched(url: str, module: Any) -> tuple[str, Path]:
+    """Return a URL with its pin, and where what a starter reads of it is now."""
+    from stagegraph.planning.urls import fetch, pinned
+
+    try:
+        found = pinned(url)
+        if found != url:
+            tell(f"{url} is {found} now")
+        tell(f"fetching what is not here yet of {found}")
+        return found, fetch(found, module.READ, module.ALONE)
+    except (ValueError, OSError) as error:
+        raise PlanError(f"{url}: {error}") from None
+
+
+def _check_new(folder: Path) -> None:
+    file = folder / DEFAULT_FILE
+    if file.exists():
+        raise PlanError(f"{shown(file)} exists already; edit it, or name another folder: `pipeline init DIR`")
 
 
 def write(folder: Path, begun: Start) -> list[Path]:
@@ -76,10 +104,9 @@ def write(folder: Path, begun: Start) -> list[Path]:
 
     from stagegraph.spec.schema import json_schema
 
+    _check_new(folder)
     file = folder / DEFAULT_FILE
-    if file.exists():
-        raise PlanError(f"{shown(file)} exists already; edit it, or name another folder: `pipeline init DIR`")
-    text = begun.module.compose(begun.path, begun.examined, begun.settings, folder)
+    text = begun.module.compose(begun.source, begun.examined, begun.settings, folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = [file, folder / SCHEMA]
     file.write_text(text, encoding="utf-8")

@@ -37,6 +37,18 @@ OWN = {
     "completion": Verb("stagegraph.cli.completion", "print the script that completes verbs, options and nodes"),
     "schema": Verb("stagegraph.cli.schema", "print the JSON Schema of pipeline.yaml for editors"),
 }
+ALIASES = {"why-not": "explain"}
+# What other tools call it: word -> what it is here.
+ELSEWHERE = {
+    "ls": "status", "list": "status", "plan": "run --dry-run", "dry-run": "run --dry-run", "check": "status",
+    "validate": "status", "lint": "status", "make": "run", "repro": "run", "exec": "run", "start": "run",
+    "resume": "run", "why": "explain", "new": "init", "create": "init", "setup": "init", "info": "show", "cat": "show",
+    "inspect": "show", "history": "runs", "logs": "log", "dag": "graph", "metrics": "compare", "exp": "compare",
+    "copy": "export", "deploy": "export", "package": "export", "fetch": "pull", "download": "pull", "upload": "push",
+    "rm": "clean", "remove": "clean", "delete": "clean", "clear": "clean", "prune": "gc", "doctor": "fsck",
+    "df": "du", "test": "verify", "eval": "verify", "infer": "generate", "predict": "generate",
+    "config": "params", "vars": "params", "set": "run --set NAME=VALUE", "version": "--version", "dev": "watch",
+}  # fmt: skip
 SELDOM = (
     "pull",
     "push",
@@ -57,9 +69,12 @@ def verb_names() -> list[str]:
 
 def find_verb(name: str) -> Verb:
     """Return a verb of ours or of a provider."""
-    found: Verb | None = OWN.get(name) or find("verbs", name)
+    found: Verb | None = OWN.get(ALIASES.get(name, name)) or find("verbs", name)
     if found is None:
-        raise PipelineError(f"no verb '{name}'{nearest(name, verb_names())}")
+        if name in ELSEWHERE:
+            raise PipelineError(f"no verb '{name}'; here it is `pipeline {ELSEWHERE[name]}`")
+        advice = nearest(name, verb_names())
+        raise PipelineError(f"no verb '{name}'{advice if 'mean' in advice else '; `pipeline help` lists them'}")
     return found
 
 

@@ -6,12 +6,14 @@ import graphlib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError, SpecError, nearest
-from stagegraph.files import dotted
+from stagegraph.files import dotted, typed
+from stagegraph.registry import load_object
 from stagegraph.spec.model import fits
 
 if TYPE_CHECKING:
@@ -76,7 +78,10 @@ class Dag:
     def _nearest(self, pattern: str) -> str:
         """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
         if os.sep in pattern:
-            return "; that is a path, and a result is named by its node, NODE@RUN or a digest"
+            shown = {dotted(node.name): node.name for node in self.nodes}
+            here = next((shown[part] for part in Path(pattern).parts if part in shown), "")
+            named = f"; what it shows is named {typed(here)}" if here else ", NODE@RUN or a digest"
+            return f"; that is a path, and a result is named by its node{named}"
         entry = re.split(r"[\[.]", pattern)[0]
         name = dotted if "[" not in pattern else str
         instances = {name(node.name) for node in self.nodes if node.spec.entry == entry}
@@ -120,6 +125,7 @@ def _connect(node: Node, by_entry: Mapping[str, list[Node]]) -> Iterable[str]:
         elif entries:
             found = [u for u in by_entry[entries[0]] if _pairs(spec.each, u.spec.each)]
             yield from _check_count(node, port, declared, found)
+            yield from _check_every(node, port, declared, found)
             node.inputs[port] = found
         elif not declared.optional:
             providers = sorted(name for name, nodes in by_entry.items() if nodes[0].stage.id == declared.stage)
@@ -148,6 +154,22 @@ def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iter
     elif len(found) > 1 and not declared.many:
         names = ", ".join(n.name for n in found)
         yield f"{where} reads one instance but {names} match; add their foreach key here"
+
+
+def _check_every(node: Node, port: str, declared: In, found: list[Node]) -> Iterable[str]:
+    """Yield which choices of a parameter of the stage that a port reads no instance has, where it wants each."""
+    if not (declared.every and found):
+        return
+    (choices,) = (f.metadata["choices"] for f in fields(found[0].stage.Params) if f.name == declared.every)
+    wanted = load_object(choices) if isinstance(choices, str) else choices
+    missing = [name for name in wanted if name not in {getattr(u.spec.params, declared.every) for u in found}]
+    if missing:
+        entry, names = found[0].spec.entry, ", ".join(missing)
+        advice = f"add {names} to its 'foreach'" if found[0].spec.each else f"give {entry} a 'foreach' of all of them"
+        yield (
+            f"{found[0].spec.place}: {entry} has no instance with {declared.every} {names}, and {node.spec.entry} "
+            f"reads all on port '{port}': {advice}"
+        )
 
 
 def _pairs(consumer: Mapping[str, str], producer: Mapping[str, str]) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stagegraph.digest import digest_json
-from stagegraph.errors import PipelineError, PlanError, StageError, nearest
+from stagegraph.errors import PipelineError, PlanError, StageError, listed, nearest
 from stagegraph.local import failure, plain
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.key import key_document, names_of, secrets_of
@@ -27,6 +27,7 @@ from stagegraph.store.record import Document, Record, key_of
 
 if TYPE_CHECKING:
     from stagegraph.planning.dag import Dag, Node
+    from stagegraph.spec.model import Place
     from stagegraph.stage import Stage
     from stagegraph.store.memo import PartCode
     from stagegraph.store.workspace import Workspace
@@ -70,6 +71,14 @@ class Decision:
         return f"{self.reasons[0]}{more}" if self.reasons else ""
 
 
+class _SourceError(Exception):
+    """Sources of a node that are not there: where each was written, what is wrong, and the parameter it is of."""
+
+    def __init__(self, found: Sequence[tuple[Place, str, str]]) -> None:
+        super().__init__()
+        self.found = found
+
+
 class Planner:
     """Settles nodes of one pipeline against one workspace."""
 
@@ -88,6 +97,7 @@ class Planner:
         Only if ``fetch``, a source that is named by a URL and not here is fetched.
         """
         problems: list[str] = []
+        missing: dict[tuple[Place, str], list[str]] = {}
         nodes = [node for node in nodes if node not in self._prepared]
         if len(nodes) > FEW:
             self.workspace.read_ahead(self.dag.pipeline.name)
@@ -95,8 +105,13 @@ class Planner:
             if node not in self._prepared:
                 try:
                     self._prepared[node] = self._prepare(node, fetch=fetch)
+                except _SourceError as error:
+                    for place, text, subject in error.found:
+                        missing.setdefault((place, text), []).append(subject)
                 except (PlanError, StageError) as error:
                     problems += error.problems
+        for (place, text), subjects in missing.items():
+            problems.append(f"{place}: {listed(subjects)}: {text}")
         if problems:
             raise PlanError(*dict.fromkeys(problems))
 
@@ -112,15 +127,15 @@ class Planner:
             params = _asked(node, lambda: node.stage.resolve(given))
             tools = dict(_asked(node, lambda: node.stage.tools(params)))
         except StageError as error:
-            problems = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
-            raise PlanError(*_masked(secrets, problems)) from None
+            said = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
+            raise PlanError(*_masked(secrets, said)) from None
         if secrets:
             from stagegraph.planning.secrets import spread
 
             params, tools = spread(params, secrets), _masked(secrets, tools)
             secrets = secrets_of(params)
         sources = {}
-        problems = []
+        problems: list[tuple[Place, str, str]] = []
         for f in dataclasses.fields(params):
             path = getattr(params, f.name)
             if "include" not in f.metadata and "Source" in str(f.type):
@@ -130,15 +145,12 @@ class Planner:
             if "include" in f.metadata and path:
                 try:
                     sources[f.name] = self.sources.state(path, f.metadata["include"], f.metadata["alone"])
-                except FileNotFoundError:
-                    place = spec.places.get(f.name, spec.place)
-                    problems.append(
-                        f"{place}: {spec.entry}.{f.name}: there is no file or directory {path}{_offer(path)}"
-                    )
                 except OSError as error:
-                    problems.append(f"{spec.places.get(f.name, spec.place)}: {spec.entry}.{f.name}: {error}")
+                    gone = isinstance(error, FileNotFoundError)
+                    text = f"there is no file or directory {path}{_offer(path)}" if gone else str(error)
+                    problems.append((spec.places.get(f.name, spec.place), text, f"{spec.entry}.{f.name}"))
         if problems:
-            raise PlanError(*problems)
+            raise _SourceError(problems)
         return Prepared(params, sources, tools, tuple(secrets))
 
     def prepared(self, node: Node) -> Prepared:

@@ -1,7 +1,8 @@
 """Sources that are named by a URL: fetched by a run, once, and files like all others from then on.
 
 Who brings the files of a scheme is a module that a provider names (:attr:`stagegraph.registry.Provider.sources`):
-``check(url)`` raises :class:`ValueError` for one that is wrong or not pinned to its content; ``files(url)`` are the
+``check(url)`` raises :class:`ValueError` for one that is wrong or not pinned to its content; ``pinned(url)``, which it
+may lack, asks a server what one without a pin names now; ``files(url)`` are the
 names of what there is, each with a digest, and may ask a server; ``get(url, wanted)`` fetches those of them, holds them
 against their digests and returns the folder or the one file; ``here(url, wanted)`` does without a server, and is None
 if it cannot. What a server must be asked for and does not give is an :class:`OSError`. In the key is, as of every
@@ -46,12 +47,37 @@ def with_local_sources(spec: NodeSpec, index: Index, *, fetch: bool) -> Any:
     return dataclasses.replace(spec.params, **changed) if changed else spec.params
 
 
-def _local(url: str, include: Sequence[str], alone: Sequence[str], index: Index, *, fetch: bool) -> Path:
+def pinned(url: str) -> str:
+    """Return a URL with what it names now as its content, where its server says so; asks it only if need be.
+
+    :class:`ValueError` for one that names nothing, :class:`OSError` where the server does not say.
+    """
+    module = _module(url)
+    pin = getattr(module, "pinned", None)
+    found: str = pin(url) if pin else url
+    module.check(found)
+    return found
+
+
+def fetch(url: str, include: Sequence[str], alone: Sequence[str]) -> Path:
+    """Fetch what a run would of a pinned URL, and return where it is."""
+    module = _module(url)
+    known = module.files(url)
+    wanted = {name: known[name] for name in choose(known, include, alone)}
+    path: Path | None = module.here(url, wanted)
+    return path or module.get(url, wanted)
+
+
+def _module(url: str) -> Any:
     scheme = url.partition(MARK)[0]
     named = find("sources", scheme)
     if named is None:
         raise ValueError(f"nothing brings files of {scheme}{MARK}{nearest(scheme, names('sources'))}")
-    module = load_module(named)
+    return load_module(named)
+
+
+def _local(url: str, include: Sequence[str], alone: Sequence[str], index: Index, *, fetch: bool) -> Path:
+    module = _module(url)
     module.check(url)
     known = index.get(f"url:{url}")
     if known is None and fetch:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from stagegraph.errors import SpecError, nearest
+from stagegraph.errors import SpecError, listed, nearest
 from stagegraph.stage import Secret
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from stagegraph.spec.model import Place
 
-_SUBJECTS_SHOWN = 4
 _OF_A_KIND = 20  # problems shown
 
 
@@ -130,7 +129,7 @@ class Problems:
         for (place, text), subjects in ordered:
             shown[_kind(text)] += 1
             if shown[_kind(text)] <= _OF_A_KIND:
-                lines.append(f"{place}: {_joined(subjects)}{text}")
+                lines.append(f"{place}: {f'{listed(subjects)}: ' if subjects else ''}{text}")
             elif shown[_kind(text)] == _OF_A_KIND + 1:
                 lines.append(f"{place}: and {kinds[_kind(text)] - _OF_A_KIND:,} more of this kind from here on")
         return SpecError(*lines)
@@ -139,10 +138,3 @@ class Problems:
 def _kind(text: str) -> str:
     """Return a problem without the names and numbers in it."""
     return re.sub(r"'[^']*'|[0-9]+", "", text)
-
-
-def _joined(subjects: list[str]) -> str:
-    if not subjects:
-        return ""
-    more = len(subjects) - _SUBJECTS_SHOWN
-    return ", ".join(subjects[:_SUBJECTS_SHOWN]) + (f" and {more} more" if more > 0 else "") + ": "

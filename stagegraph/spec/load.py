@@ -82,7 +82,8 @@ def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
         return ""
     text = resolved.value
     if isinstance(text, str) and resolved is not item and (os.sep in text or text in {".", ".."}):
-        text = path_name(problems.reads.absolute(resolved.base / text))  # a variable that holds a path
+        path = text if "://" in text else problems.reads.absolute(resolved.base / text)
+        text = path_name(path)  # of a variable that holds a path or a URL
     if isinstance(text, str) and NAME.fullmatch(text):
         return text
     problems.unexpected(

@@ -24,6 +24,18 @@ def check(url: str) -> None:
     _parts(url)
 
 
+def pinned(url: str) -> str:
+    """Return ``hf://ORG/NAME`` or ``hf://ORG/NAME@BRANCH`` with the commit that this is now; asks the hub."""
+    match = URL.fullmatch(url)
+    if match is None or COMMIT.fullmatch(match["commit"] or ""):
+        return url
+    with _Said(url):
+        from huggingface_hub import HfApi
+
+        commit = HfApi().model_info(match["repository"], revision=match["commit"]).sha
+    return f"hf://{match['repository']}@{commit}" + (f"/{match['file']}" if match["file"] else "")
+
+
 def files(url: str) -> dict[str, str]:
     """Return the files of a commit by name, with the digest of each; asks the hub. :class:`OSError` if it does not say.
 

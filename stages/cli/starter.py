@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STAGES = Path(__file__).with_name("pipeline.yaml")  # the part that is the same for every checkpoint
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+READ, ALONE = ("config.json", *WEIGHTS), ("*.gguf",)  # what is read of a checkpoint that a URL names, and alone
 POSITIONS = 4096  # a context that conversations fit, of models made for more: its cache is memory from the start
 OFFERED = ("q0f32", "q0f16", "q8f16_1", "q4a32", "q4k", "q4f16_1")  # the schemes shown to choose from, best first
 BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
@@ -63,7 +64,7 @@ def examine(path: Path) -> Model:
     if is_named(path.name) and path.is_file():
         files = {path.name: path}
     elif path.is_dir():
-        files = {file.name: file for pattern in ("config.json", *WEIGHTS) for file in path.glob(pattern)}
+        files = {file.name: file for pattern in READ for file in path.glob(pattern)}
         files = files or {file.name: file for file in path.glob("*.gguf")}
     else:
         raise ValueError(_missing(path))
@@ -88,8 +89,7 @@ def _missing(path: Path) -> str:
     if path.is_file():
         return f"{path}: is a file; expected a checkpoint's folder, or a .gguf file"
     if not path.is_absolute() and text.count("/") == 1 and not path.parent.is_dir() and text[0] not in "~.":
-        get = f"hf download {text} --local-dir {path.name}"
-        return f"{path}: no such folder. Is it a name on the hub? `{get}` fetches it; then name the folder {path.name}"
+        return f"{path}: no such folder; if it is a name on the hub, write hf://{text}"
     if text.startswith("~"):
         return f"{path}: no such folder; `~` is read by the shell alone: write {Path(text).expanduser()}"
     return f"{path}: no such file or folder; expected a checkpoint's folder, or a GGUF file"
@@ -108,8 +108,8 @@ def _positions(config: JsonObject) -> int:
     return found if isinstance(found, int) and found > 0 else 0
 
 
-def compose(path: Path, model: Model, chosen: JsonObject, where: Path) -> str:
-    """Return the text of a pipeline file in the folder ``where``, for a checkpoint."""
+def compose(source: Path | str, model: Model, chosen: JsonObject, where: Path) -> str:
+    """Return the text of a pipeline file in the folder ``where``, for a checkpoint at a path or a pinned URL."""
     targets: Sequence[str] = chosen.get("targets", ["llvm"])
     scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
     window = chosen.get("context_window", min(model.positions or POSITIONS, POSITIONS))
@@ -122,7 +122,7 @@ def compose(path: Path, model: Model, chosen: JsonObject, where: Path) -> str:
         'name: "${vars.checkpoint}" # the last folder of this path: results are shown in artifacts/NAME/',
         "",
         "vars:",
-        f"  checkpoint: {_quoted(_written(path, where))}",
+        f"  checkpoint: {_quoted(_written(source, where))}",
         f"  # How weights are stored. About, of {_memory() / 2**30:.1f} GiB memory in this machine:",
         *(f"  #   {line}" for line in _choices(model.tensors)),
         f"  scheme: {scheme}",
@@ -133,8 +133,10 @@ def compose(path: Path, model: Model, chosen: JsonObject, where: Path) -> str:
     return "\n".join(lines) + "\n" + STAGES.read_text("utf-8")
 
 
-def _written(path: Path, where: Path) -> str:
+def _written(path: Path | str, where: Path) -> str:
     """Return a path as the file names it: relative where it lies below the file."""
+    if isinstance(path, str):
+        return path
     try:
         return str(path.resolve().relative_to(where.resolve()))
     except ValueError:

@@ -227,6 +227,8 @@ OTHERS = {
     ''',
 }
 
+SHIPPED = ("verbs", "starters", "sources")  # of the real provider
+
 PIPELINE = """\
 version: 1
 name: demo
@@ -315,7 +317,7 @@ def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def provide(monkeypatch: pytest.MonkeyPatch, stages: dict[str, str], **tables: Any) -> None:
     """Make these the stages that are shipped, beside the real verbs; ``registry.shipped().stages`` may be added to."""
-    provider = registry.Provider(stages=stages, **({"verbs": PROVIDER.verbs, "starters": PROVIDER.starters} | tables))
+    provider = registry.Provider(stages=stages, **({n: getattr(PROVIDER, n) for n in SHIPPED} | tables))
     monkeypatch.setattr(registry, "shipped", lambda: provider)
     _forget()
 

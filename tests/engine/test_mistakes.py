@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 
 from tests.engine.conftest import Demo
 
 PATH = "that is a path, and a result is named by its node, NODE@RUN or a digest"
-GET = "`hf download some/Model-1B --local-dir Model-1B`"
-HUB = f"Is it a name on the hub? {GET} fetches it; then name the folder Model-1B"
+HOME = Path.home()
+SHOWN = "that is a path, and a result is named by its node; what it shows is named"
+HUB = "if it is a name on the hub, write hf://some/Model-1B"
 TABLE = [
     ("run pipline.yaml", "pipline.yaml: no such file; did you mean 'pipeline.yaml'?"),
     ("run join", "join: no such pipeline file; a node is named with --stage join, once for each"),
@@ -32,9 +34,24 @@ TABLE = [
     ("log join", "join has no log yet: it has never run"),
     ("runs -n 0", "-n 0: expected at least 1"),
     ("statsu", "no verb 'statsu'; did you mean 'status'?"),
+    ("xyzzy", "no verb 'xyzzy'; `pipeline help` lists them"),
+    ("plan", "no verb 'plan'; here it is `pipeline run --dry-run`"),
+    ("test", "no verb 'test'; here it is `pipeline verify`"),
+    ("chta", "no verb 'chta'; did you mean 'chat'?"),
+    ("chat", "the following arguments are required: BUNDLE; `pipeline chat --help` lists its arguments"),
+    ("generate words --promt x", "unknown argument '--promt'; did you mean '--prompt'?"),
+    ("show artifacts/demo/join", f"no node is named 'artifacts/demo/join'; {SHOWN} join"),
+    ("lineage artifacts/demo/shape.line", f"no node is named 'artifacts/demo/shape.line'; {SHOWN} shape.line"),
+    ("export words out", "no node is named 'words'; known: join, read, shape"),
+    ("run --set text=nowhere", "--set text: read.text: there is no file or directory {folder}/nowhere"),
+    ("run --set shape.shape=lime", "--set shape.shape: shape.shape: unknown value 'lime'; did you mean 'line'?"),
     ("gc --max-size 50", "--max-size 50: expected a size with its unit, such as 50GB, 20GiB or 500MB"),
     ("init", "what is it made for? add --checkpoint PATH"),
-    ("init --checkpoint some/Model-1B", f"some/Model-1B: no such folder. {HUB}"),
+    ("init --checkpoint some/Model-1B", f"some/Model-1B: no such folder; {HUB}"),
+    ("init new --checkpoint hf://Model-1B", "hf://Model-1B: is no repository; expected hf://ORG/NAME@COMMIT"),
+    ("init new --checkpoint gs://bucket/x", "gs://bucket/x: nothing brings files of gs://; known: hf, http, https, s3"),
+    ("init --checkpoint '~/words'", f"~/words: no such folder; `~` is read by the shell alone: write {HOME}/words"),
+    ("build some/Model-1B", f"some/Model-1B: no such folder; {HUB}"),
     ("init --checkpoint words", "words: has no config.json; expected a checkpoint's folder, or a GGUF file"),
     ("init --checkpoint words/a.txt", "words/a.txt: is a file; expected a checkpoint's folder, or a .gguf file"),
     ("build nowhere", "nowhere: no such file or folder; expected a checkpoint's folder, or a GGUF file"),
@@ -48,5 +65,5 @@ def test_a_mistake_is_told_with_what_to_do(
     monkeypatch.chdir(demo.folder)
     done = demo(*shlex.split(command))
     assert done.code == 2
-    assert done.err == f"error: {said}\n"
+    assert done.err == f"error: {said.replace('{folder}', str(demo.folder))}\n"
     assert done.out == ""

@@ -12,6 +12,8 @@ from stages.bundle import Bundle
         ("examples/tiny-qwen", "tiny-qwen"),
         ("/models/Qwen3-0.6B/", "Qwen3-0.6B"),
         ("/hub/models--Qwen--Qwen3-0.6B/snapshots/0123456789abcdef", "Qwen3-0.6B"),
+        ("hf://Qwen/Qwen3-0.6B@c0ffee", "Qwen3-0.6B"),
+        ("https://host/models/qwen3.gguf#sha256=abc", "qwen3.gguf"),
         ("/", "model"),
     ],
 )

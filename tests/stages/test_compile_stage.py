@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph.errors import SpecError
+from stagegraph.planning.dag import Dag
+from stagegraph.spec.load import load
 from stagegraph.stage import Instance, StageError
 from stages.codegen.agreement import takes_bytes
 from stages.compile import Compile
@@ -59,10 +62,11 @@ def test_auto_becomes_a_literal():
 
 def test_architectures_are_sorted_and_checked():
     assert resolved(target="cuda", archs=(90, 80, 90)).archs == (80, 90)
+    assert resolved(target="cuda", archs=(75, 200)).archs == (75, 200), "a toolkit to come may know it"
     with pytest.raises(StageError) as error:
-        resolved(target="cuda", archs=(60, 80), opt=4, mcpu="x86-64-v3+mmxx")
+        resolved(target="cuda", archs=(60, 77, 80), opt=4, mcpu="x86-64-v3+mmxx")
     assert [line.split(":")[0] for line in str(error.value).splitlines()][:1]
-    for part in ("60 is not an architecture", "opt: 4", "'mmxx'"):
+    for part in ("60 is not an architecture", "77 is not an architecture", "opt: 4", "'mmxx'"):
         assert part in str(error.value)
 
 
@@ -406,3 +410,16 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
 
 def _refuse(message, *_, **__):
     raise ValueError(message)
+
+
+def test_every_function_of_the_model_is_asked_for(tmp_path):
+    text = (ROOT / "pipeline.yaml").read_text().replace(", softmax]", "]")
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(text)
+    with pytest.raises(SpecError) as refused:
+        Dag(load(file))
+    expected = (
+        "graph-build has no instance with function softmax, and compile reads all on port 'module': "
+        "add softmax to its 'foreach'"
+    )
+    assert str(refused.value).partition(": ")[2] == expected

@@ -88,11 +88,14 @@ def test_machine_code_that_is_cut_compressed_or_unknown_is_refused(recorded, tmp
 
 @pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 def test_the_compiler_of_this_machine_writes_machine_code_as_recorded(tmp_path):
-    from stages.targets.cuda import device_code, nvrtc
+    from stages.targets.cuda import backend, device_code, nvrtc
 
     toolkit, archs, said = toolchain.toolkit(), (75, 86, 120), ""
     source = (DATA / "kernels.cu").read_text("utf-8")
     ptxas, library, header = (toolchain.part(toolkit, name) for name in ("ptxas", "libnvrtc.so.13", "mma.h"))
+    assert set(backend.ARCHS) <= set(nvrtc.architectures(library))
+    with pytest.raises(device_code.CudaError, match="does not compile for 9999; it knows 75, "):
+        device_code.check_archs(toolkit, (80, 9999))
     made = tmp_path / "made"
     made.write_bytes(device_code.compile_fatbin(source, toolkit, archs))
     for arch in archs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from stagegraph.spec.load import load
 
 pytest.importorskip("huggingface_hub")
 REPOSITORY = Path(__file__).parents[2]
@@ -72,7 +75,7 @@ class Hub:
         path = request.path.partition("?")[0]
         self.asked.append(path)
         api, resolve = f"/api/models/org/name/revision/{COMMIT}", f"/org/name/resolve/{COMMIT}/"
-        if path == api:
+        if path in {api, "/api/models/org/name/revision/main", "/api/models/org/name"}:
             siblings = [_listed(name, content) for name, content in FILES.items()]
             self._send(request, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode(), {}, body)
         elif path.startswith(resolve) and (name := path.removeprefix(resolve)) in FILES:
@@ -148,6 +151,26 @@ def test_a_commit_is_fetched_once_and_only_what_the_stage_reads(hub: Hub, tmp_pa
     hub.stop()
     again = pipeline(hub, tmp_path, source)
     assert (again.returncode, "1 HIT" in again.stdout) == (0, True)
+
+
+def safetensors() -> bytes:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(16)
+
+
+@pytest.mark.parametrize("named", ["", "@main", f"@{COMMIT}"])
+def test_a_pipeline_is_begun_with_the_commit_that_a_name_means_now(
+    hub: Hub, tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "FILES", FILES | {"model.safetensors": safetensors()})
+    hub.sent = dict(FILES)
+    begun = pipeline(hub, tmp_path, "-", "init", "new", "--checkpoint", f"hf://org/name{named}")
+    assert begun.returncode == 0, begun.stderr
+    assert (f"is hf://org/name@{COMMIT} now" in begun.stderr) == (named != f"@{COMMIT}")
+    written = (tmp_path / "new" / "pipeline.yaml").read_text()
+    assert f'checkpoint: "hf://org/name@{COMMIT}"' in written
+    assert not [path for path in hub.asked if path.endswith(("notes.md", "other/config.json", "big.bin"))]
+    assert load(tmp_path / "new" / "pipeline.yaml").name == "name"
 
 
 def test_one_file_of_a_repository(hub: Hub, tmp_path: Path) -> None:

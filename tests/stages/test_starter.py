@@ -70,7 +70,7 @@ def refusals(tmp_path: Path) -> list[tuple[Path, str]]:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     return [
-        (Path("someone/Model-1B"), "`hf download someone/Model-1B --local-dir Model-1B` fetches it"),
+        (Path("someone/Model-1B"), "if it is a name on the hub, write hf://someone/Model-1B"),
         (Path("~/models/x"), f"write {Path.home()}/models/x"),
         (tmp_path / "nowhere", "no such file or folder; expected a checkpoint's folder, or a GGUF file"),
         (tmp_path / "file.txt", "is a file; expected a checkpoint's folder, or a .gguf file"),

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 NAME = "cuda"
 PACKAGES = toolchain.CUDA_PACKAGES
 INSTALL = toolchain.INSTALL_CUDA
-OLDEST_ARCH = 75  # of those that CUDA 13 still compiles for
+# What CUDA 13.0 compiles for (nvrtcGetSupportedArchs). Of newer ones the toolkit has the last word.
+ARCHS = (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
 
 
 def resolve(params: Any) -> tuple[dict[str, Any], list[str]]:
@@ -25,9 +26,9 @@ def resolve(params: Any) -> tuple[dict[str, Any], list[str]]:
     archs, kind = tuple(sorted(set(params.archs))), params.toolchain
     problems = [] if archs else ["archs: name at least one CUDA architecture, such as 80"]
     problems += [
-        f"archs: {arch} is not an architecture that CUDA 13 compiles for; it starts at {OLDEST_ARCH}"
+        f"archs: {arch} is not an architecture that CUDA 13 compiles for; it knows {', '.join(map(str, ARCHS))}"
         for arch in archs
-        if arch < OLDEST_ARCH
+        if arch not in ARCHS and arch <= ARCHS[-1]
     ]
     if kind == "auto":
         installed = toolchain.toolkit()
@@ -51,6 +52,7 @@ def prepare(toolkit: Program, cxx: Program, params: Any) -> DeviceCompiler:
     from stages.targets.cuda import device_code
 
     device_code.load_cuda_side(toolkit, cxx)
+    device_code.check_archs(toolkit, params.archs)
     options = {"archs": params.archs, "opt": params.opt, "fast_math": params.fast_math}
     compile_source = functools.partial(device_code.compile_fatbin, toolkit=toolkit, **options)
     return DeviceCompiler(compile_source, device_code.LOADER, "fatbin")

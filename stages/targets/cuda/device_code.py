@@ -76,6 +76,19 @@ def _load_driver_stub(cxx: Program) -> None:
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
+def check_archs(toolkit: Program, archs: Sequence[int]) -> None:
+    """Raise :class:`CudaError` for architectures that the toolkit does not compile for."""
+    try:
+        known = nvrtc.architectures(_part(toolkit, COMPILER))
+    except NvrtcError as error:
+        raise CudaError(str(error)) from None
+    if unknown := [arch for arch in archs if arch not in known]:
+        raise CudaError(
+            f"archs: CUDA {toolkit.version} does not compile for {', '.join(map(str, unknown))}; it knows "
+            f"{', '.join(map(str, known))}"
+        )
+
+
 def compile_fatbin(
     code: str, toolkit: Program, archs: Sequence[int], *, opt: int = 3, fast_math: bool = False
 ) -> bytes:

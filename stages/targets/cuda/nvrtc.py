@@ -74,6 +74,15 @@ def compile_ptx(source: str, library: Path, include: Path, options: Sequence[str
         nvrtc.nvrtcDestroyProgram(byref(program))
 
 
+def architectures(library: Path) -> list[int]:
+    """Return the architectures that the toolkit of ``library`` compiles for: 80 is sm_80."""
+    nvrtc, count = _loaded(library), ctypes.c_int()
+    _check(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _check(nvrtc, nvrtc.nvrtcGetSupportedArchs(found))
+    return list(found)
+
+
 @functools.cache
 def _loaded(library: Path) -> ctypes.CDLL:
     try:
