@@ -13,7 +13,7 @@ from stagegraph.cli.verbs import build_parser, references, verb_names
 
 EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
 NODES = {"NODE", "REF", "A", "B"}  # arguments that name nodes
-NODE_OPTIONS = {"--stage", "--from", "--until"}
+NODE_OPTIONS = {"--stage", "--from", "--until", "--debug"}
 
 BASH = """\
 _pipeline() {

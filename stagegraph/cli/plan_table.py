@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import age_text, seconds_text, size_text
 from stagegraph.cli.layout import Brief, table
+from stagegraph.errors import listed
+from stagegraph.files import typed
 from stagegraph.planning.planner import NEVER, STALE, UNKNOWN
-from stagegraph.store.journal import HIT
+from stagegraph.store.journal import FAILED, HIT
 from stagegraph.store.record import record_size
 
 if TYPE_CHECKING:
@@ -26,15 +28,19 @@ def plan_lines(plan: Plan, *, costs: bool) -> list[str]:
 def _costs(step: Step) -> tuple[str, ...]:
     d, r, note = step.decision, step.record, _note(step)
     if r is None:
-        return d.node.name, d.status, note, "-", "-", "-", "-"
+        return d.node.name, _status(step), note, "-", "-", "-", "-"
     seconds, size, memory = seconds_text(r["seconds"]), size_text(record_size(r)), size_text(r["peak_bytes"])
-    return d.node.name, d.status, note, seconds, size, memory, age_text(r["started"])
+    return d.node.name, _status(step), note, seconds, size, memory, age_text(r["started"])
+
+
+def _status(step: Step) -> str:
+    return f"{step.decision.status}, {FAILED}" if step.failed else step.decision.status
 
 
 def _predicted(step: Step) -> tuple[str, ...]:
     d = step.decision
     seconds = "?" if step.seconds is None else seconds_text(step.seconds)
-    return d.node.name, d.status, _note(step), "-" if d.status == HIT else seconds, _bytes(step.restore)
+    return d.node.name, _status(step), _note(step), "-" if d.status == HIT else seconds, _bytes(step.restore)
 
 
 def _note(step: Step) -> str:
@@ -58,6 +64,9 @@ def _totals(plan: Plan, *, costs: bool) -> list[str]:
     lines = ["; ".join(totals if costs else [*totals, "nothing was run"])]
     if sure:
         lines.append(_time(plan, sure + maybe))
+    failed = [typed(step.node.name) for step in plan.steps if step.failed]
+    if failed:
+        lines.append(f"failed when last run: {listed(failed)}; `pipeline log {failed[0]}` says why")
     return lines
 
 

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="build it a second time, from nothing; say what differs",
     )
     add("--dry-run", action="store_true", help="say what would run, why and for how long, and run nothing")
+    add("--debug", metavar="NODE", help="run this one in this process: breakpoints, tracebacks; keeps nothing")
     add("--fail-fast", action="store_true", help="start nothing more after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
     add("-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)")
@@ -51,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     _check(args)
     with Pipeline(args.file, args.overrides) as pipeline:
+        if args.debug:
+            from stagegraph.cli.debug import debug
+
+            return debug(pipeline, args.debug)
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
         if args.dry_run:
             return _dry_run(pipeline, selection, args)
@@ -90,6 +95,8 @@ def _check(args: argparse.Namespace) -> None:
         raise PlanError(f"--retries {args.retries}: the number of retries must be at least 0")
     if args.tag and not TAG.fullmatch(args.tag):
         raise PlanError(f"--tag {args.tag}: expected a letter, then letters, digits, '.', '_' and '-'")
+    if args.debug and (args.stage or args.start or args.until or args.dry_run or args.check_reproducible or args.json):
+        raise PlanError("--debug runs one node and what it needs; leave selections, --dry-run and --json out")
     if args.dry_run and args.check_reproducible:
         raise PlanError("--check-reproducible builds everything twice, --dry-run nothing: use one of them")
     if args.only and not (args.stage or args.start or args.until):

@@ -116,6 +116,8 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {hanging(warning)}" for warning in record["warnings"]]
+    if artifact.label in pipeline.dag.by_name and "failed" in pipeline.workspace.last(pipeline.name, artifact.label):
+        lines.append(f"  failed when it ran again since: pipeline log {typed(artifact.label)}")
     for _, other in pipeline.workspace.others(record["key"]):
         digest = result_digest(other)[:16]
         if digest != result_digest(record)[:16]:

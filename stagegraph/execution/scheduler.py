@@ -190,7 +190,7 @@ class Scheduler:
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
 
     def _start_ready(self) -> None:
-        for ready in list(self._ready):
+        for ready in sorted(self._ready, key=lambda ready: self._waiting.place[ready.decision.node]):
             if self._places.full(self._running.values()):
                 return
             decision = ready.decision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -10,11 +10,29 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
 
 
-class Waiting:
-    """Nodes that wait, of a DAG's ``nodes`` in topological order, which is the order in which they come out."""
+def depth_first(nodes: Sequence[Node]) -> list[Node]:
+    """Return nodes, given in topological order, so that everything above the first end comes before what only others
+    need: of a matrix one instance is whole before the next is begun.
+    """
+    ordered: dict[Node, None] = {}
+    for end in (node for node in nodes if not node.consumers):
+        stack = [(end, iter(end.upstream))]
+        while stack:
+            node, above = stack[-1]
+            following = next((u for u in above if u not in ordered), None)
+            if following is None:
+                ordered[node] = None
+                stack.pop()
+            else:
+                stack.append((following, iter(following.upstream)))
+    return list(ordered)
 
-    def __init__(self, nodes: Iterable[Node]) -> None:
-        self._place = {node: place for place, node in enumerate(nodes)}
+
+class Waiting:
+    """Nodes that wait, of a DAG's ``nodes`` in topological order; they come out as :func:`depth_first` has them."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.place = {node: place for place, node in enumerate(depth_first(nodes))}
         self._missing: dict[Node, int] = {}
         self._free: list[tuple[int, Node]] = []  # a heap; one whose inputs are made again meanwhile stays in it
         self._done: set[Node] = set()
@@ -59,4 +77,4 @@ class Waiting:
 
     def _free_if_ready(self, node: Node) -> None:
         if not self._missing[node]:
-            heappush(self._free, (self._place[node], node))
+            heappush(self._free, (self.place[node], node))

@@ -203,7 +203,7 @@ def _digest_output(path: Path, known: Mapping[tuple[int, int], str]) -> FileEntr
     return [digest, status.st_size]
 
 
-def _known_inputs(request: Request) -> dict[tuple[int, int], str]:
+def known_inputs(request: Request) -> dict[tuple[int, int], str]:
     """Large inputs by identity: an output that is a hard link of one need not be digested again."""
     statuses = {digest: Path(path).stat() for path, digest in request["linked"].items()}
     return {(status.st_dev, status.st_ino): digest for digest, status in statuses.items()}
@@ -217,7 +217,7 @@ def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
         ctx = WorkerContext(request, params_of(stage, request["params"]), events)
         stage.run(ctx)
         refuse_secrets(request, written_files(ctx.out))
-        known = ctx.settle() | _known_inputs(request)
+        known = ctx.settle() | known_inputs(request)
         written = collect_outputs(stage, ctx.out, known)
         json.dumps(ctx.found)  # what cannot be recorded is the stage's bug, and is said as one
         return {"event": "end", "ok": True, **ctx.found, **written, **usage.spent()}

@@ -176,10 +176,11 @@ def missing_text(project: Project, label: str, key: str | None = None) -> str:
         return f"{label} has no result with these settings; `pipeline run --stage {typed(label)}` with them makes it"
     if key:
         return f"{label}: its record is gone (`pipeline gc` removed it)"
-    advice = (
-        "had no result then" if "@" in label else f"has no result yet; `pipeline run --stage {typed(label)}` makes it"
-    )
-    return f"{label} {advice}"
+    if "@" in label:
+        return f"{label} had no result then"
+    if "failed" in project.workspace.last(project.name, label):
+        return f"{label} has no result, as it failed when it last ran; `pipeline log {typed(label)}` says why"
+    return f"{label} has no result yet; `pipeline run --stage {typed(label)}` makes it"
 
 
 def unbuilt(project: Project, reference: str, found: Sequence[Artifact]) -> list[str]:

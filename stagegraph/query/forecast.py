@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """One node of a plan: the decision, the predicted seconds of an execution, and the last result if any."""
+    """One node of a plan: the decision, the predicted seconds of an execution, and the last result if any.
+
+    ``failed`` says that it would run, and failed when it last did.
+    """
 
     decision: Decision
     seconds: float | None
     restore: int  # bytes that a run would put back under artifacts/
     record: Record | None
+    failed: bool = False
 
     @property
     def node(self) -> Node:
@@ -41,6 +45,7 @@ class Step:
         return {
             "node": self.node.name,
             "status": self.decision.status,
+            "failed": self.failed,
             "reasons": self.decision.reasons,
             "key": self.decision.key,
             "predicted_seconds": self.seconds if self.decision.status != HIT else 0,
@@ -122,7 +127,8 @@ def _step(project: Project, decision: Decision, predict: Callable[[Decision], fl
             f"restores {len(sizes)} file{'s' * (len(sizes) != 1)}" if sizes else "removes stray files from artifacts/"
         ]
     record = decision.record or decision.previous or workspace.last_record(project.name, name)
-    return Step(decision, predict(decision), restore, record)
+    failed = decision.status != HIT and "failed" in workspace.last(project.name, name)
+    return Step(decision, predict(decision), restore, record, failed)
 
 
 def makespan(steps: Iterable[Step], counts: Callable[[Step], bool], jobs: int) -> float:

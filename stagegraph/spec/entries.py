@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from stagegraph.spec.settings import Setting
     from stagegraph.stage import Stage
 
-ENTRY_KEYS = ("uses", "needs", "with", "foreach", "resources", "timeout")
+SHARED_KEYS = ("with", "foreach", "resources", "timeout")  # that every entry may take from `defaults`
+ENTRY_KEYS = ("uses", "needs", *SHARED_KEYS)
 SHELL = "shell"  # the stage that an entry declares itself (stagegraph.spec.shell)
 ENTRY_NAME = re.compile(r"[a-z0-9-]+")
 _IN_FILE = re.compile(r"[^:]*\.py(:.*)?", re.DOTALL)
@@ -44,17 +45,54 @@ class Entry(NamedTuple):
 
 
 def read_entries(
-    stages: Mapping[str, Item], folder: Path, scope: Scope, settings: Sequence[Setting], problems: Problems
+    stages: Mapping[str, Item],
+    folder: Path,
+    scope: Scope,
+    settings: Sequence[Setting],
+    problems: Problems,
+    *,
+    defaults: Item | None = None,
 ) -> list[Entry]:
     """Return the entries in the order written, noting whatever is wrong with their keys and with what they name.
 
     ``folder`` is that of the pipeline file, below which stages may be in files; ``settings`` are parameters from the
-    command line, which take the place of what is written.
+    command line, which take the place of what is written. ``defaults`` are keys for entries without them, and
+    parameters for every stage that has them and is not given them.
     """
-    reader = _Reader(stages, str(folder), scope, settings, problems)
+    reader = _Reader(stages, str(folder), scope, settings, problems, Defaults(defaults, problems))
     entries = [entry for name, item in stages.items() if (entry := reader.entry(name, item)) is not None]
+    reader.defaults.check_used()
     _check_cycles(entries, problems)
     return entries
+
+
+class Defaults:
+    """What entries share: keys by name, and parameters for those stages that have them."""
+
+    def __init__(self, item: Item | None, problems: Problems) -> None:
+        self._problems = problems
+        keys = (problems.mapping(item, "defaults", SHARED_KEYS) if item is not None else None) or {}
+        given = problems.mapping(keys["with"], "defaults.with") if "with" in keys else None
+        self._parameters = given or {}
+        self._keys = {key: value for key, value in keys.items() if key != "with" and key in SHARED_KEYS}
+        self._unused = dict(self._parameters)
+
+    def keys(self, body: dict[str, Item]) -> dict[str, Item]:
+        """Return an entry's keys with those that it lacks; one that is null is wanted not to be there."""
+        whole = {**self._keys, **body}
+        return {key: item for key, item in whole.items() if item.value is not None or key not in self._keys}
+
+    def parameters(self, stage: Stage | None, given: Mapping[str, Item]) -> dict[str, Item]:
+        """Return what a stage is given with the parameters that it has, and is not given."""
+        known = params.declared(stage) if stage is not None else self._parameters
+        shared = {name: item for name, item in self._parameters.items() if name in known}
+        self._unused = {name: item for name, item in self._unused.items() if name not in shared}
+        return shared | dict(given)
+
+    def check_used(self) -> None:
+        """Note parameters that no stage of the pipeline has."""
+        for name, item in self._unused.items():
+            self._problems.add(item.named_at, f"no stage of this pipeline has a parameter '{name}'", "defaults.with")
 
 
 class _Reader:
@@ -65,8 +103,9 @@ class _Reader:
         scope: Scope,
         settings: Sequence[Setting],
         problems: Problems,
+        defaults: Defaults,
     ) -> None:
-        self._settings = settings
+        self._settings, self.defaults = settings, defaults
         self._stages, self._folder, self._scope, self._problems = stages, folder, scope, problems
         self._opened = False  # whether the files beside the pipeline are known as they are now
 
@@ -77,6 +116,7 @@ class _Reader:
         body = self._problems.mapping(item, name, ENTRY_KEYS)
         if body is None:
             return None
+        body = self.defaults.keys(body)
         settings = [setting for setting in self._settings if setting.entry == name]
         body = self._set(body, {s.parameter: s.item for s in settings if s.instances is None})
         some = tuple(setting for setting in settings if setting.instances is not None)
@@ -92,6 +132,7 @@ class _Reader:
             stage = origin.make()
         else:
             given = self._problems.mapping(body["with"], f"{name}.with") if "with" in body else {}
+            given = self.defaults.parameters(stage, given) if given is not None else None
         if stage is not None and given is not None:
             place = body["with"].named_at if "with" in body else item.named_at
             self._check_params(stage, {**given, **{s.parameter: s.item for s in some}}, place)

@@ -37,7 +37,7 @@ _EXPECTED = {
     "stages": "a mapping of entries",
 }
 NODES_LIMIT = 10_000
-TOP_KEYS = ("version", "name", "extends", "vars", "stages")
+TOP_KEYS = ("version", "name", "extends", "vars", "defaults", "stages")
 
 
 def load(
@@ -66,7 +66,7 @@ def load(
     scope.define(settings.variables)
     _check_version(top.get("version"), problems)
     name = _name(top.get("name"), scope, problems)
-    nodes = _nodes(top.get("stages"), path.absolute().parent, scope, settings.parameters, problems)
+    nodes = _nodes(top, path.absolute().parent, scope, settings.parameters, problems)
     problems.check()
     return Pipeline(name, path.absolute(), tuple(nodes), scope.variables)
 
@@ -93,14 +93,15 @@ def _name(item: Item | None, scope: Scope, problems: Problems) -> str:
 
 
 def _nodes(
-    item: Item | None, folder: Path, scope: Scope, parameters: Sequence[Setting], problems: Problems
+    top: Mapping[str, Item], folder: Path, scope: Scope, parameters: Sequence[Setting], problems: Problems
 ) -> list[NodeSpec]:
+    item = top.get("stages")
     stages = problems.mapping(item, "stages") if item is not None else None
     if not stages:
         if item is not None and stages is not None:
             problems.unexpected(item, _EXPECTED["stages"], "stages")
         return []
-    entries = read_entries(stages, folder, scope, parameters, problems)
+    entries = read_entries(stages, folder, scope, parameters, problems, defaults=top.get("defaults"))
     nodes = []
     for node in (node for entry in entries for node in expand(entry, scope, problems)):
         nodes.append(node)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import sys
 from typing import TYPE_CHECKING
 
-from stagegraph.spec import params
-from stagegraph.spec.item import Item, Problems, text_of
+from stagegraph.spec import matrix, params
+from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.model import NodeSpec, Resources
 
 if TYPE_CHECKING:
@@ -23,10 +22,8 @@ MEBIBYTES = {"MiB": 1, "GiB": 1 << 10, "TiB": 1 << 20}
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([A-Za-z]+)")
-_VALUE_NAME = re.compile(r"[\w.+-]+")  # becomes part of a directory's name and of patterns on the command line
 _LABEL = re.compile(r"([A-Za-z_][\w.-]*)(?:=([0-9]+(?:\.[0-9]+)?))?")
 SHOWN = 10  # instances in a message
-_INSTANCES_LIMIT = 10_000
 _NAME_BYTES_LIMIT = 200  # file systems take 255; the engine adds to it
 
 
@@ -35,10 +32,9 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
     declared = params.declared(entry.stage) if entry.stage else {}
     settings = problems.mapping(entry.resources, f"{entry.name}.resources", RESOURCE_KEYS) if entry.resources else {}
     unused, instances = list(entry.settings), []
-    for each in _instances(entry, scope, problems):
+    for texts, each in matrix.instances(entry, scope, problems):
         given = {}
         values = {}
-        texts = {key: text_of(item.value) for key, item in each.items() if item} if each else {}
         instances.append(".".join(texts.values()))
         set_here = [setting for setting in entry.settings if setting.takes(list(texts.values()))]
         unused = [setting for setting in unused if setting not in set_here]
@@ -71,52 +67,6 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
     for setting in unused:
         known = f"; it has {', '.join(instances[:SHOWN])}" if any(instances) else ": it has no 'foreach'"
         problems.add(setting.item.place, f"'{entry.name}' has no such instance{known}")
-
-
-def _instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Bindings | None]:
-    """Yield the ``each`` values of every instance: ``None`` without ``foreach``, poisoned ones where it is unsound."""
-    subject = f"{entry.name}.foreach"
-    if entry.foreach is None:
-        yield None
-        return
-    keys = problems.mapping(entry.foreach, subject)
-    if not keys:
-        if keys is not None:
-            problems.unexpected(entry.foreach, "a mapping of names to lists", subject)
-        return
-    lists = {key: _values(item, scope, problems, f"{subject}.{key}") for key, item in keys.items()}
-    sound = [values for values in lists.values() if values]
-    count = math.prod(map(len, sound))
-    if count > _INSTANCES_LIMIT:
-        problems.add(entry.foreach.place, f"makes {count:,} nodes; expected at most {_INSTANCES_LIMIT:,}", subject)
-    elif len(sound) < len(lists):
-        yield {key: values[0] if values else None for key, values in lists.items()}
-    else:
-        for values in itertools.product(*sound):
-            yield dict(zip(lists, values, strict=True))
-
-
-def _values(item: Item, scope: Scope, problems: Problems, subject: str) -> list[Item]:
-    """Return values that tell nodes apart by name; none, with problems noted, if they cannot."""
-    resolved = scope.resolve(item)
-    if resolved is None:
-        return []
-    if not isinstance(resolved.value, list) or not resolved.value:
-        problems.unexpected(resolved, "a list of at least one scalar", subject)
-        return []
-    seen: set[str] = set()
-    for value in resolved.value:
-        text = text_of(value.value)
-        if isinstance(value.value, list | dict):
-            problems.unexpected(value, "a scalar", subject)
-        elif not _VALUE_NAME.fullmatch(text):
-            expected = "expected letters, digits, '.', '_', '+' and '-'"
-            problems.add(value.place, f"'{text}' cannot be part of a node's name; {expected}", subject)
-        elif text in seen:
-            problems.add(value.place, f"'{text}' is written twice; expected distinct values", subject)
-        else:
-            seen.add(text)
-    return resolved.value if len(seen) == len(resolved.value) else []
 
 
 def _resources(

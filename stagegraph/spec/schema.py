@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.registry import get_stage, names
-from stagegraph.spec import params, shell
+from stagegraph.spec import matrix, params, shell
 from stagegraph.spec.entries import ENTRY_NAME, SHELL
 from stagegraph.spec.load import NAME, VERSION
 from stagegraph.spec.nodes import MEBIBYTES, SECONDS
@@ -26,6 +26,13 @@ Schema = dict[str, Any]
 _REFERENCE: Schema = {"type": "string", "pattern": r"^.*\$\{.*$"}
 _IN_FILE = r"^[^:]*\.py:[A-Za-z_][A-Za-z0-9_]*$"
 _SCALAR: Schema = {"type": ["string", "number", "boolean", "null"]}
+_RECORD: Schema = {
+    "type": "object",
+    "required": [matrix.NAME],
+    "additionalProperties": _SCALAR,
+    "description": "a value with others of its own: ${each.KEY.FIELD}; name is part of the node's name",
+}
+_RULES: Schema = {"type": "array", "minItems": 1, "items": {"type": "object", "minProperties": 1}}
 _LIST: Schema = {"type": "array", "items": _SCALAR}
 _TYPES = {"str": "string", "Source": "string", "int": "integer", "float": "number", "bool": "boolean"}
 
@@ -50,6 +57,15 @@ def json_schema() -> Schema:
                 "additionalProperties": {"anyOf": [_SCALAR, _LIST]},
                 "description": "values for ${vars.NAME}; --set NAME=VALUE overrides one",
             },
+            "defaults": {
+                "type": "object",
+                "properties": {
+                    "with": {"type": "object", "description": "parameters, for every stage that has them"},
+                    **_shared(),
+                },
+                "additionalProperties": False,
+                "description": "what entries share: keys for those without them, parameters for those not given them",
+            },
             "stages": {
                 "type": "object",
                 "minProperties": 1,
@@ -64,11 +80,10 @@ def json_schema() -> Schema:
         "then": {
             "required": ["version", "name", "stages"],
             "properties": {
-                "stages": {
-                    "properties": {stage: _complete(stage) for stage in stages},
-                    "additionalProperties": {"required": ["uses"]},
-                }
+                "stages": {"properties": dict.fromkeys(stages, True), "additionalProperties": {"required": ["uses"]}}
             },
+            "if": {"not": {"required": ["defaults"]}},
+            "then": {"properties": {"stages": {"properties": {stage: _complete(stage) for stage in stages}}}},
         },
         "$defs": {
             "entry": _entry(stages),
@@ -90,29 +105,7 @@ def _entry(stages: list[str]) -> Schema:
             },
             "needs": {"anyOf": [entries, _REFERENCE], "description": "the entries whose outputs this one reads"},
             "with": {"type": "object", "description": "parameters of the stage"},
-            "foreach": {
-                "type": "object",
-                "minProperties": 1,
-                "additionalProperties": {"anyOf": [{**_LIST, "minItems": 1, "uniqueItems": True}, _REFERENCE]},
-                "description": "one node for every combination of these values; ${each.NAME} is its value",
-            },
-            "resources": {
-                "type": "object",
-                "properties": {
-                    "memory": {**_quantity(MEBIBYTES), "description": "most memory it may take, in MiB or as '2 GiB'"},
-                    "exclusive": {
-                        "anyOf": [{"type": "boolean"}, _REFERENCE],
-                        "description": "whether a node runs alone",
-                    },
-                    "labels": {
-                        "anyOf": [{"type": "array", "items": {"type": "string"}}, _REFERENCE],
-                        "description": "what a worker of a cluster must offer: NAME, or NAME=AMOUNT that it takes",
-                    },
-                },
-                "additionalProperties": False,
-                "description": "what each node takes",
-            },
-            "timeout": {**_quantity(SECONDS), "description": "longest run of a node, in seconds or as '10m'"},
+            **{key: {"anyOf": [schema, {"type": "null"}]} for key, schema in _shared().items()},
         },
         "additionalProperties": False,
         "allOf": [
@@ -122,6 +115,38 @@ def _entry(stages: list[str]) -> Schema:
             }
             for stage in [*stages, SHELL]
         ],
+    }
+
+
+def _shared() -> dict[str, Schema]:
+    """Return the keys of an entry that ``defaults`` may have too, but for parameters; null leaves one out."""
+    values: Schema = {"type": "array", "items": {"anyOf": [_SCALAR, _RECORD]}, "minItems": 1, "uniqueItems": True}
+    lists: Schema = {"anyOf": [values, _REFERENCE]}
+    return {
+        "foreach": {
+            "type": "object",
+            "minProperties": 1,
+            "properties": {
+                "exclude": {"anyOf": [_RULES, lists], "description": "combinations that are left out, by their values"},
+                "include": {"anyOf": [_RULES, lists], "description": "combinations more: a value for every key"},
+            },
+            "additionalProperties": lists,
+            "description": "one node for every combination of these values; ${each.NAME} is its value",
+        },
+        "resources": {
+            "type": "object",
+            "properties": {
+                "memory": {**_quantity(MEBIBYTES), "description": "most memory it may take, in MiB or as '2 GiB'"},
+                "exclusive": {"anyOf": [{"type": "boolean"}, _REFERENCE], "description": "whether a node runs alone"},
+                "labels": {
+                    "anyOf": [{"type": "array", "items": {"type": "string"}}, _REFERENCE],
+                    "description": "what a worker of a cluster must offer: NAME, or NAME=AMOUNT that it takes",
+                },
+            },
+            "additionalProperties": False,
+            "description": "what each node takes",
+        },
+        "timeout": {**_quantity(SECONDS), "description": "longest run of a node, in seconds or as '10m'"},
     }
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stagegraph.files import dotted
+
 if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
@@ -23,11 +25,10 @@ def leftovers(workspace: Workspace) -> Iterator[Path]:
     yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
     for kept in ("objects", "records", "parts", "others"):  # copies that a kill cut short
         yield from sorted(path for path in root.glob(f"{kept}/*/.*"))
-    lasts = workspace.lasts()
+    failed = [name.partition("/") for name, last in workspace.lasts().items() if last.get("failed")]
+    looked_at = {(pipeline, dotted(node)) for pipeline, _, node in failed}
     for pipeline in _entries(workspace.failed):
-        for node in _entries(pipeline):
-            if not lasts.get(f"{pipeline.name}/{node.name}", {}).get("failed"):
-                yield node
+        yield from (node for node in _entries(pipeline) if (pipeline.name, node.name) not in looked_at)
 
 
 def idle_locks(workspace: Workspace) -> Iterator[Path]:

@@ -54,6 +54,69 @@ def test_foreach_is_a_product_in_the_written_order(spec: SpecFiles) -> None:
     }
 
 
+def test_foreach_values_are_records_and_paths_with_exclusions(spec: SpecFiles) -> None:
+    nodes = spec.entries("""
+        stages:
+          build:
+            uses: shape
+            foreach:
+              target: [llvm, cuda]
+              how: [{name: small, size: 2, tag: s}, {name: big, size: 9, tag: b}]
+              tag: [models/one, /models/two]
+              exclude: [{target: cuda, how: big}, {tag: /elsewhere/two, how: small}]
+              include: [{target: cuda, how: {name: huge, size: 99, tag: h}, tag: models/one}]
+            with: {target: "${each.target}", size: "${each.how.size}", tags: ["${each.how.tag}", "${each.tag}"]}
+    """)
+    assert list(nodes) == [
+        "build[llvm,small,one]",
+        "build[llvm,big,one]",
+        "build[llvm,big,two]",
+        "build[cuda,small,one]",
+        "build[cuda,huge,one]",
+    ]
+    huge = nodes["build[cuda,huge,one]"]
+    assert huge.each == {"target": "cuda", "how": "huge", "tag": "one"}
+    assert (huge.params.size, huge.params.tags) == (99, ("h", "models/one"))
+    assert nodes["build[llvm,big,two]"].params.tags == ("b", "/models/two")
+
+
+def test_a_key_named_like_a_rule_may_hold_values(spec: SpecFiles) -> None:
+    assert list(spec.entries(plain("foreach: {include: [a, b]}"))) == ["plain[a]", "plain[b]"]
+
+
+def test_entries_share_what_defaults_say(spec: SpecFiles) -> None:
+    nodes = spec.entries("""
+        defaults:
+          with: {size: 7, target: "${each.target}"}
+          foreach: {target: [llvm, cuda]}
+          timeout: 2m
+        stages:
+          plain: {foreach: null, timeout: 5}
+          shape: {with: {tags: [x]}}
+          other: {uses: shape, foreach: {target: [cuda]}, with: {size: 1}}
+    """)
+    assert list(nodes) == ["plain", "shape[llvm]", "shape[cuda]", "other[cuda]"]
+    assert [(n.params.size, n.params.target) for n in list(nodes.values())[1:]] == [
+        (7, "llvm"),
+        (7, "cuda"),
+        (1, "cuda"),
+    ]
+    assert [n.timeout for n in nodes.values()] == [5.0, 120.0, 120.0, 120.0]
+
+
+def test_defaults_that_are_wrong(spec: SpecFiles) -> None:
+    assert spec.wrong("""
+        defaults:
+          needs: [plain]
+          with: {syze: 7}
+        stages:
+          plain: {}
+    """) == [
+        "p.yaml:4:3: unknown key 'needs'; known: foreach, resources, timeout, with",
+        "p.yaml:5:10: defaults.with: no stage of this pipeline has a parameter 'syze'",
+    ]
+
+
 def test_parameters_take_defaults_and_become_immutable(spec: SpecFiles) -> None:
     node = spec.entries(shape("archs: [90], ratio: 2"))["shape"]
     assert node.params == type(node.params)("llvm", archs=(90,), ratio=2.0)  # type: ignore[call-arg]
@@ -180,13 +243,23 @@ def test_cycles_name_their_path_and_every_edge(spec: SpecFiles) -> None:
         ("{}", "27: plain.foreach: found an empty mapping; expected a mapping of names to lists"),
         ("{x: a}", "31: plain.foreach.x: found the text 'a'; expected a list of at least one scalar"),
         ("{x: []}", "31: plain.foreach.x: found an empty list; expected a list of at least one scalar"),
-        ("{x: [[a]]}", "32: plain.foreach.x: found a list; expected a scalar"),
+        ("{x: [[a]]}", "32: plain.foreach.x: found a list; expected a scalar, or a record of a name and other values"),
+        ("{x: [{a: 1}]}", "32: plain.foreach.x: a record without 'name'; expected what its nodes are called"),
+        ("{x: [/m/a, /n/a]}", "38: plain.foreach.x: 'a' is written twice; expected distinct values"),
+        ("{x: [a], exclude: [{y: a}]}", "47: plain.foreach: no key 'y' in it; known: x"),
+        (
+            "{x: [a], exclude: [{x: b}]}",
+            "46: plain.foreach: excludes nothing; expected values of a combination there is",
+        ),
+        ("{x: [a], exclude: [{x: a}]}", "45: plain.foreach: excludes every combination; expected some to be left"),
+        ("{x: [a], z: [b], include: [{x: c}]}", "54: plain.foreach: does not say z; expected every key"),
+        ("{x: [a], include: [{x: a}]}", "46: plain.foreach: is there already; expected another combination"),
         ("{x: [a, b, a]}", "38: plain.foreach.x: 'a' is written twice; expected distinct values"),
         ("{x: [1, '1']}", "35: plain.foreach.x: '1' is written twice; expected distinct values"),
         (
-            "{x: [../up]}",
+            "{x: [/]}",
             (
-                "32: plain.foreach.x: '../up' cannot be part of a node's name; "
+                "32: plain.foreach.x: '/' cannot be part of a node's name; "
                 "expected letters, digits, '.', '_', '+' and '-'"
             ),
         ),

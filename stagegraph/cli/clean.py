@@ -1,0 +1,53 @@
+"""``pipeline clean``: take away what ``artifacts/`` shows, which a run puts back, or everything that was ever made."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from stagegraph.api import Pipeline
+from stagegraph.cli.common import add_file, shown, size_text
+from stagegraph.errors import EXIT_OK, PlanError
+from stagegraph.files import remove_tree
+from stagegraph.store.leftovers import disk_bytes
+
+EXAMPLE = "pipeline clean --store"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    add = parser.add_argument
+    add("--store", action="store_true", help="also every result, log and run, of all pipelines beside this one")
+    add("-y", "--yes", action="store_true", help="do not ask; --store needs it off a terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb."""
+    with Pipeline(args.file, args.overrides) as pipeline:
+        workspace = pipeline.workspace
+        folder = workspace.artifacts if args.store else workspace.artifacts / pipeline.name
+        if not folder.is_dir():
+            print(f"{shown(folder)} is not there: nothing to remove")
+            return EXIT_OK
+        size = size_text(disk_bytes(workspace)[0])
+        if args.store and not (args.yes or _agreed(f"remove {shown(folder)}, {size}, with every result in it?")):
+            return EXIT_OK
+        with workspace.alone():
+            busy = [path.name for path in workspace.work.glob("*") if workspace.is_running(path.name)]
+            if busy:
+                raise PlanError("a run is under way; end it first, or wait for it")
+            remove_tree(folder)
+    restored = f"; {size} are gone" if args.store else "; its results are in the store: `pipeline run` shows them again"
+    print(f"removed {shown(folder)}{restored}")
+    return EXIT_OK
+
+
+def _agreed(question: str) -> bool:
+    """Ask; without a terminal refuse, as nobody can answer."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise PlanError(f"{question} -y says yes")
+    if input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}:
+        return True
+    print("nothing was removed")
+    return False

@@ -1,0 +1,104 @@
+"""``pipeline watch``: run again whenever a file changes that the pipeline was read from or that a node is made of.
+
+Every run, and every look for what those files are, is a process of its own: stages that were edited are imported anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from stagegraph.cli.common import add_file, add_selection
+from stagegraph.digest import stat_id
+from stagegraph.errors import PipelineError
+
+EXAMPLE = "pipeline watch --stage compile.llvm"
+POLL_SECONDS = 0.5
+SETTLE_SECONDS = 0.2  # an editor writes several files
+Seen = dict[str, list[int] | None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_file(parser)
+    add_selection(parser)
+    parser.add_argument("-j", "--jobs", type=int, metavar="N", help="how many nodes at once")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb, until it is interrupted."""
+    words = [word for setting in args.overrides for word in ("--set", setting)]
+    chosen = (("--stage", args.stage), ("--from", args.start), ("--until", args.until))
+    selection = [word for option, names in chosen for name in names for word in (option, name)]
+    jobs = ["-j", str(args.jobs)] if args.jobs else []
+    files = [args.file]
+    while True:
+        files = _files(args.file, words) or files  # a mistake in the file: what it was read from before
+        before = _seen(files)
+        subprocess.run([*_pipeline("run"), args.file, *words, *selection, *jobs], check=False)
+        files = _files(args.file, words) or files  # with the code of nodes whose inputs were not there before
+        seen = _seen(files) | before
+        print(f"watching {len(files)} files; Ctrl-C ends it", file=sys.stderr, flush=True)
+        while _seen(list(seen)) == seen:
+            time.sleep(POLL_SECONDS)
+        time.sleep(SETTLE_SECONDS)
+
+
+def _pipeline(verb: str) -> list[str]:
+    return [sys.executable, "-P", "-m", "stagegraph.cli.main", verb]
+
+
+def _files(file: str, settings: Sequence[str]) -> list[str]:
+    """Return the files that count, from a process that has imported nothing yet; none where it says a mistake."""
+    command = [sys.executable, "-P", "-m", "stagegraph.cli.watch", file, *settings[1::2]]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    found: list[str] = json.loads(done.stdout) if done.returncode == 0 else []
+    return found
+
+
+def _seen(files: Sequence[str]) -> Seen:
+    """Return what tells each file from a changed one; None for one that is not there."""
+    found: Seen = {}
+    for file in files:
+        try:
+            status = os.stat(file)  # noqa: PTH116 - a folder too
+        except OSError:
+            found[file] = None
+        else:
+            folder = os.path.isdir(file)  # noqa: PTH112
+            found[file] = [status.st_mtime_ns] if folder else list(stat_id(Path(file)))
+    return found
+
+
+def watched(file: str, settings: Sequence[str]) -> list[str]:
+    """Return the files that a pipeline was read from, the code and the sources of its nodes, and the latters' folders,
+    in which files may appear.
+    """
+    from stagegraph.project import Project
+    from stagegraph.spec.item import Reads
+    from stagegraph.spec.load import load
+
+    reads = Reads()
+    load(Path(file), settings, reads=reads)
+    found = dict.fromkeys(reads.files)
+    with Project(file, settings) as project:
+        for decision in project.planner.plan(project.dag.nodes):
+            prepared = project.planner.prepared(decision.node)
+            for name, state in prepared.sources.items():
+                given: str = getattr(prepared.params, name)
+                found |= dict.fromkeys([given, *map(str, state.files.values())])
+            found |= dict.fromkeys(map(str, project.planner.code_files(decision).values()))
+    return list(found)
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(watched(sys.argv[1], sys.argv[2:])))
+    except PipelineError:
+        sys.exit(1)
