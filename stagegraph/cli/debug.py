@@ -38,7 +38,7 @@ def debug(pipeline: Pipeline, name: str) -> int:
 
     began = time.monotonic()
     try:
-        out = run_here(pipeline, node)
+        out = run_here(pipeline.planner, pipeline.workspace, node)
     except Exception as error:  # noqa: BLE001 - whatever a stage raises is what is looked for
         traceback.print_exc()
         if sys.stdin.isatty() and sys.stdout.isatty():

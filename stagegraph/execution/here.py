@@ -15,21 +15,23 @@ from stagegraph.execution.worker import WorkerContext, collect_outputs, known_in
 from stagegraph.registry import load_object
 
 if TYPE_CHECKING:
+    from stagegraph.execution.messages import Request
     from stagegraph.planning.dag import Node
-    from stagegraph.project import Project
+    from stagegraph.planning.planner import Planner
     from stagegraph.store.record import Record
+    from stagegraph.store.workspace import Workspace
 
 
-def run_here(project: Project, node: Node) -> Path | None:
+def run_here(planner: Planner, workspace: Workspace, node: Node) -> Path | None:
     """Run the stage of a node whose inputs are up to date; return where its outputs are, None if they hold a secret.
 
     Whatever the stage raises is raised here.
     """
-    workspace, planner = project.workspace, project.planner
-    planner.prepare([*project.dag.above([node])])
+    pipeline = planner.dag.pipeline.name
+    planner.prepare(planner.dag.above([node]))
 
     def record_of(upstream: Node) -> Record:
-        record = workspace.last_record(project.name, upstream.name)
+        record = workspace.last_record(pipeline, upstream.name)
         assert record is not None, f"{upstream.name} was just brought up to date"
         return record
 
@@ -41,7 +43,7 @@ def run_here(project: Project, node: Node) -> Path | None:
             layout = layout_of(node, {u: record_of(u) for u in node.upstream})
             inputs = sandbox.lay_out_inputs(workspace.store, layout)
             here = Log(Path(os.devnull)), sandbox.folder / "store", inputs, planner.part_codes(decision)
-            request = request_for(decision, prepared, fresh=True) | placed(sandbox, *here)
+            request: Request = {**request_for(decision, prepared, fresh=True), **placed(sandbox, *here)}
             if request["prepare"]:
                 load_object(request["prepare"])()
             with Path(os.devnull).open("w", encoding="utf-8") as events:
@@ -49,5 +51,5 @@ def run_here(project: Project, node: Node) -> Path | None:
                 node.stage.run(context)
                 collect_outputs(node.stage, context.out, context.settle() | known_inputs(request))
         finally:
-            kept = sandbox.keep(workspace, project.name, node.name)
+            kept = sandbox.keep(workspace, pipeline, node.name)
     return kept / "out" if kept else None

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from stagegraph.spec import matrix, params
-from stagegraph.spec.item import Item, Problems
+from stagegraph.spec.item import Item, Problems, text_of
 from stagegraph.spec.model import NodeSpec, Resources
 
 if TYPE_CHECKING:
