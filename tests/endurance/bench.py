@@ -107,6 +107,10 @@ class Bench:
         """How many parts are committed."""
         return len(list(self.store.glob("parts/*/[0-9a-f]*")))
 
+    def notes_so_far(self) -> int:
+        """How many lines stages noted since the last look."""
+        return self.notes.read_bytes().count(b"\n") if self.notes.exists() else 0
+
     def noted(self) -> list[list[str]]:
         """What stages noted since the last look: what, name, process, time."""
         lines = self.notes.read_text().splitlines() if self.notes.exists() else []

@@ -20,6 +20,7 @@ from tests.endurance.bench import NODES, Bench, count, descendants, is_alive, ki
 
 PIECES = 6  # parts of an undisturbed run: two nodes of four, of which two are shared
 RANDOM = 250
+NOTES = 2 * NODES + PIECES  # lines that the stages of a whole run note
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +108,17 @@ def test_every_point(fault: str, points: list[str], undisturbed: Bench, tmp_path
 
 
 def random_kill(folder: Path, undisturbed: Bench, rng: random.Random) -> str:
-    """Kill a run, alone or with all it started, at a random moment; say how far it had come."""
+    """Kill a run, alone or with all it started, at a random moment; say how far it had come.
+
+    The moment is soon after so many notes of its stages, not after so many seconds: on a busy machine a run that is
+    killed after a second has committed nothing yet, and all kills would be the same.
+    """
     bench = Bench(folder)
     process = bench.start("run", "-j", rng.choice("12"), LAB_NAP=0.02)
-    time.sleep(rng.uniform(0.1, 1.6))
+    awaited = rng.randrange(NOTES)
+    while process.poll() is None and bench.notes_so_far() < awaited:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.3))
     started = [process.pid, *descendants(process.pid)]
     kill(started[:1] if rng.random() < 0.5 else started)
     process.wait()
@@ -135,3 +143,4 @@ def test_random_kills(undisturbed: Bench, tmp_path: Path) -> None:
     found = Counter(random_kill(tmp_path / str(i), undisturbed, rng) for i in range(RANDOM))
     print(f"random kills: {dict(found)}")
     assert found.total() - found["finished"] >= RANDOM // 2
+    assert {f"killed with {done} of {NODES} committed" for done in range(NODES)} <= found.keys()
