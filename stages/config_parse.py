@@ -123,9 +123,9 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
     if problems or found is None or generation is None:
         raise StageError(*(f"{given}: {problem}" for problem in problems))
 
-    config, said = family.for_context(found.config, window)
-    for note in [*found.notes, *([said] if said else [])]:
-        ctx.warn(note)
+    config, note = family.for_context(found.config, window)
+    for text in [*found.notes, *([note] if note else [])]:
+        ctx.warn(text)
     tensors, model = headers.tensors, _model(row, family, config, window)
     write_json(ctx.out / "model.json", model)
     write_json(ctx.out / "generation.json", generation)
@@ -253,8 +253,8 @@ def _quantized(ctx: Context, raw: JsonObject, headers: Headers) -> list[str]:
     tensors = headers.tensors
     found = quantized.form({name: at for name, at in tensors.items() if name not in headers.packed}, bool(declared))
     if found:
-        said = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
-        return [f"the weights are quantized by {found}{said}, which cannot be read; {foreign.UNQUANTIZED}"]
+        method = f", as quantization_config of {CONFIG} says (quant_method {shown(named)})" if named else ""
+        return [f"the weights are quantized by {found}{method}, which cannot be read; {foreign.UNQUANTIZED}"]
     if declared and tensors and not headers.packed:
         ctx.warn(
             f"{CONFIG}: quantization_config (quant_method {shown(named)}) is ignored: "
@@ -310,8 +310,8 @@ def _view(family: Family, raw: JsonObject, model: Model, tensors: Mapping[str, t
     # Of a traced model, transformers' class has read all of them, as what they are to it.
     traced = model["family"] == TRACED
     honoured = [key for key in sorted(raw) if traced or family.keys.get(key) == "honoured"]
-    said = "read by transformers:" if traced else "honoured"
-    for title, keys in ((said, honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
+    verb = "read by transformers:" if traced else "honoured"
+    for title, keys in ((verb, honoured), ("ignored", sorted(raw.keys() - set(honoured)))):
         if keys:
             rows += [(f"{title} keys of {CONFIG}", ""), *((f"  {_short(key)[1:-1]}", _short(raw[key])) for key in keys)]
     dtypes = sorted({info.dtype for _, info in tensors.values()})

@@ -188,8 +188,8 @@ def _prove(
         ctx.warn(warning)
     if isinstance(reference, Automatic):
         reference.read(reference.added)  # in its process, which has limits, before the same is done in this one
-    said = rowless.without(resolution, beyond)
-    subject, findings = examine(directory, facts, said.declared, said.roles)
+    stated = rowless.without(resolution, beyond)
+    subject, findings = examine(directory, facts, stated.declared, stated.roles)
     texts = rowless.free_of(texts_for(subject), beyond)
     if isinstance(reference, Automatic):
         reference.read([text for _, text in texts])

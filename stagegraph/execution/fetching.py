@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Fetching(Generic[T]):
-    """What is asked of the remotes by key, each with what waits for the answer.
+    """Requests to the remotes by key, each with what waits for the answer.
 
     The user's configuration is read when the first result is missing: a run without news pays for none of it.
     """

@@ -28,7 +28,7 @@ UNLIMITED = 1 << 60  # what control groups of the first version say for no limit
 
 
 class Room:
-    """What the machine has for the nodes of one run, ``jobs`` at once."""
+    """The budget of processors and memory that the nodes of one run share, ``jobs`` at once."""
 
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs

@@ -1,4 +1,4 @@
-"""How the end of a node gets into the store: its record, its files under ``artifacts/``, what is remembered of it."""
+"""Commits the end of a node: its record, its files under ``artifacts/``, its last key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pipeline as it was read last: while all that it was read from is the same, it is not read again.
+"""Caches the parsed pipeline file, for as long as nothing that it was read from has changed.
 
 Reading YAML, and the modules that check it, take most of a run without news. What is kept in the index is what the file
 came to, plain data, with all that it depended on: the text of the files, variables of the environment, where links led,

@@ -1,4 +1,4 @@
-"""Deciding, as distinct from doing: whether a node's result is known, and if not, why not.
+"""Decides which nodes must run and why: computes their keys and looks the results up.
 
 ``Planner.prepare`` resolves what can be known before anything runs (autos, sources, tools) and reports every
 problem at once. ``Planner.decide`` then settles one node whose inputs are settled; ``run``, ``--dry-run`` and

@@ -184,7 +184,7 @@ def missing_text(project: Project, label: str, key: str | None = None) -> str:
 
 
 def unbuilt(project: Project, reference: str, found: Sequence[Artifact]) -> list[str]:
-    """Say which instances that a reference means as the pipeline stands are not ``found``: they have no result."""
+    """Return the instances that a reference names and that have no result, those not among ``found``."""
     labels = {artifact.label for artifact in found}
     if not labels <= project.dag.by_name.keys():
         return []

@@ -1,4 +1,4 @@
-"""What stands between an artifact and its export: files of later stages that say whether it may be shipped.
+"""Attestations: files of later stages that say whether an artifact may be exported.
 
 A stage declares such a file with :attr:`stagegraph.stage.Out.attests`. It counts for exactly the content that its
 execution read, whatever the nodes are called.

@@ -1,4 +1,4 @@
-"""What is known of one result: documents of its own, and of the results of stages that have read exactly it."""
+"""Collects the documents that ``compare`` shows of a result: its own, and those of stages that read it."""
 
 from __future__ import annotations
 

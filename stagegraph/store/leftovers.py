@@ -1,4 +1,4 @@
-"""What killed runs, damage and nodes that are mended or gone leave in a store, of no use to anybody any more."""
+"""Finds files in a store that nobody needs: of killed runs, of damage, of nodes that are gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running run still needs, so that cleaning up beside it takes nothing away.
+"""Pins: the results that a run under way still needs, which garbage collection must leave.
 
 A run that executes something keeps a file ``running/<pid>-<time>`` locked while it lasts and writes the keys of the
 results it has settled on into it. A killed run's lock is gone, and with it its claim.

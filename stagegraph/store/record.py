@@ -101,7 +101,7 @@ def new_record(
 
 
 class KnownRecord(dict[str, Any]):
-    """A record without what few ask of a hit, which is read when they do; so it is not to be written anywhere."""
+    """A record read in part: fields that few ask of a hit are loaded on first use. It must not be written back."""
 
     def __init__(self, brief: JsonObject, read: Callable[[], Record | None]) -> None:
         super().__init__(brief)

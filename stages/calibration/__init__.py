@@ -1,1 +1,1 @@
-"""What a model's matrices read on sample text: the weights that quantization gives to the errors of each column."""
+"""Calibration: the original model on sample text, and how large the activations are that each matrix reads."""

@@ -1,4 +1,4 @@
-"""The original model and sample text for it, for the stages that ask something of it in a process of its own."""
+"""Runs a computation on the original model and sample text in a process of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WINDOW = 512  # tokens of a piece: longer ones teach no more, and attention take
 
 
 class AskingError(ProblemsError):
-    """The original could not be asked; ``problems`` says why, and what to do without it."""
+    """The original model could not be run; ``problems`` says why, and what to do without it."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Original:
         progress: Progress,
         instead: str,
     ) -> dict[str, np.ndarray]:
-        """Return what ``module`` answers to what ``request`` makes of the original's; :class:`AskingError`.
+        """Run ``module`` in a process of its own and return its arrays; :class:`AskingError` if it fails.
 
-        ``instead`` is what a user can do without it.
+        ``request`` makes the module's request of the original's own; ``instead`` is what a user can do without it.
         """
         try:
             for name in ("torch", "transformers"):

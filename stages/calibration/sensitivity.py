@@ -1,4 +1,4 @@
-"""How much each matrix of the original costs where it alone is quantized, in each of some rows.
+"""Sensitivity: how far the original's output moves when one matrix alone is quantized, for each of several rows.
 
 Measured is the divergence in one row, as verify's advice does it (:mod:`stages.verification.advice`); that of another
 is taken to be in proportion to the squares of what it loses, which is what a small change of a matrix comes to. This

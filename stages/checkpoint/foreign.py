@@ -1,4 +1,4 @@
-"""What a folder holds that is no checkpoint of plain weights in Hugging Face format, and what to do with it."""
+"""Recognises what is no checkpoint in Hugging Face format (adapters, pickles, other formats), and says what to do."""
 
 from __future__ import annotations
 

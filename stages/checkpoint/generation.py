@@ -29,7 +29,7 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def normalise(settings: JsonObject, config: JsonObject, vocab_size: int) -> tuple[Generation, list[str]]:
-    """Return the normalised document, and what of the checkpoint it leaves out, in sentences.
+    """Return generation.json, and a sentence for each setting of the checkpoint that it leaves out.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older
     checkpoints keep their token ids in; its sampling defaults count for nothing, as for transformers, and its

@@ -42,7 +42,7 @@ def files(url: str) -> dict[str, str]:
     Of a URL that names one file only that.
     """
     repository, commit, one = _parts(url)
-    with _Said(url):
+    with _Advice(url):
         from huggingface_hub import HfApi
 
         found = HfApi().model_info(repository, revision=commit, files_metadata=True)
@@ -73,7 +73,7 @@ def get(url: str, wanted: Mapping[str, str]) -> Path:
 
         return Path(hf_hub_download(repository, name, revision=commit, cache_dir=_cache()))
 
-    with _Said(url), ThreadPoolExecutor(THREADS) as pool:
+    with _Advice(url), ThreadPoolExecutor(THREADS) as pool:
         paths = dict(zip(wanted, pool.map(fetch, wanted), strict=True))
     for name, path in paths.items():
         if _digest(path, wanted[name].partition(":")[0]) != wanted[name]:
@@ -114,7 +114,7 @@ def _digest(path: Path, kind: str) -> str:
     return f"{kind}:{hasher.hexdigest()}"
 
 
-class _Said:
+class _Advice:
     """Makes an :class:`OSError` with advice of what huggingface_hub raises."""
 
     def __init__(self, url: str) -> None:

@@ -1,4 +1,4 @@
-"""Tensors whose values are not stored but made of what is: which forms there are, and how each is read."""
+"""The table of packed forms (GPTQ, AWQ, nf4, GGUF and others): how tensors of each are dequantized."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class _UnfitError(ValueError):
 
 
 class Fold:
-    """The tensors of a checkpoint with quantized ones in the place of their parts.
+    """Groups the stored parts of quantized tensors (codes, scales, zeros) into one logical tensor each.
 
     ``tensors`` are name -> (file, info) of all that there are then; ``packed`` says how the quantized are made.
     """

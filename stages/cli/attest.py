@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     bundle = manifest.read(args.bundle)
-    held = certificate.of(bundle.root)
-    out.write(attestations.keep(bundle, held, args.result))
+    sealed = certificate.of(bundle.root)
+    out.write(attestations.keep(bundle, sealed, args.result))
     return 0

@@ -29,9 +29,9 @@ def _run(args: argparse.Namespace, out: TextIO, _err: TextIO) -> int:
     bundle = manifest.read(args.bundle)
     if problems := manifest.check(bundle, run=False):
         raise BundleError(*problems)
-    held = certificate.of(bundle.root)
-    if held.document["bundle"]["sha256"] != bundle.sha256:
+    sealed = certificate.of(bundle.root)
+    if sealed.document["bundle"]["sha256"] != bundle.sha256:
         raise BundleError(f"{bundle.root / certificate.FILE}: it is the certificate of another bundle")
     signed = signature.sign(bundle.root, args.key)
-    out.write(f"signed {bundle.root} ({held.document['verdict']}): {signature.FILE}, key SHA-256 {signed}\n")
+    out.write(f"signed {bundle.root} ({sealed.document['verdict']}): {signature.FILE}, key SHA-256 {signed}\n")
     return 0

@@ -1,4 +1,4 @@
-"""Whether graphs and registered parameters belong to one library, and which layers can read int8 activations."""
+"""Checks that graphs and registered parameters are of one build; finds the layers that can read int8 activations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _takes_bytes(entry: Parameter) -> bool:
 
 
 def disagreements(graphs: Sequence[Graph], registry: Register, target: str, activations: str) -> list[str]:
-    """Say where graphs are of different builds, and which functions occur twice or stand for nothing."""
+    """Return where graphs are of different builds, and which functions occur twice or not at all."""
     problems = []
     for name in (*ModelSizes.__annotations__, "target"):
         values = {json.dumps(dict(graph)[name]) for graph in graphs}

@@ -1,1 +1,1 @@
-"""From a checkpoint to stored weights: which tensors are read, made or reused, by which thread, in how much memory."""
+"""Converts a checkpoint's tensors to stored weights, in parallel and in bounded memory; what is known is reused."""

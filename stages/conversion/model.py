@@ -1,4 +1,4 @@
-"""All parameters of one model, in parallel: which thread makes which, where it goes, what is known already."""
+"""Converts all parameters of a model in parallel threads, and reuses those that were converted before."""
 
 from __future__ import annotations
 

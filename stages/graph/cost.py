@@ -1,4 +1,4 @@
-"""What an exported function computes and moves: FLOPs, bytes, and the calls it is made of, to compare two builds by.
+"""Counts FLOPs and bytes of exported functions, and lists their calls so that two builds can be compared.
 
 Counted before lowering: two per multiply-add of a matmul, one per element that another operator yields. Attention over
 the cache is a call of the runtime whose work depends on what the cache holds; it is not in the counts.

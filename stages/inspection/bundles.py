@@ -52,13 +52,15 @@ def row(documents: JsonObject) -> Row:
 
 def page(rows: Mapping[str, Row]) -> str:
     """Return a table in Markdown, and what its numbers are."""
-    told = all(found["scheme"] in label for label, found in rows.items())  # by the labels, so that there is more room
-    headings = ["", *([] if told else ["scheme"]), *(heading for heading, _ in _COLUMNS.values()), "ok"]
+    scheme_in_labels = all(
+        found["scheme"] in label for label, found in rows.items()
+    )  # by the labels, so that there is more room
+    headings = ["", *([] if scheme_in_labels else ["scheme"]), *(heading for heading, _ in _COLUMNS.values()), "ok"]
     lines = [_line(headings), _line(["---"] * (len(headings) - len(_COLUMNS) - 1) + ["---:"] * len(_COLUMNS) + ["---"])]
     for label, found in rows.items():
         numbers = ["-" if found[key] is None else text(found[key]) for key, (_, text) in _COLUMNS.items()]
         name = label.replace("@", " @")  # where it may be broken
-        lines.append(_line([name, *([] if told else [found["scheme"]]), *numbers, _ok(found["verdict"])]))
+        lines.append(_line([name, *([] if scheme_in_labels else [found["scheme"]]), *numbers, _ok(found["verdict"])]))
     return "\n".join([*lines, "", *_notes(rows)]) + "\n"
 
 
@@ -108,10 +110,10 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
     for label, found in shown.items():
         place = found["bits_per_parameter"], max(found["kl"], _LEAST_KL)
         if speed := found["decode"]:
-            area, marker, said = 600 * speed["rate"] / fastest, "o", f"{label}: {speed['rate']:.3g} tokens/s"
+            area, marker, legend = 600 * speed["rate"] / fastest, "o", f"{label}: {speed['rate']:.3g} tokens/s"
         else:
-            area, marker, said = 40, "x", label
-        axes.scatter(*place, s=area, marker=marker, alpha=0.7, label=said)
+            area, marker, legend = 40, "x", label
+        axes.scatter(*place, s=area, marker=marker, alpha=0.7, label=legend)
         above = (0, 4 + area**0.5 / 2)
         axes.annotate(found["scheme"], place, above, textcoords="offset points", ha="center", fontsize="small")
     for handle in figure.legend(loc="outside lower center", fontsize="small").legend_handles:

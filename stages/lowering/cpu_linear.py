@@ -12,7 +12,7 @@ import tvm_ffi
 from tvm import relax as rx
 
 from stages.kernels.cpu.linear_float import Linear, linear_kernel
-from stages.kernels.cpu.linear_int8 import int8_kernel, made_up, quantizer, with_bytes
+from stages.kernels.cpu.linear_int8 import int8_kernel, offset_factor, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
 from stages.sizes import BYTE_BITS
@@ -107,7 +107,7 @@ class _Linears(Rewriter):
     def _quantized(self, x: Any, layer: Linear) -> list[Any]:
         """Emit the quantization of activations; return bytes, scales and offsets."""
         weight = layer.weight
-        size = layer.rows, layer.outer, weight.k, weight.group, made_up(layer)
+        size = layer.rows, layer.outer, weight.k, weight.group, offset_factor(layer)
         kernel = self.kernel(size, lambda: quantizer(*size), "quantize_rows")
         rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
         shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]

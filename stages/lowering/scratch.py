@@ -1,4 +1,4 @@
-"""What kernels allocate for themselves while they run: intermediate results that no schedule has fused away."""
+"""Measures the scratch memory of kernels: intermediate buffers that no schedule has fused away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operators of traced graphs that work number by number or along an axis: arithmetic, comparisons, sums.
+"""Elementwise operators and reductions of traced graphs.
 
 Each takes :class:`Values` and torch's arguments by their names, ``self`` and ``input`` as ``x``. Floats are of the
 compute dtype, but what is made of positions alone is float32: an angle of half precision would be another position.
@@ -51,7 +51,7 @@ def emitted(expr: Any, name: str) -> Tensor:
 
 
 def expr_of(value: Any) -> Any:
-    """Return what TVM knows a tensor as."""
+    """Return the Relax expression of a tensor."""
     return value._expr  # noqa: SLF001 - the wrapped value has no other name
 
 
@@ -76,12 +76,12 @@ def pair(values: Values, x: Any, other: Any) -> tuple[Any, Any]:
 
 
 def computed(values: Values, value: Any) -> Any:
-    """Return a parameter that is no matrix in the compute dtype, anything else as it is."""
+    """Cast a parameter that is no matrix to the compute dtype; return anything else as it is."""
     return value.astype(values.compute_dtype) if isinstance(value, nn.Parameter) and is_float(value) else value
 
 
 def common(values: Values, one: str, other: str) -> str:
-    """Return the dtype in which two meet."""
+    """Return the dtype that two operands are promoted to."""
     if one == other:
         return one
     floats = [dtype for dtype in (one, other) if dtype in FLOATS]

@@ -1,4 +1,4 @@
-"""Operators of traced graphs that choose: the largest of a row, entries by number, and layers of chosen experts.
+"""Selection operators of traced graphs: top-k, argmax, scatter, and mixture-of-experts layers.
 
 Conventions are those of :mod:`stages.models.arithmetic`. Each is a computation of its own, for TVM's operators of these
 names call libraries that a bundle does not carry.
@@ -51,7 +51,7 @@ def topk(values: Values, x: Any, k: int, dim: int = -1, largest: bool = True, **
 
 
 def largest(values: Values, x: Any, dim: int | None = None, keepdim: bool = False) -> Any:
-    """The largest of each row and where it is."""
+    """Maximum and argmax over an axis."""
     if dim is None:
         raise NotImplementedError("the largest of all")
     found = topk(values, x, 1, dim)
@@ -59,7 +59,7 @@ def largest(values: Values, x: Any, dim: int | None = None, keepdim: bool = Fals
 
 
 def place_of_largest(values: Values, x: Any, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Where the largest of each row is."""
+    """Argmax over the last axis."""
     found: Tensor = largest(values, x, dim, keepdim)[1]
     return found
 

@@ -127,8 +127,8 @@ def read_rope(
         for where, values in [(where, values) for where, values in found if values] or found[1:]
     ]
     if len(readings) > 1 and readings[0] != readings[1]:
-        said = [f"{where} = {shown(values)}" for where, values in found]
-        read.problem(f"contradiction: {said[0]} and {said[1]} describe different positions")
+        described = [f"{where} = {shown(values)}" for where, values in found]
+        read.problem(f"contradiction: {described[0]} and {described[1]} describe different positions")
     return readings[0]
 
 
@@ -206,9 +206,9 @@ def _scaling(read: ConfigReader, where: str, values: JsonObject, pairs: int, pos
     wrong = [name for name in needed if not _is_positive(found.get(name))]
     wrong += [name for name in optional if name in found and not _is_positive(found[name])]
     for name in wrong:
-        said = f"= {shown(found[name])}" if name in found else "is missing"
+        problem = f"= {shown(found[name])}" if name in found else "is missing"
         place = name if name == ORIGINAL and ORIGINAL in read.raw else f"{where}.{name}"
-        read.problem(f"{place} {said}; expected a positive number, as rope_type {kind!r} needs one")
+        read.problem(f"{place} {problem}; expected a positive number, as rope_type {kind!r} needs one")
     for name in lists:
         value = found.get(name)
         if not isinstance(value, list) or len(value) != pairs or not all(map(_is_positive, value)):

@@ -1,4 +1,4 @@
-"""Models of no family of their own: transformers' modelling code, traced when config.json is read.
+"""The family of all models without a module here: transformers' code is traced when config.json is read.
 
 What was traced is data (:mod:`stages.tracing`), so that nothing behind config-parse needs torch.
 """

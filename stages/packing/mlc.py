@@ -1,4 +1,4 @@
-"""What MLC-LLM reads of a chat: its conversation template, found by rendering the checkpoint's, and its tokenizer_info.
+"""Derives MLC-LLM's conversation template and tokenizer_info from the checkpoint's chat template and tokenizer.
 
 MLC writes a conversation as ``system_template``, then for each message the role, ``role_content_sep``, the content and
 a separator, and at the end the assistant's role and ``role_empty_sep``. The checkpoint's template is rendered with

@@ -1,4 +1,4 @@
-"""Which row each matrix has, of so many bits a weight on the average, that the loss to be expected is least."""
+"""Chooses a row for each matrix: the least expected loss within an average number of bits a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""certificate.json beside a bundle: what was verified of it, and vectors by which any machine can see that again.
+"""certificate.json: what was verified of a bundle, and golden vectors to check it again on any machine.
 
 It names the bundle by the digest of its bundle.json, which names every file of the bundle, and is sealed itself
 (docs/certificate.md). A result is what one machine found with it (:mod:`stages.runtime.selftest`).

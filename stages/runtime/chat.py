@@ -141,13 +141,13 @@ def strings(value: Any) -> Iterable[str]:
             yield from strings(item)
 
 
-def _controls(template: str, said: Sequence[str], vocabulary: Vocabulary) -> list[str]:
+def _controls(template: str, texts: Sequence[str], vocabulary: Vocabulary) -> list[str]:
     """Return the control tokens: the special ones, and added ones that are declared, or else that the template has."""
     special = [token for token, (_, is_special) in vocabulary.added.items() if is_special]
     others = [token for token, (_, is_special) in vocabulary.added.items() if not is_special]
     if vocabulary.controls is not None:
         return special + [token for token in others if token in vocabulary.controls]
-    others = [token for token in others if not token.isspace() and any(token in text for text in said)]
+    others = [token for token in others if not token.isspace() and any(token in text for text in texts)]
     if not others:
         return special
     literals = render_all(template, []).literals

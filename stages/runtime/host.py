@@ -1,4 +1,4 @@
-"""What this machine is: the instructions its processor has, its physical cores, and whether it has an NVIDIA driver."""
+"""Detects the machine: CPU features, physical cores, NVIDIA driver and GPUs."""
 
 from __future__ import annotations
 

@@ -150,9 +150,9 @@ def _compile(source: str, now: datetime | None) -> tuple[Any, str]:
         "namespace": _namespace(),
     }
     tree = environment.parse(source)
-    said = {node.data for node in tree.find_all(nodes.TemplateData)}
-    said |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return environment.from_string(source), "\0".join(sorted(said))
+    literals = {node.data for node in tree.find_all(nodes.TemplateData)}
+    literals |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return environment.from_string(source), "\0".join(sorted(literals))
 
 
 def _tojson(

@@ -49,13 +49,13 @@ class Settings:
     def __str__(self) -> str:
         """Return the settings that change something: ``temperature 0.6, top_k 50``; ``greedy``."""
         greedy = self.temperature == 0
-        said = ["greedy" if greedy else f"temperature {self.temperature:g}"]
+        texts = ["greedy" if greedy else f"temperature {self.temperature:g}"]
         drawn = {"top_k", "top_p", "min_p"}
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default and not (greedy and field.name in drawn):
-                said.append(f"{field.name} {value:g}")
-        return ", ".join(said)
+                texts.append(f"{field.name} {value:g}")
+        return ", ".join(texts)
 
 
 def of_checkpoint(sampling: Mapping[str, float | bool]) -> dict[str, Any]:

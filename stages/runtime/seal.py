@@ -1,4 +1,4 @@
-"""The seal of a document: a digest of all else that it says, by which damage to it is told from what was written.
+"""Seals JSON documents: a digest of all other fields, by which damage is detected.
 
 bundle.json has one, and may be laid out in any way. A certificate and a result are *fixed* besides: there is one way to
 write what they say, so that no byte of their files can be another.
@@ -18,11 +18,11 @@ KEY = "sha256"
 
 def seal(document: Mapping[str, object]) -> str:
     """Return the SHA-256 in hex of what a document says, its own seal left out."""
-    said = {key: value for key, value in document.items() if key != KEY}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    content = {key: value for key, value in document.items() if key != KEY}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def fixed(document: Mapping[str, object]) -> bytes:
     """Return the one file, in UTF-8, that says what ``document`` does, with its seal; :class:`ValueError` for NaN."""
-    said = {**document, KEY: seal(document)}
-    return (json.dumps(said, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    content = {**document, KEY: seal(document)}
+    return (json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

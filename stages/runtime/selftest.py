@@ -47,29 +47,31 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     from stages.runtime import attestations, manifest
 
     bundle = manifest.read(args.bundle, require_signature=args.require_signature)
-    held = certificate.of(bundle.root, args.certificate)
-    others = attestations.found(bundle, held)
-    result = test(bundle, held, lambda text: err.write(f"{text}\n") if err.isatty() else None)
+    sealed = certificate.of(bundle.root, args.certificate)
+    others = attestations.found(bundle, sealed)
+    result = test(bundle, sealed, lambda text: err.write(f"{text}\n") if err.isatty() else None)
     if args.output is not None:
         try:
             args.output.write_bytes(seal.fixed(result))
         except OSError as error:
             raise RequestError(f"{args.output}: {error.strerror}") from None
     signed = _signed(signature.signer(bundle.root), args.require_signature)
-    out.write(serving.json_text(result) + "\n" if args.json else _page(bundle, held.document, result, [signed], others))
+    out.write(
+        serving.json_text(result) + "\n" if args.json else _page(bundle, sealed.document, result, [signed], others)
+    )
     out.flush()
     return 0 if result["result"] == PASS else 1
 
 
-def test(bundle: Manifest, held: Sealed[Certificate], progress: Callable[[str], object]) -> Result:
+def test(bundle: Manifest, sealed: Sealed[Certificate], progress: Callable[[str], object]) -> Result:
     """Return the result of holding ``bundle`` against its certificate; :class:`BundleError` where it cannot run here.
 
     Nothing is loaded of a bundle whose files are not those that were certified.
     """
     from stages.runtime import backend, manifest, wording
 
-    certified = held.document
-    checks = [_same_bundle(bundle, held), _files(bundle)]
+    certified = sealed.document
+    checks = [_same_bundle(bundle, sealed), _files(bundle)]
     device: Device
     device, unchecked = {"kind": bundle.device, "name": ""}, ["what it computes"]
     if all(check["ok"] for check in checks):
@@ -89,7 +91,7 @@ def test(bundle: Manifest, held: Sealed[Certificate], progress: Callable[[str], 
         "format": f"stagegraph-result-{certificate.RESULT_FORMAT}",
         "result": PASS if all(check["ok"] for check in checks) else FAIL,
         "bundle": bundle.sha256,
-        "certificate": held.sha256,
+        "certificate": sealed.sha256,
         "device": device,
         "tools": _tools(),
         "checks": checks,
@@ -98,8 +100,8 @@ def test(bundle: Manifest, held: Sealed[Certificate], progress: Callable[[str], 
     return {**result, "sha256": seal.seal(result)}
 
 
-def _same_bundle(bundle: Manifest, held: Sealed[Certificate]) -> CheckLine:
-    same = held.document["bundle"]["sha256"] == bundle.sha256
+def _same_bundle(bundle: Manifest, sealed: Sealed[Certificate]) -> CheckLine:
+    same = sealed.document["bundle"]["sha256"] == bundle.sha256
     problem = "its SHA-256 is not the one that the certificate names: another bundle, or changed"
     return check_document("bundle.json", same, "the one that was certified" if same else problem)
 

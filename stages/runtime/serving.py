@@ -1,4 +1,4 @@
-"""What the commands share: how a bundle is opened, tokens are picked, Ctrl-C and mistakes are taken, rates are said."""
+"""Shared by the commands: opening bundles, sampling options, Ctrl-C and errors, and the line of rates."""
 
 from __future__ import annotations
 

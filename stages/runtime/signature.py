@@ -66,12 +66,12 @@ def check(root: Path, sha256: str, key: Path) -> str:
         raise BundleError(f"{path}: the bundle is not signed, and a signature is required: `pipeline sign` makes one")
     library = _library("model_signing.verifying")
     data, document = _read(path)
-    said = io.StringIO()
-    with tempfile.NamedTemporaryFile(suffix=".sig") as held, contextlib.redirect_stdout(said):
-        held.write(data)
-        held.flush()
+    printed = io.StringIO()
+    with tempfile.NamedTemporaryFile(suffix=".sig") as file, contextlib.redirect_stdout(printed):
+        file.write(data)
+        file.flush()
         try:
-            library.Config().use_elliptic_key_verifier(public_key=key).verify(root.resolve(), Path(held.name))
+            library.Config().use_elliptic_key_verifier(public_key=key).verify(root.resolve(), Path(file.name))
         except Exception as error:  # noqa: BLE001 - of several libraries
             raise BundleError(f"{path}: not a signature of this bundle by {key}: {_reason(error)}") from None
     statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))["predicate"]

@@ -1,4 +1,4 @@
-"""What the sequences of a session leave behind on the device: a paged KV cache, a recurrent model's state, or both."""
+"""The state of a session's sequences on the device: a paged KV cache, a recurrent model's state, or both."""
 
 from __future__ import annotations
 

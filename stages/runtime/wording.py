@@ -1,4 +1,4 @@
-"""Texts and a conversation with the ids that they have: a bundle's tokenizer must give the same on every machine."""
+"""Records the ids of sample texts and a conversation, and checks that a bundle's tokenizer still gives them."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def same_chats(
             if not findings:
                 break
         for finding in findings:
-            said = finding.message.removesuffix(f"; {CONVERSION}")
-            yield finding if exact else replace(finding, level=WARNING, message=said)
+            message = finding.message.removesuffix(f"; {CONVERSION}")
+            yield finding if exact else replace(finding, level=WARNING, message=message)
         if len(refused) == len(cases):
             yield Finding("T23", WARNING, f"chat template {name}: it takes none of {len(cases)} chats: {refused[0]}")
         elif not findings:
@@ -100,6 +100,6 @@ def _differences(
         if "ids" not in there:
             findings.append(error("T23", f"{what}: transformers refuses what is taken here: {there['error']}"))
         elif here != there["ids"]:
-            said = str([message["content"] for message in messages])
-            findings.append(error("T23", difference(what, said, here, there["ids"], ("here", "transformers"))))
+            contents = str([message["content"] for message in messages])
+            findings.append(error("T23", difference(what, contents, here, there["ids"], ("here", "transformers"))))
     return findings, refused

@@ -132,9 +132,11 @@ class _Metadata:
         """Return how text is split."""
         named = self.metadata.get("tokenizer.ggml.pre")
         if not isinstance(named, str) or named not in PRE:
-            said = "is missing: an old converter wrote the file" if named is None else f"= {shown(named)} is not known"
+            problem = (
+                "is missing: an old converter wrote the file" if named is None else f"= {shown(named)} is not known"
+            )
             raise ValueError(
-                f"tokenizer.ggml.pre {said}, and nothing else says how text is split; known: {', '.join(PRE)}"
+                f"tokenizer.ggml.pre {problem}, and nothing else says how text is split; known: {', '.join(PRE)}"
             )
         return PRE[named]
 

@@ -1,4 +1,4 @@
-"""Added tokens that the model's embedding has no row for, as where a pad token was added and no row for it.
+"""Leaves out added tokens beyond the rows of the model's embedding.
 
 transformers loads such a checkpoint and fails on a text that holds one of them. They are left out of what is emitted,
 so that what spells one is ordinary text and no runtime reads beyond the embedding.
@@ -85,8 +85,8 @@ def findings(
     ]
     roles = [f"{role}_token {text!r}" for role, text in resolution.roles.items() if text in beyond.values()]
     if roles:
-        said = f"tokenizer_config.json names {', '.join(roles)}, which the model can neither read nor write"
-        found.append(Finding("T14", WARNING, f"{said}; left out"))
+        problem = f"tokenizer_config.json names {', '.join(roles)}, which the model can neither read nor write"
+        found.append(Finding("T14", WARNING, f"{problem}; left out"))
     for name, template in resolution.chat_templates.items():
         written = sorted(text for text in beyond.values() if text in template)
         if written:

@@ -1,4 +1,4 @@
-"""A checkpoint with two vocabularies, such as tokenizer.json and tokenizer.model: do they say the same?"""
+"""Checks that two vocabulary files of one checkpoint, such as tokenizer.json and tokenizer.model, agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What takes the place of transformers' attention, masks and experts while a model is traced.
+"""Replaces transformers' attention, masks and experts by single operators while a model is traced.
 
 transformers calls whatever is registered under a name with the queries, keys and values after rotation; here that is an
 operator of one node.

@@ -1,4 +1,4 @@
-"""Models without memory: parameters that have a shape and no values."""
+"""Makes models whose parameters have shapes and no values, so that they take no memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What checkpoints written for earlier versions of transformers call the tensors of its models, and how they cut them.
+"""Maps tensors of checkpoints written by earlier versions of transformers to the names and shapes of today.
 
 transformers 5 stacks the matrices of a mixture's experts when it loads a checkpoint that has them one by one, and saves
 them one by one again; some models' projections are one tensor there. The way back, which is its own, is taken with

@@ -1,6 +1,4 @@
-"""Which weights decide instead of computing: they stay floats and by themselves, for they are small and errors in them
-choose other experts.
-"""
+"""Finds router and gate weights, which stay unquantized: they are small, and an error in them chooses other experts."""
 
 from __future__ import annotations
 

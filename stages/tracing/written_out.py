@@ -1,4 +1,4 @@
-"""Attention that a modelling file writes out instead of calling transformers' interface: it goes to the door too.
+"""Replaces attention that a modelling file writes out itself instead of calling transformers' interface.
 
 Each function here takes the place of a method of one class of transformers, on the modules of one model alone. What is
 added to scores and depends on the key alone (ALiBi's slope times its position) is a channel more of keys, of which

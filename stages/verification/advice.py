@@ -1,4 +1,4 @@
-"""On the original model: what each tensor costs where it alone is quantized, and what other schemes would cost.
+"""Measures on the original model what quantizing each tensor alone costs, and what other schemes would cost.
 
 A tensor's part is the divergence where it alone is quantized; a scheme is tried by quantizing every matrix that it
 takes, while it is used. This runs as ``python -m stages.verification.advice``, and only for bundles that are refused

@@ -1,4 +1,4 @@
-"""One bundle through all the checks: what needs no device first, then the reference, then the bundle at work."""
+"""Runs all checks of a bundle: first those that need no device, then those against the reference."""
 
 from __future__ import annotations
 

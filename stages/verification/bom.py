@@ -60,9 +60,9 @@ def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Js
     }
 
 
-def _licence(said: Mapping[str, str]) -> str:
+def _licence(licence: Mapping[str, str]) -> str:
     """Return the name of a licence: of one that the hub does not list, the name that the card gives it."""
-    return said.get("license_name") or said.get("license") or ""
+    return licence.get("license_name") or licence.get("license") or ""
 
 
 def _checkpoint(checkpoint: CertifiedCheckpoint, name: str, licences: Sequence[JsonObject]) -> JsonObject:

@@ -1,4 +1,4 @@
-"""What is said of a bundle that quantization cost too much: which tensors cost most, and which scheme would not.
+"""Advice for a bundle refused for its loss: the tensors that cost most, and a scheme that would pass.
 
 It is measured on the original model (:mod:`stages.verification.advice`), and every figure is kept by itself: of a
 tensor, and of a scheme. A second verify of a refused bundle, or one with other limits, measures only what is not known.
@@ -51,22 +51,22 @@ def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[st
         divergences, layers, figures = _measured(case, scheme, candidates, progress, activations)
     except apart.LiveError as error:
         return [f"what would be better could not be measured: {error}"]
-    said = []
+    sentences = []
     of = f"(KL of {TENSOR_TOKENS} tokens)"
     if layers:
-        said.append(f"int8 activations cost most where these layers alone read them {of}: {_worst(layers)}")
+        sentences.append(f"int8 activations cost most where these layers alone read them {of}: {_worst(layers)}")
     if divergences:
-        said.append(f"these tensors cost most where they alone are quantized {of}: {_worst(divergences)}")
+        sentences.append(f"these tensors cost most where they alone are quantized {of}: {_worst(divergences)}")
     for (name, arithmetic), found in figures.items():
         if advice.passes(name, arithmetic, found, case.limits):
             float_instead = case.arithmetic == INT8 and arithmetic != INT8
             label = f"{name} with activations: float" if float_instead else name
-            said.append(
+            sentences.append(
                 f"{label} stays within the limits on {SCHEME_TOKENS} tokens (KL {found.kl_mean:.2g}, {found.top1:.0%} "
                 f"equal first choices): take it, or allow more by verify's {', '.join(gates.NAMES)}"
             )
             break
-    return said
+    return sentences
 
 
 def _worst(divergences: Mapping[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""How far rounding alone moves a model's logits: transformers' model once more, with the bundle's roundings.
+"""Measures how far rounding alone moves logits, by running transformers' model with the bundle's roundings.
 
 Two right implementations differ because each rounds elsewhere. How much that moves the logits depends on the model: its
 depth, its widths and its outlier channels. So it is measured on the model itself: the same forward pass once more, with

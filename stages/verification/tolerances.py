@@ -1,4 +1,4 @@
-"""How far from the reference is still right: what each bound follows from."""
+"""Tolerances against the reference, and what each follows from."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from stages.kernels.cpu.kv_cache import Heads, copy_page
 from stages.kernels.cpu.linear_float import PANEL, linear_kernel
 from stages.kernels.cpu.linear_float import Linear as FloatLinear
 from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
-from stages.kernels.cpu.linear_int8 import int8_kernel, made_up, quantizer, with_bytes
+from stages.kernels.cpu.linear_int8 import int8_kernel, offset_factor, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.cpu_gate import cpu_gate
 from stages.lowering.cpu_linear import cpu_linear, register_tile
@@ -202,7 +202,7 @@ def test_the_largest_codes_and_activations_do_not_saturate(bits, group, minimum)
     features = processor.required_features(V3)
     weight = Stored(32, 2 * group, "float32", bits, group, minimum=minimum)
     layer = with_bytes(FloatLinear(weight, None, 0), byte_product(features))
-    size = layer.rows, layer.outer, weight.k, group, made_up(layer)
+    size = layer.rows, layer.outer, weight.k, group, offset_factor(layer)
     library = compiled(
         V3, quantize=quantizer(*size), several=int8_kernel(layer), one=int8_kernel(replace(layer, rows=1))
     )

@@ -1,4 +1,4 @@
-"""GGUF, the file of llama.cpp: read strictly, as the checkpoint in Hugging Face format that it was made of."""
+"""Reads GGUF files, llama.cpp's format, as the Hugging Face checkpoints that they were converted from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensor of a file is which of the checkpoint that it was made of, by architecture, and how its rows were moved.
+"""Maps tensor names of GGUF files to those of checkpoints, by architecture, and undoes the converter's reordering.
 
 llama.cpp's converter (convert_hf_to_gguf.py) renames tensors, turns the rows of a Llama's q and k from halves to pairs,
 and those of GPT-NeoX's fused q, k and v from head by head to all q, all k, all v.

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json as a file's metadata says them, for the readers of a checkpoint's folder."""
+"""Makes config.json and generation_config.json of a GGUF file's metadata."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CLASSES = {
 
 
 def architecture(contents: Contents) -> Architecture:
-    """Return what the file's model is; :class:`ConfigError` for one that is not read."""
+    """Return the architecture of the file's model; :class:`ConfigError` for one that is not supported."""
     named = contents.metadata.get(ARCHITECTURE)
     if not isinstance(named, str) or named not in ARCHITECTURES:
         raise ConfigError(
@@ -71,24 +71,24 @@ def config(contents: Contents, factors: Sequence[float] = ()) -> dict[str, Any]:
 
 
 def generation(contents: Contents) -> dict[str, Any]:
-    """Return generation_config.json: what begins a text, what ends one, what fills it."""
+    """Return generation_config.json: the bos, eos and pad ids."""
     ids = {
         role: contents.metadata.get(f"tokenizer.ggml.{role}_token_id")
         for role in ("bos", "eos", "eot", "eom", "padding")
     }
     ends = [*dict.fromkeys(ids[role] for role in ("eos", "eot", "eom") if ids[role] is not None)]
-    said = {"bos_token_id": ids["bos"], "eos_token_id": ends or None, "pad_token_id": ids["padding"]}
-    return {key: value for key, value in said.items() if value is not None}
+    found = {"bos_token_id": ids["bos"], "eos_token_id": ends or None, "pad_token_id": ids["padding"]}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def heads(contents: Contents) -> tuple[int, int]:
-    """Return how many heads read and how many are read, for the order of their rows."""
+    """Return the numbers of query heads and of key-value heads, by which their rows are ordered."""
     read = _Metadata(contents, architecture(contents).model_type)
     count = read.integer("attention.head_count")
-    kept = read.integer("attention.head_count_kv", count)
+    key_value = read.integer("attention.head_count_kv", count)
     if read.problems:
         raise ConfigError(*read.problems)
-    return count, kept
+    return count, key_value
 
 
 class _Metadata:
@@ -111,9 +111,9 @@ class _Metadata:
             return default
         if type(value) is int and 0 < value < 2**31:
             return value
-        said = "is missing" if value is None else f"= {shown(value)}"
+        problem = "is missing" if value is None else f"= {shown(value)}"
         more = " (layers that differ are not built)" if isinstance(value, list) else ""
-        self.problems.append(f"{self.named}.{key} {said}; expected a positive whole number{more}")
+        self.problems.append(f"{self.named}.{key} {problem}; expected a positive whole number{more}")
         return 1
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -122,8 +122,8 @@ class _Metadata:
             return default
         if type(value) in (int, float) and math.isfinite(value) and value > 0:
             return float(value)
-        said = "is missing" if value is None else f"= {shown(value)}"
-        self.problems.append(f"{self.named}.{key} {said}; expected a positive number")
+        problem = "is missing" if value is None else f"= {shown(value)}"
+        self.problems.append(f"{self.named}.{key} {problem}; expected a positive number")
         return 1.0
 
     def shared(self, factors: Sequence[float]) -> dict[str, Any]:

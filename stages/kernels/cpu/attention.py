@@ -75,7 +75,7 @@ class _Kernel:
         self.scores: Any = None
 
     def outputs(self, made: Any, n: Any) -> None:
-        """Declare what is written, for n queries."""
+        """Declare the output and the log-sum-exp of n queries."""
         self.output = made.argument("output", (n, self.heads.queries, self.heads.dim), "float32")
         self.lse = made.argument("lse", (n, self.heads.queries), "float32")
 
@@ -183,14 +183,14 @@ class _Pages:
         self.count = T.int32()
         self.starts = made.argument("page_starts", (batch + 1,), "int32", inside=True)
         self.numbers = made.argument("page_numbers", (self.count,), "int32", inside=True)
-        self.told = (0,) if numbers > 1 else ()
+        self.first_row = (0,) if numbers > 1 else ()
         shape = (numbers, batch) if numbers > 1 else (batch,)
         self.lengths = made.argument("lengths", shape, "int32", inside=True)  # the first: tokens of the last page
 
     def end(self, sequence: Any) -> Any:
         """Return how many tokens there are of a sequence."""
         used = self.starts[sequence + 1] - self.starts[sequence]
-        return T.if_then_else(used > 0, (used - 1) * PAGE + self.lengths[(*self.told, sequence)], 0)
+        return T.if_then_else(used > 0, (used - 1) * PAGE + self.lengths[(*self.first_row, sequence)], 0)
 
     def source(self, sequence: Any, head: Any, first: Any, end: Any) -> Source:
         """Return where a head of a sequence is, of which these are the tokens from position ``first`` on to ``end``."""
@@ -272,7 +272,7 @@ def positions_of(made: Any, batch: Any, n: Any) -> tuple[Any, Any]:
 
 
 def first_seen(window: int, query: Any, first: Any, end: Any) -> Any:
-    """Return which of the tokens before ``end`` a query sees first, by its position and that of the ``first`` token."""
+    """Return the index of the first token within a query's window, from its position and the ``first`` token's."""
     return T.min(T.max(query - first - (window - 1), 0), end) if window else 0
 
 

@@ -54,15 +54,15 @@ def fits(head_dim: int) -> bool:
 
 
 def beyond(context: int) -> str:
-    """Return what is said of a position outside the context."""
+    """Return the error message for a position outside the context."""
     return (
         f"a token at position {context} or later: the library was built for sequences of at most {context} tokens "
         "(context_window of its metadata); shorten the sequence, or build with a larger context_window"
     )
 
 
-def stretch_of(position: Any, log_n: int) -> Any | float:
-    """Return what a query is stretched by, for the log-n attention of :class:`stages.models.family.AttentionCache`."""
+def query_scale(position: Any, log_n: int) -> Any | float:
+    """Return the factor of a query for log-n attention (:class:`stages.models.family.AttentionCache`)."""
     if not log_n:
         return 1.0
     logarithm = tirx.log((position + 1).astype("float32"))
@@ -88,7 +88,7 @@ def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int 
         def row(s: Any) -> None:
             of_keys = of_queries = _angles(positions[s], frequencies, factor, half)
             if log_n:
-                of_queries = _stretched(of_keys, stretch_of(positions[s], log_n), half)
+                of_queries = _stretched(of_keys, query_scale(positions[s], log_n), half)
             first = 0
             turnings = (rotary_dim, of_queries), (rotary_dim, of_keys), (0, of_keys)
             for (_, count), output, (turned, tables) in zip(_parts(heads), outputs, turnings, strict=True):

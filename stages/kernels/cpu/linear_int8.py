@@ -29,8 +29,8 @@ def with_bytes(layer: Linear, dot: str) -> Linear:
     return replace(layer, dot=dot, tile=DOTS[dot].tile, streams=DOTS[dot].streams)
 
 
-def made_up(layer: Linear) -> int:
-    """Return what the sums of a group's integers are multiplied by, for what :func:`quantizer` calls offsets.
+def offset_factor(layer: Linear) -> int:
+    """Return the factor that makes offsets (see :func:`quantizer`) of the sums of a group's integers.
 
     Of a symmetric group they are what sums of (code - centre) * x must begin from to be of (code - middle) * x. What a
     minimum is multiplied by are the sums themselves.

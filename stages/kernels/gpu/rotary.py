@@ -9,7 +9,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.kv_cache import stretch_of
+from stages.kernels.cpu.kv_cache import query_scale
 
 ROTARY = "fused_rope"  # the name under which TVM's cache adds its own kernel
 NAN = 0x7FC00000
@@ -60,7 +60,7 @@ def rotary_kernel(
                 if h < keys:
                     q[s, h, d] = T.if_then_else(
                         positions[s] < context,
-                        turned(qkv, positions, frequencies, s, h, d, stretch_of(positions[s], log_n)),
+                        turned(qkv, positions, frequencies, s, h, d, query_scale(positions[s], log_n)),
                         T.reinterpret("float32", T.uint32(NAN)).astype(dtype),
                     )
                 elif h < values:
