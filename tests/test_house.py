@@ -52,6 +52,8 @@ FOREIGN = re.compile(
     r"|llama|qwen",
     re.IGNORECASE,
 )
+# Words that name nothing: for what somebody said, told or held there is a word that says what it is (docs/writing.md).
+VAGUE = {"doubt", "doubts", "held", "keeper", "said", "teller", "told"}
 PRINTING = {"__main__.py", "command.py"}  # command lines outside of the rooms of that name
 EXAMPLE = re.compile(r"^EXAMPLE = .*$", re.MULTILINE)
 
@@ -181,6 +183,23 @@ def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -
                 problems.append(f"{name}:{node.lineno}: {node.name} has {MAX_FUNCTION} lines or more")
             if silent and isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "sys.exit", "exit"}:
                 problems.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} outside a command line")
+    assert not problems, "\n".join(problems)
+
+
+def test_names_say_what_they_name() -> None:
+    problems = []
+    for name, path in modules("stagegraph", "stages").items():
+        named = [(1, name.rpartition(".")[2])]
+        named += [
+            (node.lineno, node.name)
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        problems += [
+            f"{name}:{line}: {each}"
+            for line, each in named
+            if VAGUE & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", each)}
+        ]
     assert not problems, "\n".join(problems)
 
 

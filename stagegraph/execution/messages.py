@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
 from stagegraph.stage import Json
-from stagegraph.store.record import FileEntry, Said, Spent
+from stagegraph.store.record import FileEntry, Report, Spent
 
 
 class SourceRequest(TypedDict):
@@ -52,8 +52,8 @@ class Request(NodeRequest, Placed):
     """What makes a worker run a node."""
 
 
-class Found(Said):
-    """What a stage said, and the digests of objects that it found damaged."""
+class Found(Report):
+    """What a stage reported, and the digests of objects that it found damaged."""
 
     damaged: list[str]
 

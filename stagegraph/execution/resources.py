@@ -62,7 +62,7 @@ class Room:
             return False
         if not wanted.memory and not any(other.spec.resources.memory for other, _ in others):
             return True
-        used = held_bytes([worker.pid for _, worker in others])
+        used = resident_bytes([worker.pid for _, worker in others])
         taken = sum(max(o.spec.resources.memory * MEBIBYTE, used[w.pid]) for o, w in others)
         return taken + wanted.memory * MEBIBYTE <= machine_mib() * MEBIBYTE
 
@@ -73,7 +73,7 @@ class Room:
         if not limits or now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        used = held_bytes([worker.pid for worker in limits])
+        used = resident_bytes([worker.pid for worker in limits])
         for worker, spec in limits.items():
             if used[worker.pid] > spec.resources.memory * MEBIBYTE:
                 took, most = memory_text(used[worker.pid] // MEBIBYTE), memory_text(spec.resources.memory)
@@ -111,7 +111,7 @@ def _limit_files() -> Iterator[Path]:
         yield from (each / name for each in (folder, *folder.parents) if each.is_relative_to(mount))
 
 
-def held_bytes(pids: Iterable[int]) -> dict[int, int]:
+def resident_bytes(pids: Iterable[int]) -> dict[int, int]:
     """Return what each process holds with all that it started: its descendants, and its session where a parent died."""
     below: dict[int, list[int]] = {}
     for pid, parent, session in _processes():
@@ -125,7 +125,7 @@ def held_bytes(pids: Iterable[int]) -> dict[int, int]:
             new = [pid for pid in below.get(queue.pop(), ()) if pid not in family]
             family.update(new)
             queue += new
-        found[root] = sum(map(_held, family))
+        found[root] = sum(map(_resident, family))
     return found
 
 
@@ -138,7 +138,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
                 yield int(name), int(fields[1]), int(fields[3])
 
 
-def _held(pid: int) -> int:
+def _resident(pid: int) -> int:
     """Return the bytes that a process holds, pages that it shares divided by how many share them."""
     for file, fields in (("smaps_rollup", ("Pss_Anon", "Pss_Shmem")), ("status", ("RssAnon", "RssShmem"))):
         try:

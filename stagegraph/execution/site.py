@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError
-from stagegraph.execution.resources import MEBIBYTE, held_bytes, memory_text
+from stagegraph.execution.resources import MEBIBYTE, memory_text, resident_bytes
 from stagegraph.execution.sandbox import Log, Sandbox, Worker, Workers, placed
 from stagegraph.execution.worker import params_of
 from stagegraph.planning.code import CodeDigests
@@ -306,7 +306,7 @@ def _watch(
         if cancelled():
             worker.kill()
             return _failed("cancelled")
-        if limit and (used := held_bytes([worker.pid])[worker.pid]) > limit * MEBIBYTE:
+        if limit and (used := resident_bytes([worker.pid])[worker.pid]) > limit * MEBIBYTE:
             worker.kill()
             took, most = memory_text(used // MEBIBYTE), memory_text(limit)
             return _failed(f"took {took} of memory, more than its resources.memory of {most}, and was stopped")

@@ -28,8 +28,8 @@ class PartCounts(TypedDict):
     code: NotRequired[str]
 
 
-class Said(TypedDict):
-    """What a stage said while it ran."""
+class Report(TypedDict):
+    """What a stage reported while it ran."""
 
     facts: dict[str, Json]
     warnings: list[str]
@@ -38,25 +38,25 @@ class Said(TypedDict):
 
 
 class Spent(TypedDict):
-    """What an execution took."""
+    """The CPU time and the peak memory of an execution."""
 
     cpu_seconds: float
     peak_bytes: int
 
 
-class Told(Said, Spent):
-    """What a record has of the worker as it was told; ``views`` are names -> files."""
+class Measured(Report, Spent):
+    """The fields of a record that the worker supplies; ``views`` are names -> files."""
 
     views: dict[str, FileEntry]
 
 
-class Ended(Told):
-    """What the worker tells of an execution that ended well; ``outputs`` are the files of each."""
+class Ended(Measured):
+    """What the worker supplies for an execution that ended well; ``outputs`` are the files of each."""
 
     outputs: dict[str, dict[str, FileEntry]]
 
 
-class Record(Told):
+class Record(Measured):
     """What is kept of one execution; ``made_from`` are the keys of what it read, by port."""
 
     schema: int
@@ -71,7 +71,7 @@ class Record(Told):
 
 
 RECORD_SCHEMA = 1
-TOLD = Told.__required_keys__
+TOLD = Measured.__required_keys__
 SELDOM = ("document", "made_from")  # asked of a hit
 MADE = frozenset({"key", "stage", "document", "made_from", "outputs", "started", "seconds", "host"})
 

@@ -52,9 +52,8 @@ def row(documents: JsonObject) -> Row:
 
 def page(rows: Mapping[str, Row]) -> str:
     """Return a table in Markdown, and what its numbers are."""
-    scheme_in_labels = all(
-        found["scheme"] in label for label, found in rows.items()
-    )  # by the labels, so that there is more room
+    # Schemes that the labels name need no column of their own.
+    scheme_in_labels = all(found["scheme"] in label for label, found in rows.items())
     headings = ["", *([] if scheme_in_labels else ["scheme"]), *(heading for heading, _ in _COLUMNS.values()), "ok"]
     lines = [_line(headings), _line(["---"] * (len(headings) - len(_COLUMNS) - 1) + ["---:"] * len(_COLUMNS) + ["---"])]
     for label, found in rows.items():

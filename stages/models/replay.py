@@ -31,7 +31,7 @@ class OperatorError(ProblemsError):
     """A traced graph asks an operator for what it does not compute."""
 
 
-class Held(nn.Module):
+class PackedParameter(nn.Module):
     """One parameter, so that the module packs all of them in the order of a list."""
 
     def __init__(self, value: Any) -> None:
@@ -51,9 +51,9 @@ class Traced(nn.Module):
         self.states = states_of(config.parts["body"]["nodes"])
         self.held = nn.ModuleList(
             [
-                Held(make.matrix(each.name, (each.shape[0], each.shape[1])))
+                PackedParameter(make.matrix(each.name, (each.shape[0], each.shape[1])))
                 if each.kind in MATRICES
-                else Held(make.vector(each.name, each.shape))
+                else PackedParameter(make.vector(each.name, each.shape))
                 for each in params
             ]
         )

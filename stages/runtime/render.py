@@ -98,14 +98,14 @@ def child() -> None:
     try:
         template, literals = _compile(request["template"], now)
     except Exception as error:  # noqa: BLE001 - a template may raise anything; it is reported, not handled
-        sys.stdout.write(json.dumps({"error": _said(error)}))
+        sys.stdout.write(json.dumps({"error": _message(error)}))
         return
     texts: list[str | dict[str, str]] = []
     for variables in request["variables"]:
         try:
             texts.append(_joined(template.generate(**variables)))
         except Exception as error:  # noqa: BLE001
-            texts.append({"error": _said(error)})
+            texts.append({"error": _message(error)})
     sys.stdout.write(json.dumps({"texts": texts, "literals": literals}))
 
 
@@ -119,7 +119,7 @@ def _joined(pieces: Iterable[str]) -> str:
     return "".join(taken)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """Return what went wrong and in which line of the template."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
     line = getattr(error, "lineno", None) or (lines[-1] if lines else None)

@@ -190,7 +190,7 @@ def serve() -> None:
             else:
                 value = _answer(loaded[number], what, values)
         except BaseException as error:  # noqa: BLE001 - the library panics, too; all of it is reported, none is handled
-            _write(answers, {"error": _said(error)})
+            _write(answers, {"error": _message(error)})
         else:
             _write(answers, {"value": value})
 
@@ -228,7 +228,7 @@ def _load(folder: str) -> tuple[Any, str | None]:
         # A class that is the checkpoint's own code, or is not known: then the file speaks for itself.
         if not (Path(folder) / TABLES).exists():
             raise
-        return PreTrainedTokenizerFast.from_pretrained(folder), _said(error)
+        return PreTrainedTokenizerFast.from_pretrained(folder), _message(error)
 
 
 def _describe(loaded: Any) -> JsonObject:
@@ -259,7 +259,7 @@ def _chat(loaded: Any, template: str | None, messages: list[JsonObject], speaks:
     try:
         return {"ids": loaded.apply_chat_template(messages, chat_template=template, **options)}
     except Exception as error:  # noqa: BLE001 - a template may raise anything
-        return {"error": _said(error)}
+        return {"error": _message(error)}
 
 
 def _alone(path: str, texts: list[str]) -> JsonObject:
@@ -271,7 +271,7 @@ def _alone(path: str, texts: list[str]) -> JsonObject:
         tokenizer.no_padding()
         return {"ids": [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]}
     except BaseException as error:  # noqa: BLE001 - the library panics, too
-        return {"error": _said(error)}
+        return {"error": _message(error)}
 
 
 def _answer(loaded: Any, what: str, values: list[Any]) -> Any:
@@ -285,7 +285,7 @@ def _answer(loaded: Any, what: str, values: list[Any]) -> Any:
     return loaded(values, add_special_tokens=False, split_special_tokens=plain)["input_ids"] if values else []
 
 
-def _said(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:MAX_MESSAGE]}{' ...' if len(text) > MAX_MESSAGE else ''}"
 

@@ -127,7 +127,7 @@ def test_what_undeclared_nodes_hold_counts_too(eater: Demo, monkeypatch) -> None
     node = _FakeNode(memory=100)
     monkeypatch.setattr(resources, "machine_mib", lambda: 1000)
     for held, fits in ((950, False), (800, True)):
-        monkeypatch.setattr(resources, "held_bytes", lambda pids, held=held: dict.fromkeys(pids, held << 20))
+        monkeypatch.setattr(resources, "resident_bytes", lambda pids, held=held: dict.fromkeys(pids, held << 20))
         assert room.has(node, [(_FakeNode(memory=0), _FakeWorker())]) is fits  # type: ignore[arg-type, list-item]
 
 

@@ -63,7 +63,7 @@ class Metrics:
         lines = []
         for name, (kind, what) in _OF_ENGINES.items():
             lines += _head(name, kind, what)
-            lines += [f'{_full(name)}{{model="{_escaped(m)}"}} {_told(e)[name]}' for m, e in self._engines.items()]
+            lines += [f'{_full(name)}{{model="{_escaped(m)}"}} {_gauges(e)[name]}' for m, e in self._engines.items()]
         lines += _head("requests_total", "counter", "requests by how they ended")
         for model, counts in self.requests.items():
             lines += [
@@ -80,7 +80,7 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-def _told(engine: Engine) -> dict[str, int]:
+def _gauges(engine: Engine) -> dict[str, int]:
     scheduler = engine.scheduler
     return {
         "running": len(scheduler.active),

@@ -67,7 +67,7 @@ class _Answers:
     def _bytes(self, token: int) -> bytes:
         return self._tokenizer.piece(token) or b""
 
-    def _said(self, token: int) -> str:
+    def _text_of(self, token: int) -> str:
         return self._bytes(token).decode(errors="replace")
 
 
@@ -126,7 +126,7 @@ class Chat(_Answers):
         return {**self._entry(chosen.token, chosen.logprob), "top_logprobs": top}
 
     def _entry(self, token: int, logprob: float) -> TokenLogprob:
-        return {"token": self._said(token), "logprob": logprob, "bytes": [*self._bytes(token)]}
+        return {"token": self._text_of(token), "logprob": logprob, "bytes": [*self._bytes(token)]}
 
 
 class Text(_Answers):
@@ -166,10 +166,10 @@ class Text(_Answers):
         found: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             for each in piece.chosen:
-                likeliest = {self._said(token): logprob for token, logprob in each.top}
-                found["tokens"].append(self._said(each.token))
+                likeliest = {self._text_of(token): logprob for token, logprob in each.top}
+                found["tokens"].append(self._text_of(each.token))
                 found["token_logprobs"].append(each.logprob)
-                found["top_logprobs"].append({**likeliest, self._said(each.token): each.logprob})
+                found["top_logprobs"].append({**likeliest, self._text_of(each.token): each.logprob})
                 found["text_offset"].append(offset)
             offset += len(piece.text)
         return found if found["tokens"] else None
