@@ -29,7 +29,7 @@ def pinned(url: str) -> str:
     match = URL.fullmatch(url)
     if match is None or COMMIT.fullmatch(match["commit"] or ""):
         return url
-    with _Said(url):
+    with _Advice(url):
         from huggingface_hub import HfApi
 
         commit = HfApi().model_info(match["repository"], revision=match["commit"]).sha
