@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stagegraph.stage import Context
     from stages.documents.model import CheckpointTensors, Model
 
-ROWS = ("q2k", "q3k", "q4a64", "q4k", "q5k", "q6k", "q8f16_1")  # schemes whose body's row a matrix may have
+ROWS = ("q2k", "q3k", "q4a64", "q4k", "q4a32", "q5k", "q6k", "q8f16_1")  # schemes whose body's row a matrix may have
 
 
 class Allocate(Stage):

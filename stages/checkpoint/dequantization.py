@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from stages.checkpoint.stored import Parts
     from stages.documents.files import JsonObject
 
+INT8_STEP = np.float32(7.874015718698502e-3)  # a 127th, as bitsandbytes multiplies by it
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # e2m1, sign last
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's nibbles each of its eight columns is
 
 
@@ -94,6 +96,20 @@ def scaled(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndar
     if "weight_zero_point" in parts:
         values = values - spread("weight_zero_point").astype(np.float32)
     return _rounded(values * scales.astype(np.float32), settings)
+
+
+def int8(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+    """bitsandbytes with int8: a row's codes times its largest value (SCB), over 127."""
+    scales = parts.rows("SCB", start, stop)[:, None]
+    return _rounded(parts.rows("weight", start, stop).astype(np.float32) * scales * INT8_STEP, settings)
+
+
+def mxfp4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+    """MXFP4 as gpt_oss has it: two codes of e2m1 a byte, the low one first; 32 share a power of two (e8m0)."""
+    data, scales = parts.rows("blocks", start, stop), parts.rows("scales", start, stop)
+    codes = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], 32)
+    values = np.ldexp(FP4[codes], scales.astype(np.int32)[..., None] - 127)
+    return _rounded(values.reshape(*data.shape[:2], -1).swapaxes(1, 2), settings)
 
 
 def nf4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:

@@ -18,6 +18,8 @@ FORMS: dict[str, str] = {
     "awq": "stages.checkpoint.dequantization:awq",
     "compressed-tensors": "stages.checkpoint.dequantization:packed",
     "scaled": "stages.checkpoint.dequantization:scaled",
+    "int8": "stages.checkpoint.dequantization:int8",
+    "mxfp4": "stages.checkpoint.dequantization:mxfp4",
     "nf4": "stages.checkpoint.dequantization:nf4",
 }
 

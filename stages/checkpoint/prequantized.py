@@ -1,4 +1,4 @@
-"""Which tensors of safetensors files are parts of a quantized one: GPTQ, AWQ, compressed-tensors, fp8 and nf4.
+"""Tensors of safetensors files that are parts of a quantized one: GPTQ, AWQ, compressed-tensors, fp8, int8, nf4, MXFP4.
 
 Told by the names of the parts and by ``quantization_config`` of config.json, whose other formats stay what they are and
 are refused by name (:mod:`stages.checkpoint.quantized`).
@@ -31,6 +31,8 @@ NF4 = "weight.quant_state.bitsandbytes__nf4"
 # Scales of activations and of the KV cache, which stay in float here.
 OF_ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale")
 SIZES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+BLOCKS = "_blocks"  # how MXFP4's codes are called, after the name of their tensor
+BESIDE = ("weight_shape", "qzeros", "weight_zero_point", "weight_format")  # parts that go with a weight, used or not
 MAX_STATE = 4096  # bytes of bitsandbytes' JSON
 
 
@@ -68,34 +70,39 @@ class Fold:
             self.tensors = {name: at for name, at in self.tensors.items() if name not in beside}
 
     def _fold(self, prefix: str, module: Module) -> None:
+        for part in [part for part in module if part.endswith(BLOCKS)]:
+            stem = part.removesuffix(BLOCKS)
+            if f"{stem}_scales" in module:
+                self._put(prefix, stem, module, _mxfp4(module, stem), {part, f"{stem}_scales"})
         for marks, make in FORMS:
             if all(mark in module for mark in marks):
                 made = make(self, module)
-                if made is None:
-                    return
-                form, called, parts, shape, settings = made
-                dtype = settings["dtype"]
-                name = f"{prefix}.weight"
-                self.packed[name] = {
-                    "form": form,
-                    "called": called,
-                    "parts": {
-                        key: {
-                            "name": f"{prefix}.{part}",
-                            "dtype": module[part][1].dtype,
-                            "shape": [*module[part][1].shape],
-                            "file": module[part][0],
-                        }
-                        for key, part in parts.items()
-                    },
-                    "settings": {**settings, "shape": [*shape]},
-                }
-                consumed = {*parts.values(), *marks, "weight_shape", "qzeros", "weight_zero_point"}
-                for part in consumed & module.keys():
-                    del self.tensors[f"{prefix}.{part}"]
-                first = next(iter(parts.values()))
-                self.tensors[name] = module[first][0], TensorInfo(dtype, shape, module[first][1].offset)
+                if made is not None:
+                    self._put(prefix, "weight", module, made, {*made[2].values(), *marks, *BESIDE})
                 return
+
+    def _put(self, prefix: str, part: str, module: Module, made: Made, consumed: set[str]) -> None:
+        """Let ``prefix.part`` be what is ``made`` of the ``consumed`` parts."""
+        form, called, parts, shape, settings = made
+        name, dtype = f"{prefix}.{part}", settings["dtype"]
+        self.packed[name] = {
+            "form": form,
+            "called": called,
+            "parts": {
+                key: {
+                    "name": f"{prefix}.{part}",
+                    "dtype": module[part][1].dtype,
+                    "shape": [*module[part][1].shape],
+                    "file": module[part][0],
+                }
+                for key, part in parts.items()
+            },
+            "settings": {**settings, "shape": [*shape]},
+        }
+        for each in consumed & module.keys():
+            del self.tensors[f"{prefix}.{each}"]
+        first = next(iter(parts.values()))
+        self.tensors[name] = module[first][0], TensorInfo(dtype, shape, module[first][1].offset)
 
     def setting(self, key: str, default: Any = None) -> Any:
         """Return a value of quantization_config."""
@@ -242,6 +249,27 @@ def _scaled(part: str) -> Callable[[Fold, Module], Made | None]:
     return make
 
 
+def _llm_int8(fold: Fold, module: Module) -> Made:
+    weight = _expect(module, "weight", ("I8",))
+    if len(weight.shape) != 2:
+        raise _UnfitError(f"weight is {[*weight.shape]}; expected a matrix")
+    _expect(module, "SCB", ("F32",), weight.shape[:1])
+    if "weight_format" in module and any(fold.read(module["weight_format"])):
+        raise _UnfitError("weight_format is not 0: its rows are reordered for some GPUs; save it again as rows")
+    return "int8", "bitsandbytes int8", {"weight": "weight", "SCB": "SCB"}, weight.shape, {"dtype": "F32"}
+
+
+def _mxfp4(module: Module, stem: str) -> Made:
+    """Matrices [experts, out, in], which transformers holds transposed."""
+    codes, scales = f"{stem}{BLOCKS}", f"{stem}_scales"
+    shape = _expect(module, codes, ("U8",)).shape
+    if len(shape) != 4 or shape[3] != 16:
+        raise _UnfitError(f"{codes} is {[*shape]}; expected experts, rows, blocks, and 16 bytes of a block")
+    _expect(module, scales, ("U8",), shape[:3])
+    whole = (shape[0], 32 * shape[2], shape[1])
+    return "mxfp4", "MXFP4", {"blocks": codes, "scales": scales}, whole, {"dtype": "BF16"}
+
+
 def _cells(shape: tuple[int, ...], block: Any) -> tuple[int, ...]:
     good = len(block) == 2 and all(type(size) is int and size > 0 for size in block)
     return tuple(-(-size // side) for size, side in zip(shape, block, strict=True)) if good else ()
@@ -285,6 +313,7 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Fold, Module], Made | None]], ...]
     (("qweight", "scales", "qzeros"), _awq_or_gptq),
     (("weight_packed", "weight_scale"), _packed),
     ((NF4, "weight"), _nf4),
+    (("weight", "SCB"), _llm_int8),
     (("weight", "weight_scale_inv"), _scaled("weight_scale_inv")),
     (("weight", "weight_scale"), _scaled("weight_scale")),
 )

@@ -142,6 +142,13 @@ def nf4(weight: np.ndarray, *, nested: bool = False) -> Encoded:
     return parts, (NF4[codes] * largest.repeat(64)).astype(np.float16).reshape(weight.shape)
 
 
+def llm_int8(weight: np.ndarray) -> Encoded:
+    codes = random(*weight.shape).integers(-127, 128, weight.shape).astype(np.int8)
+    largest = np.linspace(0.1, 0.2, len(weight), dtype=np.float32)
+    parts = {"weight": codes, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+    return parts, codes.astype(np.float32) * largest[:, None] * np.float32(1 / 127)
+
+
 def group_of(bits: int, sym: bool) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group", "group_size": 32}
     return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "format": "pack-quantized"}
@@ -166,6 +173,7 @@ FORMS: dict[str, tuple[Callable[..., Encoded], dict[str, Any], dict[str, Any]]] 
     "compressed int8": (int8, {}, of("compressed-tensors", format="int-quantized")),
     "compressed fp8": (fp8, {}, of("compressed-tensors", format="float-quantized")),
     "fp8 blocks": (blocks, {}, of("fp8", weight_block_size=[64, 64], activation_scheme="dynamic")),
+    "bitsandbytes int8": (llm_int8, {}, of("bitsandbytes", load_in_8bit=True)),
     "nf4": (nf4, {}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "nf4 twice": (nf4, {"nested": True}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_use_double_quant=True)),
 }
@@ -259,6 +267,58 @@ def test_a_bundle_of_a_quantized_checkpoint_has_the_logits_of_its_values(form: s
     sequence = session.add()
     found = [session.prefill(sequence, ids[:4]), *(session.decode(sequence, token) for token in ids[4:])]
     assert families.error(np.stack([*map(np.ravel, found)]), logits_of(values, ids)[3:]) < 1e-4
+
+
+def test_int8_is_dequantized_as_by_bitsandbytes(tmp_path: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    write(tmp_path, "bitsandbytes int8")
+    files = {path.name: path for path in tmp_path.iterdir()}
+    from safetensors.torch import load_file
+
+    name = "model.layers.0.mlp.down_proj."
+    stored = load_file(tmp_path / "model.safetensors")
+    theirs = functional.int8_vectorwise_dequant(stored[f"{name}weight"], stored[f"{name}SCB"])
+    np.testing.assert_array_equal(Weights(files, read_headers(files).table())[f"{name}weight"], theirs.numpy())
+
+
+def write_mxfp4(folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Write a gpt_oss whose experts are in MXFP4; return blocks and scales by the names of what they are."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests.stages import traced
+
+    traced.write(folder, "gpt_oss", hidden_size=64, intermediate_size=32)
+    stored = load_file(folder / "model.safetensors")
+    made = {}
+    torch.manual_seed(1)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, out = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(119, 124, (experts, out, inputs // 32), dtype=torch.uint8)
+        made[name] = stored[f"{name}_blocks"], stored[f"{name}_scales"] = blocks, scales
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "quantization_config": of("mxfp4")})
+    return made
+
+
+def test_experts_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
+    from transformers.integrations import mxfp4
+
+    made = write_mxfp4(tmp_path / "model")
+    files = {path.name: path for path in (tmp_path / "model").iterdir()}
+    weights = Weights(files, read_headers(files).table())
+    assert len(made) == 4
+    for name, (blocks, scales) in made.items():
+        wanted = mxfp4.convert_moe_packed_tensors(blocks, scales).float().numpy()
+        np.testing.assert_array_equal(weights[name].astype(np.float32), wanted, err_msg=name)
+    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32", frontend="traced")
+    choice = {"scheme": "q0f32", "target": "llvm", "checkpoint": str(tmp_path / "model")}
+    run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert {line["rmse"] for line in report["tensors"]} == {0.0}
+    assert sum("BF16" in line["source_dtype"] or "bfloat16" in line["source_dtype"] for line in report["tensors"]) == 4
 
 
 def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Path) -> None:
