@@ -7,14 +7,16 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from stagegraph.cli.common import add_file, add_json, print_json
-from stagegraph.cli.drawing import draw_graph
+from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
+from stagegraph.cli.drawing import STATES, Box, draw_graph
 from stagegraph.project import Project
+from stagegraph.store.journal import FAILED
 
 if TYPE_CHECKING:
     import networkx as nx
 
     from stagegraph.planning.dag import Dag
+    from stagegraph.store.record import Record
 
 EXAMPLE = "pipeline graph --entries --format svg > dag.svg"
 
@@ -24,23 +26,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     parser.add_argument("--format", choices=(*FORMATS, "svg"), default="ascii", help="default: ascii")
     parser.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
+    parser.add_argument(
+        "--states", action="store_true", help="svg: in colours, how each node stands and how long it took"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Project(args.file, args.overrides) as project:
-        dag = project.dag
+        dag, boxes = project.dag, _boxes(project) if args.states else {}
     if args.json:
         nodes = [{"node": n.name, "stage": n.stage.id, "reads": [u.name for u in n.upstream]} for n in dag.nodes]
         print_json({"pipeline": dag.pipeline.name, "nodes": nodes})
         return 0
     reduced = reduced_graph(dag, by_entry=args.entries)
     if args.format == "svg":
-        print(draw_graph(reduced, {}, f"the graph of {dag.pipeline.name}"))
+        print(draw_graph(reduced, boxes, f"the graph of {dag.pipeline.name}"))
     else:
         print(FORMATS[args.format](reduced))
     return 0
+
+
+def _boxes(project: Project) -> dict[str, Box]:
+    """Return how each node stands, and how long its last result took; of an entry what most of it is not."""
+    from stagegraph.query.forecast import forecast
+
+    steps = forecast(project, project.select(), force=False, jobs=0).steps
+    boxes = {s.node.name: Box(FAILED if s.failed else s.decision.status, took(s.record)) for s in steps}
+    for entry in dict.fromkeys(step.node.spec.entry for step in steps):
+        worst = max((boxes[s.node.name].state for s in steps if s.node.spec.entry == entry), key=[*STATES].index)
+        boxes.setdefault(entry, Box(worst))
+    return boxes
+
+
+def took(record: Record | None) -> str:
+    """Return how long a result took to make, as a picture shows it."""
+    return seconds_text(record["seconds"]) if record else "-"
 
 
 def reduced_graph(dag: Dag, *, by_entry: bool) -> nx.DiGraph[str]:

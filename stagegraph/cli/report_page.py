@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import seconds_text, size_text
 from stagegraph.cli.drawing import STATES, Bar, Box, draw_graph, draw_timeline
-from stagegraph.cli.graph import reduced_graph
+from stagegraph.cli.graph import reduced_graph, took
 from stagegraph.cli.streams import visible
+from stagegraph.errors import listed
 from stagegraph.files import dotted, typed
 from stagegraph.planning.changes import show
 from stagegraph.store.journal import EXECUTED, FAILED
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 STYLE = Path(__file__).with_name("report.css")
 MOST_BOXES = 60  # nodes that the graph shows one by one; of more it shows entries
 RUNS = 20
+FOLDED = 3  # nodes of an entry that are shown one by one
 MEANINGS = {"RESERVED": "with a reservation", "HIT": "up to date", "NEVER": "never built"}
 
 
@@ -41,10 +43,10 @@ def page(pipeline: Pipeline, found: Overview) -> str:
         _legend(entry.status for entry in found.entries),
     ]
     if found.run:
-        parts += [_run_title(found.run), _timeline(found, found.run)]
+        parts += [_run_title(found.run), _timeline(found, found.run), _beside_earlier(found.runs, found.run)]
     for stage, text in found.compared.items():
         parts += [f"<h2>{escape(stage)}: side by side</h2>", markdown(text)]
-    parts += ["<h2>Nodes</h2>", *map(_node, found.entries)]
+    parts += ["<h2>Nodes</h2>", *_nodes(found.entries)]
     if found.runs:
         parts += ["<h2>Runs</h2>", _runs(found.runs)]
     style = STYLE.read_text(encoding="utf-8")
@@ -92,8 +94,8 @@ def _graph(pipeline: Pipeline, found: Overview) -> str:
             boxes[name] = Box(worst, f"{len(of_it)} nodes")
     else:
         for entry in found.entries:
-            took = seconds_text(entry.record["seconds"]) if entry.record else "-"
-            boxes[entry.node.name] = Box(entry.status, f"{MEANINGS.get(entry.status, entry.status.lower())}, {took}")
+            state = MEANINGS.get(entry.status, entry.status.lower())
+            boxes[entry.node.name] = Box(entry.status, f"{state}, {took(entry.record)}")
     return draw_graph(graph, boxes, f"the graph of {found.name}")
 
 
@@ -125,9 +127,43 @@ def _timeline(found: Overview, run: PastRun) -> str:
     return f'<div class="wide">{drawn}</div><p class="legend">{legend}</p>'
 
 
+def _beside_earlier(runs: Sequence[PastRun], run: PastRun) -> str:
+    """Return what took another time than when it ran before: the nodes that ran both times, most different first."""
+    before: dict[str, float] = {}
+    for past in runs[: runs.index(run)]:
+        before |= {n["node"]: n["seconds"] for n in past.nodes if n["outcome"] in EXECUTED}
+    both = [(n["node"], before[n["node"]], n["seconds"]) for n in run.nodes if n["node"] in before]
+    changed = sorted((row for row in both if row[1] != row[2] and row[2]), key=lambda row: -abs(row[2] - row[1]))
+    if not changed:
+        return ""
+    rows = [
+        (name, seconds_text(old), seconds_text(new), f"{new / old:.2f} x" if old else "-")
+        for name, old, new in changed[:RUNS]
+    ]
+    return "<h4>Beside the run before</h4>" + _table(("node", "before", "now", ""), rows, frozenset({1, 2, 3}))
+
+
+def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield the nodes in the order of the pipeline, a matrix of several under one line to fold away."""
+    of: dict[str, list[Entry]] = {}
+    for entry in entries:
+        of.setdefault(entry.node.spec.entry, []).append(entry)
+    for name, instances in of.items():
+        if len(instances) <= FOLDED:
+            yield from map(_node, instances)
+            continue
+        states = " ".join(
+            f"{sum(e.status == status for e in instances)} {_state(status)}"
+            for status in dict.fromkeys(e.status for e in instances)
+        )
+        opened = " open" if any(e.status == FAILED for e in instances) else ""
+        head = f'<summary><span class="name">{escape(name)}</span><span class="what">{states}</span></summary>'
+        yield f'<details class="node"{opened}>{head}<div>{"".join(map(_node, instances))}</div></details>'
+
+
 def _node(entry: Entry) -> str:
     record = entry.record
-    what = record["summary"] if record and entry.status in {"HIT", "RESERVED"} else "; ".join(entry.reasons)
+    what = record["summary"] if record and entry.status in {"HIT", "RESERVED"} else listed(entry.reasons)
     cost = f"{seconds_text(record['seconds'])}, {size_text(record_size(record))}" if record else "-"
     head = (
         f'{_state(entry.status)}<span class="name">{escape(entry.node.name)}</span>'
