@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from stages.documents.bench import Measurement
 
 
 _BUSY = 1.25  # how much faster the fastest repeat may be than the slowest on a machine that does nothing else
@@ -61,12 +62,13 @@ class Bench(Stage):
 
     def run(self, ctx: Context) -> None:
         """Measure; a bundle for a device that is not here is not run, which bench.json says."""
+        from stages.documents.files import write_json
         from stages.runtime import backend, host, manifest, speed
         from stages.runtime.errors import BundleError, RequestError
 
         params = ctx.params
         bundle = manifest.read(ctx.input("bundle"))
-        found: dict[str, Any] = {"schema": 1, "scheme": bundle.model["scheme"], "target": bundle.target}
+        found: Measurement = {"schema": 1, "scheme": bundle.model["scheme"], "target": bundle.target}
         if bundle.device == "cuda" and not host.has_nvidia_driver():
             found["not_run"] = "no NVIDIA driver is loaded"
             ctx.summary(f"not run: {found['not_run']}")
@@ -75,7 +77,7 @@ class Bench(Stage):
                 problems = manifest.check(bundle)
                 if problems:
                     raise BundleError(*problems)
-                found |= speed.measure(
+                rates = speed.measure(
                     bundle,
                     prompt_tokens=params.prompt_tokens,
                     decode_tokens=params.decode_tokens,
@@ -86,15 +88,16 @@ class Bench(Stage):
                 raise StageError(*error.problems) from None
             except RequestError as error:
                 raise StageError(str(error)) from None
+            found["prefill"], found["decode"] = rates["prefill"], rates["decode"]
             found["machine"] = {**backend.device_name(bundle.device), "threads": backend.threads()}
             found["repeats"] = params.repeats
-            spread = max(found[name]["highest"] / found[name]["lowest"] for name in ("prefill", "decode"))
+            spread = max(each["highest"] / each["lowest"] for each in rates.values())
             if spread > _BUSY:
                 ctx.warn(
                     f"the fastest repeat is {spread:.1f} times the slowest: the machine was busy; --force measures anew"
                 )
-            ctx.summary(", ".join(f"{name} {found[name]['rate']:,.0f} tokens/s" for name in ("prefill", "decode")))
-        (ctx.out / "bench.json").write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+            ctx.summary(", ".join(f"{name} {each['rate']:,.0f} tokens/s" for name, each in rates.items()))
+        write_json(ctx.out / "bench.json", found)
 
 
 def _threads() -> str:

@@ -15,6 +15,7 @@ from stages.checkpoint.headers import read_headers
 from stages.checkpoint.strict_json import read_object
 from stages.models import load_family, native
 from stages.quantization.schemes import SCHEMES
+from stages.sizes import DTYPE_BYTES
 from stages.targets.table import TARGETS
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 READ, ALONE = ("config.json", *WEIGHTS), ("*.gguf",)  # what is read of a checkpoint that a URL names, and alone
 POSITIONS = 4096  # a context that conversations fit, of models made for more: its cache is memory from the start
 OFFERED = ("q0f32", "q0f16", "q8f16_1", "q4a32", "q4k", "q4f16_1")  # the schemes shown to choose from, best first
-BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 BESIDE = 1 << 30  # bytes that running a model takes beside its weights
 DEFAULTS = {True: "q4k", False: "q4f16_1"}  # whether all targets compute on the processor -> scheme
 
@@ -170,5 +170,5 @@ def stored_bytes(scheme: Scheme, tensors: Tensors) -> int:
         kind = "embedding" if "embed" in name or "wte" in name else "head" if "head" in name else "linear"
         row = scheme.row(kind, info.shape[-1]) if len(info.shape) == 2 else None
         parts = row.stored(*info.shape) if row else (("", info.shape, scheme.storage_dtype),)
-        total += sum(math.prod(shape) * BYTES[dtype] for _, shape, dtype in parts)
+        total += sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, shape, dtype in parts)
     return total

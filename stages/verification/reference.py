@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from stages.checkpoint import strict_json
 from stages.checkpoint.safetensors import read_header
+from stages.problems import ProblemsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +51,8 @@ class Reference:
     continuations: Sequence[Continuation]
 
 
-class RecordingError(ValueError):
+class RecordingError(ProblemsError):
     """A recording that cannot be used; ``problems`` holds every reason."""
-
-    def __init__(self, *problems: str) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 def checkpoint_digest(digests: Mapping[str, str]) -> str:

@@ -51,7 +51,7 @@ def test_the_bytes_are_about_those_that_are_stored(scheme: str) -> None:
     for param in family.params(config):
         row = SCHEMES[scheme].row(param.kind, param.shape[-1])
         parts = row.stored(*param.shape) if row else (("", param.shape, SCHEMES[scheme].storage_dtype),)
-        exact += sum(starter.BYTES[dtype] * math.prod(shape) for _, shape, dtype in parts)
+        exact += sum(starter.DTYPE_BYTES[dtype] * math.prod(shape) for _, shape, dtype in parts)
     assert starter.stored_bytes(SCHEMES[scheme], tensors) == pytest.approx(exact, rel=0.02)
 
 
