@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import importlib
 import os
@@ -10,6 +11,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,9 @@ from stagegraph.cli.common import print_json
 from stagegraph.cli.streams import for_people, hanging
 from stagegraph.cli.verbs import find_verb, parse, usage
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError
+
+# What a directory, a pipe or a link in a circle answers where a file is expected.
+NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
 
 
 def dispatch(argv: list[str]) -> int:
@@ -100,6 +105,8 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _system_error(error: Any) -> str:
     place = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
+    if place and error.errno in NO_FILE and ".stagegraph" in Path(str(place)).parts:
+        return f"{place}: {text}; no store makes that: remove it, and the next run makes what belongs there"
     return f"{place}: {text}" if place else f"the store under artifacts/ cannot be used: {text}"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.endurance.bench import NODES, Bench, count, descendants, is_alive, kill
+from tests.endurance.bench import NODES, ROOT, Bench, count, descendants, is_alive, kill
 
 PIECES = 6  # parts of an undisturbed run: two nodes of four, of which two are shared
 RANDOM = 250
@@ -144,3 +144,50 @@ def test_random_kills(undisturbed: Bench, tmp_path: Path) -> None:
     print(f"random kills: {dict(found)}")
     assert found.total() - found["finished"] >= RANDOM // 2
     assert {f"killed with {done} of {NODES} committed" for done in range(NODES)} <= found.keys()
+
+
+REAL = f"""\
+version: 1
+name: real
+vars: {{checkpoint: {ROOT}/examples/tiny-qwen}}
+stages:
+  config-parse: {{with: {{checkpoint: "${{vars.checkpoint}}"}}}}
+  param-register: {{needs: [config-parse], with: {{scheme: q4f32_1, target: llvm}}}}
+  quantize:
+    needs: [config-parse, param-register]
+    with: {{checkpoint: "${{vars.checkpoint}}", scheme: q4f32_1, target: llvm}}
+"""
+REAL_KILLS = 10
+
+
+def progress(bench: Bench) -> int:
+    """How many results and parts are committed."""
+    return len(bench.keys()) + bench.parts()
+
+
+@pytest.mark.endurance
+@pytest.mark.timeout(0)
+def test_random_kills_of_real_stages(tmp_path: Path) -> None:
+    undisturbed, rng, found = Bench(tmp_path / "undisturbed", REAL), random.Random(3), []
+    undisturbed.run("-j", "1")
+    whole, parts = progress(undisturbed), undisturbed.parts()
+    for number in range(REAL_KILLS):
+        bench = Bench(tmp_path / str(number), REAL)
+        process = bench.start("run", "-j", "1")
+        awaited = rng.randrange(whole)
+        while process.poll() is None and progress(bench) < awaited:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        kill([process.pid, *descendants(process.pid)] if number % 2 else [process.pid])
+        process.wait()
+        keys, kept = bench.keys(), bench.parts()
+        found.append(progress(bench))
+        nodes = bench.run("-j", "1")
+        assert not [name for name, node in nodes.items() if node["outcome"] != "HIT" and node["key"] in keys]
+        if nodes["quantize"]["key"] not in keys:
+            assert sum(count["made"] for count in nodes["quantize"]["parts"].values()) <= parts - kept
+        assert bench.shown() == undisturbed.shown()
+        bench.here("fsck")
+        shutil.rmtree(bench.folder)
+    print(f"random kills of real stages, with so many of {whole} results and parts committed: {sorted(found)}")
+    assert len({*found}) > REAL_KILLS // 3

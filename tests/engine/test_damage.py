@@ -292,3 +292,13 @@ def test_looking_at_a_pipeline_that_never_ran_writes_nothing(demo: Demo) -> None
     with Pipeline(demo.pipeline) as pipeline:
         pipeline.plan()
     assert not (demo.folder / "artifacts").exists()
+
+
+def test_what_took_the_place_of_the_journal_is_named_with_what_to_do(built: Demo) -> None:
+    journal = root(built) / "journal.jsonl"
+    journal.unlink()
+    journal.mkdir()
+    refused = built.run("--force")
+    assert (refused.code, f"{journal}: Is a directory; no store makes that: remove it" in refused.err) == (3, True)
+    journal.rmdir()
+    assert built.run().code == 0
