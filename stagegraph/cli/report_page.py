@@ -158,7 +158,8 @@ def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
         )
         opened = " open" if any(e.status == FAILED for e in instances) else ""
         head = f'<summary><span class="name">{escape(name)}</span><span class="what">{states}</span></summary>'
-        yield f'<details class="node"{opened}>{head}<div>{"".join(map(_node, instances))}</div></details>'
+        inside = f"<div>{''.join(map(_node, instances))}</div>"
+        yield f'<details class="node" id="{escape(name)}"{opened}>{head}{inside}</details>'
 
 
 def _node(entry: Entry) -> str:

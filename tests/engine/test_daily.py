@@ -92,6 +92,12 @@ def test_clean_takes_what_is_shown_and_with_the_store_everything(demo: Demo) -> 
     assert "nothing to remove" in demo("clean", file).out
 
 
+def test_why_not_is_another_word_for_explain(demo: Demo) -> None:
+    demo.run()
+    file = str(demo.pipeline)
+    assert demo("why-not", "join", file).out == demo("explain", "join", file).out != ""
+
+
 MATRIX = """\
 version: 1
 name: matrix

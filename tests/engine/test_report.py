@@ -66,6 +66,31 @@ def test_the_page_has_every_node_and_needs_nothing_else(demo: Demo) -> None:
     assert text.count("#c2410c") == 3  # read, one of the shapes, join: what the run waited for
 
 
+def test_a_matrix_is_one_line_to_unfold(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stagegraph.cli.report_page.FOLDED", 1)
+    demo.run()
+    assert report(demo)[1].ids == ["read", "shape", "shape.line", "shape.column", "join"]
+
+
+def test_a_run_is_held_against_the_one_before(demo: Demo) -> None:
+    demo.run()
+    assert "Beside the run before" not in report(demo)[0]
+    demo.edit("join", 'count("join")', 'count("join"); import time; time.sleep(0.3)')
+    demo.run()
+    beside = report(demo)[0].partition("Beside the run before")[2].partition("</table>")[0]
+    assert re.findall(r"<td>([a-z\[\]]+)</td>", beside) == ["join"]
+
+
+def test_a_picture_of_the_graph_shows_how_nodes_stand(demo: Demo) -> None:
+    demo.run()
+    demo.edit("join", 'count("join")', 'raise ValueError("no")')
+    demo.run()
+    for option, state in (((), "HIT"), (("--states",), "HIT")):
+        shown = demo("graph", str(demo.pipeline), "--format", "svg", *option).out
+        assert (state in shown) == bool(option)
+        assert ("FAILED" in shown) == bool(option)
+
+
 def test_before_and_after_failures_it_says_so_first(demo: Demo) -> None:
     text, page = report(demo)
     assert "1 never built, 3 unknown" in text
@@ -101,7 +126,7 @@ def test_many_nodes_are_drawn_by_entry(demo: Demo) -> None:
     values = ", ".join(str(i) for i in range(70))
     demo.pipeline.write_text(demo.pipeline.read_text().replace("join: {", f"join: {{foreach: {{n: [{values}]}}, "))
     text, page = report(demo)
-    assert len(page.ids) == 73
+    assert len(page.ids) == 74, "73 nodes, and the line that 70 of them are folded under"
     assert "70 nodes" in text
 
 
