@@ -16,6 +16,7 @@ same form and groups.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -50,6 +51,7 @@ OURS = [
     ),
     *((name, scales, "") for name in ("q2k", "q3k", "q5k", "q6k") for scales in ("max", "mse")),
     *((name, "importance", "") for name in ("q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
+    *((name, "gptq", "") for name in ("q2k", "q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
     ("q8f16_1", "max", ""),
 ]
 MIXTURES = ("Q3_K_M", "Q4_0", "Q4_K_M")
@@ -59,7 +61,7 @@ SLACK = 1.05  # times ggml's divergence: half steps go to the other side
 
 class Matrix(NamedTuple):
     """A matrix [n, k]: its name, linear, embedding or head, how much an error of each column counts, how many layers
-    the model has, and whether the matrix is the head, or the table in its place.
+    the model has, whether the matrix is the head, or the table in its place, and the file of its errors' feedback.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Matrix(NamedTuple):
     importance: np.ndarray | None
     layers: int
     makes_logits: bool
+    feedback: Path | None
 
 
 class Way(NamedTuple):
@@ -80,6 +83,7 @@ class Way(NamedTuple):
 
 def ours(name: str, scales: str) -> Way:
     """Return a scheme's way."""
+    from stages.quantization.feedback import load
     from stages.quantization.parameter import quantize, restored
     from stages.quantization.schemes import FLOAT_BITS, SCHEMES
     from stages.sizes import DTYPE_BYTES
@@ -87,11 +91,13 @@ def ours(name: str, scales: str) -> Way:
     scheme = SCHEMES[name]
 
     def left(weight: np.ndarray, of: Matrix) -> np.ndarray:
-        row, counts = scheme.row(of.kind, of.shape[1]), of.importance if scales == "importance" else None
+        row, calibrated = scheme.row(of.kind, of.shape[1]), scales in ("importance", "gptq")
         if row is None:
             return weight
-        chosen = "mse" if scales == "importance" and (counts is None or row.bits == 8) else scales
-        return restored(quantize(weight, row, chosen, counts), row, of.shape[1])
+        counts = of.importance if calibrated and row.bits < 8 else None
+        feedback = load(of.feedback) if scales == "gptq" and counts is not None and of.feedback else None
+        chosen = "mse" if calibrated and counts is None else scales
+        return restored(quantize(weight, row, chosen, counts, feedback), row, of.shape[1])
 
     def taken(of: Matrix) -> float:
         row = scheme.row(of.kind, of.shape[1])
@@ -195,11 +201,19 @@ class Measured:
         files = {path.name: path for path in checkpoint.glob("*.safetensors")}
         self._mapped, self._model, _ = streaming.load(checkpoint, files, parsed / "model.json", work)
         self._matrices = advice.matrices_of(self._model)
-        counts = self._importance(checkpoint, files, parsed / "model.json", work)
+        counts, feedback = self._calibrated(checkpoint, files, parsed / "model.json", work)
         layers = int(self._model.config.num_hidden_layers)
         head = self._model.get_output_embeddings()
         self.matrices = [
-            Matrix(name, kind, tuple(modules[0].weight.shape), counts.get(name), layers, head in modules)
+            Matrix(
+                name,
+                kind,
+                tuple(modules[0].weight.shape),
+                counts.get(name),
+                layers,
+                head in modules,
+                feedback.get(name),
+            )
             for name, (kind, modules) in self._matrices.items()
         ]
         pieces = read(checkpoint, tokens)
@@ -209,21 +223,23 @@ class Measured:
         self._valid = torch.tensor([[at < len(piece) - 1 for at in range(longest - 1)] for piece in pieces])
         self._wanted = self._run(None)
 
-    def _importance(
+    def _calibrated(
         self, checkpoint: Path, files: dict[str, Path], described: Path, work: Path
-    ) -> dict[str, np.ndarray]:
-        """Return what calibrate finds on its samples, by the names of the model's parameters."""
-        from stages.calibration import asking, moments
+    ) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
+        """Return what calibrate finds on its samples, and the files of feedback, by the names of the parameters."""
+        from stages.calibration import asking, curvature, moments
         from stages.verification.original import Request
 
-        pieces = ids_of(checkpoint, asking.DEFAULT, CALIBRATED, 512)
-        found = moments.compute(Request(checkpoint, files, described, pieces, 0, work), lambda *_: None)
+        pieces, folder = ids_of(checkpoint, asking.DEFAULT, CALIBRATED, 512), work / "feedback"
+        folder.mkdir()
+        found = moments.compute(Request(checkpoint, files, described, pieces, 0, work), lambda *_: None, folder)
+        kept = json.loads((folder / curvature.INDEX).read_bytes())
         names = moments.names_of(self._model, self._mapped.tensors)
-        return {
-            name: found[names[id(modules[0].weight)]]
-            for name, (_, modules) in self._matrices.items()
-            if names.get(id(modules[0].weight)) in found
-        }
+        tensors = {name: names.get(id(modules[0].weight), "") for name, (_, modules) in self._matrices.items()}
+        return (
+            {name: found[tensor] for name, tensor in tensors.items() if tensor in found},
+            {name: folder / kept[tensor] for name, tensor in tensors.items() if tensor in kept},
+        )
 
     def _run(self, way: Way | None) -> Any:
         import torch

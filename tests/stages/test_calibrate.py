@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 
@@ -20,19 +21,22 @@ from stages.quantization.feedback import load
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize, _importance, _uncalibrated
-from stages.verification import probes
+from stages.runtime import tensor_cache
+from stages.runtime.folder import Folder
+from stages.verification import probes, weights
 from stages.verification.original import Request
 from tests.local_context import LocalContext, run_stage
+from tests.stages import families
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PIECES = [[*range(5, 95)], [*range(40, 70)]]
 
 
-def measured(example: str, work: Path) -> dict[str, np.ndarray]:
+def measured(example: str, work: Path, feedback: Path | None = None) -> dict[str, np.ndarray]:
     folder = EXAMPLES / example
     parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(folder)}).out
     files = {path.name: path for path in folder.glob("*.safetensors")}
-    return moments.compute(Request(folder, files, parsed / "model.json", PIECES, 0, work), lambda *_: None)
+    return moments.compute(Request(folder, files, parsed / "model.json", PIECES, 0, work), lambda *_: None, feedback)
 
 
 def test_moments_are_those_of_transformers(tmp_path):
@@ -158,6 +162,34 @@ def test_what_is_made_of_several_inputs_has_no_feedback(tmp_path):
         both = replace(plan(counts), scales="gptq", feedback={"q": files[0], "k": second})
         assert both.how(both.register["logical"][0])[0] == how
         assert len([*_uncalibrated(both)]) == said
+
+
+def test_quantize_stores_what_feedback_chooses(tmp_path):
+    """From the model's inputs to the stored words of a parameter that is made of several tensors, q, k and v."""
+    checkpoint, feedback = EXAMPLES / "tiny-llama", tmp_path / "feedback"
+    feedback.mkdir()
+    counts = measured("tiny-llama", tmp_path, feedback)
+    np.savez(tmp_path / "importance.npz", **counts)
+    files = json.loads((feedback / curvature.INDEX).read_text())
+    assert files.keys() == counts.keys()
+    ports = families.parse_and_register(tmp_path / "stages", checkpoint, "q3k")
+    inputs = {name: ports[name] for name in ("params", "tensors")} | {"importance": tmp_path / "importance.npz"}
+    choice = {"scheme": "q3k", "target": "llvm", "checkpoint": str(checkpoint), "scales": "gptq"}
+    with pytest.raises(StageError, match="give calibrate feedback: true"):
+        run_stage(Quantize(), tmp_path / "refused", choice, {**inputs, "feedback": tmp_path / "stages"})
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback})
+    assert ctx.warnings == []
+    registry = json.loads(ports["params"].read_text())
+    records = tensor_cache.records(Folder(tmp_path / "made" / "weights"))
+    found = {tensor.source: tensor for tensor in weights.bundled_tensors(registry, records)}
+    tensors = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        weight, row = tensors[name].astype(np.float32), found[name].row
+        wanted = quantize(weight, row, "gptq", counts[name], load(feedback / files[name]))
+        assert (found[name].values() == restored(wanted, row, weight.shape[1])).all(), name
+        plain = quantize(weight, row, "importance", counts[name])
+        assert (found[name].values() != restored(plain, row, weight.shape[1])).any()
+    assert weights.differences(registry, records, tensors, "gptq") == []
 
 
 def test_importance_is_asked_for_by_what_lacks_it(tmp_path):
