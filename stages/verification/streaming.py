@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import tempfile
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -51,12 +52,9 @@ class Mapped:
         self._maps = {}
         for shard in sorted({shard for shard, _ in found.values()}):
             with paths[shard].open("rb") as file:
-                # Private and writable: torch wants memory that may be written, and nobody writes.
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.tensors: dict[str, Any] = {
-            name: torch.frombuffer(
-                self._maps[shard], dtype=names[info.dtype], count=math.prod(info.shape), offset=info.offset
-            ).reshape(info.shape)
+            name: _lying_in(self._maps[shard], names[info.dtype], info.shape, info.offset)
             for name, (shard, info) in found.items()
             if info.dtype in names and 0 not in info.shape
         }
@@ -81,15 +79,27 @@ class Written:
                 places[name] = file.tell(), values.shape, dtype
                 file.write(values.data)
             file.flush()
-            self._map = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.tensors: dict[str, Any] = {
-            name: torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
-            for name, (offset, shape, dtype) in places.items()
+            name: _lying_in(self._map, dtype, shape, offset) for name, (offset, shape, dtype) in places.items()
         }
 
     def release(self) -> None:
         """Take the pages that were read out of this process's memory."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def _lying_in(mapped: mmap.mmap, dtype: Any, shape: tuple[int, ...], offset: int) -> Any:
+    """Return the torch tensor at ``offset`` bytes of a map that may only be read.
+
+    A map that may be written would count as memory that the process asks for, though nobody writes: the kernel refuses
+    a file larger than the machine's memory so. torch warns that such a tensor must not be written.
+    """
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=offset).reshape(shape)
 
 
 def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) -> tuple[Any, Any, str]:
