@@ -5,30 +5,38 @@ little: two wheels of one version differ by what they were compiled with, and a 
 distribution counts as its version and a digest of what it installed: of native libraries (``.so``) the content, read
 again only if their stat has changed, and of all other files the digests that the installer wrote into ``RECORD``.
 Nothing is imported. A package without such a list counts as all its sources and native libraries.
+
+Of one version an index has a wheel for each Python, whose native modules differ though they do the same, so that the
+keys of two Pythons would. A wheel for one Python that came from an index, and whose native libraries are those that it
+brought, counts as its version and its platforms.
 """
 
 from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stagegraph.digest import digest_file, digest_json, stat_id
 from stagegraph.store.index import Index
 
-SCHEMA = 1
+SCHEMA = 2
 NATIVE = re.compile(r"\.(so(\.\d+)*|dylib|dll|pyd)$")
 ABSENT = "absent"
 BY_NAME = {"import_module", "__import__", "find_spec"}  # what imports, or looks for, a module by its name
 DIGITS = 16  # of a digest, behind a version: people read it
-# Name, version, digest of all but native libraries, paths of native libraries.
-Build = tuple[str, str, str, list[str]]
+ONE_PYTHON = re.compile(r"[a-z]+\d+-(?!abi)[a-z]+\d+[a-z]*-((?:many|musl)linux_\w+|macosx_\w+|win\w+)")  # a wheel's tag
+# Name, version, platforms of a wheel for one Python from an index ("" for any other), digest of all but native
+# libraries, path of each native library -> what RECORD says of it.
+Build = tuple[str, str, str, str, dict[str, str]]
 
 
 class Libraries:
@@ -75,19 +83,24 @@ class Libraries:
         self._stats[module] = {}
         builds = [self._remembered("builds", record, _build) for record in self._records(module)]
         builds = builds or [_loose(module)]
-        return {name: self._identity(module, version, rest, natives) for name, version, rest, natives in builds}
+        return {name: self._identity(module, *about) for name, *about in builds}
 
-    def _identity(self, module: str, version: str, rest: str, natives: Sequence[str]) -> str:
+    def _identity(self, module: str, version: str, platforms: str, rest: str, natives: Mapping[str, str]) -> str:
         if version == ABSENT:
             return version
-        contents: dict[str, str] = {}
-        for path in natives:
-            try:
-                contents[os.path.basename(path)] = self._remembered("files", path, digest_file)  # noqa: PTH119
-                self._stats[module][path] = self._saved["files"][path][0]
-            except OSError:
-                contents[os.path.basename(path)] = "unreadable"  # noqa: PTH119
-        return f"{version} {digest_json([rest, contents])[:DIGITS]}"
+        contents = {path: self._content(module, path) for path in natives}
+        if platforms and contents == natives:
+            return f"{version} {platforms}"
+        named = {os.path.basename(path): content for path, content in contents.items()}  # noqa: PTH119
+        return f"{version} {digest_json([rest, named])[:DIGITS]}"
+
+    def _content(self, module: str, path: str) -> str:
+        try:
+            content: str = self._remembered("files", path, _recorded_digest)
+            self._stats[module][path] = self._saved["files"][path][0]
+        except OSError:
+            return "unreadable"
+        return content
 
     def _records(self, module: str) -> list[str]:
         """Return the ``RECORD`` of each distribution that brings a module; the first folder on the path wins."""
@@ -165,9 +178,29 @@ def _build(record: str) -> Build:
     folder, info = os.path.split(os.path.dirname(record))  # noqa: PTH120
     name, _, version = info.removesuffix(".dist-info").rpartition("-")
     rows = [row for row in _rows(record) if not row[0].endswith(".pyc") and row[0].partition("/")[0] != info]
-    natives = sorted(os.path.normpath(f"{folder}/{row[0]}") for row in rows if NATIVE.search(row[0]))
+    natives = {os.path.normpath(f"{folder}/{row[0]}"): row[1] for row in sorted(rows) if NATIVE.search(row[0])}
     rest = sorted(row[:2] for row in rows if not NATIVE.search(row[0]) and not row[0].startswith(".."))
-    return re.sub(r"[-_.]+", "-", name).lower(), version, digest_json(rest), natives
+    return re.sub(r"[-_.]+", "-", name).lower(), version, _platforms(f"{folder}/{info}"), digest_json(rest), natives
+
+
+def _platforms(info: str) -> str:
+    """Return the platforms of a wheel that an index has for this Python alone, "" of any other.
+
+    What came from a folder or a URL has a ``direct_url.json``; what was built here, a platform that no index takes.
+    """
+    try:
+        lines = Path(info, "WHEEL").read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    tags = [ONE_PYTHON.fullmatch(line[5:]) for line in lines if line.startswith("Tag: ")]
+    platforms = [tag[1] for tag in tags if tag]
+    return "" if len(platforms) < len(tags) or Path(info, "direct_url.json").exists() else " ".join(sorted(platforms))
+
+
+def _recorded_digest(path: str) -> str:
+    """Return a file's digest as ``RECORD`` writes it."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        return "sha256=" + urlsafe_b64encode(hashlib.file_digest(file, "sha256").digest()).decode().rstrip("=")
 
 
 def _rows(record: str) -> Iterator[list[str]]:
@@ -182,12 +215,12 @@ def _loose(module: str) -> Build:
     except (ImportError, ValueError):
         spec = None
     if spec is None:
-        return module, ABSENT, "", []
+        return module, ABSENT, "", "", {}
     places = list(spec.submodule_search_locations or ())
     files = [str(path) for place in places for path in _walk(place)] or [spec.origin or ""]
-    natives = sorted(path for path in files if NATIVE.search(path))
+    natives = {path: "" for path in sorted(files) if NATIVE.search(path)}
     rest = sorted([Path(path).name, digest_file(path)] for path in files if path.endswith(".py"))
-    return module, "unversioned", digest_json(rest), natives
+    return module, "unversioned", "", digest_json(rest), natives
 
 
 def _walk(folder: str) -> Iterator[Path]:

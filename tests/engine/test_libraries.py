@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +112,54 @@ def test_where_and_how_it_is_installed_does_not_count(
     install(site.parent / "elsewhere")
     monkeypatch.setattr(sys, "path", [str(site.parent / "elsewhere"), *(p for p in sys.path if p != str(site))])
     assert identify() == before
+
+
+def recorded(data: bytes) -> str:
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+
+
+def install_wheel(site: Path, python: str, tags: list[str], native: bytes) -> Path:
+    """Install ``maths`` as a wheel for one Python; return the folder of what is said about it."""
+    shutil.rmtree(site, ignore_errors=True)
+    (site / "maths").mkdir(parents=True)
+    (site / "maths" / f"fast.{python}.so").write_bytes(native)
+    (site / "maths" / "made.py").write_text(f"python = {python!r}\n")
+    info = site / "maths-1.0.dist-info"
+    info.mkdir()
+    made = recorded((site / "maths" / "made.py").read_bytes())
+    (info / "RECORD").write_text(f"maths/fast.{python}.so,{recorded(native)},9\nmaths/made.py,{made},9\n")
+    (info / "WHEEL").write_text("Wheel-Version: 1.0\n" + "".join(f"Tag: {tag}\n" for tag in tags))
+    return info
+
+
+def test_wheels_of_one_version_for_two_pythons_are_one_where_an_index_brought_them(
+    site: Path, identify: Identify
+) -> None:
+    def said() -> str:
+        return identify()["maths"]
+
+    def wheel(python: str, platform: str = "manylinux_2_28_x86_64", native: bytes | None = None) -> Path:
+        return install_wheel(site, python, [f"{python}-{python}-{platform}"], native or python.encode())
+
+    wheel("cp311")
+    before = said()
+    assert before == "1.0 manylinux_2_28_x86_64"
+    wheel("cp313")
+    assert said() == before
+    wheel("cp313", "musllinux_1_2_x86_64")
+    assert said() != before
+    (wheel("cp313") / "direct_url.json").write_text("{}")
+    assert said() != before, "a folder or a URL may bring anything"
+    wheel("cp313", "linux_x86_64")
+    assert said() != before, "built here"
+    install_wheel(site, "cp313", ["cp39-abi3-manylinux_2_28_x86_64"], b"one")
+    one = said()
+    install_wheel(site, "cp313", ["cp39-abi3-manylinux_2_28_x86_64"], b"two")
+    assert said() != one, "one wheel for all Pythons is compared by its content"
+    wheel("cp313")
+    assert said() == before
+    (site / "maths" / "fast.cp313.so").write_bytes(b"rebuilt in place")
+    assert said() != before
 
 
 def test_what_is_not_there_counts_once_it_is(site: Path, identify: Identify) -> None:
