@@ -170,7 +170,7 @@ def _feedback(ctx: Context) -> dict[str, Path]:
     """Return the file of each tensor's feedback, where errors are fed back."""
     if ctx.params.scales != "gptq":
         return {}
-    from stages.calibration.curvature import INDEX
+    from stages.quantization.feedback import INDEX
 
     folder = ctx.input("feedback")
     if not (folder / INDEX).exists():

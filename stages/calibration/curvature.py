@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.quantization.feedback import Feedback, save
+from stages.quantization.feedback import INDEX, Feedback, save
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 DAMPING = 0.01  # of the mean of the diagonal, added to it: what few tokens say is not to be trusted to the end
-INDEX = "index.json"  # the file that each tensor's feedback is in
 
 
 class Curvatures:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stages.quantization.rows import Row
 
 FURTHEST = 2  # codes that a weight may be stored away from the nearest: what verify can hold a bundle against
+INDEX = "index.json"  # in a folder of what :func:`save` wrote: tensor -> file
 ROWS, COLUMNS = 1024, 32  # of a matrix that are worked on at once, and after which the later columns are told
 
 

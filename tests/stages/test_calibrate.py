@@ -17,7 +17,7 @@ from stagegraph.stage import StageError
 from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
 from stages.conversion.model import Plan
-from stages.quantization.feedback import load
+from stages.quantization.feedback import INDEX, load
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize, _importance, _uncalibrated
@@ -109,7 +109,7 @@ def test_feedback_costs_less_on_what_is_read(tmp_path, name):
     curvatures.add("v", read.clone(), read)
     curvatures.add("v", read.clone(), read)  # reads twice: what it read first is gone
     curvatures.finish()
-    files = json.loads((tmp_path / curvature.INDEX).read_text())
+    files = json.loads((tmp_path / INDEX).read_text())
     assert files.keys() == {"q", "k"}
     assert files["q"] == files["k"]
     importance = np.square(inputs).mean(0)
