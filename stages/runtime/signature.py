@@ -36,12 +36,16 @@ _FORM = {  # members of the file, by where they are
 }
 
 
-def sign(root: Path, key: Path) -> str | None:
-    """Sign the folder ``root`` with the private key in ``key`` (PEM, ECDSA); return the SHA-256 of the public one."""
+def sign(root: Path, key: Path, password: str | None = None) -> str | None:
+    """Sign the folder ``root`` with the private key in ``key`` (PEM, ECDSA); return the SHA-256 of the public one.
+
+    ``password`` opens a key that is encrypted.
+    """
     library = _library("model_signing.signing")
     path = root / FILE
     try:
-        config = library.Config().use_elliptic_key_signer(private_key=key)
+        opened_by = None if password is None else password.encode()  # bytes, whatever the library's types say
+        config = library.Config().use_elliptic_key_signer(private_key=key, password=opened_by)
         hashing = _library("model_signing.hashing").Config().set_ignored_paths(paths=UNSIGNED, ignore_git_paths=False)
         path.unlink(missing_ok=True)
         config.set_hashing_config(hashing).sign(root.resolve(), path)

@@ -68,6 +68,29 @@ def test_what_is_signed_loads_where_a_signature_is_required(bundle, keys):
     manifest.read(bundle, require_signature=keys / "ours.pub")
 
 
+def test_a_key_with_a_password_is_opened_by_a_file_or_at_a_terminal(bundle, keys, tmp_path, monkeypatch):
+    from cryptography.hazmat.primitives import serialization as form
+
+    key = form.load_pem_private_key((keys / "ours.pem").read_bytes(), None)
+    locked, words = tmp_path / "locked.pem", tmp_path / "words"
+    hidden = form.BestAvailableEncryption("gr\u00fcn und blau".encode())
+    locked.write_bytes(key.private_bytes(form.Encoding.PEM, form.PrivateFormat.PKCS8, hidden))
+    words.write_text("gr\u00fcn und blau\nwhat is below does not count\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    code, _, err = run(sign, bundle, "--key", locked)
+    assert (code, "the key has a password; give --password-file FILE" in err) == (2, True)
+    code, out, err = run(sign, bundle, "--key", locked, "--password-file", words)
+    assert (code, err) == (0, ""), out
+    manifest.read(bundle, require_signature=keys / "ours.pub")
+    words.write_text("green")
+    code, _, err = run(sign, bundle, "--key", locked, "--password-file", words)
+    assert (code, "cannot be signed with" in err, "green" in err) == (2, True, False)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr(sign, "getpass", lambda prompt: "gr\u00fcn und blau" if str(locked) in prompt else "")
+    assert run(sign, bundle, "--key", locked)[0] == 0
+    assert run(sign, bundle, "--key", keys / "ours.pem", "--password-file", words)[0] == 0
+
+
 def test_others_check_it_with_the_librarys_own_command(signed, keys):
     command_ = [sys.executable, "-m", "model_signing", "verify", "key", str(signed), "--signature"]
     done = [*command_, str(signed / signature.FILE), "--public_key", str(keys / "ours.pub")]
