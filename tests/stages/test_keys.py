@@ -40,6 +40,7 @@ class Domain:
         self.folder = folder
         shutil.copytree(ROOT / "stages", folder / "stages", ignore=shutil.ignore_patterns("__pycache__"))
         self.index = Index(folder / "index")
+        self._unedited: dict[str, tuple[dict[str, dict[str, str]], dict[str, str]]] = {}
         self.looked_with = {name for looker in LOOKERS for name in self.digests().closure(looker, {})}
 
     def digests(self) -> CodeDigests:
@@ -58,6 +59,13 @@ class Domain:
                 parts[kind] = digests.part_code([module, *worker_module(stage)], rows or {}).digest
         digests.save()
         return stages, parts
+
+    def unedited(self, rows: Mapping[str, Any] | None) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """Return the codes of the domain as it stands: every edit is taken back."""
+        asked = repr(rows)
+        if asked not in self._unedited:
+            self._unedited[asked] = self.codes(rows)
+        return self._unedited[asked]
 
     def edit(self, module: str) -> bytes:
         """Add a statement to the first function of a module, or to itself; return the text before."""
@@ -82,7 +90,7 @@ def domain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Domain]:
 
 def moved(domain: Domain, module: str, rows: Mapping[str, Any] | None = None) -> tuple[set[str], set[str]]:
     """Return the stages and the kinds of parts that an edit of ``module`` makes anew."""
-    stages, parts = domain.codes(rows)
+    stages, parts = domain.unedited(rows)
     text = domain.edit(module)
     try:
         now, parts_now = domain.codes(rows)
