@@ -26,8 +26,9 @@ class Node:
     """A node with its stage and, per input port, the upstream nodes it reads."""
 
     spec: NodeSpec
-    inputs: dict[str, list[Node]] = field(default_factory=dict)
-    consumers: list[Node] = field(default_factory=list)
+    # Not in the text of a node, as each names all around it: that of one in a small pipeline had a billion characters.
+    inputs: dict[str, list[Node]] = field(default_factory=dict, repr=False)
+    consumers: list[Node] = field(default_factory=list, repr=False)
 
     @property
     def name(self) -> str:
