@@ -39,6 +39,7 @@ class Session:
         self.prefill_chunk: int = manifest.model["prefill_chunk"]
         self.vocab_size: int = manifest.model["vocab_size"]
         self.max_batch: int = manifest.model["max_batch"]
+        self.verify_chunk: int = manifest.model.get("verify_chunk") or 0  # 0 for a recurrent model
         self.sequences, self.spare = sequences, spare
         self._sep_embed: bool = manifest.model["sep_embed"]
         self._tvm = backend.tvm()
@@ -204,16 +205,24 @@ class Session:
         requests = {sequence: [token] for sequence, token in tokens.items()}
         return self._forward("batch_decode", requests, self._states(list(tokens.values()), (len(tokens), 1)))
 
+    def batch_verify(self, requests: Mapping[int, Sequence[int]]) -> list[np.ndarray]:
+        """Read the ids of several sequences in one pass; the logits [n, V] after each id of each, in their order."""
+        for sequence, ids in requests.items():
+            self._check(sequence, ids)
+        flat = [token for ids in requests.values() for token in ids]
+        if len(flat) > self.verify_chunk:
+            raise RequestError(
+                f"{len(flat)} tokens to be verified; the library takes {self.verify_chunk} (verify_chunk)"
+            )
+        logits = self._forward("batch_verify", requests, self._states(flat, (1, len(flat))))
+        return np.split(logits, np.cumsum([len(ids) for ids in requests.values()])[:-1])
+
     def score(self, sequence: int, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Read ``ids`` and yield the logits [n, V] after each of them, as many at once as the library gives."""
-        size = self.manifest.model.get("verify_chunk") or 0
+        size = self.verify_chunk
         for start in range(0, len(ids), size or 1):
             part = ids[start : start + (size or 1)]
-            self._check(sequence, part)
-            if size:
-                yield self._forward("batch_verify", {sequence: part}, self._states(part, (1, len(part))))
-            else:
-                yield self.decode(sequence, part[0])[None]
+            yield self.batch_verify({sequence: part})[0] if size else self.decode(sequence, part[0])[None]
 
     def embed(self, ids: Sequence[int]) -> np.ndarray:
         """Return the embeddings [n, h] of ``ids`` in the compute dtype; needs a library with ``sep_embed``."""

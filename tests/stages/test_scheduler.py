@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from stages.runtime.sampling import Sampler, Settings
 from stages.runtime.server.prefixes import Prefixes
 from stages.runtime.server.scheduler import Job, Scheduler
 
@@ -33,7 +34,7 @@ def alone(prompt: Sequence[int], count: int) -> list[int]:
 class Counting:
     """Sequences with pages as TVM's cache has them: forks share whole pages, and a page that nobody has is free."""
 
-    prefill_chunk = 32
+    prefill_chunk, verify_chunk = 32, 12
 
     def __init__(self, pages: int = 64, *, max_batch: int = 4, spare: int = 8, paged: bool = True) -> None:
         self.pages, self.max_batch, self.spare = pages, max_batch, spare if paged else 0
@@ -77,6 +78,18 @@ class Counting:
     def batch_decode(self, tokens: Mapping[int, int]) -> np.ndarray:
         return self._forward({sequence: [token] for sequence, token in tokens.items()})
 
+    def batch_verify(self, requests: Mapping[int, Sequence[int]]) -> list[np.ndarray]:
+        assert sum(map(len, requests.values())) <= self.verify_chunk
+        return [
+            np.concatenate([self._forward({sequence: [token]}) for token in ids]) for sequence, ids in requests.items()
+        ]
+
+    def popn(self, sequence: int, count: int) -> None:
+        assert 0 < count < len(self.ids[sequence])
+        del self.ids[sequence][-count:]
+        while len(self.tables[sequence]) * PAGE - PAGE >= len(self.ids[sequence]):
+            self.references[self.tables[sequence].pop()] -= 1
+
     def _forward(self, requests: Mapping[int, Sequence[int]]) -> np.ndarray:
         assert 0 < len(requests) <= self.max_batch
         self.rows = max(self.rows, len(requests))
@@ -95,9 +108,19 @@ class Counting:
 class Asked:
     """A job that answers greedily, with what came of it."""
 
-    def __init__(self, prompt: Sequence[int], count: int, leader: Job | None = None) -> None:
-        self.prompt, self.count, self.answer = list(prompt), count, []
-        self.job = Job(list(prompt), self.take, leader=leader)
+    def __init__(
+        self, prompt: Sequence[int], count: int, leader: Job | None = None, rng: random.Random | None = None
+    ) -> None:
+        self.prompt, self.count, self.answer, self.rng = list(prompt), count, [], rng
+        self.job = Job(list(prompt), self.take, leader=leader, draft=self.draft if rng else None)
+
+    def draft(self, most: int) -> list[int]:
+        """Guesses of which most are right."""
+        most = min(most, self.rng.randrange(6), self.count - len(self.answer) - 1)
+        ids = list(self.job.ids)
+        for _ in range(most):
+            ids.append(following(ids) if self.rng.random() < 0.7 else 5)
+        return ids[len(self.job.ids) :]
 
     def take(self, logits: np.ndarray) -> int | None:
         token = int(np.argmax(logits))
@@ -143,7 +166,8 @@ def test_whatever_joins_leaves_and_shares(seed: int) -> None:
         if len(asked) < 200 and rng.random() < 0.4:
             prompt = [*rng.choice(systems), *(rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 20)))]
             leader = asked[-1].job if asked and rng.random() < 0.2 else None
-            asked.append(Asked(prompt, rng.randrange(1, 80 - len(prompt)), leader))
+            guessing = rng if rng.random() < 0.5 else None
+            asked.append(Asked(prompt, rng.randrange(1, 80 - len(prompt)), leader, guessing))
             scheduler.submit(asked[-1].job)
         if asked and rng.random() < 0.05:
             each = rng.choice(asked)
@@ -154,6 +178,7 @@ def test_whatever_joins_leaves_and_shares(seed: int) -> None:
         scheduler.step()
     assert all(each.right() for each in asked if each not in gone)
     assert len(gone) < 60
+    assert 0 < scheduler.accepted_tokens < scheduler.drafted_tokens
     assert scheduler.active == []
     assert model.ids.keys() == scheduler.prefixes._kept.keys()  # nothing is held that is not known
     while (sequence := scheduler.prefixes.oldest()) is not None:
@@ -246,6 +271,45 @@ def test_without_pages_the_last_one_in_gives_way_and_reads_again() -> None:
     assert first.right()
     assert second.right()
     assert scheduler.preemptions > 0
+
+
+def test_guesses_that_are_right_save_steps_and_wrong_ones_change_nothing() -> None:
+    model = Counting()
+    scheduler = Scheduler(model)
+    asked = Asked(range(1, 6), 12)
+    answer = alone(asked.prompt, 12)
+    asked.job.draft = lambda most: [*answer[len(asked.answer) :][:3], 0][:most] if len(asked.answer) < 8 else ()
+    scheduler.submit(asked.job)
+    drained(scheduler)
+    assert asked.right()
+    assert (asked.job.drafted, asked.job.accepted) == (8, 6)
+    assert scheduler.steps == 1 + 2 + 3, "the prompt, twice three guesses and what follows them, three alone"
+
+
+def test_what_is_drawn_with_guesses_has_the_distribution_of_the_model() -> None:
+    """Two ids after one, drawn many times while the likeliest is guessed, against their exact probabilities."""
+    table = np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32)
+    exact = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True)
+
+    class Markov(Counting):
+        def _forward(self, requests: Mapping[int, Sequence[int]]) -> np.ndarray:
+            super()._forward(requests)
+            return np.array([table[ids[-1]] for ids in requests.values()])
+
+    scheduler, counts, draws = Scheduler(Markov(spare=0)), np.zeros((4, 4, 4)), 6000
+    for seed in range(draws):
+        sampler, said = Sampler(4, Settings(temperature=1.0), seed=seed), [1]
+
+        def take(logits: np.ndarray, sampler: Sampler = sampler, said: list[int] = said) -> int | None:
+            said.append(sampler.pick(logits))
+            return said[-1] if len(said) < 4 else None
+
+        scheduler.submit(Job([1], take, draft=lambda most: [int(np.argmax(table[1]))] * 2))
+        drained(scheduler)
+        counts[tuple(said[1:])] += 1
+    assert scheduler.accepted_tokens > draws / 4
+    wanted = draws * exact[1][:, None, None] * exact[:, :, None] * exact[None]
+    assert (np.abs(counts - wanted) < 4.5 * np.sqrt(wanted) + 1).all()
 
 
 def test_calling_off_frees_pages_at_once() -> None:

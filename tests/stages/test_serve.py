@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,9 +36,11 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from stages.runtime.server import app as apps  # noqa: E402
-from stages.runtime.server import command, requests  # noqa: E402 - needs what may be absent
+from stages.runtime.server import card, command, requests  # noqa: E402 - needs what may be absent
+from stages.runtime.server.drafts import Lookup  # noqa: E402
 from stages.runtime.server.engine import Engine  # noqa: E402
 from stages.runtime.server.tools import STYLES, Reader, Tools  # noqa: E402
+from tests.stages import bundles  # noqa: E402
 from tests.stages.servers import Served, idle, serve  # noqa: E402
 
 TEXT = "The old lighthouse keeper walked"
@@ -59,7 +63,10 @@ def served(engine) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def alone(recorded):
     """What `generate` continues a prompt's ids with, greedily."""
-    bundle = manifest.read(recorded.bundle)
+    return generating(manifest.read(recorded.bundle))
+
+
+def generating(bundle):
     session, tokenizer = Session(bundle), BundleTokenizer(bundle.folder)
 
     def text(ids: list[int], count: int) -> str:
@@ -313,6 +320,34 @@ def test_a_tool_is_called_that_has_to_be(tooled, choice, stream) -> None:
     jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
 
 
+def test_with_tools_and_a_schema_an_answer_is_a_call_or_fits(tooled) -> None:
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
+    request = {"model": "tiny", "messages": HELLO, "tools": [TOOL], "response_format": form, "max_tokens": 200}
+    wanted = requests.chat(request, tooled.engine)
+    encode, stop = tooled.engine.tokenizer.encode, min(tooled.engine.tokenizer.stop)
+
+    def fits(text: str) -> bool:
+        mask = wanted.masks()
+        for token in encode(text):
+            if not mask.allowed()[token]:
+                return False
+            mask.accept(token)
+        return bool(mask.allowed()[stop])
+
+    assert fits('{"colour": "red", "count": 3}')
+    assert fits('<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>')
+    assert not fits('{"colour": "blue", "count": 3}')
+    assert not fits('<tool_call>\n{"name": "other", "arguments": {}}\n</tool_call>')
+    assert not fits("Hello")
+    for choice in tooled.client.chat.completions.create(**request, n=4, seed=1).choices:
+        if choice.message.tool_calls:
+            (call,) = choice.message.tool_calls
+            jsonschema.validate(json.loads(call.function.arguments), TOOL["function"]["parameters"])
+        else:
+            jsonschema.validate(json.loads(choice.message.content), SCHEMA)
+
+
 def test_a_call_and_its_result_reach_the_template(tooled) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     result = {"role": "tool", "tool_call_id": "1", "content": "sunny"}
@@ -373,14 +408,29 @@ def test_what_is_said_is_told_from_what_is_called(style, text, said, called) -> 
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_answers_at_once_are_those_alone(served, alone, count) -> None:
-    """Joins, clients that leave, prompts that begin alike, and pages for a few of them only."""
+    answer_under_load(served, alone, count)
+
+
+@pytest.mark.slow
+def test_answers_at_once_are_those_alone_with_activations_of_int8(tmp_path_factory) -> None:
+    built = bundles.build(tmp_path_factory.mktemp("int8"), "q4f32_1", activations="int8")
+    bundle = manifest.read(built.bundle)
+    assert bundle.model["activations"] == "int8"
+    engine = Engine(bundle, tokens=1024)
+    for served in serve(engine):
+        answer_under_load(served, generating(bundle), 200)
+    engine.close()
+
+
+def answer_under_load(served, alone, count) -> None:
+    """Joins, clients that leave, guesses, prompts that begin alike, and pages for a few of them only."""
     engine, rng = served.engine, random.Random(5)  # noqa: S311
     systems = [[rng.randrange(1, 200) for _ in range(length)] for length in (40, 70, 120)]
     wanted: dict[tuple[int, ...], str] = {}
 
     def ask(at: int, prompt: list[int]) -> None:
         request = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": at % 2 == 0}
-        answer = served.client.completions.create(**request)
+        answer = served.client.completions.create(**request, extra_body={"speculate": 4 * (at % 3 == 0)})
         if at % 2:
             said[at] = answer.choices[0].text
         elif at % 10:
@@ -408,6 +458,38 @@ def test_answers_at_once_are_those_alone(served, alone, count) -> None:
     kept = engine.scheduler.prefixes
     held = {page for pages in kept._held.values() for page in pages}
     assert engine.pages - engine._session.free_pages <= len(held) + len(kept._held), "pages that nobody knows of"
+
+
+@pytest.mark.parametrize("source", ["the text", "a bundle"])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_guessing_changes_nothing_that_is_said(recorded, served, source, temperature) -> None:
+    """By the ids that came before, and by a second bundle: here the same one, whose guesses are right where greedy."""
+    bundle = manifest.read(recorded.bundle)
+    engine = Engine(bundle, tokens=1024, draft=None if source == "the text" else bundle)
+    prompt = [*range(20, 50), *range(20, 44)]
+    request = {"prompt": prompt, "max_tokens": 40, "temperature": temperature, "seed": 4, "logprobs": 0}
+    plain = served.client.completions.create(model="tiny", **request, n=2)
+    try:
+        for there in serve(engine):
+            answer = there.client.completions.create(model="tiny", **request, n=2, extra_body={"speculate": 4})
+    finally:
+        engine.close()
+    assert [choice.text for choice in answer.choices] == [choice.text for choice in plain.choices]
+    assert [choice.logprobs.tokens for choice in answer.choices] == [choice.logprobs.tokens for choice in plain.choices]
+    usage = answer.usage.completion_tokens_details
+    if source == "a bundle":
+        assert usage.accepted_prediction_tokens > 20
+        assert temperature or usage.rejected_prediction_tokens == 0
+    assert engine.scheduler.steps < served.engine.scheduler.steps
+    assert answer.usage.completion_tokens == plain.usage.completion_tokens
+
+
+def test_look_up_guesses_what_followed_before() -> None:
+    lookup = Lookup()
+    assert list(lookup.propose([1, 2, 3, 4], 3)) == []
+    assert list(lookup.propose([1, 2, 3, 4, 9, 2, 3], 2)) == [4, 9]
+    assert list(lookup.propose([1, 2, 3, 4, 9, 2, 3, 5, 2, 3], 4)) == [5, 2, 3], "where it came last"
+    assert list(lookup.propose([1, 2, 3, 4, 9, 2, 3, 5, 2, 3, 4], 1)) == [9], "the longer one counts"
 
 
 def test_what_waits_beyond_the_queue_is_refused(recorded, monkeypatch) -> None:
@@ -438,6 +520,20 @@ def test_an_answer_that_takes_too_long_is_ended(engine) -> None:
         with pytest.raises(openai.APIError, match="not done after"):
             list(there.client.completions.create(model="tiny", prompt="x", max_tokens=500, stream=True))
         assert idle(engine)
+
+
+def test_the_card_says_what_was_proven_of_this_bundle(served, certified, tmp_path) -> None:
+    assert served.client.models.retrieve("tiny").proofs == {"verdict": "no certificate", "checks": []}
+    found = card.proofs(manifest.read(certified[0]))
+    assert found["verdict"] == "verified"
+    assert {"name": "files", "ok": True} in [{key: check[key] for key in ("name", "ok")} for check in found["checks"]]
+    assert all(check["ok"] and check["detail"] for check in found["checks"])
+    copy = shutil.copytree(certified[0], tmp_path / "copy")
+    other = dataclasses.replace(manifest.read(copy), sha256="0" * 64)
+    assert card.proofs(other)["verdict"] == "the certificate beside it is of another bundle"
+    held = (copy / "certificate.json").read_text()
+    (copy / "certificate.json").write_text(held.replace('"ok": true', '"ok":true', 1))
+    assert card.proofs(manifest.read(copy))["verdict"] == "its certificate is damaged"
 
 
 def test_metrics_count_what_was_done(served) -> None:

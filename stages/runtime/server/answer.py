@@ -13,6 +13,7 @@ from stages.runtime.sampling import Sampler, Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from stages.runtime.server.drafts import Draft
     from stages.runtime.tokenizer import BundleTokenizer
 
 
@@ -32,7 +33,7 @@ class Options:
 
     ``frequency_penalty`` is taken from the logit of an id for each time that it was generated, ``presence_penalty``
     once; ``logit_bias`` is added. ``logprobs`` asks for the log probability of every id and of so many likeliest
-    beside it; the model's own, before any of these settings.
+    beside it; the model's own, before any of these settings. ``speculate`` is how many ids are guessed at once.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -42,6 +43,7 @@ class Options:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    speculate: int = 0
     specials: bool = False  # whether special tokens are part of the text
 
 
@@ -96,6 +98,7 @@ class Answer:
         room: int | None,
         deliver: Callable[[Event], None],
         mask: Mask | None = None,
+        draft: Callable[[], Draft] | None = None,
     ) -> None:
         self._tokenizer, self._options, self._deliver, self._mask = tokenizer, options, deliver, mask
         self.ids = list(ids)
@@ -106,6 +109,24 @@ class Answer:
         self._stream.stop_at(options.stops)
         self._counts: Counter[int] = Counter()
         self.generated = 0
+        self._begin_draft = draft
+        self._draft: Draft | None = None
+
+    def draft(self, most: int) -> Sequence[int]:
+        """Return ids that may be taken next, of which the last is not the answer's last; at most so many."""
+        most = min(most, self._options.speculate, self._options.max_tokens - self.generated - 1)
+        if self._room is not None:
+            most = min(most, self._room - len(self.ids) - 1)
+        if most < 1 or self._begin_draft is None:
+            return ()
+        if self._draft is None:
+            self._draft = self._begin_draft()
+        return self._draft.propose(self.ids, most)
+
+    def close(self) -> None:
+        """Let go of what guessed."""
+        if self._draft is not None:
+            self._draft.close()
 
     def take(self, logits: np.ndarray) -> int | None:
         """Return the id that follows :attr:`ids`, given the logits after them; None if the answer is over."""

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stages.runtime.server import metrics, page, requests, responses
+from stages.runtime.server import card, metrics, page, requests, responses
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.exchange import Exchange
 from stages.runtime.server.metrics import Metrics
@@ -80,6 +80,7 @@ class _Api:
         self._engines, self._limits = engines, limits
         self._created = int(time.time())
         self._metrics = Metrics(engines)
+        self._proofs = {name: card.proofs(engine.manifest) for name, engine in engines.items()}
 
     async def health(self, _request: Request) -> Response:
         dead = [name for name, engine in self._engines.items() if not engine.alive]
@@ -160,6 +161,7 @@ class _Api:
     def _described(self, name: str) -> JsonObject:
         model = self._engines[name].manifest
         about = {"target": model.target, "scheme": model.model["scheme"], "context_window": self._engines[name].limit}
+        about["proofs"] = self._proofs[name]
         return {"id": name, "object": "model", "created": self._created, "owned_by": "stagegraph", **about}
 
     async def _body(self, request: Request) -> Any:

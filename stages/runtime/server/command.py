@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache-tokens", type=int, metavar="N", help="what the KV cache holds (default: N whole contexts)")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (default 64)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="how long an answer may take (default 600)")
+    add("--speculate", type=int, default=0, metavar="N", help="guess N tokens at once where a request does not say")
+    add("--draft", type=Path, metavar="BUNDLE", help="a smaller bundle that guesses (default: the text so far does)")
     add("--grace", type=int, default=30, metavar="SECONDS", help="what may finish after SIGTERM (default 30)")
     serving.opening_arguments(parser)
 
@@ -122,9 +124,11 @@ def _engines(args: argparse.Namespace) -> Mapping[str, Engine]:
         if name in found:
             raise RequestError(f"two bundles are named {name}: say --name once for each")
         found[name] = bundle
+    from stages.runtime.server.drafts import MOST
     from stages.runtime.server.engine import Engine
 
-    return {
-        name: Engine(bundle, sequences=args.sequences, tokens=args.cache_tokens, queue=args.queue)
-        for name, bundle in found.items()
-    }
+    if not 0 <= args.speculate <= MOST:
+        raise RequestError(f"--speculate {args.speculate} is not from 0 to {MOST}")
+    draft = None if args.draft is None else serving.opened(args.draft, args)
+    settings = {"sequences": args.sequences, "tokens": args.cache_tokens, "queue": args.queue}
+    return {name: Engine(bundle, **settings, speculate=args.speculate, draft=draft) for name, bundle in found.items()}

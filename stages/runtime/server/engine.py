@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
 from stages.runtime.server.answer import Answer, Options
+from stages.runtime.server.drafts import Drafter, Lookup
 from stages.runtime.server.grammar import Grammars
 from stages.runtime.server.scheduler import Job, Scheduler
 from stages.runtime.session import Session
@@ -34,12 +35,20 @@ class Engine:
     """Makes many answers of one bundle at a time, in a thread of its own.
 
     ``tokens`` is how many the KV cache holds (default: a whole context for each of ``sequences``, which are read at
-    once; default: what the library was built for); ``queue`` how many answers may wait. :class:`BundleError` where
-    the bundle cannot be used here.
+    once; default: what the library was built for); ``queue`` how many answers may wait. ``speculate`` is how many ids
+    are guessed at once where a request does not say, by the bundle ``draft``, or where there is none by the text
+    itself. :class:`BundleError` where the bundle cannot be used here.
     """
 
     def __init__(
-        self, bundle: Manifest, *, sequences: int | None = None, tokens: int | None = None, queue: int = 64
+        self,
+        bundle: Manifest,
+        *,
+        sequences: int | None = None,
+        tokens: int | None = None,
+        queue: int = 64,
+        speculate: int = 0,
+        draft: Manifest | None = None,
     ) -> None:
         self.manifest, self.name = bundle, bundle.name
         self.tokenizer = BundleTokenizer(bundle.folder)
@@ -52,6 +61,11 @@ class Engine:
         self._session.max_batch = rows
         self.limit = self._session.limit  # the most tokens of one sequence
         self.vocab_size = self._session.vocab_size
+        self.can_speculate = self._session.verify_chunk > 0
+        if speculate and not self.can_speculate:
+            raise RequestError(f"{bundle.root}: a recurrent model cannot take guesses back (--speculate)")
+        self.speculate = speculate
+        self._begin_draft = Lookup if draft is None else Drafter(draft, self.tokenizer.active_vocab_size).begin
         self.scheduler = Scheduler(self._session)
         self.pages = self.free_pages = self._session.free_pages  # in all, and those that nothing holds
         self._queue = queue
@@ -105,8 +119,10 @@ class Engine:
                 room=self.limit,
                 deliver=_bound(deliver, index),
                 mask=masks(),
+                draft=self._begin_draft if options.speculate else None,
             )
-            made.append((Job(answer.ids, answer.take, leader=made[0][0] if made else None), answer))
+            leader = made[0][0] if made else None
+            made.append((Job(answer.ids, answer.take, leader, answer.draft if options.speculate else None), answer))
         with self._changed:
             if self._closing or not self.alive:
                 raise ClosingError
@@ -140,7 +156,7 @@ class Engine:
                 busy = self.scheduler.step()
                 self.free_pages = self._session.free_pages
                 for job in [job for job in self._answers if job.over]:
-                    del self._answers[job]
+                    self._answers.pop(job).close()
         finally:
             for job, answer in self._answers.items():
                 if not job.over:

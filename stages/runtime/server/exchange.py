@@ -104,12 +104,17 @@ class Exchange:
         count = len(self._wanted.seeds)
         prompt = sum(map(len, self._wanted.prompts))
         made = sum(answer.generated for _, answer in self._made)
+        right = sum(job.accepted for job, _ in self._made)
         cached = sum(job.cached for job, _ in self._made[::count])
         return {
             "prompt_tokens": prompt,
             "completion_tokens": made,
             "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": right,
+                "rejected_prediction_tokens": sum(job.drafted for job, _ in self._made) - right,
+            },
         }
 
     async def _all(self) -> AsyncIterator[tuple[int, Piece | End]]:

@@ -23,6 +23,8 @@ _OF_ENGINES = {
     "prompt_tokens_total": ("counter", "tokens of prompts that were begun"),
     "cached_tokens_total": ("counter", "of these, tokens that were held already"),
     "generated_tokens_total": ("counter", "tokens made"),
+    "drafted_tokens_total": ("counter", "tokens that were guessed"),
+    "accepted_tokens_total": ("counter", "of these, tokens that were right"),
     "preemptions_total": ("counter", "answers that gave their pages back and read again"),
 }
 
@@ -91,6 +93,8 @@ def _gauges(engine: Engine) -> dict[str, int]:
         "prompt_tokens_total": scheduler.prompt_tokens,
         "cached_tokens_total": scheduler.cached_tokens,
         "generated_tokens_total": scheduler.generated_tokens,
+        "drafted_tokens_total": scheduler.drafted_tokens,
+        "accepted_tokens_total": scheduler.accepted_tokens,
         "preemptions_total": scheduler.preemptions,
     }
 

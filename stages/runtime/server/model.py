@@ -14,6 +14,7 @@ from stages.runtime import manifest as manifests
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.sampling import Settings, of_checkpoint
 from stages.runtime.server.answer import Answer, End, Event, Options, Piece
+from stages.runtime.server.drafts import MOST
 from stages.runtime.server.engine import Engine
 from stages.runtime.server.errors import ApiError
 
@@ -30,10 +31,12 @@ class Asked(TypedDict, total=False):
     """How an answer is made; what is left out is as the checkpoint's generation_config.json says, else greedy.
 
     ``stop`` are texts before which it ends, ``schema`` is a JSON schema that it has to fit (needs llguidance), and
-    ``max_tokens`` the most tokens; without it the model ends it, or the context. The same ``seed`` (0) gives the same.
+    ``max_tokens`` the most tokens; without it the model ends it, or the context. ``speculate`` are tokens guessed at
+    once (0: none), which changes nothing that is said. The same ``seed`` (0) gives the same.
     """
 
     max_tokens: int
+    speculate: int
     temperature: float
     top_k: int
     top_p: float
@@ -159,7 +162,11 @@ class Model:
         limit, stops = asked.get("max_tokens", 2**31), asked.get("stop", ())
         if limit < 1 or isinstance(stops, str) or not all(stops):
             raise RequestError("max_tokens must be above 0, and stop a list of texts that are not empty")
-        options = Options(settings, limit, tuple(stop.encode() for stop in stops))
+        speculate = asked.get("speculate", self._engine.speculate)
+        if not 0 <= speculate <= MOST or (speculate and not self._engine.can_speculate):
+            raise RequestError(f"speculate must be from 0 to {MOST}, and 0 for a recurrent model")
+        encoded = tuple(stop.encode() for stop in stops)
+        options = Options(settings, limit, encoded, speculate=speculate)
         masks = self._masks(asked.get("schema"))
 
         def begin(deliver: Callable[[int, Event], None]) -> tuple[Job, Answer]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.runtime.errors import RequestError
 from stages.runtime.sampling import Settings, of_checkpoint
-from stages.runtime.server import tools
+from stages.runtime.server import drafts, tools
 from stages.runtime.server.answer import Options
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.fields import Fields
@@ -28,7 +28,7 @@ _LARGEST = 2**31 - 1
 
 _COMMON = {
     "model", "stream", "stream_options", "stop", "n", "seed", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "max_tokens",
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "speculate",
 }  # fmt: skip
 # What says who asks, or what the service may do with it: nothing here depends on it.
 _IDLE = {
@@ -86,22 +86,20 @@ def chat(body: Any, engine: Engine) -> Wanted:
 
 
 def _masks(fields: Fields, engine: Engine, called: Tools | None) -> Callable[[], Mask | None]:
-    """Return what makes the grammar of each answer: that of a call it has to make, or of its response_format."""
+    """Return what makes the grammar of each answer: of its response_format, or of a call that it may or has to make."""
     form = Fields(fields.take("response_format", dict, {"type": "text"}), where="response_format")
     kind = form.raw("type")
     if kind not in ("text", "json_object", "json_schema"):
         raise form.wrong("type", "text, json_object or json_schema")
-    if kind != "text" and called is not None:
-        raise ApiError("response_format together with tools is not supported", param="response_format")
-    if called is not None:
-        return lambda: called.mask(engine.grammars)
-    if kind == "text":
-        return lambda: None
-    schema: Any = {"type": "object"}
+    schema: Any = {"type": "object"} if kind == "json_object" else None
     if kind == "json_schema":
         known = {"name", "description", "schema", "strict"}
         schema = Fields(form.raw("json_schema"), known, where=form.path("json_schema")).raw("schema")
-    return lambda: engine.grammars.json(schema, "response_format")
+    if called is None:
+        return lambda: None if kind == "text" else engine.grammars.json(schema, "response_format")
+    if kind != "text":
+        engine.grammars.json(schema, "response_format")  # what is wrong with it alone
+    return lambda: called.mask(engine.grammars, schema)
 
 
 def text(body: Any, engine: Engine) -> Wanted:
@@ -142,6 +140,9 @@ def _wanted(
     stops = [stop.encode() for stop in fields.texts("stop", MOST_STOPS)]
     if any(len(stop) > LONGEST_STOP for stop in stops):
         raise fields.wrong("stop", f"of at most {LONGEST_STOP} bytes")
+    speculate = fields.integer("speculate", engine.speculate, 0, drafts.MOST) or 0
+    if speculate and not engine.can_speculate:
+        raise ApiError("a recurrent model cannot take guesses back", param="speculate")
     options = Options(
         settings=_settings(fields, engine),
         max_tokens=limit,
@@ -150,6 +151,7 @@ def _wanted(
         presence_penalty=fields.number("presence_penalty", 0, -2, 2),
         logit_bias=_biases(fields, engine),
         logprobs=logprobs,
+        speculate=speculate,
     )
     return Wanted(
         prompts=prompts,

@@ -30,6 +30,7 @@ class Model(Protocol):
 
     max_batch: int
     prefill_chunk: int
+    verify_chunk: int
 
     @property
     def page_size(self) -> int | None:
@@ -58,20 +59,30 @@ class Model(Protocol):
     def batch_decode(self, tokens: Mapping[int, int]) -> np.ndarray:
         """Read one token of each sequence; the logits [b, V] after them."""
 
+    def batch_verify(self, requests: Mapping[int, Sequence[int]]) -> Sequence[np.ndarray]:
+        """Read several tokens of each sequence, ``verify_chunk`` in all at most; the logits [n, V] after each."""
+
+    def popn(self, sequence: int, count: int) -> None:
+        """Take the last tokens of a sequence back."""
+
 
 @dataclass(eq=False)
 class Job:
     """One text to continue: ``ids``, which what is picked is added to.
 
     ``take`` is given the logits after the ids and returns the next id, or None where the text is over. A job whose
-    ``leader`` has the same prompt waits until that was read. ``cached`` is how many ids were not read when it first
-    began, because another sequence held them.
+    ``leader`` has the same prompt waits until that was read. ``draft`` guesses what is picked next, at most so many
+    ids; ``drafted`` and ``accepted`` count its guesses and those that were right. ``cached`` is how many ids were not
+    read when it first began, because another sequence held them.
     """
 
     ids: list[int]
     take: Callable[[np.ndarray], int | None]
     leader: Job | None = None
+    draft: Callable[[int], Sequence[int]] | None = None
     cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
     sequence: int | None = field(default=None, init=False)
     read: int = field(default=0, init=False)  # how many of the ids its sequence holds
     prompt: int = field(init=False)
@@ -107,6 +118,7 @@ class Scheduler:
         self.active: list[Job] = []
         self.prefixes = Prefixes(model.page_size)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.preemptions = self.steps = 0
+        self.drafted_tokens = self.accepted_tokens = 0
 
     def submit(self, job: Job) -> None:
         """Queue a job; the pages of all must hold its longest form alone, which is for the caller to see to."""
@@ -128,7 +140,11 @@ class Scheduler:
         if not self.active:
             return False
         self.steps += 1
-        self._read([(job, 1) for job in self.active if job.pending == 1], self._decode)
+        ready = [job for job in self.active if job.pending == 1]
+        if drafts := self._drafts(ready):
+            self._verify(ready, drafts)
+        else:
+            self._read([(job, 1) for job in ready], self._decode)
         self._read(self._shares(), self._model.batch_prefill)
         return True
 
@@ -208,6 +224,46 @@ class Scheduler:
 
     def _decode(self, parts: dict[int, list[int]]) -> np.ndarray:
         return self._model.batch_decode({sequence: ids[0] for sequence, ids in parts.items()})
+
+    # What is guessed
+
+    def _drafts(self, ready: Sequence[Job]) -> dict[Job, list[int]]:
+        """Return what may follow the newest ids of jobs: no more than the model verifies at once, or has pages for."""
+        left, found = self._model.verify_chunk - len(ready), {}
+        for job in ready:
+            draft = [*job.draft(left)] if job.draft is not None and left > 0 else []
+            if draft:
+                found[job] = draft
+                left -= len(draft)
+        if found and not self._free(sum(self._pages(job, 1 + len(found.get(job, ()))) for job in ready)):
+            return {}
+        return found
+
+    def _verify(self, ready: Sequence[Job], drafts: Mapping[Job, list[int]]) -> None:
+        """Read the newest id of each job and what may follow it, and keep of that what the job picks by itself."""
+        parts = {}
+        for job in ready:
+            assert job.sequence is not None
+            parts[job.sequence] = [*job.ids[job.read :], *drafts.get(job, ())]
+        for job, rows in zip(ready, self._model.batch_verify(parts), strict=True):
+            draft = drafts.get(job, [])
+            right = self._accept(job, draft, rows)
+            job.drafted, job.accepted = job.drafted + len(draft), job.accepted + right
+            self.drafted_tokens, self.accepted_tokens = self.drafted_tokens + len(draft), self.accepted_tokens + right
+
+    def _accept(self, job: Job, draft: Sequence[int], rows: np.ndarray) -> int:
+        """Let a job pick after each id that it has, or that was guessed as it picks; how many guesses were right."""
+        assert job.sequence is not None
+        for place, logits in enumerate(rows):
+            job.read += 1
+            token = job.take(logits)
+            right = place < len(draft) and token == draft[place]
+            if not right and place < len(draft):
+                self._model.popn(job.sequence, len(draft) - place)
+            self._took(job, token)
+            if not right:
+                return place
+        return len(draft)
 
     def _took(self, job: Job, token: int | None) -> None:
         assert job.sequence is not None

@@ -53,11 +53,12 @@ class Tools:
     must: Sequence[str]
     parallel: bool
 
-    def mask(self, grammars: Grammars) -> Mask | None:
-        """Return the grammar of a call that has to be; None where there needs to be none."""
-        if not self.must:
+    def mask(self, grammars: Grammars, schema: Any = None) -> Mask | None:
+        """Return the grammar of a call that has to be, or of one or what fits ``schema``; None where none is needed."""
+        if not self.must and schema is None:
             return None
-        functions = [tool["function"] for tool in self.given if tool["function"]["name"] in self.must]
+        names = self.must or [tool["function"]["name"] for tool in self.given]
+        functions = [tool["function"] for tool in self.given if tool["function"]["name"] in names]
         calls = [
             {
                 "type": "object",
@@ -71,7 +72,11 @@ class Tools:
             for function in functions
         ]
         begin, end = json.dumps(self.style.sign + self.style.opening), json.dumps(self.style.closing)
-        return grammars.lark(f"start: {begin} call {end}\ncall: %json {json.dumps({'anyOf': calls})}", "tools")
+        rules = [f"calling: {begin} call {end}", f"call: %json {json.dumps({'anyOf': calls})}"]
+        if self.must or schema is None:
+            return grammars.lark("\n".join(["start: calling", *rules]), "tools")
+        rules += ["start: calling | said", f"said: %json {json.dumps(schema)}"]
+        return grammars.lark("\n".join(rules), "tools, or response_format,")
 
 
 def read(fields: Fields, template: str) -> Tools | None:

@@ -162,7 +162,10 @@ function describe() {
   const model = known.find(({ id }) => id === $("model").value);
   if (!model) return;
   const window = model.context_window ? `, ${model.context_window.toLocaleString()} tokens of context` : "";
-  $("card").textContent = `${model.scheme}, ${model.target}${window}`;
+  const [summary, list] = $("card").children;
+  summary.textContent = `${model.scheme}, ${model.target}${window}; ${model.proofs.verdict}`;
+  list.replaceChildren(...model.proofs.checks.map(({ name, ok, detail }) =>
+    element("li", { cls: ok ? "" : "error", text: `${ok ? "✓" : "✗"} ${name}: ${detail}` })));
   document.title = model.id;
 }
 

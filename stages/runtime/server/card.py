@@ -1,0 +1,31 @@
+"""What a server says of a bundle: what it is, and what the certificate beside it says was proven."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stages.runtime import certificate
+from stages.runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from stages.runtime.manifest import Manifest
+
+
+def proofs(bundle: Manifest) -> dict[str, Any]:
+    """Return the verdict of a bundle's certificate, and each check of it with what was found.
+
+    A certificate that is damaged, or that certifies another bundle, is none: the verdict says why.
+    """
+    if not (bundle.root / certificate.FILE).exists():
+        return {"verdict": "no certificate", "checks": []}
+    try:
+        held = certificate.of(bundle.root)
+    except BundleError:
+        return {"verdict": "its certificate is damaged", "checks": []}
+    if held["bundle"]["sha256"] != bundle.sha256:
+        return {"verdict": "the certificate beside it is of another bundle", "checks": []}
+    checks = (held.document.get("verification") or {}).get("checks", [])
+    return {
+        "verdict": held["verdict"],
+        "checks": [{name: check.get(name) for name in ("name", "ok", "detail")} for check in checks],
+    }
