@@ -22,6 +22,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from stages.runtime import manifest
+from stages.runtime.server import app as apps
 from stages.runtime.server.engine import Engine
 from tests.stages import bundles
 from tests.stages.servers import Served, idle, serve
@@ -70,7 +71,7 @@ def test_three_times_what_it_can_do(tmp_path: Path) -> None:
     seconds = 60 * float(os.environ.get("STAGEGRAPH_SOAK", "10"))
     ended: Counter = Counter()
     marks = []
-    for there in serve(engine):
+    for there in serve(engine, limits=apps.Limits(seconds=3600)):  # a busy machine may be slow
         began = time.monotonic()
         count = 3 * (engine._session.max_batch + QUEUE)
         clients = [threading.Thread(target=client, args=(there, seed, began + seconds, ended)) for seed in range(count)]
