@@ -159,10 +159,16 @@ class _Api:
         return self._engines[name]
 
     def _described(self, name: str) -> JsonObject:
-        model = self._engines[name].manifest
-        about = {"target": model.target, "scheme": model.model["scheme"], "context_window": self._engines[name].limit}
-        about["proofs"] = self._proofs[name]
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "stagegraph", **about}
+        engine, model = self._engines[name], self._engines[name].manifest
+        about = {"target": model.target, "scheme": model.model["scheme"], "context_window": engine.limit}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "stagegraph",
+            **about,
+            "proofs": self._proofs[name],
+        }
 
     async def _body(self, request: Request) -> Any:
         """Return the JSON of a body, which must say that it is one: no form of another page can send that."""

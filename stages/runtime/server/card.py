@@ -9,9 +9,10 @@ from stages.runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from stages.runtime.manifest import Manifest
+    from stages.runtime.server.documents import Proofs
 
 
-def proofs(bundle: Manifest) -> dict[str, Any]:
+def proofs(bundle: Manifest) -> Proofs:
     """Return the verdict of a bundle's certificate, and each check of it with what was found.
 
     A certificate that is damaged, or that certifies another bundle, is none: the verdict says why.
@@ -19,13 +20,13 @@ def proofs(bundle: Manifest) -> dict[str, Any]:
     if not (bundle.root / certificate.FILE).exists():
         return {"verdict": "no certificate", "checks": []}
     try:
-        held = certificate.of(bundle.root)
+        held = certificate.of(bundle.root).document
     except BundleError:
         return {"verdict": "its certificate is damaged", "checks": []}
     if held["bundle"]["sha256"] != bundle.sha256:
         return {"verdict": "the certificate beside it is of another bundle", "checks": []}
-    checks = (held.document.get("verification") or {}).get("checks", [])
+    checks: Any = held["verification"].get("checks", [])
     return {
         "verdict": held["verdict"],
-        "checks": [{name: check.get(name) for name in ("name", "ok", "detail")} for check in checks],
+        "checks": [{"name": check["name"], "ok": check["ok"], "detail": check["detail"]} for check in checks],
     }

@@ -73,6 +73,28 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
+class Predictions(TypedDict):
+    """Which tokens that were guessed were right, and which were not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class Proof(TypedDict):
+    """One check of a certificate."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Proofs(TypedDict):
+    """What the certificate beside a bundle says, or why there is none."""
+
+    verdict: str
+    checks: Sequence[Proof]
+
+
 class Usage(TypedDict):
     """How many tokens were read and made."""
 
@@ -80,6 +102,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: Predictions
 
 
 class Completion(TypedDict):
