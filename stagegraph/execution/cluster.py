@@ -79,9 +79,9 @@ class Cluster:
         most = AHEAD * threads
         return len(running) >= min(most, self._jobs or most)
 
-    def has(self, node: Node, running: AtWork) -> bool:  # noqa: ARG002 - Dask knows
-        """Leave it to Dask."""
-        return True
+    def has(self, node: Node, running: AtWork) -> bool:  # noqa: ARG002 - which worker it fits, Dask knows
+        """Say whether the workers have too little to do."""
+        return not self.full(running)
 
     def over(self, running: AtWork) -> Iterator[tuple[Any, str]]:  # noqa: ARG002 - the workers look
         """Yield nothing: memory is watched where it is."""
@@ -209,7 +209,14 @@ class Cluster:
     def _known_workers(self) -> dict[str, Any]:
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS:
-            self._workers = self._connected().scheduler_info(n_workers=-1)["workers"]
+            client = self._connected()
+            if client.status == "closed":  # Dask has given up to connect again
+                raise PlanError(f"the scheduler {self._settings.scheduler} is gone; run again to go on")
+            with contextlib.suppress(
+                TimeoutError, OSError, AttributeError
+            ):  # it is busy, or connected again, or closed
+                said = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_SECONDS)
+                self._workers = said["workers"]
             self._looked = now
         return self._workers
 
@@ -323,13 +330,14 @@ class ClusterSlot:
         return []
 
     def _write_log(self, offset: int, text: bytes) -> None:
-        descriptor = os.open(self.task.log.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            if not offset:
-                os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, text, offset)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError):  # a full disk; the node is none the worse for it
+            descriptor = os.open(self.task.log.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if not offset:
+                    os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, text, offset)
+            finally:
+                os.close(descriptor)
 
     def _lost(self) -> list[dict[str, Any]]:
         """Return the end of what Dask gave up, and of what has ended without a word."""

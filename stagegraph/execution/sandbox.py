@@ -70,6 +70,8 @@ class Sandbox:
     folder: Path
     linked: dict[str, str] = field(default_factory=dict)  # path of a hard link -> digest of its object
     secret: bool = False  # whether what was written may hold a secret
+    placed: list[str] = field(default_factory=list)  # inputs
+    made: dict[str, None] = field(default_factory=dict)  # directories, each after those above it
 
     @property
     def out(self) -> Path:
@@ -85,11 +87,10 @@ class Sandbox:
         of_key = workspace.work / key
         remove_tree(of_key)
         # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
-        folder = of_key / str(time.time_ns())
+        sandbox = cls(of_key / str(time.time_ns()))
         of_key.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-        (folder / "out").mkdir()
-        return cls(folder)
+        sandbox._make(f"{sandbox.folder}/out")
+        return sandbox
 
     def lay_out_inputs(self, store: Store, layout: Layout) -> dict[str, list[Any]]:
         """Put the inputs below ``in/``; return port -> [(``foreach`` values, path)]."""
@@ -104,10 +105,19 @@ class Sandbox:
     def lay_out(self, store: Store, base: Path, files: Mapping[str, str]) -> None:
         """Put objects below a folder; ``files`` are relative names -> digests."""
         for name, digest in files.items():
-            target = base / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if store.place(digest, target):
-                self.linked[str(target.absolute())] = digest
+            target = f"{base}/{name}"
+            self._make(target.rpartition("/")[0])
+            self.placed.append(target)
+            if store.place(digest, Path(target)):
+                self.linked[os.path.abspath(target)] = digest  # noqa: PTH100 - a text all along
+
+    def _make(self, folder: str) -> None:
+        """Make a directory below that of the sandbox, and those above it; each once."""
+        if folder not in self.made:
+            if folder != str(self.folder):
+                self._make(folder.rpartition("/")[0])
+            os.mkdir(folder)  # noqa: PTH102
+            self.made[folder] = None
 
     def open_log(self, path: Path, secrets: Sequence[str]) -> Log:
         """Return what takes the prints of a stage with these ``secrets`` among its parameters; the log is ``path``."""
@@ -126,7 +136,13 @@ class Sandbox:
 
     def remove(self, workspace: Workspace) -> None:
         """Remove everything; objects whose links go with it stay known as intact."""
-        remove_tree(self.folder)
+        try:  # what is known to be there, as long as nothing else is: walking the directory takes several times that
+            for file in self.placed:
+                os.unlink(file)  # noqa: PTH108
+            for folder in reversed(self.made):
+                os.rmdir(folder)  # noqa: PTH106
+        except OSError:
+            remove_tree(self.folder)
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
         self._relearn(workspace)

@@ -248,12 +248,14 @@ class Scheduler:
             log = sandbox.open_log(workspace.log_path(decision.key), prepared.secrets)
             layout = layout_of(node, {u: self._record_of(u) for u in node.upstream})
             slot = place.start(Task(decision, prepared, layout, sandbox, log, parts, fresh))
-        except (OSError, RottenError) as error:
+        except BaseException as error:
             if log is not None:
                 log.close()
             if sandbox is not None:
                 sandbox.remove(workspace)
             os.close(lock)
+            if not isinstance(error, OSError | RottenError):
+                raise
             if not (isinstance(error, RottenError) and self._remake(node, error.digest)):
                 self._finish(_not_started(decision, problem_of(error)))
             return

@@ -56,7 +56,8 @@ def execute(text: str) -> str:
     """Run the node of one request; what Dask calls. Returns the end, which was said already."""
     from distributed import get_worker
 
-    worker, request = get_worker(), json.loads(text)
+    worker = get_worker()
+    request = json.loads(text) | {"where": worker.address}
 
     def say(event: Mapping[str, Any]) -> None:
         worker.log_event(request["topic"], json.dumps({"task": request["task"], **event}))
@@ -65,7 +66,6 @@ def execute(text: str) -> str:
         state = worker.state.tasks.get(request["task"])
         return state is None or state.state != "executing"
 
-    say({"event": "began", "where": worker.address})
     end = _site(os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph").run(request, say, cancelled)
     end = {"task": request["task"], **end, "where": worker.address}
     say(end)
@@ -181,6 +181,7 @@ class Site:
                 sources[name] = {"root": str(base), "files": files, "digests": digests}
             log = sandbox.open_log(self._workspace.log_path(request["key"]), ())
             stage = origin.make()
+            say({"event": "began", "where": request["where"]})
             told = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
             with self._worker(stage.profile, new=bool(request["memory"])) as worker:
                 worker.send(cast("Request", {**request, **told, "sources": sources, "origin": origin}))

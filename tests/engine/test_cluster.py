@@ -280,11 +280,13 @@ def test_what_is_made_is_what_is_made_here(client: Client, tmp_path: Path) -> No
 
 def test_a_worker_that_would_make_something_else_is_refused_by_name(client: Client, grid: Grid, caplog) -> None:
     client.write(6, "Versioned", chain=False, seconds=0.2)
-    assert outcomes(client.run()) == ["BUILT"] * 6
+    watching = Watching()
+    assert outcomes(client.run(watching)) == ["BUILT"] * 6
     assert {parent for _, parent, _ in client.starts()} == {grid.workers[0].process.pid}
     (said,) = [text for text in caplog.messages if "is given no 'versioned'" in text]
     assert "worker tls://127.0.0.1:" in said
     assert "its code differs: stages.sizes; it has adder 2, not 1" in said
+    assert not [text for text in watching.heard if "lost" in text]
 
 
 def test_where_no_worker_fits_the_node_fails_with_every_reason(client: Client, grid: Grid, monkeypatch) -> None:
@@ -394,6 +396,25 @@ def test_secrets_stay_here(client: Client, monkeypatch) -> None:
     run = client.run()
     assert outcomes(run) == ["BUILT"] * 2
     assert {parent for _, parent, _ in client.starts()} == {os.getpid()}
+
+
+def test_a_scheduler_that_is_not_there_or_dies_ends_the_run_with_a_word(
+    client: Client, grid: Grid, monkeypatch
+) -> None:
+    client.write(1)
+    monkeypatch.setattr("stagegraph.execution.cluster.CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(PlanError, match="cannot be reached"):
+        client.run(scheduler=address)
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", address, "--no-dashboard"]
+    scheduler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    monkeypatch.setattr("stagegraph.execution.cluster.CONNECT_SECONDS", 15)
+    until(lambda: not socket.socket().connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))))
+    monkeypatch.setattr("stagegraph.execution.cluster.warn", lambda text: scheduler.kill())  # no worker is connected
+    with pytest.raises(PlanError, match="is gone"):
+        client.run(scheduler=address)
+    assert scheduler.wait()
 
 
 # -- what is configured ----------------------------------------------------------------------------------------------
