@@ -46,7 +46,9 @@ class Calibrate(Stage):
     }
     outputs = {
         "importance": Out("importance.npz", "mean square of what each matrix reads, by input channel"),
-        "feedback": Out("feedback", "how errors are made up for, by what matrices read; empty unless asked for"),
+        "feedback": Out(
+            "feedback", "how errors are made up for, by what matrices read; an index of none unless asked for"
+        ),
     }
 
     def tools(self, params: Params) -> Mapping[str, str]:
@@ -66,12 +68,13 @@ class Calibrate(Stage):
 
         import numpy as np
 
-        from stages.calibration import asking, moments
+        from stages.calibration import asking, curvature, moments
         from stages.verification.probes import CorpusError, one_file
 
         checkpoint, own = ctx.source("checkpoint"), ctx.params.corpus
         feedback = ctx.out / "feedback"
         feedback.mkdir()
+        (feedback / curvature.INDEX).write_text("{}", "utf-8")  # unless it is asked for
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
             try:
                 found = asking.Original(

@@ -173,12 +173,13 @@ def _feedback(ctx: Context) -> dict[str, Path]:
     from stages.quantization.feedback import INDEX
 
     folder = ctx.input("feedback")
-    if not (folder / INDEX).exists():
+    files = json.loads((folder / INDEX).read_bytes())
+    if not files:
         raise StageError(
             "scales: gptq takes what calibrate keeps only if it is asked to: give calibrate feedback: true "
             "(docs/quantization.md)"
         )
-    return {name: folder / file for name, file in json.loads((folder / INDEX).read_bytes()).items()}
+    return {name: folder / file for name, file in files.items()}
 
 
 def _uncalibrated(plan: Plan) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from stagegraph.stage import StageError
+from stages.calibrate import Calibrate
 from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
 from stages.conversion.model import Plan
@@ -156,6 +157,18 @@ def test_what_has_no_importance_is_named():
     assert [*_uncalibrated(eight)] == []
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+def test_every_output_is_written_whatever_is_asked_for(tmp_path, feedback, monkeypatch):
+    """The model itself is left out: it is held against transformers elsewhere."""
+    monkeypatch.setattr(asking.Original, "ask", lambda *_: {"q": np.ones(4, np.float32)})
+    checkpoint = EXAMPLES / "tiny-llama"
+    parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)}).out
+    inputs = {"config": parsed / "model.json", "tokenizer": tmp_path}
+    out = run_stage(Calibrate(), tmp_path / "out", {"checkpoint": str(checkpoint), "feedback": feedback}, inputs).out
+    assert all((out / each.path).exists() for each in Calibrate.outputs.values())
+    assert (out / "feedback" / curvature.INDEX).read_text() == "{}"
+
+
 def test_what_is_made_of_several_inputs_has_no_feedback(tmp_path):
     counts, files = dict.fromkeys("qk", np.ones(64, np.float32)), (tmp_path / "1.npz", tmp_path / "2.npz")
     for second, how, said in ((files[0], "gptq", 0), (files[1], "importance", 1)):
@@ -175,8 +188,9 @@ def test_quantize_stores_what_feedback_chooses(tmp_path):
     ports = families.parse_and_register(tmp_path / "stages", checkpoint, "q3k")
     inputs = {name: ports[name] for name in ("params", "tensors")} | {"importance": tmp_path / "importance.npz"}
     choice = {"scheme": "q3k", "target": "llvm", "checkpoint": str(checkpoint), "scales": "gptq"}
+    (tmp_path / curvature.INDEX).write_text("{}")
     with pytest.raises(StageError, match="give calibrate feedback: true"):
-        run_stage(Quantize(), tmp_path / "refused", choice, {**inputs, "feedback": tmp_path / "stages"})
+        run_stage(Quantize(), tmp_path / "refused", choice, {**inputs, "feedback": tmp_path})
     ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback})
     assert ctx.warnings == []
     registry = json.loads(ports["params"].read_text())
