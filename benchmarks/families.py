@@ -26,8 +26,10 @@ MAX_SECONDS, MAX_BYTES = 10.0, 2e9
 MAX_GROWTH = 1.1  # of the bytes of a layer, from the first half of the layers to the second
 
 
-def build(folder: Path, scheme: str) -> dict[str, Any]:
-    """Run the stages on the checkpoint in ``folder``; return the seconds of each node and the bytes of each graph."""
+def build(folder: Path, scheme: str, frontend: str = "auto") -> dict[str, Any]:
+    """Run the stages on the checkpoint in ``folder``; return the seconds of each node, those of processors in all, and
+    the bytes of each graph.
+    """
     from stagegraph.stage import SourceFiles
     from stages import profiles
     from stages.config_parse import ConfigParse
@@ -45,7 +47,7 @@ def build(folder: Path, scheme: str) -> dict[str, Any]:
     checkpoint = folder / "checkpoint"
     files = SourceFiles(checkpoint, {path.name: path for path in checkpoint.iterdir()}, {})
     (folder / "config").mkdir()
-    params = ConfigParse.Params(checkpoint=str(checkpoint), context_window=0)
+    params = ConfigParse.Params(checkpoint=str(checkpoint), context_window=0, frontend=frontend)
     ConfigParse().run(LocalContext(params, folder / "config", {}, {"checkpoint": files}))
     lap("config-parse")
     ports = {name: folder / "config" / ConfigParse.outputs[name].path for name in ("config", "tensors")}
@@ -58,15 +60,15 @@ def build(folder: Path, scheme: str) -> dict[str, Any]:
         run_stage(GraphBuild(), folder / function, {"target": "llvm", "function": function}, inputs)
         lap(f"graph-build[{function}]")
         sizes[function] = (folder / function / "module.json").stat().st_size
-    return {"seconds": seconds, "bytes": sizes}
+    return {"seconds": seconds, "bytes": sizes, "processors": time.process_time()}
 
 
-def measured(folder: Path, config: dict[str, Any], scheme: str) -> dict[str, Any]:
+def measured(folder: Path, config: dict[str, Any], scheme: str, frontend: str = "auto") -> dict[str, Any]:
     """Build in a process of its own; add its peak memory, in bytes."""
     from tests.checkpoints import write_hollow
 
     write_hollow(folder / "checkpoint", config)
-    command = [sys.executable, __file__, "--build", str(folder), "--scheme", scheme]
+    command = [sys.executable, __file__, "--build", str(folder), "--scheme", scheme, "--frontend", frontend]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -80,9 +82,10 @@ def main() -> int:
     parser.add_argument("--scheme", default="q4f16_1")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write the checkpoint and measure nothing")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--frontend", default="auto", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
-        found = build(args.build, args.scheme)
+        found = build(args.build, args.scheme, args.frontend)
         found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(json.dumps(found))
         return 0

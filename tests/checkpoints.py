@@ -187,9 +187,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_hollow(folder: Path, config: Mapping[str, Any]) -> Path:
     """Write a config and a file with a true header and a hole for weights: enough for all that only looks at shapes."""
-    from stages.models import load_family
+    from stages.models import TRACED, load_family, native
 
-    family = load_family(config["model_type"])
+    family = load_family(config["model_type"] if native(config["model_type"]) else TRACED)
     entries, end = {}, 0
     for parameter in family.params(family.parse(dict(config))):
         for name, shape in zip(parameter.sources, parameter.source_shapes, strict=True):
