@@ -15,6 +15,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 from stages.models.arithmetic import Remembered, Values, emitted
 from stages.models.family import Param
 from stages.models.layers import LayerFactory
+from stages.models.matrices import take
 from stages.models.operators import OPERATORS
 from stages.models.recurrence import states_of
 from stages.models.rwkv_layers import RecurrentState
@@ -78,9 +79,9 @@ class Traced(nn.Module):
         kept = Remembered(state, self.states, ends)
         return self._body(x, cache, kept), kept.held
 
-    def _body(self, x: Tensor, cache: PagedKVCache, kept: Remembered | None) -> Tensor:
+    def _body(self, x: Tensor, cache: PagedKVCache | None, kept: Remembered | None) -> Tensor:
         tokens = x.shape[1]
-        positions = op.reshape(cache.get_query_positions(tokens), (1, tokens))
+        positions = op.reshape(cache.get_query_positions(tokens), (1, tokens)) if cache is not None else None
         return self._run("body", [x, positions], tokens, cache, kept)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class Traced(nn.Module):
     def _run(
         self,
         part: str,
-        inputs: list[Tensor],
+        inputs: Sequence[Tensor | None],
         tokens: Any,
         cache: PagedKVCache | None = None,
         kept: Remembered | None = None,
@@ -98,7 +99,8 @@ class Traced(nn.Module):
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
         attention = self.config.attention
-        context = Values(self.compute_dtype, cache, attention.head_dim, attention.sinks, states=kept)
+        widths = (attention.head_dim, attention.sinks) if attention else (0, 0)
+        context = Values(self.compute_dtype, cache, *widths, states=kept)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,
@@ -125,6 +127,23 @@ class Traced(nn.Module):
                     "no kernel here computes; the model cannot be built until one does"
                 ) from None
         return values[graph["output"]]
+
+
+class Recurrent(Traced):
+    """What :class:`stages.models.rwkv_layers.RecurrentLM` is to the exported functions, without attention too."""
+
+    def hidden(  # type: ignore[override]  # of another kind of state
+        self, x: Tensor, state: RecurrentState, ends: Tensor
+    ) -> tuple[Tensor, RecurrentState]:
+        """Embeddings [r, h] -> normalised hidden states [b, h] of the rows ``ends``, and the state after all rows."""
+        kept = Remembered(state, self.states, ends)
+        found = self._body(op.reshape(x, (1, *x.shape)), None, kept)
+        return op.reshape(take(found, ends, axis=1), (ends.shape[0], found.shape[-1])), kept.held
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normalised hidden states [b, h] -> logits [b, V] in float32."""
+        found = super().logits(op.reshape(x, (1, *x.shape)))
+        return op.reshape(found, found.shape[1:])
 
 
 def _constant(entry: JsonObject) -> Tensor:

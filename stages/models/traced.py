@@ -70,9 +70,11 @@ class TracedConfig:
         return any(name in KEEPING for name, _ in self.parts["body"]["nodes"])
 
     @property
-    def attention(self) -> AttentionCache:
-        """What the KV cache must know; what it does not turn, the graph does."""
+    def attention(self) -> AttentionCache | None:
+        """What the KV cache must know, None for a model without; what it does not turn, the graph does."""
         layers = [arguments for name, arguments in self.parts["body"]["nodes"] if name == "attention"]
+        if not layers:
+            return None
         windows = [layer["window"] for layer in layers]
         width = max(max(layer["width"], layer["value_width"]) for layer in layers)
         sinks = width if any("sinks" in layer for layer in layers) else 0
@@ -203,9 +205,9 @@ def _whole(forms: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 def causal_lm(config: TracedConfig, make: Any) -> Any:
     """Return the module that replays the graphs on the parameters of ``make``."""
-    from stages.models.replay import Traced
+    from stages.models.replay import Recurrent, Traced
 
-    return Traced(config, params(config), make)
+    return (Traced if config.attention else Recurrent)(config, params(config), make)
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ def family_of(family: Family, config: TracedConfig) -> Family:
         architectures=(config.architecture,),
         tied=(config.tie[0], config.tie[1]) if config.tie else None,
         recomputed=tuple(f".{name}" for name in config.unread),
-        state="hybrid" if config.remembers else "kv",
+        state="kv" if not config.remembers else "hybrid" if config.attention else "rnn",
     )
 
 

@@ -51,7 +51,8 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
             f"{source.cls.__name__}: {scalars[0]} is a single number, which cannot be stored as a parameter"
         )
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
-    if not attention:
+    keeping = [name for name, _ in parts["body"].nodes if name == "causal_conv"]
+    if not attention and not keeping:
         raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
     return {
         "model_type": source.config.model_type,
@@ -60,7 +61,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
         "source": written({key: value for key, value in source.config.to_dict().items() if key not in SILENT}),
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "num_layers": len(attention),
+        "num_layers": len(attention) or len(keeping),
         "max_positions": positions_of(source.config),
         "frequencies": list(rotation.frequencies) if rotation else [],
         "attention_factor": rotation.factor if rotation else 1.0,
@@ -83,6 +84,8 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
 
     model, prefix = source.model, source.model.base_model_prefix
     table, body = model.get_input_embeddings(), getattr(model, prefix)
+    if getattr(body, "hidden_size_per_layer_input", 0) and hasattr(body, "get_per_layer_inputs"):
+        raise ConfigError(f"{source.cls.__name__}: layers that look tokens up in tables of their own are not built")
     embed, (hidden,) = export(model, table, [torch.zeros(EXAMPLE, dtype=torch.long)], names, [0])
     positions = torch.arange(EXAMPLE)[None]
     most = max(positions_of(source.config), EXAMPLE + 1) if positions_of(source.config) else 0

@@ -217,7 +217,7 @@ def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
 
     assert problems(state="rnn", page_size=None) == problems(state="kv", page_size=16) == []
     assert problems(state="kv", page_size=None) == ["'model.page_size' must be a positive 32-bit integer, found None"]
-    assert problems(state="ssm") == ["'model.state' is 'ssm'; this runtime knows kv, rnn"]
+    assert problems(state="ssm") == ["'model.state' is 'ssm'; this runtime knows kv, rnn, hybrid"]
 
 
 @pytest.mark.slow

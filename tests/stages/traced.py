@@ -104,6 +104,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"], "num_local_experts": 8,
                          "num_experts_per_tok": 2, "shared_intermediate_size": 32},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
 }  # fmt: skip
 
 
