@@ -52,6 +52,7 @@ ELSEWHERE = {
     "config": "params", "vars": "params", "set": "run --set NAME=VALUE", "version": "--version", "dev": "watch",
 }  # fmt: skip
 SELDOM = (
+    "lineage",
     "pull",
     "push",
     "remote",
