@@ -125,7 +125,7 @@ def test_pipes_and_devices_are_no_pipelines(tmp_path: Path) -> None:
 
 def test_the_nodes_of_all_entries_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NODES_LIMIT", 2)
-    monkeypatch.setattr(module, "read_entries", lambda *_: ["a", "b"])
+    monkeypatch.setattr(module, "read_entries", lambda *_, **__: ["a", "b"])
     made = iter([type("Node", (), {"place": module.Place("f", i, 1)})() for i in range(9)])
     monkeypatch.setattr(module, "expand", lambda *_: made)
     (tmp_path / "p.yaml").write_text(HEAD + "stages: {x: {uses: y}}\n")
