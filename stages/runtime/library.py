@@ -86,7 +86,6 @@ class LibraryVocabulary:
         self._leads_text = b'"prepend_scheme":"first"' in _state(self._tokenizer.pre_tokenizer)
         self._taking_turns = threading.Lock()  # where the pre-tokenizer is changed for a text
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added = {index: token.content.encode() for index, token in added.items()}
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
         self.added = {token.content: (index, token.special) for index, token in added.items()}
         self._silent = {index for index, token in added.items() if token.special} - {*shown}
@@ -130,10 +129,13 @@ class LibraryVocabulary:
         return [token.id for split in splits for token in tokenizer.model.tokenize(split)]
 
     def piece(self, index: int) -> bytes | None:
-        """Return the bytes of an id; of a token outside the byte-level alphabet, its spelling in UTF-8."""
+        """Return the bytes of an id, None if there is none; of one outside the byte-level alphabet, its UTF-8.
+
+        An added token is text of the decoder like any other: Gemma's are runs of the sign for a space.
+        """
         token = self._tokenizer.id_to_token(index)
-        if index in self._added or token is None:
-            return self._added.get(index)
+        if token is None:
+            return None
         if self._byte_level:
             known = all(character in _BYTES for character in token)
             return bytes(_BYTES[character] for character in token) if known else token.encode()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import random
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from stages.cli import tokenize
 from stages.runtime.errors import BundleError, RequestError
+from stages.runtime.library import LibraryVocabulary
 from stages.runtime.render import render
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
@@ -49,6 +52,33 @@ def test_streaming_never_shows_half_a_character(emitted, name):
     held = [stream.step(index) for index in tokenizer.encode("你")[:-1]]
     assert held == [""] * len(held)
     assert stream.finish() == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "own"),
+    [
+        (
+            decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+            ["▁", "▁two", "a", "é"],
+        ),
+        (decoders.ByteLevel(), ["Ġ", "Ġtwo", "a", "Ã", "©"]),
+    ],
+)
+def test_added_tokens_are_text_of_the_decoder_like_any_other(decoder, own):
+    """Of the library's decoder, that is: Gemma's added tokens are runs of the sign for a space."""
+    built = Tokenizer(models.BPE({token: i for i, token in enumerate(own)}, []))
+    built.decoder = decoder
+    built.add_tokens([AddedToken(text, normalized=False) for text in ("▁▁", "▁▁▁", "  ", "\t\t", "Ġx", "é!")])
+    built.add_special_tokens(["<end▁of>"])
+    content = built.to_str().encode()
+    rng = random.Random(3)  # noqa: S311
+    end = built.token_to_id("<end▁of>")
+    for shown in ((), (end,)):
+        vocabulary = LibraryVocabulary(content, shown=shown)
+        for _ in range(200):
+            ids = rng.choices(range(built.get_vocab_size()), k=rng.randrange(1, 8))
+            stream = vocabulary.stream()
+            assert "".join([*map(stream.step, ids), stream.finish()]) == vocabulary.decode(ids), ids
 
 
 def test_a_text_that_is_continued_keeps_the_space_between(emitted):
