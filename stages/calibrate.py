@@ -68,13 +68,14 @@ class Calibrate(Stage):
 
         import numpy as np
 
-        from stages.calibration import asking, curvature, moments
+        from stages.calibration import asking, moments
+        from stages.quantization.feedback import INDEX
         from stages.verification.probes import CorpusError, one_file
 
         checkpoint, own = ctx.source("checkpoint"), ctx.params.corpus
         feedback = ctx.out / "feedback"
         feedback.mkdir()
-        (feedback / curvature.INDEX).write_text("{}", "utf-8")  # unless it is asked for
+        (feedback / INDEX).write_text("{}", "utf-8")  # unless it is asked for
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
             try:
                 found = asking.Original(

@@ -99,8 +99,8 @@ class Traced(nn.Module):
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
         attention = self.config.attention
-        widths = (attention.head_dim, attention.sinks) if attention else (0, 0)
-        context = Values(self.compute_dtype, cache, *widths, states=kept)
+        head_dim, sinks = (attention.head_dim, attention.sinks) if attention else (0, 0)
+        context = Values(self.compute_dtype, cache, head_dim, sinks, states=kept)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,
