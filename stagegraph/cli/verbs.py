@@ -59,6 +59,7 @@ SELDOM = (
     "du",
     "clean",
     "fsck",
+    "tokenize",
     "attest",
     "sign",
     "completion",
@@ -161,6 +162,8 @@ def _near(word: str, options: list[str]) -> str:
 
 def usage() -> str:
     """Return the list of verbs."""
+    import textwrap
+
     lines = [f"  {verb:<12}{find_verb(verb).doc}" for verb in verb_names() if verb not in SELDOM]
-    more = f"now and then: {', '.join(SELDOM)}"
-    return "\n".join(["usage: pipeline VERB [arguments]", *lines, more, "`pipeline VERB --help` explains one verb."])
+    seldom = textwrap.wrap(f"now and then: {', '.join(SELDOM)}", 80, subsequent_indent="  ")
+    return "\n".join(["usage: pipeline VERB [arguments]", *lines, *seldom, "`pipeline VERB --help` explains one verb."])
