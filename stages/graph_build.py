@@ -82,10 +82,10 @@ class GraphBuild(Stage):
 
         model: Model = json.loads(ctx.input("config").read_text("utf-8"))
         registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
-        build, sizes = _build(ctx.params, model, registry)
-        exports = {**FUNCTIONS, **OTHERS.get(sizes["state"], {})}
-        module_name, _, name = exports[ctx.params.function].partition(":")
         try:
+            build, sizes = _build(ctx.params, model, registry)
+            exports = {**FUNCTIONS, **OTHERS.get(sizes["state"], {})}
+            module_name, _, name = exports[ctx.params.function].partition(":")
             exported = getattr(importlib.import_module(module_name), name)(build)
         except ProblemsError as error:
             raise StageError(*error.problems) from None
