@@ -59,7 +59,7 @@ SELDOM = (
     "du",
     "clean",
     "fsck",
-    "tokenize",
+    "gc",
     "attest",
     "sign",
     "completion",
