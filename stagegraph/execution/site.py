@@ -2,7 +2,8 @@
 
 Each Dask worker keeps a store of its own, which is a cache (``STAGEGRAPH_WORKER_DIR``, else in Dask's directory), and
 worker processes that stay warm. Before a node runs it is checked that this machine would make the same of it as the one
-that planned it: its platform, its code, module by module, and its tools.
+that planned it: its platform, its code, module by module, its libraries and its tools. What is imported stays as it was
+imported, so a worker whose code or libraries have changed since is to be started again before it makes anything more.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from stagegraph.execution.resources import MEBIBYTE, memory_text, resident_bytes
 from stagegraph.execution.sandbox import Log, Sandbox, Worker, Workers, placed
 from stagegraph.execution.worker import params_of
 from stagegraph.planning.code import CodeDigests
-from stagegraph.planning.planner import code_of, part_codes
+from stagegraph.planning.planner import code_of, libraries_of, part_codes
 from stagegraph.planning.sources import Sources
 from stagegraph.registry import Origin
 from stagegraph.remote.settings import Remote
 from stagegraph.remote.storage import MismatchError, RemoteError, Storage
 from stagegraph.stage import Stage
+from stagegraph.store.memo import PartCode
 from stagegraph.store.objects import RottenError
 from stagegraph.store.workspace import Workspace
 
@@ -45,6 +47,7 @@ LOOK_SECONDS = 0.2
 LOG_BYTES = 1 << 20  # of a node's prints that are sent
 AT_ONCE = 8  # files under way
 SHOWN = 3  # modules in a message
+STALE = "its code or its libraries have changed since it was started; start it again"
 
 
 def platform() -> str:
@@ -97,6 +100,8 @@ class Site:
         self._starter = ThreadPoolExecutor(1, "starter")
         self._transfers = ThreadPoolExecutor(AT_ONCE, "transfer")
         self._checked: dict[str, list[str]] = {}
+        self._checking = Lock()
+        self._read = PartCode("", {})  # the files of all that was checked, as they were then
 
     def run(
         self, request: dict[str, Any], say: Callable[[Mapping[str, Any]], None], cancelled: Callable[[], bool]
@@ -112,7 +117,8 @@ class Site:
             if problems := self._mismatches(request, origin, codes):
                 return _refused(*problems)
             with self._workspace.locked(request["key"], wait=True):
-                return self._run(request, origin, codes, say, cancelled)
+                end = self._run(request, origin, codes, say, cancelled)
+            return end if self._read.is_unchanged() else _refused(STALE)
         except (RemoteError, MismatchError) as error:
             return _failed(f"remote '{request['remote'][0]}' on its worker: {error}")
         except (OSError, RottenError) as error:
@@ -139,13 +145,18 @@ class Site:
         return Origin(reference, str(base), tuple(arguments))
 
     def _mismatches(self, request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
-        """Say what here is not as the key of a node has it; asked once for each stage, code and tools."""
+        """Say what here is not as the key of a node has it; compared once for each stage, code and tools."""
         document = request["document"]
-        asked = digest_json([origin, document["code"], document["tools"], request["params"]])
-        if asked not in self._checked:
-            self._checked[asked] = _mismatches(request, origin, codes)
-            codes.save()
-        return self._checked[asked]
+        parts = [document["code"], document.get("libraries", {}), document["tools"]]
+        asked = digest_json([origin, *parts, request["params"]])
+        with self._checking:
+            if not self._read.is_unchanged():
+                return [STALE]
+            if asked not in self._checked:
+                self._checked[asked] = _mismatches(request, origin, codes)
+                self._read = PartCode("", {**codes.files_read(), **self._read.files})
+                codes.save()
+            return self._checked[asked]
 
     # -- run ---------------------------------------------------------------------------------------------------------
 
@@ -267,6 +278,7 @@ def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) 
     try:
         stage: Stage = origin.make()
         code = code_of(codes, origin.module, stage, request["rows"])
+        libraries = libraries_of(codes, origin.module, stage, request["rows"])
         tools = dict(stage.tools(params_of(stage, request["params"])))
     except PipelineError as error:
         return list(error.problems)
@@ -276,10 +288,11 @@ def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) 
     if differing := sorted(name for name in wanted.keys() | code.keys() if wanted.get(name) != code.get(name)):
         more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         problems.append(f"its code differs: {', '.join(differing[:SHOWN])}{more}")
-    for name in sorted(document["tools"].keys() | tools.keys()):
-        here, there = tools.get(name, "none"), document["tools"].get(name, "none")
-        if here != there:
-            problems.append(f"it has {name} {here}, not {there}")
+    for asked, found in ((document["tools"], tools), (document.get("libraries", {}), libraries)):
+        for name in sorted(asked.keys() | found.keys()):
+            here, there = found.get(name, "none"), asked.get(name, "none")
+            if here != there:
+                problems.append(f"it has {name} {here}, not {there}")
     return problems
 
 

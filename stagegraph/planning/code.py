@@ -111,6 +111,10 @@ class CodeDigests:
         stats |= self._installed.stats(self._foreign(modules, rows))
         return PartCode(digest_json([counting, libraries]), stats)
 
+    def files_read(self) -> dict[str, list[int]]:
+        """Return every file that was read for what was asked, native libraries too, with its stat."""
+        return self._stats | self._installed.files_read()
+
     def changed(self, closure: Mapping[str, str]) -> list[str]:
         """Return the files behind a closure whose content is no longer what was digested."""
         fresh = CodeDigests(self._index, self._folder)

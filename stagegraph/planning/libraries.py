@@ -69,6 +69,10 @@ class Libraries:
         """Return the stats of the native libraries behind ``modules``, which :meth:`of` was asked for."""
         return {path: stat for module in modules for path, stat in self._stats[module].items()}
 
+    def files_read(self) -> dict[str, list[int]]:
+        """Return the native libraries behind all that was asked for, with their stats."""
+        return self.stats(self._stats)
+
     def changed(self, modules: Iterable[str]) -> list[str]:
         """Return those of the native libraries that are no longer what was digested."""
         return sorted(path for path, stat in self.stats(modules).items() if _stat(path) != stat)

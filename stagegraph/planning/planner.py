@@ -213,7 +213,7 @@ class Planner:
 
     def _libraries(self, node: Node, rows: Rows) -> dict[str, str]:
         """Return the libraries of others that the code of a node imports."""
-        return self._code.libraries((node.spec.origin.module, *worker_module(node.stage)), rows)
+        return libraries_of(self._code, node.spec.origin.module, node.stage, rows)
 
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
@@ -336,6 +336,11 @@ def code_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[s
     if prepare := _prepares(stage):
         code[prepare] = digest_json(prepare)  # which function of its module it is, a provider says
     return code
+
+
+def libraries_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[str, str]:
+    """Return the libraries of others that the code of a stage imports: distribution -> version and build."""
+    return codes.libraries((module, *worker_module(stage)), rows)
 
 
 def part_codes(codes: CodeDigests, stage: Stage, rows: Rows) -> dict[str, PartCode]:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,11 @@ from stagegraph.errors import PlanError, SpecError
 from stagegraph.execution.cluster import Cluster
 from stagegraph.execution.outcome import Run
 from stagegraph.execution.reporter import Reporter
+from stagegraph.execution.site import PROTOCOL, STALE, Site, platform
+from stagegraph.planning.code import CodeDigests
+from stagegraph.planning.planner import code_of, libraries_of
 from stagegraph.remote.settings import load_settings
+from tests.engine.test_libraries import install
 
 pytest.importorskip("distributed")
 pytest.importorskip("obstore")
@@ -287,6 +292,41 @@ def test_a_worker_that_would_make_something_else_is_refused_by_name(client: Clie
     assert "worker tls://127.0.0.1:" in said
     assert "its code differs: stages.sizes; it has adder 2, not 1" in said
     assert not [text for text in watching.heard if "lost" in text]
+
+
+def test_a_worker_with_another_library_or_another_since_it_was_started_is_refused(tmp_path: Path, monkeypatch) -> None:
+    """What is imported stays as it was, whatever the files have become, and so do the processes that stay warm."""
+    install(tmp_path / "installed")
+    monkeypatch.syspath_prepend(str(tmp_path / "installed"))
+    text = WORK.replace("print(f", "import maths; print(f")
+    request: dict[str, Any] = {
+        "protocol": PROTOCOL, "platform": platform(), "key": "0" * 64, "remote": ["team", str(tmp_path)], "rows": {},
+        "origin": ["local.work:Work", str(tmp_path), []], "own_files": {"work.py": b64encode(text.encode()).decode()},
+        "params": {"value": 1, "notes": str(tmp_path)},
+    }  # fmt: skip
+    site = Site(tmp_path / "store")
+    origin = site._origin(request)
+    codes = CodeDigests(site._workspace.index, Path(origin.folder))
+    stage = origin.make()
+    document: dict[str, Any] = {"stage": "work", "tools": {}, "code": code_of(codes, origin.module, stage, {})}
+    libraries = libraries_of(codes, origin.module, stage, {})
+    assert "maths-lib" in libraries
+    other = document | {"libraries": libraries | {"maths-lib": "1.0 of another build"}}
+    refused = site.run(request | {"document": other}, lambda _event: None, lambda: False)
+    assert refused["event"] == "refused"
+    (problem,) = refused["problems"]
+    assert problem == f"it has maths-lib {libraries['maths-lib']}, not 1.0 of another build"
+
+    def rebuilt(*_arguments: Any) -> dict[str, Any]:
+        (tmp_path / "installed" / "maths" / "fast.so").write_bytes(b"rebuilt")
+        return {"event": "end", "ok": True}
+
+    monkeypatch.setattr(Site, "_run", rebuilt)
+    for _ in ("meanwhile", "before"):
+        ended = site.run(
+            request | {"document": document | {"libraries": libraries}}, lambda _event: None, lambda: False
+        )
+        assert ended == {"event": "refused", "problems": (STALE,)}
 
 
 def test_where_no_worker_fits_the_node_fails_with_every_reason(client: Client, grid: Grid, monkeypatch) -> None:
