@@ -27,6 +27,7 @@ from stages.quantization.feedback import load
 from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.rows import Row
 from stages.quantization.tensor_cache import Tensor, shard_name, shards
+from stages.targets import processor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -276,8 +277,8 @@ class Conversion:
             scales, importance = self._plan.how(entry)
             counts = {} if importance is None else {"importance": blake3(importance.tobytes()).hexdigest()}
             how = {**entry["quantize"], "scales": scales, **counts}
-            if scales == "gptq":
-                how["feedback"] = self._feedback_digest(entry)
+            if scales == "gptq":  # multiplies matrices, and how those are summed up is the processor's
+                how |= {"feedback": self._feedback_digest(entry), "processor": processor.host_cpu()}
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}

@@ -24,6 +24,7 @@ from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize, _importance, _uncalibrated
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
+from stages.targets import processor
 from stages.verification import probes, weights
 from stages.verification.original import Request
 from tests.local_context import LocalContext, run_stage
@@ -177,7 +178,7 @@ def test_what_is_made_of_several_inputs_has_no_feedback(tmp_path):
         assert len([*_uncalibrated(both)]) == said
 
 
-def test_quantize_stores_what_feedback_chooses(tmp_path):
+def test_quantize_stores_what_feedback_chooses(tmp_path, monkeypatch):
     """From the model's inputs to the stored words of a parameter that is made of several tensors, q, k and v."""
     checkpoint, feedback = EXAMPLES / "tiny-llama", tmp_path / "feedback"
     feedback.mkdir()
@@ -191,8 +192,14 @@ def test_quantize_stores_what_feedback_chooses(tmp_path):
     (tmp_path / curvature.INDEX).write_text("{}")
     with pytest.raises(StageError, match="give calibrate feedback: true"):
         run_stage(Quantize(), tmp_path / "refused", choice, {**inputs, "feedback": tmp_path})
-    ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback})
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback}, tmp_path / "parts")
     assert ctx.warnings == []
+    logical = json.loads(ports["params"].read_text())["logical"]
+    read = [entry for entry in logical if entry["quantize"] and {*entry["sources"]} & files.keys()]
+    fed = [entry for entry in read if entry["quantize"]["bits"] < 8]
+    monkeypatch.setattr(processor, "host_cpu", lambda: "another")
+    there = run_stage(Quantize(), tmp_path / "there", choice, {**inputs, "feedback": feedback}, tmp_path / "parts")
+    assert there.memo.counts["tensor"] == {"made": len(fed), "reused": len(logical) - len(fed)}
     registry = json.loads(ports["params"].read_text())
     records = tensor_cache.records(Folder(tmp_path / "made" / "weights"))
     found = {tensor.source: tensor for tensor in weights.bundled_tensors(registry, records)}
