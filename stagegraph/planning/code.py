@@ -163,8 +163,10 @@ class CodeDigests:
                     continue
                 summary = self.summary(part, path)
                 found[part] = summary["digest"]
-                beside = part.partition(".")[0] == LOCAL
-                foreign.update(name for name in summary["foreign"] if not (beside and self._is_beside(part, name)))
+                others = summary["foreign"]
+                if part.partition(".")[0] == LOCAL:
+                    others = [name for name in others if not self._is_beside(part, name)]
+                foreign.update(others)
                 parts = [summary]
                 for table, contents in summary["tables"].items():
                     rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]

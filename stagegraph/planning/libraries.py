@@ -14,13 +14,10 @@ brought, counts as its version and its platforms.
 from __future__ import annotations
 
 import ast
-import csv
-import hashlib
 import importlib.util
 import os
 import re
 import sys
-from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -203,11 +200,16 @@ def _platforms(info: str) -> str:
 
 def _recorded_digest(path: str) -> str:
     """Return a file's digest as ``RECORD`` writes it."""
+    import hashlib
+    from base64 import urlsafe_b64encode
+
     with open(path, "rb") as file:  # noqa: PTH123
         return "sha256=" + urlsafe_b64encode(hashlib.file_digest(file, "sha256").digest()).decode().rstrip("=")
 
 
 def _rows(record: str) -> Iterator[list[str]]:
+    import csv
+
     with open(record, encoding="utf-8", newline="") as file:  # noqa: PTH123
         yield from (row for row in csv.reader(file) if row)
 
