@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.scale import measure
+from scale import measure
 
 STAGE = '''
 """A stage that sleeps."""

@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 from host_memory import settle
 
 
-def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int) -> None:
-    """Write a Llama of random float16 weights."""
+def write(
+    path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int, kind: str = "F16"
+) -> None:
+    """Write a Llama of random weights, its matrices as ggml's type ``kind``."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(hidden)
@@ -33,10 +34,13 @@ def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: in
     writer.add_token_list([f"t{i}" for i in range(vocab)])
     writer.add_token_scores([0.0] * vocab)
     writer.add_token_types([1] * vocab)
-    random = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float16) * np.float16(0.02)
+    random = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
+
+    stored = gguf.GGMLQuantizationType[kind]
 
     def matrix(name: str, n: int, k: int) -> None:
-        writer.add_tensor(f"{name}.weight", np.resize(random, (n, k)))
+        data = gguf.quants.quantize(np.resize(random, (n, k)), stored)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=stored)
 
     matrix("token_embd", vocab, hidden)
     for i in range(layers):
@@ -59,6 +63,8 @@ def write(path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: in
 
 def quantize(source: str, out: str, threads: int, kind: str = "q4_0") -> dict[str, float]:
     """Quantize all matrices to ``kind``; return the seconds it took, by the clock and of the processor."""
+    import llama_cpp
+
     kinds = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
     params = llama_cpp.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.pure = threads, kinds[kind], True

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 
+import quantize_llama  # noqa: E402
 from quantize import SHAPES, pinned, write_checkpoint  # noqa: E402
 
 WORK = str(ROOT / "benchmarks" / "serve_work.py")
@@ -69,7 +69,7 @@ def random_model(folder: Path, threads: int) -> tuple[str, str]:
         write_checkpoint("125M", checkpoint)
         write_vocabulary(checkpoint, SHAPES["125M"][-1])
     if not file.exists():
-        write_gguf(file, *SHAPES["125M"])
+        quantize_llama.write(str(file), *SHAPES["125M"], kind="Q4_0")
     return bundle(folder, checkpoint, "q4f16_1", threads), str(file)
 
 
@@ -89,51 +89,6 @@ def write_vocabulary(folder: Path, size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(roles))
-
-
-def write_gguf(path: Path, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int) -> None:
-    """Write a Llama of random weights in Q4_0, with the same vocabulary sizes."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"t{at}" for at in range(vocab)])
-    writer.add_token_scores([0.0] * vocab)
-    writer.add_token_types([1] * vocab)
-    random = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
-    kind = gguf.GGMLQuantizationType.Q4_0
-
-    def matrix(name: str, n: int, k: int) -> None:
-        data = gguf.quants.quantize(np.resize(random, (n, k)), kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-
-    matrix("token_embd", vocab, hidden)
-    for at in range(layers):
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{at}.{name}.weight", np.ones(hidden, np.float32))
-        kv = hidden * kv_heads // heads
-        for name, n, k in (
-            ("attn_q", hidden, hidden),
-            ("attn_k", kv, hidden),
-            ("attn_v", kv, hidden),
-            ("attn_output", hidden, hidden),
-            ("ffn_gate", ff, hidden),
-            ("ffn_up", ff, hidden),
-            ("ffn_down", hidden, ff),
-        ):
-            matrix(f"blk.{at}.{name}", n, k)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    matrix("output", vocab, hidden)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @dataclass

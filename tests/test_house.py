@@ -214,6 +214,13 @@ def test_the_runtime_stands_alone() -> None:
     assert not problems, "\n".join(problems)
 
 
+def test_a_benchmark_runs_by_its_path_as_its_page_says() -> None:
+    """Then it finds what lies beside it, and knows no package ``benchmarks``."""
+    paths = sorted((ROOT / "benchmarks").glob("*.py"))
+    assert paths
+    assert [path.name for path in paths if "benchmarks" in {root(other) for other in imported(parsed(path))}] == []
+
+
 def test_generated_pages_are_fresh() -> None:
     code = "import sys; sys.path.insert(0, 'docs'); import generate, json; print(json.dumps(generate.pages()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
