@@ -144,6 +144,10 @@ class Pipeline(Project):
 
         selection = selection or self.select()
         self.check_name()
+        if executor or scheduler:  # what was asked for in so many words is to be right where nothing is left to do, too
+            from stagegraph.remote.settings import load_settings
+
+            load_settings().cluster(executor, scheduler)
         if only:
             self._refuse_others(selection)
         forced = frozenset(node.name for node in selection.chosen) if force else frozenset()

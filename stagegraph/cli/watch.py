@@ -37,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = (("--stage", args.stage), ("--from", args.start), ("--until", args.until))
     selection = [word for option, names in chosen for name in names for word in (option, name)]
     jobs = ["-j", str(args.jobs)] if args.jobs else []
+    if not os.path.isfile(args.file):  # noqa: PTH113 - there is nothing to wait for; run says what there is instead
+        return subprocess.run([*_pipeline("run"), args.file], check=False).returncode
     files = [args.file]
     while True:
         files = _files(args.file, words) or files  # a mistake in the file: what it was read from before
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         subprocess.run([*_pipeline("run"), args.file, *words, *selection, *jobs], check=False)
         files = _files(args.file, words) or files  # with the code of nodes whose inputs were not there before
         seen = _seen(files) | before
-        print(f"watching {len(files)} files; Ctrl-C ends it", file=sys.stderr, flush=True)
+        print(f"watching {len(files)} file{'s' * (len(files) > 1)}; Ctrl-C ends it", file=sys.stderr, flush=True)
         while _seen(list(seen)) == seen:
             time.sleep(POLL_SECONDS)
         time.sleep(SETTLE_SECONDS)

@@ -480,6 +480,13 @@ def test_what_a_cluster_lacks_is_said(executor, remotes, given, said, tmp_path, 
         load_settings().cluster(*given)
 
 
+def test_a_place_that_is_typed_wrongly_is_refused_where_nothing_is_left_to_do(client: Client) -> None:
+    client.write(1)
+    assert outcomes(client.run(executor="local")) == ["BUILT"]
+    with pytest.raises(PlanError, match="expected tls://HOST:PORT"):
+        client.run(executor="dask", scheduler="foo")
+
+
 def test_an_executor_is_read_and_its_mistakes_are_all_said(tmp_path, monkeypatch) -> None:
     config = tmp_path / "config.yaml"
     monkeypatch.setenv("STAGEGRAPH_CONFIG", str(config))

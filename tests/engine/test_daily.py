@@ -130,6 +130,13 @@ stages:
 """
 
 
+def test_watch_waits_for_no_file_that_is_not_there(demo: Demo) -> None:
+    command = [sys.executable, "-m", "stagegraph.cli.main", "watch", str(demo.pipeline.with_name("pipelin.yaml"))]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "pipelin.yaml: no such file" in done.stderr
+
+
 def test_a_change_runs_again(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text(WATCHED)
     (tmp_path / "text").write_text("one")
