@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 LOCK = ROOT / "constraints.txt"
-EXTRAS = ("plot", "verify", "test")  # cuda is a set of exact releases of its own
+EXTRAS = ("plot", "test")  # cuda is a set of exact releases of its own
 HEAD = "# Exact versions for continuous integration; made by `python -m tests.supply_chain > constraints.txt`.\n"
 
 
@@ -26,10 +26,16 @@ def canonical(name: str) -> str:
 
 
 def direct() -> list[Requirement]:
-    """Return what ``pyproject.toml`` asks for, itself aside."""
+    """Return what ``pyproject.toml`` asks for, with what the extras bring that an extra of its own names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
-    return [needed for needed in map(Requirement, asked) if needed.name != project["name"]]
+    extras, found = [*EXTRAS], list(map(Requirement, project["dependencies"]))
+    for extra in extras:  # which grows
+        for needed in map(Requirement, project["optional-dependencies"][extra]):
+            if needed.name != project["name"]:
+                found.append(needed)
+            else:
+                extras += sorted(needed.extras - {*extras})
+    return found
 
 
 def closure() -> dict[str, Distribution]:

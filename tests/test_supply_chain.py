@@ -16,7 +16,19 @@ from tests.endurance.bench import Bench
 from tests.supply_chain import ROOT, canonical, closure, direct, locked
 
 # Words of which one stands in the licence of everything that is installed: permissive, or copyleft for single files.
-LICENCES = ("apache", "bsd", "mit", "mpl", "isc", "psf", "python software foundation", "cc0", "cnri-python", "hpnd")
+LICENCES = (
+    "apache",
+    "bsd",
+    "mit",
+    "mpl",
+    "isc",
+    "psf",
+    "python software foundation",
+    "cc0",
+    "cnri-python",
+    "hpnd",
+    "unlicense",
+)
 FORBIDDEN = ("gpl", "agpl", "sspl", "proprietary", "commercial")
 
 
@@ -32,11 +44,13 @@ def test_all_that_is_installed_is_locked() -> None:
 
 
 def licence(package: Distribution) -> str:
-    """What a package says of its licence: an SPDX expression, classifiers, or the beginning of a text."""
+    """What a package says of its licence: an SPDX expression, classifiers, the beginning of a text, or of a file."""
     told = package.metadata.get_all("Classifier") or []
     # get, as the package importlib_metadata, where some other test has imported it, raises for what is not there.
     said = [line for line in told if line.startswith("License ::")] or [package.metadata.get("License", "")[:100]]
-    return " ".join([package.metadata.get("License-Expression", ""), *said]).lower()
+    words = " ".join([package.metadata.get("License-Expression", ""), *said]).strip()
+    files = package.metadata.get_all("License-File") or []
+    return (words or " ".join((package.read_text(f"licenses/{name}") or "")[:100] for name in files)).lower()
 
 
 @pytest.mark.parametrize(("name", "package"), sorted(closure().items()), ids=lambda each: str(each)[:30])
