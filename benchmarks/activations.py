@@ -47,7 +47,7 @@ def measured(example: str, scheme: str, activations: str) -> float:
     from stages.runtime import manifest
     from stages.runtime.session import Session
     from stages.runtime.tokenizer import BundleTokenizer
-    from tests.stages.bundles import build
+    from tests.support.bundles import build
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = ROOT / "examples" / example

@@ -53,9 +53,9 @@ class Bench:
 
     def graphs(self, target: str, config: dict[str, Any]) -> tuple[dict[str, Any], Path]:
         """Return the ports of the graphs and the register of a model."""
-        from tests.checkpoints import write_hollow
-        from tests.stages.families import parse_and_register
-        from tests.stages.libraries import Registered, build_graphs
+        from tests.support.checkpoints import write_hollow
+        from tests.support.compiled_qwen import Registered, build_graphs
+        from tests.support.family_models import parse_and_register
 
         key = f"{target} {config}"
         if key not in self.known:
@@ -69,7 +69,7 @@ class Bench:
     def compiled(self, target: str, config: dict[str, Any], memo: Path, **options: Any) -> Seconds:
         """Run compile once."""
         from stages.compile import Compile
-        from tests.local_context import run_stage
+        from tests.support.local_context import run_stage
 
         ports, register = self.graphs(target, config)
         before = time.perf_counter(), _processors()

@@ -122,7 +122,7 @@ def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_tra
 
     from stages.checkpoint.errors import ConfigError
     from stages.tracing.trace import trace
-    from tests.stages import traced
+    from tests.support import traced_models
 
     try:
         config = transformers.AutoConfig.for_model(model_type)
@@ -141,7 +141,7 @@ def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_tra
     try:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        traced.scramble(model)
+        traced_models.scramble(model)
         model.save_pretrained(folder / "checkpoint")
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason
         return "unmade", f"{type(error).__name__}: {str(error)[:150]}"
@@ -151,14 +151,16 @@ def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_tra
 def compare(folder: Path, memo: Path) -> tuple[str, str]:
     """Build the checkpoint and hold it against transformers; kernels that models share are kept in ``memo``."""
     from stagegraph.stage import StageError
-    from tests.stages import families, traced
+    from tests.support import family_models, traced_models
 
     try:
-        case = families.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
-        made = families.build(folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=memo, frontend="traced")
+        case = family_models.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
+        made = family_models.build(
+            folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=memo, frontend="traced"
+        )
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
-    worst = max(traced.differences(made, CONTEXT))
+    worst = max(traced_models.differences(made, CONTEXT))
     return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest |logit|"
 
 

@@ -33,7 +33,7 @@ def build(folder: Path, model_type: str, scheme: str, config: dict[str, Any]) ->
     import torch
     import transformers
 
-    from tests.stages import families
+    from tests.support import family_models
 
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
@@ -44,8 +44,8 @@ def build(folder: Path, model_type: str, scheme: str, config: dict[str, Any]) ->
         print(f"{model_type}: {model.num_parameters() / 1e6:.0f} M parameters", flush=True)
         model.save_pretrained(checkpoint)
     shutil.rmtree(folder / "built", ignore_errors=True)  # of --keep, the checkpoints are kept
-    case = families.Case("", SIZES)
-    built = families.build(folder / "built", case, scheme, checkpoint=checkpoint, frontend="traced")
+    case = family_models.Case("", SIZES)
+    built = family_models.build(folder / "built", case, scheme, checkpoint=checkpoint, frontend="traced")
     return built.session()
 
 

@@ -36,7 +36,7 @@ def build(folder: Path, scheme: str, frontend: str = "auto") -> dict[str, Any]:
     from stages.graph import FUNCTIONS
     from stages.graph_build import GraphBuild
     from stages.param_register import ParamRegister
-    from tests.local_context import LocalContext, run_stage
+    from tests.support.local_context import LocalContext, run_stage
 
     seconds, sizes, started = {}, {}, time.perf_counter()
 
@@ -65,7 +65,7 @@ def build(folder: Path, scheme: str, frontend: str = "auto") -> dict[str, Any]:
 
 def measured(folder: Path, config: dict[str, Any], scheme: str, frontend: str = "auto") -> dict[str, Any]:
     """Build in a process of its own; add its peak memory, in bytes."""
-    from tests.checkpoints import write_hollow
+    from tests.support.checkpoints import write_hollow
 
     write_hollow(folder / "checkpoint", config)
     command = [sys.executable, __file__, "--build", str(folder), "--scheme", scheme, "--frontend", frontend]
@@ -91,7 +91,7 @@ def main() -> int:
         return 0
     config = json.loads((configs / f"{args.config}.json").read_text("utf-8"))
     if args.write:
-        from tests.checkpoints import write_hollow
+        from tests.support.checkpoints import write_hollow
 
         write_hollow(args.write, config)
         return 0

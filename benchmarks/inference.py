@@ -63,8 +63,8 @@ class Setting(NamedTuple):
 def bundle(setting: Setting, scheme: str, activations: str) -> str:
     """Build a bundle and return its path."""
     from stages.bundle import Bundle
-    from tests.local_context import run_stage
-    from tests.stages.families import write_tokenizer
+    from tests.support.family_models import write_tokenizer
+    from tests.support.local_context import run_stage
 
     folder, name = setting.folder, f"{scheme}-{activations}"
     tokenizer = folder / "tokenizer"  # random weights have no vocabulary

@@ -195,7 +195,7 @@ class Measured:
 
         from stages.config_parse import ConfigParse
         from stages.verification import advice, streaming
-        from tests.local_context import run_stage
+        from tests.support.local_context import run_stage
 
         parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)}).out
         files = {path.name: path for path in checkpoint.glob("*.safetensors")}

@@ -80,7 +80,7 @@ def write_checkpoint(name: str, folder: Path, *, sparse: bool = False) -> int:
     """Write a checkpoint of random (sparse: zero) weights, parse and register it; return its bytes of weights."""
     from stages.config_parse import ConfigParse
     from stages.param_register import ParamRegister
-    from tests.local_context import run_stage
+    from tests.support.local_context import run_stage
 
     hidden, layers, heads, kv_heads, ff, vocab = SHAPES[name]
     folder.mkdir(parents=True)

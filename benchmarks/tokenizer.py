@@ -28,7 +28,7 @@ STAGE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from tests.local_context import run_stage
+from tests.support.local_context import run_stage
 from stages.tokenizer_bundle import TokenizerBundle
 root = Path(sys.argv[2])
 inputs = {port: root / f"{port}.json" for port in ("config", "generation", "tensors")}

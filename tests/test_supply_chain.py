@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.endurance.bench import Bench
-from tests.supply_chain import ROOT, canonical, closure, direct, locked
+from tests.support.supply_chain import ROOT, canonical, closure, direct, locked
 
 # Words of which one stands in the licence of everything that is installed: permissive, or copyleft for single files.
 LICENCES = (
@@ -40,7 +40,7 @@ def test_the_ranges_contain_what_is_locked(needed: Requirement) -> None:
 
 def test_all_that_is_installed_is_locked() -> None:
     missing = closure().keys() - locked().keys()
-    assert not missing, "python -m tests.supply_chain > constraints.txt"
+    assert not missing, "python -m tests.support.supply_chain > constraints.txt"
 
 
 def licence(package: Distribution) -> str:

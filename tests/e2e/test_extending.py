@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Project
-from tests.stages import families
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, write_folder
+from tests.support import family_models
+from tests.support.edited_project import ROOT, Project
+from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
 
 SECTIONS = {"A model family": 3, "A quantization scheme": 2, "A lowering pass": 2, "A target": 2}  # files that it takes
 STEP = re.compile(r"^`([\w/.]+)`(?:, after the line `([^`\n]+)`)?:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -30,8 +30,8 @@ stages:
   graph-build: {{with: {{prefill_chunk: 48}}}}
   verify: {{with: {{reference: live}}}}
 """
-CASE = families.Case("SeedOss", {
-    **families.SIZES, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": families.LLAMA3,
+CASE = family_models.Case("SeedOss", {
+    **family_models.SIZES, "num_key_value_heads": 2, "head_dim": 32, "rope_parameters": family_models.LLAMA3,
     "vocab_size": SIZE + 35, "bos_token_id": SIZE, "eos_token_id": SIZE + 1,
 })  # fmt: skip
 LOWERED = """
@@ -80,7 +80,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Project:
         assert len(do(section, project.folder / "lib")) == count
     files, _, _ = FOLDERS["llama3 model"]
     write_folder(project.checkpoint, files)
-    families.write(project.checkpoint, CASE)
+    family_models.write(project.checkpoint, CASE)
     (project.folder / "overlay.yaml").write_text(OVERLAY)
     return project
 

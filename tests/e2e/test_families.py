@@ -16,10 +16,10 @@ import pytest
 from stagegraph.files import dotted
 from stagegraph.stage import StageError
 from stages import profiles
-from tests.checkpoints import write_qwen
-from tests.e2e.conftest import ROOT, Project
-from tests.stages import bundles, families, recurrent
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, write_folder
+from tests.support import bundles, family_models, rwkv_models
+from tests.support.checkpoints import write_qwen
+from tests.support.edited_project import ROOT, Project
+from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
 
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
@@ -66,10 +66,10 @@ def write_checkpoint(folder: Path, name: str) -> None:
     control = {"bos_token_id": SIZE if "llama3" in MODELS[name].tokenizer else eos, "eos_token_id": eos}
     write_folder(folder, files)
     if name == "rwkv":
-        recurrent.write_checkpoint(folder, vocab_size=ROWS, context_length=128, **control)
+        rwkv_models.write_checkpoint(folder, vocab_size=ROWS, context_length=128, **control)
     else:
-        case = families.CASES[name]
-        families.write(folder, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
+        case = family_models.CASES[name]
+        family_models.write(folder, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from stagegraph.files import dotted
-from tests.e2e.conftest import Project
+from tests.support.edited_project import Project
 
 QUANTIZE = "quantize[llvm]"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Project
+from tests.support.edited_project import ROOT, Project
 
 NODES = [
     "config-parse",

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.e2e.conftest import Project
+from tests.support.edited_project import Project
 
 GRAPH_NODES = {f"graph-build[llvm,{f}]" for f in ("embed", "prefill", "decode", "kv", "softmax")}
 

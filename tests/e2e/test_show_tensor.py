@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests.e2e.conftest import Project
+from tests.support.edited_project import Project
 
 BLOCK = "transformer.h.0"
 

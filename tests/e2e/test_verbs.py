@@ -12,9 +12,9 @@ from pathlib import Path
 
 from stagegraph import api
 from stages.checkpoint.safetensors import read_header
-from tests.e2e.conftest import ROOT, Project
 from tests.e2e.test_main_job import executed
-from tests.output_schema import validate
+from tests.support.edited_project import ROOT, Project
+from tests.support.output_schema import validate
 
 
 def test_quantize_does_not_run_for_a_tokenizer_file(project: Project) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import OVERLAY, ROOT
 from tests.endurance.bench import LIB, Bench
+from tests.support.edited_project import OVERLAY, ROOT
 
 HERE = {"LC_ALL": "C", "TZ": "UTC", "PYTHONHASHSEED": "0"}
 THERE = {"LC_ALL": "C.utf8", "TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "4711"}

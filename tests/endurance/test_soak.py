@@ -24,8 +24,8 @@ pytest.importorskip("starlette")
 from stages.runtime import manifest
 from stages.runtime.server import app as apps
 from stages.runtime.server.engine import Engine
-from tests.stages import bundles
-from tests.stages.servers import Served, idle, serve
+from tests.support import bundles
+from tests.support.local_server import Served, idle, serve
 
 QUEUE, VOCAB = 8, 200
 GROWTH = 1.02

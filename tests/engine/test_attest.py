@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from stagegraph import registry
-from tests.engine.conftest import Demo, provide
+from tests.support.demo import Demo, provide
 
 JUDGE = '''
     """Judges a shape."""

@@ -9,7 +9,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.registry import Comparison
-from tests.engine.conftest import Demo, provide
+from tests.support.demo import Demo, provide
 
 WEIGH = '''
     """Weighs a shape."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph.cli.completion import SCRIPTS
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 # Stands for `pipeline`: knows two nodes, and completes their names where a verb that takes one was typed.
 STUB = """\

@@ -11,7 +11,7 @@ from pathlib import Path
 from stagegraph.execution.waiting import depth_first
 from stagegraph.planning.dag import Dag
 from stagegraph.spec.load import load
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 REPOSITORY = Path(__file__).parents[2]
 

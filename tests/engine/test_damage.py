@@ -20,7 +20,7 @@ from stagegraph.store.index import Index
 from stagegraph.store.journal import Journal
 from stagegraph.store.record import is_record_of
 from stagegraph.store.workspace import Workspace
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stagegraph import Pipeline, registry
 from stages.provider import PROVIDER
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 def rows(demo: Demo, a: str, b: str) -> dict[tuple[str, str], tuple[str, str]]:

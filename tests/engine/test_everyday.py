@@ -9,7 +9,7 @@ import pytest
 
 from stagegraph.cli.remaining import Remaining
 from stagegraph.query.history import PastRun, find_run
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 def past(started: str, tag: str = "") -> PastRun:

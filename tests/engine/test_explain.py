@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stagegraph.planning.definitions import changed_definitions
-from tests.engine.conftest import Demo, Result
+from tests.support.demo import Demo, Result
 
 
 def explained(demo: Demo, node: str, *argv: str) -> dict[str, Any]:

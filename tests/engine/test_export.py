@@ -13,7 +13,7 @@ import pytest
 
 from stagegraph import Pipeline
 from stagegraph.query import export as module
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 @pytest.fixture

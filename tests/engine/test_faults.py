@@ -17,7 +17,7 @@ import diskcache
 import pytest
 
 from stagegraph import registry
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 TROUBLE = """\
 version: 1

@@ -12,8 +12,8 @@ import pytest
 from stagegraph.api import Pipeline
 from stagegraph.cli import layout, main, verbs
 from stagegraph.query.artifact import Artifact
-from tests.engine.conftest import Demo
-from tests.output_schema import validate
+from tests.support.demo import Demo
+from tests.support.output_schema import validate
 
 
 @pytest.mark.parametrize("verb", verbs.verb_names())

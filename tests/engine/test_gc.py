@@ -12,8 +12,8 @@ from stagegraph import Pipeline
 from stagegraph.store.leftovers import disk_bytes
 from stagegraph.store.pins import Pin, pinned
 from stagegraph.store.workspace import Workspace
-from tests.engine.conftest import Demo
 from tests.engine.test_faults import start, wait_for
+from tests.support.demo import Demo
 
 
 def glue(demo: Demo, *values: str) -> None:

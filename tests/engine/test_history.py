@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import pytest
 
 from stagegraph import Pipeline, registry
-from tests.engine.conftest import Demo
 from tests.engine.test_faults import start, wait_for
+from tests.support.demo import Demo
 
 TROUBLE = """\
 version: 1

@@ -14,7 +14,7 @@ from stagegraph.planning.sources import SourceState
 from stagegraph.spec.model import NodeSpec
 from stagegraph.stage import In, Out, Source, Stage, param, source
 from stagegraph.store.record import key_of
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 # Every field of a node, and whether it can influence the key. A new field must be put into one of the two.
 # By id, by the code that begins there (of a command by parameters made of its arguments), by value, by content.

@@ -15,7 +15,7 @@ import pytest
 from stagegraph.planning import libraries
 from stagegraph.planning.code import CodeDigests
 from stagegraph.store.index import Index
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 STAGE = """\
 import json

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import Pipeline
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 STAGE = '''\
 """Rates words."""

@@ -18,8 +18,8 @@ from stagegraph.store import objects as store
 from stagegraph.store.index import Index
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import Store
-from tests.engine.conftest import Demo, provide
 from tests.engine.test_faults import start, wait_for
+from tests.support.demo import Demo, provide
 
 PARTS = '''
     """Makes one line of output for each word, each a part of its own."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 PATH = "that is a path, and a result is named by its node, NODE@RUN or a digest"
 HOME = Path.home()

@@ -8,7 +8,7 @@ import pytest
 
 from stagegraph.files import dotted, typed
 from stagegraph.spec.model import fits
-from tests.engine.conftest import PIPELINE, Demo
+from tests.support.demo import PIPELINE, Demo
 
 TWO = PIPELINE.replace("join: {", "join: {foreach: {os: [linux, mac], version: ['3.11', '3.12']}, ")
 

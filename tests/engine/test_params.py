@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import PIPELINE, Demo
+from tests.support.demo import PIPELINE, Demo
 
 
 def rows(demo: Demo, *argv: str) -> dict[str, tuple[object, str]]:

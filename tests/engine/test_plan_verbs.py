@@ -10,7 +10,7 @@ import pytest
 
 from stagegraph import Pipeline, Reporter
 from stagegraph.query.forecast import makespan
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 FLAKY = '''
     """Fails until it was tried often enough."""

@@ -10,7 +10,7 @@ import pytest
 
 from stagegraph.cli.reference import folder
 from stagegraph.errors import PlanError
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.cli import main as cli
 from stagegraph.errors import PipelineError
-from tests.engine.conftest import Demo, provide
+from tests.support.demo import Demo, provide
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 

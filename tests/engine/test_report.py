@@ -13,7 +13,7 @@ import pytest
 
 from stagegraph.cli.drawing import Bar, Box, draw_graph, draw_timeline, layers, place
 from stagegraph.cli.report_page import markdown
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 VOID = {"meta"}
 

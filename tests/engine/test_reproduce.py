@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import Demo
-from tests.output_schema import validate
+from tests.support.demo import Demo
+from tests.support.output_schema import validate
 
 CHECK = "--check-reproducible"
 

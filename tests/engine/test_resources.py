@@ -12,7 +12,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.execution import resources
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 EAT = '''
     """Takes memory, itself or by a child in a session of its own."""

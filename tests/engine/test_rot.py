@@ -9,8 +9,8 @@ import pytest
 from stagegraph.digest import stat_id
 from stagegraph.store.objects import RottenError
 from stagegraph.store.workspace import Workspace
-from tests.engine.conftest import Demo
 from tests.engine.test_damage import flipped, root, shown
+from tests.support.demo import Demo
 
 
 def object_with(demo: Demo, text: str) -> Path:

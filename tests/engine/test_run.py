@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 ALL = ["join", "read", "shape[column]", "shape[line]"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.planning.secrets import Mask
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 WORDS = 'hunter2/"quoted" \\ und mehr'
 KEEP = '''

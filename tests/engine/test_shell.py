@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from stagegraph.spec.schema import json_schema
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 FAILED, LINK = "the command ended with status 1", "as a link or special file; outputs are real files"
 PIPELINE = """\

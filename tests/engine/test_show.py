@@ -7,7 +7,7 @@ import pytest
 from stagegraph import Pipeline
 from stagegraph.cli import pager
 from stagegraph.errors import PipelineError
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 
 def shown(demo: Demo, *argv: str) -> str:

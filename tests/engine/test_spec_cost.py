@@ -14,7 +14,7 @@ from stagegraph.errors import SpecError
 from stagegraph.spec import load as module
 from stagegraph.spec import reader, scope
 from stagegraph.spec.load import load
-from tests.engine.spec_fakes import SpecFiles
+from tests.support.spec_files import SpecFiles
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.spec.model import Resources
 from stagegraph.spec.settings import EXPECTED
-from tests.engine.spec_fakes import SpecFiles
+from tests.support.spec_files import SpecFiles
 
 
 @pytest.fixture
@@ -204,11 +204,11 @@ def test_needs_listed_twice(spec: SpecFiles) -> None:
 
 def test_a_stage_that_cannot_be_loaded(spec: SpecFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.shipped().stages, "gone", "no_such_module:Gone")
-    monkeypatch.setitem(registry.shipped().stages, "other", "tests.engine.spec_fakes:Plain")
+    monkeypatch.setitem(registry.shipped().stages, "other", "tests.support.spec_files:Plain")
     assert spec.wrong("\nstages: {gone: {}, other: {}}") == [
         "p.yaml:3:10: stage 'gone' cannot be loaded: No module named 'no_such_module'",
         (
-            "p.yaml:3:20: stage 'other' cannot be loaded: tests.engine.spec_fakes:Plain: "
+            "p.yaml:3:20: stage 'other' cannot be loaded: tests.support.spec_files:Plain: "
             "provides stage 'plain' but is registered as 'other'"
         ),
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from stagegraph.errors import SpecError
 from stagegraph.spec.load import load
-from tests.engine.spec_fakes import SpecFiles
+from tests.support.spec_files import SpecFiles
 
 BASE = """version: 1
 name: base

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from stagegraph.spec.schema import json_schema
-from tests.engine.spec_fakes import SpecFiles
+from tests.support.spec_files import SpecFiles
 
 VALID = """
 version: 1

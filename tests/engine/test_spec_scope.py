@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph.spec.settings import EXPECTED
-from tests.engine.spec_fakes import SpecFiles
+from tests.support.spec_files import SpecFiles
 
 FORMS = "${vars.NAME}, ${each.NAME}, ${env.NAME} or ${secret.NAME}"
 

@@ -10,7 +10,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.files import path_name
 from stagegraph.registry import Starter
-from tests.engine.conftest import PIPELINE, STAGES, Demo, provide
+from tests.support.demo import PIPELINE, STAGES, Demo, provide
 
 BEGIN = '''
     """A starter of the fake stages."""
@@ -31,7 +31,7 @@ BEGIN = '''
 
     def compose(path, examined, settings, folder):
         """The pipeline of the other tests."""
-        from tests.engine.conftest import PIPELINE
+        from tests.support.demo import PIPELINE
         text = PIPELINE.replace("text: words", f"text: {path.absolute()}").replace("demo", "${vars.text}")
         return text.replace('"-"', settings.get("glue", '"-"')) + f"# {examined} files\\n"
 '''

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from stagegraph.cli.streams import visible
-from tests.engine.conftest import Demo
 from tests.engine.test_faults import command
+from tests.support.demo import Demo
 
 ODD = "\\x1b]0;owned\\x07\\x1b[2J\\u202egnp\\u061c\\u200e\\u200f\\u2028\\nerror: forged: all is lost"
 # Control characters, separators of lines, and what turns the direction of text round, by Unicode's own words.

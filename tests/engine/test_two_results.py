@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 PIPELINE = """\
 version: 1

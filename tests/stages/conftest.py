@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.local_context import LocalContext
-from tests.stages import bundles, tokenizer_folders
+from tests.support import bundles, tokenizer_folders
+from tests.support.local_context import LocalContext
 
 
 @pytest.fixture(scope="session")

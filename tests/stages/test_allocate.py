@@ -14,8 +14,8 @@ from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
 from stages.quantization.budget import Choice, allocate, stored_bits
 from stages.quantization.schemes import SCHEMES
-from tests.checkpoints import write_qwen
-from tests.local_context import run_stage
+from tests.support.checkpoints import write_qwen
+from tests.support.local_context import run_stage
 
 DOWN = "transformer.h.0.mlp.c_proj.weight"
 

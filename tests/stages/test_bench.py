@@ -9,7 +9,7 @@ import pytest
 from stages.bench import Bench
 from stages.runtime import host, manifest, speed
 from stages.runtime.session import Session
-from tests.local_context import run_stage
+from tests.support.local_context import run_stage
 
 
 def params(**values):

@@ -10,7 +10,7 @@ import pytest
 from stagegraph.stage import StageError
 from stages.bundle import Bundle
 from stages.packing import assemble
-from tests.local_context import run_stage
+from tests.support.local_context import run_stage
 
 
 def inputs(built):

@@ -6,7 +6,7 @@ import pytest
 
 from stagegraph.cli import layout
 from stages.inspection import bundles, picture
-from tests.output_schema import validate
+from tests.support.output_schema import validate
 
 SPEED = {"tokens": 128, "rate": 300.0, "lowest": 290.0, "highest": 330.0}
 

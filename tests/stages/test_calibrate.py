@@ -27,8 +27,8 @@ from stages.runtime.folder import Folder
 from stages.targets import processor
 from stages.verification import probes, weights
 from stages.verification.original import Request
-from tests.local_context import LocalContext, run_stage
-from tests.stages import families
+from tests.support import family_models
+from tests.support.local_context import LocalContext, run_stage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PIECES = [[*range(5, 95)], [*range(40, 70)]]
@@ -186,7 +186,7 @@ def test_quantize_stores_what_feedback_chooses(tmp_path, monkeypatch):
     np.savez(tmp_path / "importance.npz", **counts)
     files = json.loads((feedback / curvature.INDEX).read_text())
     assert files.keys() == counts.keys()
-    ports = families.parse_and_register(tmp_path / "stages", checkpoint, "q3k")
+    ports = family_models.parse_and_register(tmp_path / "stages", checkpoint, "q3k")
     inputs = {name: ports[name] for name in ("params", "tensors")} | {"importance": tmp_path / "importance.npz"}
     choice = {"scheme": "q3k", "target": "llvm", "checkpoint": str(checkpoint), "scales": "gptq"}
     (tmp_path / curvature.INDEX).write_text("{}")

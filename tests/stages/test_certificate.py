@@ -23,8 +23,8 @@ from stages.verification.certificate import licence
 from stages.verification.origin import hub_origin
 from stages.verify import Verify
 from tests.engine.test_damage import flipped
-from tests.output_schema import validate
-from tests.stages import bundles
+from tests.support import bundles
+from tests.support.output_schema import validate
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"

@@ -19,9 +19,9 @@ from stages.ir.text import SCHEDULED, without_places
 from stages.lowering.name_kernels import name_kernels
 from stages.lowering.plain_names import plain_names
 from stages.targets import processor
-from tests.checkpoints import write_hollow
-from tests.stages import families, libraries
-from tests.stages.libraries import Registered
+from tests.support import compiled_qwen, family_models
+from tests.support.checkpoints import write_hollow
+from tests.support.compiled_qwen import Registered
 
 SIZES = {"prefill_chunk": 32, "max_batch": 2}
 CONFIG = {
@@ -114,9 +114,9 @@ def graphs(tmp_path_factory):
         folder = tmp_path_factory.mktemp("model")
         profiles.compiler()
         write_hollow(folder / "checkpoint", config)
-        ports = families.parse_and_register(folder, folder / "checkpoint", scheme, target)
+        ports = family_models.parse_and_register(folder, folder / "checkpoint", scheme, target)
         registered = Registered(ports["config"], ports["params"])
-        return libraries.build_graphs(folder, registered, target, **SIZES), registered
+        return compiled_qwen.build_graphs(folder, registered, target, **SIZES), registered
 
     known = {}
 
@@ -139,7 +139,7 @@ def memo(tmp_path_factory, graphs):
 def compiled(folder, model, memo, **options):
     """Compile; return the kernels that were compiled and not reused, by their names without the digest."""
     ports, registered = model
-    context = libraries.compile_library(folder, ports, registered, memo=memo, **{"target": "llvm", **options})
+    context = compiled_qwen.compile_library(folder, ports, registered, memo=memo, **{"target": "llvm", **options})
     rows = [row.strip("| ").split(" | ") for row in context.views["kernels"].splitlines()[2:]]
     made = [name.rpartition("_")[0] for name, seconds, *_ in rows if "reused" not in seconds]
     counts = context.memo.counts["kernel"]

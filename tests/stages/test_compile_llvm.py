@@ -13,14 +13,14 @@ import pytest
 from stages.quantization.schemes import SCHEMES as TABLE
 from stages.targets import processor
 from stages.targets.table import TARGETS
-from tests.stages import libraries
+from tests.support import compiled_qwen
 
 CHUNK = 24
 BATCH = 3
 # Each dequantization once; what differs from another in the dtype of scales alone waits for `-m slow`.
 QUICK = ("q0f32", "q0f16", "q3f16_1", "q4f32_1", "q4f16_1", "q4bf16_1", "e4m3_f16")
 SCHEMES = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TABLE]
-IDS = [int(token) for token in np.random.default_rng(3).integers(0, libraries.ROWS, 64)]
+IDS = [int(token) for token in np.random.default_rng(3).integers(0, compiled_qwen.ROWS, 64)]
 TOLERANCE = 1e-3
 
 
@@ -28,15 +28,17 @@ class Built:
     """One compiled library with its weights and the reference's logits of IDS."""
 
     def __init__(self, folder, scheme, *, target="llvm", sep_embed=True, **options):
-        self.registered = libraries.register(folder, scheme, target)
+        self.registered = compiled_qwen.register(folder, scheme, target)
         sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, "sep_embed": sep_embed}
-        ports = libraries.build_graphs(folder, self.registered, target, **sizes)
-        self.context = libraries.compile_library(folder / "compile", ports, self.registered, target=target, **options)
-        self.weights = libraries.weights(self.registered)
-        self.expected = libraries.reference_logits(self.registered, self.weights.meant, IDS)
+        ports = compiled_qwen.build_graphs(folder, self.registered, target, **sizes)
+        self.context = compiled_qwen.compile_library(
+            folder / "compile", ports, self.registered, target=target, **options
+        )
+        self.weights = compiled_qwen.weights(self.registered)
+        self.expected = compiled_qwen.reference_logits(self.registered, self.weights.meant, IDS)
 
     def runner(self, sequences=1):
-        return libraries.Runner(self.context.out / "model.so", self.weights.stored, sequences=sequences)
+        return compiled_qwen.Runner(self.context.out / "model.so", self.weights.stored, sequences=sequences)
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,10 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
     runner = library.runner()
     at, errors = 0, []
     for size in (1, 17, CHUNK):
-        errors.append(libraries.relative(runner.prefill(IDS[at : at + size]), library.expected[at + size - 1]))
+        errors.append(compiled_qwen.relative(runner.prefill(IDS[at : at + size]), library.expected[at + size - 1]))
         at += size
     for position in range(at, len(IDS)):
-        errors += [libraries.relative(runner.decode(IDS[position]), library.expected[position])]
+        errors += [compiled_qwen.relative(runner.decode(IDS[position]), library.expected[position])]
     assert max(errors) < TOLERANCE, errors
 
 
@@ -70,8 +72,8 @@ def test_a_target_of_the_processor_is_one_row(tmp_path, monkeypatch):
     assert metadata["target"]["target"] == "plain"
     assert not [name for name in metadata["kernels"] if name.startswith(("linear_", "silu_gate_"))]
     runner = library.runner()
-    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
-    errors += [libraries.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
+    errors = [compiled_qwen.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [compiled_qwen.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
     assert max(errors) < TOLERANCE, errors
 
 
@@ -80,10 +82,10 @@ def test_transposed_matrices_are_read_where_no_kernel_has_a_layout_of_its_own(tm
     library = Built(tmp_path, "q4f16_0")
     shapes = {entry["name"]: entry["shape"] for entry in json.loads(library.registered.params.read_text())["params"]}
     assert shapes["transformer.h.0.mlp.c_proj.q_weight"] == [96 // 8, 64]
-    assert shapes["transformer.wte.q_weight"] == [libraries.ROWS, 64 // 8]
+    assert shapes["transformer.wte.q_weight"] == [compiled_qwen.ROWS, 64 // 8]
     runner = library.runner()
-    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
-    errors += [libraries.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
+    errors = [compiled_qwen.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [compiled_qwen.relative(runner.decode(IDS[at]), library.expected[at]) for at in range(CHUNK, CHUNK + 8)]
     assert max(errors) < TOLERANCE, errors
 
 
@@ -96,12 +98,12 @@ def test_sequences_of_a_batch_do_not_see_each_other(built, scheme):
     last = np.cumsum(lengths, dtype="int32") - 1
     logits = runner.forward("batch_prefill", chunks, (1, sum(lengths)), last.astype("int32"))
     for row, length in zip(logits, lengths, strict=True):
-        assert libraries.relative(row, library.expected[length - 1]) < TOLERANCE
+        assert compiled_qwen.relative(row, library.expected[length - 1]) < TOLERANCE
     for step in range(4):
         tokens = {sequence: [IDS[length + step]] for sequence, length in enumerate(lengths)}
         logits = runner.forward("batch_decode", tokens, (BATCH, 1))
         for row, length in zip(logits, lengths, strict=True):
-            assert libraries.relative(row, library.expected[length + step]) < TOLERANCE
+            assert compiled_qwen.relative(row, library.expected[length + step]) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -122,16 +124,16 @@ def test_code_for_processors_without_avx512_is_as_right(built, cpu, activations,
     assert instruction in code
     assert "%zmm" not in code
     runner = library.runner()
-    errors = [libraries.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
-    errors += [libraries.relative(runner.decode(IDS[i]), library.expected[i]) for i in range(CHUNK, len(IDS))]
+    errors = [compiled_qwen.relative(runner.prefill(IDS[:CHUNK]), library.expected[CHUNK - 1])]
+    errors += [compiled_qwen.relative(runner.decode(IDS[i]), library.expected[i]) for i in range(CHUNK, len(IDS))]
     assert max(errors) < tolerance, errors
 
 
 def test_embedding_inside_prefill_and_decode(built):
     library = built("q4f32_1", sep_embed=False)
     runner = library.runner()
-    assert libraries.relative(runner.prefill(IDS[:20]), library.expected[19]) < TOLERANCE
-    assert libraries.relative(runner.decode(IDS[20]), library.expected[20]) < TOLERANCE
+    assert compiled_qwen.relative(runner.prefill(IDS[:20]), library.expected[19]) < TOLERANCE
+    assert compiled_qwen.relative(runner.decode(IDS[20]), library.expected[20]) < TOLERANCE
 
 
 def test_weights_matter_to_this_comparison(built):
@@ -141,18 +143,18 @@ def test_weights_matter_to_this_comparison(built):
     names = [param["name"] for param in library.runner().metadata["params"]]
     at = names.index("transformer.h.1.mlp.c_proj.weight")
     stored[at] = stored[at] * np.float32(1.05)
-    runner = libraries.Runner(library.context.out / "model.so", stored)
-    assert libraries.relative(runner.prefill(IDS[:20]), library.expected[19]) > TOLERANCE
+    runner = compiled_qwen.Runner(library.context.out / "model.so", stored)
+    assert compiled_qwen.relative(runner.prefill(IDS[:20]), library.expected[19]) > TOLERANCE
 
 
 def test_an_id_outside_the_vocabulary_is_clipped(built):
     runner = built("q4f32_1").runner()
-    assert np.array_equal(runner.embed([libraries.ROWS + 5, -3]), runner.embed([libraries.ROWS - 1, 0]))
+    assert np.array_equal(runner.embed([compiled_qwen.ROWS + 5, -3]), runner.embed([compiled_qwen.ROWS - 1, 0]))
 
 
 def test_softmax_with_temperature(built):
     runner = built("q0f32").runner()
-    logits = np.random.default_rng(0).standard_normal((2, 1, libraries.ROWS)).astype("float32") * 10
+    logits = np.random.default_rng(0).standard_normal((2, 1, compiled_qwen.ROWS)).astype("float32") * 10
     temperature = np.array([0.5, 1.7], "float32")
     tensors = [runner.tvm.runtime.tensor(array) for array in (logits, temperature)]
     found = runner.vm["softmax_with_temperature"](*tensors).numpy()

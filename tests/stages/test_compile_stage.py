@@ -24,8 +24,8 @@ from stages.targets.cuda.fatbin import DeviceCode
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 from stages.targets.tvm_target import build_target
-from tests.checkpoints import write_qwen
-from tests.stages import families, libraries
+from tests.support import compiled_qwen, family_models
+from tests.support.checkpoints import write_qwen
 
 ROOT = Path(__file__).parents[2]
 ABI = ROOT / "docs" / "abi.md"
@@ -36,8 +36,8 @@ def graphs(tmp_path_factory):
     @functools.cache
     def build(target, scheme="q4f16_1"):
         folder = tmp_path_factory.mktemp(target)
-        registered = libraries.register(folder, scheme, target)
-        return registered, libraries.build_graphs(folder, registered, target, prefill_chunk=32, max_batch=2)
+        registered = compiled_qwen.register(folder, scheme, target)
+        return registered, compiled_qwen.build_graphs(folder, registered, target, prefill_chunk=32, max_batch=2)
 
     return build
 
@@ -45,7 +45,7 @@ def graphs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def library(tmp_path_factory, graphs):
     registered, ports = graphs("llvm")
-    return libraries.compile_library(tmp_path_factory.mktemp("library"), ports, registered, target="llvm")
+    return compiled_qwen.compile_library(tmp_path_factory.mktemp("library"), ports, registered, target="llvm")
 
 
 def resolved(**params):
@@ -81,17 +81,17 @@ def test_quantized_activations_need_the_instructions(choice):
 
 @pytest.mark.parametrize("scheme", ["q0f32", "q3f16_1", "q4bf16_1", "e4m3_f16"])
 def test_quantized_activations_need_weights_that_their_kernels_read(tmp_path, scheme):
-    registered = libraries.register(tmp_path, scheme, "llvm")
-    graph = libraries.build_graph(tmp_path / "graph", registered, "llvm", "softmax")
+    registered = compiled_qwen.register(tmp_path, scheme, "llvm")
+    graph = compiled_qwen.build_graph(tmp_path / "graph", registered, "llvm", "softmax")
     ports = {port: [Instance({}, graph.out / f"{port}.json")] for port in ("module", "graph")}
     choice = {"target": "llvm", "mcpu": "x86-64-v4+avx512vnni", "activations": "int8"}
     with pytest.raises(StageError, match=f"int8 has no effect: no layer of this model in {scheme} has a kernel for it"):
-        libraries.compile_library(tmp_path / "out", ports, registered, **choice)
+        compiled_qwen.compile_library(tmp_path / "out", ports, registered, **choice)
 
 
 def test_layers_whose_rows_are_not_of_whole_groups_are_known_to_compute_in_floats(tmp_path):
     checkpoint = write_qwen(tmp_path / "checkpoint", layers=1, ff=80)
-    ports = families.parse_and_register(tmp_path, checkpoint, "q4f16_1")
+    ports = family_models.parse_and_register(tmp_path, checkpoint, "q4f16_1")
     bytes_, floats = takes_bytes(json.loads(ports["params"].read_text()))
     assert floats == ["transformer.h.0.mlp.c_proj.weight"]
     block = "transformer.h.0"
@@ -122,13 +122,13 @@ def test_a_missing_compiler_fails_with_what_to_install(tmp_path, graphs, monkeyp
     registered, ports = graphs("llvm")
     monkeypatch.setattr(toolchain, "cxx", lambda: None)
     with pytest.raises(StageError, match="apt-get install g"):
-        libraries.compile_library(tmp_path, ports, registered, target="llvm")
+        compiled_qwen.compile_library(tmp_path, ports, registered, target="llvm")
 
 
 def test_a_processor_unknown_to_llvm_is_refused(tmp_path, graphs):
     registered, ports = graphs("llvm")
     with pytest.raises(StageError, match=r"'x86-64-v9' is not one of .*x86-64-v4"):
-        libraries.compile_library(tmp_path, ports, registered, target="llvm", mcpu="x86-64-v9")
+        compiled_qwen.compile_library(tmp_path, ports, registered, target="llvm", mcpu="x86-64-v9")
     with pytest.raises(ValueError, match=r"knows no processor 'x86-64-v9' .*x86-64-v"):
         build_target(TARGETS["llvm"], "x86-64-v9", [], opt=3)
 
@@ -137,7 +137,7 @@ def test_a_missing_toolkit_fails_with_what_to_install(tmp_path, graphs, monkeypa
     registered, ports = graphs("cuda")
     monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": None)
     with pytest.raises(StageError, match=r"pip install -e '\.\[cuda\]'"):
-        libraries.compile_library(tmp_path, ports, registered, target="cuda")
+        compiled_qwen.compile_library(tmp_path, ports, registered, target="cuda")
 
 
 def test_a_failing_linker_is_quoted(tmp_path, graphs, monkeypatch):
@@ -148,32 +148,32 @@ def test_a_failing_linker_is_quoted(tmp_path, graphs, monkeypatch):
     monkeypatch.setattr(toolchain, "cxx", lambda: Program("system", str(linker), "0"))
     monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
     with pytest.raises(StageError, match="ld: out of luck, LIBRARY_PATH is unset"):
-        libraries.compile_library(tmp_path / "out", ports, registered, target="llvm")
+        compiled_qwen.compile_library(tmp_path / "out", ports, registered, target="llvm")
 
 
 def test_graphs_of_different_builds_are_refused(tmp_path, graphs):
     registered, ports = graphs("llvm")
-    libraries.build_graph(tmp_path / "other", registered, "llvm", "softmax", prefill_chunk=16, max_batch=2)
+    compiled_qwen.build_graph(tmp_path / "other", registered, "llvm", "softmax", prefill_chunk=16, max_batch=2)
     mixed = {port: list(instances) for port, instances in ports.items()}
     for port, instances in mixed.items():
         instances[-1] = Instance({"function": "softmax"}, tmp_path / "other" / f"{port}.json")
     with pytest.raises(StageError, match="the graphs disagree on prefill_chunk: 16, 32"):
-        libraries.compile_library(tmp_path / "a", mixed, registered, target="llvm")
+        compiled_qwen.compile_library(tmp_path / "a", mixed, registered, target="llvm")
     twice = {port: [*instances, instances[-1]] for port, instances in ports.items()}
     with pytest.raises(StageError, match="two graphs export softmax_with_temperature"):
-        libraries.compile_library(tmp_path / "b", twice, registered, target="llvm")
+        compiled_qwen.compile_library(tmp_path / "b", twice, registered, target="llvm")
     with pytest.raises(StageError, match="built for target llvm, the library for cuda"):
-        libraries.compile_library(tmp_path / "c", ports, registered, target="cuda")
+        compiled_qwen.compile_library(tmp_path / "c", ports, registered, target="cuda")
 
 
 SCRIPT = """
 import json, os, pathlib, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
-from tests.stages import libraries
+from tests.support import compiled_qwen
 out, target, options = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-registered = libraries.register(out, "q4f16_1", target)
-ports = libraries.build_graphs(out, registered, target, prefill_chunk=32, max_batch=2)
-libraries.compile_library(out / "library", ports, registered, target=target, **options)
+registered = compiled_qwen.register(out, "q4f16_1", target)
+ports = compiled_qwen.build_graphs(out, registered, target, prefill_chunk=32, max_batch=2)
+compiled_qwen.compile_library(out / "library", ports, registered, target=target, **options)
 """
 
 
@@ -211,7 +211,7 @@ def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
 def test_two_processes_build_the_same_device_code(tmp_path, graphs):
     registered, ports = graphs("cuda")
     options = {"archs": (80, 90)}
-    here = libraries.compile_library(tmp_path / "here", ports, registered, target="cuda", **options)
+    here = compiled_qwen.compile_library(tmp_path / "here", ports, registered, target="cuda", **options)
     same_elsewhere(tmp_path, "cuda", options, built_files(ports, here.out))
 
 
@@ -249,7 +249,7 @@ def test_the_interface_page_tells_the_metadata(library):
 
 def test_the_library_tells_what_the_metadata_says(library):
     metadata = json.loads((library.out / "metadata.json").read_text())
-    runner_metadata = libraries.metadata_of(library.out / "model.so")
+    runner_metadata = compiled_qwen.metadata_of(library.out / "model.so")
     assert set(metadata) - set(runner_metadata) == {"kernels", "device_code", "device_kernels"}
     assert all(metadata[name] == value for name, value in runner_metadata.items())
     assert set(library.views) == {"functions", "kernels", "memory"}
@@ -266,7 +266,7 @@ needs_cuda = pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA too
 def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs, scheme, dtype, replayed):
     registered, ports = graphs("cuda", scheme)
     options = {"target": "cuda", "archs": (80, 90), "cuda_graph": replayed}
-    context = libraries.compile_library(tmp_path, ports, registered, **options)
+    context = compiled_qwen.compile_library(tmp_path, ports, registered, **options)
     expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
     metadata = json.loads((context.out / "metadata.json").read_text())
@@ -379,7 +379,7 @@ def test_a_toolkit_without_its_parts_fails_once_with_what_it_lacks(tmp_path, gra
     monkeypatch.setattr(toolchain, "toolkit", lambda kind="auto": Program("system", str(tmp_path), "13.0.88"))
     monkeypatch.setattr("stages.codegen.build.lower", lambda *_, **__: pytest.fail("seconds before it is said"))
     with pytest.raises(StageError) as error:
-        libraries.compile_library(tmp_path / "out", ports, registered, target="cuda")
+        compiled_qwen.compile_library(tmp_path / "out", ports, registered, target="cuda")
     lacking = "libcudart.so.13, libnvrtc.so.13, fatbinary, cuda_fp16.h: pip install -e '.[cuda]'"
     assert str(error.value).startswith(f"the CUDA toolkit in {tmp_path} has no {lacking}")
 
@@ -405,7 +405,7 @@ def test_a_compiler_that_leaves_an_architecture_out_is_noticed(tmp_path, graphs,
     monkeypatch.setattr(device_code, "compile_fatbin", functools.partial(_refuse, "lacks machine code for sm_90"))
     memo, options = tmp_path / "memo", {"target": "cuda", "archs": (80, 90)}
     with pytest.raises(StageError, match=r"kernel softmax_\w{8} of softmax_with_temperature: lacks machine code"):
-        libraries.compile_library(tmp_path / "out", ports, registered, memo=memo, **options)
+        compiled_qwen.compile_library(tmp_path / "out", ports, registered, memo=memo, **options)
 
 
 def _refuse(message, *_, **__):

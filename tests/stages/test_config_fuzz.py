@@ -11,8 +11,8 @@ import pytest
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.models import FAMILIES, TRACED, load_family
-from tests.checkpoints import write_hollow, write_json
-from tests.local_context import run_stage
+from tests.support.checkpoints import write_hollow, write_json
+from tests.support.local_context import run_stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,8 +13,8 @@ from stagegraph.stage import StageError
 from stages.checkpoint import strict_json
 from stages.config_parse import ConfigParse
 from stages.models import FAMILIES
-from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
-from tests.local_context import LocalContext, run_stage
+from tests.support.checkpoints import write_json, write_qwen, write_raw_safetensors
+from tests.support.local_context import LocalContext, run_stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.stages import bundles
+from tests.support import bundles
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
 PACK = SCRIPT.with_name("cuda_pack.py")

@@ -22,10 +22,10 @@ from stages.runtime.errors import RequestError
 from stages.targets import toolchain
 from stages.targets.cuda import fatbin
 from stages.targets.cuda.fatbin import DeviceCode
-from tests.local_context import run_stage
-from tests.stages import families
-from tests.stages.families import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
-from tests.stages.libraries import Registered, build_graphs, compile_library
+from tests.support import family_models
+from tests.support.compiled_qwen import Registered, build_graphs, compile_library
+from tests.support.family_models import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
+from tests.support.local_context import run_stage
 
 LIMIT = CASES["llama"].config["max_position_embeddings"]
 IDS = [int(token) for token in np.random.default_rng(5).integers(3, ODD_VOCAB, LIMIT)]
@@ -45,7 +45,7 @@ BUILDS = [
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
     @functools.cache
     def build(name: str, scheme: str) -> Built:
-        return families.build(tmp_path_factory.mktemp(name), CASES[name], scheme)
+        return family_models.build(tmp_path_factory.mktemp(name), CASES[name], scheme)
 
     return build
 
@@ -259,8 +259,8 @@ def test_verify_is_given_the_same_model_as_transformers_reads(built, expected, n
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("mistral", "mistral-24")])
 def test_a_cuda_library_holds_device_code(tmp_path, name):
     profiles.compiler()
-    checkpoint = families.write(tmp_path / "checkpoint", CASES[name])
-    ports = families.parse_and_register(tmp_path, checkpoint, "q4f16_1", "cuda")
+    checkpoint = family_models.write(tmp_path / "checkpoint", CASES[name])
+    ports = family_models.parse_and_register(tmp_path, checkpoint, "q4f16_1", "cuda")
     registered = Registered(ports["config"], ports["params"])
     graphs = build_graphs(tmp_path, registered, "cuda", prefill_chunk=CHUNK, max_batch=BATCH, **CASES[name].options)
     context = compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
@@ -274,7 +274,7 @@ def test_a_cuda_library_holds_device_code(tmp_path, name):
 def test_ids_and_embeddings_give_equal_logits(built, tmp_path):
     """``llama-tied`` embeds inside prefill and decode; the same model with embed apart."""
     inside = built("llama-tied", "q0f32")
-    apart = families.build(tmp_path, CASES["llama-tied"], "q0f32", checkpoint=inside.checkpoint, sep_embed=True)
+    apart = family_models.build(tmp_path, CASES["llama-tied"], "q0f32", checkpoint=inside.checkpoint, sep_embed=True)
     rows = []
     for library in (inside, apart):
         session = library.session()
@@ -330,19 +330,24 @@ def test_a_weight_out_of_place_is_seen(built, expected, name, mistake):
     [
         ("llama", {"rms_norm_eps": 1e-2}),
         ("gpt_neox", {"layer_norm_eps": 3e-2}),
-        ("qwen3", {"rope_parameters": families.theta(1e4)}),
-        ("llama", {"rope_parameters": {**families.LLAMA3, "factor": 4.0}}),
-        ("qwen2", {"rope_parameters": {**families.YARN, "beta_slow": 0.1}}),
-        ("qwen2", {"rope_parameters": {**families.YARN, "attention_factor": 1.0}}),
-        ("mistral-24", {"rope_parameters": {**families.YARN, "attention_factor": 1.31}}),
-        ("redpajama", {"rope_parameters": {**families.DYNAMIC, "factor": 4.5, "partial_rotary_factor": 1.0}}),
+        ("qwen3", {"rope_parameters": family_models.theta(1e4)}),
+        ("llama", {"rope_parameters": {**family_models.LLAMA3, "factor": 4.0}}),
+        ("qwen2", {"rope_parameters": {**family_models.YARN, "beta_slow": 0.1}}),
+        ("qwen2", {"rope_parameters": {**family_models.YARN, "attention_factor": 1.0}}),
+        ("mistral-24", {"rope_parameters": {**family_models.YARN, "attention_factor": 1.31}}),
+        ("redpajama", {"rope_parameters": {**family_models.DYNAMIC, "factor": 4.5, "partial_rotary_factor": 1.0}}),
         (
             "mistral",
-            {"rope_parameters": {**families.longrope(16), "long_factor": families.longrope(16)["short_factor"]}},
+            {
+                "rope_parameters": {
+                    **family_models.longrope(16),
+                    "long_factor": family_models.longrope(16)["short_factor"],
+                }
+            },
         ),
-        ("mistral", {"rope_parameters": {**families.longrope(16), "factor": 8.0}}),
-        ("llama-tied", {"rope_parameters": families.theta(1000.0)}),
-        ("gpt_neox", {"rope_parameters": families.theta(1e4, partial_rotary_factor=0.5)}),
+        ("mistral", {"rope_parameters": {**family_models.longrope(16), "factor": 8.0}}),
+        ("llama-tied", {"rope_parameters": family_models.theta(1000.0)}),
+        ("gpt_neox", {"rope_parameters": family_models.theta(1e4, partial_rotary_factor=0.5)}),
         ("gpt_neox", {"use_parallel_residual": False}),
         ("redpajama", {"hidden_act": "relu"}),
         ("mistral", {"sliding_window": 21}),
@@ -416,7 +421,7 @@ def test_a_head_stored_beside_a_tied_embedding_is_what_transformers_makes_of_it(
 
     case = CASES["gpt_neox" if name == "gpt_neox-tied" else name]
     tied = dataclasses.replace(case, config={**case.config, "tie_word_embeddings": True})
-    checkpoint = families.write(tmp_path / "checkpoint", tied)
+    checkpoint = family_models.write(tmp_path / "checkpoint", tied)
     head, table = ("lm_head.weight", "model.embed_tokens.weight")
     if name == "gpt_neox-tied":
         head, table = "embed_out.weight", "gpt_neox.embed_in.weight"
@@ -428,7 +433,7 @@ def test_a_head_stored_beside_a_tied_embedding_is_what_transformers_makes_of_it(
     save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
     context = run_stage(ConfigParse(), tmp_path / "parse", {"checkpoint": str(checkpoint)})
     assert [head in warning for warning in context.warnings] == ([True] if change else [])
-    library = families.build(tmp_path / "build", tied, "q0f32", checkpoint=checkpoint)
+    library = family_models.build(tmp_path / "build", tied, "q0f32", checkpoint=checkpoint)
     assert json.loads(library.config.read_text())["config"]["tied"] is (not change)
     session = library.session()
     within("q0f32", [session.prefill(session.add(), IDS[:20])], [library.reference(IDS[:20])[-1]])

@@ -22,7 +22,7 @@ from stages.graph_build import GraphBuild
 from stages.models import FAMILIES, load_family
 from stages.param_register import ParamRegister
 from stages.provider import PROVIDER
-from tests.local_context import LocalContext, run_stage
+from tests.support.local_context import LocalContext, run_stage
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))}
 # Buffers that old files hold beside the weights.

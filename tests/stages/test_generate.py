@@ -19,7 +19,7 @@ from stages.cli import generate
 from stages.runtime import command, manifest, serving
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
-from tests.output_schema import validate
+from tests.support.output_schema import validate
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,8 +26,8 @@ from stages.tokenizers.metaspace import SPACE
 from stages.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_model
 from stages.verification import gguf_original
 from stages.verification.checks import PROBES
-from tests.local_context import run_stage
-from tests.stages import families, gguf_samples, sentencepiece_samples, tokenizer_folders
+from tests.support import family_models, gguf_models, sentencepiece_models, tokenizer_folders
+from tests.support.local_context import run_stage
 
 IDS = [3, 200, 17, 17, 41, 5, 77, 300, 12, 9] * 4  # more than a window of the sliding one
 
@@ -42,14 +42,14 @@ def weights_of(path: Path) -> tuple[Weights, dict[str, Any]]:
     return Weights({path.name: path}, table), table
 
 
-@pytest.mark.parametrize("case", gguf_samples.CASES)
+@pytest.mark.parametrize("case", gguf_models.CASES)
 def test_the_model_is_the_one_that_the_file_was_made_of(case: str, tmp_path: Path) -> None:
     """transformers' model of our config.json and tensors has the logits of the model that was converted."""
     import torch
     import transformers
 
     path = tmp_path / "model.gguf"
-    original = gguf_samples.write(path, case)
+    original = gguf_models.write(path, case)
     folder.write(path, tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == original.config.model_type
@@ -62,8 +62,8 @@ def test_the_model_is_the_one_that_the_file_was_made_of(case: str, tmp_path: Pat
     read.tie_weights()
     with torch.no_grad():
         found, wanted = (made(torch.tensor([IDS])).logits.numpy() for made in (read, original))
-    assert families.error(found, wanted) < 1e-5
-    families.parse_and_register(tmp_path / "stages", path, "q0f32")
+    assert family_models.error(found, wanted) < 1e-5
+    family_models.parse_and_register(tmp_path / "stages", path, "q0f32")
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2", "gemma3", "gptneox"])
@@ -71,7 +71,7 @@ def test_the_original_is_read_by_others_and_the_same(case: str, tmp_path: Path) 
     import transformers
 
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, case, "Q4_1")
+    gguf_models.write(path, case, "Q4_1")
     folder.write(path, tmp_path)
     weights, table = weights_of(path)
     theirs = dict(gguf_original.tensors(path, transformers.AutoConfig.from_pretrained(tmp_path)))
@@ -84,13 +84,13 @@ def test_the_original_is_read_by_others_and_the_same(case: str, tmp_path: Path) 
 def test_every_type_is_dequantized_as_by_its_own_package(kind: str, tmp_path: Path) -> None:
     """A block of rows at a time, put back in order."""
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", kind)
+    gguf_models.write(path, "llama", kind)
     weights, table = weights_of(path)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}["blk.1.attn_k.weight"]
     wanted = gguf.dequantize(stored.data, stored.tensor_type).astype(np.float32)
     assert np.isfinite(wanted).all()
     name = "model.layers.1.self_attn.k_proj.weight"
-    np.testing.assert_array_equal(gguf_samples.paired(weights[name].astype(np.float32), 2), wanted)
+    np.testing.assert_array_equal(gguf_models.paired(weights[name].astype(np.float32), 2), wanted)
     assert table[name]["packed"]["called"] == kind
 
 
@@ -108,8 +108,8 @@ def test_a_row_that_is_a_type_holds_its_values_as_they_are(
 ) -> None:
     """And where none does, it is said how much more is lost."""
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", kind)
-    ports = families.parse_and_register(tmp_path / "stages", path, scheme)
+    gguf_models.write(path, "llama", kind)
+    ports = family_models.parse_and_register(tmp_path / "stages", path, scheme)
     choice = {"scheme": scheme, "scales": scales, "target": "llvm", "checkpoint": str(path)}
     ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
     lines = json.loads((tmp_path / "made" / "report.json").read_text())["tensors"]
@@ -127,8 +127,8 @@ def test_the_sizes_of_types_are_those_of_the_package() -> None:
 @pytest.mark.parametrize("pre", ["llama-bpe", "gpt-2", "smollm", "qwen2", "tekken", "deepseek-coder"])
 def test_a_byte_level_tokenizer_is_proven_as_of_a_folder(pre: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", "Q8_0", **{"tokenizer.ggml.pre": pre})
-    inputs = families.parse_and_register(tmp_path / "stages", path, "q0f32")
+    gguf_models.write(path, "llama", "Q8_0", **{"tokenizer.ggml.pre": pre})
+    inputs = family_models.parse_and_register(tmp_path / "stages", path, "q0f32")
     wanted = {name: inputs[name] for name in ("config", "generation", "tensors")}
     run_stage(tokenizer_folders.TokenizerBundle(), tmp_path / "out", {"checkpoint": str(path)}, wanted)
     made = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text())
@@ -143,7 +143,7 @@ def test_a_byte_level_tokenizer_is_proven_as_of_a_folder(pre: str, tmp_path: Pat
 def test_a_sentencepiece_vocabulary_becomes_the_model_that_it_was_taken_of(name: str, tmp_path: Path) -> None:
     import sentencepiece
 
-    (tmp_path / "trained.model").write_bytes(sentencepiece_samples.trained(name))
+    (tmp_path / "trained.model").write_bytes(sentencepiece_models.trained(name))
     model = read_model(tmp_path / "trained.model")
     prefix = "tokenizer.ggml."
     keys = {
@@ -161,7 +161,7 @@ def test_a_sentencepiece_vocabulary_becomes_the_model_that_it_was_taken_of(name:
         f"{prefix}add_space_prefix": model.dummy_prefix,
     }
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", **keys)
+    gguf_models.write(path, "llama", **keys)
     assert gguf_files.family(path) == "sentencepiece"
     files = gguf_files.write(path, tmp_path)
     assert read_model(files["tokenizer.model"]) == model
@@ -195,7 +195,7 @@ def place(path: Path, text: str, after: int = 0) -> int:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "model.gguf"
-    gguf_samples.write(path, "llama", "Q4_0")
+    gguf_models.write(path, "llama", "Q4_0")
     return path
 
 
@@ -255,9 +255,9 @@ def test_what_no_file_may_claim_is_refused(copy: Path, tmp_path: Path) -> None:
 )
 def test_metadata_that_is_not_built_is_named_by_its_key(changes: dict[str, Any], wanted: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", **changes)
+    gguf_models.write(path, "llama", **changes)
     with pytest.raises(StageError) as raised:
-        families.parse_and_register(tmp_path / "out", path, "q0f32")
+        family_models.parse_and_register(tmp_path / "out", path, "q0f32")
     assert any(wanted in said for said in raised.value.problems), raised.value.problems
 
 
@@ -284,7 +284,7 @@ def test_another_architecture_is_refused_by_name(copy: Path, tmp_path: Path) -> 
 )
 def test_a_tokenizer_that_is_not_read_is_named_by_its_key(changes: dict[str, Any], wanted: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    gguf_samples.write(path, "llama", **{f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    gguf_models.write(path, "llama", **{f"tokenizer.ggml.{key}": value for key, value in changes.items()})
     with pytest.raises(TokenizerError) as raised:
         gguf_files.write(path, tmp_path)
     assert wanted in str(raised.value)

@@ -19,16 +19,16 @@ from stages.config_parse import ConfigParse
 from stages.graph import FUNCTIONS
 from stages.graph_build import GraphBuild
 from stages.param_register import ParamRegister
-from tests.checkpoints import write_qwen
-from tests.local_context import run_stage
-from tests.stages import libraries
+from tests.support import compiled_qwen
+from tests.support.checkpoints import write_qwen
+from tests.support.local_context import run_stage
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory):
-    return libraries.register(tmp_path_factory.mktemp("registered"), "q4f32_1", "llvm")
+    return compiled_qwen.register(tmp_path_factory.mktemp("registered"), "q4f32_1", "llvm")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def registered(tmp_path_factory):
     ],
 )
 def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, exported):
-    context = libraries.build_graph(tmp_path, registered, "llvm", function, prefill_chunk=32, max_batch=3)
+    context = compiled_qwen.build_graph(tmp_path, registered, "llvm", function, prefill_chunk=32, max_batch=3)
     graph = json.loads((tmp_path / "graph.json").read_text())
     module = tvm.ir.load_json((tmp_path / "module.json").read_text())
     assert sorted(graph["functions"]) == exported
@@ -57,8 +57,8 @@ def test_a_node_exports_its_own_functions_only(tmp_path, registered, function, e
 
 @pytest.mark.parametrize("target", ["llvm", "cuda"])
 def test_the_kernels_of_the_cache_read_pages_of_the_one_size(tmp_path, target):
-    registered = libraries.register(tmp_path / "registered", "q4f16_1", target)
-    libraries.build_graph(tmp_path, registered, target, "kv")
+    registered = compiled_qwen.register(tmp_path / "registered", "q4f16_1", target)
+    compiled_qwen.build_graph(tmp_path, registered, target, "kv")
     page_size = json.loads((tmp_path / "graph.json").read_text())["page_size"]
     module = tvm.ir.load_json((tmp_path / "module.json").read_text())
     found = set()
@@ -70,27 +70,27 @@ def test_the_kernels_of_the_cache_read_pages_of_the_one_size(tmp_path, target):
 
 
 def test_the_chunk_is_no_longer_than_the_context(tmp_path, registered):
-    libraries.build_graph(tmp_path, registered, "llvm", "softmax", prefill_chunk=100_000)
+    compiled_qwen.build_graph(tmp_path, registered, "llvm", "softmax", prefill_chunk=100_000)
     context_window = json.loads(registered.model.read_text())["context_window"]
     assert json.loads((tmp_path / "graph.json").read_text())["prefill_chunk"] == context_window
 
 
 def test_a_chunk_holds_a_token_of_every_sequence(tmp_path, registered):
-    libraries.build_graph(tmp_path / "equal", registered, "llvm", "softmax", prefill_chunk=4, max_batch=4)
+    compiled_qwen.build_graph(tmp_path / "equal", registered, "llvm", "softmax", prefill_chunk=4, max_batch=4)
     with pytest.raises(StageError, match=r"prefill_chunk: 3 is less than max_batch: 4; .* have at least 4 tokens, or"):
-        libraries.build_graph(tmp_path / "less", registered, "llvm", "softmax", prefill_chunk=3, max_batch=4)
+        compiled_qwen.build_graph(tmp_path / "less", registered, "llvm", "softmax", prefill_chunk=3, max_batch=4)
     context_window = json.loads(registered.model.read_text())["context_window"]
     given = {"prefill_chunk": 9999, "max_batch": context_window + 1}
     with pytest.raises(StageError, match=f"prefill_chunk: 9999, bounded to {context_window} by the context, is less"):
-        libraries.build_graph(tmp_path / "context", registered, "llvm", "softmax", **given)
+        compiled_qwen.build_graph(tmp_path / "context", registered, "llvm", "softmax", **given)
 
 
 SCRIPT = """
 import sys, pathlib
-from tests.stages import libraries
+from tests.support import compiled_qwen
 model, params, out = map(pathlib.Path, sys.argv[1:])
 for function in ("decode", "kv"):
-    libraries.build_graph(out / function, libraries.Registered(model, params), "llvm", function)
+    compiled_qwen.build_graph(out / function, compiled_qwen.Registered(model, params), "llvm", function)
 """
 
 
@@ -111,9 +111,9 @@ def test_every_disagreement_with_the_register_is_listed(tmp_path, registered):
     by_name["transformer.h.1.mlp.c_proj.q_weight"]["shape"][0] += 1
     registry["params"] = [entry for entry in registry["params"] if entry["name"] != "transformer.ln_f.weight"]
     (tmp_path / "params.json").write_text(json.dumps(registry))
-    changed = libraries.Registered(registered.model, tmp_path / "params.json")
+    changed = compiled_qwen.Registered(registered.model, tmp_path / "params.json")
     with pytest.raises(StageError) as error:
-        libraries.build_graph(tmp_path / "out", changed, "llvm", "embed")
+        compiled_qwen.build_graph(tmp_path / "out", changed, "llvm", "embed")
     text = str(error.value)
     assert "transformer.h.1.mlp.c_proj.q_weight: stored as [3, 12, 32], the model needs [2, 12, 32]" in text
     assert "transformer.ln_f.weight: the model needs it, the register has no such parameter" in text
@@ -130,16 +130,16 @@ def test_the_packed_order_is_checked(tmp_path, registered, change):
         message = "parameter 0: the model packs transformer.wte.q_weight where transformer.wte.q_scale is registered"
     (tmp_path / "params.json").write_text(json.dumps(registry))
     with pytest.raises(StageError, match=message):
-        libraries.build_graph(
-            tmp_path / "out", libraries.Registered(registered.model, tmp_path / "params.json"), "llvm", "embed"
+        compiled_qwen.build_graph(
+            tmp_path / "out", compiled_qwen.Registered(registered.model, tmp_path / "params.json"), "llvm", "embed"
         )
 
 
 def test_options_that_do_not_fit_are_refused(tmp_path, registered):
     with pytest.raises(StageError, match="float16 does not fit: target llvm computes q4f32_1 in float32"):
-        libraries.build_graph(tmp_path, registered, "llvm", "kv", kv_dtype="float16")
+        compiled_qwen.build_graph(tmp_path, registered, "llvm", "kv", kv_dtype="float16")
     with pytest.raises(StageError, match="registered for target llvm, this graph is for cuda"):
-        libraries.build_graph(tmp_path, registered, "cuda", "kv")
+        compiled_qwen.build_graph(tmp_path, registered, "cuda", "kv")
 
 
 def test_a_node_uses_its_own_row_and_nothing_shared_reaches_a_function():
@@ -163,8 +163,8 @@ def test_a_graph_grows_by_the_same_with_every_layer(tmp_path, function):
         run_stage(ConfigParse(), folder / "config", {"checkpoint": str(checkpoint)})
         ports = {name: folder / "config" / ConfigParse.outputs[name].path for name in ("config", "tensors")}
         run_stage(ParamRegister(), folder / "params", {"scheme": "q4f32_1", "target": "llvm"}, ports)
-        registered = libraries.Registered(ports["config"], folder / "params" / "params.json")
-        out = libraries.build_graph(folder / "graph", registered, "llvm", function).out
+        registered = compiled_qwen.Registered(ports["config"], folder / "params" / "params.json")
+        out = compiled_qwen.build_graph(folder / "graph", registered, "llvm", function).out
         # Digits apart: numbers of more nodes are longer, and nothing else is.
         sizes.append(len(re.sub(rb"\d+", b"0", (out / "module.json").read_bytes())))
         calls.append(sum(json.loads((out / "graph.json").read_text())["operators"][function].values()))

@@ -9,18 +9,18 @@ import pytest
 import tvm
 
 from stages.graph import cost
-from tests.stages import libraries
+from tests.support import compiled_qwen
 
 DTYPE_BYTES = {"uint32": 4, "float32": 4}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    registered = libraries.register(tmp_path_factory.mktemp("registered"), "q4f32_1", "llvm")
+    registered = compiled_qwen.register(tmp_path_factory.mktemp("registered"), "q4f32_1", "llvm")
     modules = {}
     for function in ("embed", "prefill", "decode"):
         folder = tmp_path_factory.mktemp(function)
-        libraries.build_graph(folder, registered, "llvm", function, prefill_chunk=32, max_batch=3)
+        compiled_qwen.build_graph(folder, registered, "llvm", function, prefill_chunk=32, max_batch=3)
         modules[function] = tvm.ir.load_json((folder / "module.json").read_text())
     params = json.loads(registered.params.read_text())
     return modules, params

@@ -18,12 +18,12 @@ from stages.tokenizers.json_tables import read_object
 from stages.tokenizers.ranks import derive_merges, read_ranks
 from stages.tokenizers.sentencepiece_model import read_model
 from stages.verification import reference
-from tests.checkpoints import write_hollow, write_json
-from tests.local_context import run_stage
-from tests.stages import tokenizer_folders
 from tests.stages.test_config_fuzz import BASES, SIZES
-from tests.stages.tokenizer_folders import tables, with_class
-from tests.stages.tokenizer_samples import resolved
+from tests.support import tokenizer_folders
+from tests.support.checkpoints import write_hollow, write_json
+from tests.support.local_context import run_stage
+from tests.support.tiny_tokenizers import resolved
+from tests.support.tokenizer_folders import tables, with_class
 
 LISTS = b'{"a":[' + b"[]," * 4_000_001 + b"0]}"  # 12 MB of text, a gigabyte of lists
 

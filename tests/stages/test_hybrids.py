@@ -12,8 +12,9 @@ pytest.importorskip("torch")
 
 from stages.kernels import recurrences
 from stages.runtime.errors import RequestError
-from tests.stages import families, test_traced, traced
+from tests.stages import test_traced
 from tests.stages.test_traced import kernels
+from tests.support import family_models, traced_models
 
 __all__ = ["kernels"]
 TARGET = {"kind": "llvm"}
@@ -97,7 +98,7 @@ def test_the_delta_rule_moves_what_is_held_for_a_key() -> None:
 
 BUILDS = [
     pytest.param(name, scheme, marks=[] if (name, scheme) == ("lfm2", "q0f32") else pytest.mark.slow)
-    for name in traced.HYBRIDS
+    for name in traced_models.HYBRIDS
     for scheme in ("q0f32", "q4f16_1")
 ]
 
@@ -113,7 +114,7 @@ def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, mod
     first = session.decode(sequence, 11)
     session.decode(sequence, 12)
     session.popn(sequence, 2)
-    assert families.error(session.decode(sequence, 11), first) == 0
+    assert family_models.error(session.decode(sequence, 11), first) == 0
     with pytest.raises(RequestError, match="cannot take back 3 tokens"):
         session.popn(sequence, 3)
     with pytest.raises(RequestError, match="cannot be shared"):

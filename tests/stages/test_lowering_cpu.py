@@ -34,8 +34,8 @@ from stages.targets import processor
 from stages.targets.processor import byte_product
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target, host_triple
-from tests.stages import libraries
 from tests.stages.test_lowering_passes import export, random
+from tests.support import compiled_qwen
 
 BLOCKS = Layout("n32")
 V3 = "x86-64-v3"
@@ -178,7 +178,7 @@ def test_quantized_activations_are_multiplied_exactly(cpu, stored, n, k):
         for count in (1, 2, 7, 13) if rows == "s" else (1,):
             x, residual = random(1, count, k), random(1, count, n)
             x[0, 0, :group] = 0
-            wanted = libraries.in_bytes(x, group) @ values.T.astype("float64") + bias + residual
+            wanted = compiled_qwen.in_bytes(x, group) @ values.T.astype("float64") + bias + residual
             found = forward(x, residual, [*arrays, bias])
             assert relative(found, wanted) < 2e-6
             assert 1e-4 < relative(found, x @ values.T + bias + residual) < 3e-2

@@ -16,7 +16,7 @@ import pytest
 
 from stages.codegen import views
 from stages.runtime import state
-from tests.stages import families, recurrent
+from tests.support import family_models, rwkv_models
 
 THREADS = 2
 CONTEXT, CHUNK = 2048, 1024  # large enough for what is planned to stand out from what is not
@@ -67,9 +67,9 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize(("name", "sequences"), [("llama", 1), pytest.param("gpt_neox", 2, marks=pytest.mark.slow)])
 def test_the_memory_that_compile_promises_is_what_a_session_takes(tmp_path, name, sequences):
-    case = families.CASES[name]
+    case = family_models.CASES[name]
     config = {**case.config, "max_position_embeddings": CONTEXT}
-    built = families.build(tmp_path, dataclasses.replace(case, config=config), "q4f32_1", prefill_chunk=CHUNK)
+    built = family_models.build(tmp_path, dataclasses.replace(case, config=config), "q4f32_1", prefill_chunk=CHUNK)
     metadata = json.loads((tmp_path / "compile" / "metadata.json").read_text())
     lines = [line.strip("| ").split(" | ") for line in views.memory(metadata).splitlines()[2:]]
     table = {what: int(size.replace(",", "")) for what, size in lines}
@@ -123,10 +123,10 @@ def test_a_gpu_gives_the_tables_their_memory():
 
 def test_the_state_of_a_recurrent_model_is_what_its_session_takes(tmp_path):
     assert views.STEPS_KEPT == state.HISTORY
-    built = recurrent.build(tmp_path, recurrent.write_checkpoint(tmp_path / "checkpoint"), "q4f32_1")
+    built = rwkv_models.build(tmp_path, rwkv_models.write_checkpoint(tmp_path / "checkpoint"), "q4f32_1")
     metadata = json.loads((tmp_path / "compile" / "metadata.json").read_text())
     table = views.memory(metadata)
-    sizes = recurrent.MODEL["hidden_size"] * recurrent.MODEL["num_hidden_layers"] * 5 * 4
+    sizes = rwkv_models.MODEL["hidden_size"] * rwkv_models.MODEL["num_hidden_layers"] * 5 * 4
     assert f"| recurrent state, one sequence, 16 steps of it | {16 * sizes:,} |" in table
     assert "KV cache" not in table
     command = [sys.executable, "-c", MEASURE, str(built.root), "2"]

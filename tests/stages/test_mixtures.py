@@ -8,15 +8,16 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.stages import test_traced, traced
+from tests.stages import test_traced
 from tests.stages.test_traced import kernels
+from tests.support import traced_models
 
 __all__ = ["kernels"]
 
 QUICK = {("qwen3_moe", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
     pytest.param(name, scheme, marks=[] if (name, scheme) in QUICK else pytest.mark.slow, id=f"{name}-{scheme}")
-    for name in traced.MIXTURES
+    for name in traced_models.MIXTURES
     for scheme in ("q0f32", "q4f16_1", "q8f16_1")
 ]
 

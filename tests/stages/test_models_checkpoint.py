@@ -13,7 +13,7 @@ from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.headers import INDEX, SINGLE, read_headers
 from stages.checkpoint.safetensors import read_header
 from stages.checkpoint.tensors import BLOCK, Weights
-from tests.checkpoints import write_json, write_qwen, write_raw_safetensors
+from tests.support.checkpoints import write_json, write_qwen, write_raw_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

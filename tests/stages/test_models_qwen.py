@@ -10,7 +10,7 @@ import pytest
 
 from stages.checkpoint.errors import ConfigError
 from stages.models import FAMILIES, load_family, transforms
-from tests.checkpoints import qwen_config, qwen_tensors
+from tests.support.checkpoints import qwen_config, qwen_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ import pytest
 
 from stagegraph.cli.main import dispatch, main
 from stages.models import FAMILIES, load_family, native
-from tests.output_schema import validate
+from tests.support.output_schema import validate
 
 
 def test_every_family_is_listed_with_what_it_honours(capsys):

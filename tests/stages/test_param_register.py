@@ -11,8 +11,8 @@ from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
 from stages.quantization import layouts
-from tests.checkpoints import write_qwen
-from tests.local_context import LocalContext, run_stage
+from tests.support.checkpoints import write_qwen
+from tests.support.local_context import LocalContext, run_stage
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,11 +22,11 @@ from stages.checkpoint.tensors import Weights
 from stages.config_parse import ConfigParse
 from stages.quantize import Quantize
 from stages.verification import original
-from tests.checkpoints import write_json
-from tests.local_context import run_stage
-from tests.stages import families
+from tests.support import family_models
+from tests.support.checkpoints import write_json
+from tests.support.local_context import run_stage
 
-CONFIG = {**families.SIZES, "hidden_size": 96, "num_key_value_heads": 2, "vocab_size": 128}
+CONFIG = {**family_models.SIZES, "hidden_size": 96, "num_key_value_heads": 2, "vocab_size": 128}
 NF4 = np.array(
     [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626,
      0.723, 1.0], np.float32,
@@ -226,7 +226,7 @@ def test_a_quantized_checkpoint_has_the_values_that_its_format_says(form: str, t
     weights = Weights(files, table)
     for name, wanted in values.items():
         np.testing.assert_array_equal(weights[name].astype(np.float32), wanted, err_msg=name)
-    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32")
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32")
     choice = {"scheme": "q0f32", "target": "llvm", "checkpoint": str(tmp_path / "model")}
     ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
     assert ctx.warnings == []
@@ -261,12 +261,12 @@ def logits_of(values: dict[str, np.ndarray], ids: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_bundle_of_a_quantized_checkpoint_has_the_logits_of_its_values(form: str, tmp_path: Path) -> None:
     values = write(tmp_path / "model", form)
-    case = families.Case("Llama", CONFIG)
-    session = families.build(tmp_path, case, "q0f32", checkpoint=tmp_path / "model").session()
+    case = family_models.Case("Llama", CONFIG)
+    session = family_models.build(tmp_path, case, "q0f32", checkpoint=tmp_path / "model").session()
     ids = [1, 5, 77, 30, 2, 9, 120, 44]
     sequence = session.add()
     found = [session.prefill(sequence, ids[:4]), *(session.decode(sequence, token) for token in ids[4:])]
-    assert families.error(np.stack([*map(np.ravel, found)]), logits_of(values, ids)[3:]) < 1e-4
+    assert family_models.error(np.stack([*map(np.ravel, found)]), logits_of(values, ids)[3:]) < 1e-4
 
 
 def test_int8_is_dequantized_as_by_bitsandbytes(tmp_path: Path) -> None:
@@ -286,9 +286,9 @@ def write_mxfp4(folder: Path) -> dict[str, tuple[Any, Any]]:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from tests.stages import traced
+    from tests.support import traced_models
 
-    traced.write(folder, "gpt_oss", hidden_size=64, intermediate_size=32)
+    traced_models.write(folder, "gpt_oss", hidden_size=64, intermediate_size=32)
     stored = load_file(folder / "model.safetensors")
     made = {}
     torch.manual_seed(1)
@@ -313,7 +313,7 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) ->
     for name, (blocks, scales) in made.items():
         wanted = mxfp4.convert_moe_packed_tensors(blocks, scales).float().numpy()
         np.testing.assert_array_equal(weights[name].astype(np.float32), wanted, err_msg=name)
-    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32", frontend="traced")
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "q0f32", frontend="traced")
     choice = {"scheme": "q0f32", "target": "llvm", "checkpoint": str(tmp_path / "model")}
     run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
     report = json.loads((tmp_path / "made" / "report.json").read_text())
@@ -323,7 +323,7 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) ->
 
 def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Path) -> None:
     write(tmp_path / "model", "awq")
-    ports = families.parse_and_register(tmp_path / "stages", tmp_path / "model", "q4f16_1")
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "q4f16_1")
     choice = {"scheme": "q4f16_1", "target": "llvm", "checkpoint": str(tmp_path / "model")}
     ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
     (said,) = ctx.warnings

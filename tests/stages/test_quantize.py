@@ -30,7 +30,7 @@ from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
 from stages.quantize import Quantize
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     qwen_config,
     qwen_tensors,
     write_json,
@@ -38,7 +38,7 @@ from tests.checkpoints import (
     write_raw_safetensors,
     write_safetensors,
 )
-from tests.local_context import LocalContext, run_stage
+from tests.support.local_context import LocalContext, run_stage
 
 
 def register(checkpoint: Path, work: Path, scheme: str, target: str = "llvm") -> dict[str, Path]:

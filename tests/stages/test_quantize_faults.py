@@ -11,9 +11,9 @@ import pytest
 from stagegraph.stage import StageError
 from stages.config_parse import ConfigParse
 from stages.conversion import model
-from tests.checkpoints import qwen_tensors, write_json, write_qwen, write_raw_safetensors, write_safetensors
-from tests.local_context import run_stage
 from tests.stages.test_quantize import quantize, register
+from tests.support.checkpoints import qwen_tensors, write_json, write_qwen, write_raw_safetensors, write_safetensors
+from tests.support.local_context import run_stage
 
 
 def parse(checkpoint: Path, work: Path) -> str:

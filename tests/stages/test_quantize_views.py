@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from stages.inspection import error_plot, picture, weights
-from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors
 from tests.stages.test_quantize import quantize, register
+from tests.support.checkpoints import qwen_tensors, write_qwen, write_safetensors
 
 
 def files(folder: Path) -> dict[str, Path]:

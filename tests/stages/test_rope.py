@@ -16,10 +16,10 @@ from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.config_parse import ConfigParse
 from stages.models import load_family
-from tests.checkpoints import write_qwen
-from tests.local_context import run_stage
-from tests.stages import families
-from tests.stages.families import DYNAMIC, LINEAR, SIZES, YARN, Case, error, longrope
+from tests.support import family_models
+from tests.support.checkpoints import write_qwen
+from tests.support.family_models import DYNAMIC, LINEAR, SIZES, YARN, Case, error, longrope
+from tests.support.local_context import run_stage
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 320, "hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -214,7 +214,7 @@ def test_the_context_ends_where_training_and_scaling_do(scaling, longest, reason
 )
 def test_config_parse_says_whose_frequencies_depend_on_the_context(tmp_path, parameters, said, ends):
     case = Case("Llama", {**SIZES, "head_dim": 32, "max_position_embeddings": 64, "rope_parameters": parameters})
-    checkpoint = families.write(tmp_path / "checkpoint", case)
+    checkpoint = family_models.write(tmp_path / "checkpoint", case)
     for window, expected in said.items():
         context = run_stage(
             ConfigParse(), tmp_path / str(window), {"checkpoint": str(checkpoint), "context_window": window}
@@ -307,13 +307,13 @@ def test_on_a_gpu_queries_outside_the_context_are_not_a_number(dtype):
 
 # Every type in every form, from the checkpoint's folder, beyond the original context and the longest chunk
 
-IDS = [int(token) for token in np.random.default_rng(9).integers(3, families.ODD_VOCAB, 256)]
+IDS = [int(token) for token in np.random.default_rng(9).integers(3, family_models.ODD_VOCAB, 256)]
 FORMS = {
     "Llama": ({"num_key_value_heads": 2, "head_dim": 32}, 16, {}),
     "Qwen2": ({"num_key_value_heads": 2}, 8, {}),
     "Qwen3": ({"num_key_value_heads": 2, "head_dim": 32}, 16, {}),
     "Mistral": ({"num_key_value_heads": 2, "head_dim": 24, "sliding_window": None}, 12, {}),
-    "GPTNeoX": (families.NEOX, 20, {"partial_rotary_factor": 0.5}),
+    "GPTNeoX": (family_models.NEOX, 20, {"partial_rotary_factor": 0.5}),
 }
 KINDS = {
     "linear": lambda _: {**LINEAR, "factor": 4.0},
@@ -321,7 +321,7 @@ KINDS = {
     "yarn": lambda _: {**YARN, ORIGINAL: 64},
     "yarn-mscale": lambda _: {**YARN, ORIGINAL: 64, "mscale": 1.2, "mscale_all_dim": 0.3, "truncate": False},
     "longrope": lambda pairs: {**longrope(pairs), ORIGINAL: 64},
-    "llama3": lambda _: {**families.LLAMA3},
+    "llama3": lambda _: {**family_models.LLAMA3},
 }
 
 
@@ -333,7 +333,7 @@ def test_a_model_beyond_its_original_context_is_that_of_transformers(tmp_path, f
     window = 128 if kind == "llama3" else 256
     positions = 128 if kind == "llama3" else 64
     config = {**SIZES, **sizes, "max_position_embeddings": positions, "rope_parameters": {**KINDS[kind](pairs), **more}}
-    built = families.build(tmp_path, Case(form, config, context_window=window), "q0f32")
+    built = family_models.build(tmp_path, Case(form, config, context_window=window), "q0f32")
     ids, session = IDS[:window], built.session()
     logits, sequence, prompt = built.reference(ids), session.add(), window - 48
     found = [session.prefill(sequence, ids[:prompt])]
@@ -360,7 +360,7 @@ def test_the_first_qwen_beyond_seq_length_has_the_base_and_the_queries_of_its_pu
     checkpoint = write_qwen(tmp_path / "checkpoint", dtype="float32", seq_length=64)
     (checkpoint / "generation_config.json").unlink()  # its stop ids are of another tokenizer than the bundle's here
     rows = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-    built = families.build(
+    built = family_models.build(
         tmp_path, Case("Qwen2", {"vocab_size": rows}, context_window=200), "q0f32", checkpoint=checkpoint
     )
     described = json.loads(built.config.read_text())

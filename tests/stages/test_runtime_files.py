@@ -23,8 +23,8 @@ from stages.runtime.errors import BundleError
 from stages.runtime.folder import Folder
 from stages.runtime.session import Session
 from tests.engine.test_damage import flipped
-from tests.stages.bundles import Built
 from tests.stages.test_generate import run
+from tests.support.bundles import Built
 
 ODD = [None, True, "", "x\n\x1b[31m", -1, 10**400, 1.5, 1e308, [], [[]], {}, {"": None}, ["a"] * 3]
 

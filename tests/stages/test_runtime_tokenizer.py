@@ -18,8 +18,8 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.proof import code_points, sample_corpus
 from stages.tokenizers.resolution import resolve
-from tests.output_schema import validate
-from tests.stages.tokenizer_folders import FOLDERS, SIZE
+from tests.support.output_schema import validate
+from tests.support.tokenizer_folders import FOLDERS, SIZE
 
 START, END = SIZE + 1, SIZE + 2
 

@@ -18,7 +18,7 @@ from stages.models import load_family
 from stages.models.rwkv import FAMILY, RwkvConfig
 from stages.runtime import manifest
 from stages.targets import toolchain
-from tests.stages import libraries, recurrent
+from tests.support import compiled_qwen, rwkv_models
 
 ROOT = Path(__file__).parents[2]
 OLD = {
@@ -43,7 +43,7 @@ OLD = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return recurrent.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+    return rwkv_models.write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
 def test_a_published_config_of_either_generation_is_read(checkpoint):
@@ -86,7 +86,7 @@ def test_the_parameters_are_transformers_own(checkpoint):
 
 
 def test_matrices_are_quantized_and_vectors_stay_float32(tmp_path, checkpoint):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, "q4f16_1")
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, "q4f16_1")
     registry = json.loads(registered.params.read_text())
     assert {len(entry["shape"]) == 2 for entry in registry["logical"] if entry["quantize"]} == {True}
     kept = {entry["name"]: entry["dtype"] for entry in registry["logical"] if not entry["quantize"]}
@@ -106,14 +106,14 @@ def test_matrices_are_quantized_and_vectors_stay_float32(tmp_path, checkpoint):
     ],
 )
 def test_the_graph_has_a_state_and_no_attention(tmp_path, checkpoint, function, exported):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, "q4f16_1", "cuda")
-    context = libraries.build_graph(tmp_path / "graph", registered, "cuda", function)
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, "q4f16_1", "cuda")
+    context = compiled_qwen.build_graph(tmp_path / "graph", registered, "cuda", function)
     graph = json.loads((context.out / "graph.json").read_text())
     assert sorted(graph["functions"]) == exported
     assert (graph["state"], graph["kv_dtype"], graph["page_size"]) == ("rnn", None, None)
     assert "attention_kv" not in context.views["ir"]
     assert "paged" not in context.views["ir"]
-    layers = recurrent.MODEL["num_hidden_layers"]
+    layers = rwkv_models.MODEL["num_hidden_layers"]
     for name in exported:
         counts = graph["operators"][name]
         if function == "kv":
@@ -124,8 +124,8 @@ def test_the_graph_has_a_state_and_no_attention(tmp_path, checkpoint, function, 
 
 
 def test_states_are_float16_only_where_they_are_activations(tmp_path, checkpoint):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, "q4f16_1", "cuda")
-    context = libraries.build_graph(tmp_path / "graph", registered, "cuda", "kv")
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, "q4f16_1", "cuda")
+    context = compiled_qwen.build_graph(tmp_path / "graph", registered, "cuda", "kv")
     made = re.findall(
         r'R\.full\(R\.shape\(\[96\]\), R\.const\((.*?), "float\d\d"\), dtype="(float\d\d)"\)', context.views["ir"]
     )
@@ -134,9 +134,9 @@ def test_states_are_float16_only_where_they_are_activations(tmp_path, checkpoint
 
 
 def test_a_kv_dtype_is_refused(tmp_path, checkpoint):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, "q0f32")
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, "q0f32")
     with pytest.raises(StageError, match="rwkv is recurrent and has no KV cache"):
-        libraries.build_graph(tmp_path / "graph", registered, "llvm", "kv", kv_dtype="float32")
+        compiled_qwen.build_graph(tmp_path / "graph", registered, "llvm", "kv", kv_dtype="float32")
 
 
 def test_only_recurrent_families_reach_the_recurrent_functions():
@@ -197,8 +197,8 @@ def test_ends_outside_the_rows_are_clipped():
 
 
 def test_the_interface_page_tells_what_creates_the_state(tmp_path, checkpoint):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, "q0f32")
-    context = libraries.build_graph(tmp_path / "graph", registered, "llvm", "kv")
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, "q0f32")
+    context = compiled_qwen.build_graph(tmp_path / "graph", registered, "llvm", "kv")
     signature = json.loads((context.out / "graph.json").read_text())["functions"]["create_rnn_state"]
     told = ", ".join(f"{name}: {ty}" for name, ty in signature["inputs"])
     page = " ".join((ROOT / "docs" / "abi.md").read_text("utf-8").split())
@@ -224,9 +224,9 @@ def test_a_manifest_needs_the_sizes_of_its_kind_of_state():
 @pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA toolkit on this machine")
 @pytest.mark.parametrize("scheme", ["q0f32", "q4f16_1"])
 def test_a_cuda_library_compiles(tmp_path, checkpoint, scheme):
-    registered, _ = recurrent.parse(tmp_path, checkpoint, scheme, "cuda")
-    graphs = libraries.build_graphs(tmp_path, registered, "cuda", prefill_chunk=32, max_batch=2)
-    context = libraries.compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
+    registered, _ = rwkv_models.parse(tmp_path, checkpoint, scheme, "cuda")
+    graphs = compiled_qwen.build_graphs(tmp_path, registered, "cuda", prefill_chunk=32, max_batch=2)
+    context = compiled_qwen.compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
     metadata = json.loads((context.out / "metadata.json").read_text())
     assert metadata["model"]["state"] == "rnn"
     assert "create_rnn_state" in metadata["functions"]

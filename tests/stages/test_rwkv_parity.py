@@ -10,12 +10,12 @@ import pytest
 
 from stages.runtime import state
 from stages.runtime.errors import RequestError
-from tests.stages import recurrent
-from tests.stages.libraries import relative
+from tests.support import rwkv_models
+from tests.support.compiled_qwen import relative
 
 TOLERANCES = {"q0f32": 1e-3, "q4f32_1": 2e-3, "q4f16_1": 2e-2}
-IDS = [int(token) for token in np.random.default_rng(3).integers(0, recurrent.MODEL["vocab_size"], 110)]
-OTHER = [int(token) for token in np.random.default_rng(4).integers(0, recurrent.MODEL["vocab_size"], 110)]
+IDS = [int(token) for token in np.random.default_rng(3).integers(0, rwkv_models.MODEL["vocab_size"], 110)]
+OTHER = [int(token) for token in np.random.default_rng(4).integers(0, rwkv_models.MODEL["vocab_size"], 110)]
 STEPS = 32
 
 
@@ -27,13 +27,13 @@ class Case:
         if scheme == "q0f32":  # no groups, so that nothing is a multiple of anything; a norm that sees the halving
             changes |= {"hidden_size": 90, "attention_hidden_size": 131, "intermediate_size": 205}
             changes |= {"layer_norm_epsilon": 0.02, "num_hidden_layers": 3 if rescale_every == 0 else 5}
-        checkpoint = recurrent.write_checkpoint(folder / "checkpoint", **changes)
-        self.built = recurrent.build(folder, checkpoint, scheme, **options)
+        checkpoint = rwkv_models.write_checkpoint(folder / "checkpoint", **changes)
+        self.built = rwkv_models.build(folder, checkpoint, scheme, **options)
         self.tolerance = TOLERANCES[scheme]
         if scheme == "q0f32":
-            self.ids, self.other = (recurrent.published_logits(checkpoint, ids) for ids in (IDS, OTHER))
+            self.ids, self.other = (rwkv_models.published_logits(checkpoint, ids) for ids in (IDS, OTHER))
         else:
-            self.ids, self.other = (recurrent.held_logits(self.built, ids) for ids in (IDS, OTHER))
+            self.ids, self.other = (rwkv_models.held_logits(self.built, ids) for ids in (IDS, OTHER))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_step_after_prefills_of_any_length_equals_the_reference(case, sche
     found = case(scheme, rescale_every)
     session = found.built.session()
     errors = []
-    for length in (1, 7, 64, recurrent.CHUNK + 1):
+    for length in (1, 7, 64, rwkv_models.CHUNK + 1):
         sequence = session.add()
         errors.append(relative(session.prefill(sequence, IDS[:length]), found.ids[length - 1]))
         for position in range(length, length + STEPS):
@@ -166,8 +166,8 @@ def drop_bonus(tensors):
 def test_wrong_weights_leave_the_tolerance(case, tmp_path, change):
     """Negative control: the same library with one tensor of the checkpoint changed."""
     found = case()
-    wrong = recurrent.edit_tensors(found.built.checkpoint, tmp_path / "wrong", change)
-    session = recurrent.build(tmp_path, wrong, "q0f32", library=found.built.root).session()
+    wrong = rwkv_models.edit_tensors(found.built.checkpoint, tmp_path / "wrong", change)
+    session = rwkv_models.build(tmp_path, wrong, "q0f32", library=found.built.root).session()
     assert relative(session.prefill(session.add(), IDS[:20]), found.ids[19]) > 10 * found.tolerance
 
 
@@ -177,8 +177,8 @@ def test_wrong_weights_leave_the_tolerance(case, tmp_path, change):
 def test_a_wrong_config_leaves_the_tolerance(case, tmp_path, change):
     """Negative control: with these epsilons the halving is seen, and so is whether the graph stands for it."""
     found = case()
-    wrong = recurrent.edit_tensors(found.built.checkpoint, tmp_path / "wrong", lambda _: None)
+    wrong = rwkv_models.edit_tensors(found.built.checkpoint, tmp_path / "wrong", lambda _: None)
     config = json.loads((wrong / "config.json").read_text())
     (wrong / "config.json").write_text(json.dumps({**config, **change}))
-    session = recurrent.build(tmp_path, wrong, "q0f32").session()
+    session = rwkv_models.build(tmp_path, wrong, "q0f32").session()
     assert relative(session.prefill(session.add(), IDS[:20]), found.ids[19]) > found.tolerance

@@ -40,8 +40,8 @@ from stages.runtime.server import card, command, requests  # noqa: E402 - needs 
 from stages.runtime.server.drafts import Lookup  # noqa: E402
 from stages.runtime.server.engine import Engine  # noqa: E402
 from stages.runtime.server.tools import STYLES, Reader, Tools  # noqa: E402
-from tests.stages import bundles  # noqa: E402
-from tests.stages.servers import Served, idle, serve  # noqa: E402
+from tests.support import bundles  # noqa: E402
+from tests.support.local_server import Served, idle, serve  # noqa: E402
 
 TEXT = "The old lighthouse keeper walked"
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -12,7 +12,7 @@ pytest.importorskip("starlette")
 
 from stages.runtime import manifest
 from stages.runtime.server.engine import Engine
-from tests.stages.servers import Served, serve
+from tests.support.local_server import Served, serve
 
 TEXT = "Hello there"
 

@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn")
 
 from stages.runtime import manifest  # noqa: E402 - needs what may be absent
 from stages.runtime.server.engine import Engine  # noqa: E402
-from tests.stages.servers import Served, idle, serve  # noqa: E402
+from tests.support.local_server import Served, idle, serve  # noqa: E402
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs chromium")

@@ -22,14 +22,14 @@ from stages.quantization.schemes import SCHEMES
 from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
 from stages.verification import weights
-from tests.checkpoints import write_json
-from tests.stages import families
 from tests.stages.test_quantize import quantize, register
+from tests.support import family_models
+from tests.support.checkpoints import write_json
 
 Tensors = dict[str, torch.Tensor]
-LLAMA = families.Case("Llama", {**families.SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2})
-TIED = families.Case("Qwen3", {**LLAMA.config, "head_dim": 16, "tie_word_embeddings": True})
-NEOX = families.Case("GPTNeoX", {**families.NEOX, "num_hidden_layers": 1})
+LLAMA = family_models.Case("Llama", {**family_models.SIZES, "num_hidden_layers": 1, "num_key_value_heads": 2})
+TIED = family_models.Case("Qwen3", {**LLAMA.config, "head_dim": 16, "tie_word_embeddings": True})
+NEOX = family_models.Case("GPTNeoX", {**family_models.NEOX, "num_hidden_layers": 1})
 LAYER = "model.layers.0"
 
 
@@ -37,9 +37,11 @@ def prefixed(old: str, new: str) -> Callable[[str], str]:
     return lambda name: new + name.removeprefix(old) if name.startswith(old) else name
 
 
-def write(folder: Path, case: families.Case, change: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Path:
+def write(
+    folder: Path, case: family_models.Case, change: Callable[[Tensors], Tensors] = lambda tensors: tensors
+) -> Path:
     """Write a checkpoint of one file, its tensors changed."""
-    families.write(folder, case, shards=1)
+    family_models.write(folder, case, shards=1)
     tensors = change(load_file(folder / "model.safetensors"))
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -116,7 +118,7 @@ def test_transformers_takes_the_same_names(tmp_path: Path, name):
 def parsed(checkpoint: Path, work: Path) -> list[str]:
     """Return what config-parse warns of."""
     from stages.config_parse import ConfigParse
-    from tests.local_context import run_stage
+    from tests.support.local_context import run_stage
 
     return run_stage(ConfigParse(), work / "warned", {"checkpoint": str(checkpoint)}).warnings
 
@@ -205,7 +207,7 @@ DEEP = {"num_hidden_layers": 4}
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_layers_beyond_the_models_are_left_out_in_one_line(tmp_path: Path, case, prefix):
     """As a checkpoint has them whose last layers predict further tokens, or that was cut in config.json alone."""
-    deep = write(tmp_path / "deep", families.Case(case.prefix, {**case.config, **DEEP}))
+    deep = write(tmp_path / "deep", family_models.Case(case.prefix, {**case.config, **DEEP}))
     config = json.loads((deep / "config.json").read_text())
     write_json(deep / "config.json", {**config, "num_hidden_layers": 2, "layer_types": None})
     expected = loaded(deep)
@@ -268,7 +270,7 @@ def test_a_value_that_cannot_be_stored_is_located_in_its_own_tensor(
 
 
 def test_a_sharded_save_beside_a_whole_one_is_what_transformers_reads(tmp_path: Path):
-    checkpoint = families.write(tmp_path / "checkpoint", LLAMA, shards=2)
+    checkpoint = family_models.write(tmp_path / "checkpoint", LLAMA, shards=2)
     other = write(tmp_path / "other", LLAMA, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
     (checkpoint / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(StageError, match=r"there are two checkpoints, .* and they differ: tensor"):

@@ -31,9 +31,9 @@ from stages.targets import toolchain
 from stages.targets.cuda import fatbin
 from stages.targets.table import TARGETS
 from stages.targets.tvm_target import build_target
-from tests.checkpoints import write_hollow
-from tests.local_context import LocalContext, run_stage
-from tests.stages import libraries
+from tests.support import compiled_qwen
+from tests.support.checkpoints import write_hollow
+from tests.support.local_context import LocalContext, run_stage
 
 ROW = TARGETS["cuda"]
 DATA = Path(__file__).parents[1] / "data"
@@ -43,7 +43,7 @@ CONFIGS, EMULATED = DATA / "configs", DATA / "cuda" / "emulated"
 @pytest.fixture(autouse=True)
 def wide(monkeypatch):
     """Make the inner dimension long enough for the loop over it to stay one, as in a real model."""
-    monkeypatch.setattr(libraries, "MODEL", {**libraries.MODEL, "hidden": 512, "heads": 4, "ff": 1024})
+    monkeypatch.setattr(compiled_qwen, "MODEL", {**compiled_qwen.MODEL, "hidden": 512, "heads": 4, "ff": 1024})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -97,7 +97,7 @@ def callees(module, name):
 def merged(folder, registered):
     """Return the graphs of prefill and decode."""
     contexts = [
-        libraries.build_graph(folder / name, registered, "cuda", name, prefill_chunk=32, max_batch=2)
+        compiled_qwen.build_graph(folder / name, registered, "cuda", name, prefill_chunk=32, max_batch=2)
         for name in ("prefill", "decode")
     ]
     return merge([tvm.ir.load_json((context.out / "module.json").read_text()) for context in contexts])
@@ -105,7 +105,7 @@ def merged(folder, registered):
 
 def products(folder, scheme, arch=80, registered=None):
     """Return the linear layers of prefill and decode, before and after they are scheduled, and who calls them."""
-    module = merged(folder, registered or libraries.register(folder, scheme, "cuda"))
+    module = merged(folder, registered or compiled_qwen.register(folder, scheme, "cuda"))
     target, steps = build_target(ROW, "x86-64-v3", [], opt=3, attributes={"arch": f"sm_{arch}"}), phases(ROW)
     with target:
         before = tvm.transform.Sequential([*steps["graph"], *steps["kernels"]])(module)
@@ -224,7 +224,7 @@ extern "C" void run(void** arrays, int64_t rows) {{
 )
 def test_the_source_of_a_kernel_computes_the_layer(scheme, rows, kernels, tmp_path, monkeypatch):
     # Sizes that are no whole blocks: rows, 3 * 160 features, 160 columns.
-    monkeypatch.setattr(libraries, "MODEL", {**libraries.MODEL, "hidden": 160, "heads": 5, "ff": 224})
+    monkeypatch.setattr(compiled_qwen, "MODEL", {**compiled_qwen.MODEL, "hidden": 160, "heads": 5, "ff": 224})
     found, draw = products(tmp_path, scheme), np.random.default_rng(3)
     dtype = np.dtype(SCHEMES[scheme].model_dtype)
     tolerance = 2.0 ** {"float16": -10, "bfloat16": -7}[dtype.name]
@@ -272,7 +272,7 @@ def hollow(folder, config, scheme):
     ConfigParse().run(LocalContext(params, folder / "config", {}, {"checkpoint": files}))
     ports = {name: folder / "config" / ConfigParse.outputs[name].path for name in ("config", "tensors")}
     run_stage(ParamRegister(), folder / "params", {"scheme": scheme, "target": "cuda"}, ports)
-    return libraries.Registered(ports["config"], folder / "params" / "params.json")
+    return compiled_qwen.Registered(ports["config"], folder / "params" / "params.json")
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_layers_of_published_models_run_on_tensor_cores(path, scheme, tmp_path):
 
 
 def test_only_steps_of_decode_with_static_sizes_are_captured(tmp_path):
-    module = merged(tmp_path, libraries.register(tmp_path, "q4f16_1", "cuda"))
+    module = merged(tmp_path, compiled_qwen.register(tmp_path, "q4f16_1", "cuda"))
     target = build_target(ROW, "x86-64-v3", [], opt=3, attributes={"arch": "sm_80"})
     steps = phases(ROW, cuda_graph=True)
     with target:

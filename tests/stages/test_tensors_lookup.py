@@ -9,15 +9,15 @@ import pytest
 from stages.inspection import tensors
 from stages.models import transforms
 from stages.quantization.rows import Row
-from tests.output_schema import validate
-from tests.stages import families
+from tests.support import family_models
+from tests.support.output_schema import validate
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt_neox", "qwen3"])
 def documents(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = families.write(folder / "checkpoint", families.CASES[request.param])
-    ports = families.parse_and_register(folder, checkpoint, "q4f16_1")
+    checkpoint = family_models.write(folder / "checkpoint", family_models.CASES[request.param])
+    ports = family_models.parse_and_register(folder, checkpoint, "q4f16_1")
     return {port: json.loads(ports[port].read_text()) for port in ("params", "tensors")}
 
 

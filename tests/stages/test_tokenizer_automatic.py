@@ -9,8 +9,8 @@ import pytest
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import proof
-from tests.stages import sentencepiece_samples
-from tests.stages.tokenizer_folders import (
+from tests.support import sentencepiece_models
+from tests.support.tokenizer_folders import (
     GPT2_PRE,
     PLAIN,
     SIZE,
@@ -136,7 +136,7 @@ CASES = {
     "Unigram": ({"tokenizer.json": unigram()}, 1, "without byte fallback"),
     "Unigram, lower case": ({"tokenizer.json": unigram(type="Lowercase")}, 1, "without byte fallback"),
     "a class of another model": (
-        with_class("LlamaTokenizer", sentencepiece_samples.tables()),
+        with_class("LlamaTokenizer", sentencepiece_models.tables()),
         2,
         "change what tokenizer.json says",
     ),

@@ -7,8 +7,8 @@ import pytest
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import beside_transformers
 from stages.tokenizers.proof import PROBES, sample_corpus
-from tests.stages.sentencepiece_samples import trained
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, build, llama3_folder, tekken
+from tests.support.sentencepiece_models import trained
+from tests.support.tokenizer_folders import FOLDERS, SIZE, build, llama3_folder, tekken
 
 pytest.importorskip("google.protobuf")
 CHAT = (

@@ -15,8 +15,8 @@ from stagegraph.stage import StageError
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.proof import PROBES, code_points, sample_corpus
-from tests.local_context import run_stage
-from tests.stages.tokenizer_samples import (
+from tests.support.local_context import run_stage
+from tests.support.tiny_tokenizers import (
     QWEN_CONFIG,
     SHARED,
     SPECIALS,

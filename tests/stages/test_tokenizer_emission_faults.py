@@ -13,7 +13,7 @@ from stages.tokenizers.patterns import LLAMA3, QWEN
 from stages.tokenizers.proof import prove
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.tokenizer_family import ModelFacts
-from tests.stages.tokenizer_folders import FOLDERS, split
+from tests.support.tokenizer_folders import FOLDERS, split
 
 
 def findings(directory, name):

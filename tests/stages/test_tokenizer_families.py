@@ -19,7 +19,8 @@ from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_cor
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.unicode9_nfc import nfc
 from stages.tokenizers.world_vocabulary import WorldTokenizer
-from tests.stages.tokenizer_folders import (
+from tests.support.tiny_tokenizers import SHARED, tiny_ranks
+from tests.support.tokenizer_folders import (
     FOLDERS,
     PREFIXES,
     SIZE,
@@ -30,7 +31,6 @@ from tests.stages.tokenizer_folders import (
     with_class,
     world_text,
 )
-from tests.stages.tokenizer_samples import SHARED, tiny_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 NEOX = SHARED / "tokenizers" / "gpt-neox-20b.tokenizer.json"

@@ -10,8 +10,8 @@ from stagegraph.stage import StageError
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.resolution import resolve
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, added, build, merges, tables, tekken, vocab, world_text
-from tests.stages.tokenizer_samples import QWEN_CONFIG, tiktoken_text, tiny_ranks
+from tests.support.tiny_tokenizers import QWEN_CONFIG, tiktoken_text, tiny_ranks
+from tests.support.tokenizer_folders import FOLDERS, SIZE, added, build, merges, tables, tekken, vocab, world_text
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 MERGES = ("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges())).encode()

@@ -15,8 +15,8 @@ from stages.tokenizers.emission import emit
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import prove
 from stages.tokenizers.tokenizer_family import ModelFacts
-from tests.local_context import run_stage
-from tests.stages.tokenizer_samples import (
+from tests.support.local_context import run_stage
+from tests.support.tiny_tokenizers import (
     EMBEDDING,
     SPECIALS,
     resolved,

@@ -11,8 +11,8 @@ from stages.tokenizers import EMBEDDINGS, TOKENIZERS, load_tokenizer_family
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.resolution import RULES, resolve
 from stages.verify import _FILES
-from tests.stages import sentencepiece_samples
-from tests.stages.tokenizer_samples import QWEN_CONFIG
+from tests.support import sentencepiece_models
+from tests.support.tiny_tokenizers import QWEN_CONFIG
 
 
 def folder(tmp_path, **files):
@@ -74,14 +74,14 @@ def test_without_tokenizer_config_the_files_decide(tmp_path):
 @pytest.mark.parametrize("name", ["NovelTokenizerFast", "BaichuanTokenizer", "InternLMTokenizer", "YiTokenizer"])
 def test_a_class_that_is_not_known_leaves_it_to_the_files_and_is_said(tmp_path, name):
     config = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": [f"tokenization_novel.{name}", None]}}
-    files = folder(tmp_path, tokenizer__model=sentencepiece_samples.trained("llama"), tokenizer_config__json=config)
+    files = folder(tmp_path, tokenizer__model=sentencepiece_models.trained("llama"), tokenizer_config__json=config)
     found = resolve(tmp_path, files)
     assert found.family == "sentencepiece"
     assert f"{name.removesuffix('Fast')} does not decide" in found.trace
     assert f"the tokenizer class {name.removesuffix('Fast')} is not known here" in found.warnings[0]
     files = folder(
         tmp_path,
-        tokenizer__model=sentencepiece_samples.trained("llama"),
+        tokenizer__model=sentencepiece_models.trained("llama"),
         tokenizer_config__json={"tokenizer_class": "CodeLlamaTokenizer"},
     )
     assert resolve(tmp_path, files).warnings == []
@@ -169,7 +169,7 @@ def test_an_older_map_of_special_tokens_names_the_roles_as_in_transformers(tmp_p
         tmp_path,
         folder(
             tmp_path,
-            tokenizer__json=sentencepiece_samples.tables(),
+            tokenizer__json=sentencepiece_models.tables(),
             tokenizer_config__json=config,
             special_tokens_map__json=older,
         ),

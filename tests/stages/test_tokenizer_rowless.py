@@ -9,8 +9,8 @@ import pytest
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import proof
-from tests.stages import sentencepiece_samples
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, added, build, tables
+from tests.support import sentencepiece_models
+from tests.support.tokenizer_folders import FOLDERS, SIZE, added, build, tables
 
 PAD = "<|pad|>"
 NAMES = ("<|endoftext|>", "<|user|>")
@@ -56,7 +56,7 @@ def test_a_pad_token_without_a_row_is_left_out_of_the_tokenizer_that_transformer
 def of_sentencepiece():
     import sentencepiece
 
-    model = sentencepiece_samples.trained("llama")
+    model = sentencepiece_models.trained("llama")
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
     return {"tokenizer.model": model, "added_tokens.json": {PAD: size}}, size
 

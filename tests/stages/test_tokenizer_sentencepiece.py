@@ -18,7 +18,7 @@ from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import PROBES, code_points, sample_corpus
 from stages.tokenizers.sentencepiece_bpe import splits
 from stages.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
-from tests.stages.sentencepiece_samples import (
+from tests.support.sentencepiece_models import (
     BYTES,
     META,
     MODELS,
@@ -30,7 +30,7 @@ from tests.stages.sentencepiece_samples import (
     tables,
     trained,
 )
-from tests.stages.tokenizer_folders import build
+from tests.support.tokenizer_folders import build
 
 EXACT = ["llama", "no space before", "no bytes", "spaces collapsed", "symbols", "runs of spaces", "digits"]
 EXACT += ["control tokens", "split by nothing"]

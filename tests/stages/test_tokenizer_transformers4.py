@@ -12,8 +12,8 @@ import pytest
 from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.proof import sample_corpus
 from stages.tokenizers.resolution import resolve
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, build
-from tests.stages.tokenizer_samples import QWEN_CONFIG, SPECIALS, tiktoken_text, tiny_ranks
+from tests.support.tiny_tokenizers import QWEN_CONFIG, SPECIALS, tiktoken_text, tiny_ranks
+from tests.support.tokenizer_folders import FOLDERS, SIZE, build
 
 PYTHON = os.environ.get("STAGEGRAPH_TRANSFORMERS4")
 QWEN = {"qwen.tiktoken": tiktoken_text(tiny_ranks()), "tokenizer_config.json": QWEN_CONFIG}

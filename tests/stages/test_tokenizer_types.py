@@ -17,7 +17,7 @@ from stages.tokenizers.emission import emit
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.tokenizer_family import ModelFacts
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, added, tables, tekken, with_class, write_folder
+from tests.support.tokenizer_folders import FOLDERS, SIZE, added, tables, tekken, with_class, write_folder
 
 OTHERS: tuple[Any, ...] = (None, True, -1, 1.5, "x", "", [], [None], {}, {"x": None})
 FACTS = ModelFacts(

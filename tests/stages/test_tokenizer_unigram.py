@@ -16,9 +16,9 @@ from stages.tokenizers import beside_transformers
 from stages.tokenizers.charsmap import Charsmap
 from stages.tokenizers.proof import PROBES, code_points, sample_corpus
 from stages.tokenizers.sentencepiece_model import read_model
-from tests.stages.sentencepiece_samples import META, field, model, trained
-from tests.stages.tokenizer_folders import build
-from tests.stages.tokenizer_samples import SHARED
+from tests.support.sentencepiece_models import META, field, model, trained
+from tests.support.tiny_tokenizers import SHARED
+from tests.support.tokenizer_folders import build
 
 NAMES = ["unigram", "unigram nfkc", "unigram bytes nfkc", "nmt_nfkc"]
 TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in list(code_points())[::5])]

@@ -15,14 +15,14 @@ from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.models.traced import parse, stored_as, to_reference
-from tests.stages import families, traced
-from tests.stages.libraries import Registered, build_graph
+from tests.support import family_models, traced_models
+from tests.support.compiled_qwen import Registered, build_graph
 
 BOUND = 2e-5  # of the largest |logit|
 QUICK = {("olmo2", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
     pytest.param(name, scheme, marks=[] if (name, scheme) in QUICK else pytest.mark.slow, id=f"{name}-{scheme}")
-    for name in traced.FAMILIES
+    for name in traced_models.FAMILIES
     for scheme in ("q0f32", "q4f16_1", "q8f16_1")
 ]
 
@@ -33,14 +33,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels") / "memo"
 
 
-def built(folder: Path, model_type: str, scheme: str, kernels: Path) -> families.Built:
-    checkpoint = traced.write(folder / "checkpoint", model_type)
-    case = families.Case("", traced.SIZES)
-    return families.build(folder, case, scheme, checkpoint=checkpoint, memo=kernels, frontend="traced")
+def built(folder: Path, model_type: str, scheme: str, kernels: Path) -> family_models.Built:
+    checkpoint = traced_models.write(folder / "checkpoint", model_type)
+    case = family_models.Case("", traced_models.SIZES)
+    return family_models.build(folder, case, scheme, checkpoint=checkpoint, memo=kernels, frontend="traced")
 
 
-def check(made: families.Built) -> None:
-    errors = traced.differences(made)
+def check(made: family_models.Built) -> None:
+    errors = traced_models.differences(made)
     assert max(errors) < BOUND, errors
 
 
@@ -68,8 +68,8 @@ def test_what_an_operator_does_not_compute_is_named_with_its_node(tmp_path: Path
         raise NotImplementedError("a norm of order 3")
 
     profiles.compiler()
-    checkpoint = traced.write(tmp_path / "checkpoint", "olmo2")
-    ports = families.parse_and_register(tmp_path, checkpoint, "q0f32", frontend="traced")
+    checkpoint = traced_models.write(tmp_path / "checkpoint", "olmo2")
+    ports = family_models.parse_and_register(tmp_path, checkpoint, "q0f32", frontend="traced")
     monkeypatch.setitem(operators.OPERATORS, "silu", refuses)
     with pytest.raises(StageError, match=r"Olmo2ForCausalLM: node \d+ of its body, operator 'silu': a norm of order 3"):
         build_graph(tmp_path / "graph", Registered(ports["config"], ports["params"]), "llvm", "prefill")
@@ -82,10 +82,10 @@ def test_what_an_operator_does_not_compute_is_named_with_its_node(tmp_path: Path
 def test_a_model_of_a_family_has_the_operators_of_the_family_when_it_is_traced(tmp_path: Path, model_type: str) -> None:
     """Rotation is the cache's, projections of one input are one: the same kernels, so the same logits and speed."""
     profiles.compiler()
-    checkpoint = traced.write(tmp_path / "checkpoint", model_type)
+    checkpoint = traced_models.write(tmp_path / "checkpoint", model_type)
     counts = {}
     for frontend in ("native", "traced"):
-        ports = families.parse_and_register(tmp_path / frontend, checkpoint, "q4f16_1", frontend=frontend)
+        ports = family_models.parse_and_register(tmp_path / frontend, checkpoint, "q4f16_1", frontend=frontend)
         folder = tmp_path / frontend / "graph"
         build_graph(folder, Registered(ports["config"], ports["params"]), "llvm", "decode")
         operators = json.loads((folder / "graph.json").read_text())["operators"]["decode"]
@@ -123,7 +123,7 @@ def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch
 def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:
     """Llama's is taken out of the graph, with the frequencies that its model has; Gemma 3 has two of them."""
     for model_type, taken in (("stablelm", 2), ("gemma3_text", 0)):
-        raw = {**traced.SIZES, **traced.FAMILIES[model_type], "model_type": model_type}
+        raw = {**traced_models.SIZES, **traced_models.FAMILIES[model_type], "model_type": model_type}
         config = parse(raw)
         cosines = [name for name, _ in config.parts["body"]["nodes"] if name == "cos"]
         assert (len(config.frequencies), bool(cosines)) == (taken, not taken)
@@ -131,7 +131,12 @@ def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:
 
 def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> None:
     """Sarvam's q, k and v are one matrix in its files, and three in transformers' model; the way back cuts it again."""
-    raw = {**traced.SIZES, **traced.MIXTURES["sarvam_moe"], "model_type": "sarvam_moe", "num_hidden_layers": 1}
+    raw = {
+        **traced_models.SIZES,
+        **traced_models.MIXTURES["sarvam_moe"],
+        "model_type": "sarvam_moe",
+        "num_hidden_layers": 1,
+    }
     config = parse({**raw, "first_k_dense_replace": 1})
     old = "model.layers.0.attention.query_key_value.weight"
     (entry,) = [each for each in stored_as(config, [old]).parameters if each["sources"] == [old]]

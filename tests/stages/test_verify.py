@@ -19,8 +19,8 @@ from stages.verification import checks as checks_of
 from stages.verification import live
 from stages.verification.tolerances import spread_bound
 from stages.verify import Verify
-from tests.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
-from tests.stages import bundles, families
+from tests.support import bundles, family_models
+from tests.support.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
 
 LOGIT_CHECKS = {
     "every step",
@@ -100,7 +100,7 @@ def test_a_checkpoint_whose_names_have_another_prefix_is_read_by_the_register(re
     (checkpoint / "model.safetensors.index.json").unlink()
     for shard in checkpoint.glob("*.safetensors"):
         save_file({f"module.{name}": tensor for name, tensor in load_file(shard).items()}, shard)
-    ports = families.parse_and_register(tmp_path / "registered", checkpoint, built.scheme)
+    ports = family_models.parse_and_register(tmp_path / "registered", checkpoint, built.scheme)
     renamed = bundles.replace(built, checkpoint=checkpoint, config=ports["config"], params=ports["params"])
     found = checks(bundles.verify(renamed, tmp_path / "out", reference="live"))
     assert {"weights", "embed", "every step"} <= set(found)

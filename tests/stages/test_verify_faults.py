@@ -23,10 +23,10 @@ from stagegraph.stage import StageError
 from stages import profiles
 from stages.bundle import Bundle
 from stages.models import layers
-from tests.local_context import run_stage
-from tests.stages import bundles, families
-from tests.stages.libraries import Registered, build_graphs, compile_library
-from tests.stages.tokenizer_folders import FOLDERS, SIZE, write_folder
+from tests.support import bundles, family_models
+from tests.support.compiled_qwen import Registered, build_graphs, compile_library
+from tests.support.local_context import run_stage
+from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
 
 pytestmark = pytest.mark.slow
 
@@ -34,12 +34,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "verification.md"
 ROWS = SIZE + 35
 MODELS = {
     # as many heads of k and v as of q, so that each could be taken for another
-    "llama": ("llama3 model", dataclasses.replace(families.CASES["llama"], config={
-        **families.CASES["llama"].config, "num_key_value_heads": 6, "rms_norm_eps": 1e-3, "hidden_size": 192,
+    "llama": ("llama3 model", dataclasses.replace(family_models.CASES["llama"], config={
+        **family_models.CASES["llama"].config, "num_key_value_heads": 6, "rms_norm_eps": 1e-3, "hidden_size": 192,
     })),
-    "qwen3": ("qwen2 vocab", families.CASES["qwen3"]),
-    "mistral": ("llama3 tables", families.CASES["mistral"]),
-    "gpt_neox": ("neox", families.CASES["gpt_neox"]),
+    "qwen3": ("qwen2 vocab", family_models.CASES["qwen3"]),
+    "mistral": ("llama3 tables", family_models.CASES["mistral"]),
+    "gpt_neox": ("neox", family_models.CASES["gpt_neox"]),
 }  # fmt: skip
 
 
@@ -88,7 +88,9 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Right]:
             files, _, eos = FOLDERS[tokenizer]
             control = {"bos_token_id": SIZE if "llama3" in tokenizer else eos, "eos_token_id": eos}
             checkpoint = write_folder(folder / "checkpoint", files)
-            families.write(checkpoint, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
+            family_models.write(
+                checkpoint, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control})
+            )
             built = bundles.build(folder, scheme, checkpoint=checkpoint, prefill_chunk=48, max_batch=2)
             found[name, scheme] = Right(built, folder / "memo")
             assert found[name, scheme].verify(built, folder / "verify") == ""

@@ -14,7 +14,7 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.verification import checks
 from stages.verification.prompts import PARAGRAPH
 from stages.verification.tolerances import LOSS_RATIO
-from tests.stages.bundles import build
+from tests.support.bundles import build
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen"
 SPECIALS = 208

@@ -19,9 +19,9 @@ from stages.verification import advice, apart, gates, lending, loss, original, p
 from stages.verification.apart import call
 from stages.verification.case import Case
 from stages.verification.checks import Check
-from tests.checkpoints import write_qwen
-from tests.local_context import run_stage
-from tests.stages import bundles, libraries
+from tests.support import bundles, compiled_qwen
+from tests.support.checkpoints import write_qwen
+from tests.support.local_context import run_stage
 
 VOCAB = 97
 
@@ -299,7 +299,7 @@ def test_the_layers_that_int8_activations_cost_most_are_those_that_read_channels
 
     def read_in_bytes(module, inputs):
         group = 32 if module is model.lm_head else 16
-        return (torch.from_numpy(libraries.in_bytes(inputs[0].numpy(), group)).float(),)
+        return (torch.from_numpy(compiled_qwen.in_bytes(inputs[0].numpy(), group)).float(),)
 
     wanted, expected = log_probs(), {}
     for name, module in model.named_modules():

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PipelineError
-from tests.checkpoints import write_hollow
 from tests.endurance.hostile import templates
 from tests.endurance.hostile.mutants import ODD_TEXTS, documents, pieces, texts
-from tests.local_context import run_stage
-from tests.stages import tokenizer_folders
 from tests.stages.test_config_fuzz import BASES, GENERATION, SIZES
-from tests.stages.tokenizer_folders import SIZE
+from tests.support import tokenizer_folders
+from tests.support.checkpoints import write_hollow
+from tests.support.local_context import run_stage
+from tests.support.tokenizer_folders import SIZE
 
 Files = Mapping[str, bytes]
 PIPELINE = """\

@@ -23,9 +23,9 @@ from stages.quantize import Quantize
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.session import Session
 from stages.verification import weights
-from tests.checkpoints import write_json
-from tests.local_context import run_stage
-from tests.stages.libraries import Registered, build_graphs, compile_library
+from tests.support.checkpoints import write_json
+from tests.support.compiled_qwen import Registered, build_graphs, compile_library
+from tests.support.local_context import run_stage
 
 CHUNK, BATCH = 64, 2
 STEPPED = "torch_recurrent_gated_delta_rule"  # of transformers' modelling files, beside one in chunks

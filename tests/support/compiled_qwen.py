@@ -24,8 +24,8 @@ from stages.quantization import layouts
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import convert, restored
 from stages.quantization.rows import Row
-from tests.checkpoints import qwen_tensors, write_qwen
-from tests.local_context import LocalContext, run_stage
+from tests.support.checkpoints import qwen_tensors, write_qwen
+from tests.support.local_context import LocalContext, run_stage
 
 FUNCTIONS = ("embed", "prefill", "decode", "kv", "softmax")
 MODEL = {"hidden": 64, "layers": 2, "heads": 2, "ff": 96, "ranks": 300}

@@ -38,7 +38,7 @@ class Shape(Stage):
 
     @dataclass(frozen=True)
     class Params:
-        target: str = param("what to build for", choices="tests.engine.spec_fakes:TARGETS")
+        target: str = param("what to build for", choices="tests.support.spec_files:TARGETS")
         size: int = param("how large", default=1, minimum=1)
         ratio: float = param("how much", default=0.5)
         fast: bool = param("hurry", default=False)

@@ -1,7 +1,8 @@
 """What the project depends on, by the metadata of what is installed: names, versions, licences.
 
-``python -m tests.supply_chain > constraints.txt`` writes the lock file for continuous integration: the exact versions,
-direct and indirect, of an environment in which the whole suite passed, for ``pip install -c constraints.txt``.
+``python -m tests.support.supply_chain > constraints.txt`` writes the lock file for continuous integration: the exact
+versions, direct and indirect, of an environment in which the whole suite passed, for ``pip install -c
+constraints.txt``.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "constraints.txt"
 EXTRAS = ("plot", "test")  # cuda is a set of exact releases of its own
-HEAD = "# Exact versions for continuous integration; made by `python -m tests.supply_chain > constraints.txt`.\n"
+HEAD = (
+    "# Exact versions for continuous integration; made by `python -m tests.support.supply_chain > constraints.txt`.\n"
+)
 
 
 def canonical(name: str) -> str:

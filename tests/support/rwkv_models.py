@@ -20,8 +20,8 @@ from stages.runtime.folder import Entry
 from stages.runtime.manifest import Manifest
 from stages.runtime.session import Session
 from stages.verification import live
-from tests.local_context import run_stage
-from tests.stages.libraries import Registered, build_graphs, compile_library
+from tests.support.compiled_qwen import Registered, build_graphs, compile_library
+from tests.support.local_context import run_stage
 
 CHUNK, BATCH = 24, 3
 MODEL = {

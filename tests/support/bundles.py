@@ -24,9 +24,9 @@ from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import live
 from stages.verification.reference import checkpoint_digest
 from stages.verify import Verify
-from tests.checkpoints import write_qwen, write_raw_safetensors
-from tests.local_context import LocalContext, run_stage, source_files
-from tests.stages.libraries import Registered, build_graphs, compile_library
+from tests.support.checkpoints import write_qwen, write_raw_safetensors
+from tests.support.compiled_qwen import Registered, build_graphs, compile_library
+from tests.support.local_context import LocalContext, run_stage, source_files
 
 INCLUDE = Verify.Params.__dataclass_fields__["checkpoint"].metadata["include"]
 

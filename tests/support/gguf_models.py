@@ -8,8 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from tests.stages import tokenizer_folders
-from tests.stages.families import LLAMA3, SIZES
+from tests.support import tokenizer_folders
+from tests.support.family_models import LLAMA3, SIZES
 
 HEADS, KV_HEADS = 6, 2
 # Sizes of which all block types are: 256 values a row.

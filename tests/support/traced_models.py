@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.stages import families
+from tests.support import family_models
 
 STEPS = 64  # of decode, after one of the prefills
 
@@ -138,7 +138,7 @@ def scramble(model: Any) -> None:
                 parameter.normal_(near, 0.25)
 
 
-def differences(made: families.Built, length: int = 160) -> list[float]:
+def differences(made: family_models.Built, length: int = 160) -> list[float]:
     """Hold prefills around a chunk's length, decode steps and a batch against transformers, in texts of ``length``
     tokens; return each difference over the largest |logit|.
     """
@@ -146,7 +146,7 @@ def differences(made: families.Built, length: int = 160) -> list[float]:
     first, second = made.reference(ones), made.reference(others)
     session = made.session(2)
     found, wanted = [], []
-    for size in (1, 17, families.CHUNK - 1, families.CHUNK, families.CHUNK + 1):
+    for size in (1, 17, family_models.CHUNK - 1, family_models.CHUNK, family_models.CHUNK + 1):
         sequence = session.add()
         found += [session.prefill(sequence, ones[:size])]
         steps = range(size, size + (STEPS if size == 17 else 1))
@@ -161,4 +161,4 @@ def differences(made: families.Built, length: int = 160) -> list[float]:
         wanted += [first[7 + step], second[5 + step]]
     found.append(session.prefill(b, others[13:]))
     wanted.append(second[-1])
-    return [families.error(have, want) for have, want in zip(found, wanted, strict=True)]
+    return [family_models.error(have, want) for have, want in zip(found, wanted, strict=True)]

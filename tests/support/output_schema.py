@@ -8,7 +8,7 @@ from typing import Any
 
 import jsonschema
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "output.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "output.schema.json").read_text())
 
 
 def validate(document: Any, kind: str) -> None:

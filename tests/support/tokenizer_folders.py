@@ -12,9 +12,9 @@ from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import EMBEDDINGS
 from stages.tokenizers.byte_level import spell
 from stages.tokenizers.patterns import LLAMA3, QWEN, TEKKEN
-from tests.local_context import LocalContext, run_stage
-from tests.stages import sentencepiece_samples
-from tests.stages.tokenizer_samples import tiktoken_text, tiny_ranks
+from tests.support import sentencepiece_models
+from tests.support.local_context import LocalContext, run_stage
+from tests.support.tiny_tokenizers import tiktoken_text, tiny_ranks
 
 GPT2_PRE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PLAIN = {**GPT2_PRE, "use_regex": False}
@@ -162,17 +162,17 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, int]] = {
     "qwen2 vocab": (qwen2_folder(), "qwen2", SIZE + 2),
     "llama3 tables": (with_class("PreTrainedTokenizerFast", llama3_tables()), "llama", SIZE + 1),
     "llama3 model": (llama3_folder(), "llama", SIZE + 1),
-    "sentencepiece": ({"tokenizer.model": sentencepiece_samples.trained("control tokens")}, "mistral", 2),
+    "sentencepiece": ({"tokenizer.model": sentencepiece_models.trained("control tokens")}, "mistral", 2),
     "sentencepiece modern": (
         {
-            "tokenizer.model": sentencepiece_samples.trained("llama"),
+            "tokenizer.model": sentencepiece_models.trained("llama"),
             "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "legacy": False},
         },
         "mistral",
         2,
     ),
-    "metaspace": (with_class("LlamaTokenizer", sentencepiece_samples.tables()), "llama", 2),
-    "metaspace first": (with_class("LlamaTokenizerFast", sentencepiece_samples.metaspace_first()), "mistral", 2),
+    "metaspace": (with_class("LlamaTokenizer", sentencepiece_models.tables()), "llama", 2),
+    "metaspace first": (with_class("LlamaTokenizerFast", sentencepiece_models.metaspace_first()), "mistral", 2),
     "tekken": ({"tekken.json": tekken()}, "mistral", 2),
     "rwkv world": ({"rwkv_vocab_v20230424.txt": world_text()}, "rwkv", 0),
 }
