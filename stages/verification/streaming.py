@@ -111,8 +111,8 @@ def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) 
     import torch
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
     config, whole = _own_config(root), file_of(files)
     paths = {name: Path(path) for name, path in files.items()}
