@@ -6,6 +6,8 @@ import base64
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,33 @@ def test_a_whole_context_fits_and_one_token_more_is_refused(session, sequence):
         session.decode(sequence, 7)
     session.popn(sequence, 1)
     np.testing.assert_array_equal(session.decode(sequence, 6), last)
+
+
+STEPS = """
+import sys
+from pathlib import Path
+import numpy as np
+from stages.runtime import manifest
+from stages.runtime.session import Session
+
+session = Session(manifest.read(Path(sys.argv[1])))
+sequence = session.add()
+logits = [session.prefill(sequence, [3 + i * 7 % 500 for i in range(300)])]
+logits += [session.decode(sequence, token) for token in (5, 6, 7)]
+np.save(sys.argv[2], np.stack(logits))
+"""
+
+
+def test_any_number_of_threads_computes_the_same_logits(recorded, tmp_path):
+    for threads in ("1", "2", "3"):
+        env = {**os.environ, "TVM_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", STEPS, str(recorded.bundle), str(tmp_path / threads)]
+        subprocess.run(command, check=True, env=env)
+    alone = np.load(tmp_path / "1.npy")
+    assert alone.shape[0] == 4
+    assert np.abs(alone).max() > 1
+    for threads in ("2", "3"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{threads}.npy"), alone)
 
 
 @pytest.mark.parametrize("ids", [[512], [-1], [3, 2**31]])
