@@ -129,6 +129,9 @@ class Scheduler:
             return
         decision = self._planner.decide(node, self._record_of)
         forced = node.name in self._options.force
+        if (decision.status != HIT or forced) and self._planner.sweep():
+            self._settle_again(node)
+            return
         if decision.status == HIT and not forced:
             try:
                 self._finish_hit(decision)
@@ -140,6 +143,13 @@ class Scheduler:
         asks = not forced and not self._planner.prepared(node).secrets
         if not asks or not self._fetching.begin(decision.key, decision):
             self._enter(decision)
+
+    def _settle_again(self, node: Node) -> None:
+        """Let all that was settled, of which nothing has run, and ``node`` wait again: their keys have moved."""
+        for settled in list(self.outcomes):
+            del self.outcomes[settled]
+            self._waiting.undo(settled)
+        self._waiting.add(node)
 
     def _enter(self, decision: Decision) -> None:
         """Let a node run when there is room for it."""

@@ -275,6 +275,7 @@ class Site:
 
 def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
     document = request["document"]
+    codes.sweep_libraries()
     try:
         stage: Stage = origin.make()
         code = code_of(codes, origin.module, stage, request["rows"])

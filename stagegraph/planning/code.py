@@ -81,8 +81,12 @@ class CodeDigests:
         return self._installed.of(self._foreign(modules, rows))
 
     def changed_libraries(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> list[str]:
-        """Return the native libraries behind :meth:`libraries` that are no longer what was digested."""
+        """Return the files of :meth:`libraries` that are no longer what they were when they counted."""
         return self._installed.changed(self._foreign(modules, rows))
+
+    def sweep_libraries(self) -> bool:
+        """Look for Python files of libraries that were edited in place, once; say whether one changes what was said."""
+        return self._installed.sweep()
 
     def _foreign(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> list[str]:
         return sorted({name for module in modules for name in self._reach(module, rows)[1]})
@@ -112,7 +116,7 @@ class CodeDigests:
         return PartCode(digest_json([counting, libraries]), stats)
 
     def files_read(self) -> dict[str, list[int]]:
-        """Return every file that was read for what was asked, native libraries too, with its stat."""
+        """Return every file that was read for what was asked, those of libraries too, with its stat."""
         return self._stats | self._installed.files_read()
 
     def changed(self, closure: Mapping[str, str]) -> list[str]:

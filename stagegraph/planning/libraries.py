@@ -9,6 +9,10 @@ Nothing is imported. A package without such a list counts as all its sources and
 Of one version an index has a wheel for each Python, whose native modules differ though they do the same, so that the
 keys of two Pythons would. A wheel for one Python that came from an index, and whose native libraries are those that it
 brought, counts as its version and its platforms.
+
+To ask each of thousands of Python files for its stat would cost a run without news more than all else. So whether one
+was edited in place is found out before anything is executed (:meth:`Libraries.sweep`): what is younger than ``RECORD``
+is read, and what differs from it counts by its content from then on, like a native library.
 """
 
 from __future__ import annotations
@@ -16,24 +20,23 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stagegraph.digest import digest_file, digest_json, stat_id
+from stagegraph.digest import digest_json, stat_id
 from stagegraph.store.index import Index
 
+if TYPE_CHECKING:
+    from stagegraph.planning.installed import Build
+
 SCHEMA = 2
-NATIVE = re.compile(r"\.(so(\.\d+)*|dylib|dll|pyd)$")
-ABSENT = "absent"
+READ = "libraries:read"  # in the index: Python files that are younger than their RECORD, with stat and digest
+ABSENT, UNREADABLE = "absent", "unreadable"
 BY_NAME = {"import_module", "__import__", "find_spec"}  # what imports, or looks for, a module by its name
 DIGITS = 16  # of a digest, behind a version: people read it
-ONE_PYTHON = re.compile(r"[a-z]+\d+-(?!abi)[a-z]+\d+[a-z]*-((?:many|musl)linux_\w+|macosx_\w+|win\w+)")  # a wheel's tag
-# Name, version, platforms of a wheel for one Python from an index ("" for any other), digest of all but native
-# libraries, path of each native library -> what RECORD says of it.
-Build = tuple[str, str, str, str, dict[str, str]]
+# What the index keeps: under a path, [its stat, what was made of it]; of "edited", {row of RECORD: the digest there}.
+SECTIONS = ("folders", "builds", "files", "edited")
 
 
 class Libraries:
@@ -43,11 +46,12 @@ class Libraries:
         self._index = index
         saved = index.get("libraries")
         saved = saved if isinstance(saved, dict) and saved.get("schema") == SCHEMA else {}
-        self._saved: dict[str, dict[str, Any]] = {name: saved.get(name, {}) for name in ("folders", "builds", "files")}
+        self._saved: dict[str, dict[str, Any]] = {name: saved.get(name, {}) for name in SECTIONS}
         self._fresh: dict[tuple[str, str], Any] = {}
         self._found: dict[str, dict[str, str]] = {}
         self._stats: dict[str, dict[str, list[int]]] = {}
         self._grown = False
+        self._swept: dict[str, dict[str, list[int]]] | None = None  # RECORD -> the Python files it lists, with stats
 
     def of(self, modules: Iterable[str]) -> dict[str, str]:
         """Return distribution -> version and build of all that brings the top-level ``modules``, ``"absent"`` if none.
@@ -67,12 +71,25 @@ class Libraries:
         return {path: stat for module in modules for path, stat in self._stats[module].items()}
 
     def files_read(self) -> dict[str, list[int]]:
-        """Return the native libraries behind all that was asked for, with their stats."""
-        return self.stats(self._stats)
+        """Return the files behind all that was asked for, with their stats: native libraries, and what was swept."""
+        return self.stats(self._stats) | self._python(self._stats)
 
     def changed(self, modules: Iterable[str]) -> list[str]:
-        """Return those of the native libraries that are no longer what was digested."""
-        return sorted(path for path, stat in self.stats(modules).items() if _stat(path) != stat)
+        """Return those of the files behind ``modules`` that are no longer what was digested or swept."""
+        stats = self.stats(modules) | self._python(modules)
+        return sorted(path for path, stat in stats.items() if _stat(path) != stat)
+
+    def sweep(self) -> bool:
+        """Look at every Python file behind all that was and will be asked for; say whether one moves what was said.
+
+        Only the first time: what is edited later changes under a run.
+        """
+        if self._swept is not None:
+            return False
+        self._swept = {}
+        before, self._found = self._found, {}
+        self.of(before)
+        return self._found != before
 
     def save(self) -> None:
         """Write what was learned back to the index."""
@@ -82,46 +99,93 @@ class Libraries:
 
     def _identify(self, module: str) -> dict[str, str]:
         self._stats[module] = {}
-        builds = [self._remembered("builds", record, _build) for record in self._records(module)]
-        builds = builds or [_loose(module)]
-        return {name: self._identity(module, *about) for name, *about in builds}
+        builds = [(self._remembered("builds", record), record) for record in self._records(module)]
+        builds = builds or [(_unlisted(module), "")]
+        return {name: self._identity(module, record, *about) for (name, *about), record in builds}
 
-    def _identity(self, module: str, version: str, platforms: str, rest: str, natives: Mapping[str, str]) -> str:
+    def _identity(
+        self, module: str, record: str, version: str, platforms: str, rest: str, natives: Mapping[str, str]
+    ) -> str:
         if version == ABSENT:
             return version
         contents = {path: self._content(module, path) for path in natives}
-        if platforms and contents == natives:
+        edited = self._edited(module, record)
+        if platforms and contents == natives and not edited:
             return f"{version} {platforms}"
         named = {os.path.basename(path): content for path, content in contents.items()}  # noqa: PTH119
-        return f"{version} {digest_json([rest, named])[:DIGITS]}"
+        return f"{version} {digest_json([rest, {**named, **edited}])[:DIGITS]}"
+
+    def _edited(self, module: str, record: str) -> dict[str, str]:
+        """Return the Python files of a distribution that are not what its installer listed, by content."""
+        if self._swept is not None and record and record not in self._swept:
+            self._swept[record], edited = self._sweep(record)
+            if edited != self._saved["edited"].get(record, {}):
+                self._saved["edited"][record], self._grown = edited, True
+        listed = self._saved["edited"].get(record)
+        if not listed:
+            return {}
+        folder = _site(record)
+        contents = {row: self._content(module, f"{folder}/{row}") for row in listed}
+        return {row: content for row, content in contents.items() if content != listed[row]}
+
+    def _sweep(self, record: str) -> tuple[dict[str, list[int]], dict[str, str]]:
+        """Return the stats of the Python files that ``RECORD`` lists, and rows with digests of those that differ."""
+        from stagegraph.planning.installed import python_files
+
+        folder, installed = _site(record), stat_id(record)[-1]
+        read = self._index.get(READ) or {}
+        stats: dict[str, list[int]] = {}
+        edited, grown = {}, False
+        for row, digest in python_files(record):
+            path = f"{folder}/{row}"
+            stats[path] = now = _stat(path)
+            if now and now[-1] < installed:
+                continue  # the list was written last
+            if path not in read or read[path][0] != now:
+                read[path], grown = [now, _digest(path)], True
+            if read[path][1] != digest:
+                edited[row] = digest
+        if grown:
+            self._index.set(READ, read)
+        return stats, edited
+
+    def _python(self, modules: Iterable[str]) -> dict[str, list[int]]:
+        """Return the stats of the Python files behind ``modules``, as far as they were swept."""
+        swept = self._swept or {}
+        records = {record for module in modules for record in self._records(module)}
+        return {path: stat for record in records for path, stat in swept.get(record, {}).items()}
 
     def _content(self, module: str, path: str) -> str:
         try:
-            content: str = self._remembered("files", path, _recorded_digest)
+            content: str = self._remembered("files", path)
             self._stats[module][path] = self._saved["files"][path][0]
         except OSError:
-            return "unreadable"
+            return UNREADABLE
         return content
 
     def _records(self, module: str) -> list[str]:
         """Return the ``RECORD`` of each distribution that brings a module; the first folder on the path wins."""
         for folder in sys.path:
             try:
-                brought = self._remembered("folders", folder or ".", _brought)
+                brought = self._remembered("folders", folder or ".")
             except OSError:
                 continue
             if module in brought:
                 return [f"{folder}/{info}/RECORD" for info in brought[module]]
         return []
 
-    def _remembered(self, kind: str, path: str, compute: Any) -> Any:
-        """Return what ``compute`` makes of a path, again only if its stat is another."""
+    def _remembered(self, kind: str, path: str) -> Any:
+        """Return what is read of a path, again only if its stat is another."""
         if (kind, path) not in self._fresh:
             now = list(stat_id(path))
             saved = self._saved[kind].get(path)
             if saved is None or saved[0] != now:
-                saved = self._saved[kind][path] = [now, compute(path)]
+                from stagegraph.planning.installed import READERS
+
+                saved = self._saved[kind][path] = [now, READERS[kind](path)]
                 self._grown = True
+                if kind == "builds":
+                    self._saved["edited"].pop(path, None)  # it was installed anew
             self._fresh[kind, path] = saved[1]
         return self._fresh[kind, path]
 
@@ -153,6 +217,11 @@ def imported(names: Iterable[str], own: Iterable[str]) -> list[str]:
     return sorted({*names} - {*own} - sys.stdlib_module_names)
 
 
+def _site(record: str) -> str:
+    """Return the folder that the rows of a ``RECORD`` start from."""
+    return os.path.dirname(os.path.dirname(record))  # noqa: PTH120
+
+
 def _stat(path: str) -> list[int]:
     try:
         return list(stat_id(path))
@@ -160,79 +229,26 @@ def _stat(path: str) -> list[int]:
         return []
 
 
-def _brought(folder: str) -> dict[str, list[str]]:
-    """Return top-level module -> the ``.dist-info`` folders of the distributions that bring it."""
-    found: dict[str, list[str]] = {}
-    for info in sorted(name for name in os.listdir(folder) if name.endswith(".dist-info")):  # noqa: PTH208
-        try:
-            tops = {row[0].partition("/")[0] for row in _rows(f"{folder}/{info}/RECORD")}
-        except OSError:
-            continue
-        for module in {top.partition(".")[0] if "." in top else top for top in tops if not top.endswith(".dist-info")}:
-            if module.isidentifier():
-                found.setdefault(module, []).append(info)
-    return found
+def _digest(path: str) -> str:
+    from stagegraph.planning.installed import recorded_digest
 
-
-def _build(record: str) -> Build:
-    """Return what a distribution is made of, by its ``RECORD``: rows of path, digest and size."""
-    folder, info = os.path.split(os.path.dirname(record))  # noqa: PTH120
-    name, _, version = info.removesuffix(".dist-info").rpartition("-")
-    rows = [row for row in _rows(record) if not row[0].endswith(".pyc") and row[0].partition("/")[0] != info]
-    natives = {os.path.normpath(f"{folder}/{row[0]}"): row[1] for row in sorted(rows) if NATIVE.search(row[0])}
-    rest = sorted(row[:2] for row in rows if not NATIVE.search(row[0]) and not row[0].startswith(".."))
-    return re.sub(r"[-_.]+", "-", name).lower(), version, _platforms(f"{folder}/{info}"), digest_json(rest), natives
-
-
-def _platforms(info: str) -> str:
-    """Return the platforms of a wheel that an index has for this Python alone, "" of any other.
-
-    What came from a folder or a URL has a ``direct_url.json``; what was built here, a platform that no index takes.
-    """
     try:
-        lines = Path(info, "WHEEL").read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return ""
-    tags = [ONE_PYTHON.fullmatch(line[5:]) for line in lines if line.startswith("Tag: ")]
-    platforms = [tag[1] for tag in tags if tag]
-    return "" if len(platforms) < len(tags) or Path(info, "direct_url.json").exists() else " ".join(sorted(platforms))
+        return recorded_digest(path)
+    except OSError:
+        return UNREADABLE
 
 
-def _recorded_digest(path: str) -> str:
-    """Return a file's digest as ``RECORD`` writes it."""
-    import hashlib
-    from base64 import urlsafe_b64encode
-
-    with open(path, "rb") as file:  # noqa: PTH123
-        return "sha256=" + urlsafe_b64encode(hashlib.file_digest(file, "sha256").digest()).decode().rstrip("=")
-
-
-def _rows(record: str) -> Iterator[list[str]]:
-    import csv
-
-    with open(record, encoding="utf-8", newline="") as file:  # noqa: PTH123
-        yield from (row for row in csv.reader(file) if row)
-
-
-def _loose(module: str) -> Build:
-    """Return what a module is made of that no installed distribution lists: installed as links, or on the path."""
+def _unlisted(module: str) -> Build:
+    """Return what a module is made of that no installed distribution lists."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         spec = None
     if spec is None:
         return module, ABSENT, "", "", {}
-    places = list(spec.submodule_search_locations or ())
-    files = [str(path) for place in places for path in _walk(place)] or [spec.origin or ""]
-    natives = {path: "" for path in sorted(files) if NATIVE.search(path)}
-    rest = sorted([Path(path).name, digest_file(path)] for path in files if path.endswith(".py"))
-    return module, "unversioned", "", digest_json(rest), natives
+    from stagegraph.planning.installed import loose
 
-
-def _walk(folder: str) -> Iterator[Path]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        yield from (Path(where, name) for name in names)
+    return loose(module, spec)
 
 
 def _libc() -> dict[str, str]:

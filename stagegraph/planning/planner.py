@@ -271,7 +271,19 @@ class Planner:
 
     def plan(self, nodes: Iterable[Node]) -> list[Decision]:
         """Settle ``nodes`` (with all they need, in order) as far as that is possible without running anything."""
+        nodes = list(nodes)
         self.prepare(nodes)
+        found = self._settled(nodes)
+        if any(decision.status != HIT for decision in found) and self.sweep():
+            found = self._settled(nodes)
+        self.save()
+        return found
+
+    def sweep(self) -> bool:
+        """Look for libraries that were edited in place, before anything runs; say whether that moves keys."""
+        return self._code.sweep_libraries()
+
+    def _settled(self, nodes: Iterable[Node]) -> list[Decision]:
         settled: dict[Node, Decision] = {}
 
         def recorded(node: Node) -> Record:
@@ -285,7 +297,6 @@ class Planner:
                 settled[node] = Decision(node, UNKNOWN, [f"after {below[0].node.name}"])
             else:
                 settled[node] = self.decide(node, recorded)
-        self.save()
         return list(settled.values())
 
     def save(self) -> None:

@@ -108,10 +108,11 @@ class CertifiedCheckpoint(TypedDict):
 
 
 class Made(TypedDict):
-    """What verified: a digest of its code, the versions of its tools, and its inputs."""
+    """What verified: a digest of its code, the versions of its tools, the builds of its libraries, and its inputs."""
 
     code: str
     tools: Mapping[str, str]
+    libraries: Mapping[str, str]
     inputs: object
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.verification import Verification
-    from stages.runtime.documents import Certificate, CertifiedCheckpoint, JsonObject
+    from stages.runtime.documents import Certificate, CertifiedCheckpoint, JsonObject, Made
     from stages.runtime.manifest import Manifest
 
 
@@ -54,7 +54,7 @@ def bill(certified: Certificate, verified: Verification, bundle: Manifest) -> Js
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
-        "metadata": {"component": model, "tools": {"components": _tools(certified["made"]["tools"])}},
+        "metadata": {"component": model, "tools": {"components": _tools(certified["made"])}},
         "components": components,
         "dependencies": [{"ref": "bundle", "dependsOn": [str(each["bom-ref"]) for each in components]}],
     }
@@ -88,8 +88,11 @@ def _metrics(verified: Verification) -> list[dict[str, str]]:
     ]
 
 
-def _tools(tools: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"type": "application", "name": name, "version": version} for name, version in sorted(tools.items())]
+def _tools(made: Made) -> list[dict[str, str]]:
+    """Return what verified: the tools it named, and all other libraries that counted in its key."""
+    libraries = {name: build for name, build in made["libraries"].items() if name not in made["tools"]}
+    found = [("application", made["tools"]), ("library", libraries)]
+    return [{"type": kind, "name": name, "version": each[name]} for kind, each in found for name in sorted(each)]
 
 
 def _package(name: str, version: str) -> dict[str, str]:

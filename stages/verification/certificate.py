@@ -47,7 +47,12 @@ def document(case: Case, verified: Verification, golden: Golden | None, source: 
             "licence": licence(case.files),
             "source": source,
         },
-        "made": {"code": seal.seal(made["code"]), "tools": made["tools"], "inputs": made["inputs"]},
+        "made": {
+            "code": seal.seal(made["code"]),
+            "tools": made["tools"],
+            "libraries": made.get("libraries", {}),
+            "inputs": made["inputs"],
+        },
         "verification": verified,
         "tokenizer": {
             **wording({text: case.prompt(text) for text in case.texts}, case.tokenizer, case.manifest.folder),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.planning import libraries
+from stagegraph.planning import installed, libraries
 from stagegraph.planning.code import CodeDigests
 from stagegraph.store.index import Index
 from tests.support.demo import Demo
@@ -178,8 +178,8 @@ def test_nothing_is_read_twice(identify: Identify, monkeypatch: pytest.MonkeyPat
     def refuse(path: str) -> str:
         raise AssertionError(f"{path} was read again")
 
-    monkeypatch.setattr(libraries, "digest_file", refuse)
-    monkeypatch.setattr(libraries, "_rows", refuse)
+    monkeypatch.setattr(installed, "digest_file", refuse)
+    monkeypatch.setattr(installed, "rows", refuse)
     assert identify() == before
 
 
@@ -217,6 +217,85 @@ def test_a_library_that_code_loads_by_a_path_counts(site: Path, written: str) ->
     assert "own.stage/native/libx.so" in before
     (own / "native" / "libx.so").write_bytes(b"\x7fELF two")
     assert closure() != before
+
+
+OWN_STAGE = """\
+from dataclasses import dataclass
+from stagegraph.stage import Out, Stage
+
+
+class {name}(Stage):
+    id = "{id}"
+
+    @dataclass(frozen=True)
+    class Params:
+        word: str = "one"
+
+    outputs = {{"out": Out("out.txt", "x")}}
+
+    def run(self, ctx):
+        import maths
+        (ctx.out / "out.txt").write_text(ctx.params.word + str(getattr(maths, "ADDS", "")))
+"""
+
+
+@pytest.fixture
+def two(demo: Demo, site: Path) -> Demo:
+    """Two stages that import ``maths``, whose Python file is as its installer listed it."""
+    for name in ("first", "second"):
+        (demo.folder / f"{name}.py").write_text(OWN_STAGE.format(name=name.title(), id=name))
+    demo.pipeline.write_text(
+        "version: 1\nname: own\nvars: {word: one}\nstages:\n  first: {uses: ./first.py:First}\n"
+        '  second: {uses: ./second.py:Second, with: {word: "${vars.word}"}}\n'
+    )
+    (site / "maths" / "__init__.py").write_text("ADDS = 1\n")
+    install(site, source=recorded(b"ADDS = 1\n"))
+    (site / "maths" / "__init__.py").write_text("ADDS = 1\n")
+    return demo
+
+
+def statuses(demo: Demo, *argv: str) -> dict[str, str]:
+    nodes = demo("status", str(demo.pipeline), "--json", *argv).json["nodes"]
+    return {node["node"]: node["status"] for node in nodes}
+
+
+def test_a_python_file_edited_in_place_is_found_before_anything_is_executed(two: Demo, site: Path) -> None:
+    assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}
+    before = two.run().json["nodes"]
+    source = site / "maths" / "__init__.py"
+    source.write_text("ADDS = 2\n")
+    assert two.run().outcomes == {"first": "HIT", "second": "HIT"}, "what is not seen, as docs/guarantees.md says"
+    assert statuses(two, "--set", "vars.word=two") == {"first": "STALE", "second": "STALE"}, "found where one is to run"
+    assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}, "and from then on"
+    source.write_text("ADDS = 3\n")
+    assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}, "the next edit of that file is seen at once"
+    assert (two.folder / "artifacts" / "own" / "first" / "out.txt").read_text() == "one3"
+    source.write_text("ADDS = 1\n")
+    again = two.run().json["nodes"]
+    assert [(node["outcome"], node["key"]) for node in again] == [("HIT", node["key"]) for node in before]
+
+
+def test_no_result_is_kept_under_the_key_of_the_library_that_was_installed(two: Demo, site: Path) -> None:
+    two.run()
+    source = site / "maths" / "__init__.py"
+    source.write_text("ADDS = 2\n")
+    assert two.run("--set", "vars.word=two").outcomes == {"first": "BUILT", "second": "BUILT"}, "in the same run"
+    assert (two.folder / "artifacts" / "own" / "first" / "out.txt").read_text() == "one2"
+    source.unlink()
+    source.write_text("ADDS = 1\n")
+    assert two.run("--force", "--stage", "first").outcomes["first"] == "UNCHANGED"
+    assert two.run("--set", "vars.word=two").outcomes == {"first": "HIT", "second": "BUILT"}
+    assert (two.folder / "artifacts" / "own" / "second" / "out.txt").read_text() == "two1"
+
+
+def test_an_edit_of_a_library_while_a_stage_runs_is_kept_by_nobody(two: Demo, site: Path) -> None:
+    source = site / "maths" / "__init__.py"
+    text = (two.folder / "first.py").read_text()
+    edit = f"        import maths\n        open({str(source)!r}, 'a').write('#')\n"
+    (two.folder / "first.py").write_text(text.replace("        import maths\n", edit))
+    run = two.run("--stage", "first")
+    assert run.outcomes == {"first": "FAILED"}
+    assert "changed while it was being read; run again" in run.out
 
 
 def test_what_makes_parts_is_of_libraries_too(site: Path) -> None:

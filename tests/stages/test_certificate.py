@@ -100,6 +100,11 @@ def test_a_bill_of_materials_says_what_the_certificate_does(certified, recorded)
     assert files == {name: entry.sha256 for name, entry in bundle.files.items()}
     assert {each["ref"] for each in found["dependencies"]} == {model["bom-ref"]}
     document = json.loads((certified[0] / "certificate.json").read_text())
+    assert document["made"]["libraries"] == {"numpy": "1 ab", "torch": "2 cd"}
+    assert found["metadata"]["tools"]["components"] == [
+        {"type": "application", "name": "torch", "version": "2"},
+        {"type": "library", "name": "numpy", "version": "1 ab"},
+    ]
     (checkpoint,) = model["pedigree"]["ancestors"]
     assert checkpoint["hashes"] == [{"alg": "BLAKE3", "content": document["checkpoint"]["blake3"]}]
     document["checkpoint"] |= {"licence": {"license": "other", "license_name": "qwen"}, "source": f"ORG/NAME@{COMMIT}"}

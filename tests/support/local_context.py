@@ -16,6 +16,9 @@ from stagegraph.store.index import Index
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import Store
 
+# What the engine would hash for the key, as far as a stage says it on.
+DOCUMENT = {"code": {}, "tools": {"torch": "2"}, "libraries": {"numpy": "1 ab", "torch": "2 cd"}, "inputs": {}}
+
 
 @dataclass
 class LocalContext:
@@ -30,7 +33,7 @@ class LocalContext:
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     said: str = ""
-    document: Mapping[str, Any] = field(default_factory=lambda: {"code": {}, "tools": {}, "inputs": {}})
+    document: Mapping[str, Any] = field(default_factory=lambda: dict(DOCUMENT))
 
     def input(self, port: str) -> Path:
         path = self.connected[port]
