@@ -77,7 +77,8 @@ def _run(arguments: list[str]) -> int:
     except BrokenPipeError:
         code = EXIT_PIPE
     except (OSError, sqlite3.DatabaseError) as error:
-        code = _report([_system_error(error)], arguments, EXIT_STORE)
+        wrong_name = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG  # a name that no file can have
+        code = _report([_system_error(error)], arguments, EXIT_USAGE if wrong_name else EXIT_STORE)
     try:
         sys.stdout.flush()
     except OSError as error:  # a pager was closed, or what takes the output is full
@@ -107,7 +108,7 @@ def _system_error(error: Any) -> str:
     text = getattr(error, "strerror", None) or str(error)
     if place and error.errno in NO_FILE and ".stagegraph" in Path(str(place)).parts:
         return f"{place}: {text}; no store makes that: remove it, and the next run makes what belongs there"
-    return f"{place}: {text}" if place else f"the store under artifacts/ cannot be used: {text}"
+    return f"{place!s:.300}: {text}" if place else f"the store under artifacts/ cannot be used: {text}"
 
 
 if __name__ == "__main__":

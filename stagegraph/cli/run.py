@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     _check(args)
     with Pipeline(args.file, args.overrides) as pipeline:
-        if args.debug:
+        if args.debug is not None:
             from stagegraph.cli.debug import debug
 
             return debug(pipeline, args.debug)
@@ -95,7 +95,9 @@ def _check(args: argparse.Namespace) -> None:
         raise PlanError(f"--retries {args.retries}: the number of retries must be at least 0")
     if args.tag and not TAG.fullmatch(args.tag):
         raise PlanError(f"--tag {args.tag}: expected a letter, then letters, digits, '.', '_' and '-'")
-    if args.debug and (args.stage or args.start or args.until or args.dry_run or args.check_reproducible or args.json):
+    if args.debug is not None and (
+        args.stage or args.start or args.until or args.dry_run or args.check_reproducible or args.json
+    ):
         raise PlanError("--debug runs one node and what it needs; leave selections, --dry-run and --json out")
     if args.dry_run and args.check_reproducible:
         raise PlanError("--check-reproducible builds everything twice, --dry-run nothing: use one of them")

@@ -118,7 +118,7 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            name = action.option_strings[-1] if action.option_strings else action.metavar
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest.upper()
             raise PipelineError(f"{name}: unknown value '{value}'{nearest(value, map(str, action.choices))}")
 
 

@@ -27,6 +27,7 @@ from stagegraph.execution.resources import MEBIBYTE
 from stagegraph.execution.sandbox import request_for
 from stagegraph.execution.site import PROTOCOL, execute, platform
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
+from stagegraph.store.record import are_storable
 
 if TYPE_CHECKING:
     from stagegraph.execution.messages import Event as Message
@@ -137,15 +138,20 @@ class Cluster:
 
     def supply(self, slot: ClusterSlot, digests: Sequence[str]) -> None:
         """Give the remote what a worker needs and did not find there."""
-        sources = {
-            digest: state.files[name]
-            for state in slot.task.prepared.sources.values()
-            for name, digest in state.digests.items()
+        task = slot.task
+        needed = {
+            digest: self.workspace.store.path(digest)
+            for instances in task.layout.values()
+            for _, _, files in instances
+            for digest, _ in files.values()
         }
+        for state in task.prepared.sources.values():
+            for name, digest in state.digests.items():
+                kept = self.workspace.store.path(digest)
+                needed[digest] = kept if kept.exists() else state.files[name]
         try:
-            for digest in digests:
-                path = self.workspace.store.path(digest)
-                self._through().give(digest, path if path.exists() else sources.get(digest, path))
+            for digest in needed.keys() & digests:  # and nothing else, whatever a worker asks for
+                self._through().give(digest, needed[digest])
         except (RemoteError, OSError) as error:
             slot.deliver({"event": "gone", "meaning": f"its inputs could not be given to {self._remote}: {error}"})
         else:
@@ -155,6 +161,11 @@ class Cluster:
         """Fetch the outputs of a node that has ended into its sandbox."""
         files = {name: entry for port in end["outputs"].values() for name, entry in port.items()}
         files |= {f"views/{name}": entry for name, entry in end["views"].items()}
+        if not are_storable(files):
+            slot.deliver(
+                {"event": "gone", "meaning": f"its worker names outputs that cannot be: {sorted(files)!r:.200}"}
+            )
+            return
         try:
             for name, (digest, size) in files.items():
                 target = slot.task.sandbox.out / name

@@ -9,7 +9,6 @@ not there, and a warning says why. A remote that fails once is not asked again i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from stagegraph.errors import warn
 from stagegraph.remote.settings import Remote, Settings, config_path
 from stagegraph.remote.signing import Signer, is_signed
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
-from stagegraph.store.record import Record, is_record_of, record_files
+from stagegraph.store.record import Record, are_storable, is_record_of, record_files
 
 if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
@@ -191,9 +190,4 @@ def _believed(text: bytes, key: str, public: str) -> Record | None:
         return None
     record: Record = document["record"]
     record["host"] = f"another machine ({public[:SIGNER_DIGITS]})"
-    return record if all(map(_is_plain, record_files(record))) else None
-
-
-def _is_plain(name: str) -> bool:
-    """Say whether the name of a file stays below where it is put."""
-    return not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name  # noqa: PTH117 - a text
+    return record if are_storable(record_files(record)) else None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.stage import Json, JsonObject
 
+DIGEST = re.compile(r"[0-9a-f]{64}")
 Document = dict[str, Any]  # of a key (:mod:`stagegraph.planning.key`)
 FileEntry: TypeAlias = list[Any]  # [digest, size in bytes]
 
@@ -137,6 +139,20 @@ def is_record_of(record: Any, key: str) -> bool:
         return sound and record["key"] == key == key_of(record["document"])
     except (AttributeError, KeyError, TypeError, IndexError):
         return False
+
+
+def are_storable(files: Mapping[str, Any]) -> bool:
+    """Say whether files of a result that came from elsewhere stay below where they are put: name -> (digest, size)."""
+    try:
+        return all(
+            _is_below(name) and DIGEST.fullmatch(digest) and type(size) is int for name, (digest, size) in files.items()
+        )
+    except (TypeError, ValueError):
+        return False
+
+
+def _is_below(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in name.split("/") and "\0" not in name  # noqa: PTH117 - a text
 
 
 def is_newer(record: Any) -> bool:

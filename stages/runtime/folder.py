@@ -44,7 +44,7 @@ class Folder:
 
     def __contains__(self, name: str) -> bool:
         """Say whether there is a file ``name`` to read; one that lies there unlisted is none."""
-        return (self.root / name).is_file() if self.listed is None else name in self.listed
+        return os.path.isfile(self.root / name) if self.listed is None else name in self.listed  # noqa: PTH113 - of any name
 
     def read(self, name: str, *, digest: bool = True) -> bytearray:
         """Return a file's content, of the size and digest that are listed; :class:`BundleError` where it is not.

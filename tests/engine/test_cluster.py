@@ -15,6 +15,7 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -502,3 +503,25 @@ def test_an_executor_is_read_and_its_mistakes_are_all_said(tmp_path, monkeypatch
     with pytest.raises(SpecError) as error:
         load_settings()
     assert len(error.value.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"), [("../out", "a" * 64), ("/tmp/out", "a" * 64), ("x", "../" * 10 + "x"), ("x", None)]
+)
+def test_a_worker_chooses_neither_where_files_are_put_nor_what_it_is_given(tmp_path: Path, name: str, digest) -> None:
+    asked: list[str] = []
+    storage = SimpleNamespace(
+        take=lambda digest, size, target: asked.append(target), give=lambda digest, path: asked.append(digest)
+    )
+    store = SimpleNamespace(path=lambda digest: tmp_path / digest)
+    cluster = SimpleNamespace(_through=lambda: storage, workspace=SimpleNamespace(store=store), _remote="remote 'x'")
+    said: list[dict] = []
+    layout = {"in": [({}, "in", {"x": ["b" * 64, 1]})]}
+    prepared = SimpleNamespace(sources={})
+    task = SimpleNamespace(layout=layout, prepared=prepared, sandbox=SimpleNamespace(out=tmp_path / "sandbox"))
+    slot = SimpleNamespace(task=task, deliver=said.append)
+    Cluster.collect(cluster, slot, {"outputs": {"out": {name: (digest, 1)}}, "views": {}})
+    assert [event["event"] for event in said] == ["gone"]
+    assert not asked
+    Cluster.supply(cluster, slot, ["b" * 64, "../secret"])
+    assert asked == ["b" * 64]

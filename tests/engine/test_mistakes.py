@@ -54,6 +54,9 @@ TABLE = [
     ("build some/Model-1B", f"some/Model-1B: no such folder; {HUB}"),
     ("init --checkpoint words", "words: has no config.json; expected a checkpoint's folder, or a GGUF file"),
     ("init --checkpoint words/a.txt", "words/a.txt: is a file; expected a checkpoint's folder, or a .gguf file"),
+    ("run --debug ''", "no node is named ''; known: join, read, shape"),
+    ("remote add", "WHAT: unknown value 'add'; known: key, status"),
+    (f"run {'a' * 256}.yaml", f"{'a' * 256}.yaml: File name too long"),
     ("build nowhere", "nowhere: no such file or folder; expected a checkpoint's folder, or a GGUF file"),
 ]  # fmt: skip
 

@@ -160,6 +160,10 @@ def test_a_record_of_another_key_and_files_that_leave_their_folder_are_refused(f
     record = json.loads(first)["record"]
     assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is not None
     files = record["outputs"]["out"]["files"]
+    for odd in ("../" * 16 + "etc", "", 7):
+        record["views"] = {"page": [odd, 1]}
+        assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is None
+    record["views"] = {}
     record["outputs"]["out"]["files"] = {"../../escaped": next(iter(files.values()))}
     record["outputs"]["out"]["digest"] = digest_json({"../../escaped": next(iter(files.values()))[0]})
     assert _believed(json.dumps(signer.sign(record)).encode(), record["key"], public) is None

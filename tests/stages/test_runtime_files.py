@@ -243,3 +243,12 @@ def test_a_bundle_json_that_was_changed_says_how_to_keep_the_change(built):
     del document["sha256"]
     path.write_text(json.dumps(document))
     assert said(built)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])
+def test_a_shard_whose_name_no_file_can_have_is_refused_in_a_folder_without_a_list(tmp_path: Path, name: str) -> None:
+    entry = {"name": "a", "shape": [4], "dtype": "uint8", "format": "raw", "nbytes": 4, "byteOffset": 0}
+    document = {"records": [{"dataPath": name, "format": "raw-shard", "nbytes": 4, "records": [entry]}]}
+    (tmp_path / tensor_cache.FILE).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match="not among the files"):
+        tensor_cache.records(Folder(tmp_path))

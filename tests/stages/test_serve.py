@@ -265,10 +265,16 @@ def test_an_answer_fits_its_schema(served) -> None:
         "x",
         {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
         {"type": "string", "pattern": "("},
+        functools.reduce(lambda inner, _: {"allOf": [inner]}, range(400), {}),
+        {"const": int("9" * 400)},
     ):
         form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": wrong}}
         with pytest.raises(openai.BadRequestError, match="response_format"):
             served.client.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
+    many = {str(i): {"type": "string", "pattern": "[a-z]{1,500}"} for i in range(1000)}
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": {"properties": many}}}
+    with pytest.raises(openai.BadRequestError, match="takes too much"):
+        served.client.chat.completions.create(model="tiny", messages=HELLO, response_format=form)
 
 
 TEMPLATE = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from stages.runtime.errors import RequestError
 from stages.runtime.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ class Grammars:
         if not isinstance(schema, dict | bool):
             raise ApiError(f"{where} must be a JSON schema", param=where)
         library = _library()
-        return self._mask(library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON), where)
+        try:
+            grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
+        except ValueError as error:  # nested deeper, or with a longer number, than it reads
+            raise ApiError(f"{where} cannot be used: {error!s:.300}", param=where) from None
+        return self._mask(grammar, where)
 
     def lark(self, grammar: str, where: str) -> Mask:
         """Return the mask of texts of a grammar in llguidance's variant of Lark."""
@@ -90,7 +95,8 @@ class _Matching:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise RuntimeError(f"the grammar cannot be followed: {self._matcher.get_error():.300}")
+            reason = " ".join(self._matcher.get_error().split())
+            raise RequestError(f"what the answer has to fit cannot be followed, or takes too much: {reason:.300}")
 
 
 def _library() -> Any:

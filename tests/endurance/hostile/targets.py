@@ -7,6 +7,8 @@ import contextlib
 import functools
 import importlib
 import json
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,6 +120,7 @@ def prepare() -> None:
     for number in range(len(FAMILIES)):
         _hollow(number)
     _payload()
+    _gguf()
     for module in ("tokenizers", "stages.config_parse", "stages.models.matching", "stages.tokenizer_bundle"):
         importlib.import_module(module)
 
@@ -179,6 +182,35 @@ def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
         data = json.dumps(table).encode()
         files[file] = len(data).to_bytes(8, "little") + data + bytes(end)
     return {"metadata": {"total_size": 1}, "weight_map": weight_map}, files
+
+
+@functools.cache
+def _gguf() -> bytes:
+    """A small model's file, written by another process: what writes it takes more memory than a case may."""
+    path = Path(_kept().name) / "model.gguf"
+    write = (
+        f"from pathlib import Path; from tests.stages.gguf_samples import write; write(Path({str(path)!r}), 'llama')"
+    )
+    subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parents[3])
+    return path.read_bytes()
+
+
+@st.composite
+def gguf_files(draw: st.DrawFn) -> Files:
+    """Draw a GGUF file that is wrong in what comes before the values of its tensors, at times in length."""
+    data = _gguf()
+    ends = data.rindex(b".weight") + 64
+    head = draw(pieces(data[: draw(st.sampled_from((64, 1000, ends, ends)))]))
+    return {"model.gguf": head + data[max(ends - 64, len(head)) :]}
+
+
+def parse_gguf(folder: Path) -> list[str]:
+    from stages.config_parse import ConfigParse
+
+    stage, path = ConfigParse(), str(folder / "model.gguf")
+    return refused(
+        lambda: (stage.rows(stage.Params(checkpoint=path), {}), run_stage(stage, folder / "out", {"checkpoint": path}))
+    )
 
 
 # Tokenizers
@@ -314,6 +346,7 @@ TARGETS: dict[str, Target] = {
         st.deferred(lambda: documents(_sharded()[0]).map(lambda d: {**_sharded()[1], "model.safetensors.index.json": d})),
         parse_config,
     ),
+    "gguf": Target(st.deferred(gguf_files), parse_gguf),
     "tokenizer.json": Target(
         folders("neox", "llama3 tables", "metaspace", "metaspace first", "qwen2 vocab",
                 change=("tokenizer.json", "vocab.json", "merges.txt")),
