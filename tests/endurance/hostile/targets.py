@@ -189,7 +189,7 @@ def _gguf() -> bytes:
     """A small model's file, written by another process: what writes it takes more memory than a case may."""
     path = Path(_kept().name) / "model.gguf"
     write = (
-        f"from pathlib import Path; from tests.stages.gguf_samples import write; write(Path({str(path)!r}), 'llama')"
+        f"from pathlib import Path; from tests.support.gguf_models import write; write(Path({str(path)!r}), 'llama')"
     )
     subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parents[3])
     return path.read_bytes()
