@@ -1,4 +1,4 @@
-"""A pipeline from Python, with the nouns of the command line, which is built on it: plan, run, artifact.
+"""The Python API of a pipeline (plan, run, artifact), on which the command line is built.
 
     from stagegraph import Pipeline
 
@@ -40,19 +40,19 @@ class Pipeline(Project):
     """An opened pipeline (:class:`~stagegraph.project.Project`) that answers questions and runs."""
 
     def plan(self, selection: Selection | None = None, *, force: bool = False, jobs: int = 0) -> Plan:
-        """Say what :meth:`run` would do with this selection, and what that takes; runs nothing."""
+        """Return what :meth:`run` would do with this selection, and the time it would take; runs nothing."""
         from stagegraph.query.forecast import forecast
 
         return forecast(self, selection or self.select(), force=force, jobs=jobs)
 
     def artifacts(self, reference: str) -> list[Artifact]:
-        """Return what a reference means (:mod:`stagegraph.query.artifact`): a node's instances that have a result."""
+        """Return the artifacts that a reference names (:mod:`stagegraph.query.artifact`), without unbuilt instances."""
         from stagegraph.query.artifact import find_artifacts
 
         return find_artifacts(self, reference)
 
     def artifact(self, reference: str) -> Artifact:
-        """Return the one artifact that a reference means."""
+        """Return the one artifact that a reference names."""
         found = self.artifacts(reference)
         if len(found) > 1:
             raise PlanError(f"'{reference}' means {', '.join(a.label for a in found)}: name one of them")
@@ -61,7 +61,7 @@ class Pipeline(Project):
     def export(
         self, reference: str, target: Path, *, replace: bool = False, unverified: bool = False
     ) -> tuple[Artifact, list[str], list[str]]:
-        """Write the one artifact that a reference means to a directory, with what is attested of it beside it.
+        """Write the one artifact that a reference names to a directory, together with its attestations.
 
         Returns it, the names of the files, and what was said of it. :class:`PlanError` if what must be attested
         (:attr:`stagegraph.stage.Out.attests`) is not, or with a reservation, unless it may be ``unverified``.
@@ -75,7 +75,7 @@ class Pipeline(Project):
         return artifact, artifact.export(target, replace=replace, beside=found.files), found.said
 
     def runs(self) -> list[PastRun]:
-        """Return the runs of this pipeline that did something, oldest first."""
+        """Return the recorded runs of this pipeline, oldest first; a run that had nothing to do is not recorded."""
         from stagegraph.query.history import past_runs
 
         return past_runs(self.workspace.journal, self.name)
@@ -174,7 +174,7 @@ class Pipeline(Project):
         return Run(tuple(work.outcomes[node] for node in selection.nodes), run.seconds)
 
     def reproduce(self, selection: Selection, *, jobs: int = 0, reporter: Reporter | None = None) -> Reproduction:
-        """Make what a run has brought up to date again, from nothing and elsewhere, and return what differs."""
+        """Build results a second time, from scratch in another store, and return which of them differ."""
         from stagegraph.execution.reporter import Reporter as Silent
         from stagegraph.query.reproduce import reproduce
 

@@ -1,4 +1,4 @@
-"""The one family of errors a user may see, by phase; the process boundary maps each to an exit code.
+"""The errors that a user may see, one class per phase; the entry point maps each to an exit code.
 
 A message says what is wrong, where (``file:line:column``, a node, a part of an input) and what to do. All problems
 that a phase finds travel in one error, so that a user mends them in one go.
@@ -77,14 +77,14 @@ def listed(names: Iterable[str]) -> str:
 
 
 def tell(text: str) -> None:
-    """Say on stderr what takes long, unless a program has its own handlers of Python's ``logging``."""
+    """Print a notice on stderr about something that takes long, unless the program has its own ``logging`` handlers."""
     from logging import getLogger
 
     getLogger("stagegraph").warning("%s", text)
 
 
 class Progress:
-    """Says how many of ``total`` bytes are done: after a second, and then now and then."""
+    """Prints how many of ``total`` bytes are done: first after a second, then at intervals."""
 
     def __init__(self, doing: str, total: int) -> None:
         self._doing, self._total, self._done = doing, total, 0
@@ -92,7 +92,7 @@ class Progress:
         self._next = self._began + FIRST_SECONDS
 
     def __call__(self, count: int) -> None:
-        """Note ``count`` bytes more; threads may lose one another's, which shows in nothing else."""
+        """Add ``count`` bytes; concurrent calls may lose some, which affects only what is printed."""
         self._done += count
         now = time.monotonic()
         if now >= self._next:
@@ -102,7 +102,7 @@ class Progress:
 
 
 def warn(text: str) -> None:
-    """Tell whoever runs this; on stderr, unless a program has its own handlers of Python's ``logging``."""
+    """Print a warning on stderr, unless the program has its own ``logging`` handlers."""
     from logging import getLogger  # only trouble pays for it
 
     getLogger("stagegraph").warning("warning: %s", text)

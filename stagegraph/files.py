@@ -1,4 +1,4 @@
-"""Which files of a directory a source parameter names, and files opened only if they are files."""
+"""Lists the files that a source parameter names; opens regular files only."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) ->
 
 
 def choose(names: Iterable[str], include: Sequence[str], alone: Sequence[str] = ()) -> list[str]:
-    """Return those of the files of a source that :func:`list_files` would list, were they in a folder.
+    """Return the files that :func:`list_files` would list if these names were in a folder.
 
     If there is one file only, that may be one that is read alone.
     """
@@ -127,7 +127,7 @@ def remove_tree(path: Path) -> None:
 
 
 def dotted(node: str) -> str:
-    """Return a node's name as no shell touches it, and as its directory has it: ``build.x86.debug`` of
+    """Return a node's name as its directory is named, which no shell expands: ``build.x86.debug`` of
     ``build[x86,debug]``. Of several values one of which has a dot it stays: two nodes could be called the same.
     """
     entry, _, instance = node.removesuffix("]").partition("[")

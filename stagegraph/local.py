@@ -63,7 +63,7 @@ def find_stage(folder: str, base: Path, text: str) -> tuple[str, type[Stage]]:
 
 
 def forget(folder: str) -> None:
-    """Have the files of a folder read again: a pipeline that is opened sees them as they are then."""
+    """Forget the loaded modules of a folder, so that the next pipeline reads them afresh."""
     package = _package(folder)
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         del sys.modules[name]
@@ -75,7 +75,7 @@ def plain(name: str) -> str:
 
 
 def failure(error: BaseException, folder: str) -> PlacedError:
-    """Return the error that says what a file of a pipeline's folder raised, and where in it."""
+    """Return an error that says what a module of the pipeline's folder raised, and at which line."""
     from traceback import extract_tb
 
     if isinstance(error, SyntaxError) and error.filename:
@@ -141,7 +141,7 @@ def _install(package: str, folder: str) -> None:
 
 
 class _Finder:
-    """Finds the modules of pipelines' folders: Python files, and folders as packages."""
+    """An import finder for the modules of pipelines' folders: Python files, and folders as packages."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:  # noqa: ARG002
         """Return how to load a module of such a folder; None for every other."""
@@ -160,7 +160,7 @@ class _Finder:
 
 
 class _Loader(SourceFileLoader):
-    """Compiles a file as it is now, its imports of files beside it made relative; no bytecode is read or written."""
+    """A loader that compiles the current file, with imports of its siblings made relative; uses no bytecode cache."""
 
     def get_code(self, fullname: str) -> CodeType:
         """Return the code of a module."""

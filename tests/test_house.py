@@ -54,6 +54,7 @@ FOREIGN = re.compile(
 )
 # Words that name nothing: for what somebody said, told or held there is a word that says what it is (docs/writing.md).
 VAGUE = {"doubt", "doubts", "held", "keeper", "said", "teller", "told"}
+NAMED = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 PRINTING = {"__main__.py", "command.py"}  # command lines outside of the rooms of that name
 EXAMPLE = re.compile(r"^EXAMPLE = .*$", re.MULTILINE)
 
@@ -108,7 +109,8 @@ def test_the_engine_knows_nothing_of_the_domain() -> None:
     assert not problems, "\n".join(problems)
 
 
-def test_the_rooms_of_the_engine_import_one_way() -> None:
+def test_rooms_import_only_what_they_may() -> None:
+    """Those of the engine import one way; those of the domain whom ``MAY_IMPORT`` lists, and never the engine."""
     problems = []
     for name, path in modules("stagegraph").items():
         if name == "stagegraph":  # the front door, which imports late
@@ -117,39 +119,17 @@ def test_the_rooms_of_the_engine_import_one_way() -> None:
         allowed = GROUND | set(() if room in GROUND else ENGINE[: ENGINE.index(room) + 1])
         others = {other for other in imported(parsed(path)) if other.startswith("stagegraph.")}
         problems += [f"{name} imports {other}" for other in sorted(others) if other.split(".")[1] not in allowed]
-    assert not problems, "\n".join(problems)
-
-
-def test_stage_modules_are_light_and_apart() -> None:
-    """Their tops import the standard library and what stages are written against; data passes by artifact only."""
-    problems = []
-    for module in sorted(STAGE_MODULES):
-        tree = parsed(modules("stages")[module])
-        problems += [
-            f"{module} imports {name} at its top"
-            for name in imported(top_level(tree))
-            if name != "stagegraph.stage" and root(name) not in sys.stdlib_module_names
-        ]
-        problems += [f"{module} imports {other}" for other in (STAGE_MODULES - {module}) & set(imported(tree))]
-    assert not problems, "\n".join(problems)
-
-
-def test_rooms_of_the_domain_import_only_whom_they_may() -> None:
-    problems = []
     for name, path in modules("stages").items():
         parts = name.split(".")
         if name in STAGE_MODULES or (len(parts) < 3 and not (ROOT / "stages" / parts[-1]).is_dir()):
             continue
         room = parts[1]
+        allowed = {room} | MAY_IMPORT[room] | (BASE if room != "runtime" else set())
         for other in imported(parsed(path)):
             if root(other) == "stagegraph":
                 problems.append(f"{name} imports the engine: {other}")
-            elif root(other) == "stages" and "." in other:
-                inside, allowed = (
-                    other.split(".")[1],
-                    {room} | MAY_IMPORT[room] | (BASE if room != "runtime" else set()),
-                )
-                problems += [] if inside in allowed else [f"{name} imports {other}"]
+            elif root(other) == "stages" and "." in other and other.split(".")[1] not in allowed:
+                problems.append(f"{name} imports {other}")
     assert not problems, "\n".join(problems)
 
 
@@ -170,67 +150,63 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert circles == []
 
 
+def test_what_runs_on_its_own_imports_little() -> None:
+    """Stages share no module, a bundle runs without the compiler side, a benchmark runs by its path."""
+    problems = []
+    for module in sorted(STAGE_MODULES):  # data passes by artifact only
+        tree = parsed(modules("stages")[module])
+        problems += [
+            f"{module} imports {name} at its top"
+            for name in imported(top_level(tree))
+            if name != "stagegraph.stage" and root(name) not in sys.stdlib_module_names
+        ]
+        problems += [f"{module} imports {other}" for other in (STAGE_MODULES - {module}) & set(imported(tree))]
+    runtime = set(sys.stdlib_module_names) | {"stages", "numpy", "tvm", "tvm_ffi", "tokenizers", "jinja2"}
+    server = runtime | {"llguidance", "starlette", "uvicorn"}  # in its own room, and loaded by `serve` alone
+    for name, path in modules("stages/runtime").items():
+        may = server if name.startswith("stages.runtime.server.") else runtime
+        problems += [f"{name} imports {other}" for other in {root(other) for other in imported(parsed(path))} - may]
+    benchmarks = modules("benchmarks")
+    assert benchmarks
+    for name, path in benchmarks.items():  # run by its path it finds what lies beside it, and no package of that name
+        problems += [f"{name} imports {other}" for other in imported(parsed(path)) if root(other) == "benchmarks"]
+    assert not problems, "\n".join(problems)
+
+
 def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -> None:
+    """And no name in them is of a word that names nothing."""
     problems = []
     for name, path in modules("stagegraph", "stages", "benchmarks").items():
         text, tree = path.read_text(), parsed(path)
         lines = len(text.splitlines())
         problems += [f"{name} has {lines} lines, of {MAX_MODULE} at most"] if lines > MAX_MODULE else []
         problems += [f"{name} does not say what it owns"] if text.strip() and not ast.get_docstring(tree) else []
-        silent = root(name) != "benchmarks" and "cli" not in path.parts and path.name not in PRINTING
+        product = root(name) != "benchmarks"
+        silent = product and "cli" not in path.parts and path.name not in PRINTING
+        problems += vague(name, 1, name.rpartition(".")[2]) if product else []
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION:
                 problems.append(f"{name}:{node.lineno}: {node.name} has {MAX_FUNCTION} lines or more")
             if silent and isinstance(node, ast.Call) and ast.unparse(node.func) in {"print", "sys.exit", "exit"}:
                 problems.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} outside a command line")
+            if product and isinstance(node, NAMED):
+                problems += vague(name, node.lineno, node.name)
     assert not problems, "\n".join(problems)
 
 
-def test_names_say_what_they_name() -> None:
-    problems = []
-    for name, path in modules("stagegraph", "stages").items():
-        named = [(1, name.rpartition(".")[2])]
-        named += [
-            (node.lineno, node.name)
-            for node in ast.walk(parsed(path))
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
-        problems += [
-            f"{name}:{line}: {each}"
-            for line, each in named
-            if VAGUE & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", each)}
-        ]
-    assert not problems, "\n".join(problems)
+def vague(module: str, line: int, name: str) -> list[str]:
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+", name)}
+    return [f"{module}:{line}: {name} names nothing (docs/writing.md)"] if VAGUE & words else []
 
 
-def test_the_runtime_stands_alone() -> None:
-    """Nothing of the compiler side, of the engine or of the reference may be needed where a bundle runs."""
-    allowed = set(sys.stdlib_module_names) | {"stages", "numpy", "tvm", "tvm_ffi", "tokenizers", "jinja2"}
-    server = allowed | {"llguidance", "starlette", "uvicorn"}  # in its own room, and loaded by `serve` alone
-    problems = []
-    for name, path in modules("stages/runtime").items():
-        may = server if name.startswith("stages.runtime.server.") else allowed
-        problems += [f"{name} imports {other}" for other in {root(other) for other in imported(parsed(path))} - may]
-    assert not problems, "\n".join(problems)
-
-
-def test_a_benchmark_runs_by_its_path_as_its_page_says() -> None:
-    """Then it finds what lies beside it, and knows no package ``benchmarks``."""
-    paths = sorted((ROOT / "benchmarks").glob("*.py"))
-    assert paths
-    assert [path.name for path in paths if "benchmarks" in {root(other) for other in imported(parsed(path))}] == []
-
-
-def test_generated_pages_are_fresh() -> None:
+def test_pages_are_fresh_and_their_links_lead_somewhere() -> None:
     code = "import sys; sys.path.insert(0, 'docs'); import generate, json; print(json.dumps(generate.pages()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    pages = json.loads(done.stdout)
-    stale = [name for name, text in pages.items() if (ROOT / "docs" / name).read_text() != text]
-    assert stale == [], "run `python docs/generate.py`"
-
-
-def test_links_between_pages_lead_somewhere() -> None:
-    problems = []
+    problems = [
+        f"{name} is stale: run `python docs/generate.py`"
+        for name, text in json.loads(done.stdout).items()
+        if (ROOT / "docs" / name).read_text() != text
+    ]
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
         targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
@@ -246,6 +222,7 @@ def test_looking_verbs_load_nothing_heavy() -> None:
         "print(json.dumps(loaded), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    loaded = json.loads(done.stderr.splitlines()[-1])
     heavy = HEAVY | {"numpy", "tokenizers", "rich"}
-    for verb, names in json.loads(done.stderr.splitlines()[-1]).items():
-        assert not heavy & {root(name) for name in names}, verb
+    problems = [f"{verb} loads {name}" for verb, names in loaded.items() for name in heavy & {root(n) for n in names}]
+    assert not problems, "\n".join(problems)

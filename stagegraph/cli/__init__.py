@@ -1,1 +1,1 @@
-"""The command line: one module per verb, and what they share. Only here does the engine print or exit."""
+"""The command line: one module per verb, and helpers that verbs share. Nowhere else does the engine print or exit."""

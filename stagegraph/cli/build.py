@@ -1,4 +1,4 @@
-"""``pipeline build SOURCE -o DIR``: from nothing to real files that were attested, in one command.
+"""``pipeline build SOURCE -o DIR``: writes a pipeline file, runs it and exports the attested result, in one command.
 
 The pipeline is the one found here or in a folder above, with the path as its variable; where there is none, ``init``
 writes one here first. Everything after that is ``run`` and ``export``.
@@ -60,7 +60,7 @@ def _named(source: Path | str) -> str:
 
 
 def _is_so(file: str, name: str, wanted: Any) -> bool:
-    """Say whether a variable of the file has this value as it stands, a path written in whatever way."""
+    """Say whether a variable of the pipeline file already has this value; paths are compared by where they lead."""
     item = load(Path(file)).variables.get(name)
     if item is None:
         return False

@@ -1,4 +1,4 @@
-"""``pipeline clean``: take away what ``artifacts/`` shows, which a run puts back, or everything that was ever made."""
+"""``pipeline clean``: removes the files shown under ``artifacts/``, which a run restores, or the whole store."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _agreed(question: str) -> bool:
-    """Ask; without a terminal refuse, as nobody can answer."""
+    """Ask for confirmation; refuse without a terminal, since nobody could answer."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise PlanError(f"{question} -y says yes")
     if input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}:

@@ -1,4 +1,4 @@
-"""What the verbs share: their common arguments; sizes, times and paths as people see them."""
+"""Helpers that verbs share: common arguments, and sizes, times and paths formatted for people."""
 
 from __future__ import annotations
 

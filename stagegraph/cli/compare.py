@@ -1,4 +1,4 @@
-"""``pipeline compare REF... [FILE...]``: results of one kind side by side, of one pipeline or several."""
+"""``pipeline compare REF... [FILE...]``: compares results of one kind, from one pipeline or several, side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pipeline completion SHELL``: a script for the shell that asks ``pipeline complete WORD...`` what may come next.
+"""``pipeline completion SHELL``: prints a completion script for a shell, which calls ``pipeline complete WORD...``.
 
 Completed are verbs, options, the values an option chooses from, and the names of nodes in ./pipeline.yaml or the file
 that the command line names.
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def complete(words: list[str]) -> list[str]:
-    """Return what the last word may become; empty where the shell should complete file names."""
+    """Return the completions of the last word; empty where the shell should complete file names."""
     *before, word = words or [""]
     word = word.strip("'\"").replace("\\", "")  # as the shell quotes it
     names: Iterable[str] = verb_names() if not before else ()
@@ -81,7 +81,7 @@ def complete(words: list[str]) -> list[str]:
 def _expected(
     actions: list[argparse.Action], options: dict[str, argparse.Action], before: list[str]
 ) -> argparse.Action | None:
-    """Return the option whose value comes next, else the positional argument that does."""
+    """Return the option whose value is being typed, or else the positional argument."""
     if _takes(options, before[-1]):
         return options[before[-1]]
     given = [w for i, w in enumerate(before[1:]) if not w.startswith("-") and not _takes(options, before[i])]
@@ -90,7 +90,7 @@ def _expected(
 
 
 def _names_node(verb: str, argument: argparse.Action) -> bool:
-    """Say whether an argument is a node's name, or may be one in place of a path."""
+    """Say whether an argument takes a node's name, alone or as an alternative to a path."""
     return (
         argument.metavar in NODES
         or argument.dest in references(verb)

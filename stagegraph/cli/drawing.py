@@ -1,4 +1,4 @@
-"""Pictures of a pipeline in SVG, which need nothing to be shown: the graph in layers, and a run on a line of time."""
+"""Draws self-contained SVG pictures of a pipeline: the graph in layers, and the timeline of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = ("#eef3fa", "#445566")
 
 
 class Box(NamedTuple):
-    """What is shown of a node: its state by name, and a second, smaller line."""
+    """The label of a node in the picture: the name of its state, and a second line in smaller type."""
 
     state: str = ""
     note: str = ""
@@ -42,7 +42,7 @@ class Bar(NamedTuple):
 
 
 def layers(graph: nx.DiGraph[str]) -> list[list[str]]:
-    """Return the nodes in columns by depth, each beside the mean of its neighbours, so that edges cross little."""
+    """Return the nodes in columns by depth, each near the mean position of its neighbours, so that few edges cross."""
     import networkx as nx
 
     columns = [sorted(layer) for layer in nx.topological_generations(graph)]
@@ -90,7 +90,7 @@ def _width(name: str, box: Box) -> float:
 
 
 def draw_timeline(bars: Sequence[Bar], title: str) -> str:
-    """Return a run as SVG: a lane for each node that ran beside others, bars on the critical path outlined."""
+    """Return a run as SVG: one bar per node, in as many lanes as ran at once; the critical path is outlined."""
     whole = max((bar.began + bar.seconds for bar in bars), default=0) or 1.0
     lanes = place(bars)
     count = max(lanes.values(), default=0) + 1

@@ -1,4 +1,4 @@
-"""``pipeline explain NODE``: what changed since its last result, followed to where it began; or why nothing runs."""
+"""``pipeline explain NODE``: traces what changed since the last result to its origin, or tells why nothing runs."""
 
 from __future__ import annotations
 

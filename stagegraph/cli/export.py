@@ -1,4 +1,4 @@
-"""``pipeline export REF DIR``: real files to ship, which share nothing with the store; all of them or none."""
+"""``pipeline export REF DIR``: copies a result out of the store as independent files to ship; all of them or none."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _boxes(project: Project) -> dict[str, Box]:
-    """Return how each node stands, and how long its last result took; of an entry what most of it is not."""
+    """Return the state and the last duration of each node; an entry has the most urgent state of its instances."""
     from stagegraph.query.forecast import forecast
 
     steps = forecast(project, project.select(), force=False, jobs=0).steps
@@ -61,7 +61,7 @@ def _boxes(project: Project) -> dict[str, Box]:
 
 
 def took(record: Record | None) -> str:
-    """Return how long a result took to make, as a picture shows it."""
+    """Return how long a result took to make, as text for a picture."""
     return seconds_text(record["seconds"]) if record else "-"
 
 
@@ -114,7 +114,7 @@ def _ascii(graph: nx.DiGraph[str]) -> str:
 
 
 def _list(graph: nx.DiGraph[str], name: str) -> str:
-    """Return the direct predecessors, instances of one entry folded together."""
+    """Return the direct predecessors; several instances of one entry are written as one."""
     folded: dict[str, list[str]] = {}
     for u in sorted(graph.predecessors(name)):
         entry, bracket, instance = u.partition("[")

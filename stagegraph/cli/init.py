@@ -1,4 +1,4 @@
-"""``pipeline init``: a folder with a first pipeline.yaml, made for what it is given and for this machine."""
+"""``pipeline init``: creates a folder with a first pipeline.yaml that suits the given source and this machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def starters() -> Mapping[str, Starter]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare what the starters let one choose."""
+    """Declare the options of the starters."""
     for starter in starters().values():
         importlib.import_module(starter.module).add_arguments(parser)
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start(noun: str, text: str, args: argparse.Namespace) -> Start:
-    """Return what a starter has found at a path or URL; :class:`PlanError` if nothing can be begun with that.
+    """Return what a starter found at a path or URL; :class:`PlanError` if no starter recognises it.
 
     What a URL names is fetched, as a run would; one that names no content yet is pinned to what it names now.
     """
@@ -79,7 +79,7 @@ def start(noun: str, text: str, args: argparse.Namespace) -> Start:
 
 
 def _fetched(url: str, module: Any) -> tuple[str, Path]:
-    """Return a URL with its pin, and where what a starter reads of it is now."""
+    """Return a URL with the revision it names now, and the local path of the files that a starter reads."""
     from stagegraph.planning.urls import fetch, pinned
 
     try:
@@ -99,7 +99,7 @@ def _check_new(folder: Path) -> None:
 
 
 def write(folder: Path, begun: Start) -> list[Path]:
-    """Write a pipeline file, what git is to ignore, and the schema for editors; return the files that are new."""
+    """Write a pipeline file, a .gitignore and the schema for editors; return the new files."""
     import json
 
     from stagegraph.spec.schema import json_schema

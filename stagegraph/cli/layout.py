@@ -1,4 +1,4 @@
-"""Texts in the width of the terminal: tables with cells wrapped or cut, Markdown's too; long lines folded."""
+"""Lays text out in the terminal's width: tables (of Markdown too) with cells wrapped or cut, and folded long lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOURS = {
 
 
 class Brief(str):
-    """A cell that may be cut, or left out, where there is no room; other cells are wrapped and lose nothing."""
+    """A table cell that may be shortened or dropped where there is no room; other cells are wrapped in full."""
 
     __slots__ = ()
 
@@ -137,7 +137,7 @@ def _markdown_table(text: str, width: int) -> str:
 
 
 def _shares(columns: Sequence[Sequence[str]], room: int, least: Sequence[int]) -> list[int]:
-    """Return a width for each column: the widest give way, as far as ``least`` allows, then as far as it takes."""
+    """Return a width for each column: the widest shrink first, down to ``least`` and, if need be, below it."""
     widths = [max(map(_columns, column)) for column in columns]
     for bounds in (least, [1] * len(columns)):
         while sum(widths) > room and (yielding := [i for i, width in enumerate(widths) if width > bounds[i]]):

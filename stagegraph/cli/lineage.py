@@ -1,4 +1,4 @@
-"""``pipeline lineage REF``: back from an artifact, or a file in it, to every source, parameter, code and tool."""
+"""``pipeline lineage REF``: traces an artifact, or a file in it, back to every source, parameter, code and tool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pipeline log NODE``: what a node prints as it runs, or printed when it last ran or failed."""
+"""``pipeline log NODE``: shows what a node prints while it runs, or printed when it last ran or failed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _as_of(pipeline: Pipeline, node: Node, past: str) -> tuple[str, str]:
 
 
 def _latest(pipeline: Pipeline, node: Node) -> tuple[str, str]:
-    """Return how the last execution stands, and its key; with ``--set`` that of the key that these settings have."""
+    """Return the state of the last execution and its key; with ``--set``, of the key under these settings."""
     last = pipeline.workspace.last(pipeline.name, node.name)
     running = last.get("running", "")
     wanted = pipeline.key(node) or "" if pipeline.varied else ""

@@ -1,4 +1,4 @@
-"""``pipeline show NODE --OPTION NAME``: one name followed through what a node read and made.
+"""``pipeline show NODE --OPTION NAME``: follows one name through the inputs and outputs of a node.
 
 A :class:`~stagegraph.registry.Provider` declares such options as ``lookups``; the module of one answers from the parsed
 documents.
@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def asked(args: argparse.Namespace) -> str | None:
-    """Return the option that the command line has, if any."""
+    """Return the look-up option given on the command line, if any."""
     return next((option for option in names("lookups") if getattr(args, option) is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""Texts on a terminal: folded and highlighted by what they are, through the pager where longer than the screen.
+"""Shows text on a terminal: folded, highlighted by its format, and through the pager if longer than the screen.
 
 In a pipe a text stays as it is, for other programs to read.
 """
@@ -66,7 +66,7 @@ def _highlighted(text: str, name: str) -> str:
 
 
 def describe_binary(path: Path) -> str:
-    """Say what a file that is no text seems to be, how large it is, and how it begins."""
+    """Describe a binary file: its likely format, its size and its first bytes."""
     with path.open("rb") as file:
         head = file.read(16)
     kind = next((what for magic, what in MAGIC.items() if head.startswith(magic)), "binary data")

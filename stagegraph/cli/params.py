@@ -1,4 +1,4 @@
-"""``pipeline params``: every variable and parameter, the value it has and where that comes from."""
+"""``pipeline params``: lists every variable and parameter with its value and where that value is set."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _each(nodes: list[Node], name: str) -> str:
 
 
 def _resolved(node: Node) -> Any:
-    """Return the parameters as they count, with what is automatic decided where that can be."""
+    """Return the effective parameters, with automatic values resolved where possible."""
     try:
         return node.stage.resolve(node.spec.params)
     except (PipelineError, OSError):

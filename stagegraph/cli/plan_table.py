@@ -1,4 +1,4 @@
-"""A plan as a table with what it takes below: what ``status`` and ``run --dry-run`` print."""
+"""Formats a plan as a table with totals, for ``status`` and ``run --dry-run``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _predicted(step: Step) -> tuple[str, ...]:
 
 
 def _note(step: Step) -> str:
-    """Return why a node would run, which is never cut; of others what they made or wait for, which may be."""
+    """Return why a node would run, never shortened; for others what they made or wait for, which may be shortened."""
     d = step.decision
     summary = step.record["summary"] if step.record else ""
     return d.reason if d.reason and d.status != UNKNOWN else Brief(d.reason or summary)

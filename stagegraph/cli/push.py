@@ -1,4 +1,4 @@
-"""``pipeline push``: give the results that are here to the user's remotes."""
+"""``pipeline push``: uploads the local results to the user's remotes."""
 
 from __future__ import annotations
 

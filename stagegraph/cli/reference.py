@@ -1,4 +1,4 @@
-"""An argument that is a path or a reference: where the files are that it means."""
+"""Resolves an argument that is either a path or a reference to a node's result into a path."""
 
 from __future__ import annotations
 

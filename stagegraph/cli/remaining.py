@@ -1,4 +1,4 @@
-"""How long a run is still likely to take: from how long its nodes took before, and how far those that run are."""
+"""Estimates the remaining time of a run, from earlier durations and the progress of running nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Predictions = Mapping[str, float | None]  # node -> seconds, None where no node 
 
 
 class Remaining:
-    """The nodes of a run that are not done; ``predict`` is asked once, when the first node starts."""
+    """The nodes of a run that are not done; ``predict`` is called once, when the first node starts."""
 
     def __init__(self, predict: Callable[[], Predictions], jobs: int) -> None:
         self._predict, self._jobs = predict, jobs
@@ -19,18 +19,18 @@ class Remaining:
         self._running: dict[str, tuple[float, float]] = {}  # node -> when it started, which part of it is done
 
     def started(self, node: str) -> None:
-        """A node begins."""
+        """Note that a node begins."""
         if self._left is None:
             self._left = dict(self._predict())
         self._running[node] = time.monotonic(), 0.0
 
     def progress(self, node: str, done: int, total: int) -> None:
-        """A node is so far."""
+        """Note the progress of a node."""
         if total and node in self._running:
             self._running[node] = self._running[node][0], done / total
 
     def finished(self, node: str) -> None:
-        """A node is done, whether or not it ran."""
+        """Note that a node is done, whether or not it ran."""
         self._running.pop(node, None)
         if self._left is not None:
             self._left.pop(node, None)
@@ -46,7 +46,7 @@ class Remaining:
         return f"about {seconds_text(max(*known, sum(known) / self._jobs))} left"
 
     def _of(self, node: str, predicted: float | None) -> float | None:
-        """Return the seconds that a node still takes: of one that runs by its own pace, once that can be told."""
+        """Return the seconds that a node still needs, extrapolated from its own progress once there is enough of it."""
         if node not in self._running:
             return predicted
         started, part = self._running[node]

@@ -1,4 +1,4 @@
-"""``pipeline remote``: the remotes that the user configured and whom they are believed from; the user's own key."""
+"""``pipeline remote``: lists the configured remotes, the signers trusted for each and the user's own public key."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _status(settings: Settings, *, as_json: bool) -> int:
 
 
 def configured(*, reads: bool = False, writes: bool = False) -> Settings:
-    """Return the user's settings; :class:`PlanError` if no remote of them reads, or writes, as is asked for."""
+    """Return the user's settings; :class:`PlanError` if no remote permits reading, or writing, as requested."""
     settings = load_settings()
     if not any((remote.reads and reads) or (remote.writes and writes) for remote in settings.remotes):
         what = "gives" if reads else "takes"

@@ -1,4 +1,4 @@
-"""``pipeline report``: one page to read, print and send, that needs nothing else: HTML without a script."""
+"""``pipeline report``: writes a self-contained HTML page, without scripts, to read, print and send."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def _lead(pipeline: Pipeline, found: Overview) -> str:
 
 
 def _verdicts(entries: Sequence[Entry]) -> str:
-    """Return what those say that attest others, and what failed: a reader's first question."""
+    """Return the verdicts of attesting nodes and the failures, which a reader looks for first."""
     lines = []
     for entry in entries:
         attests = any(out.attests for out in entry.node.stage.outputs.values())
@@ -128,7 +128,7 @@ def _timeline(found: Overview, run: PastRun) -> str:
 
 
 def _beside_earlier(runs: Sequence[PastRun], run: PastRun) -> str:
-    """Return what took another time than when it ran before: the nodes that ran both times, most different first."""
+    """Return how durations changed since the earlier run, for nodes that ran in both; the largest change first."""
     before: dict[str, float] = {}
     for past in runs[: runs.index(run)]:
         before |= {n["node"]: n["seconds"] for n in past.nodes if n["outcome"] in EXECUTED}

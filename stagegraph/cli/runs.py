@@ -1,4 +1,4 @@
-"""``pipeline runs``: the runs that did something, newest first; with a run's id, what each node did in it and why."""
+"""``pipeline runs``: lists recorded runs, newest first; with a run's id, the outcome of each node and its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pipeline show REF``: what a node made, from its stored record and the views its stage rendered when it ran."""
+"""``pipeline show REF``: shows a node's result, from its record and the views that its stage rendered."""
 
 from __future__ import annotations
 

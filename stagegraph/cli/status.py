@@ -1,4 +1,4 @@
-"""``pipeline status``: every node: up to date, stale and why, never built, or unknown below a stale one."""
+"""``pipeline status``: lists each node as up to date, stale (and why), never built, or unknown below a stale one."""
 
 from __future__ import annotations
 

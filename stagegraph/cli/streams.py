@@ -1,4 +1,4 @@
-"""Standard output and error for people: no name or message moves the cursor, and nothing breaks where they are gone.
+"""Standard output and error for people: control characters are escaped, and closed streams are survived.
 
 What comes from source files, pipeline files and stages is printed with its control characters written out. Colours of
 our own pass on a terminal. The content of a file, in a pipe, stays as it is (:func:`exactly`).
@@ -38,7 +38,7 @@ def hanging(text: str) -> str:
 
 
 class _Stream:
-    """A text stream that shows control characters; ``lossy`` ones lose what cannot be written, as progress may be."""
+    """A text stream that escapes control characters; a ``lossy`` one drops what cannot be written, such as progress."""
 
     def __init__(self, stream: TextIO, *, lossy: bool) -> None:
         self.exact = stream
@@ -59,7 +59,7 @@ class _Stream:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Say of an error where it is: a full disk that takes the output is not the store's."""
+        """Name standard output in its errors: a full disk there is not the store's."""
         try:
             yield
         except OSError as error:
@@ -72,13 +72,13 @@ class _Stream:
 
 
 def exactly(stream: TextIO) -> TextIO:
-    """Return the stream itself, for content that is somebody's file and for what draws on a terminal."""
+    """Return the underlying stream, for file contents and for drawing on a terminal."""
     return cast(TextIO, getattr(stream, "exact", stream))
 
 
 @contextlib.contextmanager
 def for_people() -> Iterator[None]:
-    """Let ``sys.stdout`` and ``sys.stderr`` be such streams meanwhile; those that were closed lead nowhere."""
+    """Replace ``sys.stdout`` and ``sys.stderr`` by such streams within the block; closed ones discard their text."""
     for descriptor in (0, 1, 2):  # else the next file that is opened, a database perhaps, would be printed into
         try:
             os.fstat(descriptor)

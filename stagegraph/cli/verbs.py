@@ -1,4 +1,4 @@
-"""The verbs of ``pipeline``: a table of them, and the parser of each, for which only its module is imported."""
+"""The table of verbs, and the argument parser of each, for which only that verb's module is imported."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def references(verb: str) -> Sequence[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument as every other mistake is said, with what comes nearest."""
+    """A parser that reports mistakes like all other errors, and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
         raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
@@ -139,7 +139,7 @@ def _positionals(actions: Iterable[argparse.Action]) -> str:
 
 
 def parse(verb: str, argv: list[str]) -> argparse.Namespace:
-    """Parse a verb's arguments; an option it does not have is said with the nearest it has."""
+    """Parse a verb's arguments; an unknown option is reported with the nearest known one."""
     parser = build_parser(verb)
     args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between arguments
     if unknown:

@@ -1,4 +1,4 @@
-"""``pipeline watch``: run again whenever a file changes that the pipeline was read from or that a node is made of.
+"""``pipeline watch``: runs again whenever a pipeline file, a source or the code of a node changes.
 
 Every run, and every look for what those files are, is a process of its own: stages that were edited are imported anew.
 """
@@ -57,7 +57,7 @@ def _pipeline(verb: str) -> list[str]:
 
 
 def _files(file: str, settings: Sequence[str]) -> list[str]:
-    """Return the files that count, from a process that has imported nothing yet; none where it says a mistake."""
+    """Return the files to watch, from a fresh process that has no modules loaded; none if that reports an error."""
     command = [sys.executable, "-P", "-m", "stagegraph.cli.watch", file, *settings[1::2]]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     found: list[str] = json.loads(done.stdout) if done.returncode == 0 else []
@@ -65,7 +65,7 @@ def _files(file: str, settings: Sequence[str]) -> list[str]:
 
 
 def _seen(files: Sequence[str]) -> Seen:
-    """Return what tells each file from a changed one; None for one that is not there."""
+    """Return the stat of each file, by which a change is noticed; None for one that is missing."""
     found: Seen = {}
     for file in files:
         try:

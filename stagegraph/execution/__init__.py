@@ -1,1 +1,1 @@
-"""Running what a plan says has to: worker processes, their private directories, and how nodes end."""
+"""Executes plans: worker processes, their private directories, and how nodes end."""

@@ -1,4 +1,4 @@
-"""Nodes whose result is looked for in the user's remotes before they run, and results that are given to them."""
+"""Looks results up in the user's remotes before their nodes run, and uploads new results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Fetching(Generic[T]):
-    """Requests to the remotes by key, each with what waits for the answer.
+    """The requests to the remotes by key, each with the node that waits for the answer.
 
     The user's configuration is read when the first result is missing: a run without news pays for none of it.
     """
@@ -49,7 +49,7 @@ class Fetching(Generic[T]):
         return self._shared
 
     def begin(self, key: str, waits: T) -> bool:
-        """Ask for the result of a key; False if there is nobody to ask."""
+        """Request the result of a key; False if there is no remote to ask."""
         shared = self._open()
         if shared is None or not shared.reads:
             return False
@@ -62,7 +62,7 @@ class Fetching(Generic[T]):
         return True
 
     def ended(self, seconds: float) -> Iterator[tuple[list[T], Fetched | None]]:
-        """Yield what waited for each answer that came, and what came; the first is waited for so long at most."""
+        """Yield each node whose answer has come, with the answer; waits at most so long for the first."""
         if self._ended is None:
             return
         from queue import Empty
@@ -74,18 +74,18 @@ class Fetching(Generic[T]):
                 yield self._waiting.pop(key), future.result()
 
     def take(self, fetched: Fetched) -> None:
-        """Make a result of another machine one of this store."""
+        """Adopt a result of another machine into this store."""
         for digest, file in fetched.objects.items():
             self._workspace.store.adopt(file, digest)
         self._workspace.index.set(f"rec:{fetched.record['key']}", fetched.record)
 
     def give(self, record: Record) -> None:
-        """Give a result to the remotes that take results, beside what runs."""
+        """Upload a result to the remotes that accept results, while nodes run."""
         shared = self._open()
         if shared is not None:
             shared.push(record)
 
     def finish(self, *, wait: bool) -> None:
-        """Let what is given end, if ``wait``, and leave nothing behind of what was fetched."""
+        """Finish the uploads, if ``wait``, and remove temporary files of downloads."""
         if self._shared is not None:
             self._shared.finish() if wait else self._shared.close()

@@ -1,4 +1,4 @@
-"""One node in this process, where a debugger can look at it: breakpoints stop, and an error keeps its traceback.
+"""Runs one node in this process, for debugging: breakpoints stop, and an error keeps its traceback.
 
 Nothing of it is kept: whoever sits at a debugger may have changed what came out, and parts that it remembers go to a
 store of their own. What it wrote lies where the outputs of a failure do.

@@ -1,4 +1,4 @@
-"""The places where the nodes of a run execute: this machine, and a cluster where one is configured."""
+"""The places where nodes run: this machine, and a cluster if one is configured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Local(Room):
-    """This machine."""
+    """Runs nodes in worker processes of this machine."""
 
     def __init__(self, jobs: int, workspace: Workspace, nodes: Sequence[Node]) -> None:
         super().__init__(jobs)
@@ -25,7 +25,7 @@ class Local(Room):
         self._workers: Workers | None = None
 
     def start(self, task: Task) -> Slot:
-        """Let a node run in a worker process of its profile, its inputs laid out in its sandbox."""
+        """Start a node in a worker process of its profile, with its inputs laid out in its sandbox."""
         from stagegraph.execution.sandbox import Workers, placed, request_for
 
         workspace, secrets = self._workspace, task.prepared.secrets
@@ -52,7 +52,7 @@ class Local(Room):
 
 
 class Places:
-    """The places of one run: this machine, and a cluster where one is configured, for all nodes without secrets.
+    """The places of one run: a cluster, if one is configured, for all nodes without secrets; this machine for the rest.
 
     What is configured is read when the first node is to run: a run without news pays for none of it.
     """
@@ -87,11 +87,11 @@ class Places:
             place.refuse([node for node in nodes if self.of(node) is place])
 
     def full(self, running: Iterable[Running]) -> bool:
-        """Say whether no node at all fits anywhere."""
+        """Say whether there is no room anywhere."""
         return all(place.full(_there(place, running)) for place in self.all)
 
     def has(self, node: Node, running: Iterable[Running]) -> bool:
-        """Say whether a node fits where it should run."""
+        """Say whether there is room for a node where it should run."""
         place = self.of(node)
         return place.has(node, _there(place, running))
 

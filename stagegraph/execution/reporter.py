@@ -1,4 +1,4 @@
-"""The callbacks by which a run tells how far it is."""
+"""The callbacks by which a run reports its progress."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Reporter:
         """A node begins to execute."""
 
     def waiting(self, node: Node, what: str) -> None:
-        """A node is held up by ``what``."""
+        """A node waits for ``what``."""
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """A running node reports how far it is."""

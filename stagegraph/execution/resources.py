@@ -1,4 +1,4 @@
-"""What running nodes may take of the machine: how many at once, and how much memory, which is watched as they run.
+"""Limits how many nodes run at once and how much memory they take, which is measured while they run.
 
 Memory is what a node's worker and everything it started hold and the kernel cannot take back: anonymous and shared
 memory, not the pages of files that are mapped. It is looked at from outside a few times a second. A control group
@@ -67,7 +67,7 @@ class Room:
         return taken + wanted.memory * MEBIBYTE <= machine_mib() * MEBIBYTE
 
     def over(self, running: Iterable[tuple[Node, Worker]]) -> Iterator[tuple[Worker, str]]:
-        """Yield the workers whose node holds more than it declares, and what to say of it; looks now and then."""
+        """Yield the workers whose node exceeds the memory it declares, each with a message; measures at intervals."""
         limits = {w: n.spec for n, w in running if n.spec.resources.memory}
         now = time.monotonic()
         if not limits or now - self._looked < LOOK_SECONDS:
@@ -82,7 +82,7 @@ class Room:
 
 
 def memory_text(mebibytes: int) -> str:
-    """Return an amount of memory as a pipeline file has it: ``1.5 GiB``, ``300 MiB``."""
+    """Return an amount of memory as it is written in a pipeline file: ``1.5 GiB``, ``300 MiB``."""
     return f"{mebibytes / 1024:.1f} GiB".replace(".0 ", " ") if mebibytes >= 1024 else f"{mebibytes} MiB"
 
 
@@ -112,7 +112,7 @@ def _limit_files() -> Iterator[Path]:
 
 
 def resident_bytes(pids: Iterable[int]) -> dict[int, int]:
-    """Return what each process holds with all that it started: its descendants, and its session where a parent died."""
+    """Return the memory of each process with its descendants, and with its session where a parent has died."""
     below: dict[int, list[int]] = {}
     for pid, parent, session in _processes():
         below.setdefault(parent, []).append(pid)
@@ -130,7 +130,7 @@ def resident_bytes(pids: Iterable[int]) -> dict[int, int]:
 
 
 def _processes() -> Iterator[tuple[int, int, int]]:
-    """Yield (process, parent, session) of every process that can be seen."""
+    """Yield (process, parent, session) ids of every visible process."""
     for name in os.listdir("/proc"):  # noqa: PTH208
         if name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -139,7 +139,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
 
 
 def _resident(pid: int) -> int:
-    """Return the bytes that a process holds, pages that it shares divided by how many share them."""
+    """Return the proportional set size of a process in bytes: shared pages divided by their number of users."""
     for file, fields in (("smaps_rollup", ("Pss_Anon", "Pss_Shmem")), ("status", ("RssAnon", "RssShmem"))):
         try:
             lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()

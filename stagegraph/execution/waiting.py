@@ -1,4 +1,4 @@
-"""The nodes of a run whose inputs are not all there yet; each counts what it misses."""
+"""The nodes of a run that wait for inputs, each with the number of inputs still missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Waiting:
         return iter(self._missing)
 
     def add(self, node: Node) -> None:
-        """Let a node wait until everything that it reads is done."""
+        """Add a node that waits until everything it reads is done."""
         self._missing[node] = sum(upstream not in self._done for upstream in node.upstream)
         self._free_if_ready(node)
 
@@ -59,7 +59,7 @@ class Waiting:
                 self._free_if_ready(consumer)
 
     def undo(self, node: Node) -> None:
-        """Let a node that had ended wait again, and so what waits for it."""
+        """Make a finished node wait again, and the nodes that read it."""
         self._done.remove(node)
         for consumer in node.consumers:
             if consumer in self._missing:
@@ -67,7 +67,7 @@ class Waiting:
         self.add(node)
 
     def pop(self) -> Node | None:
-        """Take out the first node that misses nothing, if there is one."""
+        """Remove and return the first node with no input missing, if any."""
         while self._free:
             _, node = heappop(self._free)
             if self._missing.get(node) == 0:

@@ -85,7 +85,7 @@ class WorkerContext(Context):
 
     @property
     def memo(self) -> Memo:
-        """The parts of this execution; most stages have none and never open the index."""
+        """The memoised parts of this execution; most stages have none, and never open the index."""
         with self._opening:
             if self._memo is None:
                 self._memo = Memo.open(self._store, self._parts, fresh=self._fresh)
@@ -165,7 +165,7 @@ def collect_outputs(stage: Stage, out: Path, known: Mapping[tuple[int, int], str
 
 
 def refuse_secrets(request: Request, files: Mapping[str, Path], *documents: Any) -> None:
-    """Raise if what is to be kept holds a secret: a file by content or name, or what goes with it."""
+    """Raise if a secret would be stored: in the name or content of an output, or in the record."""
     if request["secrets"]:
         from stagegraph.planning.secrets import Mask
 
@@ -232,13 +232,13 @@ def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
 
 
 def params_of(stage: Stage, written: Mapping[str, Any]) -> Any:
-    """Return a stage's parameters of a request."""
+    """Return the ``Params`` of a stage from a request."""
     names = {f.name for f in dataclasses.fields(stage.Params)}
     return stage.Params(**{k: _tupled(v) for k, v in written.items() if k in names})
 
 
 def failed(problems: Sequence[str], spent: Spent = UNSPENT, *, bug: bool = False) -> Failed:
-    """Return the event that ends an execution without a result."""
+    """Return the event for a failed execution."""
     return {"event": "end", "ok": False, "problems": [*problems], "bug": bug, **spent}
 
 

@@ -1,1 +1,1 @@
-"""What would run and why: the graph, the digests of sources and code, and the key that decides."""
+"""Plans: the graph, the digests of sources and code, and the keys that decide what must run."""

@@ -1,4 +1,4 @@
-"""The typed difference of two key documents: why a node runs, in a few words each and in full."""
+"""Compares two key documents: the typed differences that explain why a node runs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Change(NamedTuple):
 
     @property
     def fate(self) -> str:
-        """What became of it, in words that follow its name."""
+        """How it changed, in words that follow its name."""
         return "is new" if self.old is None else "is gone" if self.new is None else "changed"
 
 
 def changes(old: Document, new: Document) -> list[Change]:
-    """Return what differs between two key documents, most telling first."""
+    """Return the differences between two key documents, the most informative first."""
     identity = ("stage", "version", "schema")
     if any(old[name] != new[name] for name in identity):
         return [Change("stage", "stage", f"{old['stage']} v{old['version']}", f"{new['stage']} v{new['version']}")]
@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 
 def show(value: Any) -> str:
-    """Return a value as people write it."""
+    """Return a value formatted for people."""
     if isinstance(value, tuple | list):
         return "[" + ", ".join(show(item) for item in value) + "]"
     if isinstance(value, Mapping):  # a secret, by its keyed digest (stagegraph.planning.secrets)

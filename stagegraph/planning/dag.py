@@ -1,4 +1,4 @@
-"""The graph of nodes: which instance feeds which input port, in what order, and what a selection means."""
+"""The graph of nodes: which instance feeds which input port, topological order, and selection by name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Dag:
                 upstream.consumers.append(node)
 
     def select(self, pattern: str) -> list[Node]:
-        """Return the nodes a command-line name means: a bare name all instances, brackets may hold wildcards.
+        """Return the nodes that a command-line name selects: a bare name all instances; brackets may hold wildcards.
 
         ``build.x86.debug`` is ``build[x86,debug]``, ``build[*]`` all instances however many values tell them apart.
         """
@@ -77,7 +77,7 @@ class Dag:
         return chosen
 
     def _nearest(self, pattern: str) -> str:
-        """Advise on a name that means nothing: the instances of its entry, or the nearest name, or all entries."""
+        """Advise on an unknown name: the instances of its entry, or the nearest name, or all entries."""
         if os.sep in pattern:
             shown = {dotted(node.name): node.name for node in self.nodes}
             here = next((shown[part] for part in Path(pattern).parts if part in shown), "")

@@ -1,4 +1,4 @@
-"""Source texts kept beside results, and which functions, classes and constants differ between two of them.
+"""Stores source texts beside results, and finds the functions, classes and constants that differ between two texts.
 
 A text is kept when a result is committed, under the digest that stands for the module in the key, so that planning
 never looks at it and equal code is kept once.
@@ -22,20 +22,20 @@ Definition = tuple[str, str]  # kind, qualified name
 
 
 def keep(index: Index, code: Mapping[str, str], files: Mapping[str, Path]) -> None:
-    """Keep the texts of the modules in ``code`` (module -> digest) that are not kept yet."""
+    """Store the source texts of the modules in ``code`` (module -> digest) that are not stored yet."""
     for module, path in files.items():
         if path.suffix == ".py" and index.get(f"text:{code[module]}") is None:
             index.set(f"text:{code[module]}", path.read_text("utf-8", "replace"))
 
 
 def kept(index: Index, digest: str) -> str | None:
-    """Return the text that was kept for a module's digest, or None."""
+    """Return the stored text for a module's digest, or None."""
     text = index.get(f"text:{digest}")
     return text if isinstance(text, str) else None
 
 
 def changed_definitions(old: str, new: str) -> list[str]:
-    """Say what differs: ``functions Attention.forward, run``, ``class Layer (new)``; empty if a text does not parse."""
+    """Return what differs: ``functions Attention.forward, run``, ``class Layer (new)``; "" if a text does not parse."""
     try:
         before, after = definitions(old), definitions(new)
     except SyntaxError:

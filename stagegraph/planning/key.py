@@ -56,7 +56,7 @@ def key_document(
 
 
 def hashed_params(params: Any) -> dict[str, Any]:
-    """Return the parameters that count by value: not sources, not those declared ``hashed=False``."""
+    """Return the parameters that enter the key by value: neither sources nor those declared ``hashed=False``."""
     return {name: getattr(params, name) for name in _hashed_names(params.__class__)}
 
 
@@ -68,7 +68,7 @@ def _hashed_names(params: Any) -> list[str]:
 
 @functools.cache
 def names_of(params: Any) -> list[str]:
-    """Return the names of the parameters that a class of them has."""
+    """Return the names of the parameters of a ``Params`` class."""
     return [field.name for field in dataclasses.fields(params)]
 
 

@@ -1,4 +1,4 @@
-"""Libraries of others that a stage's code imports: which they are, and which build of them is installed.
+"""Third-party libraries that a stage's code imports: which they are, and which build of each is installed.
 
 Found by the imports of the code itself, also those inside functions, so no list can miss one. A version says too
 little: two wheels of one version differ by what they were compiled with, and a library may be rebuilt in place. So a
@@ -40,7 +40,7 @@ SECTIONS = ("folders", "builds", "files", "edited")
 
 
 class Libraries:
-    """What is installed, each file read at most once and only if its stat has changed since it was read last."""
+    """The installed libraries; a file is read at most once, and only if its stat has changed since the last time."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -75,7 +75,7 @@ class Libraries:
         return self.stats(self._stats) | self._python(self._stats)
 
     def changed(self, modules: Iterable[str]) -> list[str]:
-        """Return those of the files behind ``modules`` that are no longer what was digested or swept."""
+        """Return the files behind ``modules`` whose content is no longer what was digested or swept."""
         stats = self.stats(modules) | self._python(modules)
         return sorted(path for path, stat in stats.items() if _stat(path) != stat)
 
@@ -92,7 +92,7 @@ class Libraries:
         return self._found != before
 
     def save(self) -> None:
-        """Write what was learned back to the index."""
+        """Write new digests back to the index."""
         if self._grown:
             self._index.set("libraries", {"schema": SCHEMA, **self._saved})
             self._grown = False
@@ -213,7 +213,7 @@ def top_names(tree: ast.AST) -> Iterator[str]:
 
 
 def imported(names: Iterable[str], own: Iterable[str]) -> list[str]:
-    """Return those of top-level names that are of others: neither of Python nor of the packages ``own``."""
+    """Return the third-party top-level names: neither of the standard library nor of the packages ``own``."""
     return sorted({*names} - {*own} - sys.stdlib_module_names)
 
 

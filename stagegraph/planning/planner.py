@@ -40,7 +40,7 @@ STALE, NEVER, UNKNOWN = "STALE", "NEVER", "UNKNOWN"
 
 @dataclass
 class Prepared:
-    """What is fixed about a node before anything runs."""
+    """The facts about a node that are fixed before anything runs."""
 
     params: Any
     sources: dict[str, SourceState]
@@ -72,7 +72,7 @@ class Decision:
 
 
 class _SourceError(Exception):
-    """Sources of a node that are not there: where each was written, what is wrong, and the parameter it is of."""
+    """Missing sources of a node: for each the place in the file, the problem and the parameter."""
 
     def __init__(self, found: Sequence[tuple[Place, str, str]]) -> None:
         super().__init__()
@@ -238,11 +238,11 @@ class Planner:
         return [change.text for change in found] or ["its record is gone"]
 
     def part_codes(self, decision: Decision) -> dict[str, PartCode]:
-        """Return what makes the parts that a settled node memoises, by their kind."""
+        """Return the code that makes the memoised parts of a settled node, by kind of part."""
         return part_codes(self._code, decision.node.stage, decision.rows)
 
     def changed(self, decision: Decision) -> list[str]:
-        """Return the source files and the code that are no longer what the key was made of."""
+        """Return the source files and modules that have changed since the key was computed."""
         assert decision.document is not None
         sources = self._prepared[decision.node].sources.values()
         files = [str(state.root / name) for state in sources for name in state.changed()]
@@ -251,7 +251,7 @@ class Planner:
         return files + self._code.changed(decision.document["code"]) + libraries
 
     def keep_code(self, decision: Decision) -> None:
-        """Keep the source texts behind a result, so that a later explanation can name the functions that changed."""
+        """Store the source texts behind a result, so that a later explanation can name the functions that changed."""
         from stagegraph.planning.definitions import keep
 
         assert decision.document is not None
@@ -266,7 +266,7 @@ class Planner:
         return {path.relative_to(self.dag.pipeline.root).as_posix(): path for path in paths}
 
     def code_files(self, decision: Decision) -> dict[str, Path]:
-        """Return where the modules are that a settled node reaches."""
+        """Return the files of the modules that a settled node reaches."""
         return self._code.files(decision.document["code"]) if decision.document else {}
 
     def plan(self, nodes: Iterable[Node]) -> list[Decision]:
@@ -300,12 +300,12 @@ class Planner:
         return list(settled.values())
 
     def save(self) -> None:
-        """Keep what planning learned about source code, also when nothing runs."""
+        """Write the code summaries back to the index, also when nothing runs."""
         self._code.save()
 
 
 def _asked(node: Node, question: Callable[[], T]) -> T:
-    """Return what a stage answers while planning; what one in a file of the pipeline's folder raises is a problem."""
+    """Return a stage's answer during planning; an exception of a stage in the pipeline's folder becomes a problem."""
     try:
         return question()
     except Exception as error:
@@ -331,7 +331,7 @@ def _offer(path: str) -> str:
 
 
 def _masked(secrets: Sequence[str], value: Any) -> Any:
-    """Return what a stage says while it is planned without its secrets."""
+    """Return a stage's message during planning with its secrets masked."""
     if not secrets:
         return value
     from stagegraph.planning.secrets import Mask
@@ -340,7 +340,7 @@ def _masked(secrets: Sequence[str], value: Any) -> Any:
 
 
 def code_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[str, str]:
-    """Return the code of a stage whose class is in ``module``: all it reaches, and what prepares its worker."""
+    """Return the code digests of a stage whose class is in ``module``, with the module that prepares its worker."""
     code: dict[str, str] = {}
     for start in (module, *worker_module(stage)):
         code |= codes.closure(start, rows)
@@ -350,12 +350,12 @@ def code_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[s
 
 
 def libraries_of(codes: CodeDigests, module: str, stage: Stage, rows: Rows) -> dict[str, str]:
-    """Return the libraries of others that the code of a stage imports: distribution -> version and build."""
+    """Return the third-party libraries that the code of a stage imports: distribution -> version and build."""
     return codes.libraries((module, *worker_module(stage)), rows)
 
 
 def part_codes(codes: CodeDigests, stage: Stage, rows: Rows) -> dict[str, PartCode]:
-    """Return what makes the parts that a stage memoises, by their kind."""
+    """Return the code that makes the memoised parts of a stage, by kind of part."""
     return {kind: codes.part_code((module, *worker_module(stage)), rows) for kind, module in _parts(stage).items()}
 
 

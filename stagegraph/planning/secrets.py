@@ -1,4 +1,4 @@
-"""Secrets, the values of ``${secret.NAME}``: they reach the stage they are a parameter of, and nothing kept or shown.
+"""Secrets, the values of ``${secret.NAME}``: passed to their stage alone, and masked in all that is stored or printed.
 
 In a key a secret is a keyed digest (HMAC-SHA-256 with a key that the store makes for itself), so that a result is found
 again and nobody can try guesses without that key. What a stage says is masked before it is written or shown, what it
@@ -48,7 +48,7 @@ def _mapped(params: Any, change: Callable[[Any], Any]) -> Any:
 
 
 class Mask:
-    """Takes secrets out of texts, however they are written there: plain, in JSON, in a URL or as Python shows them."""
+    """Masks secrets in text, in all their spellings: plain, JSON, URL-encoded or as Python's ``repr``."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets for form in _forms(str(secret))}
@@ -69,7 +69,7 @@ class Mask:
         return {name: self.value(value) if name in SAID else value for name, value in event.items()}
 
     def split(self, data: bytes, *, ended: bool) -> tuple[bytes, bytes]:
-        """Return masked bytes, and those at the end that more bytes may make a secret of."""
+        """Return masked bytes, and the unmasked rest that may be the beginning of a secret."""
         data = self._bytes.sub(SHOWN.encode(), data)
         most = 0 if ended else min(len(data), len(self.forms[0]) - 1)
         starts = (data[-n:] for n in range(most, 0, -1))
@@ -96,7 +96,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 class MaskedLog:
-    """A pipe that a worker prints into, and a thread that writes what comes out of it to the log, masked."""
+    """A pipe that a worker prints into, and a thread that writes the masked text to the log."""
 
     def __init__(self, pipe: Path, log: Path, mask: Mask) -> None:
         from threading import Event, Thread

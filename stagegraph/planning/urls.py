@@ -1,4 +1,4 @@
-"""Sources that are named by a URL: fetched by a run, once, and files like all others from then on.
+"""Sources that are named by a URL: a run downloads each once, and from then on they are ordinary files.
 
 Who brings the files of a scheme is a module that a provider names (:attr:`stagegraph.registry.Provider.sources`):
 ``check(url)`` raises :class:`ValueError` for one that is wrong or not pinned to its content; ``pinned(url)``, which it
@@ -48,7 +48,7 @@ def with_local_sources(spec: NodeSpec, index: Index, *, fetch: bool) -> Any:
 
 
 def pinned(url: str) -> str:
-    """Return a URL with what it names now as its content, where its server says so; asks it only if need be.
+    """Return a URL pinned to the digest of its present content, if its server gives one; asked only if necessary.
 
     :class:`ValueError` for one that names nothing, :class:`OSError` where the server does not say.
     """
@@ -60,7 +60,7 @@ def pinned(url: str) -> str:
 
 
 def fetch(url: str, include: Sequence[str], alone: Sequence[str]) -> Path:
-    """Fetch what a run would of a pinned URL, and return where it is."""
+    """Download the files of a pinned URL as a run would, and return their folder."""
     module = _module(url)
     known = module.files(url)
     wanted = {name: known[name] for name in choose(known, include, alone)}

@@ -1,1 +1,1 @@
-"""Questions about results: what one is, where it comes from, how two differ, what may go."""
+"""Queries about results: their contents, lineage, differences, and what garbage collection may remove."""

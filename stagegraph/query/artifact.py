@@ -1,4 +1,4 @@
-"""What a reference on the command line means, and an artifact to look into: the result of one node.
+"""Artifacts (the stored results of nodes), and the references by which the command line names them.
 
 A reference is ``NODE``, ``NODE@RUN`` (the first digits of a run's id, or ``~1`` for the run before the last), a key, or
 the digest of an output or a file (the first six digits or more), each with ``:PATH`` for one file or folder in it.
@@ -133,7 +133,7 @@ class Artifact:
 
 
 def find_artifacts(project: Project, reference: str) -> list[Artifact]:
-    """Return what a reference means: the instances of a node, or the one result behind a digest."""
+    """Return the artifacts that a reference names: the instances of a node, or the one result with a digest."""
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise PlanError(f"'{reference}' names nothing: expected NODE, NODE@RUN or a digest, with :PATH if need be")
@@ -171,7 +171,7 @@ def _keys(project: Project, name: str, run: str | None) -> Iterator[tuple[str, s
 
 
 def missing_text(project: Project, label: str, key: str | None = None) -> str:
-    """Say that a node, or a node as of a run, has no result, and what to do."""
+    """Return the message that a node, or a node as of a run, has no result, and what to do."""
     if project.varied:
         return f"{label} has no result with these settings; `pipeline run --stage {typed(label)}` with them makes it"
     if key:

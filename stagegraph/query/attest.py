@@ -1,4 +1,4 @@
-"""Attestations: files of later stages that say whether an artifact may be exported.
+"""Attestations: files in which later stages state whether an artifact may be exported.
 
 A stage declares such a file with :attr:`stagegraph.stage.Out.attests`. It counts for exactly the content that its
 execution read, whatever the nodes are called.
@@ -31,7 +31,7 @@ class Attestor(NamedTuple):
 
 
 class Attestations(NamedTuple):
-    """Files to lay beside what is exported, name in the artifact -> digest, who said so, and what is against it."""
+    """Files to export beside an artifact (name -> digest), the nodes that attest it, and objections to its export."""
 
     files: dict[str, str]
     said: list[str]
@@ -39,7 +39,7 @@ class Attestations(NamedTuple):
 
 
 def attestations(project: Project, artifact: Artifact) -> Attestations:
-    """Return what is attested of those outputs of an artifact that are in it whole."""
+    """Return the attestations for those outputs that an artifact contains whole."""
     found = Attestations({}, [], [])
     stages = {name: get_stage(name) for name in names("stages")} | {n.stage.id: n.stage for n in project.dag.nodes}
     made_by = artifact.record["stage"]
