@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from io import FileIO
 
 WILDCARD = frozenset("*?[")
+FIRST = re.compile(r"(.+-)00001-of-(\d{5})(\.[^.]+)")  # of the files of one that was split
 
 
 def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) -> tuple[Path, dict[str, Path]]:
@@ -25,10 +26,13 @@ def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) ->
 
     A pattern is a file name with wildcards, after directories without any; symbolic links to files are followed (a hub
     cache's snapshot is made of them). ``**`` takes all files at any depth but those in ``__pycache__``. ``path`` may
-    name one file, which may also match one of ``alone``. :class:`FileNotFoundError` if nothing is there.
+    name one file, which may also match one of ``alone``; the first of one that was split (NAME-00001-of-00003.EXT)
+    brings the others that are there. :class:`FileNotFoundError` if nothing is there.
     """
     if path.is_file():
-        return path.parent, {path.name: path} if _matcher((*include, *alone))(path.name) else {}
+        if _matcher(tuple(alone))(path.name):
+            return path.parent, _with_others(path)
+        return path.parent, {path.name: path} if _matcher(tuple(include))(path.name) else {}
     if not path.is_dir():
         raise FileNotFoundError(path)
     if "**" in include:
@@ -49,6 +53,16 @@ def list_files(path: Path, include: Sequence[str], alone: Sequence[str] = ()) ->
                 _check_name(path, entry.name)
                 files[f"{folder}/{entry.name}" if folder else entry.name] = Path(entry.path)
     return path, dict(sorted(files.items()))
+
+
+def _with_others(path: Path) -> dict[str, Path]:
+    """Return a file by its name, and those that were split from it."""
+    files = {path.name: path}
+    if found := FIRST.fullmatch(path.name):
+        for number in range(2, int(found[2]) + 1):
+            other = path.with_name(f"{found[1]}{number:05}-of-{found[2]}{found[3]}")
+            files |= {other.name: other} if other.is_file() else {}
+    return files
 
 
 def choose(names: Iterable[str], include: Sequence[str], alone: Sequence[str] = ()) -> list[str]:

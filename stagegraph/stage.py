@@ -78,7 +78,8 @@ def source(doc: str, *, include: Sequence[str], alone: Sequence[str] = (), optio
 
     Only files that match enter the key: a stage that reads the words does not rerun because a picture changed.
     The parameter may name a single file too, which must then match, or match one of ``alone``: patterns of files that
-    are the whole source by themselves, and nothing to it in a directory. ``optional`` allows an empty path.
+    are the whole source by themselves, and nothing to it in a directory. Of those, the first of several that one was
+    split into (NAME-00001-of-00003.EXT) brings the others. ``optional`` allows an empty path.
     """
     metadata = {"doc": doc, "choices": None, "minimum": None, "hashed": True, "include": tuple(include)}
     metadata["alone"] = tuple(alone)

@@ -144,18 +144,17 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
 
 
 def _files(checkpoint: SourceFiles, folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Return what messages call the checkpoint, and its files at the top by name; of a GGUF file those that its
-    metadata stands for, written to ``folder``.
+    """Return what messages call the checkpoint, and its files at the top by name; of GGUF files those that their
+    metadata stand for, written to ``folder``.
     """
     from stages.checkpoint.errors import ConfigError
-    from stages.checkpoint.gguf.folder import file_of, write
+    from stages.checkpoint.gguf.folder import files_of, write
 
-    whole = file_of(checkpoint.files)
+    whole = files_of(checkpoint.files)
     if not whole:
         return checkpoint.root, {name: path for name, path in checkpoint.files.items() if "/" not in name}
-    path = checkpoint.files[whole]
     try:
-        return path, {**write(path, folder), whole: path}
+        return next(iter(whole.values())), {**write(whole, folder), **whole}
     except ConfigError as error:
         raise StageError(*(f"{checkpoint.root}: {problem}" for problem in error.problems)) from None
 

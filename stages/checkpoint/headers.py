@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint import strict_json
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.gguf import weights as gguf
-from stages.checkpoint.gguf.folder import file_of
+from stages.checkpoint.gguf.folder import files_of
 from stages.checkpoint.prequantized import Fold, declared
 from stages.checkpoint.safetensors import TensorInfo, read_header
 from stages.problems import capped
@@ -60,11 +60,10 @@ def read_headers(files: Mapping[str, Path]) -> Headers:
 
     :class:`ConfigError` lists every shard that is missing or damaged, and what stands there twice and differs.
     """
-    whole = file_of(files)
-    if whole:
-        made = gguf.tensors(files[whole], whole)
+    if whole := files_of(files):
+        made = gguf.tensors(whole)
         return Headers(
-            {name: (whole, info) for name, (info, _) in made.items()},
+            {name: (packed["parts"]["data"]["file"], info) for name, (info, packed) in made.items()},
             (),
             {name: packed for name, (_, packed) in made.items()},
         )

@@ -62,10 +62,11 @@ def settings(args: argparse.Namespace) -> JsonObject:
 def examine(path: Path) -> Model:
     """Return what a checkpoint's headers say; :class:`ValueError` for what is none, with what to do."""
     if is_named(path.name) and path.is_file():
-        files = {path.name: path}
+        files = folder.beside(path)
     elif path.is_dir():
         files = {file.name: file for pattern in READ for file in path.glob(pattern)}
-        files = files or {file.name: file for file in path.glob("*.gguf")}
+        whole = sorted(path.glob("*.gguf"))
+        files = files or (folder.beside(whole[0]) if whole else {})
     else:
         raise ValueError(_missing(path))
     if "config.json" not in files and not any(map(is_named, files)):
@@ -74,9 +75,8 @@ def examine(path: Path) -> Model:
         raise ValueError(f"{path}: has no config.json; expected a checkpoint's folder, or a GGUF file{advice}")
     try:
         with tempfile.TemporaryDirectory() as place:
-            whole = folder.file_of(files)
-            if whole:
-                files = {**folder.write(files[whole], Path(place)), whole: files[whole]}
+            if parts := folder.files_of(files):
+                files = {**folder.write(parts, Path(place)), **parts}
             config = read_object(files["config.json"], "config.json")
             return Model(read_headers(files).tensors, _positions(config))
     except ConfigError as error:

@@ -1,10 +1,10 @@
-"""The files of a checkpoint as transformers reads them: a folder's own, or those that a GGUF file stands for."""
+"""The files of a checkpoint as transformers reads them: a folder's own, or those that GGUF files stand for."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stages.checkpoint.gguf.folder import file_of, write
+from stages.checkpoint.gguf.folder import files_of, write
 from stages.tokenizers import gguf_files
 
 if TYPE_CHECKING:
@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
 
 def checkpoint_files(root: Path, files: Mapping[str, Path], folder: Path) -> tuple[Path, Mapping[str, Path]]:
-    """Return the folder and files of the checkpoint ``root``; those that a GGUF file stands for go to ``folder``."""
-    whole = file_of(files)
+    """Return the folder and files of the checkpoint ``root``; those that GGUF files stand for go to ``folder``."""
+    whole = files_of(files)
     if not whole:
         return root, files
-    path = files[whole]
-    return folder, {**write(path, folder), **gguf_files.write(path, folder), whole: path}
+    return folder, {**write(whole, folder), **gguf_files.write(next(iter(whole.values())), folder), **whole}

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file as others read them: container, names and values by the ``gguf`` package, and the order
+"""The weights of GGUF files as others read them: container, names and values by the ``gguf`` package, and the order
 of rows by transformers, so that nothing this project has misread is wrong on both sides.
 """
 
@@ -10,25 +10,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
-def tensors(path: Path, config: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the checkpoint's tensors by transformers' names, in the file's order; ``config`` is transformers' own."""
+def tensors(paths: Sequence[Path], config: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the checkpoint's tensors by transformers' names, in the order of the files of one model; ``config`` is
+    transformers' own.
+    """
     import torch
     import transformers
     from gguf import GGUFReader, dequantize
     from transformers import modeling_gguf_pytorch_utils as theirs
 
-    reader = GGUFReader(path)
-    architecture = str(reader.fields["general.architecture"].contents())
+    readers = [GGUFReader(path) for path in paths]
+    architecture = str(readers[0].fields["general.architecture"].contents())
     cls: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         model = cls(config)
     untyped: Any = theirs
     processor = untyped.TENSOR_PROCESSORS.get(architecture, untyped.TensorProcessor)(config=config.to_dict())
     names = untyped.get_gguf_hf_weights_map(model, processor, architecture)
-    for tensor in reader.tensors:
+    for tensor in (tensor for reader in readers for tensor in reader.tensors):
         if tensor.name not in names:
             continue
         values = dequantize(tensor.data, tensor.tensor_type)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages import models
-from stages.checkpoint.gguf.folder import file_of
+from stages.checkpoint.gguf.folder import files_of
 from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights, as_dtype
 from stages.models import naming
@@ -114,11 +114,11 @@ def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     versions = f"transformers {transformers.__version__} and torch {torch.__version__}"
-    config, whole = _own_config(root), file_of(files)
+    config, whole = _own_config(root), files_of(files)
     paths = {name: Path(path) for name, path in files.items()}
     headers = read_headers(paths)
     if whole:
-        mapped: Any = Written(gguf_original.tensors(paths[whole], config), scratch)
+        mapped: Any = Written(gguf_original.tensors([paths[name] for name in whole], config), scratch)
         read = f"weights, dequantized by gguf {version('gguf')}"
     elif headers.packed:
         weights = Weights(paths, headers.table())

@@ -66,6 +66,17 @@ def test_patterns_name_files(tmp_path: Path, pattern: str, found: list[str]) -> 
     assert list(list_files(tmp_path, (pattern, "c.bin"))[1]) == sorted({*found, "c.bin"})
 
 
+def test_the_first_file_of_a_split_one_brings_the_others(tmp_path: Path) -> None:
+    names = [f"m-0000{number}-of-00003.bin" for number in (1, 2, 3)]
+    for name in (*names, "m-00004-of-00004.bin", "other-00002-of-00003.bin", "m-00002-of-00003.txt"):
+        (tmp_path / name).touch()
+    assert list_files(tmp_path / names[0], (), ("*.bin",)) == (tmp_path, {name: tmp_path / name for name in names})
+    assert [*list_files(tmp_path / names[1], (), ("*.bin",))[1]] == [names[1]]
+    assert [*list_files(tmp_path / names[0], ("*.bin",))[1]] == [names[0]]
+    (tmp_path / names[2]).unlink()
+    assert [*list_files(tmp_path / names[0], (), ("*.bin",))[1]] == names[:2]
+
+
 def test_a_hub_snapshot_is_read_through_its_links(tmp_path: Path, index: Index) -> None:
     blob = tmp_path / "hub" / "blobs" / "0123"
     snapshot = tmp_path / "hub" / "snapshots" / "main"

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 
-from stagegraph.stage import StageError
+from stagegraph.stage import StageError, list_files
 from stages.checkpoint.gguf import container, folder
 from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights
@@ -50,7 +50,7 @@ def test_the_model_is_the_one_that_the_file_was_made_of(case: str, tmp_path: Pat
 
     path = tmp_path / "model.gguf"
     original = gguf_models.write(path, case)
-    folder.write(path, tmp_path)
+    folder.write({path.name: path}, tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == original.config.model_type
     weights, table = weights_of(path)
@@ -72,9 +72,9 @@ def test_the_original_is_read_by_others_and_the_same(case: str, tmp_path: Path) 
 
     path = tmp_path / "model.gguf"
     gguf_models.write(path, case, "Q4_1")
-    folder.write(path, tmp_path)
+    folder.write({path.name: path}, tmp_path)
     weights, table = weights_of(path)
-    theirs = dict(gguf_original.tensors(path, transformers.AutoConfig.from_pretrained(tmp_path)))
+    theirs = dict(gguf_original.tensors([path], transformers.AutoConfig.from_pretrained(tmp_path)))
     assert theirs.keys() == {*map(module, table)}
     for name in table:
         np.testing.assert_array_equal(weights[name], theirs[module(name)], err_msg=name)
@@ -241,7 +241,8 @@ def test_what_no_file_may_claim_is_refused(copy: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [
-        ({"split.count": 3}, "one of 3 files of a model; join them: llama-gguf-split --merge model.gguf"),
+        ({"split.count": 3}, "model.gguf: one of 3 files of a model, of which 1 were found: fetch all of them into"),
+        ({"split.tensors.count": 9}, "21 tensors are in its files, and it says 9; fetch them again"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8: such a model is not built"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0; expected a positive whole number"),
@@ -288,6 +289,51 @@ def test_a_tokenizer_that_is_not_read_is_named_by_its_key(changes: dict[str, Any
     with pytest.raises(TokenizerError) as raised:
         gguf_files.write(path, tmp_path)
     assert wanted in str(raised.value)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> list[Path]:
+    """A model's files as the package splits one, with what is common to all in the first alone."""
+    gguf_models.write(tmp_path / "model.gguf", "llama", "Q4_1", split_max_tensors=8)
+    return sorted(tmp_path.glob("model-0000?-of-00003.gguf"))
+
+
+def test_files_that_one_was_split_into_are_one_checkpoint(split: list[Path], tmp_path: Path) -> None:
+    """The first names them all: every stage has the same of them as of the whole."""
+    import transformers
+
+    gguf_models.write(tmp_path / "whole.gguf", "llama", "Q4_1")
+    whole, _ = weights_of(tmp_path / "whole.gguf")
+    made = [
+        families.parse_and_register(tmp_path / path.stem, path, "q4a32") for path in (tmp_path / "whole.gguf", split[0])
+    ]
+    assert made[0]["config"].read_bytes() == made[1]["config"].read_bytes()
+    files = list_files(split[0], (), ("*.gguf",))[1]
+    assert [*files.values()] == split
+    table = read_headers(files).table()
+    assert {entry["file"] for entry in table.values()} == {path.name for path in split}
+    weights = Weights(files, table)
+    folder.write(files, tmp_path)
+    theirs = dict(gguf_original.tensors(split, transformers.AutoConfig.from_pretrained(tmp_path)))
+    assert theirs.keys() == table.keys()
+    for name in table:
+        np.testing.assert_array_equal(weights[name], whole[name], err_msg=name)
+        np.testing.assert_array_equal(weights[name], theirs[name], err_msg=name)
+    choice = {"scheme": "q4a32", "target": "llvm", "checkpoint": str(split[0])}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: made[1][name] for name in ("params", "tensors")})
+    lines = json.loads((ctx.out / "report.json").read_text())["tensors"]
+    assert not [line["name"] for line in lines if line["rmse"] and "norm" not in line["name"]]
+
+
+def test_files_of_a_split_model_that_are_missing_or_anothers_are_named(split: list[Path], tmp_path: Path) -> None:
+    assert "one of 3 files of a model, of which 1 were found" in problem(split[1], tmp_path / "second")
+    kept = split[1].read_bytes()
+    split[1].write_bytes(split[2].read_bytes())
+    assert f"{split[1].name}: not number 1 of the 3 files" in problem(split[0], tmp_path / "another")
+    split[1].unlink()
+    assert "of which 2 were found: fetch all of them" in problem(split[0], tmp_path / "missing")
+    split[1].write_bytes(kept)
+    run_stage(ConfigParse(), tmp_path / "again", {"checkpoint": str(split[0])})
 
 
 def test_planning_reads_the_first_keys_and_imports_nothing_for_it(whole: Path) -> None:

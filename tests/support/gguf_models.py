@@ -63,14 +63,14 @@ def joined(rows: np.ndarray, heads: int) -> np.ndarray:
     return np.concatenate([split[:, part].reshape(-1, *rows.shape[1:]) for part in range(3)])
 
 
-def write(path: Path, case: str, kind: str = "F32", **changes: Any) -> Any:
+def write(path: Path, case: str, kind: str = "F32", *, split_max_tensors: int = 0, **changes: Any) -> Any:
     """Write a model of the case with matrices of the type ``kind``; return transformers' model.
 
-    ``changes`` replace or (None) leave out keys.
+    ``changes`` replace or (None) leave out keys. With ``split_max_tensors`` several files are written of so many each.
     """
     made = model(case)
     config, architecture = made.config, NAMES.get(case, case)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     values = metadata(config, architecture) | tokenizer() | changes
     for key, value in values.items():
         if value is not None:

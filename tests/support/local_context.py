@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.stage import Instance, NewPart, Part, Source, SourceFiles, Stage
+from stagegraph.stage import Instance, NewPart, Part, Source, SourceFiles, Stage, list_files
 from stagegraph.store.index import Index
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import Store
@@ -113,9 +113,11 @@ def run_stage(
 
 
 def source_files(root: Path, include: tuple[str, ...], alone: tuple[str, ...] = ()) -> SourceFiles:
-    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    base = root.parent if root.is_file() else root
-    patterns = (*include, *alone) if root.is_file() else include
-    files = {p.relative_to(base).as_posix(): p for p in found}
-    files = {name: p for name, p in files.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    base, files = list_files(root, include, alone) if root.is_file() else (root, _below(root, include))
     return SourceFiles(base, files, {name: blake3(p.read_bytes()).hexdigest() for name, p in files.items()})
+
+
+def _below(root: Path, include: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files below a folder that match a pattern, by their paths in it."""
+    files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
+    return {name: p for name, p in files.items() if any(fnmatchcase(name, pattern) for pattern in include)}

@@ -70,6 +70,7 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     row_bytes: int  # of the innermost dimension
+    file: str  # its name
 
     @property
     def nbytes(self) -> int:
@@ -79,19 +80,49 @@ class Stored:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says before its weights: ``metadata`` are Python values by key, ``tensors`` are in file order."""
+    """What files say before their weights: ``metadata`` are Python values by key, ``tensors`` are in file order."""
 
     metadata: JsonObject
     tensors: Mapping[str, Stored]
 
 
+def read_all(files: Mapping[str, Path]) -> Contents:
+    """Return what ``files`` say, one model's by name: a file, or all of those that it was split into, in order.
+
+    The metadata are those of the first. :class:`ValueError` names what is damaged, missing or another model's.
+    """
+    (first, path), *others = files.items()
+    whole = read(path, first)
+    count = whole.metadata.get("split.count") or 1
+    if type(count) is not int:
+        raise ValueError(f"{first}: split.count = {shown(count)}; expected a whole number")
+    if whole.metadata.get("split.no", 0) != 0 or count != len(files):
+        raise ValueError(
+            f"{first}: one of {count} files of a model, of which {len(files)} were found: fetch all of them "
+            f"into one folder, and name the first, which ends in -00001-of-{count:05}{SUFFIX}"
+        )
+    tensors = dict(whole.tensors)
+    for at, (name, other) in enumerate(others, start=1):
+        part = read(other, name)
+        if [part.metadata.get("split.no"), part.metadata.get("split.count")] != [at, count]:
+            raise ValueError(
+                f"{name}: not number {at} of the {count} files that {first} is the first of; fetch it again"
+            )
+        if twice := tensors.keys() & part.tensors.keys():
+            raise ValueError(f"{name}: the tensor {shown(min(twice))} is in a file before it, too")
+        tensors |= part.tensors
+    if whole.metadata.get("split.tensors.count", len(tensors)) != len(tensors):
+        stated = shown(whole.metadata["split.tensors.count"])
+        raise ValueError(f"{first}: {len(tensors)} tensors are in its files, and it says {stated}; fetch them again")
+    return Contents(whole.metadata, tensors)
+
+
 def read(path: Path, name: str) -> Contents:
-    """Return what the file says; :class:`ValueError` calling it ``name`` if it is damaged, or beyond what is read."""
+    """Return what one file says; :class:`ValueError` calling it ``name`` if it is damaged, or beyond what is read."""
     with path.open("rb", BUFFER) as file:
         cursor = _Cursor(file, path.stat().st_size, name)
         tensors, keys = _begin(cursor)
         metadata = dict(_pairs(cursor, keys))
-        _refuse_split(metadata, name)
         return Contents(metadata, _tensors(cursor, tensors, metadata))
 
 
@@ -191,14 +222,6 @@ def _format(cursor: _Cursor, kind: int, what: str) -> str:
     return SCALARS[kind]
 
 
-def _refuse_split(metadata: JsonObject, name: str) -> None:
-    count = metadata.get("split.count", 0)
-    if isinstance(count, int) and count > 1:
-        raise ValueError(
-            f"{name}: one of {count} files of a model; join them: llama-gguf-split --merge {name} WHOLE{SUFFIX}"
-        )
-
-
 def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, Stored]:
     """Return where the tensors are; every one of them lies within the file."""
     name, alignment = cursor.name, metadata.get("general.alignment", 32)
@@ -212,7 +235,8 @@ def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, Sto
         found[tensor] = _info(cursor, f"tensor {shown(tensor)}", alignment)
     start = -(-cursor.at // alignment) * alignment
     tensors = {
-        tensor: Stored(kind, shape, start + offset, width) for tensor, (kind, shape, offset, width) in found.items()
+        tensor: Stored(kind, shape, start + offset, width, name)
+        for tensor, (kind, shape, offset, width) in found.items()
     }
     for tensor, stored in tensors.items():
         if stored.offset + stored.nbytes > cursor.size:

@@ -1,7 +1,8 @@
-"""A GGUF file as the folder of files in Hugging Face format that it was made of; weights stay in it."""
+"""GGUF files, those of one model, as the files in Hugging Face format that they were made of; weights stay in them."""
 
 from __future__ import annotations
 
+import glob
 from typing import TYPE_CHECKING
 
 from stages.checkpoint.errors import ConfigError
@@ -14,23 +15,36 @@ if TYPE_CHECKING:
 
 
 def file_of(files: Mapping[str, Path]) -> str:
-    """Return the name of the GGUF file that a checkpoint's ``files`` are, empty where they are another's."""
-    return next((name for name in files if is_named(name)), "")
+    """Return the name of the GGUF file that a checkpoint's ``files`` are, the first one's of several; empty where they
+    are another's.
+    """
+    return next(iter(files_of(files)), "")
 
 
-def contents_of(path: Path) -> container.Contents:
-    """Return what the file says before its weights; :class:`ConfigError` if it is damaged."""
+def files_of(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the GGUF files among ``files``, in order."""
+    return {name: files[name] for name in sorted(files) if is_named(name)}
+
+
+def beside(path: Path) -> dict[str, Path]:
+    """Return a GGUF file by its name and, if it is the first that a model was split into, the others that are there."""
+    pattern = glob.escape(path.name).replace("-00001-of-", "-?????-of-")
+    return {found.name: found for found in sorted(path.parent.glob(pattern))}
+
+
+def contents_of(files: Mapping[str, Path]) -> container.Contents:
+    """Return what the files say before their weights; :class:`ConfigError` if they are damaged."""
     try:
-        return container.read(path, path.name)
+        return container.read_all(files)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
-def write(path: Path, folder: Path) -> dict[str, Path]:
-    """Write config.json and generation_config.json of the file at ``path`` to ``folder``; return where they are."""
-    contents = contents_of(path)
+def write(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Write config.json and generation_config.json of GGUF ``files`` to ``folder``; return where they are."""
+    contents = contents_of(files)
     documents = {
-        "config.json": config.config(contents, rope_factors(path, contents)),
+        "config.json": config.config(contents, rope_factors(files, contents)),
         "generation_config.json": config.generation(contents),
     }
     return config.written(folder, documents)

@@ -1,4 +1,4 @@
-"""The tensors of a file by the checkpoint's names, and their rows, dequantized by llama.cpp's own Python package."""
+"""The tensors of files by the checkpoint's names, and their rows, dequantized by llama.cpp's own Python package."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from stages.checkpoint.strict_json import shown
 from stages.problems import capped
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from stages.checkpoint.stored import Parts
@@ -27,10 +28,10 @@ PLAIN = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 DTYPES: JsonObject = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
-def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
-    """Return the checkpoint's tensors of the file ``name``: what each is and how it is made of what is stored."""
+def tensors(files: Mapping[str, Path]) -> dict[str, tuple[TensorInfo, Packed]]:
+    """Return the checkpoint's tensors of one model's ``files``: what each is and how it is made of what is stored."""
     try:
-        contents = container.read(path, name)
+        contents = container.read_all(files)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     known, (heads, kv_heads) = config.architecture(contents), config.heads(contents)
@@ -53,7 +54,7 @@ def tensors(path: Path, name: str) -> dict[str, tuple[TensorInfo, Packed]]:
         if moved and moved[0] * moved[1] * moved[2] * moved[3] != rows:
             raise ConfigError(f"tensor {tensor} has {rows} rows, which are no {heads} heads (read: {kv_heads})")
         width = stored.nbytes // rows
-        part = {"name": tensor, "dtype": "U8", "shape": [rows, width], "file": name}
+        part = {"name": tensor, "dtype": "U8", "shape": [rows, width], "file": stored.file}
         packed = {
             "form": "ggml",
             "called": stored.type,
@@ -105,13 +106,13 @@ def _order(moved: tuple[int, ...], count: int) -> np.ndarray | None:
     return order
 
 
-def rope_factors(path: Path, contents: container.Contents) -> list[float]:
-    """Return the divisors of the rotary frequencies that the file holds, [] if there are none."""
+def rope_factors(files: Mapping[str, Path], contents: container.Contents) -> list[float]:
+    """Return the divisors of the rotary frequencies that the files hold, [] if there are none."""
     stored = contents.tensors.get(ROPE_FACTORS)
     if stored is None:
         return []
     if stored.type != "F32" or len(stored.shape) != 1:
         raise ConfigError(f"tensor {ROPE_FACTORS} is {stored.type} {list(stored.shape)}; expected F32 [pairs]")
-    with path.open("rb") as file:
+    with files[stored.file].open("rb") as file:
         file.seek(stored.offset)
         return [float(value) for value in np.frombuffer(file.read(stored.nbytes), np.float32)]
