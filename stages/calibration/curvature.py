@@ -8,15 +8,16 @@ Columns that carry most are taken first, while most of the others can still make
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from stages.quantization.feedback import INDEX, Feedback, save
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+THREADS = 4  # that factors are computed by, whatever the machine has: how LAPACK adds up depends on their number
 DAMPING = 0.01  # of the mean of the diagonal, added to it: what few tokens say is not to be trusted to the end
 
 
@@ -50,17 +51,33 @@ class Curvatures:
 
 
 def feedback_of(rows: Any) -> Feedback:
-    """Return the feedback that inputs ``rows``, a float tensor [n, k], ask for."""
+    """Return the feedback that inputs ``rows``, a float tensor [n, k], ask for, in memory for two of float64 [k, k]."""
     import torch
 
     rows = rows.float()
-    second = (rows.T @ rows).double() / len(rows)
-    carried = second.diagonal()
+    second = rows.T @ rows
+    carried = second.diagonal().double() / len(rows)
     order = torch.argsort(carried, descending=True, stable=True)
-    damped = second[order][:, order]
-    damped.diagonal().add_(DAMPING * float(carried.mean()) or 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    made = second[order][:, order].double().div_(len(rows))
+    del second
+    made.diagonal().add_(DAMPING * float(carried.mean()) or 1.0)
+    with _threads(THREADS):
+        made = torch.linalg.cholesky(made)
+        made = torch.cholesky_inverse(made)
+        made = torch.linalg.cholesky(made, upper=True)
     # An error e in column i, in units of the factor's diagonal, takes e times its row from the columns behind.
-    shares = -(factor / factor.diagonal()[:, None]).triu(1)
-    return Feedback(order.numpy(), shares.float().numpy().astype(np.float32))
+    shares = made.div_(made.diagonal().clone()[:, None]).triu_(1).neg_()
+    return Feedback(order.numpy(), shares.float().numpy())
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch compute with ``count`` threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from stages.quantization import two_level
 from stages.quantization.words import pack_planes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from stages.quantization.rows import Row
@@ -41,14 +41,26 @@ def load(path: Path) -> Feedback:
     with np.load(path) as found:
         order, packed = found["order"], found["shares"]
     shares = np.zeros((len(order), len(order)), np.float32)
-    shares[np.triu_indices(len(order), 1)] = packed
+    for row, some in zip(shares, _triangle(len(order)), strict=True):
+        row[len(row) - (some.stop - some.start) :] = packed[some]
     return Feedback(order, shares)
 
 
 def save(path: Path, feedback: Feedback) -> None:
     """Write the triangle alone, in float16: it is what errors are multiplied by, not what weights are."""
-    triangle = feedback.shares[np.triu_indices(len(feedback.order), 1)]
-    np.savez(path, order=feedback.order.astype(np.int32), shares=triangle.astype(np.float16))
+    k = len(feedback.order)
+    packed = np.empty(k * (k - 1) // 2, np.float16)
+    for at, some in enumerate(_triangle(k)):
+        packed[some] = feedback.shares[at, at + 1 :]
+    np.savez(path, order=feedback.order.astype(np.int32), shares=packed)
+
+
+def _triangle(k: int) -> Iterator[slice]:
+    """Yield where what is behind the diagonal of each of ``k`` rows lies, one after the other."""
+    start = 0
+    for length in reversed(range(k)):
+        yield slice(start, start + length)
+        start += length
 
 
 def applied(weight: np.ndarray, stored: Sequence[np.ndarray], row: Row, feedback: Feedback) -> list[np.ndarray]:

@@ -137,6 +137,19 @@ def test_feedback_solves_for_the_columns_behind():
     assert np.allclose(found.shares[0, 1:], wanted, rtol=2e-3, atol=1e-5)
 
 
+def test_feedback_is_the_same_whatever_threads_the_machine_has():
+    """So wide that LAPACK adds up otherwise with three threads than with one."""
+    inputs = torch.from_numpy(np.random.default_rng(5).standard_normal((64, 1536)).astype(np.float32))
+    found, before = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(curvature.feedback_of(inputs))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(before)
+    assert found[0].order.tobytes() == found[1].order.tobytes()
+    assert found[0].shares.tobytes() == found[1].shares.tobytes()
+
+
 def plan(importance: dict[str, np.ndarray], **row) -> Plan:
     stored = {"kind": "group", "bits": 4, "group_size": 32, "scale_dtype": "float16", "minimum": True, "levels": False}
     entry = {"name": "qkv.weight", "kind": "linear", "sources": ["q", "k"], "shape": [8, 64], "quantize": stored | row}
