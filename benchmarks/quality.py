@@ -8,17 +8,20 @@ checkpoints verify's probes. ``bits`` is the mean over all matrices; a table tha
 
 ggml's types are quantized by the package gguf, those that it can; ``e8``: the embedding and the head in Q8_0. Mixtures
 (Q4_K_M) are those of llama.cpp, by ggml's own quantizers (the package libggml-python, if it is there) with the
-importance matrix that ``importance`` has too, of calibrate's samples; ``filled``: as if whole blocks filled every row,
-where llama.cpp takes wider types. Needs the extra verify. Exit status 1 if a scheme costs more than ggml's type of the
-same form and groups.
+importance matrix that ``importance`` has too, of calibrate's samples (the examples: text they were trained on);
+``filled``: as if whole blocks filled every row, where llama.cpp takes wider types. ``bits N``: rows that the stage
+allocate chooses for N bits, scales gptq. Needs the extra verify. Exit status 1 if a scheme costs more than ggml's type
+of the same form and groups, or bits more than the peer of :data:`BUDGETS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +31,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from stages.quantization.calibrated import Calibrated
+    from stages.quantization.rows import Row
     from stages.verification.loss import Loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,22 +60,34 @@ OURS = [
     ("q8f16_1", "max", ""),
 ]
 MIXTURES = ("Q3_K_M", "Q4_0", "Q4_K_M")
+# Bits a weight, None: as many as the peer takes, and the peer that must cost more.
+BUDGETS = [
+    (3.5, "llama.cpp Q3_K_M filled"),
+    (None, "llama.cpp Q3_K_M filled"),
+    (4.25, "llama.cpp Q4_0"),
+    (None, "llama.cpp Q4_K_M filled"),
+]
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SLACK = 1.05  # times ggml's divergence: half steps go to the other side
 
 
 class Matrix(NamedTuple):
-    """A matrix [n, k]: its name, linear, embedding or head, how much an error of each column counts, how many layers
-    the model has, whether the matrix is the head, or the table in its place, and the file of its errors' feedback.
+    """A matrix [n, k]: its name, linear, embedding or head, how many layers the model has, whether the matrix is the
+    head, or the table in its place, the tensor of the checkpoint that it lies in, and what calibrate found.
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
-    importance: np.ndarray | None
     layers: int
     makes_logits: bool
-    feedback: Path | None
+    tensor: str
+    found: Calibrated
+
+    @property
+    def importance(self) -> np.ndarray | None:
+        """How much an error of each column counts."""
+        return self.found.importance.get(self.tensor)
 
 
 class Way(NamedTuple):
@@ -83,29 +100,26 @@ class Way(NamedTuple):
 
 def ours(name: str, scales: str) -> Way:
     """Return a scheme's way."""
-    from stages.quantization.feedback import load
-    from stages.quantization.parameter import quantize, restored
     from stages.quantization.schemes import FLOAT_BITS, SCHEMES
-    from stages.sizes import DTYPE_BYTES
 
     scheme = SCHEMES[name]
+    floats = FLOAT_BITS[scheme.storage_dtype]
+    return stored(f"{name} {scales}", scales, lambda of: scheme.row(of.kind, of.shape[1]), floats)
+
+
+def stored(label: str, scales: str, row_of: Callable[[Matrix], Row | None], floats: int) -> Way:
+    """Return the way that stores each matrix in a row, or in ``floats`` bits a value where there is none."""
+    from stages.quantization.budget import stored_bits
 
     def left(weight: np.ndarray, of: Matrix) -> np.ndarray:
-        row, calibrated = scheme.row(of.kind, of.shape[1]), scales in ("importance", "gptq")
-        if row is None:
-            return weight
-        counts = of.importance if calibrated and row.bits < 8 else None
-        feedback = load(of.feedback) if scales == "gptq" and counts is not None and of.feedback else None
-        chosen = "mse" if calibrated and counts is None else scales
-        return restored(quantize(weight, row, chosen, counts, feedback), row, of.shape[1])
+        row = row_of(of)
+        return replace(of.found, scales=scales).left(weight, row, of.tensor) if row else weight
 
     def taken(of: Matrix) -> float:
-        row = scheme.row(of.kind, of.shape[1])
-        if row is None:
-            return FLOAT_BITS[scheme.storage_dtype] * float(np.prod(of.shape))
-        return sum(8.0 * DTYPE_BYTES[dtype] * float(np.prod(each)) for _, each, dtype in row.stored(*of.shape))
+        row = row_of(of)
+        return stored_bits(row, *of.shape) if row else floats * float(np.prod(of.shape))
 
-    return Way(f"{name} {scales}", left, taken)
+    return Way(label, left, taken)
 
 
 def ggml(name: str, table: str) -> Way:
@@ -138,6 +152,17 @@ def mixture(name: str, *, padded: bool) -> Way:
     )
 
 
+def allocated(rows: dict[str, str], label: str) -> Way:
+    """Return the way in which each tensor has the row of a scheme's body."""
+    from stages.quantization.schemes import SCHEMES
+
+    def row_of(of: Matrix) -> Row | None:
+        body = SCHEMES[rows[of.tensor]].body
+        return body and body.fitting(of.shape[1])
+
+    return stored(label, "gptq", row_of, 16)
+
+
 def ways() -> Iterator[Way]:
     """Yield every way."""
     for name in GGML:
@@ -164,6 +189,21 @@ def read(checkpoint: Path, tokens: int) -> list[list[int]]:
                 pieces.append([document[-1], *document])
         return pieces
     return ids_of(checkpoint, ROOT / "stages" / "verification" / "probes.jsonl", tokens, 256)
+
+
+def calibration(checkpoint: Path) -> list[list[int]]:
+    """Return the token ids that calibrate reads: nothing of what :func:`read` returns."""
+    from stages.calibration import asking
+
+    if str(checkpoint.resolve()) in EXAMPLES:
+        from vocabulary import read_documents
+
+        pieces: list[list[int]] = []
+        for document in read_documents("train.txt.xz"):
+            if sum(map(len, pieces)) < CALIBRATED:
+                pieces.append([document[-1], *document])
+        return pieces
+    return ids_of(checkpoint, asking.DEFAULT, CALIBRATED, 512)
 
 
 def ids_of(checkpoint: Path, corpus: Path, tokens: int, window: int) -> list[list[int]]:
@@ -193,26 +233,30 @@ class Measured:
     def __init__(self, checkpoint: Path, tokens: int, work: Path) -> None:
         import torch
 
+        from stages.calibration import moments
         from stages.config_parse import ConfigParse
         from stages.verification import advice, streaming
+        from stages.verification.original import Request
         from tests.support.local_context import run_stage
 
         parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)}).out
         files = {path.name: path for path in checkpoint.glob("*.safetensors")}
-        self._mapped, self._model, _ = streaming.load(checkpoint, files, parsed / "model.json", work)
+        self._described, self._listed = (parsed / name for name in ("model.json", "tensors.json"))
+        self._mapped, self._model, _ = streaming.load(checkpoint, files, self._described, work)
         self._matrices = advice.matrices_of(self._model)
-        counts, feedback = self._calibrated(checkpoint, files, parsed / "model.json", work)
-        layers = int(self._model.config.num_hidden_layers)
-        head = self._model.get_output_embeddings()
+        self._request = Request(checkpoint, files, self._described, calibration(checkpoint), 0, work)
+        found = self._calibrated(work)
+        layers, head = int(self._model.config.num_hidden_layers), self._model.get_output_embeddings()
+        names = moments.names_of(self._model, self._mapped.tensors)
         self.matrices = [
             Matrix(
                 name,
                 kind,
                 tuple(modules[0].weight.shape),
-                counts.get(name),
                 layers,
                 head in modules,
-                feedback.get(name),
+                names.get(id(modules[0].weight), ""),
+                found,
             )
             for name, (kind, modules) in self._matrices.items()
         ]
@@ -223,23 +267,45 @@ class Measured:
         self._valid = torch.tensor([[at < len(piece) - 1 for at in range(longest - 1)] for piece in pieces])
         self._wanted = self._run(None)
 
-    def _calibrated(
-        self, checkpoint: Path, files: dict[str, Path], described: Path, work: Path
-    ) -> tuple[dict[str, np.ndarray], dict[str, Path]]:
-        """Return what calibrate finds on its samples, and the files of feedback, by the names of the parameters."""
-        from stages.calibration import asking, curvature, moments
-        from stages.verification.original import Request
+    def _calibrated(self, work: Path) -> Calibrated:
+        """Return what calibrate finds; its files stay in ``work``."""
+        from stages.calibration import moments
+        from stages.quantization.calibrated import Calibrated
 
-        pieces, folder = ids_of(checkpoint, asking.DEFAULT, CALIBRATED, 512), work / "feedback"
-        folder.mkdir()
-        found = moments.compute(Request(checkpoint, files, described, pieces, 0, work), lambda *_: None, folder)
-        kept = json.loads((folder / curvature.INDEX).read_bytes())
-        names = moments.names_of(self._model, self._mapped.tensors)
-        tensors = {name: names.get(id(modules[0].weight), "") for name, (_, modules) in self._matrices.items()}
-        return (
-            {name: found[tensor] for name, tensor in tensors.items() if tensor in found},
-            {name: folder / kept[tensor] for name, tensor in tensors.items() if tensor in kept},
-        )
+        self._importance, self._feedback = work / "importance.npz", work / "feedback"
+        self._feedback.mkdir()
+        found = moments.compute(self._request, lambda *_: None, self._feedback)
+        np.savez(self._importance, **found)  # type: ignore[arg-type]
+        return Calibrated.read("gptq", self._importance, self._feedback)
+
+    @functools.cached_property
+    def _choices(self) -> list[Any]:
+        from stages import allocate
+        from stages.calibration import sensitivity
+
+        files = str(self._importance), str(self._feedback)
+        asked = sensitivity.Request(asdict(self._request), allocate.ROWS, "gptq", *files)
+        costs = sensitivity.compute(asked, lambda *_: None)
+        return allocate.choices_of(self._model_json(), json.loads(self._listed.read_bytes()), costs)
+
+    def allocated(self, bits: float) -> dict[str, str]:
+        """Return the scheme whose row each tensor has, as the stage allocate chooses for so many ``bits``."""
+        from stages.allocate import ROWS
+        from stages.models import described
+        from stages.quantization.budget import allocate
+
+        family, config = described(self._model_json())
+        listed = json.loads(self._listed.read_bytes())["names"]
+        taken = allocate(self._choices, bits)
+        return {
+            listed.get(source, source): ROWS[taken[parameter.name]]
+            for parameter in family.params(config)
+            if parameter.name in taken
+            for source in parameter.sources
+        }
+
+    def _model_json(self) -> Any:
+        return json.loads(self._described.read_bytes())
 
     def _run(self, way: Way | None) -> Any:
         import torch
@@ -277,21 +343,32 @@ def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:
         return _table(Measured(checkpoint, tokens, Path(work)), checkpoint.name, only)
 
 
+def budgets(measured: Measured, by_label: dict[str, Way]) -> Iterator[tuple[Way, str]]:
+    """Yield the ways of :data:`BUDGETS` whose peers are known, each with its peer."""
+    for asked, peer in BUDGETS:
+        if peer in by_label:
+            bits = asked or measured.bits(by_label[peer])
+            yield allocated(measured.allocated(bits), f"bits {bits:.2f} gptq"), peer
+
+
 def _table(measured: Measured, name: str, only: Sequence[str]) -> list[str]:
     costs: dict[str, float] = {}
     print(f"\n{name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
-    chosen = [way for way in ways() if not only or any(word in way.label for word in only)]
-    for way in sorted(chosen, key=measured.bits):
+    chosen = {way.label: way for way in ways() if not only or any(word in way.label for word in only)}
+    budgeted = [*budgets(measured, chosen)]
+    for way in sorted([*chosen.values(), *(way for way, _ in budgeted)], key=measured.bits):
         found = measured.figures(way)
         costs[way.label] = found.kl_mean
         figures = f"{found.kl_mean:.5f} | {found.kl_99:.4f} | {found.top1:.4f} | {found.perplexity:.4f}"
         print(f"| {way.label} | {measured.bits(way):.3f} | {figures} |", flush=True)
     print(f"| float32 | 32 | 0 | 0 | 1 | {found.perplexity_original:.4f} |", flush=True)
+    pairs = [(f"{scheme} {scales}", peer, SLACK) for scheme, scales, peer in OURS]
+    pairs += [(way.label, peer, 1) for way, peer in budgeted]
     return [
         f"{name}: {ours} costs {costs[ours]:.5f}, {peer} {costs[peer]:.5f}"
-        for ours, peer in ((f"{scheme} {scales}", peer) for scheme, scales, peer in OURS)
-        if ours in costs and peer in costs and costs[ours] > costs[peer] * SLACK + 1e-6
+        for ours, peer, slack in pairs
+        if ours in costs and peer in costs and costs[ours] > costs[peer] * slack + 1e-6
     ]
 
 

@@ -32,11 +32,19 @@ class Allocate(Stage):
             alone=("*.gguf",),
         )
         bits: float = param("bits that a weight of a matrix takes on the average, scales included")
+        scales: str = param(
+            "how quantize will choose scales: give both the same, for what a row costs depends on it; importance and "
+            "gptq take what calibrate has found",
+            default="max",
+            choices=("max", "mse", "importance", "gptq"),
+        )
 
     inputs = {
         "config": In("config-parse", "config", "the model's config"),
         "tensors": In("config-parse", "tensors", "the checkpoint's names of tensors"),
         "tokenizer": In("tokenizer-bundle", "tokenizer", "what makes ids of the text that losses are measured on"),
+        "importance": In("calibrate", "importance", "what each column carries, for scales: importance", optional=True),
+        "feedback": In("calibrate", "feedback", "how errors are made up for, for scales: gptq", optional=True),
     }
     outputs = {"rows": Out("rows.json", "by parameter: the scheme whose row it has")}
 
@@ -70,7 +78,7 @@ class Allocate(Stage):
         model: Model = json.loads(ctx.input("config").read_bytes())
         listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
         found = _measured(ctx)
-        choices = _choices(model, listed, found)
+        choices = choices_of(model, listed, found)
         try:
             taken = allocate(choices, ctx.params.bits)
         except ValueError as error:
@@ -95,7 +103,7 @@ def _measured(ctx: Context) -> dict[str, Any]:
 
     from stages.calibration import asking, sensitivity
 
-    checkpoint = ctx.source("checkpoint")
+    checkpoint, asked = ctx.source("checkpoint"), {"schemes": ROWS, "scales": ctx.params.scales, **_calibrated(ctx)}
     with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
         original = asking.Original(
             checkpoint.root,
@@ -109,7 +117,7 @@ def _measured(ctx: Context) -> dict[str, Any]:
         try:
             return original.ask(
                 sensitivity.__name__,
-                lambda request: {"original": asdict(request), "schemes": ROWS},
+                lambda request: {"original": asdict(request), **asked},
                 ctx.progress,
                 "name rows yourself (param-register's rows)",
             )
@@ -117,7 +125,26 @@ def _measured(ctx: Context) -> dict[str, Any]:
             raise StageError(*error.problems) from None
 
 
-def _choices(model: Model, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
+def _calibrated(ctx: Context) -> dict[str, str]:
+    """Return where the results of calibrate are that the choice of scales takes, by port."""
+    from stages.quantization.feedback import INDEX
+
+    scales = ctx.params.scales
+    ports = {"importance": ["importance"], "gptq": ["importance", "feedback"]}.get(scales, [])
+    if not all(map(ctx.has_input, ports)):
+        raise StageError(
+            f"scales: {scales} weighs errors by what calibrate has found: add the stage calibrate, and name it under "
+            "needs of allocate (docs/quantization.md)"
+        )
+    if scales == "gptq" and not json.loads((ctx.input("feedback") / INDEX).read_bytes()):
+        raise StageError(
+            "scales: gptq takes what calibrate keeps only if it is asked to: give calibrate feedback: true "
+            "(docs/quantization.md)"
+        )
+    return {port: str(ctx.input(port)) for port in ports}
+
+
+def choices_of(model: Model, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
     """Return what each matrix of the model can be stored as; one that was not measured costs what the dearest does."""
     import numpy as np
 

@@ -1,43 +1,51 @@
 """Sensitivity: how far the original's output moves when one matrix alone is quantized, for each of several rows.
 
-Measured is the divergence in one row, as verify's advice does it (:mod:`stages.verification.advice`); that of another
-is taken to be in proportion to the squares of what it loses, which is what a small change of a matrix comes to. This
-runs in a process of its own, as ``python -m stages.calibration.sensitivity``.
+Measured is the divergence in one row with plain scales, as verify's advice does it (:mod:`stages.verification.advice`);
+that of another, whose scales are chosen as quantize will choose them, is taken to be in proportion to the squares by
+which what the matrix computes of the text moves, which is what a small change of it comes to. This runs in a process of
+its own, as ``python -m stages.calibration.sensitivity``.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.calibration.moments import names_of
-from stages.quantization.parameter import quantize, restored
+from stages.quantization.calibrated import Calibrated
 from stages.quantization.schemes import SCHEMES
 from stages.verification import advice, apart, original, streaming
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
 
 MEASURED = "q3k"  # the row that divergences are measured in: enough to stand out from the rounding of logits
+PLAIN = "max"  # how its scales are chosen: all there is to it is the size of the loss
 TOKENS = 64  # that a matrix is judged by
 SAMPLED = 64  # rows of a matrix whose loss is compared
 
 
 @dataclass(frozen=True)
 class Request:
-    """The ``original``'s own request, and the names of ``schemes`` whose rows of the body are compared."""
+    """The ``original``'s own request, the names of ``schemes`` whose rows of the body are compared, how ``scales`` are
+    chosen, and where calibrate's ``importance`` and ``feedback`` are, if they count.
+    """
 
     original: JsonObject
     schemes: Sequence[str]
+    scales: str = "max"
+    importance: str = ""
+    feedback: str = ""
 
 
 def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
@@ -46,43 +54,79 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
 
     asked = original.Request(**request.original)
     mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
-    matrices, measured = advice.matrices_of(model), SCHEMES[MEASURED]
+    matrices, places = advice.matrices_of(model), names_of(model, mapped.tensors)
+    tensors = {name: places[id(of[0].weight)] for name, (_, of) in matrices.items() if id(of[0].weight) in places}
+    paths = [Path(path) if path else None for path in (request.importance, request.feedback)]
+    calibrated = Calibrated.read(request.scales, *paths)
     ids = torch.tensor(asked.pieces[0][:TOKENS])[None]
-    names = [*matrices]
-    groups = [names[start : start + advice.TOGETHER] for start in range(0, len(names), advice.TOGETHER)]
+    losses = Losses([SCHEMES[each] for each in request.schemes], calibrated)
     divergences: list[float] = []
     with torch.inference_mode():
-        with streaming.weights_in_float32(model, mapped):
+        # Entered first, here and below, for it reads the weights while they are lent.
+        with _compared(losses, matrices, tensors), streaming.weights_in_float32(model, mapped, progress):
             wanted = advice.log_probs(model, ids)[0]
+        names = [name for name in tensors if name in losses.found]  # the others have not run
+        groups = [names[start : start + advice.TOGETHER] for start in range(0, len(names), advice.TOGETHER)]
         for done, chosen in enumerate(groups, start=1):
-            # Entered first, for it reads the weights while they are lent.
             alone = advice.each_alone(
-                [advice.storing_one("linear", matrices[name][1], measured, "max") for name in chosen]
+                [advice.storing_one("linear", matrices[name][1], SCHEMES[MEASURED], PLAIN) for name in chosen]
             )
             with alone, streaming.weights_in_float32(model, mapped):
                 found = advice.log_probs(model, ids.expand(len(chosen), -1))
             divergences += advice.divergence(wanted, found).mean(-1).tolist()
             progress(done, len(groups), "passes for sensitivities")
-    places, found_by_tensor = names_of(model, mapped.tensors), dict[str, np.ndarray]()
-    for name, kl in zip(names, divergences, strict=True):
-        weight = matrices[name][1][0].weight
-        if id(weight) in places:  # parts of one tensor cost together what each of them does
-            tensor, costs = places[id(weight)], kl * losses(weight, [SCHEMES[each] for each in request.schemes])
-            found_by_tensor[tensor] = found_by_tensor.get(tensor, 0) + costs.astype(np.float32)
+    found_by_tensor = dict[str, np.ndarray]()
+    for name, kl in zip(names, divergences, strict=True):  # parts of a tensor cost together what each of them does
+        costs = (kl * losses.found[name]).astype(np.float32)
+        found_by_tensor[tensors[name]] = found_by_tensor.get(tensors[name], 0) + costs
     return found_by_tensor
 
 
-def losses(weight: Any, schemes: Sequence[Scheme]) -> np.ndarray:
-    """Return the squares of what each row loses of some rows of ``weight``, as multiples of what the measured loses."""
-    some = weight.detach()[:: max(1, len(weight) // SAMPLED)].float().numpy()
+@dataclass
+class Losses:
+    """Squares of what each row of ``schemes`` loses of matrices, as multiples of what is lost where it is measured;
+    ``found`` by name.
+    """
 
-    def lost(scheme: Scheme) -> float:
-        assert scheme.body
-        row = scheme.body.fitting(some.shape[1])
-        left = restored(quantize(some, row, "max"), row, some.shape[1])
-        return float(np.square(left - some, dtype=np.float64).sum())
+    schemes: Sequence[Scheme]
+    calibrated: Calibrated
+    found: dict[str, np.ndarray] = field(default_factory=dict)
 
-    return np.array([lost(each) for each in schemes]) / max(lost(SCHEMES[MEASURED]), 1e-30)
+    def add(self, name: str, tensor: str, weight: np.ndarray, read: np.ndarray | None) -> None:
+        """Compare rows of a ``weight`` [n, k] on what it has ``read`` [tokens, k]; a table is compared as it is."""
+        some = np.ascontiguousarray(weight[:: max(1, len(weight) // SAMPLED)], np.float32)
+
+        def lost(scheme: Scheme, calibrated: Calibrated) -> float:
+            assert scheme.body
+            error = calibrated.left(some, scheme.body.fitting(some.shape[1]), tensor) - some
+            moved = error if read is None else read @ error.T
+            return float(np.square(moved, dtype=np.float64).sum())
+
+        plain = max(lost(SCHEMES[MEASURED], Calibrated(PLAIN)), 1e-30)
+        self.found[name] = np.array([lost(each, self.calibrated) for each in self.schemes]) / plain
+
+
+@contextmanager
+def _compared(
+    losses: Losses, matrices: Mapping[str, tuple[str, list[Any]]], tensors: Mapping[str, str]
+) -> Iterator[None]:
+    """Compare each of ``tensors``, by the names of ``matrices``, while the model runs: a layer on what it reads."""
+    import torch
+
+    def hook(name: str) -> Any:
+        def after(module: Any, inputs: Any, _output: Any) -> None:
+            read = None if type(module) is torch.nn.Embedding else inputs[0].reshape(-1, inputs[0].shape[-1]).numpy()
+            losses.add(name, tensors[name], module.weight.data.numpy(), read)
+
+        return after
+
+    # Of a table that is the head too the head is compared: it is where most of what the table costs is lost.
+    hooks = [matrices[name][1][-1].register_forward_hook(hook(name)) for name in tensors]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
 
 
 def main(request_path: str, result_path: str) -> None:

@@ -23,6 +23,7 @@ from stages.conversion.memory import Memory
 from stages.models import transforms
 from stages.problems import ProblemsError
 from stages.quantization.blocks import UnfitError
+from stages.quantization.calibrated import BY_CALIBRATION, KEPT_ANYWAY, Calibrated
 from stages.quantization.feedback import load
 from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.rows import Row
@@ -46,8 +47,6 @@ KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 KEPT_EVERY = (
     64 * 2**20
 )  # bytes of sources: parts made of so many are saved together; unsaved ones are lost if the process is killed
-KEPT_ANYWAY = 8  # bits
-CALIBRATED = ("importance", "gptq")  # scales that are chosen by what calibrate has found
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -75,32 +74,26 @@ class Plan:
     feedback: Mapping[str, Path] = field(default_factory=dict)
 
     def how(self, entry: Parameter) -> tuple[str, np.ndarray | None]:
-        """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts.
-
-        By plain squares (mse) where eight bits are kept, of which nothing more can be had, and where there is no
-        importance.
-        """
-        row = entry["quantize"]
-        if self.scales not in CALIBRATED or row is None:
-            return self.scales, None
-        found = [self.importance.get(name) for name in entry["sources"]]
-        known = [each for each in found if each is not None and each.shape == (entry["shape"][-1],)]
-        if row["bits"] >= KEPT_ANYWAY or len(known) < len(found):
-            return "mse", None
-        counts: np.ndarray = np.stack(known).mean(axis=0, dtype=np.float32)
-        return "importance" if self.feedback_of(entry) is None else self.scales, counts
+        """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts."""
+        return self._chosen(entry)[:2]
 
     def feedback_of(self, entry: Parameter) -> Path | None:
         """Return what a parameter's errors are fed back by: all that it is made of must read the same."""
-        found = {self.feedback.get(name) for name in entry["sources"]}
-        return found.pop() if len(found) == 1 else None
+        return self._chosen(entry)[2]
+
+    def _chosen(self, entry: Parameter) -> tuple[str, np.ndarray | None, Path | None]:
+        row = entry["quantize"]
+        if row is None:
+            return self.scales, None, None
+        found = Calibrated(self.scales, self.importance, self.feedback)
+        return found.how(entry["sources"], row["bits"], entry["shape"][-1])
 
     def uncalibrated(self) -> list[str]:
         """Return the names of layers that are quantized as calibration says but for its not having seen them."""
         return [
             entry["name"]
             for entry in self.register["logical"]
-            if self.scales in CALIBRATED
+            if self.scales in BY_CALIBRATION
             and entry["kind"] == "linear"
             and entry["quantize"]
             and entry["quantize"]["bits"] < KEPT_ANYWAY

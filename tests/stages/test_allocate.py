@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from stagegraph.stage import StageError
-from stages.allocate import ROWS, Allocate
+from stages.allocate import ROWS, Allocate, _calibrated
+from stages.calibration import moments, sensitivity
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
 from stages.quantization.budget import Choice, allocate, stored_bits
+from stages.quantization.calibrated import Calibrated
+from stages.quantization.feedback import INDEX
 from stages.quantization.schemes import SCHEMES
+from stages.verification.original import Request
 from tests.support.checkpoints import write_qwen
-from tests.support.local_context import run_stage
+from tests.support.local_context import LocalContext, run_stage
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DOWN = "transformer.h.0.mlp.c_proj.weight"
 
 
@@ -85,6 +94,60 @@ def test_parameters_are_stored_in_the_rows_that_a_file_names(tmp_path):
         register([])
     with pytest.raises(StageError, match="no schedule"):
         register({"rows": {DOWN: "q6k"}}, scheme="q4f16_1", target="cuda")
+
+
+def sensitivities(work: Path, scales: str, **files: str) -> dict[str, np.ndarray]:
+    folder = EXAMPLES / "tiny-llama"
+    parsed = run_stage(ConfigParse(), work / scales, {"checkpoint": str(folder)}).out
+    shards = {path.name: path for path in folder.glob("*.safetensors")}
+    asked = asdict(Request(folder, shards, parsed / "model.json", [[*range(5, 70)]], 0, work))
+    return sensitivity.compute(sensitivity.Request(asked, ["q3k", "q4k"], scales, **files), lambda *_: None)
+
+
+def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
+    """The model as it is, with one matrix after the other replaced by what quantize makes of it: measured in one row
+    with plain scales, and foreseen to a factor of two in the other, and with error feedback.
+    """
+    folder, ids = EXAMPLES / "tiny-llama", torch.tensor([[*range(5, 69)]])
+    feedback, importance = tmp_path / "feedback", tmp_path / "importance.npz"
+    feedback.mkdir()
+    parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(folder)}).out
+    files = {path.name: path for path in folder.glob("*.safetensors")}
+    request = Request(folder, files, parsed / "model.json", [[*range(5, 300)]], 0, tmp_path)
+    np.savez(importance, **moments.compute(request, lambda *_: None, feedback))
+    found = {
+        "max": sensitivities(tmp_path, "max"),
+        "gptq": sensitivities(tmp_path, "gptq", importance=str(importance), feedback=str(feedback)),
+    }
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for scales, costs in found.items():
+        calibrated = Calibrated.read(scales, importance, feedback)
+        for name in ("model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+            weight = model.get_parameter(name)
+            kept = weight.data
+            with torch.inference_mode():
+                wanted = model(ids).logits.log_softmax(-1)
+                measured = []
+                for scheme in ("q3k", "q4k"):
+                    row = SCHEMES[scheme].body.fitting(kept.shape[1])
+                    weight.data = torch.from_numpy(calibrated.left(kept.numpy(), row, name))
+                    lost = wanted - model(ids).logits.log_softmax(-1)
+                    measured.append(float((wanted.exp() * lost).sum(-1).mean()))
+            weight.data = kept
+            if scales == "max":
+                assert costs[name][0] == pytest.approx(measured[0], rel=0.02), name
+            for foreseen, found_out in zip(costs[name], measured, strict=True):
+                assert found_out / 2 < foreseen < 2 * found_out, (scales, name)
+    assert sum(found["gptq"].values())[0] < 0.8 * sum(found["max"].values())[0]
+
+
+def test_scales_by_calibration_ask_for_it(tmp_path):
+    params = Allocate().resolve(Allocate.Params(str(EXAMPLES / "tiny-llama"), 4.5, "gptq"))
+    with pytest.raises(StageError, match="add the stage calibrate, and name it under needs of allocate"):
+        _calibrated(LocalContext(params, tmp_path, {}, {}))
+    (tmp_path / INDEX).write_text("{}")
+    with pytest.raises(StageError, match="give calibrate feedback: true"):
+        _calibrated(LocalContext(params, tmp_path, {"importance": tmp_path, "feedback": tmp_path}, {}))
 
 
 def test_bits_that_no_rows_come_to_are_refused():

@@ -305,7 +305,8 @@ def test_files_that_one_was_split_into_are_one_checkpoint(split: list[Path], tmp
     gguf_models.write(tmp_path / "whole.gguf", "llama", "Q4_1")
     whole, _ = weights_of(tmp_path / "whole.gguf")
     made = [
-        families.parse_and_register(tmp_path / path.stem, path, "q4a32") for path in (tmp_path / "whole.gguf", split[0])
+        family_models.parse_and_register(tmp_path / path.stem, path, "q4a32")
+        for path in (tmp_path / "whole.gguf", split[0])
     ]
     assert made[0]["config"].read_bytes() == made[1]["config"].read_bytes()
     files = list_files(split[0], (), ("*.gguf",))[1]
