@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
     **dict.fromkeys(("head_dim", "kv_channels"), 16),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), CONTEXT),
-    **dict.fromkeys(("sliding_window", "attention_window"), 20),
+    **dict.fromkeys(("sliding_window", "attention_window", "attention_chunk_size"), 20),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -74,7 +74,18 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 2},
-    "gemma3n_text": {"num_kv_shared_layers": 0},
+    **{
+        name: {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            **more,
+        }
+        for name, more in {
+            "gemma3n_text": {"activation_sparsity_pattern": [0.9, 0.9, 0.0, 0.0], "intermediate_size": 96},
+            "gemma4_text": {"per_layer_config": {at: {"head_dim": 32, "num_key_value_heads": 1} for at in (1, 3)}},
+        }.items()
+    },
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "gpt_neo": {
         "attention_types": [[["global", "local"], 1]],
@@ -83,7 +94,19 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     **{name: {"layer_types": ["conv", "full_attention"]} for name in ("lfm2", "lfm2_moe")},
+    "llama4_text": {"moe_layers": [1], "intermediate_size_mlp": 96, "floor_scale": 32},
+    **{name: {"intermediate_size": 128, "time_step_rank": 4} for name in ("mamba", "falcon_mamba")},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "mamba_headdim": 16,
+        "mamba_d_state": 16,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+    },
+    "longcat_flash": {"qk_head_dim": 24, "num_layers": 1, "expert_ffn_hidden_size": 96, "zero_expert_num": 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
     # Loading one, transformers makes the row of its padding zeros, which a tied head reads; the published one has none.
     "youtu": {"pad_token_id": None},

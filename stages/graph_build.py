@@ -111,9 +111,8 @@ class GraphBuild(Stage):
 
 def _check_attention(build: Build) -> None:
     """Refuse what kernels of ours alone compute where attention has others."""
-    for asked, what in ((build.softcap, "scores with a soft cap"), (build.sinks, "with sinks")):
-        if asked and not build.own_attention:
-            raise StageError(f"attention {what} cannot be built for target {build.row.name}; target llvm can")
+    if build.asked and not build.own_attention:
+        raise StageError(f"attention {build.asked[0]} cannot be built for target {build.row.name}; target llvm can")
 
 
 def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:

@@ -61,16 +61,17 @@ class Build:
         return forgets and len(attention.full_layers) < self.config.num_layers
 
     @property
-    def softcap(self) -> float:
-        """What attention scores are capped by, 0 where they are not."""
+    def asked(self) -> tuple[str, ...]:
+        """What the model asks of attention that kernels of ours alone compute."""
         attention = getattr(self.config, "attention", None)
-        return 0.0 if attention is None else float(attention.softcap)
-
-    @property
-    def sinks(self) -> bool:
-        """Whether attention has sinks."""
-        attention = getattr(self.config, "attention", None)
-        return attention is not None and attention.sinks > 0
+        if attention is None:
+            return ()
+        kinds = {
+            "scores with a soft cap": attention.softcap,
+            "with sinks": attention.sinks,
+            "within chunks": attention.chunk,
+        }
+        return tuple(what for what, value in kinds.items() if value)
 
     @property
     def cache_kinds(self) -> list[str]:

@@ -104,17 +104,19 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
             else {}
         )
         return made | {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
-    layers, own = len(build.cache_kinds), {"cap": attention.softcap, "sink": attention.sinks}
+    layers, own = len(build.cache_kinds), cpu_attention.Options(attention.softcap, attention.sinks, attention.chunk)
     made |= {
         "tir_kv_cache_transpose_append": kv_cache.append(heads),
         "copy_single_page_cpu": kv_cache.copy_page(heads),
         "tir_kv_cache_debug_get_kv": kv_cache.read_back(heads, layers),
         "compact_kv_copy_cpu": kv_cache.move_tokens(heads),
-        sliding_window.DECODE: cpu_attention.decode(heads, width, seen, **own),
-        sliding_window.PREFILL: cpu_attention.prefill(heads, width, seen, **own),
-        "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width, **own),
+        sliding_window.DECODE: cpu_attention.decode(heads, width, seen, options=own),
+        sliding_window.PREFILL: cpu_attention.prefill(heads, width, seen, options=own),
+        "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width, own),
     }
     if sliding_window.FULL in build.cache_kinds:
-        made[sliding_window.DECODE + sliding_window.OTHERS] = cpu_attention.decode(heads, width, numbers=3, **own)
-        made[sliding_window.PREFILL + sliding_window.OTHERS] = cpu_attention.prefill(heads, width, numbers=3, **own)
+        made[sliding_window.DECODE + sliding_window.OTHERS] = cpu_attention.decode(heads, width, numbers=3, options=own)
+        made[sliding_window.PREFILL + sliding_window.OTHERS] = cpu_attention.prefill(
+            heads, width, numbers=3, options=own
+        )
     return made

@@ -140,6 +140,62 @@ def ssm_scan(heads: int, groups: int, size: int, width: int, lanes: int) -> tirx
 
 
 @_once
+def selective_scan(size: int, channels: int, lanes: int) -> tirx.PrimFunc:
+    """(x, dt [r, channels], a [channels, size], b, c [r, size], before [b, size * channels], ends)
+    -> (y [r, channels], after).
+
+    Mamba: each of the ``size`` numbers of a channel's state fades by exp(dt * its own a) and gains its own b times
+    dt * x; y is c times the state.
+    """
+    whole = size * channels
+
+    @T.prim_func(s_tir=True)
+    def selective_scan(
+        var_x: T.handle, var_dt: T.handle, var_a: T.handle, var_b: T.handle, var_c: T.handle, var_before: T.handle,
+        var_ends: T.handle, var_y: T.handle, var_after: T.handle,
+    ) -> None:  # fmt: skip
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        rows, batch = T.int64(), T.int64()
+        x = T.match_buffer(var_x, (rows, channels), "float32")
+        dt = T.match_buffer(var_dt, (rows, channels), "float32")
+        a = T.match_buffer(var_a, (channels, size), "float32")
+        b = T.match_buffer(var_b, (rows, size), "float32")
+        c = T.match_buffer(var_c, (rows, size), "float32")
+        before = T.match_buffer(var_before, (batch, whole), "float32")
+        ends = T.match_buffer(var_ends, (batch,), "int32")
+        y = T.match_buffer(var_y, (rows, channels), "float32")
+        after = T.match_buffer(var_after, (batch, whole), "float32")
+        for s, part in T.grid(batch, channels // lanes):
+            with T.sblock("selective_scan"):
+                vs, vp = T.axis.remap("SS", [s, part])
+                first: T.let[T.int64] = T.max(T.if_then_else(vs == 0, 0, T.Cast("int64", ends[vs - 1]) + 1), 0)
+                last: T.let[T.int64] = T.min(T.Cast("int64", ends[vs]), rows - 1)
+                state = T.sblock_alloc_buffer((size, lanes), "float32", scope="local")
+                rates = T.sblock_alloc_buffer((size, lanes), "float32", scope="local")
+                total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                for n in T.serial(size):
+                    for lane in T.serial(lanes):
+                        state[n, lane] = before[vs, n * channels + vp * lanes + lane]
+                        rates[n, lane] = a[vp * lanes + lane, n]
+                for i in T.serial(last + 1 - first):
+                    for lane in T.serial(lanes):
+                        total[lane] = T.float32(0)
+                    for n in T.serial(size):
+                        for lane in T.serial(lanes):
+                            step: T.let[T.float32] = dt[first + i, vp * lanes + lane]
+                            gain: T.let[T.float32] = step * b[first + i, n] * x[first + i, vp * lanes + lane]
+                            state[n, lane] = state[n, lane] * T.exp(step * rates[n, lane]) + gain
+                            total[lane] = total[lane] + state[n, lane] * c[first + i, n]
+                    for lane in T.serial(lanes):
+                        y[first + i, vp * lanes + lane] = total[lane]
+                for n in T.serial(size):
+                    for lane in T.serial(lanes):
+                        after[vs, n * channels + vp * lanes + lane] = state[n, lane]
+
+    return scheduled(selective_scan)
+
+
+@_once
 def delta_rule(heads: int, key_heads: int, size: int, width: int, lanes: int) -> tirx.PrimFunc:
     """(q, k [r, key_heads * size], v [r, heads * width], decay, beta [r, heads], before [b, heads * size * width],
     ends) -> (y [r, heads * width], after).

@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+if TYPE_CHECKING:
+    from stages.models.family import AttentionCache
 
 FLOATS = ("float16", "bfloat16", "float32")
 
@@ -33,14 +36,13 @@ class Remembered:
 
 @dataclass
 class Values:
-    """What operators know of the function that is built: its dtype, the cache, the channels of its heads, which of
-    those of queries is the score of a sink, 0 if none is, and what is kept of sequences beside the cache.
+    """What operators know of the function that is built: its dtype, the cache, what that knows of attention (None for a
+    model without), and what is kept of sequences beside it.
     """
 
     compute_dtype: str
     cache: PagedKVCache | None
-    head_dim: int
-    sinks: int = 0
+    attention: AttentionCache | None = None
     layers: int = 0  # attentions so far
     states: Remembered | None = None
 

@@ -50,9 +50,11 @@ class AttentionCache:
     position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
     With ``log_n`` n > 0, where all channels are turned, the query at position p - 1 is stretched by log p / log n if
     that is more than one. With a ``sliding_window`` w > 0, all layers but the ``full_layers`` see the last w tokens
-    alone. A score x of attention becomes ``softcap`` * tanh(x / softcap), where there is one. In the channel
-    ``sinks`` of queries, if it is not 0, is the score of a sink, which takes its part of a softmax and has no value; it
-    is 0 in keys. Without ``frequencies`` nothing is turned here: the graph has done it.
+    alone. With a ``chunk`` c > 0, layers that ask with a negative scale see those tokens alone whose position divided
+    by c is the query's: the runtime tells kernels nothing else of their layer. A score x of attention becomes
+    ``softcap`` * tanh(x / softcap), where there is one. In the channel ``sinks`` of queries, if it is not 0, is the
+    score of a sink, which takes its part of a softmax and has no value; it is 0 in keys. Without ``frequencies``
+    nothing is turned here: the graph has done it.
     """
 
     num_heads: int
@@ -63,6 +65,7 @@ class AttentionCache:
     log_n: int = 0
     sliding_window: int = 0
     full_layers: tuple[int, ...] = ()
+    chunk: int = 0
     softcap: float = 0.0
     sinks: int = 0
 

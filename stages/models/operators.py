@@ -229,30 +229,41 @@ def attention(
     qkv: Tensor | None = None,
     by_token: str = "",
     sinks: Any = None,
+    chunk: int = 0,
     **_of_the_cache: Any,
 ) -> Tensor:
     """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, or of ``qkv`` [1, s, all of them one
     after the other]: [1, s, heads, d of v]. Those named in ``by_token`` are [1, s, heads, d].
 
-    Heads are widened by zeros to what the cache has, which add nothing to any product. Of ``sinks`` [heads] each query
-    has its own in a channel of its own.
+    Heads are widened by zeros to what the cache has, which add nothing to any product, and those of k and v are there
+    several times where it has more of them. Of ``sinks`` [heads] each query has its own in a channel of its own. With a
+    ``chunk`` the scale is negative (:class:`~stages.models.family.AttentionCache`).
     """
     assert values.cache is not None
-    wide = values.sinks or values.head_dim
+    assert values.attention is not None
+    own = values.attention
+    wide, times = own.sinks or own.head_dim, own.num_kv_heads // kv_heads
+    if qkv is not None:
+        qkv = reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width))
+        if times > 1:
+            q, k, v = op.split(qkv, [heads, heads + kv_heads], axis=2)
+            qkv, by_token = None, "qkv"
     if qkv is None:
         found = [
             each if name in by_token else permute(values, each, [0, 2, 1, 3])
             for name, each in (("q", q), ("k", k), ("v", v))
             if each is not None
         ]
+        if times > 1:
+            found[1:] = [repeat_interleave(values, each, times, 2) for each in found[1:]]
         qkv = op.concat([_widened(each.astype(values.compute_dtype), wide) for each in found], dim=2)
     else:
-        qkv = _widened(reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width)), wide)
-    if values.sinks:
-        qkv = _widened(_with_sinks(values, qkv, heads, sinks), values.head_dim)
-    y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=scale)
+        qkv = _widened(qkv, wide)
+    if own.sinks:
+        qkv = _widened(_with_sinks(values, qkv, heads, sinks), own.head_dim)
+    y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=-scale if chunk else scale)
     values.layers += 1
-    return y if value_width == values.head_dim else cut(values, y, 3, 0, value_width, 1)
+    return y if value_width == own.head_dim else cut(values, y, 3, 0, value_width, 1)
 
 
 def _with_sinks(values: Values, qkv: Tensor, heads: int, sinks: Any) -> Tensor:

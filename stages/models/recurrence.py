@@ -39,6 +39,24 @@ def ssm_scan(
     return op.reshape(y, (1, n, heads, width))
 
 
+def selective_scan(
+    values: Values, x: Tensor, dt: Tensor, a: Any, b: Tensor, c: Tensor, channels: int, size: int
+) -> Tensor:
+    """Mamba's state space of x and dt [1, channels, s], a [channels, size], b and c [1, size, s]."""
+    n = x.shape[2]
+
+    def rows(x: Tensor, width: int) -> Tensor:
+        return op.reshape(op.permute_dims(x, [0, 2, 1]), (n, width))
+
+    operands = [
+        *(rows(each, channels) for each in (x, dt)),
+        computed(values, a),
+        *(rows(each, size) for each in (b, c)),
+    ]
+    y = _walked(values, "selective_scan", recurrences.selective_scan(size, channels), operands, channels)
+    return op.permute_dims(op.reshape(y, (1, n, channels)), [0, 2, 1])
+
+
 def delta_rule(
     values: Values,
     q: Tensor,
@@ -83,11 +101,13 @@ def _walked(values: Values, name: str, kernel: Any, operands: Sequence[Tensor], 
 KEPT: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "causal_conv": lambda node: (node["taps"] - 1) * node["channels"],
     "ssm_scan": lambda node: node["heads"] * node["size"] * node["width"],
+    "selective_scan": lambda node: node["channels"] * node["size"],
     "delta_rule": lambda node: node["heads"] * node["size"] * node["width"],
 }
 RECURRENCE: dict[str, Callable[..., Any]] = {
     "causal_conv": causal_conv,
     "ssm_scan": ssm_scan,
+    "selective_scan": selective_scan,
     "delta_rule": delta_rule,
 }
 

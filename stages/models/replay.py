@@ -98,9 +98,7 @@ class Traced(nn.Module):
     ) -> Tensor:
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
-        attention = self.config.attention
-        head_dim, sinks = (attention.head_dim, attention.sinks) if attention else (0, 0)
-        context = Values(self.compute_dtype, cache, head_dim, sinks, states=kept)
+        context = Values(self.compute_dtype, cache, self.config.attention, states=kept)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,

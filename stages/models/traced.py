@@ -6,6 +6,7 @@ What was traced is data (:mod:`stages.tracing`), so that nothing behind config-p
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from stages.documents.files import JsonObject
     from stages.models.family import ReferenceModel, Tensors
 
-KEEPING = ("causal_conv", "ssm_scan", "delta_rule")  # operators of layers that keep a state of each sequence
+# Operators of layers that keep a state of each sequence.
+KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "delta_rule")
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
 
@@ -28,9 +30,10 @@ LANES = 16  # channels of a head come in multiples of so many, where kernels are
 class TracedConfig:
     """A traced model, as JSON values.
 
-    ``source`` is what transformers' config of ``model_type`` says, ``architecture`` its class; ``wrapper`` is the name
-    of a model that has it for its text part. ``parts`` are the graphs of embed, body and head, written in the operators
-    of :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
+    ``hidden_size`` is the width of embeddings, with what tables of layers say of a token behind them. ``source`` is
+    what transformers' config of ``model_type`` says, ``architecture`` its class; ``wrapper`` is the name of a model
+    that has it for its text part. ``parts`` are the graphs of embed, body and head, written in the operators of
+    :mod:`stages.models.operators` on ``parameters`` and ``constants``. ``tie`` names the output projection and the
     embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
     state dict that nothing reads; ``older`` are those that a checkpoint of an earlier transformers may have otherwise
     (:func:`stages.tracing.older.forms`). ``frequencies`` and ``attention_factor`` are what the cache turns heads by, as
@@ -80,12 +83,13 @@ class TracedConfig:
         sinks = width if any("sinks" in layer for layer in layers) else 0
         return AttentionCache(
             layers[0]["heads"],
-            layers[0]["kv_heads"],
+            math.lcm(*(layer["kv_heads"] for layer in layers)),
             -(-(width + (sinks > 0)) // LANES) * LANES,
             frequencies=tuple(self.frequencies),
             attention_factor=self.attention_factor,
             sliding_window=max(windows),
             full_layers=tuple(number for number, window in enumerate(windows) if not window),
+            chunk=max(layer["chunk"] for layer in layers),
             softcap=layers[0]["softcap"],
             sinks=sinks,
         )
@@ -110,13 +114,15 @@ def parse(raw: JsonObject, window: int = 0) -> TracedConfig:
 def _check(config: TracedConfig) -> None:
     """Refuse what the cache and its kernels do not compute."""
     layers = [arguments for name, arguments in config.parts["body"]["nodes"] if name == "attention"]
-    sizes = sorted({(layer["heads"], layer["kv_heads"]) for layer in layers})
-    windows = sorted({layer["window"] for layer in layers if layer["window"]})
+    heads = sorted({layer["heads"] for layer in layers})
+    windows, chunks = (sorted({layer[each] for layer in layers if layer[each]}) for each in ("window", "chunk"))
     problems = []
-    if len(sizes) > 1:
-        problems.append(f"layers of different numbers of heads and key-value heads, {sizes}")
+    if len(heads) > 1:
+        problems.append(f"layers of different numbers of heads, {heads}")
     if len(windows) > 1:
         problems.append(f"layers of different windows, {windows}")
+    if chunks and (windows or len(chunks) > 1):
+        problems.append(f"layers of different chunks, {chunks}, and windows, {windows}")
     if len({layer["softcap"] for layer in layers}) > 1:
         problems.append("layers of different soft caps of attention scores")
     if problems:

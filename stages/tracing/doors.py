@@ -18,7 +18,9 @@ HARMLESS = {
     *("is_causal", "return_dict", "target_dtype", "position_embeddings", "past_key_values"),
 }
 _OPERATORS = {
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float softcap, int window) -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float softcap, int window, int chunk)"
+    " -> Tensor",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     # x [t, k], weight [experts, n, k], or [experts, k, n] if it is transposed, chosen [t * c] -> [t * c, n]
     "expert_linear": "(Tensor x, Tensor weight, Tensor chosen, bool transposed) -> Tensor",
@@ -26,6 +28,8 @@ _OPERATORS = {
     "causal_conv": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     # x [b, n, heads, width], dt [b, n, heads], a [heads], b and c [b, n, groups, size] -> as x
     "ssm_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
+    # x and dt [b, channels, n], a [channels, size], b and c [b, size, n] -> as x
+    "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
     # q and k [b, n, key heads, size], v [b, n, heads, width], decay and beta [b, n, heads] -> as v
     "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
 }
@@ -49,6 +53,10 @@ def install() -> None:
     def _attention(q: Any, _k: Any, v: Any, *_more: Any) -> Any:
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
+    @torch.library.register_fake(f"{NAME}::linear")
+    def _linear(x: Any, weight: Any, *_more: Any) -> Any:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
     @torch.library.register_fake(f"{NAME}::rms_norm")
     def _rms_norm(x: Any, *_more: Any) -> Any:
         return torch.empty_like(x)
@@ -57,7 +65,7 @@ def install() -> None:
     def _expert_linear(x: Any, weight: Any, chosen: Any, transposed: bool) -> Any:
         return x.new_empty(chosen.shape[0], weight.shape[2 if transposed else 1])
 
-    for name, at in (("causal_conv", 0), ("ssm_scan", 0), ("delta_rule", 2)):
+    for name, at in (("causal_conv", 0), ("ssm_scan", 0), ("selective_scan", 0), ("delta_rule", 2)):
         torch.library.register_fake(f"{NAME}::{name}")(lambda *given, at=at: torch.empty_like(given[at]))
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
@@ -91,8 +99,17 @@ def attention(
     if strange:
         raise ConfigError(f"{where}: attention with {', '.join(strange)} is not built")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), int(sliding_window or 0))
+    reach = int(sliding_window or 0), _chunk(module)
+    made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), *reach)
     return made, None
+
+
+def _chunk(module: Any) -> int:
+    """Return how many tokens the chunks have that a layer attends within, 0 if it does not: its mask alone says so."""
+    config = getattr(module, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    chunked = kinds and number is not None and kinds[number] == "chunked_attention"
+    return int(config.attention_chunk_size or 0) if config is not None and chunked else 0
 
 
 def experts(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:

@@ -168,8 +168,8 @@ class _Graph:
         name = node.target.overloadpacket.__name__
         arguments = self._arguments(node)
         self._check_shape(node, value)
-        once = name == "repeat" and self._shape(node.args[0]) == self._shape(node)
-        if once or name in SAME or node.target.__name__ in SAME:
+        same = name in SAME or node.target.__name__ in SAME or (name == "to" and value.is_complex())
+        if same or (name == "repeat" and self._shape(node.args[0]) == self._shape(node)):
             self.values[node] = arguments["x"]
         elif name in RESHAPES:
             self._reshape(node, arguments)
@@ -204,6 +204,7 @@ class _Graph:
             "expert_linear": self._experts,
             "causal_conv": self._kept,
             "ssm_scan": self._kept,
+            "selective_scan": self._kept,
             "delta_rule": self._kept,
         }
         if ours == "slice":
@@ -242,11 +243,10 @@ class _Graph:
         }
 
     def _repeat(self, node: Any, arguments: Arguments) -> Node:
-        """Return x several times along axes of its own, none of them that of the tokens."""
+        """Return x several times along axes, new ones in front among them, but not along that of the tokens."""
         times, shape = arguments["repeats"], self._shape(node.args[0])
-        if len(times) != len(shape) or any(
-            isinstance(size, dict) and n != 1 for n, size in zip(times, shape, strict=True)
-        ):
+        own = times[len(times) - len(shape) :]
+        if any(isinstance(size, dict) and n != 1 for n, size in zip(own, shape, strict=True)):
             raise self._refusal(node, f"repeat of {shape} by {times}")
         return "repeat", {"x": arguments["x"], "repeats": times}
 
@@ -313,19 +313,17 @@ class _Graph:
         """Add the sizes of an operator that keeps a state of a sequence, which is one of one batch."""
         name = node.target.overloadpacket.__name__
         shapes = [self._shape(each) for each in node.args if hasattr(each, "meta")]
-        along = 2 if name == "causal_conv" else 1
+        along = 2 if name in ("causal_conv", "selective_scan") else 1
         if any(len(shape) > 2 and (shape[0] != 1 or shape[along] != {"tokens": 1}) for shape in shapes):
             raise self._refusal(node, f"{name} of {shapes}")
         first = shapes[0]
         sizes: dict[str, Any] = {
             "causal_conv": lambda: {"channels": first[1], "taps": shapes[1][1]},
             "ssm_scan": lambda: {"heads": first[2], "width": first[3], "groups": shapes[3][2], "size": shapes[3][3]},
-            "delta_rule": lambda: {
-                "heads": shapes[2][2],
-                "key_heads": first[2],
-                "size": first[3],
-                "width": shapes[2][3],
-            },
+            "selective_scan": lambda: {"channels": first[1], "size": shapes[2][1]},
+            "delta_rule": lambda: dict(
+                zip(("heads", "width", "key_heads", "size"), (*shapes[2][2:], *first[2:]), strict=True)
+            ),
         }
         return name, {**arguments, **sizes[name]()}
 

@@ -19,6 +19,21 @@ def settle_rotation(model: Any) -> None:
             module.forward = functools.partial(forward, module)
 
 
+def replace_linear(model: Any) -> None:
+    """Let every linear layer of ``model`` be one node: torch takes its own apart at every call to find a shape."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and "forward" not in vars(module):
+            module.forward = functools.partial(_linear, module)
+
+
+def _linear(module: Any, x: Any) -> Any:
+    import torch
+
+    return torch.ops.stagegraph.linear(x, module.weight, module.bias)
+
+
 def replace_norms(model: Any) -> None:
     """Let every root-mean-square norm of ``model`` be one node of the graph."""
     known: dict[Any, Any] = {}

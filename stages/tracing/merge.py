@@ -57,6 +57,27 @@ def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -
     return replace(part, nodes=nodes, output=values[part.output]), made
 
 
+def projected(part: Part) -> Part:
+    """Return the graph with each weight [n, k] times a value [1, k, tokens] as the linear layer that it is."""
+    nodes: list[Node] = []
+    values: dict[int, int] = {number: number for number in range(part.inputs)}
+
+    def add(name: str, arguments: Arguments) -> Any:
+        nodes.append((name, arguments))
+        return {"value": part.inputs + len(nodes) - 1}
+
+    for number, (name, arguments) in enumerate(part.nodes, start=part.inputs):
+        given = renumbered(arguments, values)
+        if name == "matmul" and "parameter" in given["x"] and "value" in given.get("other", {}):
+            rows = add("transpose", {"x": given["other"], "dim0": 1, "dim1": 2})
+            product = add("linear", {"x": rows, "weight": given["x"]})
+            made = add("transpose", {"x": product, "dim0": 1, "dim1": 2})
+        else:
+            made = add(name, given)
+        values[number] = made["value"]
+    return replace(part, nodes=nodes, output=values[part.output])
+
+
 def joined(names: Sequence[str]) -> str:
     """Return the name of several parameters in one: ``a.q.weight`` and ``a.k.weight`` are ``a.q+k.weight``."""
     parts = [name.split(".") for name in names]

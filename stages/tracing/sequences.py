@@ -75,6 +75,32 @@ def ssm_scan(
     return y if D is None else y + D[:, None] * x
 
 
+def selective_scan(
+    x: Any,
+    dt: Any,
+    A: Any,  # noqa: N803
+    B: Any,  # noqa: N803
+    C: Any,  # noqa: N803
+    D: Any = None,  # noqa: N803
+    z: Any = None,
+    delta_bias: Any = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    use_mambapy: bool = False,  # noqa: ARG001 - ways to the same numbers
+    use_associative_scan: bool = False,  # noqa: ARG001
+    **more: Any,
+) -> Any:
+    """Take the place of ``mamba_selective_scan``: x and dt [b, channels, n], A [channels, size], B, C [b, size, n]."""
+    import torch
+
+    _refuse("a selective scan", {**more, "return_last_state": return_last_state or None})
+    dt = dt if delta_bias is None else dt + delta_bias[:, None]
+    dt = torch.nn.functional.softplus(dt) if delta_softplus else dt
+    y = torch.ops.stagegraph.selective_scan(x, dt, A, B, C)
+    y = y if D is None else y + D[:, None] * x
+    return y if z is None else y * torch.nn.functional.silu(z)
+
+
 def delta_rule(
     query: Any,
     key: Any,
@@ -102,5 +128,6 @@ IDLE = {"position_ids", "use_cache", "output_attentions", "output_hidden_states"
 OPERATORS = {
     "causal_conv1d_fn": causal_conv,
     "mamba2_chunk_scan": ssm_scan,
+    "mamba_selective_scan": selective_scan,
     "torch_chunk_gated_delta_rule": delta_rule,
 }

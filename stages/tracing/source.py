@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.strict_json import shown
 from stages.tracing import doors, hollow
-from stages.tracing.written_out import replace_attention
+from stages.tracing.written_out import replace_written_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,13 +48,6 @@ def open_source(raw: JsonObject, window: int) -> Source:
             f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
             "too; only decoders are built"
         )
-    if getattr(text, "attention_chunk_size", None) and "chunked_attention" in (
-        getattr(text, "layer_types", None) or ()
-    ):
-        raise ConfigError(
-            f"config.json: model_type {named} has layers that attend within chunks of {text.attention_chunk_size} "
-            "tokens (attention_chunk_size), which no kernel here computes"
-        )
     every: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     known = next((kind for kind in (type(text), type(config)) if kind in every), None)
     if known is None:
@@ -71,7 +64,7 @@ def open_source(raw: JsonObject, window: int) -> Source:
     except Exception as error:  # noqa: BLE001 - whatever a modelling file raises of a config that it cannot use
         raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
     hollow.spread(model)
-    replace_attention(model)
+    replace_written_out(model)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
     return Source(cls, text, model, wrapper, settled)
 

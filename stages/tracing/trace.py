@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.errors import ConfigError
 from stages.tracing import leaves, older
 from stages.tracing.export import EXAMPLE, Part, export
-from stages.tracing.merge import merged, read
+from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
 from stages.tracing.rotation import hoisted, packed
 from stages.tracing.routers import routers
@@ -33,14 +33,16 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     """
     source = open_source(raw, window)
     model = source.model
-    if model.get_input_embeddings() is None or not hasattr(model, model.base_model_prefix):
+    if model.get_input_embeddings() is None or not _body_name(model):
         raise ConfigError(f"{source.cls.__name__} has no body that reads embeddings: a family of its own is needed")
     leaves.settle_rotation(model)
     leaves.replace_norms(model)
+    leaves.replace_linear(model)
     names = Names(model)
     known = older.forms(model, names.stored)
     with sequential(model):
         parts, hidden, vocab = _parts(source, names)
+    parts["body"] = projected(parts["body"])
     apart = routers(parts["body"], names.shapes)
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
@@ -78,25 +80,38 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     }
 
 
+def _body_name(model: Any) -> str:
+    """Return the attribute of a model that is all of it but the head, "" if there is none."""
+    return next((name for name in (model.base_model_prefix, "model") if name and hasattr(model, name)), "")
+
+
 def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
     """Return the graphs, the width of the body's states, and how many logits there are."""
     import torch
 
-    model, prefix = source.model, source.model.base_model_prefix
+    model, prefix = source.model, _body_name(source.model)
     table, body = model.get_input_embeddings(), getattr(model, prefix)
-    if getattr(body, "hidden_size_per_layer_input", 0) and hasattr(body, "get_per_layer_inputs"):
-        raise ConfigError(f"{source.cls.__name__}: layers that look tokens up in tables of their own are not built")
-    embed, (hidden,) = export(model, table, [torch.zeros(EXAMPLE, dtype=torch.long)], names, [0])
+    own = body.get_per_layer_inputs if getattr(body, "hidden_size_per_layer_input", 0) else None
+
+    def embeddings(ids: Any) -> Any:
+        """Layers may have tables of their own: what they say of a token stands behind its embedding."""
+        found = table(ids)
+        return torch.cat([found, own(ids).flatten(1)], -1) if own else found
+
+    ids = torch.zeros(EXAMPLE, dtype=torch.long)
+    width, each = table(ids).shape[-1], [*own(ids).shape[1:]] if own else []
+    embed, (hidden,) = export(model, embeddings, [ids], names, [0])
     positions = torch.arange(EXAMPLE)[None]
     most = max(positions_of(source.config), EXAMPLE + 1) if positions_of(source.config) else 0
     kinds: list[Any] = []
 
     def states(x: Any, positions: Any) -> Any:
-        found = body(inputs_embeds=x, position_ids=positions, use_cache=False)
+        more = {"per_layer_inputs": x[..., width:].unflatten(-1, each)} if own else {}
+        found = body(inputs_embeds=x[..., :width], position_ids=positions, use_cache=False, **more)
         kinds.append(type(found))
         return found.last_hidden_state
 
-    trunk, (_, width) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1], most)
+    trunk, (_, size) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1], most)
 
     class Given(torch.nn.Module):
         """Stands where the body was, whose states are given."""
@@ -114,9 +129,11 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
     stand_in = Given()
     # A head may call a part of the body, as OPT's calls its decoder.
     vars(stand_in).update(dict.fromkeys((name for name, _ in body.named_children()), stand_in))
+    # Or read a number of it, as Falcon H1's reads what logits are multiplied by.
+    vars(stand_in).update({name: value for name, value in vars(body).items() if type(value) in (int, float)})
     setattr(model, prefix, stand_in)
     names.in_head = True
-    head, (_, vocab) = export(model, logits, [torch.zeros(1, EXAMPLE, width)], names, [1])
+    head, (_, vocab) = export(model, logits, [torch.zeros(1, EXAMPLE, size)], names, [1])
     return {"embed": embed, "body": trunk, "head": head}, hidden, vocab
 
 

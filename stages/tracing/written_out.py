@@ -1,4 +1,4 @@
-"""Replaces attention that a modelling file writes out itself instead of calling transformers' interface.
+"""Replaces attention and experts that a modelling file writes out itself instead of calling transformers' interface.
 
 Each function here takes the place of a method of one class of transformers, on the modules of one model alone. What is
 added to scores and depends on the key alone (ALiBi's slope times its position) is a channel more of keys, of which
@@ -11,13 +11,14 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 from stages.tracing import doors
 
 
-def replace_attention(model: Any) -> None:
-    """Let every module of :data:`WRITTEN_OUT` call the door."""
+def replace_written_out(model: Any) -> None:
+    """Let every module of :data:`WRITTEN_OUT` call the doors."""
     for module in model.modules():
         for method, function in WRITTEN_OUT.get(type(module).__name__, {}).items():
             setattr(module, method, functools.partial(function, module))
@@ -106,6 +107,41 @@ def mpt(module: Any, hidden_states: Any, position_bias: Any, **_more: Any) -> tu
     return module.out_proj(y.reshape(b, n, -1)), None
 
 
+def llama4(module: Any, hidden_states: Any) -> tuple[Any, None]:
+    """Take the place of ``Llama4TextMoe.forward``, which lets every expert read every token: zeros where the token has
+    not chosen it. An expert's input is weighted, not what it makes.
+    """
+    import torch
+
+    x = hidden_states.reshape(-1, module.hidden_dim)
+    scores, chosen = torch.topk(torch.nn.functional.linear(x, module.router.weight), module.top_k, dim=1)
+    given = (x[:, None] * torch.sigmoid(scores)[..., None]).reshape(-1, module.hidden_dim)
+    experts, linear = module.experts, torch.ops.stagegraph.expert_linear
+    gate, up = linear(given, experts.gate_up_proj, chosen.reshape(-1), True).chunk(2, dim=-1)
+    y = linear(up * experts.act_fn(gate), experts.down_proj, chosen.reshape(-1), True)
+    return module.shared_expert(x) + y.reshape(*chosen.shape, -1).sum(1), None
+
+
+def longcat(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """Take the place of ``LongcatFlashExperts.forward``, of which the last experts hand on what they are given."""
+    import torch
+
+    chosen, linear = top_k_index.reshape(-1), torch.ops.stagegraph.expert_linear
+    gate, up = linear(x, module.gate_up_proj, chosen, False).chunk(2, dim=-1)
+    y = linear(module.act_fn(gate) * up, module.down_proj, chosen, False).view(*top_k_index.shape, -1)
+    y = torch.where((top_k_index < module.num_routed_experts)[..., None], y, x[:, None])
+    return (y * top_k_weights[..., None]).sum(1)
+
+
+def gemma3n(module: Any, inputs: Any) -> Any:
+    """Take the place of ``Gemma3nTextMLP._gaussian_topk``, which computes from a distribution what is one number."""
+    import torch
+
+    deviations = NormalDist().inv_cdf(module.activation_sparsity)
+    spread = inputs.var(dim=-1, keepdim=True, correction=0).sqrt()
+    return torch.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + spread * deviations))
+
+
 def without_mask(module: Any, *arguments: Any, **keywords: Any) -> Any:
     """Take the place of a ``forward`` that goes on with the mask it made, and give it one that says nothing."""
     import torch
@@ -129,4 +165,7 @@ WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
     "FalconAttention": {"forward": falcon},
     "MptAttention": {"forward": mpt},
     "MptModel": {"forward": without_mask},
+    "Llama4TextMoe": {"forward": llama4},
+    "LongcatFlashExperts": {"forward": longcat},
+    "Gemma3nTextMLP": {"_gaussian_topk": gemma3n},
 }

@@ -77,6 +77,20 @@ def test_a_state_space_fades_and_gains() -> None:
     check(found, (y, after))
 
 
+def test_a_selective_scan_fades_each_number_of_a_state_by_its_own_rate() -> None:
+    channels, size = 24, 3
+    x, dt, a = drawn(8, channels), np.abs(drawn(8, channels)), -np.abs(drawn(channels, size))
+    b, c, before = drawn(8, size), drawn(8, size), drawn(3, size * channels)
+    y, after = np.empty_like(x), np.empty_like(before)
+    for number, rows in sequences():
+        state = before[number].reshape(size, channels).copy()
+        for row in rows:
+            state = state * np.exp(dt[row] * a.T) + np.outer(b[row], dt[row] * x[row])
+            y[row] = c[row] @ state
+        after[number] = state.reshape(-1)
+    check(run(recurrences.selective_scan, (size, channels), [x, dt, a, b, c, before], channels), (y, after))
+
+
 def test_the_delta_rule_moves_what_is_held_for_a_key() -> None:
     heads, key_heads, size, width = 4, 2, 3, 8
     q, k, v = drawn(8, key_heads * size), drawn(8, key_heads * size), drawn(8, heads * width)

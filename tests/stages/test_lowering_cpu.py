@@ -357,6 +357,25 @@ def test_tokens_of_a_page_are_copied_with_their_transposed_keys():
     assert np.array_equal(found[0, 1, :, 5:], pages[0, 1, :, 5:])
 
 
+def test_attention_within_chunks_sees_those_tokens_of_a_prefill_that_are_of_the_chunk_of_each():
+    """The scale's sign says whether a layer attends within chunks; positions begin where the prefill before ended."""
+    heads, n, first, chunk = Heads(2, 1, 16), 13, 3, 5
+    kernel = cpu_attention.prefill_ragged(heads, 16, cpu_attention.Options(chunk=chunk))
+    library = compiled(V3, attend=kernel)
+    q, k, v = random(n, 2, 16), random(n, 1, 16), random(n, 1, 16)
+    positions = np.arange(first, first + n, dtype=np.int32)
+    ends = np.array([0, n], np.int32)
+    seen = np.tril(np.ones((n, n), bool))
+    for scale, visible in ((0.3, seen), (-0.3, seen & (positions[:, None] // chunk == positions // chunk))):
+        output, lse = tvm.runtime.tensor(np.empty_like(q)), tvm.runtime.tensor(np.empty((n, 2), np.float32))
+        inputs = [tvm.runtime.tensor(each) for each in (q, ends, k, v, ends, positions, positions[:1].copy())]
+        library["attend"](*inputs, output, lse, 1, 0, 1.0, 1.0, scale)
+        scores = np.where(visible, np.einsum("qhd,kd->hqk", q, k[:, 0]) * abs(scale), -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        wanted = np.einsum("hqk,kd->qhd", weights / weights.sum(-1, keepdims=True), v[:, 0])
+        assert np.abs(output.numpy() - wanted).max() < 1e-5
+
+
 def test_kernels_are_made_for_aarch64(tmp_path):
     heads, tile = Heads(6, 2, 32), register_tile(())
     made = {

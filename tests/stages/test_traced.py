@@ -129,6 +129,20 @@ def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:
         assert (len(config.frequencies), bool(cosines)) == (taken, not taken)
 
 
+def test_the_cache_is_told_of_layers_that_attend_within_chunks_and_holds_the_heads_of_the_largest() -> None:
+    """Llama 4's first layer attends within chunks. Gemma 4's second has a key-value head of 32 channels, its first two
+    of 16; the embeddings of its layers stand behind that of the model.
+    """
+    chunked, mixed = (
+        parse({**traced.SIZES, **{**traced.MIXTURES, **traced.FAMILIES}[name], "model_type": name})
+        for name in ("llama4_text", "gemma4_text")
+    )
+    layers = [arguments["chunk"] for name, arguments in chunked.parts["body"]["nodes"] if name == "attention"]
+    assert (layers, chunked.attention.chunk) == ([20, 0], 20)
+    assert (mixed.attention.num_kv_heads, mixed.attention.head_dim) == (2, 32)
+    assert mixed.hidden_size == 64 + 4 * 16
+
+
 def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> None:
     """Sarvam's q, k and v are one matrix in its files, and three in transformers' model; the way back cuts it again."""
     raw = {

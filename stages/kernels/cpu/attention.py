@@ -39,6 +39,19 @@ class Source:
     begins: Any
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a model asks of attention. A score x becomes ``cap`` * tanh(x / cap) where there is one. In the channel
+    ``sink`` of queries, if it is one, is the score of what is attended to and has no value. With a ``chunk``, layers
+    whose scale is negative see the tokens of the query's chunk of positions alone.
+    """
+
+    cap: float = 0.0
+    sink: int = 0
+    chunk: int = 0
+
+
+PLAIN = Options()
 Range = tuple[Any, Any]  # of tokens: the first, and the one behind the last
 
 
@@ -59,19 +72,18 @@ def _least(tokens: Sequence[Any]) -> Any:
 
 class _Kernel:
     """What all attention kernels declare, and the tile that they are made of. ``width`` is how many channels of a row
-    have accumulators at the same time; a score x becomes ``cap`` * tanh(x / cap) where there is one. In the channel
-    ``sink`` of queries, if it is one, is the score of what is attended to and has no value.
+    have accumulators at the same time.
     """
 
-    def __init__(self, heads: Heads, width: int, cap: float, sink: int) -> None:
+    def __init__(self, heads: Heads, width: int, options: Options) -> None:
         self.heads = heads
         self.width = width
-        self.cap = cap
-        self.sink = sink
+        self.cap, self.sink, self.chunk = options.cap, options.sink, options.chunk
         self.q: Any = None
         self.output: Any = None
         self.lse: Any = None
         self.sm_scale: Any = None
+        self.chunked: Any = None
         self.scores: Any = None
 
     def outputs(self, made: Any, n: Any) -> None:
@@ -85,6 +97,16 @@ class _Kernel:
         made.number("rope_scale", "float32")
         made.number("rope_theta", "float32")
         self.sm_scale = made.number("sm_scale", "float32")
+        if self.chunk:
+            self.chunked = self.sm_scale < 0
+            self.sm_scale = T.bind(tirx.abs(self.sm_scale))
+
+    def first_seen(self, window: int, query: Any, first: Any, end: Any) -> Any:
+        """Return the index of the first token that a query sees, from its position and the ``first`` token's."""
+        if self.chunk:
+            before = T.min(T.max(query // self.chunk * self.chunk - first, 0), end)
+            return T.if_then_else(self.chunked, before, 0)
+        return first_seen(window, query, first, end)
 
     def room(self, blocks: Any) -> None:
         """Make room for the scores of a tile against so many blocks; once per task, for its size is known late."""
@@ -205,13 +227,11 @@ class _Pages:
         )
 
 
-def decode(
-    heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0, sink: int = 0
-) -> tirx.PrimFunc:
+def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, options: Options = PLAIN) -> tirx.PrimFunc:
     """Return the kernel of one query of each sequence against the tokens that the cache holds of it, within a
     ``window`` if there is one; ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width, cap, sink)
+    attention = _Kernel(heads, width, options)
     with kernel() as made:
         batch = T.int32()
         attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
@@ -224,7 +244,7 @@ def decode(
             attention.room(cache.count)
             end = T.bind(cache.end(sequence))
             source = cache.source(sequence, head, k_positions[sequence], end)
-            low = _bound(first_seen(window, q_positions[sequence], k_positions[sequence], end))
+            low = _bound(attention.first_seen(window, q_positions[sequence], k_positions[sequence], end))
             for first in range(0, heads.group, ROWS):
                 members = range(first, min(first + ROWS, heads.group))
                 rows = [(sequence, head * heads.group + member) for member in members]
@@ -232,13 +252,11 @@ def decode(
     return made.function
 
 
-def prefill(
-    heads: Heads, width: int, window: int = 0, numbers: int = 1, cap: float = 0.0, sink: int = 0
-) -> tirx.PrimFunc:
+def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1, options: Options = PLAIN) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the tokens that the cache holds of each, within a
     ``window`` if there is one; those of a chunk see each other elsewhere. ``numbers`` of lengths are told.
     """
-    attention = _Kernel(heads, width, cap, sink)
+    attention = _Kernel(heads, width, options)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
@@ -256,7 +274,7 @@ def prefill(
                 end = T.bind(cache.end(s))
 
                 def seen(query: Any) -> Range:
-                    return first_seen(window, q_positions[query], k_positions[s], end), end
+                    return attention.first_seen(window, q_positions[query], k_positions[s], end), end
 
                 _queries(attention, head, bounds, seen, cache.source(s, head, k_positions[s], end))
 
@@ -276,16 +294,16 @@ def first_seen(window: int, query: Any, first: Any, end: Any) -> Any:
     return T.min(T.max(query - first - (window - 1), 0), end) if window else 0
 
 
-def prefill_ragged(heads: Heads, width: int, cap: float = 0.0, sink: int = 0) -> tirx.PrimFunc:
+def prefill_ragged(heads: Heads, width: int, options: Options = PLAIN) -> tirx.PrimFunc:
     """Return the kernel of the queries of several sequences against the keys and values that came with them."""
-    attention = _Kernel(heads, width, cap, sink)
+    attention = _Kernel(heads, width, options)
     with kernel() as made:
         n, m, batch = T.int32(), T.int32(), T.int32()
         attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
         starts = made.argument("q_starts", (batch + 1,), "int32", inside=True)
         k, v = (made.argument(name, (m, heads.keys, heads.dim), "float32") for name in ("k", "v"))
         kv_starts = made.argument("kv_starts", (batch + 1,), "int32", inside=True)
-        made.argument("q_positions", (n,), "int32", inside=True)
+        q_positions = made.argument("q_positions", (n,), "int32", inside=True)
         k_positions = made.argument("k_positions", (batch,), "int32", inside=True)
         attention.outputs(made, n)
         causal = made.number("causal", "int32")
@@ -299,8 +317,12 @@ def prefill_ragged(heads: Heads, width: int, cap: float = 0.0, sink: int = 0) ->
                 bounds = T.bind(T.max(low, starts[s])), T.bind(T.min(high, starts[s + 1]))
                 first = T.bind(kv_starts[s])
                 length = T.bind(kv_starts[s + 1] - first)
-                seen = _seen(causal, length, length - (starts[s + 1] - starts[s]), starts[s])
-                needed = T.bind(T.if_then_else(bounds[0] < bounds[1], seen(bounds[1] - 1)[1], 0))
+                last = _last_seen(causal, length, length - (starts[s + 1] - starts[s]), starts[s])
+
+                def seen(query: Any) -> Range:
+                    return attention.first_seen(0, q_positions[query], k_positions[s], length), last(query)
+
+                needed = T.bind(T.if_then_else(bounds[0] < bounds[1], last(bounds[1] - 1), 0))
                 with T.serial(0, needed) as token, T.serial(0, heads.dim) as d:
                     put(turned, k[first + token, head, d], token // PAGE, d, token % PAGE)
                 source = Source(
@@ -314,9 +336,11 @@ def prefill_ragged(heads: Heads, width: int, cap: float = 0.0, sink: int = 0) ->
     return made.function
 
 
-def _seen(causal: Any, length: Any, before: Any, first: Any) -> Callable[[Any], Range]:
-    """Return which of ``length`` tokens a query sees, ``before`` of which come before the sequence's ``first``."""
-    return lambda query: (0, T.if_then_else(causal > 0, T.min(length, before + query - first + 1), length))
+def _last_seen(causal: Any, length: Any, before: Any, first: Any) -> Callable[[Any], Any]:
+    """Return the end of what a query sees of ``length`` tokens, ``before`` of which come before the sequence's
+    ``first``.
+    """
+    return lambda query: T.if_then_else(causal > 0, T.min(length, before + query - first + 1), length)
 
 
 def _tasks(heads: Heads, n: Any, body: Callable[[Any, Any, Any], None]) -> None:
