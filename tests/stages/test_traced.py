@@ -134,7 +134,7 @@ def test_the_cache_is_told_of_layers_that_attend_within_chunks_and_holds_the_hea
     of 16; the embeddings of its layers stand behind that of the model.
     """
     chunked, mixed = (
-        parse({**traced.SIZES, **{**traced.MIXTURES, **traced.FAMILIES}[name], "model_type": name})
+        parse({**traced_models.SIZES, **{**traced_models.MIXTURES, **traced_models.FAMILIES}[name], "model_type": name})
         for name in ("llama4_text", "gemma4_text")
     )
     layers = [arguments["chunk"] for name, arguments in chunked.parts["body"]["nodes"] if name == "attention"]
