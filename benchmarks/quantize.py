@@ -139,11 +139,11 @@ def digest_files(folder: Path) -> None:
 
 
 def pinned(command: list[str], processors: int) -> str:
-    """Run a command on that many processors; return what it prints."""
+    """Run a command on that many processors; return what it prints. What it says of an error goes to ours."""
     chosen = sorted(os.sched_getaffinity(0))[:processors]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(processors)}
     limit = ["taskset", "-c", ",".join(map(str, chosen))]
-    return subprocess.run([*limit, *command], check=True, capture_output=True, text=True, env=env).stdout
+    return subprocess.run([*limit, *command], check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
 
 
 def run_stage_alone(

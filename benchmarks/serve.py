@@ -1,24 +1,27 @@
 """How fast bundles are served, beside llama.cpp's server in the same run; every figure is a ratio of two of one round.
 
-Usage: python benchmarks/serve.py --llama PYTHON [--model 125M|FOLDER] [--clients N...] [--rounds N] [--threads N]
-                                  [--only speed|first|prefix|steps ...] [--keep DIR]
+Usage: python benchmarks/serve.py --llama PYTHON [--model 125M|FOLDER ...] [--clients N...] [--rounds N] [--threads N]
+                                  [--only speed|first|prefix|steps ...] [--activations int8|float] [--keep DIR]
 
 A Llama-shaped checkpoint of random weights (125M), or the checkpoint in FOLDER that lies beside the GGUF file of the
-same weights, is built in four bits with int8 activations; PYTHON has xllamacpp, whose wheel has llama.cpp's server.
+same weights, is built in four bits; PYTHON has xllamacpp, whose wheel has llama.cpp's server.
 Both serve on the same processors and are asked the same ids, in turns: tokens a second of 1, 4 and 16 clients in all,
 by the clock and by the second of the server's processors; the time to the first token of a short prompt, alone and
 while a long one is read; that of a prompt of which nine tenths were read before; and what Python itself takes of a step
-of 16 answers. Exit status 1 if a figure is missed. With --keep a second run builds nothing.
+of 16 answers. A table of all figures and what they must reach comes last; exit status 1 if one is missed. With --keep a
+second run builds nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import shutil
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -49,43 +52,47 @@ name: served
 vars: {{checkpoint: {checkpoint}, targets: [llvm], scheme: {scheme}, context_window: {context}}}
 stages:
   graph-build: {{with: {{max_batch: {answers}}}}}
-  compile: {{with: {{activations: int8}}}}
+  compile: {{with: {{activations: {activations}}}}}
 """
 
 
-def bundle(folder: Path, checkpoint: Path, scheme: str, threads: int) -> str:
+def bundle(folder: Path, checkpoint: Path, scheme: str, activations: str, threads: int) -> str:
     """Build a bundle of four bits and return its path."""
     file = folder / "pipeline.yaml"
-    values = {"root": ROOT, "checkpoint": checkpoint, "scheme": scheme, "context": CONTEXT, "answers": ANSWERS}
+    sizes = {"context": CONTEXT, "answers": ANSWERS}
+    values = {"root": ROOT, "checkpoint": checkpoint, "scheme": scheme, "activations": activations, **sizes}
     file.write_text(PIPELINE.format(**values), encoding="utf-8")
     pinned([sys.executable, "-m", "stagegraph.cli.main", "run", str(file), "--stage", "bundle"], threads)
     return str(folder / "artifacts" / "served" / "bundle.llvm" / "bundle")
 
 
-def random_model(folder: Path, threads: int) -> tuple[str, str]:
-    """Return the bundle and the GGUF file, in Q4_0, of the same random Llama with a vocabulary of numbers."""
+def random_model(folder: Path, activations: str, threads: int) -> tuple[str, str]:
+    """Return the bundle and the GGUF file, in Q4_0, of two random Llamas of one shape."""
     checkpoint, file = folder / "checkpoint", folder / "model.gguf"
     if not checkpoint.is_dir():
         write_checkpoint("125M", checkpoint)
-        write_vocabulary(checkpoint, SHAPES["125M"][-1])
+    write_vocabulary(checkpoint, SHAPES["125M"][-1])
     if not file.exists():
         quantize_llama.write(str(file), *SHAPES["125M"], kind="Q4_0")
-    return bundle(folder, checkpoint, "q4f16_1", threads), str(file)
+    return bundle(folder, checkpoint, "q4f16_1", activations, threads), str(file)
 
 
 def write_vocabulary(folder: Path, size: int) -> None:
-    """Write a tokenizer whose tokens are bytes and numbers: random weights have no other."""
+    """Write a tokenizer of bytes, and of pairs and triples of letters that its merges make."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import ByteLevel
     from tokenizers.models import BPE
     from tokenizers.pre_tokenizers import ByteLevel as Split
 
-    letters = sorted(Split.alphabet())
-    words = ["<unk>", "<s>", "</s>", *letters]
-    words += [f"t{at}" for at in range(len(words), size)]
-    tokenizer = Tokenizer(BPE({word: at for at, word in enumerate(words)}, []))
+    specials, alphabet = ["<unk>", "<s>", "</s>"], sorted(Split.alphabet())
+    letters = string.ascii_letters + string.digits
+    pairs = [*itertools.product(letters, letters)]
+    triples = itertools.product(map("".join, pairs), letters)
+    merges = [*itertools.islice(itertools.chain(pairs, triples), size - len(specials) - len(alphabet))]
+    words = [*specials, *alphabet, *map("".join, merges)]
+    tokenizer = Tokenizer(BPE({word: at for at, word in enumerate(words)}, merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = Split(add_prefix_space=False), ByteLevel()
-    tokenizer.add_special_tokens(words[:3])
+    tokenizer.add_special_tokens(specials)
     tokenizer.save(str(folder / "tokenizer.json"))
     roles = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(roles))
@@ -186,15 +193,23 @@ def prefix(server: Server, prompt: list[int], tail: list[int]) -> tuple[float, f
 
 
 class Report:
-    """What is said of each figure, and whether one was missed."""
+    """What is said of each figure of a model, as it is found and in a table at the end; and whether one was missed."""
 
-    missed = False
+    def __init__(self) -> None:
+        self.model, self.missed = "", False
+        self._rows = [("model", "what", "found", "", "required")]
 
     def say(self, what: str, shown: str, ok: bool | None, required: str) -> None:
-        """Print a figure; ``ok`` is None where nothing is asked of it."""
+        """Take a figure; ``ok`` is None where nothing is asked of it."""
         self.missed |= ok is False
-        verdict = "" if ok is None else f"   ({required} {'met' if ok else 'MISSED'})"
-        print(f"{what:<40}{shown}{verdict}", flush=True)
+        verdict = "" if ok is None else "met" if ok else "MISSED"
+        self._rows.append((self.model, what, shown, verdict, "" if ok is None else required))
+        print(*self._rows[-1], sep=" | ", flush=True)
+
+    def table(self) -> str:
+        """Return all figures."""
+        widths = [max(map(len, column)) for column in zip(*self._rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in self._rows)
 
 
 def measure(ours: Server, theirs: Server | None, vocab: int, args: argparse.Namespace, report: Report) -> None:
@@ -235,32 +250,42 @@ def main() -> int:
     """Build, measure, say whether all is met."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--llama", metavar="PYTHON", help="interpreter that has xllamacpp; without it ours alone")
-    parser.add_argument("--model", default="125M", help="125M, or a checkpoint's folder with a GGUF file beside it")
+    parser.add_argument("--model", nargs="+", default=["125M"], help="125M, or a checkpoint's folder with a GGUF file")
     parser.add_argument("--scheme", default="q4a32", help="of a folder's bundle: what its GGUF file has")
+    parser.add_argument("--activations", default="int8", choices=("int8", "float"))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--only", nargs="+", choices=(every := ["speed", "first", "prefix", "steps"]), default=every)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--keep", type=Path, help="work here and leave it; default: a temporary directory")
     args = parser.parse_args()
     folder = (args.keep or Path(tempfile.mkdtemp(prefix="stagegraph-bench-"))).absolute()
-    folder.mkdir(exist_ok=True)
+    report = Report()
     try:
-        if args.model == "125M":
-            made, file = random_model(folder, args.threads)
-        else:
-            checkpoint = Path(args.model).absolute()
-            made = bundle(folder, checkpoint, args.scheme, args.threads)
-            file = str(next(checkpoint.glob("*.gguf")))
-        return run(made, file, args)
+        models = [built(folder, model, args) for model in args.model]
+        for model, (made, file) in zip(args.model, models, strict=True):
+            report.model = Path(model).name
+            run(made, file, args, report)
     finally:
         if not args.keep:
             shutil.rmtree(folder, ignore_errors=True)
+    print(f"\n{report.table()}")
+    return int(report.missed)
 
 
-def run(made: str, file: str, args: argparse.Namespace) -> int:
+def built(folder: Path, model: str, args: argparse.Namespace) -> tuple[str, str]:
+    """Return the bundle of a model and its GGUF file."""
+    place = folder / f"{Path(model).name}-{args.activations}"
+    place.mkdir(parents=True, exist_ok=True)
+    if model == "125M":
+        return random_model(place, args.activations, args.threads)
+    checkpoint = Path(model).absolute()
+    made = bundle(place, checkpoint, args.scheme, args.activations, args.threads)
+    return made, str(next(checkpoint.glob("*.gguf")))
+
+
+def run(made: str, file: str, args: argparse.Namespace, report: Report) -> None:
     """Measure a bundle beside a GGUF file."""
-    report = Report()
     vocab = json.loads(Path(made, "bundle.json").read_text())["model"]["vocab_size"]
     stop = json.loads(Path(made, "tokenizer_info.json").read_text())["stop"]
     print(f"load of the machine before: {os.getloadavg()[0]:.1f}")
@@ -269,15 +294,16 @@ def run(made: str, file: str, args: argparse.Namespace) -> int:
         step = json.loads(pinned(command, args.threads).splitlines()[-1])
         shown = f"{step['own']:.2f} ms of {step['step']:.1f} ms"
         report.say(f"Python's own, {ANSWERS} answers", shown, step["own"] < MOST_OWN, f"< {MOST_OWN} ms")
+    if {*args.only} == {"steps"}:
+        return
     command = [sys.executable, "-m", "stages.runtime", "serve", made, "--port", "0", "--no-page", "--quick"]
     with served(command, args.threads, {"logit_bias": dict.fromkeys(stop, -100)}) as ours:
         if not args.llama:
             measure(ours, None, vocab, args, report)
-            return int(report.missed)
+            return
         command = [args.llama, WORK, "llama", file, str(args.threads), str(ANSWERS), str(CONTEXT)]
         with served(command, args.threads, {"ignore_eos": True}) as theirs:
             measure(ours, theirs, vocab, args, report)
-    return int(report.missed)
 
 
 if __name__ == "__main__":
