@@ -40,7 +40,8 @@ def steps(bundle: str, _threads: int, answers: int) -> None:
     """
     from stages.runtime import manifest
     from stages.runtime.server.answer import Answer, Options
-    from stages.runtime.server.scheduler import Job, Scheduler
+    from stages.runtime.server.jobs import Job
+    from stages.runtime.server.scheduler import Scheduler
     from stages.runtime.session import Session
     from stages.runtime.tokenizer import BundleTokenizer
 

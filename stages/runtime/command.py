@@ -40,18 +40,14 @@ def run(args: argparse.Namespace, *streams: TextIO) -> int:
 
 def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     prompt = _prompt(args)
-    served = serving.serve(args, chat=args.chat)
+    served = serving.serve(args, chat=args.chat, max_tokens=MAX_TOKENS)
     ids = _ids(args, served, prompt)
-    from stages.runtime.context import Context
     from stages.runtime.generation import Generation
-    from stages.runtime.session import Session
 
-    context = Context(Session(served.manifest))
     pieces = []
-    max_tokens = MAX_TOKENS if args.max_tokens is None else args.max_tokens
-    with serving.interrupts() as interrupted:
-        generation = Generation(ids, max_tokens, served.stops, args.specials, interrupted)
-        for piece in generation.text(context, served.tokenizer, served.sampler):
+    with served.engine() as engine, serving.interrupts() as interrupted:
+        generation = Generation(ids, served.options, args.seed, interrupted)
+        for piece in generation.text(engine):
             pieces.append(piece)
             if not args.json:
                 out.write(piece)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from stages.runtime import serving
+from stages.runtime.dialogue import Dialogue
 from stages.runtime.errors import RequestError
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from stages.runtime.generation import Generation
+    from stages.runtime.server.engine import Engine
 
-MAX_TOKENS = 1024
 HELP = """\
 /reset          forget what was said, but for the system message
 /system TEXT    another system message from now on; without TEXT the model's own
@@ -33,7 +34,7 @@ Ctrl-C stops an answer; what was said so far stays part of the conversation.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
     serving.bundle_argument(parser)
-    serving.add_arguments(parser, max_tokens=f"the checkpoint's, or {MAX_TOKENS}")
+    serving.add_arguments(parser, max_tokens=f"the checkpoint's, or {serving.CHAT_TOKENS}")
 
 
 def run(args: argparse.Namespace, *streams: TextIO) -> int:
@@ -49,8 +50,14 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
     served = serving.serve(args, chat=True)
     if sys.stdin is None:
         raise RequestError("standard input is closed: there is nobody to talk with")
+    dialogue = Dialogue(served.tokenizer, serving.text(args.system, "--system") if args.system else None)
+    dialogue.prompt("Hello")  # a bundle that cannot chat is refused before its weights are read
+    with served.engine() as engine:
+        return _talk(Console(served, engine, dialogue, args.seed, out, err), err)
+
+
+def _talk(console: Console, err: TextIO) -> int:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    console = Console(args, served, out, err)
     for line in _typed(err) if terminal else _piped():
         try:
             if not console.take(line):
@@ -67,18 +74,12 @@ def _run(args: argparse.Namespace, out: TextIO, err: TextIO) -> int:
 class Console:
     """Takes lines, messages or commands, and writes answers; ``interrupted`` says how the last answer ended."""
 
-    def __init__(self, args: argparse.Namespace, served: serving.Served, out: TextIO, err: TextIO) -> None:
-        from stages.runtime.context import Context
-        from stages.runtime.dialogue import Dialogue
-        from stages.runtime.session import Session
-
-        bundle, limit = served.manifest, args.max_tokens
-        self._served, self._specials, self._out, self._err = served, args.specials, out, err
-        self._max_tokens = int(bundle.sampling.get("max_new_tokens", MAX_TOKENS)) if limit is None else limit
-        self._dialogue = Dialogue(served.tokenizer, serving.text(args.system, "--system") if args.system else None)
-        self._dialogue.prompt("Hello")  # a bundle that cannot chat is refused before its weights are read
-        self._session = Session(bundle)
-        self._context = Context(self._session)
+    def __init__(
+        self, served: serving.Served, engine: Engine, dialogue: Dialogue, seed: int, out: TextIO, err: TextIO
+    ) -> None:
+        bundle = served.manifest
+        self._options, self._engine, self._dialogue = served.options, engine, dialogue
+        self._seed, self._out, self._err = seed, out, err
         self.interrupted = False
         err.write(
             f"{bundle.name}, {bundle.model['scheme']}, {bundle.target}; {served.sampling}; /help lists commands\n"
@@ -106,11 +107,11 @@ class Console:
         from stages.runtime.generation import Generation
 
         with serving.interrupts() as interrupted:
-            ids = self._dialogue.prompt(message)
-            generation = Generation(ids, self._max_tokens, self._served.stops, self._specials, interrupted)
-            for piece in generation.text(self._context, self._served.tokenizer, self._served.sampler):
+            generation = Generation(self._dialogue.prompt(message), self._options, self._seed, interrupted)
+            for piece in generation.text(self._engine):
                 self._out.write(piece)
                 self._out.flush()
+        self._seed += 1 << 64  # no other answer of this seed, or of one near, is drawn alike
         self._out.write("\n")
         self._out.flush()
         if generation.ids or generation.finish != "interrupt":  # stopped before its first word, nothing was said
@@ -120,7 +121,7 @@ class Console:
 
     def _summary(self, generation: Generation) -> str:
         rate = f", {generation.decode_rate:.1f} tokens/s" if generation.decode_steps else ""
-        limit, held = self._session.limit, len(self._context.ids)
+        limit, held = self._engine.limit, len(generation.prompt) + len(generation.ids)
         room = f"{held:,} tokens" if limit is None else f"{held:,} of {limit:,} tokens"
         end = "" if generation.finish == "stop" else f"; ended by {generation.finish}"
         return f"{len(generation.ids)} tokens{rate}; {room} held{end}"

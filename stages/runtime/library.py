@@ -88,6 +88,7 @@ class LibraryVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self.specials = {t.content: (index, t.lstrip, t.rstrip) for index, t in added.items() if t.special}
         self.added = {token.content: (index, token.special) for index, token in added.items()}
+        self._pieces: dict[int, bytes | None] = {}  # those that were asked for
         self._silent = {index for index, token in added.items() if token.special} - {*shown}
 
     def encode(self, text: str, *, start: bool = True) -> list[int]:
@@ -133,9 +134,12 @@ class LibraryVocabulary:
 
         An added token is text of the decoder like any other: Gemma's are runs of the sign for a space.
         """
-        token = self._tokenizer.id_to_token(index)
-        if token is None:
-            return None
+        if index not in self._pieces:
+            token = self._tokenizer.id_to_token(index)
+            self._pieces[index] = None if token is None else self._bytes(token)
+        return self._pieces[index]
+
+    def _bytes(self, token: str) -> bytes:
         if self._byte_level:
             known = all(character in _BYTES for character in token)
             return bytes(_BYTES[character] for character in token) if known else token.encode()

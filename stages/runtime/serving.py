@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
     from stages.runtime.generation import Generation
     from stages.runtime.manifest import Manifest
-    from stages.runtime.sampling import Sampler
+    from stages.runtime.server.answer import Options
+    from stages.runtime.server.engine import Engine
     from stages.runtime.tokenizer import BundleTokenizer
 
     Run = Callable[[argparse.Namespace, TextIO, TextIO], int]
 
 _CONTROLS = re.compile("[\x7f-\x9f]")  # those before the space JSON escapes itself
+CHAT_TOKENS = 1024  # of an answer, at most, where neither the checkpoint nor an argument says
 INTERRUPTED = 128 + signal.SIGINT
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -146,20 +148,34 @@ def standard_input() -> str:
 
 @dataclass(frozen=True)
 class Served:
-    """A bundle that passed its checks, with its tokenizer and what the options make of its defaults."""
+    """A bundle that passed its checks, with its tokenizer and what the arguments make of its defaults."""
 
     manifest: Manifest
     tokenizer: BundleTokenizer
-    sampler: Sampler
+    options: Options
     sampling: str
-    stops: list[bytes]
+
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Load the weights, and yield what makes one answer at a time."""
+        from stages.runtime.server.engine import Engine
+
+        engine = Engine(self.manifest, sequences=1, tokenizer=self.tokenizer)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
-def serve(args: argparse.Namespace, *, chat: bool) -> Served:
-    """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says."""
+def serve(args: argparse.Namespace, *, chat: bool, max_tokens: int | None = None) -> Served:
+    """Check a bundle and the options; loads no weights. A ``chat`` is sampled as the checkpoint says.
+
+    Without an argument that says how long an answer is, it has ``max_tokens``; None for the checkpoint's own, or 1024.
+    """
     bundle = opened(args.bundle, args)
     # What they import may be absent, which the check above has said by now.
-    from stages.runtime.sampling import Sampler, Settings, of_checkpoint
+    from stages.runtime.sampling import Settings, of_checkpoint
+    from stages.runtime.server.answer import Options
     from stages.runtime.tokenizer import BundleTokenizer
 
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
@@ -170,11 +186,14 @@ def serve(args: argparse.Namespace, *, chat: bool) -> Served:
     if "" in args.stop:
         raise RequestError("--stop: the text is empty")
     stops = [text(stop, "--stop").encode() for stop in args.stop]
+    if args.seed < 0:
+        raise RequestError(f"seed {args.seed} is negative")
     tokenizer = BundleTokenizer(bundle.folder)
-    sampler = Sampler(min(tokenizer.active_vocab_size, bundle.model["vocab_size"]), settings, seed=args.seed)
+    usual = max_tokens or int(bundle.sampling.get("max_new_tokens", CHAT_TOKENS))
+    options = Options(settings, args.max_tokens or usual, tuple(stops), specials=args.specials)
     in_use = ("temperature", "repetition_penalty") if settings.temperature == 0 else _SAMPLING
     origin = " (generation_config.json)" if {*default} & {*in_use} - {*given} else ""
-    return Served(bundle, tokenizer, sampler, f"{settings}{origin}", stops)
+    return Served(bundle, tokenizer, options, f"{settings}{origin}")
 
 
 def opened(path: Path, args: argparse.Namespace) -> Manifest:

@@ -89,7 +89,8 @@ class Session:
         with _refusing(
             f"{self.manifest.root}: no room for the state of {wanted:,} tokens: lower context_window, or free memory"
         ):
-            return state.create(self._vm, self._tvm.runtime.ShapeTuple, self.manifest.model, sequences, tokens)
+            shape = self._tvm.runtime.ShapeTuple
+            return state.create(self._vm, shape, self.manifest.model, sequences, spare=self.spare, tokens=tokens)
 
     # Sequences
 
@@ -101,14 +102,21 @@ class Session:
         return sequence
 
     def fork(self, sequence: int, length: int) -> int:
-        """Start a sequence with the first ``length`` tokens of another, whose whole pages they share; its number."""
-        if not 0 < length <= self.length(sequence):
-            raise RequestError(f"cannot begin with {length} tokens of a sequence that holds {self.length(sequence)}")
-        if self.page_size is None:
-            raise RequestError("the state of this recurrent model cannot be shared by sequences")
+        """Start a sequence with the first ``length`` tokens of another; its number.
+
+        They share whole pages. The state of a recurrent model is copied, and goes back from where it is.
+        """
+        held = self.length(sequence)
+        if not 0 < length <= held:
+            raise RequestError(f"cannot begin with {length} tokens of a sequence that holds {held}")
+        recurrent = self.page_size is None
+        if recurrent:
+            self._check_reach(sequence, held - length)
         child = self._place()
-        self._call("fork_sequence", sequence, child, length)
-        self._lengths[child] = self._reach[child] = length
+        self._call("fork_sequence", sequence, child, -1 if recurrent else length)
+        self._lengths[child], self._reach[child] = (held, self._reach[sequence]) if recurrent else (length, length)
+        if recurrent and length < held:
+            self.popn(child, held - length)
         return child
 
     def remove(self, sequence: int) -> None:
@@ -122,15 +130,18 @@ class Session:
         """Take the last ``count`` tokens of a sequence back."""
         if not 0 <= count <= self.length(sequence):
             raise RequestError(f"cannot take back {count} tokens of a sequence that holds {self.length(sequence)}")
+        self._check_reach(sequence, count)
+        self._call("popn", sequence, count)
+        self._lengths[sequence] -= count
+        self._reach[sequence] -= count
+
+    def _check_reach(self, sequence: int, count: int) -> None:
         if count > self._reach[sequence]:
             raise RequestError(
                 f"cannot take back {count} tokens: the state of this recurrent model goes back over tokens read one at "
                 f"a time, at most {(self._state.history or 1) - 1} of them, and never into tokens read together; "
                 f"{self._reach[sequence]} can be taken back now. Remove the sequence and read it again"
             )
-        self._call("popn", sequence, count)
-        self._lengths[sequence] -= count
-        self._reach[sequence] -= count
 
     def _place(self) -> int:
         if not self._free:

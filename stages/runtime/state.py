@@ -39,19 +39,23 @@ def create(
     shape: Callable[[list[int]], Any],
     model: BundledModel,
     sequences: int,
+    *,
+    spare: int = 0,
     tokens: int | None = None,
 ) -> State:
     """Create the state that ``model`` (metadata's) asks for; ``functions`` are the library's, ``shape`` TVM's tuple.
 
-    ``sequences`` are read at once; all that are held have so many ``tokens`` together, None for a whole context each.
+    ``sequences`` are read at once, and ``spare`` more may be held; all have so many ``tokens`` together, None for a
+    whole context each, but for those whose pages are shared.
     """
     kind = model.get("state", "kv")
-    steps = [functions["create_rnn_state"](shape([sequences]), shape([HISTORY]))] if kind != "kv" else []
+    steps = [functions["create_rnn_state"](shape([sequences + spare]), shape([HISTORY]))] if kind != "kv" else []
     if kind == "rnn":
         return State((*steps,), None, HISTORY, None)
     window, page = model["context_window"], model["page_size"]
     assert page, "the size of a page was checked with the manifest"
-    pages = sequences * -(-window // page) if tokens is None else -(-tokens // page)
+    whole = sequences + (spare if steps else 0)  # kept states have their own pages
+    pages = whole * -(-window // page) if tokens is None else -(-tokens // page)
     sizes = (sequences, pages * page, model["prefill_chunk"], page, 0)
     cache = functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
     return State((cache, *steps), window, HISTORY if steps else None, None if steps else page)

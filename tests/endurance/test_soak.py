@@ -51,7 +51,7 @@ def client(there: Served, seed: int, until: float, ended: Counter) -> None:
                 time.sleep(rng.random() * 0.2)
             ended["left"] += 1
             continue
-        connection = http.client.HTTPConnection("127.0.0.1", there.port, timeout=600)
+        connection = http.client.HTTPConnection("127.0.0.1", there.port, timeout=3600)
         connection.request("POST", "/v1/completions", body, headers)
         response = connection.getresponse()
         said = response.read()
@@ -71,7 +71,7 @@ def test_three_times_what_it_can_do(tmp_path: Path) -> None:
     seconds = 60 * float(os.environ.get("STAGEGRAPH_SOAK", "10"))
     ended: Counter = Counter()
     marks = []
-    for there in serve(engine, limits=apps.Limits(seconds=3600)):  # a busy machine may be slow
+    for there in serve(engine, limits=apps.Limits(sending=3600, seconds=3600)):  # a busy machine may be slow
         began = time.monotonic()
         count = 3 * (engine._session.max_batch + QUEUE)
         clients = [threading.Thread(target=client, args=(there, seed, began + seconds, ended)) for seed in range(count)]

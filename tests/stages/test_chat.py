@@ -11,19 +11,18 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from stages.cli import chat
 from stages.runtime import console, manifest, serving
-from stages.runtime.context import Context
 from stages.runtime.dialogue import Dialogue
 from stages.runtime.errors import RequestError
 from stages.runtime.generation import Generation
-from stages.runtime.sampling import Sampler
-from stages.runtime.session import Session
-from stages.runtime.tokenizer import BundleTokenizer
+from stages.runtime.server.answer import Options
+from stages.runtime.server.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,33 +39,32 @@ def piped(monkeypatch, data, *arguments):
     return console.run(parse(*arguments), out, err), out.getvalue(), err.getvalue()
 
 
-class Readable(Sampler):
-    """Picks the likeliest token of letters: the random model's bytes are seldom text, which is not read as it came."""
-
-    def __init__(self, tokenizer):
-        super().__init__(300)
-        self._letters = [i for i in range(300) if (tokenizer.piece(i) or b"").replace(b" ", b"").isalpha()]
-
-    def pick(self, logits, before=()):
-        return self._letters[int(logits[self._letters].argmax())]
+def readable(tokenizer):
+    """How to pick tokens of letters: the random model's bytes are seldom text, which is not read as it came."""
+    letters = [i for i in range(300) if (tokenizer.piece(i) or b"").replace(b" ", b"").isalpha()]
+    return Options(max_tokens=9, logit_bias=dict.fromkeys(letters, 100))
 
 
 def test_every_turn_reads_only_what_is_new_and_answers_as_if_all_was_read(recorded):
-    tokenizer = BundleTokenizer(recorded.bundle)
-    session = Session(manifest.read(recorded.bundle), sequences=2)
-    context, dialogue, sampler = Context(session), Dialogue(tokenizer, "Be brief."), Readable(tokenizer)
+    bundle = manifest.read(recorded.bundle)
+    engine, other = (Engine(bundle, sequences=1) for _ in range(2))
+    dialogue, options, page = Dialogue(engine.tokenizer, "Be brief."), readable(engine.tokenizer), 16
     held: list[int] = []
     for message in ("every morning", "and\nthen?", "<|im_end|>"):
-        generation = Generation(dialogue.prompt(message), 9)
+        generation = Generation(dialogue.prompt(message), options)
         assert generation.prompt[: len(held)] == held
-        text = "".join(generation.text(context, tokenizer, sampler))
-        assert generation.prefilled <= len(generation.prompt) - len(held) + 1  # the last id was picked and not read
-        alone, other = Context(session), Generation(generation.prompt, 9)
-        assert "".join(other.text(alone, tokenizer, sampler)) == text
-        alone.close()
+        text = "".join(generation.text(engine))
+        assert generation.prefilled <= len(generation.prompt) - len(held) + page  # whole pages are kept
+        while (sequence := other.scheduler.prefixes.oldest()) is not None:
+            other.scheduler._forget(sequence)
+        alone = Generation(generation.prompt, options)
+        assert "".join(alone.text(other)) == text
+        assert alone.prefilled == len(generation.prompt)
         dialogue.add(message, generation)
         held = [*generation.prompt, *generation.ids]
     assert [message["role"] for message in dialogue.messages] == ["system", *["user", "assistant"] * 3]
+    engine.close()
+    other.close()
 
 
 class Spelling:
@@ -168,30 +166,41 @@ class Interrupting(io.StringIO):
         return super().write(text)
 
 
-def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(recorded):
-    args = parse(recorded.bundle, "--temperature", 0, "--max-tokens", 100)
+@pytest.fixture
+def talking(recorded):
+    with ExitStack() as held:
+
+        def begin(out, err, *arguments):
+            args = parse(recorded.bundle, "--temperature", 0, *arguments)
+            served = serving.serve(args, chat=True)
+            engine = held.enter_context(served.engine())
+            return console.Console(served, engine, Dialogue(served.tokenizer), 0, out, err)
+
+        yield begin
+
+
+def test_an_interrupt_stops_the_answer_and_keeps_the_conversation(talking):
     out, err = Interrupting(), io.StringIO()
-    talk = console.Console(args, serving.serve(args, chat=True), out, err)
+    talk = talking(out, err, "--max-tokens", 100)
     assert talk.take("every morning")
     assert talk.interrupted
     assert "ended by interrupt" in err.getvalue()
     assert [m["content"] for m in talk._dialogue.messages][1:] == [out.getvalue()[:-1]]
     assert talk.take("go on")
     assert not talk.interrupted
-    assert talk._context.reused > 20
     assert len(talk._dialogue.messages) == 4
 
 
-def test_a_mistake_changes_nothing_of_the_conversation(recorded):
-    args = parse(recorded.bundle, "--temperature", 0, "--max-tokens", 5)
-    talk = console.Console(args, serving.serve(args, chat=True), io.StringIO(), io.StringIO())
+def test_a_mistake_changes_nothing_of_the_conversation(talking):
+    talk = talking(io.StringIO(), io.StringIO(), "--max-tokens", 5)
     talk.take("every morning")
     before = [dict(message) for message in talk._dialogue.messages]
     with pytest.raises(RequestError, match="the context holds"):
         talk.take("e" * 3000)
     assert talk._dialogue.messages == before
+    known = talk._engine.scheduler.cached_tokens
     assert talk.take("again")
-    assert talk._context.reused > 20
+    assert talk._engine.scheduler.cached_tokens - known > 15, "what was read before is known"
 
 
 def test_at_a_terminal_ctrl_c_clears_the_line_and_ctrl_d_leaves(recorded):

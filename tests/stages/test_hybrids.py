@@ -119,7 +119,7 @@ BUILDS = [
 
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
 def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, model_type: str, scheme: str) -> None:
-    """Both states go back over decoded tokens alone, and forks are refused: a state is of one place."""
+    """Both states go back over decoded tokens alone, in a sequence and in what is forked of it."""
     made = test_traced.built(tmp_path, model_type, scheme, kernels)
     test_traced.check(made)
     session = made.session(2)
@@ -131,5 +131,12 @@ def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, mod
     assert family_models.error(session.decode(sequence, 11), first) == 0
     with pytest.raises(RequestError, match="cannot take back 3 tokens"):
         session.popn(sequence, 3)
-    with pytest.raises(RequestError, match="cannot be shared"):
+    with pytest.raises(RequestError, match="cannot take back 3 tokens"):
         session.fork(sequence, 2)
+    second = session.decode(sequence, 12)
+    other = session.fork(sequence, 5)
+    assert families.error(session.decode(other, 13), session.decode(sequence, 13)) > 0, "one has read more"
+    session.popn(sequence, 2)
+    session.popn(other, 1)
+    assert families.error(session.decode(other, 12), second) == 0
+    assert families.error(session.decode(sequence, 12), second) == 0

@@ -10,10 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stages.runtime import load
-from stages.runtime.context import Context
 from stages.runtime.errors import BundleError, RequestError
-from stages.runtime.generation import Generation
-from stages.runtime.sampling import Sampler
+from tests.stages import bundles
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 
@@ -32,8 +30,7 @@ def wanted(recorded) -> str:
 
     bundle = manifest.read(recorded.bundle)
     tokenizer = BundleTokenizer(bundle.folder)
-    generation = Generation(tokenizer.chat(HELLO), 10)
-    return "".join(generation.text(Context(Session(bundle)), tokenizer, Sampler(tokenizer.active_vocab_size)))
+    return bundles.text_alone(Session(bundle), tokenizer, tokenizer.chat(HELLO), 10)
 
 
 def test_it_answers_as_the_commands_do(model, wanted) -> None:

@@ -123,6 +123,25 @@ def test_what_cannot_be_taken_back_is_said_and_harms_nothing(case):
     assert relative(session.decode(sequence, IDS[28]), found.ids[28]) <= found.tolerance
 
 
+def test_a_fork_goes_on_where_it_is_or_a_few_tokens_before(case):
+    found = case()
+    session = found.built.session(2)
+    first = session.add()
+    session.prefill(first, IDS[:30])
+    for token in IDS[30:36]:
+        session.decode(first, token)
+    child = session.fork(first, 33)
+    rows = [session.decode(first, IDS[36]), session.decode(child, IDS[33])]
+    session.popn(child, 4)
+    rows += [*session.batch_decode({first: IDS[37], child: IDS[30]})]
+    expected = found.ids[[36, 33, 37, 30]]
+    assert max(map(relative, rows, expected)) <= found.tolerance
+    session.remove(child)
+    with pytest.raises(RequestError, match="cannot take back 9 tokens: the state of this recurrent model"):
+        session.fork(first, 29)
+    assert relative(session.decode(session.fork(first, 38), IDS[38]), found.ids[38]) <= found.tolerance
+
+
 def test_the_length_trained_on_is_no_limit(case):
     found = case()
     session = found.built.session()

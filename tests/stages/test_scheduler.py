@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from stages.runtime.sampling import Sampler, Settings
+from stages.runtime.server.jobs import Job
 from stages.runtime.server.prefixes import Prefixes
-from stages.runtime.server.scheduler import Job, Scheduler
+from stages.runtime.server.scheduler import Scheduler
 
 VOCAB, PAGE, END = 97, 4, 0
 
@@ -32,13 +33,17 @@ def alone(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class Counting:
-    """Sequences with pages as TVM's cache has them: forks share whole pages, and a page that nobody has is free."""
+    """Sequences with pages as TVM's cache has them: forks share whole pages, and a page that nobody has is free.
 
-    prefill_chunk, verify_chunk = 32, 12
+    Without pages they are states of one place, as recurrent models have them: back over what was read one at a time.
+    """
+
+    prefill_chunk = 32
 
     def __init__(self, pages: int = 64, *, max_batch: int = 4, spare: int = 8, paged: bool = True) -> None:
-        self.pages, self.max_batch, self.spare = pages, max_batch, spare if paged else 0
-        self.page_size = PAGE if paged else None
+        self.pages, self.max_batch, self.spare = pages, max_batch, spare
+        self.page_size, self.verify_chunk = (PAGE, 12) if paged else (None, 0)
+        self.reaches: dict[int, int] = {}
         self.ids: dict[int, list[int]] = {}
         self.tables: dict[int, list[int]] = {}
         self.references = [0] * pages
@@ -52,12 +57,20 @@ class Counting:
     def add(self) -> int:
         number = next(n for n in range(10**6) if n not in self.ids)
         assert number < self.max_batch + self.spare, "more sequences than there is room for"
-        self.ids[number], self.tables[number] = [], []
+        self.ids[number], self.tables[number], self.reaches[number] = [], [], 0
         return number
 
+    def reach(self, sequence: int) -> int:
+        return self.reaches[sequence]
+
     def fork(self, sequence: int, length: int) -> int:
-        assert length % PAGE == 0, "a page would be copied"
+        back = len(self.ids[sequence]) - length
+        if self.page_size is None:
+            assert back <= self.reaches[sequence], "a state cannot go back so far"
+        else:
+            assert length % PAGE == 0, "a page would be copied"
         child = self.add()
+        self.reaches[child] = self.reaches[sequence] - back
         self.ids[child] = self.ids[sequence][:length]
         assert len(self.ids[child]) == length
         self.tables[child] = self.tables[sequence][: length // PAGE]
@@ -97,6 +110,7 @@ class Counting:
         for row, (sequence, ids) in zip(logits, requests.items(), strict=True):
             held = self.ids[sequence]
             held += ids
+            self.reaches[sequence] = min(self.reaches[sequence] + 1, 15) if len(ids) == 1 else 0
             while self.page_size and len(self.tables[sequence]) * PAGE < len(held):
                 page = self.references.index(0)  # ValueError: it was promised to too many
                 self.references[page] = 1
@@ -153,11 +167,13 @@ def test_jobs_answer_as_if_each_were_alone(paged: bool) -> None:
     assert scheduler.step() is False
 
 
+@pytest.mark.parametrize("paged", [True, False])
 @pytest.mark.parametrize("seed", range(6))
-def test_whatever_joins_leaves_and_shares(seed: int) -> None:
+def test_whatever_joins_leaves_and_shares(seed: int, paged: bool) -> None:
     """Prompts with common beginnings, calls off, and pages for only a few of them at a time."""
     rng = random.Random(seed)  # noqa: S311
-    model = Counting(pages=rng.choice([20, 26, 64]), max_batch=rng.choice([1, 3, 4]), spare=rng.choice([0, 2, 8]))
+    sizes = {"max_batch": rng.choice([1, 3, 4]), "spare": rng.choice([0, 2, 8]), "paged": paged}
+    model = Counting(pages=rng.choice([20, 26, 64]), **sizes)
     scheduler = Scheduler(model, chunk=rng.choice([5, 16, 32]))
     systems = [[rng.randrange(1, VOCAB) for _ in range(rng.randrange(4, 30))] for _ in range(3)]
     asked: list[Asked] = []
@@ -166,7 +182,7 @@ def test_whatever_joins_leaves_and_shares(seed: int) -> None:
         if len(asked) < 200 and rng.random() < 0.4:
             prompt = [*rng.choice(systems), *(rng.randrange(1, VOCAB) for _ in range(rng.randrange(1, 20)))]
             leader = asked[-1].job if asked and rng.random() < 0.2 else None
-            guessing = rng if rng.random() < 0.5 else None
+            guessing = rng if paged and rng.random() < 0.5 else None
             asked.append(Asked(prompt, rng.randrange(1, 80 - len(prompt)), leader, guessing))
             scheduler.submit(asked[-1].job)
         if asked and rng.random() < 0.05:
@@ -178,13 +194,15 @@ def test_whatever_joins_leaves_and_shares(seed: int) -> None:
         scheduler.step()
     assert all(each.right() for each in asked if each not in gone)
     assert len(gone) < 60
-    assert 0 < scheduler.accepted_tokens < scheduler.drafted_tokens
+    assert not paged or 0 < scheduler.accepted_tokens < scheduler.drafted_tokens
     assert scheduler.active == []
     assert model.ids.keys() == scheduler.prefixes._kept.keys()  # nothing is held that is not known
     while (sequence := scheduler.prefixes.oldest()) is not None:
         scheduler._forget(sequence)
-    assert model.free_pages == model.pages
-    assert scheduler.prefixes._root.children == {}
+    assert model.ids == {}
+    if paged:
+        assert model.free_pages == model.pages
+        assert scheduler.prefixes._root.children == {}
 
 
 def test_what_has_the_same_beginning_is_read_once() -> None:
@@ -215,6 +233,62 @@ def test_answers_to_one_prompt_wait_for_the_first_to_read_it() -> None:
     drained(scheduler)
     assert [each.job.cached for each in (first, *others)] == [0, 32, 32, 32]
     assert all(each.right() for each in (first, *others))
+
+
+def test_a_state_is_kept_where_those_that_follow_begin() -> None:
+    model = Counting(paged=False, spare=1)
+    scheduler = Scheduler(model, chunk=8)
+    first = Asked(range(1, 34), 40)
+    others = [Asked(range(1, 34), 40, first.job) for _ in range(5)]
+    for each in (first, *others):
+        scheduler.submit(each.job)
+    drained(scheduler)
+    assert all(each.right() for each in (first, *others))
+    assert [each.job.cached for each in (first, *others)][:4] == [0, 32, 32, 32], "rows for four at a time"
+    assert len(model.ids) == 1
+
+
+def test_a_state_goes_on_where_a_conversation_does_and_a_little_before() -> None:
+    model = Counting(paged=False, spare=2)
+    scheduler = Scheduler(model)
+
+    def ask(prompt: list[int], count: int) -> Asked:
+        each = Asked(prompt, count)
+        scheduler.submit(each.job)
+        drained(scheduler)
+        assert each.right()
+        return each
+
+    first = ask(list(range(1, 21)), 10)
+    said = [*first.prompt, *first.answer]
+    assert ask([*said, 3, 4], 4).job.cached == len(said) - 1, "the last was not read"
+    assert ask([*said[:25], 7, 8], 4).job.cached == 25
+    assert ask([*said[:12], 7, 8], 4).job.cached == 0, "the prompt was read at once"
+
+
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_a_prompt_is_scored_once_whatever_was_read_before(paged: bool, length: int) -> None:
+    """Also where the pages go in between."""
+    model = Counting(pages=20, paged=paged)
+    scheduler = Scheduler(model, chunk=16)
+    prompt = [1 + at % (VOCAB - 1) for at in range(length)]
+    heard: list[np.ndarray] = []
+    before = Asked(prompt, 3)
+    scheduler.submit(before.job)
+    drained(scheduler)
+    each, other = Asked(prompt, 5), Asked(range(1, 40), 30)
+    each.job.score = heard.extend
+    scheduler.submit(other.job)
+    scheduler.submit(each.job)
+    for _ in range(2):
+        scheduler.step()
+        if each.job in scheduler.active and not each.job.over and length == 40:
+            scheduler._preempt()
+    drained(scheduler)
+    assert each.right()
+    assert other.right()
+    assert [int(np.argmax(row)) for row in heard] == [following(prompt[: at + 1]) for at in range(length - 1)]
 
 
 def test_a_short_prompt_is_not_kept_by_a_long_one_and_decoding_goes_on() -> None:

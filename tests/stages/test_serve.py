@@ -26,8 +26,6 @@ import pytest
 
 from stages.runtime import manifest
 from stages.runtime.context import Context
-from stages.runtime.generation import Generation
-from stages.runtime.sampling import Sampler
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 
@@ -62,21 +60,14 @@ def served(engine) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def alone(recorded):
-    """What `generate` continues a prompt's ids with, greedily."""
+    """What a prompt's ids are continued with, greedily and by themselves."""
     return generating(manifest.read(recorded.bundle))
 
 
 def generating(bundle):
     session, tokenizer = Session(bundle), BundleTokenizer(bundle.folder)
 
-    def text(ids: list[int], count: int) -> str:
-        context = Context(session)
-        pieces = Generation(ids, count).text(context, tokenizer, Sampler(tokenizer.active_vocab_size))
-        found = "".join(pieces)
-        context.close()
-        return found
-
-    return text
+    return lambda ids, count: bundles.text_alone(session, tokenizer, ids, count)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +142,30 @@ def test_several_prompts_stop_strings_and_echo(served, alone) -> None:
     assert answer.choices[0].text == TEXT + text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[1].text.startswith(served.engine.tokenizer.decode([5, 6, 7]))
+
+
+def test_a_prompt_is_echoed_with_what_the_model_made_of_it(served, logits) -> None:
+    """As programs that compare answers ask: no token is made, and every token of the prompt has its logarithm."""
+    ids = served.engine.tokenizer.prompt(TEXT)
+    request = {"model": "tiny", "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 3, "n": 2}
+    answer = served.client.completions.create(**request)
+    wanted = [logits(ids[: at + 1]) for at in range(len(ids) - 1)]
+    wanted = [row - np.log(np.exp(row).sum()) for row in wanted]
+    for choice in answer.choices:
+        found = choice.logprobs
+        assert (choice.text, choice.finish_reason) == (TEXT, "length")
+        assert "".join(found.tokens) == TEXT
+        assert found.text_offset == [len("".join(found.tokens[:at])) for at in range(len(ids))]
+        assert (found.token_logprobs[0], found.top_logprobs[0]) == (None, None)
+        right = [row[token] for row, token in zip(wanted, ids[1:], strict=True)]
+        assert found.token_logprobs[1:] == pytest.approx(right, abs=1e-4)
+        best = [max(top.values()) for top in found.top_logprobs[1:]]
+        assert best == pytest.approx([row.max() for row in wanted], abs=1e-4)
+    assert answer.usage.completion_tokens == 0
+    chunks = served.client.completions.create(**{**request, "max_tokens": 2, "temperature": 0}, stream=True)
+    told = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == 1]
+    assert "".join(choice.text for choice in told).startswith(TEXT)
+    assert sum(len(choice.logprobs.tokens) for choice in told if choice.logprobs) == len(ids) + 2
 
 
 def test_penalties_and_biases_change_what_is_picked(served, logits) -> None:

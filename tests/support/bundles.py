@@ -19,6 +19,7 @@ from stages.packing import assemble
 from stages.param_register import ParamRegister
 from stages.quantize import Quantize
 from stages.runtime import seal
+from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import live
@@ -159,6 +160,22 @@ def record(built: Built) -> None:
         "cases": [case],
     }
     (built.checkpoint / "reference" / "reference.json").write_text(json.dumps(document))
+
+
+def text_alone(session: Session, tokenizer: BundleTokenizer, ids: list[int], count: int) -> str:
+    """Continue ids greedily, token by token, with nothing but a session: what every other way must say."""
+    sequence, stream = session.add(), tokenizer.stream(ids)
+    logits, text = session.prefill(sequence, ids), ""
+    for left in reversed(range(count)):
+        token = int(logits[: tokenizer.active_vocab_size].argmax())
+        if token in tokenizer.stop:
+            break
+        text += stream.step(token)
+        if not left or session.full(sequence):
+            break
+        logits = session.decode(sequence, token)
+    session.remove(sequence)
+    return text + stream.finish()
 
 
 def write_array(path: Path, name: str, array: np.ndarray) -> None:

@@ -14,7 +14,10 @@ import openai
 import uvicorn
 
 from stages.runtime.server import app as apps
+from stages.runtime.server import protocol
 from stages.runtime.server.engine import Engine
+
+CONNECTIONS, SENDING = 60, 2
 
 
 @dataclasses.dataclass
@@ -38,6 +41,12 @@ class Served:
         response = connection.getresponse()
         return response.status, response.read().decode()
 
+    def metrics(self, name: str, **labels: str) -> float:
+        """The value of a metric; 0 where it was never counted."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(f"stagegraph_{name}{{")]
+        return sum(float(line.split()[-1]) for line in lines if all(label in line for label in wanted))
+
 
 class Lines(list):
     def write(self, line: str) -> None:
@@ -49,10 +58,12 @@ class Lines(list):
 
 def serve(engine: Engine, **options) -> Iterator[Served]:
     log = Lines()
-    options = {"limits": apps.Limits(body=1 << 16, sending=2, seconds=120), "log": log, **options}
-    config = uvicorn.Config(apps.create({"tiny": engine}, **options), log_level="warning", access_log=False)
+    options = {"limits": apps.Limits(body=1 << 16, sending=SENDING, seconds=120), "log": log, **options}
+    http = protocol.protocol(CONNECTIONS, options["limits"].sending)
+    config = uvicorn.Config(apps.create({"tiny": engine}, **options), log_level="error", access_log=False, http=http)
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # so that who does not read is soon noticed
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     port = listening.getsockname()[1]
@@ -66,9 +77,9 @@ def serve(engine: Engine, **options) -> Iterator[Served]:
 
 
 def idle(engine: Engine) -> bool:
-    """Wait until nothing is being answered; False if that never happens."""
-    for _ in range(2000):
-        if not engine.scheduler.active and not engine.waiting:
-            return True
+    """Wait until nothing is being answered; False if that cannot be any more."""
+    while engine.scheduler.active or engine.waiting:
+        if not engine.alive:
+            return False
         time.sleep(0.01)
-    return False
+    return True

@@ -34,6 +34,7 @@ class Options:
     ``frequency_penalty`` is taken from the logit of an id for each time that it was generated, ``presence_penalty``
     once; ``logit_bias`` is added. ``logprobs`` asks for the log probability of every id and of so many likeliest
     beside it; the model's own, before any of these settings. ``speculate`` is how many ids are guessed at once.
+    With ``echo`` the text begins with the prompt's, and ``max_tokens`` may be 0.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -45,30 +46,64 @@ class Options:
     logprobs: int | None = None
     speculate: int = 0
     specials: bool = False  # whether special tokens are part of the text
+    echo: bool = False
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One id with its log probability, and the likeliest ids in its place with theirs."""
+    """One id with its log probability, and the likeliest ids in its place with theirs; None where nothing is before."""
 
     token: int
-    logprob: float
+    logprob: float | None
     top: Sequence[tuple[int, float]]
+
+
+def chosen(logits: np.ndarray, token: int, count: int) -> Chosen:
+    """Return an id with its log probability by ``logits``, those of ids that have a token; ``count`` beside it."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max()
+    logits -= np.log(np.exp(logits).sum())
+    count = min(count, len(logits))
+    top = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, int)
+    top = top[np.argsort(-logits[top], kind="stable")]
+    return Chosen(token, float(logits[token]), [(int(other), float(logits[other])) for other in top])
+
+
+class Scored:
+    """What the model made of a prompt's ids: each with its log probability, as far as it was read."""
+
+    def __init__(self, ids: Sequence[int], active: int, count: int) -> None:
+        self._ids, self._active, self._count = ids, active, count
+        self.chosen = [Chosen(ids[0], None, ())]
+
+    def hear(self, rows: Sequence[np.ndarray]) -> None:
+        """Take the logits after the next ids."""
+        for logits in rows:
+            self.chosen.append(chosen(logits[: self._active], self._ids[len(self.chosen)], self._count))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some more text, which may be none, and the ids that came with it, if log probabilities were asked for."""
+    """Some more text, which may be none, and the id that it came with: None at the end, and for what is echoed.
+
+    ``chosen`` is that id with its log probability, or one that is echoed, if they were asked for.
+    """
 
     text: str
     chosen: Sequence[Chosen] = ()
+    token: int | None = None
 
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer: ``"stop"`` (the model's, or a stop string), or ``"length"``."""
+    """The end of an answer, and the id by which the model ended it.
+
+    ``finish`` is ``"stop"`` (the model ended it), ``"stop string"`` (one came), ``"length"`` (it has all the tokens
+    that it may have) or ``"context"`` (which is full).
+    """
 
     finish: str
+    token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +119,8 @@ Event = Piece | End | Failure
 class Answer:
     """Continues ``ids``, which whoever reads them adds to; ``deliver`` hears of everything.
 
-    ``room`` is the most ids there can be in all, None for any number.
+    ``room`` is the most ids that can be read, None for any number. ``scored`` has the log probabilities of the
+    prompt once it was read, where they are echoed.
     """
 
     def __init__(
@@ -99,15 +135,18 @@ class Answer:
         deliver: Callable[[Event], None],
         mask: Mask | None = None,
         draft: Callable[[], Draft] | None = None,
+        scored: Scored | None = None,
     ) -> None:
         self._tokenizer, self._options, self._deliver, self._mask = tokenizer, options, deliver, mask
         self.ids = list(ids)
         self._active = min(vocab_size, tokenizer.active_vocab_size)
         self._sampler = Sampler(self._active, options.settings, seed=seed)
         self._room = room
-        self._stream = tokenizer.stream(self.ids)
-        self._stream.stop_at(options.stops)
+        self._stream = tokenizer.stream(() if options.echo else self.ids)
+        self._scored, self._begun = scored, False
         self._counts: Counter[int] = Counter()
+        self._biased = np.array([*options.logit_bias], np.int64)
+        self._biases = np.array([*options.logit_bias.values()], np.float32)
         self.generated = 0
         self._begin_draft = draft
         self._draft: Draft | None = None
@@ -116,7 +155,7 @@ class Answer:
         """Return ids that may be taken next, of which the last is not the answer's last; at most so many."""
         most = min(most, self._options.speculate, self._options.max_tokens - self.generated - 1)
         if self._room is not None:
-            most = min(most, self._room - len(self.ids) - 1)
+            most = min(most, self._room - len(self.ids))
         if most < 1 or self._begin_draft is None:
             return ()
         if self._draft is None:
@@ -141,10 +180,16 @@ class Answer:
         self._deliver(Failure(error))
 
     def _take(self, logits: np.ndarray) -> int | None:
+        if not self._begun:
+            self._begin()
+            if self._options.max_tokens == 0:
+                self._end("length")
+                return None
         token = self._sampler.pick(self._adjusted(logits), self.ids)
-        chosen = () if self._options.logprobs is None else (self._chosen(logits, token),)
+        count = self._options.logprobs
+        told = () if count is None else (chosen(logits[: self._active], token, count),)
         if token in self._tokenizer.stop:
-            self._end("stop")
+            self._end("stop", token)
             return None
         self.generated += 1
         self._counts[token] += 1
@@ -152,39 +197,48 @@ class Answer:
             self._mask.accept(token)
         shown = self._options.specials and self._tokenizer.is_special(token)
         text = self._stream.add(self._tokenizer.piece(token) or b"") if shown else self._stream.step(token)
-        self._deliver(Piece(text, chosen))
-        full = self.generated == self._options.max_tokens or len(self.ids) + 1 == self._room
-        if full or self._stream.stopped is not None:
-            self._end("length" if self._stream.stopped is None else "stop")
-            return None
-        return token
+        self._deliver(Piece(text, told, token))
+        finish = self._finish()
+        if finish:
+            self._end(finish)
+        return None if finish else token
 
-    def _end(self, finish: str) -> None:
+    def _finish(self) -> str:
+        """Return why it ends before the model ends it, nothing where it goes on."""
+        if self._stream.stopped is not None:
+            return "stop string"
+        if self.generated == self._options.max_tokens:
+            return "length"
+        return "context" if len(self.ids) == self._room else ""
+
+    def _begin(self) -> None:
+        """Say what the prompt says, where it is echoed; no stop string is looked for in it."""
+        self._begun = True
+        if self._scored is not None:
+            for each in self._scored.chosen:
+                self._deliver(Piece(self._stream.step(each.token), (each,)))
+        elif self._options.echo:
+            self._deliver(Piece("".join(map(self._stream.step, self.ids))))
+        self._stream.stop_at(self._options.stops)
+
+    def _end(self, finish: str, token: int | None = None) -> None:
         if text := self._stream.finish():
             self._deliver(Piece(text))
-        self._deliver(End(finish))
+        self._deliver(End(finish, token))
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
         """Return the logits with what the options add and take away: changed in place where nobody asks for them."""
         options = self._options
-        counted = self._counts if options.frequency_penalty or options.presence_penalty else {}
-        if not counted and not options.logit_bias and self._mask is None:
+        penalised = bool(self._counts) and bool(options.frequency_penalty or options.presence_penalty)
+        if not penalised and not options.logit_bias and self._mask is None:
             return logits
         if options.logprobs is not None:
             logits = logits.copy()
-        for token, count in counted.items():
-            logits[token] -= options.frequency_penalty * count + options.presence_penalty
-        for token, bias in options.logit_bias.items():
-            logits[token] += bias
+        if penalised:
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[[*self._counts]] -= options.frequency_penalty * counts + options.presence_penalty
+        if options.logit_bias:
+            logits[self._biased] += self._biases
         if self._mask is not None:
             logits[: self._active][~self._mask.allowed()[: self._active]] = -np.inf
         return logits
-
-    def _chosen(self, logits: np.ndarray, token: int) -> Chosen:
-        logits = logits[: self._active].astype(np.float64)
-        logits -= logits.max()
-        logits -= np.log(np.exp(logits).sum())
-        count = min(self._options.logprobs or 0, self._active)
-        top = np.argpartition(-logits, count - 1)[:count] if count else np.empty(0, int)
-        top = top[np.argsort(-logits[top], kind="stable")]
-        return Chosen(token, float(logits[token]), [(int(other), float(logits[other])) for other in top])

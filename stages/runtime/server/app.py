@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
@@ -18,6 +17,7 @@ from starlette.routing import Route
 from stages.runtime.server import card, metrics, page, requests, responses
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.exchange import Exchange
+from stages.runtime.server.fields import parsed
 from stages.runtime.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -106,11 +106,10 @@ class _Api:
         )
 
     async def text(self, request: Request) -> Response:
-        def form(name: str, engine: Engine, wanted: Wanted) -> responses.Form:
-            echo = [said for said in wanted.echo for _ in wanted.seeds]
-            return responses.Text(name, engine.tokenizer, echo)
-
-        return await self._answered(request, await self._body(request), requests.text, form)
+        body = await self._body(request)
+        return await self._answered(
+            request, body, requests.text, lambda name, engine, _: responses.Text(name, engine.tokenizer)
+        )
 
     async def _answered(
         self,
@@ -188,9 +187,9 @@ class _Api:
         if max(size, len(data)) > self._limits.body:
             raise ApiError(f"the body has more than {self._limits.body:,} bytes", status=413)
         try:
-            return json.loads(data)
-        except (ValueError, RecursionError):
-            raise ApiError("the body is not JSON") from None
+            return parsed(bytes(data))
+        except ValueError as error:
+            raise ApiError(f"the body {error}") from None
 
 
 class _Events(StreamingResponse):

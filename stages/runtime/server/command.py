@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     try:
         import uvicorn
 
-        from stages.runtime.server import app
+        from stages.runtime.server import app, protocol
     except ImportError as error:
         raise RequestError(f"serving needs starlette and uvicorn ({error}): {INSTALL}") from None
     key = _key(args)
@@ -69,7 +69,8 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=16 * (args.queue + 16),
+        http=protocol.protocol(16 * (args.queue + 16), limits.sending),
+        ws="none",
         timeout_graceful_shutdown=args.grace,
     )
     server = uvicorn.Server(config)

@@ -39,11 +39,14 @@ class ChatLogprobs(TypedDict):
 
 
 class TextLogprobs(TypedDict):
-    """The log probabilities of a text's tokens, in columns of one length; ``text_offset`` counts characters."""
+    """The log probabilities of a text's tokens, in columns of one length; ``text_offset`` counts characters.
+
+    That of a text's first token is None.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[Mapping[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[Mapping[str, float] | None]
     text_offset: list[int]
 
 

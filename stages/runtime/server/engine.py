@@ -7,10 +7,11 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
-from stages.runtime.server.answer import Answer, Options
+from stages.runtime.server.answer import Answer, Options, Scored
 from stages.runtime.server.drafts import Drafter, Lookup
 from stages.runtime.server.grammar import Grammars
-from stages.runtime.server.scheduler import Job, Scheduler
+from stages.runtime.server.jobs import Job
+from stages.runtime.server.scheduler import CHUNK, Scheduler
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from stages.runtime.manifest import Manifest
     from stages.runtime.server.answer import Event, Mask
 
-SPARE = 256  # sequences kept for prompts that begin alike, at most
+SPARE = 256  # sequences kept for prompts that begin alike, at most; they share pages
 
 
 class BusyError(Exception):
@@ -49,15 +50,17 @@ class Engine:
         queue: int = 64,
         speculate: int = 0,
         draft: Manifest | None = None,
+        tokenizer: BundleTokenizer | None = None,
     ) -> None:
         self.manifest, self.name = bundle, bundle.name
-        self.tokenizer = BundleTokenizer(bundle.folder)
+        self.tokenizer = tokenizer or BundleTokenizer(bundle.folder)
         self.grammars = Grammars(self.tokenizer)
         window, paged = bundle.model["context_window"], bundle.model.get("state", "kv") == "kv"
         if tokens is not None and tokens < window:
             raise RequestError(f"a cache of {tokens:,} tokens does not hold one context of {window:,}")
         rows = bundle.model["max_batch"] if sequences is None else sequences
-        self._session = Session(bundle, sequences=rows, spare=SPARE if paged else 0, tokens=tokens if paged else None)
+        spare = SPARE if paged else -(-rows // 2)  # a recurrent model's states take memory each
+        self._session = Session(bundle, sequences=rows, spare=spare, tokens=tokens if paged else None)
         self._session.max_batch = rows
         self.limit = self._session.limit  # the most tokens of one sequence
         self.vocab_size = self._session.vocab_size
@@ -66,7 +69,9 @@ class Engine:
             raise RequestError(f"{bundle.root}: a recurrent model cannot take guesses back (--speculate)")
         self.speculate = speculate
         self._begin_draft = Lookup if draft is None else Drafter(draft, self.tokenizer.active_vocab_size).begin
-        self.scheduler = Scheduler(self._session)
+        # A GPU reads thousands of tokens in the time of tens.
+        chunk = CHUNK if bundle.device == "cpu" else self._session.prefill_chunk
+        self.scheduler = Scheduler(self._session, chunk=chunk)
         self.pages = self.free_pages = self._session.free_pages  # in all, and those that nothing holds
         self._queue = queue
         self._inbox: deque[tuple[str, Job]] = deque()
@@ -98,7 +103,7 @@ class Engine:
 
         :class:`RequestError` for a prompt that has no room, :class:`BusyError` where too many wait already.
         """
-        if self.limit is not None and len(prompt) >= self.limit:
+        if self.limit is not None and len(prompt) > self.limit:
             raise RequestError(
                 f"the context holds {self.limit:,} tokens and the prompt has {len(prompt):,}: shorten it, or build "
                 "the bundle with a larger context_window"
@@ -109,6 +114,9 @@ class Engine:
         if wrong is not None:
             raise RequestError(f"token id {wrong} is outside the vocabulary of {self.vocab_size:,}")
         made: list[tuple[Job, Answer]] = []
+        scored = None
+        if options.echo and options.logprobs is not None:
+            scored = Scored(prompt, min(self.vocab_size, self.tokenizer.active_vocab_size), options.logprobs)
         for index, seed in enumerate(seeds):
             answer = Answer(
                 self.tokenizer,
@@ -120,9 +128,14 @@ class Engine:
                 deliver=_bound(deliver, index),
                 mask=masks(),
                 draft=self._begin_draft if options.speculate else None,
+                scored=scored,
             )
-            leader = made[0][0] if made else None
-            made.append((Job(answer.ids, answer.take, leader, answer.draft if options.speculate else None), answer))
+            job = Job(answer.ids, answer.take, draft=answer.draft if options.speculate else None)
+            if made:
+                job.leader = made[0][0]
+            elif scored is not None:
+                job.score = scored.hear  # of the first: the others wait until it has read the prompt
+            made.append((job, answer))
         with self._changed:
             if self._closing or not self.alive:
                 raise ClosingError

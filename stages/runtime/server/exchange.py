@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from stages.runtime.server.answer import Answer
     from stages.runtime.server.documents import Choice, Completion, Refusal, Usage
     from stages.runtime.server.engine import Engine
+    from stages.runtime.server.jobs import Job
     from stages.runtime.server.requests import Wanted
     from stages.runtime.server.responses import Form
-    from stages.runtime.server.scheduler import Job
+
+# What the API calls the ways in which an answer ends.
+_FINISHES = {"stop": "stop", "stop string": "stop", "length": "length", "context": "length"}
 
 
 class Exchange:
@@ -75,7 +78,7 @@ class Exchange:
             if isinstance(event, Piece):
                 pieces[index].append(event)
             else:
-                finishes[index] = event.finish
+                finishes[index] = _FINISHES[event.finish]
         choices: list[Choice] = [
             {"index": at, **self._form.choice(at, said, finish)}
             for at, (said, finish) in enumerate(zip(pieces, finishes, strict=True))
@@ -90,7 +93,7 @@ class Exchange:
                     yield self._chunk(at, opening)
             async for index, event in self._all():
                 if isinstance(event, End):
-                    yield self._chunk(index, self._form.closing(index, event.finish))
+                    yield self._chunk(index, self._form.closing(index, _FINISHES[event.finish]))
                 elif (delta := self._form.delta(index, event)) is not None:
                     yield self._chunk(index, delta)
             if self._wanted.include_usage:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from stages.runtime.server.errors import ApiError
@@ -11,7 +13,31 @@ if TYPE_CHECKING:
 
     from stages.runtime.documents import JsonObject
 
+DEEPEST = 100  # lists and objects in one another
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD]")
 _NAMES: dict[Any, str] = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+
+
+def parsed(data: bytes) -> Any:
+    """Return the document of JSON; :class:`ValueError` says what is wrong with one that is none.
+
+    Nor is one that not all that comes after could hold: text with half a character, or too many parts in one another.
+    """
+    try:
+        document = json.loads(data.decode())  # which json does not do as strictly
+        if _ESCAPED_SURROGATE.search(data):
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds text with lone surrogates") from None
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    level = [document]
+    for _ in range(DEEPEST + 1):
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return document
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+    raise ValueError(f"has more than {DEEPEST} lists and objects in one another")
 
 
 class Fields:
@@ -53,7 +79,7 @@ class Fields:
         value = self._given[name]
         if not isinstance(value, kind):
             raise self.wrong(name, _NAMES[kind])
-        return _text(self, name, value) if isinstance(value, str) else value
+        return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         """Return a number of a range, its ends included."""
@@ -77,15 +103,7 @@ class Fields:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or len(values) > most or not all(isinstance(v, str) and v for v in values):
             raise self.wrong(name, f"a string, or a list of at most {most}, none of them empty")
-        return [_text(self, name, text) for text in values]
-
-
-def _text(fields: Fields, name: str, value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise fields.wrong(name, "text without lone surrogates") from None
-    return value
+        return values
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from stages.runtime.documents import JsonObject
     from stages.runtime.server.answer import Mask
-    from stages.runtime.server.scheduler import Job
+    from stages.runtime.server.jobs import Job
 
 
 class Asked(TypedDict, total=False):
@@ -49,7 +49,7 @@ class Asked(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer: its text, and why it ended: ``"stop"`` or ``"length"``.
+    """A whole answer: its text, and why it ended: ``"stop"``, ``"stop string"``, ``"length"`` or ``"context"``.
 
     Of ``prompt_tokens`` so many as ``cached_tokens`` were held already; ``generated_tokens`` were made.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from stages.runtime.sampling import Settings, of_checkpoint
 from stages.runtime.server import drafts, tools
 from stages.runtime.server.answer import Options
 from stages.runtime.server.errors import ApiError
-from stages.runtime.server.fields import Fields
+from stages.runtime.server.fields import DEEPEST, Fields, parsed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,8 +46,7 @@ _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", 
 class Wanted:
     """A request: the ids of its prompts, each with as many answers as there are ``seeds``.
 
-    ``echo`` are the prompts' texts, which go before the answers; ``masks`` makes what each answer has to fit, None for
-    anything; ``tools`` are the functions that it may call.
+    ``masks`` makes what each answer has to fit, None for anything; ``tools`` are the functions that it may call.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -56,7 +54,6 @@ class Wanted:
     seeds: Sequence[int]
     stream: bool
     include_usage: bool
-    echo: Sequence[str] = ()
     masks: Callable[[], Mask | None] = lambda: None
     tools: Tools | None = None
 
@@ -111,12 +108,11 @@ def text(body: Any, engine: Engine) -> Wanted:
         raise ApiError("best_of is not supported beyond n", param="best_of")
     logprobs = fields.integer("logprobs", None, 0, 20)
     echo = fields.take("echo", bool, default=False)
-    if echo and logprobs is not None:
-        raise ApiError("echo together with logprobs is not supported", param="echo")
     prompts = [_ids(fields, prompt, engine) for prompt in _prompts(fields)]
-    limit = fields.integer("max_tokens", 16, 1, _LARGEST) or 16
-    said = [engine.tokenizer.decode(prompt) for prompt in prompts] if echo else ()
-    return _wanted(fields, engine, prompts, limit, logprobs, said)
+    limit = fields.integer("max_tokens", 16, 0 if echo else 1, _LARGEST)
+    assert limit is not None
+    found = _wanted(fields, engine, prompts, limit, logprobs)
+    return replace(found, options=replace(found.options, echo=echo))
 
 
 def _wanted(
@@ -125,7 +121,6 @@ def _wanted(
     prompts: Sequence[Sequence[int]],
     limit: int,
     logprobs: int | None,
-    echo: Sequence[str] = (),
 ) -> Wanted:
     count = fields.integer("n", 1, 1, MOST_ANSWERS) or 1
     if count * len(prompts) > MOST_ANSWERS:
@@ -159,7 +154,6 @@ def _wanted(
         seeds=[first + (at << 64) for at in range(count)],
         stream=streaming,
         include_usage=stream_options.take("include_usage", bool, default=False),
-        echo=echo,
     )
 
 
@@ -243,11 +237,11 @@ def _call(call: Any, where: str) -> JsonObject:
     function = Fields(fields.raw("function"), {"name", "arguments"}, where=fields.path("function"))
     arguments = function.take("arguments", str, "{}")
     try:
-        parsed = json.loads(arguments or "{}")
+        given = parsed((arguments or "{}").encode())
     except ValueError:
-        raise function.wrong("arguments", "JSON") from None
+        raise function.wrong("arguments", f"JSON of at most {DEEPEST} lists and objects in one another") from None
     return {
         "id": fields.take("id", str, ""),
         "type": "function",
-        "function": {"name": function.take("name", str, ""), "arguments": parsed},
+        "function": {"name": function.take("name", str, ""), "arguments": given},
     }

@@ -122,6 +122,7 @@ class Chat(_Answers):
         return {"content": [self._logprob(each) for each in chosen], "refusal": None} if chosen else None
 
     def _logprob(self, chosen: Chosen) -> TokenLogprob:
+        assert chosen.logprob is not None, "something is before every token of a message"
         top = [self._entry(token, logprob) for token, logprob in chosen.top]
         return {**self._entry(chosen.token, chosen.logprob), "top_logprobs": top}
 
@@ -130,13 +131,12 @@ class Chat(_Answers):
 
 
 class Text(_Answers):
-    """/v1/completions; ``echo`` are texts that go before the choices, as many for each as there are ``answers``."""
+    """/v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: BundleTokenizer, echo: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, tokenizer: BundleTokenizer) -> None:
         super().__init__(model, tokenizer)
-        self._echo = echo
         self._lengths: dict[int, int] = {}  # of the text of each choice so far
 
     def opening(self) -> Choice | None:
@@ -145,31 +145,30 @@ class Text(_Answers):
 
     def delta(self, index: int, piece: Piece) -> Choice | None:
         """Return what one more piece adds to a choice, None for nothing."""
-        begun = self._lengths.get(index)
-        if not piece.text and not piece.chosen and (begun is not None or not self._echo):
+        if not piece.text and not piece.chosen:
             return None
-        offset = 0 if begun is None else begun
-        text = (self._echo[index] if self._echo and begun is None else "") + piece.text
-        self._lengths[index] = offset + len(text)
-        return {"text": text, "logprobs": self._logprobs([piece], offset)}
+        offset = self._lengths.get(index, 0)
+        self._lengths[index] = offset + len(piece.text)
+        return {"text": piece.text, "logprobs": self._logprobs([piece], offset)}
 
     def closing(self, index: int, finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return what a choice's stream ends with, and why."""
         return {"text": "", "logprobs": None, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:
+    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return a whole choice, and why it ended."""
-        text = (self._echo[index] if self._echo else "") + "".join(piece.text for piece in pieces)
+        text = "".join(piece.text for piece in pieces)
         return {"text": text, "logprobs": self._logprobs(pieces, 0), "finish_reason": finish}
 
     def _logprobs(self, pieces: Sequence[Piece], offset: int) -> TextLogprobs | None:
         found: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             for each in piece.chosen:
-                likeliest = {self._text_of(token): logprob for token, logprob in each.top}
-                found["tokens"].append(self._text_of(each.token))
-                found["token_logprobs"].append(each.logprob)
-                found["top_logprobs"].append({**likeliest, self._text_of(each.token): each.logprob})
+                token, logprob = self._text_of(each.token), each.logprob
+                likeliest = {self._text_of(other): of_other for other, of_other in each.top}
+                found["tokens"].append(token)
+                found["token_logprobs"].append(logprob)
+                found["top_logprobs"].append(None if logprob is None else {**likeliest, token: logprob})
                 found["text_offset"].append(offset)
             offset += len(piece.text)
         return found if found["tokens"] else None

@@ -8,99 +8,21 @@ knows of threads, sockets, text or time: whoever drives it calls :meth:`Schedule
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stages.runtime.server.prefixes import Prefixes
+from stages.runtime.server.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
+    from stages.runtime.server.jobs import Job, Model
+
 CHUNK = 64  # tokens of prompts in one step, which decoding and a prompt that has just come wait for
-
-
-class Model(Protocol):
-    """What the scheduler needs of a loaded bundle; :class:`stages.runtime.session.Session` is one.
-
-    ``page_size`` is None where a sequence takes the same room whatever its length, and cannot be forked.
-    """
-
-    max_batch: int
-    prefill_chunk: int
-    verify_chunk: int
-
-    @property
-    def page_size(self) -> int | None:
-        """Tokens of a page."""
-
-    @property
-    def spare(self) -> int:
-        """How many sequences may be held beside those that are read."""
-
-    @property
-    def free_pages(self) -> int:
-        """How many pages no sequence has."""
-
-    def add(self) -> int:
-        """Start an empty sequence."""
-
-    def fork(self, sequence: int, length: int) -> int:
-        """Start a sequence with the first tokens of another."""
-
-    def remove(self, sequence: int) -> None:
-        """Forget a sequence."""
-
-    def batch_prefill(self, requests: Mapping[int, Sequence[int]]) -> np.ndarray:
-        """Read several tokens of each sequence; the logits [b, V] after them."""
-
-    def batch_decode(self, tokens: Mapping[int, int]) -> np.ndarray:
-        """Read one token of each sequence; the logits [b, V] after them."""
-
-    def batch_verify(self, requests: Mapping[int, Sequence[int]]) -> Sequence[np.ndarray]:
-        """Read several tokens of each sequence, ``verify_chunk`` in all at most; the logits [n, V] after each."""
-
-    def popn(self, sequence: int, count: int) -> None:
-        """Take the last tokens of a sequence back."""
-
-
-@dataclass(eq=False)
-class Job:
-    """One text to continue: ``ids``, which what is picked is added to.
-
-    ``take`` is given the logits after the ids and returns the next id, or None where the text is over. A job whose
-    ``leader`` has the same prompt waits until that was read. ``draft`` guesses what is picked next, at most so many
-    ids; ``drafted`` and ``accepted`` count its guesses and those that were right. ``cached`` is how many ids were not
-    read when it first began, because another sequence held them.
-    """
-
-    ids: list[int]
-    take: Callable[[np.ndarray], int | None]
-    leader: Job | None = None
-    draft: Callable[[int], Sequence[int]] | None = None
-    cached: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    sequence: int | None = field(default=None, init=False)
-    read: int = field(default=0, init=False)  # how many of the ids its sequence holds
-    prompt: int = field(init=False)
-    begun: bool = field(default=False, init=False)
-    over: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.prompt = len(self.ids)
-
-    @property
-    def pending(self) -> int:
-        """How many of its ids are still to be read."""
-        return len(self.ids) - self.read
-
-    @property
-    def follows(self) -> bool:
-        """Whether it waits for its leader."""
-        return self.leader is not None and not self.leader.over and self.leader.read < self.leader.prompt
 
 
 class Scheduler:
@@ -116,7 +38,8 @@ class Scheduler:
         self._passed: Job | None = None  # whose prompt came first, and was not read in the last step
         self.waiting: deque[Job] = deque()
         self.active: list[Job] = []
-        self.prefixes = Prefixes(model.page_size)
+        self._stateful = model.page_size is None
+        self.prefixes: Prefixes | Snapshots = Snapshots(model.reach) if self._stateful else Prefixes(model.page_size)
         self.prompt_tokens = self.cached_tokens = self.generated_tokens = self.preemptions = self.steps = 0
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -141,11 +64,16 @@ class Scheduler:
             return False
         self.steps += 1
         ready = [job for job in self.active if job.pending == 1]
+        for job in ready:
+            if self._leads(job) and 0 < job.read < job.prompt:
+                self._share(job)
         if drafts := self._drafts(ready):
             self._verify(ready, drafts)
         else:
             self._read([(job, 1) for job in ready], self._decode)
-        self._read(self._shares(), self._model.batch_prefill)
+        shares = self._shares()
+        scoring = bool(shares) and shares[0][0].scores
+        self._read(shares, functools.partial(self._score, shares[0][0]) if scoring else self._model.batch_prefill)
         return True
 
     # Who is read
@@ -170,7 +98,7 @@ class Scheduler:
 
     def _begin(self, job: Job) -> None:
         """Give a job a sequence, with as many of its ids as another one holds; the last must be read for its logits."""
-        held, length = self.prefixes.longest(job.ids[:-1])
+        held, length = (None, 0) if job.scores else self.prefixes.longest(job.ids[:-1])
         if held is None:
             job.sequence, job.read = self._model.add(), 0
         else:
@@ -179,8 +107,8 @@ class Scheduler:
     def _shares(self) -> list[tuple[Job, int]]:
         """Return which prompts are read in this step, and how many ids of each.
 
-        Whole ones, the shortest first, as many as fit a chunk; one that is longer alone. The one that came first of
-        all is next wherever it was passed over.
+        Whole ones, the shortest first, as many as fit a chunk; one that is longer alone, and so is one that is scored,
+        in parts that give the logits after each id. The one that came first of all is next wherever it was passed over.
         """
         reading = [job for job in self.active if job.pending > 1]
         if not reading:
@@ -189,10 +117,12 @@ class Scheduler:
         order = [first] if first is self._passed else sorted(reading, key=lambda job: job.pending)
         left = self._chunk
         chosen: list[tuple[Job, int]] = []
-        for job in order:
-            if chosen and job.pending > left:
+        if order[0].scores:
+            chosen, left = [(order[0], min(order[0].pending - 1, self._model.verify_chunk or 1))], 0
+        for job in order if left else ():
+            if job.scores or (chosen and job.pending > left):
                 break
-            chosen.append((job, min(job.pending, left)))
+            chosen.append((job, min(job.pending - self._leads(job), left)))
             left -= chosen[-1][1]
             if not left:
                 break
@@ -201,8 +131,9 @@ class Scheduler:
 
     def _read(self, work: Sequence[tuple[Job, int]], read: Callable[[dict[int, list[int]]], np.ndarray]) -> None:
         """Read so many ids of each of these jobs in one pass, where pages can be had for them."""
-        kept: list[tuple[Job, int]] = []
-        for job, count in work:
+        enough = self._free(sum(self._pages(job, count) for job, count in work))
+        kept = [*work] if enough else []
+        for job, count in () if enough else work:
             while job.sequence is not None and not self._free(
                 sum(self._pages(other, many) for other, many in [*kept, (job, count)])
             ):
@@ -221,6 +152,15 @@ class Scheduler:
             job.read += count
             if not job.pending:
                 self._took(job, job.take(logits))
+
+    def _score(self, job: Job, parts: dict[int, list[int]]) -> np.ndarray:
+        """Read ids of a prompt and tell the job the logits after each; those that it was told before are left out."""
+        assert job.score is not None
+        rows = self._model.batch_verify(parts)[0] if self._model.verify_chunk else self._decode(parts)
+        fresh = rows[max(0, job.scored - job.read) :]
+        job.scored += len(fresh)
+        job.score(fresh)
+        return rows[-1:]
 
     def _decode(self, parts: dict[int, list[int]]) -> np.ndarray:
         return self._model.batch_decode({sequence: ids[0] for sequence, ids in parts.items()})
@@ -303,14 +243,31 @@ class Scheduler:
         assert job.sequence is not None
         job.over = True
         self.active.remove(job)
-        if self._model.page_size is None or not self._model.spare:
+        if not self._model.spare:
             self._drop(job)
             return
-        for sequence in self.prefixes.release(job.sequence, job.ids[: job.read]):
-            self._model.remove(sequence)
-        while self.prefixes.kept > self._model.spare:
-            self._forget(self.prefixes.oldest())
+        self._keep(job.sequence, job)
         job.sequence = None
+
+    def _keep(self, sequence: int, job: Job) -> None:
+        """Keep a sequence that holds what a job has read."""
+        for other in self.prefixes.release(sequence, job.ids[: job.read]):
+            self._model.remove(other)
+        self._keep_at_most(self._model.spare)
+
+    def _keep_at_most(self, count: int) -> None:
+        while self.prefixes.kept > count:
+            self._forget(self.prefixes.oldest())
+
+    def _share(self, job: Job) -> None:
+        """Keep a copy of the state that a job has come to."""
+        assert job.sequence is not None
+        self._keep_at_most(self._model.spare - 1)
+        self._keep(self._model.fork(job.sequence, job.read), job)
+
+    def _leads(self, job: Job) -> bool:
+        """Whether a state is to be kept before the last id of its prompt, from which those that follow it begin."""
+        return self._stateful and self._model.spare > 0 and any(other.leader is job for other in self.waiting)
 
     def _leave(self, job: Job) -> None:
         self.active.remove(job)

@@ -49,8 +49,17 @@ function tokenSpans(message) {
   });
 }
 
+// What is between two fences is code; whatever it says, it stays text.
+function parts(content) {
+  const found = content.split(/^```.*$/m);
+  if (found.length < 2) return found;
+  const lines = found.map((text) => text.replace(/^\n|\n$/g, "")); // a block begins on a line of its own
+  return lines.map((text, at) => at % 2 ? element("pre", { text }) : text);
+}
+
 function fill(text, message) {
   if ($("colour").checked && message.tokens?.length) text.replaceChildren(...tokenSpans(message));
+  else if (message.role === "assistant") text.replaceChildren(...parts(message.content));
   else text.textContent = message.content;
 }
 
@@ -62,7 +71,11 @@ function shown(message, at) {
   fill(text, message);
   item.append(text);
   const below = element("div", { cls: "below" });
-  if (message.error) below.append(element("span", { cls: "error", text: message.error }));
+  if (message.error) {
+    const error = element("span", { cls: "error", text: message.error });
+    error.setAttribute("role", "alert");
+    below.append(error);
+  }
   if (message.note) below.append(element("span", { text: message.note }));
   if (!running) {
     if (mine) below.append(element("button", { text: "Edit", on: () => edit(at) }));
@@ -142,7 +155,7 @@ async function reply() {
     else throw error;
   } finally {
     running = null;
-    $("status").textContent = message.error ?? (message.note === "stopped" ? "Stopped." : "Done.");
+    $("status").textContent = message.error ? "" : message.note === "stopped" ? "Stopped." : "Done.";
     keep();
     show();
     $("text").focus();
