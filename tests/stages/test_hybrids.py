@@ -135,8 +135,8 @@ def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, mod
         session.fork(sequence, 2)
     second = session.decode(sequence, 12)
     other = session.fork(sequence, 5)
-    assert families.error(session.decode(other, 13), session.decode(sequence, 13)) > 0, "one has read more"
+    assert family_models.error(session.decode(other, 13), session.decode(sequence, 13)) > 0, "one has read more"
     session.popn(sequence, 2)
     session.popn(other, 1)
-    assert families.error(session.decode(other, 12), second) == 0
-    assert families.error(session.decode(sequence, 12), second) == 0
+    assert family_models.error(session.decode(other, 12), second) == 0
+    assert family_models.error(session.decode(sequence, 12), second) == 0

@@ -11,7 +11,7 @@ import pytest
 
 from stages.runtime import load
 from stages.runtime.errors import BundleError, RequestError
-from tests.stages import bundles
+from tests.support import bundles
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 

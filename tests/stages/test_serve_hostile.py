@@ -16,7 +16,7 @@ pytest.importorskip("starlette")
 
 from stages.runtime import manifest
 from stages.runtime.server.engine import Engine
-from tests.stages.servers import CONNECTIONS, SENDING, Served, idle, serve
+from tests.support.local_server import CONNECTIONS, SENDING, Served, idle, serve
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -40,7 +40,7 @@ class Grammars:
         library = _library()
         try:
             grammar = library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
-        except ValueError as error:  # nested deeper, or with a longer number, than it reads
+        except ValueError as error:  # with a longer number than it reads
             raise ApiError(f"{where} cannot be used: {error!s:.300}", param=where) from None
         return self._mask(grammar, where)
 

@@ -38,11 +38,11 @@ class _Protocol(H11Protocol):
         self._stuck: TimerHandle | None = None  # ends it where nothing is read
         self._refused = False
 
-    def connection_made(self, transport: BaseTransport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: BaseTransport) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)  # type: ignore[arg-type]
         if len(self.connections) > self._most:
-            self.app = _crowded  # type: ignore[assignment]
+            self.app = _crowded
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:

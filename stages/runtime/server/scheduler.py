@@ -159,7 +159,7 @@ class Scheduler:
         rows = self._model.batch_verify(parts)[0] if self._model.verify_chunk else self._decode(parts)
         fresh = rows[max(0, job.scored - job.read) :]
         job.scored += len(fresh)
-        job.score(fresh)
+        job.score([*fresh])
         return rows[-1:]
 
     def _decode(self, parts: dict[int, list[int]]) -> np.ndarray:
