@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+REMOVE = "no store makes that: remove it, and the next run makes what belongs there"
 EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of long work without a word
 GB = 1e9

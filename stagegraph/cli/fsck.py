@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Pipeline(args.file, args.overrides) as work:
         workspace = work.workspace
+        workspace.check_folders()
         checked = size = 0
         bad: dict[str, str] = {}
         for digest in list(workspace.store.digests()):

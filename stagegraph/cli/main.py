@@ -18,7 +18,7 @@ from typing import Any
 from stagegraph.cli.common import print_json
 from stagegraph.cli.streams import for_people, hanging
 from stagegraph.cli.verbs import find_verb, parse, usage
-from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, PipelineError
+from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, REMOVE, PipelineError
 
 # What a directory, a pipe or a link in a circle answers where a file is expected.
 NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
@@ -107,8 +107,13 @@ def _system_error(error: Any) -> str:
     place = getattr(error, "filename", None)
     text = getattr(error, "strerror", None) or str(error)
     if place and error.errno in NO_FILE and ".stagegraph" in Path(str(place)).parts:
-        return f"{place}: {text}; no store makes that: remove it, and the next run makes what belongs there"
+        return f"{_in_the_way(Path(str(place)))}: {text}; {REMOVE}"
     return f"{place!s:.300}: {text}" if place else f"the store under artifacts/ cannot be used: {text}"
+
+
+def _in_the_way(place: Path) -> Path:
+    """Return the first part of a path that is there and no folder, as it has to be; else the path itself."""
+    return next((part for part in reversed(place.parents) if os.path.lexists(part) and not part.is_dir()), place)
 
 
 if __name__ == "__main__":

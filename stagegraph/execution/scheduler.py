@@ -113,6 +113,7 @@ class Scheduler:
         """Claim what this run has settled on; only a run that executes something lasts long enough to need it."""
         from stagegraph.store.pins import Pin
 
+        self._workspace.check_folders()
         self._pin = Pin(self._workspace.root)
         self._pin.add(outcome.key for outcome in self.outcomes.values() if outcome.record)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from stagegraph.digest import digest_json, stat_id
-from stagegraph.errors import StoreError
+from stagegraph.errors import REMOVE, StoreError
 from stagegraph.files import dotted, remove_tree
 from stagegraph.store.folders import folder_times, real_directories, remove_strays, stat_or_none
 from stagegraph.store.index import Index
@@ -30,6 +30,8 @@ from stagegraph.store.record import (
     record_files,
     result_digest,
 )
+
+FOLDERS = ("objects", "records", "others", "parts", "index", "logs", "failed", "work", "locks", "running", "quarantine")
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -78,6 +80,13 @@ class Workspace(Locks):
                 f"{error.filename or self.root}: {error.strerror}; artifacts/ must be a writable directory"
             ) from None
         self._may_make_key = True
+
+    def check_folders(self) -> None:
+        """Raise :class:`StoreError` where a file, or a link to none, is in the place of a folder of the store."""
+        places = [self.root / name for name in FOLDERS]
+        wrong = [path for path in places if os.path.lexists(path) and not path.is_dir()]
+        if wrong:
+            raise StoreError(*(f"{path}: is no folder; {REMOVE}" for path in wrong))
 
     def secret_key(self, like: Workspace | None = None) -> bytes:
         """Return the key with which secrets are digested: the store's own, made by its first run, or that of another.

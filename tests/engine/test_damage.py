@@ -302,3 +302,19 @@ def test_what_took_the_place_of_the_journal_is_named_with_what_to_do(built: Demo
     assert (refused.code, f"{journal}: Is a directory; no store makes that: remove it" in refused.err) == (3, True)
     journal.rmdir()
     assert built.run().code == 0
+
+
+@pytest.mark.parametrize("name", ["objects", "records", "parts", "work", "locks"])
+def test_a_file_in_the_place_of_a_folder_of_the_store_is_named(demo: Demo, name: str) -> None:
+    demo.run()
+    folder = demo.folder / "artifacts" / ".stagegraph" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.write_text("x")
+    demo.source.write_text("other words\n")
+    for verb in ("run", "fsck"):
+        refused = demo(verb, str(demo.pipeline))
+        assert refused.code == 3, refused.err
+        assert f"error: {folder}: " in refused.err
+        assert "no store makes that: remove it" in refused.err
+    folder.unlink()
+    assert set(demo.run().outcomes.values()) == {"BUILT"}
