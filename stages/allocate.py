@@ -18,7 +18,7 @@ ROWS = ("q2k", "q3k", "q4a64", "q4k", "q4a32", "q5k", "q6k", "q8f16_1")  # schem
 
 
 class Allocate(Stage):
-    """The choice is a JSON file of names: edit a copy, and give it to param-register as rows."""
+    """Choose how each matrix is stored, as a JSON file, of which an edited copy can be passed to param-register."""
 
     id = "allocate"
 

@@ -1,4 +1,4 @@
-"""bench: how fast a bundle runs on the machine at hand."""
+"""bench: measures how fast a bundle runs on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUSY = 1.25  # how much faster the fastest repeat may be than the slowest on a 
 
 
 class Bench(Stage):
-    """Measure how many tokens a second a bundle reads and writes here; `pipeline compare` has them in its table.
+    """Measure the prefill and decode rates of a bundle in tokens a second; `pipeline compare` shows them in its table.
 
     A measurement and no build product: the processor is in its key, and a second one need not be the same. Let it run
     alone (`resources: {exclusive: true}`).

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Bundle(Stage):
-    """Assemble a bundle: every byte of it is determined by its inputs, and it says itself what it needs."""
+    """Assemble a bundle, whose every byte is determined by its inputs, and which lists its own requirements."""
 
     id = "bundle"
 

@@ -1,4 +1,4 @@
-"""calibrate: run the original model on sample text, and keep how much each input channel of each matrix carries."""
+"""calibrate: runs the original model on sample text and records the mean square of each matrix's input channels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Calibrate(Stage):
-    """Layer by layer in bounded memory; what comes out serves every scheme and target."""
+    """Measure activations layer by layer in bounded memory; the result serves every scheme and target."""
 
     id = "calibrate"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ParamRegister(Stage):
-    """Missing, unexpected and misshapen tensors fail here, all listed at once, before any weight is read."""
+    """List all parameters; report missing, unexpected and misshapen tensors at once, before any weight is read."""
 
     id = "param-register"
 

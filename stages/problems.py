@@ -1,4 +1,4 @@
-"""Errors that list every problem found, and lists of problems that stay short."""
+"""Errors that list all problems found, and helpers that shorten such lists."""
 
 from __future__ import annotations
 

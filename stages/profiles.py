@@ -1,4 +1,4 @@
-"""What a worker does before it runs stages of the compiler profile, so that tvm is imported in the right way."""
+"""Prepares a worker for stages of the compiler profile, so that tvm is imported in the right way."""
 
 from __future__ import annotations
 

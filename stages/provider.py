@@ -1,4 +1,4 @@
-"""What the stages bring to the engine: all of it by name, so that nothing is imported before it is used."""
+"""The provider record: all that the stages bring to the engine, by name, so that nothing is imported before use."""
 
 from __future__ import annotations
 

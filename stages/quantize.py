@@ -27,7 +27,7 @@ SLACK = 2**20  # bytes for tensor-cache.json and report.json
 
 
 class Quantize(Stage):
-    """In parallel over tensors and in bounded memory; a tensor that was converted before is not converted again."""
+    """Quantize tensors in parallel and in bounded memory; a tensor that was converted before is reused."""
 
     id = "quantize"
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="|".join(nouns).upper(), help="; ".join(_docs()))
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to export (default: dist/NAME)")
     init.add_options(parser)
-    parser.add_argument("--unverified", action="store_true", help="export also what no later stage has passed")
+    parser.add_argument("--unverified", action="store_true", help="export even if no later stage has passed it")
     parser.add_argument("-q", "--quiet", action="store_true", help="print problems only")
     add_set(parser)
 

@@ -18,8 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
     add = parser.add_argument
-    add("--store", action="store_true", help="also every result, log and run, of all pipelines beside this one")
-    add("-y", "--yes", action="store_true", help="do not ask; --store needs it off a terminal")
+    add(
+        "--store",
+        action="store_true",
+        help="remove the store too: results, logs and runs of all pipelines beside this one",
+    )
+    add("-y", "--yes", action="store_true", help="do not ask for confirmation; --store requires it without a terminal")
 
 
 def run(args: argparse.Namespace) -> int:

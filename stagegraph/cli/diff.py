@@ -30,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", metavar="A", help=kinds)
     parser.add_argument("b", metavar="B", help="the same of the other side")
     add_file(parser)
-    parser.add_argument("--stat", action="store_true", help="how many differences of which kind, and not which")
-    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="differences of a kind, as param")
+    parser.add_argument("--stat", action="store_true", help="print only the number of differences of each kind")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="KIND", help="print only differences of this kind, such as param"
+    )
     add_json(parser)
 
 

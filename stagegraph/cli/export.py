@@ -16,11 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "reference", metavar="REF", help="NODE, NODE@RUN, a key or a digest; with :PATH a file or folder"
     )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where to; made if it is not there")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="the target directory; created if missing")
     add_file(parser)
-    parser.add_argument("--force", action="store_true", help="replace what an export wrote into DIR")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export in DIR")
     parser.add_argument(
-        "--unverified", action="store_true", help="export what no later stage has passed, or not without reservation"
+        "--unverified",
+        action="store_true",
+        help="export even if no later stage has passed it, or only with a reservation",
     )
 
 

@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     add = parser.add_argument
     add("--keep-runs", type=int, default=10, metavar="N", help="keep the results of the last N runs (default: 10)")
-    add("--max-size", metavar="SIZE", help="then remove the oldest until the store is no larger, as 50GB or 20GiB")
-    add("-y", "--yes", action="store_true", help="do not ask; off a terminal it never does")
-    add("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    add("--max-size", metavar="SIZE", help="then remove the oldest until the store is within this size: 50GB, 20GiB")
+    add("-y", "--yes", action="store_true", help="do not ask for confirmation (without a terminal gc never does)")
+    add("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
     add_json(parser)
 
 

@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     parser.add_argument("--format", choices=(*FORMATS, "svg"), default="ascii", help="default: ascii")
     parser.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
-    parser.add_argument(
-        "--states", action="store_true", help="svg: in colours, how each node stands and how long it took"
-    )
+    parser.add_argument("--states", action="store_true", help="svg: colour nodes by state, and show how long each took")
     add_json(parser)
 
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument("node", metavar="NODE", help="a node, or NODE@RUN for its log as of a run")
     add_file(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="of one node that runs: print on until it ends")
+    parser.add_argument("-f", "--follow", action="store_true", help="follow the log of a running node until it ends")
     add_json(parser)
 
 

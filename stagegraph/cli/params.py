@@ -38,7 +38,9 @@ class Row(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
-    parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="of these nodes alone")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="list the parameters of these nodes only"
+    )
     add_json(parser)
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
     )
     parser.add_argument(
-        "--run", metavar="RUN", help="the run on the line of time: digits of its id, or @~N (default: last)"
+        "--run", metavar="RUN", help="the run in the timeline: digits of its id, or @~N (default: last)"
     )
 
 

@@ -28,21 +28,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     add_selection(parser)
     add = parser.add_argument
-    add("--only", action="store_true", help="nothing else; refuse if what they need is not there")
-    add("--force", action="store_true", help="even hits; says whether the result is identical")
+    add("--only", action="store_true", help="run only these nodes; refuse if what they read is not up to date")
+    add("--force", action="store_true", help="run these even if up to date; says whether the result is identical")
     add(
         "--check-reproducible",
         action="store_true",
-        help="build it a second time, from nothing; say what differs",
+        help="build it a second time, from scratch, and report differences",
     )
-    add("--dry-run", action="store_true", help="say what would run, why and for how long, and run nothing")
-    add("--debug", metavar="NODE", help="run this one in this process: breakpoints, tracebacks; keeps nothing")
-    add("--fail-fast", action="store_true", help="start nothing more after the first failure")
+    add("--dry-run", action="store_true", help="print what would run, why and for how long; run nothing")
+    add(
+        "--debug",
+        metavar="NODE",
+        help="run this node in this process, for breakpoints and tracebacks; stores no result",
+    )
+    add("--fail-fast", action="store_true", help="start no further node after the first failure")
     add("--retries", type=int, default=0, metavar="N", help="try a failed node again, up to N times")
     add("-j", "--jobs", type=int, metavar="N", help="how many nodes at once (default: one per processor)")
     add("--executor", choices=EXECUTORS, default="", help="where nodes run (default: as configured, else local)")
-    add("--scheduler", default="", metavar="URL", help="of --executor dask: tls://HOST:PORT")
-    add("--tag", default="", metavar="NAME", help="name this run, so that NODE@NAME means what it made")
+    add("--scheduler", default="", metavar="URL", help="the scheduler's address for --executor dask: tls://HOST:PORT")
+    add("--tag", default="", metavar="NAME", help="name this run, so that NODE@NAME is its result")
     add("-v", "--verbose", action="store_true", help="list every node, and what each reused")
     add("-q", "--quiet", action="store_true", help="print problems only")
     add("--json", action="store_true", help="print one JSON document on stdout")

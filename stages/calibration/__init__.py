@@ -1,1 +1,1 @@
-"""Calibration: the original model on sample text, and how large the activations are that each matrix reads."""
+"""Calibration: measures the activations that each matrix reads when the original model runs on sample text."""

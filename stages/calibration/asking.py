@@ -28,7 +28,7 @@ WINDOW = 512  # tokens of a piece: longer ones teach no more, and attention take
 
 
 class AskingError(ProblemsError):
-    """The original model could not be run; ``problems`` says why, and what to do without it."""
+    """The original model could not be run; ``problems`` says why, and what to do instead."""
 
 
 @dataclass(frozen=True)

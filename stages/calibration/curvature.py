@@ -1,4 +1,4 @@
-"""How errors of some columns of a matrix are made up for by others, for error feedback (scales: gptq).
+"""Computes how later columns of a matrix compensate for the rounding errors of earlier ones (``scales: gptq``).
 
 Of what a matrix reads, rows x, the mean of x' x says what errors cost together: e (x' x) e'. Where the error of one
 column is given, the best the later ones can do about it comes from the Cholesky factor of the inverse of that (GPTQ).

@@ -1,4 +1,4 @@
-"""The original model on sample text: the mean square of what each matrix reads, by input channel.
+"""Runs the original model on sample text and computes the mean square of each matrix's input, by channel.
 
 An error e of a weight in column i costs about e ** 2 times the mean square of the i-th input (llama.cpp's importance
 matrix). transformers runs the checkpoint as for verify (:mod:`stages.verification.streaming`): weights stay in their

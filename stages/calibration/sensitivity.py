@@ -1,4 +1,4 @@
-"""Sensitivity: how far the original's output moves when one matrix alone is quantized, for each of several rows.
+"""Sensitivity: how much the original's output changes when a single matrix is quantized, for each of several rows.
 
 Measured is the divergence in one row with plain scales, as verify's advice does it (:mod:`stages.verification.advice`);
 that of another, whose scales are chosen as quantize will choose them, is taken to be in proportion to the squares by

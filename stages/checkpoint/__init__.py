@@ -1,1 +1,1 @@
-"""What lies in a checkpoint's folder: files, headers, tensors and settings, read strictly, none of it ever run."""
+"""Reads a checkpoint's folder strictly: files, headers, tensors and settings; its code is never run."""

@@ -40,7 +40,7 @@ class Amount(Counter[tuple[str, ...]]):
 
 @dataclass
 class Cost:
-    """What one function takes: FLOPs, bytes of parameters read, bytes of other operands and results."""
+    """The cost of one function: FLOPs, bytes of parameters read, bytes of other operands and results."""
 
     flops: Amount = field(default_factory=Amount)
     weights: Amount = field(default_factory=Amount)

@@ -1,4 +1,4 @@
-"""What every exported function shares: the build it is exported for, and the export of an nn.Module to an IRModule."""
+"""Shared by all exported functions: the build they are exported for, and the export of an nn.Module to an IRModule."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ tensor = nn.spec.Tensor
 
 
 class GraphError(ProblemsError):
-    """The model as composed and the parameters as registered disagree."""
+    """The composed model and the registered parameters disagree."""
 
 
 @dataclass(frozen=True)

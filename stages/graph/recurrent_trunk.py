@@ -1,4 +1,4 @@
-"""What prefill and decode of a recurrent model share: their argument specs, and the way to the logits."""
+"""Shared by prefill and decode of a recurrent model: argument specs, and the computation of logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prefill and decode share: from their first argument to the hidden states of the trunk."""
+"""Shared by prefill and decode: the computation from their first argument to the hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader sees of an exported graph: signatures, the table of operators, readable IR."""
+"""The views of an exported graph: signatures, the table of operators, readable IR."""
 
 from __future__ import annotations
 

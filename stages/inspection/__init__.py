@@ -1,1 +1,1 @@
-"""What people look at results with: tensors by name, pictures of errors, and what differs between two results."""
+"""Tools to inspect results: tensors by name, plots of errors, and differences between two results."""

@@ -1,4 +1,4 @@
-"""Bundles side by side for ``pipeline compare``: what each takes, what quantization has cost it, how fast it runs."""
+"""Compares bundles for ``pipeline compare``: size and memory, loss by quantization, and speed."""
 
 from __future__ import annotations
 

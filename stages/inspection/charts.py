@@ -1,4 +1,4 @@
-"""Pictures for ``pipeline report``, as SVG that needs nothing: bits, error of tensors, divergence by text."""
+"""Draws self-contained SVG charts for ``pipeline report``: bits and errors of tensors, divergence by text."""
 
 from __future__ import annotations
 

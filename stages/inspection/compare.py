@@ -1,4 +1,4 @@
-"""What differs inside two results of a stage, for ``pipeline diff``: graphs by their calls, libraries, tokenizers.
+"""Finds differences within two results of a stage, for ``pipeline diff``: calls of graphs, libraries, tokenizers.
 
 Each function takes the files of both results (name -> where the content is) and returns rows: what, in A, in B.
 """

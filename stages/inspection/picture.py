@@ -1,4 +1,4 @@
-"""Pictures: drawn by matplotlib, where that is installed, into a file whose suffix says of what kind it is."""
+"""Saves pictures by matplotlib, if that is installed, in the format that the file's suffix names."""
 
 from __future__ import annotations
 

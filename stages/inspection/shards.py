@@ -1,4 +1,4 @@
-"""Which tensors of a safetensors file changed, for ``pipeline explain``: from digests that quantize keeps by file."""
+"""Finds the changed tensors of a safetensors file for ``pipeline explain``, from digests that quantize keeps."""
 
 from __future__ import annotations
 

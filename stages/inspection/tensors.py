@@ -1,4 +1,4 @@
-"""``pipeline show param-register --tensor NAME``: what a parameter is made of, and what a checkpoint tensor becomes.
+"""``pipeline show param-register --tensor NAME``: follows a tensor from the checkpoint to the parameter it becomes.
 
 Read from params.json and tensors.json alone; no array and no library of arrays is loaded.
 """

@@ -1,4 +1,4 @@
-"""What differs between two results of quantize, for ``pipeline diff``: which tensors, and by how much in value."""
+"""Finds the tensors that differ between two results of quantize, and by how much, for ``pipeline diff``."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What we know of TVM's IR: quirks of the pinned version, digests of kernels, and texts without places."""
+"""Knowledge of TVM's IR: quirks of the pinned version, digests of kernels, and text without source locations."""

@@ -1,4 +1,4 @@
-"""What we know of the pinned TVM that its documentation does not say; no other module works around it."""
+"""Workarounds for undocumented behaviour of the pinned TVM; no other module has any."""
 
 from __future__ import annotations
 

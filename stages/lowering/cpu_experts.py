@@ -1,4 +1,4 @@
-"""The pass that puts kernels in place of layers of chosen experts on a CPU."""
+"""The pass that replaces mixture-of-experts layers by kernels on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pass that puts the kernel of a gated activation in place of silu(g) * u on a CPU."""
+"""The pass that replaces silu(g) * u by a kernel of the gated activation on a CPU."""
 
 from __future__ import annotations
 

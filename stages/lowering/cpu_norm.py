@@ -1,4 +1,4 @@
-"""The pass that puts kernels in place of rms_norm and layer_norm on a CPU."""
+"""The pass that replaces rms_norm and layer_norm by kernels on a CPU."""
 
 from __future__ import annotations
 

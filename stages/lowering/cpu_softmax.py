@@ -1,4 +1,4 @@
-"""The pass that puts a kernel in place of softmax on a CPU."""
+"""The pass that replaces softmax by a kernel on a CPU."""
 
 from __future__ import annotations
 

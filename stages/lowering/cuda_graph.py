@@ -1,4 +1,4 @@
-"""Steps of a decode that are the same every time become CUDA graphs: one launch instead of one for every kernel."""
+"""The pass that turns the unchanging steps of a decode into CUDA graphs, each launched as a whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes at compile time what a state begins with: the one place of a graph that depends on no argument."""
+"""The pass that computes initial states at compile time: the only part of a graph that depends on no argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A weight is rebuilt inside the kernel that multiplies by it: ``dequantize`` and the matmul after it become one."""
+"""The pass that fuses ``dequantize`` with the matmul after it, so that weights are unpacked inside that kernel."""
 
 from __future__ import annotations
 

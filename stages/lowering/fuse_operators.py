@@ -1,4 +1,4 @@
-"""Elementwise operators join the kernel they follow, as TVM groups them."""
+"""The pass that fuses elementwise operators into the kernel before them, as TVM groups them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""matmul(x, permute_dims(w)) becomes one kernel ``NT_matmul``, so that no transposed copy of a weight is made."""
+"""The pass that fuses matmul(x, permute_dims(w)) into a kernel ``NT_matmul``, which needs no transposed weight."""
 
 from __future__ import annotations
 

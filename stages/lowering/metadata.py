@@ -1,4 +1,4 @@
-"""Adds ``_metadata``: the function by which a library tells what it was built for, as JSON."""
+"""Adds the function ``_metadata``, which returns a description of the library's build as JSON."""
 
 from __future__ import annotations
 

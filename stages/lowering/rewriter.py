@@ -1,4 +1,4 @@
-"""What passes that replace single calls share: one rewriter over all functions of a module, and a look at bindings."""
+"""Base of passes that replace single calls: a rewriter over all functions of a module, and queries of bindings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of a tuple are taken where they are first used, not all at a function's entry: registers live shorter."""
+"""The pass that moves tuple accesses from a function's entry to their first use, so that registers live shorter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model family is to the stages: its config, its parameters in packed order, its graph, its reference model."""
+"""The interface of a model family: its config, its parameters in packed order, its graph, its reference model."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
 
 
 class Layout:
-    """Where an element of a matrix is in what is stored of it; see stages/quantization/layouts.py.
+    """The position of a matrix element in the stored tensors; see stages/quantization/layouts.py.
 
     ``block`` is the number of output features that lie side by side: 1 where each has a row (``nk``), 0 for all
     (``kn``).

@@ -1,1 +1,1 @@
-"""What a bundle is made of: the files that are copied, and the documents that are written about them."""
+"""Assembles bundles: the files that are copied, and the documents that describe them."""

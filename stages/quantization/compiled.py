@@ -31,7 +31,7 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True)
 class Sums:
-    """What an error is made of: sums of squares of error and value, largest |error| and |value|."""
+    """The sums behind an error: squares of error and value, largest |error| and |value|."""
 
     errors: float
     squares: float

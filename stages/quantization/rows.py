@@ -1,4 +1,4 @@
-"""How a quantized matrix is stored, as data: a row of the table in docs/quantization.md, by itself.
+"""A storage format of quantized matrices as data: one row of the table in docs/quantization.md.
 
 What a parameter is stored as is recorded with it in params.json, and everything that reads or writes stored weights
 asks that record, never the scheme: parameters of one model may differ.

@@ -1,4 +1,4 @@
-"""What selftests on other machines said of a bundle: kept in ``attestations/`` beside it, and shown on a card there."""
+"""Results of selftests on other machines, kept in ``attestations/`` beside a bundle and shown on a card there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two ways in which using a bundle can go wrong through somebody's mistake."""
+"""The two errors of a bundle's users: a bundle that cannot be used, and a request that it cannot serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes the code of devices that are not the processor, target by target.
+"""The backends that generate code for devices other than the processor, one per target.
 
 A backend is a module with what :class:`Backend` says; importing it must be cheap, for the planner does.
 """

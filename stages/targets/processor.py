@@ -1,4 +1,4 @@
-"""The processor of this machine, as LLVM names it: a baseline CPU plus an explicit list of what it adds.
+"""Detects this machine's processor in LLVM's terms: a baseline CPU plus an explicit list of features.
 
 ``native`` would mean another thing on every machine, and virtual machines mask features: only what the kernel reports
 is used, and all of it is spelt out.

@@ -1,4 +1,4 @@
-"""How a processor multiplies bytes: four unsigned ones of weights by four signed ones of activations in each lane.
+"""Byte dot products of a processor: in each lane four unsigned weights times four signed activations.
 
 Every way gives the same integers. VNNI does it in one instruction. AVX2 multiplies and adds up pairs in 16 bits, which
 saturate: sums of products with codes of few bits stay there for as many steps as cannot, and are widened then. Codes of
@@ -40,7 +40,7 @@ class Vnni:
 
 
 class VnniSums:
-    """Sums in int32, of any number of products."""
+    """Accumulators in int32, for any number of products."""
 
     run = 1 << 30  # products between :meth:`start` and :meth:`end`
 
@@ -84,7 +84,7 @@ class Avx2:
 
 
 class Avx2Sums:
-    """Sums in int16 lanes of at most ``run`` products, then in int32."""
+    """Accumulators in int16 lanes for at most ``run`` products, then in int32."""
 
     def __init__(self, begin: Any, bits: int) -> None:
         self._signed = bits == 8

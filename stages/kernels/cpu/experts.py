@@ -1,4 +1,4 @@
-"""Kernels of layers of chosen experts on a CPU: of a mixture's weights, those of the experts that were chosen are read.
+"""Kernels of mixture-of-experts layers on a CPU, which read the weights of the selected experts only.
 
 The matrices of all experts lie one under the other in blocks of features, so that an expert is a run of blocks.
 """

@@ -1,4 +1,4 @@
-"""How a matrix lies in memory for the CPU kernels (layout n32), and how its values are taken out of it.
+"""The memory layout n32 of matrices for the CPU kernels, and the unpacking of their values.
 
 Blocks of 32 output features lie side by side, so that features are lanes and nothing is summed across lanes. What is
 stored of a feature, along k: words of packed elements and the scales of groups, or plain floats.

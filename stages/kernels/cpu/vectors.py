@@ -1,4 +1,4 @@
-"""What CPU kernels are written in: vectors of a fixed number of lanes, on top of TVM's IR builder.
+"""Vectors of a fixed number of lanes, on top of TVM's IR builder, in which the CPU kernels are written.
 
 Accumulators are buffers of their own below 1024 bytes each: TVM keeps such on the stack, where LLVM makes registers of
 them, and takes larger ones from the heap.

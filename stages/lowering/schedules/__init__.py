@@ -1,1 +1,1 @@
-"""How the loops of kernels are scheduled: the rules by name, those of ours, and the memo of what came out."""
+"""Loop schedules of kernels: the rules by name, our own rules, and the memo of their results."""

@@ -1,4 +1,4 @@
-"""Schedules of kernels, each kept by what it was made of: only what is new to the memo is scheduled."""
+"""Memoises the schedules of kernels by kernel and rules, so that only new kernels are scheduled."""
 
 from __future__ import annotations
 
