@@ -60,6 +60,13 @@ class Plot(NamedTuple):
     function: str
 
 
+class Section(NamedTuple):
+    """A view of a stage's results that ``report`` shows on its own, before all nodes, and the heading above it."""
+
+    title: str
+    view: str
+
+
 class Comparison(NamedTuple):
     """What ``compare`` says of several results of a stage: the JSON files it is told from, and the module that tells.
 
@@ -78,12 +85,13 @@ class Starter(NamedTuple):
     That kind, the starter's name, is also the variable of such files that holds its path. The module has
     ``add_arguments(parser)``, ``settings(args)``, the variables that were asked for, ``examine(path)``, of which what
     cannot be begun with is a ValueError, and ``compose(path, examined, settings, folder)``, the text of the file in a
-    folder. ``exports`` is the stage whose results ``build`` writes out.
+    folder. ``exports`` is the stage whose results ``build`` writes out, ``then`` are verbs to go on with there.
     """
 
     module: str
     exports: str
     doc: str
+    then: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Provider:
     plots: Mapping[str, Plot] = field(default_factory=dict)  # by stage
     # Stage -> what ``report`` draws of its result: the function takes the document and returns figures with SVG.
     charts: Mapping[str, Plot] = field(default_factory=dict)
+    sections: Mapping[str, Sequence[Section]] = field(default_factory=dict)  # by stage
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)  # by stage
     # Scheme of a URL that a source may be -> the module that brings its files (:mod:`stagegraph.planning.urls`).
     sources: Mapping[str, str] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stagegraph.registry import Comparison, Lookup, Plot, Provider, Starter, Verb
+from stagegraph.registry import Comparison, Lookup, Plot, Provider, Section, Starter, Verb
 
 PROVIDER = Provider(
     stages={
@@ -37,7 +37,9 @@ PROVIDER = Provider(
         "tokenize": Verb("stages.cli.tokenize", "show how a tokenizer reads a text, and where another differs"),
     },
     starters={
-        "checkpoint": Starter("stages.cli.starter", exports="bundle", doc="its folder, or a GGUF file"),
+        "checkpoint": Starter(
+            "stages.cli.starter", exports="bundle", doc="its folder, or a GGUF file", then=("chat", "serve")
+        ),
     },
     lookups={
         "tensor": Lookup(
@@ -69,6 +71,10 @@ PROVIDER = Provider(
     charts={
         "quantize": Plot("report.json", "stages.inspection.charts:stored"),
         "verify": Plot("verify.json", "stages.inspection.charts:divergence"),
+    },
+    sections={
+        "compile": (Section("Memory plan", "memory"), Section("Kernels, by the time to compile them", "kernels")),
+        "verify": (Section("What its certificate rests on", "card"),),
     },
     plots={"quantize": Plot("report.json", "stages.inspection.error_plot:draw")},
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from stagegraph.api import Pipeline
 from stagegraph.cli import init
 from stagegraph.cli import run as run_verb
 from stagegraph.cli.common import add_set, locate, shown, size_text
+from stagegraph.cli.layout import prose
 from stagegraph.cli.verbs import parse
 from stagegraph.errors import EXIT_OK, PlanError
+from stagegraph.registry import Starter
 from stagegraph.spec.load import load
 
 EXAMPLE = "pipeline build /models/SmolLM2-135M-Instruct -o dist/smollm2"
@@ -52,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*asked, *args.overrides]
     words = [word for setting in overrides for word in ("--set", setting)]
     code = run_verb.run(parse("run", [file, *words, *(["--quiet"] if args.quiet else [])]))
-    return code or _export(file, overrides, starter.exports, args)
+    return code or _export(file, overrides, starter, args)
 
 
 def _named(source: Path | str) -> str:
@@ -69,11 +72,12 @@ def _is_so(file: str, name: str, wanted: Any) -> bool:
     return value == wanted or same_path
 
 
-def _export(file: str, overrides: list[str], stage: str, args: argparse.Namespace) -> int:
+def _export(file: str, overrides: list[str], starter: Starter, args: argparse.Namespace) -> int:
     """Export every result of a stage, each into a folder of its own if there are several."""
     problems: list[str] = []
+    exported: list[Path] = []
     with Pipeline(file, overrides) as pipeline:
-        nodes = [node for node in pipeline.dag.nodes if node.stage.id == stage]
+        nodes = [node for node in pipeline.dag.nodes if node.stage.id == starter.exports]
         target = args.output or Path("dist", pipeline.name)
         for node in nodes:
             folder = target / "-".join(node.spec.each.values()) if len(nodes) > 1 else target
@@ -86,7 +90,11 @@ def _export(file: str, overrides: list[str], stage: str, args: argparse.Namespac
                 problems += error.problems
                 continue
             size = size_text(sum((folder / name).stat().st_size for name in files))
-            print("\n".join([f"{artifact.label}: {len(files)} files, {size} in {shown(folder)}", *notes]))
+            print(prose("\n".join([f"{artifact.label}: {len(files)} files, {size} in {shown(folder)}", *notes])))
+            exported.append(folder)
     if problems:
         raise PlanError(*dict.fromkeys(problems))
+    if exported and starter.then and not args.quiet:
+        folder = shlex.quote(shown(exported[0]))
+        print("next: " + ", or ".join(f"pipeline {verb} {folder}" for verb in starter.then))
     return EXIT_OK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import networkx as nx
 
 BOX, GAP, HEIGHT = 30, 60, 44  # pixels: height of a box, between columns, from row to row
+GAP_UPRIGHT, BEND = 36, 14  # pixels: between rows of boxes, and what an edge takes that passes some
+WIDEST = 2000  # pixels: a graph that would be wider from left to right goes downwards
 LETTER, SMALL = 7.3, 6.2  # pixels, about, of a letter in monospace fonts of 12 and 10 pixels
 SWEEPS = 6  # over the columns, back and forth, to bring each node beside its neighbours
 LANE, LINE = 26, 900  # pixels: height of a worker's lane, length of a run
@@ -21,14 +24,19 @@ STATES = {
     "STALE": ("#fbf0d0", "#8f6d1a"), "NEVER": ("#efe6f6", "#6f4a8e"), "UNKNOWN": ("#ededed", "#777777"),
     "FAILED": ("#f9dcd9", "#a8322a"), "SKIPPED": ("#ededed", "#777777"), "RESERVED": ("#fbe3c8", "#9a5a12"),
 }  # fmt: skip
+# State of a node -> what people call it, where that is not its name.
+MEANINGS = {"RESERVED": "with a reservation", "HIT": "up to date", "NEVER": "never built"}
 PLAIN = ("#eef3fa", "#445566")
 
 
 class Box(NamedTuple):
-    """The label of a node in the picture: the name of its state, and a second line in smaller type."""
+    """The label of a node in the picture: the name of its state, a second line in smaller type, and the id of what it
+    links to on the page.
+    """
 
     state: str = ""
     note: str = ""
+    link: str = ""
 
 
 class Bar(NamedTuple):
@@ -57,36 +65,101 @@ def layers(graph: nx.DiGraph[str]) -> list[list[str]]:
     return columns
 
 
+class Place(NamedTuple):
+    """Where a box, or a bend of an edge, lies: from ``near`` to ``far`` along the arrows, its middle across them."""
+
+    near: float
+    far: float
+    middle: float
+
+
 def draw_graph(graph: nx.DiGraph[str], boxes: Mapping[str, Box], title: str) -> str:
-    """Return the graph as SVG, in columns from left to right with arrows, coloured by state."""
-    columns = layers(graph)
-    tall = max(map(len, columns))
-    at: dict[str, tuple[float, float, float]] = {}  # node -> left, middle, width
-    left = 10.0
-    for column in columns:
-        width = max(_width(name, boxes.get(name, Box())) for name in column) + 20
-        top = 10 + HEIGHT * (tall - len(column)) / 2
-        at |= {name: (left, top + HEIGHT * i + BOX / 2, width) for i, name in enumerate(column)}
-        left += width + GAP
-    size = (left - GAP + 10, HEIGHT * tall + 10)
-    lines = [_open(title, *size)]
-    for a, b in graph.edges:
-        x, y, end = at[a][0] + at[a][2], at[a][1], at[b][0] - 7
-        bend = f"C {x + GAP / 2:.0f} {y:.0f}, {end - GAP / 2:.0f} {at[b][1]:.0f}, {end:.0f} {at[b][1]:.0f}"
-        lines.append(f'<path d="M {x:.0f} {y:.0f} {bend}" fill="none" stroke="#888" marker-end="url(#arrow)"/>')
-    for name, (x, y, width) in at.items():
-        box = boxes.get(name, Box())
-        fill, line = STATES.get(box.state, PLAIN)
-        shape = f'x="{x:.0f}" y="{y - BOX / 2:.0f}" width="{width:.0f}" height="{BOX}"'
-        tip = " ".join(filter(None, [name, box.state, box.note]))
-        lines.append(f'<g><title>{html.escape(tip)}</title><rect {shape} rx="5" fill="{fill}" stroke="{line}"/>')
-        lines.append(_text(x + 10, y + (4 if not box.note else -1), name, "#222"))
-        lines.append((_text(x + 10, y + 11, box.note, line, 10) if box.note else "") + "</g>")
+    """Return the graph as SVG, in layers with arrows, coloured by state.
+
+    Arrows go from left to right, or downwards where that would be too wide to look at.
+    """
+    labels = {name: boxes.get(name, Box()) for name in graph}
+    widths = {name: max(len(name) * LETTER, len(box.note) * SMALL) + 20 for name, box in labels.items()}
+    bent, routes = _bent(graph)
+    columns = layers(bent)
+    upright = sum(max(widths.get(name, 0) for name in column) + GAP for column in columns) > WIDEST
+    places, along, across = _arrange(columns, widths, upright=upright)
+    lines = [_open(title, *((across, along) if upright else (along, across)))]
+    lines += [_edge([places[name] for name in route], upright=upright) for route in routes]
+    for name, box in labels.items():
+        near, far, middle = places[name]
+        left, width, y = (
+            (middle - widths[name] / 2, widths[name], near + BOX / 2) if upright else (near, far - near, middle)
+        )
+        lines.append(_draw_box(left, y, width, name, box))
     return "\n".join([*lines, "</svg>"])
 
 
-def _width(name: str, box: Box) -> float:
-    return max(len(name) * LETTER, len(box.note) * SMALL)
+def _bent(graph: nx.DiGraph[str]) -> tuple[nx.DiGraph[str], list[list[str]]]:
+    """Return the graph with a bend, a node more, in each layer that an edge passes, so that it goes round the boxes
+    there; and the nodes that each edge became.
+    """
+    import networkx as nx
+
+    depths = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
+    bent: nx.DiGraph[str] = nx.DiGraph()
+    bent.add_nodes_from(graph)
+    routes = [
+        [a, *(f"{a}\n{b}\n{depth}" for depth in range(depths[a] + 1, depths[b])), b]  # no name of a node has lines
+        for a, b in graph.edges
+    ]
+    for route in routes:
+        nx.add_path(bent, route)
+    return bent, routes
+
+
+def _arrange(
+    columns: Sequence[Sequence[str]], widths: Mapping[str, float], *, upright: bool
+) -> tuple[dict[str, Place], float, float]:
+    """Return where everything lies, and how far all of it reaches along the arrows and across them."""
+    rooms = {
+        name: BEND if name not in widths else widths[name] + 20 if upright else HEIGHT
+        for name in itertools.chain(*columns)
+    }
+    tall = max(sum(map(rooms.__getitem__, column)) for column in columns)
+    places: dict[str, Place] = {}
+    near = 10.0
+    for column in columns:
+        far = near + (BOX if upright else max(widths.get(name, 0) for name in column))
+        edge = 10 + (tall - sum(map(rooms.__getitem__, column))) / 2
+        for name in column:
+            places[name] = Place(near, far, edge + rooms[name] / 2)
+            edge += rooms[name]
+        near = far + (GAP_UPRIGHT if upright else GAP)
+    return places, max(place.far for place in places.values()) + 10, tall + 20
+
+
+def _edge(route: Sequence[Place], *, upright: bool) -> str:
+    """Return a curve from the first place to the last, straight where it passes those between."""
+
+    def point(along: float, across: float) -> str:
+        return f"{across:.0f} {along:.0f}" if upright else f"{along:.0f} {across:.0f}"
+
+    path = f"M {point(route[0].far, route[0].middle)}"
+    for a, b in itertools.pairwise(route):
+        end = b.near - (7 if b is route[-1] else 0)  # the arrow's
+        half = (a.far + end) / 2
+        path += f" C {point(half, a.middle)}, {point(half, b.middle)}, {point(end, b.middle)}"
+        path += f" L {point(b.far, b.middle)}" if b is not route[-1] else ""
+    sides = (f"{point(end, b.middle - 4)}", f"{point(b.near, b.middle)}", f"{point(end, b.middle + 4)}")
+    # Not a marker: of a page with several pictures, all would take that of the first, which may be folded away.
+    head = f'<path d="M {" L ".join(sides)} Z" fill="#888"/>'
+    return f'<path d="{path}" fill="none" stroke="#888"/>{head}'
+
+
+def _draw_box(left: float, middle: float, width: float, name: str, box: Box) -> str:
+    fill, line = STATES.get(box.state, PLAIN)
+    shape = f'x="{left:.0f}" y="{middle - BOX / 2:.0f}" width="{width:.0f}" height="{BOX}"'
+    tip = html.escape(" ".join(filter(None, [name, box.state, box.note])))
+    label = _text(left + 10, middle + (4 if not box.note else -1), name, "#222")
+    note = _text(left + 10, middle + 11, box.note, line, 10) if box.note else ""
+    drawn = f'<g><title>{tip}</title><rect {shape} rx="5" fill="{fill}" stroke="{line}"/>{label}{note}</g>'
+    return f'<a href="#{html.escape(box.link)}">{drawn}</a>' if box.link else drawn
 
 
 def draw_timeline(bars: Sequence[Bar], title: str) -> str:
@@ -126,13 +199,9 @@ def place(bars: Iterable[Bar]) -> dict[str, int]:
 
 def _open(title: str, width: float, height: float) -> str:
     text = html.escape(title)
-    marker = (
-        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="1" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<polygon points="0,0 8,4 0,8" fill="#888"/></marker></defs>'
-    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-        f'height="{height:.0f}" font-family="monospace" font-size="12" role="img"><title>{text}</title>{marker}'
+        f'height="{height:.0f}" font-family="monospace" font-size="12" role="img"><title>{text}</title>'
     )
 
 

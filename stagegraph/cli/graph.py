@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
-from stagegraph.cli.drawing import STATES, Box, draw_graph
+from stagegraph.cli.drawing import MEANINGS, STATES, Box, draw_graph
 from stagegraph.project import Project
 from stagegraph.store.journal import FAILED
 
@@ -51,16 +51,17 @@ def _boxes(project: Project) -> dict[str, Box]:
     from stagegraph.query.forecast import forecast
 
     steps = forecast(project, project.select(), force=False, jobs=0).steps
-    boxes = {s.node.name: Box(FAILED if s.failed else s.decision.status, took(s.record)) for s in steps}
+    boxes = {s.node.name: box_of(FAILED if s.failed else s.decision.status, s.record) for s in steps}
     for entry in dict.fromkeys(step.node.spec.entry for step in steps):
         worst = max((boxes[s.node.name].state for s in steps if s.node.spec.entry == entry), key=[*STATES].index)
         boxes.setdefault(entry, Box(worst))
     return boxes
 
 
-def took(record: Record | None) -> str:
-    """Return how long a result took to make, as text for a picture."""
-    return seconds_text(record["seconds"]) if record else "-"
+def box_of(state: str, record: Record | None, link: str = "") -> Box:
+    """Return the label of a node in a picture: its state, and how long its result took to make."""
+    time = f", {seconds_text(record['seconds'])}" if record else ""
+    return Box(state, MEANINGS.get(state, state.lower()) + time, link)
 
 
 def reduced_graph(dag: Dag, *, by_entry: bool) -> nx.DiGraph[str]:

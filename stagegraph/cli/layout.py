@@ -80,7 +80,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], flexible: int, w
 def _row(cells: Sequence[str], widths: Sequence[int], right: Collection[int] = ()) -> Iterator[str]:
     """Yield the lines of one row; a word like HIT or ok, after the first cell, has its colour."""
     cells = [type(cell)(visible(" ".join(cell.split()))) for cell in cells]
-    parts = [_cut(c, w) if isinstance(c, Brief) else list(fold(c, w, 0)) for c, w in zip(cells, widths, strict=True)]
+    parts = [[cut(c, w)] if isinstance(c, Brief) else list(fold(c, w, 0)) for c, w in zip(cells, widths, strict=True)]
     status = next((i for i, cell in enumerate(cells) if i and cell in COLOURS), None) if coloured() else None
     for line in range(max(map(len, parts))):
         shown = [part[line] if line < len(part) else "" for part in parts]
@@ -115,6 +115,11 @@ def folded(text: str, width: int) -> str:
     return "\n".join(part for line in text.split("\n") for part in fold(line, width))
 
 
+def prose(text: str) -> str:
+    """Fold sentences to the terminal's width; where there is no terminal they stay whole."""
+    return folded(text, terminal_width()) if sys.stdout.isatty() else text
+
+
 def markdown(text: str, width: int) -> str:
     """Lay out the tables of a Markdown text in columns; all else is as it was."""
     return re.sub(r"(?m)^\|.*\n\|[ :|-]+\|$(\n\|.*)*", lambda found: _markdown_table(found[0], width), text)
@@ -145,8 +150,9 @@ def _shares(columns: Sequence[Sequence[str]], room: int, least: Sequence[int]) -
     return widths
 
 
-def _cut(cell: str, width: int) -> list[str]:
-    return [cell if _columns(cell) <= width else cell[: _fitting(cell, width - 1)] + "…"]
+def cut(text: str, width: int) -> str:
+    """Return as much of a line as fits, with "…" in place of the rest."""
+    return text if _columns(text) <= width else text[: _fitting(text, width - 1)] + "…"
 
 
 def _pad(text: str, width: int, *, right: bool) -> str:

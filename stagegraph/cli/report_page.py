@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import seconds_text, size_text
-from stagegraph.cli.drawing import STATES, Bar, Box, draw_graph, draw_timeline
-from stagegraph.cli.graph import reduced_graph, took
+from stagegraph.cli.drawing import MEANINGS, STATES, Bar, Box, draw_graph, draw_timeline
+from stagegraph.cli.graph import box_of, reduced_graph
+from stagegraph.cli.report_tables import markdown, table
 from stagegraph.cli.streams import visible
 from stagegraph.errors import listed
 from stagegraph.files import dotted, typed
 from stagegraph.planning.changes import show
+from stagegraph.registry import find
 from stagegraph.store.journal import EXECUTED, FAILED
 from stagegraph.store.record import parts_text, record_size
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
     from stagegraph.store.record import Record
 
 STYLE = Path(__file__).with_name("report.css")
-MOST_BOXES = 60  # nodes that the graph shows one by one; of more it shows entries
+MOST_BOXES = 60  # nodes that the graph shows one by one at first; of more it shows entries
 RUNS = 20
+ROWS = 15  # of a table in a section
 FOLDED = 3  # nodes of an entry that are shown one by one
-MEANINGS = {"RESERVED": "with a reservation", "HIT": "up to date", "NEVER": "never built"}
 
 
 def page(pipeline: Pipeline, found: Overview) -> str:
@@ -39,13 +40,15 @@ def page(pipeline: Pipeline, found: Overview) -> str:
         f'<p class="lead">{_lead(pipeline, found)}</p>',
         _verdicts(found.entries),
         "<h2>The pipeline</h2>",
-        f'<div class="wide">{_graph(pipeline, found)}</div>',
+        _graphs(pipeline, found),
         _legend(entry.status for entry in found.entries),
     ]
     if found.run:
         parts += [_run_title(found.run), _timeline(found, found.run), _beside_earlier(found.runs, found.run)]
     for stage, text in found.compared.items():
         parts += [f"<h2>{escape(stage)}: side by side</h2>", markdown(text)]
+    if sections := list(_sections(found.entries)):
+        parts += ["<h2>What came out</h2>", *sections]
     parts += ["<h2>Nodes</h2>", *_nodes(found.entries)]
     if found.runs:
         parts += ["<h2>Runs</h2>", _runs(found.runs)]
@@ -83,20 +86,29 @@ def _verdicts(entries: Sequence[Entry]) -> str:
     return f'<ul class="verdicts">{"".join(lines)}</ul>' if lines else ""
 
 
-def _graph(pipeline: Pipeline, found: Overview) -> str:
-    by_entry = len(found.entries) > MOST_BOXES
-    graph = reduced_graph(pipeline.dag, by_entry=by_entry)
-    boxes: dict[str, Box] = {}
-    if by_entry:
-        for name in graph:
-            of_it = [entry for entry in found.entries if entry.node.spec.entry == name]
-            worst = max((entry.status for entry in of_it), key=[*STATES].index)
-            boxes[name] = Box(worst, f"{len(of_it)} nodes")
-    else:
-        for entry in found.entries:
-            state = MEANINGS.get(entry.status, entry.status.lower())
-            boxes[entry.node.name] = Box(entry.status, f"{state}, {took(entry.record)}")
-    return draw_graph(graph, boxes, f"the graph of {found.name}")
+def _graphs(pipeline: Pipeline, found: Overview) -> str:
+    """Return the graph of every node, above it that of entries if they are fewer; one of the two is folded away."""
+    title = f"the graph of {found.name}"
+    of: dict[str, list[Entry]] = {}
+    for entry in found.entries:
+        of.setdefault(entry.node.spec.entry, []).append(entry)
+    nodes = {e.node.name: box_of(e.status, e.record, dotted(e.node.name)) for e in found.entries}
+    every = draw_graph(reduced_graph(pipeline.dag, by_entry=False), nodes, title)
+    if len(of) == len(nodes):
+        return f'<div class="wide">{every}</div>'
+    boxes = {}
+    for name, instances in of.items():
+        worst = max((e.status for e in instances), key=[*STATES].index)
+        boxes[name] = Box(
+            worst, f"{len(instances)} nodes" if len(instances) > 1 else MEANINGS.get(worst, worst.lower())
+        )
+    few = draw_graph(reduced_graph(pipeline.dag, by_entry=True), boxes, title)
+    many = len(nodes) > MOST_BOXES
+    return _picture(f"{len(of)} entries", few, opened=many) + _picture(f"{len(nodes)} nodes", every, opened=not many)
+
+
+def _picture(title: str, drawn: str, *, opened: bool) -> str:
+    return f'<details{" open" * opened}><summary>{title}</summary><div class="wide">{drawn}</div></details>'
 
 
 def _legend(statuses: Iterable[str]) -> str:
@@ -140,7 +152,25 @@ def _beside_earlier(runs: Sequence[PastRun], run: PastRun) -> str:
         (name, seconds_text(old), seconds_text(new), f"{new / old:.2f} x" if old else "-")
         for name, old, new in changed[:RUNS]
     ]
-    return "<h4>Beside the run before</h4>" + _table(("node", "before", "now", ""), rows, frozenset({1, 2, 3}))
+    return "<h4>Beside the run before</h4>" + table(("node", "before", "now", ""), rows, frozenset({1, 2, 3}))
+
+
+def _sections(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield what stages want seen first of their results, the last of the pipeline first: pictures, some views."""
+    for stage in dict.fromkeys(entry.node.stage.id for entry in reversed(entries)):
+        sections = find("sections", stage) or ()
+        shown = [
+            e for e in entries if e.node.stage.id == stage and (e.charts or any(s.view in e.views for s in sections))
+        ]
+        for entry in shown:
+            views = [(section.title, entry.views.get(section.view, "")) for section in sections]
+            parts = [
+                entry.charts,
+                *(f"<h4>{escape(title)}</h4>{markdown(text, ROWS)}" for title, text in views if text),
+            ]
+            name = f'<span class="name">{escape(entry.node.name)}</span>'
+            opened = " open" if len(shown) <= FOLDED else ""
+            yield f'<details class="section"{opened}><summary>{name}</summary><div>{"".join(parts)}</div></details>'
 
 
 def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
@@ -158,8 +188,8 @@ def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
         )
         opened = " open" if any(e.status == FAILED for e in instances) else ""
         head = f'<summary><span class="name">{escape(name)}</span><span class="what">{states}</span></summary>'
-        inside = f"<div>{''.join(map(_node, instances))}</div>"
-        yield f'<details class="node" id="{escape(name)}"{opened}>{head}{inside}</details>'
+        inside = f'<div id="{escape(name)}">{"".join(map(_node, instances))}</div>'
+        yield f'<details class="node"{opened}>{head}{inside}</details>'
 
 
 def _node(entry: Entry) -> str:
@@ -173,8 +203,8 @@ def _node(entry: Entry) -> str:
     body = "".join(_body(entry, record)) if record else "<p>It has no result yet.</p>"
     opened = " open" if entry.status == FAILED else ""
     log = f"<h4>Log</h4><pre>{escape(visible(entry.log))}</pre>" if entry.log.strip() else ""
-    begin = f'<details class="node" id="{escape(dotted(entry.node.name))}"{opened}>'
-    return f"{begin}<summary>{head}</summary><div>{body}{log}</div></details>"
+    inside = f'<div id="{escape(dotted(entry.node.name))}">{body}{log}</div>'  # a link to what is inside unfolds it
+    return f'<details class="node"{opened}><summary>{head}</summary>{inside}</details>'
 
 
 def _body(entry: Entry, record: Record) -> Iterator[str]:
@@ -188,15 +218,14 @@ def _body(entry: Entry, record: Record) -> Iterator[str]:
     rows += [("tool " + key, str(value)) for key, value in document["tools"].items()]
     rows += [("library " + key, str(value)) for key, value in document.get("libraries", {}).items()]
     rows += [("memoised", parts_text(record))] if record["parts"] else []
-    yield _table(("", ""), rows)
+    yield table(("", ""), rows)
     yield "".join(f"<p>warning: {escape(visible(warning))}</p>" for warning in record["warnings"])
-    yield entry.charts
     files = [
         (n, size_text(size), digest[:16])
         for out in record["outputs"].values()
         for n, (digest, size) in out["files"].items()
     ]
-    yield "<h4>Outputs</h4>" + _table(("file", "size", "digest"), files[:RUNS])
+    yield "<h4>Outputs</h4>" + table(("file", "size", "digest"), files[:RUNS])
     yield f"<p>and {len(files) - RUNS} more files</p>" if len(files) > RUNS else ""
     for view, text in entry.views.items():
         if not view.endswith(".json"):
@@ -216,35 +245,4 @@ def _runs(runs: Sequence[PastRun]) -> str:
         )
         for run in reversed(runs[-RUNS:])
     ]
-    return _table(("run", "started", "state", "ran", "time", "command"), rows)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        classes = [' class="right"' if i in right else "" for i in range(len(cells))]
-        return (
-            "<tr>"
-            + "".join(f"<{tag}{c}>{escape(visible(t))}</{tag}>" for c, t in zip(classes, cells, strict=True))
-            + "</tr>"
-        )
-
-    head = line(header, "th") if any(header) else ""
-    return f'<div class="scroll"><table>{head}{"".join(line(row, "td") for row in rows)}</table></div>'
-
-
-def markdown(text: str) -> str:
-    """Return a view as HTML: its tables and headings as such, all else as it is written."""
-    parts: list[str] = []
-    for block in re.split(r"((?:^\|.*\|[ ]*$\n?)+|^#+ .*$\n?)", text, flags=re.MULTILINE):
-        if block.startswith("|"):
-            lines = [
-                [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", row)[1:-1]] for row in block.splitlines()
-            ]
-            header, rule, *rows = lines if len(lines) > 1 else [*lines, []]
-            right = frozenset(i for i, dashes in enumerate(rule) if dashes.endswith(":"))
-            parts.append(_table(header, [(row + [""] * len(header))[: len(header)] for row in rows], right))
-        elif block.startswith("#"):
-            parts.append(f"<h4>{escape(visible(block.lstrip('# ').strip()))}</h4>")
-        elif block.strip():
-            parts.append(f"<pre>{escape(visible(block.strip()))}</pre>")
-    return "".join(parts)
+    return table(("run", "started", "state", "ran", "time", "command"), rows)

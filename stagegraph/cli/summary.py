@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import seconds_text, shown, size_text
-from stagegraph.cli.layout import Brief, table
+from stagegraph.cli.layout import Brief, prose, table
 from stagegraph.cli.streams import hanging
 from stagegraph.files import typed
 from stagegraph.stage import RESERVATION
@@ -29,7 +29,7 @@ def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
         print(table(("node", "outcome", "what", "time", "size"), rows, flexible=2))
     for outcome in done.outcomes:
         for warning in outcome.record["warnings"] if outcome.record else []:
-            print(f"warning: {outcome.node.name}: {hanging(warning)}")
+            print(prose(f"warning: {outcome.node.name}: {hanging(warning)}"))
     for digest in project.workspace.store.damaged:
         where = project.workspace.store.quarantine
         print(f"warning: stored object {digest[:16]} was damaged and moved to {shown(where)}; what needs it is rebuilt")
@@ -43,7 +43,7 @@ def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines."""
     for line in lines:
-        print(line)
+        print(prose(line))
 
 
 def _counts(outcome: Outcome) -> bool:

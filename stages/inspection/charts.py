@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from stages.documents.verification import Verification
     from stages.documents.weights import ErrorLine, ErrorReport
 
-WIDTH, ROW, LABEL, VALUE = 640, 20, 190, 150  # pixels: of all, of a bar's row, left and right of the bars
-HEIGHT, MARGIN = 200, 46  # pixels: of the plot of errors, and around it
+WIDTH, ROW, LETTER, VALUE = 720, 20, 7.2, 140  # pixels: of all, of a bar's row, of a letter, right of the bars
+HEIGHT, MARGIN = 200, 56  # pixels: of the plot of errors, and around it
 COLOURS = ("#3f6fb5", "#c2703d", "#4f9a6b", "#8a63a8", "#a8894d", "#5b8a93")
-LETTERS = 30  # of a label, at most
+LETTERS = 44  # of a label, at most
 
 Bar = tuple[str, float, str]  # label, value, what is written after it
 
@@ -48,13 +48,14 @@ def divergence(document: Verification) -> str:
 
 def _bars(title: str, bars: Sequence[Bar]) -> str:
     most = max((value for _, value, _ in bars), default=0) or 1
-    room = WIDTH - LABEL - VALUE
+    left = 14 + LETTER * min(LETTERS, max((len(label) for label, _, _ in bars), default=0))
+    room = WIDTH - left - VALUE
     lines = [_open(title, ROW * len(bars) + 4)]
     for i, (label, value, text) in enumerate(bars):
         width, top = room * value / most, ROW * i + 2
-        lines.append(_text(LABEL - 8, top + 14, label[:LETTERS], anchor="end"))
-        lines.append(f'<rect x="{LABEL}" y="{top}" width="{width:.1f}" height="{ROW - 5}" fill="{COLOURS[0]}"/>')
-        lines.append(_text(LABEL + width + 6, top + 14, text))
+        lines.append(_text(left - 8, top + 14, label[:LETTERS], anchor="end"))
+        lines.append(f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{ROW - 5}" fill="{COLOURS[0]}"/>')
+        lines.append(_text(left + width + 6, top + 14, text))
     return "".join([*lines, "</svg></figure>"])
 
 

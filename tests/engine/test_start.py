@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry
+from stagegraph.cli.verbs import verb_names
 from stagegraph.files import path_name
 from stagegraph.registry import Starter
 from tests.support.demo import PIPELINE, STAGES, Demo, provide
@@ -41,7 +42,7 @@ BEGIN = '''
 def begun(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> Demo:
     """The fake stages with a starter, in an empty working directory."""
     (demo.package / "begin.py").write_text(textwrap.dedent(BEGIN).lstrip())
-    starter = Starter("fakes.begin", exports="join", doc="a folder of words")
+    starter = Starter("fakes.begin", exports="join", doc="a folder of words", then=("show", "export"))
     provide(monkeypatch, {name: f"fakes.{name}:{name.title()}" for name in STAGES}, starters={"text": starter})
     demo.pipeline.unlink()
     empty = demo.folder / "empty"
@@ -136,6 +137,7 @@ def test_build_begins_runs_and_exports(begun: Demo) -> None:
     done = begun("build", words, "-o", "out")
     assert done.code == 0, done.err
     assert Path("out/joined.txt").exists()
+    assert done.out.endswith("next: pipeline show out, or pipeline export out\n")
     assert begun.counts
     assert begun("build", words, "-o", "out").code == 0
     assert begun.counts == []
@@ -153,3 +155,4 @@ def test_build_begins_runs_and_exports(begun: Demo) -> None:
 def test_the_shipped_starter_is_complete() -> None:
     for starter in registry.shipped().starters.values():
         assert starter.exports in registry.names("stages")
+        assert set(starter.then) <= set(verb_names())
