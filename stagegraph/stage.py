@@ -198,7 +198,8 @@ class Context(Protocol):
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
-        """Report progress; ``unit`` is ``"B"`` for bytes or the name of the items, ``note`` what else there is to say.
+        """Report progress; ``total`` is 0 where nobody knows it, ``unit`` is ``"B"`` for bytes or the name of the
+        items, ``note`` what else there is to say.
 
         Cheap: the engine throttles.
         """

@@ -9,8 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 
 from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.cli.layout import cut, folded
 from stagegraph.cli.remaining import Remaining
 from stagegraph.cli.streams import exactly, hanging, visible
+from stagegraph.cli.summary import NEW
 from stagegraph.execution.reporter import Reporter
 from stagegraph.store.journal import HIT
 
@@ -116,8 +118,8 @@ class LiveReporter(Quiet):
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
-                TextColumn("{task.fields[amount]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[amount]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
             )
             # Across the whole line: where that is short, the amount is cut and no name.
             self._bars = Progress(*columns, console=Console(file=exactly(sys.stderr)), transient=True, expand=True)
@@ -126,9 +128,9 @@ class LiveReporter(Quiet):
         return self._bars
 
     def _show_whole(self) -> None:
-        left = self._remaining.text()
-        amount = f"{len(self._done)} of {self._total} nodes{f', {left}' if left else ''}"
-        self._bars.update(self._whole, completed=len(self._done), amount=amount)
+        done = len(self._done)
+        name = f"{done} of {self._total} nodes"
+        self._bars.update(self._whole, completed=done, description=name, amount=self._remaining.text())
 
     def started(self, node: Node, reason: str) -> None:
         """Show that a node begins."""
@@ -138,14 +140,14 @@ class LiveReporter(Quiet):
 
     def waiting(self, node: Node, what: str) -> None:
         """Show what holds a node up."""
-        self._start().console.print(f"{node.name}: waiting for {what}", markup=False, highlight=False)
+        self._start()
+        self._above(f"{node.name}: waiting for {what}")
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
         self._remaining.progress(node.name, done, total)
-        self._bars.update(
-            self._tasks[node.name], completed=done, total=total, amount=progress_text(done, total, unit, note)
-        )
+        known = {"completed": done, "total": total} if total else {"completed": 0, "total": 1}
+        self._bars.update(self._tasks[node.name], amount=progress_text(done, total, unit, note), **known)
         self._show_whole()
 
     def finished(self, outcome: Outcome) -> None:
@@ -157,14 +159,18 @@ class LiveReporter(Quiet):
         if self._bars is not None:
             self._show_whole()
             if outcome.outcome != HIT:
-                text = f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}"
-                self._bars.console.print(text, markup=False, highlight=False)
+                self._above(f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}", whole=bool(outcome.problems))
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
         """Show that a node is tried again."""
         self._bars.remove_task(self._tasks.pop(node.name))
-        text = hanging(visible(problem))
-        self._bars.console.print(f"{node.name}: failed, retry {attempt}: {text}", markup=False, highlight=False)
+        self._above(f"{node.name}: failed, retry {attempt}: {hanging(visible(problem))}")
+
+    def _above(self, text: str, *, whole: bool = True) -> None:
+        """Print above the bars; what need not be read ``whole``, as the summary has it too, is cut to one line."""
+        console = self._bars.console
+        text = folded(text, console.width) if whole else cut(text, console.width)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __exit__(self, *_: object) -> None:
         """Take the bars off the screen."""
@@ -173,14 +179,16 @@ class LiveReporter(Quiet):
 
 
 def progress_text(done: int, total: int, unit: str, note: str) -> str:
-    """Return ``3 of 12 files`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``."""
-    amount = f"{size_text(done)} of {size_text(total)}" if unit == "B" else f"{done} of {total} {unit}".rstrip()
+    """Return ``3 of 12 files`` or ``1.2 MiB of 3.4 MiB, 40 MB/s``; ``3 files`` where the total is not known."""
+    number = size_text if unit == "B" else "{:,}".format
+    amount = number(done) + (f" of {number(total)}" if total else "") + (f" {unit}" if unit != "B" else "")
+    amount = amount.rstrip()
     return f"{amount}, {visible(note)}" if note else amount
 
 
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
     summary = outcome.record["summary"] if outcome.record else ""
-    text = outcome.problems[0] if outcome.problems else f"({outcome.reason})  {summary}"
-    text = hanging(visible(text))
+    why = f"({outcome.reason})  " if outcome.reason and not (outcome.reason == NEW and summary) else ""
+    text = hanging(visible(outcome.problems[0] if outcome.problems else why + summary))
     return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {text}".rstrip()

@@ -34,16 +34,23 @@ _LOSS_SHARE = 0.6
 
 
 class _WatchedSession(Session):
-    """A session that tells ``progress`` how many tokens it has read, of about ``total``."""
+    """A session that tells ``progress`` how many tokens it has read: of how many is not known where the bundle itself
+    decides when an answer ends.
+    """
 
-    def __init__(self, manifest: Manifest, progress: Progress, total: int) -> None:
+    def __init__(self, manifest: Manifest, progress: Progress) -> None:
         super().__init__(manifest, sequences=min(2, manifest.model["max_batch"]))
-        self._progress, self._total, self._read = progress, total, 0
+        self._progress, self._read = progress, 0
+        self._total, self._unit = 0, "tokens read"
+
+    def expect(self, total: int, unit: str) -> None:
+        """Count from zero: ``total`` tokens follow."""
+        self._read, self._total, self._unit = 0, total, unit
 
     def _forward(self, function: str, requests: Mapping[int, Sequence[int]], *arguments: Any) -> np.ndarray:
         logits = super()._forward(function, requests, *arguments)
         self._read += sum(len(ids) for ids in requests.values())
-        self._progress(self._read, max(self._total, self._read), "tokens read")
+        self._progress(self._read, self._total, self._unit)
         return logits
 
 
@@ -63,7 +70,7 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
     Raises BundleError, RecordingError or LiveError.
     """
     recorded = _recorded(case) if case.reference == "recorded" else None
-    session = _WatchedSession(case.manifest, progress, total=10 * (PROMPT_TOKENS + DECODED_TOKENS))
+    session = _WatchedSession(case.manifest, progress)
     drafts: list[_Draft] = []
     original: Mapping[str, np.ndarray] | None = None
     if recorded is not None:
@@ -87,6 +94,8 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
     _check_logits(case, session, tokens, prompt, decoded, reference, bound, findings)
     if reference is not None:
         _check_text(case, session, reference, drafts, bound, findings)
+    if original is not None:
+        session.expect(sum(map(len, case.probes.pieces)), "tokens compared with the original")
     quality.check(case, session, original, findings, progress)
 
 

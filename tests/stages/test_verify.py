@@ -184,8 +184,11 @@ def test_any_context_window_is_verified_as_far_as_it_goes(recorded, tmp_path, wi
 
 
 def test_a_live_reference_meets_the_recorded_text_too(recorded, tmp_path):
-    found = checks(bundles.verify(recorded, tmp_path / "out", reference="live"))
-    assert found["greedy text after 'every morning', recorded"]["ok"]
+    context = bundles.verify(recorded, tmp_path / "out", reference="live")
+    assert checks(context)["greedy text after 'every morning', recorded"]["ok"]
+    read, compared = context.progressed["tokens read"], context.progressed["tokens compared with the original"]
+    assert read[1] == 0 < read[0], "the bundle decides when an answer ends: of how many is not known"
+    assert compared[0] == compared[1] > 0
     assert recording_failure(recorded, tmp_path, other_text, reference="live").endswith("and not 'another text'")
 
 

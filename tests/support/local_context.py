@@ -32,6 +32,7 @@ class LocalContext:
     warnings: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
+    progressed: dict[str, tuple[int, int]] = field(default_factory=dict)  # unit -> done last, of how many
     said: str = ""
     document: Mapping[str, Any] = field(default_factory=lambda: dict(DOCUMENT))
 
@@ -64,7 +65,8 @@ class LocalContext:
         self.memo.remember_all(kind, parts)
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
-        assert 0 <= done <= total, f"progress {done} of {total} {unit}"
+        assert 0 <= done <= (total or done), f"progress {done} of {total} {unit}"
+        self.progressed[unit] = done, total
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
