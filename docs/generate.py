@@ -103,7 +103,7 @@ def verbs_page() -> str:
     for verb in verb_names():
         parser = build_parser(verb)
         actions = [action for action in parser._actions if action.dest != "help"]  # noqa: SLF001 - argparse has no other way
-        lines += ["", f"## {verb}", "", f"{str(parser.description).capitalize()}.", ""]
+        lines += ["", f"## {verb}", "", f"{parser.description[0].upper()}{parser.description[1:]}.", ""]
         if parser.epilog:
             lines += [f"`{parser.epilog.removeprefix('example: ')}`", ""]
         lines += ["| argument | meaning |", "|---|---|"] if actions else []

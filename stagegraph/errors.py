@@ -14,6 +14,7 @@ EXIT_OK, EXIT_NODE_FAILED, EXIT_USAGE, EXIT_STORE, EXIT_WORK_TO_DO, EXIT_INTERRU
 FIRST_SECONDS, EVERY_SECONDS = 1.0, 5.0  # of long work without a word
 GB = 1e9
 _LISTED = 4  # names in a message
+_READ = 40  # names in a list of all that may be chosen
 EXIT_PIPE = 141  # what a shell reports for a program whose reader went away
 
 
@@ -63,11 +64,12 @@ def similar(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known name, or the list of known names if none is close."""
+    """Return ``"; did you mean 'x'?"`` for the closest known name, else a list of known names, as far as one reads."""
     names = sorted(set(known))
     if close := similar(name, names):
         return f"; did you mean '{close}'?"
-    return f"; known: {', '.join(names)}" if names else ""
+    more = len(names) - _READ
+    return f"; known: {', '.join(names[:_READ])}{f' and {more} more' * (more > 0)}" if names else ""
 
 
 def listed(names: Iterable[str]) -> str:

@@ -106,7 +106,8 @@ class GraphBuild(Stage):
         ctx.view("cost", cost.cost_table(exported))
         ctx.view("ir", views.script(exported))
         ctx.view("structure.json", cost.structure(exported))
-        ctx.summary(f"{' '.join(signatures)}: {sum(sum(found.values()) for found in counts.values())} calls")
+        calls = sum(sum(found.values()) for found in counts.values())
+        ctx.summary(f"{' '.join(signatures)}: {calls:,} call{'s' * (calls != 1)}")
 
 
 def _check_attention(build: Build) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from stagegraph.cli.common import add_file, locate
 from stagegraph.cli.layout import terminal_width
-from stagegraph.errors import PipelineError, nearest
+from stagegraph.errors import PipelineError, nearest, similar
 from stagegraph.registry import Verb, find, names
 
 OWN = {
@@ -156,8 +156,9 @@ def parse(verb: str, argv: list[str]) -> argparse.Namespace:
 
 
 def _near(word: str, options: list[str]) -> str:
-    found = nearest(word.partition("=")[0], options)
-    return found if "did you mean" in found else ""
+    bare = {option.lstrip("-"): option for option in options}  # that both begin with dashes makes no two alike
+    close = similar(word.partition("=")[0].lstrip("-"), bare)
+    return f"; did you mean '{bare[close]}'?" if close else ""
 
 
 def usage() -> str:

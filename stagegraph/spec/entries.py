@@ -174,7 +174,10 @@ class _Reader:
                 return self._local(named.base, name)
             return get_stage(name), Origin(stage_reference(name))
         except KeyError:
-            self._problems.add(place, f"unknown stage '{name}'{nearest(name, [*names('stages'), SHELL])}")
+            advice = nearest(name, [*names("stages"), SHELL])
+            if uses is None and "did you mean" not in advice:
+                advice += "; an entry of another name says which it is with `uses`"
+            self._problems.add(place, f"unknown stage '{name}'{advice}")
         except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
             if isinstance(error, PlacedError):
                 self._problems.add(Place(*error.place) if error.place else place, str(error))

@@ -25,7 +25,8 @@ def check(case: Case) -> Iterator[Check]:
     raw = {name: strict_json.read_object(case.files[name], name) for name in (CONFIG, GENERATION) if name in case.files}
     found, _ = normalise(raw.get(GENERATION, {}), raw[CONFIG], case.manifest.model["vocab_size"])
     missing = [token for token in found["stop"] if token not in case.tokenizer.stop]
-    detail = f"{len(found['stop'])} ids of the checkpoint's files end a text"
+    count = len(found["stop"])
+    detail = f"{count} id{'s' * (count != 1)} of the checkpoint's files end{'s' * (count == 1)} a text"
     if missing:
         detail = f"the checkpoint ends a text with {missing}, the bundle with {sorted(case.tokenizer.stop)}"
     yield Check("ends of text", not missing, detail)

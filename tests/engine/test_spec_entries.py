@@ -11,6 +11,8 @@ from stagegraph.spec.model import Resources
 from stagegraph.spec.settings import EXPECTED
 from tests.support.spec_files import SpecFiles
 
+USES = "an entry of another name says which it is with `uses`"
+
 
 @pytest.fixture
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SpecFiles:
@@ -178,6 +180,7 @@ def test_missing_and_unknown_parameters(spec: SpecFiles) -> None:
         ("{plane: {}}", "10: unknown stage 'plane'; did you mean 'plain'?"),
         ("{a: {uses: plane}}", "20: unknown stage 'plane'; did you mean 'plain'?"),
         ("{a: {uses: zzz}}", "20: unknown stage 'zzz'; known: fetch, plain, shape, shell"),
+        ("{zzz: {}}", f"10: unknown stage 'zzz'; known: fetch, plain, shape, shell; {USES}"),
         ("{a: {uses: [plain]}}", "20: a.uses: found a list; expected the name of a stage"),
         (
             "{a: [plain]}",

@@ -77,8 +77,8 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     with config.bind_socket() as socket:
         host, port = socket.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        page = "" if args.no_page else f", and a page to talk with them at http://{shown}:{port}/"
-        err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1{page}\n")
+        err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1\n")
+        err.write("" if args.no_page else f"a page to talk with them: http://{shown}:{port}/\n")
         err.flush()
         # uvicorn takes these while it runs, and raises those that came once more when it is done.
         for number in (signal.SIGINT, signal.SIGTERM):
