@@ -1,7 +1,11 @@
 """``pipeline completion SHELL``: prints a completion script for a shell, which calls ``pipeline complete WORD...``.
 
-Completed are verbs, options, the values an option chooses from, and the names of nodes in ./pipeline.yaml or the file
-that the command line names.
+Completed are verbs, options, the values an option chooses from, and the names of nodes in the nearest pipeline.yaml or
+the file that the command line names.
+
+Why no library does it: shtab writes scripts that are fixed when they are printed, and the nodes are those of the
+pipeline file at hand; argcomplete wants one parser of all verbs, of which only the one that is typed is imported here.
+Either would leave to be written which argument names a node, which is most of this module.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
+from stagegraph.cli.common import locate
 from stagegraph.cli.verbs import build_parser, references, verb_names
 
 EXAMPLE = 'eval "$(pipeline completion bash)"    # in ~/.bashrc'
@@ -103,11 +108,11 @@ def _takes(options: dict[str, argparse.Action], word: str) -> bool:
 
 
 def _nodes(words: list[str]) -> list[str]:
-    """Return the names of entries and nodes of the pipeline file on the command line, or of ./pipeline.yaml."""
+    """Return the names of entries and nodes of the pipeline file on the command line, or of the nearest one."""
     from stagegraph.errors import PipelineError
     from stagegraph.project import Project
 
-    file = next((word for word in words if word.endswith((".yaml", ".yml"))), "pipeline.yaml")
+    file = next((word for word in words if word.endswith((".yaml", ".yml"))), None) or locate()
     try:
         with Project(file) as project:
             nodes = project.dag.pipeline.nodes

@@ -42,6 +42,8 @@ def test_completion(demo: Demo, monkeypatch) -> None:
     assert completed(demo, monkeypatch, "diff", "--json", "join", "re") == ["read"]
     assert completed(demo, monkeypatch, "completion", "") == ["bash", "fish", "zsh"]
     assert completed(demo, monkeypatch, "run", "") == [""]  # a file: the shell's to complete
+    monkeypatch.chdir(demo.source.parent)
+    assert demo("complete", "show", "j").out == "join\n", "the pipeline file of a folder above"
     demo.pipeline.write_text("broken: [")
     assert completed(demo, monkeypatch, "show", "") == [""]
 
