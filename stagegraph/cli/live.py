@@ -72,7 +72,7 @@ class PlainReporter(Quiet):
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
-        self._remaining.progress(node.name, done, total)
+        self._remaining.progress(node.name, done, total, unit)
         if time.monotonic() - self._said.get(node.name, 0.0) >= PLAIN_SECONDS:
             self._said[node.name] = time.monotonic()
             self._line(f"{node.name}: {progress_text(done, total, unit, note)}")
@@ -145,7 +145,7 @@ class LiveReporter(Quiet):
 
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
-        self._remaining.progress(node.name, done, total)
+        self._remaining.progress(node.name, done, total, unit)
         known = {"completed": done, "total": total} if total else {"completed": 0, "total": 1}
         self._bars.update(self._tasks[node.name], amount=progress_text(done, total, unit, note), **known)
         self._show_whole()

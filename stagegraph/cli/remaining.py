@@ -16,22 +16,24 @@ class Remaining:
     def __init__(self, predict: Callable[[], Predictions], jobs: int) -> None:
         self._predict, self._jobs = predict, jobs
         self._left: dict[str, float | None] | None = None
-        self._running: dict[str, tuple[float, float]] = {}  # node -> when it started, which part of it is done
+        self._started: dict[str, float] = {}  # of the nodes that run
+        self._counted: dict[str, tuple[str, float, float]] = {}  # node -> what it counts now, since when, the part done
 
     def started(self, node: str) -> None:
         """Note that a node begins."""
         if self._left is None:
             self._left = dict(self._predict())
-        self._running[node] = time.monotonic(), 0.0
+        self._started[node] = time.monotonic()
 
-    def progress(self, node: str, done: int, total: int) -> None:
-        """Note the progress of a node."""
-        if total and node in self._running:
-            self._running[node] = self._running[node][0], done / total
+    def progress(self, node: str, done: int, total: int, unit: str) -> None:
+        """Note the progress of a node in what it counts now, which need not be the last that it counts."""
+        before, since, _ = self._counted.get(node, (unit, self._started.get(node, time.monotonic()), 0.0))
+        self._counted[node] = unit, since if unit == before else time.monotonic(), done / total if total else 0.0
 
     def finished(self, node: str) -> None:
         """Note that a node is done, whether or not it ran."""
-        self._running.pop(node, None)
+        self._started.pop(node, None)
+        self._counted.pop(node, None)
         if self._left is not None:
             self._left.pop(node, None)
 
@@ -46,11 +48,10 @@ class Remaining:
         return f"about {seconds_text(max(*known, sum(known) / self._jobs))} left"
 
     def _of(self, node: str, predicted: float | None) -> float | None:
-        """Return the seconds that a node still needs, extrapolated from its own progress once there is enough of it."""
-        if node not in self._running:
+        """Return the seconds that a node still needs: at least those of what it counts now, at its pace so far."""
+        if node not in self._started or predicted is None:
             return predicted
-        started, part = self._running[node]
-        elapsed = time.monotonic() - started
-        if part > 0.1:
-            return elapsed * (1 - part) / part
-        return None if predicted is None else max(predicted - elapsed, 0.0)
+        now = time.monotonic()
+        _, since, part = self._counted.get(node, ("", now, 0.0))
+        pace = (now - since) * (1 - part) / part if part > 0.1 else 0.0
+        return max(predicted - (now - self._started[node]), pace, 0.0)

@@ -103,8 +103,14 @@ def test_the_time_left_is_what_is_predicted_less_what_is_done(monkeypatch: pytes
     assert left.text() == "about 30.0 s left"
     now[0] += 5
     assert left.text() == "about 25.0 s left"
-    left.progress("a", 1, 2)  # at its own pace
+    left.progress("a", 1, 4, "pages")  # at its own pace
+    assert left.text() == "about 35.0 s left"
+    left.progress("a", 4, 4, "pages")  # and it goes on with something else
     assert left.text() == "about 25.0 s left"
+    left.progress("a", 0, 0, "words")
+    now[0] += 2
+    left.progress("a", 1, 3, "words")  # in these two seconds
+    assert left.text() == "about 24.0 s left"
     left.finished("a")
     assert left.text() == "about 20.0 s left"
     unknown = Remaining(lambda: {"a": None, "b": 1.0}, jobs=2)
