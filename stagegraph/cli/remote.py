@@ -15,7 +15,9 @@ ADVICE = 'remotes: {team: {url: "s3://bucket/path", mode: both}}'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("what", nargs="?", choices=("status", "key"), default="status", help="default: status")
+    parser.add_argument(
+        "what", nargs="?", choices=("status", "key"), default="status", metavar="WHAT", help="status (default) or key"
+    )
     add_json(parser)
 
 

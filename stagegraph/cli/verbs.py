@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -114,6 +115,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports mistakes like all other errors, and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(
+            r"^argument (\S+?)(/\S+)*: invalid int value: (.*)", r"\1: found \3; expected a whole number", message
+        )
         raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:

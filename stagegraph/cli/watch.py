@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stagegraph.cli.common import add_file, add_selection
 from stagegraph.digest import stat_id
-from stagegraph.errors import PipelineError
+from stagegraph.errors import EXIT_USAGE, PipelineError
 
 EXAMPLE = "pipeline watch --stage compile.llvm"
 POLL_SECONDS = 0.5
@@ -37,13 +37,14 @@ def run(args: argparse.Namespace) -> int:
     chosen = (("--stage", args.stage), ("--from", args.start), ("--until", args.until))
     selection = [word for option, names in chosen for name in names for word in (option, name)]
     jobs = ["-j", str(args.jobs)] if args.jobs else []
-    if not os.path.isfile(args.file):  # noqa: PTH113 - there is nothing to wait for; run says what there is instead
-        return subprocess.run([*_pipeline("run"), args.file], check=False).returncode
-    files = [args.file]
+    files, first = [args.file], True
     while True:
         files = _files(args.file, words) or files  # a mistake in the file: what it was read from before
         before = _seen(files)
-        subprocess.run([*_pipeline("run"), args.file, *words, *selection, *jobs], check=False)
+        done = subprocess.run([*_pipeline("run"), args.file, *words, *selection, *jobs], check=False)
+        if first and done.returncode == EXIT_USAGE:  # of the command line, perhaps, which no edit mends
+            return EXIT_USAGE
+        first = False
         files = _files(args.file, words) or files  # with the code of nodes whose inputs were not there before
         seen = _seen(files) | before
         print(f"watching {len(files)} file{'s' * (len(files) > 1)}; Ctrl-C ends it", file=sys.stderr, flush=True)

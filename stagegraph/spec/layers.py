@@ -94,7 +94,7 @@ def _unreadable(path: Path, error: OSError, named_at: Place) -> str:
         return f"{error.strerror}; expected a pipeline file"
     beside = {file.name for suffix in ("yaml", "yml") for file in path.parent.glob(f"[!.]*.{suffix}")}
     if not path.suffix and os.sep not in str(path) and named_at.file == path.name:
-        return f"no such pipeline file; a node is named with --stage {path.name}, once for each"
+        return f"no such pipeline file; a node is named as in `pipeline run --stage {path.name}`"
     if beside := beside - {os.path.basename(named_at.file)}:  # noqa: PTH119 - a text
         return f"no such file{nearest(path.name, beside)}"
     return (

@@ -50,7 +50,10 @@ def _password(key: Path, file: Path | None) -> str | None:
         if file:
             return file.read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r") if locked else None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot be read: {error}") from None
+        named = getattr(error, "filename", None) or file
+        raise RequestError(
+            f"{named}: {getattr(error, 'strerror', None) or error}; name a file that can be read"
+        ) from None
     if locked and not sys.stdin.isatty():
         raise RequestError(f"{key}: the key has a password; give --password-file FILE, or sign at a terminal")
     return getpass(f"Password of {key}: ") if locked else None

@@ -105,7 +105,10 @@ class BundleTokenizer:
         if form == "chatml":
             return self._chatml(conversation, add_generation_prompt=add_generation_prompt)
         if form != "template":
-            raise RequestError(f"this bundle has no chat format known here (found {form or 'none'}): give plain text")
+            raise RequestError(
+                f"this bundle has no chat format known here (found {form or 'none'}): give plain text, "
+                "as `generate` with --prompt TEXT does"
+            )
         given = {"tools": None, "documents": None, **(variables or {})}
         given |= {"messages": conversation, "add_generation_prompt": add_generation_prompt}
         config = self._config()

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from stagegraph.execution.waiting import depth_first
 from stagegraph.planning.dag import Dag
 from stagegraph.spec.load import load
@@ -130,11 +132,21 @@ stages:
 """
 
 
-def test_watch_waits_for_no_file_that_is_not_there(demo: Demo) -> None:
-    command = [sys.executable, "-m", "stagegraph.cli.main", "watch", str(demo.pipeline.with_name("pipelin.yaml"))]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["pipelin.yaml"], "pipelin.yaml: no such file"),
+        (["--stage", "cpy"], "no node is named 'cpy'; did you mean 'copy'?"),
+    ],
+)
+def test_watch_does_not_wait_where_it_is_called_wrongly(tmp_path: Path, argv: list[str], said: str) -> None:
+    (tmp_path / "pipeline.yaml").write_text(WATCHED)
+    (tmp_path / "text").write_text("one")
+    command = [sys.executable, "-m", "stagegraph.cli.main", "watch", *argv]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "pipelin.yaml: no such file" in done.stderr
+    assert said in done.stderr
 
 
 def test_a_change_runs_again(tmp_path: Path) -> None:

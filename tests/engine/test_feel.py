@@ -56,7 +56,7 @@ def test_misspelt_verbs_and_options_get_a_suggestion(demo: Demo) -> None:
     ("argv", "said"),
     [
         (["show"], "the following arguments are required: REF; `pipeline show --help` lists its arguments"),
-        (["runs", "-n", "x"], "argument -n: invalid int value: 'x'; `pipeline runs --help` lists its arguments"),
+        (["runs", "-n", "x"], "-n: found 'x'; expected a whole number; `pipeline runs --help` lists its arguments"),
         (["runs", "-n", "0"], "-n 0: expected at least 1"),
         (["graph", "--format", "svgz"], "--format: unknown value 'svgz'; did you mean 'svg'?"),
         (["completion", "tcsh"], "SHELL: unknown value 'tcsh'; known: bash, fish, zsh"),

@@ -15,8 +15,8 @@ SHOWN = "that is a path, and a result is named by its node; what it shows is nam
 HUB = "if it is a name on the hub, write hf://some/Model-1B"
 TABLE = [
     ("run pipline.yaml", "pipline.yaml: no such file; did you mean 'pipeline.yaml'?"),
-    ("run join", "join: no such pipeline file; a node is named with --stage join, once for each"),
-    ("run --stage read join", "join: no such pipeline file; a node is named with --stage join, once for each"),
+    ("run join", "join: no such pipeline file; a node is named as in `pipeline run --stage join`"),
+    ("run --stage read join", "join: no such pipeline file; a node is named as in `pipeline run --stage join`"),
     ("run words", "words: is a folder; expected a pipeline file"),
     ("run --stage jion", "no node is named 'jion'; did you mean 'join'?"),
     ("run --stage shape.lime", "no node is named 'shape.lime'; did you mean 'shape.line'?"),
@@ -26,6 +26,10 @@ TABLE = [
     ("run --set glue", "--set glue: has no name and value; expected NAME=VALUE, a variable, or ENTRY.PARAMETER=VALUE"),
     ("run --set glu=x", "--set glu: unknown variable 'glu'; did you mean 'glue'?"),
     ("run --set joln.glue=x", "--set joln.glue: no entry 'joln'; did you mean 'join'?"),
+    ("du join", "join: no such pipeline file; a node is named as in `pipeline run --stage join`"),
+    ("run --bogus", "unknown argument '--bogus'; `pipeline run --help` lists its arguments"),
+    ("remote kye", "WHAT: unknown value 'kye'; did you mean 'key'?"),
+    ("gc --keep-runs x", "--keep-runs: found 'x'; expected a whole number; `pipeline gc --help` lists its arguments"),
     ("run --only", "--only needs a selection: add --stage NAME, --from NAME or --until NAME"),
     ("show words/a.txt", f"no node is named 'words/a.txt'; {PATH}"),
     ("show join@~9", "there is no run ~9: the history has 0; `pipeline runs` lists them"),

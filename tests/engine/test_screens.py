@@ -19,7 +19,7 @@ from rich.console import Console
 from stagegraph.cli.live import LiveReporter
 from stagegraph.cli.remaining import Remaining
 from stagegraph.execution.outcome import Outcome
-from tests.engine.conftest import Demo
+from tests.support.demo import Demo
 
 SCREENS = Path(__file__).parents[1] / "data" / "screens"
 # What no two runs share: times, of three digits each, and the spinner.

@@ -594,6 +594,7 @@ def test_sigterm_lets_what_streams_end(recorded) -> None:
         (["--sequences", "99"], "built for 1 to 4"),
         (["--name", "a", "--name", "b"], "2 names for 1 bundles"),
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
+        (["--port", "99999"], "--port 99999: expected 0 to 65535"),
     ],
 )
 def test_what_cannot_be_served_is_said(recorded, options, said, monkeypatch) -> None:

@@ -14,7 +14,10 @@ from stages.runtime.errors import RequestError
 
 if TYPE_CHECKING:
     import argparse
+    import socket
     from collections.abc import Mapping
+
+    import uvicorn
 
     from stages.runtime.server.engine import Engine
 
@@ -57,6 +60,8 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         from stages.runtime.server import app, protocol
     except ImportError as error:
         raise RequestError(f"serving needs starlette and uvicorn ({error}): {INSTALL}") from None
+    if not 0 <= args.port < 2**16:
+        raise RequestError(f"--port {args.port}: expected 0 to 65535")
     key = _key(args)
     local = _is_local(args.host)
     engines = _engines(args)
@@ -74,8 +79,8 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         timeout_graceful_shutdown=args.grace,
     )
     server = uvicorn.Server(config)
-    with config.bind_socket() as socket:
-        host, port = socket.getsockname()[:2]
+    with _listening(config) as listener:
+        host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1\n")
         err.write("" if args.no_page else f"a page to talk with them: http://{shown}:{port}/\n")
@@ -83,10 +88,17 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         # uvicorn takes these while it runs, and raises those that came once more when it is done.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        server.run(sockets=[socket])
+        server.run(sockets=[listener])
     for engine in engines.values():
         engine.close()
     return 0
+
+
+def _listening(config: uvicorn.Config) -> socket.socket:
+    try:
+        return config.bind_socket()
+    except SystemExit:  # as a command line of its own it says why, and ends
+        raise RequestError(f"--port {config.port}: cannot be had, see above; --port 0 takes one that is free") from None
 
 
 def _is_local(host: str) -> bool:
@@ -125,6 +137,7 @@ def _engines(args: argparse.Namespace) -> Mapping[str, Engine]:
         if name in found:
             raise RequestError(f"two bundles are named {name}: say --name once for each")
         found[name] = bundle
+
     from stages.runtime.server.drafts import MOST
     from stages.runtime.server.engine import Engine
 
