@@ -23,8 +23,9 @@ def replace_linear(model: Any) -> None:
     """Let every linear layer of ``model`` be one node: torch takes its own apart at every call to find a shape."""
     import torch
 
+    linear: Any = torch.nn.Linear
     for module in model.modules():
-        if type(module) is torch.nn.Linear and "forward" not in vars(module):
+        if type(module) is linear and "forward" not in vars(module):
             module.forward = functools.partial(_linear, module)
 
 
