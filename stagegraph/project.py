@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from stagegraph.errors import PlanError, SpecError
+from stagegraph.planning.cached_spec import read_pipeline
 from stagegraph.planning.dag import Dag, Node
-from stagegraph.planning.kept import read_pipeline
 from stagegraph.planning.planner import Planner
 from stagegraph.store.workspace import Workspace
 
 
 class Selection(NamedTuple):
-    """Nodes that were asked for by name, and those together with all they need, in topological order."""
+    """The nodes selected by name, and these with all that they need, in topological order."""
 
     chosen: frozenset[Node]
     nodes: tuple[Node, ...]
@@ -51,7 +51,7 @@ class Project:
         self.close()
 
     def close(self) -> None:
-        """Release the store; ``with`` does so itself."""
+        """Close the store; leaving a ``with`` block does so."""
         self.workspace.close()
 
     @property
@@ -77,7 +77,7 @@ class Project:
             )
 
     def keep_name(self) -> None:
-        """Remember which file has this name."""
+        """Record which pipeline file has this name."""
         if self._owner() != self.dag.pipeline.file.name:
             self.workspace.index.set(f"file:{self.name}", self.dag.pipeline.file.name)
 
@@ -118,7 +118,7 @@ class Project:
         return Selection(frozenset(chosen), tuple(node for node in self.dag.nodes if node in needed))
 
     def key(self, node: Node) -> str | None:
-        """Return the key of a node's last result or, under ``overrides``, of what these make; None if unknown."""
+        """Return the key of a node's last result or, given ``overrides``, the key under these; None if unknown."""
         if not self.varied:
             return self.workspace.last(self.name, node.name).get("key")
         if node not in self._keys:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def debug(pipeline: Pipeline, name: str) -> int:
-    """Run one node here; with a terminal, an error opens the debugger where it was raised."""
+    """Run one node in this process; on a terminal, an error opens the debugger where it was raised."""
     nodes = pipeline.dag.select(name)
     if len(nodes) > 1:
         raise PlanError(f"--debug runs one node, and {name} means {', '.join(dotted(n.name) for n in nodes)}")
@@ -30,7 +30,7 @@ def debug(pipeline: Pipeline, name: str) -> int:
         with watching(pipeline, needed) as reporter:
             done = pipeline.run(Selection(frozenset(needed), needed), reporter=reporter)
         for outcome in done.outcomes:
-            if outcome.outcome == FAILED:
+            if outcome.status == FAILED:
                 print_failure(outcome)
         if not done.ok:
             return EXIT_NODE_FAILED

@@ -1,4 +1,4 @@
-"""What a person sees while nodes run: live lines on a terminal, plain lines otherwise; always on stderr."""
+"""Progress on stderr while nodes run: live lines on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAIN_SECONDS = 5.0
 
 
 def watching(project: Project, nodes: Sequence[Node], *, jobs: int = 0, quiet: bool = False) -> Quiet:
-    """Return who shows how far a run of these nodes is, as suits stderr."""
+    """Return the reporter that suits stderr for a run of these nodes."""
     if quiet:
         return Quiet()
 
@@ -42,13 +42,13 @@ def watching(project: Project, nodes: Sequence[Node], *, jobs: int = 0, quiet: b
 
 
 class Quiet(Reporter):
-    """Says nothing while nodes run."""
+    """A reporter that prints nothing."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take off the screen what is left of the run."""
+        """Clear the remaining lines of the run from the screen."""
 
 
 class PlainReporter(Quiet):
@@ -81,7 +81,7 @@ class PlainReporter(Quiet):
         """Show how a node ended."""
         self._done.add(outcome.node.name)
         self._remaining.finished(outcome.node.name)
-        if outcome.outcome != HIT:
+        if outcome.status != HIT:
             left = self._remaining.text()
             self._line(f"[{len(self._done)}/{self._total}{f', {left}' if left else ''}] {outcome_text(outcome)}")
 
@@ -158,7 +158,7 @@ class LiveReporter(Quiet):
         self._remaining.finished(outcome.node.name)
         if self._bars is not None:
             self._show_whole()
-            if outcome.outcome != HIT:
+            if outcome.status != HIT:
                 self._above(f"[{len(self._done)}/{self._total}] {outcome_text(outcome)}", whole=bool(outcome.problems))
 
     def retrying(self, node: Node, problem: str, attempt: int) -> None:
@@ -191,4 +191,4 @@ def outcome_text(outcome: Outcome) -> str:
     summary = outcome.record["summary"] if outcome.record else ""
     why = f"({outcome.reason})  " if outcome.reason and not (outcome.reason == NEW and summary) else ""
     text = hanging(visible(outcome.problems[0] if outcome.problems else why + summary))
-    return f"{outcome.node.name}: {outcome.outcome} in {seconds_text(outcome.seconds)}  {text}".rstrip()
+    return f"{outcome.node.name}: {outcome.status} in {seconds_text(outcome.seconds)}  {text}".rstrip()

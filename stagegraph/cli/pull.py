@@ -1,4 +1,4 @@
-"""``pipeline pull``: take the results of a pipeline that the user's remotes have, and run nothing."""
+"""``pipeline pull``: downloads the results of a pipeline that the user's remotes have; runs nothing."""
 
 from __future__ import annotations
 
@@ -30,16 +30,14 @@ def run(args: argparse.Namespace) -> int:
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
         with watching(pipeline, selection.nodes) as reporter:
             done = pipeline.run(selection, fetch_only=True, reporter=reporter, command=["pull", args.file])
-    taken = sum(o.outcome == HIT and o.reason.startswith("from remote") for o in done.outcomes)
-    here = sum(o.outcome == HIT for o in done.outcomes)
+    taken = sum(o.status == HIT and o.reason.startswith("from remote") for o in done.outcomes)
+    here = sum(o.status == HIT for o in done.outcomes)
     if args.json:
-        nodes = [{"node": o.node.name, "outcome": o.outcome, "reason": o.reason, "key": o.key} for o in done.outcomes]
+        nodes = [{"node": o.node.name, "outcome": o.status, "reason": o.reason, "key": o.key} for o in done.outcomes]
         print_json({"pipeline": pipeline.name, "taken": taken, "here": here, "nodes": nodes})
     else:
         print(
-            table(
-                ("node", "outcome", "reason"), [(o.node.name, o.outcome, o.reason) for o in done.outcomes], flexible=2
-            )
+            table(("node", "outcome", "reason"), [(o.node.name, o.status, o.reason) for o in done.outcomes], flexible=2)
         )
         print(f"\n{taken} taken from remotes; {here} of {len(done.outcomes)} nodes have a result here")
     return EXIT_OK

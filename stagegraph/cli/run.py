@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             if not args.quiet:
                 print_summary(pipeline, done, verbose=args.verbose)
             for outcome in done.outcomes:
-                if outcome.outcome == FAILED:
+                if outcome.status == FAILED:
                     print_failure(outcome)
             if again:
                 _print_reproduction(again)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what contradicts itself before anything is read."""
+    """Refuse options that contradict each other, before any file is read."""
     if args.jobs is not None and args.jobs < 1:
         raise PlanError(f"-j {args.jobs}: the number of jobs must be at least 1")
     if args.retries < 0:
@@ -160,7 +160,7 @@ def _print_reproduction(again: Reproduction) -> None:
 
 
 def _print_resume(done: Run, args: argparse.Namespace) -> None:
-    """Say how to go on: what is done is done, so it is the same command; ``--force`` only for what is left."""
+    """Print the command that resumes the run: the same one, with ``--force`` only for nodes that are not done."""
     import shlex
 
     left = [dotted(o.node.name) for o in done.outcomes if o.record is None] if args.force else None

@@ -1,4 +1,4 @@
-"""What ``run`` prints when it is done: what changed, what the last word on it is, and how much was as it had been."""
+"""The summary that ``run`` prints: nodes that changed, the verdict on the result, and how many were up to date."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEW = "never built"  # as reason of nearly every node of a first run it says les
 
 
 def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
-    """Print the nodes that changed or have the last word (``verbose``: all, with internals), warnings and counts."""
+    """Print the nodes that changed or attest the result (``verbose``: all, in detail), warnings and counts."""
     rows = [_row(o, verbose=verbose) for o in done.outcomes if verbose or _counts(o)]
     if rows:
         print(table(("node", "outcome", "what", "time", "size"), rows, flexible=2))
@@ -36,7 +36,7 @@ def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
     if not verbose:
         print_lines(_skipped(done.outcomes))
     print(("\n" if rows else "") + counts_text(done.outcomes, done.seconds))
-    if any(o.outcome == UNCHANGED for o in done.outcomes):
+    if any(o.status == UNCHANGED for o in done.outcomes):
         print_lines(_saved(project, done))
 
 
@@ -47,9 +47,9 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def _counts(outcome: Outcome) -> bool:
-    """Say whether a node is worth a line: something happened to it, or it says whether others may be shipped."""
+    """Say whether a node is listed: something happened to it, or it attests that others may be shipped."""
     attests = any(out.attests for out in outcome.node.stage.outputs.values())
-    return outcome.outcome != SKIPPED and (outcome.outcome != HIT or bool(outcome.reason) or attests)
+    return outcome.status != SKIPPED and (outcome.status != HIT or bool(outcome.reason) or attests)
 
 
 def _row(outcome: Outcome, *, verbose: bool) -> tuple[str, ...]:
@@ -57,24 +57,24 @@ def _row(outcome: Outcome, *, verbose: bool) -> tuple[str, ...]:
     made = Brief(record["summary"] if record else "")
     why = outcome.reason
     if verbose:
-        why = "; ".join(filter(None, [why, parts_text(record) if record and outcome.outcome != HIT else ""]))
+        why = "; ".join(filter(None, [why, parts_text(record) if record and outcome.status != HIT else ""]))
     elif why == NEW and made:
         why = ""
     time = seconds_text(outcome.seconds) if outcome.seconds else "-"
     size = size_text(record_size(record)) if record else "-"
-    return outcome.node.name, outcome.outcome, why or made, time, size
+    return outcome.node.name, outcome.status, why or made, time, size
 
 
 def counts_text(outcomes: Iterable[Outcome], seconds: float) -> str:
-    """Return how many nodes ended in which way; those with a reservation are no success, and count by it."""
-    counts = Counter(reservation(o) or o.outcome for o in outcomes)
+    """Return how many nodes ended in which way; a node with a reservation is counted under the reservation."""
+    counts = Counter(reservation(o) or o.status for o in outcomes)
     usual = [kind for kind in (BUILT, UNCHANGED, HIT, FAILED, SKIPPED) if kind in counts]
     kinds = usual + [kind for kind in counts if kind not in usual]
     return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) + f" in {seconds_text(seconds)}"
 
 
 def reservation(outcome: Outcome) -> str:
-    """Return with what reservation a node passed, without the reason for it: ``NOT RUN``."""
+    """Return the reservation with which a node passed, without its reason: ``NOT RUN``."""
     text: str = outcome.record["facts"].get(RESERVATION, "") if outcome.record else ""
     return text.partition(" (")[0]
 
@@ -84,7 +84,7 @@ def _skipped(outcomes: Iterable[Outcome]) -> Iterator[str]:
     roots: dict[str, str] = {}  # node that was skipped -> what that began with
     below: dict[str, list[str]] = {}
     for outcome in outcomes:
-        if outcome.outcome == SKIPPED:
+        if outcome.status == SKIPPED:
             name = outcome.reason.partition(" ")[0]
             root = roots.get(name, outcome.reason)
             roots[outcome.node.name] = root
@@ -96,20 +96,20 @@ def _skipped(outcomes: Iterable[Outcome]) -> Iterator[str]:
 
 def _saved(project: Project, done: Run) -> Iterator[str]:
     """Say how many downstream nodes early cutoff skipped, and how long they last took."""
-    below = project.dag.below([o.node for o in done.outcomes if o.outcome == UNCHANGED])
-    skipped = [o.record for o in done.outcomes if o.outcome == HIT and o.node in below and o.record]
+    below = project.dag.below([o.node for o in done.outcomes if o.status == UNCHANGED])
+    skipped = [o.record for o in done.outcomes if o.status == HIT and o.node in below and o.record]
     if skipped:
         seconds = seconds_text(sum(record["seconds"] for record in skipped))
         yield f"early cutoff skipped {len(skipped)} downstream node{'s' * (len(skipped) != 1)}: {seconds}"
 
 
 def print_failure(outcome: Outcome) -> None:
-    """Say on stderr what is wrong, where the log is and what was kept."""
+    """Print a failure on stderr: the problem, where the log is, and where the failed outputs are."""
     sys.stdout.flush()
     lines = [f"error: {outcome.node.name}: {hanging(problem)}" for problem in outcome.problems]
     if outcome.bug:
         lines.append("  this is a bug of the stage, not of your input; the log has the traceback")
     lines.append(f"  log:  pipeline log {typed(outcome.node.name)}")
-    if outcome.kept:
-        lines.append(f"  kept: {shown(outcome.kept)}/out")
+    if outcome.failed_outputs:
+        lines.append(f"  kept: {shown(outcome.failed_outputs)}/out")
     print("\n".join(lines), file=sys.stderr)

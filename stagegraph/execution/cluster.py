@@ -1,4 +1,4 @@
-"""Nodes on the workers of a cluster, by Dask.distributed, which schedules, watches and repeats them.
+"""Runs nodes on the workers of a Dask.distributed cluster, which schedules, monitors and retries them.
 
 What is sent is one JSON document a node (:mod:`stagegraph.execution.site` reads it); files go through a remote of the
 user's, never through Dask. A worker says by events of one topic how its node goes, the end too: so what has ended is
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import PlanError, warn
 from stagegraph.execution.executor import AtWork, Slot, Task
@@ -30,6 +30,7 @@ from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, 
 from stagegraph.store.record import are_storable
 
 if TYPE_CHECKING:
+    from stagegraph.execution.messages import ClusterRequest, ClusterTask, KnownWorker, SlotEvent, Succeeded
     from stagegraph.execution.messages import Event as Message
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Planner
@@ -45,7 +46,7 @@ LATE_SECONDS = 2.0  # after which an end whose event was lost is asked for
 
 
 class Cluster:
-    """A Dask cluster; it is reached when the first node is to run there."""
+    """A Dask cluster as a place where nodes run; connected when the first node is to run there."""
 
     def __init__(self, settings: ClusterSettings, workspace: Workspace, planner: Planner, jobs: int) -> None:
         try:
@@ -62,7 +63,7 @@ class Cluster:
         self._client: Any = None
         self._storage: Storage | None = None
         self._slots: dict[str, ClusterSlot] = {}
-        self._workers: dict[str, Any] = {}  # address -> what Dask knows of it
+        self._workers: dict[str, KnownWorker] = {}  # by address
         self._looked = 0.0
         self._refused: dict[str, dict[str, str]] = {}  # stage -> address -> why it may not run it
         self._said: set[str] = set()
@@ -73,7 +74,7 @@ class Cluster:
         """Refuse nothing: a worker that fits may join later."""
 
     def full(self, running: AtWork) -> bool:
-        """Say whether the workers have enough to do."""
+        """Say whether the workers have a full queue."""
         threads: int = sum(worker["nthreads"] for worker in self._known_workers().values())
         if not threads:
             self._say_once(f"no worker is connected to {self._settings.scheduler}; waiting for one")
@@ -81,15 +82,15 @@ class Cluster:
         return len(running) >= min(most, self._jobs or most)
 
     def has(self, node: Node, running: AtWork) -> bool:  # noqa: ARG002 - which worker it fits, Dask knows
-        """Say whether the workers have too little to do."""
+        """Say whether the workers can take another node."""
         return not self.full(running)
 
     def over(self, running: AtWork) -> Iterator[tuple[Any, str]]:  # noqa: ARG002 - the workers look
-        """Yield nothing: memory is watched where it is."""
+        """Yield nothing: each worker watches its own memory."""
         yield from ()
 
     def start(self, task: Task) -> Slot:
-        """Hand a node over."""
+        """Submit a node."""
         slot = ClusterSlot(self, task)
         self.submit(slot)
         return slot
@@ -99,7 +100,7 @@ class Cluster:
         slot.kill()
 
     def stop(self) -> None:
-        """End what is under way."""
+        """Cancel the nodes and transfers under way."""
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
         if self._client is not None:
@@ -123,12 +124,13 @@ class Cluster:
         offered = {name for worker in self._workers.values() for name in worker["resources"]}
         if lacking := ", ".join(name for name in resources if name not in offered):
             self._say_once(f"{node.name}: waiting for a worker that offers {lacking}; no worker does")
-        request = json.dumps(slot.request | {"task": slot.renamed()})
+        named: ClusterTask = {**slot.request, "task": slot.renamed()}
+        request = json.dumps(named)
         self._slots[slot.id] = slot
         slot.future = client.submit(execute, request, key=slot.id, pure=False, workers=fit, resources=resources or None)
 
     def refuse_worker(self, slot: ClusterSlot, address: str, problems: Sequence[str]) -> None:
-        """Give nodes of a stage no more to a worker that would make something else of them."""
+        """Stop sending a stage's nodes to a worker whose code, libraries or tools differ."""
         stage = slot.task.node.stage.id
         said = f"{address}: {'; '.join(problems)}"
         if address not in self._refused.setdefault(stage, {}):
@@ -137,7 +139,7 @@ class Cluster:
         self._looked = 0.0
 
     def supply(self, slot: ClusterSlot, digests: Sequence[str]) -> None:
-        """Give the remote what a worker needs and did not find there."""
+        """Upload the inputs that a worker needs and did not find in the remote."""
         task = slot.task
         needed = {
             digest: self.workspace.store.path(digest)
@@ -157,7 +159,7 @@ class Cluster:
         else:
             slot.deliver({"event": "supplied"})
 
-    def collect(self, slot: ClusterSlot, end: dict[str, Any]) -> None:
+    def collect(self, slot: ClusterSlot, end: Succeeded) -> None:
         """Fetch the outputs of a node that has ended into its sandbox."""
         files = {name: entry for port in end["outputs"].values() for name, entry in port.items()}
         files |= {f"views/{name}": entry for name, entry in end["views"].items()}
@@ -176,26 +178,27 @@ class Cluster:
         except (RemoteError, MismatchError, OSError) as error:
             slot.deliver({"event": "gone", "meaning": f"its outputs could not be had from {self._remote}: {error}"})
         else:
-            slot.deliver(end | {"event": "collected"})
+            slot.deliver({"event": "collected", "end": end})
 
     def beside(self, what: Any, *arguments: Any) -> None:
-        """Do something that takes time in another thread."""
+        """Run a slow call in another thread."""
         with contextlib.suppress(RuntimeError):  # the run is over
             self._pool.submit(what, self, *arguments)
 
     def forget(self, slot: ClusterSlot) -> None:
-        """Hear no more of a slot."""
+        """Stop delivering events to a slot."""
         self._slots.pop(slot.id, None)
 
-    def request(self, task: Task) -> dict[str, Any]:
-        """Return what is sent of a node."""
+    def request(self, task: Task) -> ClusterRequest:
+        """Return the request that is sent for a node."""
         decision = task.decision
         own = {name: b64encode(path.read_bytes()).decode() for name, path in self._planner.own_files(decision).items()}
         sizes = {
             name: {file: path.stat().st_size for file, path in state.files.items()}
             for name, state in task.prepared.sources.items()
         }
-        return request_for(decision, task.prepared, fresh=task.fresh) | {
+        return {
+            **request_for(decision, task.prepared, fresh=task.fresh),
             "protocol": PROTOCOL,
             "platform": platform(),
             "topic": self._topic,
@@ -217,7 +220,7 @@ class Cluster:
             self._storage = Storage(self._settings.remote, self._stop)
         return self._storage
 
-    def _known_workers(self) -> dict[str, Any]:
+    def _known_workers(self) -> dict[str, KnownWorker]:
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS:
             client = self._connected()
@@ -266,7 +269,7 @@ class Cluster:
 
 
 class ClusterSlot:
-    """A node that was handed over."""
+    """A node that was submitted to the cluster."""
 
     def __init__(self, cluster: Cluster, task: Task) -> None:
         self.id = ""  # what Dask calls it
@@ -275,7 +278,7 @@ class ClusterSlot:
         self.future: Any = None
         self._cluster = cluster
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._events: deque[dict[str, Any]] = deque()
+        self._events: deque[SlotEvent] = deque()
         self._lock = Lock()
         self._closed = False
         self._supplied: set[str] = set()
@@ -287,12 +290,12 @@ class ClusterSlot:
         return self._descriptor
 
     def renamed(self) -> str:
-        """Take a new name: to Dask, what had the old one is done."""
+        """Take a new task name: for Dask, the task of the old name is done."""
         self._cluster.forget(self)
         self.id, self.future = f"{self.task.node.name}-{uuid.uuid4().hex}", None
         return self.id
 
-    def deliver(self, event: dict[str, Any]) -> None:
+    def deliver(self, event: SlotEvent) -> None:
         """Take an event, from any thread."""
         with self._lock:
             if not self._closed:
@@ -300,37 +303,38 @@ class ClusterSlot:
                 os.eventfd_write(self._descriptor, 1)
 
     def receive(self) -> list[Message]:
-        """Return the events that have arrived, and do what others ask for."""
+        """Return the events that have arrived; those meant for this side are handled here."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._descriptor)
-        found: list[dict[str, Any]] = []
+        found: list[Message] = []
         while self._events:
             found += self._taken(self._events.popleft())
-        return cast("list[Message]", found or self._lost())
+        return found or self._lost()
 
-    def _taken(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+    def _taken(self, event: SlotEvent) -> list[Message]:
         cluster = self._cluster
-        match event["event"]:
-            case "log":
-                self._write_log(event["offset"], b64decode(event["text"]))
-            case "end" if event["ok"]:
-                if not self._ended:
-                    self._ended = True
-                    cluster.beside(Cluster.collect, self, event)
-            case "collected":
-                return [event | {"event": "end"}]
-            case "lacks":
-                return self._supply(event["digests"])
-            case "supplied":
-                cluster.submit(self)
-            case "refused":
-                cluster.refuse_worker(self, event["where"], event["problems"])
-                cluster.submit(self)
-            case _:
+        if event["event"] == "log":
+            self._write_log(event["offset"], b64decode(event["text"]))
+        elif event["event"] == "end":
+            if event["ok"] is False:
                 return [event]
+            if not self._ended:
+                self._ended = True
+                cluster.beside(Cluster.collect, self, event)
+        elif event["event"] == "collected":
+            return [event["end"]]
+        elif event["event"] == "lacks":
+            return self._supply(event["digests"])
+        elif event["event"] == "supplied":
+            cluster.submit(self)
+        elif event["event"] == "refused":
+            cluster.refuse_worker(self, event["where"], event["problems"])
+            cluster.submit(self)
+        else:
+            return [event]
         return []
 
-    def _supply(self, digests: Sequence[str]) -> list[dict[str, Any]]:
+    def _supply(self, digests: Sequence[str]) -> list[Message]:
         if again := self._supplied.intersection(digests):
             return [
                 {"event": "gone", "meaning": f"its worker does not find {min(again)[:16]}, which the remote was given"}
@@ -350,8 +354,8 @@ class ClusterSlot:
             finally:
                 os.close(descriptor)
 
-    def _lost(self) -> list[dict[str, Any]]:
-        """Return the end of what Dask gave up, and of what has ended without a word."""
+    def _lost(self) -> list[Message]:
+        """Return the end of a task that Dask gave up, or that ended without an event."""
         status = getattr(self.future, "status", "pending")
         if status == "pending" or self._ended:
             return []
@@ -364,7 +368,7 @@ class ClusterSlot:
             ]
         return [{"event": "gone", "meaning": f"the cluster lost it: {error or status}"}]
 
-    def _asked(self) -> list[dict[str, Any]]:
+    def _asked(self) -> list[Message]:
         now = time.monotonic()
         self._finished = self._finished or now
         if now - self._finished > LATE_SECONDS:
@@ -373,7 +377,7 @@ class ClusterSlot:
         return []
 
     def kill(self) -> None:
-        """Let Dask forget it, by which it ends."""
+        """Cancel the task."""
         self._cluster.forget(self)
         with self._lock:
             if not self._closed:
@@ -383,8 +387,8 @@ class ClusterSlot:
             self.future.release()
 
 
-def wanted(node: Node, workers: Iterable[Any]) -> dict[str, float]:
-    """Return the resources of Dask that a node takes.
+def wanted(node: Node, workers: Iterable[KnownWorker]) -> dict[str, float]:
+    """Return the Dask resources that a node requires.
 
     Its labels, and ``MEMORY``, in bytes, only where some worker offers any.
     """

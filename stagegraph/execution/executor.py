@@ -1,4 +1,4 @@
-"""What the scheduler asks of a place where nodes run, of which there are two (:mod:`stagegraph.execution.places`)."""
+"""The protocol of a place where nodes run; the two places are in :mod:`stagegraph.execution.places`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from stagegraph.execution.messages import Event
-    from stagegraph.execution.sandbox import Layout, Log, Sandbox
+    from stagegraph.execution.messages import Event, Layout
+    from stagegraph.execution.sandbox import Log, Sandbox
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Decision, Prepared
     from stagegraph.store.memo import PartCode
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: how many at once, which nodes to run even if they are hits, what a failure means.
+    """The options of a run: how many nodes at once, which to run although they are hits, what a failure does.
 
     ``share``: take results from the user's remotes and give them; ``fetch_only``: run nothing that none of them has.
     ``executor`` and ``scheduler`` say where they run, if not as the user's configuration has it; without ``share``,
@@ -35,7 +35,7 @@ class Options:
 
 
 class Slot(Protocol):
-    """What runs one node, and says how that goes by events.
+    """The execution of one node, which reports by events.
 
     ``began`` (only from elsewhere, and again where it is begun again), ``progress``, ``end``, and ``gone`` with a
     ``meaning`` if it ended without an ``end``.
@@ -53,7 +53,7 @@ class Slot(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """A node that is to run, with what its slot needs to know; ``fresh``: it reuses no memoised parts."""
+    """A node that is to run, with all that its slot needs; ``fresh``: it reuses no memoised parts."""
 
     decision: Decision
     prepared: Prepared
@@ -79,27 +79,27 @@ class Executor(Protocol):
         """Raise :class:`~stagegraph.errors.PlanError` with every node that can never run there."""
 
     def full(self, running: AtWork) -> bool:
-        """Say whether no node at all fits beside those that run."""
+        """Say whether there is no room for any node beside those that run."""
 
     def has(self, node: Node, running: AtWork) -> bool:
-        """Say whether a node fits beside those that run."""
+        """Say whether there is room for a node beside those that run."""
 
     def over(self, running: AtWork) -> Iterator[tuple[Any, str]]:
-        """Yield the slots whose node takes more than it declares, and what to say of it."""
+        """Yield the slots whose node takes more than it declares, each with a message."""
 
     def start(self, task: Task) -> Slot:
-        """Let a node run."""
+        """Start a node."""
 
     def release(self, slot: Any, *, keep: bool) -> None:
-        """Take a slot back whose node has ended, to be used again if ``keep``; its node ends if it has not."""
+        """Take back a slot, for reuse if ``keep``; a node that still runs is ended."""
 
     def stop(self) -> None:
-        """End what has nothing to do."""
+        """End idle worker processes."""
 
 
 @dataclass
 class Running:
-    """A node that executes."""
+    """A node under way."""
 
     decision: Decision
     executor: Executor
@@ -114,7 +114,7 @@ class Running:
     where: str = ""
 
     def begin(self, where: str = "") -> None:
-        """Note that it begins now."""
+        """Record the start time and the deadline."""
         self.began, self.where = time.monotonic(), where
         self.started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         timeout = self.decision.node.spec.timeout

@@ -1,12 +1,16 @@
-"""What the engine and its workers tell one another, as JSON lines: the request, and the events that answer it."""
+"""The JSON messages between the engine and its workers: requests to run a node, and the events that answer them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict
 
+from stagegraph.planning.planner import Rows
 from stagegraph.stage import Json
 from stagegraph.store.record import FileEntry, Report, Spent
+
+# Port -> its instances: ``foreach`` values, path of the output in its folder, files as a record has them.
+Layout: TypeAlias = dict[str, list[tuple[dict[str, str], str, Mapping[str, FileEntry]]]]
 
 
 class SourceRequest(TypedDict):
@@ -18,7 +22,7 @@ class SourceRequest(TypedDict):
 
 
 class NodeRequest(TypedDict):
-    """What a worker is told of a settled node, wherever it runs.
+    """The part of a request that is the same wherever the node runs.
 
     ``prepare`` names what is called once in a worker of its profile, ``origin`` are the arguments of
     :class:`~stagegraph.registry.Origin`; ``fresh`` reuses no memoised parts.
@@ -34,7 +38,7 @@ class NodeRequest(TypedDict):
 
 
 class Placed(TypedDict):
-    """What a worker is told besides, of its machine: where inputs lie, where outputs and prints go.
+    """The part of a request that names paths on the worker's machine: inputs, outputs and log.
 
     ``inputs`` are port -> (instance, path), ``linked`` the path of a hard link -> its digest; ``parts`` says what makes
     what the stage memoises.
@@ -49,7 +53,7 @@ class Placed(TypedDict):
 
 
 class Request(NodeRequest, Placed):
-    """What makes a worker run a node."""
+    """The whole request to run a node."""
 
 
 class Found(Report):
@@ -66,7 +70,7 @@ class Written(TypedDict):
 
 
 class Progress(TypedDict):
-    """How far a stage is."""
+    """The progress of a stage."""
 
     event: Literal["progress"]
     done: int
@@ -82,13 +86,17 @@ class Succeeded(Found, Written, Spent):
     ok: Literal[True]
 
 
-class Failed(Spent):
-    """The end of one that did not; a ``bug`` is the stage's, everything else its user can mend."""
+class Failure(TypedDict):
+    """The end of an execution that failed; a ``bug`` is the stage's, everything else its user can mend."""
 
     event: Literal["end"]
     ok: Literal[False]
     problems: list[str]
     bug: bool
+
+
+class Failed(Failure, Spent):
+    """A failure in a worker process, with the time and memory that it took."""
 
 
 class Began(TypedDict):
@@ -105,4 +113,100 @@ class Gone(TypedDict):
     meaning: str
 
 
-Event: TypeAlias = Began | Progress | Succeeded | Failed | Gone
+Event: TypeAlias = Began | Progress | Succeeded | Failure | Gone
+
+
+# -- of a cluster: what its workers are sent, and what they answer ---------------------------------------------------
+
+
+class KnownWorker(TypedDict):
+    """What Dask knows of a worker, as far as it matters here: its threads, and the resources that it offers."""
+
+    nthreads: int
+    resources: dict[str, float]
+
+
+class ClusterRequest(NodeRequest):
+    """What a worker of a cluster needs to know of a node, to run it as the machine that planned it would.
+
+    ``sizes`` are source -> file -> bytes; ``own_files`` the files of the pipeline's folder that the stage's code is in,
+    as base64; ``memory`` the limit in MiB, 0 for none; ``remote`` name and URL of the one that files go through.
+    """
+
+    protocol: int
+    platform: str
+    topic: str
+    key: str
+    rows: Rows
+    layout: Layout
+    sizes: Mapping[str, Mapping[str, int]]
+    own_files: Mapping[str, str]
+    memory: int
+    remote: Sequence[str]
+
+
+class ClusterTask(ClusterRequest):
+    """A request under the name that Dask has for it."""
+
+    task: str
+
+
+class ReceivedTask(ClusterTask):
+    """A request as a worker has it; ``where`` is that worker's address."""
+
+    where: str
+
+
+class SucceededElsewhere(Succeeded):
+    """The end of an execution that went well on a worker's machine, which is called ``host``."""
+
+    host: str
+
+
+class Refused(TypedDict):
+    """A worker's refusal to run a node, since its machine would make something else of it."""
+
+    event: Literal["refused"]
+    problems: list[str]
+
+
+class Lacks(TypedDict):
+    """The digests of inputs that neither the worker nor the remote has."""
+
+    event: Literal["lacks"]
+    digests: list[str]
+
+
+class Printed(TypedDict):
+    """A piece of a node's log: base64, at an offset in bytes."""
+
+    event: Literal["log"]
+    offset: int
+    text: str
+
+
+ClusterEnd: TypeAlias = SucceededElsewhere | Failure | Refused | Lacks
+ClusterEvent: TypeAlias = Began | Progress | Printed | ClusterEnd
+
+
+class RefusedBy(Refused):
+    """A refusal, with the address of the worker."""
+
+    where: str
+
+
+class Collected(TypedDict):
+    """The outputs of a node have arrived on this machine; ``end`` is the event that announced them."""
+
+    event: Literal["collected"]
+    end: Succeeded
+
+
+class Supplied(TypedDict):
+    """The remote now has the inputs that a worker lacked."""
+
+    event: Literal["supplied"]
+
+
+# What a slot of a cluster is handed: the events of its worker, and those of transfers on this machine.
+SlotEvent: TypeAlias = Event | RefusedBy | Lacks | Printed | Collected | Supplied

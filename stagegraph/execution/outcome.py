@@ -1,4 +1,4 @@
-"""How the nodes of a run end."""
+"""Data classes for how a run and each of its nodes ended."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """How one node ended in this run: HIT, BUILT, UNCHANGED, FAILED or SKIPPED, and why."""
+    """How one node ended in this run; ``status`` is HIT, BUILT, UNCHANGED, FAILED or SKIPPED."""
 
     node: Node
-    outcome: str
+    status: str
     reason: str
     key: str = ""
     record: Record | None = None
@@ -26,7 +26,7 @@ class Outcome:
     began: float = 0.0  # seconds after the run, of what was executed
     problems: tuple[str, ...] = ()
     log: Path | None = None
-    kept: Path | None = None
+    failed_outputs: Path | None = None  # the folder with what it had written when it failed
     bug: bool = False
     reasons: list[str] = field(default_factory=list)
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def problem_of(error: Exception) -> str:
-    """Say what of the store, or of the system, kept a node from its result."""
+    """Describe an error of the store or the system that prevented a node's result."""
     if isinstance(error, RottenError):
         return f"its stored input {error.digest[:16]} was damaged again after it was rebuilt: is the disk failing?"
     if isinstance(error, OSError):

@@ -22,7 +22,7 @@ NOT_DETERMINISTIC = "made again from the same key, the result differs: the stage
 
 
 class Results:
-    """Turns hits, finished executions and failures of one run into outcomes; ``give`` is handed every new record."""
+    """Turns hits, finished executions and failures of a run into outcomes; ``give`` is called with each new record."""
 
     def __init__(self, planner: Planner, workspace: Workspace, give: Callable[[Record], None]) -> None:
         self._planner = planner
@@ -82,14 +82,19 @@ class Results:
         return outcome
 
     def fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> Outcome:
-        """Keep what a failed node wrote, for a look at it."""
+        """Move the outputs of a failed node aside, so that they can be inspected."""
         decision = running.decision
         kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
         outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
         outcome.seconds, outcome.began = round(time.monotonic() - running.began, 3), running.began
-        outcome.log, outcome.kept, outcome.bug, outcome.reasons = running.log.path, kept, bug, decision.reasons
+        outcome.log, outcome.failed_outputs, outcome.bug, outcome.reasons = (
+            running.log.path,
+            kept,
+            bug,
+            decision.reasons,
+        )
         return outcome
 
     def _show(self, outcome: Outcome, *, new: bool = False) -> list[str]:
@@ -100,6 +105,6 @@ class Results:
             restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
             self._workspace.set_last(self._pipeline, name, key=outcome.key)
         except (OSError, sqlite3.OperationalError) as error:
-            outcome.outcome, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)
+            outcome.status, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)
             return []
         return restored

@@ -20,7 +20,7 @@ from stagegraph.planning.key import secrets_of
 from stagegraph.registry import find, hidden_variables
 
 if TYPE_CHECKING:
-    from stagegraph.execution.messages import Event, NodeRequest, Placed, Request, SourceRequest
+    from stagegraph.execution.messages import Event, Layout, NodeRequest, Placed, Request, SourceRequest
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Decision, Prepared
     from stagegraph.planning.secrets import Mask, MaskedLog
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
 EXIT_GRACE_SECONDS = 2.0
-# Port -> its instances: ``foreach`` values, path of the output in its folder, files as a record has them.
-Layout = dict[str, list[tuple[dict[str, str], str, Mapping[str, Sequence[Any]]]]]
 
 
 @dataclass
 class Log:
-    """Where the prints of an execution go, and what takes its secrets out of them and of what it says, if it has any.
+    """The log of an execution, and the mask that removes secrets from it and from the events of the stage.
 
     A worker writes to ``target``.
     """
@@ -55,7 +53,7 @@ class Log:
         return cast("Event", self.mask.event(event)) if self.mask else event
 
     def close(self) -> None:
-        """See that all that was printed is in the log."""
+        """Flush what was printed into the log."""
         if self.pipe:
             self.pipe.close()
 
@@ -148,7 +146,7 @@ class Sandbox:
         self._relearn(workspace)
 
     def keep(self, workspace: Workspace, pipeline: str, node: str) -> Path | None:
-        """Remove the inputs and keep what was written, for a look at a failure, and return where.
+        """Remove the inputs, move the outputs to where a failure can be inspected, and return that folder.
 
         None where the disk takes no more, or what was written may hold a secret.
         """
@@ -169,7 +167,7 @@ class Sandbox:
 
 
 def layout_of(node: Node, records: Mapping[Node, Record]) -> Layout:
-    """Return where the inputs of a node whose upstream nodes have these records lie for its stage."""
+    """Return the layout of a node's inputs below ``in/``, from the records of its upstream nodes."""
     layout: Layout = {}
     for port, upstream in node.inputs.items():
         declared = node.stage.inputs[port]
@@ -181,7 +179,7 @@ def layout_of(node: Node, records: Mapping[Node, Record]) -> Layout:
 
 
 def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> NodeRequest:
-    """Return what a worker is told of a settled node, wherever it runs; ``fresh``: it reuses no memoised parts."""
+    """Return the part of a request that is the same wherever the node runs; ``fresh``: it reuses no memoised parts."""
     node = decision.node
     assert decision.document is not None, "it was settled"
     params = {f.name: getattr(prepared.params, f.name) for f in dataclasses.fields(prepared.params)}
@@ -207,7 +205,7 @@ def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> NodeR
 def placed(
     sandbox: Sandbox, log: Log, store: Path, inputs: Mapping[str, list[Any]], parts: Mapping[str, PartCode]
 ) -> Placed:
-    """Return what a worker is told besides, of this machine; ``parts`` says what makes what the stage memoises."""
+    """Return the part of a request that names paths here; ``parts``: kind of memoised part -> the code behind it."""
     return {
         "inputs": inputs,
         "linked": sandbox.linked,
@@ -219,7 +217,7 @@ def placed(
 
 
 class Workers:
-    """The worker processes of one run; those that have nothing to do stay warm.
+    """The worker processes of one run; idle ones stay warm.
 
     No environment variable with a secret of the pipeline in it reaches one.
     """
@@ -252,7 +250,7 @@ class Workers:
         self._idle.setdefault(worker.profile, []).append(worker)
 
     def stop(self) -> None:
-        """End those that have nothing to do."""
+        """End idle workers."""
         for workers in self._idle.values():
             for worker in workers:
                 worker.stop()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from selectors import BaseSelector
 
     from stagegraph.execution.executor import Running, Slot
-    from stagegraph.execution.messages import Failed, Succeeded
+    from stagegraph.execution.messages import Failure, Succeeded
     from stagegraph.planning.dag import Node
     from stagegraph.remote.shared import Fetched
     from stagegraph.store.pins import Pin
@@ -110,7 +110,7 @@ class Scheduler:
                 self._claim()
 
     def _claim(self) -> None:
-        """Claim what this run has settled on; only a run that executes something lasts long enough to need it."""
+        """Claim the keys of this run, so that gc leaves them; called only if the run executes something."""
         from stagegraph.store.pins import Pin
 
         self._workspace.check_folders()
@@ -124,7 +124,7 @@ class Scheduler:
     def _settle_node(self, node: Node) -> None:
         broken = [u for u in node.upstream if self.outcomes[u].record is None]
         if broken:
-            self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].outcome.lower()}"))
+            self._finish(Outcome(node, SKIPPED, f"{broken[0].name} {self.outcomes[broken[0]].status.lower()}"))
             return
         if self._stops(node):
             return
@@ -153,7 +153,7 @@ class Scheduler:
         self._waiting.add(node)
 
     def _enter(self, decision: Decision) -> None:
-        """Let a node run when there is room for it."""
+        """Start a node when there is room for it."""
         if self._options.fetch_only:
             self._finish(Outcome(decision.node, SKIPPED, "no remote has its result", decision.key))
         elif not self._stops(decision.node):
@@ -165,7 +165,7 @@ class Scheduler:
                 self._ready.append(_Ready(decision))
 
     def _stops(self, node: Node) -> bool:
-        """Skip a node where one has failed and no more are to be started; return whether it is so."""
+        """Skip a node if an earlier one failed and no more are to start; return whether it was skipped."""
         stops = self._options.fail_fast and self._failed
         if stops:
             self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
@@ -233,7 +233,7 @@ class Scheduler:
             self._start(decision, lock)
 
     def _lock(self, ready: _Ready) -> int | None:
-        """Take the key's lock, or note who holds it: another node of this run with the same key, or another run."""
+        """Take the key's lock, or note its holder: another node of this run with the same key, or another run."""
         decision = ready.decision
         twins = [r.decision.node.name for r in self._running.values() if r.decision.key == decision.key]
         lock = None if twins else self._workspace.try_lock(decision.key)
@@ -319,7 +319,7 @@ class Scheduler:
             self._stop(self._running[slot], meaning)
 
     def _begun(self, running: Running, where: str) -> None:
-        """Note that a node begins elsewhere, or once more, because where it was begun is lost."""
+        """Note that a node begins on another machine, or begins again because that machine was lost."""
         node, lost = running.decision.node, running.where
         if lost:
             again = self._repeats[node] = self._repeats.get(node, 0) + 1
@@ -337,7 +337,7 @@ class Scheduler:
         running.executor.release(running.slot, keep=keep_worker)
         running.log.close()
 
-    def _end(self, running: Running, event: Succeeded | Failed) -> None:
+    def _end(self, running: Running, event: Succeeded | Failure) -> None:
         decision = running.decision
         if event["ok"] is False:
             self._fail(running, event["problems"], bug=event["bug"])
@@ -368,7 +368,7 @@ class Scheduler:
 
     def _finish(self, outcome: Outcome) -> None:
         self.outcomes[outcome.node] = outcome
-        self._failed |= outcome.outcome == FAILED
+        self._failed |= outcome.status == FAILED
         self._waiting.done(outcome.node)
         if self._pin is not None and outcome.record:
             self._pin.add([outcome.key])

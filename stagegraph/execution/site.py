@@ -1,4 +1,4 @@
-"""A node on a worker of a cluster: what it needs is fetched from the remote, and what it makes is given to it.
+"""Runs a node on a worker of a cluster: downloads its inputs from the remote and uploads its outputs to it.
 
 Each Dask worker keeps a store of its own, which is a cache (``STAGEGRAPH_WORKER_DIR``, else in Dask's directory), and
 worker processes that stay warm. Before a node runs it is checked that this machine would make the same of it as the one
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError
@@ -38,7 +38,18 @@ from stagegraph.store.objects import RottenError
 from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
-    from stagegraph.execution.messages import Request
+    from stagegraph.execution.messages import (
+        ClusterEnd,
+        ClusterEvent,
+        Failure,
+        ReceivedTask,
+        Refused,
+        Request,
+        SourceRequest,
+        Succeeded,
+    )
+
+    Say = Callable[[ClusterEvent], None]
 
 
 PROTOCOL = 1  # of what a client sends and is told
@@ -51,18 +62,18 @@ STALE = "its code or its libraries have changed since it was started; start it a
 
 
 def platform() -> str:
-    """Return the class of machines for which results are the same."""
+    """Return the platform: machines of one platform make the same results."""
     return f"{sys.platform} {os.uname().machine}"
 
 
 def execute(text: str) -> str:
-    """Run the node of one request; what Dask calls. Returns the end, which was said already."""
+    """Run the node of one request (the function that Dask calls); returns the final event, which was also sent."""
     from distributed import get_worker
 
     worker = get_worker()
-    request = json.loads(text) | {"where": worker.address}
+    request = cast("ReceivedTask", json.loads(text) | {"where": worker.address})
 
-    def say(event: Mapping[str, Any]) -> None:
+    def say(event: ClusterEvent) -> None:
         worker.log_event(request["topic"], json.dumps({"task": request["task"], **event}))
 
     def cancelled() -> bool:
@@ -70,9 +81,9 @@ def execute(text: str) -> str:
         return state is None or state.state != "executing"
 
     end = _site(os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph").run(request, say, cancelled)
-    end = {"task": request["task"], **end, "where": worker.address}
-    say(end)
-    return json.dumps(end)
+    answer = json.dumps({"task": request["task"], **end, "where": worker.address})
+    worker.log_event(request["topic"], answer)
+    return answer
 
 
 _SITES = Lock()
@@ -89,7 +100,7 @@ def _made(folder: str) -> Site:
 
 
 class Site:
-    """What the nodes that run in one Dask worker share."""
+    """The store, the worker processes and the connections that the nodes of one Dask worker share."""
 
     def __init__(self, folder: Path) -> None:
         self._workspace = Workspace(folder.absolute())
@@ -103,9 +114,7 @@ class Site:
         self._checking = Lock()
         self._read = PartCode("", {})  # the files of all that was checked, as they were then
 
-    def run(
-        self, request: dict[str, Any], say: Callable[[Mapping[str, Any]], None], cancelled: Callable[[], bool]
-    ) -> dict[str, Any]:
+    def run(self, request: ReceivedTask, say: Say, cancelled: Callable[[], bool]) -> ClusterEnd:
         """Run a node and return the event that ends it: ``end``, ``refused`` or ``lacks``."""
         if request["protocol"] != PROTOCOL:
             return _refused(f"speaks protocol {PROTOCOL} where {request['protocol']} is asked for: another stagegraph")
@@ -126,8 +135,8 @@ class Site:
 
     # -- is it the same here? ----------------------------------------------------------------------------------------
 
-    def _origin(self, request: Mapping[str, Any]) -> Origin:
-        """Return where the stage comes from here; files of a pipeline's folder were sent along."""
+    def _origin(self, request: ReceivedTask) -> Origin:
+        """Return the stage's origin on this machine; modules of the pipeline's folder come with the request."""
         reference, folder, arguments = request["origin"]
         if not folder:
             return Origin(reference, "", tuple(arguments))
@@ -144,8 +153,8 @@ class Site:
                 new.rename(path)
         return Origin(reference, str(base), tuple(arguments))
 
-    def _mismatches(self, request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
-        """Say what here is not as the key of a node has it; compared once for each stage, code and tools."""
+    def _mismatches(self, request: ReceivedTask, origin: Origin, codes: CodeDigests) -> list[str]:
+        """Return how this machine differs from a node's key; compared once for each stage, code and tools."""
         document = request["document"]
         parts = [document["code"], document.get("libraries", {}), document["tools"]]
         asked = digest_json([origin, *parts, request["params"]])
@@ -162,12 +171,12 @@ class Site:
 
     def _run(
         self,
-        request: dict[str, Any],
+        request: ReceivedTask,
         origin: Origin,
         codes: CodeDigests,
-        say: Callable[[Mapping[str, Any]], None],
+        say: Say,
         cancelled: Callable[[], bool],
-    ) -> dict[str, Any]:
+    ) -> ClusterEnd:
         store, storage = self._workspace.store, self._storage(request)
         layout, remote_sources = request["layout"], self._sources_not_here(request)
         wanted = {
@@ -184,7 +193,7 @@ class Site:
         sandbox = Sandbox.create(self._workspace, request["key"])
         try:
             inputs = sandbox.lay_out_inputs(store, layout)
-            sources = dict(request["sources"])
+            sources: dict[str, SourceRequest] = dict(request["sources"])
             for name in remote_sources:
                 base, digests = sandbox.folder / "source" / name, sources[name]["digests"]
                 sandbox.lay_out(store, base, digests)
@@ -197,20 +206,20 @@ class Site:
             with self._worker(stage.profile, new=bool(request["memory"])) as worker:
                 worker.send(cast("Request", {**request, **told, "sources": sources, "origin": origin}))
                 end = _watch(worker, request, log, say, cancelled)
-            if end["ok"]:
-                end |= {"damaged": [], "host": os.uname().nodename}
-                self._give(storage, sandbox, end)
-            return end
+            if end["ok"] is False:
+                return end
+            self._give(storage, sandbox, end)
+            return {**end, "damaged": [], "host": os.uname().nodename}
         finally:
             sandbox.remove(self._workspace)
 
-    def _storage(self, request: Mapping[str, Any]) -> Storage:
+    def _storage(self, request: ReceivedTask) -> Storage:
         name, url = request["remote"]
         if url not in self._storages:
             self._storages[url] = Storage(Remote(name, url, reads=True, writes=True), Event())
         return self._storages[url]
 
-    def _sources_not_here(self, request: Mapping[str, Any]) -> list[str]:
+    def _sources_not_here(self, request: ReceivedTask) -> list[str]:
         """Return the sources that this machine does not have, as they were, under the same path."""
         sources = Sources(self._workspace.index)
         found = []
@@ -250,8 +259,8 @@ class Site:
         with TemporaryDirectory(dir=self._workspace.root, prefix="fetched-") as name:
             yield Path(name)
 
-    def _give(self, storage: Storage, sandbox: Sandbox, end: Mapping[str, Any]) -> None:
-        """Keep what was made here, for nodes that read it, and give it to the remote."""
+    def _give(self, storage: Storage, sandbox: Sandbox, end: Succeeded) -> None:
+        """Adopt the outputs into the local store, for nodes that read them, and upload them to the remote."""
         store = self._workspace.store
         files = {name: digest for port in end["outputs"].values() for name, (digest, _) in port.items()}
         files |= {f"views/{name}": digest for name, (digest, _) in end["views"].items()}
@@ -273,7 +282,7 @@ class Site:
             worker.kill()
 
 
-def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) -> list[str]:
+def _mismatches(request: ReceivedTask, origin: Origin, codes: CodeDigests) -> list[str]:
     document = request["document"]
     codes.sweep_libraries()
     try:
@@ -299,12 +308,12 @@ def _mismatches(request: Mapping[str, Any], origin: Origin, codes: CodeDigests) 
 
 def _watch(
     worker: Worker,
-    request: Mapping[str, Any],
+    request: ReceivedTask,
     log: Log,
-    say: Callable[[Mapping[str, Any]], None],
+    say: Say,
     cancelled: Callable[[], bool],
-) -> dict[str, Any]:
-    """Pass on what a worker process says until it ends, and see that it takes no more memory than it may."""
+) -> Succeeded | Failure:
+    """Forward a worker process's events until it ends, and stop it if it exceeds its memory limit."""
     tail, limit = _Tail(log.path, say), request["memory"]
     while True:
         select.select([worker], [], [], LOOK_SECONDS)
@@ -316,7 +325,8 @@ def _watch(
             if event["event"] == "gone":
                 worker.kill()
                 return _failed(event["meaning"])
-            return cast("dict[str, Any]", event)
+            assert event["event"] == "end"
+            return event
         tail.send()
         if cancelled():
             worker.kill()
@@ -328,14 +338,14 @@ def _watch(
 
 
 class _Tail:
-    """Sends what is new in a log, up to a size."""
+    """Sends new text of a log, up to a total size."""
 
-    def __init__(self, path: Path, say: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, path: Path, say: Say) -> None:
         self._path, self._say = path, say
         self._sent = 0
 
     def send(self) -> None:
-        """Send what was printed since."""
+        """Send what was printed since the last call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._sent)
@@ -349,9 +359,9 @@ class _Tail:
             self._sent += len(text)
 
 
-def _refused(*problems: str) -> dict[str, Any]:
-    return {"event": "refused", "problems": problems}
+def _refused(*problems: str) -> Refused:
+    return {"event": "refused", "problems": list(problems)}
 
 
-def _failed(*problems: str) -> dict[str, Any]:
-    return {"event": "end", "ok": False, "problems": problems, "bug": False}
+def _failed(*problems: str) -> Failure:
+    return {"event": "end", "ok": False, "problems": list(problems), "bug": False}

@@ -31,7 +31,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from stagegraph.digest import digest_bytes, digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
@@ -49,10 +49,21 @@ ENGINE = __name__.partition(".")[0]
 SUFFIXES = (*EXTENSION_SUFFIXES, *SOURCE_SUFFIXES, *BYTECODE_SUFFIXES)
 FILE_NAME = re.compile(r"([\w-]+/)*[\w-]+(\.[\w-]+)+")  # below the folder of its module
 SUMMARY_SCHEMA = 6
-# A summary: {"digest", "imports", "foreign", "data", "tables": {table: {row: {"digest", "imports", "data"}}}};
-# "imports" are first-party modules, "foreign" top-level names of all others, "data" are strings that may name a file
-# beside the module or below its folder.
-Summary = dict[str, Any]
+
+
+class RowSummary(TypedDict):
+    """What one row of a table adds: ``imports`` of first-party modules; ``data``, which may name files near it."""
+
+    digest: str
+    imports: list[str]
+    data: list[str]
+
+
+class Summary(RowSummary):
+    """What a source file contributes; ``foreign`` are top-level names of others, ``tables`` name -> row -> summary."""
+
+    foreign: list[str]
+    tables: dict[str, dict[str, RowSummary]]
 
 
 class CodeDigests:
@@ -62,8 +73,8 @@ class CodeDigests:
         """``folder`` is that of the pipeline, where the modules of the package ``local`` are."""
         self._index, self._folder = index, folder
         saved = index.get("code") or {}
-        self._saved: dict[str, Any] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
-        self._contents: dict[str, Any] = {}
+        self._saved: dict[str, list[Any]] = saved.get("files", {}) if saved.get("schema") == SUMMARY_SCHEMA else {}
+        self._contents: dict[str, Summary | str] = {}  # of a data file, its digest
         self._stats: dict[str, list[int]] = {}  # of files as they were when their contents were taken
         self._paths: dict[str, str | None] = {}
         self._closures: dict[tuple[str, str], tuple[dict[str, str], list[str]]] = {}
@@ -171,7 +182,7 @@ class CodeDigests:
                 if part.partition(".")[0] == LOCAL:
                     others = [name for name in others if not self._is_beside(part, name)]
                 foreign.update(others)
-                parts = [summary]
+                parts: list[RowSummary] = [summary]
                 for table, contents in summary["tables"].items():
                     rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
                     found |= {f"{part}:{table}[{row}]": contents[row]["digest"] for row in rows}
@@ -311,9 +322,9 @@ def _tables(tree: ast.Module) -> Iterator[tuple[str, ast.Dict]]:
             yield name, node.value
 
 
-def _rows(module: str, table: ast.Dict) -> dict[str, dict[str, Any]]:
+def _rows(module: str, table: ast.Dict) -> dict[str, RowSummary]:
     roots = followed(module)
-    rows = {}
+    rows: dict[str, RowSummary] = {}
     for key, value in zip(table.keys, table.values, strict=True):
         strings = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         modules = sorted({module for s in strings for module in _named(s, roots)})

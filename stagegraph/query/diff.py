@@ -21,6 +21,7 @@ from stagegraph.store.record import Record, record_size, same_outputs
 if TYPE_CHECKING:
     from stagegraph.project import Project
     from stagegraph.query.artifact import Artifact
+    from stagegraph.stage import JsonObject
 
 # Given the files of two results, name -> where the content is: rows of what differs, its value in each as text.
 Comparer = Callable[[Mapping[str, Path], Mapping[str, Path]], list[tuple[str, str, str]]]
@@ -49,7 +50,7 @@ class Difference:
     same: bool
     rows: list[Row] = field(default_factory=list)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the difference as ``--json`` prints it."""
         return asdict(self)
 
@@ -147,7 +148,7 @@ class Sets:
     differing: list[Difference]
     same: int
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the differences as ``--json`` prints them."""
         return asdict(self)
 

@@ -22,6 +22,7 @@ from stagegraph.store.record import Record, result_digest
 if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project
+    from stagegraph.stage import JsonObject
 
 
 DEEP = 20  # nodes; beyond, only where a change began is told, not every node by whose way it came
@@ -39,7 +40,7 @@ class Cause:
     because: list[Cause] = field(default_factory=list)
     diff: list[str] = field(default_factory=list)  # of a module whose earlier text is known
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the cause as ``--json`` prints it."""
         found = {"kind": self.kind, "text": self.text, "place": self.place, "old": self.old, "new": self.new}
         return found | {"because": [cause.document() for cause in self.because], "diff": self.diff}
@@ -54,7 +55,7 @@ class Explanation:
     notes: list[str]
     cut_off: dict[str, float]  # node -> seconds of its last execution
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the explanation as ``--json`` prints it."""
         d = self.decision
         previous = d.previous

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.planning.planner import STALE, UNKNOWN, Decision
 from stagegraph.store.journal import HIT
@@ -14,6 +14,7 @@ from stagegraph.store.record import Record, record_size
 if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project, Selection
+    from stagegraph.stage import JsonObject
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Step:
         """Whether a run executes it for certain."""
         return self.decision.status not in {HIT, UNKNOWN}
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the step as ``--json`` prints it."""
         record = self.record
         return {
@@ -87,7 +88,7 @@ class Plan:
         """Return how many steps have one of these statuses."""
         return sum(step.decision.status in statuses for step in self.steps)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the plan as ``--json`` prints it."""
         return {
             "predicted_seconds": round(self.seconds, 3),

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.errors import StoreError
 from stagegraph.files import remove_tree
@@ -25,6 +25,7 @@ from stagegraph.store.pins import pinned
 from stagegraph.store.record import other_name, record_files
 
 if TYPE_CHECKING:
+    from stagegraph.stage import JsonObject
     from stagegraph.store.memo import PartEntry
     from stagegraph.store.record import Record
     from stagegraph.store.workspace import Workspace
@@ -77,7 +78,7 @@ class Sweep:
     left: int = 0
     notes: list[str] = field(default_factory=list)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the sweep as ``--json`` prints it."""
         items = [
             {"kind": i.kind, "name": i.name, "what": i.what, "when": i.when, "bytes": size}

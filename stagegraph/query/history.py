@@ -74,7 +74,7 @@ def outcome_document(outcome: Outcome) -> NodeEntry:
     record = outcome.record
     return {
         "node": outcome.node.name,
-        "outcome": outcome.outcome,
+        "outcome": outcome.status,
         "reason": outcome.reason,
         "reasons": outcome.reasons,
         "key": outcome.key,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import graphlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.digest import digest_json
 from stagegraph.store.record import Record, record_files
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project
     from stagegraph.query.artifact import Artifact
+    from stagegraph.stage import Json, JsonObject
 
 
 @dataclass
@@ -28,9 +29,9 @@ class Origin:
     record: Record | None
     before: list[Origin] = field(default_factory=list)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the execution as ``--json`` prints it."""
-        found: dict[str, Any] = {"label": self.label, "key": self.key, "from": [origin.key for origin in self.before]}
+        found: dict[str, Json] = {"label": self.label, "key": self.key, "from": [origin.key for origin in self.before]}
         if self.record is None:
             return found | {"gone": True}
         key = self.record["document"]
@@ -50,7 +51,7 @@ class Lineage:
     origins: list[Origin]
     copied: dict[str, str]  # file of the artifact -> ``label:file`` of the execution that made the same bytes
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return the lineage as ``--json`` prints it."""
         return {
             "label": self.artifact.label,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.execution.executor import Options
 from stagegraph.execution.outcome import Outcome
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project
+    from stagegraph.stage import JsonObject
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Reproduction:
         """Whether everything was made again as it was."""
         return not self.differing and not self.failed
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> JsonObject:
         """Return it as ``--json`` prints it."""
         failed = [{"node": outcome.node.name, "problems": list(outcome.problems)} for outcome in self.failed]
         return {

@@ -235,7 +235,7 @@ class Watching(Reporter):
 
 
 def outcomes(run: Run) -> list[str]:
-    return [outcome.outcome for outcome in run.outcomes]
+    return [outcome.status for outcome in run.outcomes]
 
 
 def until(true: Callable[[], object]) -> None:

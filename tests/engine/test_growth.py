@@ -74,7 +74,7 @@ def test_a_run_without_news_asks_the_database_for_all_nodes_at_once_and_opens_no
     monkeypatch.setattr(Documents, "get", read)
     with Pipeline(file) as pipeline:
         again = pipeline.run()
-        assert {outcome.outcome for outcome in again.outcomes} == {HIT}
+        assert {outcome.status for outcome in again.outcomes} == {HIT}
         assert (len(asked) < 8, opened) == (True, [])
         record = again.outcomes[3].record
         assert record is not None

@@ -211,7 +211,7 @@ def test_a_pipeline_from_python(demo: Demo) -> None:
         run = pipeline.run(pipeline.select(stage=["shape"]), reporter=Listener())
         assert run.ok
         assert heard == ["read", "shape[line]"]
-        assert [o.outcome for o in pipeline.run().outcomes] == ["HIT", "HIT", "BUILT"]
+        assert [o.status for o in pipeline.run().outcomes] == ["HIT", "HIT", "BUILT"]
         assert pipeline.plan().idle
 
 

@@ -81,7 +81,7 @@ def filled(tmp_path: Path, machines, capsys) -> tuple[Path, Machine, str]:
 
 
 def outcomes(run: Run) -> list[str]:
-    return [outcome.outcome for outcome in run.outcomes]
+    return [outcome.status for outcome in run.outcomes]
 
 
 def reasons(run: Run) -> set[str]:
@@ -210,7 +210,7 @@ def test_after_a_failure_nothing_more_is_started_under_fail_fast(tmp_path: Path,
 
     class Answers(Reporter):
         def finished(self, outcome: Outcome) -> None:
-            if outcome.outcome == "FAILED":
+            if outcome.status == "FAILED":
                 for future in late[2:]:
                     future.set_result(None)
 
@@ -241,7 +241,7 @@ def test_a_node_whose_input_is_made_again_meanwhile_waits_for_it(machines, came:
         scheduler._take_fetched(0.0)
         assert list(scheduler._waiting) == [first, second]
         scheduler._settle()
-        assert [scheduler.outcomes[node].outcome for node in (first, second)] == ["HIT", "HIT"]
+        assert [scheduler.outcomes[node].status for node in (first, second)] == ["HIT", "HIT"]
 
 
 def test_a_transfer_stops_when_the_run_is_abandoned(filled, tmp_path: Path) -> None:

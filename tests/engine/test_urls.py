@@ -105,7 +105,7 @@ def run(file: Path) -> str:
     with Pipeline(file) as pipeline:
         (outcome,) = pipeline.run().outcomes
         assert outcome.record is not None
-        return outcome.outcome
+        return outcome.status
 
 
 def test_a_file_is_fetched_once_through_a_redirect_and_looked_at_without_a_server(
