@@ -15,43 +15,64 @@ class Remaining:
 
     def __init__(self, predict: Callable[[], Predictions], jobs: int) -> None:
         self._predict, self._jobs = predict, jobs
-        self._left: dict[str, float | None] | None = None
-        self._started: dict[str, float] = {}  # of the nodes that run
+        self._waits: dict[str, float | None] | None = None  # nodes that have not begun -> what they will take
+        self._longest: list[tuple[float, str]] = []  # of them, and some that have begun: the longest is the last
+        self._sum, self._unknown = 0.0, 0  # of what they will take; of how many that is not known
+        self._running: dict[str, tuple[float | None, float]] = {}  # what a node will take, and when it began
         self._counted: dict[str, tuple[str, float, float]] = {}  # node -> what it counts now, since when, the part done
 
     def started(self, node: str) -> None:
         """Note that a node begins."""
-        if self._left is None:
-            self._left = dict(self._predict())
-        self._started[node] = time.monotonic()
+        if self._waits is None:
+            self._waits = dict(self._predict())
+            self._longest = sorted((seconds, node) for node, seconds in self._waits.items() if seconds is not None)
+            self._sum, self._unknown = sum(s for s, _ in self._longest), len(self._waits) - len(self._longest)
+        predicted = self._running[node][0] if node in self._running else self._take(node)
+        self._running[node] = predicted, time.monotonic()
 
     def progress(self, node: str, done: int, total: int, unit: str) -> None:
         """Note the progress of a node in what it counts now, which need not be the last that it counts."""
-        before, since, _ = self._counted.get(node, (unit, self._started.get(node, time.monotonic()), 0.0))
-        self._counted[node] = unit, since if unit == before else time.monotonic(), done / total if total else 0.0
+        if node in self._running:
+            before, since, _ = self._counted.get(node, (unit, self._running[node][1], 0.0))
+            self._counted[node] = unit, since if unit == before else time.monotonic(), done / total if total else 0.0
 
     def finished(self, node: str) -> None:
         """Note that a node is done, whether or not it ran."""
-        self._started.pop(node, None)
         self._counted.pop(node, None)
-        if self._left is not None:
-            self._left.pop(node, None)
+        if self._running.pop(node, None) is None:
+            self._take(node)
+
+    def _take(self, node: str) -> float | None:
+        """Count a node no more among those that wait; return what it will take."""
+        if not self._waits or node not in self._waits:
+            return None
+        seconds = self._waits.pop(node)
+        self._unknown -= seconds is None
+        self._sum -= seconds or 0.0
+        return seconds
 
     def text(self) -> str:
-        """Return ``about 2 m 05 s left``; empty while that is not known."""
-        if self._left is None:
-            return ""
-        seconds = [self._of(node, predicted) for node, predicted in self._left.items()]
-        known = [each for each in seconds if each is not None]
-        if len(known) < len(seconds) or not known:
-            return ""
-        return f"about {seconds_text(max(*known, sum(known) / self._jobs))} left"
+        """Return ``about 2 m 05 s left``; empty while that is not known.
 
-    def _of(self, node: str, predicted: float | None) -> float | None:
-        """Return the seconds that a node still needs: at least those of what it counts now, at its pace so far."""
-        if node not in self._started or predicted is None:
-            return predicted
+        It is asked for as every node ends, so it looks at those that run alone, not at all that wait.
+        """
+        if self._waits is None or self._unknown:
+            return ""
+        while self._longest and self._longest[-1][1] not in self._waits:
+            self._longest.pop()
+        seconds = [self._of(node) for node in self._running]
+        known = [each for each in seconds if each is not None]
+        if len(known) < len(seconds) or not (known or self._waits):
+            return ""
+        longest = max(known + [seconds for seconds, _ in self._longest[-1:]])
+        return f"about {seconds_text(max(longest, (sum(known) + self._sum) / self._jobs))} left"
+
+    def _of(self, node: str) -> float | None:
+        """Return the seconds that a running node still needs: at least those of what it counts now, at its pace so far."""
+        predicted, started = self._running[node]
+        if predicted is None:
+            return None
         now = time.monotonic()
         _, since, part = self._counted.get(node, ("", now, 0.0))
         pace = (now - since) * (1 - part) / part if part > 0.1 else 0.0
-        return max(predicted - (now - self._started[node]), pace, 0.0)
+        return max(predicted - (now - started), pace, 0.0)

@@ -95,7 +95,7 @@ class Sandbox:
         inputs: dict[str, list[Any]] = {}
         for port, instances in layout.items():
             for i, (each, path, files) in enumerate(instances):
-                base = self.folder / "in" / port / str(i)  # nothing that is not in the key may be seen
+                base = self.folder / "in" / f"{port}.{i}"  # nothing that is not in the key may be seen
                 self.lay_out(store, base, {name: digest for name, (digest, _) in files.items()})
                 inputs.setdefault(port, []).append([each, str((base / path).absolute())])
         return inputs

@@ -16,6 +16,7 @@ import contextlib
 import os
 import sqlite3
 import time
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ class Scheduler:
         self._waiting = Waiting(planner.dag.nodes)
         self._fetching: Fetching[Decision] = Fetching(workspace, enabled=options.share)
         self._results = Results(planner, workspace, self._fetching.give)
-        self._ready: list[_Ready] = []
+        self._ready: list[_Ready] = []  # as the nodes came out of what waits
         self._failed = False
         self._running: dict[Slot, Running] = {}
         self._attempts: dict[Node, int] = {}
@@ -87,10 +88,14 @@ class Scheduler:
             self._places.refuse(
                 [*(ready.decision.node for ready in self._ready), *(() if self._late else self._waiting)]
             )
+            self._start_ready()
             while self._ready or self._running or self._waiting or self._fetching:
-                self._start_ready()
-                self._await_events()
-                self._settle()
+                fetched = self._await_events()
+                with self._workspace.index.together():  # one commit for all that ended or began meanwhile
+                    self._take_fetched(fetched)
+                    self._take_events()
+                    self._settle()
+                    self._start_ready()
             self._fetching.finish(wait=True)
         except BaseException:
             self._abandon()
@@ -162,7 +167,7 @@ class Scheduler:
             except PlanError as error:
                 self._finish(_not_started(decision, *error.problems))
             else:
-                self._ready.append(_Ready(decision))
+                self._make_ready(decision)
 
     def _stops(self, node: Node) -> bool:
         """Skip a node if an earlier one failed and no more are to start; return whether it was skipped."""
@@ -171,8 +176,11 @@ class Scheduler:
             self._finish(Outcome(node, SKIPPED, "an earlier failure (--fail-fast)"))
         return stops
 
-    def _take_fetched(self, seconds: float) -> None:
-        for waiting, fetched in self._fetching.ended(seconds):
+    def _make_ready(self, decision: Decision) -> None:
+        insort(self._ready, _Ready(decision), key=lambda ready: self._waiting.place[ready.decision.node])
+
+    def _take_fetched(self, ended: Sequence[tuple[Sequence[Decision], Fetched | None]]) -> None:
+        for waiting, fetched in ended:
             with self._workspace.sharing():
                 for decision in waiting:
                     if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
@@ -201,7 +209,7 @@ class Scheduler:
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
 
     def _start_ready(self) -> None:
-        for ready in sorted(self._ready, key=lambda ready: self._waiting.place[ready.decision.node]):
+        for ready in list(self._ready):
             if self._places.full(self._running.values()):
                 return
             decision = ready.decision
@@ -291,14 +299,19 @@ class Scheduler:
 
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
-    def _await_events(self) -> None:
-        self._take_fetched(0.0 if self._running or self._ready else LOCK_POLL_SECONDS)
-        if not self._running:
-            if self._ready:
-                time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
-            return
-        assert self._selector is not None  # something is running
-        self._selector.select(LOCK_POLL_SECONDS)
+    def _await_events(self) -> list[tuple[Sequence[Decision], Fetched | None]]:
+        """Wait until something may have happened; return which results were fetched."""
+        fetched = list(self._fetching.ended(0.0 if self._running or self._ready else LOCK_POLL_SECONDS))
+        if fetched:
+            return fetched
+        if self._running:
+            assert self._selector is not None
+            self._selector.select(LOCK_POLL_SECONDS)
+        elif self._ready:
+            time.sleep(LOCK_POLL_SECONDS)  # everything that is ready waits for another run's lock
+        return []
+
+    def _take_events(self) -> None:
         for slot, running in list(self._running.items()):  # all: a dead worker whose child keeps the pipe is silent
             for event in map(running.log.masked, slot.receive()):
                 if event["event"] == "progress":
@@ -358,7 +371,7 @@ class Scheduler:
         attempt = self._attempts[decision.node] = self._attempts.get(decision.node, 0) + 1
         if attempt <= self._options.retries:
             self._reporter.retrying(decision.node, problems[0], attempt)
-            self._ready.append(_Ready(decision))
+            self._make_ready(decision)
             return
         self._finish(outcome)
         if self._options.fail_fast:

@@ -110,8 +110,12 @@ class Index:
     def together(self) -> Iterator[None]:
         """Write what is set meanwhile to the database in one commit at the end; ``get`` knows it at once.
 
-        For the documents that end one node: a commit for each would take most of the engine's time.
+        For the documents that begin and end nodes: a commit for each would take most of the engine's time. Within
+        another ``together`` of the same thread it is part of that.
         """
+        if self._held_back is not None and self._holder == get_ident():
+            yield
+            return
         self._held_back, self._holder = {}, get_ident()
         try:
             yield
@@ -122,6 +126,8 @@ class Index:
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
         self._ahead.pop(name, None)
+        if self._held_back is not None:
+            self._held_back.pop(name, None)
         if self.files.owns(name):
             self.files.delete(name)
         self._change(lambda cache: cache.delete(_row_name(name)))

@@ -17,6 +17,7 @@ class Locks:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._root = str(root)
 
     def try_lock(self, key: str) -> int | None:
         """Take the lock of a key: a descriptor to close, or None while another process holds it."""
@@ -39,15 +40,15 @@ class Locks:
         return lock is None and (self.root / "locks" / key).exists()
 
     def _lock_file(self, name: str) -> int:
-        path, flags = self.root / "locks" / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        path, flags = f"{self._root}/locks/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
             try:
                 return os.open(path, flags, 0o644)
             except FileNotFoundError:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
                 return os.open(path, flags, 0o644)
         except OSError as error:
-            if error.errno in {errno.EACCES, errno.EROFS} and path.exists():
+            if error.errno in {errno.EACCES, errno.EROFS} and Path(path).exists():
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same
             raise
 

@@ -58,18 +58,20 @@ class Store:
 
     def adopt(self, file: Path, digest: str) -> None:
         """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
-        target = self.path(digest)
+        target, source = self.file(digest), os.fspath(file)
         if self.is_object(digest, file):
-            file.unlink()
+            os.unlink(source)
             self.relink(digest)
             return
         if self.check(digest) is None:  # whatever its stat says: what is at hand is known to be right
-            file.unlink()
+            os.unlink(source)
             return
-        if not target.parent.is_dir():
-            target.parent.mkdir(parents=True, exist_ok=True)
-        file.chmod(0o444)
-        file.rename(target)
+        os.chmod(source, 0o444)
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.rename(source, target)
         self.remember(digest)
 
     def share(self, file: Path, digest: str) -> bool:
@@ -115,9 +117,8 @@ class Store:
 
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
-        path = self.path(digest)
         try:
-            now = stat_id(path)
+            now = stat_id(self.file(digest))
         except OSError:
             return "damaged" if digest in self.damaged else "missing"
         if self.index.get(f"obj:{digest}") == list(now):
@@ -126,7 +127,7 @@ class Store:
 
     def check(self, digest: str) -> str | None:
         """Digest an object whatever is remembered about it; as :meth:`verify` otherwise."""
-        path = self.path(digest)
+        path = self.file(digest)
         wrong = "damaged"
         try:
             if digest_file(path) == digest:
@@ -141,7 +142,7 @@ class Store:
             wrong = f"unreadable ({error.strerror})"
         with contextlib.suppress(OSError):  # whoever only looks at another user's store moves nothing
             self.quarantine.mkdir(parents=True, exist_ok=True)
-            path.rename(self.quarantine / f"{digest}-{time.time_ns()}")
+            os.rename(path, self.quarantine / f"{digest}-{time.time_ns()}")
             self.index.delete(f"obj:{digest}")
         self.damaged.append(digest)
         return wrong
@@ -167,18 +168,18 @@ class Store:
     def is_object(self, digest: str, path: Path) -> bool:
         """Say whether ``path`` is the object itself under another name."""
         try:
-            return path.samefile(self.path(digest))
+            return os.path.samefile(path, self.file(digest))
         except OSError:
             return False
 
     def remember(self, digest: str) -> None:
         """Record the stat of an object whose content was just verified or written."""
-        self.index.set(f"obj:{digest}", list(stat_id(self.path(digest))))
+        self.index.set(f"obj:{digest}", list(stat_id(self.file(digest))))
 
     def relink(self, digest: str) -> None:
         """Remember an object after a link to it was made or removed, which moves its ctime and nothing else."""
         known = self.index.get(f"obj:{digest}")
-        now = list(stat_id(self.path(digest)))
+        now = list(stat_id(self.file(digest)))
         if known is not None and known[:4] == now[:4]:
             self.remember(digest)
         else:
@@ -190,12 +191,13 @@ class Store:
         Reflink, copy or, for a large file, hard link. The directory must exist. What was placed is digested, as an
         object can rot without a change of its stat (:class:`RottenError`), unless its content is ``known``.
         """
-        source = self.path(digest)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.unlink(missing_ok=True)
+        source, shown = self.file(digest), os.fspath(target)
+        folder, name = os.path.split(shown)
+        temporary = os.path.join(folder, f".{name}.{os.getpid()}")
+        _unlink(temporary)
         linked = False
         try:
-            if (size := source.stat().st_size) < min(SMALL, HARDLINK_FROM):
+            if (size := os.stat(source).st_size) < min(SMALL, HARDLINK_FROM):
                 content = _write_small(source, temporary)
                 right = len(content) == size and (known or digest_bytes(content) == digest)
             else:
@@ -203,28 +205,35 @@ class Store:
                     linked = size >= HARDLINK_FROM and _hardlink(source, temporary)
                     if not linked:
                         _copy(source, temporary)
-                        temporary.chmod(0o444)
+                        os.chmod(temporary, 0o444)
                 right = known or digest_file(temporary) == digest
             if not right:
                 self._refuse(digest, temporary)
-            if target.is_dir() and not target.is_symlink():
+            try:
+                os.replace(temporary, shown)
+            except IsADirectoryError:
                 remove_tree(target)
-            temporary.replace(target)
+                os.replace(temporary, shown)
         except BaseException:
-            temporary.unlink(missing_ok=True)  # a half copy must not keep a full disk full
+            _unlink(temporary)  # a half copy must not keep a full disk full
             raise
         if linked:
             self.relink(digest)
         return linked
 
-    def _refuse(self, digest: str, copy: Path) -> NoReturn:
-        copy.unlink()
+    def _refuse(self, digest: str, copy: str) -> NoReturn:
+        os.unlink(copy)
         if self.check(digest) is not None:
             raise RottenError(digest)
-        raise OSError(errno.EIO, "the copy of an intact object is not what was copied", str(copy))
+        raise OSError(errno.EIO, "the copy of an intact object is not what was copied", copy)
 
 
-def _write_small(source: Path, target: Path) -> bytes:
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _write_small(source: str, target: str) -> bytes:
     """Copy a file that takes less to write than to ask for anything better; return its content."""
     with open_regular(source) as file:
         content = file.readall()
@@ -232,14 +241,14 @@ def _write_small(source: Path, target: Path) -> bytes:
     try:
         os.fchmod(descriptor, 0o444)
         if os.write(descriptor, content) != len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
     finally:
         os.close(descriptor)
     return content
 
 
-def _reflink(source: Path, target: Path) -> bool:
-    with source.open("rb") as reader, target.open("xb") as writer:
+def _reflink(source: str, target: str) -> bool:
+    with open(source, "rb") as reader, open(target, "xb") as writer:
         try:
             fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
         except OSError:
@@ -247,19 +256,19 @@ def _reflink(source: Path, target: Path) -> bool:
         else:
             cloned = True
     if cloned:
-        target.chmod(0o444)
+        os.chmod(target, 0o444)
     else:
-        target.unlink()
+        os.unlink(target)
     return cloned
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: str | Path, target: str | Path) -> None:
     import shutil  # with every archive format there is; a run without news copies nothing
 
     shutil.copyfile(source, target)
 
 
-def _hardlink(source: Path, target: Path) -> bool:
+def _hardlink(source: str | Path, target: str | Path) -> bool:
     try:
         os.link(source, target)
     except OSError as error:

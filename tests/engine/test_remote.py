@@ -233,12 +233,11 @@ def test_a_node_whose_input_is_made_again_meanwhile_waits_for_it(machines, came:
         asked = pipeline.planner.decide(second, scheduler._record_of)
         assert asked.record is not None
         fetched = Fetched(asked.record, {}, "team") if came else None
-        scheduler._fetching.ended = lambda _: iter([([asked], fetched)])  # type: ignore[method-assign]
         scheduler._fetching.take = lambda _: None  # type: ignore[method-assign]
         for node in (second, first):  # as when an object of the first was found damaged
             del scheduler.outcomes[node]
         scheduler._waiting.undo(first)
-        scheduler._take_fetched(0.0)
+        scheduler._take_fetched([([asked], fetched)])
         assert list(scheduler._waiting) == [first, second]
         scheduler._settle()
         assert [scheduler.outcomes[node].status for node in (first, second)] == ["HIT", "HIT"]
