@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from stagegraph.execution.outcome import Run
     from stagegraph.execution.reporter import Reporter
     from stagegraph.query.artifact import Artifact
+    from stagegraph.query.contents import Sweep
     from stagegraph.query.diff import Difference
     from stagegraph.query.explain import Explanation
     from stagegraph.query.forecast import Plan
-    from stagegraph.query.gc import Sweep
     from stagegraph.query.history import PastRun
     from stagegraph.query.lineage import Lineage
     from stagegraph.query.reproduce import Reproduction

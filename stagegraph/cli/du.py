@@ -10,7 +10,7 @@ from stagegraph.cli.common import add_file, add_json, print_json, size_text
 from stagegraph.cli.layout import table
 
 if TYPE_CHECKING:
-    from stagegraph.query.gc import Usage
+    from stagegraph.query.contents import Usage
 
 EXAMPLE = "pipeline du --json"
 KINDS = {
@@ -29,24 +29,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    from stagegraph.query.gc import usage
+    from stagegraph.query.contents import look, usage
+    from stagegraph.query.gc import KEEP_RUNS, collect
+    from stagegraph.query.needs import needs
     from stagegraph.store.leftovers import disk_bytes
 
     with Pipeline(args.file, args.overrides) as pipeline:
-        with pipeline.workspace.alone():
-            found = usage(pipeline.workspace)
-            disk, copies = disk_bytes(pipeline.workspace)
-        sweep = pipeline.gc(dry_run=True)
+        workspace = pipeline.workspace
+        contents = look(workspace)
+        disk, copies = disk_bytes(workspace)
+        needed = needs(pipeline)
+        sweep = collect(workspace, needed, keep_runs=KEEP_RUNS, max_size=None, dry_run=True, contents=contents)
+        found = usage(contents)
     rows = _rows(found)
     if args.json:
         entries = [{"what": what, "count": count, "bytes": size} for what, count, size in rows]
-        sums = {"bytes": found.total, "disk_bytes": disk, "gc_frees": sweep.freed}
+        sums = {"bytes": contents.total, "disk_bytes": disk, "gc_frees": sweep.freed}
         print_json({**sums, "entries": entries})
         return 0
     cells = [(what, str(count or "-"), size_text(size)) for what, count, size in rows]
     print(table(("what", "files", "size"), cells, flexible=0))
     print(f"\n{size_text(disk)} on disk, {size_text(copies)} of it copies that artifacts/ shows")
-    print(f"{size_text(found.total)} of objects; `pipeline gc` would free {size_text(sweep.freed)}")
+    print(f"{size_text(contents.total)} of objects; `pipeline gc` would free {size_text(sweep.freed)}")
     return 0
 
 
@@ -66,5 +70,5 @@ def _rows(found: Usage) -> list[tuple[str, int, int]]:
     rows = [row(name, current[name]) for name in ordered]
     for kind, what in KINDS.items():
         rows.append(row(what, set().union(*(item.digests for item in found.others if item.kind == kind))))
-    rows += [(f".stagegraph/{name}", 0, size) for name, size in found.folders.items() if size]
+    rows += [(f".stagegraph/{name}", 0, size) for name, size in found.contents.folders.items() if size]
     return [(what, count, size) for what, count, size in rows if size]

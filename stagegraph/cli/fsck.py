@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown, size_text
 from stagegraph.errors import EXIT_OK, EXIT_STORE, PipelineError
+from stagegraph.store.folders import stat_or_none
 from stagegraph.store.journal import HIT
 from stagegraph.store.record import record_files
 from stagegraph.store.workspace import Workspace
 
 EXAMPLE = "pipeline fsck --json"
+SIZE = 2  # in a stat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,17 +31,11 @@ def run(args: argparse.Namespace) -> int:
     with Pipeline(args.file, args.overrides) as work:
         workspace = work.workspace
         workspace.check_folders()
-        checked = size = 0
-        bad: dict[str, str] = {}
-        for digest in list(workspace.store.digests()):
-            wrong = workspace.store.check(digest)
-            if wrong and wrong != "missing":  # gone since: `gc` removes objects meanwhile
-                bad[digest] = wrong
-            size += _size(workspace, digest)
-            checked += 1
+        checked, size, bad = _check_objects(workspace)
+        suspects = _suspects(workspace)  # runs go on meanwhile; they wait only while these are looked at again
+        problem = workspace.index.problem()
         with workspace.alone():
-            missing = _missing(workspace)
-            problems = _problems(workspace, repair=args.repair)
+            missing, problems = _confirmed(workspace, suspects, problem, repair=args.repair)
         notes = _refill(work) if workspace.index.set_aside else []
     if args.json:
         print_json(
@@ -89,39 +88,64 @@ def _refill(work: Pipeline) -> list[str]:
     return [f"the index is begun anew, {held}: {lost}; the next run places artifacts/ again"]
 
 
-def _size(workspace: Workspace, digest: str) -> int:
-    try:
-        return workspace.store.path(digest).stat().st_size
-    except OSError:
-        return 0
+def _check_objects(workspace: Workspace) -> tuple[int, int, dict[str, str]]:
+    """Read every object; return how many there are, their bytes, and what is wrong: digest -> damaged, unreadable."""
+    checked = size = 0
+    bad: dict[str, str] = {}
+    folder = ""
+    for digest in workspace.store.digests():
+        if digest[:2] != folder:
+            folder = digest[:2]
+            workspace.index.read_ahead(f"obj:{folder}")
+        wrong = workspace.store.check(digest)
+        if wrong and wrong != "missing":  # gone since: `gc` removes objects meanwhile
+            bad[digest] = wrong
+        size += (stat_or_none(workspace.store.file(digest)) or [0, 0, 0])[SIZE]
+        checked += 1
+    return checked, size, bad
 
 
-def _missing(workspace: Workspace) -> dict[str, str]:
-    """Return the objects that records and parts name but the store lacks: digest -> what it was."""
-    missing = {}
-    for record in workspace.records():
-        for file, (digest, _) in record_files(record).items():
-            if not workspace.store.path(digest).exists():
-                missing[digest] = f"{record['stage']}: {file}"
-    for _, part in list(workspace.parts()):
-        if not workspace.store.path(part["digest"]).exists():
-            missing[part["digest"]] = f"memoised {part['kind']}"
-    return missing
+def _objects(workspace: Workspace, name: str) -> dict[str, str] | None:
+    """Return the objects that a record or part names: digest -> what it is; None for a document that is damaged."""
+    if name.startswith("rec:"):
+        record = workspace.record(name.removeprefix("rec:"))
+        return record and {digest: f"{record['stage']}: {file}" for file, (digest, _) in record_files(record).items()}
+    part = workspace.index.get(name)
+    return {part["digest"]: f"memoised {part['kind']}"} if isinstance(part, dict) else None
 
 
-def _problems(workspace: Workspace, *, repair: bool) -> list[str]:
-    """Return what is wrong with the documents; ``repair`` removes what cannot be believed."""
+def _suspects(workspace: Workspace) -> list[str]:
+    """Return the names of the records and parts that are damaged, or have objects that the store lacks."""
+    names = chain(workspace.index.names("rec:"), workspace.index.names("part:"))
+    return [name for name in names if not _is_whole(workspace, _objects(workspace, name))]
+
+
+def _is_whole(workspace: Workspace, objects: Mapping[str, str] | None) -> bool:
+    return objects is not None and all(os.path.exists(workspace.store.file(d)) for d in objects)  # noqa: PTH110 - many
+
+
+def _confirmed(
+    workspace: Workspace, suspects: Iterable[str], problem: str | None, *, repair: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Return the objects that are missing (digest -> what it was), and what is wrong with the documents.
+
+    ``problem`` is that of the index. ``repair`` removes what cannot be believed.
+    """
     index = workspace.index
-    problem = index.problem()
+    missing: dict[str, str] = {}
     problems = [f"damaged: the index ({problem})"] if problem else []
     if problem and repair:
         index.begin_anew()
-    for name in [*index.names("rec:"), *index.names("part:")]:
-        document = workspace.record(name.removeprefix("rec:")) if name.startswith("rec:") else index.get(name)
-        if document is None:
+    for name in suspects:
+        objects = _objects(workspace, name)
+        if objects is None and name not in index.damaged | index.files.damaged:  # gone since
+            continue
+        if objects is None:
             problems.append(f"damaged: {'record' if name.startswith('rec:') else 'part'} {name.partition(':')[2]}")
             if repair:
                 index.delete(name)
+        else:
+            missing |= {d: what for d, what in objects.items() if not _is_whole(workspace, {d: what})}
     if repair and workspace.root.is_dir():
         index.move_to_files()
-    return problems
+    return missing, problems

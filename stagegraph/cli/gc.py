@@ -14,7 +14,7 @@ from stagegraph.cli.layout import table
 from stagegraph.errors import EXIT_OK, PlanError
 
 if TYPE_CHECKING:
-    from stagegraph.query.gc import Sweep
+    from stagegraph.query.contents import Sweep
 
 EXAMPLE = "pipeline gc --keep-runs 5 --max-size 50GB --dry-run"
 UNITS = {"B": 1} | {f"{p}B": 1000**i for i, p in enumerate("kMGT", 1)}

@@ -68,7 +68,7 @@ class Remaining:
         return f"about {seconds_text(max(longest, (sum(known) + self._sum) / self._jobs))} left"
 
     def _of(self, node: str) -> float | None:
-        """Return the seconds that a running node still needs: at least those of what it counts now, at its pace so far."""
+        """Return the seconds that a running node still needs: at least those of what it counts now, at its pace."""
         predicted, started = self._running[node]
         if predicted is None:
             return None

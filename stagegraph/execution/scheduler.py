@@ -85,9 +85,8 @@ class Scheduler:
         try:
             self._settle()
             self._late = bool(self._fetching)  # what a remote may have needs no memory here, until it turns out not to
-            self._places.refuse(
-                [*(ready.decision.node for ready in self._ready), *(() if self._late else self._waiting)]
-            )
+            wait = () if self._late else self._waiting
+            self._places.refuse([*(ready.decision.node for ready in self._ready), *wait])
             self._start_ready()
             while self._ready or self._running or self._waiting or self._fetching:
                 fetched = self._await_events()
@@ -111,11 +110,11 @@ class Scheduler:
     def _settle(self) -> None:
         with self._workspace.sharing():
             self._settle_all()
-            if self._ready and self._pin is None:
+            if (self._ready or self._fetching) and self._pin is None:
                 self._claim()
 
     def _claim(self) -> None:
-        """Claim the keys of this run, so that gc leaves them; called only if the run executes something."""
+        """Claim the keys of this run, so that gc leaves them; only one that executes or fetches needs it."""
         from stagegraph.store.pins import Pin
 
         self._workspace.check_folders()
@@ -299,10 +298,9 @@ class Scheduler:
 
     # -- 5, 6: events and ends ---------------------------------------------------------------------------------------
 
-    def _await_events(self) -> list[tuple[Sequence[Decision], Fetched | None]]:
+    def _await_events(self) -> Sequence[tuple[Sequence[Decision], Fetched | None]]:
         """Wait until something may have happened; return which results were fetched."""
-        fetched = list(self._fetching.ended(0.0 if self._running or self._ready else LOCK_POLL_SECONDS))
-        if fetched:
+        if fetched := list(self._fetching.ended(0.0 if self._running or self._ready else LOCK_POLL_SECONDS)):
             return fetched
         if self._running:
             assert self._selector is not None

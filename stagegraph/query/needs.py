@@ -19,6 +19,7 @@ from stagegraph.store.journal import HIT
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stagegraph.query.contents import Contents
     from stagegraph.store.workspace import Workspace
 
 MARK = "gone:"  # in the index, before the name of a pipeline
@@ -78,16 +79,17 @@ def _may_be_pipeline(path: Path) -> bool:
         return True  # who knows
 
 
-def gone(workspace: Workspace, names: set[str] | None, *, mark: bool) -> tuple[set[str], list[str]]:
+def gone(workspace: Workspace, names: set[str] | None, contents: Contents, *, mark: bool) -> tuple[set[str], list[str]]:
     """Return the pipelines without a file that an earlier call marked, and a note for each that has just been found.
 
-    ``names`` are those of the files, None where not all are known; ``mark`` writes down what was found.
+    ``names`` are those of the files, None where not all are known; ``contents`` is what the store holds, and ``mark``
+    writes down what was found.
     """
     if names is None:
         return set(), []
     marked = {name.removeprefix(MARK) for name in workspace.index.names(MARK)}
-    records = {record["key"] for record in workspace.records()}
-    shown = {name.partition("/")[0] for name, last in workspace.lasts().items() if last.get("key") in records}
+    lasts, records = contents.lasts.items(), contents.records
+    shown = {name.partition("/")[0] for name, last in lasts if last.get("key") in records}
     fresh = sorted(shown - names - marked)
     if mark:
         workspace.index.set_all({f"{MARK}{name}": True for name in fresh})

@@ -70,14 +70,18 @@ class Documents:
 
     def path(self, name: str) -> Path | None:
         """Return where a document is, whether or not it exists; None if nothing can have this name."""
+        file = self._file(name)
+        return Path(file) if file else None
+
+    def _file(self, name: str) -> str | None:
         prefix, mark, digest = name.partition(":")
         if not DIGEST.fullmatch(digest):
             return None
-        return Path(f"{self._root}/{FOLDERS[prefix + mark]}/{digest[:2]}/{digest}")
+        return f"{self._root}/{FOLDERS[prefix + mark]}/{digest[:2]}/{digest}"
 
     def get(self, name: str) -> Any:
         """Return a document, or None if there is none or it is damaged."""
-        path = self.path(name)
+        path = self._file(name)
         if path is None:
             return None
         try:
@@ -120,11 +124,14 @@ class Documents:
 
     def delete(self, name: str) -> None:
         """Remove a document; no error if there is none."""
-        path = self.path(name)
+        path = self._file(name)
         if path is not None:
-            _clear(path)
+            try:
+                os.unlink(path)  # noqa: PTH108 - one of many
+            except OSError:
+                _clear(Path(path))
             with contextlib.suppress(OSError):
-                path.parent.rmdir()
+                os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``, sorted; damaged ones too."""
@@ -132,9 +139,9 @@ class Documents:
         start = prefix.removeprefix(kind)
         top = self._root / FOLDERS[kind]
         for folder in sorted(top.glob(f"{start[:2]}*") if top.is_dir() else ()):
-            for path in sorted(folder.iterdir() if folder.is_dir() else ()):
-                if DIGEST.fullmatch(path.name) and path.name.startswith(start):
-                    yield kind + path.name
+            for digest in sorted(os.listdir(folder) if folder.is_dir() else ()):  # noqa: PTH208 - one of many
+                if digest.startswith(start) and DIGEST.fullmatch(digest):
+                    yield kind + digest
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

@@ -27,7 +27,7 @@ import contextlib
 import errno
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import RLock, Timer, get_ident
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import diskcache
 
 BUSY_SECONDS = 60
+NO_UTF8 = "\ufffd"  # in a text that was decoded with it in place of what is none
 SAID_AFTER = 3  # seconds of waiting without a word
 # What a database that another process is just creating answers: there is no file, or no table, yet.
 NOTHING_YET = {sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR}
@@ -125,12 +126,23 @@ class Index:
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
-        self._ahead.pop(name, None)
-        if self._held_back is not None:
-            self._held_back.pop(name, None)
-        if self.files.owns(name):
-            self.files.delete(name)
-        self._change(lambda cache: cache.delete(_row_name(name)))
+        self.delete_all([name])
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Forget documents, in one commit; no error for those that are not there."""
+        for name in names:
+            self._ahead.pop(name, None)
+            if self._held_back is not None:
+                self._held_back.pop(name, None)
+            if self.files.owns(name):
+                self.files.delete(name)
+        if names:
+            self._change(lambda cache: [cache.delete(_row_name(name)) for name in names])
+
+    def version(self) -> int:
+        """Return a number that is another one whenever something was written to the database since it was asked."""
+        rows = self._rows("PRAGMA data_version")
+        return int(rows[0][0]) if rows else 0
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``."""
@@ -161,12 +173,16 @@ class Index:
         try:
             with self._lock:
                 ((said, *_), *_) = self._reading().execute("PRAGMA quick_check(1)").fetchall()
+                for name, text in self._reading().execute("SELECT key, value FROM Cache WHERE raw = 1"):
+                    try:
+                        if NO_UTF8 not in str(name):  # such a row is nobody's
+                            unseal(str(name), text)
+                    except DamagedError:
+                        self.damaged.add(str(name))
         except sqlite3.DatabaseError as error:
             return str(error)
         if said != "ok":
             return str(said)
-        for name in self._names(""):
-            self.get(name)
         return f"{len(self.damaged)} of its documents are damaged" if self.damaged else None
 
     def begin_anew(self) -> None:

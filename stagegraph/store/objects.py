@@ -150,7 +150,7 @@ class Store:
     def read(self, digest: str) -> bytes:
         """Return the content of an object; :class:`RottenError` if it is not what its name says, or is not there."""
         try:
-            with open_regular(self.path(digest)) as file:
+            with open_regular(self.file(digest)) as file:
                 content = file.readall()
         except OSError:
             content = b""
@@ -163,7 +163,7 @@ class Store:
         """Yield the digest of every object there is."""
         if self.objects.is_dir():
             for folder in sorted(self.objects.iterdir()):
-                yield from sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))  # a copy under way
+                yield from sorted(name for name in os.listdir(folder) if not name.startswith("."))  # a copy under way
 
     def is_object(self, digest: str, path: Path) -> bool:
         """Say whether ``path`` is the object itself under another name."""

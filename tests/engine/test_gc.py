@@ -5,10 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from stagegraph import Pipeline
+from stagegraph.query import removal
+from stagegraph.store.index import Index
 from stagegraph.store.leftovers import disk_bytes
 from stagegraph.store.pins import Pin, pinned
 from stagegraph.store.workspace import Workspace
@@ -195,6 +199,47 @@ def test_a_run_beside_it_loses_nothing(demo: Demo) -> None:
     assert slow.wait() == 0
     assert gc(demo, "--keep-runs", "0")["notes"] == []
     assert demo("fsck", str(demo.pipeline)).code == 0
+
+
+def test_what_comes_into_use_between_two_batches_stays(demo: Demo, monkeypatch) -> None:
+    """A run takes an earlier result up again, or makes it again of objects that are to go."""
+    glue(demo, "a", "b", "c", "d")
+    ended = []
+
+    def pause(_: float) -> None:
+        if not ended:
+            ended.append(start(demo, "--set", "vars.glue=a").wait())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "BATCH_SECONDS", 0.0)
+        patch.setattr(removal, "time", SimpleNamespace(sleep=pause, monotonic=time.monotonic))
+        removed = gc(demo, "--keep-runs", "0")
+    assert ended == [0]
+    assert len([item for item in removed["removed"] if item["kind"] == "result"]) in {2, 3}
+    assert demo("fsck", str(demo.pipeline)).code == 0
+    demo.counts  # noqa: B018
+    demo.run("--set", "vars.glue=a")
+    assert demo.counts == []
+    demo.run("--set", "vars.glue=b")
+    assert demo.counts == ["join"]
+
+
+def test_what_is_written_together_is_one_commit_and_can_be_taken_back(tmp_path) -> None:
+    (tmp_path / "index").mkdir()
+    index, other = Index(tmp_path / "index"), Index(tmp_path / "index")
+    index.set("memo:before", 1)
+    with index.together():
+        index.set("memo:a", 1)
+        with index.together():
+            index.set("memo:b", 2)
+        assert (index.get("memo:b"), other.get("memo:b")) == (2, None)
+        index.delete("memo:a")
+    assert (other.get("memo:a"), other.get("memo:b")) == (None, 2)
+    was = index.version()
+    assert index.version() == was
+    other.delete_all(["memo:b", "memo:before", "memo:none"])
+    assert index.version() != was
+    assert (index.get("memo:b"), index.get("memo:before")) == (None, None)
 
 
 def test_claims_of_runs_that_are_gone_lapse(demo: Demo) -> None:
