@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
 NEEDS = "running in a cluster needs more packages: pip install 'stagegraph[dask]'"
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 30  # Dask tries again as long, also where nobody listens; a busy scheduler takes its time
 LOOK_SECONDS = 2.0  # how long what is known of the workers is good
 AHEAD = 2  # nodes that are handed over for each thread, so that none waits for the next
 AT_ONCE = 8  # files under way
