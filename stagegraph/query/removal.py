@@ -37,6 +37,7 @@ class Watch:
         (workspace.root / "running").mkdir(exist_ok=True)
         with workspace.alone(), workspace.scratch("gc") as folder:
             self._since = folder.stat().st_mtime_ns  # as the file system has the time
+            pinned(workspace.root)  # which removes claims of runs that were killed: no change that others make
             self._state = self._now()
 
     def _now(self) -> Any:

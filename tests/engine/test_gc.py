@@ -364,6 +364,17 @@ def test_what_was_left_behind_goes(demo: Demo) -> None:
     assert set(demo.run().outcomes.values()) == {"HIT"}
 
 
+def test_what_a_killed_run_left_goes_with_what_it_claimed(demo: Demo) -> None:
+    """Its claim is removed by whoever looks, which is not taken for a run that began or ended meanwhile."""
+    demo.run()
+    root = demo.folder / "artifacts" / ".stagegraph"
+    (root / "work" / "abc" / "1").mkdir(parents=True)
+    (root / "running" / "17779-1796015097584388498").write_text("c1" * 32 + "\n")
+    assert "work/abc" in {item["name"] for item in gc(demo)["removed"]}
+    assert not (root / "work" / "abc").exists()
+    assert not [*(root / "running").iterdir()]
+
+
 @pytest.mark.parametrize(("answer", "gone"), [("n", 0), ("", 0), ("y", 1)])
 def test_it_asks_on_a_terminal(demo: Demo, answer: str, gone: int, monkeypatch) -> None:
     glue(demo, "a", "b")
