@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file(parser)
     add_selection(parser)
     add = parser.add_argument
-    add("--only", action="store_true", help="run only these nodes; refuse if what they read is not up to date")
-    add("--force", action="store_true", help="run these even if up to date; says whether the result is identical")
+    add("--only", action="store_true", help="run only these nodes; refuse if inputs are out of date")
+    add("--force", action="store_true", help="run even if up to date; say if the result is identical")
     add(
         "--check-reproducible",
         action="store_true",
-        help="build it a second time, from scratch, and report differences",
+        help="build it twice from scratch, report differences",
     )
     add("--dry-run", action="store_true", help="print what would run, why and for how long; run nothing")
     add(

@@ -327,7 +327,7 @@ def test_a_worker_with_another_library_or_another_since_it_was_started_is_refuse
         ended = site.run(
             request | {"document": document | {"libraries": libraries}}, lambda _event: None, lambda: False
         )
-        assert ended == {"event": "refused", "problems": (STALE,)}
+        assert ended == {"event": "refused", "problems": [STALE]}
 
 
 def test_where_no_worker_fits_the_node_fails_with_every_reason(client: Client, grid: Grid, monkeypatch) -> None:
