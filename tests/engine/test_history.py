@@ -135,8 +135,10 @@ def test_a_drawing(demo: Demo, entries: list[str]) -> None:
     names = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert "join" in names
     assert len(names) == (3 if entries else 4)
-    edges = list(drawn.iter("{http://www.w3.org/2000/svg}path"))
+    paths = list(drawn.iter("{http://www.w3.org/2000/svg}path"))
+    edges = [path for path in paths if path.get("fill") == "none"]
     assert len(edges) == (2 if entries else 4)
+    assert len(paths) == 2 * len(edges), "each has a head"
 
 
 def test_every_json_is_one_document(demo: Demo) -> None:
