@@ -128,7 +128,10 @@ def longcat(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
 
     chosen, linear = top_k_index.reshape(-1), torch.ops.stagegraph.expert_linear
     gate, up = linear(x, module.gate_up_proj, chosen, False).chunk(2, dim=-1)
-    y = linear(module.act_fn(gate) * up, module.down_proj, chosen, False).view(*top_k_index.shape, -1)
+    there = chosen.clamp(
+        max=module.num_routed_experts - 1
+    )  # down_proj has none of the others, and kernels do not check
+    y = linear(module.act_fn(gate) * up, module.down_proj, there, False).view(*top_k_index.shape, -1)
     y = torch.where((top_k_index < module.num_routed_experts)[..., None], y, x[:, None])
     return (y * top_k_weights[..., None]).sum(1)
 

@@ -143,6 +143,29 @@ def test_the_cache_is_told_of_layers_that_attend_within_chunks_and_holds_the_hea
     assert mixed.hidden_size == 64 + 4 * 16
 
 
+def test_no_expert_is_read_that_a_matrix_does_not_have() -> None:
+    """The last of LongCat's experts hand on what they are given: its second matrix has 6 experts of 8."""
+    small = {
+        "n_routed_experts": 6,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 32,
+        "ffn_hidden_size": 64,
+    }
+    latent = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+    heads = {"head_dim": 16, "num_key_value_heads": 4, "num_attention_heads": 4}
+    config = parse({**traced_models.SIZES, **small, **latent, **heads, "model_type": "longcat_flash", "num_layers": 1})
+    nodes, given = config.parts["body"]["nodes"], config.parts["body"]["inputs"]
+    rows = {entry["name"]: entry["shape"][0] for entry in config.parameters}
+    found = []
+    for name, arguments in nodes:
+        if name == "expert_linear":
+            makes, bounds = nodes[arguments["chosen"]["value"] - given]
+            experts = rows[arguments["weight"]["parameter"]] // arguments["features"]
+            found.append((experts, bounds["max"] if makes == "clamp" else None))
+    assert found == [(8, None), (6, 5)]
+
+
 def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> None:
     """Sarvam's q, k and v are one matrix in its files, and three in transformers' model; the way back cuts it again."""
     raw = {
