@@ -63,7 +63,7 @@ def serve(engine: Engine, **options) -> Iterator[Served]:
     config = uvicorn.Config(apps.create({"tiny": engine}, **options), log_level="error", access_log=False, http=http)
     server = uvicorn.Server(config)
     listening = socket.create_server(("127.0.0.1", 0))
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # so that who does not read is soon noticed
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # so that who does not read is soon noticed
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     port = listening.getsockname()[1]
