@@ -263,11 +263,11 @@ def test_a_python_file_edited_in_place_is_found_before_anything_is_executed(two:
     assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}
     before = two.run().json["nodes"]
     source = site / "maths" / "__init__.py"
-    source.write_text("ADDS = 2\n")
+    source.write_text("ADDS =  2\n")  # Python itself takes one of the same second and size for the one before
     assert two.run().outcomes == {"first": "HIT", "second": "HIT"}, "what is not seen, as docs/guarantees.md says"
     assert statuses(two, "--set", "vars.word=two") == {"first": "STALE", "second": "STALE"}, "found where one is to run"
     assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}, "and from then on"
-    source.write_text("ADDS =  3\n")  # Python itself takes one of the same second and size for the one before
+    source.write_text("ADDS =   3\n")
     assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}, "the next edit of that file is seen at once"
     assert (two.folder / "artifacts" / "own" / "first" / "out.txt").read_text() == "one3"
     source.write_text("ADDS = 1\n")
