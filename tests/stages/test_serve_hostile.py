@@ -92,16 +92,18 @@ def test_a_head_that_does_not_come_is_not_waited_for(served) -> None:
 
 
 def test_who_does_not_read_is_left(served) -> None:
-    # 600 kB, several times what buffers hold on the way: what fits into them has been sent, read or not.
+    # What fits into the buffers on the way has been sent, read or not, and how much fits is up to the machine:
+    # so 12 MB are asked for on one connection.
+    requests = 20
     asked = {"model": "tiny", "prompt": "x", "n": 6, "max_tokens": 150, "logprobs": 20, "stream": True}
-    done = served.metrics("requests_total", outcome="done")
     body = json.dumps({**asked, "logit_bias": dict.fromkeys(map(str, served.engine.tokenizer.stop), -100)}).encode()
+    done = served.metrics("requests_total", outcome="done")
     with socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.connect(("127.0.0.1", served.port))
-        deaf.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        deaf.sendall((HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body) * requests)
         while served.metrics("requests_total", outcome="left") == 0:
-            assert served.metrics("requests_total", outcome="done") == done
+            assert served.metrics("requests_total", outcome="done") < done + requests
             time.sleep(0.05)
     assert idle(served.engine)
 

@@ -138,6 +138,8 @@ class Exchange:
                 raise _failed(event.error)
             left -= isinstance(event, End)
             yield index, event
+            if not self._events.empty():
+                await asyncio.sleep(0)  # a client that has left is noticed only while this task waits
         self.outcome = "done"
 
     def _chunk(self, index: int, content: Choice) -> str:
