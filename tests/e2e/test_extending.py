@@ -20,7 +20,9 @@ from tests.support import family_models
 from tests.support.edited_project import ROOT, Project
 from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
 
-SECTIONS = {"A model family": 3, "A quantization scheme": 2, "A lowering pass": 2, "A target": 2}  # files that it takes
+PAGE = ROOT / "docs" / "extending.md"
+SECTIONS = ("A model family", "A quantization scheme", "A lowering pass", "A target")  # on the shipped stages
+IN_THE_PIPELINE_FILE = {"A command", "A stage in a file beside pipeline.yaml"}  # which declares what they bring
 STEP = re.compile(r"^`([\w/.]+)`(?:, after the line `([^`\n]+)`)?:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
@@ -52,13 +54,25 @@ print(str(drop_casts(builder.get())).count("astype"))
 """
 
 
+def sections() -> dict[str, str]:
+    """The sections of the page: heading -> text."""
+    return dict(part.split("\n", 1) for part in PAGE.read_text().split("\n## ")[1:])
+
+
+def counts() -> dict[str, int]:
+    """What the table at the top of the page says: anchor of a section -> number of files."""
+    rows = re.findall(r"^\| \[[^]]*\]\(#([\w-]+)\) \|.*\| (\d+) \|$", PAGE.read_text(), re.MULTILINE)
+    return {anchor: int(count) for anchor, count in rows}
+
+
+def anchor(section: str) -> str:
+    return section.lower().replace(" ", "-").replace(".", "")
+
+
 def do(section: str, folder: Path) -> set[str]:
     """Do what a section of the page says; return the files that it touched."""
-    (text,) = [
-        part for part in (ROOT / "docs" / "extending.md").read_text().split("\n## ") if part.startswith(f"{section}\n")
-    ]
     touched = set()
-    for path, line, code in STEP.findall(text):
+    for path, line, code in STEP.findall(sections()[section]):
         file = folder / path
         if line:
             lines = file.read_text().splitlines(keepends=True)
@@ -76,8 +90,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A pipeline on a copy of the stages that the page was done in, and a checkpoint of its family."""
     project = Project(tmp_path_factory.mktemp("extended") / "project")
     shutil.copytree(ROOT / "stages", project.stages, ignore=shutil.ignore_patterns("__pycache__"))
-    for section, count in SECTIONS.items():
-        assert len(do(section, project.folder / "lib")) == count
+    for section in SECTIONS:
+        assert len(do(section, project.folder / "lib")) == counts()[anchor(section)]
     files, _, _ = FOLDERS["llama3 model"]
     write_folder(project.checkpoint, files)
     family_models.write(project.checkpoint, CASE)
@@ -112,10 +126,11 @@ def test_what_is_added_as_the_page_says_makes_a_verified_bundle(extended: Projec
     assert (card["target"], card["model"]["scheme"]) == ("plain", "q4f32_64")
 
 
-def test_the_page_counts_what_it_takes() -> None:
-    """The table at its top says what its sections take."""
-    text = (ROOT / "docs" / "extending.md").read_text()
-    rows = re.findall(r"^\| \[a[^]]*\]\(#([\w-]+)\) \|.*\| (\d+) \|$", text, re.MULTILINE)
-    told = {anchor: int(count) for anchor, count in rows}
-    assert {section.lower().replace(" ", "-"): count for section, count in SECTIONS.items()}.items() <= told.items()
-    assert max(told.values()) <= 4
+def test_the_table_counts_the_files_of_each_section() -> None:
+    counted, texts = counts(), {anchor(section): text for section, text in sections().items()}
+    declared = {anchor(section) for section in IN_THE_PIPELINE_FILE}
+    assert {anchor(section) for section in SECTIONS} | declared | {"an-installed-package"} == counted.keys()
+    for section, count in counted.items():
+        files = set(re.findall(r"^`([\w/.]+)`[^\n]*\n\n```", texts[section], re.MULTILINE))
+        assert len(files) + (section in declared) == count, f"{section}: {sorted(files)}"
+    assert max(counted.values()) <= 4
