@@ -1,1 +1,1 @@
-"""transformers' own modelling code, traced without weights into a graph of few operators. Needs torch."""
+"""Traces transformers' own modelling code, without weights, into a graph of few operators. Needs torch."""

@@ -1,7 +1,7 @@
 """Replaces transformers' attention, masks and experts by single operators while a model is traced.
 
-transformers calls whatever is registered under a name with the queries, keys and values after rotation; here that is an
-operator of one node.
+transformers calls the attention function that is registered under a name with the queries, keys and values after
+rotation; here that function is an operator of one node.
 """
 
 from __future__ import annotations

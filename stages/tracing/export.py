@@ -1,8 +1,8 @@
-"""One function of a model, exported by torch, as a graph of the operators of this project: plain JSON values.
+"""Exports one function of a model by torch and rewrites it in the operators of this project, as plain JSON values.
 
-Rows are tokens: nothing but attention may know of more than one, for what a call reads may be of several sequences.
-That is what torch's symbolic sizes are looked at for: a value has the number of tokens in at most one of its sizes, and
-no operator but attention works along that axis or orders it otherwise.
+Rows are tokens. Only attention may combine rows, because the tokens of one call may belong to several sequences.
+torch's symbolic sizes show it: at most one axis of a value has the number of tokens, and no operator but attention
+works along that axis or reorders it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Modules that are one node of a traced graph, or are traced without what they choose anew at every call."""
+"""Marks modules to trace as one node, and removes choices that a module would make anew at every call."""
 
 from __future__ import annotations
 

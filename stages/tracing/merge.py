@@ -1,4 +1,4 @@
-"""Projections of one input become one matrix: q, k and v, or gate and up, whatever a modelling file calls them."""
+"""Merges projections of one input into one matrix: q, k and v, or gate and up, whatever their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the parameters and constants of a traced graph are called: by the names of transformers' state dict."""
+"""Names the parameters and constants of a traced graph as transformers' state dict does."""
 
 from __future__ import annotations
 

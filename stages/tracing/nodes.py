@@ -1,4 +1,4 @@
-"""What is asked of the nodes of a graph that torch exported."""
+"""Queries on the nodes of a graph that torch exported."""
 
 from __future__ import annotations
 

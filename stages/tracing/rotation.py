@@ -1,7 +1,7 @@
-"""Rotary positions that the cache can apply: recognised in a traced graph by what they compute, and taken out of it.
+"""Recognises rotary positions in a traced graph by what they compute, and moves them to the KV cache.
 
-A modelling file turns queries and keys before attention; the cache's kernel does the same on its way, once a token.
-Where every layer turns both halves of its heads against each other by the same angles, it is left to the cache.
+A modelling file rotates queries and keys before attention; the cache's kernel does the same as it appends them. Where
+every layer rotates the two halves of its heads by the same angles, the rotation is removed from the graph.
 """
 
 from __future__ import annotations

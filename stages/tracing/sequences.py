@@ -1,5 +1,4 @@
-"""Functions of modelling files that walk a sequence token by token or in chunks: while a model is traced, an operator
-of one node stands in the place of each, which keeps the state that they would be handed.
+"""Replaces functions that process a sequence token by token or in chunks by operators of one node that keep the state.
 
 Every modelling file of transformers has them under the same names, and calls them as globals of its own.
 """

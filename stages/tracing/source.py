@@ -1,4 +1,4 @@
-"""Which class of transformers a config.json means, and its model without weights. No code of a checkpoint is run."""
+"""Builds the model of transformers for a config.json, without weights. Runs no code of a checkpoint."""
 
 from __future__ import annotations
 

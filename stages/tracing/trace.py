@@ -1,4 +1,4 @@
-"""A whole model as a document: the graphs of embedding, body and head, their parameters and constants."""
+"""Traces a whole model into one document: graphs of embedding, body and head, their parameters and constants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators that a traced graph is written in, as data: torch's names -> those of :mod:`stages.models.operators`.
+"""Tables of the operators of traced graphs: torch's names -> those of :mod:`stages.models.operators`.
 
 An operator of torch that is in none of these tables is refused by its name, never guessed.
 """

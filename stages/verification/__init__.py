@@ -1,1 +1,1 @@
-"""How a bundle is held against its checkpoint: its weights, the logits and text of a reference, its own functions."""
+"""Checks a bundle against its checkpoint: weights, a reference's logits and text, and its own functions."""

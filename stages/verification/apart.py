@@ -1,4 +1,4 @@
-"""Run a module of torch's in a process of its own: torch never shares one with the runtime that is being checked."""
+"""Runs a module that needs torch in a separate process: torch never shares one with the runtime under test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bill of materials of a bundle: CycloneDX 1.6, an ML-BOM, made of what the certificate says and nothing else.
+"""Writes the bill of materials of a bundle (CycloneDX 1.6, ML-BOM) from its certificate alone.
 
 The format: https://cyclonedx.org/docs/1.6/json/. Licences have the names that the checkpoint's card uses, which are
 no SPDX identifiers. There is neither a time nor a serial number, so that equal bundles have equal bills.

@@ -1,4 +1,4 @@
-"""What is verified: one bundle, the artifacts that describe it, and its checkpoint, each read once when asked for."""
+"""The inputs of a verification: a bundle, its artifacts and its checkpoint, each read once, on demand."""
 
 from __future__ import annotations
 

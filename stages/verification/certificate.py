@@ -1,4 +1,4 @@
-"""certificate.json: what was verified of a bundle, without times and paths, so that equal results are equal bytes."""
+"""Writes certificate.json: what was verified. It has no times or paths, so that equal results are equal bytes."""
 
 from __future__ import annotations
 

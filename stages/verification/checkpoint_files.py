@@ -1,4 +1,4 @@
-"""The files of a checkpoint as transformers reads them: a folder's own, or those that GGUF files stand for."""
+"""Finds the files of a checkpoint as transformers reads them: a folder's own, or those made of a GGUF file."""
 
 from __future__ import annotations
 

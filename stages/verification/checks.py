@@ -1,4 +1,4 @@
-"""The checks themselves: every function of a loaded bundle, held against a reference or against its own steps."""
+"""The single checks: each compares a function of a loaded bundle with a reference, or with its own steps."""
 
 from __future__ import annotations
 

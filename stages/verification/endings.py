@@ -1,4 +1,4 @@
-"""What ends a text, and the form of a chat: the bundle's against what the checkpoint's own files say."""
+"""Checks end-of-text tokens and the chat format of a bundle against the checkpoint's own files."""
 
 from __future__ import annotations
 

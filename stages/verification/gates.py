@@ -1,4 +1,4 @@
-"""How much quantization may cost before a bundle is refused: limits by what a scheme keeps, and the user's own."""
+"""Limits on what quantization may cost before a bundle is refused: defaults by scheme, and the user's own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The weights of GGUF files as others read them: container, names and values by the ``gguf`` package, and the order
-of rows by transformers, so that nothing this project has misread is wrong on both sides.
+"""Reads the weights of GGUF files independently: by the ``gguf`` package, with the order of rows from transformers.
+
+So a misreading of this project cannot be on both sides of a comparison.
 """
 
 from __future__ import annotations

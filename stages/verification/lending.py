@@ -1,7 +1,7 @@
-"""A model of transformers that computes with weights which are lent to it: memory holds what one module needs.
+"""Runs a model of transformers on weights that each module gets only while it computes, so that little memory is used.
 
-Each module gets its own parameters while it computes, and no longer, so that a few of the largest matrices are in
-memory at a time. All tokens go through a module before the next one is looked at, so that each is read once.
+Only a few of the largest matrices are in memory at a time. All tokens go through a module before the next one is looked
+at, so that each is read once.
 """
 
 from __future__ import annotations

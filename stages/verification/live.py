@@ -1,4 +1,4 @@
-"""The reference computed now: transformers in float32 on the weights that the bundle holds.
+"""Computes a live reference: transformers in float32 on the weights that the bundle holds.
 
 torch never shares a process with the runtime that is being checked: :func:`reference` runs this module as
 ``python -m stages.verification.live REQUEST.json RESULT.npz``.

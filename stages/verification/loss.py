@@ -1,7 +1,7 @@
-"""What quantization has cost: the bundle's probabilities against the original model's, place by place.
+"""Measures the loss by quantization: the bundle's probabilities against the original model's, token by token.
 
 The Kullback-Leibler divergence of the original's distribution P from the bundle's Q, in nats: sum of p log(p / q). The
-original's 1,024 likeliest tokens are taken by themselves and all others as one, which makes the divergence a little
+original's 1,024 likeliest tokens are taken one by one and all others as one, which makes the divergence a little
 smaller than it is (docs/verification.md has how much).
 """
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's folder says that it is from."""
+"""Finds where a checkpoint comes from, by what its folder says."""
 
 from __future__ import annotations
 

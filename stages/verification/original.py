@@ -1,4 +1,4 @@
-"""The original model: transformers on the checkpoint's own files, in float32, whose probabilities a bundle is held to.
+"""Runs the original model, transformers on the checkpoint's own files in float32: the baseline of a bundle's loss.
 
 transformers reads config.json and the weights itself and with its own rules, so that nothing this project has misread
 is wrong on both sides. Its weights stay in the files (:mod:`stages.verification.streaming`), and all tokens go through

@@ -1,8 +1,8 @@
-"""The probes: text of several kinds on which a bundle is compared with the original model, token by token.
+"""Prepares the probes: texts of several kinds on which a bundle is compared with the original model, token by token.
 
 A corpus is a text file, or lines of JSON: ``{"kind": "prose", "text": ...}``, ``{"kind": "chat", "messages": [...]}``.
-All of it becomes one stream of ids, cut into pieces that fill the context: so places beyond every chunk, page, sliding
-window and original context are looked at where the corpus is long enough.
+All of it becomes one stream of ids, cut into pieces that fill the context. So a corpus that is long enough also tests
+positions beyond every chunk, page, sliding window and original context.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text that a live reference continues where a checkpoint brings none of its own: ordinary English and Chinese."""
+"""Prompts for a live reference if a checkpoint brings none: ordinary English and Chinese."""
 
 from __future__ import annotations
 

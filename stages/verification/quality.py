@@ -1,4 +1,4 @@
-"""A bundle against the original model: what quantization has cost, and whether its dtype holds the activations."""
+"""Compares a bundle with the original model: the loss by quantization, and whether activations fit its dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bundle is compared with, and the form of it that is recorded next to a checkpoint."""
+"""The reference outputs that a bundle is compared with, and the file next to a checkpoint that records them."""
 
 from __future__ import annotations
 

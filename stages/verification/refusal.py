@@ -1,7 +1,7 @@
 """Advice for a bundle refused for its loss: the tensors that cost most, and a scheme that would pass.
 
-It is measured on the original model (:mod:`stages.verification.advice`), and every figure is kept by itself: of a
-tensor, and of a scheme. A second verify of a refused bundle, or one with other limits, measures only what is not known.
+It is measured on the original model (:mod:`stages.verification.advice`), and the figure of each tensor and scheme is
+memoised. So verify with other limits, or again, measures only what is not known.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What verify says: verify.json and the card, without times and paths, so that equal results are equal bytes."""
+"""Writes verify.json and the card of a bundle, without times and paths, so that equal results are equal bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that run the bundle: logits and text against a reference's, and its functions against one another."""
+"""Checks that run the bundle: its logits and text against a reference's, and its functions against one another."""
 
 from __future__ import annotations
 

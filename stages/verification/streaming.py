@@ -1,4 +1,4 @@
-"""A model of transformers whose weights stay in the checkpoint's files: memory holds what one module computes with.
+"""Runs a model of transformers whose weights stay in the checkpoint's files, so that little memory is used.
 
 The files are mapped, and transformers takes the mapped tensors for its parameters, whatever their dtype. Each module
 gets its own in float32 while it computes, and no longer, so that a few of the largest matrices are in memory at a time.

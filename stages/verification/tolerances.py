@@ -1,4 +1,4 @@
-"""Tolerances against the reference, and what each follows from."""
+"""Tolerances against the reference, and the reason for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights that a bundle really holds, in the checkpoint's names and shapes, and how far from the checkpoint's."""
+"""Reads the weights that a bundle really holds, by the checkpoint's names, and measures their error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny random Qwen built through the stages, run with TVM directly, and what transformers makes of its weights."""
+"""A tiny random Qwen built through the stages and run with TVM directly, and transformers' outputs on its weights."""
 
 from __future__ import annotations
 

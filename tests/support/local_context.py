@@ -1,4 +1,4 @@
-"""Run one stage in this process, without the engine: for unit tests of stages."""
+"""Runs one stage in this process, without the engine: for unit tests of stages."""
 
 from __future__ import annotations
 

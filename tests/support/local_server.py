@@ -1,4 +1,4 @@
-"""A server in this process, and ways to talk with it; what imports this needs the extra ``serve``, and openai."""
+"""Runs a server in this process and talks to it. Needs the extra ``serve``, and openai."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holds what a verb prints with ``--json`` to its documented shape."""
+"""Checks what a verb prints with ``--json`` against its documented schema."""
 
 from __future__ import annotations
 

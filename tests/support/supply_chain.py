@@ -1,4 +1,4 @@
-"""What the project depends on, by the metadata of what is installed: names, versions, licences.
+"""Reads the dependencies of the project from the metadata of what is installed: names, versions, licences.
 
 ``python -m tests.support.supply_chain > constraints.txt`` writes the lock file for continuous integration: the exact
 versions, direct and indirect, of an environment in which the whole suite passed, for ``pip install -c

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of models that have no family here: random, with the head structure of the real ones."""
+"""Tiny random checkpoints of models that have no family here, with the head structure of the real ones."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The server of bundles: many requests on one loaded bundle, by the OpenAI API; only here may starlette be needed."""
+"""Serves loaded bundles by the OpenAI API, many requests at once. Only here may starlette be needed."""

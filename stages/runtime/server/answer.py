@@ -1,4 +1,4 @@
-"""One answer as it is made: logits go in, the next id comes out, and its text goes to whoever waits for it."""
+"""Generates one answer: takes logits, samples the next token, and passes on the new text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, who may use them, how large and how slow a request may be, and what is logged of it."""
+"""The HTTP application: routes, access, limits on the size and duration of requests, and the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server says of a bundle: what it is, and what the certificate beside it says was proven."""
+"""Reports what the certificate beside a bundle proves."""
 
 from __future__ import annotations
 

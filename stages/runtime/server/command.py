@@ -1,4 +1,4 @@
-"""The command that serves bundles until it is told to stop, for ``python -m`` and the verb ``serve``."""
+"""The command that serves bundles until it is stopped: ``python -m`` and the verb ``serve``."""
 
 from __future__ import annotations
 

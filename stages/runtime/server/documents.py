@@ -1,4 +1,4 @@
-"""The documents of the OpenAI API that answers are sent as (https://platform.openai.com/docs/api-reference)."""
+"""Types of the OpenAI API's response documents (https://platform.openai.com/docs/api-reference)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Speculative decoding: who guesses what an answer says next. The model reads guesses at once, keeps the right ones.
+"""Speculative decoding: proposes the next tokens of an answer; the model checks them all in one pass.
 
-A guess counts only where the answer would have said the same by itself, so that guesses change how long it takes and
-nothing else: what is drawn is drawn from the model's own distribution, and a seed draws what it draws without them.
+A proposed token is kept only where the answer would have had it anyway. So drafts change how long an answer takes and
+nothing else: tokens are drawn from the model's own distribution, and a seed draws what it draws without drafts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A loaded bundle with a thread that drives its scheduler: answers are submitted and called off from any other."""
+"""Runs the scheduler of a loaded bundle in a thread; other threads submit and cancel answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes in the form in which the OpenAI API tells them."""
+"""Errors in the form of the OpenAI API."""
 
 from __future__ import annotations
 

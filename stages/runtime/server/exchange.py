@@ -1,4 +1,4 @@
-"""One request and its answers, between the loop that talks to clients and the thread that makes tokens."""
+"""Carries one request's answers from the thread that generates tokens to the event loop that sends them."""
 
 from __future__ import annotations
 

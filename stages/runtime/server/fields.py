@@ -1,4 +1,4 @@
-"""The parameters of a request, read strictly: each has its kind and range, and one that is not known is an error."""
+"""Reads the parameters of a request strictly: checks types and ranges, and refuses unknown parameters."""
 
 from __future__ import annotations
 

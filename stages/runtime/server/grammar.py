@@ -1,4 +1,4 @@
-"""Structured output by llguidance: which ids may come next for a text to fit a JSON schema, over exact token bytes."""
+"""Structured output by llguidance: masks the tokens that cannot continue a text that fits a JSON schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the scheduler drives: jobs, each a text to continue, and what it needs of the model that reads them."""
+"""The scheduler's interfaces: a job, which is a sequence of tokens to continue, and the model that reads it."""
 
 from __future__ import annotations
 

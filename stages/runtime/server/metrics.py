@@ -1,4 +1,4 @@
-"""What a server has done and has to do, in the text form that Prometheus reads."""
+"""Counts requests, tokens and latencies of a server, in the text format of Prometheus."""
 
 from __future__ import annotations
 

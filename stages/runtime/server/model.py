@@ -1,4 +1,4 @@
-"""A bundle from Python: ``load("bundle").chat("Hello")``, many at a time, whole or as it comes, sync and async."""
+"""The Python API of a bundle: ``load("bundle").chat("Hello")``, concurrent, streamed or whole, sync or async."""
 
 from __future__ import annotations
 

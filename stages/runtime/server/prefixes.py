@@ -1,6 +1,6 @@
-"""A radix tree over token ids: which sequences hold which beginnings, and which of them nobody needs any more.
+"""The prefix cache: a radix tree over token ids that finds cached prefixes and evicts the least recently used.
 
-Its edges are pages, since sequences share whole pages only: a node is a beginning of so many pages.
+Its edges are pages, since sequences share whole pages only: the depth of a node is a number of pages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What is done about clients that are slow, many or wrong: each is ended, or told as the API tells what is wrong.
+"""Closes connections that are idle, too slow or too many, and answers malformed HTTP as the API does.
 
-By itself uvicorn waits for ever for the head of a request and for who does not read, and says mistakes in plain text.
+uvicorn itself waits without limit for the head of a request and for a client that does not read its answer, and reports
+malformed requests in plain text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bodies of /v1/chat/completions and /v1/completions: what is asked for, in the runtime's own terms."""
+"""Parses the bodies of /v1/chat/completions and /v1/completions into the runtime's own types."""
 
 from __future__ import annotations
 

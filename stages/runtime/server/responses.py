@@ -1,4 +1,4 @@
-"""The documents that answers are sent as: whole, and in chunks."""
+"""Builds the responses of the API: complete ones, and the chunks of streamed ones."""
 
 from __future__ import annotations
 

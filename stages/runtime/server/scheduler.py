@@ -1,9 +1,10 @@
-"""Continuous batching: which tokens of which jobs the model reads next, and whose pages go when none are left.
+"""Continuous batching: chooses which tokens of which jobs the model reads next, and preempts jobs if pages run out.
 
 A step decodes one token of every job that is ready for one, then reads a chunk of the prompts that are still being
-read: those with the least left first, so that a short one is not kept by a long one, and in the next step the one that
-was passed over, so that no stream of short ones keeps it either. Jobs join and leave between steps. Nothing here
-knows of threads, sockets, text or time: whoever drives it calls :meth:`Scheduler.step` while there is something to do.
+read. Steps take turns: one reads the prompts with the least left first, so that a short one does not wait for a long
+one, the next one the prompt that was passed over, so that short ones cannot keep it waiting. Jobs join and leave
+between steps. Nothing here knows of threads, sockets, text or time: its caller calls :meth:`Scheduler.step` while
+there are jobs.
 """
 
 from __future__ import annotations

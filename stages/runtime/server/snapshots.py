@@ -1,6 +1,6 @@
-"""What recurrent models have read: states of one place each, which go on from there and a few tokens before.
+"""The prefix cache of recurrent models: snapshots of the state, each at one position, from which reading continues.
 
-The same questions are asked as of :class:`stages.runtime.server.prefixes.Prefixes`.
+Its interface is that of :class:`stages.runtime.server.prefixes.Prefixes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of functions: how a model's template asks for them, which texts are calls, and what an answer says of them."""
+"""Function calls: shows functions to a model by its template, and finds the calls in its answers."""
 
 from __future__ import annotations
 
