@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     gc.set_threshold(10_000)  # starting up makes many objects and next to no garbage
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent's SIG_IGN, which is inherited, hides how children end
     with for_people():
         code = _run(arguments)
     sys.exit(code)
@@ -108,6 +109,8 @@ def _system_error(error: Any) -> str:
     text = getattr(error, "strerror", None) or str(error)
     if place and error.errno in NO_FILE and ".stagegraph" in Path(str(place)).parts:
         return f"{_in_the_way(Path(str(place)))}: {text}; {REMOVE}"
+    if not place and getattr(error, "errno", None) == errno.ENOENT:
+        return "the folder that this was called in is gone; `cd` to one that is there"
     return f"{place!s:.300}: {text}" if place else f"the store under artifacts/ cannot be used: {text}"
 
 

@@ -40,7 +40,7 @@ class Locks:
         return lock is None and (self.root / "locks" / key).exists()
 
     def _lock_file(self, name: str) -> int:
-        path, flags = f"{self._root}/locks/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        path, flags = f"{self._root}/locks/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             try:
                 return os.open(path, flags, 0o644)

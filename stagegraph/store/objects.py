@@ -68,10 +68,10 @@ class Store:
             return
         os.chmod(source, 0o444)
         try:
-            os.rename(source, target)
+            _move(source, target)
         except FileNotFoundError:
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.rename(source, target)
+            _move(source, target)
         self.remember(digest)
 
     def share(self, file: Path, digest: str) -> bool:
@@ -93,7 +93,7 @@ class Store:
                 if not again:
                     raise
         if not linked and self.verify(digest) is not None:
-            self._copy_beside(file, target, digest)
+            _copy_beside(file, target)
         return linked
 
     def _link(self, file: Path, target: Path) -> bool:
@@ -103,17 +103,6 @@ class Store:
         except FileNotFoundError:
             target.parent.mkdir(parents=True, exist_ok=True)
             return _hardlink(file, target)
-
-    def _copy_beside(self, file: Path, target: Path, digest: str) -> None:
-        # Beside the object: the file may be on another file system, and a rename stays on one.
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = target.with_name(f".{digest[:16]}.{os.getpid()}.{time.monotonic_ns()}")
-        try:
-            _copy(file, copy)
-            copy.chmod(0o444)
-            copy.rename(target)
-        finally:
-            copy.unlink(missing_ok=True)
 
     def verify(self, digest: str) -> str | None:
         """Return None for an intact object, else what is wrong with it; a damaged one is quarantined."""
@@ -142,7 +131,7 @@ class Store:
             wrong = f"unreadable ({error.strerror})"
         with contextlib.suppress(OSError):  # whoever only looks at another user's store moves nothing
             self.quarantine.mkdir(parents=True, exist_ok=True)
-            os.rename(path, self.quarantine / f"{digest}-{time.time_ns()}")
+            _move(path, f"{self.quarantine}/{digest}-{time.time_ns()}")
             self.index.delete(f"obj:{digest}")
         self.damaged.append(digest)
         return wrong
@@ -260,6 +249,30 @@ def _reflink(source: str, target: str) -> bool:
     else:
         os.unlink(target)
     return cloned
+
+
+def _move(source: str, target: str) -> None:
+    """Rename a file, also where objects or work directories are linked to another disk."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy_beside(Path(source), Path(target))
+        os.unlink(source)
+
+
+def _copy_beside(file: Path, target: Path) -> None:
+    # Beside the object: the file may be on another file system, and a rename stays on one.
+    target.parent.mkdir(parents=True, exist_ok=True)
+    copy = target.with_name(f".{target.name[:16]}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        _copy(file, copy)
+        copy.chmod(0o444)
+        fsync_file(copy)
+        copy.rename(target)
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _copy(source: str | Path, target: str | Path) -> None:

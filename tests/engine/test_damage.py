@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -318,3 +319,51 @@ def test_a_file_in_the_place_of_a_folder_of_the_store_is_named(demo: Demo, name:
         assert "no store makes that: remove it" in refused.err
     folder.unlink()
     assert set(demo.run().outcomes.values()) == {"BUILT"}
+
+
+def test_a_link_in_the_place_of_a_lock_is_named_and_nobody_waits_for_it(built: Demo) -> None:
+    lock = root(built) / "locks" / "store"
+    lock.unlink()
+    lock.symlink_to(built.source)
+    refused = built.run("--force")
+    assert (refused.code, f"error: {lock}: " in refused.err) == (3, True)
+    assert "no store makes that: remove it" in refused.err
+    lock.unlink()
+    assert built.run("--force").code == 0
+
+
+@pytest.mark.parametrize("name", ["objects", "work"])
+def test_a_folder_of_the_store_may_be_a_link_to_another_disk(demo: Demo, name: str) -> None:
+    demo.run()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if Path(other).stat().st_dev == demo.folder.stat().st_dev:
+            pytest.skip("/dev/shm is no file system of its own here")
+        folder = root(demo) / name
+        moved = Path(other) / name
+        shutil.copytree(folder, moved) if folder.exists() else moved.mkdir()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.symlink_to(moved)
+        demo.source.write_text("other words\n")
+        assert set(demo.run().outcomes.values()) == {"BUILT"}
+        assert set(demo.run().outcomes.values()) == {"HIT"}
+        damaged = next(path for path in (root(demo) / "objects").glob("*/*") if path.read_bytes() == b"other words\n")
+        damaged.chmod(0o644)
+        damaged.write_bytes(b"OTHER words\n")
+        assert "damaged" in demo("fsck", str(demo.pipeline)).out
+        assert not damaged.exists()
+        assert demo.run().outcomes["read"] == "UNCHANGED"
+        assert damaged.read_bytes() == b"other words\n"
+        assert demo("fsck", str(demo.pipeline)).code == 0
+        folder.unlink()
+
+
+def test_a_working_directory_that_is_gone_is_said(built: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = built.folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    refused = built("status")
+    assert (refused.code, "the folder that this was called in is gone; `cd` to one that is there" in refused.err) == (
+        3,
+        True,
+    )

@@ -296,3 +296,16 @@ def test_completion_knows_its_node(local: Demo) -> None:
     from stagegraph.cli.completion import complete
 
     assert complete(["show", "ra"]) == ["rate"]
+
+
+def test_a_stage_may_link_a_small_input_which_is_a_copy(local: Demo) -> None:
+    replace(local.folder / "my_stage.py", "import helper", "import os")
+    text = (local.folder / "my_stage.py").read_text()
+    body = text.index("        from json")
+    (local.folder / "my_stage.py").write_text(
+        text[:body] + '        os.link(ctx.input("words"), ctx.out / "rating.json")\n'
+    )
+    assert local.run().outcomes == {"read": "BUILT", "rate": "BUILT"}
+    assert local.path("rate", "rating.json").read_bytes() == local.path("read", "words.txt").read_bytes()
+    assert local.run().outcomes == {"read": "HIT", "rate": "HIT"}
+    assert local("fsck", str(local.pipeline)).code == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from stagegraph import Pipeline
 from stagegraph.spec.schema import json_schema
 from tests.support.demo import Demo
 
@@ -281,3 +283,15 @@ def test_a_list_runs_no_shell_and_needs_a_program(shell: Demo) -> None:
     command(shell, "['${in.script}']", sources="{script: script.sh}")
     assert shell.run().outcomes == {"it": "BUILT"}
     assert out(shell) == "ran\n"
+
+
+def test_a_command_fails_also_where_whoever_started_the_run_ignores_the_ends_of_children(shell: Demo) -> None:
+    command(shell, '"echo x > ${out.out}; exit 3"')
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Pipeline(shell.pipeline) as pipeline:
+            assert [outcome.status for outcome in pipeline.run().outcomes] == ["FAILED"]
+        assert shell.run().code == 1
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)

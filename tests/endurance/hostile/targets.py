@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from stagegraph import Pipeline
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PipelineError
 from tests.endurance.hostile import templates
@@ -102,6 +104,56 @@ def _word(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+# References to results
+
+LAB = """\
+version: 1
+name: lab
+stages:
+  words: {uses: shell, with: {cmd: "printf words > ${out.text}", outputs: {text: deep/words.txt}}}
+  cut:
+    uses: shell
+    foreach: {which: [a, b+c]}
+    with: {cmd: "printf '${each.which}' > ${out.cut}", outputs: {cut: cut.txt}}
+"""
+REFERENCES = (
+    "words", "words:deep/words.txt", "cut[a]:cut.txt", "cut[which=b+c]", "cut.a@~0", "cut[b+c]@~1:cut.txt", "cut",
+    "words:text", "@~0", "KEY", "KEY:deep", "cut*", "*", "words@2026-11-30",
+)  # fmt: skip
+
+
+@functools.cache
+def _lab() -> Path:
+    """A store of small results, one of an earlier run among them."""
+    folder = Path(_kept().name) / "lab"
+    folder.mkdir()
+    for text in (LAB.replace("words >", "word >"), LAB):
+        (folder / "pipeline.yaml").write_text(text)
+        with Pipeline(folder / "pipeline.yaml") as pipeline:
+            assert pipeline.run().ok
+    return folder
+
+
+def _references(words: list[str]) -> Files:
+    (key, *_) = sorted(path.name for path in (_lab() / "artifacts/.stagegraph/records").glob("*/*"))
+    return {"words.json": json.dumps([word.replace("KEY", key) for word in words]).encode()}
+
+
+def find_results(folder: Path) -> list[str]:
+    """Ask for what a word of the command line may name: results, two that are compared, nodes of a plan."""
+    a, b = json.loads((folder / "words.json").read_text())
+    shutil.copytree(_lab(), folder / "lab")
+    with Pipeline(folder / "lab" / "pipeline.yaml") as pipeline:
+        asked: tuple[Callable[[], Any], ...] = (
+            lambda: [artifact.read_text(name) for artifact in pipeline.artifacts(a) for name in artifact.files],
+            lambda: pipeline.diff(a, b),
+            lambda: pipeline.lineage(a),
+            lambda: pipeline.explain(a),
+            lambda: pipeline.plan(pipeline.select(stage=[a, b])),
+        )
+        return [problem for call in asked for problem in refused(call)]
+
+
 # Checkpoints
 
 
@@ -121,6 +173,7 @@ def prepare() -> None:
         _hollow(number)
     _payload()
     _gguf()
+    _lab()
     for module in ("tokenizers", "stages.config_parse", "stages.models.matching", "stages.tokenizer_bundle"):
         importlib.import_module(module)
 
@@ -301,7 +354,7 @@ def read_cache(folder: Path) -> list[str]:
     return refused(lambda: [record.load().sum() for record in tensor_cache.records(Folder(folder)).values()])
 
 
-MANIFEST = {
+MANIFEST: dict[str, Any] = {
     "schema": 1, "name": "tiny", "target": "llvm", "machine": "x86_64", "tvm": {"apache-tvm": "0.27.0.post1"},
     "cpu": {"mcpu": "x86-64", "features": ["sse2"]},
     "model": {
@@ -339,6 +392,11 @@ TARGETS: dict[str, Target] = {
         .map(_settings),
         read_pipeline,
     ),
+    "reference": Target(
+        st.lists(pieces(*(s.encode() for s in REFERENCES)).map(_word) | st.sampled_from((*REFERENCES, *ODD_TEXTS)),
+                 min_size=2, max_size=2).map(_references),
+        find_results,
+    ),
     "config.json": Target(one("config.json", documents(*FAMILIES)), parse_config),
     "generation_config.json": Target(one("generation_config.json", documents(GENERATION)), parse_config),
     "safetensors": Target(st.deferred(headers), parse_config),
@@ -365,5 +423,7 @@ TARGETS: dict[str, Target] = {
     "tensor-cache.json": Target(
         documents(_cache()[0]).map(lambda d: {"tensor-cache.json": d, "params_shard_0.bin": _cache()[1]}), read_cache
     ),
-    "bundle.json": Target(one("bundle.json", documents(MANIFEST)), read_manifest),
+    "bundle.json": Target(
+        documents(MANIFEST).map(lambda d: {"bundle.json": d, **dict.fromkeys(MANIFEST["files"], b"")}), read_manifest
+    ),
 }  # fmt: skip
