@@ -39,7 +39,14 @@ def library() -> Any:
 
 
 def left(weight: np.ndarray, name: str, importance: np.ndarray | None) -> np.ndarray:
-    """Return what a float32 weight [n, k] is worth after ggml's type ``name``; ``importance`` [k].
+    """Return what a float32 weight [n, k] is worth after ggml's type ``name``; ``importance`` [k]."""
+    kind = gguf.GGMLQuantizationType[name]
+    found: np.ndarray = gguf.quants.dequantize(made(weight, name, importance), kind)[:, : weight.shape[1]]
+    return found
+
+
+def made(weight: np.ndarray, name: str, importance: np.ndarray | None = None) -> np.ndarray:
+    """Return the bytes uint8 [n, m] of a float32 weight [n, k] in ggml's type ``name``; ``importance`` [k].
 
     Rows that no whole blocks fill are filled up with zeros.
     """
@@ -52,18 +59,17 @@ def left(weight: np.ndarray, name: str, importance: np.ndarray | None) -> np.nda
     counts = np.zeros(padded, np.float32)
     if importance is not None:
         counts[:k] = importance
-    made = np.empty((n, padded // values * size), np.uint8)
+    stored = np.empty((n, padded // values * size), np.uint8)
     library().ggml_quantize_chunk(
         int(kind),
         rows.ctypes.data,
-        made.ctypes.data,
+        stored.ctypes.data,
         0,
         n,
         padded,
         None if importance is None else counts.ctypes.data,
     )
-    found: np.ndarray = gguf.quants.dequantize(made, kind)[:, :k]
-    return found
+    return stored
 
 
 def bits(name: str) -> float:

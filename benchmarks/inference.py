@@ -1,14 +1,16 @@
 """How fast CPU bundles run, against llama.cpp and transformers in the same run; every figure is a ratio of two medians.
 
 Usage: python benchmarks/inference.py --llama PYTHON [--torch PYTHON] [--size 125M|1.1B] [--only GROUP...]
-                                      [--threads N] [--rounds N] [--keep DIR]
+                                      [--threads N] [--rounds N] [--keep DIR [--build]]
 
 A Llama-shaped checkpoint of random weights goes through the pipeline in several schemes, with float and with int8
-activations. PYTHON of --llama is an interpreter with gguf and llama-cpp-python, which has the same shape in Q4_0, Q8_0
-and F16; that of --torch one with torch and transformers, which has it in bfloat16. In each round the sides run one
-after the other, each in a process of its own on the same processors: prefill of 128 and 512 tokens, 16 decoding steps
-at contexts of 128 and 1,000. The memory of our runtime is the most that it holds beyond what it held when its libraries
-were imported. Exit status 1 if a figure is missed. With --keep a second run builds only what has changed.
+activations. PYTHON of --llama is an interpreter with gguf, and with llama-cpp-python or xllamacpp, whose llama.cpp has
+the same shape in Q4_0, Q4_1, Q8_0 and F16 and, with libggml-python, in Q4_K and Q6_K (the head of Q4_1, Q4_K and Q6_K
+in Q8_0, as ours have it in eight bits); that of --torch one with torch and transformers, which has it in bfloat16. A
+group named after a side of ours compares others with that. In each round the sides run one after the other, each in a
+process of its own on the same processors: prefill of 128 and 512 tokens, 16 decoding steps at contexts of 128 and
+1,000. The memory of our runtime is the most that it holds beyond what it held when its libraries were imported. Exit
+status 1 if a figure is missed. With --keep a second run builds only what has changed, and --build only builds.
 """
 
 from __future__ import annotations
@@ -34,13 +36,23 @@ OURS = {  # side -> scheme, activations
     "q8": ("q8f16_1", "float"),
     "q8 int8": ("q8f16_1", "int8"),
     "f16": ("q0f16", "float"),
+    "q4s32": ("q4s32", "float"),
+    "q4a32": ("q4a32", "float"),
+    "q4a64": ("q4a64", "float"),
+    "q4k": ("q4k", "float"),
+    "q6k": ("q6k", "float"),
 }
 GROUPS = {  # baseline -> our sides beside it, with the least ratios of prefill and decode; 0 asks for nothing
     "Q4_0": {"int4": (0.8, 1.0), "int4 int8": (1.8, 1.25)},
     "Q8_0": {"q8": (0, 1.0), "q8 int8": (0, 1.0)},
     "F16": {"f16": (0, 1.0)},
     "bfloat16": {"int4": (0, 0), "int4 int8": (1.8, 8.0)},
+    "Q4_1": {"q4a32": (0, 1.25)},
+    "Q4_K": {"q4k": (0, 1.25)},
+    "Q6_K": {"q6k": (0, 1.25)},
+    "int4": dict.fromkeys(("q4s32", "q4a32", "q4a64", "q4k"), (0, 0)),  # with a head of twice the bits
 }
+DEFAULT = ["Q4_0", "Q8_0", "F16", "bfloat16"]
 OVERLAY = """\
 extends: {root}/pipeline.yaml
 name: {name}
@@ -90,12 +102,11 @@ def bundle(setting: Setting, scheme: str, activations: str) -> str:
 
 def gguf(setting: Setting, kind: str) -> str:
     """Write a GGUF file of that kind and return its path."""
-    plain, file = setting.folder / "F16.gguf", setting.folder / f"{kind}.gguf"
-    if not plain.exists():
-        pinned([setting.llama, LLAMA, "write", str(plain), *map(str, SHAPES[setting.size])], setting.threads)
+    file = setting.folder / f"{kind}.gguf"
     if not file.exists():
-        count = str(setting.threads)
-        pinned([setting.llama, LLAMA, "quantize", str(plain), str(file), count, kind.lower()], setting.threads)
+        head = kind if kind in DEFAULT else "Q8_0"
+        shape = map(str, SHAPES[setting.size])
+        pinned([setting.llama, LLAMA, "write", str(file), *shape, kind, head], setting.threads)
     return str(file)
 
 
@@ -108,7 +119,9 @@ def commands(setting: Setting, groups: list[str]) -> dict[str, list[str]]:
         for side in GROUPS[baseline]:
             if side not in found:
                 found[side] = [sys.executable, WORK, "ours", bundle(setting, *OURS[side])]
-        if baseline == "bfloat16":
+        if baseline in OURS:
+            found.setdefault(baseline, [sys.executable, WORK, "ours", bundle(setting, *OURS[baseline])])
+        elif baseline == "bfloat16":
             found[baseline] = [setting.torch, WORK, "torch", str(setting.folder / "checkpoint" / "config.json")]
         else:
             found[baseline] = [setting.llama, WORK, "llama", gguf(setting, baseline)]
@@ -162,20 +175,23 @@ class Table:
 def main() -> int:
     """Measure, print the tables, say whether all is met."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--llama", metavar="PYTHON", help="interpreter that has gguf and llama-cpp-python")
+    parser.add_argument("--llama", metavar="PYTHON", help="interpreter that has gguf and a llama.cpp")
     parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="one that has torch and transformers")
     parser.add_argument("--size", choices=("125M", "1.1B"), default="125M")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=[*GROUPS], help="baselines to compare with")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=DEFAULT, help="baselines to compare with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="work here and leave it; default: a temporary directory")
+    parser.add_argument("--build", action="store_true", help="build what is measured and stop")
     args = parser.parse_args()
-    if not args.llama and args.only != ["bfloat16"]:
-        parser.error("--llama PYTHON is the baseline: an interpreter with gguf and llama-cpp-python")
+    if not args.llama and {*args.only} - {"bfloat16", *OURS}:
+        parser.error("--llama PYTHON is the baseline: an interpreter with gguf and llama-cpp-python or xllamacpp")
     folder = (args.keep or Path(tempfile.mkdtemp(prefix="stagegraph-bench-"))).absolute()
     folder.mkdir(exist_ok=True)
     try:
         sides = commands(Setting(folder, args.size, args.threads, args.llama, args.torch), args.only)
+        if args.build:
+            return 0
         rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         for _ in range(args.rounds):  # in turn, so that drift of the machine hits all
             for side, command in sides.items():

@@ -8,6 +8,8 @@ runs twice, the first time to warm up. Of our runtime the memory is measured as 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import sys
@@ -86,6 +88,38 @@ def ours(bundle: str, _threads: int) -> tuple[Begin, Callable[[], dict[str, int]
     return begin, memory
 
 
+def served(model: str, threads: int) -> Callable[[], Iterator[tuple[str, float, float]]]:
+    """Return what yields as :func:`measure` does, of llama.cpp's server with a GGUF file, by that server's own clock.
+
+    Its decoding picks the likeliest token, too. A request for decoding finds its prompt in the cache.
+    """
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.n_parallel, params.n_ctx, params.n_batch, params.n_ubatch = 1, 2048, CHUNK, CHUNK
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.port, params.verbosity, params.ui = 0, 0, False
+    server = xllamacpp.Server(params)
+
+    def ask(size: int, count: int, *, cached: bool) -> tuple[dict[str, float], float]:
+        asked = {"prompt": ids_of(size), "max_tokens": count, "cache_prompt": cached}
+        processor = time.process_time()
+        answer = server.handle_completions({**asked, "temperature": 0, "ignore_eos": True})
+        return answer["timings"], time.process_time() - processor
+
+    def measured() -> Iterator[tuple[str, float, float]]:
+        for size in PROMPTS:
+            timings, processor = ask(size, 1, cached=False)
+            yield f"prefill {size}", timings["prompt_per_second"], timings["prompt_n"] / processor
+        for size in CONTEXTS:
+            ask(size, 1, cached=True)
+            timings, processor = ask(size, STEPS, cached=True)
+            yield f"decode {size}", timings["predicted_per_second"], timings["predicted_n"] / processor
+
+    return measured
+
+
 def llama(model: str, threads: int) -> Begin:
     """Load a GGUF file with llama.cpp."""
     import ctypes
@@ -142,12 +176,16 @@ def main() -> None:
     side, model, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
     os.environ["TVM_NUM_THREADS"] = str(threads)
     found: dict[str, Any] = {}
-    if side == "ours":
-        begin, memory = ours(model, threads)
+    if side == "llama" and importlib.util.find_spec("llama_cpp") is None:
+        measured = served(model, threads)
     else:
-        begin = (llama if side == "llama" else transformers)(model, threads)
+        if side == "ours":
+            begin, memory = ours(model, threads)
+        else:
+            begin = (llama if side == "llama" else transformers)(model, threads)
+        measured = functools.partial(measure, begin)
     for _ in range(2):
-        found = {name: [clock, processor] for name, clock, processor in measure(begin)}
+        found = {name: [clock, processor] for name, clock, processor in measured()}
     if side == "ours":
         found["memory"] = memory()
     print(json.dumps(found))

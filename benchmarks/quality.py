@@ -1,6 +1,7 @@
 """What schemes cost and take, beside llama.cpp's on the same weights: bits, KL divergence, first choices, perplexity.
 
-Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...]; default: the two trained examples.
+Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...] [--calibrated DIR]
+Default: the two trained examples.
 
 Nothing is built: transformers runs the checkpoint in float32, once as it is and once for each way of storing its
 matrices, with what is left of each while it is used. The examples read text that they were not trained on, other
@@ -11,7 +12,8 @@ ggml's types are quantized by the package gguf, those that it can; ``e8``: the e
 importance matrix that ``importance`` has too, of calibrate's samples (the examples: text they were trained on);
 ``filled``: as if whole blocks filled every row, where llama.cpp takes wider types. ``bits N``: rows that the stage
 allocate chooses for N bits, scales gptq. Needs the extra verify. Exit status 1 if a scheme costs more than ggml's type
-of the same form and groups, or bits more than the peer of :data:`BUDGETS`.
+of the same form and groups, or bits more than the peer of :data:`BUDGETS`. ``--calibrated`` takes what the stage
+calibrate wrote of the checkpoint with feedback, instead of reading its samples again.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ BUDGETS = [
     (3.5, "llama.cpp Q3_K_M filled"),
     (None, "llama.cpp Q3_K_M filled"),
     (4.25, "llama.cpp Q4_0"),
+    (4.9, "llama.cpp Q4_K_M filled"),
     (None, "llama.cpp Q4_K_M filled"),
 ]
 GGML = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -230,11 +233,12 @@ def ids_of(checkpoint: Path, corpus: Path, tokens: int, window: int) -> list[lis
 class Measured:
     """A checkpoint that is run as it is and in every way."""
 
-    def __init__(self, checkpoint: Path, tokens: int, work: Path) -> None:
+    def __init__(self, checkpoint: Path, tokens: int, work: Path, calibrated: Path | None) -> None:
         import torch
 
         from stages.calibration import moments
         from stages.config_parse import ConfigParse
+        from stages.quantization.calibrated import Calibrated
         from stages.verification import advice, streaming
         from stages.verification.original import Request
         from tests.support.local_context import run_stage
@@ -245,7 +249,9 @@ class Measured:
         self._mapped, self._model, _ = streaming.load(checkpoint, files, self._described, work)
         self._matrices = advice.matrices_of(self._model)
         self._request = Request(checkpoint, files, self._described, calibration(checkpoint), 0, work)
-        found = self._calibrated(work)
+        folder = calibrated or self._calibrate(work)
+        self._importance, self._feedback = folder / "importance.npz", folder / "feedback"
+        found = Calibrated.read("gptq", self._importance, self._feedback)
         layers, head = int(self._model.config.num_hidden_layers), self._model.get_output_embeddings()
         names = moments.names_of(self._model, self._mapped.tensors)
         self.matrices = [
@@ -267,16 +273,14 @@ class Measured:
         self._valid = torch.tensor([[at < len(piece) - 1 for at in range(longest - 1)] for piece in pieces])
         self._wanted = self._run(None)
 
-    def _calibrated(self, work: Path) -> Calibrated:
-        """Return what calibrate finds; its files stay in ``work``."""
+    def _calibrate(self, work: Path) -> Path:
+        """Write what the stage calibrate does into ``work``, and return it."""
         from stages.calibration import moments
-        from stages.quantization.calibrated import Calibrated
 
-        self._importance, self._feedback = work / "importance.npz", work / "feedback"
-        self._feedback.mkdir()
-        found = moments.compute(self._request, lambda *_: None, self._feedback)
-        np.savez(self._importance, **found)  # type: ignore[arg-type]
-        return Calibrated.read("gptq", self._importance, self._feedback)
+        (work / "feedback").mkdir()
+        found = moments.compute(self._request, lambda *_: None, work / "feedback")
+        np.savez(work / "importance.npz", **found)  # type: ignore[arg-type]
+        return work
 
     @functools.cached_property
     def _choices(self) -> list[Any]:
@@ -337,10 +341,10 @@ class Measured:
         )
 
 
-def table(checkpoint: Path, tokens: int, only: Sequence[str]) -> list[str]:
+def table(checkpoint: Path, tokens: int, only: Sequence[str], calibrated: Path | None) -> list[str]:
     """Print the table of a checkpoint; return what costs more than it may."""
     with tempfile.TemporaryDirectory() as work:
-        return _table(Measured(checkpoint, tokens, Path(work)), checkpoint.name, only)
+        return _table(Measured(checkpoint, tokens, Path(work), calibrated), checkpoint.name, only)
 
 
 def budgets(measured: Measured, by_label: dict[str, Way]) -> Iterator[tuple[Way, str]]:
@@ -378,8 +382,13 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="*", default=EXAMPLES)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--calibrated", type=Path, metavar="DIR", help="what calibrate found of the one checkpoint")
     asked = parser.parse_args()
-    missed = [line for each in asked.checkpoints for line in table(Path(each), asked.tokens, asked.only)]
+    if asked.calibrated and len(asked.checkpoints) != 1:
+        parser.error("--calibrated is of one checkpoint: name it alone")
+    missed = [
+        line for each in asked.checkpoints for line in table(Path(each), asked.tokens, asked.only, asked.calibrated)
+    ]
     print(*(f"missed: {line}" for line in missed), sep="\n")
     return bool(missed)
 

@@ -1,7 +1,9 @@
-"""llama.cpp's files of random weights for other benchmarks, and its quantizer; needs gguf and llama-cpp-python alone.
+"""llama.cpp's files of random weights for other benchmarks, and its quantizer.
 
-Usage: python benchmarks/quantize_llama.py write MODEL.gguf HIDDEN LAYERS HEADS KV_HEADS FF VOCAB
-       python benchmarks/quantize_llama.py quantize MODEL.gguf OUT.gguf THREADS [q4_0|q8_0]   (prints what it took)
+Usage: python benchmarks/quantize_llama.py write MODEL.gguf HIDDEN LAYERS HEADS KV_HEADS FF VOCAB [KIND [HEAD]]
+       python benchmarks/quantize_llama.py quantize MODEL.gguf OUT.gguf THREADS   (to Q4_0; prints what it took)
+
+The first needs gguf alone (and libggml-python for a KIND of _K), the second llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -12,15 +14,24 @@ import sys
 import time
 from pathlib import Path
 
+import ggml_types
 import gguf
 import numpy as np
 from host_memory import settle
 
 
 def write(
-    path: str, hidden: int, layers: int, heads: int, kv_heads: int, ff: int, vocab: int, kind: str = "F16"
+    path: str,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    ff: int,
+    vocab: int,
+    kind: str = "F16",
+    head: str = "",
 ) -> None:
-    """Write a Llama of random weights, its matrices as ggml's type ``kind``."""
+    """Write a Llama of random weights, its matrices as ggml's type ``kind``, the last of all as ``head``."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(2048)
     writer.add_embedding_length(hidden)
@@ -36,10 +47,9 @@ def write(
     writer.add_token_types([1] * vocab)
     random = np.random.default_rng(0).standard_normal(1 << 22, np.float32) * np.float32(0.02)
 
-    stored = gguf.GGMLQuantizationType[kind]
-
-    def matrix(name: str, n: int, k: int) -> None:
-        data = gguf.quants.quantize(np.resize(random, (n, k)), stored)
+    def matrix(name: str, n: int, k: int, kind: str = kind) -> None:
+        weight, stored = np.resize(random, (n, k)), gguf.GGMLQuantizationType[kind]
+        data = ggml_types.made(weight, kind) if kind.endswith("_K") else gguf.quants.quantize(weight, stored)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=stored)
 
     matrix("token_embd", vocab, hidden)
@@ -54,20 +64,19 @@ def write(
         matrix(f"blk.{i}.ffn_up", ff, hidden)
         matrix(f"blk.{i}.ffn_down", hidden, ff)
     writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    matrix("output", vocab, hidden)
+    matrix("output", vocab, hidden, head or kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def quantize(source: str, out: str, threads: int, kind: str = "q4_0") -> dict[str, float]:
-    """Quantize all matrices to ``kind``; return the seconds it took, by the clock and of the processor."""
+def quantize(source: str, out: str, threads: int) -> dict[str, float]:
+    """Quantize all matrices to Q4_0; return the seconds it took, by the clock and of the processor."""
     import llama_cpp
 
-    kinds = {"q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0}
     params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = threads, kinds[kind], True
+    params.nthread, params.ftype, params.pure = threads, llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     settle([Path(source)], Path(out).parent)
@@ -80,6 +89,6 @@ def quantize(source: str, out: str, threads: int, kind: str = "q4_0") -> dict[st
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write(sys.argv[2], *map(int, sys.argv[3:]))
+        write(sys.argv[2], *map(int, sys.argv[3:9]), *sys.argv[9:])
     else:
-        print(json.dumps(quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]), *sys.argv[5:])))
+        print(json.dumps(quantize(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
