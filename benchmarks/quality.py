@@ -1,4 +1,4 @@
-"""What schemes cost and take, beside llama.cpp's on the same weights: bits, KL divergence, first choices, perplexity.
+"""What schemes cost and take, beside llama.cpp's on the same weights: bits, KL divergence, top-1 agreement, perplexity.
 
 Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...] [--calibrated DIR]
 Default: the two trained examples.

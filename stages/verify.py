@@ -71,7 +71,7 @@ class Verify(Stage):
             include=_FILES,
             alone=("*.gguf",),
         )
-        target: str = param("what the bundle is built for", choices="stages.targets.table:TARGETS")
+        target: str = param("target that the bundle is built for", choices="stages.targets.table:TARGETS")
         reference: str = param(
             "live: transformers and torch on the bundle's dequantized weights; recorded: reference/ of the checkpoint; "
             "none: run it and compare its weights; auto: the first of these that there is",
@@ -84,25 +84,25 @@ class Verify(Stage):
             choices=("auto", "cpu", "cuda", "none"),
         )
         origin: str = param(
-            "where the checkpoint is from, for the certificate; auto: repository and commit, as its folder tells them",
+            "origin of the checkpoint, for the certificate; auto: repository and commit, from its folder",
             default="auto",
         )
 
         corpus: Source = source(
             "text on which the bundle is compared with the original model: a .txt file, or a .jsonl of texts and "
-            "conversations; empty: the one that comes along, of prose, code, Chinese and chat",
+            "conversations; empty: the shipped one, of prose, code, Chinese and chat",
             include=("*.txt", "*.jsonl"),
             optional=True,
         )
-        probe_tokens: int = param("how many tokens of the corpus are read", default=2048, minimum=16)
+        probe_tokens: int = param("number of tokens of the corpus to compare", default=2048, minimum=16)
         max_kl: float | None = param(
-            "largest mean KL divergence from the original model, in nats; null: by what the scheme keeps", default=None
+            "largest mean KL divergence from the original model, in nats; null: by the scheme", default=None
         )
         min_top1: float | None = param(
-            "least share of places where the likeliest token is the original's; null: likewise", default=None
+            "least share of positions whose most likely token is the original's; null: by the scheme", default=None
         )
         max_ppl_ratio: float | None = param(
-            "largest perplexity as a multiple of the original's; null: likewise", default=None
+            "largest perplexity as a multiple of the original's; null: by the scheme", default=None
         )
         max_activation_kl: float | None = param(
             "largest mean KL divergence of int8 activations from float ones on the same weights; null: 0.03",
@@ -118,8 +118,10 @@ class Verify(Stage):
     }
     outputs = {
         "report": Out("verify.json", "every check with what was measured"),
-        "card": Out("card.md", "the same for people"),
-        "certificate": Out("certificate.json", "what may be shown elsewhere; docs/certificate.md", attests="bundle"),
+        "card": Out("card.md", "the same, to be read by people"),
+        "certificate": Out(
+            "certificate.json", "the certificate, to pass on with the bundle; docs/certificate.md", attests="bundle"
+        ),
         "bom": Out("bom.cdx.json", "the bill of materials, CycloneDX 1.6", attests="bundle"),
     }
 

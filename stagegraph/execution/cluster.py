@@ -135,7 +135,7 @@ class Cluster:
         said = f"{address}: {'; '.join(problems)}"
         if address not in self._refused.setdefault(stage, {}):
             self._refused[stage][address] = said
-            warn(f"worker {said}; it is given no '{stage}' in this run")
+            warn(f"worker {said}; it gets no '{stage}' in this run")
         self._looked = 0.0
 
     def supply(self, slot: ClusterSlot, digests: Sequence[str]) -> None:
@@ -155,7 +155,7 @@ class Cluster:
             for digest in needed.keys() & digests:  # and nothing else, whatever a worker asks for
                 self._through().give(digest, needed[digest])
         except (RemoteError, OSError) as error:
-            slot.deliver({"event": "gone", "meaning": f"its inputs could not be given to {self._remote}: {error}"})
+            slot.deliver({"event": "gone", "meaning": f"its inputs could not be uploaded to {self._remote}: {error}"})
         else:
             slot.deliver({"event": "supplied"})
 
@@ -164,9 +164,7 @@ class Cluster:
         files = {name: entry for port in end["outputs"].values() for name, entry in port.items()}
         files |= {f"views/{name}": entry for name, entry in end["views"].items()}
         if not are_storable(files):
-            slot.deliver(
-                {"event": "gone", "meaning": f"its worker names outputs that cannot be: {sorted(files)!r:.200}"}
-            )
+            slot.deliver({"event": "gone", "meaning": f"its worker reports invalid outputs: {sorted(files)!r:.200}"})
             return
         try:
             for name, (digest, size) in files.items():
@@ -176,7 +174,7 @@ class Cluster:
         except StoppedError:
             return
         except (RemoteError, MismatchError, OSError) as error:
-            slot.deliver({"event": "gone", "meaning": f"its outputs could not be had from {self._remote}: {error}"})
+            slot.deliver({"event": "gone", "meaning": f"its outputs could not be fetched from {self._remote}: {error}"})
         else:
             slot.deliver({"event": "collected", "end": end})
 
@@ -225,7 +223,7 @@ class Cluster:
         if now - self._looked > LOOK_SECONDS:
             client = self._connected()
             if client.status == "closed":  # Dask has given up to connect again
-                raise PlanError(f"the scheduler {self._settings.scheduler} is gone; run again to go on")
+                raise PlanError(f"the scheduler {self._settings.scheduler} is gone; run again to resume")
             with contextlib.suppress(
                 TimeoutError, OSError, AttributeError
             ):  # it is busy, or connected again, or closed
@@ -337,7 +335,10 @@ class ClusterSlot:
     def _supply(self, digests: Sequence[str]) -> list[Message]:
         if again := self._supplied.intersection(digests):
             return [
-                {"event": "gone", "meaning": f"its worker does not find {min(again)[:16]}, which the remote was given"}
+                {
+                    "event": "gone",
+                    "meaning": f"its worker does not find {min(again)[:16]}, which was uploaded to the remote",
+                }
             ]
         self._supplied.update(digests)
         self.renamed()
@@ -363,9 +364,7 @@ class ClusterSlot:
             return self._asked()
         error = self.future.exception(timeout=CONNECT_SECONDS) if status == "error" else None
         if type(error).__name__ == "KilledWorker":
-            return [
-                {"event": "gone", "meaning": f"its worker died, and so did each that it was given to after: {error}"}
-            ]
+            return [{"event": "gone", "meaning": f"its worker died, and so did each one that tried it again: {error}"}]
         return [{"event": "gone", "meaning": f"the cluster lost it: {error or status}"}]
 
     def _asked(self) -> list[Message]:

@@ -117,7 +117,9 @@ class Site:
     def run(self, request: ReceivedTask, say: Say, cancelled: Callable[[], bool]) -> ClusterEnd:
         """Run a node and return the event that ends it: ``end``, ``refused`` or ``lacks``."""
         if request["protocol"] != PROTOCOL:
-            return _refused(f"speaks protocol {PROTOCOL} where {request['protocol']} is asked for: another stagegraph")
+            return _refused(
+                f"speaks protocol {PROTOCOL}, not {request['protocol']}: its stagegraph is of another version"
+            )
         if request["platform"] != platform():
             return _refused(f"is {platform()}, not {request['platform']}")
         try:

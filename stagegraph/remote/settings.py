@@ -82,8 +82,8 @@ class Settings(NamedTuple):
         insecure = bool(self.executor.get("insecure"))
         if host["scheme"] == "tcp" and host["host"] not in LOOPBACK and not insecure:
             raise PlanError(
-                f"--scheduler {scheduler}: whoever reaches a scheduler without TLS can run anything on its workers; "
-                f"use tls:// with certificates, or allow it under executor in {config_path()}: insecure: true"
+                f"--scheduler {scheduler}: anyone who can reach a scheduler without TLS can run anything on its "
+                f"workers; use tls:// with certificates, or allow it under executor in {config_path()}: insecure: true"
             )
         tls = self.executor.get("tls", {})
         return ClusterSettings(scheduler, self._through(self.executor.get("remote", "")), tls, insecure)

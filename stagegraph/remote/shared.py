@@ -86,7 +86,7 @@ class Shared:
                 continue
             record = _believed(text, key, public)
             if record is None:
-                warn(f"remote '{name}': {path} is damaged, or signed by somebody else; taken as not there")
+                warn(f"remote '{name}': {path} is damaged, or signed by a key that is not trusted; ignored")
                 continue
             return Fetched(record, self._objects(storage, record), name)
         return None
@@ -141,11 +141,11 @@ class Shared:
         except StoppedError:
             pass
         except MismatchError as error:
-            warn(f"remote '{remote.name}': {error}; taken as not there")
+            warn(f"remote '{remote.name}': {error}; ignored")
         except (RemoteError, OSError) as error:
             if remote.name not in self._dead:
                 self._dead.add(remote.name)
-                warn(f"remote '{remote.name}' ({remote.url}): {error}; it is left alone for this run")
+                warn(f"remote '{remote.name}' ({remote.url}): {error}; not used again in this run")
         return None
 
     def finish(self) -> int:

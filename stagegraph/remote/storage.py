@@ -97,7 +97,7 @@ class Storage:
             except FileNotFoundError:
                 raise MismatchError(f"{path} is not there") from None
         if done != size or hasher.hexdigest() != digest:
-            raise MismatchError(f"{path} is not what its digest says")
+            raise MismatchError(f"{path} does not match its digest")
 
     def upload(self, path: str, source: Path) -> None:
         """Put a file, in parts where it is large."""
@@ -142,7 +142,7 @@ def stream(url: str, start: int) -> tuple[int, int, Iterator[bytes]]:
                 return start, size, iter(())
             found = obstore.get(store, path, options={"range": {"offset": start}})
     except (RemoteError, FileNotFoundError) as error:
-        raise OSError(f"it cannot be had: {error}") from None
+        raise OSError(f"cannot be fetched: {error}") from None
     return start, size, _chunks(found)
 
 
@@ -152,7 +152,7 @@ def _chunks(found: Any) -> Iterator[bytes]:
             for chunk in found.stream(min_chunk_size=8 << 20):
                 yield bytes(chunk)
     except RemoteError as error:
-        raise OSError(f"the transfer broke off ({error}); run again to go on") from None
+        raise OSError(f"the transfer was interrupted ({error}); run again to resume") from None
 
 
 def _open(url: str, silence: timedelta) -> Any:

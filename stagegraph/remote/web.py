@@ -61,7 +61,7 @@ def get(url: str, wanted: Mapping[str, str]) -> Path:  # noqa: ARG001
             if not (begun and again):  # else what it went on from may have been of another file
                 break
     part.unlink()
-    raise OSError(f"what is there now is another file: its sha256 is {found}")
+    raise OSError(f"the file there now has another sha256: {found}")
 
 
 def _parts(url: str) -> tuple[str, str, str]:
@@ -105,7 +105,7 @@ def _fetch(address: str, file: IO[bytes]) -> str:
             done += len(block)
     file.flush()
     if done < total:
-        raise OSError(f"the transfer broke off after {done:,} of {total:,} bytes; run again to go on")
+        raise OSError(f"the transfer was interrupted after {done:,} of {total:,} bytes; run again to resume")
     os.fsync(file.fileno())
     return hasher.hexdigest()
 
@@ -132,9 +132,9 @@ def _opened(address: str, start: int) -> Iterator[tuple[int, int, Iterator[bytes
             return
         raise OSError(f"the server answers {error.code} {error.reason}") from None
     except HTTPException as error:
-        raise OSError(f"the transfer broke off ({type(error).__name__}); run again to go on") from None
+        raise OSError(f"the transfer was interrupted ({type(error).__name__}); run again to resume") from None
     except OSError as error:
-        raise OSError(f"{getattr(error, 'reason', error)}; run again to go on") from None
+        raise OSError(f"{getattr(error, 'reason', error)}; run again to resume") from None
 
 
 def _bucket(address: str, start: int) -> tuple[int, int, Iterator[bytes]]:

@@ -137,4 +137,4 @@ class _Advice:
             raise OSError("the hub has no such repository, or not for you; `hf auth login` if it is private") from None
         if isinstance(error, OfflineModeIsEnabled):
             raise OSError("HF_HUB_OFFLINE forbids to fetch it") from None
-        raise OSError(f"the hub cannot be asked: {first or type(error).__name__}; run again to go on") from None
+        raise OSError(f"the hub cannot be asked: {first or type(error).__name__}; run again to resume") from None

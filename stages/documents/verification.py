@@ -50,7 +50,7 @@ class ReferenceUsed(TypedDict):
 
 
 class Verification(TypedDict):
-    """verify.json: ``loss`` is in nats a token of the prompt, ``unchecked`` says what was not looked at."""
+    """verify.json: ``loss`` is in nats per token of the prompt, ``unchecked`` says what was not looked at."""
 
     schema: int
     verdict: str

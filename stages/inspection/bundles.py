@@ -78,7 +78,7 @@ def _notes(rows: Mapping[str, Row]) -> Iterable[str]:
         tokens = " or ".join(sorted({f"{found['probe_tokens']:,}" for found in compared}))
         originals = " or ".join(sorted({f"{found['perplexity_original']:.4g}" for found in compared}))
         yield f"KL: mean divergence from the original in nats, over {tokens} tokens"
-        yield f"top-1: places with the original's first choice; ppl: perplexity (original: {originals})"
+        yield f"top-1: positions with the original's most likely token; ppl: perplexity (original: {originals})"
     timed = [found for found in rows.values() if found["decode"]]
     if timed:
         machines = ", ".join(sorted({found["machine"] for found in timed}))
@@ -117,7 +117,7 @@ def draw(rows: Mapping[str, Row], path: Path) -> None:
         axes.annotate(found["scheme"], place, above, textcoords="offset points", ha="center", fontsize="small")
     for handle in figure.legend(loc="outside lower center", fontsize="small").legend_handles:
         handle.set_sizes([40])
-    axes.set(xlabel="bits per parameter", ylabel="KL divergence from the original, nats a token", yscale="log")
+    axes.set(xlabel="bits per parameter", ylabel="KL divergence from the original, nats per token", yscale="log")
     axes.set_title("what a bundle takes and what it costs; area: decoding speed")
     axes.margins(0.2)
     axes.grid(visible=True, alpha=0.3)

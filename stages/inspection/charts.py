@@ -42,7 +42,7 @@ def divergence(document: Verification) -> str:
         for kind, each in kinds.items()
         if (kl := each["kl_mean"]) is not None
     ]
-    title = "mean KL divergence from the original, in nats; share of its first choices"
+    title = "mean KL divergence from the original, in nats; top-1 agreement"
     return _bars(title, bars) if bars else ""
 
 

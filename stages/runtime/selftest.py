@@ -110,9 +110,7 @@ def _files(bundle: Manifest) -> CheckLine:
     from stages.runtime import manifest
 
     problems = manifest.check(bundle, run=False)
-    return check_document(
-        "files", not problems, "; ".join(problems) or f"{len(bundle.files)} files as bundle.json has them"
-    )
+    return check_document("files", not problems, "; ".join(problems) or f"{len(bundle.files)} files match bundle.json")
 
 
 def _tools() -> dict[str, str]:

@@ -340,7 +340,7 @@ class _Graph:
     def _reshape(self, node: Any, arguments: Arguments) -> None:
         before, after = (outside(shape) for shape in (self._shape(node.args[0]), self._shape(node)))
         if before != after:
-            raise self._refusal(node, f"{node.target.__name__} that orders tokens otherwise")
+            raise self._refusal(node, f"{node.target.__name__} that reorders tokens")
         self._add(node, "reshape", {"x": arguments["x"], "shape": self._shape(node)})
 
     def _reshaped(self, value: Any, shape: Sequence[Any]) -> dict[str, int]:
@@ -359,7 +359,7 @@ class _Graph:
     def _check_shape(self, node: Any, value: Any) -> None:
         for each in value if isinstance(value, list | tuple) else [value]:
             if sum(not isinstance(size, int) for size in each.shape) > 1:
-                raise self._refusal(node, f"{node.target.__name__}, which pairs tokens with tokens")
+                raise self._refusal(node, f"{node.target.__name__}, which combines different tokens")
 
     def _arguments(self, node: Any) -> dict[str, Any]:
         """Return the arguments by their names in torch's schema, of which ``self`` and ``input`` are x."""

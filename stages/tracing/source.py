@@ -41,7 +41,7 @@ def open_source(raw: JsonObject, window: int) -> Source:
     named = shown(raw["model_type"])
     if getattr(text, "is_encoder_decoder", False):
         raise ConfigError(
-            f"config.json: model_type {named} is an encoder with a decoder; only decoders alone are built"
+            f"config.json: model_type {named} is an encoder-decoder model; only decoder-only models are supported"
         )
     if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):  # one that may be either
         raise ConfigError(
@@ -62,7 +62,9 @@ def open_source(raw: JsonObject, window: int) -> Source:
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a modelling file raises of a config that it cannot use
-        raise ConfigError(f"config.json: transformers' {cls.__name__} cannot be made of it: {_first(error)}") from None
+        raise ConfigError(
+            f"config.json: transformers' {cls.__name__} cannot be constructed from it: {_first(error)}"
+        ) from None
     hollow.spread(model)
     replace_written_out(model)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")

@@ -55,7 +55,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     keeping = [name for name, _ in parts["body"].nodes if name == "causal_conv"]
     if not attention and not keeping:
-        raise ConfigError(f"{source.cls.__name__}: no attention goes through transformers' interface for it")
+        raise ConfigError(f"{source.cls.__name__}: its attention does not use transformers' attention interface")
     return {
         "model_type": source.config.model_type,
         "architecture": source.cls.__name__,

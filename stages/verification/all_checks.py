@@ -25,14 +25,14 @@ def verify(case: Case, progress: Progress) -> Findings:
     """
     model = case.manifest.model
     if case.manifest.target != case.target:
-        raise BundleError(f"{case.bundle}: built for {case.manifest.target}; verify is asked about {case.target}")
+        raise BundleError(f"{case.bundle}: built for {case.manifest.target}, and the target of verify is {case.target}")
     findings = Findings(case.manifest.name, model["scheme"], case.target, case.manifest.device, case.reference)
     findings.not_run = _not_run(case)
     problems = manifest.check(case.manifest, run=not findings.not_run)
     if problems:
         raise BundleError(*problems)
     findings.not_run = findings.not_run or _unusable(case)
-    findings.checks.append(Check("files", ok=True, detail=f"{len(case.manifest.files)} files as bundle.json has them"))
+    findings.checks.append(Check("files", ok=True, detail=f"{len(case.manifest.files)} files match bundle.json"))
     problems = weights.misplaced(case.registry, case.records) + weights.mismatched(case.registry, case.tensors)
     if problems:
         raise BundleError(*problems)
@@ -86,7 +86,7 @@ def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:
         return
     how = f"within half a step of {scheme.name}" if scheme.rows else f"bit for bit as {scheme.storage_dtype}"
     if case.scales != "max":
-        how = f"within what {scheme.name} with scales: {case.scales} may be off"
+        how = f"within the error bound of {scheme.name} with scales: {case.scales}"
     findings.checks.append(Check("weights", ok=True, detail=f"{compared} tensors of the checkpoint, {how}"))
 
 
@@ -96,6 +96,6 @@ def _check_tokenizer(case: Case, findings: Findings) -> None:
         findings.unchecked.append("the tokenizer: its source vocabulary is of no family known here")
         return
     wrong = [text for text in case.texts if case.tokenizer.prompt(text) != case.prompt(text)]
-    detail = f"other ids than the checkpoint's vocabulary gives for {wrong[0][:40]!r}" if wrong else "ids equal"
+    detail = f"ids differ from those of the checkpoint's vocabulary for {wrong[0][:40]!r}" if wrong else "ids equal"
     findings.checks.append(Check("tokenizer against the source vocabulary", ok=not wrong, detail=detail))
     findings.checks += endings.check(case)

@@ -109,13 +109,13 @@ def greedy(tokenizer: BundleTokenizer, rows: np.ndarray, wanted: Continuation, b
         picked = int(logits[:active].argmax())
         if picked != token:
             margin = float((logits[picked] - logits[token]) / np.abs(logits).max())
-            ended = f"id {picked} and not {token} at position {position}, ahead by {margin:.1e} of the largest logit"
+            ended = f"id {picked} instead of {token} at position {position}, by {margin:.1e} of the largest logit"
             tie = not exact and margin <= 2 * bound
             return Check(name, tie, f"a tie: {ended}" if tie else ended)
     text = tokenizer.decode([token for token in wanted.ids if token not in tokenizer.stop])
     if text != wanted.text:
-        return Check(name, ok=False, detail=f"equal ids, but they read {text!r} and not {wanted.text!r}")
-    return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, reads {text[:60]!r}")
+        return Check(name, ok=False, detail=f"equal ids, but the text is {text!r} instead of {wanted.text!r}")
+    return Check(name, ok=True, detail=f"{len(wanted.ids)} ids equal, text {text[:60]!r}")
 
 
 def embedding(session: Session, tokens: Sequence[int], rows: Callable[[list[int]], np.ndarray]) -> Check:
@@ -145,7 +145,7 @@ def probabilities(found: np.ndarray, logits: np.ndarray, temperature: np.ndarray
     smallest = np.finfo(np.float32).tiny  # below it a float32 loses digits, or is zero
     away = np.maximum(np.abs(found - wanted) - smallest, 0) / np.maximum(wanted, smallest)
     measured = float(away.max()) if np.isfinite(away).all() else math.inf
-    detail = f"{measured:.1e} of a probability, at most {bound:.1e}"
+    detail = f"relative error of a probability {measured:.1e}, at most {bound:.1e}"
     return Check("softmax_with_temperature", measured <= bound, detail, measured, bound)
 
 
@@ -160,7 +160,7 @@ def round_trip(tokenizer: BundleTokenizer, texts: Iterable[str]) -> Check:
         for how, found in (("decodes", tokenizer.decode(ids)), ("streams", streamed)):
             if found not in (text, wanted):
                 return Check("tokenizer round trip", ok=False, detail=f"{text!r} {how} to {found!r}")
-    return Check("tokenizer round trip", ok=True, detail="every text comes back")
+    return Check("tokenizer round trip", ok=True, detail="every text decodes to itself")
 
 
 def mean_loss(rows: np.ndarray, tokens: Sequence[int]) -> float:
@@ -194,7 +194,7 @@ def perplexity(rows: np.ndarray, wanted: np.ndarray, tokens: Sequence[int], boun
     found, reference = mean_loss(rows, tokens), mean_loss(wanted, tokens)
     with np.errstate(over="ignore"):
         more, each, other = (float(value) for value in (np.expm1(found - reference), np.exp(found), np.exp(reference)))
-    detail = f"{each:.4f} a token, the reference {other:.4f}: {more:+.2%}, at most {bound:+.1%}"
+    detail = f"{each:.4f}, the reference {other:.4f}: {more:+.2%}, at most {bound:+.1%}"
     return Check("perplexity of the prompt", more <= bound, detail, more, bound)
 
 

@@ -28,9 +28,9 @@ def check(case: Case) -> Iterator[Check]:
     count = len(found["stop"])
     detail = f"{count} id{'s' * (count != 1)} of the checkpoint's files end{'s' * (count == 1)} a text"
     if missing:
-        detail = f"the checkpoint ends a text with {missing}, the bundle with {sorted(case.tokenizer.stop)}"
-    yield Check("ends of text", not missing, detail)
+        detail = f"the checkpoint has {missing}, the bundle {sorted(case.tokenizer.stop)}"
+    yield Check("end-of-text ids", not missing, detail)
     wanted = emitted(case.resolution.chat_templates) if case.resolution else None
     if wanted is not None:
         same = case.manifest.folder.json(TOKENIZER_CONFIG).get("chat_template") == wanted
-        yield Check("chat template", same, "the checkpoint's own" if same else "not the one of the checkpoint")
+        yield Check("chat template", same, "the checkpoint's own" if same else "differs from the checkpoint's")

@@ -56,9 +56,9 @@ def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Chec
     """Return the check that what each of ``modules`` reads and gives, at most ``largest``, fits ``dtype``."""
     top = {"float16": 65504.0}.get(dtype, 3.38e38)
     value, name = max(zip(largest, modules, strict=True))
-    detail = f"{name} reaches {value:.4g} in the original on the probes, {dtype} ends at {top:.4g}"
+    detail = f"{name} reaches {value:.4g} in the original on the probes, the largest {dtype} is {top:.4g}"
     if value > top:
-        detail += ": it would answer with infinities; take a scheme of bfloat16 or float32"
+        detail += ": the bundle would overflow; choose a scheme of bfloat16 or float32"
     return Check(f"range of {dtype}", bool(value <= top), detail, float(f"{value:.4g}"), top)
 
 
@@ -69,26 +69,26 @@ def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits) -> Check:
     each = divergences(rows, wanted)
     mean, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
     detail = (
-        f"{mean:.4g} nats a token (± {error:.1g}, {len(each)} tokens) from float activations on the same weights, at "
+        f"{mean:.4g} nats per token (± {error:.1g}, {len(each)} tokens) from float activations on the same weights, at "
         f"most {limits.max_activation_kl:g}"
     )
     ok = mean <= limits.max_activation_kl
     if not ok:
-        detail += ": some layer reads a few channels far above the rest; take activations: float"
+        detail += ": the input of some layer has outlier channels; set activations: float"
     return Check(ACTIVATIONS, ok, detail, mean, limits.max_activation_kl)
 
 
 def check(loss: Loss, limits: Limits) -> list[Check]:
     """Return one check for each limit."""
-    kl = f"{loss.kl_mean:.4g} nats a token from the original (± {loss.kl_error:.1g}), at most {limits.max_kl:g}"
-    top1 = f"the original's first choice in {loss.top1:.1%} of places, at least {limits.min_top1:.0%}"
+    kl = f"{loss.kl_mean:.4g} nats per token from the original (± {loss.kl_error:.1g}), at most {limits.max_kl:g}"
+    top1 = f"the original's most likely token at {loss.top1:.1%} of positions, at least {limits.min_top1:.0%}"
     ratio = (
-        f"{loss.perplexity:.4g} where the original has {loss.perplexity_original:.4g}: {loss.perplexity_ratio:.4g} "
-        f"times (± {loss.perplexity_ratio_error:.1g}), at most {limits.max_ppl_ratio:g}"
+        f"{loss.perplexity:.4g}, {loss.perplexity_ratio:.4g} times the original's {loss.perplexity_original:.4g} "
+        f"(± {loss.perplexity_ratio_error:.1g}), at most {limits.max_ppl_ratio:g}"
     )
     return [
         Check("KL divergence (max_kl)", loss.kl_mean <= limits.max_kl, kl, loss.kl_mean, limits.max_kl),
-        Check("equal first choices (min_top1)", loss.top1 >= limits.min_top1, top1, loss.top1, limits.min_top1),
+        Check("top-1 agreement (min_top1)", loss.top1 >= limits.min_top1, top1, loss.top1, limits.min_top1),
         Check(
             "perplexity (max_ppl_ratio)",
             loss.perplexity_ratio <= limits.max_ppl_ratio,

@@ -164,7 +164,7 @@ def _check_names(model: Any, state: Mapping[str, weights.Rows]) -> None:
     found = {name: each.shape for name, each in state.items()}
     if names := [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]:
         text = ", ".join(f"{name} (bundle {found.get(name)}, model {wanted.get(name)})" for name in names[:3])
-        raise apart.LiveError(f"transformers' {type(model).__name__} has other parameters: {text}")
+        raise apart.LiveError(f"transformers' {type(model).__name__} has different parameters: {text}")
 
 
 def _rescaled(model: Any) -> dict[str, int]:

@@ -23,10 +23,10 @@ def check(
 ) -> None:
     """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
     if original is None:
-        why = "only reference live computes the original model (the extra 'verify')"
+        why = "the original model needs reference: live (the extra 'verify')"
         if case.reference == "live":
-            why = f"{session.context_window} tokens of context are too few"
-        findings.unchecked.append(f"what quantization has cost: {why}")
+            why = f"a context of {session.context_window} tokens is too short"
+        findings.unchecked.append(f"loss by quantization: {why}")
         return
     check_range(case, original, findings)
     places = loss.measure(session, case.probes, original)
@@ -40,8 +40,8 @@ def check(
         findings.advice += refusal.ask(case, progress, activations=activations)
     if case.probes.longest < session.context_window:
         findings.unchecked.append(
-            f"places beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: probe_tokens and "
-            "a longer corpus reach them"
+            f"positions beyond {case.probes.longest:,} of {session.context_window:,} tokens of context: raise "
+            "probe_tokens, and give a corpus that is long enough"
         )
 
 

@@ -87,7 +87,7 @@ def read_recorded(
             return None
         prompt, tokens = _text(case["prompt"]), _ids(case["tokens"], vocab_size)
         if len(tokens) < 2:
-            raise ValueError(f"{len(tokens)} tokens are no prompt and its continuation")
+            raise ValueError(f"{len(tokens)} tokens; expected a prompt and its continuation")
         logits = _tensor(files[TENSORS], case["logits"]) if case["logits"] else None
         if logits is not None and logits.shape != (len(tokens), vocab_size):
             raise ValueError(

@@ -50,20 +50,20 @@ def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[st
     try:
         divergences, layers, figures = _measured(case, scheme, candidates, progress, activations)
     except apart.LiveError as error:
-        return [f"what would be better could not be measured: {error}"]
+        return [f"advice could not be measured: {error}"]
     sentences = []
     of = f"(KL of {TENSOR_TOKENS} tokens)"
     if layers:
-        sentences.append(f"int8 activations cost most where these layers alone read them {of}: {_worst(layers)}")
+        sentences.append(f"layers whose int8 activations alone cost most {of}: {_worst(layers)}")
     if divergences:
-        sentences.append(f"these tensors cost most where they alone are quantized {of}: {_worst(divergences)}")
+        sentences.append(f"tensors whose quantization alone costs most {of}: {_worst(divergences)}")
     for (name, arithmetic), found in figures.items():
         if advice.passes(name, arithmetic, found, case.limits):
             float_instead = case.arithmetic == INT8 and arithmetic != INT8
             label = f"{name} with activations: float" if float_instead else name
             sentences.append(
                 f"{label} stays within the limits on {SCHEME_TOKENS} tokens (KL {found.kl_mean:.2g}, {found.top1:.0%} "
-                f"equal first choices): take it, or allow more by verify's {', '.join(gates.NAMES)}"
+                f"top-1 agreement): use it, or set higher limits with verify's {', '.join(gates.NAMES)}"
             )
             break
     return sentences

@@ -69,7 +69,7 @@ class Findings:
         if self.quantization is None:
             return f"{text}; not compared with the original model"
         figures = self.quantization["all"]
-        return f"{text}; KL {figures['kl_mean']:.2g}, {figures['top1']:.0%} first choices as the original"
+        return f"{text}; KL {figures['kl_mean']:.2g}, {figures['top1']:.0%} top-1 agreement with the original"
 
     def document(self) -> Verification:
         """Return verify.json; numbers are rounded to three digits, all that they mean, and null if not finite."""
@@ -108,7 +108,7 @@ class Findings:
         if worst:
             lines.append(f"- largest quantization error: {worst['rmse']:.2e} relative RMSE, {worst['name']}")
         if self.loss is not None:
-            lines.append(f"- mean loss on the prompt: {self.loss:.3f} nats a token")
+            lines.append(f"- mean loss on the prompt: {self.loss:.3f} nats per token")
         lines += _quantization_table(self.quantization)
         lines += ["", "| check | result | |", "| --- | --- | --- |"]
         lines += [
@@ -124,9 +124,9 @@ def _quantization_table(found: QuantizationLoss | None) -> list[str]:
         return []
     lines = [
         "",
-        f"What quantization has cost, against {found['original']}:",
+        f"Loss by quantization, against {found['original']}:",
         "",
-        "| text | tokens | KL mean | median | 99 % | max | first choice equal | perplexity | original's |",
+        "| text | tokens | KL mean | median | 99 % | max | top-1 agreement | perplexity | original's perplexity |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind, each in {"all": found["all"], **found["kinds"]}.items():

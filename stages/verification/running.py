@@ -124,7 +124,7 @@ def _drafts(case: Case, session: Session, findings: Findings) -> list[_Draft]:
     for text in case.prompts[1]:
         ids = case.prompt(text)
         if len(ids) > half:
-            findings.unchecked.append(f"text after {text[-24:]!r}: only its first {half} ids are read")
+            findings.unchecked.append(f"text after {text[-24:]!r}: only its first {half} ids are used")
             ids = ids[:half]
         length = min(DECODED_TOKENS, window - half + 1)
         active, stop = case.tokenizer.active_vocab_size, case.tokenizer.stop
@@ -214,7 +214,7 @@ def _check_logits(
         if case.arithmetic == "int8":
             limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
             findings.checks.append(gates.activations(rows, wanted, limits))
-    origin = findings.origin if wanted is not rows else "the bundle itself, where it was verified"
+    origin = findings.origin if wanted is not rows else "the bundle itself, on the machine that verified it"
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
     if case.manifest.model["sep_embed"] and _embeds_rows(case):
@@ -227,7 +227,7 @@ def _check_logits(
         findings.unchecked.append("batches: the library was built for one sequence (max_batch)")
     if prompt < SHORTEST:
         window = session.context_window
-        findings.unchecked.append(f"chunks, tokens taken back, batches: {window} tokens of context are too few")
+        findings.unchecked.append(f"chunks, tokens taken back, batches: a context of {window} tokens is too short")
     _check_loss(case, session, tokens, rows, findings)
 
 
@@ -303,11 +303,11 @@ def _check_loss(case: Case, session: Session, tokens: Sequence[int], rows: np.nd
     limit = _LOSS_SHARE * guessing
     if findings.loss > limit:
         findings.warnings.append(
-            f"the mean loss on the prompt is {findings.loss:.2f} nats a token, above {limit:.2f} "
+            f"the mean loss on the prompt is {findings.loss:.2f} nats per token, above {limit:.2f} "
             f"({_LOSS_SHARE} of guessing): the checkpoint does not know such text, or its tokenizer is another's"
         )
     ratio = findings.loss / control
-    detail = f"{findings.loss:.2f} nats a token, {ratio:.2f} of what the same ids permuted give ({control:.2f})"
+    detail = f"{findings.loss:.2f} nats per token, {ratio:.2f} of what the same ids permuted give ({control:.2f})"
     findings.checks.append(Check("loss", ok=True, detail=detail, measured=ratio, bound=LOSS_RATIO))
     if ratio > LOSS_RATIO:
         findings.warnings.append(
@@ -336,7 +336,7 @@ def expect(case: Case, findings: Findings, progress: Progress) -> None:
                 return
             reference, bound = found, _recorded_bound(case)
     except (LiveError, RecordingError) as error:
-        findings.unchecked.append(f"what the library must compute elsewhere: {error.problems[0]}")
+        findings.unchecked.append(f"values for self-tests on other machines: {error.problems[0]}")
         return
     if reference.logits is not None:
         tokens = list(reference.tokens)[:window]

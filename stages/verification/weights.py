@@ -204,7 +204,7 @@ def differences(
                 at = tuple(int(i) for i in np.argwhere(wrong)[0])
                 place = [at[0] + rows.start, *at[1:]]
                 place = [*place[:-2], place[-1], place[-2]] if tensor.turned else place
-                first = f"first at {place}: {values[at]:g} where it has {wanted[at]:g}"
+                first = f"first at {place}: {values[at]:g} instead of {wanted[at]:g}"
             count += int(wrong.sum())
         if count:
             problems.append(

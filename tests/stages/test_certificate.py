@@ -117,7 +117,7 @@ def test_what_nobody_else_says_is_certified_with_a_reservation(recorded, tmp_pat
     context = bundles.verify(recorded, tmp_path, reference="none")
     assert context.facts["reservation"] == "runs, not checked against a reference"
     document = json.loads((tmp_path / "certificate.json").read_text())
-    assert document["golden"]["origin"] == "the bundle itself, where it was verified"
+    assert document["golden"]["origin"] == "the bundle itself, on the machine that verified it"
 
 
 @pytest.mark.parametrize("reference", ["live", "recorded"])

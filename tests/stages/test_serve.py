@@ -227,7 +227,7 @@ def test_what_is_no_request_is_refused(served) -> None:
     assert served.post("/v1/completions", b'{"model": "tiny", "prompt": "x", "temperature": NaN}')[0] == 400
     assert served.post("/nowhere", b"{}")[0] == 404
     assert served.get("/v1/completions")[0] == 405
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other'; there is: tiny"):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other'; available: tiny"):
         served.client.completions.create(model="other", prompt="x")
 
 
@@ -604,7 +604,7 @@ def test_sigterm_lets_what_streams_end(recorded) -> None:
         (["--host", "0.0.0.0"], "give a key with --api-key-file"),  # noqa: S104
         (["--cache-tokens", "10"], "does not hold one context"),
         (["--sequences", "99"], "built for 1 to 4"),
-        (["--name", "a", "--name", "b"], "2 names for 1 bundles"),
+        (["--name", "a", "--name", "b"], "--name was given 2 times for 1 bundles"),
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
         (["--port", "99999"], "--port 99999: expected 0 to 65535"),
     ],

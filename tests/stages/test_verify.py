@@ -90,7 +90,7 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     less = failure(built, tmp_path, reference="live", max_activation_kl=cost["measured"] * 0.99)
     assert "from float activations on the same weights, at most" in less
     assert "take activations: float" in less
-    assert "int8 activations cost most where these layers alone read them" in less
+    assert "layers whose int8 activations alone cost most" in less
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
 
 
@@ -226,7 +226,9 @@ def test_what_reads_the_checkpoint_is_among_the_tools():
 
 
 def test_a_bundle_for_another_target_is_refused(recorded, tmp_path):
-    assert "built for llvm; verify is asked about cuda" in failure(recorded, tmp_path, target="cuda", device="none")
+    assert "built for llvm, and the target of verify is cuda" in failure(
+        recorded, tmp_path, target="cuda", device="none"
+    )
 
 
 def swap_halves(built, name):

@@ -158,7 +158,7 @@ def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(qu
     assert 0.2 < figures["kl_mean"] < 1  # random weights: much is lost, and none of it matters
     limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None}
     with pytest.raises(
-        StageError, match=r"KL divergence \(max_kl\): 0\.\d+ nats a token from the original .* at most 0.25"
+        StageError, match=r"KL divergence \(max_kl\): 0\.\d+ nats per token from the original .* at most 0.25"
     ):
         bundles.verify(quantized, tmp_path / "refused", memo=memo, **limits)
     bundles.verify(quantized, tmp_path / "own", memo=memo, **limits | {"max_kl": 1.0, "min_top1": 0.3})

@@ -146,14 +146,14 @@ class _Api:
         if name is None and len(self._engines) == 1:
             name = next(iter(self._engines))
         if not isinstance(name, str):
-            raise ApiError(f"name a model: {', '.join(self._engines)}", param="model")
+            raise ApiError(f"model is missing; available: {', '.join(self._engines)}", param="model")
         return name, self._engine(name)
 
     def _engine(self, name: str) -> Engine:
         if name not in self._engines:
             known = ", ".join(self._engines)
             raise ApiError(
-                f"there is no model {name!a:.80}; there is: {known}", status=404, param="model", code="model_not_found"
+                f"there is no model {name!a:.80}; available: {known}", status=404, param="model", code="model_not_found"
             )
         return self._engines[name]
 
@@ -181,9 +181,9 @@ class _Api:
                 while max(size, len(data)) <= self._limits.body and (part := await anext(parts, None)) is not None:
                     data += part
         except TimeoutError:
-            raise ApiError(f"the body was not sent within {self._limits.sending:g} seconds", status=408) from None
+            raise ApiError(f"the body did not arrive within {self._limits.sending:g} seconds", status=408) from None
         except ClientDisconnect:
-            raise ApiError("the client left", status=499) from None
+            raise ApiError("the client disconnected", status=499) from None
         if max(size, len(data)) > self._limits.body:
             raise ApiError(f"the body has more than {self._limits.body:,} bytes", status=413)
         try:
@@ -218,7 +218,7 @@ async def _unless_gone(request: Request, exchange: Exchange) -> Completion:
     try:
         await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            raise ApiError("the client left", status=499)
+            raise ApiError("the client disconnected", status=499)
         return answer.result()
     finally:
         answer.cancel()
@@ -238,15 +238,15 @@ async def _refuse(_request: Request, error: ApiError) -> Response:
 
 
 async def _not_found(request: Request, _error: Exception) -> Response:
-    return await _refuse(request, ApiError(f"there is nothing at {request.url.path!a:.80}", status=404))
+    return await _refuse(request, ApiError(f"there is no path {request.url.path!a:.80}", status=404))
 
 
 async def _not_allowed(request: Request, _error: Exception) -> Response:
-    return await _refuse(request, ApiError(f"{request.method} is not for {request.url.path!a:.80}", status=405))
+    return await _refuse(request, ApiError(f"{request.method} is not allowed on {request.url.path!a:.80}", status=405))
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return await _refuse(request, ApiError(f"the server failed: {type(error).__name__}", status=500))
+    return await _refuse(request, ApiError(f"internal error: {type(error).__name__}", status=500))
 
 
 class _Gate:

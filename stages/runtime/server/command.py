@@ -29,19 +29,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command to ``parser``."""
     add = parser.add_argument
     add("bundles", nargs="+", metavar="BUNDLE", type=Path, help="a bundle's directory")
-    add("--name", action="append", default=[], metavar="NAME", help="what a bundle is called, in their order")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine only)")
-    add("--port", type=int, default=8000, metavar="N", help="default 8000; 0 is any free one")
-    add("--api-key-file", type=Path, metavar="FILE", help=f"what clients must send; or the environment's {KEY}")
-    add("--no-auth", action="store_true", help="listen on other addresses without a key")
-    add("--no-page", action="store_true", help="without the page for people at /")
-    add("--sequences", type=int, metavar="N", help="answers made at a time (default: all that it can)")
-    add("--cache-tokens", type=int, metavar="N", help="what the KV cache holds (default: N whole contexts)")
-    add("--queue", type=int, default=64, metavar="N", help="requests that may wait; more are refused (default 64)")
-    add("--timeout", type=float, default=600, metavar="SECONDS", help="how long an answer may take (default 600)")
-    add("--speculate", type=int, default=0, metavar="N", help="guess N tokens at once where a request does not say")
-    add("--draft", type=Path, metavar="BUNDLE", help="a smaller bundle that guesses, not the text so far")
-    add("--grace", type=int, default=30, metavar="SECONDS", help="what may finish after SIGTERM (default 30)")
+    add("--name", action="append", default=[], metavar="NAME", help="name for clients; once per bundle, in their order")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default 127.0.0.1: this machine only)",
+    )
+    add("--port", type=int, default=8000, metavar="N", help="port (default 8000; 0: any free one)")
+    add("--api-key-file", type=Path, metavar="FILE", help=f"file with the key that clients must send; or set {KEY}")
+    add("--no-auth", action="store_true", help="require no key, on any address")
+    add("--no-page", action="store_true", help="do not serve the chat page at /")
+    add("--sequences", type=int, metavar="N", help="answers generated at once (default: as many as the bundle can)")
+    add(
+        "--cache-tokens",
+        type=int,
+        metavar="N",
+        help="size of the KV cache in tokens (default: one whole context per answer)",
+    )
+    add(
+        "--queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests that may wait; further ones are refused (default 64)",
+    )
+    add("--timeout", type=float, default=600, metavar="SECONDS", help="time limit of an answer (default 600)")
+    add(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="draft N tokens at a time, unless a request sets it (default 0)",
+    )
+    add(
+        "--draft",
+        type=Path,
+        metavar="BUNDLE",
+        help="a smaller bundle that drafts (default: repetitions of the text so far)",
+    )
+    add("--grace", type=int, default=30, metavar="SECONDS", help="time for running requests after SIGTERM (default 30)")
     serving.opening_arguments(parser)
 
 
@@ -83,7 +110,7 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         err.write(f"serving {', '.join(engines)} at http://{shown}:{port}/v1\n")
-        err.write("" if args.no_page else f"a page to talk with them: http://{shown}:{port}/\n")
+        err.write("" if args.no_page else f"chat page: http://{shown}:{port}/\n")
         err.flush()
         # uvicorn takes these while it runs, and raises those that came once more when it is done.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -98,7 +125,7 @@ def _listening(config: uvicorn.Config) -> socket.socket:
     try:
         return config.bind_socket()
     except SystemExit:  # as a command line of its own it says why, and ends
-        raise RequestError(f"--port {config.port}: cannot be had, see above; --port 0 takes one that is free") from None
+        raise RequestError(f"--port {config.port}: cannot be opened, see above; --port 0 chooses a free one") from None
 
 
 def _is_local(host: str) -> bool:
@@ -120,8 +147,8 @@ def _key(args: argparse.Namespace) -> str | None:
         raise RequestError(f"{args.api_key_file}: the file is empty")
     if not key.strip() and not _is_local(args.host) and not args.no_auth:
         raise RequestError(
-            f"whoever reaches {args.host} could use the model: give a key with --api-key-file FILE or {KEY}, or say "
-            "--no-auth"
+            f"anyone who can reach {args.host} could use the model: set a key with --api-key-file FILE or {KEY}, or "
+            "allow it with --no-auth"
         )
     return key.strip() or None
 
@@ -130,19 +157,19 @@ def _engines(args: argparse.Namespace) -> Mapping[str, Engine]:
     """Load every bundle; all names are checked before."""
     found = {}
     if len(args.name) > len(args.bundles):
-        raise RequestError(f"{len(args.name)} names for {len(args.bundles)} bundles")
+        raise RequestError(f"--name was given {len(args.name)} times for {len(args.bundles)} bundles")
     for path, given in itertools.zip_longest(args.bundles, args.name):
         bundle = serving.opened(path, args)
         name = given or bundle.name
         if name in found:
-            raise RequestError(f"two bundles are named {name}: say --name once for each")
+            raise RequestError(f"two bundles are named {name}: give each a --name")
         found[name] = bundle
 
     from stages.runtime.server.drafts import MOST
     from stages.runtime.server.engine import Engine
 
     if not 0 <= args.speculate <= MOST:
-        raise RequestError(f"--speculate {args.speculate} is not from 0 to {MOST}")
+        raise RequestError(f"--speculate {args.speculate}: expected 0 to {MOST}")
     draft = None if args.draft is None else serving.opened(args.draft, args)
     settings = {"sequences": args.sequences, "tokens": args.cache_tokens, "queue": args.queue}
     return {name: Engine(bundle, **settings, speculate=args.speculate, draft=draft) for name, bundle in found.items()}

@@ -57,7 +57,7 @@ class Engine:
         self.grammars = Grammars(self.tokenizer)
         window, paged = bundle.model["context_window"], bundle.model.get("state", "kv") == "kv"
         if tokens is not None and tokens < window:
-            raise RequestError(f"a cache of {tokens:,} tokens does not hold one context of {window:,}")
+            raise RequestError(f"a KV cache of {tokens:,} tokens is smaller than one context of {window:,}")
         rows = bundle.model["max_batch"] if sequences is None else sequences
         spare = SPARE if paged else -(-rows // 2)  # a recurrent model's states take memory each
         self._session = Session(bundle, sequences=rows, spare=spare, tokens=tokens if paged else None)
@@ -66,7 +66,9 @@ class Engine:
         self.vocab_size = self._session.vocab_size
         self.can_speculate = self._session.verify_chunk > 0
         if speculate and not self.can_speculate:
-            raise RequestError(f"{bundle.root}: a recurrent model cannot take guesses back (--speculate)")
+            raise RequestError(
+                f"{bundle.root}: speculative decoding (--speculate) is not available for recurrent models"
+            )
         self.speculate = speculate
         self._begin_draft = Lookup if draft is None else Drafter(draft, self.tokenizer.active_vocab_size).begin
         # A GPU reads thousands of tokens in the time of tens.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from stages.runtime.documents import JsonObject
 
-DEEPEST = 100  # lists and objects in one another
+DEEPEST = 100  # levels of nested lists and objects
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD]")
 _NAMES: dict[Any, str] = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
 
@@ -37,7 +37,7 @@ def parsed(data: bytes) -> Any:
         if not level:
             return document
         level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
-    raise ValueError(f"has more than {DEEPEST} lists and objects in one another")
+    raise ValueError(f"is nested more than {DEEPEST} levels deep")
 
 
 class Fields:
@@ -102,7 +102,7 @@ class Fields:
         value = self._given.get(name, [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or len(values) > most or not all(isinstance(v, str) and v for v in values):
-            raise self.wrong(name, f"a string, or a list of at most {most}, none of them empty")
+            raise self.wrong(name, f"a string that is not empty, or a list of at most {most} such strings")
         return values
 
 

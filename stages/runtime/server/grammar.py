@@ -96,7 +96,9 @@ class _Matching:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())
-            raise RequestError(f"what the answer has to fit cannot be followed, or takes too much: {reason:.300}")
+            raise RequestError(
+                f"the schema or grammar of the answer cannot be enforced, or exceeds a limit: {reason:.300}"
+            )
 
 
 def _library() -> Any:

@@ -105,7 +105,7 @@ def text(body: Any, engine: Engine) -> Wanted:
     if fields.take("suffix", str, ""):
         raise ApiError("suffix is not supported: these models continue a text", param="suffix")
     if fields.integer("best_of", fields.integer("n", 1, 1, MOST_ANSWERS), 1, MOST_ANSWERS) != (fields.raw("n") or 1):
-        raise ApiError("best_of is not supported beyond n", param="best_of")
+        raise ApiError("best_of must equal n: answers are not ranked", param="best_of")
     logprobs = fields.integer("logprobs", None, 0, 20)
     echo = fields.take("echo", bool, default=False)
     prompts = [_ids(fields, prompt, engine) for prompt in _prompts(fields)]
@@ -124,7 +124,9 @@ def _wanted(
 ) -> Wanted:
     count = fields.integer("n", 1, 1, MOST_ANSWERS) or 1
     if count * len(prompts) > MOST_ANSWERS:
-        raise ApiError(f"{count * len(prompts)} answers asked for at once; at most {MOST_ANSWERS}", param="n")
+        raise ApiError(
+            f"the request asks for {count * len(prompts)} answers; at most {MOST_ANSWERS} are allowed", param="n"
+        )
     seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
     first = secrets.randbits(63) if seed is None else seed % 2**64
     streaming = fields.take("stream", bool, default=False)
@@ -134,7 +136,7 @@ def _wanted(
     stream_options = Fields(given or {}, {"include_usage", "include_obfuscation"}, where="stream_options")
     stops = [stop.encode() for stop in fields.texts("stop", MOST_STOPS)]
     if any(len(stop) > LONGEST_STOP for stop in stops):
-        raise fields.wrong("stop", f"of at most {LONGEST_STOP} bytes")
+        raise fields.wrong("stop", f"a string of at most {LONGEST_STOP} bytes")
     speculate = fields.integer("speculate", engine.speculate, 0, drafts.MOST) or 0
     if speculate and not engine.can_speculate:
         raise ApiError("a recurrent model cannot take guesses back", param="speculate")
@@ -239,7 +241,7 @@ def _call(call: Any, where: str) -> JsonObject:
     try:
         given = parsed((arguments or "{}").encode())
     except ValueError:
-        raise function.wrong("arguments", f"JSON of at most {DEEPEST} lists and objects in one another") from None
+        raise function.wrong("arguments", f"JSON nested at most {DEEPEST} levels deep") from None
     return {
         "id": fields.take("id", str, ""),
         "type": "function",
