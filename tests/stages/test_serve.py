@@ -601,8 +601,8 @@ def test_sigterm_lets_what_streams_end(recorded) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--host", "0.0.0.0"], "give a key with --api-key-file"),  # noqa: S104
-        (["--cache-tokens", "10"], "does not hold one context"),
+        (["--host", "0.0.0.0"], "set a key with --api-key-file"),  # noqa: S104
+        (["--cache-tokens", "10"], "is smaller than one context"),
         (["--sequences", "99"], "built for 1 to 4"),
         (["--name", "a", "--name", "b"], "--name was given 2 times for 1 bundles"),
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
