@@ -130,5 +130,5 @@ def test_a_bundle_that_forgets_what_goes_before_a_text_is_found(
     assert info["prefix"] == [SIZE]
     path.write_text(json.dumps({**info, "prefix": []}))
     built.sign()
-    with pytest.raises(StageError, match="tokenizer against the source vocabulary: other ids"):
+    with pytest.raises(StageError, match="tokenizer against the source vocabulary: ids differ"):
         bundles.verify(built, tmp_path / "verify", reference="none")

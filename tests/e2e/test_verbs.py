@@ -94,7 +94,7 @@ def test_a_bundle_is_named_by_its_node(built: Project) -> None:
     assert "did you mean 'bundle.llvm'?" in built("generate", "bundle.lvm", *options, code=2).stderr
     # Several at once, and the pipeline file among them; it goes no further than the settings.
     several = ("bundle[llvm]", "bundle.llvm", "overlay.yaml", "--name", "a", "--name", "b")
-    assert "does not hold one context" in built("serve", *several, "--cache-tokens", "1", code=2).stderr
+    assert "is smaller than one context" in built("serve", *several, "--cache-tokens", "1", code=2).stderr
     assert "did you mean 'bundle.llvm'?" in built("serve", "bundle[llvm]", "bundle.lvm", "overlay.yaml", code=2).stderr
 
 

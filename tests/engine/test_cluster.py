@@ -289,7 +289,7 @@ def test_a_worker_that_would_make_something_else_is_refused_by_name(client: Clie
     watching = Watching()
     assert outcomes(client.run(watching)) == ["BUILT"] * 6
     assert {parent for _, parent, _ in client.starts()} == {grid.workers[0].process.pid}
-    (said,) = [text for text in caplog.messages if "is given no 'versioned'" in text]
+    (said,) = [text for text in caplog.messages if "gets no 'versioned'" in text]
     assert "worker tls://127.0.0.1:" in said
     assert "its code differs: stages.sizes; it has adder 2, not 1" in said
     assert not [text for text in watching.heard if "lost" in text]

@@ -115,6 +115,6 @@ def test_a_bundle_of_other_parameters_than_the_model_has_is_refused(state):
         {**rows, "body.third.weight": rows["head.weight"]},
     ):
         with pytest.raises(
-            live.apart.LiveError, match=r"transformers' Model has other parameters: body\.(second|third)"
+            live.apart.LiveError, match=r"transformers' Model has different parameters: body\.(second|third)"
         ):
             live._check_names(Model(reaches_in=False), wrong)

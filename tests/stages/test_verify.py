@@ -89,7 +89,7 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     assert 1e-6 < cost["measured"] < cost["bound"] == 0.03
     less = failure(built, tmp_path, reference="live", max_activation_kl=cost["measured"] * 0.99)
     assert "from float activations on the same weights, at most" in less
-    assert "take activations: float" in less
+    assert "set activations: float" in less
     assert "layers whose int8 activations alone cost most" in less
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
 
@@ -178,7 +178,7 @@ def test_any_context_window_is_verified_as_far_as_it_goes(recorded, tmp_path, wi
     assert document["verdict"] == "verified"
     assert ("every step" in checks(context), window < 3) == (
         True,
-        any("too few" in text for text in document["unchecked"]),
+        any("too short" in text for text in document["unchecked"]),
     )
     assert any(text.startswith("text after 'every morning'") for text in document["unchecked"]) == (window < 88)
 
@@ -189,7 +189,7 @@ def test_a_live_reference_meets_the_recorded_text_too(recorded, tmp_path):
     read, compared = context.progressed["tokens read"], context.progressed["tokens compared with the original"]
     assert read[1] == 0 < read[0], "the bundle decides when an answer ends: of how many is not known"
     assert compared[0] == compared[1] > 0
-    assert recording_failure(recorded, tmp_path, other_text, reference="live").endswith("and not 'another text'")
+    assert recording_failure(recorded, tmp_path, other_text, reference="live").endswith("instead of 'another text'")
 
 
 def test_no_text_compared_is_no_verified_text(recorded, tmp_path):
@@ -361,7 +361,7 @@ def test_a_perplexity_above_the_references_fails():
     worse, better = (checks_of.perplexity(*rows, tokens, 0.02) for rows in ((guessing, knowing), (knowing, guessing)))
     assert not worse.ok
     assert (worse.measured, better.measured) == pytest.approx((1, -0.5))
-    assert worse.detail.startswith("4.0000 a token, the reference 2.0000")
+    assert worse.detail.startswith("4.0000, the reference 2.0000")
     assert better.ok
 
 
@@ -387,7 +387,7 @@ def test_a_tokenizer_with_two_ids_exchanged_is_found(recorded, tmp_path):
     path.write_text(json.dumps(document))
     built.sign()
     message = failure(built, tmp_path)
-    assert "tokenizer against the source vocabulary: other ids" in message
+    assert "tokenizer against the source vocabulary: ids differ" in message
     assert "tokenizer against the reference" in message
 
 

@@ -333,7 +333,7 @@ def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp
     with pytest.raises(StageError) as refused:
         bundles.verify(quantized, tmp_path, reference="live", **limits)
     said = str(refused.value)
-    assert "cost most where they alone are quantized" in said
+    assert "whose quantization alone costs most" in said
     assert "stays within the limits on 256 tokens (KL " in said
 
 
