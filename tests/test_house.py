@@ -203,8 +203,9 @@ def test_what_runs_on_its_own_imports_little() -> None:
 
 
 def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -> None:
-    """And no name in them is of a word that names nothing."""
+    """And no name in them is of a word that names nothing, or that of two classes of the engine."""
     problems = []
+    classes: dict[str, str] = {}
     for name, path in modules("stagegraph", "stages", "benchmarks").items():
         text, tree = path.read_text(), parsed(path)
         lines = len(text.splitlines())
@@ -223,6 +224,9 @@ def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -
                 problems.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} outside a command line")
             if product and isinstance(node, NAMED):
                 problems += vague(name, node.lineno, node.name)
+            if root(name) == "stagegraph" and isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                other = classes.setdefault(node.name, name)
+                problems += [] if other == name else [f"{name}:{node.lineno}: {node.name} is a class of {other} too"]
     assert not problems, "\n".join(problems)
 
 

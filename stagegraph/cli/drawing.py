@@ -65,7 +65,7 @@ def layers(graph: nx.DiGraph[str]) -> list[list[str]]:
     return columns
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """Where a box, or a bend of an edge, lies: from ``near`` to ``far`` along the arrows, its middle across them."""
 
     near: float
@@ -115,26 +115,26 @@ def _bent(graph: nx.DiGraph[str]) -> tuple[nx.DiGraph[str], list[list[str]]]:
 
 def _arrange(
     columns: Sequence[Sequence[str]], widths: Mapping[str, float], *, upright: bool
-) -> tuple[dict[str, Place], float, float]:
+) -> tuple[dict[str, Extent], float, float]:
     """Return where everything lies, and how far all of it reaches along the arrows and across them."""
     rooms = {
         name: BEND if name not in widths else widths[name] + 20 if upright else HEIGHT
         for name in itertools.chain(*columns)
     }
     tall = max(sum(map(rooms.__getitem__, column)) for column in columns)
-    places: dict[str, Place] = {}
+    places: dict[str, Extent] = {}
     near = 10.0
     for column in columns:
         far = near + (BOX if upright else max(widths.get(name, 0) for name in column))
         edge = 10 + (tall - sum(map(rooms.__getitem__, column))) / 2
         for name in column:
-            places[name] = Place(near, far, edge + rooms[name] / 2)
+            places[name] = Extent(near, far, edge + rooms[name] / 2)
             edge += rooms[name]
         near = far + (GAP_UPRIGHT if upright else GAP)
     return places, max(place.far for place in places.values()) + 10, tall + 20
 
 
-def _edge(route: Sequence[Place], *, upright: bool) -> str:
+def _edge(route: Sequence[Extent], *, upright: bool) -> str:
     """Return a curve from the first place to the last, straight where it passes those between."""
 
     def point(along: float, across: float) -> str:

@@ -12,7 +12,7 @@ from stagegraph.cli.pager import page
 from stagegraph.planning.changes import show
 
 if TYPE_CHECKING:
-    from stagegraph.query.lineage import Lineage, Origin
+    from stagegraph.query.lineage import Ancestor, Lineage
 
 EXAMPLE = "pipeline lineage bundle.llvm:bundle/model.so --format mermaid"
 DIGITS = 16
@@ -48,7 +48,7 @@ def _text(found: Lineage) -> Iterator[str]:
         yield from _execution(origin)
 
 
-def _execution(origin: Origin) -> Iterator[str]:
+def _execution(origin: Ancestor) -> Iterator[str]:
     about = origin.document()
     if origin.record is None:
         yield f"{origin.label}  key {origin.key[:DIGITS]}  its record is gone"

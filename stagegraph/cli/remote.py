@@ -7,7 +7,7 @@ import argparse
 from stagegraph.cli.common import add_json, print_json
 from stagegraph.cli.layout import table
 from stagegraph.errors import EXIT_NODE_FAILED, EXIT_OK, PlanError
-from stagegraph.remote.settings import Settings, config_path, load_settings
+from stagegraph.remote.settings import UserSettings, config_path, load_settings
 
 EXAMPLE = "pipeline remote key"
 ADVICE = 'remotes: {team: {url: "s3://bucket/path", mode: both}}'
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     return _status(load_settings(), as_json=args.json)
 
 
-def _status(settings: Settings, *, as_json: bool) -> int:
+def _status(settings: UserSettings, *, as_json: bool) -> int:
     from stagegraph.remote.shared import reach
 
     found = {remote: reach(remote) for remote in settings.remotes}
@@ -51,7 +51,7 @@ def _status(settings: Settings, *, as_json: bool) -> int:
     return EXIT_NODE_FAILED if any(found.values()) else EXIT_OK
 
 
-def configured(*, reads: bool = False, writes: bool = False) -> Settings:
+def configured(*, reads: bool = False, writes: bool = False) -> UserSettings:
     """Return the user's settings; :class:`PlanError` if no remote permits reading, or writing, as requested."""
     settings = load_settings()
     if not any((remote.reads and reads) or (remote.writes and writes) for remote in settings.remotes):

@@ -23,7 +23,7 @@ from stagegraph.store.record import parts_text, record_size
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
     from stagegraph.query.history import PastRun
-    from stagegraph.query.overview import Entry, Overview
+    from stagegraph.query.overview import NodeOverview, Overview
     from stagegraph.store.record import Record
 
 STYLE = Path(__file__).with_name("report.css")
@@ -70,7 +70,7 @@ def _lead(pipeline: Pipeline, found: Overview) -> str:
     return escape(f"{file}, {len(found.entries)} nodes: {told}. As of {now}.")
 
 
-def _verdicts(entries: Sequence[Entry]) -> str:
+def _verdicts(entries: Sequence[NodeOverview]) -> str:
     """Return the verdicts of attesting nodes and the failures, which a reader looks for first."""
     lines = []
     for entry in entries:
@@ -89,7 +89,7 @@ def _verdicts(entries: Sequence[Entry]) -> str:
 def _graphs(pipeline: Pipeline, found: Overview) -> str:
     """Return the graph of every node, above it that of entries if they are fewer; one of the two is folded away."""
     title = f"the graph of {found.name}"
-    of: dict[str, list[Entry]] = {}
+    of: dict[str, list[NodeOverview]] = {}
     for entry in found.entries:
         of.setdefault(entry.node.spec.entry, []).append(entry)
     nodes = {e.node.name: box_of(e.status, e.record, dotted(e.node.name)) for e in found.entries}
@@ -155,7 +155,7 @@ def _beside_earlier(runs: Sequence[PastRun], run: PastRun) -> str:
     return "<h4>Beside the run before</h4>" + table(("node", "before", "now", ""), rows, frozenset({1, 2, 3}))
 
 
-def _sections(entries: Sequence[Entry]) -> Iterator[str]:
+def _sections(entries: Sequence[NodeOverview]) -> Iterator[str]:
     """Yield what stages want seen first of their results, the last of the pipeline first: pictures, some views."""
     for stage in dict.fromkeys(entry.node.stage.id for entry in reversed(entries)):
         sections = find("sections", stage) or ()
@@ -173,9 +173,9 @@ def _sections(entries: Sequence[Entry]) -> Iterator[str]:
             yield f'<details class="section"{opened}><summary>{name}</summary><div>{"".join(parts)}</div></details>'
 
 
-def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
+def _nodes(entries: Sequence[NodeOverview]) -> Iterator[str]:
     """Yield the nodes in the order of the pipeline, a matrix of several under one line to fold away."""
-    of: dict[str, list[Entry]] = {}
+    of: dict[str, list[NodeOverview]] = {}
     for entry in entries:
         of.setdefault(entry.node.spec.entry, []).append(entry)
     for name, instances in of.items():
@@ -192,7 +192,7 @@ def _nodes(entries: Sequence[Entry]) -> Iterator[str]:
         yield f'<details class="node"{opened}>{head}{inside}</details>'
 
 
-def _node(entry: Entry) -> str:
+def _node(entry: NodeOverview) -> str:
     record = entry.record
     what = record["summary"] if record and entry.status in {"HIT", "RESERVED"} else listed(entry.reasons)
     cost = f"{seconds_text(record['seconds'])}, {size_text(record_size(record))}" if record else "-"
@@ -207,7 +207,7 @@ def _node(entry: Entry) -> str:
     return f'<details class="node"{opened}><summary>{head}</summary>{inside}</details>'
 
 
-def _body(entry: Entry, record: Record) -> Iterator[str]:
+def _body(entry: NodeOverview, record: Record) -> Iterator[str]:
     document, name = record["document"], typed(entry.node.name)
     cost = f"{seconds_text(record['cpu_seconds'])} CPU, {size_text(record['peak_bytes'])} peak"
     made = f"{record['started']} on {record['host']}: {cost}"

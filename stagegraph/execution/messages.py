@@ -69,7 +69,7 @@ class Written(TypedDict):
     views: dict[str, FileEntry]
 
 
-class Progress(TypedDict):
+class Progressed(TypedDict):
     """The progress of a stage."""
 
     event: Literal["progress"]
@@ -113,7 +113,7 @@ class Gone(TypedDict):
     meaning: str
 
 
-Event: TypeAlias = Began | Progress | Succeeded | Failure | Gone
+Event: TypeAlias = Began | Progressed | Succeeded | Failure | Gone
 
 
 # -- of a cluster: what its workers are sent, and what they answer ---------------------------------------------------
@@ -186,7 +186,7 @@ class Printed(TypedDict):
 
 
 ClusterEnd: TypeAlias = SucceededElsewhere | Failure | Refused | Lacks
-ClusterEvent: TypeAlias = Began | Progress | Printed | ClusterEnd
+ClusterEvent: TypeAlias = Began | Progressed | Printed | ClusterEnd
 
 
 class RefusedBy(Refused):

@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
-from stagegraph.execution.messages import Event, Failed, Found, Progress, Request, Succeeded, Written
+from stagegraph.execution.messages import Event, Failed, Found, Progressed, Request, Succeeded, Written
 from stagegraph.registry import Origin, load_object
 from stagegraph.stage import Context, Instance, JsonObject, NewPart, Part, SourceFiles, Stage
 from stagegraph.store.memo import Memo, PartCode
@@ -107,7 +107,7 @@ class WorkerContext(Context):
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_SECONDS or done == total:
             self._last_progress = now
-            progress: Progress = {"event": "progress", "done": done, "total": total, "unit": unit, "note": note}
+            progress: Progressed = {"event": "progress", "done": done, "total": total, "unit": unit, "note": note}
             send(self._events, progress)
 
     def warn(self, message: str) -> None:

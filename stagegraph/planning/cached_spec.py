@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from stagegraph.digest import digest_bytes, digest_json, stat_id
 from stagegraph.files import open_regular
 from stagegraph.registry import Origin, get_stage, stage_reference
-from stagegraph.spec.model import NodeSpec, Pipeline, Place, Resources
+from stagegraph.spec.model import NodeSpec, PipelineSpec, Place, Resources
 from stagegraph.stage import Source
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Cached(Parsed):
     identity: list[Any]
 
 
-def read_pipeline(file: Path, overrides: Sequence[str], index: Index) -> Pipeline:
+def read_pipeline(file: Path, overrides: Sequence[str], index: Index) -> PipelineSpec:
     """Return what :func:`stagegraph.spec.load.load` does, from the index while nothing it depends on has changed."""
     identity: list[Any] = [SCHEMA, str(file), os.getcwd(), list(overrides)]  # noqa: PTH109
     name = f"spec:{int(digest_json(identity)[:8], 16) % SLOTS}"
@@ -133,7 +133,7 @@ def _loaded_as_on_disk(modules: Mapping[str, Sequence[Any]]) -> bool:
 # -- as plain data ---------------------------------------------------------------------------------------------------
 
 
-def _to_json(pipeline: Pipeline, reads: Reads) -> Parsed | None:
+def _to_json(pipeline: PipelineSpec, reads: Reads) -> Parsed | None:
     """Return a pipeline with all that it depended on, or None if it cannot be cached."""
     try:
         modules = _loaded_modules()
@@ -161,7 +161,7 @@ def _to_json(pipeline: Pipeline, reads: Reads) -> Parsed | None:
 class _NodeWriter:
     """Turns nodes into lists; what the nodes of an entry share, and the names of files, are written once."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: PipelineSpec) -> None:
         self._folder = str(pipeline.root)
         self.files: dict[str, int] = {}
         self.origins: list[list[Any]] = []
@@ -219,7 +219,7 @@ class _Places(Mapping[str, Place]):
         return len(self._written)
 
 
-def _from_json(cached: Cached, file: Path) -> Pipeline | None:
+def _from_json(cached: Cached, file: Path) -> PipelineSpec | None:
     """Return a cached pipeline; None if a stage is no longer found, or found elsewhere."""
     path = file.absolute()
     stages = _stages(cached["origins"], str(path.parent))
@@ -238,7 +238,7 @@ def _from_json(cached: Cached, file: Path) -> Pipeline | None:
         nodes.append(
             NodeSpec(name, entry, stage, origin, each, params, places, place, needs, need_places, takes, timeout)
         )
-    return Pipeline(cached["name"], path, tuple(nodes))
+    return PipelineSpec(cached["name"], path, tuple(nodes))
 
 
 def _stages(origins: Sequence[Sequence[Any]], folder: str) -> list[tuple[Stage, Origin]] | None:

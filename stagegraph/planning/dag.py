@@ -17,7 +17,7 @@ from stagegraph.registry import load_object
 from stagegraph.spec.model import fits
 
 if TYPE_CHECKING:
-    from stagegraph.spec.model import NodeSpec, Pipeline
+    from stagegraph.spec.model import NodeSpec, PipelineSpec
     from stagegraph.stage import In, Stage
 
 
@@ -49,7 +49,7 @@ class Node:
 class Dag:
     """All nodes of a pipeline in topological order; among equals, in the order of the file."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: PipelineSpec) -> None:
         self.pipeline = pipeline
         self.by_name: dict[str, Node] = {}
         by_entry: dict[str, list[Node]] = {}

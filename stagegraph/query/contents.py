@@ -26,7 +26,7 @@ FOLDERS = ("failed", "logs", "quarantine", "index", "work")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Removable:
     """Something that can be kept or go: an earlier result, a memoised part, an object that nothing names."""
 
     kind: str  # "result", "other" (one that another of its key took the place of), "part", "object" or "leftover"
@@ -45,7 +45,7 @@ class Contents:
 
     sizes: dict[str, int]  # of its objects, in bytes
     records: dict[str, Record]
-    others: list[Item]  # parts, and results that another of their key took the place of
+    others: list[Removable]  # parts, and results that another of their key took the place of
     lasts: dict[str, LastResult]
     nodes: dict[str, str]
     running: int
@@ -65,7 +65,7 @@ class Usage:
     contents: Contents
     current: dict[str, Record]  # "pipeline/node" -> record
     used: set[str]  # digests of objects that must stay
-    others: list[Item]
+    others: list[Removable]
 
     def size(self, digests: Iterable[str]) -> int:
         """Return the bytes that these objects take, each counted once."""
@@ -76,7 +76,7 @@ class Usage:
 class Sweep:
     """What goes, the bytes that this frees, and what could not be done."""
 
-    items: list[Item] = field(default_factory=list)
+    items: list[Removable] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)  # bytes that each item frees
     digests: set[str] = field(default_factory=set)
     freed: int = 0
@@ -104,12 +104,12 @@ def look(workspace: Workspace) -> Contents:
         sizes[digest], times[digest] = found.st_size, found.st_mtime
     nodes = workspace.journal.node_of_key()
     others = [
-        Item("other", name, f"{nodes.get(r['key'], r['stage'])}, made otherwise", r["started"], objects_of(r))
+        Removable("other", name, f"{nodes.get(r['key'], r['stage'])}, made otherwise", r["started"], objects_of(r))
         for name, r in workspace.others()
     ]
     for name, part in workspace.parts():
         digest = part["digest"]
-        others.append(Item("part", name, part["kind"], _stamp(times.get(digest, 0.0)), (digest,)))
+        others.append(Removable("part", name, part["kind"], _stamp(times.get(digest, 0.0)), (digest,)))
     return Contents(
         sizes,
         {record["key"]: record for record in workspace.records()},
@@ -137,14 +137,14 @@ def usage(found: Contents, needed: Collection[str] = (), without: Collection[str
     objects = {digest for key in used for digest in objects_of(records[key])}
     others = [_result(record, found.nodes) for key, record in records.items() if key not in used] + found.others
     named = objects.union(*(item.digests for item in others))
-    others += [Item("object", digest, "named by nothing", "", (digest,)) for digest in found.sizes.keys() - named]
+    others += [Removable("object", digest, "named by nothing", "", (digest,)) for digest in found.sizes.keys() - named]
     others.sort(key=lambda item: (item.when, item.name))
     return Usage(found, current, objects, others)
 
 
-def _result(record: Record, nodes: Mapping[str, str]) -> Item:
+def _result(record: Record, nodes: Mapping[str, str]) -> Removable:
     node = nodes.get(record["key"])
-    return Item("result", record["key"], node or record["stage"], record["started"], objects_of(record))
+    return Removable("result", record["key"], node or record["stage"], record["started"], objects_of(record))
 
 
 def objects_of(record: Record) -> tuple[str, ...]:

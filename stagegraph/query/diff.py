@@ -32,7 +32,7 @@ SHOWN = 20  # values of one JSON file
 
 
 @dataclass
-class Row:
+class DifferenceRow:
     """One difference: what it is about, and its value on both sides (empty where it is not there)."""
 
     kind: str  # one of KINDS
@@ -48,7 +48,7 @@ class Difference:
     a: str
     b: str
     same: bool
-    rows: list[Row] = field(default_factory=list)
+    rows: list[DifferenceRow] = field(default_factory=list)
 
     def document(self) -> JsonObject:
         """Return the difference as ``--json`` prints it."""
@@ -63,24 +63,24 @@ def difference(a: Artifact, b: Artifact) -> Difference:
     for change in changes(old["document"], new["document"]):
         found.rows += _rows(change)
     facts = [{name: _text(value) for name, value in record["facts"].items()} for record in (old, new)]
-    found.rows += [Row("fact", *row) for row in _unequal(*facts)]
+    found.rows += [DifferenceRow("fact", *row) for row in _unequal(*facts)]
     files = [{name: f"{size:,} B {digest[:DIGITS]}" for name, (digest, size) in x.files.items()} for x in (a, b)]
-    found.rows += [Row("file", *row) for row in _unequal(*files) if not row[0].startswith("views/")]
+    found.rows += [DifferenceRow("file", *row) for row in _unequal(*files) if not row[0].startswith("views/")]
     if not found.same:
-        found.rows += [Row("inside", *row) for row in _inside(a, b)]
+        found.rows += [DifferenceRow("inside", *row) for row in _inside(a, b)]
     costs = [_costs(record) for record in (old, new)]
-    found.rows += [Row("cost", *row) for row in _unequal(*costs)]
+    found.rows += [DifferenceRow("cost", *row) for row in _unequal(*costs)]
     return found
 
 
-def _rows(change: Change) -> Iterator[Row]:
+def _rows(change: Change) -> Iterator[DifferenceRow]:
     if change.kind == "input":
         sides = [{_instance(each): digest for each, digest in instances(side)} for side in (change.old, change.new)]
         for each, a, b in _unequal(*sides):
-            yield Row("input", change.name + each, a[:DIGITS], b[:DIGITS])
+            yield DifferenceRow("input", change.name + each, a[:DIGITS], b[:DIGITS])
         return
     text = _text if change.kind in {"stage", "param", "tool"} else _digits
-    yield Row(change.kind, f"{change.name} {change.item}".rstrip(), text(change.old), text(change.new))
+    yield DifferenceRow(change.kind, f"{change.name} {change.item}".rstrip(), text(change.old), text(change.new))
 
 
 def _instance(each: Iterable[tuple[str, str]]) -> str:

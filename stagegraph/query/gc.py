@@ -13,7 +13,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from stagegraph.errors import StoreError
-from stagegraph.query.contents import Contents, Item, Sweep, Usage, look, usage
+from stagegraph.query.contents import Contents, Removable, Sweep, Usage, look, usage
 from stagegraph.query.history import past_runs
 from stagegraph.query.needs import Needs, gone
 from stagegraph.query.removal import Watch, remove, remove_idle_locks
@@ -58,7 +58,7 @@ def choose(
     return sweep
 
 
-def _drop(item: Item, sweep: Sweep, holders: Counter[str], found: Usage) -> None:
+def _drop(item: Removable, sweep: Sweep, holders: Counter[str], found: Usage) -> None:
     """Let an item go, and with it the objects that nothing else holds."""
     size = 0
     for digest in item.digests:
@@ -141,7 +141,7 @@ def _refuse_damaged(workspace: Workspace, contents: Contents) -> None:
 def _add_leftovers(workspace: Workspace, sweep: Sweep) -> None:
     for path in leftovers(workspace):
         name = path.relative_to(workspace.root).as_posix()
-        sweep.items.append(Item("leftover", name, "left behind", "", (), size := tree_size(path)))
+        sweep.items.append(Removable("leftover", name, "left behind", "", (), size := tree_size(path)))
         sweep.sizes.append(size)
         sweep.freed += size
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Origin:
+class Ancestor:
     """One execution that an artifact comes from, and the origins it read; ``record`` is None where it is gone."""
 
     label: str
     key: str
     record: Record | None
-    before: list[Origin] = field(default_factory=list)
+    before: list[Ancestor] = field(default_factory=list)
 
     def document(self) -> JsonObject:
         """Return the execution as ``--json`` prints it."""
@@ -48,7 +48,7 @@ class Lineage:
     """An artifact's files and the executions behind them, nearest first."""
 
     artifact: Artifact
-    origins: list[Origin]
+    origins: list[Ancestor]
     copied: dict[str, str]  # file of the artifact -> ``label:file`` of the execution that made the same bytes
 
     def document(self) -> JsonObject:
@@ -79,15 +79,15 @@ def lineage(project: Project, artifact: Artifact) -> Lineage:
 class _Walker:
     def __init__(self, project: Project) -> None:
         self._workspace = project.workspace
-        self._seen: dict[str, Origin] = {}
+        self._seen: dict[str, Ancestor] = {}
 
-    def origin(self, key: str, label: str, node: Node | None) -> Origin:
+    def origin(self, key: str, label: str, node: Node | None) -> Ancestor:
         """Return the execution of a key with all before it; ``node`` names those that the pipeline still has."""
-        last = self._seen[key] = Origin(label, key, self._workspace.record(key))
+        last = self._seen[key] = Ancestor(label, key, self._workspace.record(key))
         queue = [(last, node)]
         while queue:
             origin, node = queue.pop()
-            before: dict[str, Origin] = {}
+            before: dict[str, Ancestor] = {}
             for other, each in _made_from(origin.record, node):
                 if other not in self._seen:
                     self._seen[other] = self._named(other, each)
@@ -96,15 +96,15 @@ class _Walker:
             origin.before = list(before.values())
         return last
 
-    def _named(self, key: str, node: Node | None) -> Origin:
+    def _named(self, key: str, node: Node | None) -> Ancestor:
         """Return an execution by the name of the node that it was of, if the pipeline has that, else of its stage."""
         record = self._workspace.record(key)
         label = node.name if node else f"{record['stage']} {key[:8]}" if record else key[:8]
-        return Origin(label, key, record)
+        return Ancestor(label, key, record)
 
-    def makers(self, last: Origin, artifact: Artifact) -> dict[str, tuple[Origin, str]]:
+    def makers(self, last: Ancestor, artifact: Artifact) -> dict[str, tuple[Ancestor, str]]:
         """Return, for each file that an execution before the last made with the same bytes, the first one that did."""
-        made: dict[str, tuple[Origin, str]] = {}
+        made: dict[str, tuple[Ancestor, str]] = {}
         for origin in _nearest_first(last.before):  # the farthest comes last and wins: the others copied it
             for name, (digest, _) in record_files(origin.record).items() if origin.record else ():
                 made[digest] = (origin, name)
@@ -118,7 +118,7 @@ def _made_from(record: Record | None, node: Node | None) -> Iterator[tuple[str, 
         yield from zip(keys, upstream if len(upstream) == len(keys) else [None] * len(keys), strict=True)
 
 
-def _nearest_first(origins: list[Origin]) -> Iterator[Origin]:
+def _nearest_first(origins: list[Ancestor]) -> Iterator[Ancestor]:
     """Yield each execution once, after all that read it."""
     found = {origin.key: origin for origin in origins}
     queue = list(origins)

@@ -23,7 +23,7 @@ VIEW_BYTES = 60_000  # a longer view is named, not shown
 
 
 @dataclass(frozen=True)
-class Entry:
+class NodeOverview:
     """One node: how it stands, why, its result if there is one, what its stage rendered and what it printed last."""
 
     node: Node
@@ -40,7 +40,7 @@ class Overview:
     """A pipeline: its nodes in topological order, its runs, the one that is shown, and the nodes that it waited for."""
 
     name: str
-    entries: list[Entry]
+    entries: list[NodeOverview]
     runs: list[PastRun]
     run: PastRun | None
     critical: frozenset[str] = frozenset()
@@ -62,7 +62,7 @@ def overview(project: Project, run: str | None = None) -> Overview:
     return Overview(project.name, entries, runs, shown, critical, _compared(project, entries))
 
 
-def _entry(project: Project, node: Node, status: str, reasons: Sequence[str], record: Record | None) -> Entry:
+def _entry(project: Project, node: Node, status: str, reasons: Sequence[str], record: Record | None) -> NodeOverview:
     workspace = project.workspace
     last = workspace.last(project.name, node.name)
     if last.get("failed") and not project.varied:
@@ -80,7 +80,7 @@ def _entry(project: Project, node: Node, status: str, reasons: Sequence[str], re
         chart = find("charts", node.stage.id)
         if chart and chart.file in outputs and not workspace.store.verify(outputs[chart.file]):
             charts = load_object(chart.function)(_json(project, outputs[chart.file]))
-    return Entry(node, status, reasons, record, views, charts, text)
+    return NodeOverview(node, status, reasons, record, views, charts, text)
 
 
 def _view(project: Project, digest: str, size: int) -> str:
@@ -108,7 +108,7 @@ def critical_path(nodes: Sequence[Node], run: PastRun) -> frozenset[str]:
     return frozenset(path)
 
 
-def _compared(project: Project, entries: Sequence[Entry]) -> dict[str, str]:
+def _compared(project: Project, entries: Sequence[NodeOverview]) -> dict[str, str]:
     """Return for each stage that results can be compared of what is said of those that there are."""
     from stagegraph.query.artifact import Artifact
     from stagegraph.query.compare import documents

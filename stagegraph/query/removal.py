@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stagegraph.files import remove_tree
-from stagegraph.query.contents import Item, Sweep, objects_of
+from stagegraph.query.contents import Removable, Sweep, objects_of
 from stagegraph.store.leftovers import idle_locks
 from stagegraph.store.pins import pinned
 from stagegraph.store.workspace import Workspace
@@ -129,7 +129,7 @@ class _Spared:
             return True  # a worker may be reading it
         return what.name in watch.spared
 
-    def gone(self, item: Item) -> None:
+    def gone(self, item: Removable) -> None:
         """Note that an item is gone."""
         self._done.add(id(item))
 

@@ -56,7 +56,7 @@ class ClusterSettings(NamedTuple):
     insecure: bool
 
 
-class Settings(NamedTuple):
+class UserSettings(NamedTuple):
     """Remotes in the order in which they are asked, name -> public key (hexadecimal) of whom is believed, executor."""
 
     remotes: tuple[Remote, ...] = ()
@@ -108,13 +108,13 @@ def config_path() -> Path:
     return (Path(base) if base else Path.home() / ".config") / "stagegraph" / "config.yaml"
 
 
-def load_settings() -> Settings:
+def load_settings() -> UserSettings:
     """Return what the user configured, nothing if there is no file; :class:`SpecError` with all that is wrong in it."""
     path = config_path()
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        return Settings()
+        return UserSettings()
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: {error}") from None
     problems = Problems()
@@ -126,7 +126,7 @@ def load_settings() -> Settings:
     trusted = dict(_trusted((found or {}).get("trusted"), problems))
     executor = dict(_executor((found or {}).get("executor"), problems))
     problems.check()
-    return Settings(tuple(remotes), trusted, executor)
+    return UserSettings(tuple(remotes), trusted, executor)
 
 
 def _remotes(item: Item | None, problems: Problems) -> Iterator[Remote]:

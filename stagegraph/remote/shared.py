@@ -18,7 +18,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import warn
-from stagegraph.remote.settings import Remote, Settings, config_path
+from stagegraph.remote.settings import Remote, UserSettings, config_path
 from stagegraph.remote.signing import Signer, is_signed
 from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
 from stagegraph.store.record import Record, are_storable, is_record_of, record_files
@@ -42,7 +42,7 @@ class Fetched(NamedTuple):
 class Shared:
     """The remotes that a user configured; thread-safe. What it fetches lies in the store's work directory meanwhile."""
 
-    def __init__(self, settings: Settings, workspace: Workspace) -> None:
+    def __init__(self, settings: UserSettings, workspace: Workspace) -> None:
         self._workspace = workspace
         self.signer = Signer(config_path().with_name(KEY_FILE))
         self._believed = list(dict.fromkeys([self.signer.public, *settings.trusted.values()]))

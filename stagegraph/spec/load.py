@@ -1,8 +1,9 @@
-"""Reads a pipeline file into a :class:`~stagegraph.spec.model.Pipeline`: the one entry to everything named ``spec``.
+"""Reads a pipeline file into a :class:`~stagegraph.spec.model.PipelineSpec`; the entry point of this room.
 
-1. files: the file and those it extends, overlaid (``spec_files``, ``spec_yaml``);
-2. variables: overridden by ``--set``, then resolved (``spec_scope``);
-3. entries: keys, stages, needs, cycles (``spec_entries``); 4. nodes: instances and typed parameters (``spec_nodes``).
+1. files: the file and those it extends, overlaid (``reader``, ``layers``);
+2. variables: overridden by ``--set`` (``settings``), then resolved (``scope``);
+3. entries: keys, stages, needs, cycles (``entries``, ``cycles``);
+4. nodes: instances and typed parameters (``matrix``, ``nodes``, ``params``).
 All problems that these steps find are reported together, sorted by place.
 """
 
@@ -17,7 +18,7 @@ from stagegraph.files import path_name
 from stagegraph.spec.entries import read_entries
 from stagegraph.spec.item import Item, Problems, Reads
 from stagegraph.spec.layers import read_layers, shown
-from stagegraph.spec.model import NodeSpec, Pipeline, Place
+from stagegraph.spec.model import NodeSpec, PipelineSpec, Place
 from stagegraph.spec.nodes import expand
 from stagegraph.spec.scope import Scope
 from stagegraph.spec.settings import read_settings
@@ -42,7 +43,7 @@ TOP_KEYS = ("version", "name", "extends", "vars", "defaults", "stages")
 
 def load(
     path: Path, overrides: Sequence[str] = (), env: Mapping[str, str] = os.environ, *, reads: Reads | None = None
-) -> Pipeline:
+) -> PipelineSpec:
     """Return the pipeline that the file at ``path`` describes.
 
     ``overrides`` are settings of variables and parameters (:mod:`stagegraph.spec.settings`); ``env`` is what
@@ -68,7 +69,7 @@ def load(
     name = _name(top.get("name"), scope, problems)
     nodes = _nodes(top, path.absolute().parent, scope, settings.parameters, problems)
     problems.check()
-    return Pipeline(name, path.absolute(), tuple(nodes), scope.variables)
+    return PipelineSpec(name, path.absolute(), tuple(nodes), scope.variables)
 
 
 def _check_version(item: Item | None, problems: Problems) -> None:

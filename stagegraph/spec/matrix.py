@@ -27,7 +27,7 @@ _VALUE_NAME = re.compile(r"[\w.+-]+")  # becomes part of a directory's name and 
 _INSTANCES_LIMIT = 10_000
 
 
-class Instance(NamedTuple):
+class InstanceValues(NamedTuple):
     """The values of one instance as its name has them, and what ``${each.…}`` stands for: None without ``foreach``."""
 
     labels: dict[str, str]
@@ -40,11 +40,11 @@ class _Value(NamedTuple):
     fields: Mapping[str, Item]
 
 
-def instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Instance]:
+def instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[InstanceValues]:
     """Yield the instances of an entry in the written order; one with poisoned values where ``foreach`` is unsound."""
     subject = f"{entry.name}.foreach"
     if entry.foreach is None:
-        yield Instance({}, None)
+        yield InstanceValues({}, None)
         return
     keys = problems.mapping(entry.foreach, subject)
     if keys is None:
@@ -60,11 +60,11 @@ def instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Instan
         problems.add(entry.foreach.place, f"makes {count:,} nodes; expected at most {_INSTANCES_LIMIT:,}", subject)
     elif len(sound) < len(lists):
         bound = {key: values[0].item if values else None for key, values in lists.items()}
-        yield Instance({key: text_of(item.value) for key, item in bound.items() if item}, bound)
+        yield InstanceValues({key: text_of(item.value) for key, item in bound.items() if item}, bound)
     else:
         chosen = [dict(zip(lists, values, strict=True)) for values in itertools.product(*sound)]
         for values in reader.ruled(chosen, lists, rules):
-            yield Instance({key: value.label for key, value in values.items()}, _bindings(values))
+            yield InstanceValues({key: value.label for key, value in values.items()}, _bindings(values))
 
 
 def _is_rules(item: Item) -> bool:

@@ -52,7 +52,7 @@ class NodeSpec(NamedTuple):
     timeout: float | None = None
 
 
-class Pipeline(NamedTuple):
+class PipelineSpec(NamedTuple):
     """A pipeline file: its name, where it is, its nodes in the order they are written; of a file just read its
     resolved variables too.
     """

@@ -40,7 +40,7 @@ _CHILD = "import sys; sys.path.append(sys.argv[1]); from stages.tokenizers.autom
 
 
 class Automatic:
-    """A loaded tokenizer of transformers; a :class:`~stages.tokenizers.tokenizer_family.Reference`.
+    """A loaded tokenizer of transformers; a :class:`~stages.tokenizers.tokenizer_family.ReferenceTokenizer`.
 
     ``name`` is the class that it chose, ``refused`` why the checkpoint's own class was not taken (None: it was).
     ``document`` is tokenizer.json as this class runs it: the file's, with what the other files change. ``prefix`` and

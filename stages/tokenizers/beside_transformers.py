@@ -15,7 +15,7 @@ from stages.tokenizers.checks import NOTE, WARNING
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import difference
 from stages.tokenizers.resolution import Resolution
-from stages.tokenizers.tokenizer_family import Finding, Reference, TokenizerFamily
+from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer, TokenizerFamily
 
 
 class Unread(Exception):  # noqa: N818 - it says what is so, and fails nothing
@@ -45,7 +45,7 @@ def _installed(name: str) -> bool:
         return False
 
 
-def compare(reference: Reference, theirs: Automatic, texts: Sequence[tuple[str, str]]) -> list[Finding]:
+def compare(reference: ReferenceTokenizer, theirs: Automatic, texts: Sequence[tuple[str, str]]) -> list[Finding]:
     """Compare every token, every one of the (kind, text) and what goes before a text; :class:`Unread` if it is no use.
 
     A T22 that is a note says that the ids of every text are equal; a warning has the first difference.

@@ -18,7 +18,7 @@ from stages.tokenizers.metaspace import NEVER, SEGMENT, SEGMENT_WITHOUT, SPACE, 
 from stages.tokenizers.patterns import GPT2, KNOWN
 from stages.tokenizers.proof import CODE_POINTS, difference
 from stages.tokenizers.resolution import Resolution
-from stages.tokenizers.tokenizer_family import Finding, Reference
+from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
@@ -89,7 +89,7 @@ def _untrained(resolution: Resolution, opened: Automatic) -> Iterator[Finding]:
         yield Finding("T14", WARNING, f"{text}; transformers gives them new ids, which the model was not trained with")
 
 
-def _differ(what: str, other: Reference, opened: Automatic, texts: Sequence[str]) -> Iterator[Finding]:
+def _differ(what: str, other: ReferenceTokenizer, opened: Automatic, texts: Sequence[str]) -> Iterator[Finding]:
     for text in texts:
         for specials in (True, False):
             here, there = opened.encode(text, specials=specials), other.encode(text, specials=specials)
@@ -125,7 +125,7 @@ def _pipeline(document: JsonObject) -> list[Any]:
     return [*(document.get(part) for part in PIPELINE), *(document["model"].get(key) for key in MODEL)]
 
 
-def loop_of(resolution: Resolution, document: JsonObject) -> Reference:
+def loop_of(resolution: Resolution, document: JsonObject) -> ReferenceTokenizer:
     """Return a loop over the source's tables by the document's pipeline; :class:`UnreadError` if it cannot go by it."""
     model = document["model"]
     if model["type"] != "BPE":

@@ -19,7 +19,7 @@ from stages.tokenizers.byte_level import read_token
 from stages.tokenizers.checks import NOTE, Subject, error, kinds
 from stages.tokenizers.emission import prefix_of
 from stages.tokenizers.metaspace import SPACE
-from stages.tokenizers.tokenizer_family import Finding, Reference
+from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 
 SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")
 GENERATED_CORPUS = Path(__file__).with_name("generated_corpus.jsonl")
@@ -74,7 +74,7 @@ def code_points() -> Iterator[tuple[str, str]]:
         yield CODE_POINTS, "".join(f"a{character} " for character in assigned[start : start + SEQUENCE])
 
 
-def fingerprint(reference: Reference) -> str:
+def fingerprint(reference: ReferenceTokenizer) -> str:
     """Return digest of the probes' ids / digest of the id -> bytes map, as the independent reference has them."""
     ids = [reference.encode(text, specials=True) for text in PROBES]
     table = "".join(f"{index} {token.hex()}\n" for index, token in sorted(reference.tokens().items()))
@@ -89,7 +89,7 @@ def texts_for(subject: Subject) -> list[tuple[str, str]]:
 
 def prove(
     subject: Subject,
-    reference: Reference,
+    reference: ReferenceTokenizer,
     progress: Callable[[int, int], None],
     texts: Sequence[tuple[str, str]] | None = None,
     left_out: Container[int] = (),
@@ -145,7 +145,7 @@ def same_map(subject: Subject, expected: Mapping[int, bytes]) -> Iterator[Findin
             yield error("T20", f"id {index} is {pair}")
 
 
-def probes_raw(subject: Subject, reference: Reference) -> Iterator[Finding]:
+def probes_raw(subject: Subject, reference: ReferenceTokenizer) -> Iterator[Finding]:
     """T20, probes: the file alone, without our runtime's normalisation, gives the reference's ids."""
     for text in PROBES:
         emitted, expected = _encode(subject, text, specials=True), reference.encode(text, specials=True)
@@ -153,7 +153,7 @@ def probes_raw(subject: Subject, reference: Reference) -> Iterator[Finding]:
             yield error("T20", difference("probe", text, emitted, expected))
 
 
-def round_trip(subject: Subject, reference: Reference) -> Iterator[Finding]:
+def round_trip(subject: Subject, reference: ReferenceTokenizer) -> Iterator[Finding]:
     """T19: the ids of a text decode to what the reference makes of them, whether or not that is the text."""
     known, lossy = reference.tokens(), None
     for text in PROBES:
@@ -169,7 +169,10 @@ def round_trip(subject: Subject, reference: Reference) -> Iterator[Finding]:
 
 
 def same_ids(
-    subject: Subject, reference: Reference, texts: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
+    subject: Subject,
+    reference: ReferenceTokenizer,
+    texts: Sequence[tuple[str, str]],
+    progress: Callable[[int, int], None],
 ) -> Iterator[Finding]:
     """T21: equal ids for every text, with special-token text taken as special tokens and as plain text."""
     starts = {token["content"][:2] for token in subject.spec["added_tokens"] if token["special"]}
@@ -187,7 +190,7 @@ def same_ids(
         progress(done, len(texts))
 
 
-def same_text(subject: Subject, reference: Reference, tokens: Mapping[int, bytes]) -> Iterator[Finding]:
+def same_text(subject: Subject, reference: ReferenceTokenizer, tokens: Mapping[int, bytes]) -> Iterator[Finding]:
     """T21, decoding: every id once, next to unrelated ids, so that incomplete UTF-8 meets every kind of neighbour."""
     known = sorted(tokens)
     step = next(step for step in STEPS if len(known) % step)

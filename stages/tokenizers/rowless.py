@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stages.tokenizers import library
 from stages.tokenizers.checks import WARNING, error
-from stages.tokenizers.tokenizer_family import Finding, ModelFacts, Reference
+from stages.tokenizers.tokenizer_family import Finding, ModelFacts, ReferenceTokenizer
 from stages.tokenizers.world_vocabulary import WorldTokenizer
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def free_of(texts: Sequence[tuple[str, str]], beyond: Mapping[int, str]) -> list
 
 
 def findings(
-    resolution: Resolution, reference: Reference, facts: ModelFacts, beyond: Mapping[int, str]
+    resolution: Resolution, reference: ReferenceTokenizer, facts: ModelFacts, beyond: Mapping[int, str]
 ) -> list[Finding]:
     """T06: say which tokens are left out; an error where every text, or every chat, needs one."""
     if not beyond:

@@ -9,10 +9,10 @@ from stages.tokenizers.checks import WARNING, error
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.proof import PROBES, difference, sample_corpus
 from stages.tokenizers.resolution import Resolution, second_vocabularies
-from stages.tokenizers.tokenizer_family import Finding, Reference
+from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 
 
-def agree(resolution: Resolution, reference: Reference) -> Iterator[Finding]:
+def agree(resolution: Resolution, reference: ReferenceTokenizer) -> Iterator[Finding]:
     """T05 and T21: ids that name other tokens in the second file are an error, other ids for a text are a warning.
 
     What stands in the two files is often not quite the same, and transformers never looks at the second; but a file
@@ -28,7 +28,7 @@ def agree(resolution: Resolution, reference: Reference) -> Iterator[Finding]:
         yield from _compare(resolution.name, reference, second.name, other)
 
 
-def _compare(name: str, reference: Reference, second: str, other: Reference) -> Iterator[Finding]:
+def _compare(name: str, reference: ReferenceTokenizer, second: str, other: ReferenceTokenizer) -> Iterator[Finding]:
     ours, theirs = reference.tokens(), other.tokens()
     unlike = [index for index, token in sorted(theirs.items()) if ours.get(index) != token]
     if unlike:

@@ -14,7 +14,7 @@ def ranks_of(path: Path) -> dict[bytes, int]:
 
 
 class TiktokenReference:
-    """A :class:`.tokenizer_family.Reference` that is ``tiktoken.Encoding``; ``prefix`` goes before a text."""
+    """A :class:`.tokenizer_family.ReferenceTokenizer` that is ``tiktoken.Encoding``; ``prefix`` goes before a text."""
 
     def __init__(
         self, name: str, pattern: str, ranks: Mapping[bytes, int], specials: Mapping[str, int], prefix: str | None

@@ -27,7 +27,7 @@ class Finding:
         return f"{self.check}: {self.message}"
 
 
-class Reference(Protocol):
+class ReferenceTokenizer(Protocol):
     """An implementation that reads the source vocabulary itself and shares no code with what we emit."""
 
     @property
@@ -75,7 +75,7 @@ class TokenizerFamily:
 
     name: str
     convert: Callable[[Resolution], Tokenizer]
-    reference: Callable[[Resolution], Reference]
+    reference: Callable[[Resolution], ReferenceTokenizer]
     normalize: str | None
     end_of_text: tuple[str, ...]
     chats: Mapping[str, ChatFormat]

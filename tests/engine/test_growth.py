@@ -15,7 +15,7 @@ from benchmarks import scale
 from stagegraph import Pipeline
 from stagegraph.cli.graph import _implied
 from stagegraph.query.explain import DEEP
-from stagegraph.query.lineage import Origin, _nearest_first
+from stagegraph.query.lineage import Ancestor, _nearest_first
 from stagegraph.store.documents import Documents
 from stagegraph.store.index import Index
 from stagegraph.store.journal import HIT
@@ -90,7 +90,7 @@ def test_a_run_without_news_asks_the_database_for_all_nodes_at_once_and_opens_no
 
 
 def test_executions_are_walked_back_beyond_the_depth_of_calls() -> None:
-    origins = [Origin(f"n{i}", f"key {i}", None) for i in range(5_000)]
+    origins = [Ancestor(f"n{i}", f"key {i}", None) for i in range(5_000)]
     for before, origin in itertools.pairwise(origins):
         origin.before.append(before)
     assert list(_nearest_first([origins[-1]])) == origins[::-1]

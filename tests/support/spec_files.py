@@ -12,7 +12,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.errors import SpecError
 from stagegraph.spec.load import load
-from stagegraph.spec.model import NodeSpec, Pipeline
+from stagegraph.spec.model import NodeSpec, PipelineSpec
 from stagegraph.stage import Source, Stage, param, source
 
 HEAD = "version: 1\nname: demo"
@@ -76,7 +76,7 @@ class SpecFiles:
         path.write_text(text, encoding="utf-8")
         return path
 
-    def load(self, text: str, *overrides: str, env: Mapping[str, str] | None = None) -> Pipeline:
+    def load(self, text: str, *overrides: str, env: Mapping[str, str] | None = None) -> PipelineSpec:
         self.write("p.yaml", text)
         return load(Path("p.yaml"), overrides, env or {})
 
