@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 SCHEMA = 1
 WEIGHTS = ".bin"  # files of this ending are digested as they are loaded, whatever else is checked before
 _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
+# Of what comes into messages, and commands to be copied from them: versions, processors, what these can do.
+_WORD = re.compile(r"[A-Za-z0-9_.+!-]{1,64}")
+_MOST = 20  # words of one message
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 # Kinds of state -> the sizes that each needs beside those.
@@ -127,7 +130,7 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
     for kind, arch in code:
         if arch <= capability and (kind == "ptx" or arch // 10 == capability // 10):
             return []
-    held = ", ".join(f"{kind} {arch}" for kind, arch in code) or "none"
+    held = ", ".join(f"{kind} {arch}" for kind, arch in code[:_MOST]) or "none"
     return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
 
 
@@ -197,15 +200,18 @@ def _problems_of_model(document: JsonObject) -> list[str]:
 def _problems_of_machine(document: JsonObject) -> list[str]:
     problems = []
     for dist, version in document["tvm"].items():
-        if not re.fullmatch(r"[a-z0-9-]+", dist) or not isinstance(version, str):
+        if not re.fullmatch(r"[a-z0-9-]{1,64}", dist) or not _is_word(version):
             problems.append(f"'tvm' must map distributions to versions, found {dist!r:.60}: {version!r:.60}")
+    for key, value in (("machine", document["machine"]), ("cpu.mcpu", document["cpu"].get("mcpu"))):
+        if value is not None and not _is_word(value):
+            problems.append(f"'{key}' must be a name, found {value!r:.60}")
     features = document["cpu"].get("features")
-    if not isinstance(features, list) or not all(isinstance(feature, str) for feature in features):
+    if not isinstance(features, list) or not all(map(_is_word, features)):
         problems.append(f"'cpu.features' must be a list of names, found {features!r:.60}")
     problems += [
         f"'device_code' must hold a 'kind' and an 'arch' each, found {code!r:.60}"
         for code in document["device_code"]
-        if not isinstance(code, dict) or not isinstance(code.get("kind"), str) or type(code.get("arch")) is not int
+        if not isinstance(code, dict) or not _is_word(code.get("kind")) or not _is_arch(code.get("arch"))
     ]
     return problems
 
@@ -214,17 +220,25 @@ def _problems_of_files(document: JsonObject) -> list[str]:
     problems = []
     for name, entry in document["files"].items():
         if not _stays_inside(name):
-            problems.append(f"file name {name!r} leaves the bundle; this is not a bundle to trust")
+            problems.append(f"file name {name!r:.200} leaves the bundle; this is not a bundle to trust")
         if (
             not isinstance(entry, dict)
             or not isinstance(entry.get("sha256"), str)
             or type(entry.get("size")) is not int
         ):
-            problems.append(f"file {name!r} must have a 'sha256' and a 'size'")
+            problems.append(f"file {name!r:.200} must have a 'sha256' and a 'size'")
     problems += [f"it does not list {name}" for name in _NEEDED if name not in document["files"]]
     if not set(_VOCABULARIES) & set(document["files"]):
         problems.append(f"it does not list {' or '.join(_VOCABULARIES)}")
     return problems
+
+
+def _is_arch(value: Any) -> bool:
+    return type(value) is int and 0 < value < 10_000
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def _stays_inside(name: str) -> bool:
@@ -253,5 +267,5 @@ def _cpu_problems(manifest: Manifest, flags: frozenset[str]) -> list[str]:
     missing = host.missing_features(manifest.cpu.get("features", ()), flags)
     if not missing:
         return []
-    mcpu = manifest.cpu.get("mcpu")
-    return [f"the library is compiled for {mcpu} and this processor lacks {', '.join(missing)}: choose an older mcpu"]
+    mcpu, named = manifest.cpu.get("mcpu"), ", ".join(missing[:_MOST])
+    return [f"the library is compiled for {mcpu} and this processor lacks {named}: choose an older mcpu"]
