@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 import pytest
 
@@ -26,6 +27,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         if workers > 1:
             config.option.numprocesses, config.option.dist = workers, "loadfile"
             share_processors(workers)
+            share_kernels(config)
 
 
 def share_processors(workers: int) -> None:
@@ -33,3 +35,10 @@ def share_processors(workers: int) -> None:
     share = str(max(1, len(os.sched_getaffinity(0)) // workers))
     for name in ("OMP_NUM_THREADS", "TVM_NUM_THREADS"):
         os.environ.setdefault(name, share)
+
+
+def share_kernels(config: pytest.Config) -> None:
+    """Let what one worker has compiled be taken by the others, until all are done."""
+    folder = tempfile.TemporaryDirectory(prefix="kernels-")
+    os.environ["STAGEGRAPH_TEST_KERNELS"] = folder.name
+    config.add_cleanup(folder.cleanup)

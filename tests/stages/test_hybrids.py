@@ -13,10 +13,8 @@ pytest.importorskip("torch")
 from stages.kernels import recurrences
 from stages.runtime.errors import RequestError
 from tests.stages import test_traced
-from tests.stages.test_traced import kernels
 from tests.support import family_models, traced_models
 
-__all__ = ["kernels"]
 TARGET = {"kind": "llvm"}
 ENDS = np.array([0, 6, 7], np.int32)  # a token, six, one
 RANDOM = np.random.default_rng(3)
@@ -118,9 +116,9 @@ BUILDS = [
 
 
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
-def test_a_hybrid_says_what_transformers_says(tmp_path: Path, kernels: Path, model_type: str, scheme: str) -> None:
+def test_a_hybrid_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
     """Both states go back over decoded tokens alone, in a sequence and in what is forked of it."""
-    made = test_traced.built(tmp_path, model_type, scheme, kernels)
+    made = test_traced.built(tmp_path, model_type, scheme)
     test_traced.check(made)
     session = made.session(2)
     sequence = session.add()

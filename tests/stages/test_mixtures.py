@@ -9,10 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from tests.stages import test_traced
-from tests.stages.test_traced import kernels
 from tests.support import traced_models
-
-__all__ = ["kernels"]
 
 QUICK = {("qwen3_moe", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
@@ -23,5 +20,5 @@ BUILDS = [
 
 
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
-def test_a_mixture_says_what_transformers_says(tmp_path: Path, kernels: Path, model_type: str, scheme: str) -> None:
-    test_traced.check(test_traced.built(tmp_path, model_type, scheme, kernels))
+def test_a_mixture_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
+    test_traced.check(test_traced.built(tmp_path, model_type, scheme))

@@ -27,16 +27,10 @@ BUILDS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Those that models have in common are compiled once."""
-    return tmp_path_factory.mktemp("kernels") / "memo"
-
-
-def built(folder: Path, model_type: str, scheme: str, kernels: Path) -> family_models.Built:
+def built(folder: Path, model_type: str, scheme: str) -> family_models.Built:
     checkpoint = traced_models.write(folder / "checkpoint", model_type)
     case = family_models.Case("", traced_models.SIZES)
-    return family_models.build(folder, case, scheme, checkpoint=checkpoint, memo=kernels, frontend="traced")
+    return family_models.build(folder, case, scheme, checkpoint=checkpoint, frontend="traced")
 
 
 def check(made: family_models.Built) -> None:
@@ -45,10 +39,8 @@ def check(made: family_models.Built) -> None:
 
 
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
-def test_a_traced_model_says_what_transformers_says(
-    tmp_path: Path, kernels: Path, model_type: str, scheme: str
-) -> None:
-    check(built(tmp_path, model_type, scheme, kernels))
+def test_a_traced_model_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
+    check(built(tmp_path, model_type, scheme))
 
 
 def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ def build_graphs(folder: Path, registered: Registered, target: str, **options: A
 
 @functools.cache
 def kernels_made() -> Path:
-    """Where this process keeps the kernels that its tests have compiled: many models of the suite have equal ones."""
+    """Where the kernels are kept that tests have compiled, for all workers of a run: many models have equal ones."""
+    if shared := os.environ.get("STAGEGRAPH_TEST_KERNELS"):
+        return Path(shared)
     folder = tempfile.TemporaryDirectory(prefix="kernels-")
     atexit.register(folder.cleanup)
     return Path(folder.name)

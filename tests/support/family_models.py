@@ -193,11 +193,10 @@ def build(
     scheme: str,
     *,
     checkpoint: Path | None = None,
-    memo: Path | None = None,
     frontend: str = "auto",
     **options: Any,
 ) -> Built:
-    """Run every stage but the tokenizer's and verify; ``memo`` is a folder of kernels that are known."""
+    """Run every stage but the tokenizer's and verify."""
     profiles.compiler()
     checkpoint = checkpoint or write(folder / "checkpoint", case)
     ports = parse_and_register(folder, checkpoint, scheme, context_window=case.context_window, frontend=frontend)
@@ -206,7 +205,7 @@ def build(
     registered = Registered(ports["config"], ports["params"])
     sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, **case.options, **options}
     graphs = build_graphs(folder, registered, "llvm", **sizes)
-    compile_library(folder / "compile", graphs, registered, memo=memo, target="llvm")
+    compile_library(folder / "compile", graphs, registered, target="llvm")
     inputs = {
         "library": folder / "compile" / "model.so",
         "metadata": folder / "compile" / "metadata.json",
