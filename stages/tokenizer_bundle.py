@@ -14,7 +14,7 @@ from stagegraph.stage import Context, In, JsonObject, Out, Source, Stage, StageE
 
 if TYPE_CHECKING:
     from stages.tokenizers.resolution import Resolution
-    from stages.tokenizers.tokenizer_family import Finding, ModelFacts, Reference, TokenizerFamily
+    from stages.tokenizers.tokenizer_family import Finding, ModelFacts, ReferenceTokenizer, TokenizerFamily
 
 FILES = (
     "*.tiktoken",
@@ -172,7 +172,7 @@ def _prove(
     directory: Path,
     resolution: Resolution,
     family: TokenizerFamily,
-    reference: Reference,
+    reference: ReferenceTokenizer,
     facts: ModelFacts,
     beyond: Mapping[int, str],
     left_out: Sequence[Finding],
@@ -225,7 +225,7 @@ def _beside(
     directory: Path,
     resolution: Resolution,
     family: TokenizerFamily,
-    reference: Reference,
+    reference: ReferenceTokenizer,
     texts: Sequence[tuple[str, str]],
     left_out: Sequence[str],
 ) -> list[Finding]:

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         with workspace.alone():
             missing, problems = _confirmed(workspace, suspects, problem, repair=args.repair)
         notes = _refill(work) if workspace.index.set_aside else []
+        notes += _edited_libraries(work)
     if args.json:
         print_json(
             {
@@ -86,6 +87,21 @@ def _refill(work: Pipeline) -> list[str]:
     held = f"with the source texts behind {known} results as they stand"
     lost = "of earlier ones `explain` names modules that changed, and no functions"
     return [f"the index is begun anew, {held}: {lost}; the next run places artifacts/ again"]
+
+
+def _edited_libraries(work: Pipeline) -> list[str]:
+    """Say which results an edit of a library in place makes stale, which a run without news does not look for."""
+
+    def current() -> set[str]:
+        return {decision.node.name for decision in work.planner.plan(work.dag.nodes) if decision.status == HIT}
+
+    try:
+        before = current()
+        stale = sorted(before - current()) if work.planner.sweep() else []
+    except PipelineError:
+        return []
+    work.planner.save()
+    return [f"a library was edited in place: the next `pipeline run` makes {', '.join(stale)} again"] if stale else []
 
 
 def _check_objects(workspace: Workspace) -> tuple[int, int, dict[str, str]]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from stages.documents.params import Register
     from stages.memo import Memo
     from stages.tokenizers.resolution import Resolution
-    from stages.tokenizers.tokenizer_family import Reference as SourceReader
+    from stages.tokenizers.tokenizer_family import ReferenceTokenizer as SourceReader
 
 
 @dataclass(frozen=True)

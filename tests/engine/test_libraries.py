@@ -275,6 +275,16 @@ def test_a_python_file_edited_in_place_is_found_before_anything_is_executed(two:
     assert [(node["outcome"], node["key"]) for node in again] == [("HIT", node["key"]) for node in before]
 
 
+def test_fsck_finds_an_edit_in_place_while_everything_is_in_place(two: Demo, site: Path) -> None:
+    two.run()
+    fsck = ("fsck", str(two.pipeline))
+    assert two(*fsck).out.endswith("read\nall intact\n")
+    (site / "maths" / "__init__.py").write_text("ADDS =  2\n")
+    assert "edited in place: the next `pipeline run` makes first, second again\n" in two(*fsck).out
+    assert statuses(two) == {"first": "STALE", "second": "STALE"}
+    assert two.run().outcomes == {"first": "BUILT", "second": "BUILT"}
+
+
 def test_no_result_is_kept_under_the_key_of_the_library_that_was_installed(two: Demo, site: Path) -> None:
     two.run()
     source = site / "maths" / "__init__.py"
