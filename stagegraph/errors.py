@@ -80,7 +80,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def tell(text: str) -> None:
-    """Print a notice on stderr about something that takes long, unless the program has its own ``logging`` handlers."""
+    """Print a notice on stderr, unless the program has its own ``logging`` handlers."""
     from logging import getLogger
 
     getLogger("stagegraph").warning("%s", text)

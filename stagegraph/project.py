@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 from stagegraph.errors import PlanError, SpecError
 from stagegraph.planning.cached_spec import read_pipeline
 from stagegraph.planning.dag import Dag, Node
-from stagegraph.planning.planner import Planner
+from stagegraph.planning.planner import Decision, Planner
 from stagegraph.store.workspace import Workspace
 
 
@@ -23,6 +23,13 @@ class Selection(NamedTuple):
 
     chosen: frozenset[Node]
     nodes: tuple[Node, ...]
+
+
+class Standing(NamedTuple):
+    """The key of a node as the pipeline stands, empty if it is not known, and why it has no result; empty if it has."""
+
+    key: str
+    behind: str
 
 
 class Project:
@@ -42,7 +49,7 @@ class Project:
             self.workspace.close()
             raise
         self.planner = Planner(self.dag, self.workspace)
-        self._keys: dict[Node, str | None] = {}
+        self._standing: dict[Node, Standing] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -118,14 +125,46 @@ class Project:
         return Selection(frozenset(chosen), tuple(node for node in self.dag.nodes if node in needed))
 
     def key(self, node: Node) -> str | None:
-        """Return the key of a node's last result or, given ``overrides``, the key under these; None if unknown."""
-        if not self.varied:
-            return self.workspace.last(self.name, node.name).get("key")
-        if node not in self._keys:
-            needed = self.dag.above([node])
-            decisions = self.planner.plan([each for each in self.dag.nodes if each in needed])
-            self._keys |= {decision.node: decision.key or None for decision in decisions}
-        return self._keys[node]
+        """Return the key of the result that a node's name means; None if there is none.
+
+        That is its result as the pipeline stands, given ``overrides`` under these. Only without them, and where it has
+        none yet (:meth:`behind` says why), it is the last one that it had.
+        """
+        standing = self.standing([node])[0]
+        if self.varied or not standing.behind:
+            return standing.key or None
+        return self.workspace.last(self.name, node.name).get("key")
+
+    def behind(self, node: Node) -> str:
+        """Return why a node has no result as the pipeline stands; empty if it has one."""
+        return self.standing([node])[0].behind
+
+    def failed(self, node: Node) -> bool:
+        """Say whether the last execution of a node failed, unless with other settings than those that it has a result
+        with.
+        """
+        failed, standing = self.workspace.last(self.name, node.name).get("failed"), self.standing([node])[0]
+        return bool(failed) and (failed == standing.key or bool(standing.behind and not self.varied))
+
+    def standing(self, nodes: Sequence[Node]) -> list[Standing]:
+        """Return how nodes stand; what is asked for at once is planned at once."""
+        if missing := [node for node in nodes if node not in self._standing]:
+            needed = self.dag.above(missing)
+            try:
+                decisions = self.planner.plan([each for each in self.dag.nodes if each in needed])
+            except PlanError as error:
+                if self.varied:
+                    raise
+                if len(missing) > 1:  # of some it may be known
+                    return [self.standing([node])[0] for node in nodes]
+                self._standing[missing[0]] = Standing("", error.problems[0])
+            else:
+                self._standing |= {d.node: Standing(d.key, "" if _has_result(d) else d.reason) for d in decisions}
+        return [self._standing[node] for node in nodes]
+
+
+def _has_result(decision: Decision) -> bool:
+    return decision.previous is not None and decision.previous["key"] == decision.key
 
 
 def _settings(overrides: Mapping[str, Any]) -> list[str]:

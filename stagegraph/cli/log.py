@@ -11,6 +11,7 @@ from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json, shown
 from stagegraph.cli.streams import visible
 from stagegraph.errors import PlanError
+from stagegraph.query.artifact import tell_behind
 from stagegraph.store.journal import EXECUTED, FAILED
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def _as_of(pipeline: Pipeline, node: Node, past: str) -> tuple[str, str]:
 
 
 def _latest(pipeline: Pipeline, node: Node) -> tuple[str, str]:
-    """Return the state of the last execution and its key; with ``--set``, of the key under these settings."""
+    """Return the state of what runs, or failed last, or else of the result that a node's name means, and its key; with
+    ``--set``, of the key under these settings.
+    """
     last = pipeline.workspace.last(pipeline.name, node.name)
     running = last.get("running", "")
     wanted = pipeline.key(node) or "" if pipeline.varied else ""
@@ -87,7 +90,10 @@ def _latest(pipeline: Pipeline, node: Node) -> tuple[str, str]:
         return "running", running
     if pipeline.varied:
         return ("finished" if pipeline.workspace.record(wanted) else "failed"), wanted
-    return ("failed", last["failed"]) if last.get("failed") else ("finished", last.get("key", ""))
+    if last.get("failed"):
+        return "failed", last["failed"]
+    tell_behind(pipeline, [node.name])
+    return "finished", pipeline.key(node) or ""
 
 
 def _follow(workspace: Workspace, key: str, path: Path, position: int) -> None:

@@ -116,7 +116,8 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
     if record.get("parts"):
         lines.append(f"  parts  {parts_text(record)}")
     lines += [f"  warning: {hanging(warning)}" for warning in record["warnings"]]
-    if artifact.label in pipeline.dag.by_name and "failed" in pipeline.workspace.last(pipeline.name, artifact.label):
+    node = pipeline.dag.by_name.get(artifact.label)
+    if node and pipeline.failed(node):
         lines.append(f"  failed when it ran again since: pipeline log {typed(artifact.label)}")
     for _, other in pipeline.workspace.others(record["key"]):
         digest = result_digest(other)[:16]
@@ -129,8 +130,10 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
         for port, output in record["outputs"].items()
         for name, (digest, size) in output["files"].items()
     ]
-    if artifact.label in pipeline.dag.by_name:
-        lines.append(f"  in     {shown(pipeline.workspace.node_dir(pipeline.name, artifact.label))}/")
+    if node:
+        is_shown = pipeline.workspace.is_shown(pipeline.name, node.name, artifact.key, record)
+        instead = "" if is_shown else "  (not this result as it stands)"
+        lines.append(f"  in     {shown(pipeline.workspace.node_dir(pipeline.name, node.name))}/{instead}")
     lines += ["", table(("output", "file", "size", "digest"), rows, flexible=1)]
     for name in artifact.views:
         if not name.endswith(".json"):  # for programs

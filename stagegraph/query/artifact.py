@@ -1,19 +1,20 @@
 """Artifacts (the stored results of nodes), and the references by which the command line names them.
 
-A reference is ``NODE``, ``NODE@RUN`` (the first digits of a run's id, or ``~1`` for the run before the last), a key, or
-the digest of an output or a file (the first six digits or more), each with ``:PATH`` for one file or folder in it.
+A reference is ``NODE`` (its result as the pipeline stands; where there is none yet its last one, which is said),
+``NODE@RUN`` (the first digits of a run's id, or ``~1`` for the run before the last), a key, or the digest of an output
+or a file (the first six digits or more), each with ``:PATH`` for one file or folder in it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.errors import PlanError, StoreError, nearest
+from stagegraph.errors import PlanError, StoreError, listed, nearest, tell
 from stagegraph.files import typed
 from stagegraph.query.history import find_run, key_at, past_runs
 from stagegraph.store.objects import RottenError
@@ -152,13 +153,25 @@ def find_artifacts(project: Project, reference: str) -> list[Artifact]:
             found.append(_narrowed(Artifact(label, record, project.workspace), path))
     if missing and not found:
         raise PlanError(*missing)
+    tell_behind(project, [artifact.label for artifact in found])
     return found
+
+
+def tell_behind(project: Project, labels: Iterable[str]) -> None:
+    """Say of which of these nodes the result is an earlier one, as they have none as the pipeline stands."""
+    nodes = [project.dag.by_name[label] for label in labels if label in project.dag.by_name]
+    why = {node.name: reason for node in nodes if not project.varied and (reason := project.behind(node))}
+    if why:
+        first, reason = next(iter(why.items()))
+        taken = f"({reason}); the last result is taken; `pipeline explain {typed(first)}` says more"
+        tell(f"note: not up to date: {listed(why)} {taken}")
 
 
 def _keys(project: Project, name: str, run: str | None) -> Iterator[tuple[str, str | None, str]]:
     """Yield the label, key and result of each instance; without a key where it has none."""
     nodes = project.dag.select(name)
     if run is None:
+        project.standing(nodes)
         for node in nodes:
             yield node.name, project.key(node), ""
         return

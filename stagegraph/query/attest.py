@@ -96,7 +96,7 @@ def _feeds(label: str, node: Node, attestor: Attestor) -> bool:
 
 def _of_node(project: Project, node: Node, attestor: Attestor, digest: str) -> tuple[Record | None, str]:
     """Return the record by which a node attests a digest, or why there is none."""
-    if not project.varied and project.workspace.last(project.name, node.name).get("failed"):
+    if project.failed(node):
         return None, f"it failed when it ran last: `pipeline log {typed(node.name)}` has why"
     key = project.key(node)
     record = project.workspace.record(key) if key else None

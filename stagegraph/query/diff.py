@@ -169,11 +169,13 @@ def _is_same(a: Artifact, b: Artifact) -> bool:
 
 def state(project: Project, run: str = "") -> dict[str, Artifact]:
     """Return every node's result, as of a run or as it is now; a record that is gone is left out."""
-    from stagegraph.query.artifact import Artifact
+    from stagegraph.query.artifact import Artifact, tell_behind
     from stagegraph.query.history import find_run, key_at, past_runs
 
     runs = past_runs(project.workspace.journal, project.name) if run else []
     position = find_run(runs, run) if run else -1
+    if not run:
+        project.standing(project.dag.nodes)
     names = dict.fromkeys([*project.nodes, *(n["node"] for r in runs[: position + 1] for n in r.nodes)])
     found = {}
     for name in names:
@@ -181,4 +183,6 @@ def state(project: Project, run: str = "") -> dict[str, Artifact]:
         record = project.workspace.record(*known) if known and known[0] else None
         if record is not None:
             found[name] = Artifact(f"{name}@{runs[position].id[:8]}" if run else name, record, project.workspace)
+    if not run:
+        tell_behind(project, found)
     return found

@@ -54,6 +54,7 @@ class Overview:
 def overview(project: Project, run: str | None = None) -> Overview:
     """Look at everything; ``run`` names a run of the history, by default the last that executed something."""
     steps = forecast(project, project.select(), force=False, jobs=0).steps
+    project.standing(project.dag.nodes)
     entries = [_entry(project, step.node, step.decision.status, step.decision.reasons, step.record) for step in steps]
     runs = past_runs(project.workspace.journal, project.name)
     executing = [past for past in runs if past.count(*EXECUTED, FAILED)]
@@ -65,7 +66,7 @@ def overview(project: Project, run: str | None = None) -> Overview:
 def _entry(project: Project, node: Node, status: str, reasons: Sequence[str], record: Record | None) -> NodeOverview:
     workspace = project.workspace
     last = workspace.last(project.name, node.name)
-    if last.get("failed") and not project.varied:
+    if project.failed(node):
         status = FAILED
     elif status == HIT and record and record["facts"].get(RESERVATION):
         status, reasons = "RESERVED", [record["facts"][RESERVATION]]

@@ -98,7 +98,8 @@ def test_earlier_runs_and_other_pipelines_stand_beside(weighed: Demo) -> None:
     found = compare(weighed, "shape[line]", "shape[line]@~2", "--json").json
     assert [row["letters"] for row in found.values()] == [27, 17]
     other = weighed.folder / "other.yaml"
-    other.write_text("extends: pipeline.yaml\nname: other\nvars: {shapes: [column]}\n")
+    other.write_text("extends: pipeline.yaml\nname: other\nvars: {shapes: [column], text: lib}\n")
+    (weighed.folder / "lib" / "b.txt").write_text("words of its own\n")
     assert weighed("run", str(other), "--stage", "weigh").code == 0
     said = weighed("compare", "shape", str(weighed.pipeline), str(other), "--json")
     assert [*said.json] == ["pipeline: shape[line]", "other: shape[column]"]

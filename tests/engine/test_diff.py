@@ -17,7 +17,7 @@ def rows(demo: Demo, a: str, b: str) -> dict[tuple[str, str], tuple[str, str]]:
 def test_two_results_of_a_node(demo: Demo) -> None:
     demo.run()
     demo.run("--set", "vars.glue=+")
-    found = rows(demo, "join@~1", "join")
+    found = rows(demo, "join", "join@~0")
     assert found["param", "glue"] == ("-", "+")
     old, new = found["file", "joined.txt"]
     assert old.startswith("44 B ")
@@ -106,6 +106,6 @@ def test_from_python(demo: Demo) -> None:
     demo.run()
     demo.run("--set", "vars.glue=+")
     with Pipeline(Path(demo.pipeline)) as pipeline:
-        found = pipeline.diff("join@~1", "join")
+        found = pipeline.diff("join", "join@~0")
         assert not found.same
         assert [(row.a, row.b) for row in found.rows if row.kind == "param"] == [("-", "+")]

@@ -59,7 +59,7 @@ def test_differences_in_numbers_and_by_kind(demo: Demo) -> None:
     lines = demo("diff", "@~1", "@~0", file, "--stat").out.splitlines()
     assert len(lines) == 2
     assert re.search(r"the outputs differ; 1 param, ", lines[0])
-    only = demo("diff", "join@~1", "join", file, "--only", "param").out
+    only = demo("diff", "join@~1", "join@~0", file, "--only", "param").out
     assert "param  glue: - -> +" in only
     assert "file" not in only
     assert "unknown kind; did you mean 'param'?" in demo("diff", "@~1", "@~0", file, "--only", "parm").err
