@@ -61,10 +61,13 @@ class Plot(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A view of a stage's results that ``report`` shows on its own, before all nodes, and the heading above it."""
+    """A view of a stage's results that ``report`` shows on its own, before all nodes, the heading above it and a remark
+    below that.
+    """
 
     title: str
     view: str
+    note: str = ""
 
 
 class Comparison(NamedTuple):

@@ -12,7 +12,7 @@ from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, di
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stages.documents.bench import Measurement
+    from stages.documents.bench import KernelTime, Measurement
 
 
 _BUSY = 1.25  # how much faster the fastest repeat may be than the slowest on a machine that does nothing else
@@ -65,6 +65,7 @@ class Bench(Stage):
         from stages.documents.files import write_json
         from stages.runtime import backend, host, manifest, speed
         from stages.runtime.errors import BundleError, RequestError
+        from stages.runtime.session import Session
 
         params = ctx.params
         bundle = manifest.read(ctx.input("bundle"))
@@ -77,13 +78,17 @@ class Bench(Stage):
                 problems = manifest.check(bundle)
                 if problems:
                     raise BundleError(*problems)
+                session = Session(bundle)
+                text = {"prompt_tokens": params.prompt_tokens, "decode_tokens": params.decode_tokens}
                 rates = speed.measure(
-                    bundle,
-                    prompt_tokens=params.prompt_tokens,
-                    decode_tokens=params.decode_tokens,
+                    session,
+                    **text,
                     repeats=params.repeats,
                     progress=lambda done: ctx.progress(done, params.repeats + 1, "repeats"),
                 )
+                if bundle.device == "cpu":
+                    found["kernels"] = speed.kernels(session, **text)
+                    ctx.view("kernels", _kernels(found["kernels"]))
             except BundleError as error:
                 raise StageError(*error.problems) from None
             except RequestError as error:
@@ -98,6 +103,20 @@ class Bench(Stage):
                 )
             ctx.summary(", ".join(f"{name} {each['rate']:,.0f} tokens/s" for name, each in rates.items()))
         write_json(ctx.out / "bench.json", found)
+
+
+def _kernels(found: Mapping[str, Sequence[KernelTime]]) -> str:
+    """Render where the time goes: of reading a prompt at once, then of reading tokens one by one."""
+    pages = []
+    for function, kernels in found.items():
+        whole = sum(each["seconds"] for each in kernels) or 1.0
+        rows = [
+            f"| {each['name']} | {each['calls']:,} | {each['seconds'] * 1e3:,.3f} | {each['seconds'] / whole:.1%} |"
+            for each in kernels
+        ]
+        head = f"| {function} | calls | milliseconds | share |\n|---|---:|---:|---:|"
+        pages.append("\n".join([head, *rows]) + "\n")
+    return "\n".join(pages)
 
 
 def _threads() -> str:

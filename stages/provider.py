@@ -73,7 +73,15 @@ PROVIDER = Provider(
         "verify": Plot("verify.json", "stages.inspection.charts:divergence"),
     },
     sections={
-        "compile": (Section("Memory plan", "memory"), Section("Kernels, by the time to compile them", "kernels")),
+        "compile": (
+            Section("Memory plan", "memory"),
+            Section(
+                "Kernels, by the time to compile them",
+                "kernels",
+                "How long each runs is measured by an entry of the stage bench: docs/comparing.md.",
+            ),
+        ),
+        "bench": (Section("Kernels, by the time that they run on this machine", "kernels"),),
         "verify": (Section("What its certificate rests on", "card"),),
     },
     plots={"quantize": Plot("report.json", "stages.inspection.error_plot:draw")},

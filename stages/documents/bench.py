@@ -18,6 +18,14 @@ class Rates(TypedDict):
     after: NotRequired[int]
 
 
+class KernelTime(TypedDict):
+    """How often the library called a kernel or a function of the runtime, and the seconds of all calls together."""
+
+    name: str
+    calls: int
+    seconds: float
+
+
 class Machine(TypedDict):
     """Where it was measured: the kind of device, its name, a GPU's driver, and the threads of the host."""
 
@@ -36,5 +44,6 @@ class Measurement(TypedDict):
     not_run: NotRequired[str]
     prefill: NotRequired[Rates]
     decode: NotRequired[Rates]
+    kernels: NotRequired[dict[str, list[KernelTime]]]  # of prefill and of decode; none on a GPU
     machine: NotRequired[Machine]
     repeats: NotRequired[int]

@@ -151,6 +151,14 @@ class Result(TypedDict):
     sha256: NotRequired[str]
 
 
+class KernelTime(TypedDict):
+    """How often a function of a library was called, and the seconds of all calls together."""
+
+    name: str
+    calls: int
+    seconds: float
+
+
 class Speed(TypedDict):
     """How many ``tokens`` were read a second: the median of several times, the lowest and the highest.
 

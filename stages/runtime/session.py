@@ -13,7 +13,7 @@ from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.manifest import capability_problems, disagreements
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stages.runtime.manifest import Manifest
 
@@ -247,6 +247,15 @@ class Session:
         scaled = self._tensor(np.ascontiguousarray(logits[:, None, :], dtype=np.float32))
         result = self._vm["softmax_with_temperature"](scaled, self._tensor(temperature.astype(np.float32)))
         return _on_host(result)[:, 0, :]
+
+    def instrument(self, watch: Callable[[str, bool], None]) -> None:
+        """From now on call ``watch`` with the name of each function that is called: True before it, False after it."""
+
+        def around(_: Any, name: str, begins: bool, *__: Any) -> int:
+            watch(name, begins)
+            return 0  # go on
+
+        self._vm.set_instrument(around)
 
     # Below: what touches TVM
 

@@ -28,7 +28,7 @@ def test_rates_are_those_of_the_tokens_that_were_read(quantized, tmp_path, monke
 
     monkeypatch.setattr(Session, "_forward", counted)
     bundle = manifest.read(quantized.bundle)
-    found = speed.measure(bundle, prompt_tokens=20, decode_tokens=8, repeats=3, progress=told.append)
+    found = speed.measure(Session(bundle), prompt_tokens=20, decode_tokens=8, repeats=3, progress=told.append)
     assert found == {
         "prefill": {"tokens": 20, "rate": 20.0, "lowest": 10.0, "highest": 20.0},
         "decode": {"after": 20, "tokens": 8, "rate": 4.0, "lowest": 2.0, "highest": 8.0},
@@ -40,7 +40,7 @@ def test_rates_are_those_of_the_tokens_that_were_read(quantized, tmp_path, monke
 def test_a_short_context_is_filled_and_not_overrun(quantized):
     bundle = manifest.read(quantized.bundle)
     window = bundle.model["context_window"]
-    found = speed.measure(bundle, prompt_tokens=10 * window, decode_tokens=10 * window, repeats=1)
+    found = speed.measure(Session(bundle), prompt_tokens=10 * window, decode_tokens=10 * window, repeats=1)
     assert found["prefill"]["tokens"] + found["decode"]["tokens"] == window
 
 
@@ -52,6 +52,16 @@ def test_the_stage_says_speed_and_machine(quantized, tmp_path):
     assert found["prefill"]["tokens"] == 16
     assert found["decode"]["lowest"] <= found["decode"]["rate"] <= found["decode"]["highest"]
     assert context.said.startswith("prefill ")
+    metadata = json.loads(Session(manifest.read(quantized.bundle))._vm["_metadata"]())
+    for function, steps in (("prefill", 1), ("decode", 4)):
+        calls = {each["name"]: each["calls"] for each in found["kernels"][function]}
+        own = {name: count for name, count in calls.items() if name in metadata["kernels"]}
+        assert len(own) > 5, "the kernels by the names that compile gives them"
+        assert all(count % steps == 0 for count in own.values())
+        spent = sum(each["seconds"] for each in found["kernels"][function])
+        assert all(each["seconds"] >= 0 for each in found["kernels"][function])
+        assert f"| {function} | calls | milliseconds | share |" in context.views["kernels"]
+        assert spent > 0
 
 
 def test_a_bundle_without_its_device_is_not_run(quantized, tmp_path, monkeypatch):
