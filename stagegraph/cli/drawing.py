@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from stagegraph.cli.common import seconds_text
@@ -26,6 +27,7 @@ STATES = {
 }  # fmt: skip
 # State of a node -> what people call it, where that is not its name.
 MEANINGS = {"RESERVED": "with a reservation", "HIT": "up to date", "NEVER": "never built"}
+STROKE = 'fill="none" stroke="#888"'  # of an edge
 PLAIN = ("#eef3fa", "#445566")
 
 
@@ -65,6 +67,22 @@ def layers(graph: nx.DiGraph[str]) -> list[list[str]]:
     return columns
 
 
+Point = tuple[float, float]
+
+
+class Arrangement(NamedTuple):
+    """A layout of somebody else's: the middle of each box, the curve of each edge (Bézier, n times three points and the
+    first), and the size of all.
+    """
+
+    middles: dict[str, Point]
+    curves: dict[tuple[str, str], list[Point]]
+    size: Point
+
+
+Arrange = Callable[["nx.DiGraph[str]", Mapping[str, float], float], Arrangement | None]
+
+
 class Extent(NamedTuple):
     """Where a box, or a bend of an edge, lies: from ``near`` to ``far`` along the arrows, its middle across them."""
 
@@ -73,13 +91,16 @@ class Extent(NamedTuple):
     middle: float
 
 
-def draw_graph(graph: nx.DiGraph[str], boxes: Mapping[str, Box], title: str) -> str:
+def draw_graph(graph: nx.DiGraph[str], boxes: Mapping[str, Box], title: str, *, arrange: Arrange | None = None) -> str:
     """Return the graph as SVG, in layers with arrows, coloured by state.
 
-    Arrows go from left to right, or downwards where that would be too wide to look at.
+    Arrows go from left to right, or downwards where that would be too wide to look at; or boxes and arrows lie as
+    ``arrange`` puts them, which takes the graph, the width of each box and the height of all, if it can.
     """
     labels = {name: boxes.get(name, Box()) for name in graph}
     widths = {name: max(len(name) * LETTER, len(box.note) * SMALL) + 20 for name, box in labels.items()}
+    if arrange and (found := arrange(graph, widths, BOX)):
+        return _draw_arranged(found, widths, labels, title)
     bent, routes = _bent(graph)
     columns = layers(bent)
     upright = sum(max(widths.get(name, 0) for name in column) + GAP for column in columns) > WIDEST
@@ -92,6 +113,18 @@ def draw_graph(graph: nx.DiGraph[str], boxes: Mapping[str, Box], title: str) -> 
             (middle - widths[name] / 2, widths[name], near + BOX / 2) if upright else (near, far - near, middle)
         )
         lines.append(_draw_box(left, y, width, name, box))
+    return "\n".join([*lines, "</svg>"])
+
+
+def _draw_arranged(found: Arrangement, widths: Mapping[str, float], labels: Mapping[str, Box], title: str) -> str:
+    lines = [_open(title, *found.size)]
+    for (x, y), *rest in found.curves.values():
+        end, towards = rest[-1], rest[-2]
+        lines.append(f'<path d="M {x:.0f} {y:.0f} C {" ".join(f"{u:.0f} {v:.0f}" for u, v in rest)}" {STROKE}/>')
+        lines.append(_head(towards, end))
+    for name, box in labels.items():
+        x, y = found.middles[name]
+        lines.append(_draw_box(x - widths[name] / 2, y, widths[name], name, box))
     return "\n".join([*lines, "</svg>"])
 
 
@@ -146,10 +179,21 @@ def _edge(route: Sequence[Extent], *, upright: bool) -> str:
         half = (a.far + end) / 2
         path += f" C {point(half, a.middle)}, {point(half, b.middle)}, {point(end, b.middle)}"
         path += f" L {point(b.far, b.middle)}" if b is not route[-1] else ""
-    sides = (f"{point(end, b.middle - 4)}", f"{point(b.near, b.middle)}", f"{point(end, b.middle + 4)}")
-    # Not a marker: of a page with several pictures, all would take that of the first, which may be folded away.
-    head = f'<path d="M {" L ".join(sides)} Z" fill="#888"/>'
-    return f'<path d="{path}" fill="none" stroke="#888"/>{head}'
+    tip, before = (b.near, b.middle), (end, b.middle)
+    head = _head(before[::-1], tip[::-1]) if upright else _head(before, tip)
+    return f'<path d="{path}" {STROKE}/>{head}'
+
+
+def _head(towards: Point, tip: Point) -> str:
+    """Return an arrow's head, along the line between two points.
+
+    Not a marker: of a page with several pictures, all would take that of the first, which may be folded away.
+    """
+    x, y = tip[0] - towards[0], tip[1] - towards[1]
+    length = math.hypot(x, y) or 1.0
+    x, y = 7 * x / length, 7 * y / length
+    sides = [(tip[0] - x - y * 4 / 7, tip[1] - y + x * 4 / 7), tip, (tip[0] - x + y * 4 / 7, tip[1] - y - x * 4 / 7)]
+    return f'<path d="M {" L ".join(f"{u:.0f} {v:.0f}" for u, v in sides)} Z" fill="#888"/>'
 
 
 def _draw_box(left: float, middle: float, width: float, name: str, box: Box) -> str:

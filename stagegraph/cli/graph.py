@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from stagegraph.cli import graphviz
 from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
 from stagegraph.cli.drawing import MEANINGS, STATES, Box, draw_graph
 from stagegraph.project import Project
@@ -15,17 +17,27 @@ from stagegraph.store.journal import FAILED
 if TYPE_CHECKING:
     import networkx as nx
 
-    from stagegraph.planning.dag import Dag
+    from stagegraph.planning.dag import Dag, Node
     from stagegraph.store.record import Record
 
-EXAMPLE = "pipeline graph --entries --format svg > dag.svg"
+EXAMPLE = "pipeline graph --format svg --states --expand compile > dag.svg"
+MOST_BOXES = 60  # nodes that a picture shows one by one unless asked; of more it shows entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
     parser.add_argument("--format", choices=(*FORMATS, "svg"), default="ascii", help="default: ascii")
-    parser.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
+    boxes = parser.add_mutually_exclusive_group()
+    boxes.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
+    boxes.add_argument(
+        "--expand",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"of this entry a box per instance, of others one; an svg of over {MOST_BOXES} nodes has one of each",
+    )
+    boxes.add_argument("--instances", action="store_true", help="one box per instance, however many there are")
     parser.add_argument("--states", action="store_true", help="svg: colour nodes by state, and show how long each took")
     add_json(parser)
 
@@ -33,28 +45,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     with Project(args.file, args.overrides) as project:
-        dag, boxes = project.dag, _boxes(project) if args.states else {}
+        dag = project.dag
+        folded = _folded(args, dag)
+        boxes = _boxes(project, folded) if args.states else folded_boxes(dag, folded, {})
     if args.json:
         nodes = [{"node": n.name, "stage": n.stage.id, "reads": [u.name for u in n.upstream]} for n in dag.nodes]
         print_json({"pipeline": dag.pipeline.name, "nodes": nodes})
         return 0
-    reduced = reduced_graph(dag, by_entry=args.entries)
+    reduced = reduced_graph(dag, folded)
     if args.format == "svg":
-        print(draw_graph(reduced, boxes, f"the graph of {dag.pipeline.name}"))
+        print(draw_graph(reduced, boxes, f"the graph of {dag.pipeline.name}", arrange=graphviz.arrange))
     else:
         print(FORMATS[args.format](reduced))
     return 0
 
 
-def _boxes(project: Project) -> dict[str, Box]:
-    """Return the state and the last duration of each node; an entry has the most urgent state of its instances."""
+def _folded(args: argparse.Namespace, dag: Dag) -> frozenset[str]:
+    """Return the entries whose instances are one box; that some are although nobody asked for it is said."""
+    expanded = {node.spec.entry for name in args.expand for node in dag.select(name)}
+    several = frozenset(entry for entry in entries_of(dag) if entry not in expanded and len(entries_of(dag)[entry]) > 1)
+    if args.entries or args.expand:
+        return several
+    if args.format != "svg" or args.instances or args.json or len(dag.nodes) <= MOST_BOXES:
+        return frozenset()
+    print(
+        f"note: {len(dag.nodes)} nodes: drawn is a box for each entry; --expand NAME draws the instances of one, "
+        "--instances all",
+        file=sys.stderr,
+    )
+    return several
+
+
+def _boxes(project: Project, folded: Collection[str]) -> dict[str, Box]:
+    """Return the state and the last duration of each node, and the boxes of entries that are ``folded``."""
     from stagegraph.query.forecast import forecast
 
     steps = forecast(project, project.select(), force=False, jobs=0).steps
     boxes = {s.node.name: box_of(FAILED if s.failed else s.decision.status, s.record) for s in steps}
-    for entry in dict.fromkeys(step.node.spec.entry for step in steps):
-        worst = max((boxes[s.node.name].state for s in steps if s.node.spec.entry == entry), key=[*STATES].index)
-        boxes.setdefault(entry, Box(worst))
+    return boxes | folded_boxes(project.dag, folded, {name: box.state for name, box in boxes.items()})
+
+
+def entries_of(dag: Dag) -> dict[str, list[Node]]:
+    """Return the instances of each entry."""
+    found: dict[str, list[Node]] = {}
+    for node in dag.nodes:
+        found.setdefault(node.spec.entry, []).append(node)
+    return found
+
+
+def folded_boxes(dag: Dag, folded: Collection[str], states: Mapping[str, str]) -> dict[str, Box]:
+    """Return the labels of entries whose instances are one box: how many there are, and the most urgent of the
+    ``states`` of nodes, with how many are in it.
+    """
+    boxes = {}
+    for entry in folded:
+        nodes = entries_of(dag)[entry]
+        worst = max((states[node.name] for node in nodes), key=[*STATES].index) if states else ""
+        count = sum(states.get(node.name) == worst for node in nodes)
+        told = f", {count if count < len(nodes) else 'all'} {MEANINGS.get(worst, worst.lower())}" if worst else ""
+        boxes[entry] = Box(worst, f"{len(nodes)} nodes{told}")
     return boxes
 
 
@@ -64,15 +113,17 @@ def box_of(state: str, record: Record | None, link: str = "") -> Box:
     return Box(state, MEANINGS.get(state, state.lower()) + time, link)
 
 
-def reduced_graph(dag: Dag, *, by_entry: bool) -> nx.DiGraph[str]:
-    """Return the graph of nodes, or of entries, without the edges that others imply."""
+def reduced_graph(dag: Dag, folded: Collection[str] = ()) -> nx.DiGraph[str]:
+    """Return the graph of nodes, of each ``folded`` entry as one, without the edges that others imply."""
     import networkx as nx
+
+    def box(node: Node) -> str:
+        return node.spec.entry if node.spec.entry in folded else node.name
 
     graph: nx.DiGraph[str] = nx.DiGraph()
     for node in dag.nodes:
-        name = node.spec.entry if by_entry else node.name
-        graph.add_node(name)
-        graph.add_edges_from((u.spec.entry if by_entry else u.name, name) for u in node.upstream)
+        graph.add_node(box(node))
+        graph.add_edges_from((box(u), box(node)) for u in node.upstream)
     depths = {name: depth for depth, layer in enumerate(nx.topological_generations(graph)) for name in layer}
     graph.remove_edges_from([(u, name) for name in graph for u in _implied(graph, depths, name)])
     return graph

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import seconds_text, size_text
-from stagegraph.cli.drawing import MEANINGS, STATES, Bar, Box, draw_graph, draw_timeline
-from stagegraph.cli.graph import box_of, reduced_graph
+from stagegraph.cli.drawing import MEANINGS, STATES, Bar, draw_graph, draw_timeline
+from stagegraph.cli.graph import MOST_BOXES, box_of, entries_of, folded_boxes, reduced_graph
 from stagegraph.cli.report_tables import markdown, table
 from stagegraph.cli.streams import visible
 from stagegraph.errors import listed
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from stagegraph.api import Pipeline
     from stagegraph.query.history import PastRun
     from stagegraph.query.overview import NodeOverview, Overview
+    from stagegraph.registry import Section
     from stagegraph.store.record import Record
 
 STYLE = Path(__file__).with_name("report.css")
-MOST_BOXES = 60  # nodes that the graph shows one by one at first; of more it shows entries
 RUNS = 20
 ROWS = 15  # of a table in a section
 FOLDED = 3  # nodes of an entry that are shown one by one
@@ -89,22 +89,16 @@ def _verdicts(entries: Sequence[NodeOverview]) -> str:
 def _graphs(pipeline: Pipeline, found: Overview) -> str:
     """Return the graph of every node, above it that of entries if they are fewer; one of the two is folded away."""
     title = f"the graph of {found.name}"
-    of: dict[str, list[NodeOverview]] = {}
-    for entry in found.entries:
-        of.setdefault(entry.node.spec.entry, []).append(entry)
+    dag, states = pipeline.dag, {entry.node.name: entry.status for entry in found.entries}
     nodes = {e.node.name: box_of(e.status, e.record, dotted(e.node.name)) for e in found.entries}
-    every = draw_graph(reduced_graph(pipeline.dag, by_entry=False), nodes, title)
-    if len(of) == len(nodes):
+    every = draw_graph(reduced_graph(dag), nodes, title)
+    folded = [entry for entry, instances in entries_of(dag).items() if len(instances) > 1]
+    if not folded:
         return f'<div class="wide">{every}</div>'
-    boxes = {}
-    for name, instances in of.items():
-        worst = max((e.status for e in instances), key=[*STATES].index)
-        boxes[name] = Box(
-            worst, f"{len(instances)} nodes" if len(instances) > 1 else MEANINGS.get(worst, worst.lower())
-        )
-    few = draw_graph(reduced_graph(pipeline.dag, by_entry=True), boxes, title)
+    few = draw_graph(reduced_graph(dag, folded), nodes | folded_boxes(dag, folded, states), title)
     many = len(nodes) > MOST_BOXES
-    return _picture(f"{len(of)} entries", few, opened=many) + _picture(f"{len(nodes)} nodes", every, opened=not many)
+    count = len(entries_of(dag))
+    return _picture(f"{count} entries", few, opened=many) + _picture(f"{len(nodes)} nodes", every, opened=not many)
 
 
 def _picture(title: str, drawn: str, *, opened: bool) -> str:
@@ -163,14 +157,15 @@ def _sections(entries: Sequence[NodeOverview]) -> Iterator[str]:
             e for e in entries if e.node.stage.id == stage and (e.charts or any(s.view in e.views for s in sections))
         ]
         for entry in shown:
-            views = [(section.title, entry.views.get(section.view, "")) for section in sections]
-            parts = [
-                entry.charts,
-                *(f"<h4>{escape(title)}</h4>{markdown(text, ROWS)}" for title, text in views if text),
-            ]
+            parts = [entry.charts, *(_section(s, entry.views[s.view]) for s in sections if entry.views.get(s.view))]
             name = f'<span class="name">{escape(entry.node.name)}</span>'
             opened = " open" if len(shown) <= FOLDED else ""
             yield f'<details class="section"{opened}><summary>{name}</summary><div>{"".join(parts)}</div></details>'
+
+
+def _section(section: Section, text: str) -> str:
+    note = f'<p class="more">{escape(section.note)}</p>' if section.note else ""
+    return f"<h4>{escape(section.title)}</h4>{note}{markdown(text, ROWS)}"
 
 
 def _nodes(entries: Sequence[NodeOverview]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +17,7 @@ from stagegraph.cli.report_tables import markdown
 from tests.support.demo import Demo
 
 VOID = {"meta"}
+SPACE = "{http://www.w3.org/2000/svg}"
 
 
 class Page(HTMLParser):
@@ -142,13 +144,12 @@ def test_layers_put_nodes_beside_their_neighbours() -> None:
 def test_pictures_are_svg_with_titles_and_fitting_labels() -> None:
     graph: nx.DiGraph[str] = nx.DiGraph([("read<", "shape[line]")])
     picture = ElementTree.fromstring(draw_graph(graph, {"read<": Box("FAILED", "a note")}, "a & b"))  # noqa: S314 - ours
-    space = "{http://www.w3.org/2000/svg}"
-    assert picture.find(f"{space}title").text == "a & b"  # type: ignore[union-attr]
+    assert picture.find(f"{SPACE}title").text == "a & b"  # type: ignore[union-attr]
     width, height = map(float, picture.attrib["viewBox"].split()[2:])
-    for box in picture.iter(f"{space}rect"):
+    for box in picture.iter(f"{SPACE}rect"):
         assert float(box.attrib["x"]) + float(box.attrib["width"]) <= width
         assert float(box.attrib["y"]) + float(box.attrib["height"]) <= height
-    heads = [path for path in picture.iter(f"{space}path") if path.attrib.get("fill") == "#888"]
+    heads = [path for path in picture.iter(f"{SPACE}path") if path.attrib.get("fill") == "#888"]
     assert len(heads) == len(graph.edges)
     bars = [Bar("a", 0, 2, "BUILT", critical=True), Bar("b", 1, 2, "FAILED", critical=False)]
     ElementTree.fromstring(draw_timeline(bars, "x"))  # noqa: S314 - ours
@@ -189,3 +190,53 @@ def test_graph_in_svg_is_a_picture(demo: Demo) -> None:
     assert "<title>the graph of demo</title>" in picture
     ElementTree.fromstring(picture)  # noqa: S314 - ours
     assert Path(demo.folder / "artifacts").exists() is False
+
+
+def labels(picture: str) -> list[str]:
+    """Return what is written in the boxes of a picture."""
+    return [str(text.text) for text in ElementTree.fromstring(picture).iter(f"{SPACE}text")]  # noqa: S314 - ours
+
+
+def test_of_a_large_matrix_a_picture_shows_what_is_asked_for(demo: Demo) -> None:
+    file, few = str(demo.pipeline), {"read", "shape", "join"}
+    assert few < {*labels(demo("graph", file, "--format", "svg", "--entries").out)}
+    values = ", ".join(str(i) for i in range(70))
+    demo.pipeline.write_text(demo.pipeline.read_text().replace("join: {", f"join: {{foreach: {{n: [{values}]}}, "))
+    done = demo("graph", file, "--format", "svg")
+    assert {*labels(done.out)} == {*few, "2 nodes", "70 nodes"}
+    assert "note: 73 nodes: drawn is a box for each entry; --expand NAME" in done.err
+    shown = labels(demo("graph", file, "--format", "svg", "--expand", "shape.line").out)
+    assert {"shape[line]", "shape[column]", "join", "70 nodes"} < {*shown}
+    assert len(labels(demo("graph", file, "--format", "svg", "--instances").out)) == 73
+    states = labels(demo("graph", file, "--format", "svg", "--expand", "shape", "--states").out)
+    assert "70 nodes, all unknown" in states
+    demo.run("--stage", "shape.line")
+    assert "2 nodes, 1 never built" in labels(demo("graph", file, "--format", "svg", "--states").out)
+    assert "no node is named 'jion'" in demo("graph", file, "--expand", "jion").err
+
+
+def test_graphviz_lays_out_where_it_is_installed(demo: Demo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = """graph 1 3.5 0.9
+node 0 0.5 0.2 1 0.4 "" solid box black lightgrey
+node 1 2.5 0.7 2 0.4 "" solid box black lightgrey
+edge 0 1 4 1 0.2 1.2 0.2 1.3 0.7 1.5 0.7 solid black
+stop
+"""
+    program = tmp_path / "bin" / "dot"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\ncat <<'END'\n{said}END\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    demo.pipeline.write_text(
+        "version: 1\nname: demo\nstages:\n  read: {with: {text: words}}\n"
+        "  shape: {needs: [read], with: {shape: line}}\n"
+    )
+    picture = ElementTree.fromstring(demo("graph", str(demo.pipeline), "--format", "svg").out)  # noqa: S314 - ours
+    assert "0 -> 1;" in (tmp_path / "asked").read_text()
+    assert picture.attrib["viewBox"] == "0 0 272 85", "3.5 by 0.9 inches, and a margin"
+    assert [box.attrib["y"] for box in picture.iter(f"{SPACE}rect")] == ["45", "9"], "dot counts from below"
+    curve, head = picture.iter(f"{SPACE}path")
+    assert curve.attrib["d"] == "M 82 60 C 96 60 104 24 118 24"
+    assert head.attrib["d"] == "M 111 28 L 118 24 L 111 20 Z"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert len(labels(demo("graph", str(demo.pipeline), "--format", "svg").out)) == 2, "else it is laid out here"
