@@ -58,7 +58,7 @@ def test_the_page_has_every_node_and_needs_nothing_else(demo: Demo) -> None:
     assert demo.run().code == 0
     text, page = report(demo)
     assert page.ids == ["read", "shape.line", "shape.column", "join"]
-    assert page.links == [f"#{name}" for name in page.ids], "of the graph, to each node"
+    assert {*page.links} == {f"#{name}" for name in page.ids}, "of the graph, to each node"
     assert "script" not in page.tags
     assert "url(" not in text
     for said in ("4 up to date", "3 words", "parameter glue", "read was here", "a page"):
