@@ -78,8 +78,9 @@ def bits(name: str) -> float:
     return 8 * size / values
 
 
-def chosen(mixture: str, tensor: str, makes_logits: bool, k: int, layers: int, *, padded: bool) -> str:
-    """Return the type that llama.cpp stores ``tensor`` in, in a file of type ``mixture`` of a llama of ``layers``.
+def chosen(mixture: str, tensor: str, makes_logits: bool, k: int, layers: int, group: int, *, padded: bool) -> str:
+    """Return the type that llama.cpp stores ``tensor`` in, in a file of type ``mixture`` of a llama of ``layers``
+    whose key-value heads are read by a ``group`` of query heads each.
 
     As llama_tensor_get_type of llama.cpp has it, with an importance matrix; ``padded``: rows are as if whole blocks
     filled them.
@@ -97,6 +98,8 @@ def chosen(mixture: str, tensor: str, makes_logits: bool, k: int, layers: int, *
         found = "Q5_K" if layer < layers // 16 else "Q4_K"
     elif mixture == "Q3_K_M" and "o_proj" in tensor:
         found = "Q4_K"
+    elif mixture == "Q2_K" and re.search("v_proj|o_proj|down_proj", tensor):
+        found = "Q4_K" if "v_proj" in tensor and group >= 4 else "Q3_K"
     elif mixture == "Q4_0" and "down_proj" in tensor and layer < layers // 8:
         found = "Q4_1"
     return INSTEAD.get(found, found) if k % BLOCK and not padded else found

@@ -48,22 +48,17 @@ OURS = [
     *(("q3f16_1", "max", ""), ("q3f16_1", "mse", "")),
     *(("q4f16_1", "max", ""), ("q4f16_1", "full", "Q4_0"), ("q4f16_1", "mse", "Q4_0")),
     *(("q4s128", "mse", ""), ("q4s64", "mse", ""), ("q4s32", "full", "Q4_0 e8"), ("q4s32", "mse", "Q4_0 e8")),
-    *(
-        ("q4a128", "max", ""),
-        ("q4a64", "max", ""),
-        ("q4k", "max", ""),
-        ("q4k", "mse", ""),
-        ("q4a32", "max", "Q4_1 e8"),
-        ("q4a32", "mse", "Q4_1 e8"),
-    ),
+    *((name, "max", "") for name in ("q4a128", "q4a64", "q4k")),
+    *(("q4k", "mse", ""), ("q4a32", "max", "Q4_1 e8"), ("q4a32", "mse", "Q4_1 e8")),
     *((name, scales, "") for name in ("q2k", "q3k", "q5k", "q6k") for scales in ("max", "mse")),
     *((name, "importance", "") for name in ("q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
     *((name, "gptq", "") for name in ("q2k", "q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
     ("q8f16_1", "max", ""),
 ]
-MIXTURES = ("Q3_K_M", "Q4_0", "Q4_K_M")
+MIXTURES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M")
 # Bits a weight, None: as many as the peer takes, and the peer that must cost more.
 BUDGETS = [
+    (None, "llama.cpp Q2_K filled"),
     (3.5, "llama.cpp Q3_K_M filled"),
     (None, "llama.cpp Q3_K_M filled"),
     (4.25, "llama.cpp Q4_0"),
@@ -75,14 +70,16 @@ SLACK = 1.05  # times ggml's divergence: half steps go to the other side
 
 
 class Matrix(NamedTuple):
-    """A matrix [n, k]: its name, linear, embedding or head, how many layers the model has, whether the matrix is the
-    head, or the table in its place, the tensor of the checkpoint that it lies in, and what calibrate found.
+    """A matrix [n, k]: its name, linear, embedding or head, how many layers the model has and query heads for each of
+    keys, whether the matrix is the head, or the table in its place, the tensor of the checkpoint that it lies in, and
+    what calibrate found.
     """
 
     name: str
     kind: str
     shape: tuple[int, int]
     layers: int
+    group: int
     makes_logits: bool
     tensor: str
     found: Calibrated
@@ -146,7 +143,7 @@ def mixture(name: str, *, padded: bool) -> Way:
     """Return the way of a file of llama.cpp's, quantized with an importance matrix."""
 
     def of_matrix(of: Matrix) -> str:
-        return ggml_types.chosen(name, of.name, of.makes_logits, of.shape[1], of.layers, padded=padded)
+        return ggml_types.chosen(name, of.name, of.makes_logits, of.shape[1], of.layers, of.group, padded=padded)
 
     return Way(
         f"llama.cpp {name}{' filled' if padded else ''}",
@@ -175,7 +172,7 @@ def ways() -> Iterator[Way]:
     if ggml_types.library():
         for name in MIXTURES:
             yield mixture(name, padded=False)
-            if name.endswith("M"):
+            if "_K" in name:
                 yield mixture(name, padded=True)
     for name, scales, _ in OURS:
         yield ours(name, scales)
@@ -252,14 +249,15 @@ class Measured:
         folder = calibrated or self._calibrate(work)
         self._importance, self._feedback = folder / "importance.npz", folder / "feedback"
         found = Calibrated.read("gptq", self._importance, self._feedback)
-        layers, head = int(self._model.config.num_hidden_layers), self._model.get_output_embeddings()
+        config, head = self._model.config, self._model.get_output_embeddings()
         names = moments.names_of(self._model, self._mapped.tensors)
         self.matrices = [
             Matrix(
                 name,
                 kind,
                 tuple(modules[0].weight.shape),
-                layers,
+                int(config.num_hidden_layers),
+                int(config.num_attention_heads) // int(config.num_key_value_heads),
                 head in modules,
                 names.get(id(modules[0].weight), ""),
                 found,
