@@ -170,18 +170,20 @@ def hardtanh(values: Values, x: Any, min_val: float = -1, max_val: float = 1) ->
 
 
 def softplus(values: Values, x: Any, beta: float = 1, threshold: float = 20) -> Tensor:
-    """log(1 + exp(beta x)) / beta, x itself above the threshold."""
+    """log(1 + exp(beta x)) / beta, x itself above the threshold; as exact where it is near zero, as steps are."""
     scaled = ARITHMETIC["mul"](values, x, beta)
-    curved = ARITHMETIC["log"](values, ARITHMETIC["add"](values, ARITHMETIC["exp"](values, scaled), 1))
-    curved = ARITHMETIC["div"](values, curved, beta)
+    curved = ARITHMETIC["div"](values, log1p(values, ARITHMETIC["exp"](values, scaled)), beta)
     return where(values, ARITHMETIC["gt"](values, scaled, threshold), x, curved)
 
 
 def expm1(values: Values, x: Any) -> Tensor:
-    """exp(x) - 1, near zero too: tanh(x / 2) * (exp(x) + 1)."""
-    call = {name: functools.partial(ARITHMETIC[name], values) for name in ("mul", "tanh", "add", "exp")}
-    product: Tensor = call["mul"](call["tanh"](call["mul"](x, 0.5)), call["add"](call["exp"](x), 1.0))
-    return product
+    """exp(x) - 1; near zero, where that difference has few digits left, its series."""
+    call = {name: functools.partial(ARITHMETIC[name], values) for name in ("mul", "add", "sub", "exp", "abs", "lt")}
+    series: Any = 1.0
+    for divisor in range(7, 1, -1):
+        series = call["add"](call["mul"](call["mul"](x, 1 / divisor), series), 1.0)
+    near = call["lt"](call["abs"](x), 0.35)
+    return where(values, near, call["mul"](x, series), call["sub"](call["exp"](x), 1.0))
 
 
 def log1p(values: Values, x: Any) -> Tensor:

@@ -1,0 +1,45 @@
+"""Elementwise operators of traced graphs, against NumPy in float64: also where a result is near zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax as rx
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, spec
+
+from stages.models.arithmetic import ARITHMETIC, Values
+
+EXACT = {
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "expm1": np.expm1,
+    "log1p": lambda x: np.log1p(np.abs(x)),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+@pytest.fixture(scope="module")
+def computed() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Numbers of both signs and all sizes, and what each operator makes of them."""
+
+    class Operators(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            values = Values("float32", None)
+            absolute = ARITHMETIC["abs"](values, x)
+            return tuple(ARITHMETIC[name](values, absolute if name == "log1p" else x) for name in EXACT)
+
+    near = np.geomspace(1e-7, 1, 500)
+    x = np.concatenate([np.linspace(-20, 19, 1000), near, -near, [0]]).astype(np.float32)
+    module, _ = Operators().export_tvm({"forward": {"x": spec.Tensor(x.shape, "float32")}})
+    machine = rx.VirtualMachine(tvm.compile(rx.transform.LegalizeOps()(module), target="llvm"), tvm.cpu())
+    found = machine["forward"](tvm.runtime.tensor(x))
+    return x, {name: value.numpy() for name, value in zip(EXACT, found, strict=True)}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_results_have_all_their_digits(computed: tuple[np.ndarray, dict[str, np.ndarray]], name: str) -> None:
+    x, found = computed
+    exact = EXACT[name](x.astype(np.float64))
+    assert (np.abs(found[name] - exact) <= 4e-7 * np.abs(exact)).all()
