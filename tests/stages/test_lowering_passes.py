@@ -246,7 +246,7 @@ def test_cpu_matmul_runs_features_in_parallel_and_sums_in_lanes(rows, n, k):
     assert np.allclose(run(module, "main", x, w), x @ w.T, atol=1e-2)
 
 
-@pytest.mark.parametrize(("n", "k"), [(24, 40), ("n", 64)])
+@pytest.mark.parametrize(("n", "k"), [(24, 40), (24, 16), ("n", 64)])
 def test_cpu_matmul_leaves_other_shapes_alone(n, k):
     assert CPUMatmul().apply(_nt_matmul("s", n, k)["NT_matmul"], LLVM, False) is None
 

@@ -15,7 +15,9 @@ LANES = 16  # partial sums per dot product: one AVX-512 or two AVX2 registers of
 
 
 class CPUMatmul(CPUScheduleRule):
-    """Takes kernels of the form [dequantize,] NT_matmul [, elementwise], any number of rows, n and k static."""
+    """Takes kernels of the form [dequantize,] NT_matmul [, elementwise], any number of rows, n and k static, k of more
+    terms than lanes.
+    """
 
     def apply(self, func: tirx.PrimFunc, target: tvm.target.Target, _tunable: bool) -> s_tir.Schedule | None:
         """Return the scheduled kernel, or None if ``func`` is not of that form."""
@@ -32,7 +34,7 @@ class CPUMatmul(CPUScheduleRule):
         block = schedule.get_sblock(matmuls[0])
         *rows, n, k = schedule.get_loops(block)
         features, terms = (_static_extent(schedule, loop) for loop in (n, k))
-        if not features or not terms or terms % LANES:
+        if not features or terms <= LANES or terms % LANES:  # one chunk is no loop
             return None
         self._schedule(schedule, block, [schedule.get_sblock(name) for name in before], after, len(rows))
         return schedule
