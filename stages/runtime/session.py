@@ -217,7 +217,14 @@ class Session:
         return self._forward("batch_decode", requests, self._states(list(tokens.values()), (len(tokens), 1)))
 
     def batch_verify(self, requests: Mapping[int, Sequence[int]]) -> list[np.ndarray]:
-        """Read the ids of several sequences in one pass; the logits [n, V] after each id of each, in their order."""
+        """Read the ids of several sequences in one pass; the logits [n, V] after each id of each, in their order. A
+        model that keeps a recurrent state has no such function.
+        """
+        if not self.verify_chunk:
+            raise RequestError(
+                "the library has no batch_verify: its model keeps a recurrent state of a sequence, from which a row of "
+                "tokens cannot be taken back; read them with decode"
+            )
         for sequence, ids in requests.items():
             self._check(sequence, ids)
         flat = [token for ids in requests.values() for token in ids]
