@@ -196,12 +196,13 @@ def selective_scan(size: int, channels: int, lanes: int) -> tirx.PrimFunc:
 
 
 @_once
-def delta_rule(heads: int, key_heads: int, size: int, width: int, lanes: int) -> tirx.PrimFunc:
-    """(q, k [r, key_heads * size], v [r, heads * width], decay, beta [r, heads], before [b, heads * size * width],
-    ends) -> (y [r, heads * width], after).
+def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, lanes: int) -> tirx.PrimFunc:
+    """(q, k [r, key_heads * size], v [r, heads * width], decay [r, heads * rates], beta [r, heads],
+    before [b, heads * size * width], ends) -> (y [r, heads * width], after).
 
     The gated delta rule: the state [size, width] of a head fades by exp(decay), what it holds for k is moved towards v
-    by beta, and y is what it holds for q. Heads share q and k, each as many.
+    by beta, and y is what it holds for q. Heads share q and k, each as many. A head has one rate of decay, or ``size``:
+    each row of its state has its own.
     """
     share, whole, inner, keys = heads // key_heads, heads * size * width, heads * width, key_heads * size
 
@@ -215,7 +216,7 @@ def delta_rule(heads: int, key_heads: int, size: int, width: int, lanes: int) ->
         q = T.match_buffer(var_q, (rows, keys), "float32")
         k = T.match_buffer(var_k, (rows, keys), "float32")
         v = T.match_buffer(var_v, (rows, inner), "float32")
-        decay = T.match_buffer(var_decay, (rows, heads), "float32")
+        decay = T.match_buffer(var_decay, (rows, heads * rates), "float32")
         beta = T.match_buffer(var_beta, (rows, heads), "float32")
         before = T.match_buffer(var_before, (batch, whole), "float32")
         ends = T.match_buffer(var_ends, (batch,), "int32")
@@ -227,19 +228,21 @@ def delta_rule(heads: int, key_heads: int, size: int, width: int, lanes: int) ->
                 first: T.let[T.int64] = T.max(T.if_then_else(vs == 0, 0, T.Cast("int64", ends[vs - 1]) + 1), 0)
                 last: T.let[T.int64] = T.min(T.Cast("int64", ends[vs]), rows - 1)
                 state = T.sblock_alloc_buffer((size, lanes), "float32", scope="local")
+                fade = T.sblock_alloc_buffer((rates,), "float32", scope="local")
                 held = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
                 total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
                 for n in T.serial(size):
                     for lane in T.serial(lanes):
                         state[n, lane] = before[vs, (vh * size + n) * width + vp * lanes + lane]
                 for i in T.serial(last + 1 - first):
-                    fade: T.let[T.float32] = T.exp(decay[first + i, vh])
+                    for rate in T.serial(rates):
+                        fade[rate] = T.exp(decay[first + i, vh * rates + rate])
                     for lane in T.serial(lanes):
                         held[lane] = T.float32(0)
                         total[lane] = T.float32(0)
                     for n in T.serial(size):
                         for lane in T.serial(lanes):
-                            state[n, lane] = state[n, lane] * fade
+                            state[n, lane] = state[n, lane] * fade[n % rates]
                             held[lane] = held[lane] + state[n, lane] * k[first + i, vh // share * size + n]
                     for lane in T.serial(lanes):
                         value: T.let[T.float32] = v[first + i, vh * width + vp * lanes + lane]

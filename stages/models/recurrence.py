@@ -67,16 +67,21 @@ def delta_rule(
     heads: int,
     key_heads: int,
     size: int,
+    rates: int,
     width: int,
 ) -> Tensor:
-    """The gated delta rule of q, k [1, s, key heads, size], v [1, s, heads, width], decay and beta [1, s, heads]."""
+    """The gated delta rule of q, k [1, s, key heads, size], v [1, s, heads, width], beta [1, s, heads] and decay the
+    same, or [1, s, heads, size].
+    """
     n = v.shape[1]
     operands = [
         *(op.reshape(each, (n, key_heads * size)) for each in (q, k)),
         op.reshape(v, (n, heads * width)),
-        *(op.reshape(each, (n, heads)) for each in (decay, beta)),
+        op.reshape(decay, (n, heads * rates)),
+        op.reshape(beta, (n, heads)),
     ]
-    y = _walked(values, "delta_rule", recurrences.delta_rule(heads, key_heads, size, width), operands, heads * width)
+    kernel = recurrences.delta_rule(heads, key_heads, size, rates, width)
+    y = _walked(values, "delta_rule", kernel, operands, heads * width)
     return op.reshape(y, (1, n, heads, width)).astype(values.compute_dtype)
 
 

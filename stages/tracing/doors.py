@@ -30,7 +30,8 @@ _OPERATORS = {
     "ssm_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
     # x and dt [b, channels, n], a [channels, size], b and c [b, size, n] -> as x
     "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
-    # q and k [b, n, key heads, size], v [b, n, heads, width], decay and beta [b, n, heads] -> as v
+    # q and k [b, n, key heads, size], v [b, n, heads, width], decay [b, n, heads] or [b, n, heads, size],
+    # beta [b, n, heads] -> as v
     "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
 }
 

@@ -321,9 +321,10 @@ class _Graph:
             "causal_conv": lambda: {"channels": first[1], "taps": shapes[1][1]},
             "ssm_scan": lambda: {"heads": first[2], "width": first[3], "groups": shapes[3][2], "size": shapes[3][3]},
             "selective_scan": lambda: {"channels": first[1], "size": shapes[2][1]},
-            "delta_rule": lambda: dict(
-                zip(("heads", "width", "key_heads", "size"), (*shapes[2][2:], *first[2:]), strict=True)
-            ),
+            "delta_rule": lambda: {
+                **dict(zip(("heads", "width", "key_heads", "size"), (*shapes[2][2:], *first[2:]), strict=True)),
+                "rates": [*shapes[3][3:], 1][0],
+            },
         }
         return name, {**arguments, **sizes[name]()}
 

@@ -111,7 +111,9 @@ def delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **more: Any,
 ) -> tuple[Any, None]:
-    """Take the place of ``torch_chunk_gated_delta_rule``: q and k [b, n, key heads, size], v [b, n, heads, width]."""
+    """Take the place of ``torch_chunk_gated_delta_rule``, of q and k [b, n, key heads, size], v [b, n, heads, width], g
+    and beta [b, n, heads]; and of ``chunk_kimi_delta_attention``, whose g is [b, n, heads, size].
+    """
     import torch
 
     _refuse("a gated delta rule", {**more, "output_final_state": output_final_state or None})
@@ -129,4 +131,5 @@ OPERATORS = {
     "mamba2_chunk_scan": ssm_scan,
     "mamba_selective_scan": selective_scan,
     "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
 }

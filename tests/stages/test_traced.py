@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
+from stages.models import transforms
 from stages.models.traced import parse, stored_as, to_reference
 from tests.support import family_models, traced_models
 from tests.support.compiled_qwen import Registered, build_graph
@@ -176,3 +177,22 @@ def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> N
     assert [len(part) for part in parts] == [64, 32, 32]
     assert np.array_equal(np.concatenate(parts), tensor)
     assert old not in state
+
+
+def test_a_number_of_a_checkpoint_is_a_parameter_of_one_value() -> None:
+    """Apertus's activations have two, beside two vectors of one value."""
+    config = parse({**traced_models.SIZES, "model_type": "apertus", "num_hidden_layers": 1})
+    (entry,) = [each for each in config.parameters if each["name"].endswith("act_fn.beta")]
+    assert (entry["source_shapes"], entry["shape"], entry["transform"]) == ([[]], [1], "scalar")
+    number = np.float32(0.5).reshape(())
+    stored = transforms.apply("scalar", [number])
+    assert stored.shape == (1,)
+    assert transforms.invert("scalar", stored, [[]]) == [number]
+
+
+def test_a_head_is_tied_where_the_wrapper_says_so() -> None:
+    """The head is the wrapper's: what the config of its text part says of it counts for a text model alone."""
+    text = {**traced_models.SIZES, "model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": False}
+    for tied in (True, False):
+        raw = {"model_type": "moss_transcribe_diarize", "text_config": text, "tie_word_embeddings": tied}
+        assert parse(raw).tied is tied

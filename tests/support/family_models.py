@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,12 +24,14 @@ from stages.quantize import Quantize
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.session import Session
 from stages.verification import weights
+from stages.verification.rounding import rounded
 from tests.support.checkpoints import write_json
 from tests.support.compiled_qwen import Registered, build_graphs, compile_library
 from tests.support.local_context import run_stage
 
 CHUNK, BATCH = 64, 2
-STEPPED = "torch_recurrent_gated_delta_rule"  # of transformers' modelling files, beside one in chunks
+# Of transformers' modelling files, each beside one in chunks.
+STEPPED = ("torch_recurrent_gated_delta_rule", "recurrent_kimi_delta_attention")
 ODD_VOCAB = 515
 SIZES = {
     "vocab_size": ODD_VOCAB, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -155,9 +158,12 @@ class Built:
         registry, records = json.loads(self.params.read_text()), tensor_cache.records(manifest.read(self.bundle).folder)
         return {tensor.name: tensor.values() for tensor in weights.bundled_tensors(registry, records)}
 
-    def reference(self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+    def reference(
+        self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None, arithmetic: str = ""
+    ) -> np.ndarray:
         """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,
-        else of its own model with the values that the bundle stores."""
+        else of its own model with the values that the bundle stores; with an ``arithmetic`` what linear layers read is
+        disturbed as that rounds."""
         import torch
         import transformers
 
@@ -169,8 +175,9 @@ class Built:
             model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
         file = vars(sys.modules[type(model).__module__])
         # In chunks its gated delta rule errs by up to 2e-5 in float32; token by token, as it decodes, by a third.
-        exact = {name.replace("recurrent", "chunk"): file[name] for name in file if name == STEPPED}
-        with torch.no_grad(), mock.patch.dict(file, exact):
+        exact = {name.replace("recurrent", "chunk"): file[name] for name in file if name in STEPPED}
+        disturbed = rounded(model, arithmetic, {}) if arithmetic else nullcontext()
+        with torch.no_grad(), mock.patch.dict(file, exact), disturbed:
             logits: np.ndarray = model.eval()(torch.tensor([list(ids)])).logits[0].float().numpy()
         return logits
 
