@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # What the rows of stages.models.transforms:TRANSFORMS do, in words.
 HOW = {
     "copy": "as it is",
+    "scalar": "as one value",
     "concat0": "one under the other",
     "stacked_copy": "its matrices one under the other",
     "stacked_transpose": "the transposes of its matrices one under the other",

@@ -40,6 +40,8 @@ def invert(transform: str, array: np.ndarray, source_shapes: Shapes) -> list[np.
 
 def source_of(transform: str, place: Sequence[int], source_shapes: Shapes) -> tuple[int, list[int]]:
     """Return which of the tensors that :func:`apply` was given has what is at ``place`` of what it made, and where."""
+    if transform == "scalar":
+        return 0, []
     if transform == "transpose":
         return 0, [*place][::-1]
     if transform == "stacked_transpose":
@@ -116,9 +118,12 @@ def _swap(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
 
 # copy: the one tensor (a view). concat0: one under the other. stacked_copy: matrices [e, n, k] one under the other (a
 # view); stacked_transpose: the transposes of [e, k, n]. transpose: columns become rows. interleaved_qkv:HEADS: rows
-# that go head by head, each with its q, k and v, become all q, all k, all v.
+# that go head by head, each with its q, k and v, become all q, all k, all v. scalar: a number [] becomes [1].
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(_only, lambda array, _shapes, _argument: [array]),
+    "scalar": Transform(
+        lambda tensors, _argument: _only(tensors, "").reshape(1), lambda array, _shapes, _argument: [array.reshape(())]
+    ),
     "concat0": Transform(lambda tensors, _argument: np.concatenate(list(tensors), axis=0), _split_rows),
     "stacked_copy": Transform(_stacked, _unstacked),
     "stacked_transpose": Transform(_stacked_transposed, _stacked_transposed_back),

@@ -54,6 +54,8 @@ def open_source(raw: JsonObject, window: int) -> Source:
         raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")
     cls: Any = every[known]
     text = text if isinstance(text, cls.config_class) else config
+    if getattr(config, "tie_word_embeddings", False):
+        text.tie_word_embeddings = True  # the head is the wrapper's, whose word on it counts
     window = window or positions_of(text)
     settled = window if settle(text, window) else 0
     doors.install()

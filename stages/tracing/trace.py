@@ -47,11 +47,6 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
     parts["body"] = packed(parts["body"])
-    scalars = [name for name in names.used if not names.used[name]]
-    if scalars:
-        raise ConfigError(
-            f"{source.cls.__name__}: {scalars[0]} is a single number, which cannot be stored as a parameter"
-        )
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     keeping = [name for name, _ in parts["body"].nodes if name == "causal_conv"]
     if not attention and not keeping:
@@ -159,14 +154,15 @@ def _parameters(
         shapes = [names.shapes[source] for source in sources]
         stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         turned = name in names.turned
+        plain = "copy" if stacked else "scalar"
         found.append(
             {
                 "name": new,
-                "shape": [*(reversed(stacked) if turned else stacked)],
+                "shape": [*(reversed(stacked) if turned else stacked)] or [1],
                 "kind": "router" if new in deciding else _kind(uses[new], stacked),
                 "sources": [*sources],
                 "source_shapes": [[*shape] for shape in shapes],
-                "transform": "transpose" if turned else "concat0" if len(shapes) > 1 else "copy",
+                "transform": "transpose" if turned else "concat0" if len(shapes) > 1 else plain,
             }
         )
     return found

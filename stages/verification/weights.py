@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +55,9 @@ class BundledTensor:
         return found.reshape(*first.shape[:-1], -1)
 
     def values(self) -> np.ndarray:
-        """Return the whole tensor in float32, made block by block."""
+        """Return the whole tensor in float32, made block by block; a single number has no rows."""
+        if not self.shape:
+            return np.asarray(self.stored[0], np.float32)
         whole = np.empty(self.shape, np.float32)
         for rows in row_blocks(self.shape):
             whole[rows] = self.rows(rows)
@@ -142,7 +144,8 @@ class Rows:
 
     def values(self) -> np.ndarray:
         """Return the rows in float32."""
-        return self.read().values()[self.start : self.start + self.shape[0]]
+        found = self.read().values()
+        return found[self.start : self.start + self.shape[0]] if self.shape else found
 
 
 def by_name(registry: Register, records: Mapping[str, Record]) -> dict[str, Rows]:
@@ -189,9 +192,9 @@ def differences(
     Feedback (gptq) may have moved a value by two codes from there. ``progress`` is told how many tensors were compared.
     """
     problems = []
-    for number, tensor in enumerate(bundled_tensors(registry, records), start=1):
-        original, count, first = checkpoint[tensor.source], 0, ""
-        original = original.swapaxes(-1, -2) if tensor.turned else original
+    for number, held in enumerate(bundled_tensors(registry, records), start=1):
+        tensor, original = _in_rows(held, checkpoint[held.source])
+        count, first = 0, ""
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.row:
@@ -213,6 +216,13 @@ def differences(
             )
         progress(number)
     return problems
+
+
+def _in_rows(tensor: BundledTensor, original: np.ndarray) -> tuple[BundledTensor, np.ndarray]:
+    """Return a tensor and the checkpoint's with the same rows; a single number is one row."""
+    if not tensor.shape:
+        return replace(tensor, shape=(1,), stored=[tensor.stored[0].reshape(1)]), original.reshape(1)
+    return tensor, original.swapaxes(-1, -2) if tensor.turned else original
 
 
 def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
