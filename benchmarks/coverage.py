@@ -1,10 +1,11 @@
 """Which of the causal model types that transformers knows can be built, each proven or refused with its reason.
 
-Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--jobs N] [--results FILE]
+Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--scheme NAME] [--jobs N] [--results FILE]
 
 Every type's default config is shrunk by one rule (SMALL), a random checkpoint of it is written by transformers, built
 for llvm in q0f32 through the stages, and held against AutoModelForCausalLM on the same folder: prefills around a
-chunk's length, 64 decode steps and batches, the largest difference within 2e-5 of the largest |logit|. ``--results``
+chunk's length, 64 decode steps and batches, the largest difference within 2e-5 of the largest logit. With another
+``--scheme`` transformers' model is given the values that the bundle stores. ``--results``
 keeps what was found, type by type, and compiled kernels in a folder beside it; types that are in it are not tried again
 unless they are named. docs/models.md is made of it: stages/cli/traced.json. Status 1 if a type is wrong or crashed.
 """
@@ -52,11 +53,13 @@ SMALL: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
-    "n_group": 4,
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "num_expert_group"), 4),
     "topk_group": 2,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "laurel_rank": 8,
     "vocab_size_per_layer_input": 131,
     "qk_rope_head_dim": 8,
@@ -138,7 +141,16 @@ def shrunk(config: Any) -> Any:
     return small
 
 
-def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_trace: bool = False) -> tuple[str, str]:
+def own(values: Any) -> Any:
+    """Return the values of a small config with what :data:`OWN` says of its type, and of those nested in it."""
+    if not isinstance(values, dict):
+        return values
+    return {key: own(value) for key, value in values.items()} | OWN.get(values.get("model_type", ""), {})
+
+
+def attempt(
+    model_type: str, folder: Path, memo: Path | None = None, *, scheme: str = "q0f32", only_trace: bool = False
+) -> tuple[str, str]:
     """Return (verdict, reason): proven, refused, unmade (transformers makes no such model), wrong or crashed."""
     import torch
     import transformers
@@ -149,8 +161,7 @@ def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_tra
 
     try:
         config = transformers.AutoConfig.for_model(model_type)
-        values = {key: value for key, value in shrunk(config.to_dict()).items() if key != "model_type"}
-        values |= OWN.get(model_type, {})
+        values = {key: value for key, value in own(shrunk(config.to_dict())).items() if key != "model_type"}
         config = transformers.AutoConfig.for_model(model_type, **values)
         raw = json.loads(config.to_json_string(use_diff=False))
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason
@@ -168,26 +179,24 @@ def attempt(model_type: str, folder: Path, memo: Path | None = None, *, only_tra
         model.save_pretrained(folder / "checkpoint")
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason
         return "unmade", f"{type(error).__name__}: {str(error)[:150]}"
-    return compare(folder, memo or folder / "memo")
+    return compare(folder, memo or folder / "memo", scheme)
 
 
-def compare(folder: Path, memo: Path) -> tuple[str, str]:
+def compare(folder: Path, memo: Path, scheme: str) -> tuple[str, str]:
     """Build the checkpoint and hold it against transformers; kernels that models share are kept in ``memo``."""
     from stagegraph.stage import StageError
     from tests.support import family_models, traced_models
 
     try:
         case = family_models.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
-        made = family_models.build(
-            folder, case, "q0f32", checkpoint=folder / "checkpoint", memo=memo, frontend="traced"
-        )
+        made = family_models.build(folder, case, scheme, checkpoint=folder / "checkpoint", memo=memo, frontend="traced")
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
     worst = max(traced_models.differences(made, CONTEXT))
-    return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest |logit|"
+    return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest logit"
 
 
-def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int:
+def begin(model_type: str, folder: Path, memo: Path, scheme: str, *, only_trace: bool) -> int:
     """Begin an attempt in a process of its own, which has all that this one imported, and return its number: what
     crashes there ends nothing here.
     """
@@ -195,7 +204,7 @@ def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int
     child = os.fork()
     if child == 0:
         try:
-            found = attempt(model_type, folder, memo, only_trace=only_trace)
+            found = attempt(model_type, folder, memo, scheme=scheme, only_trace=only_trace)
         except BaseException as error:  # noqa: BLE001 - a crash is a verdict
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = "crashed", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
@@ -207,14 +216,14 @@ def begin(model_type: str, folder: Path, memo: Path, *, only_trace: bool) -> int
 
 
 def verdicts(
-    types: list[str], scratch: Path, memo: Path, jobs: int, *, only_trace: bool
+    types: list[str], scratch: Path, memo: Path, jobs: int, scheme: str, *, only_trace: bool
 ) -> Iterator[tuple[str, str, str, float]]:
     """Yield (type, verdict, reason, seconds of processors) of all ``types``, so many at a time."""
     waiting, running = [*reversed(types)], {}
     while waiting or running:
         while waiting and len(running) < jobs:
             model_type = waiting.pop()
-            running[begin(model_type, scratch / model_type, memo, only_trace=only_trace)] = model_type
+            running[begin(model_type, scratch / model_type, memo, scheme, only_trace=only_trace)] = model_type
         child, _, used = os.wait4(-1, 0)
         if child in running:
             model_type = running.pop(child)
@@ -229,6 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     parser.add_argument("--only-trace", action="store_true", help="stop where the graph is traced")
+    parser.add_argument("--scheme", default="q0f32", metavar="NAME", help="what the bundles store (default: q0f32)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="types that are tried at the same time")
     parser.add_argument("--results", type=Path, metavar="FILE", help="what is known, and where it is kept")
     args = parser.parse_args()
@@ -248,7 +258,7 @@ def main() -> int:
     types = args.types or sorted(name for name in EVERY if name not in known)
     with tempfile.TemporaryDirectory() as scratch:
         memo = args.results.with_suffix(".kernels") if args.results else Path(scratch) / "memo"
-        tried = verdicts(types, Path(scratch), memo, args.jobs, only_trace=args.only_trace)
+        tried = verdicts(types, Path(scratch), memo, args.jobs, args.scheme, only_trace=args.only_trace)
         for model_type, verdict, reason, seconds in tried:
             known[model_type] = {"verdict": verdict, "reason": reason, "transformers": transformers.__version__}
             print(f"{model_type:<28}{verdict:<9}{seconds:6.1f} CPU s  {reason}", flush=True)

@@ -1,0 +1,75 @@
+"""What a traced model costs beside its own family here: ratios of medians of one run.
+
+Usage: python benchmarks/frontends.py [--type TYPE] [--scheme SCHEME] [--layers N] [--rounds N]
+
+One checkpoint of random weights in the shape of 125 million parameters is built by both front ends. In each round each
+bundle reads a prompt of 64 tokens and decodes 32 more, in turns. The native family is the baseline: 1.00 is as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SIZES = {
+    "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12,
+    "num_key_value_heads": 12, "max_position_embeddings": 512,
+}  # fmt: skip
+FRONTENDS = ("native", "traced")
+
+
+def built(folder: Path, model_type: str, scheme: str, layers: int) -> dict[str, Any]:
+    """Write a checkpoint and build it by each front end; return a session of each bundle."""
+    import torch
+    import transformers
+
+    from tests.support import family_models
+
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(model_type, **SIZES, num_hidden_layers=layers)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    print(f"{model_type}: {model.num_parameters() / 1e6:.0f} M parameters as {scheme}", flush=True)
+    model.save_pretrained(folder / "checkpoint")
+    case = family_models.Case("", SIZES)
+    return {
+        frontend: family_models.build(
+            folder / frontend, case, scheme, checkpoint=folder / "checkpoint", memo=folder / "memo", frontend=frontend
+        ).session()
+        for frontend in FRONTENDS
+    }
+
+
+def main() -> None:
+    """Print medians and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--type", default="llama", help="a model type that has a family (default: llama)")
+    parser.add_argument("--scheme", default="q4f16_1")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    from experts import PROMPT, measure
+
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = built(Path(scratch), options.type, options.scheme, options.layers)
+        rounds = []
+        for number in range(options.rounds):
+            turn = FRONTENDS if number % 2 else FRONTENDS[::-1]
+            rounds.append({name: measure(sides[name]) for name in turn})
+    for number, what in enumerate((f"prefill of {PROMPT}", "decoding step")):
+        medians = {name: statistics.median(found[name][number] for found in rounds) for name in FRONTENDS}
+        ratios = sorted(found["native"][number] / found["traced"][number] for found in rounds)
+        shown = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in medians.items())
+        print(
+            f"{what}: {shown}; traced at {statistics.median(ratios):.2f} x native's speed "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(ratios)} rounds)"
+        )
+
+
+if __name__ == "__main__":
+    main()
