@@ -198,11 +198,10 @@ def selective_scan(size: int, channels: int, lanes: int) -> tirx.PrimFunc:
 @_once
 def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, lanes: int) -> tirx.PrimFunc:
     """(q, k [r, key_heads * size], v [r, heads * width], decay [r, heads * rates], beta [r, heads],
-    before [b, heads * size * width], ends) -> (y [r, heads * width], after).
+    before [b, heads * size * width], ends) -> (y [r, heads * width], after): the gated delta rule.
 
-    The gated delta rule: the state [size, width] of a head fades by exp(decay), what it holds for k is moved towards v
-    by beta, and y is what it holds for q. Heads share q and k, each as many. A head has one rate of decay, or ``size``:
-    each row of its state has its own.
+    The state [size, width] of a head fades by exp(decay), of one rate or of ``size``, one for each row; what it holds
+    for k is moved towards v by beta, and y is what it holds for q. Heads share q and k, each as many.
     """
     share, whole, inner, keys = heads // key_heads, heads * size * width, heads * width, key_heads * size
 
@@ -253,8 +252,7 @@ def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, la
                             total[lane] = total[lane] + state[n, lane] * q[first + i, vh // share * size + n]
                     for lane in T.serial(lanes):
                         y[first + i, vh * width + vp * lanes + lane] = total[lane]
-                for n in T.serial(size):
-                    for lane in T.serial(lanes):
-                        after[vs, (vh * size + n) * width + vp * lanes + lane] = state[n, lane]
+                for n, lane in T.grid(size, lanes):
+                    after[vs, (vh * size + n) * width + vp * lanes + lane] = state[n, lane]
 
     return scheduled(delta_rule)
