@@ -96,7 +96,7 @@ class PlainReporter(Quiet):
 
 
 class LiveReporter(Quiet):
-    """A line per running node with a bar where the stage reports progress, and one of the whole run below them;
+    """A line per running node with a bar where the stage reports progress, and one of the whole run above them;
     finished nodes scroll above.
     """
 
@@ -123,7 +123,7 @@ class LiveReporter(Quiet):
             )
             # Across the whole line: where that is short, the amount is cut and no name.
             self._bars = Progress(*columns, console=Console(file=exactly(sys.stderr)), transient=True, expand=True)
-            self._whole = self._bars.add_task("", total=self._total, amount="")
+            self._whole = self._bars.add_task(f"0 of {self._total} nodes", total=self._total, amount="")
             self._bars.start()
         return self._bars
 

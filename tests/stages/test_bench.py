@@ -52,11 +52,10 @@ def test_the_stage_says_speed_and_machine(quantized, tmp_path):
     assert found["prefill"]["tokens"] == 16
     assert found["decode"]["lowest"] <= found["decode"]["rate"] <= found["decode"]["highest"]
     assert context.said.startswith("prefill ")
-    metadata = json.loads(Session(manifest.read(quantized.bundle))._vm["_metadata"]())
     for function, steps in (("prefill", 1), ("decode", 4)):
         calls = {each["name"]: each["calls"] for each in found["kernels"][function]}
-        own = {name: count for name, count in calls.items() if name in metadata["kernels"]}
-        assert len(own) > 5, "the kernels by the names that compile gives them"
+        own = {name: count for name, count in calls.items() if not name.startswith("vm.builtin.")}
+        assert any(name.startswith("linear_") for name in own), "the kernels by the names that compile gives them"
         assert all(count % steps == 0 for count in own.values())
         spent = sum(each["seconds"] for each in found["kernels"][function])
         assert all(each["seconds"] >= 0 for each in found["kernels"][function])
