@@ -34,25 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on (default 127.0.0.1: this machine only)",
+        help="address to listen on (default 127.0.0.1, this machine)",
     )
     add("--port", type=int, default=8000, metavar="N", help="port (default 8000; 0: any free one)")
     add("--api-key-file", type=Path, metavar="FILE", help=f"file with the key that clients must send; or set {KEY}")
     add("--no-auth", action="store_true", help="require no key, on any address")
     add("--no-page", action="store_true", help="do not serve the chat page at /")
-    add("--sequences", type=int, metavar="N", help="answers generated at once (default: as many as the bundle can)")
+    add("--sequences", type=int, metavar="N", help="answers generated at once (default: the bundle's most)")
     add(
         "--cache-tokens",
         type=int,
         metavar="N",
-        help="size of the KV cache in tokens (default: one whole context per answer)",
+        help="tokens in the KV cache (default: a context per answer)",
     )
     add(
         "--queue",
         type=int,
         default=64,
         metavar="N",
-        help="requests that may wait; further ones are refused (default 64)",
+        help="requests that may wait before refusal (default 64)",
     )
     add("--timeout", type=float, default=600, metavar="SECONDS", help="time limit of an answer (default 600)")
     add(
@@ -60,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="draft N tokens at a time, unless a request sets it (default 0)",
+        help="draft N tokens at a time unless requests say (default 0)",
     )
     add(
         "--draft",
         type=Path,
         metavar="BUNDLE",
-        help="a smaller bundle that drafts (default: repetitions of the text so far)",
+        help="a smaller bundle that drafts (default: the text so far)",
     )
     add("--grace", type=int, default=30, metavar="SECONDS", help="time for running requests after SIGTERM (default 30)")
     serving.opening_arguments(parser)
