@@ -23,7 +23,8 @@ from stagegraph.store.record import artifact_digest
 if TYPE_CHECKING:
     from stagegraph.api import Pipeline
     from stagegraph.planning.dag import Node
-    from stagegraph.store.record import Record
+    from stagegraph.stage import JsonObject
+    from stagegraph.store.record import FileEntry, Record
 
 SHOWN = 3  # names like the one that is not known
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record]
         page("\n\n".join(f"-- {node} --\n{module.page(entry)}" for node, entry in found.items()))
 
 
-def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> dict[str, Any]:
+def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> JsonObject:
     """Return the JSON of the lookup's output port, and of its input ports where what was read is what there is."""
     documents = {lookup.output: _read(work, node.name, record["outputs"][lookup.output]["files"])}
     for port in lookup.inputs:
@@ -70,7 +71,7 @@ def _documents(work: Pipeline, node: Node, record: Record, lookup: Lookup) -> di
     return documents
 
 
-def _read(work: Pipeline, node: str, files: Mapping[str, Any]) -> Any:
+def _read(work: Pipeline, node: str, files: Mapping[str, FileEntry]) -> Any:
     ((name, (digest, _)),) = files.items()
     try:
         return json.loads(work.workspace.store.read(digest))

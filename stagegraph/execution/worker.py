@@ -231,7 +231,7 @@ def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
         return failed([f"{type(error).__name__}: {error}"], usage.spent(), bug=True)
 
 
-def params_of(stage: Stage, written: Mapping[str, Any]) -> Any:
+def params_of(stage: Stage, written: JsonObject) -> Any:
     """Return the ``Params`` of a stage from a request."""
     names = {f.name for f in dataclasses.fields(stage.Params)}
     return stage.Params(**{k: _tupled(v) for k, v in written.items() if k in names})

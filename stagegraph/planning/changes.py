@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from stagegraph.stage import JsonObject
     from stagegraph.store.record import Document
 
 DIGITS = 6  # of a secret's keyed digest: enough to see that it changed
@@ -59,7 +60,7 @@ def instances(value: Any) -> Iterator[tuple[tuple[tuple[str, str], ...], str]]:
             yield tuple(sorted(each.items())), digest
 
 
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def _changed(old: JsonObject, new: JsonObject) -> list[tuple[str, Any, Any]]:
     names = sorted({*old, *new})
     return [(name, old.get(name), new.get(name)) for name in names if _plain(old.get(name)) != _plain(new.get(name))]
 

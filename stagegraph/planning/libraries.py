@@ -29,6 +29,7 @@ from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
     from stagegraph.planning.installed import Build
+    from stagegraph.stage import Json
 
 SCHEMA = 2
 READ = "libraries:read"  # in the index: Python files that are younger than their RECORD, with stat and digest
@@ -46,7 +47,7 @@ class Libraries:
         self._index = index
         saved = index.get("libraries")
         saved = saved if isinstance(saved, dict) and saved.get("schema") == SCHEMA else {}
-        self._saved: dict[str, dict[str, Any]] = {name: saved.get(name, {}) for name in SECTIONS}
+        self._saved: dict[str, dict[str, Json]] = {name: saved.get(name, {}) for name in SECTIONS}
         self._fresh: dict[tuple[str, str], Any] = {}
         self._found: dict[str, dict[str, str]] = {}
         self._stats: dict[str, dict[str, list[int]]] = {}

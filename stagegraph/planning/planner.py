@@ -28,7 +28,7 @@ from stagegraph.store.record import Document, Record, key_of
 if TYPE_CHECKING:
     from stagegraph.planning.dag import Dag, Node
     from stagegraph.spec.model import Place
-    from stagegraph.stage import Stage
+    from stagegraph.stage import Json, Stage
     from stagegraph.store.memo import PartCode
     from stagegraph.store.workspace import Workspace
 
@@ -161,7 +161,7 @@ class Planner:
         """Settle a node whose upstream nodes all have records."""
         prepared = self._prepared[node]
         inputs: dict[str, list[Any]] = {}
-        facts: dict[str, Any] = {}
+        facts: dict[str, Json] = {}
         for port, upstream in node.inputs.items():
             for u in upstream:
                 record = records(u)

@@ -22,6 +22,7 @@ from stagegraph.store.record import Record, record_files, result_digest
 
 if TYPE_CHECKING:
     from stagegraph.project import Project
+    from stagegraph.stage import JsonObject
     from stagegraph.store.workspace import Workspace
 
 DIGEST = re.compile(r"[0-9a-f]{6,64}")
@@ -46,12 +47,12 @@ class Artifact:
         return str(self.record["key"])
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The small values its stage recorded."""
         return dict(self.record["facts"])
 
     @property
-    def params(self) -> dict[str, Any]:
+    def params(self) -> JsonObject:
         """The parameters by value, autos resolved; sources are under ``record["document"]["sources"]``."""
         return dict(self.record["document"]["params"])
 

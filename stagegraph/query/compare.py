@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.errors import PlanError
 from stagegraph.files import dotted
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Node
     from stagegraph.project import Project
     from stagegraph.registry import Comparison
+    from stagegraph.stage import JsonObject
     from stagegraph.store.record import Record
 
 
@@ -28,7 +29,7 @@ def comparison(artifacts: Mapping[str, Artifact]) -> Comparison:
     return found
 
 
-def documents(project: Project, artifact: Artifact, how: Comparison) -> dict[str, Any]:
+def documents(project: Project, artifact: Artifact, how: Comparison) -> JsonObject:
     """Return the documents of a result by name, those of later stages where there are any."""
     found = {}
     for stage, files in how.files.items():
@@ -53,7 +54,7 @@ def _reader(project: Project, artifact: Artifact, stage: str) -> Record | None:
     return max(found, key=lambda record: str(record["started"]), default=None)
 
 
-def _of_failure(project: Project, artifact: Artifact, stage: str, files: Sequence[str]) -> dict[str, Any]:
+def _of_failure(project: Project, artifact: Artifact, stage: str, files: Sequence[str]) -> JsonObject:
     """Return what a stage wrote before it failed on exactly this: a refusal has its figures too."""
     workspace = project.workspace
     for node in _readers(project, artifact, stage):
@@ -76,7 +77,7 @@ def _readers(project: Project, artifact: Artifact, stage: str) -> Iterator[Node]
             yield other
 
 
-def _has_read(document: Mapping[str, Any], artifact: Artifact) -> bool:
+def _has_read(document: JsonObject, artifact: Artifact) -> bool:
     """Say whether an execution whose key ``document`` is of read an output of this result."""
     made = {output["digest"] for output in artifact.record["outputs"].values()}
     for read in document["inputs"].values():

@@ -19,13 +19,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from stagegraph.errors import PlanError, SpecError
 from stagegraph.remote import EXECUTORS
 from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.model import Place
 from stagegraph.spec.reader import parse
+
+if TYPE_CHECKING:
+    from stagegraph.stage import Json
 
 MODES = {"read": (True, False), "write": (False, True), "both": (True, True)}  # reads, writes
 SCHEMES = ("s3", "gs", "az", "http", "https", "file")
@@ -56,12 +59,22 @@ class ClusterSettings(NamedTuple):
     insecure: bool
 
 
+class ExecutorSettings(TypedDict, total=False):
+    """Where nodes run: ``kind`` is one of :data:`EXECUTORS`; ``tls`` has the files ``ca``, ``cert`` and ``key``."""
+
+    kind: str
+    scheduler: str
+    remote: str
+    tls: Mapping[str, str]
+    insecure: bool
+
+
 class UserSettings(NamedTuple):
     """Remotes in the order in which they are asked, name -> public key (hexadecimal) of whom is believed, executor."""
 
     remotes: tuple[Remote, ...] = ()
     trusted: Mapping[str, str] = {}
-    executor: Mapping[str, Any] = {}
+    executor: ExecutorSettings = {}
 
     def cluster(self, kind: str = "", scheduler: str = "") -> ClusterSettings | None:
         """Return the cluster in which nodes run, None if that is this machine; the arguments come before the file.
@@ -124,7 +137,7 @@ def load_settings() -> UserSettings:
     )
     remotes = list(_remotes((found or {}).get("remotes"), problems))
     trusted = dict(_trusted((found or {}).get("trusted"), problems))
-    executor = dict(_executor((found or {}).get("executor"), problems))
+    executor = cast("ExecutorSettings", dict(_executor((found or {}).get("executor"), problems)))
     problems.check()
     return UserSettings(tuple(remotes), trusted, executor)
 
@@ -162,7 +175,7 @@ def _trusted(item: Item | None, problems: Problems) -> Iterator[tuple[str, str]]
             problems.unexpected(entry, "a public key of 64 hexadecimal digits, in quotes", f"trusted.{name}")
 
 
-def _executor(item: Item | None, problems: Problems) -> Iterator[tuple[str, Any]]:
+def _executor(item: Item | None, problems: Problems) -> Iterator[tuple[str, Json]]:
     names = ("kind", "scheduler", "remote", "tls", "insecure")
     for name, entry in (problems.mapping(item, "executor", names) or {}).items() if item is not None else ():
         if name == "tls":

@@ -7,7 +7,7 @@ key is a file of the user's, beside the configuration.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from stagegraph.digest import canonical
 from stagegraph.errors import PlanError
@@ -16,8 +16,18 @@ from stagegraph.store.secret_key import load_key
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    from stagegraph.stage import Json
+
 CONTEXT = b"stagegraph record\0"  # what is signed begins with it, so that a signature of anything else is none of this
 NEEDS = "sharing results needs two more packages: pip install 'stagegraph[remote]'"
+
+
+class SignedRecord(TypedDict):
+    """A record in a remote: ``signer`` is the public key, ``signature`` that of the record; both hexadecimal."""
+
+    record: Json
+    signer: str
+    signature: str
 
 
 class Signer:
@@ -27,8 +37,8 @@ class Signer:
         self._private = _private_key(path)
         self.public = self._private.public_key().public_bytes_raw().hex()
 
-    def sign(self, record: Any) -> dict[str, Any]:
-        """Return a record as it is kept in a remote: with the signer's public key and the signature."""
+    def sign(self, record: Json) -> SignedRecord:
+        """Return a record as it is kept in a remote."""
         return {"record": record, "signer": self.public, "signature": self._private.sign(_signed(record)).hex()}
 
 

@@ -27,7 +27,7 @@ import contextlib
 import errno
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import RLock, Timer, get_ident
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,8 @@ from stagegraph.store.documents import DamagedError, Documents, seal, unseal
 
 if TYPE_CHECKING:
     import diskcache
+
+    from stagegraph.stage import Json, JsonObject
 
 BUSY_SECONDS = 60
 NO_UTF8 = "\ufffd"  # in a text that was decoded with it in place of what is none
@@ -56,7 +58,7 @@ class Index:
         self.damaged: set[str] = set()  # names of documents that were read and not believed
         self._ahead: dict[str, Any] = {}  # texts of documents that were read before they were asked for
         self._readonly = False
-        self._held_back: dict[str, Any] | None = None  # documents that wait for the end of together()
+        self._held_back: dict[str, Json] | None = None  # documents that wait for the end of together()
         self._holder = 0  # the thread in it
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
@@ -92,7 +94,7 @@ class Index:
         """Write a document; atomic, visible to other processes at once. What is a file is written, or raises."""
         self.set_all({name: document})
 
-    def set_all(self, documents: Mapping[str, Any]) -> None:
+    def set_all(self, documents: JsonObject) -> None:
         """Write documents by name; those in the database all or none, in one commit, which takes as long as many."""
         cached = {}
         for name, document in documents.items():

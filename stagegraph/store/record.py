@@ -11,7 +11,7 @@ from stagegraph.digest import digest_json
 from stagegraph.stage import Json, JsonObject
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
-Document = dict[str, Any]  # of a key (:mod:`stagegraph.planning.key`)
+Document = dict[str, Json]  # of a key (:mod:`stagegraph.planning.key`)
 FileEntry: TypeAlias = list[Any]  # [digest, size in bytes]
 
 
@@ -102,7 +102,7 @@ def new_record(
     return cast("Record", made | {name: value for name, value in event.items() if name in TOLD})
 
 
-class KnownRecord(dict[str, Any]):
+class KnownRecord(dict[str, Json]):
     """A record read in part: fields that few ask of a hit are loaded on first use. It must not be written back."""
 
     def __init__(self, brief: JsonObject, read: Callable[[], Record | None]) -> None:
@@ -141,7 +141,7 @@ def is_record_of(record: Any, key: str) -> bool:
         return False
 
 
-def are_storable(files: Mapping[str, Any]) -> bool:
+def are_storable(files: JsonObject) -> bool:
     """Say whether files of a result that came from elsewhere stay below where they are put: name -> (digest, size)."""
     try:
         return all(

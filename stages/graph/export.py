@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import tvm
 from tvm import relax as rx
@@ -21,6 +21,8 @@ from stages.targets.table import Target
 CACHE = nn.spec.Object(object_type=PagedKVCache)
 VERIFY_CHUNK = 64  # see Build.verify_chunk
 tensor = nn.spec.Tensor
+Arguments: TypeAlias = Mapping[str, Any]  # of one function: name -> spec of a tensor, of a list of them or an object
+Specs: TypeAlias = Mapping[str, Arguments]  # by function
 
 
 class GraphError(ProblemsError):
@@ -144,7 +146,7 @@ class Build:
 
 
 def export_prefill(
-    build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object, **more: Mapping[str, Any]
+    build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object, **more: Arguments
 ) -> tvm.IRModule:
     """Export ``prefill``, ``batch_prefill`` and ``more``; ``state`` is what they read the chunks into."""
     states = build.states([1, "seq_len"])
@@ -172,9 +174,7 @@ def export_decode(build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec
     )
 
 
-def export_model(
-    build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Mapping[str, Mapping[str, Any]]
-) -> tvm.IRModule:
+def export_model(build: Build, wrap: Callable[[CausalLM], nn.Module], spec: Specs) -> tvm.IRModule:
     """Export the methods named in ``spec`` of ``wrap(model)``; every function takes the packed parameters last."""
     model, factory = build.model()
     module, params = _export(build, wrap(model), spec, "packed")
@@ -185,13 +185,13 @@ def export_model(
     return module
 
 
-def export_plain(build: Build, module: nn.Module, spec: Mapping[str, Mapping[str, Any]]) -> tvm.IRModule:
+def export_plain(build: Build, module: nn.Module, spec: Specs) -> tvm.IRModule:
     """Export the methods named in ``spec`` of a module without parameters."""
     return _export(build, module, spec, "none")[0]
 
 
 def _export(
-    build: Build, module: nn.Module, spec: Mapping[str, Mapping[str, Any]], params: str
+    build: Build, module: nn.Module, spec: Specs, params: str
 ) -> tuple[tvm.IRModule, list[tuple[str, nn.Parameter]]]:
     # The exporter pops "$" out of what it is given.
     modes = {"param_mode": params, "effect_mode": "none"}

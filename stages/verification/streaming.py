@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from stages.checkpoint.headers import Tensors
     from stages.verification.apart import Progress
+
+TorchTensors: TypeAlias = "Mapping[str, Any]"  # by name; torch's types are not known where it is not installed
 
 
 class Mapped:
@@ -53,7 +55,7 @@ class Mapped:
         for shard in sorted({shard for shard, _ in found.values()}):
             with paths[shard].open("rb") as file:
                 self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tensors: dict[str, Any] = {
+        self.tensors: TorchTensors = {
             name: _lying_in(self._maps[shard], names[info.dtype], info.shape, info.offset)
             for name, (shard, info) in found.items()
             if info.dtype in names and 0 not in info.shape
@@ -80,7 +82,7 @@ class Written:
                 file.write(values.data)
             file.flush()
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tensors: dict[str, Any] = {
+        self.tensors: TorchTensors = {
             name: _lying_in(self._map, dtype, shape, offset) for name, (offset, shape, dtype) in places.items()
         }
 
@@ -150,7 +152,7 @@ def _from_files(config: Any, described: Path, mapped: Any) -> tuple[Any, str]:
     return model, ", by the names that this project reads there"
 
 
-def _loaded(config: Any, tensors: Mapping[str, Any]) -> tuple[Any, list[str]]:
+def _loaded(config: Any, tensors: TorchTensors) -> tuple[Any, list[str]]:
     """Return transformers' model of these tensors, and the names of parameters that it found nothing for."""
     import torch
     import transformers
@@ -177,7 +179,7 @@ def _loaded(config: Any, tensors: Mapping[str, Any]) -> tuple[Any, list[str]]:
     return model, sorted(found["missing_keys"])
 
 
-def _named(described: Path, mapped: Any) -> tuple[Any, Any, dict[str, Any]]:
+def _named(described: Path, mapped: Any) -> tuple[Any, Any, TorchTensors]:
     """Return family and config as this project reads them, and the checkpoint's tensors by the model's names."""
     family, config = models.described(json.loads(Path(described).read_text("utf-8")))
     names = naming.resolve(family, config, mapped.tensors.keys())

@@ -57,20 +57,20 @@ def model_types(path: Path) -> list[str]:
     return [known.model_type, *(["mistral"] if known.model_type == "llama" else [])]
 
 
-def config(contents: Contents, factors: Sequence[float] = ()) -> dict[str, Any]:
+def config(contents: Contents, factors: Sequence[float] = ()) -> JsonObject:
     """Return config.json; ``factors`` are the divisors of the rotary frequencies that the file holds as a tensor.
 
     :class:`ConfigError` lists what is missing or says a model that is not built.
     """
     read = _Metadata(contents, architecture(contents).model_type)
     own = {"gpt_neox": read.neox, "gemma3_text": read.gemma3}.get(read.model_type, read.decoder)()
-    found = own | read.shared(factors)
+    found = {**own, **read.shared(factors)}
     if read.problems:
         raise ConfigError(*capped(read.problems))
     return found
 
 
-def generation(contents: Contents) -> dict[str, Any]:
+def generation(contents: Contents) -> JsonObject:
     """Return generation_config.json: the bos, eos and pad ids."""
     ids = {
         role: contents.metadata.get(f"tokenizer.ggml.{role}_token_id")
@@ -126,7 +126,7 @@ class _Metadata:
         self.problems.append(f"{self.named}.{key} {problem}; expected a positive number")
         return 1.0
 
-    def shared(self, factors: Sequence[float]) -> dict[str, Any]:
+    def shared(self, factors: Sequence[float]) -> JsonObject:
         """Return what all architectures have, after a look at what none of them may have."""
         for key in UNBUILT:
             if self.get(key):
@@ -170,7 +170,7 @@ class _Metadata:
             }
         return found
 
-    def gemma3(self) -> dict[str, Any]:
+    def gemma3(self) -> JsonObject:
         """Return what Gemma 3 has; what files leave out is llama.cpp's for all of them (gemma3.cpp)."""
         found = self.decoder()
         found["hidden_activation"] = GEMMA3_ACTIVATION
@@ -188,7 +188,7 @@ class _Metadata:
             found["final_logit_softcapping"] = self.number("final_logit_softcapping")
         return found
 
-    def neox(self) -> dict[str, Any]:
+    def neox(self) -> JsonObject:
         """Return what GPT-NeoX has."""
         return {
             "hidden_act": "gelu",
@@ -197,7 +197,7 @@ class _Metadata:
             "attention_bias": "blk.0.attn_qkv.bias" in self.tensors,
         }
 
-    def _rope(self, factors: Sequence[float]) -> dict[str, Any]:
+    def _rope(self, factors: Sequence[float]) -> JsonObject:
         """Return rope_parameters; divisors of frequencies are what transformers' longrope has, the same for any length.
 
         Llama 3.1's, which its converter computes from four numbers, are such divisors in the file.
