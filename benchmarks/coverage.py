@@ -148,9 +148,7 @@ def own(values: Any) -> Any:
     return {key: own(value) for key, value in values.items()} | OWN.get(values.get("model_type", ""), {})
 
 
-def attempt(
-    model_type: str, folder: Path, memo: Path | None = None, *, scheme: str = "q0f32", only_trace: bool = False
-) -> tuple[str, str]:
+def attempt(model_type: str, folder: Path, *, scheme: str = "q0f32", only_trace: bool = False) -> tuple[str, str]:
     """Return (verdict, reason): proven, refused, unmade (transformers makes no such model), wrong or crashed."""
     import torch
     import transformers
@@ -179,24 +177,24 @@ def attempt(
         model.save_pretrained(folder / "checkpoint")
     except Exception as error:  # noqa: BLE001 - whatever transformers raises is the reason
         return "unmade", f"{type(error).__name__}: {str(error)[:150]}"
-    return compare(folder, memo or folder / "memo", scheme)
+    return compare(folder, scheme)
 
 
-def compare(folder: Path, memo: Path, scheme: str) -> tuple[str, str]:
-    """Build the checkpoint and hold it against transformers; kernels that models share are kept in ``memo``."""
+def compare(folder: Path, scheme: str) -> tuple[str, str]:
+    """Build the checkpoint and hold it against transformers."""
     from stagegraph.stage import StageError
     from tests.support import family_models, traced_models
 
     try:
         case = family_models.Case("", {"vocab_size": SMALL["vocab_size"]}, context_window=CONTEXT)
-        made = family_models.build(folder, case, scheme, checkpoint=folder / "checkpoint", memo=memo, frontend="traced")
+        made = family_models.build(folder, case, scheme, checkpoint=folder / "checkpoint", frontend="traced")
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
     worst = max(traced_models.differences(made, CONTEXT))
     return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest logit"
 
 
-def begin(model_type: str, folder: Path, memo: Path, scheme: str, *, only_trace: bool) -> int:
+def begin(model_type: str, folder: Path, scheme: str, *, only_trace: bool) -> int:
     """Begin an attempt in a process of its own, which has all that this one imported, and return its number: what
     crashes there ends nothing here.
     """
@@ -204,7 +202,7 @@ def begin(model_type: str, folder: Path, memo: Path, scheme: str, *, only_trace:
     child = os.fork()
     if child == 0:
         try:
-            found = attempt(model_type, folder, memo, scheme=scheme, only_trace=only_trace)
+            found = attempt(model_type, folder, scheme=scheme, only_trace=only_trace)
         except BaseException as error:  # noqa: BLE001 - a crash is a verdict
             last = traceback.extract_tb(error.__traceback__)[-1]
             found = "crashed", f"{type(error).__name__}: {str(error)[:200]} ({Path(last.filename).name}:{last.lineno})"
@@ -216,14 +214,14 @@ def begin(model_type: str, folder: Path, memo: Path, scheme: str, *, only_trace:
 
 
 def verdicts(
-    types: list[str], scratch: Path, memo: Path, jobs: int, scheme: str, *, only_trace: bool
+    types: list[str], scratch: Path, jobs: int, scheme: str, *, only_trace: bool
 ) -> Iterator[tuple[str, str, str, float]]:
     """Yield (type, verdict, reason, seconds of processors) of all ``types``, so many at a time."""
     waiting, running = [*reversed(types)], {}
     while waiting or running:
         while waiting and len(running) < jobs:
             model_type = waiting.pop()
-            running[begin(model_type, scratch / model_type, memo, scheme, only_trace=only_trace)] = model_type
+            running[begin(model_type, scratch / model_type, scheme, only_trace=only_trace)] = model_type
         child, _, used = os.wait4(-1, 0)
         if child in running:
             model_type = running.pop(child)
@@ -258,7 +256,9 @@ def main() -> int:
     types = args.types or sorted(name for name in EVERY if name not in known)
     with tempfile.TemporaryDirectory() as scratch:
         memo = args.results.with_suffix(".kernels") if args.results else Path(scratch) / "memo"
-        tried = verdicts(types, Path(scratch), memo, args.jobs, args.scheme, only_trace=args.only_trace)
+        memo.mkdir(exist_ok=True)
+        os.environ["STAGEGRAPH_TEST_KERNELS"] = str(memo)  # kernels that models share are compiled once
+        tried = verdicts(types, Path(scratch), args.jobs, args.scheme, only_trace=args.only_trace)
         for model_type, verdict, reason, seconds in tried:
             known[model_type] = {"verdict": verdict, "reason": reason, "transformers": transformers.__version__}
             print(f"{model_type:<28}{verdict:<9}{seconds:6.1f} CPU s  {reason}", flush=True)

@@ -39,7 +39,7 @@ def built(folder: Path, model_type: str, scheme: str, layers: int) -> dict[str, 
     case = family_models.Case("", SIZES)
     return {
         frontend: family_models.build(
-            folder / frontend, case, scheme, checkpoint=folder / "checkpoint", memo=folder / "memo", frontend=frontend
+            folder / frontend, case, scheme, checkpoint=folder / "checkpoint", frontend=frontend
         ).session()
         for frontend in FRONTENDS
     }
