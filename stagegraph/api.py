@@ -147,7 +147,7 @@ class Pipeline(Project):
         if executor or scheduler:  # what was asked for in so many words is to be right where nothing is left to do, too
             from stagegraph.remote.settings import load_settings
 
-            load_settings().cluster(executor, scheduler)
+            load_settings(self.dag.pipeline.remotes).cluster(executor, scheduler)
         if only:
             self._refuse_others(selection)
         forced = frozenset(node.name for node in selection.chosen) if force else frozenset()

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from stagegraph.cli.remote import configured
 
-    configured(reads=True)
     with Pipeline(args.file, args.overrides) as pipeline:
+        configured(pipeline, reads=True)
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
         with watching(pipeline, selection.nodes) as reporter:
             done = pipeline.run(selection, fetch_only=True, reporter=reporter, command=["pull", args.file])

@@ -24,8 +24,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     from stagegraph.remote.shared import Shared
 
-    settings = configured(writes=True)
     with Pipeline(args.file, args.overrides) as pipeline:
+        settings = configured(pipeline, writes=True)
         selection = pipeline.select(stage=args.stage, start=args.start, until=args.until)
         plan = pipeline.planner.plan(selection.nodes)
         here = [d for d in plan if d.status == HIT and not pipeline.planner.prepared(d.node).secrets]

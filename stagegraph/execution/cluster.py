@@ -26,7 +26,8 @@ from stagegraph.execution.executor import AtWork, Slot, Task
 from stagegraph.execution.resources import MEBIBYTE
 from stagegraph.execution.sandbox import request_for
 from stagegraph.execution.site import PROTOCOL, execute, platform
-from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
+from stagegraph.remote.errors import MismatchError, RemoteError, StoppedError
+from stagegraph.remote.storage import Storage
 from stagegraph.store.record import are_storable
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Cluster:
             for name, (digest, size) in files.items():
                 target = slot.task.sandbox.out / name
                 target.parent.mkdir(parents=True, exist_ok=True)
+                target.unlink(missing_ok=True)
                 self._through().take(digest, size, target)
         except StoppedError:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stagegraph.store.workspace import Workspace
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from queue import SimpleQueue
 
     from stagegraph.remote.shared import Fetched, Shared
+    from stagegraph.spec.model import Remote
     from stagegraph.store.record import Record
 
 T = TypeVar("T")
@@ -21,11 +22,13 @@ T = TypeVar("T")
 class Fetching(Generic[T]):
     """The requests to the remotes by key, each with the node that waits for the answer.
 
-    The user's configuration is read when the first result is missing: a run without news pays for none of it.
+    ``remotes`` are those of the pipeline file. The user's configuration is read when the first result is missing: a
+    run without news pays for none of it.
     """
 
-    def __init__(self, workspace: Workspace, *, enabled: bool) -> None:
+    def __init__(self, workspace: Workspace, remotes: Sequence[Remote], *, enabled: bool) -> None:
         self._workspace = workspace
+        self._remotes = remotes
         self._enabled = enabled
         self._shared: Shared | None = None
         self._waiting: dict[str, list[T]] = {}
@@ -39,7 +42,7 @@ class Fetching(Generic[T]):
         if self._enabled and self._shared is None:
             from stagegraph.remote.settings import load_settings
 
-            settings = load_settings()
+            settings = load_settings(self._remotes)
             if not settings.remotes:
                 self._enabled = False
                 return None

@@ -70,11 +70,12 @@ class Places:
             if options.share:
                 from stagegraph.remote.settings import load_settings
 
-                settings = load_settings().cluster(options.executor, options.scheduler)
-                if settings is not None:
+                settings = load_settings(self._planner.dag.pipeline.remotes)
+                cluster = settings.cluster(options.executor, options.scheduler)
+                if cluster is not None:
                     from stagegraph.execution.cluster import Cluster
 
-                    self._all.append(Cluster(settings, self._workspace, self._planner, options.jobs))
+                    self._all.append(Cluster(cluster, self._workspace, self._planner, options.jobs))
         return self._all
 
     def of(self, node: Node) -> Executor:

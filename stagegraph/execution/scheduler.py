@@ -64,7 +64,7 @@ class Scheduler:
         self._places = Places(planner, workspace, options)
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting = Waiting(planner.dag.nodes)
-        self._fetching: Fetching[Decision] = Fetching(workspace, enabled=options.share)
+        self._fetching: Fetching[Decision] = Fetching(workspace, planner.dag.pipeline.remotes, enabled=options.share)
         self._results = Results(planner, workspace, self._fetching.give)
         self._ready: list[_Ready] = []  # as the nodes came out of what waits
         self._failed = False

@@ -30,11 +30,13 @@ from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.planner import code_of, libraries_of, part_codes
 from stagegraph.planning.sources import Sources
 from stagegraph.registry import Origin
-from stagegraph.remote.settings import Remote
-from stagegraph.remote.storage import MismatchError, RemoteError, Storage
+from stagegraph.remote.errors import MismatchError, RemoteError
+from stagegraph.remote.storage import Storage
+from stagegraph.spec.model import Remote
 from stagegraph.stage import Stage
 from stagegraph.store.memo import PartCode
 from stagegraph.store.objects import RottenError
+from stagegraph.store.partial import partial_file
 from stagegraph.store.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -241,9 +243,9 @@ class Site:
 
             def take(digest: str) -> bool:
                 try:
-                    storage.take(digest, wanted[digest], folder / digest)
+                    with partial_file(self._workspace.root, digest, folder / digest) as file:
+                        storage.take(digest, wanted[digest], file)
                 except MismatchError:
-                    (folder / digest).unlink(missing_ok=True)
                     return False
                 return True
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 from stagegraph.digest import digest_bytes, digest_json, stat_id
 from stagegraph.files import open_regular
 from stagegraph.registry import Origin, get_stage, stage_reference
-from stagegraph.spec.model import NodeSpec, PipelineSpec, Place, Resources
+from stagegraph.spec.model import NodeSpec, PipelineSpec, Place, Remote, Resources
 from stagegraph.stage import Source
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stagegraph.stage import Stage
     from stagegraph.store.index import Index
 
-SCHEMA = 2
+SCHEMA = 3
 SLOTS = 16  # pipeline files, and settings of one, that are cached side by side in one index
 RACY_NS = 50_000_000  # a file changed this shortly before it was read may change again within one clock tick
 SOURCE = "source"  # {SOURCE: path} is a parameter that names a source
@@ -54,6 +54,7 @@ class Parsed(Dependencies):
     origins: list[list[Any]]
     entries: list[list[Any]]
     nodes: list[list[Any]]
+    remotes: list[list[Any]]
 
 
 class Cached(Parsed):
@@ -155,6 +156,7 @@ def _to_json(pipeline: PipelineSpec, reads: Reads) -> Parsed | None:
         "origins": writer.origins,
         "entries": list(writer.entries.values()),
         "nodes": nodes,
+        "remotes": [list(remote) for remote in pipeline.remotes],
     }
 
 
@@ -238,7 +240,7 @@ def _from_json(cached: Cached, file: Path) -> PipelineSpec | None:
         nodes.append(
             NodeSpec(name, entry, stage, origin, each, params, places, place, needs, need_places, takes, timeout)
         )
-    return PipelineSpec(cached["name"], path, tuple(nodes))
+    return PipelineSpec(cached["name"], path, tuple(nodes), tuple(Remote(*remote) for remote in cached["remotes"]))
 
 
 def _stages(origins: Sequence[Sequence[Any]], folder: str) -> list[tuple[Stage, Origin]] | None:

@@ -9,42 +9,32 @@ trusted:
 executor: {kind: dask, scheduler: "tls://head:8786", remote: team, tls: {ca: ca.pem, cert: me.pem, key: me.key}}
 ```
 
-It is one file, ``$STAGEGRAPH_CONFIG`` or ``~/.config/stagegraph/config.yaml``, and never the pipeline file: who checks
-out a repository does not thereby believe whom it names.
+It is one file, ``$STAGEGRAPH_CONFIG`` or ``~/.config/stagegraph/config.yaml``. A pipeline file may list remotes too:
+they are asked after the user's own, and the user's entry of a name takes the place of the file's. Whom to believe is
+never the pipeline file's to say: who checks out a repository does not thereby believe whom it names.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 from stagegraph.errors import PlanError, SpecError
 from stagegraph.remote import EXECUTORS
 from stagegraph.spec.item import Item, Problems
-from stagegraph.spec.model import Place
+from stagegraph.spec.model import Place, Remote
 from stagegraph.spec.reader import parse
+from stagegraph.spec.remotes import read_remotes
 
 if TYPE_CHECKING:
     from stagegraph.stage import Json
 
-MODES = {"read": (True, False), "write": (False, True), "both": (True, True)}  # reads, writes
-SCHEMES = ("s3", "gs", "az", "http", "https", "file")
-READ_ONLY = ("http", "https")
 PUBLIC_KEY = re.compile(r"[0-9a-f]{64}")
 SCHEDULER = re.compile(r"(?P<scheme>tls|tcp)://(?P<host>\[[0-9a-fA-F:]+\]|[\w.-]+):[0-9]+")
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-
-
-class Remote(NamedTuple):
-    """A place with results: its name, where it is (a URL), and whether results are taken from it and given to it."""
-
-    name: str
-    url: str
-    reads: bool
-    writes: bool
 
 
 class ClusterSettings(NamedTuple):
@@ -121,8 +111,17 @@ def config_path() -> Path:
     return (Path(base) if base else Path.home() / ".config") / "stagegraph" / "config.yaml"
 
 
-def load_settings() -> UserSettings:
-    """Return what the user configured, nothing if there is no file; :class:`SpecError` with all that is wrong in it."""
+def load_settings(listed: Sequence[Remote] = ()) -> UserSettings:
+    """Return what the user configured, with the remotes that a pipeline file ``listed`` after the user's own.
+
+    Of two with one name the user's counts. :class:`SpecError` with all that is wrong in the user's file.
+    """
+    found = _load()
+    own = {remote.name for remote in found.remotes}
+    return found._replace(remotes=(*found.remotes, *(remote for remote in listed if remote.name not in own)))
+
+
+def _load() -> UserSettings:
     path = config_path()
     try:
         text = path.read_text("utf-8")
@@ -135,36 +134,11 @@ def load_settings() -> UserSettings:
     found = (
         problems.mapping(top, str(path), ("remotes", "trusted", "executor")) if top is not None and top.value else {}
     )
-    remotes = list(_remotes((found or {}).get("remotes"), problems))
+    remotes = list(read_remotes((found or {}).get("remotes"), problems))
     trusted = dict(_trusted((found or {}).get("trusted"), problems))
     executor = cast("ExecutorSettings", dict(_executor((found or {}).get("executor"), problems)))
     problems.check()
     return UserSettings(tuple(remotes), trusted, executor)
-
-
-def _remotes(item: Item | None, problems: Problems) -> Iterator[Remote]:
-    for name, entry in (problems.mapping(item, "remotes") or {}).items() if item is not None else ():
-        fields = problems.mapping(entry, f"remotes.{name}", ("url", "mode")) or {}
-        if "url" not in fields:
-            problems.add(entry.place, "has no url; expected s3://, gs://, az://, https:// or a directory", name)
-            continue
-        url, mode = fields["url"], fields.get("mode")
-        where = url.value
-        if not isinstance(where, str) or not where:
-            problems.unexpected(url, "a URL or a directory", f"remotes.{name}.url")
-            continue
-        scheme, colon, _ = where.partition("://")
-        if colon and scheme not in SCHEMES:
-            problems.unexpected(url, f"a directory or one of {', '.join(f'{s}://' for s in SCHEMES)}", name)
-        if mode is not None and mode.value not in MODES:
-            problems.unexpected(mode, " or ".join(MODES), f"remotes.{name}.mode")
-            continue
-        reads, writes = MODES[str(mode.value) if mode is not None else "read"]
-        if writes and colon and scheme in READ_ONLY:
-            problems.unexpected(mode or url, "mode read, the only one of http", f"remotes.{name}.mode")
-        if not colon:
-            where = (url.base / Path(where).expanduser()).absolute().as_uri()
-        yield Remote(name, where.rstrip("/"), reads, writes)
 
 
 def _trusted(item: Item | None, problems: Problems) -> Iterator[tuple[str, str]]:

@@ -18,12 +18,15 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.errors import warn
-from stagegraph.remote.settings import Remote, UserSettings, config_path
+from stagegraph.remote.errors import MismatchError, RemoteError, StoppedError
+from stagegraph.remote.settings import UserSettings, config_path
 from stagegraph.remote.signing import Signer, is_signed
-from stagegraph.remote.storage import MismatchError, RemoteError, StoppedError, Storage
+from stagegraph.remote.storage import Storage
+from stagegraph.store.partial import partial_file
 from stagegraph.store.record import Record, are_storable, is_record_of, record_files
 
 if TYPE_CHECKING:
+    from stagegraph.spec.model import Remote
     from stagegraph.store.workspace import Workspace
 
 AT_ONCE = 8  # objects
@@ -99,7 +102,8 @@ class Shared:
         targets = {digest: self._folder / f"{record['key'][:16]}-{digest}" for digest in lacking}
 
         def transfer(digest: str) -> None:
-            storage.take(digest, lacking[digest], targets[digest])
+            with partial_file(self._workspace.root, digest, targets[digest]) as file:
+                storage.take(digest, lacking[digest], file)
 
         try:
             list(self._transfers.map(transfer, lacking))

@@ -1,39 +1,39 @@
-"""One remote's objects and records, by ``obstore``: a directory, S3, Google Cloud Storage, Azure, or HTTP to read."""
+"""One remote's objects and records, in a directory, a bucket, behind a web server or over SFTP."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Protocol
 
 from blake3 import blake3
 
-from stagegraph.errors import PlanError
-from stagegraph.remote.signing import NEEDS
+from stagegraph.digest import BLOCK
+from stagegraph.remote.errors import MismatchError, RangeError, RemoteError, StoppedError
 from stagegraph.store.objects import fsync_file
 
 if TYPE_CHECKING:
     from threading import Event
 
-    from stagegraph.remote.settings import Remote
+    from stagegraph.spec.model import Remote
 
 RECORD_LIMIT = 64 << 20  # bytes
-CONNECT = timedelta(seconds=2)
-ANSWER, TRANSFER = timedelta(seconds=3), timedelta(minutes=1)  # the longest silence: of a record, of an object
 
 
-class RemoteError(Exception):
-    """A remote does not do what is asked of it: it is away, refuses, or is full."""
+class Backend(Protocol):
+    """Files by path; every method raises :class:`RemoteError` where they cannot be reached."""
 
+    def size(self, path: str) -> int | None:
+        """Return a file's size in bytes, None if there is none."""
 
-class StoppedError(Exception):
-    """The run was abandoned."""
+    def read(self, path: str, start: int, *, quick: bool) -> Iterator[bytes]:
+        """Yield what a file has from byte ``start`` on; :class:`FileNotFoundError` if there is none.
 
+        ``quick``: it is small, and a silence of seconds means that nobody answers.
+        """
 
-class MismatchError(Exception):
-    """What came is not what was asked for."""
+    def put(self, path: str, data: bytes | Path) -> None:
+        """Put a file, whole or not at all."""
 
 
 class Storage:
@@ -45,79 +45,85 @@ class Storage:
     def __init__(self, remote: Remote, stop: Event) -> None:
         self.remote = remote
         self._stop = stop
-        with _failures():
-            self._quick, self._bulk = _open(remote.url, ANSWER), _open(remote.url, TRANSFER)
+        self._backend = _backend(remote.url)
 
     def read(self, path: str) -> bytes | None:
         """Return a small document, or None if there is none."""
-        import obstore
-
-        with _failures():
-            try:
-                found = obstore.get(self._quick, path)
-            except FileNotFoundError:
-                return None
-            if found.meta["size"] > RECORD_LIMIT:
-                raise MismatchError(f"{path} has {found.meta['size']:,} bytes")
-            return bytes(found.bytes())
+        found = b""
+        try:
+            for chunk in self._backend.read(path, 0, quick=True):
+                found += chunk
+                if len(found) > RECORD_LIMIT:
+                    raise MismatchError(f"{path} has more than {RECORD_LIMIT:,} bytes")
+        except FileNotFoundError:
+            return None
+        return found
 
     def has(self, path: str) -> bool:
         """Say whether there is something."""
-        import obstore
-
-        with _failures():
-            try:
-                obstore.head(self._quick, path)
-            except FileNotFoundError:
-                return False
-            return True
+        return self._backend.size(path) is not None
 
     def write(self, path: str, data: bytes) -> None:
         """Put a small document."""
-        import obstore
-
-        with _failures():
-            obstore.put(self._bulk, path, data)
-
-    def download(self, path: str, target: Path, digest: str, size: int) -> None:
-        """Put an object into the new file ``target``; :class:`MismatchError` unless it is what its digest says."""
-        import obstore
-
-        hasher, done = blake3(), 0
-        with _failures(), target.open("xb") as file:
-            try:
-                for chunk in obstore.get(self._bulk, path).stream(min_chunk_size=8 << 20):
-                    done += len(chunk)
-                    if self._stop.is_set():
-                        raise StoppedError
-                    if done > size:
-                        break
-                    hasher.update(bytes(chunk))
-                    file.write(chunk)
-            except FileNotFoundError:
-                raise MismatchError(f"{path} is not there") from None
-        if done != size or hasher.hexdigest() != digest:
-            raise MismatchError(f"{path} does not match its digest")
-
-    def upload(self, path: str, source: Path) -> None:
-        """Put a file, in parts where it is large."""
-        import obstore
-
-        with _failures():
-            obstore.put(self._bulk, path, source)
+        self._backend.put(path, data)
 
     def take(self, digest: str, size: int, target: Path) -> None:
-        """Fetch an object into a file, which is synced; :class:`MismatchError` if it is not there as it should be."""
-        target.unlink(missing_ok=True)
-        self.download(object_path(digest), target, digest, size)
+        """Fetch an object into a file, which is synced, and go on where that ends if there is one.
+
+        :class:`MismatchError` if the object is not there as it should be; the file is empty then. Where the transfer
+        breaks off otherwise, what has come stays in it.
+        """
+        with target.open("a+b") as file:
+            begun = file.tell()
+            right = self._complete(digest, size, file)
+            if not right and begun:  # what it went on from may have been something else
+                file.truncate(0)
+                right = self._complete(digest, size, file)
+            if not right:
+                file.truncate(0)
+        if not right:
+            raise MismatchError(f"{object_path(digest)} does not match its digest")
         fsync_file(target)
+
+    def _complete(self, digest: str, size: int, file: IO[bytes]) -> bool:
+        """Append what a file lacks of an object, and say whether it is the object then."""
+        path, hasher = object_path(digest), blake3()
+        file.seek(0)
+        while block := file.read(BLOCK):
+            hasher.update(block)
+        done = file.tell()
+        while done < size:
+            before = done
+            try:
+                for chunk in self._backend.read(path, done, quick=False):
+                    if self._stop.is_set():
+                        raise StoppedError
+                    hasher.update(chunk)
+                    file.write(chunk)
+                    done += len(chunk)
+                    if done > size:
+                        break
+                break
+            except FileNotFoundError:
+                file.truncate(0)
+                raise MismatchError(f"{path} is not there") from None
+            except RangeError:
+                file.truncate(0)
+                hasher, done = blake3(), 0
+                if not before:
+                    raise
+            except RemoteError:
+                if done == before:  # else it goes on where it was cut
+                    raise
+        file.flush()
+        return done == size and hasher.hexdigest() == digest
 
     def give(self, digest: str, source: Path) -> bool:
         """Put an object, and return True, unless it is there."""
         path = object_path(digest)
         if self.has(path):
             return False
-        self.upload(path, source)
+        self._backend.put(path, source)
         return True
 
 
@@ -126,55 +132,11 @@ def object_path(digest: str) -> str:
     return f"objects/{digest[:2]}/{digest}"
 
 
-def stream(url: str, start: int) -> tuple[int, int, Iterator[bytes]]:
-    """Return where what follows begins, the bytes of the object at ``url`` in all, and those from ``start`` on.
+def _backend(url: str) -> Backend:
+    if url.startswith("sftp://"):
+        from stagegraph.remote.sftp import Sftp
 
-    :class:`OSError` if it cannot be had.
-    """
-    import obstore
+        return Sftp(url)
+    from stagegraph.remote.buckets import Bucket
 
-    bucket, _, path = url.partition("://")[2].partition("/")
-    try:
-        with _failures():
-            store = _open(f"{url.partition('://')[0]}://{bucket}", TRANSFER)
-            size = obstore.head(store, path)["size"]
-            if start >= size:
-                return start, size, iter(())
-            found = obstore.get(store, path, options={"range": {"offset": start}})
-    except (RemoteError, FileNotFoundError) as error:
-        raise OSError(f"cannot be fetched: {error}") from None
-    return start, size, _chunks(found)
-
-
-def _chunks(found: Any) -> Iterator[bytes]:
-    try:
-        with _failures():
-            for chunk in found.stream(min_chunk_size=8 << 20):
-                yield bytes(chunk)
-    except RemoteError as error:
-        raise OSError(f"the transfer was interrupted ({error}); run again to resume") from None
-
-
-def _open(url: str, silence: timedelta) -> Any:
-    try:
-        from obstore.store import LocalStore, from_url
-    except ImportError:
-        raise PlanError(NEEDS) from None
-    if url.startswith("file://"):
-        from urllib.parse import unquote, urlsplit
-
-        return LocalStore(unquote(urlsplit(url).path), mkdir=True)
-    options: Any = {"connect_timeout": CONNECT, "read_timeout": silence, "allow_http": True}
-    retries: Any = {"max_retries": 1, "retry_timeout": silence}
-    return from_url(url, client_options=options, retry_config=retries)
-
-
-@contextmanager
-def _failures() -> Iterator[None]:
-    from obstore.exceptions import BaseError
-
-    try:
-        yield
-    except (BaseError, PermissionError, NotADirectoryError) as error:
-        first = str(error).partition("\n")[0].strip()
-        raise RemoteError(first or type(error).__name__) from None
+    return Bucket(url)

@@ -138,6 +138,6 @@ def _opened(address: str, start: int) -> Iterator[tuple[int, int, Iterator[bytes
 
 
 def _bucket(address: str, start: int) -> tuple[int, int, Iterator[bytes]]:
-    from stagegraph.remote.storage import stream
+    from stagegraph.remote.buckets import stream
 
     return stream(address, start)

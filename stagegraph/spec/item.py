@@ -50,6 +50,15 @@ class Reads:
         self.env: dict[str, str] = {}
         self.lasting = True
 
+    def expanded(self, path: str) -> str:
+        """Return a path with the home directory that a ``~`` at its beginning stands for."""
+        if not path.startswith("~"):
+            return path
+        if home := os.environ.get("HOME"):
+            self.env["HOME"] = home
+        self.lasting &= bool(home) and path.partition("/")[0] == "~"  # else the system was asked
+        return os.path.expanduser(path)  # noqa: PTH111 - of a text
+
     def absolute(self, path: Path) -> Path:
         """Return an absolute path without ``..``, which a symbolic link before it makes more than a matter of text."""
         if ".." not in path.parts:

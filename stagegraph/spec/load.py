@@ -20,6 +20,7 @@ from stagegraph.spec.item import Item, Problems, Reads
 from stagegraph.spec.layers import read_layers, shown
 from stagegraph.spec.model import NodeSpec, PipelineSpec, Place
 from stagegraph.spec.nodes import expand
+from stagegraph.spec.remotes import read_remotes
 from stagegraph.spec.scope import Scope
 from stagegraph.spec.settings import read_settings
 
@@ -38,7 +39,7 @@ _EXPECTED = {
     "stages": "a mapping of entries",
 }
 NODES_LIMIT = 10_000
-TOP_KEYS = ("version", "name", "extends", "vars", "defaults", "stages")
+TOP_KEYS = ("version", "name", "extends", "vars", "defaults", "remotes", "stages")
 
 
 def load(
@@ -68,8 +69,9 @@ def load(
     _check_version(top.get("version"), problems)
     name = _name(top.get("name"), scope, problems)
     nodes = _nodes(top, path.absolute().parent, scope, settings.parameters, problems)
+    remotes = tuple(read_remotes(top.get("remotes"), problems, scope.resolve))
     problems.check()
-    return PipelineSpec(name, path.absolute(), tuple(nodes), scope.variables)
+    return PipelineSpec(name, path.absolute(), tuple(nodes), remotes, scope.variables)
 
 
 def _check_version(item: Item | None, problems: Problems) -> None:

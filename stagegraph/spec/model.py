@@ -52,14 +52,24 @@ class NodeSpec(NamedTuple):
     timeout: float | None = None
 
 
+class Remote(NamedTuple):
+    """A place with results: its name, where it is (a URL), and whether results are taken from it and given to it."""
+
+    name: str
+    url: str
+    reads: bool
+    writes: bool
+
+
 class PipelineSpec(NamedTuple):
-    """A pipeline file: its name, where it is, its nodes in the order they are written; of a file just read its
-    resolved variables too.
+    """A pipeline file: its name, where it is, its nodes in the order they are written, and its remotes; of a file
+    just read its resolved variables too.
     """
 
     name: str
     file: Path
     nodes: tuple[NodeSpec, ...]
+    remotes: tuple[Remote, ...] = ()
     variables: Mapping[str, Any] = MappingProxyType({})  # name -> stagegraph.spec.item.Item
 
     @property

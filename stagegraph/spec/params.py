@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import re
 from dataclasses import MISSING
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -150,17 +149,7 @@ def _source(param: Param, item: Item, problems: Problems, subject: str) -> Sourc
         return Source("")
     if _URL.match(path):
         return Source(path)
-    if path.startswith("~"):
-        path = _home(path, problems)
-    return Source(problems.reads.absolute(item.base / path))
-
-
-def _home(path: str, problems: Problems) -> str:
-    """Return a path with the home directory that ``~`` stands for."""
-    if home := os.environ.get("HOME"):
-        problems.reads.env["HOME"] = home
-    problems.reads.lasting &= bool(home) and path.partition("/")[0] == "~"  # else the system was asked
-    return os.path.expanduser(path)  # noqa: PTH111 - of a text
+    return Source(problems.reads.absolute(item.base / problems.reads.expanded(path)))
 
 
 def _quoted(value: Scalar) -> str:

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.registry import get_stage, names
-from stagegraph.spec import matrix, params, shell
+from stagegraph.spec import matrix, params, remotes, shell
 from stagegraph.spec.entries import ENTRY_NAME, SHELL
 from stagegraph.spec.load import NAME, VERSION
 from stagegraph.spec.nodes import MEBIBYTES, SECONDS
@@ -66,6 +66,11 @@ def json_schema() -> Schema:
                 "additionalProperties": False,
                 "description": "what entries share: keys for those without them, parameters for those not given them",
             },
+            "remotes": {
+                "type": "object",
+                "additionalProperties": _remote(),
+                "description": "where results are shared: name -> place; asked after those that the user configured",
+            },
             "stages": {
                 "type": "object",
                 "minProperties": 1,
@@ -80,7 +85,8 @@ def json_schema() -> Schema:
         "then": {
             "required": ["version", "name", "stages"],
             "properties": {
-                "stages": {"properties": dict.fromkeys(stages, True), "additionalProperties": {"required": ["uses"]}}
+                "remotes": {"additionalProperties": {"required": ["url"]}},
+                "stages": {"properties": dict.fromkeys(stages, True), "additionalProperties": {"required": ["uses"]}},
             },
             "if": {"not": {"required": ["defaults"]}},
             "then": {"properties": {"stages": {"properties": {stage: _complete(stage) for stage in stages}}}},
@@ -90,6 +96,22 @@ def json_schema() -> Schema:
             **{f"with-{stage}": _with(stage) for stage in stages},
             f"with-{SHELL}": _shell(),
         },
+    }
+
+
+def _remote() -> Schema:
+    url = "a directory, from this file, or one of " + ", ".join(f"{scheme}://" for scheme in remotes.SCHEMES)
+    return {
+        "type": "object",
+        "properties": {
+            "url": {"type": "string", "minLength": 1, "description": url},
+            "mode": {
+                "anyOf": [{"enum": list(remotes.MODES)}, _REFERENCE],
+                "default": "read",
+                "description": "whether results are taken from it, given to it, both or neither",
+            },
+        },
+        "additionalProperties": False,
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.files import dotted
+from stagegraph.store.partial import FOLDER
 
 if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
@@ -23,6 +24,7 @@ def leftovers(workspace: Workspace) -> Iterator[Path]:
     yield from _entries(root / "quarantine")
     yield from sorted(root.glob("index.damaged-*"))
     yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
+    yield from (path for path in _entries(root / FOLDER) if _is_free(path))
     for kept in ("objects", "records", "parts", "others"):  # copies that a kill cut short
         yield from sorted(path for path in root.glob(f"{kept}/*/.*"))
     failed = [name.partition("/") for name, last in workspace.lasts().items() if last.get("failed")]

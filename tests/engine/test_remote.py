@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from benchmarks import scale
 from stagegraph import Pipeline
@@ -23,10 +30,15 @@ from stagegraph.execution.executor import Options
 from stagegraph.execution.outcome import Outcome, Run
 from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.scheduler import Scheduler
-from stagegraph.remote import storage, web
-from stagegraph.remote.settings import Remote, load_settings
+from stagegraph.remote import buckets, web
+from stagegraph.remote.errors import MismatchError, RemoteError, StoppedError
+from stagegraph.remote.settings import load_settings
 from stagegraph.remote.shared import Fetched, Shared
-from stagegraph.remote.storage import StoppedError, Storage
+from stagegraph.remote.storage import Storage, object_path
+from stagegraph.spec.model import Remote
+from stagegraph.store.leftovers import leftovers
+from stagegraph.store.partial import partial_file
+from stagegraph.store.workspace import Workspace
 
 obstore = pytest.importorskip("obstore")
 pytest.importorskip("cryptography")
@@ -248,12 +260,11 @@ def test_a_transfer_stops_when_the_run_is_abandoned(filled, tmp_path: Path) -> N
     path = next(remote.glob("objects/*/*"))
     stop = threading.Event()
     storage = Storage(Remote("team", remote.as_uri(), reads=True, writes=False), stop)
-    name = str(path.relative_to(remote))
-    storage.download(name, tmp_path / "whole", path.name, path.stat().st_size)
+    storage.take(path.name, path.stat().st_size, tmp_path / "whole")
     assert (tmp_path / "whole").read_bytes() == path.read_bytes()
     stop.set()
     with pytest.raises(StoppedError):
-        storage.download(name, tmp_path / "part", path.name, path.stat().st_size)
+        storage.take(path.name, path.stat().st_size, tmp_path / "part")
 
 
 def test_a_remote_that_is_away_costs_a_warning(machines, caplog) -> None:
@@ -321,7 +332,7 @@ def test_a_bucket_takes_and_gives_results(s3: str, machines, capsys) -> None:
 def test_a_file_in_a_bucket_is_a_source_and_goes_on_where_it_broke_off(s3: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = bytes(range(256)) * 100
-    obstore.put(storage._open("s3://results", storage.ANSWER), "some/big.txt", content)
+    obstore.put(buckets._open("s3://results", buckets.ANSWER), "some/big.txt", content)
     url = f"s3://results/some/big.txt#sha256={sha256(content).hexdigest()}"
     part = web._path(url).with_name(".big.txt.part")
     part.parent.mkdir(parents=True)
@@ -364,6 +375,7 @@ def test_pull_push_and_remote(filled, machines, capsys) -> None:
         ("remotes: {a: {mode: read}}", "has no url"),
         ("remotes: {a: {url: /x, mode: some}}", "expected read or write or both"),
         ("remotes: {a: {url: https://x, mode: both}}", "expected mode read"),
+        ("remotes: {a: {url: 's3://me:secret@bucket/x'}}", "has a password in it"),
         ("trusted: {a: 12}", "a public key of 64 hexadecimal digits"),
         ("remote: {}", "did you mean 'remotes'?"),
         ("remotes: [", "cannot be read as YAML"),
@@ -379,3 +391,277 @@ def test_mistakes_of_the_configuration_are_told_with_their_place(
         load_settings()
     assert said in str(caught.value)
     assert str(caught.value).startswith(f"{path}:")
+
+
+def listing(machine: Machine, **remotes: object) -> None:
+    """Let the pipeline file of a machine list remotes."""
+    file = machine.folder / "pipeline.yaml"
+    text = [line for line in file.read_text().splitlines() if not line.startswith("remotes:")]
+    file.write_text("\n".join([*text, f"remotes: {json.dumps(remotes)}", ""]))
+
+
+def test_a_pipeline_file_lists_remotes_and_its_keys_do_not_count_them(filled, machines, tmp_path: Path, capsys) -> None:
+    remote, _, public = filled
+    there = machines("there")
+    there.config.write_text(json.dumps({"trusted": {"here": public}}))
+    (there.folder / "shared").symlink_to(remote)
+    listing(there, team={"url": "${vars.place}", "mode": "read"})
+    file = there.folder / "pipeline.yaml"
+    file.write_text("vars: {place: shared}\n" + file.read_text())
+    assert reasons(there.run()) == {"from remote 'team'"}
+    shutil.rmtree(there.folder / "artifacts" / ".stagegraph" / "records")
+    assert there.verb(capsys, "pull", "--json")[0] == 0  # by the pipeline file as the index has it
+    assert reasons(there.run()) == {""}
+    code, out, _ = there.verb(capsys, "remote", "--json")
+    (shown,) = json.loads(out)["remotes"]
+    assert (code, shown["name"], shown["from"]) == (0, "team", "pipeline.yaml")
+    assert shown["url"] == (there.folder / "shared").as_uri()
+
+
+def test_whom_a_pipeline_file_names_is_not_thereby_believed(filled, machines) -> None:
+    remote, _, public = filled
+    there = machines("there")
+    listing(there, team={"url": str(remote)})
+    assert outcomes(there.run()) == ["BUILT"] * NODES
+    file = there.folder / "pipeline.yaml"
+    file.write_text(file.read_text() + f"trusted: {{here: '{public}'}}\n")
+    with pytest.raises(PipelineError, match="unknown key 'trusted'"):
+        there.run()
+
+
+def test_the_users_remotes_come_before_those_of_the_pipeline_file(tmp_path: Path, machines, monkeypatch) -> None:
+    machine = machines("here")
+    monkeypatch.setenv("STAGEGRAPH_CONFIG", str(machine.config))
+    machine.config.write_text(
+        json.dumps({"remotes": {"team": {"url": "/mine", "mode": "none"}, "disk": {"url": "/d"}}})
+    )
+    listing(machine, far={"url": "s3://far/", "mode": "both"}, team={"url": "s3://team", "mode": "both"})
+    with Pipeline(machine.folder / "pipeline.yaml") as pipeline:
+        found = load_settings(pipeline.dag.pipeline.remotes).remotes
+    assert [(r.name, r.url, r.reads, r.writes) for r in found] == [
+        ("team", "file:///mine", False, False),
+        ("disk", "file:///d", True, False),
+        ("far", "s3://far", True, True),
+    ]
+
+
+def test_a_remote_has_no_secret_in_the_pipeline_file(machines, monkeypatch) -> None:
+    machine = machines("here")
+    monkeypatch.setenv("PASSWORD", "opensesame")
+    listing(machine, a={"url": "s3://${secret.PASSWORD}/x"}, b={"url": "s3://me:opensesame@x"}, c={"mode": "both"})
+    with pytest.raises(PipelineError) as caught:
+        machine.run()
+    said = "\n".join(caught.value.problems)
+    assert ("a secret cannot stand here" in said, "has a password in it" in said, "has no url" in said) == (True,) * 3
+    assert "opensesame" not in said
+
+
+# -- transfers that break off, and SFTP ------------------------------------------------------------------------------
+
+
+class Cutting(SimpleHTTPRequestHandler):
+    """Serves ranges, and cuts a connection after so many bytes of a file; ``plain``: knows no ranges."""
+
+    plain = False
+    most = 1 << 20
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        begin = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-")
+        self.asked.append(begin)
+        content = Path(self.translate_path(self.path)).read_bytes()
+        start = 0 if self.plain else int(begin)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        with suppress(OSError):  # who asked has hung up
+            self.wfile.write(content[start : start + self.most])
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> tuple[Path, str, bytes]:
+    """A folder that is a remote, and the digest and content of its one object, of 5 MiB and some."""
+    content = bytes(range(256)) * 4 * 5200
+    digest = blake3(content).hexdigest()
+    path = tmp_path / "remote" / object_path(digest)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return tmp_path / "remote", digest, content
+
+
+@contextmanager
+def cutting(folder: Path, **settings: object) -> Iterator[tuple[Storage, list[str]]]:
+    handler = type("Handler", (Cutting,), {"asked": [], **settings})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    yield Storage(Remote("team", url, reads=True, writes=False), threading.Event()), handler.asked
+    server.shutdown()
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(big, tmp_path: Path) -> None:
+    folder, digest, content = big
+    with cutting(folder) as (storage, asked):
+        storage.take(digest, len(content), tmp_path / "whole")
+    assert (tmp_path / "whole").read_bytes() == content
+    starts = [int(start) for start in asked]
+    assert starts == sorted(set(starts))  # nothing twice
+    assert 0 < starts[1] <= 1 << 20
+
+
+@pytest.mark.parametrize("before", ["right", "wrong", "longer"])
+def test_what_an_earlier_run_fetched_is_gone_on_from_if_it_was_right(big, tmp_path: Path, before: str) -> None:
+    folder, digest, content = big
+    part = tmp_path / "part"
+    part.write_bytes({"right": content[:3000], "wrong": b"x" * 3000, "longer": content + b"x"}[before])
+    with cutting(folder, most=1 << 30) as (storage, asked):
+        storage.take(digest, len(content), part)
+    assert part.read_bytes() == content
+    assert asked == {"right": ["3000"], "wrong": ["3000", "0"], "longer": ["0"]}[before]
+
+
+def test_a_server_without_ranges_is_asked_for_all_again(big, tmp_path: Path) -> None:
+    folder, digest, content = big
+    (tmp_path / "part").write_bytes(content[:3000])
+    with cutting(folder, plain=True, most=1 << 30) as (storage, _):
+        storage.take(digest, len(content), tmp_path / "part")
+    assert (tmp_path / "part").read_bytes() == content
+
+
+def test_what_was_fetched_is_kept_for_the_next_run_and_gc_takes_it(big, tmp_path: Path) -> None:
+    folder, digest, content = big
+
+    def take(workspace: Workspace, storage: Storage) -> None:
+        with partial_file(workspace.root, digest, tmp_path / "new") as file:
+            assert file.parent == workspace.root / "partial"
+            storage.take(digest, len(content), file)
+
+    with cutting(folder, most=0) as (storage, _):  # says that it has it, and sends nothing
+        workspace = Workspace(tmp_path / "artifacts")
+        workspace.create()
+        for kept in (b"", content[:3000]):
+            part = workspace.root / "partial" / digest
+            part.parent.mkdir(exist_ok=True)
+            part.write_bytes(kept)
+            with pytest.raises(RemoteError):
+                take(workspace, storage)
+            assert (part.read_bytes() if part.exists() else b"") == kept
+    with partial_file(workspace.root, digest, tmp_path / "new") as mine:
+        assert part not in leftovers(workspace)
+        with partial_file(workspace.root, digest, tmp_path / "other") as other:  # somebody else at the same time
+            assert (mine, other) == (part, tmp_path / "other")
+            other.touch()
+    assert (tmp_path / "new").read_bytes() == content[:3000]
+    part.write_bytes(b"left")
+    assert part in leftovers(workspace)
+    workspace.close()
+
+
+def test_an_upload_that_is_cut_leaves_nothing_and_begins_again(tmp_path: Path, s3: str, monkeypatch) -> None:
+    """In parts, of which the second fails each time until the server is well."""
+    import localbucket
+
+    content = tmp_path / "content"
+    content.write_bytes(bytes(range(256)) * 4 * (12 << 10))  # 12 MiB
+    digest = blake3(content.read_bytes()).hexdigest()
+    storage = Storage(Remote("team", s3, reads=True, writes=True), threading.Event())
+    put = localbucket.S3Handler.do_PUT
+
+    def cut(self) -> None:
+        if "partNumber=2" in self.path:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        else:
+            put(self)
+
+    monkeypatch.setattr(localbucket.S3Handler, "do_PUT", cut)
+    with pytest.raises(RemoteError):
+        storage.give(digest, content)
+    assert not [path for path in (tmp_path / "buckets").rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]
+    assert not storage.has(object_path(digest))
+    monkeypatch.setattr(localbucket.S3Handler, "do_PUT", put)
+    assert storage.give(digest, content)
+    storage.take(digest, content.stat().st_size, tmp_path / "back")
+
+
+@pytest.fixture
+def sftp(tmp_path: Path, monkeypatch) -> Iterator[str]:
+    """An OpenSSH server on loopback, for the user who runs this test, and a home with keys for it."""
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    asyncssh = pytest.importorskip("asyncssh")
+    if sshd is None:
+        pytest.skip("no sshd here")
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True, mode=0o700)
+    host, user = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
+    for key, path in ((host, tmp_path / "host_key"), (user, home / ".ssh" / "id_ed25519")):
+        key.write_private_key(str(path))
+        path.chmod(0o600)
+    user.write_public_key(str(tmp_path / "authorized"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host.export_public_key().decode()}")
+    (tmp_path / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host_key\nPidFile none\nStrictModes no\n"
+        f"AuthorizedKeysFile {tmp_path}/authorized\nPasswordAuthentication no\nUsePAM no\n"
+        "Subsystem sftp internal-sftp\n"
+    )
+    log = tmp_path / "sshd.log"
+    process = subprocess.Popen([sshd, "-D", "-E", str(log), "-f", str(tmp_path / "sshd_config")])
+    while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+        time.sleep(0.02)
+    if process.poll() is not None:
+        pytest.skip(f"sshd does not start: {log.read_text()}")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    yield f"sftp://{getpass.getuser()}@127.0.0.1:{port}{tmp_path}/remote"
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_behind_ssh_takes_and_gives_results(sftp: str, machines, capsys, tmp_path: Path) -> None:
+    here, there = machines("here"), machines("there")
+    here.configure(sftp)
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    there.configure(sftp, "read", here=here.key(capsys))
+    assert reasons(there.run()) == {"from remote 'team'"}
+    assert there.shown() == here.shown()
+    assert "0 objects" in here.verb(capsys, "push")[1]
+    assert "answers" in here.verb(capsys, "remote")[1]
+    assert not list((tmp_path / "remote").rglob(".*"))
+
+
+def test_a_large_object_goes_on_behind_ssh_too(sftp: str, big, tmp_path: Path) -> None:
+    folder, digest, content = big
+    storage = Storage(Remote("team", sftp, reads=True, writes=True), threading.Event())
+    (tmp_path / "part").write_bytes(content[:3000])
+    storage.take(digest, len(content), tmp_path / "part")
+    assert (tmp_path / "part").read_bytes() == content
+    with pytest.raises(MismatchError):
+        storage.take("0" * 64, 1, tmp_path / "none")
+    shutil.rmtree(folder)
+    assert storage.give(digest, tmp_path / "part")
+    assert not storage.give(digest, tmp_path / "part")
+    assert (folder / object_path(digest)).read_bytes() == content
+
+
+def test_a_host_that_is_not_known_is_not_spoken_to(sftp: str, machines, caplog, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "home" / ".ssh" / "known_hosts").write_text("")
+    here = machines("here")
+    here.configure(sftp)
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    (said,) = caplog.messages
+    assert "Host key is not trusted" in said
+
+
+def test_sftp_without_its_package_is_refused_with_what_to_install(machines, monkeypatch) -> None:
+    here = machines("here")
+    here.configure("sftp://somewhere/results")
+    monkeypatch.setitem(sys.modules, "asyncssh", None)
+    with pytest.raises(PipelineError, match=r"pip install 'stagegraph\[sftp\]'"):
+        here.run()
