@@ -226,9 +226,8 @@ class Cluster:
             client = self._connected()
             if client.status == "closed":  # Dask has given up to connect again
                 raise PlanError(f"the scheduler {self._settings.scheduler} is gone; run again to resume")
-            with contextlib.suppress(
-                TimeoutError, OSError, AttributeError
-            ):  # it is busy, or connected again, or closed
+            # It is busy, or connected again, or closed.
+            with contextlib.suppress(TimeoutError, OSError, AttributeError):
                 said = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_SECONDS)
                 self._workers = said["workers"]
             self._looked = now

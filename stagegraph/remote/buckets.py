@@ -64,7 +64,7 @@ def stream(url: str, start: int) -> tuple[int, int, Iterator[bytes]]:
     except RemoteError as error:
         raise OSError(f"cannot be fetched: {error}") from None
     if size is None:
-        raise OSError("it cannot be had: there is no such object")
+        raise OSError("cannot be fetched: there is no such object")
     return start, size, _chunks(bucket, path, start) if start < size else iter(())
 
 
