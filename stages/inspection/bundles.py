@@ -78,7 +78,7 @@ def _notes(rows: Mapping[str, Row]) -> Iterable[str]:
         tokens = " or ".join(sorted({f"{found['probe_tokens']:,}" for found in compared}))
         originals = " or ".join(sorted({f"{found['perplexity_original']:.4g}" for found in compared}))
         yield f"KL: mean divergence from the original in nats, over {tokens} tokens"
-        yield f"top-1: positions with the original's most likely token; ppl: perplexity (original: {originals})"
+        yield f"top-1: positions with the original's top token; ppl: perplexity (original: {originals})"
     timed = [found for found in rows.values() if found["decode"]]
     if timed:
         machines = ", ".join(sorted({found["machine"] for found in timed}))
