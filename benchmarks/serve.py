@@ -123,9 +123,10 @@ class Server:
         response.readline()
         first = time.perf_counter() - began
         events = [line for line in response.read().split(b"\n") if line.startswith(b"data: {")]
-        usage = next(found for line in events[::-1] if (found := json.loads(line[6:]).get("usage")))
+        # llama.cpp's sends none where the only token is no whole character.
+        usage = next((found for line in events[::-1] if (found := json.loads(line[6:]).get("usage"))), None)
         connection.close()
-        return int(usage["completion_tokens"]), first
+        return int(usage["completion_tokens"]) if usage else 0, first
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import tempfile
 
 import pytest
 
+from tests.support.long_tail import NAMES
+
 WORKER_BYTES = 6 << 30  # a worker with TVM and torch, and the processes that its tests start
 
 
@@ -42,3 +44,14 @@ def share_kernels(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="kernels-")
     os.environ["STAGEGRAPH_TEST_KERNELS"] = folder.name
     config.add_cleanup(folder.cleanup)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the long tail; in a run of all tests each of its names must be one."""
+    found = [item for item in items if item.nodeid in NAMES]
+    for item in found:
+        item.add_marker(pytest.mark.slow)
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and len(found) < len(NAMES):
+        gone = NAMES - {item.nodeid for item in found}
+        raise pytest.UsageError(f"tests/support/long_tail.py names tests that are gone: {sorted(gone)}")

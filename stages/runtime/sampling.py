@@ -86,7 +86,7 @@ class Sampler:
     def pick(self, logits: np.ndarray, before: Sequence[int] = ()) -> int:
         """Return the id picked from float32 ``logits`` [V] after the ids ``before``."""
         if self.settings.temperature == 0:
-            return int(np.argmax(self._penalised(logits, before)))
+            return int(self._penalised(logits, before).argmax())
         kept, weights = self.distribution(logits, before)
         edges = np.cumsum(weights)
         drawn = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))

@@ -313,6 +313,7 @@ def test_the_layers_that_int8_activations_cost_most_are_those_that_read_channels
     assert costs["model.layers.1.self_attn.q_proj"] > 10 * costs["model.layers.0.self_attn.q_proj"]
 
 
+@pytest.mark.slow
 def test_a_refusal_stands_where_nothing_better_could_be_measured(quantized, tmp_path, monkeypatch):
     first = bundles.verify(quantized, tmp_path / "first", memo=tmp_path / "memo", reference="live")
     assert "not compared" not in first.said
@@ -337,6 +338,7 @@ def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp
     assert "stays within the limits on 256 tokens (KL " in said
 
 
+@pytest.mark.slow
 def test_what_was_measured_for_a_refusal_is_not_measured_again(quantized, tmp_path, monkeypatch):
     asked = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -82,8 +82,7 @@ class Scored:
             self.chosen.append(chosen(logits[: self._active], self._ids[len(self.chosen)], self._count))
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some more text, which may be none, and the id that it came with: None at the end, and for what is echoed.
 
     ``chosen`` is that id with its log probability, or one that is echoed, if they were asked for.

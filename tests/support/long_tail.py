@@ -1,0 +1,70 @@
+"""Parameters of tests that wait for ``-m slow``: others of the same test, which always run, find nearly all that they do."""
+
+from __future__ import annotations
+
+LONG_TAIL = {
+    "tests/stages/test_compile_llvm.py::test_prefill_in_chunks_then_decode_equals_the_reference": ("q4bf16_1", "q0f16"),
+    "tests/stages/test_family_configs.py::test_a_real_model_is_registered_and_exported_without_its_weights": (
+        "llama-2-7b",
+        "mistral-7b-v0.1",
+        "qwen-1.8b",
+        "qwen2-0.5b",
+        "smollm2-135m",
+    ),
+    "tests/stages/test_family_configs.py::test_no_stage_of_one_family_depends_on_the_code_of_another": (
+        "gpt_neox",
+        "mistral",
+        "qwen",
+        "qwen2",
+        "qwen3",
+    ),
+    "tests/stages/test_gguf.py::test_a_byte_level_tokenizer_is_proven_as_of_a_folder": (
+        "deepseek-coder",
+        "gpt-2",
+        "qwen2",
+    ),
+    "tests/stages/test_lowering_cpu.py::test_a_linear_with_bias_and_residual_becomes_one_kernel": (
+        "q3k-70-608-x86-64",
+        "q4a128-661-640-x86-64",
+    ),
+    "tests/stages/test_quantize_faults.py::test_a_value_that_is_not_finite_is_named_with_its_index": (
+        "kernels-nan-q0f32",
+        "kernels-nan-q4f16_1",
+        "kernels-nan-q8f32_1",
+    ),
+    "tests/stages/test_runtime_tokenizer.py::test_the_runtime_gives_the_references_ids_and_text": (
+        "digits",
+        "llama3 tables",
+        "metaspace first",
+        "qwen2 tables",
+    ),
+    "tests/stages/test_rwkv_parity.py::test_every_step_after_prefills_of_any_length_equals_the_reference": (
+        "q4f32_1-2",
+    ),
+    "tests/stages/test_tensor_cores.py::test_prefill_multiplies_on_tensor_cores_and_decode_does_not": (
+        "q0f16",
+        "q4bf16_1",
+    ),
+    "tests/stages/test_tokenizer_families.py::test_every_family_builds_and_is_proven": (
+        "llama3 model",
+        "metaspace",
+        "neox",
+        "qwen2 vocab",
+        "sentencepiece",
+        "tekken",
+    ),
+    "tests/stages/test_tokenizer_faults.py::test_a_stop_id_that_is_no_token_is_refused": (
+        "digits",
+        "llama3 model",
+        "llama3 tables",
+        "metaspace",
+        "metaspace first",
+        "neox",
+        "qwen2 tables",
+        "sentencepiece modern",
+        "tekken",
+    ),
+    "tests/stages/test_tokenizer_unigram.py::test_every_id_is_sentencepieces_own": ("unigram", "unigram nfkc"),
+    "tests/stages/test_verify.py::test_nothing_in_the_working_directory_is_executed": (":/nowhere",),
+}
+NAMES = {f"{test}[{parameter}]" for test, parameters in LONG_TAIL.items() for parameter in parameters}
