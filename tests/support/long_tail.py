@@ -1,4 +1,4 @@
-"""Parameters of tests that wait for ``-m slow``: others of the same test, which always run, find nearly all that they do."""
+"""Parameters of tests that wait for ``-m slow``: those of the same test that always run find nearly all they would."""
 
 from __future__ import annotations
 
