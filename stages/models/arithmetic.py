@@ -170,7 +170,7 @@ def hardtanh(values: Values, x: Any, min_val: float = -1, max_val: float = 1) ->
 
 
 def softplus(values: Values, x: Any, beta: float = 1, threshold: float = 20) -> Tensor:
-    """log(1 + exp(beta x)) / beta, x itself above the threshold; as exact where it is near zero, as steps are."""
+    """log(1 + exp(beta x)) / beta, x itself above the threshold; with all digits near zero, where time steps lie."""
     scaled = ARITHMETIC["mul"](values, x, beta)
     curved = ARITHMETIC["div"](values, log1p(values, ARITHMETIC["exp"](values, scaled)), beta)
     return where(values, ARITHMETIC["gt"](values, scaled, threshold), x, curved)

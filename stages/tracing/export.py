@@ -323,7 +323,7 @@ class _Graph:
             "selective_scan": lambda: {"channels": first[1], "size": shapes[2][1]},
             "delta_rule": lambda: {
                 **dict(zip(("heads", "width", "key_heads", "size"), (*shapes[2][2:], *first[2:]), strict=True)),
-                "rates": [*shapes[3][3:], 1][0],
+                "rates": shapes[3][3] if len(shapes[3]) == 4 else 1,
             },
         }
         return name, {**arguments, **sizes[name]()}
