@@ -134,7 +134,7 @@ class ConfigReader:
         """Note what makes transformers' cache forget although the model of this family attends to everything."""
         window = self.raw.get("sliding_window")
         if SLIDING in (self.layer_kinds(layers) or []):
-            self.problem(f"layer_types has {SLIDING}, which is not built for this model_type")
+            self.problem(f"layer_types has {SLIDING}, which is not supported for this model_type")
         elif window is not None and not (type(window) is int and window >= positions > 0):
             self.wrong("sliding_window", window, "null: the layers of this model_type attend to all positions")
 

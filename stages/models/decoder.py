@@ -95,7 +95,7 @@ def read_window(read: ConfigReader, layers: int) -> dict[str, Any]:
         read.problem(f"layer_types has {SLIDING}, but use_sliding_window and sliding_window give no window")
         return none
     if kinds is not None and SLIDING in kinds[:full]:
-        read.problem(f"layer_types mixes its kinds; only layers of {FULL} before those of {SLIDING} are built")
+        read.problem(f"layer_types mixes its kinds; only layers of {FULL} before those of {SLIDING} are supported")
     return {"sliding_window": window, "full_layers": full}
 
 

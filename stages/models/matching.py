@@ -62,7 +62,7 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
     unused |= dict.fromkeys(zeros, "a bias of zeros")
     if left.beside:
         wrapper = getattr(config, "wrapper", "")
-        why = f": of {wrapper} the text model alone is built" if wrapper else ", as transformers does"
+        why = f": of {wrapper} only the text model is built" if wrapper else ", as transformers does"
         notes.append(
             f"{len(left.beside):,} tensors are of no part of a {family.name} model and are left out{why}: "
             f"{listed(left.beside)}"

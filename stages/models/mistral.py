@@ -37,7 +37,9 @@ def parse(raw: JsonObject) -> DecoderConfig:
     sizes, window = decoder.read_sizes(read), read.integer("sliding_window", null=0)
     kinds = read.layer_kinds(sizes["num_layers"])
     if kinds and SLIDING in kinds and (FULL in kinds or not window):  # else transformers goes by the window alone
-        read.problem(f"layer_types is not built beside sliding_window = {window or 'null'}: all layers have one window")
+        read.problem(
+            f"layer_types is not supported beside sliding_window = {window or 'null'}: all layers have one window"
+        )
     config = DecoderConfig(**sizes, sliding_window=window)
     read.finish()
     return config

@@ -152,8 +152,8 @@ def for_context(config: QWenConfig, window: int) -> tuple[QWenConfig, str]:
     alpha = 2 ** math.ceil(math.log2(window / config.seq_length) + 1) - 1
     base = config.rope_theta * alpha ** (config.head_dim / (config.head_dim - 2))
     return replace(config, rope_theta=base, log_n=config.seq_length if config.use_logn_attn else 0), (
-        f"use_dynamic_ntk: all sequences are given the base of a prompt of {window} tokens, the context_window built "
-        f"for; the model's own code gives shorter prompts others: for prompts within seq_length = {config.seq_length}, "
+        f"use_dynamic_ntk: all sequences use the base for a prompt of {window} tokens, the context_window; the model's "
+        f"own code uses another for shorter prompts: if prompts stay within seq_length = {config.seq_length}, "
         "set context_window to that"
     )
 

@@ -122,7 +122,7 @@ class Traced(nn.Module):
             except NotImplementedError as error:
                 raise OperatorError(
                     f"{self.config.architecture}: node {len(values)} of its {part}, operator '{name}': {error}, which "
-                    "no kernel here computes; the model cannot be built until one does"
+                    "has no kernel here; the model is not supported"
                 ) from None
         return values[graph["output"]]
 

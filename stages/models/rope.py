@@ -106,8 +106,8 @@ def for_context(config: Config, window: int) -> tuple[Config, str]:
     else:
         return config, ""
     return replace(config, rope_parameters=settled), (
-        f"rope_type '{kind}': all sequences are given the frequencies of one of {window} positions, the context_window "
-        f"built for; transformers gives shorter ones others: for prompts and answers within {ends}, "
+        f"rope_type '{kind}': all sequences use the frequencies for {window} positions, the context_window; "
+        f"transformers uses others for shorter sequences: if prompts and answers stay within {ends}, "
         f"set context_window to that"
     )
 

@@ -55,7 +55,9 @@ def parse(raw: JsonObject) -> RwkvConfig:
     read = ConfigReader(raw, KEYS, DEFAULTS, "rwkv")
     hidden = read.integer("hidden_size")
     if read.flag("tie_word_embeddings"):
-        read.problem("tie_word_embeddings = true is not built for model_type 'rwkv', whose head is a tensor of its own")
+        read.problem(
+            "tie_word_embeddings = true is not supported for model_type 'rwkv', whose head is a tensor of its own"
+        )
     config = RwkvConfig(
         vocab_size=read.integer("vocab_size"),
         hidden_size=hidden,

@@ -154,8 +154,8 @@ def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
         again = parse(config.unsettled, window)
         config = replace(again, tied=config.tied, wrapper=config.wrapper, parameters=config.parameters)
     return config, (
-        f"rotary frequencies are chosen by length: all sequences are given those of one of {window} positions, the "
-        "context_window built for; transformers gives shorter ones others"
+        f"rotary frequencies are chosen by length: all sequences use those for {window} positions, the "
+        "context_window; transformers uses others for shorter sequences"
     )
 
 

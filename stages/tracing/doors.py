@@ -98,7 +98,7 @@ def attention(
     if attention_mask is not None:
         strange.append("attention_mask")
     if strange:
-        raise ConfigError(f"{where}: attention with {', '.join(strange)} is not built")
+        raise ConfigError(f"{where}: attention with {', '.join(strange)} is not supported")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     reach = int(sliding_window or 0), _chunk(module)
     made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), *reach)
@@ -121,7 +121,7 @@ def experts(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     import torch
 
     if module.has_post_expert_norm:
-        raise ConfigError(f"{type(module).__name__}: a norm after each expert is not built")
+        raise ConfigError(f"{type(module).__name__}: a norm after each expert is not supported")
     chosen = top_k_index.reshape(-1)
 
     def layer(y: Any, name: str) -> Any:

@@ -150,7 +150,9 @@ class _Graph:
             return size
         factor = size.node.expr / self.symbol
         if not factor.is_Integer:
-            raise ConfigError(f"a size of {size.node.expr} tokens: only multiples of all are built")
+            raise ConfigError(
+                f"a size of {size.node.expr} tokens: only multiples of the number of tokens are supported"
+            )
         return {"tokens": int(factor)}
 
     def _node(self, node: Any) -> None:
@@ -391,5 +393,5 @@ class _Graph:
         path = next((path for path, _ in reversed(stack.values()) if path), "")
         where = path.removeprefix("L['self'].").removeprefix("model.") or "the model"
         return ConfigError(
-            f"{where}: node {node.name}: {what} is not built; a family of its own is needed (docs/extending.md)"
+            f"{where}: node {node.name}: {what} is not supported; a family of its own is needed (docs/extending.md)"
         )

@@ -34,7 +34,7 @@ def sequential(model: Any) -> Iterator[None]:
 def _refuse(where: str, more: Mapping[str, Any]) -> None:
     strange = sorted(name for name, value in more.items() if value is not None and name not in IDLE)
     if strange:
-        raise ConfigError(f"{where} with {', '.join(strange)} is not built")
+        raise ConfigError(f"{where} with {', '.join(strange)} is not supported")
 
 
 def causal_conv(x: Any, weight: Any, bias: Any = None, activation: str | None = None, **more: Any) -> Any:

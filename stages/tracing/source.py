@@ -46,7 +46,7 @@ def open_source(raw: JsonObject, window: int) -> Source:
     if getattr(text, "is_decoder", None) is False and hasattr(text, "add_cross_attention"):  # one that may be either
         raise ConfigError(
             f"config.json: model_type {named} is an encoder (is_decoder is false), whose tokens attend to later ones "
-            "too; only decoders are built"
+            "too; only decoders are supported"
         )
     every: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     known = next((kind for kind in (type(text), type(config)) if kind in every), None)

@@ -192,7 +192,7 @@ def test_layers_that_config_json_asks_for_are_not_listed_before_there_are_tensor
         (raw("mistral-7b-v0.1", sliding_window=0), "sliding_window = 0; expected a positive integer"),
         (
             raw("mistral-7b-v0.1", layer_types=["full_attention"] + ["sliding_attention"] * 31),
-            "layer_types is not built beside sliding_window = 4096",
+            "layer_types is not supported beside sliding_window = 4096",
         ),
         (raw("llama-2-7b", sliding_window=1024), "sliding_window = 1024; expected null"),
         (raw("llama-2-7b", layer_types=["sliding_attention"] * 32), "layer_types has sliding_attention, which is not"),

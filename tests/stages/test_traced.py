@@ -91,10 +91,10 @@ def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     refused = {
         "bert": r"'bert' is an encoder \(is_decoder is false\), whose tokens attend to later ones too",
-        "doge": "DogeAttention: attention with attention_mask is not built",
+        "doge": "DogeAttention: attention with attention_mask is not supported",
         "t5": "'t5' is an encoder-decoder model",
         "vit": "'vit' is no causal language model",
-        "xlm": "attentions.0: node cat: cat of a single number is not built",
+        "xlm": "attentions.0: node cat: cat of a single number is not supported",
         "gpt-of-tomorrow": r"transformers \S+ does not know it either; the code that its auto_map names is never run",
     }
     for model_type, reason in refused.items():

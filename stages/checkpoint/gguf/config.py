@@ -60,7 +60,7 @@ def model_types(path: Path) -> list[str]:
 def config(contents: Contents, factors: Sequence[float] = ()) -> JsonObject:
     """Return config.json; ``factors`` are the divisors of the rotary frequencies that the file holds as a tensor.
 
-    :class:`ConfigError` lists what is missing or says a model that is not built.
+    :class:`ConfigError` lists what is missing or says a model that is not supported.
     """
     read = _Metadata(contents, architecture(contents).model_type)
     own = {"gpt_neox": read.neox, "gemma3_text": read.gemma3}.get(read.model_type, read.decoder)()
@@ -112,7 +112,7 @@ class _Metadata:
         if type(value) is int and 0 < value < 2**31:
             return value
         problem = "is missing" if value is None else f"= {shown(value)}"
-        more = " (layers that differ are not built)" if isinstance(value, list) else ""
+        more = " (layers that differ are not supported)" if isinstance(value, list) else ""
         self.problems.append(f"{self.named}.{key} {problem}; expected a positive whole number{more}")
         return 1
 
@@ -130,7 +130,7 @@ class _Metadata:
         """Return what all architectures have, after a look at what none of them may have."""
         for key in UNBUILT:
             if self.get(key):
-                self.problems.append(f"{self.named}.{key} = {shown(self.get(key))}: such a model is not built")
+                self.problems.append(f"{self.named}.{key} = {shown(self.get(key))}: such a model is not supported")
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             self.problems.append("tensor token_embd.weight [vocabulary, hidden] is missing")

@@ -38,11 +38,7 @@ def tensors(files: Mapping[str, Path]) -> dict[str, tuple[TensorInfo, Packed]]:
     beyond = config.unread(contents)
     if beyond:
         stated = contents.metadata[config.ARCHITECTURE]
-        raise ConfigError(
-            *capped(
-                [f"tensor {shown(each)} is of no {stated} model that is built: it is another one" for each in beyond]
-            )
-        )
+        raise ConfigError(*capped([f"tensor {shown(each)} belongs to no supported {stated} model" for each in beyond]))
     found: dict[str, tuple[TensorInfo, Packed]] = {}
     for tensor, stored in contents.tensors.items():
         if not (named := known.name(tensor)):

@@ -18,23 +18,24 @@ if TYPE_CHECKING:
 
 
 class Mask(Protocol):
-    """What says which ids may come next: a grammar."""
+    """A grammar: decides which ids may come next."""
 
     def allowed(self) -> np.ndarray:
         """Return a boolean for every id that has a token."""
 
     def accept(self, token: int) -> None:
-        """Go on after an id that was allowed."""
+        """Advance past ``token``, which was allowed."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an answer is made.
+    """The settings by which an answer is generated.
 
-    ``frequency_penalty`` is taken from the logit of an id for each time that it was generated, ``presence_penalty``
-    once; ``logit_bias`` is added. ``logprobs`` asks for the log probability of every id and of so many likeliest
-    beside it; the model's own, before any of these settings. ``speculate`` is how many ids are guessed at once.
-    With ``echo`` the text begins with the prompt's, and ``max_tokens`` may be 0.
+    ``frequency_penalty`` is subtracted from the logit of an id for each time that it was generated,
+    ``presence_penalty`` once; ``logit_bias`` is added. ``logprobs`` is the number of likeliest ids to return with each
+    id, all with their log probabilities by the model itself, before any of these settings; None for no log
+    probabilities. ``speculate`` is the number of ids that are drafted at once. With ``echo``, the text begins with the
+    prompt, and ``max_tokens`` may be 0.
     """
 
     settings: Settings = field(default_factory=Settings)
@@ -51,7 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Chosen:
-    """One id with its log probability, and the likeliest ids in its place with theirs; None where nothing is before."""
+    """One id with its log probability (None for the first of a text), and the likeliest ids in its place."""
 
     token: int
     logprob: float | None
@@ -59,7 +60,7 @@ class Chosen:
 
 
 def chosen(logits: np.ndarray, token: int, count: int) -> Chosen:
-    """Return an id with its log probability by ``logits``, those of ids that have a token; ``count`` beside it."""
+    """Return ``token`` and the ``count`` likeliest ids with log probabilities by ``logits``, float [active ids]."""
     logits = logits.astype(np.float64)
     logits -= logits.max()
     logits -= np.log(np.exp(logits).sum())
@@ -70,22 +71,23 @@ def chosen(logits: np.ndarray, token: int, count: int) -> Chosen:
 
 
 class Scored:
-    """What the model made of a prompt's ids: each with its log probability, as far as it was read."""
+    """The log probabilities of a prompt's ids, which are collected while the prompt is read."""
 
     def __init__(self, ids: Sequence[int], active: int, count: int) -> None:
         self._ids, self._active, self._count = ids, active, count
         self.chosen = [Chosen(ids[0], None, ())]
 
     def hear(self, rows: Sequence[np.ndarray]) -> None:
-        """Take the logits after the next ids."""
+        """Add the ids that follow, given the logits before each of them."""
         for logits in rows:
             self.chosen.append(chosen(logits[: self._active], self._ids[len(self.chosen)], self._count))
 
 
 class Piece(NamedTuple):
-    """Some more text, which may be none, and the id that it came with: None at the end, and for what is echoed.
+    """The next piece of an answer's text, which may be empty, and the id that completed it.
 
-    ``chosen`` is that id with its log probability, or one that is echoed, if they were asked for.
+    ``token`` is None for text at the end of an answer, and for the echoed prompt. ``chosen`` has the log probability of
+    the id, generated or echoed, if the request asks for log probabilities.
     """
 
     text: str
@@ -95,10 +97,10 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer, and the id by which the model ended it.
+    """The end of an answer, and the end-of-text id if the model ended it.
 
-    ``finish`` is ``"stop"`` (the model ended it), ``"stop string"`` (one came), ``"length"`` (it has all the tokens
-    that it may have) or ``"context"`` (which is full).
+    ``finish`` is ``"stop"`` (the model ended it), ``"stop string"`` (the text contains one), ``"length"`` (it has
+    ``max_tokens``) or ``"context"`` (the context is full).
     """
 
     finish: str
@@ -107,7 +109,7 @@ class End:
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended an answer that could not be made."""
+    """The error that ended an answer."""
 
     error: Exception
 
@@ -116,10 +118,10 @@ Event = Piece | End | Failure
 
 
 class Answer:
-    """Continues ``ids``, which whoever reads them adds to; ``deliver`` hears of everything.
+    """Continues ``ids`` and calls ``deliver`` with every event; the scheduler appends the ids that were read.
 
-    ``room`` is the most ids that can be read, None for any number. ``scored`` has the log probabilities of the
-    prompt once it was read, where they are echoed.
+    ``room`` is the maximum number of ids in the context, None for no limit. ``scored`` has the log probabilities of the
+    prompt after it was read, if they are echoed.
     """
 
     def __init__(
@@ -151,7 +153,7 @@ class Answer:
         self._draft: Draft | None = None
 
     def draft(self, most: int) -> Sequence[int]:
-        """Return ids that may be taken next, of which the last is not the answer's last; at most so many."""
+        """Return at most ``most`` drafted ids; fewer near the end of the answer, as one more id is taken after them."""
         most = min(most, self._options.speculate, self._options.max_tokens - self.generated - 1)
         if self._room is not None:
             most = min(most, self._room - len(self.ids))
@@ -162,7 +164,7 @@ class Answer:
         return self._draft.propose(self.ids, most)
 
     def close(self) -> None:
-        """Let go of what guessed."""
+        """Free the resources of the draft."""
         if self._draft is not None:
             self._draft.close()
 
@@ -170,12 +172,12 @@ class Answer:
         """Return the id that follows :attr:`ids`, given the logits after them; None if the answer is over."""
         try:
             return self._take(logits)
-        except Exception as error:  # noqa: BLE001 - what one answer stumbles over must not end the others
+        except Exception as error:  # noqa: BLE001 - the error of one answer must not end the others
             self.fail(error)
             return None
 
     def fail(self, error: Exception) -> None:
-        """End the answer with what went wrong."""
+        """End the answer with an error."""
         self._deliver(Failure(error))
 
     def _take(self, logits: np.ndarray) -> int | None:
@@ -186,7 +188,7 @@ class Answer:
                 return None
         token = self._sampler.pick(self._adjusted(logits), self.ids)
         count = self._options.logprobs
-        told = () if count is None else (chosen(logits[: self._active], token, count),)
+        logprobs = () if count is None else (chosen(logits[: self._active], token, count),)
         if token in self._tokenizer.stop:
             self._end("stop", token)
             return None
@@ -196,14 +198,14 @@ class Answer:
             self._mask.accept(token)
         shown = self._options.specials and self._tokenizer.is_special(token)
         text = self._stream.add(self._tokenizer.piece(token) or b"") if shown else self._stream.step(token)
-        self._deliver(Piece(text, told, token))
+        self._deliver(Piece(text, logprobs, token))
         finish = self._finish()
         if finish:
             self._end(finish)
         return None if finish else token
 
     def _finish(self) -> str:
-        """Return why it ends before the model ends it, nothing where it goes on."""
+        """Return why the answer ends here without an end-of-text id, an empty string if it goes on."""
         if self._stream.stopped is not None:
             return "stop string"
         if self.generated == self._options.max_tokens:
@@ -211,7 +213,7 @@ class Answer:
         return "context" if len(self.ids) == self._room else ""
 
     def _begin(self) -> None:
-        """Say what the prompt says, where it is echoed; no stop string is looked for in it."""
+        """Deliver the prompt, if it is echoed; stop strings in it do not count."""
         self._begun = True
         if self._scored is not None:
             for each in self._scored.chosen:
@@ -226,7 +228,7 @@ class Answer:
         self._deliver(End(finish, token))
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:
-        """Return the logits with what the options add and take away: changed in place where nobody asks for them."""
+        """Return the logits after penalties, biases and mask: a copy if log probabilities are needed, else in place."""
         options = self._options
         penalised = bool(self._counts) and bool(options.frequency_penalty or options.presence_penalty)
         if not penalised and not options.logit_bias and self._mask is None:

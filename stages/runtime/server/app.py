@@ -37,7 +37,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost: bytes of its body, seconds to send it, and seconds until it is answered."""
+    """Limits of a request: bytes of its body, seconds to send it, and seconds until it is answered."""
 
     body: int = 8 << 20
     sending: float = 30
@@ -55,9 +55,9 @@ def create(
 ) -> Starlette:
     """Return the application that serves ``engines`` by their names.
 
-    ``key`` is what clients must send, None for no key. ``local`` says that only names of this machine are meant: a
-    page of somewhere else whose name leads here (DNS rebinding) is refused. ``with_page`` adds the page for people. A
-    line about each request goes to ``log``, without anything of what was said.
+    ``key`` is the key that clients must send, None for no key. With ``local``, only host names of this machine are
+    accepted, so that another site whose name resolves to this machine (DNS rebinding) is refused. ``with_page`` adds
+    the chat page. ``log`` gets a line about each request, without its content.
     """
     api = _Api(engines, limits or Limits())
     routes = [
@@ -170,11 +170,11 @@ class _Api:
         }
 
     async def _body(self, request: Request) -> Any:
-        """Return the JSON of a body, which must say that it is one: no form of another page can send that."""
+        """Return the JSON of a body, whose content type must be JSON: a form on another site cannot send that."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError("the body must be sent as application/json", status=415)
-        size = int(request.headers.get("content-length", "0"))  # digits, or the request had not come so far
+        size = int(request.headers.get("content-length", "0"))  # the HTTP parser accepts digits only
         data, parts = bytearray(), aiter(request.stream())
         try:
             async with asyncio.timeout(self._limits.sending):
@@ -193,7 +193,7 @@ class _Api:
 
 
 class _Events(StreamingResponse):
-    """The answers of an exchange as they come; ``ended`` is called whatever happens, also where none was sent."""
+    """Streams the answers of an exchange; ``ended`` is always called, even if nothing could be sent."""
 
     def __init__(self, exchange: Exchange, ended: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

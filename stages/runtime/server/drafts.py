@@ -1,7 +1,7 @@
-"""Speculative decoding: proposes the next tokens of an answer; the model checks them all in one pass.
+"""Speculative decoding: drafts the next tokens of an answer, which the model checks in one pass.
 
-A proposed token is kept only where the answer would have had it anyway. So drafts change how long an answer takes and
-nothing else: tokens are drawn from the model's own distribution, and a seed draws what it draws without drafts.
+A drafted token is accepted only if the answer would contain it without drafts. So drafts change the time of an answer
+and nothing else: tokens are sampled from the model's own distribution, and a seed gives the same answer as without.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
     from stages.runtime.manifest import Manifest
 
-MOST = 16  # ids guessed at once
-_SIZES = (3, 2)  # how many ids have to be the same for what followed them to be a guess
+MOST = 16  # ids drafted at once
+_SIZES = (3, 2)  # lengths of the n-grams whose earlier continuation is proposed, the first that matches
 
 
 class Draft(Protocol):
-    """Guesses for one text."""
+    """Proposes tokens for one text."""
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """Return at most so many ids that may follow ``ids``, which have only grown since the last time."""
+        """Return at most ``most`` ids that may follow ``ids``, which begin with those of the previous call."""
 
     def close(self) -> None:
-        """Let go of what was held for the text."""
+        """Free the resources for the text."""
 
 
 class Lookup:
-    """Guesses that a text goes on as it did when its newest ids came before (prompt look-up)."""
+    """Prompt look-up decoding: proposes what followed the last ids of a text where they occurred before."""
 
     def __init__(self) -> None:
-        self._ends: dict[tuple[int, ...], int] = {}  # ids -> where they ended last
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram of ids -> the index after its last occurrence
         self._known = 0
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """Return at most so many ids that followed the last ones of ``ids`` before."""
+        """Return at most ``most`` ids that followed the last n-gram of ``ids`` at its previous occurrence."""
         for end in range(self._known + 1, len(ids)):
             for size in _SIZES:
                 if end >= size:
@@ -52,31 +52,31 @@ class Lookup:
         return ids[at : at + most]
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: a look-up has no resources to free."""
 
 
 class Drafter:
-    """A second, smaller bundle with the same vocabulary, whose likeliest ids are the guesses."""
+    """A draft model: a second, smaller bundle with the same vocabulary, whose likeliest ids are proposed."""
 
     def __init__(self, bundle: Manifest, vocab_size: int) -> None:
         if bundle.model["vocab_size"] < vocab_size:
             raise RequestError(
-                f"{bundle.root}: its vocabulary of {bundle.model['vocab_size']:,} is smaller than {vocab_size:,}: what "
-                "drafts for a model must have its tokenizer"
+                f"{bundle.root}: its vocabulary of {bundle.model['vocab_size']:,} is smaller than {vocab_size:,}: a "
+                "draft model must have the tokenizer of the model that it drafts for"
             )
         self._session = Session(bundle, sequences=bundle.model["max_batch"])
         self._vocab_size = vocab_size
-        self._left = bundle.model["max_batch"]  # texts that it can hold besides
+        self._left = bundle.model["max_batch"]  # sequences of the bundle that are free
 
     def begin(self) -> Draft:
-        """Return what guesses for one more text: by its own ids where all sequences of the bundle are taken."""
+        """Return a draft for one more text; a :class:`Lookup` if all sequences of the bundle are in use."""
         if not self._left:
             return Lookup()
         self._left -= 1
         return _Drafting(self, Context(self._session))
 
     def guesses(self, context: Context, ids: Sequence[int], most: int) -> list[int]:
-        """Return the likeliest ids after ``ids``, one after the other."""
+        """Return the likeliest ids after ``ids``, by greedy decoding."""
         limit = self._session.limit
         if limit is not None:
             most = min(most, limit - len(ids) + 1)
@@ -84,7 +84,7 @@ class Drafter:
             return []
         try:
             logits, found = context.read(ids), []
-        except RequestError:  # an id that this bundle does not have
+        except RequestError:  # this bundle does not have one of the ids
             return []
         while logits is not None:
             found.append(int(np.argmax(logits[: self._vocab_size])))
@@ -92,21 +92,21 @@ class Drafter:
         return found
 
     def end(self, context: Context) -> None:
-        """Give a text's sequence back."""
+        """Free the sequence of a text."""
         context.close()
         self._left += 1
 
 
 class _Drafting:
-    """The guesses of a bundle for one text."""
+    """The draft of one text by a draft model."""
 
     def __init__(self, drafter: Drafter, context: Context) -> None:
         self._drafter, self._context = drafter, context
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        """Return at most so many ids."""
+        """Return at most ``most`` ids that may follow ``ids``."""
         return self._drafter.guesses(self._context, list(ids), most)
 
     def close(self) -> None:
-        """Give the sequence back."""
+        """Free the sequence of the text."""
         self._drafter.end(self._context)

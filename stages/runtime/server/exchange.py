@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from stages.runtime.server.requests import Wanted
     from stages.runtime.server.responses import Form
 
-# What the API calls the ways in which an answer ends.
+# The ways in which an answer ends -> finish_reason in the API.
 _FINISHES = {"stop": "stop", "stop string": "stop", "length": "length", "context": "length"}
 
 
 class Exchange:
-    """Begins the answers that a request wants; :class:`ApiError` where it cannot. To be closed, whatever happens.
+    """The answers to one request, which are started at once; :class:`ApiError` if they cannot be. Must be closed.
 
-    ``seconds`` is how long all of it may take, and ``first`` is called when the first token has come.
+    ``seconds`` is the time limit for all answers; ``first`` is called when the first token arrives.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Exchange:
     ) -> None:
         self._engine, self._wanted, self._form, self._first = engine, wanted, form, first
         self._loop = asyncio.get_running_loop()
-        self.outcome = "left"  # until it is known to be another
+        self.outcome = "left"  # unless it becomes "done" or "failed": the client disconnected
         self._deadline = self._loop.time() + seconds
         self._seconds = seconds
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
@@ -53,7 +53,7 @@ class Exchange:
         first = len(self._made)
 
         def deliver(index: int, event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits for the event
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (first + index, event))
 
         try:
@@ -62,16 +62,16 @@ class Exchange:
         except RequestError as error:
             raise ApiError(str(error), code="context_length_exceeded" if "context" in str(error) else None) from None
         except BusyError:
-            raise ApiError("too many requests wait already; try again later", status=429, retry=1) from None
+            raise ApiError("too many requests are waiting; try again later", status=429, retry=1) from None
         except ClosingError:
             raise ApiError("the server is shutting down", status=503, retry=5) from None
 
     def close(self) -> None:
-        """Call off what is not over; its pages are free before the next step."""
+        """Cancel unfinished answers; their pages are free before the next step."""
         self._engine.cancel([job for job, _ in self._made])
 
     async def whole(self) -> Completion:
-        """Return the document with all answers."""
+        """Return the response with all complete answers."""
         pieces: list[list[Piece]] = [[] for _ in self._made]
         finishes = [""] * len(self._made)
         async for index, event in self._all():
@@ -80,8 +80,8 @@ class Exchange:
             else:
                 finishes[index] = _FINISHES[event.finish]
         choices: list[Choice] = [
-            {"index": at, **self._form.choice(at, said, finish)}
-            for at, (said, finish) in enumerate(zip(pieces, finishes, strict=True))
+            {"index": at, **self._form.choice(at, texts, finish)}
+            for at, (texts, finish) in enumerate(zip(pieces, finishes, strict=True))
         ]
         return {**self._form.envelope(choices, chunk=False), "usage": self.usage()}
 
@@ -103,7 +103,7 @@ class Exchange:
             yield _event(error.document())
 
     def usage(self) -> Usage:
-        """Return how many tokens were read and made."""
+        """Return the numbers of tokens that were read, generated, cached and drafted."""
         count = len(self._wanted.seeds)
         prompt = sum(map(len, self._wanted.prompts))
         made = sum(answer.generated for _, answer in self._made)
@@ -121,7 +121,7 @@ class Exchange:
         }
 
     async def _all(self) -> AsyncIterator[tuple[int, Piece | End]]:
-        """Yield what the answers say until all are over."""
+        """Yield the events of all answers until the last has ended."""
         left, begun = len(self._made), False
         while left:
             try:
@@ -129,7 +129,9 @@ class Exchange:
                     index, event = await self._events.get()
             except TimeoutError:
                 self.outcome = "failed"
-                raise ApiError(f"not done after {self._seconds:g} seconds", status=504, code="timeout") from None
+                raise ApiError(
+                    f"the request was not answered within {self._seconds:g} seconds", status=504, code="timeout"
+                ) from None
             if not begun:
                 begun = True
                 self._first()
@@ -152,7 +154,7 @@ def _failed(error: Exception) -> ApiError:
         return ApiError("the server is shutting down", status=503, retry=5)
     if isinstance(error, RequestError):
         return ApiError(str(error))
-    return ApiError(f"the answer failed: {type(error).__name__}", status=500)
+    return ApiError(f"internal error while generating the answer: {type(error).__name__}", status=500)
 
 
 def _event(document: Completion | Refusal) -> str:

@@ -19,12 +19,12 @@ _NAMES: dict[Any, str] = {bool: "true or false", str: "a string", list: "a list"
 
 
 def parsed(data: bytes) -> Any:
-    """Return the document of JSON; :class:`ValueError` says what is wrong with one that is none.
+    """Return the document in JSON ``data``; :class:`ValueError` says why there is none.
 
-    Nor is one that not all that comes after could hold: text with half a character, or too many parts in one another.
+    Text with lone surrogates, and documents nested too deep, are refused too, as later steps could not process them.
     """
     try:
-        document = json.loads(data.decode())  # which json does not do as strictly
+        document = json.loads(data.decode())  # stricter than json's own decoding
         if _ESCAPED_SURROGATE.search(data):
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -41,7 +41,7 @@ def parsed(data: bytes) -> Any:
 
 
 class Fields:
-    """An object of a request's body; ``where`` is its path in there. What is null counts as absent."""
+    """An object in a request's body; ``where`` is its path in the body. Parameters that are null count as absent."""
 
     def __init__(self, document: Any, known: Collection[str] | None = None, *, where: str = "") -> None:
         self._where = where
@@ -49,7 +49,7 @@ class Fields:
             raise ApiError(f"{where or 'the body'} must be an object, found {_shown(document)}", param=where or None)
         self._given: JsonObject = {name: value for name, value in document.items() if value is not None}
         if known is not None and (unknown := sorted(self._given.keys() - {*known})):
-            import difflib  # only a mistake pays for it
+            import difflib  # imported only for an error
 
             close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.7)
             advice = f"; did you mean {close[0]}?" if close else ""
@@ -64,16 +64,16 @@ class Fields:
         return f"{self._where}.{name}" if self._where else name
 
     def raw(self, name: str) -> Any:
-        """Return a parameter as it was given, None if it was not."""
+        """Return a parameter unchecked, None if it is absent."""
         return self._given.get(name)
 
     def wrong(self, name: str, wanted: str) -> ApiError:
-        """Return the error that a parameter is not what is wanted of it."""
+        """Return the error for a parameter that is not ``wanted``."""
         path = self.path(name)
         return ApiError(f"{path} must be {wanted}, found {_shown(self.raw(name))}", param=path, code="invalid_value")
 
     def take(self, name: str, kind: type, default: Any = None) -> Any:
-        """Return a parameter of a kind: bool, str, list or dict."""
+        """Return a parameter, which must be of ``kind``: bool, str, list or dict."""
         if name not in self._given:
             return default
         value = self._given[name]
@@ -82,14 +82,14 @@ class Fields:
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
-        """Return a number of a range, its ends included."""
+        """Return a number from ``low`` to ``high``, both included."""
         value = self._given.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise self.wrong(name, f"a number from {low:g} to {high:g}")
         return float(value)
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
-        """Return a whole number of a range, its ends included."""
+        """Return an integer from ``low`` to ``high``, both included."""
         if name not in self._given:
             return default
         value = self._given[name]
@@ -98,7 +98,7 @@ class Fields:
         return value
 
     def texts(self, name: str, most: int) -> list[str]:
-        """Return a string, or a list of some, as a list."""
+        """Return a string, or a list of at most ``most`` strings, as a list."""
         value = self._given.get(name, [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or len(values) > most or not all(isinstance(v, str) and v for v in values):

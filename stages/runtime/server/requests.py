@@ -44,9 +44,9 @@ _MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id", "refusal", 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A request: the ids of its prompts, each with as many answers as there are ``seeds``.
+    """A parsed request: the ids of its prompts, each with one answer for each of ``seeds``.
 
-    ``masks`` makes what each answer has to fit, None for anything; ``tools`` are the functions that it may call.
+    ``masks`` makes the grammar of an answer, None for no grammar; ``tools`` are the functions that it may call.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -59,7 +59,7 @@ class Wanted:
 
 
 def chat(body: Any, engine: Engine) -> Wanted:
-    """Return what a body of /v1/chat/completions asks for; :class:`ApiError` if it cannot be had."""
+    """Parse a body of /v1/chat/completions; :class:`ApiError` if it is wrong or not supported."""
     fields = Fields(body, _CHAT)
     messages = [_message(message, at) for at, message in enumerate(fields.take("messages", list, []))]
     if not messages:
@@ -67,7 +67,7 @@ def chat(body: Any, engine: Engine) -> Wanted:
     called = tools.read(fields, engine.tokenizer.tool_template())
     variables = {**fields.take("chat_template_kwargs", dict, {}), "tools": called.given if called else None}
     masks = _masks(fields, engine, called)
-    masks()  # what is wrong with it is said now
+    masks()  # so that an error in the grammar is an error of the request
     try:
         prompt = engine.tokenizer.chat(messages, variables=variables)
     except RequestError as error:
@@ -83,7 +83,7 @@ def chat(body: Any, engine: Engine) -> Wanted:
 
 
 def _masks(fields: Fields, engine: Engine, called: Tools | None) -> Callable[[], Mask | None]:
-    """Return what makes the grammar of each answer: of its response_format, or of a call that it may or has to make."""
+    """Return a function that makes the grammar of an answer, for its response_format and for calls."""
     form = Fields(fields.take("response_format", dict, {"type": "text"}), where="response_format")
     kind = form.raw("type")
     if kind not in ("text", "json_object", "json_schema"):
@@ -95,15 +95,15 @@ def _masks(fields: Fields, engine: Engine, called: Tools | None) -> Callable[[],
     if called is None:
         return lambda: None if kind == "text" else engine.grammars.json(schema, "response_format")
     if kind != "text":
-        engine.grammars.json(schema, "response_format")  # what is wrong with it alone
+        engine.grammars.json(schema, "response_format")  # an error in it is not one of the tools
     return lambda: called.mask(engine.grammars, schema)
 
 
 def text(body: Any, engine: Engine) -> Wanted:
-    """Return what a body of /v1/completions asks for; :class:`ApiError` if it cannot be had."""
+    """Parse a body of /v1/completions; :class:`ApiError` if it is wrong or not supported."""
     fields = Fields(body, _TEXT)
     if fields.take("suffix", str, ""):
-        raise ApiError("suffix is not supported: these models continue a text", param="suffix")
+        raise ApiError("suffix is not supported", param="suffix")
     if fields.integer("best_of", fields.integer("n", 1, 1, MOST_ANSWERS), 1, MOST_ANSWERS) != (fields.raw("n") or 1):
         raise ApiError("best_of must equal n: answers are not ranked", param="best_of")
     logprobs = fields.integer("logprobs", None, 0, 20)
@@ -139,7 +139,9 @@ def _wanted(
         raise fields.wrong("stop", f"a string of at most {LONGEST_STOP} bytes")
     speculate = fields.integer("speculate", engine.speculate, 0, drafts.MOST) or 0
     if speculate and not engine.can_speculate:
-        raise ApiError("a recurrent model cannot take guesses back", param="speculate")
+        raise ApiError(
+            "speculate is not supported for a recurrent model, whose state cannot be rolled back", param="speculate"
+        )
     options = Options(
         settings=_settings(fields, engine),
         max_tokens=limit,
@@ -160,13 +162,13 @@ def _wanted(
 
 
 def _settings(fields: Fields, engine: Engine) -> Settings:
-    """Return how to draw: as asked, else as the checkpoint says, else at a temperature of 1."""
+    """Return the sampling settings: of the request, else of the checkpoint, else a temperature of 1."""
     usual = Settings(**{"temperature": 1.0, **of_checkpoint(engine.manifest.sampling)})
     top_k = fields.integer("top_k", usual.top_k, -1, _LARGEST) or 0
     return Settings(
         temperature=fields.number("temperature", usual.temperature, 0, 100),
-        top_k=max(top_k, 0),  # -1 is what others take for all
-        top_p=max(fields.number("top_p", usual.top_p, 0, 1), 1e-9),  # 0 is the likeliest alone
+        top_k=max(top_k, 0),  # other servers use -1 for all
+        top_p=max(fields.number("top_p", usual.top_p, 0, 1), 1e-9),  # 0 means the likeliest token only
         min_p=fields.number("min_p", usual.min_p, 0, 1),
         repetition_penalty=fields.number("repetition_penalty", usual.repetition_penalty, 0.01, 100),
     )
@@ -205,7 +207,7 @@ def _ids(fields: Fields, prompt: str | list[int], engine: Engine) -> list[int]:
 
 
 def _message(message: Any, at: int) -> JsonObject:
-    """Return a message as templates know it: content is one text, the arguments of a call are an object."""
+    """Return a message in the form for templates: its content is one text, the arguments of a call are an object."""
     fields = Fields(message, _MESSAGE, where=f"messages[{at}]")
     role = fields.take("role", str)
     if role not in _ROLES:
@@ -227,7 +229,7 @@ def _content(fields: Fields) -> str:
         for at, part in enumerate(content):
             inner = Fields(part, where=f"{fields.path('content')}[{at}]")
             if inner.raw("type") not in ("text", "refusal"):
-                raise inner.wrong("type", "text: this model reads nothing else")
+                raise inner.wrong("type", "text: this model reads text only")
             texts.append(inner.take(inner.raw("type"), str, ""))
         return "\n".join(texts)
     found: str = fields.take("content", str, "")

@@ -26,26 +26,26 @@ if TYPE_CHECKING:
 
 
 class Form(Protocol):
-    """How one endpoint words its answers."""
+    """The response format of one endpoint."""
 
     def opening(self) -> Choice | None:
-        """Return what a choice's stream begins with, None for nothing."""
+        """Return the first chunk of a choice, None for no such chunk."""
 
     def delta(self, index: int, piece: Piece) -> Choice | None:
-        """Return what one more piece adds to a choice, None for nothing."""
+        """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
 
     def closing(self, index: int, finish: str) -> Choice:
-        """Return what a choice's stream ends with, and why."""
+        """Return the last chunk of a choice, with its finish_reason."""
 
     def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:
-        """Return a whole choice, and why it ended."""
+        """Return a complete choice, with its finish_reason."""
 
     def envelope(self, choices: Sequence[Choice], *, chunk: bool) -> Completion:
         """Return the document around choices."""
 
 
 class _Answers:
-    """What both endpoints have: the envelope, and the text of a token."""
+    """The parts that both endpoints share: the envelope, and the text of a token."""
 
     prefix = kind = chunk_kind = ""
 
@@ -72,7 +72,7 @@ class _Answers:
 
 
 class Chat(_Answers):
-    """/v1/chat/completions; with ``tools`` what answers say is told from what they call."""
+    """The format of /v1/chat/completions; with ``tools``, calls are separated from the text of an answer."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -82,11 +82,11 @@ class Chat(_Answers):
         self._readers: dict[int, Reader] = {}
 
     def opening(self) -> Choice | None:
-        """Return what a choice's stream begins with: who speaks."""
+        """Return the first chunk of a choice: its role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def delta(self, index: int, piece: Piece) -> Choice | None:
-        """Return what one more piece adds to a choice, None for nothing."""
+        """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
         text = piece.text
         if self._tools is not None:
             text = self._readers.setdefault(index, Reader(self._tools)).feed(text)
@@ -95,7 +95,7 @@ class Chat(_Answers):
         return {"delta": {"content": text}, "logprobs": self._logprobs([piece])}
 
     def closing(self, index: int, finish: str) -> Choice:
-        """Return what a choice's stream ends with, and why."""
+        """Return the last chunk of a choice, with its finish_reason."""
         text, calls = self._readers[index].finish() if index in self._readers else ("", [])
         delta: Message = {"content": text} if text else {}
         if calls:
@@ -103,14 +103,14 @@ class Chat(_Answers):
         return {"delta": delta, "finish_reason": "tool_calls" if calls else finish}
 
     def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
-        """Return a whole choice, and why it ended."""
+        """Return a complete choice, with its finish_reason."""
         text = "".join(piece.text for piece in pieces)
         calls: list[ToolCall] = []
         if self._tools is not None:
             reader = Reader(self._tools)
-            said = reader.feed(text)
+            text = reader.feed(text)
             rest, calls = reader.finish()
-            text = said + rest
+            text += rest
         message: Message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if calls:
             message["tool_calls"] = calls
@@ -122,7 +122,7 @@ class Chat(_Answers):
         return {"content": [self._logprob(each) for each in chosen], "refusal": None} if chosen else None
 
     def _logprob(self, chosen: Chosen) -> TokenLogprob:
-        assert chosen.logprob is not None, "something is before every token of a message"
+        assert chosen.logprob is not None, "every token of a message follows another"
         top = [self._entry(token, logprob) for token, logprob in chosen.top]
         return {**self._entry(chosen.token, chosen.logprob), "top_logprobs": top}
 
@@ -131,7 +131,7 @@ class Chat(_Answers):
 
 
 class Text(_Answers):
-    """/v1/completions."""
+    """The format of /v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -140,11 +140,11 @@ class Text(_Answers):
         self._lengths: dict[int, int] = {}  # of the text of each choice so far
 
     def opening(self) -> Choice | None:
-        """Return nothing: a text begins with its first piece."""
+        """Return None: a text has no chunk before its first piece."""
         return None
 
     def delta(self, index: int, piece: Piece) -> Choice | None:
-        """Return what one more piece adds to a choice, None for nothing."""
+        """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
         if not piece.text and not piece.chosen:
             return None
         offset = self._lengths.get(index, 0)
@@ -152,11 +152,11 @@ class Text(_Answers):
         return {"text": piece.text, "logprobs": self._logprobs([piece], offset)}
 
     def closing(self, index: int, finish: str) -> Choice:  # noqa: ARG002 - as the others
-        """Return what a choice's stream ends with, and why."""
+        """Return the last chunk of a choice, with its finish_reason."""
         return {"text": "", "logprobs": None, "finish_reason": finish}
 
     def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
-        """Return a whole choice, and why it ended."""
+        """Return a complete choice, with its finish_reason."""
         text = "".join(piece.text for piece in pieces)
         return {"text": text, "logprobs": self._logprobs(pieces, 0), "finish_reason": finish}
 

@@ -1,4 +1,4 @@
-"""Function calls: shows functions to a model by its template, and finds the calls in its answers."""
+"""Function calls: passes functions to the chat template, and finds calls in the model's answers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from stages.runtime.server.grammar import Grammars
 
 MOST = 128  # functions of one request
-_ARGUMENTS = ("arguments", "parameters")  # names that templates have for what a function is given
+_ARGUMENTS = ("arguments", "parameters")  # names that templates use for the arguments of a call
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a family writes a call: ``sign``, ``opening``, JSON, ``closing``; ``arguments`` names what is handed in."""
+    """The format of calls in a model family: ``sign``, ``opening``, JSON, ``closing``.
+
+    ``arguments`` is the key of the arguments in the JSON.
+    """
 
     sign: str = ""
     opening: str = ""
@@ -32,7 +35,7 @@ class Style:
     arguments: str = "arguments"
 
 
-# What a template says -> how its model writes calls, the first that is found.
+# Text in a chat template -> the format of calls of its model; the first match counts.
 STYLES = {
     "<tool_call>": Style("<tool_call>", "\n", "\n</tool_call>"),  # Hermes, Qwen, SmolLM
     "[TOOL_CALLS]": Style("[TOOL_CALLS]", " [", "]"),  # Mistral
@@ -43,9 +46,9 @@ _PLAIN = Style()
 
 @dataclass(frozen=True)
 class Tools:
-    """The functions that a request may call, as the template is given them.
+    """The functions that a model may call, in the form for the chat template.
 
-    ``must`` are the names of which one has to be called, none where the model may choose to speak.
+    ``must`` are the functions of which one must be called; empty if the model may also answer with text.
     """
 
     given: Sequence[JsonObject]
@@ -54,7 +57,7 @@ class Tools:
     parallel: bool
 
     def mask(self, grammars: Grammars, schema: Any = None) -> Mask | None:
-        """Return the grammar of a call that has to be, or of one or what fits ``schema``; None where none is needed."""
+        """Return a grammar for a call, or for a call or JSON of ``schema``; None if the answer is not constrained."""
         if not self.must and schema is None:
             return None
         names = self.must or [tool["function"]["name"] for tool in self.given]
@@ -75,7 +78,7 @@ class Tools:
         rules = [f"calling: {begin} call {end}", f"call: %json {json.dumps({'anyOf': calls})}"]
         if self.must or schema is None:
             return grammars.lark("\n".join(["start: calling", *rules]), "tools")
-        rules += ["start: calling | said", f"said: %json {json.dumps(schema)}"]
+        rules += ["start: calling | answer", f"answer: %json {json.dumps(schema)}"]
         return grammars.lark("\n".join(rules), "tools, or response_format,")
 
 
@@ -91,7 +94,7 @@ def read(fields: Fields, template: str) -> Tools | None:
         function = Fields(Fields(choice, {"type", "function"}, where="tool_choice").raw("function"), {"name"})
         choice = function.take("name", str, "")
         if choice not in names:
-            raise ApiError(f"tool_choice names {choice!a:.80}, which is none of the tools", param="tool_choice")
+            raise ApiError(f"tool_choice names {choice!a:.80}, which is not among the tools", param="tool_choice")
         must = [choice]
     elif choice in ("auto", "none", "required"):
         must = names if choice == "required" else []
@@ -102,7 +105,7 @@ def read(fields: Fields, template: str) -> Tools | None:
             raise ApiError("tool_choice needs tools", param="tool_choice")
         return None
     if "tools" not in template:
-        raise ApiError("this model's chat template has no place for tools: it would never hear of them", param="tools")
+        raise ApiError("this model's chat template does not support tools", param="tools")
     style = next((style for sign, style in STYLES.items() if sign in template), _PLAIN)
     return Tools(given, style, must, parallel)
 
@@ -121,41 +124,41 @@ def _tool(tool: Any, where: str) -> JsonObject:
 
 
 class Reader:
-    """Takes an answer's text as it comes, and tells what is said from what is called."""
+    """Separates the text of an answer, which arrives in pieces, from the calls in it."""
 
     def __init__(self, tools: Tools) -> None:
         self._begin, self._end, self._parallel = tools.style.sign, tools.style.closing.strip(), tools.parallel
         self._names = {tool["function"]["name"] for tool in tools.given}
-        self._held = ""
+        self._buffer = ""
 
     def feed(self, text: str) -> str:
-        """Return what is surely said; what may be a call is held until :meth:`finish`."""
-        held = self._held + text
-        if not self._begin:  # a call has no sign: the whole text is one or none
-            if held.lstrip() and not held.lstrip().startswith("{"):
-                self._held = ""
-                return held
-            self._held = held
+        """Return text that is certainly not part of a call; the rest is buffered until :meth:`finish`."""
+        text = self._buffer + text
+        if not self._begin:  # calls have no sign: the whole text is a call or is not
+            if text.lstrip() and not text.lstrip().startswith("{"):
+                self._buffer = ""
+                return text
+            self._buffer = text
             return ""
-        at = held.find(self._begin)
+        at = text.find(self._begin)
         if at < 0:
-            at = len(held) - next((n for n in range(len(self._begin) - 1, 0, -1) if held.endswith(self._begin[:n])), 0)
-        self._held = held[at:]
-        return held[:at]
+            at = len(text) - next((n for n in range(len(self._begin) - 1, 0, -1) if text.endswith(self._begin[:n])), 0)
+        self._buffer = text[at:]
+        return text[:at]
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """Return what was held back and is no call after all, and the calls."""
-        held, self._held = self._held, ""
-        texts = held.split(self._begin) if self._begin else ["", held]
-        said, calls = texts[0], []
+        """Return the buffered text that is not a call, and the calls."""
+        buffered, self._buffer = self._buffer, ""
+        texts = buffered.split(self._begin) if self._begin else ["", buffered]
+        content, calls = texts[0], []
         for text in texts[1:]:
             found = list(self._found(text.partition(self._end)[0] if self._end.startswith("<") else text))
             calls += found
-            said += "" if found else self._begin + text
-        return said, calls if self._parallel else calls[:1]
+            content += "" if found else self._begin + text
+        return content, calls if self._parallel else calls[:1]
 
     def _found(self, text: str) -> Iterator[ToolCall]:
-        """Yield the calls of JSON: one, several in a list, or with a semicolon between them."""
+        """Yield the calls in JSON: one, several in a list, or several separated by semicolons."""
         decoder = json.JSONDecoder()
         text = text.strip()
         while text:
