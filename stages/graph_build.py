@@ -34,9 +34,9 @@ class GraphBuild(Stage):
         prefill_chunk: int = param("longest chunk one prefill call reads, in tokens", default=512, minimum=1)
         max_batch: int = param("most sequences in one batch call", default=4, minimum=1)
         kv_dtype: str = param(
-            "dtype of the KV cache; auto takes the compute dtype",
+            "dtype of the KV cache; auto takes the compute dtype, int8 (target llvm) a scale for each head of a token",
             default="auto",
-            choices=("auto", "float32", "float16", "bfloat16"),
+            choices=("auto", "float32", "float16", "bfloat16", "int8"),
         )
 
     inputs = {
@@ -114,6 +114,11 @@ def _check_attention(build: Build) -> None:
     """Refuse what kernels of ours alone compute where attention has others."""
     if build.asked and not build.own_attention:
         raise StageError(f"attention {build.asked[0]} cannot be built for target {build.row.name}; target llvm can")
+    if build.kv_dtype == "int8" and not build.row.cpu_kernels:
+        raise StageError(f"kv_dtype: int8 cannot be built for target {build.row.name}; target llvm can")
+    if build.kv_dtype == "int8" and not build.own_attention:
+        width = build.config.attention.head_dim
+        raise StageError(f"kv_dtype: int8 needs heads of a multiple of 16 channels, these have {width}; use auto")
 
 
 def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:
@@ -132,7 +137,7 @@ def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelS
         )
     compute_dtype = target.compute_dtype or scheme.model_dtype
     kv_dtype = compute_dtype if params.kv_dtype == "auto" else params.kv_dtype
-    if kv_dtype != compute_dtype:
+    if kv_dtype not in (compute_dtype, "int8"):
         raise StageError(
             f"kv_dtype: {kv_dtype} does not fit: target {target.name} computes {scheme.name} in {compute_dtype}, "
             "and the cache kernels know one dtype; use auto"

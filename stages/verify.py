@@ -105,7 +105,7 @@ class Verify(Stage):
             "largest perplexity as a multiple of the original's; null: by the scheme", default=None
         )
         max_activation_kl: float | None = param(
-            "largest mean KL divergence of int8 activations from float ones on the same weights; null: 0.03",
+            "largest mean KL divergence of int8 activations, and of an int8 KV cache, from floats; null: 0.03",
             default=None,
         )
 

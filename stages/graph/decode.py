@@ -7,7 +7,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.graph.export import CACHE, Build, export_decode
+from stages.graph.export import Build, export_decode
 from stages.graph.trunk import hidden_states
 from stages.models.layers import CausalLM
 
@@ -33,4 +33,4 @@ class Decode(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    return export_decode(build, Decode, CACHE)
+    return export_decode(build, Decode, build.cache)

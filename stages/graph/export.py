@@ -9,20 +9,38 @@ from typing import Any, TypeAlias
 import tvm
 from tvm import relax as rx
 from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.documents.params import Register
 from stages.kernels.cpu import kv_cache, sliding_window
+from stages.kernels.cpu.kv_cache import Heads
+from stages.kernels.cpu.kv_cache_int8 import Int8Heads
 from stages.models.layers import CausalLM, LayerFactory
 from stages.problems import ProblemsError
 from stages.sizes import DTYPE_BYTES, PAGE_SIZE
 from stages.targets.table import Target
 
-CACHE = nn.spec.Object(object_type=PagedKVCache)
 VERIFY_CHUNK = 64  # see Build.verify_chunk
 tensor = nn.spec.Tensor
 Arguments: TypeAlias = Mapping[str, Any]  # of one function: name -> spec of a tensor, of a list of them or an object
 Specs: TypeAlias = Mapping[str, Arguments]  # by function
+
+
+class Int8Cache(PagedKVCache):
+    """A cache in 8 bits: what goes in and comes out is cut into the heads that the runtime is told of."""
+
+    def attention_with_fused_qkv(self, layer_id: int, qkv: Tensor, num_qo_heads: int, sm_scale: float) -> Tensor:
+        """Attend with ``qkv`` [b, s, heads, dim], heads of q, k and v: [b, s, num_qo_heads, dim]."""
+        batch, seq, count, dim = qkv.shape
+        queries, keys, width = Int8Heads(num_qo_heads, (int(count) - num_qo_heads) // 2, int(dim)).stored
+        cut = op.reshape(qkv, (batch, seq, queries + 2 * keys, width))
+        y = op.reshape(
+            super().attention_with_fused_qkv(layer_id, cut, queries, sm_scale), (batch, seq, queries * width)
+        )
+        wanted = num_qo_heads * int(dim)
+        y = op.wrap_nested(rx.op.strided_slice(y._expr, [2], [0], [wanted]), "attended")  # noqa: SLF001 - as TVM's own do
+        return op.reshape(y, (batch, seq, num_qo_heads, dim))
 
 
 class GraphError(ProblemsError):
@@ -91,23 +109,33 @@ class Build:
         return attention is not None and self.row.cpu_kernels and kv_cache.fits(attention.head_dim)
 
     @property
+    def heads(self) -> Heads:
+        """The heads of attention, as the kernels of its cache know them."""
+        attention = self.config.attention
+        of = Int8Heads if self.kv_dtype == "int8" else Heads
+        return of(attention.num_heads, attention.num_kv_heads, attention.head_dim)
+
+    @property
+    def cache(self) -> nn.spec.Object:
+        """Spec of the KV cache that functions take."""
+        return nn.spec.Object(object_type=Int8Cache if self.kv_dtype == "int8" else PagedKVCache)
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """What one token of one sequence takes in the KV cache, k and v of all layers; 0 for a model without one."""
-        attention = getattr(self.config, "attention", None)
-        if attention is None:
+        if getattr(self.config, "attention", None) is None:
             return 0
-        width: int = attention.num_kv_heads * attention.head_dim
-        return len(self.cache_kinds) * 2 * width * DTYPE_BYTES[self.kv_dtype]
+        _, keys, width = self.heads.stored
+        return len(self.cache_kinds) * 2 * keys * width * DTYPE_BYTES[self.compute_dtype]
 
     @property
     def cache_workspace_bytes(self) -> int:
         """What the KV cache takes beside its tokens: a page; q, k, v, output, two sums of scores of a chunk."""
-        attention = getattr(self.config, "attention", None)
-        if attention is None:
+        if getattr(self.config, "attention", None) is None:
             return 0
-        heads: int = attention.num_heads + attention.num_kv_heads
-        rows: int = 2 * heads * attention.head_dim * DTYPE_BYTES[self.kv_dtype]
-        sums: int = 2 * attention.num_heads * DTYPE_BYTES["float32"]
+        queries, keys, width = self.heads.stored
+        rows = 2 * (queries + keys) * width * DTYPE_BYTES[self.compute_dtype]
+        sums = 2 * queries * DTYPE_BYTES["float32"]
         return PAGE_SIZE * self.cache_bytes_per_token + self.prefill_chunk * (rows + sums)
 
     @property

@@ -10,7 +10,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.graph import kv, recurrent_state
-from stages.graph.export import CACHE, Build, export_model, tensor
+from stages.graph.export import Build, export_model, tensor
 from stages.graph.recurrent_trunk import STATE, row_numbers
 from stages.models.matrices import take
 from stages.models.rwkv_layers import RecurrentState
@@ -57,7 +57,7 @@ class Hybrid(nn.Module):
 
 def export_prefill(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill`` and ``batch_prefill``."""
-    states, held = build.states([1, "seq_len"]), {"cache": CACHE, "state": STATE}
+    states, held = build.states([1, "seq_len"]), {"cache": build.cache, "state": STATE}
     positions = tensor(["batch_size"], "int32")
     spec = {
         "prefill": {"states": states, **held},
@@ -68,7 +68,7 @@ def export_prefill(build: Build) -> tvm.IRModule:
 
 def export_decode(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    held = {"cache": CACHE, "state": STATE}
+    held = {"cache": build.cache, "state": STATE}
     spec = {
         "decode": {"states": build.states([1, 1]), **held},
         "batch_decode": {"states": build.states(["batch_size", 1]), **held},

@@ -14,7 +14,7 @@ from stages.ir.compat import load_json
 from stages.ir.content import WRITTEN, written
 from stages.ir.text import SCHEDULED, without_places
 from stages.kernels.cpu import attention as cpu_attention
-from stages.kernels.cpu import kv_cache, sliding_window
+from stages.kernels.cpu import kv_cache, kv_cache_int8, sliding_window
 from stages.kernels.gpu import rotary
 
 SIZES = ("max_batch_size", "max_total_seq_len", "prefill_chunk_size", "page_size", "support_sliding_window")
@@ -36,6 +36,7 @@ class Cache(nn.Module):
     ) -> PagedKVCache:
         """Return an empty cache for so many sequences and tokens in all."""
         attention, kinds = self.build.config.attention, self.build.cache_kinds
+        queries, keys, width = self.build.heads.stored
         return TIRPagedKVCache(
             attn_kind=kinds,
             layer_sliding_window_size=sliding_window.NONE,
@@ -46,10 +47,10 @@ class Cache(nn.Module):
             support_sliding_window=support_sliding_window,
             layer_partition=rx.ShapeExpr([0, len(kinds)]),
             num_hidden_layers=len(kinds),
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            qk_head_dim=attention.head_dim,
-            v_head_dim=attention.head_dim,
+            num_attention_heads=queries,
+            num_key_value_heads=keys,
+            qk_head_dim=width,
+            v_head_dim=width,
             mla_original_qk_head_dim=0,
             mla_original_v_head_dim=0,
             # Rotated once when appended, both halves of a head against each other; the inline mode of the kernels is
@@ -61,9 +62,9 @@ class Cache(nn.Module):
             rope_scaling={},
             # One that nothing reads where nothing is turned: there is no tensor of none.
             rope_ext_factors=rx.const(np.array(attention.frequencies or [0], np.float32)),
-            rotary_dim=attention.rotary_dim or attention.head_dim,  # of the kernel that ours takes the place of
+            rotary_dim=min(attention.rotary_dim or width, width),  # of the kernel that ours takes the place of
             enable_disaggregation=False,
-            dtype=self.build.kv_dtype,
+            dtype=self.build.compute_dtype,
             target=self.build.target,
         )
 
@@ -93,8 +94,8 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
     numbers = attention.num_heads, attention.num_kv_heads, attention.head_dim
     turning = build.context_window, attention.rotary_dim, attention.attention_factor, attention.log_n
     if not build.row.cpu_kernels:
-        return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.kv_dtype, *turning)}
-    heads, width = kv_cache.Heads(*numbers), min(64, attention.head_dim)
+        return {rotary.ROTARY: rotary.rotary_kernel(*numbers, build.compute_dtype, *turning)}
+    heads, width = build.heads, min(64, attention.head_dim)
     made = {rotary.ROTARY: kv_cache.rope(heads, *turning)}
     seen = attention.sliding_window if build.sliding else 0
     if not build.own_attention:
@@ -114,6 +115,8 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
         sliding_window.PREFILL: cpu_attention.prefill(heads, width, seen, options=own),
         "batch_prefill_ragged_kv": cpu_attention.prefill_ragged(heads, width, own),
     }
+    if isinstance(heads, kv_cache_int8.Int8Heads):
+        made["merge_state_inplace_cpu"] = kv_cache_int8.merge(heads)
     if sliding_window.FULL in build.cache_kinds:
         made[sliding_window.DECODE + sliding_window.OTHERS] = cpu_attention.decode(heads, width, numbers=3, options=own)
         made[sliding_window.PREFILL + sliding_window.OTHERS] = cpu_attention.prefill(

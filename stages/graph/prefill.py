@@ -8,7 +8,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from stages.graph.export import CACHE, Build, export_prefill
+from stages.graph.export import Build, export_prefill
 from stages.graph.trunk import hidden_states
 from stages.models.layers import CausalLM
 from stages.models.matrices import take
@@ -44,5 +44,5 @@ def _last(x: te.Tensor) -> te.Tensor:
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill``, ``batch_prefill`` and ``batch_verify``."""
-    every = {"states": build.states([1, "verify_len"]), "cache": CACHE}
-    return export_prefill(build, Prefill, CACHE, batch_verify=every)
+    every = {"states": build.states([1, "verify_len"]), "cache": build.cache}
+    return export_prefill(build, Prefill, build.cache, batch_verify=every)

@@ -14,7 +14,7 @@ from stages.checkpoint.headers import read_headers
 from stages.runtime import manifest, tensor_cache
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.verification import original, probes
-from stages.verification.checks import PROBES
+from stages.verification.checks import CACHE, PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import checkpoint_digest, recorded_prompts
 
@@ -68,6 +68,18 @@ class Case:
         """What the library rounds activations to: int8, or the dtype it computes in."""
         model = self.manifest.model
         return "int8" if model.get("activations") == "int8" else str(model["compute_dtype"])
+
+    @property
+    def in_bytes(self) -> tuple[str, ...]:
+        """What the library rounds to eight bits as it computes, in words."""
+        model = self.manifest.model
+        kinds = {"activations": model.get("activations"), CACHE: model.get("kv_dtype")}
+        return tuple(what for what, dtype in kinds.items() if dtype == "int8")
+
+    @property
+    def coarsest(self) -> str:
+        """What bounds follow from: int8 if anything is rounded to that, or the dtype the library computes in."""
+        return "int8" if self.in_bytes else self.arithmetic
 
     @cached_property
     def prompts(self) -> tuple[str, tuple[str, ...]]:

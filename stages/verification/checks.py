@@ -30,6 +30,7 @@ PROBES = (
 
 # What the checks of text are called, and of the logits after every token.
 TEXT, EVERY_STEP = "greedy text after", "every step"
+CACHE = "KV cache"
 
 
 @dataclass(frozen=True)

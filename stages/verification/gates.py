@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from stages.verification.checks import Check, divergences
+from stages.verification.checks import CACHE, Check, divergences
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Limits:
     """``max_kl``: mean divergence in nats. ``min_top1``: share of equal likeliest tokens. ``max_ppl_ratio``: perplexity
-    over the original's. ``max_activation_kl``: mean divergence of int8 activations from float ones on the same weights.
+    over the original's. ``max_activation_kl``: mean divergence of int8 activations, keys and values among them, from
+    float ones on the same weights.
     """
 
     max_kl: float
@@ -29,7 +30,6 @@ class Limits:
     max_activation_kl: float = 0.03  # what eight bits may cost, whatever the weights keep
 
 
-ACTIVATIONS = "int8 activations (max_activation_kl)"
 NAMES = tuple(field.name for field in fields(Limits))  # verify's parameters of the same names set others
 # By how many bits a weight or an activation keeps. docs/verification.md has what the limits follow from.
 LIMITS = {
@@ -39,17 +39,17 @@ LIMITS = {
 }
 
 
-def bits_kept(scheme: Scheme, arithmetic: str) -> int:
+def bits_kept(scheme: Scheme, coarsest: str) -> int:
     """Return the class of a bundle: 16 of unquantized ones, 8 down to eight bits of weights or activations, 4 below."""
     bits = scheme.bits
-    if arithmetic == "int8":
+    if coarsest == "int8":
         bits = min(bits, 8)
     return next(limit for limit in LIMITS if bits >= limit or limit == min(LIMITS))
 
 
-def limits(scheme: Scheme, arithmetic: str, own: Mapping[str, float]) -> Limits:
+def limits(scheme: Scheme, coarsest: str, own: Mapping[str, float]) -> Limits:
     """Return the limits of a bundle: those of its class but for the user's ``own``."""
-    return replace(LIMITS[bits_kept(scheme, arithmetic)], **own)
+    return replace(LIMITS[bits_kept(scheme, coarsest)], **own)
 
 
 def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Check:
@@ -62,20 +62,22 @@ def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Chec
     return Check(f"range of {dtype}", bool(value <= top), detail, float(f"{value:.4g}"), top)
 
 
-def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits) -> Check:
-    """Return the check of logits ``rows`` [n, V] of int8 activations against those of float ones on the same weights:
-    a loss of its own, which the weights' would hide.
+def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits, in_bytes: Sequence[str]) -> Check:
+    """Return the check of logits ``rows`` [n, V], for which what is called ``in_bytes`` was rounded to int8, against
+    those of floats on the same weights: a loss of its own, which the weights' would hide.
     """
+    what = " and ".join(in_bytes)
     each = divergences(rows, wanted)
     mean, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
     detail = (
-        f"{mean:.4g} nats per token (± {error:.1g}, {len(each)} tokens) from float activations on the same weights, at "
+        f"{mean:.4g} nats per token (± {error:.1g}, {len(each)} tokens) from float {what} on the same weights, at "
         f"most {limits.max_activation_kl:g}"
     )
     ok = mean <= limits.max_activation_kl
     if not ok:
-        detail += ": the input of some layer has outlier channels; set activations: float"
-    return Check(ACTIVATIONS, ok, detail, mean, limits.max_activation_kl)
+        instead = " or ".join("kv_dtype: auto" if each == CACHE else "activations: float" for each in in_bytes)
+        detail += f": the input of some layer has outlier channels; set {instead}"
+    return Check(f"int8 {what} (max_activation_kl)", ok, detail, mean, limits.max_activation_kl)
 
 
 def check(loss: Loss, limits: Limits) -> list[Check]:

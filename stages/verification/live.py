@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +34,11 @@ class Request:
     """What to compute.
 
     ``bundle``, ``params`` and ``config`` are where the weights and their description are. The logits after each of
-    ``tokens`` are wanted, and how far the roundings of ``arithmetic`` move them (see
-    :mod:`stages.verification.rounding`). Each of ``continued`` is a prompt and a continuation, as ids: wanted is the id
-    that the reference picks greedily in place of each of the continuation's, among those below ``active_vocab_size``.
-    ``original`` asks for the original model's probabilities as well (see :mod:`stages.verification.original`).
+    ``tokens`` are wanted, and how far the roundings of ``arithmetic``, and of an ``int8_cache`` if the bundle has one,
+    move them (see :mod:`stages.verification.rounding`). Each of ``continued`` is a prompt and a continuation, as ids:
+    wanted is the id that the reference picks greedily in place of each of the continuation's, among those below
+    ``active_vocab_size``. ``original`` asks for the original model's probabilities as well (see
+    :mod:`stages.verification.original`).
     """
 
     bundle: Path
@@ -45,6 +46,7 @@ class Request:
     config: Path
     tokens: Sequence[int]
     arithmetic: str
+    int8_cache: bool
     continued: Sequence[tuple[Sequence[int], Sequence[int]]]
     active_vocab_size: int
     original: Mapping[str, Any] | None = None
@@ -87,7 +89,7 @@ def compute(request: Request, progress: Progress = lambda *_: None) -> dict[str,
     places = [range(len(request.tokens))]
     places += [range(len(prompt) - 1, len(prompt) + len(ids) - 1) for prompt, ids in request.continued]
     logits, *following = _read(request, pieces, places, progress)
-    (moved,) = _read(request, pieces[:1], places[:1], progress, request.arithmetic)
+    (moved,) = _read(request, pieces[:1], places[:1], progress, moved=True)
     origin = f"transformers {transformers.__version__} and torch {torch.__version__}"
     result |= {"origin": origin, "logits": logits, "spread": difference(moved, logits)}
     return result | {f"picks_{i}": rows.argmax(-1) for i, rows in enumerate(following)}
@@ -98,10 +100,11 @@ def _read(
     pieces: Sequence[Sequence[int]],
     places: Sequence[range],
     progress: Progress,
-    arithmetic: str = "",
+    *,
+    moved: bool = False,
 ) -> list[np.ndarray]:
-    """Return the logits [n, V] after ``places`` of each of ``pieces``, of those after the first by the ids in use; what
-    layers read is rounded as in ``arithmetic``, if that is said.
+    """Return the logits [n, V] after ``places`` of each of ``pieces``, of those after the first by the ids in use;
+    ``moved``: by the roundings that the request asks for.
     """
     import torch
 
@@ -109,7 +112,11 @@ def _read(
     while True:
         found: list[list[np.ndarray]] = [[] for _ in pieces]
         with loaded(request, progress, whole) as (model, used, groups), torch.inference_mode():
-            with rounding.rounded(model, arithmetic, groups) if arithmetic else nullcontext():
+            with ExitStack() as stack:
+                if moved:
+                    stack.enter_context(rounding.rounded(model, request.arithmetic, groups))
+                if moved and request.int8_cache:
+                    stack.enter_context(rounding.cache_in_bytes(model))
                 for number, _, rows in lending.logits(model, pieces, places):
                     found[number].append(rows[:, : request.active_vocab_size if number else None].numpy())
             passed_by = frozenset(lending.owners(model)) - used - whole

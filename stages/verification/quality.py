@@ -32,10 +32,10 @@ def check(
     places = loss.measure(session, case.probes, original)
     figures = places.figures()
     findings.quantization = loss.report(places, case.probes, str(original["original_origin"]))
-    limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
+    limits = gates.limits(SCHEMES[case.registry["scheme"]], case.coarsest, case.limits)
     checked = gates.check(figures, limits)
     findings.checks += checked
-    activations = any(check.name == gates.ACTIVATIONS and not check.ok for check in findings.checks)
+    activations = any(check.name.startswith("int8 activations") and not check.ok for check in findings.checks)
     if activations or not all(check.ok for check in checked):
         findings.advice += refusal.ask(case, progress, activations=activations)
     if case.probes.longest < session.context_window:

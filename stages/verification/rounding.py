@@ -9,13 +9,17 @@ that computes something else.
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from stages.verification.apart import LiveError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _INT8_TOP = 127
+_ATTENTION = "eager_attention_forward"  # of a module of transformers: what its layers attend with
 
 
 @contextmanager
@@ -47,6 +51,38 @@ def rounded(model: Any, arithmetic: str, groups: Mapping[str, int]) -> Iterator[
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def cache_in_bytes(model: Any) -> Iterator[None]:
+    """Let every attention of ``model`` read keys and values as a cache in 8 bits keeps them: of each head of a token
+    integers and a scale. :class:`LiveError` if none does, after the model has computed.
+    """
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    attentions = {each: found for each in modules if (found := getattr(each, _ATTENTION, None))}
+    calls = 0
+
+    def reads_bytes(attend: Any) -> Any:
+        def forward(module: Any, query: Any, key: Any, value: Any, *rest: Any, **keywords: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            key, value = (in_bytes(each, each.shape[-1]) for each in (key, value))
+            return attend(module, query, key, value, *rest, **keywords)
+
+        return forward
+
+    for each, attend in attentions.items():
+        setattr(each, _ATTENTION, reads_bytes(attend))
+    try:
+        yield
+    finally:
+        for each, attend in attentions.items():
+            setattr(each, _ATTENTION, attend)
+    if not calls:
+        raise LiveError(
+            f"transformers' {type(model).__name__} attends in a way of its own, in which a KV cache in 8 bits cannot "
+            "be put: set kv_dtype: auto"
+        )
 
 
 def _changed(x: Any, arithmetic: str, group: int, random: Any) -> Any:

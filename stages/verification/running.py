@@ -108,7 +108,7 @@ def _recorded(case: Case) -> Reference | None:
 
 def _recorded_bound(case: Case) -> float:
     tolerance = TOLERANCES[case.registry["scheme"]]
-    return max(tolerance, INT8_ACTIVATIONS) if case.arithmetic == "int8" else tolerance
+    return max(tolerance, INT8_ACTIVATIONS) if case.in_bytes else tolerance
 
 
 def _prompt_ids(case: Case, prompt: str) -> list[int]:
@@ -142,6 +142,7 @@ def _ask(
         config=case.config,
         tokens=tokens,
         arithmetic=case.arithmetic,
+        int8_cache=checks.CACHE in case.in_bytes,
         continued=[(draft.prompt_ids, draft.ids) for draft in drafts],
         active_vocab_size=case.tokenizer.active_vocab_size,
         original=asdict(case.original) if with_original and case.probes.count else None,
@@ -163,7 +164,7 @@ def _live(
     """Return the live reference, and how far logits may be from it."""
     continuations = [_continuation(case, draft, picks) for draft, picks in zip(drafts, answer.picks, strict=True)]
     reference = Reference(answer.origin, case.prompts[0], prompt, tokens, answer.logits, continuations)
-    return reference, spread_bound(case.arithmetic, answer.spread)
+    return reference, spread_bound(case.coarsest, answer.spread)
 
 
 def _continuation(case: Case, draft: _Draft, picks: Sequence[int]) -> Continuation:
@@ -211,9 +212,9 @@ def _check_logits(
         findings.checks.append(checks.compare(checks.EVERY_STEP, rows, wanted, bound))
         if prompt > 1:
             findings.checks.append(checks.perplexity(rows[:prompt], wanted[:prompt], tokens[:prompt], PERPLEXITY))
-        if case.arithmetic == "int8":
-            limits = gates.limits(SCHEMES[case.registry["scheme"]], case.arithmetic, case.limits)
-            findings.checks.append(gates.activations(rows, wanted, limits))
+        if case.in_bytes:
+            limits = gates.limits(SCHEMES[case.registry["scheme"]], case.coarsest, case.limits)
+            findings.checks.append(gates.activations(rows, wanted, limits, case.in_bytes))
     origin = findings.origin if wanted is not rows else "the bundle itself, on the machine that verified it"
     findings.golden = golden.vectors(tokens, prompt, wanted, bound, session.sequences, origin)
     findings.checks += checks.logits(session, tokens, prompt, decoded, wanted, bound)
@@ -272,7 +273,7 @@ def _recorded_beside(case: Case, findings: Findings) -> list[Continuation]:
 
 def _check_recorded_text(case: Case, session: Session, recorded: Sequence[Continuation], findings: Findings) -> None:
     """Let the bundle read what is recorded; in exact arithmetic no choice of a recording is close enough to differ."""
-    exact, bound = case.arithmetic == "float32", _recorded_bound(case)
+    exact, bound = case.coarsest == "float32", _recorded_bound(case)
     for wanted in recorded:
         count = len(wanted.prompt_ids) + len(wanted.ids) - 1  # the last id is not read
         if not wanted.ids:

@@ -27,9 +27,9 @@ TOLERANCE = 1e-3
 class Built:
     """One compiled library with its weights and the reference's logits of IDS."""
 
-    def __init__(self, folder, scheme, *, target="llvm", sep_embed=True, **options):
+    def __init__(self, folder, scheme, *, target="llvm", sep_embed=True, kv_dtype="auto", **options):
         self.registered = compiled_qwen.register(folder, scheme, target)
-        sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, "sep_embed": sep_embed}
+        sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, "sep_embed": sep_embed, "kv_dtype": kv_dtype}
         ports = compiled_qwen.build_graphs(folder, self.registered, target, **sizes)
         self.context = compiled_qwen.compile_library(
             folder / "compile", ports, self.registered, target=target, **options
@@ -61,6 +61,35 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
     for position in range(at, len(IDS)):
         errors += [compiled_qwen.relative(runner.decode(IDS[position]), library.expected[position])]
     assert max(errors) < TOLERANCE, errors
+
+
+def test_a_cache_in_bytes_moves_logits_by_what_rounding_keys_and_values_does(tmp_path, monkeypatch):
+    """transformers with keys and values that torch rounds; read in chunks, alone or beside others, it is the same."""
+    library = Built(tmp_path, "q4f32_1", kv_dtype="int8")
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def rounded(x):
+        peak = x.abs().amax(-1, keepdim=True)
+        return (x / peak * 127).round() * peak / 127
+
+    attend = modeling_qwen2.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend_in_bytes(module, query, key, value, *rest, **keywords):
+        return attend(module, query, rounded(key), rounded(value), *rest, **keywords)
+
+    monkeypatch.setitem(modeling_qwen2.ALL_ATTENTION_FUNCTIONS, "sdpa", attend_in_bytes)
+    wanted = compiled_qwen.reference_logits(library.registered, library.weights.meant, IDS)
+    moved = compiled_qwen.relative(wanted, library.expected)
+    runner = library.runner(BATCH)
+    found = [runner.prefill(IDS[:17]), runner.prefill(IDS[17:34])]
+    found += [runner.decode(token) for token in IDS[34:36]]
+    errors = [compiled_qwen.relative(*each) for each in zip(found, wanted[[16, 33, 34, 35]], strict=True)]
+    runner.call("fork_sequence", 0, 9, 20)
+    errors.append(compiled_qwen.relative(runner.decode(IDS[20], 9), wanted[20]))
+    assert max(errors) < moved / 10, (moved, errors)
+    model = json.loads((library.context.out / "metadata.json").read_text())["model"]
+    assert model["kv_dtype"] == "int8"
+    assert model["cache_bytes_per_token"] == 2 * 2 * 80  # 2 * (32 + 4) for keys, in fours of floats; floats take 256
 
 
 def test_a_target_of_the_processor_is_one_row(tmp_path, monkeypatch):

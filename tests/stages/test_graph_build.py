@@ -138,6 +138,9 @@ def test_the_packed_order_is_checked(tmp_path, registered, change):
 def test_options_that_do_not_fit_are_refused(tmp_path, registered):
     with pytest.raises(StageError, match="float16 does not fit: target llvm computes q4f32_1 in float32"):
         compiled_qwen.build_graph(tmp_path, registered, "llvm", "kv", kv_dtype="float16")
+    on_cuda = compiled_qwen.register(tmp_path / "cuda", "q4f16_1", "cuda")
+    with pytest.raises(StageError, match="kv_dtype: int8 cannot be built for target cuda; target llvm can"):
+        compiled_qwen.build_graph(tmp_path, on_cuda, "cuda", "kv", kv_dtype="int8")
     with pytest.raises(StageError, match="registered for target llvm, this graph is for cuda"):
         compiled_qwen.build_graph(tmp_path, registered, "cuda", "kv")
 

@@ -16,6 +16,7 @@ from stages.kernels.cpu import attention as cpu_attention
 from stages.kernels.cpu import kv_cache
 from stages.kernels.cpu.byte_products import DOTS
 from stages.kernels.cpu.kv_cache import Heads, copy_page
+from stages.kernels.cpu.kv_cache_int8 import Int8Heads
 from stages.kernels.cpu.linear_float import PANEL, linear_kernel
 from stages.kernels.cpu.linear_float import Linear as FloatLinear
 from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
@@ -383,6 +384,7 @@ def test_kernels_are_made_for_aarch64(tmp_path):
         "window": cpu_attention.prefill(heads, 32, 20),
         "ragged": cpu_attention.prefill_ragged(heads, 32),
         "append": kv_cache.append(heads),
+        "bytes": cpu_attention.decode(Int8Heads(6, 2, 32), 32),
         "packed": linear_kernel(FloatLinear(Stored(96, 64, "float16", 4, 32), None, 1, tile=tile)),
         "plain": linear_kernel(FloatLinear(Stored(96, 64, "float16"), 1, 1, tile=tile)),
     }

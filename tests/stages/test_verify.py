@@ -94,6 +94,21 @@ def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     assert "8-bit activations" in (built.bundle / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_cache_in_bytes_is_held_to_that_bound_too(tmp_path):
+    built = bundles.build(tmp_path / "built", "q0f32", kv_dtype="int8", max_batch=2, prefill_chunk=24)
+    found = checks(bundles.verify(built, tmp_path / "verify", max_kl=None))
+    for name in ("every step", "prefill in chunks", "two sequences at once"):
+        assert found[name]["bound"] / 40 < found[name]["measured"] < found[name]["bound"]
+    cost = found["int8 KV cache (max_activation_kl)"]
+    assert 1e-9 < cost["measured"] < cost["bound"] == 0.03
+    assert found["KL divergence (max_kl)"]["bound"] == 0.03  # of eight bits, though weights keep 32
+    less = failure(built, tmp_path, reference="live", max_activation_kl=cost["measured"] * 0.99)
+    assert "from float KV cache on the same weights, at most" in less
+    assert "set kv_dtype: auto" in less
+    assert "KV cache int8" in (built.bundle / "README.md").read_text()
+
+
 def test_a_checkpoint_whose_names_have_another_prefix_is_read_by_the_register(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")

@@ -15,8 +15,8 @@ from stagegraph.stage import StageError
 from stages.checkpoint.headers import read_headers
 from stages.config_parse import ConfigParse
 from stages.quantization.schemes import SCHEMES
-from stages.verification import advice, apart, gates, lending, loss, original, probes, streaming
-from stages.verification.apart import call
+from stages.verification import advice, apart, gates, lending, loss, original, probes, rounding, streaming
+from stages.verification.apart import LiveError, call
 from stages.verification.case import Case
 from stages.verification.checks import Check
 from tests.support import bundles, compiled_qwen
@@ -107,6 +107,46 @@ def test_logits_that_are_not_finite_fail_every_limit():
 )
 def test_the_class_of_a_bundle_is_what_it_keeps(scheme, arithmetic, bits):
     assert gates.bits_kept(SCHEMES[scheme], arithmetic) == bits
+
+
+@pytest.mark.parametrize(
+    ("in_bytes", "name", "instead"),
+    [
+        (("activations",), "int8 activations (max_activation_kl)", "activations: float"),
+        (("KV cache",), "int8 KV cache (max_activation_kl)", "kv_dtype: auto"),
+        (
+            ("activations", "KV cache"),
+            "int8 activations and KV cache (max_activation_kl)",
+            "activations: float or kv_dtype: auto",
+        ),
+    ],
+)
+def test_what_is_rounded_as_it_is_computed_has_a_check_of_its_name(in_bytes, name, instead):
+    rows = np.random.default_rng(3).standard_normal((5, VOCAB)).astype(np.float32)
+    assert gates.activations(rows, rows, gates.LIMITS[8], in_bytes).ok
+    found = gates.activations(rows, rows[::-1], gates.LIMITS[8], in_bytes)
+    assert (found.ok, found.name) == (False, name)
+    assert found.detail.endswith(f"set {instead}")
+
+
+def test_the_reference_reads_keys_and_values_in_bytes_where_it_is_asked_to(tmp_path):
+    checkpoint(tmp_path, torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        plain = model(ids).logits
+        with rounding.cache_in_bytes(model):
+            moved = model(ids).logits
+        assert torch.equal(model(ids).logits, plain)
+    assert 1e-5 < float((moved - plain).abs().max() / plain.abs().max()) < 0.1
+
+
+def test_a_reference_whose_attention_cannot_read_bytes_says_so():
+    with (
+        pytest.raises(LiveError, match="Linear attends in a way of its own"),
+        rounding.cache_in_bytes(torch.nn.Linear(1, 1)),
+    ):
+        pass
 
 
 def checkpoint(folder, dtype, **config):

@@ -88,8 +88,8 @@ class _Kernel:
 
     def outputs(self, made: Any, n: Any) -> None:
         """Declare the output and the log-sum-exp of n queries."""
-        self.output = made.argument("output", (n, self.heads.queries, self.heads.dim), "float32")
-        self.lse = made.argument("lse", (n, self.heads.queries), "float32")
+        self.output = self.heads.rows(made, "output", n)
+        self.lse = self.heads.sums(made, "lse", n)
 
     def scale(self, made: Any) -> None:
         """Declare the arguments of all kernels that come last; rotation has happened before."""
@@ -221,8 +221,10 @@ class _Pages:
             return self.numbers[self.starts[sequence] + block]
 
         return Source(
-            lambda block, channel: self.pages[self.heads.key_channel(page(block), head, channel)],
-            lambda token, start, lanes: self.pages[page(token // PAGE), 1, head, token % PAGE, span(start, lanes)],
+            lambda block, channel: self.heads.page_keys(self.pages, page(block), head, channel),
+            lambda token, start, lanes: self.heads.page_value(
+                self.pages, page(token // PAGE), head, token % PAGE, start, lanes
+            ),
             T.And(first == 0, end > 0),
         )
 
@@ -234,7 +236,7 @@ def decode(heads: Heads, width: int, window: int = 0, numbers: int = 1, options:
     attention = _Kernel(heads, width, options)
     with kernel() as made:
         batch = T.int32()
-        attention.q = made.argument("q", (batch, heads.queries, heads.dim), "float32")
+        attention.q = heads.rows(made, "q", batch)
         cache = _Pages(heads, made, batch, numbers)
         k_positions, q_positions = positions_of(made, batch, batch)
         attention.outputs(made, batch)
@@ -259,7 +261,7 @@ def prefill(heads: Heads, width: int, window: int = 0, numbers: int = 1, options
     attention = _Kernel(heads, width, options)
     with kernel() as made:
         n, batch = T.int32(), T.int32()
-        attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
+        attention.q = heads.rows(made, "q", n)
         starts = made.argument("q_starts", (batch + 1,), "int32", inside=True)
         cache = _Pages(heads, made, batch, numbers)
         k_positions, q_positions = positions_of(made, batch, n)
@@ -299,9 +301,9 @@ def prefill_ragged(heads: Heads, width: int, options: Options = PLAIN) -> tirx.P
     attention = _Kernel(heads, width, options)
     with kernel() as made:
         n, m, batch = T.int32(), T.int32(), T.int32()
-        attention.q = made.argument("q", (n, heads.queries, heads.dim), "float32")
+        attention.q = heads.rows(made, "q", n)
         starts = made.argument("q_starts", (batch + 1,), "int32", inside=True)
-        k, v = (made.argument(name, (m, heads.keys, heads.dim), "float32") for name in ("k", "v"))
+        k, v = (heads.tokens(made, name, m) for name in ("k", "v"))
         kv_starts = made.argument("kv_starts", (batch + 1,), "int32", inside=True)
         q_positions = made.argument("q_positions", (n,), "int32", inside=True)
         k_positions = made.argument("k_positions", (batch,), "int32", inside=True)
@@ -324,10 +326,10 @@ def prefill_ragged(heads: Heads, width: int, options: Options = PLAIN) -> tirx.P
 
                 needed = T.bind(T.if_then_else(bounds[0] < bounds[1], last(bounds[1] - 1), 0))
                 with T.serial(0, needed) as token, T.serial(0, heads.dim) as d:
-                    put(turned, k[first + token, head, d], token // PAGE, d, token % PAGE)
+                    put(turned, heads.given(k, first + token, head, d, 1), token // PAGE, d, token % PAGE)
                 source = Source(
                     lambda block, channel: turned[block, channel, span(0, PAGE)],
-                    lambda token, start, lanes: v[first + token, head, span(start, lanes)],
+                    lambda token, start, lanes: heads.given(v, first + token, head, start, lanes),
                     T.And(k_positions[s] == 0, length > 0),
                 )
                 _queries(attention, head, bounds, seen, source)

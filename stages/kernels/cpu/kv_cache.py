@@ -8,6 +8,7 @@ runtime calls; all kernels that touch the keys of a page are made here, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +34,74 @@ class Heads:
         """Query heads for each head of keys."""
         return self.queries // self.keys
 
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """What the runtime is told of ``queries``, ``keys`` and ``dim``, by which it makes room."""
+        return self.queries, self.keys, self.dim
+
+    def qkv(self, made: Any, n: Any) -> Any:
+        """Declare queries, keys and values of ``n`` tokens: [n, queries + 2 keys, dim]."""
+        return made.argument("qkv", (n, self.queries + 2 * self.keys, self.dim), "float32")
+
+    def rows(self, made: Any, name: str, n: Any) -> Any:
+        """Declare what ``n`` queries ask, or what attention answers: [n, queries, dim]."""
+        return made.argument(name, (n, self.queries, self.dim), "float32")
+
+    def sums(self, made: Any, name: str, n: Any) -> Any:
+        """Declare the log-sum-exp of ``n`` queries: [n, queries]."""
+        return made.argument(name, (n, self.queries), "float32")
+
+    def tokens(self, made: Any, name: str, *n: Any) -> Any:
+        """Declare the keys or the values of ``n`` tokens, or of so many of each layer, that are in no page."""
+        return made.argument(name, (*n, self.keys, self.dim), "float32")
+
     def pages(self, made: Any, count: Any) -> Any:
         """Declare the pages of a layer, ``count`` of them, which may begin inside a larger tensor."""
         return made.argument("pages", (count, 2, self.keys, PAGE, self.dim), "float32", inside=True)
 
-    def key(self, page: Any, head: Any, channel: Any, token: Any) -> tuple[Any, ...]:
-        """Return the index of a channel of the key of a token of a page."""
+    def keep(self, tokens: Any, s: Any, head: Any, emit: Callable[[Any, Any, Any], None]) -> None:
+        """Let ``emit(buffer, row, head)`` write a head of a token, and keep that in ``tokens``."""
+        emit(tokens, s, head)
+
+    def given(self, tokens: Any, s: Any, head: Any, start: Any, lanes: int) -> Any:
+        """Return channels of a head of a token that is in no page."""
+        return tokens[s, head, span(start, lanes)]
+
+    def page_keys(self, pages: Any, page: Any, head: Any, channel: Any) -> Any:
+        """Return one channel of the keys of all tokens of a page."""
+        at = channel * PAGE
+        return pages[page, 0, head, at // self.dim, span(at % self.dim, PAGE)]
+
+    def page_value(self, pages: Any, page: Any, head: Any, token: Any, start: Any, lanes: int) -> Any:
+        """Return channels of the value of a token of a page."""
+        return pages[page, 1, head, token, span(start, lanes)]
+
+    def append(self, pages: Any, page: Any, token: Any, head: Any, k: Any, v: Any, s: Any) -> None:
+        """Emit what puts the key and the value of token ``s`` into a page."""
+        with T.serial(0, self.dim) as d:
+            put(pages, k[s, head, d], *self._key(page, head, d, token))
+        along(
+            self.dim,
+            LANES,
+            lambda at, lanes: put(pages, v[s, head, span(at, lanes)], page, 1, head, token, span(at, lanes)),
+        )
+
+    def move(self, pages: Any, source: tuple[Any, Any], target: tuple[Any, Any], head: Any) -> None:
+        """Emit what copies a token, (page, token), to another place."""
+        (page, token), (to_page, to_token) = source, target
+        with T.serial(0, self.dim) as d:
+            put(pages, pages[self._key(page, head, d, token)], *self._key(to_page, head, d, to_token))
+            put(pages, pages[page, 1, head, token, d], to_page, 1, head, to_token, d)
+
+    def read_back(self, pages: Any, page: Any, token: Any, head: Any, k: Any, v: Any, at: tuple[Any, Any]) -> None:
+        """Emit what copies a token out of its page to ``k`` and ``v`` [layers, tokens, keys, dim]."""
+        with T.serial(0, self.dim) as d:
+            put(k, pages[self._key(page, head, d, token)], *at, head, d)
+            put(v, pages[page, 1, head, token, d], *at, head, d)
+
+    def _key(self, page: Any, head: Any, channel: Any, token: Any) -> tuple[Any, ...]:
         at = channel * PAGE + token
         return (page, 0, head, at // self.dim, at % self.dim)
-
-    def key_channel(self, page: Any, head: Any, channel: Any) -> tuple[Any, ...]:
-        """Return the index of one channel of the keys of all tokens of a page."""
-        at = channel * PAGE
-        return (page, 0, head, at // self.dim, span(at % self.dim, PAGE))
 
 
 def fits(head_dim: int) -> bool:
@@ -78,9 +134,9 @@ def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int 
     half = rotary_dim // 2
     with kernel() as made:
         n = T.int32()
-        qkv = made.argument("qkv", (n, heads.queries + 2 * heads.keys, heads.dim), "float32")
+        qkv = heads.qkv(made, n)
         positions = made.argument("positions", (n,), "int32", inside=True)
-        outputs = [made.argument(name, (n, count, heads.dim), "float32") for name, count in _parts(heads)]
+        outputs = [heads.rows(made, "q", n), *(heads.tokens(made, name, n) for name in ("k", "v"))]
         frequencies = made.argument("frequencies", (max(half, 1),), "float32")
         with T.serial(0, n) as s, T.Assert(positions[s] < context, beyond(context), "ValueError"):
             T.evaluate(0)
@@ -89,12 +145,15 @@ def rope(heads: Heads, context: int, rotary_dim: int, factor: float, log_n: int 
             of_keys = of_queries = _angles(positions[s], frequencies, factor, half)
             if log_n:
                 of_queries = _stretched(of_keys, query_scale(positions[s], log_n), half)
-            first = 0
-            turnings = (rotary_dim, of_queries), (rotary_dim, of_keys), (0, of_keys)
-            for (_, count), output, (turned, tables) in zip(_parts(heads), outputs, turnings, strict=True):
-                with T.serial(0, count) as h:
-                    _turn(qkv, output, s, first + h, h, turned, heads.dim, *tables)
-                first += count
+            queries, keys, values = outputs
+            with T.serial(0, heads.queries) as h:
+                _turn((qkv, s, h), (queries, s, h), rotary_dim, heads.dim, *of_queries)
+            with T.serial(0, heads.keys) as h:
+                source = qkv, s, heads.queries + h
+                heads.keep(keys, s, h, lambda *to: _turn(source, to, rotary_dim, heads.dim, *of_keys))
+            with T.serial(0, heads.keys) as h:
+                behind = qkv, s, heads.queries + heads.keys + h
+                heads.keep(values, s, h, lambda *to: _turn(behind, to, 0, heads.dim))
 
         each_row(n, max(50 * half, heads.dim), row)
     return made.function
@@ -121,22 +180,21 @@ def _stretched(tables: list[Any], stretch: Any, half: int) -> list[Any]:
     return products
 
 
-def _parts(heads: Heads) -> list[tuple[str, int]]:
-    return [("q", heads.queries), ("k", heads.keys), ("v", heads.keys)]
-
-
-def _turn(qkv: Any, output: Any, s: Any, source: Any, h: Any, turned: int, dim: int, *tables: Any) -> None:
-    """Emit one head: its first ``turned`` channels turned, halves against each other, the others copied."""
+def _turn(source: tuple[Any, ...], target: tuple[Any, ...], turned: int, dim: int, *tables: Any) -> None:
+    """Emit one head, (buffer, row, head): its first ``turned`` channels turned, halves against each other, the others
+    copied.
+    """
+    (qkv, *of), (output, *to) = source, target
     half = turned // 2
 
     def rotate(at: Any, lanes: int) -> None:
-        low, high = (qkv[s, source, span(at + side, lanes)] for side in (0, half))
+        low, high = (qkv[(*of, span(at + side, lanes))] for side in (0, half))
         c, n = (table[span(at, lanes)] for table in tables)
-        put(output, low * c - high * n, s, h, span(at, lanes))
-        put(output, high * c + low * n, s, h, span(at + half, lanes))
+        put(output, low * c - high * n, *to, span(at, lanes))
+        put(output, high * c + low * n, *to, span(at + half, lanes))
 
     def copy(at: Any, lanes: int) -> None:
-        put(output, qkv[s, source, span(turned + at, lanes)], s, h, span(turned + at, lanes))
+        put(output, qkv[(*of, span(turned + at, lanes))], *to, span(turned + at, lanes))
 
     if turned:
         along(half, LANES, rotate)
@@ -149,19 +207,12 @@ def append(heads: Heads) -> tirx.PrimFunc:
     with kernel() as made:
         n, count = T.int64(), T.int64()
         pages = heads.pages(made, count)
-        k, v = (made.argument(name, (n, heads.keys, heads.dim), "float32") for name in ("k", "v"))
+        k, v = (heads.tokens(made, name, n) for name in ("k", "v"))
         places = made.argument("places", (n,), "int32", inside=True)
 
         def row(s: Any) -> None:
             with T.If(places[s] != -1), T.Then(), T.serial(0, heads.keys) as h:
-                page, token = places[s] // PAGE, places[s] % PAGE
-                with T.serial(0, heads.dim) as d:
-                    put(pages, k[s, h, d], *heads.key(page, h, d, token))
-                along(
-                    heads.dim,
-                    LANES,
-                    lambda at, lanes: put(pages, v[s, h, span(at, lanes)], page, 1, h, token, span(at, lanes)),
-                )
+                heads.append(pages, places[s] // PAGE, places[s] % PAGE, h, k, v, s)
 
         each_row(n, 4 * heads.keys * heads.dim, row)
     return made.function
@@ -172,24 +223,23 @@ def copy_page(heads: Heads) -> tirx.PrimFunc:
     with kernel() as made:
         pages = heads.pages(made, T.int32())
         source, target, tokens = (made.number(name, "int64") for name in ("source", "target", "tokens"))
-        with T.serial(0, heads.keys) as h, T.serial(0, tokens) as t, T.serial(0, heads.dim) as d:
-            put(pages, pages[heads.key(source, h, d, t)], *heads.key(target, h, d, t))
-            put(pages, pages[source, 1, h, t, d], target, 1, h, t, d)
+        with T.serial(0, heads.keys) as h, T.serial(0, tokens) as t:
+            heads.move(pages, (source, t), (target, t), h)
     return made.function
 
 
 def read_back(heads: Heads, layers: int) -> tirx.PrimFunc:
-    """Return the kernel of (pages, places, k, v, layer): keys and values of the tokens at ``places``."""
+    """Return the kernel of (pages, places, k, v, layer): keys and values of the tokens at ``places``, as they are kept
+    in a cache.
+    """
     with kernel() as made:
         n = T.int64()
         pages = heads.pages(made, T.int64())
         places = made.argument("places", (n,), "int32", inside=True)
-        k, v = (made.argument(name, (layers, n, heads.keys, heads.dim), "float32") for name in ("k", "v"))
+        k, v = (heads.tokens(made, name, layers, n) for name in ("k", "v"))
         layer = made.number("layer", "int64")
-        with T.serial(0, n) as s, T.serial(0, heads.keys) as h, T.serial(0, heads.dim) as d:
-            page, token = places[s] // PAGE, places[s] % PAGE
-            put(k, pages[heads.key(page, h, d, token)], layer, s, h, d)
-            put(v, pages[page, 1, h, token, d], layer, s, h, d)
+        with T.serial(0, n) as s, T.serial(0, heads.keys) as h:
+            heads.read_back(pages, places[s] // PAGE, places[s] % PAGE, h, k, v, (layer, s))
     return made.function
 
 
@@ -202,8 +252,7 @@ def move_tokens(heads: Heads) -> tirx.PrimFunc:
         sequences = made.number("sequences", "int32")
         starts = T.match_buffer(starts_handle, (sequences + 1,), "int32", elem_offset=T.int32())
         places = T.match_buffer(places_handle, (2, total), "int32", elem_offset=T.int32())
-        with T.serial(0, starts[sequences]) as i, T.serial(0, heads.keys) as h, T.serial(0, heads.dim) as d:
-            (page, token), (to_page, to_token) = ((places[side, i] // PAGE, places[side, i] % PAGE) for side in (0, 1))
-            put(pages, pages[heads.key(page, h, d, token)], *heads.key(to_page, h, d, to_token))
-            put(pages, pages[page, 1, h, token, d], to_page, 1, h, to_token, d)
+        with T.serial(0, starts[sequences]) as i, T.serial(0, heads.keys) as h:
+            source, target = ((places[side, i] // PAGE, places[side, i] % PAGE) for side in (0, 1))
+            heads.move(pages, source, target, h)
     return made.function

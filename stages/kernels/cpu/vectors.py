@@ -30,11 +30,14 @@ def kernel() -> Any:
         with T.prim_func(is_private=True, s_tir=True):
             T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
             yield made
-        made.function = written(builder.get())
+        made.function = written(made.with_views(builder.get()))
 
 
 class _Kernel:
     function: tirx.PrimFunc
+
+    def __init__(self) -> None:
+        self._views: list[tirx.Stmt] = []
 
     def argument(self, name: str, shape: Sequence[Any], dtype: str, *, inside: bool = False) -> Any:
         """Declare the next argument, a tensor; one that may lie ``inside`` a larger one has an offset."""
@@ -44,6 +47,16 @@ class _Kernel:
     def number(self, name: str, dtype: str) -> Any:
         """Declare the next argument, a number."""
         return T.arg(name, getattr(T, dtype)())
+
+    def view(self, tensor: Any, shape: Sequence[Any], dtype: str = "float32", **more: Any) -> Any:
+        """Return the memory of an argument as a tensor of another form; ``more`` are strides, or an offset."""
+        buffer = tirx.decl_buffer(tuple(shape), dtype, **more)
+        self._views.append(tirx.DeclBuffer(buffer, data=tensor.data))
+        return buffer
+
+    def with_views(self, function: tirx.PrimFunc) -> tirx.PrimFunc:
+        """Return ``function`` with its views declared: TVM's builder takes no argument behind one."""
+        return function.with_body(tirx.SeqStmt([*self._views, function.body])) if self._views else function
 
 
 def span(start: Any, lanes: int) -> Any:
