@@ -17,7 +17,7 @@ from stagegraph.errors import PlanError
 from stagegraph.remote.errors import RemoteError
 
 if TYPE_CHECKING:
-    from asyncssh import SFTPClient
+    from asyncssh import SFTPClient, SSHClientConnection
 
 T = TypeVar("T")
 BLOCK = 8 << 20  # bytes
@@ -43,6 +43,7 @@ class Sftp:
         where = urlsplit(url)
         self._host, self._folder = where.hostname or "", unquote(where.path).removeprefix(HOME) or "."
         self._login = {"username": where.username, "port": where.port}
+        self._connection: SSHClientConnection | None = None
         self._client: SFTPClient | None = None
         self._opening = Lock()
         self._loop = asyncio.new_event_loop()
@@ -96,8 +97,11 @@ class Sftp:
             return self._client
 
     async def _connect(self) -> SFTPClient:
+        if self._connection is not None:  # the one before, which was cut or lost its server of files
+            self._connection.abort()
         given = {name: value for name, value in self._login.items() if value is not None}
-        connection = await self._library.connect(self._host, **given, password=None, client_version="stagegraph")
+        connect = self._library.connect(self._host, **given, password=None, client_version="stagegraph")
+        self._connection = connection = await connect
         return await connection.start_sftp_client()
 
     def _wait(self, what: Awaitable[T], seconds: float) -> T:
@@ -112,7 +116,9 @@ class Sftp:
         except TimeoutError:
             raise RemoteError(f"no answer within {seconds:g} s") from None
         except (library.Error, OSError) as error:
-            self._client = None  # a cut connection is made again by who asks next
+            refused = isinstance(error, library.SFTPError)  # by a server that answers
+            if not refused or isinstance(error, library.SFTPConnectionLost | library.SFTPNoConnection):
+                self._client = None  # who asks next connects again
             raise RemoteError(f"{type(error).__name__}: {error}".strip(": ")) from None
 
 

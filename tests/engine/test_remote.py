@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import json
 import os
@@ -18,6 +19,7 @@ from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -589,13 +591,68 @@ def test_an_upload_that_is_cut_leaves_nothing_and_begins_again(tmp_path: Path, s
     storage.take(digest, content.stat().st_size, tmp_path / "back")
 
 
-@pytest.fixture
-def sftp(tmp_path: Path, monkeypatch) -> Iterator[str]:
-    """An OpenSSH server on loopback, for the user who runs this test, and a home with keys for it."""
-    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    asyncssh = pytest.importorskip("asyncssh")
-    if sshd is None:
+@contextmanager
+def sshd(folder: Path, host_key: Path, authorized: Path) -> Iterator[int]:
+    """An OpenSSH server on loopback, for the user who runs this test."""
+    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
+    if program is None:
         pytest.skip("no sshd here")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (folder / "sshd_config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {host_key}\nPidFile none\nStrictModes no\n"
+        f"AuthorizedKeysFile {authorized}\nPasswordAuthentication no\nUsePAM no\n"
+        "Subsystem sftp internal-sftp\n"
+    )
+    log = folder / "sshd.log"
+    process = subprocess.Popen([program, "-D", "-E", str(log), "-f", str(folder / "sshd_config")])
+    while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+        time.sleep(0.02)
+    if process.poll() is not None:
+        pytest.skip(f"sshd does not start: {log.read_text()}")
+    yield port
+    process.kill()
+    process.wait()
+
+
+@contextmanager
+def in_this_process(
+    host_key: Path, authorized: Path, connections: list[Any], files: Callable[..., Any] | bool = True
+) -> Iterator[int]:
+    """An SSH server in a thread, which notes its connections; ``files`` makes its server of files."""
+    import asyncssh
+
+    class Server(asyncssh.SSHServer):
+        def connection_made(self, conn) -> None:
+            connections.append(conn)
+
+    async def listen() -> Any:
+        given = {"server_host_keys": [str(host_key)], "authorized_client_keys": str(authorized)}
+        return await asyncssh.listen("127.0.0.1", 0, server_factory=Server, sftp_factory=files, **given)
+
+    async def close() -> None:
+        server.close()
+        for connection in connections:
+            connection.abort()
+        await server.wait_closed()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    server = asyncio.run_coroutine_threadsafe(listen(), loop).result()
+    try:
+        yield server.get_port()
+    finally:
+        asyncio.run_coroutine_threadsafe(close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture
+def login(tmp_path: Path, monkeypatch) -> Callable[[int], str]:
+    """A home with keys for an SSH server at a port of this machine; called, it knows the server, and is its URL."""
+    asyncssh = pytest.importorskip("asyncssh")
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     host, user = (asyncssh.generate_private_key("ssh-ed25519") for _ in range(2))
@@ -603,25 +660,47 @@ def sftp(tmp_path: Path, monkeypatch) -> Iterator[str]:
         key.write_private_key(str(path))
         path.chmod(0o600)
     user.write_public_key(str(tmp_path / "authorized"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host.export_public_key().decode()}")
-    (tmp_path / "sshd_config").write_text(
-        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {tmp_path}/host_key\nPidFile none\nStrictModes no\n"
-        f"AuthorizedKeysFile {tmp_path}/authorized\nPasswordAuthentication no\nUsePAM no\n"
-        "Subsystem sftp internal-sftp\n"
-    )
-    log = tmp_path / "sshd.log"
-    process = subprocess.Popen([sshd, "-D", "-E", str(log), "-f", str(tmp_path / "sshd_config")])
-    while process.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
-        time.sleep(0.02)
-    if process.poll() is not None:
-        pytest.skip(f"sshd does not start: {log.read_text()}")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    yield f"sftp://{getpass.getuser()}@127.0.0.1:{port}{tmp_path}/remote"
-    process.kill()
-    process.wait()
+
+    def known(port: int) -> str:
+        (home / ".ssh" / "known_hosts").write_text(f"[127.0.0.1]:{port} {host.export_public_key().decode()}")
+        return f"sftp://{getpass.getuser()}@127.0.0.1:{port}{tmp_path}/remote"
+
+    return known
+
+
+@pytest.fixture(params=["asyncssh", "sshd"])
+def sftp(request, tmp_path: Path, login) -> Iterator[str]:
+    """The URL of a folder behind SSH: a server of asyncssh's, and OpenSSH's where there is one."""
+    keys = tmp_path / "host_key", tmp_path / "authorized"
+    with sshd(tmp_path, *keys) if request.param == "sshd" else in_this_process(*keys, []) as port:
+        yield login(port)
+
+
+def test_a_refused_file_costs_no_connection_and_a_cut_one_is_made_again(tmp_path: Path, login) -> None:
+    import asyncssh
+
+    class Refusing(asyncssh.SFTPServer):
+        def open(self, path, pflags, attrs):
+            if path.endswith(b"refused"):
+                raise asyncssh.SFTPPermissionDenied("not for you")
+            return super().open(path, pflags, attrs)
+
+    connections: list[Any] = []
+    with in_this_process(tmp_path / "host_key", tmp_path / "authorized", connections, Refusing) as port:
+        storage = Storage(Remote("team", login(port), reads=True, writes=True), threading.Event())
+        storage.write("records/given", b"text")
+        (tmp_path / "remote" / "records" / "refused").write_bytes(b"text")
+        with pytest.raises(RemoteError, match="not for you"):
+            storage.read("records/refused")
+        assert storage.read("records/given") == b"text"
+        assert len(connections) == 1
+        connections[0].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        with pytest.raises(RemoteError):
+            storage.read("records/given")
+        assert storage.read("records/given") == b"text"
+        assert len(connections) == 2
 
 
 def test_a_folder_behind_ssh_takes_and_gives_results(sftp: str, machines, capsys, tmp_path: Path) -> None:
