@@ -23,6 +23,7 @@ __all__ = [
     "Instance",
     "Out",
     "Part",
+    "Piece",
     "Source",
     "SourceFiles",
     "Stage",
@@ -140,6 +141,17 @@ class Instance(NamedTuple):
     path: Path
 
 
+class Piece(NamedTuple):
+    """A piece of a stage's work (:meth:`Context.map`): what messages call it, and what :meth:`Stage.make` is given.
+
+    ``files`` are those that it reads of each source parameter; it sees no others.
+    """
+
+    name: str
+    what: Json
+    files: Mapping[str, Sequence[str]] = {}
+
+
 class Part(NamedTuple):
     """A part that was remembered: its read-only file, and the small facts kept with it."""
 
@@ -195,6 +207,14 @@ class Context(Protocol):
         """Keep several parts as :meth:`remember` does, in a fraction of the time; for many that are each made quickly.
 
         Unsaved parts are lost if the process is killed: save often.
+        """
+
+    def map(self, kind: str, pieces: Sequence[Piece]) -> list[Json] | None:
+        """Let the workers of a cluster make the parts of one kind that ``pieces`` need, each by :meth:`Stage.make`.
+
+        Returns what that returned for each; :meth:`recall` then finds what was remembered, as if it had been here.
+        Returns None where there is no cluster: what is not remembered ``run`` makes itself, as ever. A piece that
+        fails is named, and fails the node. Worth it for pieces of some seconds each.
         """
 
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
@@ -256,6 +276,13 @@ class Stage:
         recorded by the nodes on the input ports.
         """
         return {}
+
+    def make(self, ctx: Context, what: Json) -> Json:
+        """Make and remember the parts of one piece of :meth:`Context.map`, and return what ``run`` needs to know of it.
+
+        What it leaves below ``ctx.out`` is removed.
+        """
+        raise NotImplementedError
 
     def run(self, ctx: Context) -> None:
         """Do the work: read inputs and sources, write every declared output under ``ctx.out``."""

@@ -10,14 +10,15 @@ import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
+from stagegraph.stage import In, JsonObject, Out, Piece, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from stagegraph.stage import Context
-    from stages.conversion.model import Conversion, Plan
+    from stages.conversion.model import Conversion
+    from stages.conversion.plan import Plan
     from stages.documents.model import CheckpointTensors
     from stages.documents.params import Register
     from stages.documents.weights import ErrorLine
@@ -51,6 +52,12 @@ class Quantize(Stage):
             choices=("auto", "max", "full", "mse", "importance", "gptq"),
         )
         threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
+        batch: int = param(
+            "in a cluster, how many MiB of the checkpoint a worker converts at a time; a smaller model stays on one",
+            default=1024,
+            minimum=1,
+            hashed=False,
+        )
 
     inputs = {
         "params": In("param-register", "params", "what to store, and what it is made of"),
@@ -106,34 +113,36 @@ class Quantize(Stage):
             "stages.targets.table:TARGETS": (),
         }
 
+    def make(self, ctx: Context, what: Sequence[str]) -> dict[str, str]:
+        """Convert the parameters of these names; return the digests of the tensors that they are made of."""
+        from stages.conversion.model import Conversion
+
+        register: Register = json.loads(ctx.input("params").read_bytes())
+        listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
+        plan = _plan(ctx, register, listed)
+        conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts", only=frozenset(what))
+        with _leaving_nothing(ctx, conversion):
+            return conversion.parts()
+
     def run(self, ctx: Context) -> None:
         """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
-        from stages.conversion.model import Conversion, Plan
+        from stages.conversion.model import Conversion
         from stages.quantization.schemes import SCHEMES
         from stages.quantization.tensor_cache import listing, write_index
 
         register: Register = json.loads(ctx.input("params").read_bytes())
         listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
-        scheme, scales, files = SCHEMES[ctx.params.scheme], ctx.params.scales, ctx.source("checkpoint")
+        scheme, scales = SCHEMES[ctx.params.scheme], ctx.params.scales
         if [register["scheme"], register["target"]] != [scheme.name, ctx.params.target]:
             raise StageError(
                 f"the parameters are registered for {register['scheme']} on {register['target']}, quantize is asked "
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
-        importance, feedback = _importance(ctx), _feedback(ctx)
-        compilers = dist_versions("apache-tvm", "apache-tvm-ffi")
-        plan = Plan(
-            register,
-            listed["tensors"],
-            files.files,
-            files.digests,
-            scales,
-            ctx.params.threads,
-            compilers,
-            importance,
-            feedback,
-        )
-        conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts")
+        plan = _plan(ctx, register, listed)
+        pieces = _pieces(plan, ctx.params.batch << 20)
+        made = ctx.map("tensor", pieces) if len(pieces) > 1 else None
+        known = {name: digest for digests in made or () for name, digest in digests.items()}
+        conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts", known=known)
         size = conversion.stored_bytes
         _check_space(ctx, size)
         with _leaving_nothing(ctx, conversion):
@@ -149,6 +158,31 @@ class Quantize(Stage):
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
+
+
+def _plan(ctx: Context, register: Register, listed: CheckpointTensors) -> Plan:
+    from stages.conversion.plan import Plan
+
+    files = ctx.source("checkpoint")
+    return Plan(
+        register,
+        listed["tensors"],
+        files.files,
+        files.digests,
+        ctx.params.scales,
+        ctx.params.threads,
+        dist_versions("apache-tvm", "apache-tvm-ffi"),
+        _importance(ctx),
+        _feedback(ctx),
+    )
+
+
+def _pieces(plan: Plan, size: int) -> list[Piece]:
+    pieces = []
+    for batch in plan.batches(size):
+        names = [entry["name"] for entry in batch]
+        pieces.append(Piece(f"{names[0]} to {names[-1]}", names, {"checkpoint": sorted(plan.files_of(batch))}))
+    return pieces
 
 
 def _importance(ctx: Context) -> dict[str, Any]:

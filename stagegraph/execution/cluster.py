@@ -208,6 +208,7 @@ class Cluster:
             "sizes": sizes,
             "own_files": own,
             "memory": task.node.spec.resources.memory,
+            "labels": [*task.node.spec.resources.labels],
             "remote": [self._settings.remote.name, self._settings.remote.url],
         }
 
@@ -338,7 +339,7 @@ class ClusterSlot:
             return [
                 {
                     "event": "gone",
-                    "meaning": f"its worker does not find {min(again)[:16]}, which was uploaded to the remote",
+                    "meaning": f"its worker does not find {min(again)[:16]}, which was given to the remote",
                 }
             ]
         self._supplied.update(digests)

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 
 from stagegraph.planning.planner import Rows
 from stagegraph.stage import Json
+from stagegraph.store.memo import PartEntry
 from stagegraph.store.record import FileEntry, Report, Spent
 
 # Port -> its instances: ``foreach`` values, path of the output in its folder, files as a record has them.
@@ -21,11 +22,21 @@ class SourceRequest(TypedDict):
     digests: Mapping[str, str]
 
 
+class Asked(TypedDict):
+    """One piece (:class:`~stagegraph.stage.Piece`) of which a worker is asked for the parts of a kind."""
+
+    kind: str
+    name: str
+    what: Json
+    files: Mapping[str, Sequence[str]]
+
+
 class NodeRequest(TypedDict):
     """The part of a request that is the same wherever the node runs.
 
     ``prepare`` names what is called once in a worker of its profile, ``origin`` are the arguments of
-    :class:`~stagegraph.registry.Origin`; ``fresh`` reuses no memoised parts.
+    :class:`~stagegraph.registry.Origin`; ``fresh`` reuses no memoised parts; ``piece`` is what is to be made instead of
+    the node's outputs.
     """
 
     prepare: str | None
@@ -35,13 +46,14 @@ class NodeRequest(TypedDict):
     sources: Mapping[str, SourceRequest]
     fresh: bool
     secrets: Sequence[str]
+    piece: Asked | None
 
 
 class Placed(TypedDict):
     """The part of a request that names paths on the worker's machine: inputs, outputs and log.
 
     ``inputs`` are port -> (instance, path), ``linked`` the path of a hard link -> its digest; ``parts`` says what makes
-    what the stage memoises.
+    what the stage memoises, ``maps`` whether others make pieces for it.
     """
 
     inputs: Mapping[str, Sequence[Any]]
@@ -50,10 +62,34 @@ class Placed(TypedDict):
     store: str
     parts: Mapping[str, Sequence[Any]]
     log: str
+    maps: bool
 
 
 class Request(NodeRequest, Placed):
     """The whole request to run a node."""
+
+
+class Spread(TypedDict):
+    """A stage's wish that others make these pieces; it waits for a :class:`Mapped` or :class:`PieceFailed`."""
+
+    event: Literal["map"]
+    pieces: list[Asked]
+
+
+class Made(Spent):
+    """The end of a piece that went well: what the stage returned of it, and its parts by their names in the index."""
+
+    event: Literal["made"]
+    result: Json
+    parts: dict[str, PartEntry]
+
+
+class Mapped(TypedDict):
+    """What others made of all pieces: what the stage returned of each, and the parts, whose objects are here."""
+
+    event: Literal["mapped"]
+    results: list[Json]
+    parts: dict[str, PartEntry]
 
 
 class Found(Report):
@@ -95,6 +131,12 @@ class Failure(TypedDict):
     bug: bool
 
 
+class PieceFailed(Failure):
+    """The failure of a piece, with the end of what it printed."""
+
+    log: str
+
+
 class Failed(Failure, Spent):
     """A failure in a worker process, with the time and memory that it took."""
 
@@ -114,6 +156,7 @@ class Gone(TypedDict):
 
 
 Event: TypeAlias = Began | Progressed | Succeeded | Failure | Gone
+WorkerEvent: TypeAlias = Event | Spread | Made
 
 
 # -- of a cluster: what its workers are sent, and what they answer ---------------------------------------------------
@@ -130,7 +173,8 @@ class ClusterRequest(NodeRequest):
     """What a worker of a cluster needs to know of a node, to run it as the machine that planned it would.
 
     ``sizes`` are source -> file -> bytes; ``own_files`` the files of the pipeline's folder that the stage's code is in,
-    as base64; ``memory`` the limit in MiB, 0 for none; ``remote`` name and URL of the one that files go through.
+    as base64; ``memory`` the limit in MiB, 0 for none; ``remote`` name and URL of the one that files go through;
+    ``labels`` what a worker must offer. ``topic`` is empty for a piece, of whose course nobody is told.
     """
 
     protocol: int
@@ -142,6 +186,7 @@ class ClusterRequest(NodeRequest):
     sizes: Mapping[str, Mapping[str, int]]
     own_files: Mapping[str, str]
     memory: int
+    labels: Sequence[str]
     remote: Sequence[str]
 
 
@@ -185,7 +230,7 @@ class Printed(TypedDict):
     text: str
 
 
-ClusterEnd: TypeAlias = SucceededElsewhere | Failure | Refused | Lacks
+ClusterEnd: TypeAlias = SucceededElsewhere | Made | Failure | PieceFailed | Refused | Lacks
 ClusterEvent: TypeAlias = Began | Progressed | Printed | ClusterEnd
 
 

@@ -20,7 +20,16 @@ from stagegraph.planning.key import secrets_of
 from stagegraph.registry import find, hidden_variables
 
 if TYPE_CHECKING:
-    from stagegraph.execution.messages import Event, Layout, NodeRequest, Placed, Request, SourceRequest
+    from stagegraph.execution.messages import (
+        Event,
+        Layout,
+        Mapped,
+        NodeRequest,
+        PieceFailed,
+        Placed,
+        Request,
+        SourceRequest,
+    )
     from stagegraph.planning.dag import Node
     from stagegraph.planning.planner import Decision, Prepared
     from stagegraph.planning.secrets import Mask, MaskedLog
@@ -199,6 +208,7 @@ def request_for(decision: Decision, prepared: Prepared, *, fresh: bool) -> NodeR
         "sources": sources,
         "fresh": fresh,
         "secrets": prepared.secrets,
+        "piece": None,
     }
 
 
@@ -213,6 +223,7 @@ def placed(
         "store": str(store.absolute()),
         "parts": parts,
         "log": str(log.target.absolute()),
+        "maps": False,
     }
 
 
@@ -291,8 +302,8 @@ class Worker:
         """Return the descriptor that becomes readable when there are events."""
         return self._events.fileno()
 
-    def send(self, request: Request) -> None:
-        """Start a request; if the process is gone, its end shows on the event stream."""
+    def send(self, request: Request | Mapped | PieceFailed) -> None:
+        """Start a request, or answer one of its stage; that the process is gone shows on the event stream."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request).encode() + b"\n")

@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 import json
 import os
-import select
 import sys
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping
+from base64 import b64decode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError
-from stagegraph.execution.resources import MEBIBYTE, memory_text, resident_bytes
-from stagegraph.execution.sandbox import Log, Sandbox, Worker, Workers, placed
+from stagegraph.execution.sandbox import Sandbox, Worker, Workers, placed
+from stagegraph.execution.spreading import Spreading, failed
+from stagegraph.execution.watching import Say, end_of, watch
 from stagegraph.execution.worker import params_of
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.planner import code_of, libraries_of, part_codes
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from stagegraph.execution.messages import (
         ClusterEnd,
         ClusterEvent,
-        Failure,
         ReceivedTask,
         Refused,
         Request,
@@ -51,13 +50,9 @@ if TYPE_CHECKING:
         Succeeded,
     )
 
-    Say = Callable[[ClusterEvent], None]
 
-
-PROTOCOL = 1  # of what a client sends and is told
+PROTOCOL = 2  # of what a client sends and is told
 DIRECTORY = "STAGEGRAPH_WORKER_DIR"
-LOOK_SECONDS = 0.2
-LOG_BYTES = 1 << 20  # of a node's prints that are sent
 AT_ONCE = 8  # files under way
 SHOWN = 3  # modules in a message
 STALE = "its code or its libraries have changed since it was started; start it again"
@@ -69,22 +64,27 @@ def platform() -> str:
 
 
 def execute(text: str) -> str:
-    """Run the node of one request (the function that Dask calls); returns the final event, which was also sent."""
+    """Run the node, or the piece, of one request (the function that Dask calls).
+
+    Returns the final event; that of a node was also sent.
+    """
     from distributed import get_worker
 
     worker = get_worker()
     request = cast("ReceivedTask", json.loads(text) | {"where": worker.address})
 
     def say(event: ClusterEvent) -> None:
-        worker.log_event(request["topic"], json.dumps({"task": request["task"], **event}))
+        if request["topic"]:
+            worker.log_event(request["topic"], json.dumps({"task": request["task"], **event}))
 
     def cancelled() -> bool:
         state = worker.state.tasks.get(request["task"])
-        return state is None or state.state != "executing"
+        return state is None or state.state not in ("executing", "long-running")
 
     end = _site(os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph").run(request, say, cancelled)
     answer = json.dumps({"task": request["task"], **end, "where": worker.address})
-    worker.log_event(request["topic"], answer)
+    if request["topic"]:
+        worker.log_event(request["topic"], answer)
     return answer
 
 
@@ -117,7 +117,7 @@ class Site:
         self._read = PartCode("", {})  # the files of all that was checked, as they were then
 
     def run(self, request: ReceivedTask, say: Say, cancelled: Callable[[], bool]) -> ClusterEnd:
-        """Run a node and return the event that ends it: ``end``, ``refused`` or ``lacks``."""
+        """Run a node, or make a piece; return the event that ends it: ``end``, ``made``, ``refused`` or ``lacks``."""
         if request["protocol"] != PROTOCOL:
             return _refused(
                 f"speaks protocol {PROTOCOL}, not {request['protocol']}: its stagegraph is of another version"
@@ -133,9 +133,9 @@ class Site:
                 end = self._run(request, origin, codes, say, cancelled)
             return end if self._read.is_unchanged() else _refused(STALE)
         except (RemoteError, MismatchError) as error:
-            return _failed(f"remote '{request['remote'][0]}' on its worker: {error}")
+            return failed(f"remote '{request['remote'][0]}' on its worker: {error}")
         except (OSError, RottenError) as error:
-            return _failed(f"on its worker: {error}")
+            return failed(f"on its worker: {error}")
 
     # -- is it the same here? ----------------------------------------------------------------------------------------
 
@@ -207,15 +207,52 @@ class Site:
             stage = origin.make()
             say({"event": "began", "where": request["where"]})
             told = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
+            maps = request["piece"] is None
+            spreading = self._spreading(request, storage, say, cancelled)
             with self._worker(stage.profile, new=bool(request["memory"])) as worker:
-                worker.send(cast("Request", {**request, **told, "sources": sources, "origin": origin}))
-                end = _watch(worker, request, log, say, cancelled)
-            if end["ok"] is False:
+                asked = {**request, **told, "sources": sources, "origin": origin, "maps": maps}
+                worker.send(cast("Request", asked))
+                end = watch(worker, request, log, say, cancelled, spreading)
+            if end["event"] == "made":
+                self._upload(storage, {entry["digest"] for entry in end["parts"].values()})
                 return end
+            if end["ok"] is False:
+                return end if maps else {**end, "log": end_of(log.path)}
             self._give(storage, sandbox, end)
-            return {**end, "damaged": [], "host": os.uname().nodename}
+            cpu, peak = end["cpu_seconds"] + spreading.cpu_seconds, max(end["peak_bytes"], spreading.peak_bytes)
+            return {**end, "cpu_seconds": cpu, "peak_bytes": peak, "damaged": [], "host": os.uname().nodename}
         finally:
             sandbox.remove(self._workspace)
+
+    def _spreading(self, request: ReceivedTask, storage: Storage, say: Say, cancelled: Callable[[], bool]) -> Spreading:
+        """Return what has the pieces of a node made, if its stage asks for it."""
+        store, files = self._workspace.store, dict[str, Path]()
+        for source in request["sources"].values():
+            files |= {digest: Path(source["files"][name]) for name, digest in source["digests"].items()}
+        inputs = {d for instances in request["layout"].values() for *_, found in instances for d, _ in found.values()}
+
+        def lend(digests: Sequence[str]) -> list[str]:
+            for digest in digests:
+                if digest in files or digest in inputs:  # and nothing else, whatever a worker asks for
+                    storage.give(digest, store.path(digest) if store.verify(digest) is None else files[digest])
+            return [digest for digest in digests if digest not in files and digest not in inputs]
+
+        return Spreading(
+            request,
+            execute,
+            fetch=lambda wanted: self._fetch(storage, wanted),
+            lend=lend,
+            tell=lambda done, total: say(
+                {
+                    "event": "progress",
+                    "done": done,
+                    "total": total,
+                    "unit": "pieces",
+                    "note": "on the cluster's workers",
+                }
+            ),
+            cancelled=cancelled,
+        )
 
     def _storage(self, request: ReceivedTask) -> Storage:
         name, url = request["remote"]
@@ -270,7 +307,11 @@ class Site:
         files |= {f"views/{name}": digest for name, (digest, _) in end["views"].items()}
         for name, digest in files.items():
             store.adopt(sandbox.out / name, digest)
-        list(self._transfers.map(lambda digest: storage.give(digest, store.path(digest)), set(files.values())))
+        self._upload(storage, set(files.values()))
+
+    def _upload(self, storage: Storage, digests: Iterable[str]) -> None:
+        store = self._workspace.store
+        list(self._transfers.map(lambda digest: storage.give(digest, store.path(digest)), digests))
 
     @contextmanager
     def _worker(self, profile: str, *, new: bool) -> Iterator[Worker]:
@@ -310,62 +351,5 @@ def _mismatches(request: ReceivedTask, origin: Origin, codes: CodeDigests) -> li
     return problems
 
 
-def _watch(
-    worker: Worker,
-    request: ReceivedTask,
-    log: Log,
-    say: Say,
-    cancelled: Callable[[], bool],
-) -> Succeeded | Failure:
-    """Forward a worker process's events until it ends, and stop it if it exceeds its memory limit."""
-    tail, limit = _Tail(log.path, say), request["memory"]
-    while True:
-        select.select([worker], [], [], LOOK_SECONDS)
-        for event in worker.receive():
-            if event["event"] == "progress":
-                say(event)
-                continue
-            tail.send()
-            if event["event"] == "gone":
-                worker.kill()
-                return _failed(event["meaning"])
-            assert event["event"] == "end"
-            return event
-        tail.send()
-        if cancelled():
-            worker.kill()
-            return _failed("cancelled")
-        if limit and (used := resident_bytes([worker.pid])[worker.pid]) > limit * MEBIBYTE:
-            worker.kill()
-            took, most = memory_text(used // MEBIBYTE), memory_text(limit)
-            return _failed(f"took {took} of memory, more than its resources.memory of {most}, and was stopped")
-
-
-class _Tail:
-    """Sends new text of a log, up to a total size."""
-
-    def __init__(self, path: Path, say: Say) -> None:
-        self._path, self._say = path, say
-        self._sent = 0
-
-    def send(self) -> None:
-        """Send what was printed since the last call."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._sent)
-                text = file.read(max(LOG_BYTES - self._sent, 0))
-        except OSError:
-            return
-        if text:
-            if self._sent + len(text) == LOG_BYTES:
-                text += b"\n... the rest is on the worker\n"
-            self._say({"event": "log", "offset": self._sent, "text": b64encode(text).decode()})
-            self._sent += len(text)
-
-
 def _refused(*problems: str) -> Refused:
     return {"event": "refused", "problems": list(problems)}
-
-
-def _failed(*problems: str) -> Failure:
-    return {"event": "end", "ok": False, "problems": list(problems), "bug": False}

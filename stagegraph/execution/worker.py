@@ -25,9 +25,22 @@ from typing import Any, TextIO
 
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
-from stagegraph.execution.messages import Event, Failed, Found, Progressed, Request, Succeeded, Written
+from stagegraph.execution.messages import (
+    Asked,
+    Failed,
+    Found,
+    Made,
+    Mapped,
+    PieceFailed,
+    Progressed,
+    Request,
+    Spread,
+    Succeeded,
+    WorkerEvent,
+    Written,
+)
 from stagegraph.registry import Origin, load_object
-from stagegraph.stage import Context, Instance, JsonObject, NewPart, Part, SourceFiles, Stage
+from stagegraph.stage import Context, Instance, JsonObject, NewPart, Part, Piece, SourceFiles, Stage
 from stagegraph.store.memo import Memo, PartCode
 from stagegraph.store.objects import fsync_file
 from stagegraph.store.record import FileEntry, Spent
@@ -38,10 +51,18 @@ UNSPENT: Spent = {"cpu_seconds": 0.0, "peak_bytes": 0}
 VIEW_NAME = re.compile(r"[\w-][\w.-]*")
 
 
-class WorkerContext(Context):
-    """The stage author's context, backed by files and the event stream."""
+class PieceError(Exception):
+    """A piece that failed elsewhere, as its worker said it."""
 
-    def __init__(self, request: Request, params: Any, events: TextIO) -> None:
+    def __init__(self, failure: PieceFailed) -> None:
+        super().__init__("; ".join(failure["problems"]))
+        self.failure = failure
+
+
+class WorkerContext(Context):
+    """The stage author's context, backed by files and the event stream; ``answers`` come to what is asked there."""
+
+    def __init__(self, request: Request, params: Any, events: TextIO, answers: TextIO | None = None) -> None:
         self.params = params
         self.document = request["document"]
         self.out = Path(request["out"])
@@ -49,6 +70,7 @@ class WorkerContext(Context):
         self._inputs = request["inputs"]
         self._sources = request["sources"]
         self._events = events
+        self._answers = answers
         self._last_progress = 0.0
         self._store = Path(request["store"])
         self._parts = {kind: PartCode(*code) for kind, code in request["parts"].items()}
@@ -82,6 +104,21 @@ class WorkerContext(Context):
         for document, file, _, facts in parts:
             refuse_secrets(self._request, {file.name: file}, document, facts)
         self.memo.remember_all(kind, parts)
+
+    def map(self, kind: str, pieces: Sequence[Piece]) -> list[Any] | None:
+        if self._answers is None or not self._request["maps"]:
+            return None
+        asked: list[Asked] = [
+            {"kind": kind, "name": name, "what": what, "files": files} for name, what, files in pieces
+        ]
+        wish: Spread = {"event": "map", "pieces": asked}
+        send(self._events, wish)
+        answer: Mapped | PieceFailed = json.loads(self._answers.readline())
+        if answer["event"] == "end":
+            sys.stdout.write(answer["log"])
+            raise PieceError(answer)
+        self.memo.take(kind, answer["parts"])
+        return answer["results"]
 
     @property
     def memo(self) -> Memo:
@@ -133,7 +170,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def send(events: TextIO, event: Event) -> None:
+def send(events: TextIO, event: WorkerEvent) -> None:
     """Write one event; if the parent is gone there is nobody left to work for."""
     try:
         events.write(json.dumps(event) + "\n")
@@ -209,12 +246,14 @@ def known_inputs(request: Request) -> dict[tuple[int, int], str]:
     return {(status.st_dev, status.st_ino): digest for digest, status in statuses.items()}
 
 
-def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
-    """Run one stage and return the event that ends it."""
+def run_one(request: Request, events: TextIO, answers: TextIO) -> Succeeded | Made | Failed:
+    """Run one stage, or make one piece of it, and return the event that ends it."""
     usage = _Usage()
     try:
         stage = Origin(*request["origin"]).make()
-        ctx = WorkerContext(request, params_of(stage, request["params"]), events)
+        ctx = WorkerContext(request, params_of(stage, request["params"]), events, answers)
+        if request["piece"]:
+            return _made(stage, ctx, request["piece"], usage)
         stage.run(ctx)
         refuse_secrets(request, written_files(ctx.out))
         known = ctx.settle() | known_inputs(request)
@@ -223,12 +262,22 @@ def run_one(request: Request, events: TextIO) -> Succeeded | Failed:
         return {"event": "end", "ok": True, **ctx.found, **written, **usage.spent()}
     except StageError as error:
         return failed(error.problems, usage.spent())
+    except PieceError as error:
+        return failed(error.failure["problems"], usage.spent(), bug=error.failure["bug"])
     except OSError as error:
         _print_traceback()
         return failed([_problem_of(error)], usage.spent())
     except Exception as error:  # noqa: BLE001 - a stage's bug must not take the worker down
         _print_traceback()
         return failed([f"{type(error).__name__}: {error}"], usage.spent(), bug=True)
+
+
+def _made(stage: Stage, ctx: WorkerContext, piece: Asked, usage: _Usage) -> Made:
+    result = stage.make(ctx, piece["what"])
+    json.dumps(result)
+    ctx.settle()
+    parts = {name: entry for name, entry in ctx.memo.entries.items() if entry["kind"] == piece["kind"]}
+    return {"event": "made", "result": result, "parts": parts, **usage.spent()}
 
 
 def params_of(stage: Stage, written: JsonObject) -> Any:
@@ -318,7 +367,7 @@ def main() -> None:
                 send(events, failed([f"worker '{profile}': {error}"], bug=True))
                 continue
         prepared = True
-        end = run_one(request, events)
+        end = run_one(request, events, requests)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -63,6 +63,8 @@ class Memo:
         self._made: set[str] = set()
         self._used: set[str] = set()
         self._differing: list[str] = []
+        self._taken: dict[str, PartEntry] = {}  # what other machines made for this execution
+        self.entries: dict[str, PartEntry] = {}  # name in the index -> all that was reused or made
         self.counts: dict[str, Counter[str]] = {}  # kind -> reused, made
 
     @classmethod
@@ -72,10 +74,11 @@ class Memo:
 
     def recall(self, kind: str, document: JsonObject) -> Part | None:
         """Return a part, its object verified, or None if it is not known, is lost or was damaged."""
-        entry = None if self._fresh or kind not in self._codes else self._entry(self._name(kind, document))
+        name = self._name(kind, document) if kind in self._codes else ""
+        entry = self._taken.get(name) or (None if self._fresh or not name else self._entry(name))
         if entry is None or self._store.check(entry["digest"]) is not None:  # read, as it becomes part of a result
             return None
-        self._count(kind, "reused", entry["digest"])
+        self._count("made" if name in self._taken else "reused", name, entry)
         return Part(self._store.path(entry["digest"]), entry["facts"])
 
     def remember(self, kind: str, document: JsonObject, file: Path, *, digest: str | None = None, **facts: Any) -> Part:
@@ -89,24 +92,38 @@ class Memo:
 
     def remember_all(self, kind: str, parts: Sequence[NewPart]) -> None:
         """Do the same for several (document, file, digest, facts): they are known at once, after one commit."""
-        entries: dict[str, PartEntry] = {}
+        found: list[tuple[str, str, PartEntry]] = []
         for document, file, digest, facts in parts:
             size = file.stat().st_size
             if self._store.share(file, digest):
                 with self._lock:
                     self._made.add(digest)
-            name = self._name(kind, document)
-            known = self._entry(name)
+            entry: PartEntry = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
+            found.append((self._name(kind, document), file.name, entry))
+        self._keep(kind, found)
+        for name, _, entry in found:
+            self._count("made", name, entry)
+
+    def take(self, kind: str, entries: Mapping[str, PartEntry]) -> None:
+        """Take parts that other machines made for this execution, and whose objects are here already."""
+        with self._lock:
+            self._taken.update(entries)
+            self._made.update(entry["digest"] for entry in entries.values())
+        self._keep(kind, [(name, entry["digest"][:16], entry) for name, entry in entries.items()])
+
+    def _keep(self, kind: str, found: Sequence[tuple[str, str, PartEntry]]) -> None:
+        """Let the index know parts (name, what a warning calls it, entry), but for what it has otherwise and intact."""
+        entries: dict[str, PartEntry] = {}
+        for name, shown, entry in found:
+            known, digest = self._entry(name), entry["digest"]
             if known is None or (known["digest"] != digest and self._store.verify(known["digest"]) is not None):
-                entries[name] = {"schema": PART_SCHEMA, "kind": kind, "digest": digest, "size": size, "facts": facts}
+                entries[name] = entry
             elif known["digest"] != digest:
                 with self._lock:
-                    self._differing.append(f"{kind} {file.name}")
+                    self._differing.append(f"{kind} {shown}")
         # Code that was edited since it was digested may be what was imported: what it made is for this run alone.
         if self._codes[kind].is_unchanged():
             self._store.index.set_all(entries)
-        for _, _, digest, _ in parts:
-            self._count(kind, "made", digest)
 
     def _name(self, kind: str, document: JsonObject) -> str:
         """Return the name under which the index knows a part."""
@@ -131,10 +148,11 @@ class Memo:
         """The objects found damaged, which are in quarantine now."""
         return self._store.damaged
 
-    def _count(self, kind: str, how: str, digest: str) -> None:
+    def _count(self, how: str, name: str, entry: PartEntry) -> None:
         with self._lock:
-            self.counts.setdefault(kind, Counter(reused=0, made=0))[how] += 1
-            self._used.add(digest)
+            self.counts.setdefault(entry["kind"], Counter(reused=0, made=0))[how] += 1
+            self._used.add(entry["digest"])
+            self.entries[name] = entry
 
     def settle(self) -> dict[tuple[int, int], str]:
         """Sync the new objects that became outputs; return every part's (device, inode) -> digest."""

@@ -124,6 +124,10 @@ class Weights:
             return part["file"], info.offset if info else 0
         return "", 0
 
+    def files(self, name: str) -> set[str]:
+        """Return the files that a tensor is read from."""
+        return {part["file"] for part in self._stored(name)}
+
     def _stored(self, name: str) -> list[StoredPart]:
         """Return what of the files a tensor is made of."""
         entry = self._tensors[name]
@@ -144,7 +148,7 @@ class Weights:
 
         What is mapped changes with the file: without this, one content could be digested and another one converted.
         """
-        for file in {part["file"] for part in self._stored(name)}:
+        for file in self.files(name):
             if self._stats.get(file) != _stat(self._files[file]):
                 raise ValueError(f"{file}: the file was changed while it was read; run again")
 

@@ -23,7 +23,8 @@ KIND = "digests"
 class Digests:
     """Content digests by tensor name; safe to ask from several threads. ``files`` are the shards' own digests.
 
-    ``names`` are all that will be asked for: when the last one of a file is known, the file's are kept.
+    ``names`` are all that will be asked for: when the last one of a file is known, the file's are kept. ``known`` are
+    digests that were taken elsewhere.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Digests:
         names: Iterable[str],
         files: Mapping[str, str],
         scratch: Path,
+        known: Mapping[str, str],
     ) -> None:
         self._memo = memo
         self._weights = weights
@@ -41,7 +43,7 @@ class Digests:
         self._files = files
         self._scratch = scratch
         self._lock = Lock()
-        self._known: dict[str, str] = {}
+        self._known = dict(known)
         self._waiting: dict[str, set[str]] = {}  # file -> its tensors that are not known yet
         for name in names:
             self._waiting.setdefault(tensors[name]["file"], set()).add(name)
@@ -51,6 +53,7 @@ class Digests:
                 found = json.loads(part.path.read_bytes())
                 self._known |= found
                 wanted.difference_update(found)
+            wanted.difference_update(known)
 
     def __contains__(self, name: str) -> bool:
         """Say whether a tensor's digest is known."""

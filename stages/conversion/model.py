@@ -8,8 +8,8 @@ import os
 import shutil
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from threading import Lock, local
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from stages.conversion.memory import Memory
 from stages.models import transforms
 from stages.problems import ProblemsError
 from stages.quantization.blocks import UnfitError
-from stages.quantization.calibrated import BY_CALIBRATION, KEPT_ANYWAY, Calibrated
 from stages.quantization.feedback import load
 from stages.quantization.parameter import convert, kernel_names
 from stages.quantization.rows import Row
@@ -31,13 +30,13 @@ from stages.quantization.tensor_cache import Tensor, shard_name, shards
 from stages.targets import processor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
+    from stages.conversion.plan import Plan
     from stages.documents.files import JsonObject
-    from stages.documents.model import CheckpointTensor
-    from stages.documents.params import Parameter, Register
+    from stages.documents.params import Parameter
     from stages.documents.weights import ErrorLine
     from stages.memo import Memo, NewPart, Part
     from stages.quantization.compiled import Kernels
@@ -54,61 +53,28 @@ class ConversionError(ProblemsError):
     """Parameters that cannot be converted, each named."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
+class Conversion:
+    """Writes ``folder``'s shards; ``scratch`` takes what is no output. Both are made and, failing, left behind.
 
-    ``scales`` is max, full, mse, importance or gptq, ``threads`` 0 takes one per processor; ``tools`` are versions of
-    what compiles kernels. ``importance`` is float32 [k] of tensors that are matrices reading k channels, ``feedback``
-    the file of what error feedback takes.
+    ``only`` names the parameters that are converted, of which the parts are made and no shards. ``known`` are digests
+    of the checkpoint's tensors that were taken elsewhere: what was made of those is reused.
     """
 
-    register: Register
-    tensors: Mapping[str, CheckpointTensor]
-    files: Mapping[str, Path]
-    digests: Mapping[str, str]
-    scales: str
-    threads: int
-    tools: Mapping[str, str]
-    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
-    feedback: Mapping[str, Path] = field(default_factory=dict)
-
-    def how(self, entry: Parameter) -> tuple[str, np.ndarray | None]:
-        """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts."""
-        return self._chosen(entry)[:2]
-
-    def feedback_of(self, entry: Parameter) -> Path | None:
-        """Return what a parameter's errors are fed back by: all that it is made of must read the same."""
-        return self._chosen(entry)[2]
-
-    def _chosen(self, entry: Parameter) -> tuple[str, np.ndarray | None, Path | None]:
-        row = entry["quantize"]
-        if row is None:
-            return self.scales, None, None
-        found = Calibrated(self.scales, self.importance, self.feedback)
-        return found.how(entry["sources"], row["bits"], entry["shape"][-1])
-
-    def uncalibrated(self) -> list[str]:
-        """Return the names of layers that are quantized as calibration says but for its not having seen them."""
-        return [
-            entry["name"]
-            for entry in self.register["logical"]
-            if self.scales in BY_CALIBRATION
-            and entry["kind"] == "linear"
-            and entry["quantize"]
-            and entry["quantize"]["bits"] < KEPT_ANYWAY
-            and self.how(entry)[0] != self.scales
-        ]
-
-
-class Conversion:
-    """Writes ``folder``'s shards; ``scratch`` takes what is no output. Both are made and, failing, left behind."""
-
-    def __init__(self, plan: Plan, memo: Memo, folder: Path, scratch: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        memo: Memo,
+        folder: Path,
+        scratch: Path,
+        *,
+        only: Container[str] | None = None,
+        known: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         stored = {e["name"]: Tensor(e["name"], tuple(e["shape"]), e["dtype"]) for e in plan.register["params"]}
         self._plan = plan
         self._memo = memo
-        self._logical = plan.register["logical"]
+        self._known = known
+        self._logical = [entry for entry in plan.register["logical"] if only is None or entry["name"] in only]
         self._stored = [[stored[name] for name in entry["stored"]] for entry in self._logical]
         self._weights = Weights(plan.files, plan.tensors)
         self._sizes = [sum(self._weights.nbytes(name) for name in entry["sources"]) for entry in self._logical]
@@ -121,6 +87,8 @@ class Conversion:
             folder / alone[index] if index in alone else scratch / str(index) for index in range(len(self._logical))
         ]
         self.total = sum(self._sizes)
+        whole = sum(self._weights.nbytes(name) for entry in plan.register["logical"] for name in entry["sources"])
+        self._compiles = whole >= KERNELS_FROM
         self.stored_bytes = sum(tensor.nbytes for tensors in self._stored for tensor in tensors)
         self.done = self._written = self._finished = 0
         self._lock = Lock()
@@ -136,15 +104,28 @@ class Conversion:
 
         :class:`ConversionError` names every parameter that was found wrong until the first one ended the work.
         """
+        report, _ = self._make_all()
+        self._join_small()
+        shutil.rmtree(self._scratch)
+        return report
+
+    def parts(self) -> dict[str, str]:
+        """Make the parts of every parameter; return the digests of the checkpoint's tensors that they are made of."""
+        _, digests = self._make_all()
+        names = [name for entry in self._logical for name in entry["sources"]]
+        return dict(zip(names, digests.take(names), strict=True))
+
+    def _make_all(self) -> tuple[list[ErrorLine], Digests]:
         self._folder.mkdir()
         self._scratch.mkdir()
         plan, memo = self._plan, self._memo
         library = None
-        if self.total >= KERNELS_FROM:
+        if self._compiles:
             library = compiled.load(memo, self._kernel_names(), self._scratch, plan.tools)
         self._repeated = library is None or self._begun_before()
-        names = [name for entry in self._logical for name in entry["sources"]]
-        digests = Digests(memo, self._weights, plan.tensors, names, plan.digests, self._scratch)
+        # Of all parameters, also where some are converted: what is kept of a file is known to be all.
+        names = [name for entry in plan.register["logical"] for name in entry["sources"]]
+        digests = Digests(memo, self._weights, plan.tensors, names, plan.digests, self._scratch, self._known)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
         try:
             with ThreadPoolExecutor(self._threads) as pool:
@@ -157,9 +138,7 @@ class Conversion:
                 self._keep()
             raise
         self._keep()
-        self._join_small()
-        shutil.rmtree(self._scratch)
-        return [jobs[index].result() for index in range(len(self._logical))]
+        return [jobs[index].result() for index in range(len(self._logical))], digests
 
     def _order(self) -> list[int]:
         """Return parameters in the order in which they lie in files, after the largest: begun last, as a head would be,

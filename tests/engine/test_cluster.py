@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 import stages
 from stagegraph import Pipeline
@@ -26,11 +28,12 @@ from stagegraph.errors import PlanError, SpecError
 from stagegraph.execution.cluster import Cluster
 from stagegraph.execution.outcome import Run
 from stagegraph.execution.reporter import Reporter
-from stagegraph.execution.site import PROTOCOL, STALE, Site, platform
+from stagegraph.execution.site import DIRECTORY, PROTOCOL, STALE, Site, platform
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.planner import code_of, libraries_of
 from stagegraph.remote.settings import load_settings
 from tests.engine.test_libraries import install
+from tests.support.checkpoints import write_qwen
 
 pytest.importorskip("distributed")
 pytest.importorskip("obstore")
@@ -96,6 +99,60 @@ class Versioned(Work):
         import stages.sizes
 
         super().run(ctx)
+'''
+
+SQUARES = '''
+"""A stage whose parts others may make."""
+from __future__ import annotations
+import json, os, time
+from dataclasses import dataclass
+from pathlib import Path
+from stagegraph.stage import Context, Piece, Out, Source, Stage, StageError, param, source
+
+
+class Squares(Stage):
+    """Squares the number in each file."""
+
+    id = "squares"
+
+    @dataclass(frozen=True)
+    class Params:
+        """Parameters."""
+
+        notes: str = param("folder in which a start is noted", hashed=False)
+        numbers: Source = source("a number in each", include=("*.txt",))
+        seconds: float = param("for how long a square is made", default=0.0, hashed=False)
+        slow: str = param("a file whose square is made for ten minutes", default="", hashed=False)
+
+    outputs = {"out": Out("out.json", "the squares")}
+    parts = {"square": "local.squares"}
+
+    def run(self, ctx: Context) -> None:
+        names = sorted(ctx.source("numbers").files)
+        made = ctx.map("square", [Piece(f"file {name}", name, {"numbers": [name]}) for name in names])
+        assert made is None or made == [int(ctx.source("numbers").path(name).read_text()) for name in names]
+        squares = [self._square(ctx, name) for name in names]
+        (ctx.out / "out.json").write_text(json.dumps(squares))
+
+    def make(self, ctx: Context, what: str) -> int:
+        assert set(ctx.source("numbers").files) == {what}, "it reads no other"
+        self._square(ctx, what)
+        return int(ctx.source("numbers").path(what).read_text())
+
+    def _square(self, ctx: Context, name: str) -> int:
+        number = int(ctx.source("numbers").path(name).read_text())
+        part = ctx.recall("square", {"number": number})
+        if part is None:
+            if number < 0:
+                print(f"{number} is too small", flush=True)
+                raise StageError(f"{number} has no square here")
+            (Path(ctx.params.notes) / f"{number}-{os.getppid()}-{os.getpid()}-{time.time_ns()}").touch()
+            time.sleep(600 if name == ctx.params.slow else ctx.params.seconds)
+            file = ctx.out / name
+            file.write_text(str(number * number))
+            part = ctx.remember("square", {"number": number}, file)
+            file.unlink()
+        return int(part.path.read_text())
 '''
 
 
@@ -456,6 +513,249 @@ def test_a_scheduler_that_is_not_there_or_dies_ends_the_run_with_a_word(
     with pytest.raises(PlanError, match="is gone"):
         client.run(scheduler=address)
     assert scheduler.wait()
+
+
+# -- one node on several workers -------------------------------------------------------------------------------------
+
+
+def write_squares(client: Client, numbers: Sequence[int], **given: Any) -> None:
+    (client.folder / "squares.py").write_text(SQUARES)
+    (client.folder / "numbers").mkdir(exist_ok=True)
+    for i, number in enumerate(numbers):
+        (client.folder / "numbers" / f"{i}.txt").write_text(str(number))
+    params = {"notes": str(client.notes), "numbers": "numbers", **given}
+    entry = {"uses": "./squares.py:Squares", "with": params}
+    (client.folder / "pipeline.yaml").write_text(json.dumps({"version": 1, "name": "adding", "stages": {"n0": entry}}))
+
+
+def squares(client: Client) -> list[int]:
+    found: list[int] = json.loads((client.folder / "artifacts" / "adding" / "n0" / "out.json").read_text())
+    return found
+
+
+def test_pieces_of_a_node_are_made_by_all_workers_each_once(client: Client, grid: Grid) -> None:
+    write_squares(client, range(8), seconds=0.3)
+    watching = Watching()
+    (there,) = client.run(watching).outcomes
+    assert (there.status, squares(client)) == ("BUILT", [number * number for number in range(8)])
+    starts = client.starts()
+    assert sorted(value for value, _, _ in starts) == [*range(8)]
+    assert {parent for _, parent, _ in starts} == {worker.process.pid for worker in grid.workers}
+    assert "n0 8/8 pieces" in watching.heard
+    shutil.rmtree(client.folder / "artifacts")
+    shutil.rmtree(client.remote)
+    write_squares(client, range(8))
+    (here,) = client.run(executor="local").outcomes
+    assert here.record
+    assert there.record
+    for name in ("key", "outputs", "parts"):
+        assert here.record[name] == there.record[name]  # type: ignore[literal-required]
+    assert here.record["parts"]["square"]["made"] == 8
+
+
+def test_a_piece_that_fails_is_named_and_ends_the_others(client: Client) -> None:
+    write_squares(client, [-1, *range(200, 207)], seconds=1)  # of which no worker has any from another test
+    (outcome,) = client.run().outcomes
+    assert outcome.status == "FAILED"
+    assert outcome.problems == ("file 0.txt: -1 has no square here",)
+    assert outcome.log
+    assert outcome.log.read_text() == "-1 is too small\n"
+    assert len(client.starts()) < 7
+
+
+def test_an_interrupt_ends_pieces_that_are_made_elsewhere(client: Client) -> None:
+    write_squares(client, range(100, 104), slow="3.txt")
+
+    def interrupt() -> None:  # at the first piece that is done
+        until(lambda: 103 in [value for value, _, _ in client.starts()])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.run(Watching(interrupt))
+    (slow,) = [process for value, _, process in client.starts() if value == 103]
+    until(lambda: not alive(slow))
+
+
+@pytest.mark.slow
+def test_weights_quantized_by_several_workers_are_those_quantized_here(client: Client, grid: Grid) -> None:
+    second = grid.start("second").process
+    write_qwen(client.folder / "model", hidden=256, ff=256, layers=3)
+    needs = ["config-parse", "param-register"]
+    scheme = {"scheme": "q4f32_1", "target": "llvm"}
+    entries = {
+        "config-parse": {"with": {"checkpoint": "model"}},
+        "param-register": {"needs": needs[:1], "with": scheme},
+        "quantize": {"needs": needs, "with": {"checkpoint": "model", "batch": 1, **scheme}},
+    }
+    (client.folder / "pipeline.yaml").write_text(json.dumps({"version": 1, "name": "adding", "stages": entries}))
+    until(lambda: "Registered to" in (grid.workers[0].log.parent / "second.log").read_text())
+    watching = Watching()
+    there = client.run(watching)
+    assert outcomes(there) == ["BUILT"] * 3
+    assert [text for text in watching.heard if re.fullmatch(r"quantize (\d)/\1 pieces", text) and "1/1" not in text]
+    second.terminate()
+    shutil.rmtree(client.folder / "artifacts")
+    shutil.rmtree(client.remote)
+    here = client.run(executor="local")
+    assert outcomes(here) == ["BUILT"] * 3
+    for a, b in zip(there.outcomes, here.outcomes, strict=True):
+        assert a.record
+        assert b.record
+        assert (a.record["key"], a.record["outputs"], a.record["views"]) == (
+            b.record["key"],
+            b.record["outputs"],
+            b.record["views"],
+        )
+        assert a.record["parts"].get("tensor") == b.record["parts"].get("tensor")
+
+
+# -- the files for SLURM and Kubernetes ------------------------------------------------------------------------------
+
+FILES = Path(__file__).parents[2] / "examples" / "cluster"
+
+
+@pytest.fixture
+def machine(tmp_path: Path, grid: Grid) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a command as a machine of the cluster would: ``dask`` and ``srun`` are found, certificates are mounted."""
+    for name, runs in {"dask": f'"{sys.executable}" -m dask "$@"', "srun": '"$@"'}.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nexec {runs}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "tls").mkdir()
+    for name, kind in {
+        "ca.pem": "ca",
+        "head.pem": "cert",
+        "head.key": "key",
+        "worker.pem": "cert",
+        "worker.key": "key",
+    }.items():
+        shutil.copy(grid.tls[kind], tmp_path / "tls" / name)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        given = {**os.environ, "PATH": path, **environment}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=given, start_new_session=True))
+        return started[-1]
+
+    yield start
+    for process in reversed(started):
+        process.terminate()
+        process.wait()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def needing_memory(client: Client) -> None:
+    """Write a pipeline of one node, which goes to a worker that offers memory, if there is one."""
+    client.write(1)
+    text = json.loads((client.folder / "pipeline.yaml").read_text())
+    text["stages"]["n0"]["resources"] = {"memory": "2 GiB"}
+    (client.folder / "pipeline.yaml").write_text(json.dumps(text))
+
+
+def test_the_file_for_slurm_starts_a_worker(client: Client, grid: Grid, machine, tmp_path: Path) -> None:
+    """With what SLURM sets for a task of two processors with 1 GiB each: it offers 2 GiB."""
+    script = FILES / "slurm.sh"
+    sbatch = [line.split()[1].partition("=") for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    asked = {option: value for option, _, value in sbatch}
+    assert {"--ntasks", "--cpus-per-task", "--mem-per-cpu"} <= asked.keys()  # the variables below are set for these
+    task = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "2", "SLURM_MEM_PER_CPU": "1024", "SLURM_TMPDIR": str(tmp_path)}
+    worker = machine(["bash", str(script), grid.address], TLS=str(tmp_path / "tls"), **task)
+    needing_memory(client)
+    offering = f"{2 << 30}"
+    until(lambda: offering in offers(grid))
+    assert outcomes(client.run()) == ["BUILT"]
+    ((_, parent, _),) = client.starts()
+    assert parent_of(parent) == worker.pid  # Dask's nanny, which the script has become
+    assert (tmp_path / "stagegraph-7").is_dir()
+
+
+def offers(grid: Grid) -> set[str]:
+    """Return how much memory each worker of the grid offers."""
+    from distributed import Client as Dask
+    from distributed.security import Security
+
+    files = {"tls_ca_file": grid.tls["ca"], "tls_client_cert": grid.tls["cert"], "tls_client_key": grid.tls["key"]}
+    with Dask(grid.address, security=Security(require_encryption=True, **files), set_as_default=False) as dask:
+        workers = dask.scheduler_info(n_workers=-1)["workers"].values()
+    return {f"{worker['resources'].get('MEMORY', 0):.0f}" for worker in workers}
+
+
+def kubernetes() -> dict[tuple[str, str], Any]:
+    """Return the objects of the file for Kubernetes by kind and name."""
+    found = list(yaml.safe_load_all((FILES / "kubernetes.yaml").read_text()))
+    return {(each["kind"], each["metadata"]["name"]): each for each in found}
+
+
+def command_of(container: Any, folders: dict[str, Path], **replaced: str) -> tuple[list[str], dict[str, str]]:
+    """Return what a container runs, and its environment, with other folders in the place of what it mounts."""
+    sizes = {f"limits.{name}": amount for name, amount in container["resources"]["limits"].items()}
+    environment = {
+        each["name"]: each["value"] if "value" in each else sizes[each["valueFrom"]["resourceFieldRef"]["resource"]]
+        for each in container.get("env", ())
+    }
+    environment = {
+        name: re.sub(r"^(\d+)Gi$", lambda m: str(int(m[1]) << 30), text) for name, text in environment.items()
+    }
+    words = [
+        re.sub(r"\$\((\w+)\)", lambda m: environment[m[1]], word) for word in container["command"] + container["args"]
+    ]
+
+    def here(text: str) -> str:
+        for mount in container["volumeMounts"]:
+            text = re.sub(rf"(^|=){mount['mountPath']}/", rf"\g<1>{folders[mount['name']]}/", text)
+        for old, new in replaced.items():
+            text = text.replace(old, new)
+        return text
+
+    return [here(word) for word in words], {name: here(f"{text}/")[:-1] for name, text in environment.items()}
+
+
+def test_what_the_file_for_kubernetes_starts_runs_nodes(client: Client, machine, tmp_path: Path) -> None:
+    """Its scheduler and one of its workers, as processes of this machine."""
+    objects = kubernetes()
+    head, worker = (
+        objects["Deployment", f"stagegraph-{name}"]["spec"]["template"]["spec"] for name in ("scheduler", "worker")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    folders = {"tls": tmp_path / "tls", "scratch": tmp_path / "scratch"}
+    for pod in (head, worker):
+        (container,) = pod["containers"]
+        command, environment = command_of(
+            container, folders, **{"0.0.0.0:8786": address, "stagegraph-scheduler:8786": address}
+        )
+        machine(command, **environment)
+    needing_memory(client)
+    assert outcomes(client.run(executor="dask", scheduler=f"tls://{address}")) == ["BUILT"]
+    assert (tmp_path / "scratch" / "store" / ".stagegraph" / "objects").is_dir()
+
+
+def test_the_parts_of_the_file_for_kubernetes_find_each_other() -> None:
+    objects = kubernetes()
+    service = objects["Service", "stagegraph-scheduler"]["spec"]
+    pods = {}
+    for (kind, name), found in objects.items():
+        if kind == "Deployment":
+            assert found["apiVersion"] == "apps/v1"
+            template = found["spec"]["template"]
+            assert found["spec"]["selector"]["matchLabels"] == template["metadata"]["labels"]
+            pods[name] = template["spec"]
+            (container,) = template["spec"]["containers"]
+            volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+            assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    assert (
+        service["selector"] == objects["Deployment", "stagegraph-scheduler"]["spec"]["template"]["metadata"]["labels"]
+    )
+    (port,), (head,) = service["ports"], pods["stagegraph-scheduler"]["containers"]
+    assert port["targetPort"] == head["ports"][0]["name"]
+    (worker,) = pods["stagegraph-worker"]["containers"]
+    assert worker["command"][-1] == f"tls://stagegraph-scheduler:{port['port']}"
+    assert head["image"] == worker["image"]
+    assert DIRECTORY in {each["name"] for each in worker["env"]}
 
 
 # -- what is configured ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from stagegraph.stage import StageError
 from stages.calibrate import Calibrate
 from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
-from stages.conversion.model import Plan
+from stages.conversion.plan import Plan
 from stages.quantization.feedback import INDEX, load
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES

@@ -38,7 +38,7 @@ from tests.support.checkpoints import (
     write_raw_safetensors,
     write_safetensors,
 )
-from tests.support.local_context import LocalContext, run_stage
+from tests.support.local_context import Elsewhere, LocalContext, run_stage
 
 
 def register(checkpoint: Path, work: Path, scheme: str, target: str = "llvm") -> dict[str, Path]:
@@ -49,10 +49,16 @@ def register(checkpoint: Path, work: Path, scheme: str, target: str = "llvm") ->
 
 
 def quantize(
-    checkpoint: Path, out: Path, scheme: str, inputs: dict[str, Path], memo: Path | None = None, **options: Any
+    checkpoint: Path,
+    out: Path,
+    scheme: str,
+    inputs: dict[str, Path],
+    memo: Path | None = None,
+    elsewhere: Elsewhere | None = None,
+    **options: Any,
 ) -> LocalContext:
     params = {"checkpoint": str(checkpoint), "scheme": scheme, "target": "llvm", **options}
-    return run_stage(Quantize(), out, params, inputs, memo)
+    return run_stage(Quantize(), out, params, inputs, memo, elsewhere)
 
 
 def convert(checkpoint: Path, work: Path, scheme: str) -> LocalContext:
@@ -251,6 +257,23 @@ def test_only_changed_tensors_are_made_again(tmp_path: Path, scales: str):
     assert (tuned.out / "report.json").read_bytes() == (fresh.out / "report.json").read_bytes()
     inputs = register(checkpoint, tmp_path, "q4f32_1")
     assert reused(quantize(checkpoint, tmp_path / "other", "q4f32_1", inputs, memo)) == (17, 0)
+
+
+def test_parts_that_others_made_become_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """In pieces, of which each sees its own files alone; nothing is left to convert then."""
+    checkpoint = write_qwen(tmp_path / "checkpoint", hidden=256, ff=256, layers=3)
+    inputs = register(checkpoint, tmp_path, "q4f32_1")
+    alone = quantize(checkpoint, tmp_path / "alone", "q4f32_1", inputs)
+    converted = []
+    convert = model.convert
+    monkeypatch.setattr(model, "convert", lambda *given, **how: converted.append(how) or convert(*given, **how))
+    others = Elsewhere(Quantize(), tmp_path / "others")
+    together = quantize(checkpoint, tmp_path / "together", "q4f32_1", inputs, batch=1, elsewhere=others)
+    assert len(list((tmp_path / "others").iterdir())) > 2
+    assert len(converted) == len(others.made) == reused(alone)[0]
+    assert reused(together) == reused(alone)
+    assert bits_of(together.out) == bits_of(alone.out)
+    assert (together.out / "report.json").read_bytes() == (alone.out / "report.json").read_bytes()
 
 
 def test_sources_are_read_once_unless_they_may_be_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

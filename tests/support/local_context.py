@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +13,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from stagegraph.stage import Instance, NewPart, Part, Source, SourceFiles, Stage, list_files
+from stagegraph.stage import Instance, NewPart, Part, Piece, Source, SourceFiles, Stage, list_files
 from stagegraph.store.index import Index
-from stagegraph.store.memo import Memo, PartCode
+from stagegraph.store.memo import Memo, PartCode, PartEntry
 from stagegraph.store.objects import Store
 
 # What the engine would hash for the key, as far as a stage says it on.
@@ -35,6 +37,7 @@ class LocalContext:
     progressed: dict[str, tuple[int, int]] = field(default_factory=dict)  # unit -> done last, of how many
     said: str = ""
     document: Mapping[str, Any] = field(default_factory=lambda: dict(DOCUMENT))
+    elsewhere: Elsewhere | None = None
 
     def input(self, port: str) -> Path:
         path = self.connected[port]
@@ -64,6 +67,9 @@ class LocalContext:
         assert self.memo
         self.memo.remember_all(kind, parts)
 
+    def map(self, kind: str, pieces: Sequence[Piece]) -> list[Any] | None:
+        return self.elsewhere.make(self, kind, pieces) if self.elsewhere else None
+
     def progress(self, done: int, total: int, unit: str = "", note: str = "") -> None:
         assert 0 <= done <= (total or done), f"progress {done} of {total} {unit}"
         self.progressed[unit] = done, total
@@ -81,12 +87,49 @@ class LocalContext:
         self.said = text
 
 
+@dataclass
+class Elsewhere:
+    """Makes the pieces of a stage, each as a machine of its own would; ``made`` are their parts."""
+
+    stage: Stage
+    folder: Path
+    made: list[PartEntry] = field(default_factory=list)
+
+    def make(self, ctx: LocalContext, kind: str, pieces: Sequence[Piece]) -> list[Any]:
+        assert ctx.memo
+        results = []
+        for i, piece in enumerate(pieces):
+            folder = self.folder / str(i)
+            index = Index(folder / "index")
+            memo = Memo(Store(folder, index), ctx.memo._codes)
+            (folder / "out").mkdir(parents=True)
+            sources = {
+                name: SourceFiles(
+                    files.root,
+                    {file: files.files[file] for file in piece.files.get(name, ())},
+                    {file: files.digests[file] for file in piece.files.get(name, ())},
+                )
+                for name, files in ctx.sources.items()
+            }
+            there = LocalContext(ctx.params, folder / "out", ctx.connected, sources, memo)
+            results.append(json.loads(json.dumps(self.stage.make(there, json.loads(json.dumps(piece.what))))))
+            parts = {name: entry for name, entry in memo.entries.items() if entry["kind"] == kind}
+            for entry in parts.values():
+                shutil.copy(memo._store.path(entry["digest"]), folder / entry["digest"])
+                ctx.memo._store.adopt(folder / entry["digest"], entry["digest"])
+            ctx.memo.take(kind, parts)
+            self.made += parts.values()
+            index.close()
+        return results
+
+
 def run_stage(
     stage: Stage,
     out: Path,
     params: Mapping[str, Any],
     inputs: Mapping[str, Path | list[Instance]] | None = None,
     memo: Path | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> LocalContext:
     """Resolve params, run the stage into ``out`` and check that every declared output is there.
 
@@ -105,6 +148,7 @@ def run_stage(
     index = Index(folder / "index")
     kept = Memo(Store(folder, index), dict.fromkeys(stage.parts, PartCode("of this test", {})))
     ctx = LocalContext(resolved, out, dict(inputs or {}), {k: v for k, v in sources.items() if v}, kept)
+    ctx.elsewhere = elsewhere
     try:
         stage.run(ctx)
     finally:

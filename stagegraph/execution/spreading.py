@@ -1,0 +1,168 @@
+"""Lets the workers of a cluster make the pieces of a node that runs on one of them (``Context.map``).
+
+Each piece is a task of its own, submitted by the node's worker: the node's request, with those source files alone that
+the piece reads. Its parts go through the remote like a node's outputs. Meanwhile the node's thread is free for pieces,
+so one worker with one thread is enough. Pieces reserve no resources: those of the node stay reserved, and where no
+other worker has as much, a piece would wait for them for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from stagegraph.digest import digest_json
+
+if TYPE_CHECKING:
+    from stagegraph.execution.messages import (
+        Asked,
+        Failure,
+        Lacks,
+        Made,
+        Mapped,
+        PieceFailed,
+        ReceivedTask,
+        RefusedBy,
+        SourceRequest,
+    )
+    from stagegraph.store.memo import PartEntry
+
+    Answer: TypeAlias = Made | Failure | PieceFailed | RefusedBy | Lacks
+
+LOOK_SECONDS = 0.1
+ANSWER_SECONDS = 5.0  # after which an answer is asked for again: the worker that had it may be gone
+
+
+class Spreading:
+    """The pieces of one node; ``execute`` is what Dask calls with the text of a request.
+
+    ``fetch`` gets objects (digest -> size) and ``lend`` gives some to the remote; both return those that they cannot.
+    ``tell`` hears how many pieces are made, of how many.
+    """
+
+    def __init__(
+        self,
+        request: ReceivedTask,
+        execute: Callable[[str], str],
+        *,
+        fetch: Callable[[Mapping[str, int]], Sequence[str]],
+        lend: Callable[[Sequence[str]], Sequence[str]],
+        tell: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._request, self._execute = request, execute
+        self._fetch, self._lend, self._tell, self._cancelled = fetch, lend, tell, cancelled
+        self._client: Any = None
+        self._waiting: dict[Any, int] = {}  # future -> which piece
+        self._refused: dict[str, str] = {}  # address -> why it makes none
+        self._lent: set[str] = set()
+        self.cpu_seconds = 0.0
+        self.peak_bytes = 0
+
+    def run(self, pieces: Sequence[Asked]) -> Mapped | PieceFailed:
+        """Have all pieces made; the first that fails ends the others."""
+        from distributed import worker_client
+
+        with worker_client() as self._client:
+            try:
+                return self._made(pieces)
+            finally:
+                self._client.cancel(list(self._waiting))
+                self._waiting.clear()
+
+    def _made(self, pieces: Sequence[Asked]) -> Mapped | PieceFailed:
+        results: list[Any] = [None] * len(pieces)
+        parts: dict[str, PartEntry] = {}
+        for index, piece in enumerate(pieces):
+            self._submit(index, piece)
+        while self._waiting:
+            if self._cancelled():
+                return _piece_failed("cancelled")
+            for future in [future for future in self._waiting if future.done()]:
+                answer = _answer(future)
+                if answer is None:
+                    continue
+                index = self._waiting.pop(future)
+                if problem := self._again(index, pieces[index], answer):
+                    return problem
+                if answer["event"] == "made":
+                    results[index] = answer["result"]
+                    parts |= answer["parts"]
+                    self._tell(len(pieces) - len(self._waiting), len(pieces))
+            time.sleep(LOOK_SECONDS)
+        return {"event": "mapped", "results": results, "parts": parts}
+
+    def _again(self, index: int, piece: Asked, answer: Answer) -> PieceFailed | None:
+        """Take what a worker answered: its parts, or why it is to be asked again; return what ends the node."""
+        if answer["event"] == "end":
+            problems = [f"{piece['name']}: {problem}" for problem in answer["problems"]]
+            return {**_piece_failed(*problems), "bug": answer["bug"], "log": cast("PieceFailed", answer).get("log", "")}
+        if answer["event"] == "made":
+            self.cpu_seconds += answer["cpu_seconds"]
+            self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
+            if self._fetch({entry["digest"]: entry["size"] for entry in answer["parts"].values()}):
+                return _piece_failed(f"{piece['name']}: the remote does not have the parts that its worker gave it")
+            return None
+        if answer["event"] == "lacks":
+            if self._lent.intersection(answer["digests"]) or self._lend(answer["digests"]):
+                return _piece_failed(f"{piece['name']}: its worker does not find its inputs in the remote")
+            self._lent.update(answer["digests"])
+        else:
+            self._refused[answer["where"]] = f"{answer['where']}: {'; '.join(answer['problems'])}"
+        return self._submit(index, piece)
+
+    def _submit(self, index: int, piece: Asked) -> PieceFailed | None:
+        """Let Dask make a piece on a worker that offers what the node needs, before nodes that have not begun."""
+        request = {**self._request, **request_of(self._request, piece), "task": f"piece-{uuid.uuid4().hex}"}
+        fit = None
+        if self._refused or request["labels"]:
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]
+            wanted = set(request["labels"])
+            fit = [
+                a for a, worker in workers.items() if a not in self._refused and wanted <= worker["resources"].keys()
+            ]
+            if not fit:
+                return _piece_failed(f"{piece['name']}: no worker can make it: {'; '.join(self._refused.values())}")
+        text, key = json.dumps(request), request["task"]
+        future = self._client.submit(self._execute, text, key=key, pure=False, workers=fit, priority=1)
+        self._waiting[future] = index
+        return None
+
+
+def request_of(request: ReceivedTask, piece: Asked) -> dict[str, Any]:
+    """Return what of a node's request is different for a piece: it reads some of the source files, and tells nobody."""
+    sources: dict[str, SourceRequest] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for name, source in request["sources"].items():
+        read = piece["files"].get(name, ())
+        files = {file: source["files"][file] for file in read}
+        sources[name] = {**source, "files": files, "digests": {file: source["digests"][file] for file in read}}
+        sizes[name] = {file: request["sizes"][name][file] for file in read}
+    key = digest_json([request["key"], piece])
+    return {"piece": piece, "key": key, "topic": "", "sources": sources, "sizes": sizes}
+
+
+def _piece_failed(*problems: str) -> PieceFailed:
+    return {**failed(*problems), "log": ""}
+
+
+def _answer(future: Any) -> Answer | None:
+    """Return what a worker answered; None if that is under way still."""
+    if future.status != "finished":
+        error = future.exception() if future.status == "error" else None
+        lost = type(error).__name__ == "KilledWorker"
+        return failed(
+            "its worker died, and so did each one that tried it again" if lost else f"{error or future.status}"
+        )
+    try:
+        return cast("Answer", json.loads(future.result(timeout=ANSWER_SECONDS)))
+    except TimeoutError:
+        return None
+
+
+def failed(*problems: str) -> Failure:
+    """Return the event for a failure that is not the stage's."""
+    return {"event": "end", "ok": False, "problems": list(problems), "bug": False}
