@@ -86,9 +86,10 @@ class Starter(NamedTuple):
     """What ``init`` and ``build`` begin with: the module that writes a first pipeline file for one kind of thing.
 
     That kind, the starter's name, is also the variable of such files that holds its path. The module has
-    ``add_arguments(parser)``, ``settings(args)``, the variables that were asked for, ``examine(path)``, of which what
-    cannot be begun with is a ValueError, and ``compose(path, examined, settings, folder)``, the text of the file in a
-    folder. ``exports`` is the stage whose results ``build`` writes out, ``then`` are verbs to go on with there.
+    ``add_arguments(parser)``, ``settings(args)``, the variables that were asked for, ``named(text)``, the path or URL
+    that is meant, ``examine(path)``, of which what cannot be begun with is a ValueError, and ``compose(path, examined,
+    settings, folder)``, the text of the file in a folder. ``exports`` is the stage whose results ``build`` writes out,
+    ``then`` are verbs to go on with there.
     """
 
     module: str

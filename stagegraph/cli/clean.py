@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def _agreed(question: str) -> bool:
     """Ask for confirmation; refuse without a terminal, since nobody could answer."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise PlanError(f"{question} -y says yes")
+        raise PlanError(f"{question} there is no terminal to ask at: -y says yes")
     if input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}:
         return True
     print("nothing was removed")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stagegraph.cli.streams import CONTROLS
+from stagegraph.errors import PlanError
 
 DEFAULT_FILE = "pipeline.yaml"
 
@@ -90,6 +91,15 @@ def shown(path: Path) -> str:
         return str(path.absolute().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file that the user named, and say so; :class:`PlanError` where that is impossible."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"{file}: {error.strerror}; name a file that can be written") from None
+    print(f"wrote {shown(file)}")
 
 
 def print_json(document: Any) -> None:

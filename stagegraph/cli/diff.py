@@ -7,13 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, add_json, print_json
 from stagegraph.cli.layout import terminal_width
 from stagegraph.cli.pager import page
+from stagegraph.cli.verbs import SUFFIXES
 from stagegraph.errors import PlanError, nearest
 from stagegraph.query.diff import KINDS
 
@@ -39,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
-    if all(Path(name).suffix in {".yaml", ".yml"} for name in (args.a, args.b)):
+    files = [name for name in (args.a, args.b) if name.endswith(SUFFIXES)]
+    if len(files) == 1:
+        raise PlanError(f"{files[0]} is a pipeline file, and the other is none; expected two results, runs or files")
+    if files:
         with Pipeline(args.a, args.overrides) as a, Pipeline(args.b, args.overrides) as b:
             return _print_sets(_compare(a, "", b, ""), args)
     with Pipeline(args.file, args.overrides) as pipeline:

@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections import deque
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.cli import graphviz
-from stagegraph.cli.common import add_file, add_json, print_json, seconds_text
+from stagegraph.cli.common import add_file, add_json, print_json, seconds_text, write_text
 from stagegraph.cli.drawing import MEANINGS, STATES, Box, draw_graph
+from stagegraph.errors import PlanError
 from stagegraph.project import Project
 from stagegraph.store.journal import FAILED
 
@@ -20,14 +22,16 @@ if TYPE_CHECKING:
     from stagegraph.planning.dag import Dag, Node
     from stagegraph.store.record import Record
 
-EXAMPLE = "pipeline graph --format svg --states --expand compile > dag.svg"
+EXAMPLE = "pipeline graph -o dag.svg --states --expand compile"
 MOST_BOXES = 60  # nodes that a picture shows one by one unless asked; of more it shows entries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_file(parser)
-    parser.add_argument("--format", choices=(*FORMATS, "svg"), default="ascii", help="default: ascii")
+    kinds = ", ".join(SUFFIXES)
+    parser.add_argument("--format", choices=(*FORMATS, "svg"), help="default: ascii, or what FILE is named as")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help=f"write it to FILE, named as {kinds}")
     boxes = parser.add_mutually_exclusive_group()
     boxes.add_argument("--entries", action="store_true", help="one box per entry instead of one per instance")
     boxes.add_argument(
@@ -44,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb."""
+    args.format = args.format or _format_of(args.output)
     with Project(args.file, args.overrides) as project:
         dag = project.dag
         folded = _folded(args, dag)
@@ -54,10 +59,25 @@ def run(args: argparse.Namespace) -> int:
         return 0
     reduced = reduced_graph(dag, folded)
     if args.format == "svg":
-        print(draw_graph(reduced, boxes, f"the graph of {dag.pipeline.name}", arrange=graphviz.arrange))
+        text = draw_graph(reduced, boxes, f"the graph of {dag.pipeline.name}", arrange=graphviz.arrange)
     else:
-        print(FORMATS[args.format](reduced))
+        text = FORMATS[args.format](reduced)
+    if args.output is None:
+        print(text)
+    else:
+        write_text(args.output, f"{text}\n")
     return 0
+
+
+def _format_of(output: Path | None) -> str:
+    """Return the format that the name of a file says."""
+    if output is None:
+        return "ascii"
+    if output.suffix not in SUFFIXES:
+        raise PlanError(
+            f"{output}: {output.suffix or 'no suffix'} is no format of a graph; known: {', '.join(SUFFIXES)}"
+        )
+    return SUFFIXES[output.suffix]
 
 
 def _folded(args: argparse.Namespace, dag: Dag) -> frozenset[str]:
@@ -191,4 +211,5 @@ def _dot(graph: nx.DiGraph[str]) -> str:
     )
 
 
+SUFFIXES = {".svg": "svg", ".dot": "dot", ".mmd": "mermaid", ".txt": "ascii"}
 FORMATS = {"ascii": _ascii, "mermaid": _mermaid, "dot": _dot}

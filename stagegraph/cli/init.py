@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb."""
     given = {noun: text for noun in starters() if (text := getattr(args, noun)) is not None}
     if not given:
-        raise PlanError(f"what is it made for? add {' or '.join(f'--{noun} PATH' for noun in starters())}")
+        raise PlanError(_not_given(args.directory))
     ((noun, text), *_) = given.items()
     if MARK in text:
         _check_new(args.directory)  # before anything is fetched
@@ -64,6 +66,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _not_given(place: Path) -> str:
+    """Ask what the pipeline is for; if that was named as the folder to write, say how it is named."""
+    for noun, starter in starters().items():
+        with contextlib.suppress(ValueError):
+            if place != Path():
+                importlib.import_module(starter.module).examine(place)
+                return f"{place} is a {noun}: `pipeline init --{noun} {shlex.quote(str(place))}` is for it"
+    return f"what is it made for? add {' or '.join(f'--{noun} PATH' for noun in starters())}"
+
+
 def start(noun: str, text: str, args: argparse.Namespace) -> Start:
     """Return what a starter found at a path or URL; :class:`PlanError` if no starter recognises it.
 
@@ -71,7 +83,7 @@ def start(noun: str, text: str, args: argparse.Namespace) -> Start:
     """
     module = importlib.import_module(starters()[noun].module)
     try:
-        settings = module.settings(args)  # before anything is fetched
+        settings, text = module.settings(args), module.named(text)  # before anything is fetched
         source, path = _fetched(text, module) if MARK in text else (Path(text), Path(text))
         return Start(noun, module, source, module.examine(path), settings)
     except ValueError as error:

@@ -189,6 +189,6 @@ def progress_text(done: int, total: int, unit: str, note: str) -> str:
 def outcome_text(outcome: Outcome) -> str:
     """Return one finished node in one line."""
     summary = outcome.record["summary"] if outcome.record else ""
-    why = f"({outcome.reason})  " if outcome.reason and not (outcome.reason == NEW and summary) else ""
+    why = f"({outcome.reason})  " if outcome.reason not in {"", NEW} else ""
     text = hanging(visible(outcome.problems[0] if outcome.problems else why + summary))
     return f"{outcome.node.name}: {outcome.status} in {seconds_text(outcome.seconds)}  {text}".rstrip()

@@ -27,6 +27,8 @@ NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
 def dispatch(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     if not argv or argv[0] in {"-h", "--help", "help"}:
+        if argv[1:]:
+            return dispatch([argv[1], "--help"])
         print(usage())
         return 0 if argv else EXIT_USAGE
     if argv[0] == "--version":

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import add_file, shown
-from stagegraph.errors import PlanError
+from stagegraph.cli.common import add_file, write_text
 
 EXAMPLE = "pipeline report -o report.html"
 
@@ -30,9 +29,5 @@ def run(args: argparse.Namespace) -> int:
 
     with Pipeline(args.file, args.overrides) as pipeline:
         text = page(pipeline, overview(pipeline, args.run))
-    try:
-        args.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise PlanError(f"{args.output}: {error.strerror}; name a file that can be written") from None
-    print(f"wrote {shown(args.output)}")
+    write_text(args.output, text)
     return 0

@@ -75,9 +75,13 @@ def _kind(view: str) -> str:
 
 def _plot(found: list[Artifact], path: Path) -> None:
     """Draw the picture of a node's report that its stage knows how to draw."""
-    plot = find("plots", found[0].record["stage"]) if len(found) == 1 else None
+    if len(found) > 1:
+        raise PlanError(f"--plot draws one result, and these are {', '.join(artifact.label for artifact in found)}")
+    plot = find("plots", found[0].record["stage"])
     if plot is None:
-        raise PlanError(f"--plot draws one result of {', '.join(names('plots'))}; name one instance")
+        raise PlanError(
+            f"{found[0].label}: its stage has no picture; --plot draws results of {', '.join(names('plots'))}"
+        )
     try:
         load_object(plot.function)(found[0].read_json(plot.file), path)
     except (ValueError, OSError) as error:

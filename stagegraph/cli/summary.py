@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stagegraph.execution.outcome import Outcome, Run
     from stagegraph.project import Project
 
-NEW = "never built"  # as reason of nearly every node of a first run it says less than what came out
+NEW = "never built"  # the reason of nearly every node of a first run, and no longer so once it has run
 
 
 def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
@@ -58,7 +58,7 @@ def _row(outcome: Outcome, *, verbose: bool) -> tuple[str, ...]:
     why = outcome.reason
     if verbose:
         why = "; ".join(filter(None, [why, parts_text(record) if record and outcome.status != HIT else ""]))
-    elif why == NEW and made:
+    elif why == NEW:
         why = ""
     time = seconds_text(outcome.seconds) if outcome.seconds else "-"
     size = size_text(record_size(record)) if record else "-"

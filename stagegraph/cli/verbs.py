@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from stagegraph.cli.common import add_file, locate
@@ -52,6 +54,16 @@ ELSEWHERE = {
     "df": "du", "test": "verify", "eval": "verify", "infer": "generate", "predict": "generate",
     "config": "params", "vars": "params", "set": "run --set NAME=VALUE", "version": "--version", "dev": "watch",
 }  # fmt: skip
+SUFFIXES = (".yaml", ".yml")
+NO_VALUE = "has no value"
+# What argparse says of an option -> what stands there instead.
+SAID = {
+    "invalid int value: (.*)": r"\1: found \2; expected a whole number",
+    "invalid float value: (.*)": r"\1: found \2; expected a number",
+    "expected one argument": rf"\1: {NO_VALUE}",
+    "ignored explicit argument (.*)": r"\1: found \2; expected no value",
+    r"not allowed with argument (\S+)": r"\1 and \2 contradict each other",
+}
 SELDOM = (
     "lineage",
     "pull",
@@ -76,12 +88,14 @@ def verb_names() -> list[str]:
 def find_verb(name: str) -> Verb:
     """Return a verb of ours or of a provider."""
     found: Verb | None = OWN.get(ALIASES.get(name, name)) or find("verbs", name)
-    if found is None:
-        if name in ELSEWHERE:
-            raise PipelineError(f"no verb '{name}'; here it is `pipeline {ELSEWHERE[name]}`")
-        advice = nearest(name, verb_names())
-        raise PipelineError(f"no verb '{name}'{advice if 'mean' in advice else '; `pipeline help` lists them'}")
-    return found
+    if found is not None:
+        return found
+    if name.startswith("-"):
+        raise PipelineError(f"no verb before '{name}'; options follow it, as in `pipeline run {name}`")
+    if (meant := ELSEWHERE.get(name)) or name.endswith(SUFFIXES):
+        raise PipelineError(f"no verb '{name}'; here it is `pipeline {meant or f'run {name}'}`")
+    advice = nearest(name, verb_names())
+    raise PipelineError(f"no verb '{name}'{advice if 'mean' in advice else '; `pipeline help` lists them'}")
 
 
 def build_parser(verb: str) -> argparse.ArgumentParser:
@@ -115,9 +129,12 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports mistakes like all other errors, and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(
-            r"^argument (\S+?)(/\S+)*: invalid int value: (.*)", r"\1: found \3; expected a whole number", message
-        )
+        for said, instead in SAID.items():
+            message = re.sub(f"^argument (?:-./)?(\\S+?): {said}", instead, message)
+        option = message.partition(":")[0]
+        if message == f"{option}: {NO_VALUE}":
+            action = self._option_string_actions[option]
+            raise PipelineError(f"{message}; expected {option} {action.metavar or '|'.join(action.choices or ())}")
         raise PipelineError(f"{message}; `{self.prog} --help` lists its arguments")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -147,22 +164,63 @@ def parse(verb: str, argv: list[str]) -> argparse.Namespace:
     parser = build_parser(verb)
     args, unknown = parser.parse_known_intermixed_args(argv)  # options may stand between arguments
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
-        advice = f"; `pipeline {verb} --help` lists its arguments"
         # What follows an unknown option may be its value.
-        told = [
-            word for before, word in zip(["", *unknown], unknown, strict=False) if word[0] == "-" or before[:1] != "-"
-        ]
-        raise PipelineError(*(f"unknown argument '{word}'{_near(word, options) or advice}" for word in told))
+        pairs = zip(["", *unknown], unknown, strict=False)
+        told = [word for before, word in pairs if word[:1] == "-" or before[:1] != "-"]
+        raise PipelineError(*(_unknown(word, parser, unknown) for word in told))
     if getattr(args, "file", "") is None:
         args.file = locate()
+    elif verb in OWN and hasattr(args, "file"):
+        _check_file(args.file, parser)
     return args
 
 
-def _near(word: str, options: list[str]) -> str:
+def _unknown(word: str, parser: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """Say that an argument is not known, and what may have been meant."""
+    options, named = _options(parser), _named(parser)
     bare = {option.lstrip("-"): option for option in options}  # that both begin with dashes makes no two alike
-    close = similar(word.partition("=")[0].lstrip("-"), bare)
-    return f"; did you mean '{bare[close]}'?" if close else ""
+    if word[:1] != "-":
+        file = word.endswith(SUFFIXES) and _takes_file(parser)
+        advice = f"`{parser.prog}` takes one pipeline file" if file else _meant(word, parser)
+        return f"'{word}' is one argument too many; {advice}"
+    if close := similar(word.partition("=")[0].lstrip("-"), bare):
+        return f"unknown argument '{word}'; did you mean '{bare[close]}'?"
+    if word == "--stage" and named:
+        node = unknown[unknown.index(word) + 1 :][:1] or named
+        return f"unknown argument '{word}'; a node is named as in `{parser.prog} {node[0]}`"
+    return f"unknown argument '{word}'; `{parser.prog} --help` lists its arguments"
+
+
+def _check_file(file: str, parser: argparse.ArgumentParser) -> None:
+    """Refuse a node's name, a run or another file in the place of the pipeline file."""
+    if Path(file).name == file != "" and not file.endswith(SUFFIXES) and not os.path.lexists(file):
+        raise PipelineError(f"{file}: no such pipeline file; {_meant(file, parser)}")
+
+
+def _meant(word: str, parser: argparse.ArgumentParser) -> str:
+    """Say where a verb takes what stands in the place of its pipeline file, or too much."""
+    option, what = ("--run", "a run") if word[:1] in {"@", "~"} else ("--stage", "a node")
+    if option in _options(parser):
+        return f"{what} is named as in `{parser.prog} {option} {word}`"
+    if named := _named(parser):
+        return f"`{parser.prog}` takes {' and '.join(f'one {name}' for name in named)}"
+    if "-o" in _options(parser):
+        return f"a file to write is named as in `{parser.prog} -o {word}`"
+    return f"`{parser.prog}` takes {'a pipeline file alone' if _takes_file(parser) else 'options alone'}"
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001 - no other way
+
+
+def _takes_file(parser: argparse.ArgumentParser) -> bool:
+    return any(action.dest == "file" for action in parser._actions)  # noqa: SLF001
+
+
+def _named(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the arguments that name nodes and the like: all without an option but the pipeline file."""
+    given = [action for action in parser._actions if not action.option_strings and action.dest != "file"]  # noqa: SLF001
+    return [str(action.metavar) for action in given]
 
 
 def usage() -> str:

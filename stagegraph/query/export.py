@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MANIFEST, MANIFEST_SCHEMA = ".stagegraph-export.json", 1
 SHOWN = 20  # of the files in the way
 REPOSITORY = (".git", ".hg", ".svn")
+ELSEWHERE = "name a directory that can be written"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
@@ -49,8 +50,11 @@ def export(
         raise PlanError(f"{target} exists already and is no directory; name another one")
     target = target.resolve()
     _refuse_precious(target, workspace.artifacts.resolve())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}; {ELSEWHERE}") from None
     old = _replaceable(target, replace=replace)
     with _partial(target) as partial:
         for name, digest in files.items():
@@ -151,7 +155,10 @@ def _digest_or_none(path: Path) -> str | None:
 def _partial(target: Path) -> Iterator[Path]:
     """Make the directory that takes the place of ``target``; what is not in its place at the end is removed."""
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir()
+    except OSError as error:
+        raise PlanError(f"{target}: {error.strerror}; {ELSEWHERE}") from None
     inode = partial.stat().st_ino
     lock = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,9 +14,10 @@ from stagegraph.spec import params
 from stagegraph.spec.cycles import circle, order
 from stagegraph.spec.item import Item
 from stagegraph.spec.model import Place
+from stagegraph.spec.settings import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from stagegraph.spec.item import Problems
     from stagegraph.spec.scope import Scope
@@ -113,7 +115,10 @@ class _Reader:
         if not ENTRY_NAME.fullmatch(name):
             text = f"'{name}' cannot name an entry; expected lower-case letters, digits and hyphens"
             self._problems.add(item.named_at, text)
-        body = self._problems.mapping(item, name, ENTRY_KEYS)
+        if item.value is None:
+            self._problems.unexpected(item, f"a mapping with keys of {', '.join(ENTRY_KEYS)}, or {{}}", name)
+            return None
+        body = self._problems.mapping(item, name, ENTRY_KEYS, advice=partial(_as_parameter, parameters(name, item)))
         if body is None:
             return None
         body = self.defaults.keys(body)
@@ -175,7 +180,9 @@ class _Reader:
             return get_stage(name), Origin(stage_reference(name))
         except KeyError:
             advice = nearest(name, [*names("stages"), SHELL])
-            if uses is None and "did you mean" not in advice:
+            if uses is None and name in ENTRY_KEYS:
+                advice = "; it is a key of an entry: indent it further than the entry's name"
+            elif uses is None and "did you mean" not in advice:
                 advice += "; an entry of another name says which it is with `uses`"
             self._problems.add(place, f"unknown stage '{name}'{advice}")
         except Exception as error:  # noqa: BLE001 - a stage's module is the user's to edit; anything may be in it
@@ -215,7 +222,8 @@ class _Reader:
             return {}
         subject = f"{name}.needs"
         if not isinstance(resolved.value, list):
-            self._problems.unexpected(resolved, "a list of entries", subject)
+            example = f", as [{resolved.value}]" if isinstance(resolved.value, str) else ""
+            self._problems.unexpected(resolved, f"a list of entries{example}", subject)
             return {}
         needs: dict[str, Place] = {}
         for need in resolved.value:
@@ -232,6 +240,11 @@ class _Reader:
             else:
                 needs[need.value] = need.place
         return needs
+
+
+def _as_parameter(known: Iterable[str], key: str) -> str:
+    """Say of an entry's unknown key that it is a parameter, if it is one."""
+    return f"; it is a parameter: write it under 'with', as with: {{{key}: ...}}" if key in known else ""
 
 
 def _check_cycles(entries: list[Entry], problems: Problems) -> None:

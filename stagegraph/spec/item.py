@@ -12,7 +12,7 @@ from stagegraph.errors import SpecError, listed, nearest
 from stagegraph.stage import Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from stagegraph.spec.model import Place
 
@@ -114,14 +114,19 @@ class Problems:
         """Note that a value is not what was expected."""
         self.add(item.place, f"found {found(item.value)}; expected {expected}", subject)
 
-    def mapping(self, item: Item, subject: str, keys: Collection[str] = ()) -> dict[str, Item] | None:
-        """Return the mapping that ``item`` is, noting keys that are not allowed; ``None``, noted too, if it is none."""
+    def mapping(
+        self, item: Item, subject: str, keys: Collection[str] = (), *, advice: Callable[[str], str] = lambda _: ""
+    ) -> dict[str, Item] | None:
+        """Return the mapping that ``item`` is, noting keys that are not allowed; ``None``, noted too, if it is none.
+
+        ``advice`` says of a key that is not allowed what it may be, if it knows.
+        """
         if not isinstance(item.value, dict):
             self.unexpected(item, f"a mapping with keys of {', '.join(keys)}" if keys else "a mapping", subject)
             return None
         for key, value in item.value.items():
             if keys and key not in keys:
-                self.add(value.named_at, f"unknown key '{key}'{nearest(key, keys)}")
+                self.add(value.named_at, f"unknown key '{key}'{advice(key) or nearest(key, keys)}")
         return item.value
 
     def check(self) -> None:

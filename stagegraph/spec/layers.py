@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from stagegraph.spec.item import Item, Problems
 
+KEYS = "a mapping with the keys of a pipeline: version, name, stages"
 _BYTES_LIMIT = 1 << 20  # ten times a pipeline of 1,000 entries; what is larger takes seconds and is none
 
 
@@ -59,8 +60,10 @@ def _read(path: Path, named_at: Place, problems: Problems) -> dict[str, Item]:
         item = parse(text, lambda line, column: Place(name, line, column), base, problems)
         if item is not None and isinstance(item.value, dict):
             return item.value
-        if item is not None:
-            problems.unexpected(item, "a mapping with the keys of a pipeline")
+        if item is not None and item.value is None:
+            problems.add(item.place, f"is empty; expected {KEYS}")
+        elif item is not None:
+            problems.unexpected(item, KEYS)
     raise problems.error()
 
 
@@ -93,15 +96,11 @@ def _unreadable(path: Path, error: OSError, named_at: Place) -> str:
     if not isinstance(error, FileNotFoundError):
         return f"{error.strerror}; expected a pipeline file"
     beside = {file.name for suffix in ("yaml", "yml") for file in path.parent.glob(f"[!.]*.{suffix}")}
-    if not path.suffix and os.sep not in str(path) and named_at.file == path.name:
-        return f"no such pipeline file; a node is named as in `pipeline run --stage {path.name}`"
     if beside := beside - {os.path.basename(named_at.file)}:  # noqa: PTH119 - a text
         return f"no such file{nearest(path.name, beside)}"
-    return (
-        "no such file, nor in a folder above; `pipeline init` writes one"
-        if path.name == "pipeline.yaml"
-        else ("no such file; expected a pipeline file")
-    )
+    if str(path) == "pipeline.yaml":
+        return "no such file, nor in a folder above; `pipeline init` writes one"
+    return "no such file; expected a pipeline file"
 
 
 def _overlay(base: dict[str, Item], over: dict[str, Item]) -> dict[str, Item]:

@@ -87,7 +87,9 @@ class _Reader:
         if resolved is None:
             return []
         if not isinstance(resolved.value, list) or not resolved.value:
-            self._problems.unexpected(resolved, "a list of at least one scalar", subject)
+            alone = not isinstance(resolved.value, list | dict) and resolved.value is not None
+            example = f", as [{text_of(resolved.value)}]" if alone else ""
+            self._problems.unexpected(resolved, f"a list of at least one scalar{example}", subject)
             return []
         seen: dict[str, _Value] = {}
         for part in resolved.value:

@@ -109,10 +109,23 @@ def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Prob
         start = error.context_mark
         started = f" ({at(start.line + 1, start.column + 1)})" if start else ""
         context = f"{error.context}{started}, " if error.context else ""
-        problems.add(place, f"cannot be read as YAML: {context}{error.problem}")
+        problems.add(
+            place, f"cannot be read as YAML: {context}{error.problem}{_advice(text, mark, str(error.problem))}"
+        )
         return None
     finally:
         loader.dispose()
+
+
+def _advice(text: str, mark: Any, problem: str) -> str:
+    """Say what people have in mind where YAML's own message does not."""
+    line = [*text.split("\n")[mark.line :], ""][0] if mark else ""
+    at = line[max(0, mark.column - 1) : mark.column + 1] if mark else ""
+    if "cannot start any token" in problem and "\t" in at:
+        return "; YAML is indented with spaces, and this is a tab"
+    if "mapping values are not allowed" in problem:
+        return "; a text that has ': ' in it needs quotes, or the line above lacks its ':'"
+    return "; inside braces and brackets a text with ${ } needs quotes" if at == "${" else ""
 
 
 class _Reader:

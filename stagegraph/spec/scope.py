@@ -165,7 +165,7 @@ class Scope:
                 return found
             text = f"environment variable '{name}' has less than {_SECRET_LEAST} characters; expected a longer secret"
         elif kind in {"env", "secret"} and name:
-            text = f"environment variable '{name}' is not set; expected it to be, for '${{{kind}.{name}}}'"
+            text = f"'${{{kind}.{name}}}': environment variable '{name}' is not set; `export {name}=VALUE` sets it"
         elif kind == "each" and each is None:
             where = "expected it under 'with', 'resources' or 'timeout' of an entry with 'foreach'"
             text = f"'${{{reference}}}' means nothing here; {where}"

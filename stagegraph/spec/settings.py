@@ -61,6 +61,9 @@ def read_settings(
         if not equals or not target or target == "vars.":
             problems.add(Place(f"--set {setting}"), f"has no name and value; expected {EXPECTED}")
             continue
+        if target != target.strip():
+            problems.add(Place(f"--set '{setting}'"), "has a space before its '='; expected NAME=VALUE without one")
+            continue
         name = target.removeprefix("vars.") if target.startswith("vars.") or "." not in target else None
         match = _TARGET.fullmatch(target)
         if name is not None and name not in variables:
@@ -81,7 +84,7 @@ def _unknown(name: str, variables: Mapping[str, Item], entries: Mapping[str, Ite
     """Say that a variable is not there, with the variable or the parameter that may have been meant."""
     where: dict[str, list[str]] = {}
     for entry, item in entries.items():
-        for parameter in _parameters(entry, item):
+        for parameter in parameters(entry, item):
             where.setdefault(parameter, []).append(f"{entry}.{parameter}")
     if name in where:
         return f"{unknown_variable(name, variables)}; a parameter is set as {_listed(where[name])}"
@@ -96,7 +99,7 @@ def _listed(names: Sequence[str]) -> str:
     return " or ".join(names[:SHOWN]) + more
 
 
-def _parameters(entry: str, item: Item) -> Iterable[str]:
+def parameters(entry: str, item: Item) -> Iterable[str]:
     """Return the parameters of an entry's stage, as far as that is known by its name, and those that it is given."""
     body = item.value if isinstance(item.value, dict) else {}
     given, uses = body.get("with"), body.get("uses")

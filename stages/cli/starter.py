@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 STAGES = Path(__file__).with_name("pipeline.yaml")  # the part that is the same for every checkpoint
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 READ, ALONE = ("config.json", *WEIGHTS), ("*.gguf",)  # what is read of a checkpoint that a URL names, and alone
+PAGE = re.compile(r"https?://huggingface\.co/(?P<name>[\w.-]+/[\w.-]+)(?:/tree/(?P<revision>[\w.-]+))?/?")
 POSITIONS = 4096  # a context that conversations fit, of models made for more: its cache is memory from the start
 OFFERED = ("q0f32", "q0f16", "q8f16_1", "q4a32", "q4k", "q4f16_1")  # the schemes shown to choose from, best first
 BESIDE = 1 << 30  # bytes that running a model takes beside its weights
@@ -57,6 +59,12 @@ def settings(args: argparse.Namespace) -> JsonObject:
             raise ValueError(f"--targets: unknown target '{target}'; known: {_listed(TARGETS)}")
     asked = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def named(text: str) -> str:
+    """Return the path or URL that is meant: of the page of a model on the hub, what ``hf://`` names."""
+    page = PAGE.fullmatch(text)
+    return text if page is None else f"hf://{page['name']}" + (f"@{page['revision']}" if page["revision"] else "")
 
 
 def examine(path: Path) -> Model:

@@ -195,7 +195,10 @@ def test_the_key_of_the_store_is_its_users_alone_and_a_key_is_told_by_no_guess(k
     ("with_", "said"),
     [
         ("token: a, size: '${secret.MY_TOKEN}'", "keep.size: found a secret; expected a whole number, which is shown"),
-        ("token: '${secret.NONE}'", "environment variable 'NONE' is not set; expected it to be, for '${secret.NONE}'"),
+        (
+            "token: '${secret.NONE}'",
+            "'${secret.NONE}': environment variable 'NONE' is not set; `export NONE=VALUE` sets it",
+        ),
         (
             "token: '${secret.SHORT}'",
             "environment variable 'SHORT' has less than 4 characters; expected a longer secret",

@@ -107,11 +107,12 @@ def test_files_that_cannot_be_read(spec: SpecFiles) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [("", "null"), ("# nothing\n", "null"), ("- a", "a list"), ("hello", "the text 'hello'")]
+    ("text", "found"),
+    [("", "is empty"), ("# nothing\n", "is empty"), ("- a", "found a list"), ("hello", "found the text 'hello'")],
 )
 def test_a_file_is_a_mapping(spec: SpecFiles, text: str, found: str) -> None:
     (problem,) = spec.problems(text)
-    assert problem.endswith(f": found {found}; expected a mapping with the keys of a pipeline")
+    assert problem.endswith(f": {found}; expected a mapping with the keys of a pipeline: version, name, stages")
 
 
 def test_paths_are_shown_as_given(spec: SpecFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

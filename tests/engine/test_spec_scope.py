@@ -148,7 +148,7 @@ stages:
             (f"'${{vars.scheme' has no closing brace; expected {FORMS}, or '$${{' for a literal '${{'"),
         ),
         ("x-${vars.list}", "'${vars.list}' is a list inside a text; expected a scalar there, or the list alone"),
-        ("${env.NOPE}", "environment variable 'NOPE' is not set; expected it to be, for '${env.NOPE}'"),
+        ("${env.NOPE}", "'${env.NOPE}': environment variable 'NOPE' is not set; `export NOPE=VALUE` sets it"),
         (
             "${each.target}",
             (

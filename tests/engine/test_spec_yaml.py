@@ -133,12 +133,18 @@ def test_refused(text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("a: b: c", "f.yaml:1:5: cannot be read as YAML: mapping values are not allowed in this context"),
+        (
+            "a: b: c",
+            (
+                "f.yaml:1:5: cannot be read as YAML: mapping values are not allowed in this context; "
+                "a text that has ': ' in it needs quotes, or the line above lacks its ':'"
+            ),
+        ),
         (
             "\ta: 1",
             (
                 "f.yaml:1:1: cannot be read as YAML: while scanning for the next token (f.yaml:1:1), "
-                "found character that cannot start any token"
+                "found character that cannot start any token; YAML is indented with spaces, and this is a tab"
             ),
         ),
         ("a: *x", "f.yaml:1:4: cannot be read as YAML: found undefined alias"),

@@ -24,6 +24,10 @@ BEGIN = '''
         """What was asked for."""
         return {"glue": args.glue} if args.glue else {}
 
+    def named(text):
+        """It is meant as it stands."""
+        return text
+
     def examine(path):
         """Words are a folder."""
         if not path.is_dir():

@@ -38,6 +38,19 @@ def test_the_file_says_what_was_found_and_chosen(tmp_path: Path) -> None:
         )
 
 
+def test_the_page_of_a_model_is_the_model() -> None:
+    page = "https://huggingface.co/some/Model-1B"
+    assert starter.named(page) == starter.named(f"{page}/") == "hf://some/Model-1B"
+    assert starter.named(f"{page}/tree/main") == "hf://some/Model-1B@main"
+    for text in (
+        "https://example.org/some/Model-1B",
+        f"{page}/blob/main/config.json",
+        "hf://some/Model-1B",
+        "some/dir",
+    ):
+        assert starter.named(text) == text
+
+
 @pytest.mark.parametrize("scheme", ["q0f32", "q4f32_1", "q4k"])
 def test_the_bytes_are_about_those_that_are_stored(scheme: str) -> None:
     from stages.checkpoint.headers import read_headers
