@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from typing import TextIO
 
 from stagegraph.cli.streams import visible
 
@@ -115,9 +116,9 @@ def folded(text: str, width: int) -> str:
     return "\n".join(part for line in text.split("\n") for part in fold(line, width))
 
 
-def prose(text: str) -> str:
-    """Fold sentences to the terminal's width; where there is no terminal they stay whole."""
-    return folded(text, terminal_width()) if sys.stdout.isatty() else text
+def prose(text: str, stream: TextIO | None = None) -> str:
+    """Fold sentences to the width of the terminal that ``stream`` (stdout) is; where it is none they stay whole."""
+    return folded(text, terminal_width()) if (stream or sys.stdout).isatty() else text
 
 
 def markdown(text: str, width: int) -> str:

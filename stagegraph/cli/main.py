@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from stagegraph.cli.common import print_json
+from stagegraph.cli.layout import prose
 from stagegraph.cli.streams import for_people, hanging
 from stagegraph.cli.verbs import find_verb, parse, usage
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, REMOVE, PipelineError
@@ -95,7 +96,7 @@ def _run(arguments: list[str]) -> int:
 def _report(problems: Sequence[str], arguments: Sequence[str], code: int) -> int:
     """Say what is wrong on stderr, and with ``--json`` in the one document on stdout too."""
     for problem in problems:
-        print(f"error: {hanging(problem)}", file=sys.stderr)
+        print(prose(f"error: {hanging(problem)}", sys.stderr), file=sys.stderr)
     if "--json" in arguments:
         with contextlib.suppress(OSError):  # it may be what is wrong
             print_json({"ok": False, "problems": list(problems)})

@@ -16,6 +16,7 @@ class Remaining:
     def __init__(self, predict: Callable[[], Predictions], jobs: int) -> None:
         self._predict, self._jobs = predict, jobs
         self._waits: dict[str, float | None] | None = None  # nodes that have not begun -> what they will take
+        self._done: set[str] = set()  # before the first one began
         self._longest: list[tuple[float, str]] = []  # of them, and some that have begun: the longest is the last
         self._sum, self._unknown = 0.0, 0  # of what they will take; of how many that is not known
         self._running: dict[str, tuple[float | None, float]] = {}  # what a node will take, and when it began
@@ -24,7 +25,7 @@ class Remaining:
     def started(self, node: str) -> None:
         """Note that a node begins."""
         if self._waits is None:
-            self._waits = dict(self._predict())
+            self._waits = {name: seconds for name, seconds in self._predict().items() if name not in self._done}
             self._longest = sorted((seconds, node) for node, seconds in self._waits.items() if seconds is not None)
             self._sum, self._unknown = sum(s for s, _ in self._longest), len(self._waits) - len(self._longest)
         predicted = self._running[node][0] if node in self._running else self._take(node)
@@ -38,6 +39,8 @@ class Remaining:
 
     def finished(self, node: str) -> None:
         """Note that a node is done, whether or not it ran."""
+        if self._waits is None:
+            self._done.add(node)
         self._counted.pop(node, None)
         if self._running.pop(node, None) is None:
             self._take(node)

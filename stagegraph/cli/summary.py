@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from stagegraph.cli.common import seconds_text, shown, size_text
@@ -12,19 +12,20 @@ from stagegraph.cli.layout import Brief, prose, table
 from stagegraph.cli.streams import hanging
 from stagegraph.files import typed
 from stagegraph.stage import RESERVATION
-from stagegraph.store.journal import BUILT, FAILED, HIT, SKIPPED, UNCHANGED
+from stagegraph.store.journal import BUILT, EXECUTED, FAILED, HIT, SKIPPED, UNCHANGED
 from stagegraph.store.record import parts_text, record_size
 
 if TYPE_CHECKING:
     from stagegraph.execution.outcome import Outcome, Run
     from stagegraph.project import Project
 
+MOST_ROWS = 60  # nodes that a summary lists one by one
 NEW = "never built"  # the reason of nearly every node of a first run, and no longer so once it has run
 
 
 def print_summary(project: Project, done: Run, *, verbose: bool) -> None:
     """Print the nodes that changed or attest the result (``verbose``: all, in detail), warnings and counts."""
-    rows = [_row(o, verbose=verbose) for o in done.outcomes if verbose or _counts(o)]
+    rows = list(_rows(done.outcomes, verbose=verbose))
     if rows:
         print(table(("node", "outcome", "what", "time", "size"), rows, flexible=2))
     for outcome in done.outcomes:
@@ -46,10 +47,32 @@ def print_lines(lines: Iterable[str]) -> None:
         print(prose(line))
 
 
+def _rows(outcomes: Iterable[Outcome], *, verbose: bool) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a summary; of many, one for all instances of an entry that were simply built."""
+    listed = [outcome for outcome in outcomes if verbose or _counts(outcome)]
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for outcome in listed:
+        alike = len(listed) > MOST_ROWS and not verbose and outcome.status in EXECUTED and not _attests(outcome)
+        key = (outcome.node.spec.entry, outcome.status) if alike else (outcome.node.name,)
+        groups.setdefault(key, []).append(outcome)
+    for group in groups.values():
+        yield _row(group[0], verbose=verbose) if len(group) == 1 else _row_of_many(group)
+
+
+def _row_of_many(group: Sequence[Outcome]) -> tuple[str, ...]:
+    first = group[0]
+    size = sum(record_size(outcome.record) for outcome in group if outcome.record)
+    time = seconds_text(sum(outcome.seconds for outcome in group))
+    return first.node.spec.entry, first.status, f"{len(group)} nodes; -v lists each", time, size_text(size)
+
+
 def _counts(outcome: Outcome) -> bool:
     """Say whether a node is listed: something happened to it, or it attests that others may be shipped."""
-    attests = any(out.attests for out in outcome.node.stage.outputs.values())
-    return outcome.status != SKIPPED and (outcome.status != HIT or bool(outcome.reason) or attests)
+    return outcome.status != SKIPPED and (outcome.status != HIT or bool(outcome.reason) or _attests(outcome))
+
+
+def _attests(outcome: Outcome) -> bool:
+    return any(out.attests for out in outcome.node.stage.outputs.values())
 
 
 def _row(outcome: Outcome, *, verbose: bool) -> tuple[str, ...]:
@@ -112,4 +135,4 @@ def print_failure(outcome: Outcome) -> None:
     lines.append(f"  log:  pipeline log {typed(outcome.node.name)}")
     if outcome.failed_outputs:
         lines.append(f"  kept: {shown(outcome.failed_outputs)}/out")
-    print("\n".join(lines), file=sys.stderr)
+    print(prose("\n".join(lines), sys.stderr), file=sys.stderr)

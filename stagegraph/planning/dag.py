@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.errors import PlanError, SpecError, nearest
+from stagegraph.errors import PlanError, SpecError, listed, nearest
 from stagegraph.files import dotted, typed
 from stagegraph.registry import load_object
 from stagegraph.spec.model import fits
@@ -153,7 +153,7 @@ def _check_count(node: Node, port: str, declared: In, found: list[Node]) -> Iter
     elif not found:
         yield f"{where} finds no instance of '{declared.stage}' with the same foreach values"
     elif len(found) > 1 and not declared.many:
-        names = ", ".join(n.name for n in found)
+        names = listed(n.name for n in found)
         yield f"{where} reads one instance but {names} match; add their foreach key here"
 
 

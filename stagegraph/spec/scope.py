@@ -174,7 +174,10 @@ class Scope:
         elif kind == "each" and each is not None:
             text = f"unknown '${{{reference}}}'{nearest(name, each)}"
         elif reading.kept and kind in {"in", "out"}:
-            text = f"unknown '${{{reference}}}'{nearest(reference, reading.kept)}"
+            advice = nearest(reference, reading.kept)
+            if kind == "in" and "did you mean" not in advice:
+                advice = "; `inputs: {NAME: ENTRY.OUTPUT}` declares ${in.NAME}"
+            text = f"unknown '${{{reference}}}'{advice}"
         else:
             hint = f"; did you mean '${{vars.{reference}}}'?" if reference in self._variables else ""
             text = f"unknown reference '${{{reference}}}'; expected {_FORMS}{hint}"

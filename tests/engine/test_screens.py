@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from stagegraph.cli import summary
 from stagegraph.cli.live import LiveReporter
 from stagegraph.cli.remaining import Remaining
 from stagegraph.execution.outcome import Outcome
@@ -80,3 +81,28 @@ def test_the_screen_of_a_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         reporter.finished(Outcome(nodes[2], "FAILED", "", seconds=2.0, problems=problems))
         Console(file=seen, width=width).print(reporter._bars.get_renderable())
     check("live", width, capsys.readouterr().err + seen.getvalue())
+
+
+def test_what_was_done_before_the_first_node_began_takes_no_time() -> None:
+    left = Remaining(lambda: {"old": 100.0, "new": 4.0}, jobs=1)
+    left.finished("old")
+    left.started("new")
+    assert left.text() in {"about 4.00 s left", "about 3.99 s left"}
+    left.finished("new")
+    assert left.text() == ""
+
+
+def test_the_summary_of_many_nodes_has_a_row_for_an_entry() -> None:
+    def outcome(entry: str, number: int, status: str, *, attests: bool = False) -> Any:
+        stage = SimpleNamespace(outputs={"out": SimpleNamespace(attests=attests)})
+        node = SimpleNamespace(name=f"{entry}[{number}]", spec=SimpleNamespace(entry=entry), stage=stage)
+        return Outcome(node, status, "", seconds=2.0)
+
+    done = [outcome("convert", number, "BUILT") for number in range(70)]
+    done += [outcome("prove", number, "BUILT", attests=True) for number in range(2)]
+    done += [outcome("convert", 70, "FAILED")]
+    rows = list(summary._rows(done, verbose=False))
+    assert rows[0] == ("convert", "BUILT", "70 nodes; -v lists each", "2 m 20 s", "0 B")
+    assert [row[0] for row in rows[1:]] == ["prove[0]", "prove[1]", "convert[70]"]
+    assert len(list(summary._rows(done, verbose=True))) == len(done)
+    assert len(list(summary._rows(done[20:], verbose=False))) == len(done[20:])
