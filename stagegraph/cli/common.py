@@ -85,6 +85,11 @@ def age_text(stamp: str) -> str:
     return f"{seconds} s ago"
 
 
+def date_text(stamp: str) -> str:
+    """Return a time of a record for people: ``2026-11-30 11:39``, in UTC as it is; "-" where there is none."""
+    return stamp[:16].replace("T", " ") or "-"
+
+
 def shown(path: Path) -> str:
     """Return a path as people want it: relative where it lies below the current directory."""
     try:

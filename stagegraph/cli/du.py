@@ -55,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rows(found: Usage) -> list[tuple[str, int, int]]:
-    """Return (what, files, bytes): current results largest first, the rest by kind; shared objects count once."""
+    """Return (what, files, bytes): current results largest first, the rest by kind.
+
+    What several results share counts once, in the largest of them.
+    """
     from stagegraph.store.record import record_files
 
     seen: set[str] = set()
@@ -67,7 +70,7 @@ def _rows(found: Usage) -> list[tuple[str, int, int]]:
 
     current = {name: {digest for digest, _ in record_files(r).values()} for name, r in found.current.items()}
     ordered = sorted(current, key=lambda name: -found.size(current[name]))
-    rows = [row(name, current[name]) for name in ordered]
+    rows = sorted((row(name, current[name]) for name in ordered), key=lambda counted: -counted[2])
     for kind, what in KINDS.items():
         rows.append(row(what, set().union(*(item.digests for item in found.others if item.kind == kind))))
     rows += [(f".stagegraph/{name}", 0, size) for name, size in found.contents.folders.items() if size]

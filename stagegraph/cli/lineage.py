@@ -55,14 +55,14 @@ def _execution(origin: Ancestor) -> Iterator[str]:
         return
     yield f"{origin.label}  key {origin.key[:DIGITS]}  {about['started']} on {about['host']}"
     for name, value in about["params"].items():
-        yield f"  param  {name} = {show(value)}"
+        yield f"  param   {name} = {show(value)}"
     for parameter, files in about["sources"].items():
-        yield from (f"  source {parameter}: {name}  {digest[:DIGITS]}" for name, digest in files.items())
+        yield from (f"  source  {parameter}: {name}  {digest[:DIGITS]}" for name, digest in files.items())
     code = about["code"]
-    yield f"  code   {len(code['modules'])} modules and rows, {code['digest'][:DIGITS]}"
-    yield from (f"  tool   {name} {version}" for name, version in about["tools"].items())
+    yield f"  code    {len(code['modules'])} modules and rows, {code['digest'][:DIGITS]}"
+    yield from (f"  tool    {name} {version}" for name, version in about["tools"].items())
     yield from (f"  library {name} {version}" for name, version in about["libraries"].items())
-    yield from (f"  input  {before.label}  key {before.key[:DIGITS]}" for before in origin.before)
+    yield from (f"  input   {before.label}  key {before.key[:DIGITS]}" for before in origin.before)
 
 
 def _mermaid(found: Lineage) -> Iterator[str]:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.cli.common import seconds_text, size_text
+from stagegraph.cli.common import date_text, seconds_text, size_text
 from stagegraph.cli.drawing import MEANINGS, STATES, Bar, draw_graph, draw_timeline
 from stagegraph.cli.graph import MOST_BOXES, box_of, entries_of, folded_boxes, reduced_graph
 from stagegraph.cli.report_tables import markdown, table
@@ -117,7 +117,7 @@ def _state(status: str) -> str:
 
 def _run_title(run: PastRun) -> str:
     ran = f"{run.count(*EXECUTED)} nodes ran in {seconds_text(run.seconds)}"
-    return f"<h2>Run {run.id[:8]}, {escape(run.started)}: {run.state}; {ran}</h2>"
+    return f"<h2>Run {run.id[:8]}, {escape(date_text(run.started))} UTC: {run.state}; {ran}</h2>"
 
 
 def _timeline(found: Overview, run: PastRun) -> str:
@@ -232,7 +232,7 @@ def _runs(runs: Sequence[PastRun]) -> str:
     rows = [
         (
             run.id[:8],
-            run.started,
+            date_text(run.started),
             run.state,
             str(run.count(*EXECUTED)),
             seconds_text(run.seconds),

@@ -8,7 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from stagegraph.api import Pipeline
-from stagegraph.cli.common import DEFAULT_FILE, add_file, add_json, age_text, print_json, seconds_text, size_text
+from stagegraph.cli.common import (
+    DEFAULT_FILE,
+    add_file,
+    add_json,
+    age_text,
+    date_text,
+    print_json,
+    seconds_text,
+    size_text,
+)
 from stagegraph.cli.layout import Brief, table
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
@@ -52,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _row(run: PastRun) -> tuple[str, ...]:
     ran, failed = run.count(*EXECUTED), run.count(FAILED)
-    started = run.started[:16].replace("T", " ") if run.started else "-"
+    started = date_text(run.started)
     age = age_text(run.started) if run.started else "-"
     command = Brief(_command(run, but=DEFAULT_FILE))
     return (

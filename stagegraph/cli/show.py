@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,11 @@ from stagegraph.store.record import parts_text, result_digest
 
 if TYPE_CHECKING:
     from stagegraph.query.artifact import Artifact
+    from stagegraph.store.record import FileEntry
 
 PREVIEW_LINES = 40
+NUMBERED = 8  # files whose names differ in a number only, that are listed one by one
+DIGITS = re.compile(r"\d+")
 EXAMPLE = "pipeline show compile.llvm:metadata.json"
 
 
@@ -129,11 +133,7 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
             lines.append(
                 f"  other  of the same key, made {other['started']}: pipeline diff {digest} {typed(artifact.label)}"
             )
-    rows = [
-        (port, name, size_text(size), digest[:16])
-        for port, output in record["outputs"].items()
-        for name, (digest, size) in output["files"].items()
-    ]
+    rows = [row for port, output in record["outputs"].items() for row in _files(port, output["files"])]
     if node:
         is_shown = pipeline.workspace.is_shown(pipeline.name, node.name, artifact.key, record)
         instead = "" if is_shown else "  (not this result as it stands)"
@@ -143,6 +143,18 @@ def _page(pipeline: Pipeline, artifact: Artifact) -> str:
         if not name.endswith(".json"):  # for programs
             lines += ["", f"-- {name} --", *_preview(artifact, name)]
     return "\n".join(lines)
+
+
+def _files(port: str, files: Mapping[str, FileEntry]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each file of an output; one for files that are numbered, if there are many."""
+    alike: dict[str, list[str]] = {}
+    for file in files:
+        alike.setdefault(DIGITS.sub("*", file), []).append(file)
+    for pattern, group in alike.items():
+        if len(group) > NUMBERED:
+            yield port, pattern, size_text(sum(files[file][1] for file in group)), f"{len(group)} files"
+        else:
+            yield from ((port, file, size_text(files[file][1]), files[file][0][:16]) for file in group)
 
 
 def _preview(artifact: Artifact, view: str) -> Iterator[str]:

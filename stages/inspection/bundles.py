@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages.inspection import picture
+from stages.inspection.charts import digits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "bytes": ("MB", lambda size: f"{size / 1e6:.1f}"),
     "bits_per_parameter": ("bits", lambda bits: f"{bits:.2f}"),
-    "kl": ("KL", lambda kl: f"{kl:.2g}"),
+    "kl": ("KL", digits),
     "top1": ("top-1", lambda share: f"{share:.1%}"),
     "perplexity": ("ppl", lambda value: f"{value:.4g}"),
     "prefill": ("prefill", lambda speed: f"{speed['rate']:.3g}"),

@@ -20,6 +20,11 @@ LETTERS = 44  # of a label, at most
 Bar = tuple[str, float, str]  # label, value, what is written after it
 
 
+def digits(value: float) -> str:
+    """Return a number with two digits, zeros too, so that those below one another are as exact: ``0.020``."""
+    return f"{value:#.2g}".removesuffix(".")
+
+
 def stored(document: ErrorReport) -> str:
     """Return how the bytes of a quantize report share out over forms of storage, and the error of every tensor."""
     sizes: Counter[str] = Counter()
@@ -38,7 +43,7 @@ def divergence(document: Verification) -> str:
     found = document.get("quantization")  # results of earlier versions have none
     kinds = {"all": found["all"], **found["kinds"]} if found else {}
     bars = [
-        (f"{kind}, {each['tokens']:,} tokens", kl, f"{kl:.2g}; {each['top1']:.1%}")
+        (f"{kind}, {each['tokens']:,} tokens", kl, f"{digits(kl)}; {each['top1']:.1%}")
         for kind, each in kinds.items()
         if (kl := each["kl_mean"]) is not None
     ]

@@ -97,7 +97,7 @@ def test_lineage_goes_back_to_sources_parameters_code_and_tools(demo: Demo) -> N
     assert "fakes.line" in by_label["shape[line]"]["code"]["modules"]
     assert by_label["read"]["key"] in by_label["join"]["from"]
     text = demo("lineage", "join", str(demo.pipeline)).out
-    assert "source text: a.txt" in text
+    assert "source  text: a.txt" in text
     assert "param  glue = -" in text
     mermaid = demo("lineage", "join", str(demo.pipeline), "--format", "mermaid").out
     assert mermaid.startswith("flowchart LR\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import sys
 import unicodedata
@@ -118,3 +119,13 @@ def test_in_a_pipe_a_text_stays_as_it_is(monkeypatch, capfd) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     pager.page(text, "card.md")
     assert "|" not in capfd.readouterr().out
+
+
+def test_a_message_is_folded_on_the_terminal_that_it_goes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    assert layout.prose("error: one two three four", Terminal()) == "error: one two three\n    four"
+    assert layout.prose("error: one two three four", io.StringIO()) == "error: one two three four"

@@ -224,3 +224,14 @@ def test_predicted_time_respects_order_processors_and_exclusive_nodes(demo: Demo
         assert makespan(steps, lambda _: True, 1) == 15.0
         assert makespan(steps, lambda _: True, 2) == 13.0
         assert makespan(steps, lambda step: step.node.name != "read", 2) == 12.0
+
+
+def test_the_name_of_a_file_says_how_the_graph_is_written(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo.folder)
+    begins = {"dag.svg": "<svg", "dag.mmd": "flowchart LR", "dag.dot": "digraph", "dag.txt": "read"}
+    for name, first in begins.items():
+        done = demo("graph", "-o", name)
+        assert (done.code, done.out) == (0, f"wrote {name}\n")
+        assert (demo.folder / name).read_text().startswith(first)
+    demo("graph", "-o", "dag.png", "--format", "dot")
+    assert (demo.folder / "dag.png").read_text() == (demo.folder / "dag.dot").read_text()

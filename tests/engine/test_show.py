@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stagegraph import Pipeline
-from stagegraph.cli import pager
+from stagegraph.cli import pager, show
 from stagegraph.errors import PipelineError
 from tests.support.demo import Demo
 
@@ -114,3 +114,12 @@ def test_on_a_terminal_code_is_highlighted_and_long_texts_are_paged(monkeypatch,
     monkeypatch.setenv("PAGER", "sed s/^/paged:/")
     pager.page("line\n" * 200)
     assert capfd.readouterr().out == "paged:line\n" * 200
+
+
+def test_numbered_files_take_one_row() -> None:
+    shards = {f"out/shard_{number}.bin": [f"{number:064d}", 1024] for number in range(show.NUMBERED + 1)}
+    few = {f"out/page-{number}.txt": ["d" * 64, 5] for number in (1, 2)}
+    rows = list(show._files("out", few | shards))
+    digest = "d" * 16
+    assert rows[:2] == [("out", "out/page-1.txt", "5 B", digest), ("out", "out/page-2.txt", "5 B", digest)]
+    assert rows[2:] == [("out", "out/shard_*.bin", f"{len(shards)}.0 KiB", f"{len(shards)} files")]

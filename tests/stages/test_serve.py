@@ -637,3 +637,10 @@ def test_the_key_is_needed_where_there_is_one(engine) -> None:
         assert there.get("/v1/models")[0] == 401
         assert there.get("/v1/models", Authorization="Bearer wrong")[0] == 401
         assert there.get("/v1/models", Authorization="Bearer secrets")[0] == 401
+
+
+def test_who_reads_the_address_may_connect() -> None:
+    import uvicorn
+
+    with command._listening(uvicorn.Config("none:none", host="127.0.0.1", port=0)) as listener:
+        socket.create_connection(listener.getsockname(), timeout=10).close()

@@ -123,7 +123,9 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
 
 def _listening(config: uvicorn.Config) -> socket.socket:
     try:
-        return config.bind_socket()
+        listener = config.bind_socket()
+        listener.listen(config.backlog)  # from now on: who reads the address, which is printed next, may connect
+        return listener
     except SystemExit:  # as a command line of its own it says why, and ends
         raise RequestError(f"--port {config.port}: cannot be opened, see above; --port 0 chooses a free one") from None
 
