@@ -11,7 +11,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.stored import Stored, level_mantissa
+from stages.kernels.cpu.stored import Stored
 from stages.kernels.cpu.vectors import (
     as_float,
     choose,
@@ -231,7 +231,8 @@ class Product:
             put(first, splat(begin, BLOCK), span(0, BLOCK))
             for part in others:
                 put(part, constant(0, BLOCK), span(0, BLOCK))
-        with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
+
+        def add(w: Any) -> None:
             words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
             for element in range(weight.per_word):
                 x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
@@ -240,45 +241,47 @@ class Product:
                     if self.exact:
                         value = value - constant(weight.mantissa_middle, BLOCK)
                     put(part, get(part, BLOCK) + value * x, span(0, BLOCK))
+
+        if len(weight.planes) > 1:  # where an element lies differs from word to word, and must be known here
+            for number in range(per_group):
+                add(number)
+        else:
+            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
+                add(w)
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
     def _leveled_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
         whole, rest = divmod(self.weight.k // self.weight.group, LEVELED)
+        floats = [[T.alloc_buffer((LEVELED, BLOCK), "float32") for _ in range(2)] for _ in blocks]
         with T.serial(0, whole) as outer:
-            self._outer_group(row, blocks, sums, products, (outer, LEVELED))
+            self._outer_group(row, blocks, sums, products, floats, (outer, LEVELED))
         if rest:
-            self._outer_group(row, blocks, sums, products, (whole, rest))
+            self._outer_group(row, blocks, sums, products, floats, (whole, rest))
 
     def _outer_group(
-        self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any], at: tuple[Any, int]
+        self,
+        row: Any,
+        blocks: Sequence[Any],
+        sums: Any,
+        products: Sequence[Any],
+        floats: Sequence[Sequence[Any]],
+        at: tuple[Any, int],
     ) -> None:
-        """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``."""
-        weight, (_, q_scale, q_outer) = self.weight, self.arguments.weights
+        """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``: their
+        scales and minima first, into ``floats``, where each has a place that is known here.
+        """
         outer, count = at
-        words = [lambda word, block=block: q_scale[block, outer * 3 + word, span(0, BLOCK)] for block in blocks]
-        scaled, lowered = [_zeros() for _ in blocks], [vector(BLOCK) for _ in blocks]
-        total_of_row = sum((sums[outer * LEVELED + number] for number in range(1, count)), sums[outer * LEVELED])
-        for low in lowered:  # what the ones of its mantissas come to
-            put(low, splat(-total_of_row, BLOCK), span(0, BLOCK))
-
-        def group(number: Any) -> None:
+        for block, (scales, lows) in zip(blocks, floats, strict=True):
+            for number in range(count):
+                scale, low = self.weight.of_levels(self.arguments.weights, block, outer, number)
+                put(scales, scale, number, span(0, BLOCK))
+                put(lows, low, number, span(0, BLOCK))
+        with T.serial(0, count) as number:
             g = outer * LEVELED + number
             values = self._group_values(row, blocks, sums, g)
-            for word, value, scale, low in zip(words, values, scaled, lowered, strict=True):
-                fraction = level_mantissa(word, number) - constant(1, BLOCK)
-                put(scale, get(scale, BLOCK) + value * fraction, span(0, BLOCK))
-                least = level_mantissa(word, LEVELED + number) * splat(sums[g], BLOCK)
-                put(low, get(low, BLOCK) + least, span(0, BLOCK))
-
-        with T.serial(0, min(count, LEVELED - 1)) as number:
-            group(number)
-        if count == LEVELED:  # whose minimum is in no word
-            group(count - 1)
-        for block, scale, low, product in zip(blocks, scaled, lowered, products, strict=True):
-            steps, lows = (as_float(q_outer[block, outer * 2 + which, span(0, BLOCK)], BLOCK) for which in (0, 1))
-            value = get(scale, BLOCK) * (steps * constant(64.0 * (1 << weight.bits), BLOCK))
-            value = value - get(low, BLOCK) * (lows * constant(64, BLOCK))
-            put(product, get(product, BLOCK) + value, span(0, BLOCK))
+            for value, product, (scales, lows) in zip(values, products, floats, strict=True):
+                low = lows[number, span(0, BLOCK)] * splat(sums[g], BLOCK)
+                put(product, get(product, BLOCK) + value * scales[number, span(0, BLOCK)] - low, span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4

@@ -131,6 +131,23 @@ class Stored:
             return -self._of_levels(weights, block, group, 1, left, lanes)
         return as_float(weights[2][block, group, span(left, lanes)], lanes)
 
+    def of_levels(self, weights: Sequence[Any], block: Any, outer: Any, number: int) -> tuple[Any, Any]:
+        """Return scales times 2 ** bits, and the minima to be taken off, of group ``number`` of those that share the
+        floats ``outer``.
+        """
+        words = [weights[1][block, outer * 3 + i, span(0, BLOCK)] for i in range(3)]
+        found = []
+        for which, times in enumerate((float(1 << self.bits), 1.0)):
+            level = number + LEVELED * which
+            if level == 2 * LEVELED - 1:
+                bits = _last_level(words, BLOCK)
+            else:
+                moved = T.shift_right(words[level // 5], constant(level % 5 * 6, BLOCK, "uint32"))
+                bits = T.bitwise_and(moved, constant(63, BLOCK, "uint32"))
+            shared = as_float(weights[2][block, outer * 2 + which, span(0, BLOCK)], BLOCK) * constant(times, BLOCK)
+            found.append(as_float(T.Cast(f"int32x{BLOCK}", bits), BLOCK) * shared)
+        return found[0], found[1]
+
     def _of_levels(self, weights: Sequence[Any], block: Any, group: Any, which: int, left: Any, lanes: int) -> Any:
         """Return the scales (``which`` is 0) or minima (1) of a group that is known at run time."""
         outer, level = group // LEVELED, group % LEVELED + LEVELED * which
@@ -143,34 +160,15 @@ class Stored:
         )
         if which:
             words = [levels[block, outer * 3 + i, span(left, lanes)] for i in range(3)]
-            found = T.Select(splat(level == 2 * LEVELED - 1, lanes), last_level(words, 0, lanes), found)
+            found = T.Select(splat(level == 2 * LEVELED - 1, lanes), _last_level(words, lanes), found)
         whole = as_float(weights[2][block, outer * 2 + which, span(left, lanes)], lanes)
         return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
 
 
-def last_level(words: Sequence[Any], place: int, lanes: int) -> Any:
-    """Return the last level of three ``words``, two bits of each, moved up to bit ``place``."""
+def _last_level(words: Sequence[Any], lanes: int) -> Any:
+    """Return the last level of three ``words``, two bits of each."""
     parts = []
     for number, word in enumerate(words):
-        down = 30 - 2 * number - place
-        parts.append(
-            T.bitwise_and(
-                T.shift_right(word, constant(down, lanes, "uint32")), constant(3 << 30 >> down, lanes, "uint32")
-            )
-        )
+        moved = T.shift_right(word, constant(30 - 2 * number, lanes, "uint32"))
+        parts.append(T.bitwise_and(moved, constant(3 << 2 * number, lanes, "uint32")))
     return T.bitwise_or(T.bitwise_or(parts[0], parts[1]), parts[2])
-
-
-def level_mantissa(word: Callable[[Any], Any], level: Any) -> Any:
-    """Return 1 + level / 64 of each lane of a block, of the words of levels that ``word(number)`` gives: moved into the
-    mantissa of 1. The last level is known when the kernel is made, others need not be.
-    """
-    if isinstance(level, int) and level == 2 * LEVELED - 1:
-        bits = last_level([word(number) for number in range(3)], 17, BLOCK)
-    else:
-        found, left = word(level // 5), (49 - level % 5 * 6) % 32  # 17 to the left, or as many bits to the right
-        moved = constant(left, 1, "uint32") if isinstance(level, int) else T.Cast("uint32", left)
-        turned = T.call_llvm_pure_intrin(f"uint32x{BLOCK}", "llvm.fshl", found, found, splat(moved, BLOCK))
-        bits = T.bitwise_and(turned, constant(63 << 17, BLOCK, "uint32"))
-    one = T.bitwise_or(bits, constant(0x3F800000, BLOCK, "uint32"))
-    return T.reinterpret(f"float32x{BLOCK}", one)
