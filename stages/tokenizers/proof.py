@@ -67,11 +67,12 @@ def _pairs(path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((kind, text) for kind, text in map(json.loads, lines))
 
 
-def code_points() -> Iterator[tuple[str, str]]:
-    """Yield (kind, text) with every assigned code point of Python's Unicode tables, thirty-two to a text."""
+@cache
+def code_points() -> tuple[tuple[str, str], ...]:
+    """Return (kind, text) pairs with every assigned code point of Python's Unicode tables, thirty-two to a text."""
     assigned = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in {"Cn", "Cs", "Co"}]
-    for start in range(0, len(assigned), SEQUENCE):
-        yield CODE_POINTS, "".join(f"a{character} " for character in assigned[start : start + SEQUENCE])
+    parts = (assigned[start : start + SEQUENCE] for start in range(0, len(assigned), SEQUENCE))
+    return tuple((CODE_POINTS, "".join(f"a{character} " for character in part)) for part in parts)
 
 
 def fingerprint(reference: ReferenceTokenizer) -> str:

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from tests.support.edited_project import Project
 
 GRAPH_NODES = {f"graph-build[llvm,{f}]" for f in ("embed", "prefill", "decode", "kv", "softmax")}
@@ -110,6 +112,7 @@ def test_a_hub_snapshot_is_the_same_checkpoint(project: Project, tmp_path: Path)
     assert executed(project.run("--set", f"vars.checkpoint={snapshot}")) == set()
 
 
+@pytest.mark.slow
 def test_without_cuda_the_cpu_bundle_is_built_and_cuda_says_what_to_install(project: Project) -> None:
     """A PATH without nvcc and no NVIDIA packages to be seen: only the node that needs them fails."""
     path = project.stages / "targets" / "toolchain.py"

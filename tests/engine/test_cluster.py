@@ -496,6 +496,7 @@ def test_secrets_stay_here(client: Client, monkeypatch) -> None:
     assert {parent for _, parent, _ in client.starts()} == {os.getpid()}
 
 
+@pytest.mark.slow  # Dask's client tries for a quarter of a minute to reach the scheduler again
 def test_a_scheduler_that_is_not_there_or_dies_ends_the_run_with_a_word(
     client: Client, grid: Grid, monkeypatch
 ) -> None:

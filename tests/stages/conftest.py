@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from stages.tokenizers import proof
 from tests.support import bundles, tokenizer_folders
 from tests.support.local_context import LocalContext
+
+FEWER_POINTS, FEWER_DRAWN = proof.code_points()[::60], proof.generated_corpus()[::20]
+
+
+@pytest.fixture(autouse=True)
+def _fewer_texts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prove tokenizers on a part of the texts, but in slow tests and where a whole pipeline runs."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(proof, "code_points", lambda: FEWER_POINTS)
+        monkeypatch.setattr(proof, "generated_corpus", lambda: FEWER_DRAWN)
 
 
 @pytest.fixture(scope="session")

@@ -185,6 +185,7 @@ def test_a_second_model_of_the_same_shapes_compiles_nothing(tmp_path, graphs, me
     assert compiled(tmp_path / "out", graphs(MISTRAL), memo) == []
 
 
+@pytest.mark.slow
 def test_the_cache_has_the_same_kernels_whatever_the_weights(tmp_path, graphs, memo):
     ports, registered = graphs(LLAMA, "q0f32")
     cache = next(port.path for port in ports["module"] if port.each["function"] == "kv")

@@ -106,6 +106,7 @@ def test_a_target_of_the_processor_is_one_row(tmp_path, monkeypatch):
     assert max(errors) < TOLERANCE, errors
 
 
+@pytest.mark.slow
 def test_transposed_matrices_are_read_where_no_kernel_has_a_layout_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "llvm", dataclasses.replace(TARGETS["llvm"], layout="nk"))
     library = Built(tmp_path, "q4f16_0")

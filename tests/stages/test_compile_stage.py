@@ -261,8 +261,9 @@ needs_cuda = pytest.mark.skipif(toolchain.toolkit() is None, reason="no CUDA too
 @needs_cuda
 @pytest.mark.parametrize(
     ("scheme", "dtype", "replayed"),
-    [("q4f16_1", "float16", False), pytest.param("q4bf16_1", "bfloat16", True, marks=pytest.mark.slow)],
+    [("q4f16_1", "float16", False), ("q4bf16_1", "bfloat16", True)],
 )
+@pytest.mark.slow
 def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graphs, scheme, dtype, replayed):
     registered, ports = graphs("cuda", scheme)
     options = {"target": "cuda", "archs": (80, 90), "cuda_graph": replayed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from stages.sizes import PLANES
 from stages.targets import processor, toolchain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ALL_ROWS = {row.name: row for scheme in SCHEMES.values() for row in scheme.rows if row.kind == "group"}
@@ -64,24 +66,37 @@ def by_plain_loops(weight: np.ndarray, row: Row) -> tuple[list[list[int]], list[
 
 
 DTYPES = pytest.mark.parametrize(
-    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda dtype: np.dtype(dtype).name
+    "dtype",
+    [np.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (np.float16, ml_dtypes.bfloat16))],
+    ids=lambda dtype: np.dtype(dtype).name,
 )
 SHAPES = [(1, 32), (3, 64), (7, 96), (5, 40), (4, 31), (2, 1), (3, 77), (2, 121), (67, 288)]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> compiled.Kernels:
-    """Kernels of every row from every dtype, compiled for this machine."""
-    dtypes = ("float32", "float16", "bfloat16")
-    every = [(row, layout) for row in SYMMETRIC for layout in ("nk", "n32", "kn")]
-    names = {name for source in dtypes for name in kernel_names(source, every, "max", dtypes)}
-    names.add(compiled.quantize_name("bfloat16", ROWS["q4f16_1"], "mse", "nk"))
+def compile_kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type], compiled.Kernels]:
+    """By dtype of a checkpoint: the kernels of every row from it, compiled for this machine."""
     cxx = toolchain.cxx()
     if cxx is None:
         pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("kernels") / "kernels.so"
-    compiled.build(library, processor.host_cpu(), cxx.path, sorted(names), toolchain.environment())
-    return compiled.Kernels(library)
+    every = [(row, layout) for row in SYMMETRIC for layout in ("nk", "n32", "kn")]
+
+    @functools.cache
+    def build(dtype: type) -> compiled.Kernels:
+        source = np.dtype(dtype).name
+        names = {*kernel_names(source, every, "max", ("float32", "float16", "bfloat16"))}
+        names.add(compiled.quantize_name(source, ROWS["q4f16_1"], "mse", "nk"))
+        library = tmp_path_factory.mktemp("kernels") / "kernels.so"
+        compiled.build(library, processor.host_cpu(), cxx.path, sorted(names), toolchain.environment())
+        return compiled.Kernels(library)
+
+    return build
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, compile_kernels: Callable[[type], compiled.Kernels]) -> compiled.Kernels:
+    """The kernels that read the test's dtype."""
+    return compile_kernels(request.getfixturevalue("dtype") if "dtype" in request.fixturenames else np.float32)
 
 
 def sample(shape: tuple[int, int], dtype: type) -> np.ndarray:
@@ -185,7 +200,7 @@ def test_a_searched_group_computed_by_hand():
 
 
 def test_compiled_search_finds_scales_as_good(kernels):
-    row, weight = ROWS["q4f16_1"], sample((64, 256), ml_dtypes.bfloat16)
+    row, weight = ROWS["q4f16_1"], sample((64, 256), np.float32)
     q_weight, q_scale = convert([weight], row, shape=weight.shape, dtype="", scales="mse", kernels=kernels).stored
     ours, theirs = quantize(weight, row, "mse")
     assert (q_scale == theirs).mean() > 0.99  # near ties may go either way

@@ -216,6 +216,7 @@ def test_a_small_file_system_that_fills_up(tmp_path: Path, monkeypatch: pytest.M
         subprocess.run(["umount", str(out)], check=True)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path):
     few, many = (peak_memory(layers, threads=1) for layers in (2, 12))
     assert many < few + 12, f"{few:.0f} MB for 2 layers, {many:.0f} MB for 12 layers of 26 MB each"

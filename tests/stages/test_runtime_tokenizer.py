@@ -29,7 +29,7 @@ def test_the_runtime_gives_the_references_ids_and_text(emitted, name):
     tokenizer, checkpoint = BundleTokenizer(emitted(name)), emitted(name).parents[1] / "checkpoint"
     resolution = resolve(checkpoint, {file: checkpoint / file for file in FOLDERS[name][0]})
     reference = load_tokenizer_family(resolution.family).reference(resolution)
-    for _, text in (*sample_corpus(), *list(code_points())[::40]):
+    for _, text in (*sample_corpus(), *code_points()[::40]):
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text, specials=False)
         assert tokenizer.encode(text, specials=True) == reference.encode(text, specials=True)

@@ -8,7 +8,6 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers import proof
 from tests.support import sentencepiece_models
 from tests.support.tokenizer_folders import (
     GPT2_PRE,
@@ -37,11 +36,7 @@ NAMES = ("<|endoftext|>", "<|user|>", "<|end|>", "<tool>")
 
 
 @pytest.fixture(autouse=True)
-def _short_proof(monkeypatch):
-    """The whole corpus is for the published vocabularies; here every folder is held against AutoTokenizer besides."""
-    texts = list(proof.code_points())[::60], proof.generated_corpus()[::20]
-    monkeypatch.setattr(proof, "code_points", lambda: texts[0])
-    monkeypatch.setattr(proof, "generated_corpus", lambda: texts[1])
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

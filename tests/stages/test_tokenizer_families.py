@@ -61,7 +61,7 @@ def test_the_emitted_file_is_the_checkpoints_own_for_the_library(built, name, tm
     source.write_text(json.dumps(FOLDERS[name][0]["tokenizer.json"]), encoding="utf-8")
     original = Tokenizer.from_file(str(source))
     emitted = Tokenizer.from_file(str(built(name)[1] / "tokenizer.json"))
-    for _, text in (*sample_corpus(), *list(code_points())[::50]):
+    for _, text in (*sample_corpus(), *code_points()[::50]):
         for tokenizer in (original, emitted):
             tokenizer.encode_special_tokens = len(text) % 2 == 0
         assert original.encode(text).ids == emitted.encode(text).ids

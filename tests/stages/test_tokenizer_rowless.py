@@ -8,7 +8,6 @@ import pytest
 
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers import proof
 from tests.support import sentencepiece_models
 from tests.support.tokenizer_folders import FOLDERS, SIZE, added, build, tables
 
@@ -19,10 +18,7 @@ TEXTS = ("Hello there, it's 2024!", f"a{PAD}b <|user|>", "é 你好", "")
 
 
 @pytest.fixture(autouse=True)
-def _short_proof(monkeypatch):
-    texts = list(proof.code_points())[::60], proof.generated_corpus()[::20]
-    monkeypatch.setattr(proof, "code_points", lambda: texts[0])
-    monkeypatch.setattr(proof, "generated_corpus", lambda: texts[1])
+def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

@@ -35,7 +35,7 @@ from tests.support.tokenizer_folders import build
 EXACT = ["llama", "no space before", "no bytes", "spaces collapsed", "symbols", "runs of spaces", "digits"]
 EXACT += ["control tokens", "split by nothing"]
 REFUSED = {"word": "the model is Word", "suffix": "are not written as"}
-TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in list(code_points())[::9])]
+TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in code_points()[::9])]
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from tests.support.tiny_tokenizers import SHARED
 from tests.support.tokenizer_folders import build
 
 NAMES = ["unigram", "unigram nfkc", "unigram bytes nfkc", "nmt_nfkc"]
-TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in list(code_points())[::5])]
+TEXTS = [*PROBES, *(text for _, text in sample_corpus()), *(text for _, text in code_points()[::5])]
 TEXTS += ["ab" * 200, "=" * 99, "\t" * 70, "a <sep>b[REF] [REF]c", "ｱｲｳ ① ﬁ", "한글 e\u0301", "a\r\nb", ""]
 
 

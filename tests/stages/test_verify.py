@@ -77,6 +77,7 @@ def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
     not processor.byte_product(processor.required_features(processor.host_cpu())),
     reason="this processor does not multiply bytes",
 )
+@pytest.mark.slow
 def test_quantized_activations_are_held_to_a_bound_of_their_own(tmp_path):
     built = bundles.build(tmp_path / "built", "q4f32_1", activations="int8", max_batch=2, prefill_chunk=24)
     found = checks(bundles.verify(built, tmp_path / "verify"))
@@ -198,6 +199,7 @@ def test_any_context_window_is_verified_as_far_as_it_goes(recorded, tmp_path, wi
     assert any(text.startswith("text after 'every morning'") for text in document["unchecked"]) == (window < 88)
 
 
+@pytest.mark.slow
 def test_a_live_reference_meets_the_recorded_text_too(recorded, tmp_path):
     context = bundles.verify(recorded, tmp_path / "out", reference="live")
     assert checks(context)["greedy text after 'every morning', recorded"]["ok"]

@@ -231,6 +231,7 @@ def test_a_corpus_that_cannot_be_read_is_a_message(quantized, tmp_path, name, co
         bundles.verify(quantized, tmp_path / "verify", reference="live", corpus=str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_a_corpus_of_ones_own_is_read(quantized, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"kind": "mine", "text": "one two three four"}\n' * 3)
     bundles.verify(quantized, tmp_path / "verify", reference="live", corpus=str(tmp_path / "own.jsonl"))

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 LONG_TAIL = {
-    "tests/stages/test_compile_llvm.py::test_prefill_in_chunks_then_decode_equals_the_reference": ("q4bf16_1", "q0f16"),
+    "tests/e2e/test_families.py::test_a_checkpoint_becomes_a_verified_bundle": ("llama",),
+    "tests/stages/test_compile_llvm.py::test_code_for_processors_without_avx512_is_as_right": (
+        "x86-64-v3-float-vfmadd231ps-0.001",
+    ),
+    "tests/stages/test_compile_llvm.py::test_prefill_in_chunks_then_decode_equals_the_reference": (
+        "e4m3_f16",
+        "q0f16",
+        "q3f16_1",
+        "q4bf16_1",
+    ),
+    "tests/stages/test_families.py::test_forks_of_forks_and_what_is_taken_back_of_them": (
+        "mistral",
+        "mistral-24",
+    ),
+    "tests/stages/test_families.py::test_prompts_of_any_length_then_decoding": (
+        "llama-tied-q0f32",
+        "mistral-24-q0f32",
+        "qwen2-window-q0f32",
+        "qwen3-q0f32",
+    ),
+    "tests/stages/test_families.py::test_the_memory_that_compile_promises_is_what_the_runtime_takes": ("gpt_neox",),
     "tests/stages/test_family_configs.py::test_a_real_model_is_registered_and_exported_without_its_weights": (
         "llama-2-7b",
         "mistral-7b-v0.1",
         "qwen-1.8b",
         "qwen2-0.5b",
+        "redpajama-incite-3b",
         "smollm2-135m",
     ),
     "tests/stages/test_family_configs.py::test_no_stage_of_one_family_depends_on_the_code_of_another": (
         "gpt_neox",
+        "llama",
         "mistral",
         "qwen",
         "qwen2",
@@ -27,8 +49,10 @@ LONG_TAIL = {
         "q3k-70-608-x86-64",
         "q4a128-661-640-x86-64",
     ),
+    "tests/stages/test_quantize.py::test_compiled_kernels_store_what_numpy_stores": ("q3f16_1",),
     "tests/stages/test_quantize_faults.py::test_a_value_that_is_not_finite_is_named_with_its_index": (
         "kernels-nan-q0f32",
+        "kernels-nan-q3f16_1",
         "kernels-nan-q4f16_1",
         "kernels-nan-q8f32_1",
     ),
@@ -39,12 +63,16 @@ LONG_TAIL = {
         "qwen2 tables",
     ),
     "tests/stages/test_rwkv_parity.py::test_every_step_after_prefills_of_any_length_equals_the_reference": (
+        "q4f16_1-2",
         "q4f32_1-2",
     ),
+    "tests/stages/test_tensor_cores.py::test_a_block_fits_every_architecture": ("q4bf16_1",),
     "tests/stages/test_tensor_cores.py::test_prefill_multiplies_on_tensor_cores_and_decode_does_not": (
+        "q0bf16",
         "q0f16",
         "q4bf16_1",
     ),
+    "tests/stages/test_tensor_cores.py::test_what_tiles_do_is_what_tvm_says": ("float16",),
     "tests/stages/test_tokenizer_families.py::test_every_family_builds_and_is_proven": (
         "llama3 model",
         "metaspace",
@@ -64,7 +92,14 @@ LONG_TAIL = {
         "sentencepiece modern",
         "tekken",
     ),
-    "tests/stages/test_tokenizer_unigram.py::test_every_id_is_sentencepieces_own": ("unigram", "unigram nfkc"),
-    "tests/stages/test_verify.py::test_nothing_in_the_working_directory_is_executed": (":/nowhere",),
+    "tests/stages/test_tokenizer_unigram.py::test_every_id_is_sentencepieces_own": (
+        "unigram",
+        "unigram nfkc",
+    ),
+    "tests/stages/test_verify.py::test_any_context_window_is_verified_as_far_as_it_goes": ("88-live",),
+    "tests/stages/test_verify.py::test_nothing_in_the_working_directory_is_executed": (
+        ":",
+        ":/nowhere",
+    ),
 }
 NAMES = {f"{test}[{parameter}]" for test, parameters in LONG_TAIL.items() for parameter in parameters}
