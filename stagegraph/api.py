@@ -72,7 +72,7 @@ class Pipeline(Project):
         found = attestations(self, artifact)
         if found.problems and not unverified:
             raise PlanError(*found.problems, "nothing was exported; --unverified exports it as it is")
-        return artifact, artifact.export(target, replace=replace, beside=found.files), found.said
+        return artifact, artifact.export(target, replace=replace, beside=found.files), found.summaries
 
     def runs(self) -> list[PastRun]:
         """Return the recorded runs of this pipeline, oldest first; a run that had nothing to do is not recorded."""

@@ -209,7 +209,7 @@ def _discard(folder: Path, keep: set[Path]) -> None:
     for path in list(folder.iterdir()):
         if path in keep:
             continue
-        if path.is_dir() and not path.is_symlink() and any(path in kept.parents for kept in keep):
+        if path.is_dir() and not path.is_symlink() and any(path in other.parents for other in keep):
             _discard(path, keep)
         else:
             remove_tree(path)

@@ -103,7 +103,7 @@ def _measured(ctx: Context) -> dict[str, Any]:
 
     from stages.calibration import asking, sensitivity
 
-    checkpoint, asked = ctx.source("checkpoint"), {"schemes": ROWS, "scales": ctx.params.scales, **_calibrated(ctx)}
+    checkpoint, question = ctx.source("checkpoint"), {"schemes": ROWS, "scales": ctx.params.scales, **_calibrated(ctx)}
     with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
         original = asking.Original(
             checkpoint.root,
@@ -117,7 +117,7 @@ def _measured(ctx: Context) -> dict[str, Any]:
         try:
             return original.ask(
                 sensitivity.__name__,
-                lambda request: {"original": asdict(request), **asked},
+                lambda request: {"original": asdict(request), **question},
                 ctx.progress,
                 "name rows yourself (param-register's rows)",
             )

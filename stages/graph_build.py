@@ -112,8 +112,10 @@ class GraphBuild(Stage):
 
 def _check_attention(build: Build) -> None:
     """Refuse what kernels of ours alone compute where attention has others."""
-    if build.asked and not build.own_attention:
-        raise StageError(f"attention {build.asked[0]} cannot be built for target {build.row.name}; target llvm can")
+    if build.special_attention and not build.own_attention:
+        raise StageError(
+            f"attention {build.special_attention[0]} cannot be built for target {build.row.name}; target llvm can"
+        )
     if build.kv_dtype == "int8" and not build.row.cpu_kernels:
         raise StageError(f"kv_dtype: int8 cannot be built for target {build.row.name}; target llvm can")
     if build.kv_dtype == "int8" and not build.own_attention:

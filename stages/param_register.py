@@ -207,7 +207,7 @@ def _view(logical: Sequence[Parameter], stored: Sequence[StoredTensor]) -> str:
     layout = {entry["name"]: f"{entry['dtype']} {entry['shape']}" for entry in stored}
     lines = ["| parameter | shape | stored as | made of |", "|---|---|---|---|"]
     for entry in logical:
-        kept = " + ".join(layout[name] for name in entry["stored"])
+        stored_as = " + ".join(layout[name] for name in entry["stored"])
         made = "" if entry["transform"] == "copy" else f"{entry['transform']}: "
-        lines.append(f"| {entry['name']} | {entry['shape']} | {kept} | {made}{', '.join(entry['sources'])} |")
+        lines.append(f"| {entry['name']} | {entry['shape']} | {stored_as} | {made}{', '.join(entry['sources'])} |")
     return "\n".join(lines) + "\n"

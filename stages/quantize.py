@@ -153,8 +153,8 @@ class Quantize(Stage):
             write_index(ctx.out / "weights", conversion.contents, metadata)
             how = {"schema": 1, "scheme": scheme.name, "scales": scales}
             (ctx.out / "report.json").write_text(listing(how, "tensors", report), "utf-8")
-        for said in (*_twice(register, listed, report), *_uncalibrated(plan)):
-            ctx.warn(said)
+        for warning in (*_twice(register, listed, report), *_uncalibrated(plan)):
+            ctx.warn(warning)
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
         ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")

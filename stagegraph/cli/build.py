@@ -45,14 +45,14 @@ def run(args: argparse.Namespace) -> int:
     noun, starter = next(iter(init.starters().items()))
     begun = init.start(noun, args.source, args)
     file = locate()
-    asked: list[str] = []
+    settings: list[str] = []
     if Path(file).exists():
         wanted = {noun: _named(begun.source), **begun.settings}
-        asked = [f"{name}={json.dumps(value)}" for name, value in wanted.items() if not _is_so(file, name, value)]
+        settings = [f"{name}={json.dumps(value)}" for name, value in wanted.items() if not _is_so(file, name, value)]
     else:
         written = init.write(Path(), begun)
         print(f"wrote {', '.join(map(shown, written))}")
-    overrides = [*asked, *args.overrides]
+    overrides = [*settings, *args.overrides]
     words = [word for setting in overrides for word in ("--set", setting)]
     code = run_verb.run(parse("run", [file, *words, *(["--quiet"] if args.quiet else [])]))
     return code or _export(file, overrides, starter, args)

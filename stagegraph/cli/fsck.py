@@ -84,9 +84,9 @@ def _refill(work: Pipeline) -> list[str]:
         return [
             f"the index is begun anew; the pipeline cannot be planned, so that nothing is put in: {error.problems[0]}"
         ]
-    held = f"with the source texts behind {known} results as they stand"
+    extent = f"with the source texts behind {known} results as they stand"
     lost = "of earlier ones `explain` names modules that changed, and no functions"
-    return [f"the index is begun anew, {held}: {lost}; the next run places artifacts/ again"]
+    return [f"the index is begun anew, {extent}: {lost}; the next run places artifacts/ again"]
 
 
 def _edited_libraries(work: Pipeline) -> list[str]:

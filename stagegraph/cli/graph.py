@@ -122,8 +122,8 @@ def folded_boxes(dag: Dag, folded: Collection[str], states: Mapping[str, str]) -
         nodes = entries_of(dag)[entry]
         worst = max((states[node.name] for node in nodes), key=[*STATES].index) if states else ""
         count = sum(states.get(node.name) == worst for node in nodes)
-        told = f", {count if count < len(nodes) else 'all'} {MEANINGS.get(worst, worst.lower())}" if worst else ""
-        boxes[entry] = Box(worst, f"{len(nodes)} nodes{told}")
+        status = f", {count if count < len(nodes) else 'all'} {MEANINGS.get(worst, worst.lower())}" if worst else ""
+        boxes[entry] = Box(worst, f"{len(nodes)} nodes{status}")
     return boxes
 
 

@@ -26,8 +26,8 @@ def arrange(graph: nx.DiGraph[str], widths: Mapping[str, float], height: float) 
     if program is None:
         return None
     for direction in ("LR", "TB"):
-        asked = "\n".join(_question(graph, widths, height, direction))
-        done = subprocess.run([program, "-Tplain"], input=asked, capture_output=True, text=True, check=False)
+        question = "\n".join(_question(graph, widths, height, direction))
+        done = subprocess.run([program, "-Tplain"], input=question, capture_output=True, text=True, check=False)
         if done.returncode:
             return None
         found = _read(done.stdout, list(graph))

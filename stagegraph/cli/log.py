@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
             kind, key = _as_of(pipeline, node, past) if past else _latest(pipeline, node)
             path = pipeline.workspace.log_path(key) if key else None
             if path is None or not path.exists():
-                said = "no log with these settings" if pipeline.varied else "no log yet: it has never run"
-                said = f"no log as of run {past}" if past else said
-                unrun.append(f"{node.name} has {said}")
+                reason = "no log with these settings" if pipeline.varied else "no log yet: it has never run"
+                reason = f"no log as of run {past}" if past else reason
+                unrun.append(f"{node.name} has {reason}")
                 continue
             text = path.read_bytes()
             if args.json:
@@ -109,9 +109,9 @@ def _follow(workspace: Workspace, key: str, path: Path, position: int) -> None:
         _write(added)
 
 
-def _write(said: bytes) -> None:
+def _write(data: bytes) -> None:
     if sys.stdout.isatty():
-        print(visible(said.decode(errors="replace")), end="", flush=True)
+        print(visible(data.decode(errors="replace")), end="", flush=True)
     else:
-        sys.stdout.buffer.write(said)
+        sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()

@@ -66,8 +66,8 @@ def page(pipeline: Pipeline, found: Overview) -> str:
 def _lead(pipeline: Pipeline, found: Overview) -> str:
     file, now = pipeline.dag.pipeline.file.name, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     counts = {status: found.count(status) for status in dict.fromkeys(entry.status for entry in found.entries)}
-    told = ", ".join(f"{n} {MEANINGS.get(status, status.lower())}" for status, n in counts.items())
-    return escape(f"{file}, {len(found.entries)} nodes: {told}. As of {now}.")
+    summary = ", ".join(f"{n} {MEANINGS.get(status, status.lower())}" for status, n in counts.items())
+    return escape(f"{file}, {len(found.entries)} nodes: {summary}. As of {now}.")
 
 
 def _verdicts(entries: Sequence[NodeOverview]) -> str:
@@ -77,9 +77,11 @@ def _verdicts(entries: Sequence[NodeOverview]) -> str:
         attests = any(out.attests for out in entry.node.stage.outputs.values())
         if not attests and entry.status != FAILED:
             continue
-        said = entry.record["summary"] if entry.record else ""
+        summary = entry.record["summary"] if entry.record else ""
         known = entry.status in {"HIT", "RESERVED"}
-        text = "; ".join(entry.reasons) or said if known else f"not known as things stand ({'; '.join(entry.reasons)})"
+        text = (
+            "; ".join(entry.reasons) or summary if known else f"not known as things stand ({'; '.join(entry.reasons)})"
+        )
         text = "it failed when it ran last" if entry.status == FAILED else text
         state = entry.status if entry.status in {"HIT", "RESERVED", FAILED} else ""
         lines.append(f'<li class="{state}"><code>{escape(entry.node.name)}</code> {escape(visible(text))}</li>')

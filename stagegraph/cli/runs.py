@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             header = ("run", "state", "command", "ran", "failed", "time", "started", "", "tag")
             rows = [_row(run) for run in chosen]
-            kept = len(header) - (not any(run.tag for run in chosen))
-            print(table(header[:kept], [row[:kept] for row in rows], flexible=2))
+            columns = len(header) - (not any(run.tag for run in chosen))
+            print(table(header[:columns], [row[:columns] for row in rows], flexible=2))
     return 0
 
 

@@ -51,5 +51,5 @@ def run_here(planner: Planner, workspace: Workspace, node: Node) -> Path | None:
                 node.stage.run(context)
                 collect_outputs(node.stage, context.out, context.settle() | known_inputs(request))
         finally:
-            kept = sandbox.keep(workspace, pipeline, node.name)
-    return kept / "out" if kept else None
+            failed_folder = sandbox.keep(workspace, pipeline, node.name)
+    return failed_folder / "out" if failed_folder else None

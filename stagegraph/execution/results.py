@@ -84,14 +84,14 @@ class Results:
     def fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> Outcome:
         """Move the outputs of a failed node aside, so that they can be inspected."""
         decision = running.decision
-        kept = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
+        failed_folder = running.sandbox.keep(self._workspace, self._pipeline, decision.node.name)
         os.close(running.lock)
         self._workspace.set_last(self._pipeline, decision.node.name, failed=decision.key)
         outcome = Outcome(decision.node, FAILED, decision.reason, decision.key, problems=tuple(problems))
         outcome.seconds, outcome.began = round(time.monotonic() - running.began, 3), running.began
         outcome.log, outcome.failed_outputs, outcome.bug, outcome.reasons = (
             running.log.path,
-            kept,
+            failed_folder,
             bug,
             decision.reasons,
         )

@@ -105,14 +105,14 @@ class CodeDigests:
     def _reach(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> tuple[dict[str, str], list[str]]:
         """Return the closure, and the top-level names of others that it imports."""
         chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
-        asked = (module, digest_json(chosen))
-        if asked not in self._closures:
+        closure_id = (module, digest_json(chosen))
+        if closure_id not in self._closures:
             foreign: set[str] = set()
             found = dict(sorted(self._walk(module, chosen, foreign).items()))
             if module not in found:
                 raise PlanError(f"the source of {module} cannot be found, so its results cannot be cached")
-            self._closures[asked] = found, imported(foreign, (*followed(module), ENGINE))
-        return self._closures[asked]
+            self._closures[closure_id] = found, imported(foreign, (*followed(module), ENGINE))
+        return self._closures[closure_id]
 
     def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
         """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""

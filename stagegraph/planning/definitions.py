@@ -46,8 +46,8 @@ def changed_definitions(old: str, new: str) -> list[str]:
         if was != now:
             found.setdefault(kind, []).append(name + (" (new)" if was is None else " (gone)" if now is None else ""))
     rest = found.pop("", None)
-    said = [f"{_plural(kind, len(names))} {', '.join(names)}" for kind, names in sorted(found.items(), reverse=True)]
-    return said + ([REST] if rest else [])
+    changes = [f"{_plural(kind, len(names))} {', '.join(names)}" for kind, names in sorted(found.items(), reverse=True)]
+    return changes + ([REST] if rest else [])
 
 
 def _plural(kind: str, count: int) -> str:

@@ -255,8 +255,8 @@ def _unlisted(module: str) -> Build:
 def _libc() -> dict[str, str]:
     """Return the C library and its version, where the system says."""
     try:
-        said = os.confstr("CS_GNU_LIBC_VERSION") or ""
+        library = os.confstr("CS_GNU_LIBC_VERSION") or ""
     except (AttributeError, ValueError, OSError):
         return {}
-    name, _, version = said.partition(" ")
+    name, _, version = library.partition(" ")
     return {"libc": f"{name} {version}"} if version else {}

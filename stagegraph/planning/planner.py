@@ -89,7 +89,7 @@ class Planner:
         self._code = CodeDigests(workspace.index, dag.pipeline.root)
         self._prepared: dict[Node, Prepared] = {}
         self._codes: dict[tuple[str, str, str], dict[str, str]] = {}
-        self._kept: set[str] = set()
+        self._stored_codes: set[str] = set()
 
     def prepare(self, nodes: Iterable[Node], *, fetch: bool = False) -> None:
         """Resolve autos, digest sources and collect tool versions of ``nodes``; all problems in one PlanError.
@@ -127,8 +127,8 @@ class Planner:
             params = _asked(node, lambda: node.stage.resolve(given))
             tools = dict(_asked(node, lambda: node.stage.tools(params)))
         except StageError as error:
-            said = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
-            raise PlanError(*_masked(secrets, said)) from None
+            located = [f"{spec.place}: {spec.entry}: {problem}" for problem in error.problems]
+            raise PlanError(*_masked(secrets, located)) from None
         if secrets:
             from stagegraph.planning.secrets import spread
 
@@ -169,8 +169,8 @@ class Planner:
                     (u.spec.each, record["outputs"][node.stage.inputs[port].port]["digest"])
                 )
                 facts |= record["facts"]
-        asked = _asked(node, lambda: node.stage.rows(prepared.params, facts))
-        rows = {plain(table): chosen for table, chosen in asked.items()}
+        rows_by_table = _asked(node, lambda: node.stage.rows(prepared.params, facts))
+        rows = {plain(table): chosen for table, chosen in rows_by_table.items()}
         code = self._code_of(node, rows)
         document = key_document(
             node.stage,
@@ -199,16 +199,16 @@ class Planner:
 
     def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
         """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
-        asked = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
-        if asked in self._codes:
-            return self._codes[asked]
+        code_id = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
+        if code_id in self._codes:
+            return self._codes[code_id]
         code = code_of(self._code, node.spec.origin.module, node.stage, rows)
         for kind, module in _parts(node.stage).items():
             if module not in code:
                 raise PlanError(
                     f"stage '{node.stage.id}': {module} makes its parts '{kind}', but it uses no such module"
                 )
-        self._codes[asked] = code
+        self._codes[code_id] = code
         return code
 
     def _libraries(self, node: Node, rows: Rows) -> dict[str, str]:
@@ -255,8 +255,8 @@ class Planner:
         from stagegraph.planning.definitions import keep
 
         assert decision.document is not None
-        code = {name: d for name, d in decision.document["code"].items() if d not in self._kept}
-        self._kept.update(code.values())
+        code = {name: d for name, d in decision.document["code"].items() if d not in self._stored_codes}
+        self._stored_codes.update(code.values())
         keep(self.workspace.index, code, self._code.files(code))
 
     def own_files(self, decision: Decision) -> dict[str, Path]:

@@ -73,8 +73,8 @@ class Mask:
         data = self._bytes.sub(SHOWN.encode(), data)
         most = 0 if ended else min(len(data), len(self.forms[0]) - 1)
         starts = (data[-n:] for n in range(most, 0, -1))
-        held = next((end for end in starts if any(form.startswith(end) for form in self.forms)), b"")
-        return data[: len(data) - len(held)], held
+        pending = next((end for end in starts if any(form.startswith(end) for form in self.forms)), b"")
+        return data[: len(data) - len(pending)], pending
 
     def holds(self, path: Path) -> bool:
         """Say whether a file holds a secret."""
@@ -122,13 +122,13 @@ class MaskedLog:
                     break
                 continue
             left -= len(data) if ended else 0
-            said, pending = self._mask.split(pending + data, ended=False)
-            self._write(said)
+            masked, pending = self._mask.split(pending + data, ended=False)
+            self._write(masked)
         self._write(self._mask.split(pending, ended=True)[0])
 
-    def _write(self, said: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         try:
-            self._log.write(said)
+            self._log.write(data)
         except OSError:
             return  # a full disk: the stage must not wait for it
 

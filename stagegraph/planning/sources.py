@@ -58,15 +58,15 @@ class Sources:
 
     def state(self, path: str, include: Sequence[str], alone: Sequence[str] = ()) -> SourceState:
         """Return the state of a source; :class:`FileNotFoundError` if there is nothing at ``path``."""
-        asked = (path, tuple(include), tuple(alone))
-        if asked not in self._states:
+        source_id = (path, tuple(include), tuple(alone))
+        if source_id not in self._states:
             root, files = list_files(Path(path), include, alone)
             self._digest_all(list(files.values()))
             known = {name: self._digests[file] for name, file in files.items()}
-            self._states[asked] = SourceState(
+            self._states[source_id] = SourceState(
                 root, files, {n: digest for n, (_, digest) in known.items()}, {n: s for n, (s, _) in known.items()}
             )
-        return self._states[asked]
+        return self._states[source_id]
 
     def is_intact(self, file: Path, digest: str) -> bool:
         """Say whether a file is there and has this digest."""

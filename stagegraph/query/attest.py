@@ -34,7 +34,7 @@ class Attestations(NamedTuple):
     """Files to export beside an artifact (name -> digest), the nodes that attest it, and objections to its export."""
 
     files: dict[str, str]
-    said: list[str]
+    summaries: list[str]
     problems: list[str]
 
 
@@ -76,17 +76,17 @@ def _ask(
         record = _newest(project, attestor, digest)
         why = "" if record else f"no {attestor.stage} of this content has passed; add one to the pipeline and run it"
         records = [(attestor.stage, record, why)]
-    said, problems = [], []
+    summaries, problems = [], []
     for name, record, missing in records:
         if record is not None:
-            said.append(f"{name}: {record['summary']}")
+            summaries.append(f"{name}: {record['summary']}")
             files = record["outputs"][attestor.writes]["files"]
             found.files.update({str(folder / PurePosixPath(path).name): entry[0] for path, entry in files.items()})
         reservation: str = record["facts"].get(RESERVATION, "") if record else missing
         if reservation:
             problems.append(f"{artifact.label}: {name}: {reservation}")
     # A stage that attests by several files says it once.
-    found.said.extend(text for text in said if text not in found.said)
+    found.summaries.extend(text for text in summaries if text not in found.summaries)
     found.problems.extend(text for text in problems if text not in found.problems)
 
 

@@ -24,8 +24,10 @@ def comparison(artifacts: Mapping[str, Artifact]) -> Comparison:
     stages = {label: artifact.record["stage"] for label, artifact in artifacts.items()}
     found: Comparison | None = find("comparisons", next(iter(stages.values())))
     if found is None or len(set(stages.values())) > 1:
-        said = ", ".join(f"{label} of {stage}" for label, stage in stages.items())
-        raise PlanError(f"compared are results of one of these stages: {', '.join(names('comparisons'))}; found {said}")
+        mixture = ", ".join(f"{label} of {stage}" for label, stage in stages.items())
+        raise PlanError(
+            f"compared are results of one of these stages: {', '.join(names('comparisons'))}; found {mixture}"
+        )
     return found
 
 

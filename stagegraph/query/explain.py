@@ -86,12 +86,12 @@ class _Explainer:
         self._project = project
         self._workspace = project.workspace
         self._decisions = decisions
-        self._told: set[str] = set()
+        self._explained: set[str] = set()
         self._depth = 0
 
     def explanation(self, node: Node) -> Explanation:
         decision = self._decisions[node]
-        self._told = set()
+        self._explained = set()
         notes = []
         if self._workspace.last(self._project.name, node.name).get("failed") == decision.key != "":
             notes.append(f"its last execution failed: pipeline log {typed(node.name)}")
@@ -211,9 +211,9 @@ class _Explainer:
 
     def _made_otherwise(self, upstream: Node, before: str | None, name: str, node: Node, previous: Record) -> Cause:
         """Say why the output of ``upstream`` is not ``before``, what ``node`` last read on port ``name``."""
-        if upstream.name in self._told:
+        if upstream.name in self._explained:
             return Cause("node", f"{upstream.name}: as above")
-        self._told.add(upstream.name)
+        self._explained.add(upstream.name)
         if before is None:
             return Cause("node", f"{upstream.name} was not read before")
         earlier = self._maker(upstream, before, name, node, previous)
@@ -246,9 +246,9 @@ class _Explainer:
                 yield Cause("node", f"{decision.node.name}: output changed", because=own)
             for change in found:
                 for upstream, before in self._changed_inputs(change, decision.node) if change.kind == "input" else ():
-                    if before is None or upstream.name in self._told:
+                    if before is None or upstream.name in self._explained:
                         continue
-                    self._told.add(upstream.name)
+                    self._explained.add(upstream.name)
                     maker = self._maker(upstream, before, change.name, decision.node, earlier)
                     if maker is not None:
                         queue.append((self._decisions[upstream], maker))

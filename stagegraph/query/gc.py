@@ -36,11 +36,11 @@ def choose(
 
     The runs of pipelines ``without`` a file keep nothing.
     """
-    kept = _keys_of_runs(workspace, keep_runs, without)
+    recent = _keys_of_runs(workspace, keep_runs, without)
     candidates = [item for item in found.others if item.kind in RESULTS or not found.contents.running]
     holders = Counter(digest for item in found.others for digest in item.digests)
     sweep = Sweep(left=found.contents.total)
-    first = [item for item in candidates if item.kind == "object" or (item.kind in RESULTS and item.name not in kept)]
+    first = [item for item in candidates if item.kind == "object" or (item.kind in RESULTS and item.name not in recent)]
     chosen = {item.name for item in first}  # names differ: keys, digests and names in the index
     for item in first:
         _drop(item, sweep, holders, found)

@@ -97,11 +97,11 @@ def _fetch(address: str, file: IO[bytes]) -> str:
         if start != done:  # it sends the whole file whatever it is asked for
             hasher, done = hashlib.sha256(), 0
             file.truncate(0)
-        told = Progress(f"fetching {address}:", total - done)
+        progress = Progress(f"fetching {address}:", total - done)
         for block in blocks:
             file.write(block)
             hasher.update(block)
-            told(len(block))
+            progress(len(block))
             done += len(block)
     file.flush()
     if done < total:

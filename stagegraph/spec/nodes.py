@@ -39,8 +39,8 @@ def expand(entry: Entry, scope: Scope, problems: Problems) -> Iterator[NodeSpec]
         set_here = [setting for setting in entry.settings if setting.takes(list(texts.values()))]
         unused = [setting for setting in unused if setting not in set_here]
         for name, item in {**entry.given, **{setting.parameter: setting.item for setting in set_here}}.items():
-            kept = declared[name].references if name in declared else ()
-            resolved = scope.parameter(item, each, kept)
+            unresolved = declared[name].references if name in declared else ()
+            resolved = scope.parameter(item, each, unresolved)
             if resolved is not None and name in declared:
                 given[name] = resolved.place
                 values[name] = params.read(declared[name], resolved, problems, f"{entry.name}.{name}")

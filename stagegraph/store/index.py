@@ -58,7 +58,7 @@ class Index:
         self.damaged: set[str] = set()  # names of documents that were read and not believed
         self._ahead: dict[str, Any] = {}  # texts of documents that were read before they were asked for
         self._readonly = False
-        self._held_back: dict[str, Json] | None = None  # documents that wait for the end of together()
+        self._pending: dict[str, Json] | None = None  # documents that wait for the end of together()
         self._holder = 0  # the thread in it
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
@@ -70,9 +70,9 @@ class Index:
             found = self.files.get(name)
             if found is not None:
                 return found
-        held_back = self._held_back
-        if held_back is not None and name in held_back:
-            return held_back[name]
+        pending = self._pending
+        if pending is not None and name in pending:
+            return pending[name]
         if name in self._ahead:
             text = self._ahead.pop(name)
         else:
@@ -103,8 +103,8 @@ class Index:
                 self.files.set(name, document)
             else:
                 cached[name] = document
-        if self._held_back is not None and get_ident() == self._holder:
-            self._held_back.update(cached)
+        if self._pending is not None and get_ident() == self._holder:
+            self._pending.update(cached)
         elif cached:
             rows = {_row_name(name): seal(name, document) for name, document in cached.items()}
             self._change(lambda cache: [cache.set(name, text) for name, text in rows.items()])
@@ -116,15 +116,15 @@ class Index:
         For the documents that begin and end nodes: a commit for each would take most of the engine's time. Within
         another ``together`` of the same thread it is part of that.
         """
-        if self._held_back is not None and self._holder == get_ident():
+        if self._pending is not None and self._holder == get_ident():
             yield
             return
-        self._held_back, self._holder = {}, get_ident()
+        self._pending, self._holder = {}, get_ident()
         try:
             yield
         finally:
-            held_back, self._held_back = self._held_back, None
-            self.set_all(held_back)
+            pending, self._pending = self._pending, None
+            self.set_all(pending)
 
     def delete(self, name: str) -> None:
         """Forget a document; no error if there is none."""
@@ -134,8 +134,8 @@ class Index:
         """Forget documents, in one commit; no error for those that are not there."""
         for name in names:
             self._ahead.pop(name, None)
-            if self._held_back is not None:
-                self._held_back.pop(name, None)
+            if self._pending is not None:
+                self._pending.pop(name, None)
             if self.files.owns(name):
                 self.files.delete(name)
         if names:
@@ -174,7 +174,7 @@ class Index:
             return None
         try:
             with self._lock:
-                ((said, *_), *_) = self._reading().execute("PRAGMA quick_check(1)").fetchall()
+                ((verdict, *_), *_) = self._reading().execute("PRAGMA quick_check(1)").fetchall()
                 for name, text in self._reading().execute("SELECT key, value FROM Cache WHERE raw = 1"):
                     try:
                         if NO_UTF8 not in str(name):  # such a row is nobody's
@@ -183,8 +183,8 @@ class Index:
                         self.damaged.add(str(name))
         except sqlite3.DatabaseError as error:
             return str(error)
-        if said != "ok":
-            return str(said)
+        if verdict != "ok":
+            return str(verdict)
         return f"{len(self.damaged)} of its documents are damaged" if self.damaged else None
 
     def begin_anew(self) -> None:
@@ -269,7 +269,7 @@ class Index:
         import diskcache
 
         cache = self._writing()
-        until, said = time.monotonic() + BUSY_SECONDS, False
+        until, reported = time.monotonic() + BUSY_SECONDS, False
         while True:
             try:
                 with cache.transact():
@@ -278,9 +278,9 @@ class Index:
             except diskcache.Timeout:
                 if time.monotonic() >= until:
                     raise
-                if not said:
+                if not reported:
                     self._say_locked()
-                said = True
+                reported = True
 
     def _say_locked(self) -> None:
         warn(f"another process keeps the index {self.directory} locked; waiting for it, at most {BUSY_SECONDS} s")

@@ -25,8 +25,8 @@ def leftovers(workspace: Workspace) -> Iterator[Path]:
     yield from sorted(root.glob("index.damaged-*"))
     yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
     yield from (path for path in _entries(root / FOLDER) if _is_free(path))
-    for kept in ("objects", "records", "parts", "others"):  # copies that a kill cut short
-        yield from sorted(path for path in root.glob(f"{kept}/*/.*"))
+    for folder in ("objects", "records", "parts", "others"):  # copies that a kill cut short
+        yield from sorted(path for path in root.glob(f"{folder}/*/.*"))
     failed = [name.partition("/") for name, last in workspace.lasts().items() if last.get("failed")]
     looked_at = {(pipeline, dotted(node)) for pipeline, _, node in failed}
     for pipeline in _entries(workspace.failed):

@@ -357,10 +357,10 @@ class Workspace(Locks):
 
     def keep_failed(self, folder: Path, pipeline: str, node: str) -> Path:
         """Keep the work directory of a failure (the last one of each node) and return where it is."""
-        kept = self.failed / pipeline / dotted(node)
-        remove_tree(kept)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(kept)
+        target = self.failed / pipeline / dotted(node)
+        remove_tree(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
-        return kept
+        return target

@@ -66,8 +66,8 @@ class Original:
             ) from None
         try:
             root, files = checkpoint_files(self.root, self.files, self.scratch)
-            asked = original.Request(root, files, self.config, self.pieces().pieces, 0, self.scratch)
-            return apart.call(module, request(asked), progress, instead)
+            request_original = original.Request(root, files, self.config, self.pieces().pieces, 0, self.scratch)
+            return apart.call(module, request(request_original), progress, instead)
         except (ProblemsError, BundleError) as error:
             raise AskingError(*error.problems) from None
 

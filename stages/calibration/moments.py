@@ -126,9 +126,9 @@ def _watched(model: Any, names: Mapping[int, str], sums: _Sums) -> Iterator[None
 
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
-    asked = json.loads(Path(request_path).read_text("utf-8"))
-    folder = asked.pop("feedback")
-    found = compute(Request(**asked), apart.say, Path(folder) if folder else None)
+    request = json.loads(Path(request_path).read_text("utf-8"))
+    folder = request.pop("feedback")
+    found = compute(Request(**request), apart.say, Path(folder) if folder else None)
     np.savez(result_path, **found)  # type: ignore[arg-type]
 
 

@@ -52,13 +52,15 @@ def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
     """Return the divergence float32 [schemes] of each tensor of the checkpoint that is a matrix, by its name."""
     import torch
 
-    asked = original.Request(**request.original)
-    mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
+    original_request = original.Request(**request.original)
+    mapped, model, _ = streaming.load(
+        original_request.root, original_request.files, original_request.config, original_request.scratch
+    )
     matrices, places = advice.matrices_of(model), names_of(model, mapped.tensors)
     tensors = {name: places[id(of[0].weight)] for name, (_, of) in matrices.items() if id(of[0].weight) in places}
     paths = [Path(path) if path else None for path in (request.importance, request.feedback)]
     calibrated = Calibrated.read(request.scales, *paths)
-    ids = torch.tensor(asked.pieces[0][:TOKENS])[None]
+    ids = torch.tensor(original_request.pieces[0][:TOKENS])[None]
     losses = Losses([SCHEMES[each] for each in request.schemes], calibrated)
     divergences: list[float] = []
     with torch.inference_mode():

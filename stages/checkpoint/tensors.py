@@ -78,7 +78,7 @@ class Weights:
         rows, step = _steps(info.shape, info.nbytes)
         width = info.nbytes // max(rows, 1)
         mapped, skipped, data = _map(path, name, info)
-        kept = 0
+        released = 0
         for start in range(0, rows, step):
             begin, end = start * width, min(start + step, rows) * width
             first = (skipped + begin) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -90,9 +90,9 @@ class Weights:
                 if error.errno != errno.EINVAL:  # a Linux that does not know it: pages come when they are touched
                     raise
             yield data[begin:end].view(NUMPY_DTYPES[info.dtype]).reshape(-1, *info.shape[1:])
-            if first - kept >= WINDOW:
-                mapped.madvise(mmap.MADV_DONTNEED, kept, first - kept)
-                kept = first
+            if first - released >= WINDOW:
+                mapped.madvise(mmap.MADV_DONTNEED, released, first - released)
+                released = first
 
     def _made(self, name: str) -> Iterator[np.ndarray]:
         """Yield a packed tensor's rows, some at once."""

@@ -57,8 +57,8 @@ def settings(args: argparse.Namespace) -> JsonObject:
     for target in targets or ():
         if target not in TARGETS:
             raise ValueError(f"--targets: unknown target '{target}'; known: {_listed(TARGETS)}")
-    asked = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
-    return {name: value for name, value in asked.items() if value is not None}
+    options = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def named(text: str) -> str:

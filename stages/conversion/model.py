@@ -319,13 +319,13 @@ class Conversion:
 
     def _memory(self, use: str, size: int) -> np.ndarray:
         """Return memory for one use by this thread, which keeps it: fresh memory each time costs as much as kernels."""
-        kept = vars(self._local)
-        if use not in kept or size > kept[use].size:
+        buffers = vars(self._local)
+        if use not in buffers or size > buffers[use].size:
             memory = np.empty(size, np.uint8)
             if size > KEPT // self._threads:
                 return memory
-            kept[use] = memory
-        found: np.ndarray = kept[use][:size]
+            buffers[use] = memory
+        found: np.ndarray = buffers[use][:size]
         return found
 
     def _join_small(self) -> None:

@@ -81,8 +81,8 @@ class Build:
         return forgets and len(attention.full_layers) < self.config.num_layers
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        """What the model asks of attention that kernels of ours alone compute."""
+    def special_attention(self) -> tuple[str, ...]:
+        """The features of the model's attention that only the kernels of this project compute."""
         attention = getattr(self.config, "attention", None)
         if attention is None:
             return ()

@@ -57,21 +57,21 @@ class Hybrid(nn.Module):
 
 def export_prefill(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill`` and ``batch_prefill``."""
-    states, held = build.states([1, "seq_len"]), {"cache": build.cache, "state": STATE}
+    states, stores = build.states([1, "seq_len"]), {"cache": build.cache, "state": STATE}
     positions = tensor(["batch_size"], "int32")
     spec = {
-        "prefill": {"states": states, **held},
-        "batch_prefill": {"states": states, "logit_positions": positions, **held},
+        "prefill": {"states": states, **stores},
+        "batch_prefill": {"states": states, "logit_positions": positions, **stores},
     }
     return export_model(build, Hybrid, spec)
 
 
 def export_decode(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    held = {"cache": build.cache, "state": STATE}
+    stores = {"cache": build.cache, "state": STATE}
     spec = {
-        "decode": {"states": build.states([1, 1]), **held},
-        "batch_decode": {"states": build.states(["batch_size", 1]), **held},
+        "decode": {"states": build.states([1, 1]), **stores},
+        "batch_decode": {"states": build.states(["batch_size", 1]), **stores},
     }
     return export_model(build, Hybrid, spec)
 

@@ -98,8 +98,10 @@ class Rewriter:
         return bound
 
     def _block(self, block: rx.BindingBlock, bound: list[tuple[rx.Var, rx.Binding | None]]) -> rx.BindingBlock:
-        kept = [(var, binding) for var, binding in bound if var in self.values]
-        return type(block)([binding or rx.VarBinding(var, self._called(self.values[var])) for var, binding in kept])
+        remaining = [(var, binding) for var, binding in bound if var in self.values]
+        return type(block)(
+            [binding or rx.VarBinding(var, self._called(self.values[var])) for var, binding in remaining]
+        )
 
     def _called(self, value: Any) -> Any:
         """Return ``value``, the call itself where it is one of a kernel."""

@@ -28,7 +28,7 @@ class Remembered:
     sequence of a call int32 [b], and how many of the tensors were read so far.
     """
 
-    held: Any
+    state: Any
     tensors: Sequence[Any]
     ends: Tensor
     number: int = 0

@@ -111,8 +111,10 @@ def _yarn(parameters: RopeParameters, powers: Numbers, dim: int) -> Numbers:
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0.0
     ramp = (np.arange(len(powers), dtype=np.float32) - np.float32(low)) / np.float32(high - low)
-    kept = one - np.clip(ramp, np.float32(0), one)
-    blended: Numbers = one / (np.float32(parameters["factor"]) * powers) * (one - kept) + one / powers * kept
+    extrapolated = one - np.clip(ramp, np.float32(0), one)
+    blended: Numbers = (
+        one / (np.float32(parameters["factor"]) * powers) * (one - extrapolated) + one / powers * extrapolated
+    )
     return blended
 
 

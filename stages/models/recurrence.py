@@ -90,14 +90,14 @@ def _walked(values: Values, name: str, kernel: Any, operands: Sequence[Tensor], 
     states = values.states
     assert states is not None
     ends = states.ends
-    before = states.held.get(0, states.number, ends.shape[0], states.tensors[states.number])
+    before = states.state.get(0, states.number, ends.shape[0], states.tensors[states.number])
     rows = [each.astype("float32") for each in operands]
     like = [(rows[0].shape[0], width), before.shape]
     made = op.tensor_ir_op(
         kernel, name, [*rows, before, ends], [Tensor.placeholder(shape, "float32") for shape in like]
     )
     y, after = made
-    states.held = states.held.set(0, states.number, after)
+    states.state = states.state.set(0, states.number, after)
     states.number += 1
     return y
 

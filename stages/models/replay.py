@@ -50,7 +50,7 @@ class Traced(nn.Module):
         self.config = config
         self.compute_dtype = make.compute_dtype
         self.states = states_of(config.parts["body"]["nodes"])
-        self.held = nn.ModuleList(
+        self.weights = nn.ModuleList(
             [
                 PackedParameter(make.matrix(each.name, (each.shape[0], each.shape[1])))
                 if each.kind in MATRICES
@@ -76,13 +76,13 @@ class Traced(nn.Module):
         """Embeddings [1, s, h] -> normalised hidden states [1, s, h], and the state after them; a sequence ends at each
         of the rows ``ends`` int32 [b].
         """
-        kept = Remembered(state, self.states, ends)
-        return self._body(x, cache, kept), kept.held
+        remembered = Remembered(state, self.states, ends)
+        return self._body(x, cache, remembered), remembered.state
 
-    def _body(self, x: Tensor, cache: PagedKVCache | None, kept: Remembered | None) -> Tensor:
+    def _body(self, x: Tensor, cache: PagedKVCache | None, remembered: Remembered | None) -> Tensor:
         tokens = x.shape[1]
         positions = op.reshape(cache.get_query_positions(tokens), (1, tokens)) if cache is not None else None
-        return self._run("body", [x, positions], tokens, cache, kept)
+        return self._run("body", [x, positions], tokens, cache, remembered)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised hidden states [1, s, h] -> logits [1, s, V] in float32."""
@@ -94,15 +94,15 @@ class Traced(nn.Module):
         inputs: Sequence[Tensor | None],
         tokens: Any,
         cache: PagedKVCache | None = None,
-        kept: Remembered | None = None,
+        remembered: Remembered | None = None,
     ) -> Tensor:
         graph = self.config.parts[part]
         values: list[Any] = [*inputs]
-        context = Values(self.compute_dtype, cache, self.config.attention, states=kept)
+        context = Values(self.compute_dtype, cache, self.config.attention, states=remembered)
 
         kinds: dict[str, Callable[[Any], Any]] = {
             "value": values.__getitem__,
-            "parameter": lambda name: self.held[self.numbers[name]].value,
+            "parameter": lambda name: self.weights[self.numbers[name]].value,
             "constant": lambda number: _constant(self.config.constants[number]),
             "number": float,
             "tokens": lambda times: times * tokens,
@@ -134,9 +134,9 @@ class Recurrent(Traced):
         self, x: Tensor, state: RecurrentState, ends: Tensor
     ) -> tuple[Tensor, RecurrentState]:
         """Embeddings [r, h] -> normalised hidden states [b, h] of the rows ``ends``, and the state after all rows."""
-        kept = Remembered(state, self.states, ends)
-        found = self._body(op.reshape(x, (1, *x.shape)), None, kept)
-        return op.reshape(take(found, ends, axis=1), (ends.shape[0], found.shape[-1])), kept.held
+        remembered = Remembered(state, self.states, ends)
+        found = self._body(op.reshape(x, (1, *x.shape)), None, remembered)
+        return op.reshape(take(found, ends, axis=1), (ends.shape[0], found.shape[-1])), remembered.state
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised hidden states [b, h] -> logits [b, V] in float32."""

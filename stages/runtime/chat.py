@@ -54,11 +54,11 @@ def turns(messages: str | Sequence[JsonObject], system: str | None = None) -> li
         raise RequestError("the conversation is empty: give at least one message")
     plain: list[JsonObject] = []
     for message in given:
-        kept = {key: value for key, value in message.items() if value is not None}
-        reasoning = next((kept[name] for name in _REASONING if name in kept), None)
+        fields = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((fields[name] for name in _REASONING if name in fields), None)
         if reasoning is not None:
-            kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
-        plain.append(kept)
+            fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+        plain.append(fields)
     return plain
 
 

@@ -121,8 +121,8 @@ class Console:
 
     def _summary(self, generation: Generation) -> str:
         rate = f", {generation.decode_rate:.1f} tokens/s" if generation.decode_steps else ""
-        limit, held = self._engine.limit, len(generation.prompt) + len(generation.ids)
-        room = f"{held:,} tokens" if limit is None else f"{held:,} of {limit:,} tokens"
+        limit, count = self._engine.limit, len(generation.prompt) + len(generation.ids)
+        room = f"{count:,} tokens" if limit is None else f"{count:,} of {limit:,} tokens"
         end = "" if generation.finish == "stop" else f"; ended by {generation.finish}"
         return f"{len(generation.ids)} tokens{rate}; {room} held{end}"
 
@@ -184,11 +184,11 @@ def _typed(err: TextIO) -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     """Yield the lines of standard input, those put together whose end is a backslash."""
-    held = ""
+    unfinished = ""
     for number, data in enumerate(sys.stdin.buffer, start=1):
-        line = held + serving.text_of(data, f"standard input, line {number}").rstrip("\r\n")
-        held = line[:-1] + "\n" if line.endswith("\\") else ""
-        if not held:
+        line = unfinished + serving.text_of(data, f"standard input, line {number}").rstrip("\r\n")
+        unfinished = line[:-1] + "\n" if line.endswith("\\") else ""
+        if not unfinished:
             yield line
-    if held:
-        yield held.removesuffix("\n")
+    if unfinished:
+        yield unfinished.removesuffix("\n")

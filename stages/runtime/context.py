@@ -64,7 +64,7 @@ class Context:
         """Keep what ``ids`` begin with but for their last, which gives the logits; nothing if the state cannot."""
         pairs = zip(self.ids, ids[:-1], strict=False)
         common = next(
-            (at for at, (held, wanted) in enumerate(pairs) if held != wanted), min(len(self.ids), len(ids) - 1)
+            (at for at, (present, wanted) in enumerate(pairs) if present != wanted), min(len(self.ids), len(ids) - 1)
         )
         count = len(self.ids) - common
         if count and count <= self._session.reach(self._sequence):

@@ -47,22 +47,22 @@ class Dialogue:
 
         They stand for one another where they spell the same bytes and are no special tokens.
         """
-        held = self._ids
+        generated = self._ids
         i = j = 0
         while True:
-            while i < len(rendered) and j < len(held) and rendered[i] == held[j]:
+            while i < len(rendered) and j < len(generated) and rendered[i] == generated[j]:
                 i, j = i + 1, j + 1
             same = (i, j)
             mine = theirs = b""
             while not mine or mine != theirs:
-                ids, at = (rendered, i) if len(mine) <= len(theirs) else (held, j)
+                ids, at = (rendered, i) if len(mine) <= len(theirs) else (generated, j)
                 piece = self._plain(ids[at]) if at < len(ids) else b""
                 if ids is rendered:
                     mine, i = mine + piece, i + 1
                 else:
                     theirs, j = theirs + piece, j + 1
                 if not piece or not (mine.startswith(theirs) or theirs.startswith(mine)):
-                    return [*held[: same[1]], *rendered[same[0] :]]
+                    return [*generated[: same[1]], *rendered[same[0] :]]
 
     def _plain(self, token: int) -> bytes:
         """Return the bytes of an id; none for a special token."""

@@ -27,13 +27,13 @@ def vectors(tokens: Sequence[int], prompt: int, rows: np.ndarray, bound: float, 
     Kept are the rows that :func:`~stages.runtime.readings.readings` compare, of each the :data:`TOP` largest logits
     and the largest magnitude, which differences are relative to.
     """
-    kept = sorted({place for reading in readings(tokens, prompt, sequences) for place in reading.after})
+    places = sorted({place for reading in readings(tokens, prompt, sequences) for place in reading.after})
     return {
         "origin": origin,
         "tokens": [int(token) for token in tokens],
         "prompt": prompt,
         "bound": bound,
-        "rows": [_row(place, rows[place]) for place in kept],
+        "rows": [_row(place, rows[place]) for place in places],
     }
 
 
@@ -63,16 +63,16 @@ def check(golden: Golden, manifest: Manifest, progress: Callable[[str], object])
     vocabulary = range(manifest.model["vocab_size"])
     if any(token not in vocabulary for row in golden["rows"] for token in row["ids"]):
         raise BundleError(f"the golden vectors hold ids outside the bundle's vocabulary of {len(vocabulary)}")
-    kept = {row["after"]: row for row in golden["rows"]}
+    golden_rows = {row["after"]: row for row in golden["rows"]}
     session = Session(manifest, sequences=min(SEQUENCES, manifest.model["max_batch"]))
     checks = []
     for reading in readings(golden["tokens"], golden["prompt"], session.sequences):
         progress(reading.name)
-        missing = [place for place in reading.after if place not in kept]
+        missing = [place for place in reading.after if place not in golden_rows]
         if missing:
             raise BundleError(f"the golden vectors hold no logits after token {missing[0]}, for '{reading.name}'")
         rows = reading.read(session)
-        measured = max(difference(row, kept[place]) for row, place in zip(rows, reading.after, strict=True))
+        measured = max(difference(row, golden_rows[place]) for row, place in zip(rows, reading.after, strict=True))
         ok, bound = measured <= golden["bound"], golden["bound"]
         detail = f"{measured:.2e} of the largest logit, at most {bound:.1e}"
         digits = float(f"{measured:.3g}") if math.isfinite(measured) else None

@@ -53,16 +53,16 @@ class _Window:
     """The bytes that an id adds to the text of the last few: for decoders that are more than the bytes of each id."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], ids: list[int]) -> None:
-        self._decode, self._ids, self._said = decode, ids, decode(ids)
+        self._decode, self._ids, self._text = decode, ids, decode(ids)
 
     def piece(self, index: int) -> bytes:
         self._ids.append(index)
         text = self._decode(self._ids)
         if text.endswith("\ufffd"):  # perhaps a character whose bytes are still coming
             return b""
-        new = text[len(self._said) :]
+        new = text[len(self._text) :]
         self._ids = self._ids[-WINDOW:]
-        self._said = self._decode(self._ids)
+        self._text = self._decode(self._ids)
         return new.encode()
 
 

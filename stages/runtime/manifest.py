@@ -130,8 +130,10 @@ def capability_problems(manifest: Manifest, capability: int) -> list[str]:
     for kind, arch in code:
         if arch <= capability and (kind == "ptx" or arch // 10 == capability // 10):
             return []
-    held = ", ".join(f"{kind} {arch}" for kind, arch in code[:_MOST]) or "none"
-    return [f"the library's device code ({held}) does not run on sm_{capability}: compile with {capability} in 'archs'"]
+    available = ", ".join(f"{kind} {arch}" for kind, arch in code[:_MOST]) or "none"
+    return [
+        f"the library's device code ({available}) does not run on sm_{capability}: compile with {capability} in 'archs'"
+    ]
 
 
 def disagreements(manifest: Manifest, metadata: JsonObject) -> list[str]:

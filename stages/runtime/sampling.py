@@ -87,10 +87,10 @@ class Sampler:
         """Return the id picked from float32 ``logits`` [V] after the ids ``before``."""
         if self.settings.temperature == 0:
             return int(self._penalised(logits, before).argmax())
-        kept, weights = self.distribution(logits, before)
+        candidates, weights = self.distribution(logits, before)
         edges = np.cumsum(weights)
         drawn = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
-        return int(kept[min(drawn, len(kept) - 1)])
+        return int(candidates[min(drawn, len(candidates) - 1)])
 
     def distribution(self, logits: np.ndarray, before: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids that may be drawn at a temperature above 0, likeliest first, and their weights in float64.

@@ -106,17 +106,17 @@ class Session:
 
         They share whole pages. The state of a recurrent model is copied, and goes back from where it is.
         """
-        held = self.length(sequence)
-        if not 0 < length <= held:
-            raise RequestError(f"cannot begin with {length} tokens of a sequence that holds {held}")
+        available = self.length(sequence)
+        if not 0 < length <= available:
+            raise RequestError(f"cannot begin with {length} tokens of a sequence that holds {available}")
         recurrent = self.page_size is None
         if recurrent:
-            self._check_reach(sequence, held - length)
+            self._check_reach(sequence, available - length)
         child = self._place()
         self._call("fork_sequence", sequence, child, -1 if recurrent else length)
-        self._lengths[child], self._reach[child] = (held, self._reach[sequence]) if recurrent else (length, length)
-        if recurrent and length < held:
-            self.popn(child, held - length)
+        self._lengths[child], self._reach[child] = (available, self._reach[sequence]) if recurrent else (length, length)
+        if recurrent and length < available:
+            self.popn(child, available - length)
         return child
 
     def remove(self, sequence: int) -> None:
@@ -157,7 +157,7 @@ class Session:
     def free_pages(self) -> int:
         """How many pages of the KV cache no sequence has; 0 for a recurrent model."""
         count = "vm.builtin.attention_kv_cache_get_num_available_pages"
-        return 0 if self.page_size is None else int(self._tvm.get_global_func(count)(self._state.held[0]))
+        return 0 if self.page_size is None else int(self._tvm.get_global_func(count)(self._state.objects[0]))
 
     def length(self, sequence: int) -> int:
         """Return how many tokens a sequence holds."""
@@ -280,7 +280,7 @@ class Session:
         return logits.reshape(-1, logits.shape[-1])
 
     def _run(self, function: str, *arguments: Any) -> np.ndarray:
-        return _on_host(self._vm[function](*arguments, *self._state.held, self._params)[0])
+        return _on_host(self._vm[function](*arguments, *self._state.objects, self._params)[0])
 
     def _states(self, ids: Sequence[int], shape: tuple[int, int]) -> Any:
         if not self._sep_embed:
@@ -296,18 +296,18 @@ class Session:
         return self._tvm.runtime.tensor(array, self._device)
 
     def _call(self, function: str, *arguments: Any) -> None:
-        for held in self._state.held:
-            self._tvm.get_global_func(_KV + function)(held, *arguments)
+        for stored in self._state.objects:
+            self._tvm.get_global_func(_KV + function)(stored, *arguments)
 
     def _check(self, sequence: int, ids: Sequence[int]) -> None:
-        held = self.length(sequence)
+        used = self.length(sequence)
         if not ids:
             raise RequestError("there are no tokens to read")
         self._check_ids(ids)
         limit = self.limit
-        if limit is not None and held + len(ids) > limit:
+        if limit is not None and used + len(ids) > limit:
             raise RequestError(
-                f"the context holds {limit} tokens: {held} are in use, {len(ids)} more were asked for; "
+                f"the context holds {limit} tokens: {used} are in use, {len(ids)} more were asked for; "
                 "shorten the prompt, or build the bundle with a larger context_window"
             )
 

@@ -21,7 +21,7 @@ class State:
     a sequence, None where every token is. ``page`` is how many tokens share a page, None where there are no pages.
     """
 
-    held: tuple[Any, ...]
+    objects: tuple[Any, ...]
     limit: int | None
     history: int | None
     page: int | None

@@ -20,7 +20,7 @@ class TextStream:
         self._piece, self._strip = piece, strip
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops: Sequence[bytes] = ()
-        self._held = b""
+        self._pending = b""
         self.stopped: bytes | None = None
 
     def stop_at(self, stops: Sequence[bytes]) -> None:
@@ -39,21 +39,21 @@ class TextStream:
 
     def finish(self) -> str:
         """Return what was held back at the end: bytes that never became a character, as U+FFFD."""
-        return self._decoder.decode(self._held, final=True)
+        return self._decoder.decode(self._pending, final=True)
 
     def _before_stop(self, data: bytes) -> bytes:
         """Return what surely comes before a stop string; what may be the beginning of one is held."""
         if self.stopped is not None:
             return b""
-        text = self._held + data
+        text = self._pending + data
         # As if bytes came one by one: the string that is whole first, and of several the longest.
         ends = [(at + len(stop), -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
             end, _, self.stopped = min(ends)
-            self._held = b""
+            self._pending = b""
             return text[: end - len(self.stopped)]
         longest = min(len(text), max(map(len, self._stops)) - 1)
         starts = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops))
-        kept = len(text) - next(starts, 0)
-        self._held = text[kept:]
-        return text[:kept]
+        certain = len(text) - next(starts, 0)
+        self._pending = text[certain:]
+        return text[:certain]

@@ -98,13 +98,13 @@ def upload(
         by_shard.setdefault(known[name].shard.name, []).append(name)
     loaded: dict[str, Any] = {}
     problems: list[str] = []
-    for shard, held in by_shard.items():
+    for shard, members in by_shard.items():
         try:
             data = folder.read(shard, digest=digest)
         except BundleError as error:
             problems += error.problems
             continue
-        loaded |= {name: backend.tvm().runtime.tensor(known[name].of(data), device) for name in held}
+        loaded |= {name: backend.tvm().runtime.tensor(known[name].of(data), device) for name in members}
     if problems:
         raise BundleError(*problems)
     return [loaded[name] for name in names]

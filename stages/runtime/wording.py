@@ -51,21 +51,23 @@ def _conversation(tokenizer: BundleTokenizer, folder: Folder) -> list[int] | Non
         return None
 
 
-def check(kept: Wording, folder: Folder) -> tuple[list[CheckLine], list[str]]:
+def check(certified: Wording, folder: Folder) -> tuple[list[CheckLine], list[str]]:
     """Return the checks of a bundle's tokenizer against what was kept, and what cannot be checked here.
 
     Raises :class:`~stages.runtime.errors.BundleError` where it cannot be loaded.
     """
     tokenizer = BundleTokenizer(folder)
-    wrong = [entry["text"] for entry in kept["texts"] if tokenizer.prompt(entry["text"]) != entry["ids"]]
-    detail = f"other ids than were certified for {wrong[0][:40]!r}" if wrong else f"ids of {len(kept['texts'])} texts"
+    wrong = [entry["text"] for entry in certified["texts"] if tokenizer.prompt(entry["text"]) != entry["ids"]]
+    detail = (
+        f"other ids than were certified for {wrong[0][:40]!r}" if wrong else f"ids of {len(certified['texts'])} texts"
+    )
     checks = [check_document("tokenizer", not wrong, detail)]
-    if kept["conversation"] is None:
+    if certified["conversation"] is None:
         return checks, ["chat: the certificate holds no conversation (no chat format, or one that writes the date)"]
-    if kept["chat"] == "template" and importlib.util.find_spec("jinja2") is None:
+    if certified["chat"] == "template" and importlib.util.find_spec("jinja2") is None:
         return checks, ["chat: jinja2 is not installed, which renders the chat template"]
     try:
-        same = tokenizer.chat(CONVERSATION) == kept["conversation"]
+        same = tokenizer.chat(CONVERSATION) == certified["conversation"]
         detail = "ids of a conversation" if same else "other ids than were certified for a conversation"
     except RequestError as error:
         same, detail = False, f"{error}"

@@ -51,16 +51,16 @@ def cxx() -> Program | None:
 
     :class:`ToolchainError` if CXX is set to anything but a compiler.
     """
-    asked = os.environ.get("CXX", "")
-    for name in [asked] if asked else CXX_NAMES:
+    chosen = os.environ.get("CXX", "")
+    for name in [chosen] if chosen else CXX_NAMES:
         if found := _which(name):
             version = _remembered(found, ["-dumpfullversion", "-dumpversion"])
-            if asked and not version[:1].isdigit():
-                raise ToolchainError(f"CXX is set to {asked!r}, which does not tell the version of a C++ compiler")
+            if chosen and not version[:1].isdigit():
+                raise ToolchainError(f"CXX is set to {chosen!r}, which does not tell the version of a C++ compiler")
             return Program("system", found, f"{Path(found).name} {version}")
-    if asked:
+    if chosen:
         raise ToolchainError(
-            f"CXX is set to {asked!r}, which is no executable file, here or on PATH: set it to the name or path of a "
+            f"CXX is set to {chosen!r}, which is no executable file, here or on PATH: set it to the name or path of a "
             "C++ compiler, without options, or unset it"
         )
     return None

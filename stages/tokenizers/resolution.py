@@ -143,11 +143,11 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     ]
     read = {vocabulary, *config_files, templates.FILE, "added_tokens.json"}
     read |= {*RULES[family].beside} - {SPECIALS}  # which is read where config_files says so
-    second = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
-    if second:
-        preferred = f"{vocabulary} is what transformers takes; the two are held against each other"
-        lines.append(("also there", f"{', '.join(dict.fromkeys(second))}: {preferred}"))
-    ignored = [name for name in files if name not in {*read, *second, MODEL}]
+    others = [name for other in yielding(family) for name in _named(files, RULES[other]) if name not in read]
+    if others:
+        preferred = f"transformers uses {vocabulary}; the two are compared"
+        lines.append(("also there", f"{', '.join(dict.fromkeys(others))}: {preferred}"))
+    ignored = [name for name in files if name not in {*read, *others, MODEL}]
     if ignored:
         lines.append(("not read", f"{', '.join(ignored)}: {family} is made from {vocabulary} alone"))
     return Resolution(

@@ -34,8 +34,8 @@ def leave_out(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, dict[int, str
     if not beyond or isinstance(tokenizer, WorldTokenizer):
         return tokenizer, {}
     document = json.loads(tokenizer.to_str())
-    kept = [token for token in document["added_tokens"] if token["id"] not in beyond]
-    if len(document["added_tokens"]) - len(kept) != len(beyond):
+    remaining = [token for token in document["added_tokens"] if token["id"] not in beyond]
+    if len(document["added_tokens"]) - len(remaining) != len(beyond):
         return tokenizer, {}
     vocab = document["model"]["vocab"]
     if isinstance(vocab, dict):  # which may hold them too
@@ -44,7 +44,7 @@ def leave_out(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, dict[int, str
         document["model"]["vocab"] = vocab[:rows]
     shown = listed(beyond)
     cut = library.load(
-        json.dumps({**document, "added_tokens": kept}), f"T06: the vocabulary cannot be read without {shown}"
+        json.dumps({**document, "added_tokens": remaining}), f"T06: the vocabulary cannot be read without {shown}"
     )
     return cut, beyond
 

@@ -18,23 +18,23 @@ def agree(resolution: Resolution, reference: ReferenceTokenizer) -> Iterator[Fin
     What stands in the two files is often not quite the same, and transformers never looks at the second; but a file
     of another model has other tokens.
     """
-    for second in second_vocabularies(resolution):
+    for resolved in second_vocabularies(resolution):
         try:
-            other = load_tokenizer_family(second.family).reference(second)
+            other = load_tokenizer_family(resolved.family).reference(resolved)
         except (TokenizerError, ValueError, KeyError, TypeError, IndexError) as fault:
-            text = f"{second.name} cannot be read as {second.family} and is not held against {resolution.name}: {fault}"
+            text = f"{resolved.name} cannot be read as {resolved.family} and is not compared: {fault}"
             yield Finding("T21", WARNING, text)
             continue
-        yield from _compare(resolution.name, reference, second.name, other)
+        yield from _compare(resolution.name, reference, resolved.name, other)
 
 
-def _compare(name: str, reference: ReferenceTokenizer, second: str, other: ReferenceTokenizer) -> Iterator[Finding]:
+def _compare(name: str, reference: ReferenceTokenizer, other_name: str, other: ReferenceTokenizer) -> Iterator[Finding]:
     ours, theirs = reference.tokens(), other.tokens()
     unlike = [index for index, token in sorted(theirs.items()) if ours.get(index) != token]
     if unlike:
         index = unlike[0]
         text = (
-            f"{len(unlike)} ids are other tokens in {second} than in {name}, such as {index}: {theirs[index]!r} there "
+            f"{len(unlike)} ids differ between {other_name} and {name}, such as {index}: {theirs[index]!r} there "
             f"and {ours.get(index)!r} here"
         )
         yield error("T05", text, "one of its tokenizer files belongs to another model: remove the wrong one")
@@ -42,9 +42,13 @@ def _compare(name: str, reference: ReferenceTokenizer, second: str, other: Refer
     for text in [*PROBES, *(text for _, text in sample_corpus())]:
         here, there = reference.encode(text, specials=False), other.encode(text, specials=False)
         if here != there:
-            found = difference(f"{second} and {name} hold the same tokens; text", text, here, there, (name, second))
+            found = difference(
+                f"{other_name} and {name} hold the same tokens; text", text, here, there, (name, other_name)
+            )
             yield Finding("T21", WARNING, f"{found}; {name} is used, as transformers does")
             break
     if reference.prefix != other.prefix:
-        text = f"before a text {name} puts the ids {reference.prefix} and {second} {other.prefix}; the first is used"
+        text = (
+            f"before a text {name} puts the ids {reference.prefix} and {other_name} {other.prefix}; the first is used"
+        )
         yield Finding("T17", WARNING, text)

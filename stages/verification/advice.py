@@ -59,9 +59,11 @@ def compute(request: Request, progress: Progress) -> JsonObject:
     """
     import torch
 
-    asked = original.Request(**request.original)
-    mapped, model, _ = streaming.load(asked.root, asked.files, asked.config, asked.scratch)
-    piece = torch.tensor(asked.pieces[0][: SCHEME_TOKENS + 1])
+    original_request = original.Request(**request.original)
+    mapped, model, _ = streaming.load(
+        original_request.root, original_request.files, original_request.config, original_request.scratch
+    )
+    piece = torch.tensor(original_request.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], matrices_of(model)
     names = [name for name, (kind, _) in matrices.items() if scheme.row(kind) and name not in request.known]
     groups = byte_groups(model, matrices, scheme) if request.activations else {}

@@ -35,13 +35,13 @@ def call(module: str, request: JsonObject, progress: Progress, instead: str = IN
     The process tells ``progress`` how far it is with :func:`say`. ``instead`` is what a user can do without it.
     """
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "errors").open("w+", errors="replace") as errors:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "result.npz"
-        asked.write_text(json.dumps(request, default=str), "utf-8")
+        request_file, result_file = Path(folder) / "request.json", Path(folder) / "result.npz"
+        request_file.write_text(json.dumps(request, default=str), "utf-8")
         # An empty entry would be the working directory, which -P keeps out: nothing that lies there may be imported.
         inherited = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         path = os.pathsep.join([str(Path(__file__).parents[2]), *inherited])
         with subprocess.Popen(
-            [sys.executable, "-P", "-m", module, asked, answered],
+            [sys.executable, "-P", "-m", module, request_file, result_file],
             # Threads that wait for one another sleep: on a busy machine spinning takes the time of those waited for.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
@@ -58,7 +58,7 @@ def call(module: str, request: JsonObject, progress: Progress, instead: str = IN
             errors.seek(0)
             last = "\n".join(errors.read().strip().splitlines()[-3:])
             raise LiveError(f"the original model, run by torch, ended with {how}: {last}; {instead}")
-        with np.load(answered) as result:
+        with np.load(result_file) as result:
             return dict(result)
 
 

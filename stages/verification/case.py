@@ -160,8 +160,8 @@ class Case:
     def original(self) -> original.Request:
         """What is asked of the original model."""
         weights = {name: path for name, path in self.files.items() if "/" not in name}
-        asked = self.probes
-        return original.Request(self.root, weights, self.config, asked.pieces, asked.skipped, self.scratch)
+        probes = self.probes
+        return original.Request(self.root, weights, self.config, probes.pieces, probes.skipped, self.scratch)
 
     def known_original(self) -> Mapping[str, np.ndarray] | None:
         """Return what the original answered before to the same probes, for whatever scheme or target."""
@@ -172,8 +172,8 @@ class Case:
     def keep_original(self, found: Mapping[str, np.ndarray]) -> None:
         """Keep what the original answers, for other schemes and targets."""
         if self.memo is not None:
-            asked = original.document(self.original, checkpoint_digest(self.digests))
-            original.keep(self.memo, asked, found, self.scratch)
+            document = original.document(self.original, checkpoint_digest(self.digests))
+            original.keep(self.memo, document, found, self.scratch)
 
     @cached_property
     def records(self) -> dict[str, tensor_cache.Record]:

@@ -94,22 +94,24 @@ def _measured(
     shelf = _Shelf(case, scheme)
     names = shelf.names()
     divergences = {name: kl for name in names or () if (kl := shelf.tensor(name)) is not None}
-    kept = {candidate: figures for candidate in candidates if (figures := shelf.candidate(candidate)) is not None}
-    good = next((c for c in candidates if c in kept and advice.passes(*c, kept[c], case.limits)), None)
+    memoised = {candidate: figures for candidate in candidates if (figures := shelf.candidate(candidate)) is not None}
+    good = next((c for c in candidates if c in memoised and advice.passes(*c, memoised[c], case.limits)), None)
     wanted = candidates if good is None else candidates[: candidates.index(good)]
-    missing = [candidate for candidate in wanted if candidate not in kept]
+    missing = [candidate for candidate in wanted if candidate not in memoised]
     layers = (shelf.layers() if activations else None) or {}
     unread = activations and not layers
     if names is None or divergences.keys() != set(names) or missing or unread:
-        request = Request(shelf.asked, scheme.name, case.scales, missing, case.limits, [*divergences], unread)
+        request = Request(
+            shelf.original_request, scheme.name, case.scales, missing, case.limits, [*divergences], unread
+        )
         found = apart.call(advice.__name__, asdict(request), progress)
         new = dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True))
         tried = [Loss(**each) for each in json.loads(str(found["tried"]))]
         measured = dict(zip(missing, tried, strict=False))  # up to the first that passes
         layers |= dict(zip(found["layers"].tolist(), found["layer_kl"].tolist(), strict=True))
         shelf.keep(sorted({*divergences, *new}), new, measured, layers if unread else None)
-        divergences, kept = divergences | new, kept | measured
-    return divergences, layers, {candidate: kept[candidate] for candidate in candidates if candidate in kept}
+        divergences, memoised = divergences | new, memoised | measured
+    return divergences, layers, {candidate: memoised[candidate] for candidate in candidates if candidate in memoised}
 
 
 class _Shelf:
@@ -117,7 +119,7 @@ class _Shelf:
 
     def __init__(self, case: Case, scheme: Scheme) -> None:
         read = replace(case.original, pieces=[case.original.pieces[0][: SCHEME_TOKENS + 1]])
-        self.asked = asdict(read)
+        self.original_request = asdict(read)
         self._memo, self._folder = case.memo, case.scratch
         self._of = {"original": original.document(read, checkpoint_digest(case.digests))}
         self._scheme = {**self._of, "scheme": asdict(scheme), "scales": case.scales}

@@ -153,14 +153,14 @@ def by_name(registry: Register, records: Mapping[str, Record]) -> dict[str, Rows
 
     What is stored together is kept until something else is asked for: a layer asks for its q, k and v one by one.
     """
-    kept: dict[int, list[BundledTensor]] = {}
+    loaded: dict[int, list[BundledTensor]] = {}
 
     def reader(number: int, position: int) -> Callable[[], BundledTensor]:
         def read() -> BundledTensor:
-            if number not in kept:
-                kept.clear()
-                kept[number] = [*_of_parameter(registry["logical"][number], records)]
-            return kept[number][position]
+            if number not in loaded:
+                loaded.clear()
+                loaded[number] = [*_of_parameter(registry["logical"][number], records)]
+            return loaded[number][position]
 
         return read
 
@@ -192,8 +192,8 @@ def differences(
     Feedback (gptq) may have moved a value by two codes from there. ``progress`` is told how many tensors were compared.
     """
     problems = []
-    for number, held in enumerate(bundled_tensors(registry, records), start=1):
-        tensor, original = _in_rows(held, checkpoint[held.source])
+    for number, bundled in enumerate(bundled_tensors(registry, records), start=1):
+        tensor, original = _in_rows(bundled, checkpoint[bundled.source])
         count, first = 0, ""
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)

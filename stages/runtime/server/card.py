@@ -20,13 +20,13 @@ def proofs(bundle: Manifest) -> Proofs:
     if not (bundle.root / certificate.FILE).exists():
         return {"verdict": "no certificate", "checks": []}
     try:
-        held = certificate.of(bundle.root).document
+        certified = certificate.of(bundle.root).document
     except BundleError:
         return {"verdict": "its certificate is damaged", "checks": []}
-    if held["bundle"]["sha256"] != bundle.sha256:
+    if certified["bundle"]["sha256"] != bundle.sha256:
         return {"verdict": "the certificate beside it is of another bundle", "checks": []}
-    checks: Any = held["verification"].get("checks", [])
+    checks: Any = certified["verification"].get("checks", [])
     return {
-        "verdict": held["verdict"],
+        "verdict": certified["verdict"],
         "checks": [{"name": check["name"], "ok": check["ok"], "detail": check["detail"]} for check in checks],
     }

@@ -27,13 +27,13 @@ class Prefixes:
     def __init__(self, page: int | None) -> None:
         self._page = page
         self._root = _Node()
-        self._held: dict[int, list[tuple[int, ...]]] = {}  # sequence -> its pages
-        self._kept: dict[int, None] = {}  # sequences that no job reads, the longest unused first
+        self._pages_of: dict[int, list[tuple[int, ...]]] = {}  # sequence -> its pages
+        self._unused: dict[int, None] = {}  # sequences that no job reads, the longest unused first
 
     @property
     def kept(self) -> int:
         """How many sequences are kept that no job reads."""
-        return len(self._kept)
+        return len(self._unused)
 
     def longest(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """Return a sequence that holds the longest beginning of ``ids`` in whole pages, and the length of that.
@@ -43,13 +43,13 @@ class Prefixes:
         found, length = None, 0
         for depth, (node, _) in enumerate(self._walk(self._pages(ids)), 1):
             found, length = next(iter(node.holders)), depth * (self._page or 0)
-        if found in self._kept:
-            self._kept[found] = self._kept.pop(found)
+        if found in self._unused:
+            self._unused[found] = self._unused.pop(found)
         return found, length
 
     def hold(self, sequence: int, ids: Sequence[int]) -> None:
         """Say that a sequence, which a job goes on reading, holds ``ids``."""
-        self._held[sequence] = pages = self._pages(ids)
+        self._pages_of[sequence] = pages = self._pages(ids)
         node = self._root
         for page in pages:
             node = node.children.setdefault(page, _Node())
@@ -61,10 +61,10 @@ class Prefixes:
         Returns the sequences that are no longer kept, since others hold all that they do: they are to be removed.
         """
         self.hold(sequence, ids)
-        self._kept[sequence] = None
+        self._unused[sequence] = None
         # Shorter ones that this one goes on from, and itself where another does.
-        path = [node for node, _ in self._walk(self._held[sequence])]
-        others = set().union(*(node.holders for node in path)) & self._kept.keys() if path else {sequence}
+        path = [node for node, _ in self._walk(self._pages_of[sequence])]
+        others = set().union(*(node.holders for node in path)) & self._unused.keys() if path else {sequence}
         idle = [other for other in others if self._redundant(other)]
         for other in idle:
             self.drop(other)
@@ -72,8 +72,8 @@ class Prefixes:
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence that is removed."""
-        path = list(self._walk(self._held.pop(sequence, [])))
-        self._kept.pop(sequence, None)
+        path = list(self._walk(self._pages_of.pop(sequence, [])))
+        self._unused.pop(sequence, None)
         for node, _ in path:
             node.holders.discard(sequence)
         above = [self._root, *(node for node, _ in path)]
@@ -83,16 +83,16 @@ class Prefixes:
 
     def oldest(self) -> int | None:
         """Return the kept sequence that was not used for longest; None if there is none."""
-        return next(iter(self._kept), None)
+        return next(iter(self._unused), None)
 
     def _redundant(self, sequence: int) -> bool:
         """Say whether other sequences hold all that this one does; of equals one stays."""
-        pages = self._held[sequence]
+        pages = self._pages_of[sequence]
         nodes = [node for node, _ in self._walk(pages)]
         if not nodes:
             return True
         others = nodes[-1].holders - {sequence}
-        return any(len(self._held[other]) > len(pages) or other > sequence for other in others)
+        return any(len(self._pages_of[other]) > len(pages) or other > sequence for other in others)
 
     def _pages(self, ids: Sequence[int]) -> list[tuple[int, ...]]:
         page = self._page

@@ -99,11 +99,11 @@ class Scheduler:
 
     def _begin(self, job: Job) -> None:
         """Give a job a sequence, with as many of its ids as another one holds; the last must be read for its logits."""
-        held, length = (None, 0) if job.scores else self.prefixes.longest(job.ids[:-1])
-        if held is None:
+        source, length = (None, 0) if job.scores else self.prefixes.longest(job.ids[:-1])
+        if source is None:
             job.sequence, job.read = self._model.add(), 0
         else:
-            job.sequence, job.read = self._model.fork(held, length), length
+            job.sequence, job.read = self._model.fork(source, length), length
 
     def _shares(self) -> list[tuple[Job, int]]:
         """Return which prompts are read in this step, and how many ids of each.
@@ -133,23 +133,23 @@ class Scheduler:
     def _read(self, work: Sequence[tuple[Job, int]], read: Callable[[dict[int, list[int]]], np.ndarray]) -> None:
         """Read so many ids of each of these jobs in one pass, where pages can be had for them."""
         enough = self._free(sum(self._pages(job, count) for job, count in work))
-        kept = [*work] if enough else []
+        remaining = [*work] if enough else []
         for job, count in () if enough else work:
             while job.sequence is not None and not self._free(
-                sum(self._pages(other, many) for other, many in [*kept, (job, count)])
+                sum(self._pages(other, many) for other, many in [*remaining, (job, count)])
             ):
                 self._preempt()
-                kept = [(other, many) for other, many in kept if other.sequence is not None]
+                remaining = [(other, many) for other, many in remaining if other.sequence is not None]
             if job.sequence is not None:
-                kept.append((job, count))
-        if not kept:
+                remaining.append((job, count))
+        if not remaining:
             return
         parts = {}
-        for job, count in kept:
+        for job, count in remaining:
             assert job.sequence is not None
             parts[job.sequence] = job.ids[job.read : job.read + count]
         rows = read(parts)
-        for (job, count), logits in zip(kept, rows, strict=True):
+        for (job, count), logits in zip(remaining, rows, strict=True):
             job.read += count
             if not job.pending:
                 self._took(job, job.take(logits))

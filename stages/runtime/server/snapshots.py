@@ -19,21 +19,21 @@ class Snapshots:
 
     def __init__(self, reach: Callable[[int], int]) -> None:
         self._reach = reach
-        self._kept: dict[int, list[int]] = {}  # sequence -> its ids, the longest unused first
+        self._ids: dict[int, list[int]] = {}  # sequence -> its ids, the longest unused first
 
     @property
     def kept(self) -> int:
         """How many sequences are kept."""
-        return len(self._kept)
+        return len(self._ids)
 
     def longest(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """Return the sequence with which most of ``ids`` can be begun, and how many; it counts as used."""
         wanted = list(ids)
-        lengths = {sequence: self._usable(sequence, held, wanted) for sequence, held in self._kept.items()}
+        lengths = {sequence: self._usable(sequence, own, wanted) for sequence, own in self._ids.items()}
         found = max(lengths, key=lambda sequence: lengths[sequence], default=None)
         if found is None or not lengths[found]:
             return None, 0
-        self._kept[found] = self._kept.pop(found)
+        self._ids[found] = self._ids.pop(found)
         return found, lengths[found]
 
     def hold(self, sequence: int, ids: Sequence[int]) -> None:
@@ -44,27 +44,27 @@ class Snapshots:
 
         Returns those that hold the same: they are to be removed.
         """
-        held = list(ids)
-        same = [other for other, those in self._kept.items() if those == held]
+        own = list(ids)
+        same = [other for other, those in self._ids.items() if those == own]
         for other in same:
-            del self._kept[other]
-        self._kept[sequence] = held
+            del self._ids[other]
+        self._ids[sequence] = own
         return same
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence that is removed."""
-        self._kept.pop(sequence, None)
+        self._ids.pop(sequence, None)
 
     def oldest(self) -> int | None:
         """Return the kept sequence that was not used for longest; None if there is none."""
-        return next(iter(self._kept), None)
+        return next(iter(self._ids), None)
 
-    def _usable(self, sequence: int, held: list[int], wanted: list[int]) -> int:
+    def _usable(self, sequence: int, own: list[int], wanted: list[int]) -> int:
         """Return how many of ``wanted`` a sequence begins with, if the rest of it can be taken back; else 0."""
-        least = max(0, len(held) - self._reach(sequence))
-        if held[:least] != wanted[:least]:
+        least = max(0, len(own) - self._reach(sequence))
+        if own[:least] != wanted[:least]:
             return 0
         length = least
-        while length < min(len(held), len(wanted)) and held[length] == wanted[length]:
+        while length < min(len(own), len(wanted)) and own[length] == wanted[length]:
             length += 1
         return length
