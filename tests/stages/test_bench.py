@@ -51,7 +51,7 @@ def test_the_stage_says_speed_and_machine(quantized, tmp_path):
     assert found["machine"]["name"] == host.cpu_name()
     assert found["prefill"]["tokens"] == 16
     assert found["decode"]["lowest"] <= found["decode"]["rate"] <= found["decode"]["highest"]
-    assert context.said.startswith("prefill ")
+    assert context.summary_text.startswith("prefill ")
     for function, steps in (("prefill", 1), ("decode", 4)):
         calls = {each["name"]: each["calls"] for each in found["kernels"][function]}
         own = {name: count for name, count in calls.items() if not name.startswith("vm.builtin.")}
@@ -71,7 +71,7 @@ def test_a_bundle_without_its_device_is_not_run(quantized, tmp_path, monkeypatch
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert found["not_run"] == "no NVIDIA driver is loaded"
     assert "decode" not in found
-    assert context.said == "not run: no NVIDIA driver is loaded"
+    assert context.summary_text == "not run: no NVIDIA driver is loaded"
 
 
 @pytest.mark.parametrize(

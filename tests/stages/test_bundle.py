@@ -40,7 +40,7 @@ def test_the_same_inputs_give_the_same_bytes(recorded, tmp_path):
     assert first == second
     text = b"".join(content for name, content in first.items() if name != "model.so")
     assert str(recorded.folder).encode() not in text
-    assert context.said.startswith(f"{len(first) - 1} files, ")
+    assert context.summary_text.startswith(f"{len(first) - 1} files, ")
 
 
 def test_every_file_but_bundle_json_is_listed_with_its_digest(recorded):

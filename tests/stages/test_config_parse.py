@@ -64,7 +64,7 @@ def test_the_documents(checkpoint: Path, tmp_path: Path):
         "file": "model-00002-of-00002.safetensors",
     }
     assert ctx.facts == {"family": "qwen", "state": "kv"}
-    assert ctx.said == "qwen, 2 layers, 19 tensors, 0.3 MB"
+    assert ctx.summary_text == "qwen, 2 layers, 19 tensors, 0.3 MB"
     assert "kv_channels" in ctx.views["config"]
 
 

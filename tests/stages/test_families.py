@@ -187,12 +187,12 @@ def test_a_tree_of_tokens_that_branches_is_refused(built, expected):
     session.prefill(sequence, IDS[:5])
 
     def forward(parents):
-        call("vm.builtin.kv_state_begin_forward")(session._state.held[0], *map(shape, ([sequence], [3], parents)))
-        return vm["batch_prefill"](states, ends, session._state.held[0], session._params)[0].numpy()[0]
+        call("vm.builtin.kv_state_begin_forward")(session._state.objects[0], *map(shape, ([sequence], [3], parents)))
+        return vm["batch_prefill"](states, ends, session._state.objects[0], session._params)[0].numpy()[0]
 
     logits = expected("llama", "q0f32", tuple(IDS))
     within("q0f32", [forward([-1, 0, 1])], [logits[5:8]])  # a chain is no tree
-    call("vm.builtin.kv_state_end_forward")(session._state.held[0])
+    call("vm.builtin.kv_state_end_forward")(session._state.objects[0])
     with pytest.raises(TypeError, match=r"Expected 1[46] arguments when calling"):
         forward([-1, 0, 0])
 

@@ -120,7 +120,7 @@ def test_a_real_model_is_registered_and_exported_without_its_weights(name, tmp_p
     ports = {port: out / stage.outputs[port].path for port in ("config", "tensors")}
     choice = {"scheme": "q4f16_1", "target": "llvm"}
     registered = run_stage(ParamRegister(), tmp_path / "params", choice, ports)
-    assert registered.said.startswith(f"{count:,} parameters in ")
+    assert registered.summary_text.startswith(f"{count:,} parameters in ")
     inputs = {"config": ports["config"], "params": tmp_path / "params" / "params.json"}
     for function in FUNCTIONS:
         run_stage(GraphBuild(), tmp_path / function, {"target": "llvm", "function": function}, inputs)

@@ -196,7 +196,7 @@ def test_whatever_joins_leaves_and_shares(seed: int, paged: bool) -> None:
     assert len(gone) < 60
     assert not paged or 0 < scheduler.accepted_tokens < scheduler.drafted_tokens
     assert scheduler.active == []
-    assert model.ids.keys() == scheduler.prefixes._kept.keys()  # nothing is held that is not known
+    assert model.ids.keys() == scheduler.prefixes._unused.keys()  # nothing is held that is not known
     while (sequence := scheduler.prefixes.oldest()) is not None:
         scheduler._forget(sequence)
     assert model.ids == {}

@@ -91,7 +91,7 @@ def test_a_class_that_reads_the_pieces_as_another_kind_of_model_is_said_and_not_
     config = {**LLAMA, "chat_template": CHAT}
     ctx, _ = build(tmp_path, {"tokenizer.model": trained("unigram"), "tokenizer_config.json": config}, "llama", 2)
     assert levels(ctx, "T22") == ["W"]
-    assert "proven equal to tokenizer.model" in ctx.said
+    assert "proven equal to tokenizer.model" in ctx.summary_text
 
 
 def test_a_reading_of_another_vocabulary_is_said(tmp_path):

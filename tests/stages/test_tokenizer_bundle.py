@@ -92,7 +92,7 @@ def test_the_directory_holds_one_vocabulary_and_what_a_runtime_needs(tiny):
     assert "present and not executed" in ctx.views["trace"]
     assert "T08 (N)" in ctx.views["checks"]
     assert ctx.warnings == []
-    assert "proven equal" in ctx.said
+    assert "proven equal" in ctx.summary_text
 
 
 def test_equal_inputs_give_equal_bytes_in_another_process(tiny, tmp_path):

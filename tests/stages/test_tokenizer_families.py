@@ -41,7 +41,7 @@ needs_shared = pytest.mark.skipif(not NEOX.is_file(), reason="the published voca
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_family_builds_and_is_proven(built, name):
     ctx, directory = built(name)
-    assert "proven equal" in ctx.said
+    assert "proven equal" in ctx.summary_text
     info = json.loads((directory / "tokenizer_info.json").read_bytes())
     vocabulary = "rwkv_vocab.txt" if name == "rwkv world" else "tokenizer.json"
     assert sorted(p.name for p in directory.iterdir()) == sorted(

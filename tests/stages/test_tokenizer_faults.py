@@ -147,7 +147,7 @@ def test_line_endings_of_ranks_are_harmless(tmp_path):
     """base64 ignores nothing and ranks are decimal: CRLF gives the same vocabulary, which the proof confirms."""
     files = {**QWEN, "qwen.tiktoken": tiktoken_text(tiny_ranks()).replace(b"\n", b"\r\n")}
     ctx, _ = build(tmp_path, files, "qwen", SIZE, rows=SIZE + SPECIALS + 16, chat_format="chatml")
-    assert "proven equal" in ctx.said
+    assert "proven equal" in ctx.summary_text
 
 
 def evil(pattern):

@@ -82,7 +82,7 @@ def collages(loaded, count):
 def test_every_id_is_sentencepieces_own(tmp_path, name):
     loaded = sentencepiece.SentencePieceProcessor(model_proto=trained(name))
     ctx, emitted, info = convert(tmp_path, trained(name))
-    assert "proven equal to tokenizer.model" in ctx.said
+    assert "proven equal to tokenizer.model" in ctx.summary_text
     assert info["prefix"] == [1]
     for text in [*TEXTS, *collages(loaded, 500)]:
         assert ids(emitted, text) == loaded.encode(text), text

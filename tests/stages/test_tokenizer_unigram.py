@@ -80,7 +80,7 @@ def compared(loaded, emitted, texts):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_id_is_sentencepieces_own(built, name):
     ctx, loaded, emitted, _ = built(name)
-    assert "proven equal to tokenizer.model" in ctx.said
+    assert "proven equal to tokenizer.model" in ctx.summary_text
     shaped, tied = compared(loaded, emitted, TEXTS)
     has_table = "nfkc" in name
     assert tied <= 4

@@ -52,7 +52,7 @@ def test_a_recorded_reference_is_met_closely(recorded, tmp_path):
     assert all(check["ok"] for check in found.values())
     assert all(found[name]["measured"] < 2e-5 for name in LOGIT_CHECKS)  # the tolerance is 1e-3
     assert found["embed"]["measured"] == 0
-    assert context.said.startswith("verified, logits within")
+    assert context.summary_text.startswith("verified, logits within")
     assert "24 ids equal" in found["greedy text after 'every morning'"]["detail"]
     again = bundles.verify(recorded, tmp_path / "again", reference="recorded")
     for name in ("verify.json", "card.md"):
@@ -124,7 +124,7 @@ def test_a_checkpoint_whose_names_have_another_prefix_is_read_by_the_register(re
 
 def test_without_a_reference_nothing_says_verified(recorded, tmp_path):
     context = bundles.verify(recorded, tmp_path, reference="none")
-    assert context.said == "runs, not checked against a reference"
+    assert context.summary_text == "runs, not checked against a reference"
     assert "verified" not in (tmp_path / "card.md").read_text()
     assert LOGIT_CHECKS - {"every step"} <= set(checks(context))
 
@@ -133,7 +133,7 @@ def test_a_scheme_that_is_not_recorded_is_said_plainly(quantized, recorded, tmp_
     checkpoint = shutil.copytree(recorded.checkpoint, tmp_path / "checkpoint")
     built = bundles.replace(quantized, checkpoint=checkpoint)
     context = bundles.verify(built, tmp_path / "out", reference="recorded")
-    assert context.said == "runs, not checked against a reference"
+    assert context.summary_text == "runs, not checked against a reference"
     assert "none are recorded for q4f32_1" in (tmp_path / "out" / "card.md").read_text()
 
 
@@ -141,7 +141,7 @@ def test_where_there_is_no_device_the_card_says_not_run(recorded, tmp_path):
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document.update(target="cuda"))
     context = bundles.verify(built, tmp_path / "out", target="cuda", device="none", reference="recorded")
-    assert context.said == "NOT RUN (device is none)"
+    assert context.summary_text == "NOT RUN (device is none)"
     text = (tmp_path / "out" / "card.md").read_text() + (tmp_path / "out" / "verify.json").read_text()
     assert "NOT RUN (device is none)" in text
     assert "verified" not in text
@@ -171,7 +171,7 @@ def test_without_a_device_that_can_be_used_auto_says_why_nothing_was_run(recorde
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document.update(target="cuda"))
     context = bundles.verify(built, tmp_path / "out", target="cuda", reference="none")
-    assert context.said == f"NOT RUN ({'TVM finds no CUDA device' if driver else 'no NVIDIA driver is loaded'})"
+    assert context.summary_text == f"NOT RUN ({'TVM finds no CUDA device' if driver else 'no NVIDIA driver is loaded'})"
     assert "no CUDA device" in failure(built, tmp_path, target="cuda", device="cuda") or not driver
 
 
@@ -182,7 +182,7 @@ def test_a_device_that_runs_none_of_the_code_is_not_run_on(recorded, tmp_path, m
     built = recorded.copy(tmp_path)
     built.edit(lambda document: document.update(target="cuda"))
     context = bundles.verify(built, tmp_path / "out", target="cuda", reference="none")
-    assert "does not run on sm_75" in context.said
+    assert "does not run on sm_75" in context.summary_text
 
 
 @pytest.mark.parametrize(("window", "reference"), [(88, "live"), (16, "recorded"), (2, "recorded"), (1, "live")])
@@ -215,7 +215,7 @@ def test_no_text_compared_is_no_verified_text(recorded, tmp_path):
         document["cases"][0]["continuations"][0].update(ids=[], text="")
 
     built = with_recording(recorded, tmp_path, nothing_said)
-    assert bundles.verify(built, tmp_path / "out", reference="recorded").said == (
+    assert bundles.verify(built, tmp_path / "out", reference="recorded").summary_text == (
         "runs, not checked against a reference"
     )
     assert "text after 'every morning': the reference ends it there" in (tmp_path / "out" / "card.md").read_text()
@@ -518,4 +518,4 @@ def test_nothing_in_the_working_directory_is_executed(quantized, tmp_path, monke
     (tmp_path / "transformers.py").write_text("raise SystemExit('executed')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", inherited)
-    assert bundles.verify(quantized, tmp_path / "verify", reference="live").said.startswith("verified")
+    assert bundles.verify(quantized, tmp_path / "verify", reference="live").summary_text.startswith("verified")

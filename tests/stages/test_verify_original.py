@@ -207,7 +207,7 @@ def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(qu
 def test_a_float_bundle_is_the_original(recorded, tmp_path):
     limits = {"max_kl": 1e-6, "min_top1": 1.0, "max_ppl_ratio": 1.0001}
     context = bundles.verify(recorded, tmp_path, reference="live", **limits)
-    assert "KL " in context.said
+    assert "KL " in context.summary_text
     card = (tmp_path / "card.md").read_text()
     assert "by this project's reading" in card  # transformers has no class for the first Qwen
     assert {"prose", "code"} & set(json.loads((tmp_path / "verify.json").read_text())["quantization"]["kinds"])
@@ -357,7 +357,7 @@ def test_the_layers_that_int8_activations_cost_most_are_those_that_read_channels
 @pytest.mark.slow
 def test_a_refusal_stands_where_nothing_better_could_be_measured(quantized, tmp_path, monkeypatch):
     first = bundles.verify(quantized, tmp_path / "first", memo=tmp_path / "memo", reference="live")
-    assert "not compared" not in first.said
+    assert "not compared" not in first.summary_text
 
     def failing(module, *rest):
         if "advice" in module:

@@ -35,7 +35,7 @@ class LocalContext:
     facts: dict[str, Any] = field(default_factory=dict)
     views: dict[str, str] = field(default_factory=dict)
     progressed: dict[str, tuple[int, int]] = field(default_factory=dict)  # unit -> done last, of how many
-    said: str = ""
+    summary_text: str = ""
     document: Mapping[str, Any] = field(default_factory=lambda: dict(DOCUMENT))
     elsewhere: Elsewhere | None = None
 
@@ -84,7 +84,7 @@ class LocalContext:
         self.views[name] = text
 
     def summary(self, text: str) -> None:
-        self.said = text
+        self.summary_text = text
 
 
 @dataclass

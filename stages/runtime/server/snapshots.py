@@ -19,21 +19,21 @@ class Snapshots:
 
     def __init__(self, reach: Callable[[int], int]) -> None:
         self._reach = reach
-        self._ids: dict[int, list[int]] = {}  # sequence -> its ids, the longest unused first
+        self._unused: dict[int, list[int]] = {}  # sequence -> its ids, the longest unused first
 
     @property
     def kept(self) -> int:
         """How many sequences are kept."""
-        return len(self._ids)
+        return len(self._unused)
 
     def longest(self, ids: Sequence[int]) -> tuple[int | None, int]:
         """Return the sequence with which most of ``ids`` can be begun, and how many; it counts as used."""
         wanted = list(ids)
-        lengths = {sequence: self._usable(sequence, own, wanted) for sequence, own in self._ids.items()}
+        lengths = {sequence: self._usable(sequence, own, wanted) for sequence, own in self._unused.items()}
         found = max(lengths, key=lambda sequence: lengths[sequence], default=None)
         if found is None or not lengths[found]:
             return None, 0
-        self._ids[found] = self._ids.pop(found)
+        self._unused[found] = self._unused.pop(found)
         return found, lengths[found]
 
     def hold(self, sequence: int, ids: Sequence[int]) -> None:
@@ -45,19 +45,19 @@ class Snapshots:
         Returns those that hold the same: they are to be removed.
         """
         own = list(ids)
-        same = [other for other, those in self._ids.items() if those == own]
+        same = [other for other, those in self._unused.items() if those == own]
         for other in same:
-            del self._ids[other]
-        self._ids[sequence] = own
+            del self._unused[other]
+        self._unused[sequence] = own
         return same
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence that is removed."""
-        self._ids.pop(sequence, None)
+        self._unused.pop(sequence, None)
 
     def oldest(self) -> int | None:
         """Return the kept sequence that was not used for longest; None if there is none."""
-        return next(iter(self._ids), None)
+        return next(iter(self._unused), None)
 
     def _usable(self, sequence: int, own: list[int], wanted: list[int]) -> int:
         """Return how many of ``wanted`` a sequence begins with, if the rest of it can be taken back; else 0."""
