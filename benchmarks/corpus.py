@@ -1,6 +1,6 @@
-"""Write stages/tokenizers/generated_corpus.jsonl: texts on which tokenizers go apart, drawn.
+"""Write stages/tokenizers/proof/generated_corpus.jsonl: texts on which tokenizers go apart, drawn.
 
-Usage: python benchmarks/corpus.py > stages/tokenizers/generated_corpus.jsonl
+Usage: python benchmarks/corpus.py > stages/tokenizers/proof/generated_corpus.jsonl
 
 The written texts of sample_corpus.jsonl are mixed and put into other normal forms; the rest is drawn from a seed.
 """
@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-SAMPLE = Path(__file__).resolve().parents[1] / "stages" / "tokenizers" / "sample_corpus.jsonl"
+SAMPLE = Path(__file__).resolve().parents[1] / "stages" / "tokenizers" / "proof" / "sample_corpus.jsonl"
 BYTES = 182_000  # with the written texts a little more than 200 KiB
 SCRIPTS = (
     (0x20, 0x7F), (0xA0, 0x180), (0x370, 0x400), (0x400, 0x500), (0x5D0, 0x5EB), (0x620, 0x650), (0x900, 0x980),

@@ -237,7 +237,7 @@ class Measured:
         from stages.config_parse import ConfigParse
         from stages.quantization.calibrated import Calibrated
         from stages.verification import advice, streaming
-        from stages.verification.original import Request
+        from stages.verification.original import OriginalRequest
         from tests.support.local_context import run_stage
 
         parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(checkpoint)}).out
@@ -245,7 +245,7 @@ class Measured:
         self._described, self._listed = (parsed / name for name in ("model.json", "tensors.json"))
         self._mapped, self._model, _ = streaming.load(checkpoint, files, self._described, work)
         self._matrices = advice.matrices_of(self._model)
-        self._request = Request(checkpoint, files, self._described, calibration(checkpoint), 0, work)
+        self._request = OriginalRequest(checkpoint, files, self._described, calibration(checkpoint), 0, work)
         folder = calibrated or self._calibrate(work)
         self._importance, self._feedback = folder / "importance.npz", folder / "feedback"
         found = Calibrated.read("gptq", self._importance, self._feedback)
@@ -286,7 +286,7 @@ class Measured:
         from stages.calibration import sensitivity
 
         files = str(self._importance), str(self._feedback)
-        asked = sensitivity.Request(asdict(self._request), allocate.ROWS, "gptq", *files)
+        asked = sensitivity.SensitivityRequest(asdict(self._request), allocate.ROWS, "gptq", *files)
         costs = sensitivity.compute(asked, lambda *_: None)
         return allocate.choices_of(self._model_json(), json.loads(self._listed.read_bytes()), costs)
 

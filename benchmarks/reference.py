@@ -79,7 +79,7 @@ def measure(shape: str, tokens: int) -> dict[str, Any]:
         folder = Path(name)
         weights = write(folder, sizes)
         files = {each: folder / each for each in ("model.safetensors", "config.json")}
-        request = original.Request(folder, files, folder / "none", [[0] * tokens], 0)
+        request = original.OriginalRequest(folder, files, folder / "none", [[0] * tokens], 0)
         original.compute(request, lambda _done, _total, _unit: None)
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {"weights": weights, "cpu": used.ru_utime + used.ru_stime, "peak": 1024 * used.ru_maxrss, "bound": bound}

@@ -39,7 +39,7 @@ def steps(bundle: str, _threads: int, answers: int) -> None:
     calls of the library and of its KV cache is Python's: what is asked for, copied, checked, picked and told.
     """
     from stages.runtime import manifest
-    from stages.runtime.server.answer import Answer, Options
+    from stages.runtime.server.answer import Answer, AnswerOptions
     from stages.runtime.server.jobs import Job
     from stages.runtime.server.scheduler import Scheduler
     from stages.runtime.session import Session
@@ -65,7 +65,7 @@ def steps(bundle: str, _threads: int, answers: int) -> None:
     scheduler = Scheduler(session)
     for at in range(answers):
         ids = [3 + (7919 * (97 * at + n)) % 3000 for n in range(32)]
-        options = Options(max_tokens=10_000, logit_bias=dict.fromkeys(tokenizer.stop, -100.0))
+        options = AnswerOptions(max_tokens=10_000, logit_bias=dict.fromkeys(tokenizer.stop, -100.0))
         answer = Answer(
             tokenizer, ids, options, vocab_size=session.vocab_size, seed=at, room=None, deliver=lambda _: None
         )

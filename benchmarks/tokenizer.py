@@ -19,7 +19,7 @@ import unicodedata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = ROOT / "stages" / "tokenizers" / "sample_corpus.jsonl"
+SAMPLE = ROOT / "stages" / "tokenizers" / "proof" / "sample_corpus.jsonl"
 RANKS, ROWS = 151_643, 151_936
 SECONDS, MEGABYTES = 10, 500
 ROUNDS = 5

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.documents.model import CheckpointTensors, Model
+    from stages.documents.model import CheckpointTensors, ModelDocument
 
 ROWS = ("q2k", "q3k", "q4a64", "q4k", "q4a32", "q5k", "q6k", "q8f16_1")  # schemes whose body's row a matrix may have
 
@@ -75,7 +75,7 @@ class Allocate(Stage):
         from stages.documents.files import write_json
         from stages.quantization.budget import allocate
 
-        model: Model = json.loads(ctx.input("config").read_bytes())
+        model: ModelDocument = json.loads(ctx.input("config").read_bytes())
         listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
         found = _measured(ctx)
         choices = choices_of(model, listed, found)
@@ -144,12 +144,12 @@ def _calibrated(ctx: Context) -> dict[str, str]:
     return {port: str(ctx.input(port)) for port in ports}
 
 
-def choices_of(model: Model, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
+def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
     """Return what each matrix of the model can be stored as; one that was not measured costs what the dearest does."""
     import numpy as np
 
     from stages.models import described
-    from stages.quantization.budget import Choice, stored_bits
+    from stages.quantization.budget import RowChoices, stored_bits
     from stages.quantization.schemes import SCHEMES
 
     family, config = described(model)
@@ -163,5 +163,5 @@ def choices_of(model: Model, listed: CheckpointTensors, found: Mapping[str, Any]
         loss = np.sum([found.get(name, dearest) for name in names], axis=0)
         bodies = [body.fitting(k) for scheme in ROWS if (body := SCHEMES[scheme].body)]
         bits = [stored_bits(row, n, k) for row in bodies]
-        choices.append(Choice(parameter.name, n * k, bits, [float(each) for each in loss]))
+        choices.append(RowChoices(parameter.name, n * k, bits, [float(each) for each in loss]))
     return choices

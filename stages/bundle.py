@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from stages.documents.bundle import Parts
+    from stages.documents.bundle import BundleParts
 
 
 class Bundle(Stage):
@@ -55,7 +55,7 @@ class Bundle(Stage):
         names = {"tokenizer_info": "tokenizer_info", "tokenizer_config": "tokenizer_config", "tables": "tokenizer"}
         paths = {key: ctx.input("tokenizer") / f"{name}.json" for key, name in names.items()}
         texts = {key: json.loads(path.read_text("utf-8")) for key, path in paths.items() if path.exists()}
-        found: Parts = {
+        found: BundleParts = {
             "metadata": json.loads(ctx.input("metadata").read_bytes()),
             "config": json.loads(ctx.input("config").read_bytes()),
             "generation": json.loads(ctx.input("generation").read_bytes()),

@@ -115,12 +115,12 @@ class Compile(Stage):
     def run(self, ctx: Context) -> None:
         """Build the library and prove what is in it."""
         from stages.codegen import agreement, views
-        from stages.codegen.build import STEPS, BuildError, Options, build
+        from stages.codegen.build import STEPS, BuildError, BuildOptions, build
         from stages.documents.files import write_json
 
         graphs: list[Graph] = [json.loads(instance.path.read_text("utf-8")) for instance in ctx.inputs("graph")]
         registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
-        options = Options(**dataclasses.asdict(ctx.params))
+        options = BuildOptions(**dataclasses.asdict(ctx.params))
         problems = agreement.disagreements(graphs, registry, options.target, options.activations)
         if problems:
             raise StageError(*problems)

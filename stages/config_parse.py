@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stagegraph.stage import Context, SourceFiles
     from stages.checkpoint.headers import Headers
     from stages.checkpoint.safetensors import TensorInfo
-    from stages.documents.model import CheckpointTensors, Generation, Model
+    from stages.documents.model import CheckpointTensors, GenerationDefaults, ModelDocument
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -96,7 +96,7 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
     problems: list[str] = []
     config: Any = None
     headers = Headers({}, ())
-    generation: Generation | None = None
+    generation: GenerationDefaults | None = None
     window = 0
     try:
         config = family.parse(raw)
@@ -159,7 +159,7 @@ def _files(checkpoint: SourceFiles, folder: Path) -> tuple[Path, dict[str, Path]
         raise StageError(*(f"{checkpoint.root}: {problem}" for problem in error.problems)) from None
 
 
-def _model(row: str, family: Family, config: Any, window: int) -> Model:
+def _model(row: str, family: Family, config: Any, window: int) -> ModelDocument:
     """Return the document that describes the model."""
     return {
         "schema": 1,
@@ -284,7 +284,7 @@ def _in_place(root: Path, otherwise: str) -> str:
     return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
 
 
-def _generation(ctx: Context, raw: JsonObject, files: Mapping[str, Path], vocab_size: int) -> Generation:
+def _generation(ctx: Context, raw: JsonObject, files: Mapping[str, Path], vocab_size: int) -> GenerationDefaults:
     """Return the normalised generation defaults of generation_config.json, or else of config.json."""
     from stages.checkpoint import strict_json
     from stages.checkpoint.errors import ConfigError
@@ -300,7 +300,7 @@ def _generation(ctx: Context, raw: JsonObject, files: Mapping[str, Path], vocab_
     return generation
 
 
-def _view(family: Family, raw: JsonObject, model: Model, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
+def _view(family: Family, raw: JsonObject, model: ModelDocument, tensors: Mapping[str, tuple[str, TensorInfo]]) -> str:
     from stages.models import TRACED
 
     shown = {key: value for key, value in model["config"].items() if key not in GRAPHS}

@@ -11,7 +11,7 @@ from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, di
 
 if TYPE_CHECKING:
     from stages.documents.graph import Graph, ModelSizes
-    from stages.documents.model import Model
+    from stages.documents.model import ModelDocument
     from stages.documents.params import Register
     from stages.graph.export import Build
     from stages.models.family import AttentionCache
@@ -80,7 +80,7 @@ class GraphBuild(Stage):
         from stages.ir.text import without_places
         from stages.problems import ProblemsError
 
-        model: Model = json.loads(ctx.input("config").read_text("utf-8"))
+        model: ModelDocument = json.loads(ctx.input("config").read_text("utf-8"))
         registry: Register = json.loads(ctx.input("params").read_text("utf-8"))
         try:
             build, sizes = _build(ctx.params, model, registry)
@@ -123,7 +123,7 @@ def _check_attention(build: Build) -> None:
         raise StageError(f"kv_dtype: int8 needs heads of a multiple of 16 channels, these have {width}; use auto")
 
 
-def _build(params: Any, model: Model, registry: Register) -> tuple[Build, ModelSizes]:
+def _build(params: Any, model: ModelDocument, registry: Register) -> tuple[Build, ModelSizes]:
     """Return the build, and the sizes that all graphs of one library share."""
     from stages.graph.export import Build
     from stages.models import described

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from stagegraph.stage import Context
-    from stages.documents.model import CheckpointTensors, Model
+    from stages.documents.model import CheckpointTensors, ModelDocument
     from stages.documents.params import Parameter, Register, StoredTensor
     from stages.models.family import Param
     from stages.quantization.rows import Row
@@ -63,7 +63,7 @@ class ParamRegister(Stage):
         from stages.quantization.schemes import SCHEMES
         from stages.targets.table import TARGETS
 
-        model: Model = json.loads(ctx.input("config").read_bytes())
+        model: ModelDocument = json.loads(ctx.input("config").read_bytes())
         checkpoint: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
         (family, config), scheme = described(model), SCHEMES[ctx.params.scheme]
         params = family.params(config)

@@ -79,7 +79,7 @@ class TokenizerBundle(Stage):
         family = ""
         try:
             if gguf.is_named(params.checkpoint):
-                from stages.tokenizers import gguf_files
+                from stages.tokenizers.formats import gguf_files
 
                 family = gguf_files.family(Path(params.checkpoint))
             family = family or resolve(*list_files(Path(params.checkpoint), FILES)).family
@@ -106,7 +106,7 @@ class TokenizerBundle(Stage):
 def _files(ctx: Context, folder: Path) -> tuple[Path, Mapping[str, Path]]:
     """Return the checkpoint's root and its tokenizer's files; a GGUF file's are written to ``folder``."""
     from stages.checkpoint.gguf.folder import file_of
-    from stages.tokenizers import gguf_files
+    from stages.tokenizers.formats import gguf_files
 
     checkpoint = ctx.source("checkpoint")
     whole = file_of(checkpoint.files)
@@ -116,10 +116,11 @@ def _files(ctx: Context, folder: Path) -> tuple[Path, Mapping[str, Path]]:
 
 
 def _build(ctx: Context, root: Path, files: Mapping[str, Path]) -> None:
-    from stages.tokenizers import load_tokenizer_family, rowless
-    from stages.tokenizers.automatic import Automatic
+    from stages.tokenizers import load_tokenizer_family
     from stages.tokenizers.emission import emit
-    from stages.tokenizers.proof import fingerprint
+    from stages.tokenizers.proof import rowless
+    from stages.tokenizers.proof.equality import fingerprint
+    from stages.tokenizers.reference.automatic import Automatic
     from stages.tokenizers.resolution import resolve
 
     resolution = resolve(root, files)
@@ -178,11 +179,11 @@ def _prove(
     left_out: Sequence[Finding],
 ) -> None:
     from stages.documents.files import write_json
-    from stages.tokenizers import rowless
-    from stages.tokenizers.automatic import Automatic
-    from stages.tokenizers.checks import examine
-    from stages.tokenizers.proof import prove, texts_for
-    from stages.tokenizers.second_vocabulary import agree
+    from stages.tokenizers.proof import rowless
+    from stages.tokenizers.proof.checks import examine
+    from stages.tokenizers.proof.equality import prove, texts_for
+    from stages.tokenizers.proof.second_vocabulary import agree
+    from stages.tokenizers.reference.automatic import Automatic
 
     for warning in (*resolution.warnings, *family.warnings(resolution)):
         ctx.warn(warning)
@@ -211,7 +212,7 @@ def _prove(
 
 
 def _report(ctx: Context, findings: Sequence[Finding]) -> None:
-    from stages.tokenizers.checks import ERROR, WARNING
+    from stages.tokenizers.proof.checks import ERROR, WARNING
 
     for finding in findings:
         if finding.level == WARNING:
@@ -230,11 +231,11 @@ def _beside(
     left_out: Sequence[str],
 ) -> list[Finding]:
     """Hold the reference, and the chats, against what else reads the same files."""
-    from stages.tokenizers.automatic import Automatic
-    from stages.tokenizers.beside_transformers import Unread, compare, open_files
-    from stages.tokenizers.by_hand import second_readings
-    from stages.tokenizers.chats import same_chats
-    from stages.tokenizers.checks import NOTE
+    from stages.tokenizers.proof.beside_transformers import Unread, compare, open_files
+    from stages.tokenizers.proof.chats import same_chats
+    from stages.tokenizers.proof.checks import NOTE
+    from stages.tokenizers.reference.automatic import Automatic
+    from stages.tokenizers.reference.by_hand import second_readings
 
     if isinstance(reference, Automatic):
         findings, theirs, exact = [*second_readings(resolution, reference, texts)], reference, True

@@ -253,7 +253,7 @@ def _tokenizer_family(root: Path) -> str | None:
     from stages.tokenizers.resolution import resolve
 
     if gguf.is_named(root.name):
-        from stages.tokenizers import gguf_files
+        from stages.tokenizers.formats import gguf_files
 
         return gguf_files.family(root) or None
     try:

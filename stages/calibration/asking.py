@@ -48,7 +48,7 @@ class Original:
     def ask(
         self,
         module: str,
-        request: Callable[[original.Request], JsonObject],
+        request: Callable[[original.OriginalRequest], JsonObject],
         progress: Progress,
         instead: str,
     ) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ class Original:
             ) from None
         try:
             root, files = checkpoint_files(self.root, self.files, self.scratch)
-            request_original = original.Request(root, files, self.config, self.pieces().pieces, 0, self.scratch)
+            request_original = original.OriginalRequest(root, files, self.config, self.pieces().pieces, 0, self.scratch)
             return apart.call(module, request(request_original), progress, instead)
         except (ProblemsError, BundleError) as error:
             raise AskingError(*error.problems) from None

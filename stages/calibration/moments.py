@@ -19,7 +19,7 @@ import numpy as np
 
 from stages.calibration.curvature import Curvatures
 from stages.verification import apart, streaming
-from stages.verification.original import Request
+from stages.verification.original import OriginalRequest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ENOUGH = 64  # tokens that a matrix must have read: of fewer, an expert's, the mean says little
 
 
-def compute(request: Request, progress: Progress, feedback: Path | None = None) -> dict[str, np.ndarray]:
+def compute(request: OriginalRequest, progress: Progress, feedback: Path | None = None) -> dict[str, np.ndarray]:
     """Return float32 [k] of each tensor of the checkpoint that is a matrix which reads k channels, by its name; with
     ``feedback``, write into that folder what error feedback takes, too.
 
@@ -128,7 +128,7 @@ def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
     request = json.loads(Path(request_path).read_text("utf-8"))
     folder = request.pop("feedback")
-    found = compute(Request(**request), apart.say, Path(folder) if folder else None)
+    found = compute(OriginalRequest(**request), apart.say, Path(folder) if folder else None)
     np.savez(result_path, **found)  # type: ignore[arg-type]
 
 

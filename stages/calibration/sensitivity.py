@@ -36,7 +36,7 @@ SAMPLED = 64  # rows of a matrix whose loss is compared
 
 
 @dataclass(frozen=True)
-class Request:
+class SensitivityRequest:
     """The ``original``'s own request, the names of ``schemes`` whose rows of the body are compared, how ``scales`` are
     chosen, and where calibrate's ``importance`` and ``feedback`` are, if they count.
     """
@@ -48,11 +48,11 @@ class Request:
     feedback: str = ""
 
 
-def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
+def compute(request: SensitivityRequest, progress: Progress) -> dict[str, np.ndarray]:
     """Return the divergence float32 [schemes] of each tensor of the checkpoint that is a matrix, by its name."""
     import torch
 
-    original_request = original.Request(**request.original)
+    original_request = original.OriginalRequest(**request.original)
     mapped, model, _ = streaming.load(
         original_request.root, original_request.files, original_request.config, original_request.scratch
     )
@@ -133,7 +133,7 @@ def _compared(
 
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
-    request = Request(**json.loads(Path(request_path).read_text("utf-8")))
+    request = SensitivityRequest(**json.loads(Path(request_path).read_text("utf-8")))
     np.savez(result_path, **compute(request, apart.say))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from stages.checkpoint.stored import NUMPY_DTYPES
 
 if TYPE_CHECKING:
-    from stages.checkpoint.stored import Parts
+    from stages.checkpoint.stored import StoredParts
     from stages.documents.files import JsonObject
 
 INT8_STEP = np.float32(7.874015718698502e-3)  # a 127th, as bitsandbytes multiplies by it
@@ -38,7 +38,7 @@ def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
     return values.reshape(-1, columns)
 
 
-def gptq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def gptq(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """GPTQ: qweight [in * bits / 32, out], zeros and scales by group, g_idx the group of each input."""
     bits = settings["bits"]
     scales = parts.whole("scales")[:, start:stop].astype(np.float32)
@@ -55,7 +55,7 @@ def gptq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarra
     return _rounded(((codes - taken) * scales[group]).T, settings)
 
 
-def awq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def awq(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """AWQ (gemm): qweight [in, out / 8] and qzeros [groups, out / 8], nibbles in their own order."""
     scales = parts.whole("scales")[:, start:stop].astype(np.float32)
     codes, zeros = (_nibbles(parts.whole(key), start, stop) for key in ("qweight", "qzeros"))
@@ -63,7 +63,7 @@ def awq(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray
     return _rounded(((codes - zeros[group]) * scales[group]).T, settings)
 
 
-def packed(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def packed(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """compressed-tensors, pack-quantized: weight_packed [out, in * bits / 32], codes from -2^(bits - 1)."""
     bits, columns = settings["bits"], settings["shape"][1]
     half = 2 ** (bits - 1)
@@ -78,7 +78,7 @@ def packed(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndar
     return _rounded(codes * scales[:, group], settings)
 
 
-def scaled(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def scaled(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """Values of int8 or float8 times the scale of their tensor, row, group of a row, or block."""
     values = parts.rows("weight", start, stop).astype(np.float32)
     high, wide = settings["block"]
@@ -98,13 +98,13 @@ def scaled(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndar
     return _rounded(values * scales.astype(np.float32), settings)
 
 
-def int8(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def int8(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """bitsandbytes with int8: a row's codes times its largest value (SCB), over 127."""
     scales = parts.rows("SCB", start, stop)[:, None]
     return _rounded(parts.rows("weight", start, stop).astype(np.float32) * scales * INT8_STEP, settings)
 
 
-def mxfp4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def mxfp4(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """MXFP4 as gpt_oss has it: two codes of e2m1 a byte, the low one first; 32 share a power of two (e8m0)."""
     data, scales = parts.rows("blocks", start, stop), parts.rows("scales", start, stop)
     codes = np.stack([data & 15, data >> 4], -1).reshape(*data.shape[:-1], 32)
@@ -112,7 +112,7 @@ def mxfp4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarr
     return _rounded(values.reshape(*data.shape[:2], -1).swapaxes(1, 2), settings)
 
 
-def nf4(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def nf4(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """bitsandbytes with 4 bits: two codes a byte, the high nibble first, in blocks along the whole tensor."""
     columns, block = settings["shape"][1], settings["blocksize"]
     first, last = start * columns, stop * columns

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stages.documents.files import JsonObject
-    from stages.documents.model import Generation
+    from stages.documents.model import GenerationDefaults
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 # What transformers takes for each, and what a message says of anything else.
@@ -28,7 +28,7 @@ SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def normalise(settings: JsonObject, config: JsonObject, vocab_size: int) -> tuple[Generation, list[str]]:
+def normalise(settings: JsonObject, config: JsonObject, vocab_size: int) -> tuple[GenerationDefaults, list[str]]:
     """Return generation.json, and a sentence for each setting of the checkpoint that it leaves out.
 
     ``settings`` is a raw generation_config.json ({} if there is none), ``config`` the raw config.json that older

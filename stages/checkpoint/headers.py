@@ -31,7 +31,7 @@ NUMBERED = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 BLOCK = 2**22  # bytes read at a time
 SHOWN = 3  # names in a note
 
-Tensors = dict[str, tuple[str, TensorInfo]]
+TensorTable = dict[str, tuple[str, TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Headers:
     ``packed`` says of those whose values are not stored how they are made.
     """
 
-    tensors: Tensors
+    tensors: TensorTable
     notes: Sequence[str]
     packed: Mapping[str, Packed] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ def read_headers(files: Mapping[str, Path]) -> Headers:
     return _folded(tensors, notes, files)
 
 
-def _folded(tensors: Tensors, notes: Sequence[str], files: Mapping[str, Path]) -> Headers:
+def _folded(tensors: TensorTable, notes: Sequence[str], files: Mapping[str, Path]) -> Headers:
     """Return the headers with quantized tensors in the place of the parts that they are made of."""
     fold = Fold(tensors, files, declared(files))
     return Headers(fold.tensors, notes, fold.packed)
@@ -172,10 +172,12 @@ def _weight_map(path: Path, index: str, files: Mapping[str, Path]) -> dict[str, 
     return weight_map
 
 
-def _read(files: Mapping[str, Path], shards: Sequence[str], notes: list[str]) -> tuple[Tensors, dict[str, set[str]]]:
+def _read(
+    files: Mapping[str, Path], shards: Sequence[str], notes: list[str]
+) -> tuple[TensorTable, dict[str, set[str]]]:
     """Return the tensors of ``shards``, and for each name the shards that hold it."""
     problems: list[str] = []
-    found: Tensors = {}
+    found: TensorTable = {}
     holders: dict[str, set[str]] = defaultdict(set)
     for shard in shards:
         try:
@@ -196,7 +198,7 @@ def _read(files: Mapping[str, Path], shards: Sequence[str], notes: list[str]) ->
     return found, holders
 
 
-def _difference(files: Mapping[str, Path], whole: Tensors, sharded: Tensors) -> str:
+def _difference(files: Mapping[str, Path], whole: TensorTable, sharded: TensorTable) -> str:
     """Return the first difference between the tensors of two checkpoints in one folder, empty for none."""
     for name in sorted(whole.keys() ^ sharded.keys()):
         return f"tensor {name} is in {SINGLE if name in whole else sharded[name][0]} alone"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from stages.checkpoint.stored import Parts
+    from stages.checkpoint.stored import StoredParts
     from stages.documents.model import Packed
 
 # Form -> the function (parts, settings, start, stop) that returns those rows of the tensor.
@@ -24,7 +24,7 @@ FORMS: dict[str, str] = {
 }
 
 
-def rows(packed: Packed, parts: Parts, start: int, stop: int) -> np.ndarray:
+def rows(packed: Packed, parts: StoredParts, start: int, stop: int) -> np.ndarray:
     """Return the rows ``start`` to ``stop`` of a tensor, in the dtype that its entry names."""
     module, _, name = FORMS[packed["form"]].partition(":")
     made: np.ndarray = getattr(importlib.import_module(module), name)(parts, packed["settings"], start, stop)

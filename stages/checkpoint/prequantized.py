@@ -81,7 +81,7 @@ class Fold:
                     self._put(prefix, "weight", module, made, {*made[2].values(), *marks, *BESIDE})
                 return
 
-    def _put(self, prefix: str, part: str, module: Module, made: Made, consumed: set[str]) -> None:
+    def _put(self, prefix: str, part: str, module: Module, made: FoldedTensor, consumed: set[str]) -> None:
         """Let ``prefix.part`` be what is ``made`` of the ``consumed`` parts."""
         form, called, parts, shape, settings = made
         name, dtype = f"{prefix}.{part}", settings["dtype"]
@@ -119,7 +119,7 @@ class Fold:
             return opened.read(info.nbytes)
 
 
-Made: TypeAlias = "tuple[str, str, dict[str, str], tuple[int, ...], JsonObject]"
+FoldedTensor: TypeAlias = "tuple[str, str, dict[str, str], tuple[int, ...], JsonObject]"
 
 
 def declared(files: Mapping[str, Path]) -> JsonObject:
@@ -150,7 +150,7 @@ def _bits(fold: Fold, known: tuple[int, ...]) -> int:
     return int(bits)
 
 
-def _gptq(fold: Fold, module: Module) -> Made:
+def _gptq(fold: Fold, module: Module) -> FoldedTensor:
     bits = _bits(fold, (2, 3, 4, 8))
     scales = _expect(module, "scales", FLOATS)
     words = _expect(module, "qweight", ("I32",))
@@ -173,7 +173,7 @@ def _gptq(fold: Fold, module: Module) -> Made:
     return "gptq", f"GPTQ with {bits} bits", parts, (out, inputs), settings
 
 
-def _awq(fold: Fold, module: Module) -> Made:
+def _awq(fold: Fold, module: Module) -> FoldedTensor:
     _bits(fold, (4,))
     form = str(fold.setting("version", fold.setting("format", "gemm"))).lower()
     if form != "gemm":
@@ -188,7 +188,7 @@ def _awq(fold: Fold, module: Module) -> Made:
     return "awq", "AWQ", {key: key for key in ("qweight", "qzeros", "scales")}, (out, inputs), {"dtype": scales.dtype}
 
 
-def _packed(fold: Fold, module: Module) -> Made:
+def _packed(fold: Fold, module: Module) -> FoldedTensor:
     words = _expect(module, "weight_packed", ("I32",))
     scales = _expect(module, "weight_scale", FLOATS)
     _expect(module, "weight_shape", ("I64",), (2,))
@@ -221,8 +221,8 @@ def _weights_of(fold: Fold, key: str) -> Any:
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
-def _scaled(part: str) -> Callable[[Fold, Module], Made | None]:
-    def make(fold: Fold, module: Module) -> Made | None:
+def _scaled(part: str) -> Callable[[Fold, Module], FoldedTensor | None]:
+    def make(fold: Fold, module: Module) -> FoldedTensor | None:
         weight = module["weight"][1]
         if weight.dtype not in ("I8", "F8_E4M3", "F8_E5M2"):
             return None
@@ -249,7 +249,7 @@ def _scaled(part: str) -> Callable[[Fold, Module], Made | None]:
     return make
 
 
-def _llm_int8(fold: Fold, module: Module) -> Made:
+def _llm_int8(fold: Fold, module: Module) -> FoldedTensor:
     weight = _expect(module, "weight", ("I8",))
     if len(weight.shape) != 2:
         raise _UnfitError(f"weight is {[*weight.shape]}; expected a matrix")
@@ -259,7 +259,7 @@ def _llm_int8(fold: Fold, module: Module) -> Made:
     return "int8", "bitsandbytes int8", {"weight": "weight", "SCB": "SCB"}, weight.shape, {"dtype": "F32"}
 
 
-def _mxfp4(module: Module, stem: str) -> Made:
+def _mxfp4(module: Module, stem: str) -> FoldedTensor:
     """Matrices [experts, out, in], which transformers holds transposed."""
     codes, scales = f"{stem}{BLOCKS}", f"{stem}_scales"
     shape = _expect(module, codes, ("U8",)).shape
@@ -275,7 +275,7 @@ def _cells(shape: tuple[int, ...], block: Any) -> tuple[int, ...]:
     return tuple(-(-size // side) for size, side in zip(shape, block, strict=True)) if good else ()
 
 
-def _nf4(fold: Fold, module: Module) -> Made:
+def _nf4(fold: Fold, module: Module) -> FoldedTensor:
     try:
         state = strict_json.parse(fold.read(module[NF4]))
         shape, block = tuple(state["shape"]), state["blocksize"]
@@ -303,12 +303,12 @@ def _nf4(fold: Fold, module: Module) -> Made:
     return "nf4", "bitsandbytes nf4", parts, shape, settings
 
 
-def _awq_or_gptq(fold: Fold, module: Module) -> Made:
+def _awq_or_gptq(fold: Fold, module: Module) -> FoldedTensor:
     return _gptq(fold, module) if fold.setting("quant_method") == "gptq" else _awq(fold, module)
 
 
 # The parts that show a form, and what makes of a module's parts what is read; the first that fits.
-FORMS: tuple[tuple[tuple[str, ...], Callable[[Fold, Module], Made | None]], ...] = (
+FORMS: tuple[tuple[tuple[str, ...], Callable[[Fold, Module], FoldedTensor | None]], ...] = (
     (("qweight", "scales", "g_idx"), _gptq),
     (("qweight", "scales", "qzeros"), _awq_or_gptq),
     (("weight_packed", "weight_scale"), _packed),

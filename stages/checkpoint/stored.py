@@ -39,12 +39,12 @@ def header(path: Path, name: str) -> dict[str, TensorInfo]:
     return {tensor: _bytes(stored) for tensor, stored in container.read(path, name).tensors.items()}
 
 
-def _bytes(stored: container.Stored) -> TensorInfo:
+def _bytes(stored: container.GgufTensor) -> TensorInfo:
     rows = stored.shape[0] if len(stored.shape) == 1 else stored.nbytes // stored.row_bytes
     return TensorInfo("U8", (rows, stored.nbytes // rows), stored.offset)
 
 
-class Parts:
+class StoredParts:
     """What one packed tensor is made of; what was read whole stays as long as this does."""
 
     def __init__(self, parts: Mapping[str, StoredPart], infos: Mapping[str, TensorInfo], files: Mapping[str, Path]):

@@ -15,7 +15,7 @@ import numpy as np
 
 from stages.checkpoint import packed
 from stages.checkpoint.safetensors import DTYPE_BITS, TensorInfo
-from stages.checkpoint.stored import NUMPY_DTYPES, Parts, header
+from stages.checkpoint.stored import NUMPY_DTYPES, StoredParts, header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -98,7 +98,7 @@ class Weights:
         """Yield a packed tensor's rows, some at once."""
         entry = self._tensors[name]
         found = {key: self._info(part["name"], part) for key, part in entry["packed"]["parts"].items()}
-        parts = Parts(entry["packed"]["parts"], found, self._files)
+        parts = StoredParts(entry["packed"]["parts"], found, self._files)
         rows, step = _steps(entry["shape"], self.nbytes(name))
         for start in range(0, rows, step):
             yield packed.rows(entry["packed"], parts, start, min(start + step, rows))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
-    from stages.checkpoint.headers import Tensors
+    from stages.checkpoint.headers import TensorTable
     from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
 
@@ -37,10 +37,10 @@ BESIDE = 1 << 30  # bytes that running a model takes beside its weights
 DEFAULTS = {True: "q4k", False: "q4f16_1"}  # whether all targets compute on the processor -> scheme
 
 
-class Model(NamedTuple):
+class CheckpointSummary(NamedTuple):
     """What is known of a checkpoint before anything is built: its tensors, and the positions it was made for."""
 
-    tensors: Tensors
+    tensors: TensorTable
     positions: int
 
 
@@ -67,7 +67,7 @@ def named(text: str) -> str:
     return text if page is None else f"hf://{page['name']}" + (f"@{page['revision']}" if page["revision"] else "")
 
 
-def examine(path: Path) -> Model:
+def examine(path: Path) -> CheckpointSummary:
     """Return what a checkpoint's headers say; :class:`ValueError` for what is none, with what to do."""
     if is_named(path.name) and path.is_file():
         files = folder.beside(path)
@@ -86,7 +86,7 @@ def examine(path: Path) -> Model:
             if parts := folder.files_of(files):
                 files = {**folder.write(parts, Path(place)), **parts}
             config = read_object(files["config.json"], "config.json")
-            return Model(read_headers(files).tensors, _positions(config))
+            return CheckpointSummary(read_headers(files).tensors, _positions(config))
     except ConfigError as error:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
 
@@ -116,7 +116,7 @@ def _positions(config: JsonObject) -> int:
     return found if isinstance(found, int) and found > 0 else 0
 
 
-def compose(source: Path | str, model: Model, chosen: JsonObject, where: Path) -> str:
+def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, where: Path) -> str:
     """Return the text of a pipeline file in the folder ``where``, for a checkpoint at a path or a pinned URL."""
     targets: Sequence[str] = chosen.get("targets", ["llvm"])
     scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
@@ -163,7 +163,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _choices(tensors: Tensors) -> Iterator[str]:
+def _choices(tensors: TensorTable) -> Iterator[str]:
     """Yield a line for each scheme: what it takes, and whether that fits this machine."""
     for name in OFFERED:
         size = stored_bytes(SCHEMES[name], tensors)
@@ -171,7 +171,7 @@ def _choices(tensors: Tensors) -> Iterator[str]:
         yield f"{name:<8} {size / 2**20:>9,.0f} MiB{fits}"
 
 
-def stored_bytes(scheme: Scheme, tensors: Tensors) -> int:
+def stored_bytes(scheme: Scheme, tensors: TensorTable) -> int:
     """Return about how many bytes weights take: which matrix is an embedding or a head is told by its name."""
     total = 0
     for name, (_, info) in tensors.items():

@@ -38,7 +38,7 @@ class BuildError(ProblemsError):
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """How a library is built: the parameters of compile, resolved."""
 
     target: str
@@ -64,7 +64,7 @@ def build(
     modules: Sequence[str],
     graphs: Sequence[Graph],
     registry: Register,
-    options: Options,
+    options: BuildOptions,
     versions: Callable[..., dict[str, str]],
     memo: Memo,
     library: Path,
@@ -95,7 +95,7 @@ def build(
     return {**metadata, **contents, "memory": memory, "kernels": names}, built
 
 
-def _find_tools(options: Options) -> _Tools:
+def _find_tools(options: BuildOptions) -> _Tools:
     """Find the compilers; what is missing fails here, with what to install."""
     cxx, backend = toolchain.cxx(), load_backend(options.target)
     toolkit = backend.toolkit(options.toolchain) if backend else None
@@ -120,7 +120,7 @@ def _toolchain(tools: _Tools, versions: Callable[..., dict[str, str]]) -> dict[s
 def _described(
     graphs: Sequence[Graph],
     registry: Register,
-    options: Options,
+    options: BuildOptions,
     tools: _Tools,
     versions: Callable[..., dict[str, str]],
 ) -> Described:
@@ -152,7 +152,7 @@ def _sizes(graph: Graph) -> ModelSizes:
 
 def _build(
     modules: Sequence[str],
-    options: Options,
+    options: BuildOptions,
     metadata: Described,
     tools: _Tools,
     describe: Callable[[Mapping[str, int]], JsonObject],

@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from stages.documents.files import JsonObject
 from stages.documents.library import BuiltModel, Cpu, DeviceCode, Metadata
-from stages.documents.model import Generation, Model
+from stages.documents.model import GenerationDefaults, ModelDocument
 from stages.documents.weights import TensorCache
 
 
@@ -18,7 +18,7 @@ class FileEntry(TypedDict):
     size: int
 
 
-class Manifest(TypedDict):
+class BundleDocument(TypedDict):
     """bundle.json but for its seal; what the loader checks before it loads anything."""
 
     schema: int
@@ -46,11 +46,11 @@ class TokenizerInfo(TypedDict):
     chat: JsonObject
 
 
-class Parts(TypedDict):
+class BundleParts(TypedDict):
     """The documents of the parts of one bundle."""
 
     metadata: Metadata
-    config: Model
-    generation: Generation
+    config: ModelDocument
+    generation: GenerationDefaults
     tokenizer_info: TokenizerInfo
     tensors: TensorCache

@@ -41,7 +41,7 @@ class Compiler(TypedDict):
     packages: Mapping[str, str]
 
 
-class Param(TypedDict):
+class LibraryParam(TypedDict):
     """A tensor that the library takes, in packed order."""
 
     name: str
@@ -65,7 +65,7 @@ class Described(TypedDict):
     toolchain: Mapping[str, Compiler]
     tools: Mapping[str, str]
     functions: list[str]
-    params: list[Param]
+    params: list[LibraryParam]
     model: BuiltModel
 
 

@@ -34,7 +34,7 @@ class RopeFields(TypedDict):
     rope_parameters: RopeParameters
 
 
-class Model(TypedDict):
+class ModelDocument(TypedDict):
     """model.json: ``config`` are the fields of the family's config dataclass."""
 
     schema: int
@@ -47,7 +47,7 @@ class Model(TypedDict):
     num_layers: int
 
 
-class Generation(TypedDict):
+class GenerationDefaults(TypedDict):
     """generation.json: special token ids, what ends a text, the chat format and the sampling defaults."""
 
     schema: int

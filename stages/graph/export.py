@@ -23,8 +23,10 @@ from stages.targets.table import Target
 
 VERIFY_CHUNK = 64  # see Build.verify_chunk
 tensor = nn.spec.Tensor
-Arguments: TypeAlias = Mapping[str, Any]  # of one function: name -> spec of a tensor, of a list of them or an object
-Specs: TypeAlias = Mapping[str, Arguments]  # by function
+FunctionInputs: TypeAlias = Mapping[
+    str, Any
+]  # of one function: name -> spec of a tensor, of a list of them or an object
+Specs: TypeAlias = Mapping[str, FunctionInputs]  # by function
 
 
 class Int8Cache(PagedKVCache):
@@ -174,7 +176,7 @@ class Build:
 
 
 def export_prefill(
-    build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object, **more: Arguments
+    build: Build, wrap: Callable[[Any], nn.Module], state: nn.spec.Object, **more: FunctionInputs
 ) -> tvm.IRModule:
     """Export ``prefill``, ``batch_prefill`` and ``more``; ``state`` is what they read the chunks into."""
     states = build.states([1, "seq_len"])

@@ -11,7 +11,7 @@ from stages.graph.recurrent_trunk import STATE, logits, row_numbers
 from stages.models.rwkv_layers import RecurrentLM, RecurrentState
 
 
-class Decode(nn.Module):
+class RecurrentDecode(nn.Module):
     """The exported functions; see docs/abi.md for their convention."""
 
     def __init__(self, model: RecurrentLM) -> None:
@@ -33,4 +33,4 @@ class Decode(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``decode`` and ``batch_decode``."""
-    return export_decode(build, Decode, STATE)
+    return export_decode(build, RecurrentDecode, STATE)

@@ -11,7 +11,7 @@ from stages.graph.recurrent_trunk import STATE, logits, row_numbers
 from stages.models.rwkv_layers import RecurrentLM, RecurrentState
 
 
-class Prefill(nn.Module):
+class RecurrentPrefill(nn.Module):
     """The exported functions; see docs/abi.md for their convention."""
 
     def __init__(self, model: RecurrentLM) -> None:
@@ -34,4 +34,4 @@ class Prefill(nn.Module):
 
 def export(build: Build) -> tvm.IRModule:
     """Return the module of ``prefill`` and ``batch_prefill``."""
-    return export_prefill(build, Prefill, STATE)
+    return export_prefill(build, RecurrentPrefill, STATE)

@@ -10,7 +10,7 @@ from tvm import relax as rx
 from tvm import tirx
 
 from stages.kernels.cpu.experts import Experts, experts_kernel, order_kernel
-from stages.kernels.cpu.linear_float import Linear
+from stages.kernels.cpu.linear_float import LinearLayer
 from stages.lowering.cpu_linear import register_tile, stored_as
 from stages.lowering.rewriter import KernelCall, Rewriter, is_call
 from stages.sizes import N32_BLOCK as BLOCK
@@ -50,7 +50,7 @@ class _Experts(Rewriter):
         if stored is None or int(features) % BLOCK or not isinstance(each, tirx.IntImm):
             return None
         count = int(rows) if isinstance(rows, tirx.IntImm) else None
-        linear = Linear(stored, count, 0, tile=register_tile(self.features))
+        linear = LinearLayer(stored, count, 0, tile=register_tile(self.features))
         layer = Experts(linear, stored.n // int(features), int(each))
         numbers = [chosen] if count is not None else self._order(chosen, layer.count)
         return KernelCall(layer, lambda: experts_kernel(layer), "experts", [x, *numbers, *weight], [rows, features])

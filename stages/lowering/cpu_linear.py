@@ -11,7 +11,7 @@ import tvm
 import tvm_ffi
 from tvm import relax as rx
 
-from stages.kernels.cpu.linear_float import Linear, linear_kernel
+from stages.kernels.cpu.linear_float import LinearLayer, linear_kernel
 from stages.kernels.cpu.linear_int8 import int8_kernel, offset_factor, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
@@ -97,14 +97,14 @@ class _Linears(Rewriter):
                 self.drop(var)
         count = 1 if rows[0][-1] == 1 else None
         tile, streams = register_tile(self.features), row_streams(self.features, stored.bits)
-        layer = Linear(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
+        layer = LinearLayer(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
         inputs = [x]
         if self.dot and stored.bits in BYTE_BITS:
             layer = with_bytes(layer, self.dot)
             inputs = self._quantized(x, layer)
         return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
 
-    def _quantized(self, x: Any, layer: Linear) -> list[Any]:
+    def _quantized(self, x: Any, layer: LinearLayer) -> list[Any]:
         """Emit the quantization of activations; return bytes, scales and offsets."""
         weight = layer.weight
         size = layer.rows, layer.outer, weight.k, weight.group, offset_factor(layer)
@@ -131,7 +131,7 @@ class _Linears(Rewriter):
         return _call(layer, [*call.arguments, added], call.shape)
 
 
-def _call(layer: Linear, arguments: Sequence[Any], shape: Sequence[Any]) -> KernelCall:
+def _call(layer: LinearLayer, arguments: Sequence[Any], shape: Sequence[Any]) -> KernelCall:
     make = int8_kernel if layer.dot else linear_kernel
     return KernelCall(layer, lambda: make(layer), "linear", arguments, shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm import relax as rx
 
-from stages.kernels.cpu.softmax import Softmax, softmax_kernel
+from stages.kernels.cpu.softmax import SoftmaxKernel, softmax_kernel
 from stages.lowering.rewriter import KernelCall, Rewriter, is_call, rows_of
 
 
@@ -21,5 +21,5 @@ class _Softmaxes(Rewriter):
         rows = rows_of(call.args[0]) if is_call(call, "nn.softmax") else None
         if rows is None or rows[0].count(None) > 1 or int(call.attrs.axis) not in (-1, len(rows[0])):
             return None
-        softmax = Softmax(*rows)
+        softmax = SoftmaxKernel(*rows)
         return KernelCall(softmax, lambda: softmax_kernel(softmax), "softmax", call.args, call.ty.shape.values)

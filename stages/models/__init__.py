@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from stages.documents.model import Model
+    from stages.documents.model import ModelDocument
     from stages.models.family import Family
 
 # model_type -> where its Family is; strings, so that naming a family imports none
@@ -37,7 +37,7 @@ def load_family(name: str) -> Family:
     return family
 
 
-def described(model: Model) -> tuple[Family, Any]:
+def described(model: ModelDocument) -> tuple[Family, Any]:
     """Return the family and the config of what config-parse wrote as model.json."""
     family = load_family(model["family"])
     config = family.config(**model["config"])

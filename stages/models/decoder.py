@@ -14,7 +14,7 @@ from stages.models.rope import Rope, context_window, for_context, read_rope
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
     from stages.models.config_reader import ConfigReader
-    from stages.models.family import Tensors
+    from stages.models.family import WeightValues
 
 SILU = {"silu": "silu", "swish": "silu"}  # transformers' two names of one activation
 
@@ -174,7 +174,7 @@ def causal_lm(config: DecoderConfig, make: Any) -> Any:
     )
 
 
-def reference(config: DecoderConfig, tensors: Tensors, **options: Any) -> tuple[JsonObject, Tensors]:
+def reference(config: DecoderConfig, tensors: WeightValues, **options: Any) -> tuple[JsonObject, WeightValues]:
     """Return the keywords of transformers' config, with ``options`` of the family, and the model's state dict."""
     keywords = {
         "vocab_size": config.vocab_size,

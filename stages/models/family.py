@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from stages.documents.files import JsonObject
 
 # Tensors by name: arrays, or what reads one when it is asked for.
-Tensors: TypeAlias = "Mapping[str, Any]"
+WeightValues: TypeAlias = "Mapping[str, Any]"
 # The name of transformers' class, the keywords of its config, and its state dict.
-ReferenceModel: TypeAlias = "tuple[str, JsonObject, Tensors]"
+ReferenceModel: TypeAlias = "tuple[str, JsonObject, WeightValues]"
 Kind = Literal["linear", "embedding", "head", "router", "norm", "bias", "vector"]
 Transform = str  # a row of stages.models.transforms:TRANSFORMS, with its argument after a colon where it takes one
 KeyClass = Literal["honoured", "irrelevant", "refused"]
@@ -116,7 +116,7 @@ class Family:
     context_window: Callable[[Any, int], int]
     params: Callable[[Any], tuple[Param, ...]]
     causal_lm: Callable[[Any, Any], Any]
-    to_reference: Callable[[Any, Tensors], ReferenceModel]
+    to_reference: Callable[[Any, WeightValues], ReferenceModel]
     keys: Mapping[str, KeyClass]
     for_context: Callable[[Any, int], tuple[Any, str]] = _whatever_the_context
     recomputed: tuple[str, ...] = ()

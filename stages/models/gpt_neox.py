@@ -13,7 +13,7 @@ from stages.models.rope import Rope, context_window, for_context, read_rope
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 # Transformers' names of an activation -> ours.
 ACTIVATIONS = {
@@ -163,7 +163,7 @@ def causal_lm(config: NeoXConfig, make: Any) -> Any:
     )
 
 
-def to_reference(config: NeoXConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: NeoXConfig, tensors: WeightValues) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     keywords = {
         "vocab_size": config.vocab_size,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Stored:
+class MatchedCheckpoint:
     """``config`` is the model's, untied where the checkpoint holds another head. ``names`` are the model's names ->
     the checkpoint's, of those that differ; ``unused`` tensors -> why no parameter is made of them.
     """
@@ -34,7 +34,7 @@ class Stored:
     notes: Sequence[str]
 
 
-def match(family: Family, config: Any, files: Mapping[str, Path], headers: Headers) -> Stored:
+def match(family: Family, config: Any, files: Mapping[str, Path], headers: Headers) -> MatchedCheckpoint:
     """Match a checkpoint's tensors with the model's; :class:`ConfigError` in one line where none can be."""
     tensors = headers.tensors
     adapting = adapter(tensors)
@@ -77,7 +77,7 @@ def match(family: Family, config: Any, files: Mapping[str, Path], headers: Heade
         notes.append(
             f"{len(doubles):,} tensors are float64 and read as float32, as transformers does: {listed(doubles)}"
         )
-    return Stored(config, naming.names, unused, notes)
+    return MatchedCheckpoint(config, naming.names, unused, notes)
 
 
 def _with_stored_head(

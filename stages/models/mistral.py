@@ -11,7 +11,7 @@ from stages.models.family import Family
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 # Of transformers' MistralConfig; a sliding_window that is null means none.
 DEFAULTS = {
@@ -45,7 +45,7 @@ def parse(raw: JsonObject) -> DecoderConfig:
     return config
 
 
-def to_reference(config: DecoderConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: DecoderConfig, tensors: WeightValues) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     keywords, state = decoder.reference(config, tensors, sliding_window=config.sliding_window or None)
     return "MistralForCausalLM", keywords, state

@@ -17,7 +17,7 @@ from stages.models.family import AttentionCache, Family, Param, copied
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
     from stages.documents.model import RopeParameters
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def causal_lm(config: QWenConfig, make: Any) -> Any:
     )
 
 
-def to_reference(config: QWenConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: QWenConfig, tensors: WeightValues) -> ReferenceModel:
     """Return the same model as transformers' Qwen2: class name, config keywords, state dict (views of ``tensors``)."""
     keywords = {
         "vocab_size": config.vocab_size,

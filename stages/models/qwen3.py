@@ -11,7 +11,7 @@ from stages.models.family import Family
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 # Of transformers' Qwen3Config.
 DEFAULTS = {
@@ -46,7 +46,7 @@ def parse(raw: JsonObject) -> DecoderConfig:
     return config
 
 
-def to_reference(config: DecoderConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: DecoderConfig, tensors: WeightValues) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     window = config.sliding_window or None
     options = {"use_sliding_window": bool(window), "sliding_window": window, "max_window_layers": config.full_layers}

@@ -16,7 +16,7 @@ from stages.models.family import Family, Param, copied
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 FINAL_EPS = 1e-5  # of the last norm: transformers takes no notice of layer_norm_epsilon there
 
@@ -116,18 +116,18 @@ def causal_lm(config: RwkvConfig, make: Any) -> Any:
     def block(i: int) -> rwkv_layers.Block:
         name, eps = f"rwkv.blocks.{i}", config.norm_eps * 4 ** _halvings(config, i)
         return rwkv_layers.Block(
-            rwkv_layers.LayerNorm(make, f"{name}.ln1", h, eps),
+            rwkv_layers.Float32LayerNorm(make, f"{name}.ln1", h, eps),
             rwkv_layers.TimeMixing(make, f"{name}.attention", h, a),
-            rwkv_layers.LayerNorm(make, f"{name}.ln2", h, eps),
+            rwkv_layers.Float32LayerNorm(make, f"{name}.ln2", h, eps),
             rwkv_layers.ChannelMixing(make, f"{name}.feed_forward", h, config.intermediate_size),
         )
 
     return rwkv_layers.RecurrentLM(
         make,
         make.embedding("rwkv.embeddings", config.vocab_size, h),
-        rwkv_layers.LayerNorm(make, "rwkv.blocks.0.pre_ln", h, config.norm_eps),
+        rwkv_layers.Float32LayerNorm(make, "rwkv.blocks.0.pre_ln", h, config.norm_eps),
         [block(i) for i in range(config.num_layers)],
-        rwkv_layers.LayerNorm(make, "rwkv.ln_out", h, FINAL_EPS * 4 ** _halvings(config, config.num_layers)),
+        rwkv_layers.Float32LayerNorm(make, "rwkv.ln_out", h, FINAL_EPS * 4 ** _halvings(config, config.num_layers)),
         make.head("head", config.vocab_size, h),
         width=h,
         attention_width=a,
@@ -139,7 +139,7 @@ def _halvings(config: RwkvConfig, layer: int) -> int:
     return layer // config.rescale_every if config.rescale_every else 0
 
 
-def to_reference(config: RwkvConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: RwkvConfig, tensors: WeightValues) -> ReferenceModel:
     """Return transformers' model: class name, config keywords, state dict (``tensors``, whose names are its own)."""
     keywords = {
         "vocab_size": config.vocab_size,

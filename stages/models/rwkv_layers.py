@@ -43,7 +43,7 @@ class RecurrentState(Object):
         return RecurrentState(_expr=call, _name="state")
 
 
-class LayerNorm(nn.Module):
+class Float32LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; takes and yields float32."""
 
     def __init__(self, make: LayerFactory, name: str, width: int, eps: float) -> None:
@@ -138,7 +138,9 @@ class ChannelMixing(nn.Module):
 class Block(nn.Module):
     """x + time mixing(norm(x)), then x + channel mixing(norm(x))."""
 
-    def __init__(self, norm1: LayerNorm, time: TimeMixing, norm2: LayerNorm, channel: ChannelMixing) -> None:
+    def __init__(
+        self, norm1: Float32LayerNorm, time: TimeMixing, norm2: Float32LayerNorm, channel: ChannelMixing
+    ) -> None:
         self.norm1 = norm1
         self.time = time
         self.norm2 = norm2
@@ -166,9 +168,9 @@ class RecurrentLM(nn.Module):
         self,
         make: LayerFactory,
         embedding: Embedding,
-        first_norm: LayerNorm,
+        first_norm: Float32LayerNorm,
         blocks: Sequence[Block],
-        norm: LayerNorm,
+        norm: Float32LayerNorm,
         head: Linear,
         *,
         width: int,

@@ -19,7 +19,7 @@ from stages.models.naming import suffixes, unwrapped
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
-    from stages.models.family import ReferenceModel, Tensors
+    from stages.models.family import ReferenceModel, WeightValues
 
 # Operators of layers that keep a state of each sequence.
 KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "delta_rule")
@@ -234,7 +234,7 @@ class Joined:
         return joined[slice(*self.rows)].reshape(self.shape) if self.rows else joined.reshape(self.shape)
 
 
-def to_reference(config: TracedConfig, tensors: Tensors) -> ReferenceModel:
+def to_reference(config: TracedConfig, tensors: WeightValues) -> ReferenceModel:
     """Return transformers' class name, config keywords and state dict."""
     state, taken = dict(tensors), set()
     for name, form in config.older.items():

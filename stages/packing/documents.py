@@ -10,7 +10,7 @@ from stages.runtime import seal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stages.documents.bundle import FileEntry, Manifest, Parts
+    from stages.documents.bundle import BundleDocument, BundleParts, FileEntry
     from stages.documents.files import JsonObject
     from stages.documents.library import BuiltModel, Metadata
     from stages.documents.weights import Shard
@@ -20,7 +20,7 @@ MLC_CONFIG_VERSION = "0.1.0"
 _SIZES = ("context_window", "prefill_chunk", "max_batch", "page_size", "vocab_size", "hidden_size", "num_layers")
 
 
-def disagreements(target: str, found: Parts) -> list[str]:
+def disagreements(target: str, found: BundleParts) -> list[str]:
     """Return where the parts of one bundle contradict one another; each would load and then give wrong text."""
     metadata, config, tokenizer_info = found["metadata"], found["config"], found["tokenizer_info"]
     model = metadata["model"]
@@ -58,12 +58,12 @@ def manifest(
     name: str,
     target: str,
     machine: str,
-    found: Parts,
+    found: BundleParts,
     files: Mapping[str, FileEntry],
 ) -> JsonObject:
     """Return bundle.json: what the loader checks before it loads anything, and how the checkpoint draws tokens."""
     metadata = found["metadata"]
-    document: Manifest = {
+    document: BundleDocument = {
         "schema": 1,
         "name": name,
         "target": target,
@@ -79,7 +79,7 @@ def manifest(
 
 
 def chat_config(
-    found: Parts, tables: JsonObject | None, tokenizer_files: Sequence[str], conversation: mlc.Conversation
+    found: BundleParts, tables: JsonObject | None, tokenizer_files: Sequence[str], conversation: mlc.Conversation
 ) -> JsonObject:
     """Return mlc-chat-config.json; ``tables`` are those of tokenizer.json, ``conversation`` is its conv_template."""
     model, info = found["metadata"]["model"], found["tokenizer_info"]
@@ -117,7 +117,7 @@ def chat_config(
     }
 
 
-def card(name: str, target: str, target_needs: Sequence[str], found: Parts) -> str:
+def card(name: str, target: str, target_needs: Sequence[str], found: BundleParts) -> str:
     """Return README.md: what the bundle is, what it was made of and with, and the command that runs it.
 
     ``target_needs`` is what pip installs for the target beside TVM.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoices:
     """What a matrix can be stored as: ``bits`` that each way takes in all, and ``loss`` that is to be expected."""
 
     name: str
@@ -48,7 +48,7 @@ def stored_bits(row: Row, n: int, k: int) -> float:
     return sum(8.0 * DTYPE_BYTES[dtype] * float(np.prod(shape)) for _, shape, dtype in row.stored(n, k))
 
 
-def allocate(choices: Sequence[Choice], bits: float) -> dict[str, int]:
+def allocate(choices: Sequence[RowChoices], bits: float) -> dict[str, int]:
     """Return the way of each of ``choices``, ``bits`` a value on the average at most.
 
     Of all steps from the smallest ways on, the one that saves most for its bits is taken first, while it fits.

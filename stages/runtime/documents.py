@@ -107,7 +107,7 @@ class CertifiedCheckpoint(TypedDict):
     source: str
 
 
-class Made(TypedDict):
+class Provenance(TypedDict):
     """What verified: a digest of its code, the versions of its tools, the builds of its libraries, and its inputs."""
 
     code: str
@@ -123,7 +123,7 @@ class Certificate(TypedDict):
     verdict: str
     bundle: CertifiedBundle
     checkpoint: CertifiedCheckpoint
-    made: Made
+    made: Provenance
     verification: Mapping[str, object]
     tokenizer: Wording
     golden: Golden | None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stages.runtime.errors import BundleError
-from stages.runtime.server.answer import End, Failure, Options
+from stages.runtime.server.answer import AnswerOptions, End, Failure
 from stages.runtime.server.engine import ClosingError, Engine
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Generation:
     """
 
     prompt: Sequence[int]
-    options: Options
+    options: AnswerOptions
     seed: int = 0
     interrupted: Callable[[], bool] = lambda: False
     ids: list[int] = field(default_factory=list)

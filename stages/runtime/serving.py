@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from stages.runtime.generation import Generation
     from stages.runtime.manifest import Manifest
-    from stages.runtime.server.answer import Options
+    from stages.runtime.server.answer import AnswerOptions
     from stages.runtime.server.engine import Engine
     from stages.runtime.tokenizer import BundleTokenizer
 
@@ -152,7 +152,7 @@ class Served:
 
     manifest: Manifest
     tokenizer: BundleTokenizer
-    options: Options
+    options: AnswerOptions
     sampling: str
 
     @contextmanager
@@ -175,7 +175,7 @@ def serve(args: argparse.Namespace, *, chat: bool, max_tokens: int | None = None
     bundle = opened(args.bundle, args)
     # What they import may be absent, which the check above has said by now.
     from stages.runtime.sampling import Settings, of_checkpoint
-    from stages.runtime.server.answer import Options
+    from stages.runtime.server.answer import AnswerOptions
     from stages.runtime.tokenizer import BundleTokenizer
 
     given = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
@@ -190,7 +190,7 @@ def serve(args: argparse.Namespace, *, chat: bool, max_tokens: int | None = None
         raise RequestError(f"seed {args.seed} is negative")
     tokenizer = BundleTokenizer(bundle.folder)
     usual = max_tokens or int(bundle.sampling.get("max_new_tokens", CHAT_TOKENS))
-    options = Options(settings, args.max_tokens or usual, tuple(stops), specials=args.specials)
+    options = AnswerOptions(settings, args.max_tokens or usual, tuple(stops), specials=args.specials)
     in_use = ("temperature", "repetition_penalty") if settings.temperature == 0 else _SAMPLING
     origin = " (generation_config.json)" if {*default} & {*in_use} - {*given} else ""
     return Served(bundle, tokenizer, options, f"{settings}{origin}")

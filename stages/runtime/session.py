@@ -81,7 +81,7 @@ class Session:
         names = [param["name"] for param in expected]
         return backend.array(tensor_cache.upload(folder, stored, names, self._device, digest=not self.manifest.quick))
 
-    def _create_state(self, sequences: int, tokens: int | None) -> state.State:
+    def _create_state(self, sequences: int, tokens: int | None) -> state.SessionState:
         limit = self.max_batch
         if not 1 <= sequences <= limit:
             raise RequestError(f"{sequences} sequences asked for; the library was built for 1 to {limit} (max_batch)")

@@ -14,7 +14,7 @@ HISTORY = 16  # states a session keeps of each sequence, the newest among them
 
 
 @dataclass(frozen=True)
-class State:
+class SessionState:
     """The library's objects that hold it, and what it allows.
 
     ``limit`` is the most tokens a sequence may have, None where none is. ``history`` is how many states are kept of
@@ -42,7 +42,7 @@ def create(
     *,
     spare: int = 0,
     tokens: int | None = None,
-) -> State:
+) -> SessionState:
     """Create the state that ``model`` (metadata's) asks for; ``functions`` are the library's, ``shape`` TVM's tuple.
 
     ``sequences`` are read at once, and ``spare`` more may be held; all have so many ``tokens`` together, None for a
@@ -51,11 +51,11 @@ def create(
     kind = model.get("state", "kv")
     steps = [functions["create_rnn_state"](shape([sequences + spare]), shape([HISTORY]))] if kind != "kv" else []
     if kind == "rnn":
-        return State((*steps,), None, HISTORY, None)
+        return SessionState((*steps,), None, HISTORY, None)
     window, page = model["context_window"], model["page_size"]
     assert page, "the size of a page was checked with the manifest"
     whole = sequences + (spare if steps else 0)  # kept states have their own pages
     pages = whole * -(-window // page) if tokens is None else -(-tokens // page)
     sizes = (sequences, pages * page, model["prefill_chunk"], page, 0)
     cache = functions["create_tir_paged_kv_cache"](*(shape([size]) for size in sizes))
-    return State((cache, *steps), window, HISTORY if steps else None, None if steps else page)
+    return SessionState((cache, *steps), window, HISTORY if steps else None, None if steps else page)

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 # Family name -> where its TokenizerFamily is. Strings, so that naming a family imports nothing.
 TOKENIZERS: dict[str, str] = {
-    "tiktoken-qwen": "stages.tokenizers.tiktoken_qwen:FAMILY",
-    "tokenizer-json": "stages.tokenizers.tokenizer_json:FAMILY",
-    "tiktoken-llama3": "stages.tokenizers.tiktoken_llama3:FAMILY",
-    "sentencepiece": "stages.tokenizers.sentencepiece_family:FAMILY",
-    "tekken": "stages.tokenizers.tekken:FAMILY",
-    "rwkv-world": "stages.tokenizers.rwkv_world:FAMILY",
+    "tiktoken-qwen": "stages.tokenizers.families.tiktoken_qwen:FAMILY",
+    "tokenizer-json": "stages.tokenizers.families.tokenizer_json:FAMILY",
+    "tiktoken-llama3": "stages.tokenizers.families.tiktoken_llama3:FAMILY",
+    "sentencepiece": "stages.tokenizers.families.sentencepiece:FAMILY",
+    "tekken": "stages.tokenizers.families.tekken:FAMILY",
+    "rwkv-world": "stages.tokenizers.families.rwkv_world:FAMILY",
 }
 
 # The libraries that read a checkpoint's vocabulary: whatever reads one has their versions in its key.

@@ -27,7 +27,7 @@ DROPPED = {"dtype_layout", "layout", "device", "pin_memory", "memory_format", "n
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """``nodes`` of a graph, each of which makes the value of its number behind the ``inputs``; ``output`` is one."""
 
     inputs: int
@@ -42,7 +42,7 @@ def export(
     names: Names,
     axes: Sequence[int],
     most: int = 0,
-) -> tuple[Part, tuple[int, ...]]:
+) -> tuple[GraphPart, tuple[int, ...]]:
     """Return the graph of ``forward(*inputs)``, of which the number of tokens is at ``axes``, and its result's shape
     without that; :class:`ConfigError` names the node and the operator that cannot be built. It is for at
     most so many tokens (0: any number), for tables of positions may have no more rows.
@@ -105,7 +105,7 @@ class _Graph:
             elif node.op == "output":
                 (out,) = node.args[0]
         self.shape = self._shape(out)
-        self.part = Part(self.inputs, self.nodes, self.values[out]["value"])
+        self.part = GraphPart(self.inputs, self.nodes, self.values[out]["value"])
 
     def _check_change(self, node: Any, needed: set[Any]) -> None:
         """Refuse a change in place that others would not see: torch's tracing hands the changed value on in place of

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages.tracing.export import Part
+from stages.tracing.export import GraphPart
 
 if TYPE_CHECKING:
     from stages.tracing.nodes import Arguments, Node
 
 
-def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -> tuple[Part, dict[str, list[str]]]:
+def merged(
+    part: GraphPart, shapes: Mapping[str, tuple[int, ...]], apart: set[str]
+) -> tuple[GraphPart, dict[str, list[str]]]:
     """Return the graph with such linear layers merged, and what is merged: name of the new parameter -> names.
 
     ``shapes`` are those of parameters; those ``apart`` stay as they are, as do any that are read more than once.
@@ -57,7 +59,7 @@ def merged(part: Part, shapes: Mapping[str, tuple[int, ...]], apart: set[str]) -
     return replace(part, nodes=nodes, output=values[part.output]), made
 
 
-def projected(part: Part) -> Part:
+def projected(part: GraphPart) -> GraphPart:
     """Return the graph with each weight [n, k] times a value [1, k, tokens] as the linear layer that it is."""
     nodes: list[Node] = []
     values: dict[int, int] = {number: number for number in range(part.inputs)}

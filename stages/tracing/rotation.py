@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.tracing.export import Part
+from stages.tracing.export import GraphPart
 from stages.tracing.merge import read, renumbered
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Rotation:
     factor: float
 
 
-def hoisted(part: Part, constants: Sequence[JsonObject]) -> tuple[Part, Rotation | None]:
+def hoisted(part: GraphPart, constants: Sequence[JsonObject]) -> tuple[GraphPart, Rotation | None]:
     """Return the body without the rotation that all its layers share, and that; the body itself where there is none."""
     graph = _Graph(part, constants)
     nodes, rotations = list(part.nodes), set()
@@ -50,7 +50,7 @@ def hoisted(part: Part, constants: Sequence[JsonObject]) -> tuple[Part, Rotation
     return pruned(replace(part, nodes=nodes)), rotations.pop()
 
 
-def packed(part: Part) -> Part:
+def packed(part: GraphPart) -> GraphPart:
     """Return the body with attention on what is laid out by token where that is only turned for it: on q, k and v as
     they came out of one matrix, where nothing else is done to them.
     """
@@ -86,7 +86,7 @@ def packed(part: Part) -> Part:
     return pruned(replace(part, nodes=nodes))
 
 
-def pruned(part: Part) -> Part:
+def pruned(part: GraphPart) -> GraphPart:
     """Return a graph without nodes that its output is not made of."""
     needed, waiting = set(), [part.output]
     while waiting:
@@ -112,7 +112,7 @@ def read_values(arguments: Arguments) -> list[int]:
 class _Graph:
     """Looks behind values of a body."""
 
-    def __init__(self, part: Part, constants: Sequence[JsonObject]) -> None:
+    def __init__(self, part: GraphPart, constants: Sequence[JsonObject]) -> None:
         self.part = part
         self.constants = [
             np.frombuffer(base64.b85decode(entry["data"]), entry["dtype"]).reshape(entry["shape"])

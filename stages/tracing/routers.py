@@ -9,10 +9,10 @@ from stages.tracing.merge import read
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from stages.tracing.export import Part
+    from stages.tracing.export import GraphPart
 
 
-def routers(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+def routers(part: GraphPart, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     """Return the weights of linear layers whose results choose experts, and of those with a single result, a gate."""
     linear = [
         name for kind, arguments in part.nodes if kind == "linear" for name in read(arguments["weight"], "parameter")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Source:
+class TracedSource:
     """``model`` of ``cls`` by ``config``, which is transformers' own reading; ``wrapper`` is the class of a model that
     has it for its text part, empty if it stands alone. ``settled`` is the context that its rotary frequencies were
     chosen for, 0 where they do not depend on it.
@@ -30,7 +30,7 @@ class Source:
     settled: int
 
 
-def open_source(raw: JsonObject, window: int) -> Source:
+def open_source(raw: JsonObject, window: int) -> TracedSource:
     """Return the model that a config.json describes; :class:`ConfigError` where transformers has none that decodes."""
     import transformers
 
@@ -70,7 +70,7 @@ def open_source(raw: JsonObject, window: int) -> Source:
     hollow.spread(model)
     replace_written_out(model)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
-    return Source(cls, text, model, wrapper, settled)
+    return TracedSource(cls, text, model, wrapper, settled)
 
 
 def _made(cls: Any, config: Any) -> Any:

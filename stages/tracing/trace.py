@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
 from stages.tracing import leaves, older
-from stages.tracing.export import EXAMPLE, Part, export
+from stages.tracing.export import EXAMPLE, GraphPart, export
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
 from stages.tracing.rotation import hoisted, packed
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.files import JsonObject
-    from stages.tracing.source import Source
+    from stages.tracing.source import TracedSource
 
 # Keys of config.json that say nothing of the model.
 SILENT = ("architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "quantization_config")
@@ -80,7 +80,7 @@ def _body_name(model: Any) -> str:
     return next((name for name in (model.base_model_prefix, "model") if name and hasattr(model, name)), "")
 
 
-def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
+def _parts(source: TracedSource, names: Names) -> tuple[dict[str, GraphPart], int, int]:
     """Return the graphs, the width of the body's states, and how many logits there are."""
     import torch
 
@@ -133,7 +133,7 @@ def _parts(source: Source, names: Names) -> tuple[dict[str, Part], int, int]:
 
 
 def _parameters(
-    parts: Mapping[str, Part], names: Names, merges: Mapping[str, Sequence[str]], deciding: set[str]
+    parts: Mapping[str, GraphPart], names: Names, merges: Mapping[str, Sequence[str]], deciding: set[str]
 ) -> list[JsonObject]:
     """Return the parameters in packed order, each with its kind and the tensors that it is made of."""
     uses: dict[str, set[str]] = {}

@@ -37,7 +37,7 @@ INT8 = "int8"  # arithmetic of activations
 
 
 @dataclass(frozen=True)
-class Request:
+class AdviceRequest:
     """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged and how its ``scales`` are
     chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, of which the first within
     the user's ``limits`` is the last that is tried, and the tensors that need not be judged because they are ``known``.
@@ -53,13 +53,13 @@ class Request:
     activations: bool = False
 
 
-def compute(request: Request, progress: Progress) -> JsonObject:
+def compute(request: AdviceRequest, progress: Progress) -> JsonObject:
     """Return ``names`` and ``kl`` of the tensors, ``layers`` and ``layer_kl`` of those, and as JSON the figures of each
     candidate ``tried``, in order.
     """
     import torch
 
-    original_request = original.Request(**request.original)
+    original_request = original.OriginalRequest(**request.original)
     mapped, model, _ = streaming.load(
         original_request.root, original_request.files, original_request.config, original_request.scratch
     )
@@ -256,7 +256,7 @@ def figures_of(wanted: Any, found: Any, following: Any) -> Loss:
 
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
-    request = Request(**json.loads(Path(request_path).read_text("utf-8")))
+    request = AdviceRequest(**json.loads(Path(request_path).read_text("utf-8")))
     np.savez(result_path, **compute(request, apart.say))
 
 

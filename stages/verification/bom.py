@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.verification import Verification
-    from stages.runtime.documents import Certificate, CertifiedCheckpoint, JsonObject, Made
+    from stages.runtime.documents import Certificate, CertifiedCheckpoint, JsonObject, Provenance
     from stages.runtime.manifest import Manifest
 
 
@@ -88,7 +88,7 @@ def _metrics(verified: Verification) -> list[dict[str, str]]:
     ]
 
 
-def _tools(made: Made) -> list[dict[str, str]]:
+def _tools(made: Provenance) -> list[dict[str, str]]:
     """Return what verified: the tools it named, and all other libraries that counted in its key."""
     libraries = {name: build for name, build in made["libraries"].items() if name not in made["tools"]}
     found = [("application", made["tools"]), ("library", libraries)]

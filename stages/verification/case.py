@@ -48,7 +48,7 @@ class Case:
     proof: JsonObject | None = None  # what tokenizer-bundle has found, where verify reads that
     corpus: Path = probes.DEFAULT
     probe_tokens: int = 2048
-    limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.Limits
+    limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.LossLimits
     scratch: Path = Path()  # where files may be made that are removed again
     memo: Memo | None = None  # where the original's answers are kept; without one they are computed anew
 
@@ -157,11 +157,11 @@ class Case:
         )
 
     @cached_property
-    def original(self) -> original.Request:
+    def original(self) -> original.OriginalRequest:
         """What is asked of the original model."""
         weights = {name: path for name, path in self.files.items() if "/" not in name}
         probes = self.probes
-        return original.Request(self.root, weights, self.config, probes.pieces, probes.skipped, self.scratch)
+        return original.OriginalRequest(self.root, weights, self.config, probes.pieces, probes.skipped, self.scratch)
 
     def known_original(self) -> Mapping[str, np.ndarray] | None:
         """Return what the original answered before to the same probes, for whatever scheme or target."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from stages.checkpoint.gguf.folder import files_of, write
-from stages.tokenizers import gguf_files
+from stages.tokenizers.formats import gguf_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

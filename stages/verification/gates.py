@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Limits:
+class LossLimits:
     """``max_kl``: mean divergence in nats. ``min_top1``: share of equal likeliest tokens. ``max_ppl_ratio``: perplexity
     over the original's. ``max_activation_kl``: mean divergence of int8 activations, keys and values among them, from
     float ones on the same weights.
@@ -30,12 +30,12 @@ class Limits:
     max_activation_kl: float = 0.03  # what eight bits may cost, whatever the weights keep
 
 
-NAMES = tuple(field.name for field in fields(Limits))  # verify's parameters of the same names set others
+NAMES = tuple(field.name for field in fields(LossLimits))  # verify's parameters of the same names set others
 # By how many bits a weight or an activation keeps. docs/verification.md has what the limits follow from.
 LIMITS = {
-    16: Limits(max_kl=0.01, min_top1=0.96, max_ppl_ratio=1.01),
-    8: Limits(max_kl=0.03, min_top1=0.92, max_ppl_ratio=1.03),
-    4: Limits(max_kl=0.25, min_top1=0.75, max_ppl_ratio=1.25),
+    16: LossLimits(max_kl=0.01, min_top1=0.96, max_ppl_ratio=1.01),
+    8: LossLimits(max_kl=0.03, min_top1=0.92, max_ppl_ratio=1.03),
+    4: LossLimits(max_kl=0.25, min_top1=0.75, max_ppl_ratio=1.25),
 }
 
 
@@ -47,7 +47,7 @@ def bits_kept(scheme: Scheme, coarsest: str) -> int:
     return next(limit for limit in LIMITS if bits >= limit or limit == min(LIMITS))
 
 
-def limits(scheme: Scheme, coarsest: str, own: Mapping[str, float]) -> Limits:
+def limits(scheme: Scheme, coarsest: str, own: Mapping[str, float]) -> LossLimits:
     """Return the limits of a bundle: those of its class but for the user's ``own``."""
     return replace(LIMITS[bits_kept(scheme, coarsest)], **own)
 
@@ -62,7 +62,7 @@ def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Chec
     return Check(f"range of {dtype}", bool(value <= top), detail, float(f"{value:.4g}"), top)
 
 
-def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits, in_bytes: Sequence[str]) -> Check:
+def activations(rows: np.ndarray, wanted: np.ndarray, limits: LossLimits, in_bytes: Sequence[str]) -> Check:
     """Return the check of logits ``rows`` [n, V], for which what is called ``in_bytes`` was rounded to int8, against
     those of floats on the same weights: a loss of its own, which the weights' would hide.
     """
@@ -80,7 +80,7 @@ def activations(rows: np.ndarray, wanted: np.ndarray, limits: Limits, in_bytes: 
     return Check(f"int8 {what} (max_activation_kl)", ok, detail, mean, limits.max_activation_kl)
 
 
-def check(loss: Loss, limits: Limits) -> list[Check]:
+def check(loss: Loss, limits: LossLimits) -> list[Check]:
     """Return one check for each limit."""
     kl = f"{loss.kl_mean:.4g} nats per token from the original (± {loss.kl_error:.1g}), at most {limits.max_kl:g}"
     top1 = f"the original's most likely token at {loss.top1:.1%} of positions, at least {limits.min_top1:.0%}"

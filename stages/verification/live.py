@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
+class LiveRequest:
     """What to compute.
 
     ``bundle``, ``params`` and ``config`` are where the weights and their description are. The logits after each of
@@ -53,8 +53,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the reference gives for a :class:`Request`.
+class ReferenceAnswer:
+    """What the reference gives for a :class:`LiveRequest`.
 
     ``logits`` float32 [n, V], of which row i follows ``tokens[: i + 1]``; ``spread``: how far rounding moved them, as
     :func:`~stages.verification.checks.difference`; ``picks``: for each continuation as many ids as it has.
@@ -67,24 +67,24 @@ class Answer:
     original: Mapping[str, np.ndarray] | None = None
 
 
-def answer(request: Request, progress: Progress) -> Answer:
+def answer(request: LiveRequest, progress: Progress) -> ReferenceAnswer:
     """Compute ``request`` in a process of its own; :class:`LiveError` if that fails."""
     result = apart.call(__name__, asdict(request), progress)
     picks = [result[f"picks_{i}"].tolist() for i in range(len(request.continued))]
     origin = f"{result['origin']} in float32 on the bundle's own weights"
     original = {name: result[name] for name in original_model.ARRAYS} if request.original else None
-    return Answer(origin, result["logits"], float(result["spread"]), picks, original)
+    return ReferenceAnswer(origin, result["logits"], float(result["spread"]), picks, original)
 
 
-def compute(request: Request, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Return the fields of :class:`Answer` for ``request``, each of ``picks`` as ``picks_0`` and so on."""
+def compute(request: LiveRequest, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Return the fields of :class:`ReferenceAnswer` for ``request``, each of ``picks`` as ``picks_0`` and so on."""
     import torch
     import transformers
 
     # The original goes first and is gone before the other model comes: there is never room for both.
     result: dict[str, Any] = {}
     if request.original:
-        result |= original_model.compute(original_model.Request(**request.original), progress)
+        result |= original_model.compute(original_model.OriginalRequest(**request.original), progress)
     pieces = [request.tokens, *([*prompt, *ids[:-1]] for prompt, ids in request.continued)]
     places = [range(len(request.tokens))]
     places += [range(len(prompt) - 1, len(prompt) + len(ids) - 1) for prompt, ids in request.continued]
@@ -96,7 +96,7 @@ def compute(request: Request, progress: Progress = lambda *_: None) -> dict[str,
 
 
 def _read(
-    request: Request,
+    request: LiveRequest,
     pieces: Sequence[Sequence[int]],
     places: Sequence[range],
     progress: Progress,
@@ -127,7 +127,7 @@ def _read(
 
 @contextmanager
 def loaded(
-    request: Request, progress: Progress = lambda *_: None, whole: frozenset[str] = frozenset()
+    request: LiveRequest, progress: Progress = lambda *_: None, whole: frozenset[str] = frozenset()
 ) -> Iterator[tuple[Any, set[str], Mapping[str, int]]]:
     """Yield transformers' model in float32 with the weights that the bundle holds, dequantized while a module uses
     them or, of the modules ``whole``, once; the names of the modules that have computed; and the groups in which the
@@ -190,7 +190,7 @@ def _rescaled(model: Any) -> dict[str, int]:
 
 def main(request_path: str, result_path: str) -> None:
     """Compute the request in the one file into the other."""
-    request = Request(**json.loads(Path(request_path).read_text("utf-8")))
+    request = LiveRequest(**json.loads(Path(request_path).read_text("utf-8")))
     np.savez(result_path, **compute(request, apart.say))
 
 

@@ -41,7 +41,7 @@ ARRAYS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class OriginalRequest:
     """What to compute: the probabilities of what follows each token but the last of each of ``pieces``, token ids.
 
     The first ``skipped`` places of each piece are left out: they are those of what goes before every text.
@@ -57,7 +57,7 @@ class Request:
     scratch: Path = Path()
 
 
-def compute(request: Request, progress: Progress) -> dict[str, np.ndarray]:
+def compute(request: OriginalRequest, progress: Progress) -> dict[str, np.ndarray]:
     """Return :data:`ARRAYS`, the rows of all pieces one after the other."""
     import torch
 
@@ -97,7 +97,7 @@ def keep(memo: Memo, document: JsonObject, found: Mapping[str, np.ndarray], fold
     file.unlink()
 
 
-def document(request: Request, checkpoint: str) -> JsonObject:
+def document(request: OriginalRequest, checkpoint: str) -> JsonObject:
     """Return everything that an answer depends on beside the code; ``checkpoint`` is the digest of its files."""
     probes = json.dumps([request.pieces, request.skipped], separators=(",", ":"))
     return {

@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from stages.quantization.schemes import FLOAT_BITS, SCHEMES
 from stages.verification import advice, apart, gates, original
-from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, Request
+from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, AdviceRequest
 from stages.verification.loss import Loss
 from stages.verification.reference import checkpoint_digest
 
@@ -101,7 +101,7 @@ def _measured(
     layers = (shelf.layers() if activations else None) or {}
     unread = activations and not layers
     if names is None or divergences.keys() != set(names) or missing or unread:
-        request = Request(
+        request = AdviceRequest(
             shelf.original_request, scheme.name, case.scales, missing, case.limits, [*divergences], unread
         )
         found = apart.call(advice.__name__, asdict(request), progress)

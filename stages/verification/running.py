@@ -134,9 +134,9 @@ def _drafts(case: Case, session: Session, findings: Findings) -> list[_Draft]:
 
 def _ask(
     case: Case, tokens: Sequence[int], drafts: Sequence[_Draft], progress: Progress, *, with_original: bool
-) -> live.Answer:
+) -> live.ReferenceAnswer:
     """Compute the live reference of ``tokens`` and of the drafts and, where it is not known yet, the original's."""
-    request = live.Request(
+    request = live.LiveRequest(
         bundle=case.bundle,
         params=case.params,
         config=case.config,
@@ -159,7 +159,7 @@ def _ask(
 
 
 def _live(
-    case: Case, answer: live.Answer, tokens: Sequence[int], prompt: int, drafts: Sequence[_Draft]
+    case: Case, answer: live.ReferenceAnswer, tokens: Sequence[int], prompt: int, drafts: Sequence[_Draft]
 ) -> tuple[Reference, float]:
     """Return the live reference, and how far logits may be from it."""
     continuations = [_continuation(case, draft, picks) for draft, picks in zip(drafts, answer.picks, strict=True)]

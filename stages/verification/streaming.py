@@ -31,7 +31,7 @@ from stages.verification.apart import LiveError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from stages.checkpoint.headers import Tensors
+    from stages.checkpoint.headers import TensorTable
     from stages.verification.apart import Progress
 
 TorchTensors: TypeAlias = "Mapping[str, Any]"  # by name; torch's types are not known where it is not installed
@@ -40,7 +40,7 @@ TorchTensors: TypeAlias = "Mapping[str, Any]"  # by name; torch's types are not 
 class Mapped:
     """The tensors of safetensors files as torch tensors that lie in the files themselves."""
 
-    def __init__(self, paths: Mapping[str, Path], found: Tensors) -> None:
+    def __init__(self, paths: Mapping[str, Path], found: TensorTable) -> None:
         import torch
 
         names = {

@@ -79,7 +79,7 @@ def test_three_times_what_it_can_do(tmp_path: Path) -> None:
     seconds = 60 * float(os.environ.get("STAGEGRAPH_SOAK", "10"))
     ended: Counter = Counter()
     marks = []
-    limits = apps.Limits(sending=3600, seconds=3600)  # a busy machine may be slow
+    limits = apps.RequestLimits(sending=3600, seconds=3600)  # a busy machine may be slow
     for there in serve(engine, limits=limits, log=_Nowhere()):
         began = time.monotonic()
         count = 3 * (engine._session.max_batch + QUEUE)

@@ -17,11 +17,11 @@ from stages.allocate import ROWS, Allocate, _calibrated
 from stages.calibration import moments, sensitivity
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
-from stages.quantization.budget import Choice, allocate, stored_bits
+from stages.quantization.budget import RowChoices, allocate, stored_bits
 from stages.quantization.calibrated import Calibrated
 from stages.quantization.feedback import INDEX
 from stages.quantization.schemes import SCHEMES
-from stages.verification.original import Request
+from stages.verification.original import OriginalRequest
 from tests.support.checkpoints import write_qwen
 from tests.support.local_context import LocalContext, run_stage
 
@@ -29,13 +29,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 DOWN = "transformer.h.0.mlp.c_proj.weight"
 
 
-def choices(seed: int) -> list[Choice]:
+def choices(seed: int) -> list[RowChoices]:
     """Matrices that cost differently much, each four times less with each bit."""
     rng = np.random.default_rng(seed)
     found = []
     for i, values in enumerate(rng.integers(1, 5, 5) * 100):
         cost, bits = rng.lognormal(0, 2), [int(values) * each for each in (2.5, 3.5, 4.5, 8.5)]
-        found.append(Choice(f"m{i}", int(values), bits, [cost * 4.0**-each for each in (2.5, 3.5, 4.5, 8.5)]))
+        found.append(RowChoices(f"m{i}", int(values), bits, [cost * 4.0**-each for each in (2.5, 3.5, 4.5, 8.5)]))
     return found
 
 
@@ -100,8 +100,8 @@ def sensitivities(work: Path, scales: str, **files: str) -> dict[str, np.ndarray
     folder = EXAMPLES / "tiny-llama"
     parsed = run_stage(ConfigParse(), work / scales, {"checkpoint": str(folder)}).out
     shards = {path.name: path for path in folder.glob("*.safetensors")}
-    asked = asdict(Request(folder, shards, parsed / "model.json", [[*range(5, 70)]], 0, work))
-    return sensitivity.compute(sensitivity.Request(asked, ["q3k", "q4k"], scales, **files), lambda *_: None)
+    asked = asdict(OriginalRequest(folder, shards, parsed / "model.json", [[*range(5, 70)]], 0, work))
+    return sensitivity.compute(sensitivity.SensitivityRequest(asked, ["q3k", "q4k"], scales, **files), lambda *_: None)
 
 
 def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
@@ -113,7 +113,7 @@ def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
     feedback.mkdir()
     parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(folder)}).out
     files = {path.name: path for path in folder.glob("*.safetensors")}
-    request = Request(folder, files, parsed / "model.json", [[*range(5, 300)]], 0, tmp_path)
+    request = OriginalRequest(folder, files, parsed / "model.json", [[*range(5, 300)]], 0, tmp_path)
     np.savez(importance, **moments.compute(request, lambda *_: None, feedback))
     found = {
         "max": sensitivities(tmp_path, "max"),

@@ -26,7 +26,7 @@ from stages.runtime import tensor_cache
 from stages.runtime.folder import Folder
 from stages.targets import processor
 from stages.verification import probes, weights
-from stages.verification.original import Request
+from stages.verification.original import OriginalRequest
 from tests.support import family_models
 from tests.support.local_context import LocalContext, run_stage
 
@@ -38,7 +38,9 @@ def measured(example: str, work: Path, feedback: Path | None = None) -> dict[str
     folder = EXAMPLES / example
     parsed = run_stage(ConfigParse(), work / "parsed", {"checkpoint": str(folder)}).out
     files = {path.name: path for path in folder.glob("*.safetensors")}
-    return moments.compute(Request(folder, files, parsed / "model.json", PIECES, 0, work), lambda *_: None, feedback)
+    return moments.compute(
+        OriginalRequest(folder, files, parsed / "model.json", PIECES, 0, work), lambda *_: None, feedback
+    )
 
 
 def test_moments_are_those_of_transformers(tmp_path):

@@ -21,7 +21,7 @@ from stages.runtime import console, manifest, serving
 from stages.runtime.dialogue import Dialogue
 from stages.runtime.errors import RequestError
 from stages.runtime.generation import Generation
-from stages.runtime.server.answer import Options
+from stages.runtime.server.answer import AnswerOptions
 from stages.runtime.server.engine import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def piped(monkeypatch, data, *arguments):
 def readable(tokenizer):
     """How to pick tokens of letters: the random model's bytes are seldom text, which is not read as it came."""
     letters = [i for i in range(300) if (tokenizer.piece(i) or b"").replace(b" ", b"").isalpha()]
-    return Options(max_tokens=9, logit_bias=dict.fromkeys(letters, 100))
+    return AnswerOptions(max_tokens=9, logit_bias=dict.fromkeys(letters, 100))
 
 
 def test_every_turn_reads_only_what_is_new_and_answers_as_if_all_was_read(recorded):

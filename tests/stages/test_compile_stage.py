@@ -20,7 +20,7 @@ from stages.codegen.agreement import takes_bytes
 from stages.compile import Compile
 from stages.targets import processor, toolchain
 from stages.targets.cuda import fatbin
-from stages.targets.cuda.fatbin import DeviceCode
+from stages.targets.cuda.fatbin import FatbinEntry
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 from stages.targets.tvm_target import build_target
@@ -268,10 +268,10 @@ def test_a_cuda_library_holds_device_code_for_every_architecture(tmp_path, graph
     registered, ports = graphs("cuda", scheme)
     options = {"target": "cuda", "archs": (80, 90), "cuda_graph": replayed}
     context = compiled_qwen.compile_library(tmp_path, ports, registered, **options)
-    expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+    expected = [FatbinEntry(80, "elf"), FatbinEntry(90, "elf"), FatbinEntry(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
     metadata = json.loads((context.out / "metadata.json").read_text())
-    assert [DeviceCode(**entry) for entry in metadata["device_code"]] == expected
+    assert [FatbinEntry(**entry) for entry in metadata["device_code"]] == expected
     assert any("NT_matmul" in kernel for kernel in metadata["kernels"])
     assert any(re.fullmatch("batch_prefill_paged_kv_[0-9a-f]{8}_kernel", kernel) for kernel in metadata["kernels"])
     assert set(metadata["device_kernels"]) == {"sm_80", "sm_90"}

@@ -7,7 +7,7 @@ import pytest
 import tvm
 
 from stages.kernels.cpu.experts import Experts, experts_kernel, order_kernel
-from stages.kernels.cpu.linear_float import Linear
+from stages.kernels.cpu.linear_float import LinearLayer
 from stages.kernels.cpu.stored import Stored
 from stages.quantization import group, layouts
 from stages.quantization.schemes import SCHEMES
@@ -40,12 +40,12 @@ def test_each_row_is_multiplied_by_the_weights_of_its_expert(scheme: str, tokens
     rows = tokens * EACH
     y = np.full((rows, N), np.nan, np.float32)
     if tokens == 1:
-        run(experts_kernel(Experts(Linear(stored, rows, 0), COUNT, EACH)), x, chosen, *packed, y)
+        run(experts_kernel(Experts(LinearLayer(stored, rows, 0), COUNT, EACH)), x, chosen, *packed, y)
     else:
         order, starts = np.empty(rows, np.int32), np.empty(COUNT + 1, np.int32)
         run(order_kernel(COUNT), chosen, order, starts)
         assert [*chosen[order]] == sorted(chosen)
         assert [*np.diff(starts)] == [*np.bincount(chosen, minlength=COUNT)]
-        run(experts_kernel(Experts(Linear(stored, None, 0), COUNT, EACH)), x, order, starts, *packed, y)
+        run(experts_kernel(Experts(LinearLayer(stored, None, 0), COUNT, EACH)), x, order, starts, *packed, y)
     wanted = np.stack([weight.reshape(COUNT, N, K)[e] @ x[at // EACH] for at, e in enumerate(chosen)])
     assert np.abs(y - wanted).max() < 2e-5 * np.abs(wanted).max()

@@ -21,7 +21,7 @@ from stages.runtime import manifest, tensor_cache
 from stages.runtime.errors import RequestError
 from stages.targets import toolchain
 from stages.targets.cuda import fatbin
-from stages.targets.cuda.fatbin import DeviceCode
+from stages.targets.cuda.fatbin import FatbinEntry
 from tests.support import family_models
 from tests.support.compiled_qwen import Registered, build_graphs, compile_library
 from tests.support.family_models import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
@@ -264,7 +264,7 @@ def test_a_cuda_library_holds_device_code(tmp_path, name):
     registered = Registered(ports["config"], ports["params"])
     graphs = build_graphs(tmp_path, registered, "cuda", prefill_chunk=CHUNK, max_batch=BATCH, **CASES[name].options)
     context = compile_library(tmp_path / "compile", graphs, registered, target="cuda", archs=(80, 90))
-    expected = [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+    expected = [FatbinEntry(80, "elf"), FatbinEntry(90, "elf"), FatbinEntry(90, "ptx")]
     assert fatbin.entries(context.out / "model.so") == expected
     metadata = json.loads((context.out / "metadata.json").read_text())
     assert any(kernel.startswith("batch_prefill_paged_kv_") for kernel in metadata["kernels"])

@@ -20,10 +20,10 @@ from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights
 from stages.config_parse import ConfigParse
 from stages.quantize import Quantize
-from stages.tokenizers import gguf_files
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.metaspace import SPACE
-from stages.tokenizers.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_model
+from stages.tokenizers.formats import gguf_files
+from stages.tokenizers.formats.metaspace import SPACE
+from stages.tokenizers.formats.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_model
 from stages.verification import gguf_original
 from stages.verification.checks import PROBES
 from tests.support import family_models, gguf_models, sentencepiece_models, tokenizer_folders

@@ -12,11 +12,12 @@ from stagegraph.stage import StageError
 from stages.checkpoint import strict_json
 from stages.config_parse import ConfigParse
 from stages.runtime.errors import BundleError
-from stages.tokenizers import files, library, rwkv_world
+from stages.tokenizers import files, library
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.json_tables import read_object
-from stages.tokenizers.ranks import derive_merges, read_ranks
-from stages.tokenizers.sentencepiece_model import read_model
+from stages.tokenizers.families import rwkv_world
+from stages.tokenizers.formats.json_tables import read_object
+from stages.tokenizers.formats.ranks import derive_merges, read_ranks
+from stages.tokenizers.formats.sentencepiece_model import read_model
 from stages.verification import reference
 from tests.stages.test_config_fuzz import BASES, SIZES
 from tests.support import tokenizer_folders

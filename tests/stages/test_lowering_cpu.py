@@ -18,7 +18,7 @@ from stages.kernels.cpu.byte_products import DOTS
 from stages.kernels.cpu.kv_cache import Heads, copy_page
 from stages.kernels.cpu.kv_cache_int8 import Int8Heads
 from stages.kernels.cpu.linear_float import PANEL, linear_kernel
-from stages.kernels.cpu.linear_float import Linear as FloatLinear
+from stages.kernels.cpu.linear_float import LinearLayer as FloatLinear
 from stages.kernels.cpu.linear_int8 import PANEL as BYTES_PANEL
 from stages.kernels.cpu.linear_int8 import int8_kernel, offset_factor, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored

@@ -239,7 +239,9 @@ def compare_original(tmp_path: Path, files: dict[str, Path], config: Path, value
     import torch
 
     pieces = [[1, 5, 77, 30, 2, 9, 120, 44]]
-    found = original.compute(original.Request(tmp_path / "model", files, config, pieces, 0, tmp_path), lambda *_: None)
+    found = original.compute(
+        original.OriginalRequest(tmp_path / "model", files, config, pieces, 0, tmp_path), lambda *_: None
+    )
     wanted = torch.from_numpy(logits_of(values, pieces[0]))[:-1].log_softmax(-1).topk(16).values.numpy()
     np.testing.assert_allclose(found["original_log_probs"][:, :16], wanted, atol=2e-5)
     assert "dequantized from" in str(found["original_origin"])

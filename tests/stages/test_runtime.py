@@ -18,7 +18,7 @@ from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.folder import Folder
 from stages.runtime.session import Session
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers.tiktoken_qwen import PATTERN, SPECIALS
+from stages.tokenizers.families.tiktoken_qwen import PATTERN, SPECIALS
 from tests.engine.test_damage import flipped
 
 

@@ -16,7 +16,7 @@ from stages.runtime.library import LibraryVocabulary
 from stages.runtime.render import render
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.proof import code_points, sample_corpus
+from stages.tokenizers.proof.equality import code_points, sample_corpus
 from stages.tokenizers.resolution import resolve
 from tests.support.output_schema import validate
 from tests.support.tokenizer_folders import FOLDERS, SIZE

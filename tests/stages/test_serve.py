@@ -546,7 +546,7 @@ def test_what_waits_beyond_the_queue_is_refused(recorded, monkeypatch) -> None:
 
 
 def test_an_answer_that_takes_too_long_is_ended(engine) -> None:
-    for there in serve(engine, limits=apps.Limits(seconds=0.001)):  # less than a token takes
+    for there in serve(engine, limits=apps.RequestLimits(seconds=0.001)):  # less than a token takes
         with pytest.raises(openai.APIStatusError, match="was not answered within") as raised:
             there.client.completions.create(model="tiny", prompt="x", max_tokens=500)
         assert raised.value.status_code == 504

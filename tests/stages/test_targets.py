@@ -15,7 +15,7 @@ from stages.compile import Compile
 from stages.runtime.host import missing_features
 from stages.targets import processor, toolchain
 from stages.targets.cuda import fatbin
-from stages.targets.cuda.fatbin import DeviceCode
+from stages.targets.cuda.fatbin import FatbinEntry
 from stages.targets.table import TARGETS
 from stages.targets.toolchain import Program
 
@@ -224,7 +224,7 @@ def test_device_code_is_found_inside_other_bytes(tmp_path):
     library.write_bytes(
         b"\x7fELF" + noise + fat(entry(2, 80), entry(1, 90)) + b"tail" + fat(entry(2, 90)) + fatbin.MAGIC
     )
-    assert fatbin.entries(library) == [DeviceCode(80, "elf"), DeviceCode(90, "elf"), DeviceCode(90, "ptx")]
+    assert fatbin.entries(library) == [FatbinEntry(80, "elf"), FatbinEntry(90, "elf"), FatbinEntry(90, "ptx")]
 
 
 def test_missing_device_code_is_named(tmp_path):

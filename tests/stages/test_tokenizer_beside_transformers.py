@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers import beside_transformers
-from stages.tokenizers.proof import PROBES, sample_corpus
+from stages.tokenizers.proof import beside_transformers
+from stages.tokenizers.proof.equality import PROBES, sample_corpus
 from tests.support.sentencepiece_models import trained
 from tests.support.tokenizer_folders import FOLDERS, SIZE, build, llama3_folder, tekken
 

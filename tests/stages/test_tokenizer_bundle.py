@@ -14,7 +14,7 @@ import pytest
 from stagegraph.stage import StageError
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.proof import PROBES, code_points, sample_corpus
+from stages.tokenizers.proof.equality import PROBES, code_points, sample_corpus
 from tests.support.local_context import run_stage
 from tests.support.tiny_tokenizers import (
     QWEN_CONFIG,

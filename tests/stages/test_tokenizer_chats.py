@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from stages.tokenizer_bundle import FILES
-from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.chats import same_chats
+from stages.tokenizers.proof.chats import same_chats
+from stages.tokenizers.reference.automatic import Automatic
 from stages.tokenizers.resolution import resolve
 
 BROKEN = "{% for m in messages %}\n{{ m.content }}\n{{ m.content.x.y }}{% endfor %}"

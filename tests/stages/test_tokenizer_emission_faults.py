@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from stages.tokenizers import EMBEDDINGS, load_tokenizer_family
-from stages.tokenizers.checks import ERROR, examine
-from stages.tokenizers.patterns import LLAMA3, QWEN
-from stages.tokenizers.proof import prove
+from stages.tokenizers.formats.patterns import LLAMA3, QWEN
+from stages.tokenizers.proof.checks import ERROR, examine
+from stages.tokenizers.proof.equality import prove
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.tokenizer_family import ModelFacts
 from tests.support.tokenizer_folders import FOLDERS, split

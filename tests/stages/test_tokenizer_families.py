@@ -12,13 +12,13 @@ import pytest
 
 from stages.runtime.tokenizer import BundleTokenizer
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.byte_level import spell
-from stages.tokenizers.merge_loop import MergeLoop
-from stages.tokenizers.patterns import GPT2
-from stages.tokenizers.proof import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
+from stages.tokenizers.formats.byte_level import spell
+from stages.tokenizers.formats.patterns import GPT2
+from stages.tokenizers.formats.world_vocabulary import WorldTokenizer
+from stages.tokenizers.proof.equality import GENERATED_CORPUS, code_points, generated_corpus, sample_corpus
+from stages.tokenizers.reference.merge_loop import MergeLoop
+from stages.tokenizers.reference.unicode9_nfc import nfc
 from stages.tokenizers.resolution import resolve
-from stages.tokenizers.unicode9_nfc import nfc
-from stages.tokenizers.world_vocabulary import WorldTokenizer
 from tests.support.tiny_tokenizers import SHARED, tiny_ranks
 from tests.support.tokenizer_folders import (
     FOLDERS,

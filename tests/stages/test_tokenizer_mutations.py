@@ -10,10 +10,10 @@ import pytest
 from stagegraph.stage import StageError
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.checks import ERROR, NOTE, WARNING, examine
 from stages.tokenizers.emission import emit
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.proof import prove
+from stages.tokenizers.proof.checks import ERROR, NOTE, WARNING, examine
+from stages.tokenizers.proof.equality import prove
 from stages.tokenizers.tokenizer_family import ModelFacts
 from tests.support.local_context import run_stage
 from tests.support.tiny_tokenizers import (

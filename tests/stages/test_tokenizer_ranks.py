@@ -7,9 +7,9 @@ import base64
 import pytest
 
 from stages.problems import MAX_SHOWN
-from stages.tokenizers.byte_level import BYTES, CHARACTERS, spell, unspell
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.ranks import MAX_TOKEN_BYTES, derive_merges, read_ranks
+from stages.tokenizers.formats.byte_level import BYTES, CHARACTERS, spell, unspell
+from stages.tokenizers.formats.ranks import MAX_TOKEN_BYTES, derive_merges, read_ranks
 from tests.support.tiny_tokenizers import tiktoken_text, tiny_ranks
 
 SINGLE = [bytes([byte]) for byte in range(256)]

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers import beside_transformers
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.proof import PROBES, code_points, sample_corpus
-from stages.tokenizers.sentencepiece_bpe import splits
-from stages.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
+from stages.tokenizers.formats.sentencepiece_bpe import splits
+from stages.tokenizers.formats.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_model
+from stages.tokenizers.proof import beside_transformers
+from stages.tokenizers.proof.equality import PROBES, code_points, sample_corpus
 from tests.support.sentencepiece_models import (
     BYTES,
     META,

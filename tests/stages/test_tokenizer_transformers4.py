@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.proof import sample_corpus
+from stages.tokenizers.proof.equality import sample_corpus
 from stages.tokenizers.resolution import resolve
 from tests.support.tiny_tokenizers import QWEN_CONFIG, SPECIALS, tiktoken_text, tiny_ranks
 from tests.support.tokenizer_folders import FOLDERS, SIZE, build

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from stages.tokenizers import load_tokenizer_family, proof
-from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.checks import examine
+from stages.tokenizers import load_tokenizer_family
 from stages.tokenizers.emission import emit
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.proof import equality as proof
+from stages.tokenizers.proof.checks import examine
+from stages.tokenizers.reference.automatic import Automatic
 from stages.tokenizers.resolution import resolve
 from stages.tokenizers.tokenizer_family import ModelFacts
 from tests.support.tokenizer_folders import FOLDERS, SIZE, added, tables, tekken, with_class, write_folder

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 
 from stagegraph.stage import StageError
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers import beside_transformers
-from stages.tokenizers.charsmap import Charsmap
-from stages.tokenizers.proof import PROBES, code_points, sample_corpus
-from stages.tokenizers.sentencepiece_model import read_model
+from stages.tokenizers.formats.charsmap import Charsmap
+from stages.tokenizers.formats.sentencepiece_model import read_model
+from stages.tokenizers.proof import beside_transformers
+from stages.tokenizers.proof.equality import PROBES, code_points, sample_corpus
 from tests.support.sentencepiece_models import META, field, model, trained
 from tests.support.tiny_tokenizers import SHARED
 from tests.support.tokenizer_folders import build

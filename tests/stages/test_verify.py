@@ -502,7 +502,7 @@ def test_a_live_reference_that_cannot_be_computed_is_a_message(recorded, tmp_pat
 def test_a_reference_that_is_not_finite_is_a_message(quantized, tmp_path, monkeypatch):
     def overflown(request, _progress):
         picks = [ids for _, ids in request.continued]
-        return live.Answer("a model", np.full((len(request.tokens), 512), np.inf, np.float32), np.inf, picks)
+        return live.ReferenceAnswer("a model", np.full((len(request.tokens), 512), np.inf, np.float32), np.inf, picks)
 
     monkeypatch.setattr(live, "answer", overflown)
     assert "the live reference's own logits are not finite" in failure(quantized, tmp_path, reference="live")

@@ -169,7 +169,7 @@ def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeyp
     pieces = [random.integers(0, VOCAB, 100).tolist(), random.integers(0, VOCAB, 37).tolist()]
     files = {path.name: path for path in tmp_path.iterdir()}
     said = []
-    asked = original.Request(tmp_path, files, tmp_path / "none", pieces, skipped=2)
+    asked = original.OriginalRequest(tmp_path, files, tmp_path / "none", pieces, skipped=2)
     found = original.compute(asked, lambda *progress: said.append(progress))
     start = 0
     for piece in pieces:
@@ -264,7 +264,7 @@ def test_any_class_of_transformers_is_an_original(tmp_path, kind, sizes):
     made.to(torch.bfloat16).save_pretrained(tmp_path)
     piece = np.random.default_rng(3).integers(0, VOCAB, 50).tolist()
     files = {path.name: path for path in tmp_path.iterdir()}
-    asked = original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0)
+    asked = original.OriginalRequest(tmp_path, files, tmp_path / "none", [piece], skipped=0)
     found = original.compute(asked, lambda *_: None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -277,10 +277,10 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     model = checkpoint(tmp_path, torch.bfloat16, tie_word_embeddings=True)
     piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
     files = {path.name: path for path in tmp_path.iterdir()}
-    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    asked = asdict(original.OriginalRequest(tmp_path, files, tmp_path / "none", [piece], skipped=0))
     limits = {"max_kl": 1e-4, "min_top1": 0.0, "max_ppl_ratio": 2.0}
     names = [(name, "float32") for name in ("q4f16_2", "q8f16_1", "q0f16")]
-    found = advice.compute(advice.Request(asked, "q4f32_1", "max", names, limits), lambda *_: None)
+    found = advice.compute(advice.AdviceRequest(asked, "q4f32_1", "max", names, limits), lambda *_: None)
 
     def log_probs():
         with torch.inference_mode():
@@ -304,7 +304,7 @@ def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_
     checkpoint(tmp_path, torch.bfloat16)
     piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
     files = {path.name: path for path in tmp_path.iterdir()}
-    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    asked = asdict(original.OriginalRequest(tmp_path, files, tmp_path / "none", [piece], skipped=0))
     seen = []
 
     def refuse(figures, _limits):
@@ -313,7 +313,7 @@ def test_advice_for_int8_activations_tries_float_ones_and_keeps_the_rounding_of_
 
     monkeypatch.setattr(gates, "check", refuse)
     tried = [("q8f16_1", "float32"), ("q8f16_1", "int8"), ("q0f16", "int8"), ("q0f16", "float16")]
-    found = advice.compute(advice.Request(asked, "q8f16_1", "max", tried, {}), lambda *_: None)
+    found = advice.compute(advice.AdviceRequest(asked, "q8f16_1", "max", tried, {}), lambda *_: None)
     assert len(json.loads(found["tried"])) == 4
     eight, eight_int8, half_int8, half = (figures.kl_mean for figures in seen)
     assert abs(half) < eight < eight_int8  # of float16 there is next to nothing, below what float32 adds up
@@ -331,8 +331,8 @@ def test_the_layers_that_int8_activations_cost_most_are_those_that_read_channels
     model.save_pretrained(tmp_path)
     piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
     files = {path.name: path for path in tmp_path.iterdir()}
-    asked = asdict(original.Request(tmp_path, files, tmp_path / "none", [piece], skipped=0))
-    found = advice.compute(advice.Request(asked, "q4a16", "max", [], {}, (), activations=True), lambda *_: None)
+    asked = asdict(original.OriginalRequest(tmp_path, files, tmp_path / "none", [piece], skipped=0))
+    found = advice.compute(advice.AdviceRequest(asked, "q4a16", "max", [], {}, (), activations=True), lambda *_: None)
 
     def log_probs():
         with torch.inference_mode():
@@ -415,7 +415,7 @@ def test_ranges_are_what_transformers_modules_read_and_give(tmp_path):
     random = np.random.default_rng(3)
     pieces = [random.integers(0, VOCAB, 40).tolist(), random.integers(0, VOCAB, 9).tolist()]
     files = {path.name: path for path in tmp_path.iterdir()}
-    asked = original.Request(tmp_path, files, tmp_path / "none", pieces, skipped=0)
+    asked = original.OriginalRequest(tmp_path, files, tmp_path / "none", pieces, skipped=0)
     found = original.compute(asked, lambda *_: None)
     largest = {}
 
@@ -460,7 +460,7 @@ def rewritten(folder, change):
 
 
 def chosen(folder, files, piece, config=None):
-    asked = original.Request(folder, files, config or folder / "none", [piece], skipped=0)
+    asked = original.OriginalRequest(folder, files, config or folder / "none", [piece], skipped=0)
     found = original.compute(asked, lambda *_: None)
     return found["original_chosen"], str(found["original_origin"])
 

@@ -119,7 +119,7 @@ def record(built: Built) -> None:
 
     tokenizer = BundleTokenizer(built.bundle)
     prompt, greeting = "The old lighthouse keeper walked slowly down. " * 8, "every morning"
-    request = live.Request(
+    request = live.LiveRequest(
         bundle=built.bundle,
         params=built.params,
         config=built.config,

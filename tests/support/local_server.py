@@ -58,7 +58,7 @@ class Lines(list):
 
 def serve(engine: Engine, **options) -> Iterator[Served]:
     log = Lines()
-    options = {"limits": apps.Limits(body=1 << 16, sending=SENDING, seconds=120), "log": log, **options}
+    options = {"limits": apps.RequestLimits(body=1 << 16, sending=SENDING, seconds=120), "log": log, **options}
     http = protocol.protocol(CONNECTIONS, options["limits"].sending)
     config = uvicorn.Config(apps.create({"tiny": engine}, **options), log_level="error", access_log=False, http=http)
     server = uvicorn.Server(config)

@@ -126,7 +126,7 @@ def held_logits(built: Built, ids: Sequence[int]) -> np.ndarray:
     verify computes them; and what it picks after a prompt is what those logits say.
     """
     half = len(ids) // 2
-    request = live.Request(
+    request = live.LiveRequest(
         bundle=built.root,
         params=built.registered.params,
         config=built.registered.model,

@@ -8,7 +8,7 @@ import json
 import struct
 from typing import Any
 
-from stages.tokenizers.proof import sample_corpus
+from stages.tokenizers.proof.equality import sample_corpus
 
 # What Llama 2 was trained with, but for the size.
 LLAMA: dict[str, Any] = {

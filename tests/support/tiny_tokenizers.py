@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.tokenizers.byte_level import unspell
-from stages.tokenizers.proof import sample_corpus
+from stages.tokenizers.formats.byte_level import unspell
+from stages.tokenizers.proof.equality import sample_corpus
 from stages.tokenizers.resolution import Resolution, resolve
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -29,7 +29,7 @@ def tiny_ranks() -> tuple[bytes, ...]:
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
 
-    from stages.tokenizers.tiktoken_qwen import PATTERN
+    from stages.tokenizers.families.tiktoken_qwen import PATTERN
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

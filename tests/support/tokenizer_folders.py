@@ -10,8 +10,8 @@ from typing import Any
 
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.tokenizers import EMBEDDINGS
-from stages.tokenizers.byte_level import spell
-from stages.tokenizers.patterns import LLAMA3, QWEN, TEKKEN
+from stages.tokenizers.formats.byte_level import spell
+from stages.tokenizers.formats.patterns import LLAMA3, QWEN, TEKKEN
 from tests.support import sentencepiece_models
 from tests.support.local_context import LocalContext, run_stage
 from tests.support.tiny_tokenizers import tiktoken_text, tiny_ranks
@@ -29,7 +29,7 @@ def split(pattern: str) -> dict[str, Any]:
 @functools.cache
 def _tables() -> tuple[tuple[tuple[str, int], ...], tuple[tuple[str, str], ...]]:
     """The trained ranks as vocabulary and merges; the parents of a token are found as the trainer found them."""
-    from stages.tokenizers.ranks import derive_merges
+    from stages.tokenizers.formats.ranks import derive_merges
 
     ranks = {token: rank for rank, token in enumerate(tiny_ranks())}
     merges = derive_merges(ranks, Path("tiny"))

@@ -63,7 +63,7 @@ TYPES: dict[int, tuple[str, int, int]] = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class GgufTensor:
     """A tensor of the file: its type's name, its shape, outermost dimension first, and its first byte's place."""
 
     type: str
@@ -83,7 +83,7 @@ class Contents:
     """What files say before their weights: ``metadata`` are Python values by key, ``tensors`` are in file order."""
 
     metadata: JsonObject
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, GgufTensor]
 
 
 def read_all(files: Mapping[str, Path]) -> Contents:
@@ -222,7 +222,7 @@ def _format(cursor: _Cursor, kind: int, what: str) -> str:
     return SCALARS[kind]
 
 
-def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, Stored]:
+def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, GgufTensor]:
     """Return where the tensors are; every one of them lies within the file."""
     name, alignment = cursor.name, metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
@@ -235,7 +235,7 @@ def _tensors(cursor: _Cursor, count: int, metadata: JsonObject) -> dict[str, Sto
         found[tensor] = _info(cursor, f"tensor {shown(tensor)}", alignment)
     start = -(-cursor.at // alignment) * alignment
     tensors = {
-        tensor: Stored(kind, shape, start + offset, width, name)
+        tensor: GgufTensor(kind, shape, start + offset, width, name)
         for tensor, (kind, shape, offset, width) in found.items()
     }
     for tensor, stored in tensors.items():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from stages.checkpoint.stored import Parts
+    from stages.checkpoint.stored import StoredParts
     from stages.documents.files import JsonObject
     from stages.documents.model import Packed
 
@@ -67,7 +67,7 @@ def tensors(files: Mapping[str, Path]) -> dict[str, tuple[TensorInfo, Packed]]:
     return found
 
 
-def rows(parts: Parts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
+def rows(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
     """Return rows of a tensor in the checkpoint's order, less what the converter has added."""
     shape, wanted = settings["shape"], _order(tuple(settings["moved"]), settings["shape"][0])
     if wanted is None:

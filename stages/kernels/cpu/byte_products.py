@@ -22,7 +22,7 @@ _MOST = (1 << 15) - 1  # of a signed integer of 16 bits
 @dataclass(frozen=True)
 class Vnni:
     """One instruction of ``lanes`` lanes, LLVM's ``name`` for it; ``tile`` and ``streams`` as in
-    :class:`~stages.kernels.cpu.linear_float.Linear`, of kernels whose sums of integers and floats share the registers.
+    :class:`~stages.kernels.cpu.linear_float.LinearLayer`, of kernels whose integer and float sums share the registers.
     """
 
     name: str

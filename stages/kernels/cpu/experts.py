@@ -12,7 +12,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.linear_float import Arguments, Linear, Product
+from stages.kernels.cpu.linear_float import Arguments, LinearLayer, Product
 from stages.kernels.cpu.vectors import kernel, put
 from stages.sizes import N32_BLOCK as BLOCK
 
@@ -23,7 +23,7 @@ class Experts:
     None where it is known at run time; ``each`` of them after another are of one row of x.
     """
 
-    linear: Linear
+    linear: LinearLayer
     count: int
     each: int
 

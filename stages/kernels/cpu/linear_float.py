@@ -36,7 +36,7 @@ FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for e
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearLayer:
     """One linear layer of a graph.
 
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
@@ -59,7 +59,7 @@ class Linear:
 class Arguments:
     """The tensors of a kernel of ``linear``, declared in the order in which it is called; ``rows`` is how many."""
 
-    def __init__(self, made: Any, linear: Linear) -> None:
+    def __init__(self, made: Any, linear: LinearLayer) -> None:
         self.linear, weight = linear, linear.weight
         self.rows: Any = T.int64() if linear.rows is None else linear.rows
         self.outer = (0,) * linear.outer
@@ -127,7 +127,7 @@ def _zeros() -> Any:
 
 
 @functools.cache
-def linear_kernel(linear: Linear) -> tirx.PrimFunc:
+def linear_kernel(linear: LinearLayer) -> tirx.PrimFunc:
     """Return the kernel of (x, stored weight..., [bias], [residual], y)."""
     with kernel() as made:
         Product(Arguments(made, linear)).emit()

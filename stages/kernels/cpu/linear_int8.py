@@ -17,19 +17,19 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.byte_products import DOTS, LARGEST
-from stages.kernels.cpu.linear_float import Arguments, Linear, Product
+from stages.kernels.cpu.linear_float import Arguments, LinearLayer, Product
 from stages.kernels.cpu.vectors import as_float, constant, each_row, get, kernel, put, span, splat, total, vector
 from stages.sizes import N32_BLOCK as BLOCK
 
 PANEL = 1024  # terms of k whose weights are unpacked at once: 32 KiB of bytes, which stay in the first-level cache
 
 
-def with_bytes(layer: Linear, dot: str) -> Linear:
+def with_bytes(layer: LinearLayer, dot: str) -> LinearLayer:
     """Return ``layer`` with quantized activations, multiplied by the instructions that DOTS has under ``dot``."""
     return replace(layer, dot=dot, tile=DOTS[dot].tile, streams=DOTS[dot].streams)
 
 
-def offset_factor(layer: Linear) -> int:
+def offset_factor(layer: LinearLayer) -> int:
     """Return the factor that makes offsets (see :func:`quantizer`) of the sums of a group's integers.
 
     Of a symmetric group they are what sums of (code - centre) * x must begin from to be of (code - middle) * x. What a
@@ -74,7 +74,7 @@ def quantizer(rows: int | None, outer: int, k: int, group: int, times: int) -> t
 
 
 @functools.cache
-def int8_kernel(linear: Linear) -> tirx.PrimFunc:
+def int8_kernel(linear: LinearLayer) -> tirx.PrimFunc:
     """Return the kernel of (bytes, scales, offsets, stored weight..., [bias], [residual], y)."""
     with kernel() as made:
         _ByteProduct(_Bytes(made, linear)).emit()

@@ -17,7 +17,7 @@ LANES = 32
 
 
 @dataclass(frozen=True)
-class Softmax:
+class SoftmaxKernel:
     """The softmax of rows of ``width``, whose sizes are ``rows`` (None: known at run time, at most one)."""
 
     rows: tuple[int | None, ...]
@@ -25,7 +25,7 @@ class Softmax:
 
 
 @functools.cache
-def softmax_kernel(softmax: Softmax) -> tirx.PrimFunc:
+def softmax_kernel(softmax: SoftmaxKernel) -> tirx.PrimFunc:
     """Return the kernel of (x, y)."""
     with kernel() as made:
         sizes = [T.int64() if size is None else size for size in softmax.rows]

@@ -28,7 +28,7 @@ class Mask(Protocol):
 
 
 @dataclass(frozen=True)
-class Options:
+class AnswerOptions:
     """The settings by which an answer is generated.
 
     ``frequency_penalty`` is subtracted from the logit of an id for each time that it was generated,
@@ -83,7 +83,7 @@ class Scored:
             self.chosen.append(chosen(logits[: self._active], self._ids[len(self.chosen)], self._count))
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """The next piece of an answer's text, which may be empty, and the id that completed it.
 
     ``token`` is None for text at the end of an answer, and for the echoed prompt. ``chosen`` has the log probability of
@@ -114,7 +114,7 @@ class Failure:
     error: Exception
 
 
-Event = Piece | End | Failure
+Event = TextPiece | End | Failure
 
 
 class Answer:
@@ -128,7 +128,7 @@ class Answer:
         self,
         tokenizer: BundleTokenizer,
         ids: Sequence[int],
-        options: Options,
+        options: AnswerOptions,
         *,
         vocab_size: int,
         seed: int,
@@ -198,7 +198,7 @@ class Answer:
             self._mask.accept(token)
         shown = self._options.specials and self._tokenizer.is_special(token)
         text = self._stream.add(self._tokenizer.piece(token) or b"") if shown else self._stream.step(token)
-        self._deliver(Piece(text, logprobs, token))
+        self._deliver(TextPiece(text, logprobs, token))
         finish = self._finish()
         if finish:
             self._end(finish)
@@ -217,14 +217,14 @@ class Answer:
         self._begun = True
         if self._scored is not None:
             for each in self._scored.chosen:
-                self._deliver(Piece(self._stream.step(each.token), (each,)))
+                self._deliver(TextPiece(self._stream.step(each.token), (each,)))
         elif self._options.echo:
-            self._deliver(Piece("".join(map(self._stream.step, self.ids))))
+            self._deliver(TextPiece("".join(map(self._stream.step, self.ids))))
         self._stream.stop_at(self._options.stops)
 
     def _end(self, finish: str, token: int | None = None) -> None:
         if text := self._stream.finish():
-            self._deliver(Piece(text))
+            self._deliver(TextPiece(text))
         self._deliver(End(finish, token))
 
     def _adjusted(self, logits: np.ndarray) -> np.ndarray:

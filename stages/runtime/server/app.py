@@ -36,7 +36,7 @@ _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits of a request: bytes of its body, seconds to send it, and seconds until it is answered."""
 
     body: int = 8 << 20
@@ -50,7 +50,7 @@ def create(
     key: str | None = None,
     local: bool = True,
     with_page: bool = True,
-    limits: Limits | None = None,
+    limits: RequestLimits | None = None,
     log: TextIO | None = None,
 ) -> Starlette:
     """Return the application that serves ``engines`` by their names.
@@ -59,7 +59,7 @@ def create(
     accepted, so that another site whose name resolves to this machine (DNS rebinding) is refused. ``with_page`` adds
     the chat page. ``log`` gets a line about each request, without its content.
     """
-    api = _Api(engines, limits or Limits())
+    api = _Api(engines, limits or RequestLimits())
     routes = [
         Route("/health", api.health),
         Route("/metrics", api.metrics),
@@ -76,7 +76,7 @@ def create(
 
 
 class _Api:
-    def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
+    def __init__(self, engines: Mapping[str, Engine], limits: RequestLimits) -> None:
         self._engines, self._limits = engines, limits
         self._created = int(time.time())
         self._metrics = Metrics(engines)

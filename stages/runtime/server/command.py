@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
     key = _key(args)
     local = _is_local(args.host)
     engines = _engines(args)
-    limits = app.Limits(seconds=args.timeout)
+    limits = app.RequestLimits(seconds=args.timeout)
     application = app.create(engines, key=key, local=local, with_page=not args.no_page, limits=limits, log=err)
     config = uvicorn.Config(
         application,

@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
-from stages.runtime.server.answer import Answer, Options, Scored
+from stages.runtime.server.answer import Answer, AnswerOptions, Scored
 from stages.runtime.server.drafts import Drafter, Lookup
 from stages.runtime.server.grammar import Grammars
 from stages.runtime.server.jobs import Job
@@ -96,7 +96,7 @@ class Engine:
     def submit(
         self,
         prompt: Sequence[int],
-        options: Options,
+        options: AnswerOptions,
         seeds: Sequence[int],
         deliver: Callable[[int, Event], None],
         masks: Callable[[], Mask | None] = lambda: None,

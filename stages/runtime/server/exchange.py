@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING
 
 from stages.runtime.errors import RequestError
-from stages.runtime.server.answer import End, Event, Failure, Piece
+from stages.runtime.server.answer import End, Event, Failure, TextPiece
 from stages.runtime.server.engine import BusyError, ClosingError
 from stages.runtime.server.errors import ApiError
 
@@ -72,10 +72,10 @@ class Exchange:
 
     async def whole(self) -> Completion:
         """Return the response with all complete answers."""
-        pieces: list[list[Piece]] = [[] for _ in self._made]
+        pieces: list[list[TextPiece]] = [[] for _ in self._made]
         finishes = [""] * len(self._made)
         async for index, event in self._all():
-            if isinstance(event, Piece):
+            if isinstance(event, TextPiece):
                 pieces[index].append(event)
             else:
                 finishes[index] = _FINISHES[event.finish]
@@ -120,7 +120,7 @@ class Exchange:
             },
         }
 
-    async def _all(self) -> AsyncIterator[tuple[int, Piece | End]]:
+    async def _all(self) -> AsyncIterator[tuple[int, TextPiece | End]]:
         """Yield the events of all answers until the last has ended."""
         left, begun = len(self._made), False
         while left:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-class Model(Protocol):
+class JobModel(Protocol):
     """What the scheduler needs of a loaded bundle; :class:`stages.runtime.session.Session` is one.
 
     ``page_size`` is None where a sequence takes the same room whatever its length, and is forked where it is, or a few

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self, TypedDict
 from stages.runtime import manifest as manifests
 from stages.runtime.errors import BundleError, RequestError
 from stages.runtime.sampling import Settings, of_checkpoint
-from stages.runtime.server.answer import Answer, End, Event, Options, Piece
+from stages.runtime.server.answer import Answer, AnswerOptions, End, Event, TextPiece
 from stages.runtime.server.drafts import MOST
 from stages.runtime.server.engine import Engine
 from stages.runtime.server.errors import ApiError
@@ -101,7 +101,7 @@ class Stream:
             self._engine.cancel([job])
 
     def _heard(self, event: Event, made: tuple[Job, Answer]) -> str:
-        if isinstance(event, Piece):
+        if isinstance(event, TextPiece):
             self._text.append(event.text)
             return event.text
         if not isinstance(event, End):
@@ -166,7 +166,7 @@ class Model:
         if not 0 <= speculate <= MOST or (speculate and not self._engine.can_speculate):
             raise RequestError(f"speculate must be from 0 to {MOST}, and 0 for a recurrent model")
         encoded = tuple(stop.encode() for stop in stops)
-        options = Options(settings, limit, encoded, speculate=speculate)
+        options = AnswerOptions(settings, limit, encoded, speculate=speculate)
         masks = self._masks(asked.get("schema"))
 
         def begin(deliver: Callable[[int, Event], None]) -> tuple[Job, Answer]:

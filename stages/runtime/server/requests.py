@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stages.runtime.errors import RequestError
 from stages.runtime.sampling import Settings, of_checkpoint
 from stages.runtime.server import drafts, tools
-from stages.runtime.server.answer import Options
+from stages.runtime.server.answer import AnswerOptions
 from stages.runtime.server.errors import ApiError
 from stages.runtime.server.fields import DEEPEST, Fields, parsed
 
@@ -50,7 +50,7 @@ class Wanted:
     """
 
     prompts: Sequence[Sequence[int]]
-    options: Options
+    options: AnswerOptions
     seeds: Sequence[int]
     stream: bool
     include_usage: bool
@@ -142,7 +142,7 @@ def _wanted(
         raise ApiError(
             "speculate is not supported for a recurrent model, whose state cannot be rolled back", param="speculate"
         )
-    options = Options(
+    options = AnswerOptions(
         settings=_settings(fields, engine),
         max_tokens=limit,
         stops=tuple(stops),

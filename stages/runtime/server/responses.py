@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from stages.runtime.server.answer import Chosen, Piece
+from stages.runtime.server.answer import Chosen, TextPiece
 from stages.runtime.server.tools import Reader
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class Form(Protocol):
     def opening(self) -> Choice | None:
         """Return the first chunk of a choice, None for no such chunk."""
 
-    def delta(self, index: int, piece: Piece) -> Choice | None:
+    def delta(self, index: int, piece: TextPiece) -> Choice | None:
         """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
 
     def closing(self, index: int, finish: str) -> Choice:
         """Return the last chunk of a choice, with its finish_reason."""
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:
+    def choice(self, index: int, pieces: Sequence[TextPiece], finish: str) -> Choice:
         """Return a complete choice, with its finish_reason."""
 
     def envelope(self, choices: Sequence[Choice], *, chunk: bool) -> Completion:
@@ -85,7 +85,7 @@ class Chat(_Answers):
         """Return the first chunk of a choice: its role."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def delta(self, index: int, piece: Piece) -> Choice | None:
+    def delta(self, index: int, piece: TextPiece) -> Choice | None:
         """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
         text = piece.text
         if self._tools is not None:
@@ -102,7 +102,7 @@ class Chat(_Answers):
             delta["tool_calls"] = [{**call, "index": at} for at, call in enumerate(calls)]
         return {"delta": delta, "finish_reason": "tool_calls" if calls else finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
+    def choice(self, index: int, pieces: Sequence[TextPiece], finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return a complete choice, with its finish_reason."""
         text = "".join(piece.text for piece in pieces)
         calls: list[ToolCall] = []
@@ -117,7 +117,7 @@ class Chat(_Answers):
         reason = "tool_calls" if calls else finish
         return {"message": message, "logprobs": self._logprobs(pieces), "finish_reason": reason}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
+    def _logprobs(self, pieces: Sequence[TextPiece]) -> ChatLogprobs | None:
         chosen = [each for piece in pieces for each in piece.chosen]
         return {"content": [self._logprob(each) for each in chosen], "refusal": None} if chosen else None
 
@@ -143,7 +143,7 @@ class Text(_Answers):
         """Return None: a text has no chunk before its first piece."""
         return None
 
-    def delta(self, index: int, piece: Piece) -> Choice | None:
+    def delta(self, index: int, piece: TextPiece) -> Choice | None:
         """Return the chunk for one more piece of a choice, None if nothing is to be sent."""
         if not piece.text and not piece.chosen:
             return None
@@ -155,12 +155,12 @@ class Text(_Answers):
         """Return the last chunk of a choice, with its finish_reason."""
         return {"text": "", "logprobs": None, "finish_reason": finish}
 
-    def choice(self, index: int, pieces: Sequence[Piece], finish: str) -> Choice:  # noqa: ARG002 - as the others
+    def choice(self, index: int, pieces: Sequence[TextPiece], finish: str) -> Choice:  # noqa: ARG002 - as the others
         """Return a complete choice, with its finish_reason."""
         text = "".join(piece.text for piece in pieces)
         return {"text": text, "logprobs": self._logprobs(pieces, 0), "finish_reason": finish}
 
-    def _logprobs(self, pieces: Sequence[Piece], offset: int) -> TextLogprobs | None:
+    def _logprobs(self, pieces: Sequence[TextPiece], offset: int) -> TextLogprobs | None:
         found: TextLogprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for piece in pieces:
             for each in piece.chosen:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from stages.runtime.server.jobs import Job, Model
+    from stages.runtime.server.jobs import Job, JobModel
 
 CHUNK = 64  # tokens of prompts in one step, which decoding and a prompt that has just come wait for
 
@@ -33,7 +33,7 @@ class Scheduler:
     counters say what happened since the beginning.
     """
 
-    def __init__(self, model: Model, *, chunk: int = CHUNK) -> None:
+    def __init__(self, model: JobModel, *, chunk: int = CHUNK) -> None:
         self._model = model
         self._chunk = min(chunk, model.prefill_chunk)
         self._passed: Job | None = None  # whose prompt came first, and was not read in the last step

@@ -26,7 +26,7 @@ _ARCH_AT = 28
 
 
 @dataclass(frozen=True, order=True)
-class DeviceCode:
+class FatbinEntry:
     """One entry: ``kind`` is ``elf`` (machine code) or ``ptx``; ``arch`` 80 means sm_80 or compute_80."""
 
     arch: int
@@ -37,7 +37,7 @@ class DeviceCode:
         return {"kind": self.kind, "arch": self.arch}
 
 
-def entries(library: Path) -> list[DeviceCode]:
+def entries(library: Path) -> list[FatbinEntry]:
     """Return the kinds of device code in ``library``, sorted, however often; empty if it holds none."""
     return sorted({code for code, _ in _entries(library.read_bytes())})
 
@@ -53,19 +53,19 @@ def kernels(library: Path) -> dict[int, dict[str, Kernel]]:
     return dict(sorted(found.items()))
 
 
-def machine_code(library: Path) -> Iterator[tuple[DeviceCode, bytes]]:
+def machine_code(library: Path) -> Iterator[tuple[FatbinEntry, bytes]]:
     """Return the cubins in ``library``, whole."""
     return (entry for entry in _entries(library.read_bytes()) if entry[0].kind == "elf")
 
 
-def _entries(data: bytes) -> Iterator[tuple[DeviceCode, bytes]]:
+def _entries(data: bytes) -> Iterator[tuple[FatbinEntry, bytes]]:
     start = data.find(MAGIC)
     while start >= 0:
         yield from _entries_at(data, start)
         start = data.find(MAGIC, start + len(MAGIC))
 
 
-def _entries_at(data: bytes, start: int) -> Iterator[tuple[DeviceCode, bytes]]:
+def _entries_at(data: bytes, start: int) -> Iterator[tuple[FatbinEntry, bytes]]:
     if start + _HEADER.size > len(data):
         return
     _, version, header, payload = _HEADER.unpack_from(data, start)
@@ -79,12 +79,12 @@ def _entries_at(data: bytes, start: int) -> Iterator[tuple[DeviceCode, bytes]]:
             return
         content = at + entry_header
         arch = struct.unpack_from("<I", data, at + _ARCH_AT)[0]
-        yield DeviceCode(arch, KINDS[kind]), data[content : content + size]
+        yield FatbinEntry(arch, KINDS[kind]), data[content : content + size]
         at = content + size
 
 
-def missing(found: Sequence[DeviceCode], archs: Sequence[int]) -> list[str]:
+def missing(found: Sequence[FatbinEntry], archs: Sequence[int]) -> list[str]:
     """Say what of machine code for every one of ``archs`` and PTX of the highest is not in ``found``."""
-    wanted = [DeviceCode(arch, "elf") for arch in archs] + [DeviceCode(max(archs), "ptx")]
+    wanted = [FatbinEntry(arch, "elf") for arch in archs] + [FatbinEntry(max(archs), "ptx")]
     names = {"elf": "machine code for sm_{}", "ptx": "PTX for compute_{}"}
     return [names[code.kind].format(code.arch) for code in wanted if code not in found]

@@ -272,7 +272,7 @@ def parse_gguf(folder: Path) -> list[str]:
 def bundle_tokenizer(folder: Path) -> list[str]:
     """Run tokenizer-bundle, its proof over a few of its texts: all of them take seconds and are no stranger's."""
     from stages.tokenizer_bundle import TokenizerBundle
-    from stages.tokenizers import proof
+    from stages.tokenizers.proof import equality as proof
 
     if not hasattr(proof, "all_texts_for"):
         proof.all_texts_for = proof.texts_for
@@ -323,7 +323,7 @@ SETTINGS_FILES: dict[str, Any] = {
 
 def render_template(folder: Path) -> list[str]:
     from stages.runtime.render import render_all
-    from stages.tokenizers.chats import conversations
+    from stages.tokenizers.proof.chats import conversations
 
     template = (folder / "chat_template.jinja").read_bytes().decode("utf-8", "replace")
     variables = [{"messages": messages, "bos_token": "<s>"} for messages, _ in conversations(["<|x|>"])[:2]]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers.byte_level import CHARACTERS, spell
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.formats.byte_level import CHARACTERS, spell
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from stages.runtime.errors import RequestError
 from stages.runtime.render import CLOCK
 from stages.runtime.tokenizer import BundleTokenizer
-from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.checks import CONVERSION, NOTE, WARNING, error
-from stages.tokenizers.proof import difference
+from stages.tokenizers.proof.checks import CONVERSION, NOTE, WARNING, error
+from stages.tokenizers.proof.equality import difference
+from stages.tokenizers.reference.automatic import Automatic
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.templates import DEFAULT
 from stages.tokenizers.tokenizer_family import Finding

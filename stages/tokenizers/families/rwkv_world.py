@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes, read_text
-from stages.tokenizers.ranks import MAX_TOKEN_BYTES, bound_lines
+from stages.tokenizers.formats.ranks import MAX_TOKEN_BYTES, bound_lines
+from stages.tokenizers.formats.world_vocabulary import END, END_TEXT, FILE, WorldTokenizer
 from stages.tokenizers.tokenizer_family import TokenizerFamily
-from stages.tokenizers.world_vocabulary import END, END_TEXT, FILE, WorldTokenizer
 
 if TYPE_CHECKING:
     from stages.tokenizers.resolution import Resolution

@@ -11,16 +11,16 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from stages.tokenizers import json_tables
-from stages.tokenizers.automatic import Automatic
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.formats import json_tables
+from stages.tokenizers.reference.automatic import Automatic
 from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from stages.documents.files import JsonObject
-    from stages.tokenizers.byte_pairs import Added
+    from stages.tokenizers.formats.byte_pairs import Added
     from stages.tokenizers.resolution import Resolution
 
 TABLES, MERGES = "tokenizer.json", "merges.txt"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stages.tokenizers.byte_pairs import Added, assemble, template
+from stages.tokenizers.formats.byte_pairs import Added, assemble, template
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

@@ -10,8 +10,8 @@ import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers.byte_level import BYTES, CHARACTERS
-from stages.tokenizers.unicode9_nfc import nfc
+from stages.tokenizers.formats.byte_level import BYTES, CHARACTERS
+from stages.tokenizers.reference.unicode9_nfc import nfc
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

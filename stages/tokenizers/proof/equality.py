@@ -15,10 +15,10 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
-from stages.tokenizers.byte_level import read_token
-from stages.tokenizers.checks import NOTE, Subject, error, kinds
 from stages.tokenizers.emission import prefix_of
-from stages.tokenizers.metaspace import SPACE
+from stages.tokenizers.formats.byte_level import read_token
+from stages.tokenizers.formats.metaspace import SPACE
+from stages.tokenizers.proof.checks import NOTE, Subject, error, kinds
 from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 
 SAMPLE_CORPUS = Path(__file__).with_name("sample_corpus.jsonl")

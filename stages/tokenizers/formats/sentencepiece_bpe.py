@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from stages.tokenizers.byte_pairs import merging
-from stages.tokenizers.ranks import bound_cuts, bound_lengths
-from stages.tokenizers.sentencepiece_model import MAX_SHOWN, NORMAL, USER_DEFINED, SentencePieceModel
+from stages.tokenizers.formats.byte_pairs import merging
+from stages.tokenizers.formats.ranks import bound_cuts, bound_lengths
+from stages.tokenizers.formats.sentencepiece_model import MAX_SHOWN, NORMAL, USER_DEFINED, SentencePieceModel
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers.byte_pairs import Added
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_json_text, read_text
+from stages.tokenizers.formats.byte_pairs import Added
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

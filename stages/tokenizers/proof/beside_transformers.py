@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.checks import NOTE, WARNING
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.proof import difference
+from stages.tokenizers.proof.checks import NOTE, WARNING
+from stages.tokenizers.proof.equality import difference
+from stages.tokenizers.reference.automatic import Automatic
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer, TokenizerFamily
 

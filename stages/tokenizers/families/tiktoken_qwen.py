@@ -9,11 +9,11 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
-from stages.tokenizers.byte_level import spell
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.patterns import QWEN
-from stages.tokenizers.ranks import derive_merges, read_ranks
-from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
+from stages.tokenizers.formats.byte_level import spell
+from stages.tokenizers.formats.patterns import QWEN
+from stages.tokenizers.formats.ranks import derive_merges, read_ranks
+from stages.tokenizers.reference.tiktoken_reference import TiktokenReference, ranks_of
 from stages.tokenizers.tokenizer_family import ChatFormat, TokenizerFamily
 
 if TYPE_CHECKING:

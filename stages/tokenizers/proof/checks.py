@@ -1,7 +1,7 @@
 """What must hold of an emitted tokenizer, as small checks T01 to T18: each names one way in which bundles went wrong.
 
 E findings fail the build, W findings are shown by every run, N findings are noted in the node's pages. Comparing ids
-and text with the reference (T19 to T21) is in :mod:`stages.tokenizers.proof`.
+and text with the reference (T19 to T21) is in :mod:`stages.tokenizers.proof.equality`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.tokenizers import library
-from stages.tokenizers.byte_level import CHARACTERS
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
-from stages.tokenizers.json_tables import by_text
+from stages.tokenizers.formats.byte_level import CHARACTERS
+from stages.tokenizers.formats.json_tables import by_text
+from stages.tokenizers.formats.world_vocabulary import FILE as WORLD
+from stages.tokenizers.formats.world_vocabulary import WorldTokenizer
 from stages.tokenizers.resolution import read_json
 from stages.tokenizers.tokenizer_family import Finding, ModelFacts
-from stages.tokenizers.world_vocabulary import FILE as WORLD
-from stages.tokenizers.world_vocabulary import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

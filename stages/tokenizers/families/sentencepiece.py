@@ -6,15 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from stages.tokenizers import json_tables, sentencepiece_bpe, sentencepiece_unigram
-from stages.tokenizers.byte_pairs import Added, load
-from stages.tokenizers.character_loop import CharacterLoop
-from stages.tokenizers.charsmap import Charsmap
-from stages.tokenizers.checks import WARNING
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.metaspace import NEVER, SEGMENT, SPACE, TEXT, Characters, document
-from stages.tokenizers.resolution import MODEL, read_json
-from stages.tokenizers.sentencepiece_model import (
+from stages.tokenizers.formats import json_tables, sentencepiece_bpe, sentencepiece_unigram
+from stages.tokenizers.formats.byte_pairs import Added, load
+from stages.tokenizers.formats.charsmap import Charsmap
+from stages.tokenizers.formats.metaspace import NEVER, SEGMENT, SPACE, TEXT, Characters, document
+from stages.tokenizers.formats.sentencepiece_model import (
     BPE,
     BYTE,
     CONTROL,
@@ -27,6 +24,9 @@ from stages.tokenizers.sentencepiece_model import (
     SentencePieceModel,
     read_model,
 )
+from stages.tokenizers.proof.checks import WARNING
+from stages.tokenizers.reference.character_loop import CharacterLoop
+from stages.tokenizers.resolution import MODEL, read_json
 from stages.tokenizers.tokenizer_family import Finding, TokenizerFamily
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.files import read_bytes
-from stages.tokenizers.ranks import MAX_TOKEN_BYTES
+from stages.tokenizers.formats.ranks import MAX_TOKEN_BYTES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BPE = 1, 2

@@ -9,14 +9,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers import json_tables, tokenizer_json
-from stages.tokenizers.automatic import Automatic
-from stages.tokenizers.character_loop import CharacterLoop
-from stages.tokenizers.checks import NOTE, WARNING
-from stages.tokenizers.merge_loop import MergeLoop
-from stages.tokenizers.metaspace import NEVER, SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT_WITHOUT
-from stages.tokenizers.patterns import GPT2, KNOWN
-from stages.tokenizers.proof import CODE_POINTS, difference
+from stages.tokenizers.families import tokenizer_json
+from stages.tokenizers.formats import json_tables
+from stages.tokenizers.formats.metaspace import NEVER, SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT_WITHOUT
+from stages.tokenizers.formats.patterns import GPT2, KNOWN
+from stages.tokenizers.proof.checks import NOTE, WARNING
+from stages.tokenizers.proof.equality import CODE_POINTS, difference
+from stages.tokenizers.reference.automatic import Automatic
+from stages.tokenizers.reference.character_loop import CharacterLoop
+from stages.tokenizers.reference.merge_loop import MergeLoop
 from stages.tokenizers.resolution import Resolution
 from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 

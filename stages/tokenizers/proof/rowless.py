@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stages.tokenizers import library
-from stages.tokenizers.checks import WARNING, error
+from stages.tokenizers.formats.world_vocabulary import WorldTokenizer
+from stages.tokenizers.proof.checks import WARNING, error
 from stages.tokenizers.tokenizer_family import Finding, ModelFacts, ReferenceTokenizer
-from stages.tokenizers.world_vocabulary import WorldTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

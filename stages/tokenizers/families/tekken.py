@@ -7,13 +7,13 @@ import binascii
 import json
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers import json_tables
-from stages.tokenizers.byte_level import spell
-from stages.tokenizers.byte_pairs import Added, BytePairs, build
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.patterns import TEKKEN
-from stages.tokenizers.ranks import MAX_TOKEN_BYTES, all_splits
-from stages.tokenizers.tiktoken_reference import TiktokenReference
+from stages.tokenizers.formats import json_tables
+from stages.tokenizers.formats.byte_level import spell
+from stages.tokenizers.formats.byte_pairs import Added, BytePairs, build
+from stages.tokenizers.formats.patterns import TEKKEN
+from stages.tokenizers.formats.ranks import MAX_TOKEN_BYTES, all_splits
+from stages.tokenizers.reference.tiktoken_reference import TiktokenReference
 from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def convert(resolution: Resolution) -> Tokenizer:
         found = config.get("pattern") if isinstance(config, dict) else None
         raise TokenizerError(
             f"{path}: the split pattern {str(found)[:120]!r} is not Tekken's; a pattern is run on every text and is "
-            "not taken from a file: add it to stages/tokenizers/patterns.py"
+            "not taken from a file: add it to stages/tokenizers/formats/patterns.py"
         )
     try:
         size, count = int(config["default_vocab_size"]), int(config["default_num_special_tokens"])

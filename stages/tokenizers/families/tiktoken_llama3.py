@@ -6,13 +6,13 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers import json_tables
-from stages.tokenizers.byte_level import spell
-from stages.tokenizers.byte_pairs import Added, BytePairs, build
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.patterns import LLAMA3
-from stages.tokenizers.ranks import all_splits, read_ranks
-from stages.tokenizers.tiktoken_reference import TiktokenReference, ranks_of
+from stages.tokenizers.formats import json_tables
+from stages.tokenizers.formats.byte_level import spell
+from stages.tokenizers.formats.byte_pairs import Added, BytePairs, build
+from stages.tokenizers.formats.patterns import LLAMA3
+from stages.tokenizers.formats.ranks import all_splits, read_ranks
+from stages.tokenizers.reference.tiktoken_reference import TiktokenReference, ranks_of
 from stages.tokenizers.tokenizer_family import TokenizerFamily
 
 if TYPE_CHECKING:

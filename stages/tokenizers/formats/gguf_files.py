@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.gguf import container
 from stages.checkpoint.strict_json import shown
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.metaspace import SPACE
-from stages.tokenizers.patterns import GPT2, LLAMA3, QWEN, TEKKEN
-from stages.tokenizers.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from stages.tokenizers.formats.metaspace import SPACE
+from stages.tokenizers.formats.patterns import GPT2, LLAMA3, QWEN, TEKKEN
+from stages.tokenizers.formats.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

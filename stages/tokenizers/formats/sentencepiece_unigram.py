@@ -8,8 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from stages.tokenizers.character_loop import CharacterLoop
-from stages.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
+from stages.tokenizers.formats.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    SentencePieceModel,
+)
+from stages.tokenizers.reference.character_loop import CharacterLoop
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject

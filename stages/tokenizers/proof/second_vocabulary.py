@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stages.tokenizers import load_tokenizer_family
-from stages.tokenizers.checks import WARNING, error
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.proof import PROBES, difference, sample_corpus
+from stages.tokenizers.proof.checks import WARNING, error
+from stages.tokenizers.proof.equality import PROBES, difference, sample_corpus
 from stages.tokenizers.resolution import Resolution, second_vocabularies
 from stages.tokenizers.tokenizer_family import Finding, ReferenceTokenizer
 

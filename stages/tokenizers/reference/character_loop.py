@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from stages.tokenizers.merge_loop import Finder, join
-from stages.tokenizers.metaspace import SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT, TEXT_WITHOUT
+from stages.tokenizers.formats.metaspace import SEGMENT, SEGMENT_WITHOUT, SPACE, TEXT, TEXT_WITHOUT
+from stages.tokenizers.reference.merge_loop import Finder, join
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
@@ -26,7 +26,7 @@ class CharacterLoop:
     ``rank`` is of two neighbours, None where they are never joined; ``frozen`` are texts that are one symbol from the
     start and are joined to nothing. ``added`` are entries as tokenizer.json has them, ``form`` gives a text its normal
     form. A character without a token becomes its bytes' tokens where there is ``byte_fallback``, and else ``unk``. The
-    rest is as in :class:`~stages.tokenizers.metaspace.Characters`, but ``prefix`` are ids.
+    rest is as in :class:`~stages.tokenizers.formats.metaspace.Characters`, but ``prefix`` are ids.
     """
 
     def __init__(

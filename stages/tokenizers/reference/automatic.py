@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from stages.documents.files import JsonObject
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MAX_MESSAGE = 400  # characters of what the library says
 TABLES = "tokenizer.json"
 # A process that a file makes compute or grow without end is stopped by the kernel. Seconds are of computing; a tenth of
@@ -36,7 +36,7 @@ SECONDS = 5  # for a request, and beside that
 SECONDS_PER_MB = 10  # of files that are loaded, and of texts
 MEMORY = 1 << 29  # bytes beyond what it has, and beside that
 MEMORY_PER_BYTE = 40  # of files that are loaded
-_CHILD = "import sys; sys.path.append(sys.argv[1]); from stages.tokenizers.automatic import serve; serve()"
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from stages.tokenizers.reference.automatic import serve; serve()"
 
 
 class Automatic:
@@ -232,7 +232,7 @@ def _load(folder: str) -> tuple[Any, str | None]:
 
 
 def _describe(loaded: Any) -> JsonObject:
-    from stages.tokenizers.byte_level import read_token
+    from stages.tokenizers.formats.byte_level import read_token
 
     backend = loaded.backend_tokenizer
     document = json.loads(backend.to_str()) | {"truncation": None, "padding": None}

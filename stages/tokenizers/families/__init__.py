@@ -1,0 +1,1 @@
+"""Tokenizer families: one module for each way in which checkpoints store a vocabulary."""
