@@ -125,7 +125,7 @@ class Project:
         return Selection(frozenset(chosen), tuple(node for node in self.dag.nodes if node in needed))
 
     def key(self, node: Node) -> str | None:
-        """Return the key of the result that a node's name means; None if there is none.
+        """Return the key of the result that a node's name refers to; None if there is none.
 
         That is its result as the pipeline stands, given ``overrides`` under these. Only without them, and where it has
         none yet (:meth:`behind` says why), it is the last one that it had.
@@ -147,7 +147,7 @@ class Project:
         return bool(failed) and (failed == standing.key or bool(standing.behind and not self.varied))
 
     def standing(self, nodes: Sequence[Node]) -> list[Standing]:
-        """Return how nodes stand; what is asked for at once is planned at once."""
+        """Return how nodes stand; nodes of one call are planned together."""
         if missing := [node for node in nodes if node not in self._standing]:
             needed = self.dag.above(missing)
             try:

@@ -1,4 +1,4 @@
-"""What providers bring to the engine: stages above all, and the verbs, pages and comparisons that go with them.
+"""Providers: records by which packages add stages, verbs, report sections and comparisons to the engine.
 
 A provider is a record of strings, so that naming a stage imports nothing. The one that is shipped is known by
 ``SHIPPED``; any installed package adds its own by an entry point of the group ``stagegraph.providers`` that names a
@@ -71,7 +71,7 @@ class Section(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What ``compare`` says of several results of a stage: the JSON files it is told from, and the module that tells.
+    """How ``compare`` compares several results of a stage: the JSON files that it reads, and the module that does.
 
     ``files`` are those of the result itself, and of the stages that have read it: stage -> names. The module has
     ``row(documents)``, plain values of what is known of one result, whose documents are by name, ``page(rows)`` of
@@ -83,7 +83,7 @@ class Comparison(NamedTuple):
 
 
 class Starter(NamedTuple):
-    """What ``init`` and ``build`` begin with: the module that writes a first pipeline file for one kind of thing.
+    """What ``init`` and ``build`` use: the module that writes a first pipeline file for one kind of source.
 
     That kind, the starter's name, is also the variable of such files that holds its path. The module has
     ``add_arguments(parser)``, ``settings(args)``, the variables that were asked for, ``named(text)``, the path or URL
@@ -100,7 +100,7 @@ class Starter(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """What one package brings, everything by its name; objects are named as ``"module:NAME"``."""
+    """Stages, verbs and so on that one package provides, each by its name; objects are named as ``"module:NAME"``."""
 
     stages: Mapping[str, str] = field(default_factory=dict)  # id -> class
     # Kind of worker -> what such a process calls before it runs stages; "" for nothing.
@@ -164,7 +164,7 @@ def shipped() -> Provider:
 
 @functools.cache
 def installed() -> Mapping[str, Provider]:
-    """Return the providers of other packages by entry point; :class:`PipelineError` for one that is none."""
+    """Return the providers of other packages by entry point; :class:`PipelineError` for one that is no provider."""
     if not any(_declaring()):  # by far the most often
         return {}
     from importlib.metadata import entry_points

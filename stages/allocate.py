@@ -1,4 +1,4 @@
-"""allocate: choose a row for each matrix, so many bits a weight in all, by what each costs if it alone is quantized."""
+"""allocate: chooses a storage row for each matrix within a budget of bits, by the loss if it alone is quantized."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Allocate(Stage):
         return params
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name what runs the model and what it runs on."""
+        """Name the versions of the libraries that run the model, and the processor."""
         from stages.checkpoint import gguf
         from stages.targets import processor
 
@@ -71,7 +71,7 @@ class Allocate(Stage):
         return rows
 
     def run(self, ctx: Context) -> None:
-        """Measure, choose, and say what was chosen."""
+        """Measure losses, choose rows, and write them."""
         from stages.documents.files import write_json
         from stages.quantization.budget import allocate
 
@@ -145,7 +145,7 @@ def _calibrated(ctx: Context) -> dict[str, str]:
 
 
 def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
-    """Return what each matrix of the model can be stored as; one that was not measured costs what the dearest does."""
+    """Return the rows that each matrix can have, with bits and loss; one that was not measured has the largest loss."""
     import numpy as np
 
     from stages.models import described

@@ -42,7 +42,7 @@ class Bench(Stage):
     outputs = {"speed": Out("bench.json", "tokens per second, how far the repeats are apart, and on what machine")}
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name what runs the bundle, and the machine: another processor, or more of it, measures anew."""
+        """Name the runtime and the processor with its threads: another machine measures again."""
         from stages.runtime import host
         from stages.targets.table import TARGETS
 

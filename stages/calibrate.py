@@ -52,7 +52,7 @@ class Calibrate(Stage):
     }
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name what runs the model and what it runs on: sums may come out otherwise on another processor."""
+        """Name the libraries that run the model, and the processor, on which the order of sums depends."""
         from stages.checkpoint import gguf
         from stages.targets import processor
 

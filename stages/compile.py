@@ -109,11 +109,11 @@ class Compile(Stage):
         return tools
 
     def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
-        """The target, and what makes its device code."""
+        """Return the target, and the backend of its device."""
         return {"stages.targets.table:TARGETS": params.target, "stages.targets.backends:BACKENDS": params.target}
 
     def run(self, ctx: Context) -> None:
-        """Build the library and prove what is in it."""
+        """Build the library, and check its contents."""
         from stages.codegen import agreement, views
         from stages.codegen.build import STEPS, BuildError, BuildOptions, build
         from stages.documents.files import write_json

@@ -1,4 +1,4 @@
-"""verify: run the bundle with TVM's runtime alone and hold it against its checkpoint and a reference."""
+"""verify: runs the bundle with TVM's runtime alone and compares it with its checkpoint and a reference."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ class Verify(Stage):
         return replace(params, reference=reference, device=device, origin=origin)
 
     def tools(self, params: Params) -> Mapping[str, str]:
-        """Name the runtime, what reads the checkpoint and computes a live reference, and the CUDA devices there are."""
+        """Name the runtime, the libraries that read the checkpoint and compute references, and the CUDA devices."""
         from stages.checkpoint import gguf
         from stages.targets.table import TARGETS
         from stages.tokenizers import READERS

@@ -71,7 +71,7 @@ Point = tuple[float, float]
 
 
 class Arrangement(NamedTuple):
-    """A layout of somebody else's: the middle of each box, the curve of each edge (Bézier, n times three points and the
+    """A layout by another program: the middle of each box, the curve of each edge (Bézier, n times three points and the
     first), and the size of all.
     """
 

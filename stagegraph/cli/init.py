@@ -21,8 +21,8 @@ SCHEMA = "pipeline.schema.json"
 
 
 class Start(NamedTuple):
-    """What a pipeline is begun with: the starter's module, the path or pinned URL it was given, what it has found
-    there, and the variables that were asked for.
+    """The input of a new pipeline file: the starter's module, the path or pinned URL that it was given, what it found
+    there, and the variables to set.
     """
 
     noun: str

@@ -42,7 +42,7 @@ def asked(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace, work: Pipeline, records: Mapping[Node, Record], option: str) -> None:
-    """Print what the option's module finds of the name in each node."""
+    """Print what the option's module finds under the name in each node."""
     lookup, name = find("lookups", option), getattr(args, option)
     module = importlib.import_module(lookup.module)
     found = {}

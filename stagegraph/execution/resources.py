@@ -112,7 +112,7 @@ def _limit_files() -> Iterator[Path]:
 
 
 def resident_bytes(pids: Iterable[int]) -> dict[int, int]:
-    """Return the memory of each process with its descendants, and with its session where a parent has died."""
+    """Return the memory of each process with its descendants, and with its session, whose parents may be gone."""
     below: dict[int, list[int]] = {}
     for pid, parent, session in _processes():
         below.setdefault(parent, []).append(pid)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def depth_first(nodes: Sequence[Node]) -> list[Node]:
-    """Return nodes, given in topological order, so that everything above the first end comes before what only others
-    need: of a matrix one instance is whole before the next is begun.
+    """Return nodes, given in topological order, in depth-first order: all that the first final node needs comes before
+    what only others need, so that one branch of a matrix is complete before the next begins.
     """
     ordered: dict[Node, None] = {}
     for end in (node for node in nodes if not node.consumers):

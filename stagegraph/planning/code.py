@@ -96,7 +96,7 @@ class CodeDigests:
         return self._installed.changed(self._foreign(modules, rows))
 
     def sweep_libraries(self) -> bool:
-        """Look for Python files of libraries that were edited in place, once; say whether one changes what was said."""
+        """Look once for Python files of libraries that were edited in place; say whether an earlier answer changes."""
         return self._installed.sweep()
 
     def _foreign(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> list[str]:
@@ -115,7 +115,7 @@ class CodeDigests:
         return self._closures[closure_id]
 
     def part_code(self, modules: Iterable[str], rows: Mapping[str, str | Sequence[str]]) -> PartCode:
-        """Return what makes parts, of a stage that uses ``rows``: all that ``modules`` reach."""
+        """Return the code behind the memoised parts of a stage that uses ``rows``: all that ``modules`` reach."""
         from stagegraph.store.memo import PartCode
 
         modules = list(modules)
@@ -127,7 +127,7 @@ class CodeDigests:
         return PartCode(digest_json([counting, libraries]), stats)
 
     def files_read(self) -> dict[str, list[int]]:
-        """Return every file that was read for what was asked, those of libraries too, with its stat."""
+        """Return every file that was read for the answers so far, those of libraries too, with its stat."""
         return self._stats | self._installed.files_read()
 
     def changed(self, closure: Mapping[str, str]) -> list[str]:

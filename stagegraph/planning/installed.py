@@ -22,7 +22,7 @@ Build = tuple[str, str, str, str, dict[str, str]]
 
 
 def brought(folder: str) -> dict[str, list[str]]:
-    """Return top-level module -> the ``.dist-info`` folders of the distributions that bring it."""
+    """Return top-level module -> the ``.dist-info`` folders of the distributions that contain it."""
     found: dict[str, list[str]] = {}
     for info in sorted(name for name in os.listdir(folder) if name.endswith(".dist-info")):  # noqa: PTH208
         try:
@@ -84,7 +84,7 @@ def python_files(record: str) -> Iterator[tuple[str, str]]:
 
 
 def loose(module: str, spec: ModuleSpec) -> Build:
-    """Return what the module behind ``spec``, which no distribution lists, is made of: a link, or on the path."""
+    """Return the files of the module behind ``spec``, which no distribution lists: a link, or a folder on the path."""
     places = list(spec.submodule_search_locations or ())
     files = [str(path) for place in places for path in _walk(place)] or [spec.origin or ""]
     natives = {path: "" for path in sorted(files) if NATIVE.search(path)}

@@ -72,7 +72,7 @@ class Libraries:
         return {path: stat for module in modules for path, stat in self._stats[module].items()}
 
     def files_read(self) -> dict[str, list[int]]:
-        """Return the files behind all that was asked for, with their stats: native libraries, and what was swept."""
+        """Return the files behind the answers so far, with their stats: native libraries, and swept Python files."""
         return self.stats(self._stats) | self._python(self._stats)
 
     def changed(self, modules: Iterable[str]) -> list[str]:
@@ -81,7 +81,7 @@ class Libraries:
         return sorted(path for path, stat in stats.items() if _stat(path) != stat)
 
     def sweep(self) -> bool:
-        """Look at every Python file behind all that was and will be asked for; say whether one moves what was said.
+        """Examine every Python file of the libraries, now and in later answers; say whether an earlier answer changes.
 
         Only the first time: what is edited later changes under a run.
         """

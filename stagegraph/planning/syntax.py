@@ -1,4 +1,4 @@
-"""A syntax tree as text that is the same on every version of Python: what code digests are taken over.
+"""Renders a syntax tree as text that is the same on every version of Python; code digests are taken over it.
 
 ``ast.dump`` is not: 3.12 gave functions and classes a list of type parameters, and the first of them the parts of
 f-strings an empty text here and there; 3.13 leaves empty lists out.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def with_local_sources(spec: NodeSpec, index: Index, *, fetch: bool) -> Any:
-    """Return a node's parameters with a path for every URL; :class:`PlanError` for what is wrong or not here.
+    """Return a node's parameters with a path for every URL; :class:`PlanError` for a wrong URL or a missing download.
 
     Only if ``fetch``, a server is asked.
     """

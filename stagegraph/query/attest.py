@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Attestor(NamedTuple):
-    """A stage that attests an output: the port on which it reads that, and the one of the file that it writes."""
+    """A stage that attests an output: the port that reads the output, and the port of the file that it writes."""
 
     stage: str
     reads: str

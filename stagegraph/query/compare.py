@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def comparison(artifacts: Mapping[str, Artifact]) -> Comparison:
-    """Return how these results, by label, are compared; :class:`PlanError` if they are not of one kind that is."""
+    """Return how results, by label, are compared; :class:`PlanError` unless all are of one kind with a comparison."""
     stages = {label: artifact.record["stage"] for label, artifact in artifacts.items()}
     found: Comparison | None = find("comparisons", next(iter(stages.values())))
     if found is None or len(set(stages.values())) > 1:

@@ -1,4 +1,4 @@
-"""What a store holds: every object, what names it, and what is in use of that.
+"""Lists the contents of a store: every object, what refers to it, and whether that is in use.
 
 In use are the results that ``artifacts/`` shows, those that pipeline files need as they stand, and those a run under
 way has settled on.
@@ -27,7 +27,7 @@ FOLDERS = ("failed", "logs", "quarantine", "index", "work")
 
 @dataclass(frozen=True, slots=True)
 class Removable:
-    """Something that can be kept or go: an earlier result, a memoised part, an object that nothing names."""
+    """Something that gc can remove: an earlier result, a memoised part, or an object that nothing refers to."""
 
     kind: str  # "result", "other" (one that another of its key took the place of), "part", "object" or "leftover"
     name: str  # key, name in the index, digest, or path in the store
@@ -39,7 +39,7 @@ class Removable:
 
 @dataclass
 class Contents:
-    """Everything there is in a store. ``records`` are by key, ``lasts`` by ``pipeline/node``; ``nodes`` says of which
+    """The whole contents of a store. ``records`` are by key, ``lasts`` by ``pipeline/node``; ``nodes`` says of which
     node a key was last the result.
     """
 
@@ -74,7 +74,7 @@ class Usage:
 
 @dataclass
 class Sweep:
-    """What goes, the bytes that this frees, and what could not be done."""
+    """What gc removes, the bytes that this frees, and notes on what it could not remove."""
 
     items: list[Removable] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)  # bytes that each item frees
@@ -93,7 +93,7 @@ class Sweep:
 
 
 def look(workspace: Workspace) -> Contents:
-    """Look at everything there is; what others add or remove meanwhile may or may not be in it."""
+    """List the whole store; changes by others meanwhile may or may not be included."""
     running, pins = pinned(workspace.root)
     sizes, times = {}, {}
     for digest in workspace.store.digests():

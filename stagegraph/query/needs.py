@@ -1,4 +1,4 @@
-"""What the pipeline files beside ``artifacts/`` need of it, and which pipelines have results there but no file.
+"""Finds the results that the pipeline files beside ``artifacts/`` need, and pipelines with results but without a file.
 
 A pipeline that was renamed, or whose file was deleted, leaves results that nothing will ask for. The first ``gc`` that
 finds no file for a name says so and marks it; a later one treats its results as earlier ones. While a file that may be

@@ -1,4 +1,4 @@
-"""All that is known of a pipeline as it stands, for one page: its nodes, their results, and a run on a line of time."""
+"""Collects everything about a pipeline for one page: its nodes, their results, and the timeline of a run."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class Overview:
     compared: Mapping[str, str] = field(default_factory=dict)  # stage -> a table in Markdown of its results
 
     def count(self, *statuses: str) -> int:
-        """Return how many nodes stand so."""
+        """Return how many nodes have this status."""
         return sum(entry.status in statuses for entry in self.entries)
 
 
 def overview(project: Project, run: str | None = None) -> Overview:
-    """Look at everything; ``run`` names a run of the history, by default the last that executed something."""
+    """Collect everything; ``run`` names a run of the history, by default the last that executed something."""
     steps = forecast(project, project.select(), force=False, jobs=0).steps
     project.standing(project.dag.nodes)
     entries = [_entry(project, step.node, step.decision.status, step.decision.reasons, step.record) for step in steps]

@@ -1,4 +1,4 @@
-"""Removes what gc chose, a moment at a time, and spares what has come into use since gc looked.
+"""Removes what gc chose, in short batches, except what has come into use since.
 
 The store's lock keeps runs waiting, so it is held for one batch only. Between two batches a run may settle on a result
 that was to go, or make one of objects that were. It writes the index, a pin or the journal then; whenever one of these
@@ -27,7 +27,7 @@ TRIES = 3
 
 
 class Watch:
-    """What changes in a store from now on; made before anybody looks at what is in it."""
+    """Tracks changes of a store; must be created before its contents are listed."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace

@@ -1,4 +1,4 @@
-"""Building twice: nodes made again from nothing, in a store and directories of their own, and what differs then."""
+"""Builds nodes a second time, in a separate store and directories, and compares the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Reproduction:
-    """How a second build came out: how many nodes are the same byte for byte, how the others differ or failed.
+    """The result of a second build: how many nodes are the same byte for byte, and how the others differ or failed.
 
     ``measured`` are those of stages that measure, which were run again and not compared.
     """
@@ -36,7 +36,7 @@ class Reproduction:
 
     @property
     def ok(self) -> bool:
-        """Whether everything was made again as it was."""
+        """Whether all results are identical."""
         return not self.differing and not self.failed
 
     def document(self) -> JsonObject:

@@ -22,7 +22,7 @@ DAMPING = 0.01  # of the mean of the diagonal, added to it: what few tokens say 
 
 
 class Curvatures:
-    """Writes the feedback of what is read into ``folder`` as soon as it is read, in memory for one matrix."""
+    """Computes error feedback from the inputs of matrices and writes it to ``folder``, one matrix at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -31,9 +31,9 @@ class Curvatures:
         self._written = ""
 
     def add(self, name: str, read: Any, rows: Any) -> None:
-        """Take ``rows`` [n, k] of what the tensor ``name`` has ``read``; what several read is worked on once.
+        """Add the inputs ``rows`` [n, k] of the matrix ``name``; what several matrices ``read`` is processed once.
 
-        A tensor that reads twice has no feedback: what it read first is gone.
+        A matrix that is used twice has no feedback, as its first inputs are no longer in memory.
         """
         if name in self._files:
             self._files[name] = None
@@ -44,7 +44,7 @@ class Curvatures:
         self._files[name] = self._written
 
     def finish(self) -> None:
-        """Write which tensor's is where."""
+        """Write the index: tensor -> file."""
         self._last = None
         known = {name: file for name, file in sorted(self._files.items()) if file}
         (self._folder / INDEX).write_text(json.dumps(known, indent=1), "utf-8")

@@ -125,7 +125,7 @@ def _watched(model: Any, names: Mapping[int, str], sums: _Sums) -> Iterator[None
 
 
 def main(request_path: str, result_path: str) -> None:
-    """Compute the request in the one file into the other."""
+    """Run the request in a file; write the result to another."""
     request = json.loads(Path(request_path).read_text("utf-8"))
     folder = request.pop("feedback")
     found = compute(OriginalRequest(**request), apart.say, Path(folder) if folder else None)

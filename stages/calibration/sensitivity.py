@@ -95,7 +95,7 @@ class Losses:
     found: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, name: str, tensor: str, weight: np.ndarray, read: np.ndarray | None) -> None:
-        """Compare rows of a ``weight`` [n, k] on what it has ``read`` [tokens, k]; a table is compared as it is."""
+        """Compare rows of a ``weight`` [n, k] by its outputs on ``read`` [tokens, k]; an embedding by its values."""
         some = np.ascontiguousarray(weight[:: max(1, len(weight) // SAMPLED)], np.float32)
 
         def lost(scheme: Scheme, calibrated: Calibrated) -> float:

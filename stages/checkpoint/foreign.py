@@ -1,4 +1,4 @@
-"""Recognises what is no checkpoint in Hugging Face format (adapters, pickles, other formats), and says what to do."""
+"""Recognises folders that are not a checkpoint in Hugging Face format (adapters, pickles, ...), and says what to do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FORMATS = (
 
 
 def described(names: Iterable[str]) -> str:
-    """Say what files called ``names`` are and what to do with them; empty if they are nothing that is known."""
+    """Describe the format of files called ``names`` and say what to do with them; empty if it is not known."""
     names = sorted(names)
     for patterns, what, remedy in FORMATS:
         found = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -36,7 +36,7 @@ TensorTable = dict[str, tuple[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Headers:
-    """``tensors`` are name -> (file, info); ``notes`` say what is odd about the files and changes nothing.
+    """``tensors`` are name -> (file, info); ``notes`` describe peculiarities of the files that change nothing.
 
     ``packed`` says of those whose values are not stored how they are made.
     """

@@ -20,7 +20,7 @@ THREADS = 4
 
 
 def check(url: str) -> None:
-    """Raise :class:`ValueError` for a URL that is none, or that may mean other files tomorrow."""
+    """Raise :class:`ValueError` for a URL that is not valid, or not pinned to a commit."""
     _parts(url)
 
 
@@ -56,14 +56,14 @@ def files(url: str) -> dict[str, str]:
 
 
 def here(url: str, wanted: Mapping[str, str]) -> Path | None:
-    """Return the folder, or the one file, if everything ``wanted`` is in the hub's cache; asks nobody."""
+    """Return the folder, or the one file, if everything ``wanted`` is in the hub's cache; uses no network."""
     repository, commit, one = _parts(url)
     folder = _cache() / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
     return (folder / one if one else folder) if all((folder / name).is_file() for name in wanted) else None
 
 
 def get(url: str, wanted: Mapping[str, str]) -> Path:
-    """Fetch what is ``wanted``, and return where it is; :class:`OSError` if it cannot be, or came damaged."""
+    """Download ``wanted`` and return where it is; :class:`OSError` if it cannot be downloaded or is damaged."""
     from concurrent.futures import ThreadPoolExecutor
 
     repository, commit, _ = _parts(url)

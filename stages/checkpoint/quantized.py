@@ -1,4 +1,4 @@
-"""The forms in which other tools store weights that they quantized, and adapters, told from tensors alone.
+"""Recognises weights that other tools quantized, and adapters, by their tensors alone.
 
 Named by what each tool writes: AutoGPTQ, AutoAWQ, bitsandbytes, compressed-tensors, ModelOpt, MLX and the rest.
 """

@@ -45,7 +45,7 @@ def _bytes(stored: container.GgufTensor) -> TensorInfo:
 
 
 class StoredParts:
-    """What one packed tensor is made of; what was read whole stays as long as this does."""
+    """The stored parts of one packed tensor; parts that are read whole stay in memory as long as this object."""
 
     def __init__(self, parts: Mapping[str, StoredPart], infos: Mapping[str, TensorInfo], files: Mapping[str, Path]):
         self._parts, self._infos, self._files = parts, infos, files

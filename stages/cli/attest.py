@@ -1,4 +1,4 @@
-"""``pipeline attest BUNDLE RESULT.json``: keep what a selftest said on another machine beside the bundle."""
+"""``pipeline attest BUNDLE RESULT.json``: stores the result of a selftest on another machine beside the bundle."""
 
 from __future__ import annotations
 

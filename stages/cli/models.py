@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def traced() -> dict[str, dict[str, str]]:
-    """Return what became of every model_type that has no family of its own, sorted."""
+    """Return the result for every traced model_type, sorted: proven, or refused and why."""
     found: dict[str, dict[str, str]] = json.loads(TRIED.read_text("utf-8"))
     return {name: {"frontend": "traced", **entry} for name, entry in sorted(found.items()) if not native(name)}
 

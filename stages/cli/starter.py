@@ -38,21 +38,21 @@ DEFAULTS = {True: "q4k", False: "q4f16_1"}  # whether all targets compute on the
 
 
 class CheckpointSummary(NamedTuple):
-    """What is known of a checkpoint before anything is built: its tensors, and the positions it was made for."""
+    """The tensors of a checkpoint by its headers, and the number of positions it was trained for."""
 
     tensors: TensorTable
     positions: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what may be chosen; what is not asked for is not changed in a file that is there."""
+    """Declare the options; without an option, an existing pipeline file keeps its value."""
     parser.add_argument("--targets", metavar="NAMES", help=f"separated by commas, of {_listed(TARGETS)}")
     parser.add_argument("--scheme", choices=list(SCHEMES), metavar="NAME", help="how weights are stored, as q4f16_1")
     parser.add_argument("--context-window", type=int, metavar="N", help="positions to build for; 0: all there are")
 
 
 def settings(args: argparse.Namespace) -> JsonObject:
-    """Return the variables that the command line asks for; :class:`ValueError` for a target that is none."""
+    """Return the variables that the command line asks for; :class:`ValueError` for an unknown target."""
     targets = args.targets.split(",") if args.targets else None
     for target in targets or ():
         if target not in TARGETS:
@@ -68,7 +68,7 @@ def named(text: str) -> str:
 
 
 def examine(path: Path) -> CheckpointSummary:
-    """Return what a checkpoint's headers say; :class:`ValueError` for what is none, with what to do."""
+    """Return the summary of a checkpoint; :class:`ValueError`, with what to do, if it is not one."""
     if is_named(path.name) and path.is_file():
         files = folder.beside(path)
     elif path.is_dir():
@@ -172,7 +172,7 @@ def _choices(tensors: TensorTable) -> Iterator[str]:
 
 
 def stored_bytes(scheme: Scheme, tensors: TensorTable) -> int:
-    """Return about how many bytes weights take: which matrix is an embedding or a head is told by its name."""
+    """Return the approximate size of the stored weights in bytes; embeddings and heads are recognised by name."""
     total = 0
     for name, (_, info) in tensors.items():
         kind = "embedding" if "embed" in name or "wte" in name else "head" if "head" in name else "linear"

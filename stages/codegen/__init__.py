@@ -1,1 +1,1 @@
-"""What a compiled library is made of, and what a reader sees of it."""
+"""Generates machine code for lowered modules, links it to a library, and describes the library for people."""

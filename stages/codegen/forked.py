@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Ended(NamedTuple):
-    """A job that is over: its number, how long it took, and what went wrong, if anything."""
+    """The end of a job: its number, its seconds, and its error, if any."""
 
     number: int
     seconds: float

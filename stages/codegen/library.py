@@ -1,4 +1,4 @@
-"""From a lowered module to a shared library on disk, kernel by kernel: what was compiled before is only linked."""
+"""Compiles a lowered module to a shared library, kernel by kernel; those that were compiled before are only linked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CodegenError(ProblemsError):
 
 @dataclass(frozen=True)
 class Compilers:
-    """What makes code: for ``target``, by ``device`` where kernels do not run on the processor.
+    """The compilers: LLVM for ``target``, and ``device`` for kernels of another device.
 
     ``document`` tells all of that as plain data. ``cxx`` links, and sees no other variables than ``environment``.
     """

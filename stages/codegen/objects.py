@@ -21,7 +21,7 @@ OBJECT, DEVICE, LAUNCH = "kernel.o", "kernel.fatbin", "launch.json"
 
 
 class Code(NamedTuple):
-    """What a kernel was compiled to; ``device`` and ``launch`` (device functions as TVM's JSON) may be empty."""
+    """The compiled code of a kernel; ``device`` and ``launch`` (device functions as TVM's JSON) may be empty."""
 
     object: bytes
     device: bytes = b""
@@ -34,7 +34,7 @@ class Code(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many bytes of machine code it is: those of a GPU if there are any, else what the processor runs."""
+        """The size of the machine code in bytes: of the GPU's, if there is any, else of the processor's."""
         return len(self.device) or _executable_bytes(self.object)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a reader sees of a compiled library: its interface, kernels, memory and device code. Standard library only."""
+"""Renders pages about a compiled library: its interface, kernels, memory and device code. Standard library only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def summary(metadata: Metadata, size: int) -> str:
 
 
 def device(kernels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
-    """Render what each architecture runs (metadata's ``device_kernels``): kernels that spill first, worst first."""
+    """Render the kernels of each architecture (metadata's ``device_kernels``): those that spill most come first."""
     rows = [(name, arch, figures) for arch, found in kernels.items() for name, figures in found.items()]
     worst = {name: max(_spilled(found.get(name, {})) for found in kernels.values()) for name, _, _ in rows}
     lines = [
@@ -82,7 +82,7 @@ def _functions(graphs: Sequence[Graph]) -> str:
 
 
 def memory(metadata: Metadata) -> str:
-    """Render what the library needs on its device: a user asks whether it fits."""
+    """Render the memory that the library needs on its device."""
     model, plan = metadata["model"], metadata["memory"]
     weights = sum(math.prod(param["shape"]) * DTYPE_BYTES[param["dtype"]] for param in metadata["params"])
     token, tokens = model["cache_bytes_per_token"], model["context_window"]

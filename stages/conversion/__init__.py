@@ -1,1 +1,1 @@
-"""Converts a checkpoint's tensors to stored weights, in parallel and in bounded memory; what is known is reused."""
+"""Converts a checkpoint's tensors to stored weights, in parallel, in bounded memory; earlier conversions are reused."""

@@ -1,4 +1,4 @@
-"""A memory budget for what runs at once."""
+"""Limits the memory of conversions that run at the same time."""
 
 from __future__ import annotations
 

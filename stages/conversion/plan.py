@@ -42,7 +42,7 @@ class Plan:
         return self._chosen(entry)[:2]
 
     def feedback_of(self, entry: Parameter) -> Path | None:
-        """Return what a parameter's errors are fed back by: all that it is made of must read the same."""
+        """Return the error feedback of a parameter, whose sources must all read the same input; else None."""
         return self._chosen(entry)[2]
 
     def _chosen(self, entry: Parameter) -> tuple[str, np.ndarray | None, Path | None]:

@@ -1,4 +1,4 @@
-"""What bundle writes: bundle.json, and what of a bundle's parts it is made of."""
+"""The documents of the stage bundle: bundle.json, and the documents of its inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BundleDocument(TypedDict):
 
 
 class TokenizerInfo(TypedDict):
-    """What is read here of tokenizer_info.json."""
+    """The fields of tokenizer_info.json that are read here."""
 
     family: str
     fingerprint: str

@@ -1,4 +1,4 @@
-"""What compile writes beside the library: metadata.json, which the library tells too, but for what its making adds."""
+"""The documents of the stage compile: metadata.json, most of which the library itself returns, too."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class DeviceCode(TypedDict):
 
 
 class Described(TypedDict):
-    """What is known of a library before it is built."""
+    """The metadata of a library that are known before it is built."""
 
     schema: int
     target: BuiltTarget

@@ -69,7 +69,7 @@ class StoredPart(TypedDict):
 
 
 class Packed(TypedDict):
-    """How the values of a tensor are made of what is stored: ``form`` names the way, ``parts`` are what it reads, and
+    """How the values of a tensor are computed from stored parts: ``form`` is the method, ``parts`` are its inputs, and
     ``settings`` what it must know beside them. ``called`` is what people call it.
     """
 

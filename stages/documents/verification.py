@@ -17,7 +17,7 @@ class CheckLine(TypedDict):
 
 
 class LossFigures(TypedDict):
-    """The fields of stages.verification.loss:Loss; null in place of what is not finite."""
+    """The fields of stages.verification.loss:Loss; null in place of a number that is not finite."""
 
     tokens: int
     kl_mean: float | None
@@ -43,14 +43,14 @@ class QuantizationLoss(TypedDict):
 
 
 class ReferenceUsed(TypedDict):
-    """What a bundle was held against: the ``kind`` is the parameter of verify, the ``origin`` who computed it."""
+    """The reference of a comparison: ``kind`` is the parameter of verify, ``origin`` says what computed it."""
 
     kind: str
     origin: str
 
 
 class Verification(TypedDict):
-    """verify.json: ``loss`` is in nats per token of the prompt, ``unchecked`` says what was not looked at."""
+    """verify.json: ``loss`` is in nats per token of the prompt, ``unchecked`` says what was not checked."""
 
     schema: int
     verdict: str

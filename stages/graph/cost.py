@@ -49,7 +49,7 @@ class Cost:
 
 
 def costs(module: tvm.IRModule) -> dict[str, Cost]:
-    """Return function name -> what it takes."""
+    """Return function name -> its FLOPs and bytes."""
     return {name: _cost(function) for name, function in relax_functions(module)}
 
 

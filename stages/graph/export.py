@@ -106,7 +106,7 @@ class Build:
 
     @property
     def own_attention(self) -> bool:
-        """Whether attention and the KV cache have kernels of ours (kernels/cpu/attention.py) and not TVM's."""
+        """Whether attention and the KV cache use this project's kernels (kernels/cpu/attention.py) instead of TVM's."""
         attention = getattr(self.config, "attention", None)
         return attention is not None and self.row.cpu_kernels and kv_cache.fits(attention.head_dim)
 
@@ -124,7 +124,7 @@ class Build:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in the KV cache, k and v of all layers; 0 for a model without one."""
+        """Bytes of one token of one sequence in the KV cache, k and v of all layers; 0 for a model without a cache."""
         if getattr(self.config, "attention", None) is None:
             return 0
         _, keys, width = self.heads.stored
@@ -154,7 +154,7 @@ class Build:
 
     @property
     def state_bytes(self) -> int:
-        """What one step of one sequence takes in the state of a recurrent model; 0 for one with a KV cache alone."""
+        """Bytes of one step of one sequence in the recurrent state; 0 for a model with a KV cache only."""
         model: Any = self.model()[0]
         states = getattr(model, "states", ())
         size = sum(each.width * DTYPE_BYTES[each.dtype] for each in states)
@@ -169,7 +169,7 @@ class Build:
         return model, factory
 
     def states(self, tokens: list[Any]) -> nn.spec.Tensor:
-        """Spec of what prefill and decode take for ``tokens`` [b, s]: embeddings, or ids if embedding is inside."""
+        """Return the spec of the input for ``tokens`` [b, s]: embeddings, or ids if prefill and decode embed."""
         if self.sep_embed:
             return tensor([*tokens, self.config.hidden_size], self.compute_dtype)
         return tensor(tokens, "int32")

@@ -1,4 +1,4 @@
-"""What a model is exported as that has a KV cache and a recurrent state beside it: layers of both kinds in one."""
+"""The exported functions of a hybrid model, which has a KV cache and a recurrent state."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _count(function: rx.Function) -> dict[str, int]:
 
 
 def operator_name(call: rx.Call) -> str:
-    """Return what a call calls: the operator, or the kernel or packed function by its own name."""
+    """Return the name of the operator, kernel or packed function of a call."""
     name = getattr(call.op, "name", None) or getattr(call.op, "global_symbol", None) or call.op.name_hint
     if name in {"relax.call_tir", "relax.call_pure_packed", "relax.call_dps_packed"}:
         callee = call.args[0]

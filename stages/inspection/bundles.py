@@ -29,7 +29,7 @@ _LEAST_KL = 1e-9  # a logarithm has no zero
 
 
 def row(documents: JsonObject) -> Row:
-    """Return what is known of a bundle: of itself, of its verify and of its bench, None where there is none."""
+    """Return the row of a bundle: figures of itself, of verify and of bench; None for each that is missing."""
     manifest = documents["bundle/bundle.json"]
     verified, measured = documents.get("verify.json", {}), documents.get("bench.json", {})
     figures = (verified.get("quantization") or {}).get("all", {})
@@ -52,7 +52,7 @@ def row(documents: JsonObject) -> Row:
 
 
 def page(rows: Mapping[str, Row]) -> str:
-    """Return a table in Markdown, and what its numbers are."""
+    """Return a table in Markdown with a legend."""
     # Schemes that the labels name need no column of their own.
     scheme_in_labels = all(found["scheme"] in label for label, found in rows.items())
     headings = ["", *([] if scheme_in_labels else ["scheme"]), *(heading for heading, _ in _COLUMNS.values()), "ok"]

@@ -1,4 +1,4 @@
-"""A picture of what quantization costs: the error of every parameter by layer and kind, and how errors are spread."""
+"""Plots the quantization error of every parameter by layer and kind, and the distribution of errors."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Recall: TypeAlias = "Callable[[str, JsonObject], Any]"
 
 
 def changed(recall: Recall, old: str, path: Path) -> str | None:
-    """Say what differs between the file that had the digest ``old`` and the one at ``path``; None if not known."""
+    """Describe the difference between the shard of digest ``old`` and the one at ``path``; None if not known."""
     part = recall(KIND, {"file": old})
     if part is None:
         return None

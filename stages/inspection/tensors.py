@@ -36,7 +36,7 @@ def names(documents: RegisterDocuments) -> set[str]:
 
 
 def find(documents: RegisterDocuments, name: str) -> JsonObject | None:
-    """Return what is known of ``name``, None if nothing is.
+    """Return the facts about the tensor or parameter ``name``, None if there is none of that name.
 
     ``parameter`` is there if a parameter or a tensor it is stored as has that name, ``checkpoint`` if a checkpoint
     tensor has; of one that is copied, both. ``documents`` are params.json under ``params`` and, where it is known,
@@ -58,7 +58,7 @@ def find(documents: RegisterDocuments, name: str) -> JsonObject | None:
 
 
 def page(found: JsonObject) -> str:
-    """Render what :func:`find` returned."""
+    """Render the result of :func:`find`."""
     lines: list[str] = []
     if "parameter" in found:
         parameter = found["parameter"]

@@ -78,7 +78,7 @@ def _rows(stored: np.ndarray, rows: slice, bits: int) -> np.ndarray:
 
 
 def weights(a: Files, b: Files) -> list[tuple[str, str, str]]:
-    """Return what, in A, in B: settings, tensors that only one has, and those that differ, the furthest apart first.
+    """Return rows (name, value in A, value in B): settings, tensors that one side lacks, and tensors by their distance.
 
     How far: the differences' root mean square over that of A, and the largest one over A's largest value.
     """

@@ -33,7 +33,7 @@ def cache_module_lookups() -> None:
 
 
 def load_json(text: str) -> Any:
-    """Load what this very TVM has saved.
+    """Load JSON that the same version of TVM has saved.
 
     TVM's own function first rewrites what older ones have saved, in Python: three quarters of the time it takes.
     """

@@ -110,7 +110,7 @@ def byte_product(features: Collection[str]) -> str:
 
 
 def problems(cpu: str) -> list[str]:
-    """Say what is wrong with a literal that a user wrote.
+    """Return the problems of a processor name that a user wrote.
 
     Names of single processors (``znver4``) are refused: which instructions LLVM takes them to have is written nowhere,
     so a loader could not tell whether its machine has them.

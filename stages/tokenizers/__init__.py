@@ -1,4 +1,4 @@
-"""Tokenizers: one file per family, which family a checkpoint's files are, and the proof that what we emit equals it."""
+"""Reads the tokenizer of a checkpoint, emits one for every runtime, and proves that the two are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the files of a tokenizer: bounded, and never a Git LFS pointer taken for the file itself."""
+"""Reads the files of a tokenizer, with a limit on their size, and recognises Git LFS pointers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokenizer family a checkpoint's files are, decided from the files alone: its code is named, never executed."""
+"""Decides which tokenizer family a checkpoint's files are of, by the files alone; its code is never executed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ KNOWN_CLASSES = ("PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer", "
 
 @dataclass(frozen=True)
 class Resolution:
-    """The decision: family, vocabulary file, what the checkpoint says beside it, and a trace a person can follow.
+    """The decision: family, vocabulary file, the checkpoint's other declarations, and a readable trace.
 
     ``name`` is the vocabulary's in the checkpoint, ``vocabulary`` is where to open it. ``files`` are all of the
     checkpoint's tokenizer files, ``config`` is tokenizer_config.json with the roles of an older

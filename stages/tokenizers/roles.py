@@ -1,4 +1,4 @@
-"""Which special tokens a checkpoint names, by role: what a chat template knows as ``bos_token`` and so on."""
+"""Reads the special tokens of a checkpoint by role, such as the ``bos_token`` of chat templates."""
 
 from __future__ import annotations
 

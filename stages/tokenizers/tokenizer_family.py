@@ -1,4 +1,4 @@
-"""The nouns of this room: a tokenizer family, the independent reference it is held against, facts of the model."""
+"""The interfaces of this package: a tokenizer family, its independent reference, and facts about the model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class TokenizerFamily:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the model says about its tokenizer: model.json, generation.json and the header of the embedding.
+    """What the model's files say about its tokenizer: model.json, generation.json and the header of the embedding.
 
     ``rows`` is the first dimension of the tensor named ``embedding``, read from the safetensors header.
     """

@@ -1,4 +1,4 @@
-"""Measures on the original model what quantizing each tensor alone costs, and what other schemes would cost.
+"""Measures on the original model the loss by quantizing each tensor alone, and by other schemes.
 
 A tensor's part is the divergence where it alone is quantized; a scheme is tried by quantizing every matrix that it
 takes, while it is used. This runs as ``python -m stages.verification.advice``, and only for bundles that are refused
@@ -153,12 +153,12 @@ def _weights(groups: Mapping[str, int]) -> dict[str, int]:
 
 
 def log_probs(model: Any, ids: Any) -> Any:
-    """Return the log probabilities float32 [b, n, V] of what follows each of ``ids`` [b, n]."""
+    """Return the log probabilities float32 [b, n, V] of the next token after each of ``ids`` [b, n]."""
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
 def stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
-    """Return what is left of a float32 ``weight`` [n, k] once ``scheme`` has stored it, in float32."""
+    """Return the float32 values of ``weight`` [n, k] after quantization by ``scheme``."""
     import torch
 
     row = scheme.row(kind, weight.shape[1])
@@ -241,7 +241,7 @@ def changed(matrices: Mapping[str, tuple[str, list[Any]]], change: Callable[[Any
 
 
 def divergence(wanted: Any, found: Any) -> Any:
-    """Return the divergence of log probabilities [..., V], in nats; what is ruled out counts for nothing."""
+    """Return the divergence of log probabilities [..., V], in nats; tokens of probability 0 contribute nothing."""
     p = wanted.exp()
     return (p * (wanted - found)).where(p > 0, 0.0).sum(-1)
 

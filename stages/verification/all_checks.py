@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def verify(case: Case, progress: Progress) -> Findings:
-    """Run the checks of ``case``; failed ones are among the findings, what cannot be begun is raised.
+    """Run the checks of ``case``; failed checks are among the findings; a bundle that cannot be checked at all raises.
 
     ``progress`` is told how many of how many things of a kind are done, kind after kind. Raises BundleError,
     RecordingError, LiveError or ConfigError, each with ``problems``.

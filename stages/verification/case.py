@@ -65,7 +65,7 @@ class Case:
 
     @property
     def arithmetic(self) -> str:
-        """What the library rounds activations to: int8, or the dtype it computes in."""
+        """The type that the library rounds activations to: int8, or the dtype it computes in."""
         model = self.manifest.model
         return "int8" if model.get("activations") == "int8" else str(model["compute_dtype"])
 
@@ -121,7 +121,7 @@ class Case:
 
     @cached_property
     def prefix(self) -> list[int]:
-        """What goes before every text, such as bos, by the checkpoint's own files where they can be read."""
+        """The ids before every text, such as bos, by the checkpoint's own files if they can be read."""
         return self.reader.prefix if self.reader else self.tokenizer.prefix
 
     def encode(self, text: str) -> list[int]:
@@ -145,7 +145,7 @@ class Case:
 
     @cached_property
     def probes(self) -> probes.Probes:
-        """What the bundle and the original model read to be compared."""
+        """The probes: the texts on which the bundle and the original model are compared."""
         window = int(self.manifest.model["context_window"])
         return probes.of(
             self.corpus,
@@ -158,19 +158,19 @@ class Case:
 
     @cached_property
     def original(self) -> original.OriginalRequest:
-        """What is asked of the original model."""
+        """The request to the original model."""
         weights = {name: path for name, path in self.files.items() if "/" not in name}
         probes = self.probes
         return original.OriginalRequest(self.root, weights, self.config, probes.pieces, probes.skipped, self.scratch)
 
     def known_original(self) -> Mapping[str, np.ndarray] | None:
-        """Return what the original answered before to the same probes, for whatever scheme or target."""
+        """Return the memoised results of the original model on these probes, for any scheme and target."""
         if self.memo is None or not self.probes.count:
             return None
         return original.known(self.memo, original.document(self.original, checkpoint_digest(self.digests)))
 
     def keep_original(self, found: Mapping[str, np.ndarray]) -> None:
-        """Keep what the original answers, for other schemes and targets."""
+        """Memoise the results of the original model, for other schemes and targets."""
         if self.memo is not None:
             document = original.document(self.original, checkpoint_digest(self.digests))
             original.keep(self.memo, document, found, self.scratch)
@@ -182,7 +182,7 @@ class Case:
 
     @cached_property
     def tensors(self) -> dict[str, CheckpointTensor]:
-        """What the checkpoint's headers say of its tensors: dtype, shape, file."""
+        """The checkpoint's tensors by its headers: dtype, shape, file."""
         return read_headers({name: path for name, path in self.files.items() if "/" not in name}).table()
 
 

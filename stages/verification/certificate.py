@@ -25,7 +25,7 @@ _CARD_LIMIT = 1 << 20  # bytes of a model card that are looked at
 
 
 def document(case: Case, verified: Verification, golden: Golden | None, source: str, made: JsonObject) -> Certificate:
-    """Return what the certificate of a bundle says; its seal goes on as it is written (:mod:`stages.runtime.seal`).
+    """Return the certificate without its seal, which is added when it is written (:mod:`stages.runtime.seal`).
 
     ``verified`` is verify.json, ``golden`` what :mod:`stages.runtime.golden` made. ``source`` is the repository and
     commit of the checkpoint, where its folder tells; ``made`` is the document that the key of this execution is the
@@ -63,7 +63,7 @@ def document(case: Case, verified: Verification, golden: Golden | None, source: 
 
 
 def licence(files: Mapping[str, Path]) -> dict[str, str]:
-    """Return what a checkpoint's folder says of its licence: its card's front matter, and the file with the text."""
+    """Return the licence of a checkpoint by its folder: the front matter of its card, and the licence file."""
     found: dict[str, str] = {}
     if CARD in files:
         with files[CARD].open("rb") as file:

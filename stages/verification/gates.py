@@ -1,4 +1,4 @@
-"""Limits on what quantization may cost before a bundle is refused: defaults by scheme, and the user's own."""
+"""Limits on the loss by quantization, beyond which a bundle is refused: defaults by scheme, and the user's own."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def limits(scheme: Scheme, coarsest: str, own: Mapping[str, float]) -> LossLimit
 
 
 def ranges(modules: Sequence[str], largest: Sequence[float], dtype: str) -> Check:
-    """Return the check that what each of ``modules`` reads and gives, at most ``largest``, fits ``dtype``."""
+    """Return the check that inputs and outputs of ``modules``, of magnitudes up to ``largest``, fit ``dtype``."""
     top = {"float16": 65504.0}.get(dtype, 3.38e38)
     value, name = max(zip(largest, modules, strict=True))
     detail = f"{name} reaches {value:.4g} in the original on the probes, the largest {dtype} is {top:.4g}"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LiveRequest:
-    """What to compute.
+    """The request to a live reference.
 
     ``bundle``, ``params`` and ``config`` are where the weights and their description are. The logits after each of
     ``tokens`` are wanted, and how far the roundings of ``arithmetic``, and of an ``int8_cache`` if the bundle has one,
@@ -54,7 +54,7 @@ class LiveRequest:
 
 @dataclass(frozen=True)
 class ReferenceAnswer:
-    """What the reference gives for a :class:`LiveRequest`.
+    """The results of a live reference for a :class:`LiveRequest`.
 
     ``logits`` float32 [n, V], of which row i follows ``tokens[: i + 1]``; ``spread``: how far rounding moved them, as
     :func:`~stages.verification.checks.difference`; ``picks``: for each continuation as many ids as it has.

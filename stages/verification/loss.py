@@ -88,7 +88,7 @@ class Places:
 
 
 def measure(session: Session, probes: Probes, original: Mapping[str, np.ndarray]) -> Places:
-    """Let the bundle read the probes and compare each place with what ``original`` has of it."""
+    """Let the bundle read the probes and compare each position with the results of ``original``."""
     found = []
     start = 0
     for piece in probes.pieces:

@@ -1,4 +1,4 @@
-"""Finds where a checkpoint comes from, by what its folder says."""
+"""Finds the origin of a checkpoint by its folder."""
 
 from __future__ import annotations
 

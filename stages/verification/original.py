@@ -42,7 +42,7 @@ ARRAYS = (
 
 @dataclass(frozen=True)
 class OriginalRequest:
-    """What to compute: the probabilities of what follows each token but the last of each of ``pieces``, token ids.
+    """The request to the original model: the probabilities of the next token at each position of ``pieces``, token ids.
 
     The first ``skipped`` places of each piece are left out: they are those of what goes before every text.
     ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``config`` is where config-parse's is, and
@@ -81,7 +81,7 @@ def compute(request: OriginalRequest, progress: Progress) -> dict[str, np.ndarra
 
 
 def known(memo: Memo, document: JsonObject) -> dict[str, np.ndarray] | None:
-    """Return what was computed before of the same ``document``, for whatever scheme or target."""
+    """Return the memoised results under the same ``document``, for any scheme and target."""
     part = memo.recall(KIND, document)
     if part is None:
         return None
@@ -90,7 +90,7 @@ def known(memo: Memo, document: JsonObject) -> dict[str, np.ndarray] | None:
 
 
 def keep(memo: Memo, document: JsonObject, found: Mapping[str, np.ndarray], folder: Path) -> None:
-    """Keep what was computed; ``folder`` is where a file may be made on the way."""
+    """Memoise results; ``folder`` is for a temporary file."""
     file = folder / "original.npz"
     np.savez(file, **dict(found))  # type: ignore[arg-type]
     memo.remember(KIND, document, file)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check(
     case: Case, session: Session, original: Mapping[str, np.ndarray] | None, findings: Findings, progress: Progress
 ) -> None:
-    """Hold the bundle against the original model: what quantization has cost, and whether that is allowed."""
+    """Compare the bundle with the original model: the loss by quantization, and whether it is within limits."""
     if original is None:
         why = "the original model needs reference: live (the extra 'verify')"
         if case.reference == "live":
@@ -46,7 +46,7 @@ def check(
 
 
 def check_range(case: Case, original: Mapping[str, np.ndarray] | None, findings: Findings) -> None:
-    """Refuse to compute in a dtype what the original does not keep within it."""
+    """Refuse a dtype that cannot represent the original model's activations."""
     dtype = str(case.manifest.model["compute_dtype"])
     if original is not None:
         found = original["original_modules"].tolist(), original["original_largest"].tolist()

@@ -38,7 +38,7 @@ Candidate = tuple[str, str]  # scheme and arithmetic
 
 
 def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[str]:
-    """Return what there is to say, each a sentence; that nothing could be found out, if so: the refusal stands.
+    """Return the advice as sentences; one that says so if nothing could be measured. The refusal stands in any case.
 
     With ``activations``, int8 ones are what cost too much: layers are named, and nothing with such is proposed.
     """

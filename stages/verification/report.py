@@ -44,7 +44,7 @@ class Findings:
 
     @property
     def verdict(self) -> str:
-        """The most that may be said of the bundle."""
+        """The strongest verdict that the findings allow."""
         if self.failures:
             return "FAILED"
         if self.device == "none":

@@ -105,7 +105,7 @@ def _lying_in(mapped: mmap.mmap, dtype: Any, shape: tuple[int, ...], offset: int
 
 
 def load(root: Path, files: Mapping[str, Path], described: Path, scratch: Path) -> tuple[Any, Any, str]:
-    """Return the checkpoint's tensors, transformers' model whose parameters they are, and what it is in words.
+    """Return the checkpoint's tensors, transformers' model with these as parameters, and a description of the model.
 
     ``root`` is the checkpoint's folder, ``files`` are its weights by name, ``described`` is where config-parse's config
     is, for a model that transformers cannot read by itself. What is packed is written to ``scratch`` as float32.

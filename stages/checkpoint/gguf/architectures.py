@@ -33,7 +33,7 @@ class Architecture:
     norms_plus: float = 0.0
 
     def name(self, stored: str) -> str:
-        """Return the checkpoint's name of what the file calls ``stored``, empty if it has none."""
+        """Return the checkpoint's name of the tensor ``stored`` of the file, empty if it has none."""
         if found := _BLOCK.fullmatch(stored):
             module, end = self.layer.get(found[2], ""), found[3]
             return f"{self.layers}.{int(found[1])}.{module}.{end}" if module else ""

@@ -46,7 +46,7 @@ def architecture(contents: Contents) -> Architecture:
 
 
 def model_types(path: Path) -> list[str]:
-    """Return the model_types that the file at ``path`` may be of, told from its first keys; [] if it is not read."""
+    """Return the possible model_types of the file at ``path``, by its first keys; [] if it is not supported."""
     try:
         named = peek(path, (ARCHITECTURE,)).get(ARCHITECTURE)
     except (OSError, ValueError):
@@ -238,7 +238,7 @@ class _Metadata:
 
 
 def unread(contents: Contents) -> list[str]:
-    """Return the tensors that the checkpoint has no name for: a model with them is another one."""
+    """Return the tensors for which the architecture has no name; they belong to another model."""
     known = architecture(contents)
     return [name for name in contents.tensors if name != ROPE_FACTORS and not known.name(name)]
 

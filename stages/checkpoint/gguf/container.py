@@ -80,14 +80,14 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What files say before their weights: ``metadata`` are Python values by key, ``tensors`` are in file order."""
+    """The metadata and tensors of one model's files: ``metadata`` has Python values, ``tensors`` are in file order."""
 
     metadata: JsonObject
     tensors: Mapping[str, GgufTensor]
 
 
 def read_all(files: Mapping[str, Path]) -> Contents:
-    """Return what ``files`` say, one model's by name: a file, or all of those that it was split into, in order.
+    """Return the contents of one model's ``files`` by name: one file, or all that it was split into, in order.
 
     The metadata are those of the first. :class:`ValueError` names what is damaged, missing or another model's.
     """
@@ -118,7 +118,7 @@ def read_all(files: Mapping[str, Path]) -> Contents:
 
 
 def read(path: Path, name: str) -> Contents:
-    """Return what one file says; :class:`ValueError` calling it ``name`` if it is damaged, or beyond what is read."""
+    """Return the contents of one file; :class:`ValueError` calling it ``name`` if it is damaged or exceeds a limit."""
     with path.open("rb", BUFFER) as file:
         cursor = _Cursor(file, path.stat().st_size, name)
         tensors, keys = _begin(cursor)

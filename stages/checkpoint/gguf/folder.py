@@ -33,7 +33,7 @@ def beside(path: Path) -> dict[str, Path]:
 
 
 def contents_of(files: Mapping[str, Path]) -> container.Contents:
-    """Return what the files say before their weights; :class:`ConfigError` if they are damaged."""
+    """Return the metadata and tensor table of the files; :class:`ConfigError` if they are damaged."""
     try:
         return container.read_all(files)
     except ValueError as error:

@@ -29,7 +29,7 @@ DTYPES: JsonObject = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bf
 
 
 def tensors(files: Mapping[str, Path]) -> dict[str, tuple[TensorInfo, Packed]]:
-    """Return the checkpoint's tensors of one model's ``files``: what each is and how it is made of what is stored."""
+    """Return the checkpoint's tensors of one model's ``files``: dtype and shape of each, and how it is computed."""
     try:
         contents = container.read_all(files)
     except ValueError as error:
@@ -68,7 +68,7 @@ def tensors(files: Mapping[str, Path]) -> dict[str, tuple[TensorInfo, Packed]]:
 
 
 def rows(parts: StoredParts, settings: JsonObject, start: int, stop: int) -> np.ndarray:
-    """Return rows of a tensor in the checkpoint's order, less what the converter has added."""
+    """Return rows of a tensor in the checkpoint's order, without the constant that the converter added."""
     shape, wanted = settings["shape"], _order(tuple(settings["moved"]), settings["shape"][0])
     if wanted is None:
         data = parts.rows("data", start, stop)

@@ -84,7 +84,7 @@ def _entries_at(data: bytes, start: int) -> Iterator[tuple[FatbinEntry, bytes]]:
 
 
 def missing(found: Sequence[FatbinEntry], archs: Sequence[int]) -> list[str]:
-    """Say what of machine code for every one of ``archs`` and PTX of the highest is not in ``found``."""
+    """Return the entries that are missing in ``found``: machine code for each of ``archs``, and PTX of the highest."""
     wanted = [FatbinEntry(arch, "elf") for arch in archs] + [FatbinEntry(max(archs), "ptx")]
     names = {"elf": "machine code for sm_{}", "ptx": "PTX for compute_{}"}
     return [names[code.kind].format(code.arch) for code in wanted if code not in found]

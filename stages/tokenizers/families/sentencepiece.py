@@ -153,7 +153,7 @@ def _isolated(resolution: Resolution, model: SentencePieceModel) -> tuple[str, .
 
 
 def shown(resolution: Resolution) -> list[int]:
-    """Return the ids of user-defined symbols that are special tokens here, but text all the same when they come out."""
+    """Return the ids of user-defined symbols that are special tokens here, but are decoded as text."""
     model = read_model(resolution.vocabulary)
     symbols = {piece.text for piece in model.pieces if piece.kind == USER_DEFINED}
     return [token.id for token in _added(resolution, model) if token.special and token.content in symbols]

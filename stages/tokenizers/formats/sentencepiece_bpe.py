@@ -27,7 +27,7 @@ def document(model: SentencePieceModel) -> JsonObject:
 
 
 def rank(model: SentencePieceModel) -> Callable[[str, str], float | None]:
-    """Return what two neighbours are joined by, the lowest first; None where they never are."""
+    """Return the priority with which two neighbours are joined, the lowest first; None if they never are."""
     scores = {piece.text: piece.score for piece in model.pieces if piece.kind == NORMAL}
 
     def of(left: str, right: str) -> float | None:
@@ -38,7 +38,7 @@ def rank(model: SentencePieceModel) -> Callable[[str, str], float | None]:
 
 
 def inexact(model: SentencePieceModel) -> Iterator[str]:
-    """Yield what sentencepiece does and merges cannot say."""
+    """Yield the behaviours of sentencepiece that merges cannot represent."""
     known = {piece.text for piece in model.pieces if piece.kind == NORMAL}
     ends = {part for text in known if len(text) > 1 for part in _ends(text, known)}
     if ends:

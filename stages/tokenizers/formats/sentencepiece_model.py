@@ -1,4 +1,4 @@
-"""The file that sentencepiece writes, a protocol buffer, read without protobuf: pieces, scores and what splits text.
+"""Reads the file of sentencepiece, a protocol buffer, without protobuf: pieces, scores and normalisation.
 
 Only the wire format and the fields that decide ids are known here; the numbers are those of sentencepiece_model.proto.
 """
@@ -54,7 +54,7 @@ class SentencePieceModel:
 
 
 def read_model(path: Path) -> SentencePieceModel:
-    """Read ``tokenizer.model``; :class:`TokenizerError` for what is no such file, is damaged or far too large."""
+    """Read ``tokenizer.model``; :class:`TokenizerError` for a file that is of another kind, damaged or too large."""
     data = read_bytes(path, MAX_BYTES)
     try:
         return _model(data)

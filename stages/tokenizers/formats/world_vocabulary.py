@@ -26,7 +26,7 @@ END, END_TEXT = 0, "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Encoded:
-    """What encoding a text gives, as the tokenizers library names it."""
+    """The encoding of a text, with the tokenizers library's name for its ids."""
 
     ids: list[int]
     tokens: list[str]
@@ -49,7 +49,7 @@ class WorldTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> WorldTokenizer:
-        """Read what :meth:`save` wrote; :class:`TokenizerError` for anything else."""
+        """Read a file that :meth:`save` wrote; :class:`TokenizerError` for any other."""
         tokens: dict[int, bytes] = {}
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             index, _, text = line.partition(b" ")

@@ -1,4 +1,4 @@
-"""T22: what transformers makes of a vocabulary that is proven by readers of our own, wherever it can load the files.
+"""T22: compares vocabularies that our own readers prove with transformers, if that can load the files.
 
 Its AutoTokenizer is no reference here: for a ``tokenizer.model`` it chooses a class by names beside the file, and some
 of them take the pieces for another kind of model. So a difference is a warning, and the ids are those of the library

@@ -1,4 +1,4 @@
-"""The proof T23: what a runtime makes of a conversation is what transformers makes of it with the checkpoint's files.
+"""The proof T23: a conversation has the same ids as in transformers with the checkpoint's files.
 
 Text and ids are compared at once: ids that are equal are of equal texts, and the same control tokens are in them.
 """
@@ -32,7 +32,7 @@ UNPARTED = "Can't sanitize"
 def same_chats(
     directory: Path, resolution: Resolution, theirs: Automatic, left_out: Collection[str] = (), *, exact: bool
 ) -> Iterator[Finding]:
-    """Compare every chat template of the checkpoint on a few conversations; what both refuse is the same.
+    """Compare every chat template of the checkpoint on a few conversations; a refusal by both is equal.
 
     ``directory`` is what a runtime reads, ``left_out`` the tokens that are text there. A difference is an error if
     ``exact``: texts have the same ids in both.

@@ -1,4 +1,4 @@
-"""What must hold of an emitted tokenizer, as small checks T01 to T18: each names one way in which bundles went wrong.
+"""The checks T01 to T18 of an emitted tokenizer: each is for one mistake that bundles have had.
 
 E findings fail the build, W findings are shown by every run, N findings are noted in the node's pages. Comparing ids
 and text with the reference (T19 to T21) is in :mod:`stages.tokenizers.proof.equality`.
@@ -160,7 +160,7 @@ def ids_fit_the_embedding(subject: Subject) -> Iterator[Finding]:
 
 
 def decoder_matches_pre_tokenizer(subject: Subject) -> Iterator[Finding]:
-    """T09, T10: what is byte-level going in is byte-level coming out, likewise byte fallback."""
+    """T09, T10: the decoder is byte-level if the pre-tokenizer is, and has byte fallback if the model has."""
     into, out = kinds(subject.spec["pre_tokenizer"]), kinds(subject.spec["decoder"])
     if ("ByteLevel" in into) != ("ByteLevel" in out):
         yield error("T09", f"text comes back garbled: pre_tokenizer {sorted(into)}, decoder {sorted(out)}")

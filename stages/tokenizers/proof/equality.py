@@ -222,7 +222,7 @@ def _decode(subject: Subject, ids: Sequence[int]) -> str:
 def difference(
     kind: str, text: str, here: Sequence[int], there: Sequence[int], names: tuple[str, str] = ("emitted", "reference")
 ) -> str:
-    """Say where two lists of ids of ``text`` differ first, with what is around."""
+    """Describe where two lists of ids of ``text`` first differ, with the text around it."""
     pairs = enumerate(zip(here, there, strict=False))
     at = next((i for i, pair in pairs if pair[0] != pair[1]), min(len(here), len(there)))
     window = slice(max(0, at - 4), at + 8)

@@ -50,7 +50,7 @@ def leave_out(tokenizer: Tokenizer, rows: int) -> tuple[Tokenizer, dict[int, str
 
 
 def without(resolution: Resolution, beyond: Mapping[int, str]) -> Resolution:
-    """Return what the checkpoint says without the tokens that are left out."""
+    """Return the checkpoint's declarations without the tokens that are left out."""
     texts = {*beyond.values()}
     return replace(
         resolution,

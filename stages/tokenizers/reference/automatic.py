@@ -1,4 +1,4 @@
-"""What transformers' AutoTokenizer makes of a checkpoint's own files: the tokenizer that its users have.
+"""Runs transformers' AutoTokenizer on a checkpoint's own files: the tokenizer that its users have.
 
 It runs in a process of its own. That keeps its two seconds of import out of the worker, keeps it from importing torch,
 and shows it nothing but the files that the stage declares: no code of the checkpoint is among them, so none can run.
@@ -172,7 +172,7 @@ def _forget(number: int) -> None:
 
 
 def serve() -> None:
-    """Answer requests, one JSON document a line; what anyone prints goes nowhere."""
+    """Answer requests, one JSON document a line; output that libraries print is discarded."""
     sys.modules["torch"] = None  # type: ignore[assignment] # not there, whether or not it is installed
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""Second readings of what transformers loads: our own loops on the tables, and tokenizer.json by its word alone.
+"""Second readings of the files that transformers loads: our own loops, and tokenizer.json taken literally.
 
 What they find is a warning: the ids are transformers' in any case, but whoever trained the model may have had others.
 """
