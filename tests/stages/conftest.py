@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.tokenizers import proof
+from stages.tokenizers.proof import equality as proof
 from tests.support import bundles, tokenizer_folders
 from tests.support.local_context import LocalContext
 

@@ -125,6 +125,7 @@ def record(built: Built) -> None:
         config=built.config,
         tokens=(),
         arithmetic="float32",
+        int8_cache=False,
         continued=(),
         active_vocab_size=tokenizer.active_vocab_size,
     )

@@ -132,6 +132,7 @@ def held_logits(built: Built, ids: Sequence[int]) -> np.ndarray:
         config=built.registered.model,
         tokens=ids,
         arithmetic="float32",
+        int8_cache=False,
         continued=[(ids[:half], ids[half:])],
         active_vocab_size=MODEL["vocab_size"],
     )
