@@ -118,11 +118,30 @@ BUILDS = [
 ]
 
 
+def check_against_float64(made: family_models.Built) -> None:
+    """Hold a bundle against float64: within the bound of all traced models or, where a model of random weights moves
+    more by rounding, within twice what transformers' own float32 is off on the same texts.
+
+    Measured on Mamba in q4f16_1: transformers' float32 is off by up to 2.6e-5 (half of all tokens by less than 8e-7),
+    this by 2.2e-5 (9e-7); sums that cancel in a product of 4-bit weights were seen at 1.1e-4.
+    """
+    moved = []
+
+    def exact(ids: list[int]) -> np.ndarray:
+        wanted = made.reference(ids, double=True)
+        moved.extend(map(family_models.error, made.reference(ids), wanted))
+        return wanted
+
+    errors = traced_models.differences(made, reference=exact)
+    assert max(moved) < 5e-5, "the reference itself is not sure"
+    assert max(errors) < max(test_traced.BOUND, 2 * max(moved)), (max(errors), max(moved))
+
+
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
 def test_a_hybrid_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
     """Both states go back over decoded tokens alone, in a sequence and in what is forked of it."""
     made = test_traced.built(tmp_path, model_type, scheme)
-    test_traced.check(made)
+    check_against_float64(made)
     session = made.session(2)
     sequence = session.add()
     session.prefill(sequence, [5, 9, 30, 7])

@@ -159,15 +159,22 @@ class Built:
         return {tensor.name: tensor.values() for tensor in weights.bundled_tensors(registry, records)}
 
     def reference(
-        self, ids: Sequence[int], tensors: Mapping[str, np.ndarray] | None = None, arithmetic: str = ""
+        self,
+        ids: Sequence[int],
+        tensors: Mapping[str, np.ndarray] | None = None,
+        arithmetic: str = "",
+        *,
+        double: bool = False,
     ) -> np.ndarray:
         """Return transformers' logits [n, V]: of the checkpoint as transformers reads it where nothing is quantized,
         else of its own model with the values that the bundle stores; with an ``arithmetic`` what linear layers read is
-        disturbed as that rounds."""
+        disturbed as that rounds; with ``double`` all is computed in float64."""
         import torch
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+        # Torch's grouped products of experts know no float64.
+        plain = {"experts_implementation": "eager"} if double else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32, **plain)
         if tensors is not None or self.scheme != "q0f32":
             described = json.loads(self.config.read_text())
             family = load_family(described["family"])
@@ -176,10 +183,32 @@ class Built:
         file = vars(sys.modules[type(model).__module__])
         # In chunks its gated delta rule errs by up to 2e-5 in float32; token by token, as it decodes, by a third.
         exact = {name.replace("recurrent", "chunk"): file[name] for name in file if name in STEPPED}
-        disturbed = rounded(model, arithmetic, {}) if arithmetic else nullcontext()
-        with torch.no_grad(), mock.patch.dict(file, exact), disturbed:
-            logits: np.ndarray = model.eval()(torch.tensor([list(ids)])).logits[0].float().numpy()
-        return logits
+        how = rounded(model, arithmetic, {}) if arithmetic else in_float64(model) if double else nullcontext()
+        with torch.no_grad(), mock.patch.dict(file, exact), how:
+            logits = model.eval()(torch.tensor([list(ids)])).logits[0]
+        found: np.ndarray = logits.numpy() if double else logits.float().numpy()
+        return found
+
+
+def in_float64(model: Any) -> Any:
+    """Return the mode in which ``model``, made double, computes in float64 what its code says float32 of."""
+    import torch
+
+    model.double()
+
+    class InFloat64(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, _types: Any, arguments: Any = (), keywords: Mapping[str, Any] | None = None
+        ) -> Any:
+            if function is torch.Tensor.float:
+                function = torch.Tensor.double
+            more = {name: self.of(value) for name, value in (keywords or {}).items()}
+            return function(*map(self.of, arguments), **more)
+
+        def of(self, value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+    return InFloat64()
 
 
 def parse_and_register(

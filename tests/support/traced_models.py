@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,14 @@ def scramble(model: Any) -> None:
                 parameter.normal_(near, 0.25)
 
 
-def differences(made: family_models.Built, length: int = 160) -> list[float]:
+def differences(
+    made: family_models.Built, length: int = 160, reference: Callable[[list[int]], np.ndarray] | None = None
+) -> list[float]:
     """Hold prefills around a chunk's length, decode steps and a batch against transformers, in texts of ``length``
-    tokens; return each difference over the largest |logit|.
+    tokens; return each difference over the largest |logit|. ``reference`` gives other logits than ``made.reference``.
     """
     ones, others = (np.random.default_rng(seed).integers(3, SIZES["vocab_size"], length).tolist() for seed in (5, 6))
-    first, second = made.reference(ones), made.reference(others)
+    first, second = (reference or made.reference)(ones), (reference or made.reference)(others)
     session = made.session(2)
     found, wanted = [], []
     for size in (1, 17, family_models.CHUNK - 1, family_models.CHUNK, family_models.CHUNK + 1):

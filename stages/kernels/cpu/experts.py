@@ -135,28 +135,20 @@ class _RowByRow(Product):
 
     arguments: _Chosen
 
-    def __init__(self, arguments: _Chosen) -> None:
-        super().__init__(arguments)
-        self.exact = True  # what routers decide by should be as right as can be
-
     def emit(self) -> None:
         """Emit the kernel: rows and blocks of features on all threads."""
         experts, rows = self.arguments.experts, self.arguments.rows
-        sums = [self.group_sums(row) for row in range(rows)]
+        prepared = [self.prepared(row) for row in range(rows)]
         for row in range(rows):
             with T.parallel(0, experts.blocks) as block:
                 first = _within(self.arguments.chosen[row], experts.count) * experts.blocks
-                self.row(row, [first + block], sums[row])
+                self.row(row, [first + block], prepared[row])
 
 
 class _Grouped(Product):
     """Rows expert by expert: a block of weights is unpacked once for all of them."""
 
     arguments: _Ordered
-
-    def __init__(self, arguments: _Ordered) -> None:
-        super().__init__(arguments)
-        self.exact = True
 
     def emit(self) -> None:
         """Emit the kernel: blocks of features on all threads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import tvm
 from tvm import tirx
@@ -32,6 +32,7 @@ PANEL = 256  # terms of k whose weights are unpacked at once: 32 KiB of floats, 
 AHEAD = 4096  # prefetch distance in bytes of kernels that read weights once; hardware prefetchers look less far
 LINE = 64  # bytes of a cache line
 MANY_STREAMS = 4  # blocks for each stream, or there is one: threads share the blocks of one stream
+RUN = 4  # products between which their elements' middle is taken off, see Read
 FEW = 2  # up to so many rows, unpacking a panel costs more than unpacking for each row
 
 
@@ -134,20 +135,27 @@ def linear_kernel(linear: LinearLayer) -> tirx.PrimFunc:
     return made.function
 
 
-class Product:
-    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows.
+class Read(NamedTuple):
+    """A row of x as products of packed elements read it.
 
-    ``exact`` takes the middle off each element of a row that is unpacked alone: a step more for each, and no sum of
-    large numbers that cancel, whose rounding is several times that of the products. Weights of 8 bits are waited for
-    longer than that step takes.
+    ``terms`` [k] are divided by what elements are multiplied by at their places in words. ``offsets`` [k / RUN] correct
+    runs of products for elements that count from 0, not from their middle: a correction of a whole group would be many
+    times as large as its products, and leave its rounding. ``sums`` [k / group] are what minima are multiplied by.
     """
+
+    terms: Any
+    offsets: Any
+    sums: Any
+
+
+class Product:
+    """Emits the products of one block of features; ``panel_terms`` of k are unpacked at once for all rows."""
 
     panel_terms = PANEL
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
         self.weight = arguments.linear.weight
-        self.exact = self.weight.bits == 8
 
     def emit(self) -> None:
         """Emit the kernel: blocks of features on all threads."""
@@ -159,7 +167,7 @@ class Product:
 
     def single_row(self) -> None:
         """Emit a kernel of one row: the blocks in streams of the same length, of which the last may end earlier."""
-        sums, blocks, streams = self.group_sums(0), self.weight.blocks, self.arguments.linear.streams
+        read, blocks, streams = self.prepared(0), self.weight.blocks, self.arguments.linear.streams
         if blocks < streams * MANY_STREAMS:
             streams = 1
         length = -(-blocks // streams)
@@ -167,28 +175,35 @@ class Product:
         with T.parallel(0, length) as at:
             side = [at + length * stream for stream in range(streams)]
             if last == length:
-                self.row(0, side, sums)
+                self.row(0, side, read)
             else:
-                choose(at < last, lambda: self.row(0, side, sums), lambda: self.row(0, side[:-1], sums))
+                choose(at < last, lambda: self.row(0, side, read), lambda: self.row(0, side[:-1], read))
 
-    def group_sums(self, row: Any) -> Any:
-        """Emit the sums of x over each group, which take the place of the middle in every product; None if there is
-        none.
-        """
+    def prepared(self, row: Any) -> Read | None:
+        """Emit what packed elements are multiplied by; None where weights are floats."""
         if not self.weight.bits:
             return None
-        groups = self.weight.k // self.weight.group
-        sums, lanes = T.alloc_buffer((groups,), "float32"), vector(self.weight.group)
-        with T.serial(0, groups) as g:
-            part = self.arguments.term(row, span(g * self.weight.group, self.weight.group))
-            put(lanes, part, span(0, self.weight.group))
-            put(sums, total(lanes, self.weight.group), g)
+        weight, per_word = self.weight, self.weight.per_word
+        terms = T.alloc_buffer((weight.k,), "float32")
+        with T.serial(0, weight.k // per_word) as word:
+            for element in range(per_word):
+                k = word * per_word + element
+                put(terms, self.arguments.term(row, k) * T.float32(2.0 ** -weight.shift(element)), k)
+        offsets = self._run_sums(row, RUN, -weight.middle) if weight.middle else None
+        return Read(terms, offsets, self._run_sums(row, weight.group, 1) if weight.minimum else None)
+
+    def _run_sums(self, row: Any, terms: int, times: int) -> Any:
+        """Emit the sums of every so many ``terms`` of x times ``times``."""
+        sums, lanes = T.alloc_buffer((self.weight.k // terms,), "float32"), vector(terms)
+        with T.serial(0, self.weight.k // terms) as at:
+            put(lanes, self.arguments.term(row, span(at * terms, terms)), span(0, terms))
+            put(sums, total(lanes, terms) * T.float32(times), at)
         return sums
 
-    def row(self, row: Any, blocks: Sequence[Any], sums: Any) -> None:
+    def row(self, row: Any, blocks: Sequence[Any], read: Read | None) -> None:
         """Emit the products of one row and some blocks, weights unpacked for it alone."""
         products = [_zeros() for _ in blocks]
-        self.row_products(row, blocks, sums, products)
+        self.row_products(row, blocks, read, products)
         for block, part in zip(blocks, products, strict=True):
             self.arguments.write(row, block, part)
 
@@ -201,46 +216,40 @@ class Product:
                 for lane in range(0, BLOCK, LINE // size):
                     prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
 
-    def row_products(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+    def row_products(self, row: Any, blocks: Sequence[Any], read: Read | None, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
-        if self.weight.levels:
-            self._leveled_row(row, blocks, sums, products)
-        elif self.weight.bits:
-            self._packed_row(row, blocks, sums, products)
-        else:
+        if read is None:
             self._float_row(row, blocks, products)
+        elif self.weight.levels:
+            self._leveled_row(read, blocks, products)
+        else:
+            self._packed_row(read, blocks, products)
 
-    def _packed_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+    def _packed_row(self, read: Read, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         weight, weights = self.weight, self.arguments.weights
         with T.serial(0, weight.k // weight.group) as g:
-            values = self._group_values(row, blocks, sums, g)
-            for block, value, product in zip(blocks, values, products, strict=True):
+            for block, value, product in zip(blocks, self._group_values(read, blocks, g), products, strict=True):
                 total_of_group = get(product, BLOCK) + value * weight.scale(weights, block, g)
                 if weight.minimum:
-                    total_of_group = total_of_group + weight.least(weights, block, g) * splat(sums[g], BLOCK)
+                    total_of_group = total_of_group + weight.least(weights, block, g) * splat(read.sums[g], BLOCK)
                 put(product, total_of_group, span(0, BLOCK))
 
-    def _group_values(self, row: Any, blocks: Sequence[Any], sums: Any, g: Any) -> list[Any]:
-        """Emit the products of a group's elements, each over 2 ** bits, and return their sums, one of each block."""
+    def _group_values(self, read: Read, blocks: Sequence[Any], g: Any) -> list[Any]:
+        """Emit the products of a group's elements, and return their sums, one of each block."""
         weight, q_weight = self.weight, self.arguments.weights[0]
         per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
         self.fetch(blocks, g * weight.words, weight.words)
-        parts = [[vector(BLOCK) for _ in range(ways)] for _ in blocks]
-        for first, *others in parts:
-            begin = T.float32(0) if self.exact else sums[g] * T.float32(-weight.mantissa_middle)
-            put(first, splat(begin, BLOCK), span(0, BLOCK))
-            for part in others:
-                put(part, constant(0, BLOCK), span(0, BLOCK))
+        parts = [[_zeros() for _ in range(ways)] for _ in blocks]
+        words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
 
         def add(w: Any) -> None:
-            words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
             for element in range(weight.per_word):
-                x = splat(self.arguments.term(row, g * weight.group + w * weight.per_word + element), BLOCK)
+                k = g * weight.group + w * weight.per_word + element
                 for word, parts_of_block in zip(words, parts, strict=True):
-                    part, value = parts_of_block[element % ways], weight.mantissa(word, w, element)
-                    if self.exact:
-                        value = value - constant(weight.mantissa_middle, BLOCK)
-                    put(part, get(part, BLOCK) + value * x, span(0, BLOCK))
+                    x, part = splat(read.terms[k], BLOCK), parts_of_block[element // RUN % ways]
+                    if read.offsets is not None and not element % RUN:
+                        put(part, get(part, BLOCK) + splat(read.offsets[k // RUN], BLOCK), span(0, BLOCK))
+                    put(part, get(part, BLOCK) + weight.code(word, w, element) * x, span(0, BLOCK))
 
         if len(weight.planes) > 1:  # where an element lies differs from word to word, and must be known here
             for number in range(per_group):
@@ -250,22 +259,16 @@ class Product:
                 add(w)
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
-    def _leveled_row(self, row: Any, blocks: Sequence[Any], sums: Any, products: Sequence[Any]) -> None:
+    def _leveled_row(self, read: Read, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         whole, rest = divmod(self.weight.k // self.weight.group, LEVELED)
         floats = [[T.alloc_buffer((LEVELED, BLOCK), "float32") for _ in range(2)] for _ in blocks]
         with T.serial(0, whole) as outer:
-            self._outer_group(row, blocks, sums, products, floats, (outer, LEVELED))
+            self._outer_group(read, blocks, products, floats, (outer, LEVELED))
         if rest:
-            self._outer_group(row, blocks, sums, products, floats, (whole, rest))
+            self._outer_group(read, blocks, products, floats, (whole, rest))
 
     def _outer_group(
-        self,
-        row: Any,
-        blocks: Sequence[Any],
-        sums: Any,
-        products: Sequence[Any],
-        floats: Sequence[Sequence[Any]],
-        at: tuple[Any, int],
+        self, read: Read, blocks: Sequence[Any], products: Sequence[Any], floats: Sequence[Any], at: tuple[Any, int]
     ) -> None:
         """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``: their
         scales and minima first, into ``floats``, where each has a place that is known here.
@@ -278,9 +281,9 @@ class Product:
                 put(lows, low, number, span(0, BLOCK))
         with T.serial(0, count) as number:
             g = outer * LEVELED + number
-            values = self._group_values(row, blocks, sums, g)
+            values = self._group_values(read, blocks, g)
             for value, product, (scales, lows) in zip(values, products, floats, strict=True):
-                low = lows[number, span(0, BLOCK)] * splat(sums[g], BLOCK)
+                low = lows[number, span(0, BLOCK)] * splat(read.sums[g], BLOCK)
                 put(product, get(product, BLOCK) + value * scales[number, span(0, BLOCK)] - low, span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
@@ -312,7 +315,7 @@ class Product:
 
     def _alone(self, block: Any) -> None:
         with T.serial(0, self.arguments.rows) as row:
-            self.row(row, [block], self.group_sums(row))
+            self.row(row, [block], self.prepared(row))
 
     def _panels(self, block: Any) -> None:
         rows, k, most = self.arguments.rows, self.weight.k, self.panel_terms
@@ -340,22 +343,19 @@ class Product:
             with T.serial(0, terms) as k:
                 put(panel, as_float(stored[0][block, first + k, span(0, BLOCK)], BLOCK), k, span(0, BLOCK))
             return
-        per_group = weight.group // weight.per_word
         with T.serial(0, terms // weight.group) as g:
             before = (first // weight.group + g) * weight.words
 
             def word(at: Any, before: Any = before) -> Any:
                 return stored[0][block, before + at, span(0, BLOCK)]
 
-            for w in range(per_group):
+            for w in range(weight.group // weight.per_word):
                 for element in range(weight.per_word):
-                    difference = weight.mantissa(word, w, element) - constant(weight.mantissa_middle, BLOCK)
-                    scale = weight.scale(stored, block, first // weight.group + g)
-                    at = g * weight.group + w * weight.per_word + element
-                    value = difference * scale
+                    value, group = weight.element(word, w, element), first // weight.group + g
+                    value = (value - constant(weight.middle, BLOCK)) * weight.scale(stored, block, group)
                     if weight.minimum:
-                        value = value + weight.least(stored, block, first // weight.group + g)
-                    put(panel, value, at, span(0, BLOCK))
+                        value = value + weight.least(stored, block, group)
+                    put(panel, value, g * weight.group + w * weight.per_word + element, span(0, BLOCK))
 
     def begin(self, sums: list[Any], first: Any, top: Any, features: Any, lanes: int) -> None:
         """Emit what the sums of rows from ``top`` on begin with: what is added to the products, and after the first

@@ -107,8 +107,8 @@ class _ByteProduct(Product):
     arguments: _Bytes
     panel_terms = PANEL
 
-    def group_sums(self, _row: Any) -> Any:
-        """They have been made with the bytes."""
+    def prepared(self, _row: Any) -> Any:
+        """All has been made with the bytes."""
 
     def _four(self, word: Any, part: int, lanes: int) -> Any:
         """Return the bytes of elements 4 * part to 4 * part + 3 of a word, less the centre."""
@@ -134,7 +134,7 @@ class _ByteProduct(Product):
         """Return the sum of the activations that minima are multiplied by."""
         return as_float(self.arguments.offsets[row, group], 1) * self.arguments.scales[row, group]
 
-    def row_products(self, row: Any, blocks: Sequence[Any], _sums: Any, products: Sequence[Any]) -> None:
+    def row_products(self, row: Any, blocks: Sequence[Any], _read: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
         arguments, weight, lanes = self.arguments, self.weight, self.dot.lanes
         q_weight = arguments.weights[0]
@@ -161,7 +161,7 @@ class _ByteProduct(Product):
                 for part in sums:
                     part.end()
             for (block, product, left), part in zip(places, sums, strict=True):
-                scale = weight.plain_scale(arguments.weights, block, g, left, lanes)
+                scale = weight.scale(arguments.weights, block, g, left, lanes)
                 scale = scale * splat(arguments.scales[row, g], lanes)
                 value = product[span(left, lanes)] + as_float(part.total(), lanes) * scale
                 if weight.minimum:
@@ -185,7 +185,7 @@ class _ByteProduct(Product):
                 put(panel.codes, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
         with T.serial(0, terms // weight.group) as g:
             group = first // weight.group + g
-            put(panel.scales, weight.plain_scale(weights, block, group), g, span(0, BLOCK))
+            put(panel.scales, weight.scale(weights, block, group), g, span(0, BLOCK))
             if weight.minimum:
                 put(panel.least, weight.least(weights, block, group), g, span(0, BLOCK))
 

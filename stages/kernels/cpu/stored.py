@@ -83,43 +83,33 @@ class Stored:
             return 8 * (element % 4) + 4 * (element // 4)
         return self.planes[0] * element
 
-    def mantissa(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
-        """Return 1 + element / 2 ** bits of each lane: the element moved into the mantissa of 1.
+    def shift(self, element: int) -> int:
+        """Return by how many bits :meth:`code` leaves an element of a word to the left."""
+        place = self.place(element)
+        return place if len(self.planes) == 1 and place + self.bits < 32 else 0
+
+    def code(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
+        """Return element * 2 ** shift(element) of each lane, float32: where it can, it stays at its place in the word.
 
         It is an ``element`` of word ``number`` of a group, whose words ``word(number)`` gives.
         """
-        kept = self._moved(word(number), self.place(element), 0, self.planes[0])
+        if not self.shift(element):
+            return self.element(word, number, element)
+        mask = ((1 << self.bits) - 1) << self.place(element)
+        return _whole(T.bitwise_and(word(number), constant(mask, BLOCK, "uint32")))
+
+    def element(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
+        """Return an element of each lane, float32; arguments are those of :meth:`code`, and where an element lies in
+        two planes, ``number`` is known when the kernel is made.
+        """
+        kept = _bits(word(number), self.place(element), 0, self.planes[0])
         if len(self.planes) > 1:
             low, high = self.planes
             at = number * self.per_word * high + high * element
-            kept = T.bitwise_or(kept, self._moved(word(self.group * low // 32 + at // 32), at % 32, low, high))
-        one = T.bitwise_or(kept, constant(0x3F800000, BLOCK, "uint32"))
-        return T.reinterpret(f"float32x{BLOCK}", one)
+            kept = T.bitwise_or(kept, _bits(word(self.group * low // 32 + at // 32), at % 32, low, high))
+        return _whole(kept)
 
-    def _moved(self, word: Any, place: Any, below: int, bits: int) -> Any:
-        """Return the ``bits`` from ``place`` on, ``below`` of an element's bits above its lowest, at their place in the
-        mantissa, and nothing else.
-        """
-        to = 23 - self.bits + below
-        if isinstance(place, int):
-            moved = to - place
-            shift = T.shift_left if moved > 0 else T.shift_right
-            word = shift(word, constant(abs(moved), BLOCK, "uint32")) if moved else word
-        else:
-            turned = splat(T.Cast("uint32", (to + 32 - place) % 32), BLOCK)
-            word = T.call_llvm_pure_intrin(f"uint32x{BLOCK}", "llvm.fshl", word, word, turned)
-        return T.bitwise_and(word, constant(((1 << bits) - 1) << to, BLOCK, "uint32"))
-
-    @property
-    def mantissa_middle(self) -> float:
-        """What :meth:`mantissa` is for the element that is worth nothing."""
-        return 1 + self.middle / (1 << self.bits)
-
-    def scale(self, weights: Sequence[Any], block: Any, group: Any) -> Any:
-        """Return the scales of a group times 2 ** bits: what a difference of mantissas is multiplied by."""
-        return self.plain_scale(weights, block, group) * constant(float(1 << self.bits), BLOCK)
-
-    def plain_scale(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
+    def scale(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
         """Return the scales of a group as float32, ``lanes`` of them from ``left`` on."""
         if self.levels:
             return self._of_levels(weights, block, group, 0, left, lanes)
@@ -132,19 +122,19 @@ class Stored:
         return as_float(weights[2][block, group, span(left, lanes)], lanes)
 
     def of_levels(self, weights: Sequence[Any], block: Any, outer: Any, number: int) -> tuple[Any, Any]:
-        """Return scales times 2 ** bits, and the minima to be taken off, of group ``number`` of those that share the
+        """Return the scales, and the minima to be taken off, of group ``number`` of those that share the
         floats ``outer``.
         """
         words = [weights[1][block, outer * 3 + i, span(0, BLOCK)] for i in range(3)]
         found = []
-        for which, times in enumerate((float(1 << self.bits), 1.0)):
+        for which in range(2):
             level = number + LEVELED * which
             if level == 2 * LEVELED - 1:
                 bits = _last_level(words, BLOCK)
             else:
                 moved = T.shift_right(words[level // 5], constant(level % 5 * 6, BLOCK, "uint32"))
                 bits = T.bitwise_and(moved, constant(63, BLOCK, "uint32"))
-            shared = as_float(weights[2][block, outer * 2 + which, span(0, BLOCK)], BLOCK) * constant(times, BLOCK)
+            shared = as_float(weights[2][block, outer * 2 + which, span(0, BLOCK)], BLOCK)
             found.append(as_float(T.Cast(f"int32x{BLOCK}", bits), BLOCK) * shared)
         return found[0], found[1]
 
@@ -163,6 +153,18 @@ class Stored:
             found = T.Select(splat(level == 2 * LEVELED - 1, lanes), _last_level(words, lanes), found)
         whole = as_float(weights[2][block, outer * 2 + which, span(left, lanes)], lanes)
         return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
+
+
+def _whole(kept: Any) -> Any:
+    """Return integers of a block's lanes, below 2 ** 31, as float32."""
+    return as_float(T.reinterpret(f"int32x{BLOCK}", kept), BLOCK)
+
+
+def _bits(word: Any, place: int, to: int, bits: int) -> Any:
+    """Return the ``bits`` of each lane from ``place`` on, moved to bit ``to``, and nothing else."""
+    shift = T.shift_right if place > to else T.shift_left
+    word = shift(word, constant(abs(place - to), BLOCK, "uint32")) if place != to else word
+    return T.bitwise_and(word, constant(((1 << bits) - 1) << to, BLOCK, "uint32"))
 
 
 def _last_level(words: Sequence[Any], lanes: int) -> Any:
