@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import In, JsonObject, Out, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+
     from stagegraph.stage import Context
     from stages.documents.model import CheckpointTensors, ModelDocument
+    from stages.quantization.budget import RowChoices
 
 ROWS = ("q2k", "q3k", "q4a64", "q4k", "q4a32", "q5k", "q6k", "q8f16_1")  # schemes whose body's row a matrix may have
 
@@ -96,7 +99,7 @@ class Allocate(Stage):
         ctx.summary(f"{len(rows)} matrices at {bits:.3f} bits a weight")
 
 
-def _measured(ctx: Context) -> dict[str, Any]:
+def _measured(ctx: Context) -> dict[str, np.ndarray]:
     """Return what each matrix of the checkpoint costs in each of :data:`ROWS`."""
     import tempfile
     from pathlib import Path
@@ -144,7 +147,7 @@ def _calibrated(ctx: Context) -> dict[str, str]:
     return {port: str(ctx.input(port)) for port in ports}
 
 
-def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[str, Any]) -> list[Any]:
+def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[str, np.ndarray]) -> list[RowChoices]:
     """Return the rows that each matrix can have, with bits and loss; one that was not measured has the largest loss."""
     import numpy as np
 

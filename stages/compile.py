@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stages.documents.params import Register
 
 # What parameters of devices become for a target without one.
-PROCESSOR_ALONE: Mapping[str, Any] = {"archs": (), "fast_math": False, "cuda_graph": False, "toolchain": "none"}
+PROCESSOR_ALONE: JsonObject = {"archs": (), "fast_math": False, "cuda_graph": False, "toolchain": "none"}
 
 
 class Compile(Stage):

@@ -8,13 +8,15 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import In, JsonObject, Out, Piece, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
 
     from stagegraph.stage import Context
     from stages.conversion.model import Conversion
@@ -185,7 +187,7 @@ def _pieces(plan: Plan, size: int) -> list[Piece]:
     return pieces
 
 
-def _importance(ctx: Context) -> dict[str, Any]:
+def _importance(ctx: Context) -> dict[str, np.ndarray]:
     """Return what calibration has found, where scales are chosen by it."""
     if ctx.params.scales not in ("importance", "gptq"):
         return {}

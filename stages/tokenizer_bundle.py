@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stagegraph.stage import Context, In, JsonObject, Out, Source, Stage, StageError, dist_versions, list_files, source
 
@@ -255,7 +255,7 @@ def _beside(
     return findings
 
 
-def _page(info: Mapping[str, Any], findings: Sequence[Finding]) -> str:
+def _page(info: JsonObject, findings: Sequence[Finding]) -> str:
     """Render what was checked: the facts a runtime relies on, then every finding, or that there is none."""
     rows = [(name, json.dumps(info[name], ensure_ascii=False)) for name in sorted(info) if name != "schema"]
     rows += [(f"{finding.check} ({finding.level})", finding.message) for finding in findings] or [("findings", "none")]

@@ -19,7 +19,10 @@ from stagegraph.query.artifact import unbuilt
 from stagegraph.query.compare import comparison, documents
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from stagegraph.query.artifact import Artifact
+    from stagegraph.stage import JsonObject
 
 EXAMPLE = "pipeline compare 'bundle.*' bundle.llvm@~1"
 
@@ -86,7 +89,7 @@ def _found(pipelines: list[Pipeline], references: list[str]) -> dict[str, tuple[
     return found
 
 
-def _draw(module: Any, rows: dict[str, Any], path: Path) -> None:
+def _draw(module: Any, rows: Mapping[str, JsonObject], path: Path) -> None:
     try:
         module.draw(rows, path)
     except (ValueError, OSError) as error:

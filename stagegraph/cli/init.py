@@ -8,12 +8,15 @@ import importlib
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stagegraph.cli.common import DEFAULT_FILE, shown
 from stagegraph.errors import PlanError, tell
 from stagegraph.planning.sources import MARK
 from stagegraph.registry import Starter, find, names
+
+if TYPE_CHECKING:
+    from stagegraph.stage import JsonObject
 
 EXAMPLE = "pipeline init my-model --checkpoint /models/SmolLM2-135M-Instruct"
 IGNORED = "artifacts/"
@@ -29,7 +32,7 @@ class Start(NamedTuple):
     module: Any
     source: Path | str
     examined: Any
-    settings: Mapping[str, Any]
+    settings: JsonObject
 
 
 def starters() -> Mapping[str, Starter]:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Secret
+from stagegraph.stage import Json, Secret
 
 if TYPE_CHECKING:
     from stagegraph.planning.sources import SourceState
@@ -55,7 +55,7 @@ def key_document(
     return {**document, "libraries": dict(libraries)} if libraries else document
 
 
-def hashed_params(params: Any) -> dict[str, Any]:
+def hashed_params(params: Any) -> dict[str, Json]:
     """Return the parameters that enter the key by value: neither sources nor those declared ``hashed=False``."""
     return {name: getattr(params, name) for name in _hashed_names(params.__class__)}
 

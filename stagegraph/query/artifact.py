@@ -236,6 +236,6 @@ def _by_digest(workspace: Workspace, digits: str) -> Artifact:
     raise PlanError(f"nothing in the store has a key or a digest that begins with {digits}, and no node is named so")
 
 
-def _common_folder(files: dict[str, Any]) -> str:
+def _common_folder(files: Mapping[str, object]) -> str:
     (*_, name) = files
     return name if len(files) == 1 else str(name.partition("/")[0])

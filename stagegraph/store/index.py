@@ -56,7 +56,7 @@ class Index:
         self.files = Documents(directory.parent)
         self.set_aside: Path | None = None
         self.damaged: set[str] = set()  # names of documents that were read and not believed
-        self._ahead: dict[str, Any] = {}  # texts of documents that were read before they were asked for
+        self._ahead: dict[str, str] = {}  # texts of documents that were read before they were asked for
         self._readonly = False
         self._pending: dict[str, Json] | None = None  # documents that wait for the end of together()
         self._holder = 0  # the thread in it
@@ -73,6 +73,7 @@ class Index:
         pending = self._pending
         if pending is not None and name in pending:
             return pending[name]
+        text: str | None
         if name in self._ahead:
             text = self._ahead.pop(name)
         else:

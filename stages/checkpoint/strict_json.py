@@ -71,8 +71,8 @@ def parse(data: bytes, constant: Callable[[str], Any] | None = None) -> Any:
     return value
 
 
-def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> JsonObject:
-    found: dict[str, Any] = {}
+def _no_duplicates(pairs: Iterable[tuple[str, object]]) -> JsonObject:
+    found: dict[str, object] = {}
     for key, value in pairs:
         if key in found:
             raise ValueError(f"key {shown(key)} occurs twice in one object")

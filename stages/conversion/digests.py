@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from blake3 import blake3
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.checkpoint.tensors import Weights
+    from stages.documents.model import CheckpointTensor
     from stages.memo import Memo
 
 KIND = "digests"
@@ -31,7 +32,7 @@ class Digests:
         self,
         memo: Memo,
         weights: Weights,
-        tensors: Mapping[str, Mapping[str, Any]],
+        tensors: Mapping[str, CheckpointTensor],
         names: Iterable[str],
         files: Mapping[str, str],
         scratch: Path,

@@ -200,7 +200,7 @@ def stored_as(config: TracedConfig, names: Collection[str]) -> TracedConfig:
     return replace(config, parameters=entries)
 
 
-def _whole(forms: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def _whole(forms: Sequence[JsonObject]) -> Sequence[JsonObject]:
     """Return the forms of a parameter's sources, one of the whole where they are all rows of one tensor in order."""
     first, rows = forms[0], [form["rows"] for form in forms]
     if not all(rows) or any(form["sources"] != first["sources"] for form in forms):

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from stages.sizes import DTYPE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from stages.documents.files import JsonObject
 
 SHARD_BYTES = 32 * 2**20  # the loader reads a shard at once
 OWN_SHARD_BYTES = 256 * 2**10
@@ -60,7 +62,7 @@ def shard_name(number: int) -> str:
     return f"params_shard_{number}.bin"
 
 
-def write_index(folder: Path, contents: Sequence[Sequence[Tensor]], metadata: Mapping[str, Any]) -> None:
+def write_index(folder: Path, contents: Sequence[Sequence[Tensor]], metadata: JsonObject) -> None:
     """Write tensor-cache.json for shards that hold ``contents``, each back to back; it is what makes them a cache."""
     records = []
     for number, tensors in enumerate(contents):
@@ -73,7 +75,7 @@ def write_index(folder: Path, contents: Sequence[Sequence[Tensor]], metadata: Ma
     (folder / "tensor-cache.json").write_text(listing({"metadata": dict(metadata)}, "records", records), "utf-8")
 
 
-def listing(fields: Mapping[str, Any], name: str, items: Iterable[Any]) -> str:
+def listing(fields: JsonObject, name: str, items: Iterable[Any]) -> str:
     """Return the JSON of an object: ``fields``, and under ``name`` a list with a line for each item."""
     lines = ",\n".join(json.dumps(item, allow_nan=False, sort_keys=True) for item in items)
     return f'{json.dumps(fields, allow_nan=False)[:-1]}, "{name}": [\n{lines}\n]}}\n'

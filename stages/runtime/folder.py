@@ -148,7 +148,7 @@ def parse(data: bytes | bytearray, where: str, *, strict: bool = False) -> Any:
         raise BundleError(f"{where}: cannot be read as JSON: {error!s:.200}; copy the bundle again") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

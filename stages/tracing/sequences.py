@@ -31,7 +31,7 @@ def sequential(model: Any) -> Iterator[None]:
             names[name] = function
 
 
-def _refuse(where: str, more: Mapping[str, Any]) -> None:
+def _refuse(where: str, more: Mapping[str, object]) -> None:
     strange = sorted(name for name, value in more.items() if value is not None and name not in IDLE)
     if strange:
         raise ConfigError(f"{where} with {', '.join(strange)} is not supported")

@@ -26,6 +26,7 @@ from stages.verification.checks import difference
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from stages.documents.files import JsonObject
     from stages.verification.apart import Progress
 
 
@@ -49,7 +50,7 @@ class LiveRequest:
     int8_cache: bool
     continued: Sequence[tuple[Sequence[int], Sequence[int]]]
     active_vocab_size: int
-    original: Mapping[str, Any] | None = None
+    original: JsonObject | None = None
 
 
 @dataclass(frozen=True)

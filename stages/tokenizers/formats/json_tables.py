@@ -23,7 +23,7 @@ _FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 def read_object(path: Path) -> JsonObject:
     """Return the JSON object in a vocabulary file; a key given twice is an error, for a parser keeps either."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> JsonObject:
+    def unique(pairs: list[tuple[str, object]]) -> JsonObject:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]

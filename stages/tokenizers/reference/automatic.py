@@ -58,7 +58,7 @@ class Automatic:
         weakref.finalize(self, _forget, self._number)
         self.name: str = loaded["class"]
         self.refused: str | None = loaded["refused"]
-        self.document: dict[str, Any] = json.loads(loaded["document"])
+        self.document: JsonObject = json.loads(loaded["document"])
         self.prefix: list[int] = loaded["prefix"]
         self.suffix: list[int] = loaded["suffix"]
         self._tokens = {int(index): bytes.fromhex(data) for index, data in loaded["tokens"].items()}
@@ -103,7 +103,7 @@ class Automatic:
 
     def alone(self, texts: Sequence[str]) -> JsonObject:
         """Return the ``ids`` that tokenizer.json gives without the class and the files beside it, or the ``error``."""
-        found: dict[str, Any] = self._ask("alone", [self._tables, list(texts)])
+        found: JsonObject = self._ask("alone", [self._tables, list(texts)])
         return found
 
     def chats(self, template: str | None, cases: Sequence[tuple[list[JsonObject], bool]]) -> list[JsonObject]:
