@@ -100,8 +100,8 @@ def _lines(found: Difference, args: argparse.Namespace) -> Iterator[str]:
         found = replace(found, rows=[row for row in found.rows if row.kind in args.only])
     if args.stat:
         same = "the outputs are identical" if found.same else "the outputs differ"
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if not args.only or kind in args.only)
-        yield f"{found.a} -> {found.b}: {same}" + (f"; {told}" if told else "")
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if not args.only or kind in args.only)
+        yield f"{found.a} -> {found.b}: {same}" + (f"; {counts}" if counts else "")
     else:
         yield from difference_lines(found)
 

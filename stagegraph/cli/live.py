@@ -58,11 +58,11 @@ class PlainReporter(Quiet):
         self._total = total
         self._remaining = remaining
         self._done: set[str] = set()
-        self._said: dict[str, float] = {}
+        self._shown_at: dict[str, float] = {}
 
     def started(self, node: Node, reason: str) -> None:
         """Show that a node begins."""
-        self._said[node.name] = time.monotonic()
+        self._shown_at[node.name] = time.monotonic()
         self._remaining.started(node.name)
         self._line(f"{node.name}: running ({reason})")
 
@@ -73,8 +73,8 @@ class PlainReporter(Quiet):
     def progress(self, node: Node, done: int, total: int, unit: str, note: str) -> None:
         """Show how far a node is."""
         self._remaining.progress(node.name, done, total, unit)
-        if time.monotonic() - self._said.get(node.name, 0.0) >= PLAIN_SECONDS:
-            self._said[node.name] = time.monotonic()
+        if time.monotonic() - self._shown_at.get(node.name, 0.0) >= PLAIN_SECONDS:
+            self._shown_at[node.name] = time.monotonic()
             self._line(f"{node.name}: {progress_text(done, total, unit, note)}")
 
     def finished(self, outcome: Outcome) -> None:

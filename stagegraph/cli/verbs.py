@@ -129,8 +129,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports mistakes like all other errors, and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
-        for said, instead in SAID.items():
-            message = re.sub(f"^argument (?:-./)?(\\S+?): {said}", instead, message)
+        for text, instead in SAID.items():
+            message = re.sub(f"^argument (?:-./)?(\\S+?): {text}", instead, message)
         option = message.partition(":")[0]
         if message == f"{option}: {NO_VALUE}":
             action = self._option_string_actions[option]
@@ -166,8 +166,8 @@ def parse(verb: str, argv: list[str]) -> argparse.Namespace:
     if unknown:
         # What follows an unknown option may be its value.
         pairs = zip(["", *unknown], unknown, strict=False)
-        told = [word for before, word in pairs if word[:1] == "-" or before[:1] != "-"]
-        raise PipelineError(*(_unknown(word, parser, unknown) for word in told))
+        words = [word for before, word in pairs if word[:1] == "-" or before[:1] != "-"]
+        raise PipelineError(*(_unknown(word, parser, unknown) for word in words))
     if getattr(args, "file", "") is None:
         args.file = locate()
     elif verb in OWN and hasattr(args, "file"):

@@ -135,12 +135,12 @@ class _Reader:
         """Return combinations without those that are excluded, then those that are included."""
         for item in self._rules(rules, "exclude"):
             wanted = {key: self._label(part) for key, part in self._known(item, lists).items()}
-            kept = [values for values in chosen if any(values[key].label != text for key, text in wanted.items())]
-            if len(kept) == len(chosen):
+            remaining = [values for values in chosen if any(values[key].label != text for key, text in wanted.items())]
+            if len(remaining) == len(chosen):
                 self._problems.add(
                     item.place, "excludes nothing; expected values of a combination there is", self._subject
                 )
-            chosen = kept
+            chosen = remaining
         for item in self._rules(rules, "include"):
             given = self._known(item, lists)
             if missing := [key for key in lists if key not in given]:

@@ -33,7 +33,7 @@ class _Reading(NamedTuple):
     """How one text is read: the values of its instance, and the references in it that stay."""
 
     each: Bindings | None
-    kept: Collection[str]
+    unresolved: Collection[str]
 
 
 class Scope:
@@ -85,18 +85,18 @@ class Scope:
                 return None
         return resolved
 
-    def parameter(self, item: Item, each: Bindings | None = None, kept: Collection[str] = ()) -> Item | None:
+    def parameter(self, item: Item, each: Bindings | None = None, unresolved: Collection[str] = ()) -> Item | None:
         """Return the item with its references replaced; ``None``, with a problem noted, where that is impossible.
 
         A text that is one reference and nothing else becomes the typed value; one that holds a secret is one.
-        ``each`` holds the instance's values. Where references are ``kept`` as they are written, every other ``${`` of
-        the result is a ``$${``.
+        ``each`` holds the instance's values. References in ``unresolved`` stay as they are written; if there are any,
+        every other ``${`` of the result is a ``$${``.
         """
         value = item.value
         if isinstance(value, str):
-            return self._text(item, value, _Reading(each, kept)) if "${" in value else item
+            return self._text(item, value, _Reading(each, unresolved)) if "${" in value else item
         if isinstance(value, list):
-            resolved = [self.parameter(part, each, kept) for part in value]
+            resolved = [self.parameter(part, each, unresolved) for part in value]
             parts = [part for part in resolved if part is not None]
             return item._replace(value=parts) if len(parts) == len(value) else None
         return item
@@ -132,7 +132,7 @@ class Scope:
     def _part(self, match: re.Match[str], item: Item, reading: _Reading) -> Item | None:
         """Return what one match within a longer text contributes to it."""
         if match[1] is None:
-            return item._replace(value=match[0] if reading.kept else "${")
+            return item._replace(value=match[0] if reading.unresolved else "${")
         if not match[2]:
             text = f"'{match[0]}' has no closing brace; expected {_FORMS}, or '$${{' for a literal '${{'"
             self._problems.add(item.place, text)
@@ -145,10 +145,10 @@ class Scope:
         return part
 
     def _look_up(self, reference: str, item: Item, reading: _Reading) -> Item | None:
-        if reference in reading.kept:
+        if reference in reading.unresolved:
             return item._replace(value=f"${{{reference}}}")
         found = self._value(reference, item, reading)
-        if found is not None and reading.kept and isinstance(found.value, str) and "${" in found.value:
+        if found is not None and reading.unresolved and isinstance(found.value, str) and "${" in found.value:
             return found._replace(value=type(found.value)(found.value.replace("${", "$${")))
         return found
 
@@ -173,8 +173,8 @@ class Scope:
             text = unknown_variable(name, self._variables)
         elif kind == "each" and each is not None:
             text = f"unknown '${{{reference}}}'{nearest(name, each)}"
-        elif reading.kept and kind in {"in", "out"}:
-            advice = nearest(reference, reading.kept)
+        elif reading.unresolved and kind in {"in", "out"}:
+            advice = nearest(reference, reading.unresolved)
             if kind == "in" and "did you mean" not in advice:
                 advice = "; `inputs: {NAME: ENTRY.OUTPUT}` declares ${in.NAME}"
             text = f"unknown '${{{reference}}}'{advice}"

@@ -40,5 +40,5 @@ def spread(model: Any) -> None:
         for name, parameter in module._parameters.items():  # noqa: SLF001 - replaced as they are, not copied into
             if parameter is not None:
                 value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                kept = made.setdefault(id(parameter), torch.nn.Parameter(value, requires_grad=False))
-                module._parameters[name] = kept  # noqa: SLF001
+                replaced = made.setdefault(id(parameter), torch.nn.Parameter(value, requires_grad=False))
+                module._parameters[name] = replaced  # noqa: SLF001

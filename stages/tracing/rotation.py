@@ -81,8 +81,8 @@ def packed(part: GraphPart) -> GraphPart:
             continue
         split, taken = node({"value": items[0][0]})
         if split == "split" and len(taken["sizes"]) == 3 and items == [(items[0][0], at) for at in range(3)]:
-            kept = {key: value for key, value in arguments.items() if key not in ("q", "k", "v")}
-            nodes[number] = name, {**kept, "qkv": taken["x"]}
+            others = {key: value for key, value in arguments.items() if key not in ("q", "k", "v")}
+            nodes[number] = name, {**others, "qkv": taken["x"]}
     return pruned(replace(part, nodes=nodes))
 
 
@@ -142,11 +142,11 @@ class _Graph:
         products = [self.node(arguments[each]) for each in ("x", "other")]
         if any(product != "mul" for product, _ in products):
             return None
-        (kept, by_cosine), (halves, by_sine) = (self.factors(product) for _, product in products)
-        if by_cosine is None or by_sine is None or not self.exchanged(halves, kept):
+        (straight, by_cosine), (halves, by_sine) = (self.factors(product) for _, product in products)
+        if by_cosine is None or by_sine is None or not self.exchanged(halves, straight):
             return None
         rotation = self.rotation(by_cosine[0, 0], by_sine[0, 0])
-        return None if rotation is None else (kept, rotation)
+        return None if rotation is None else (straight, rotation)
 
     def factors(self, product: Arguments) -> tuple[Any, np.ndarray | None]:
         """Return the factor that is of the input, and the values of the one that is of positions."""

@@ -123,9 +123,9 @@ def _settle_dynamic(config: Any, parameters: dict[str, Any], window: int) -> Non
     base = parameters["rope_theta"]
     if window > trained:
         base *= (factor * window / trained - (factor - 1)) ** (turned / (turned - 2))
-    kept = {name: value for name, value in parameters.items() if name == "partial_rotary_factor"}
+    share = {name: value for name, value in parameters.items() if name == "partial_rotary_factor"}
     parameters.clear()
-    parameters.update(kept, rope_type="default", rope_theta=base)
+    parameters.update(share, rope_type="default", rope_theta=base)
 
 
 def _config(raw: JsonObject) -> Any:

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from stages.runtime.server.jobs import Job
 
 
-class Asked(TypedDict, total=False):
-    """How an answer is made; what is left out is as the checkpoint's generation_config.json says, else greedy.
+class RequestOptions(TypedDict, total=False):
+    """The options of a request; those that are absent have the checkpoint's defaults, or else decode greedily.
 
-    ``stop`` are texts before which it ends, ``schema`` is a JSON schema that it has to fit (needs llguidance), and
-    ``max_tokens`` the most tokens; without it the model ends it, or the context. ``speculate`` are tokens guessed at
-    once (0: none), which changes nothing that is said. The same ``seed`` (0) gives the same.
+    The answer ends before any of the texts ``stop``, after ``max_tokens`` tokens, or when the model or the context ends
+    it. It fits the JSON schema ``schema`` (needs llguidance). ``speculate`` tokens are drafted at once (0: none), which
+    changes the speed only. The same ``seed`` (default 0) gives the same answer.
     """
 
     max_tokens: int
@@ -118,30 +118,32 @@ class Model:
         self._engine = engine
         self.name = engine.name
 
-    def chat(self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]) -> Reply:
+    def chat(
+        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **request: Unpack[RequestOptions]
+    ) -> Reply:
         """Return the answer to a conversation, or to one message of the user.
 
         ``messages`` have a ``role`` and a ``content`` each, as the model's template knows them. :class:`RequestError`
         for a conversation that it refuses, or that the context does not hold.
         """
-        return _whole(self.stream(messages, system=system, **asked))
+        return _whole(self.stream(messages, system=system, **request))
 
-    def complete(self, prompt: str, **asked: Unpack[Asked]) -> Reply:
+    def complete(self, prompt: str, **request: Unpack[RequestOptions]) -> Reply:
         """Return how a text goes on."""
-        return _whole(self._stream(self._engine.tokenizer.prompt(prompt), {}, asked))
+        return _whole(self._stream(self._engine.tokenizer.prompt(prompt), {}, request))
 
     def stream(
-        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]
+        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **request: Unpack[RequestOptions]
     ) -> Stream:
         """Return the answer to a conversation as it comes."""
         ids = self._engine.tokenizer.chat(messages, system=system)
-        return self._stream(ids, of_checkpoint(self._engine.manifest.sampling), asked)
+        return self._stream(ids, of_checkpoint(self._engine.manifest.sampling), request)
 
     async def chat_async(
-        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **asked: Unpack[Asked]
+        self, messages: str | Sequence[JsonObject], *, system: str | None = None, **request: Unpack[RequestOptions]
     ) -> Reply:
         """Return the answer to a conversation, while others are made."""
-        stream = await asyncio.to_thread(self.stream, messages, system=system, **asked)
+        stream = await asyncio.to_thread(self.stream, messages, system=system, **request)
         async for _ in stream:
             pass
         return _reply(stream)
@@ -156,21 +158,21 @@ class Model:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self, ids: Sequence[int], usual: Mapping[str, float], asked: Asked) -> Stream:
+    def _stream(self, ids: Sequence[int], usual: Mapping[str, float], request: RequestOptions) -> Stream:
         names = [field.name for field in dataclasses.fields(Settings)]
-        settings = Settings(**{**usual, **{name: asked[name] for name in names if name in asked}})  # type: ignore[literal-required]
-        limit, stops = asked.get("max_tokens", 2**31), asked.get("stop", ())
+        settings = Settings(**{**usual, **{name: request[name] for name in names if name in request}})  # type: ignore[literal-required]
+        limit, stops = request.get("max_tokens", 2**31), request.get("stop", ())
         if limit < 1 or isinstance(stops, str) or not all(stops):
             raise RequestError("max_tokens must be above 0, and stop a list of texts that are not empty")
-        speculate = asked.get("speculate", self._engine.speculate)
+        speculate = request.get("speculate", self._engine.speculate)
         if not 0 <= speculate <= MOST or (speculate and not self._engine.can_speculate):
             raise RequestError(f"speculate must be from 0 to {MOST}, and 0 for a recurrent model")
         encoded = tuple(stop.encode() for stop in stops)
         options = AnswerOptions(settings, limit, encoded, speculate=speculate)
-        masks = self._masks(asked.get("schema"))
+        masks = self._masks(request.get("schema"))
 
         def begin(deliver: Callable[[int, Event], None]) -> tuple[Job, Answer]:
-            return self._engine.submit(ids, options, [asked.get("seed", 0)], deliver, masks)[0]
+            return self._engine.submit(ids, options, [request.get("seed", 0)], deliver, masks)[0]
 
         return Stream(begin, self._engine)
 
