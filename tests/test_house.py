@@ -225,13 +225,20 @@ def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -
                 problems.append(f"{name}:{node.lineno}: {node.name} has {MAX_FUNCTION} lines or more")
             if silent and isinstance(node, ast.Call) and ast.unparse(node.func) in ENDING:
                 problems.append(f"{name}:{node.lineno}: {ast.unparse(node.func)} outside a command line")
-            if product and isinstance(node, NAMED):
-                problems += vague(name, node.lineno, node.name)
+            if product and (given := given_name(node)):
+                problems += vague(name, node.lineno, given)
         for node in tree.body if product and name not in REPEATING else ():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 other = classes.setdefault((root(name), node.name), name)
                 problems += [] if other == name else [f"{name}:{node.lineno}: {node.name} is a class of {other} too"]
     assert not problems, "\n".join(problems)
+
+
+def given_name(node: ast.AST) -> str:
+    """Return the name that a node gives to a function, class, parameter, variable or attribute, if any."""
+    if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return node.id if isinstance(node, ast.Name) else node.attr
+    return node.arg if isinstance(node, ast.arg) else node.name if isinstance(node, NAMED) else ""
 
 
 def vague(module: str, line: int, name: str) -> list[str]:

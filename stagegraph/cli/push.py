@@ -40,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"results": [d.node.name for d in here], "objects": sent, "failed": sorted(shared.failed)})
     else:
-        told = (
+        notice = (
             f"sent {sent} object{'s' * (sent != 1)}" if sent or shared.failed else "the remotes have all of it already"
         )
-        print(f"{len(here)} of {len(selection.nodes)} nodes have a result here; {told if here else 'nothing to send'}")
+        print(
+            f"{len(here)} of {len(selection.nodes)} nodes have a result here; {notice if here else 'nothing to send'}"
+        )
     return EXIT_NODE_FAILED if shared.failed else EXIT_OK

@@ -67,7 +67,7 @@ class Cluster:
         self._workers: dict[str, KnownWorker] = {}  # by address
         self._looked = 0.0
         self._refused: dict[str, dict[str, str]] = {}  # stage -> address -> why it may not run it
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
     # -- what the scheduler asks -------------------------------------------------------------------------------------
 
@@ -133,10 +133,10 @@ class Cluster:
     def refuse_worker(self, slot: ClusterSlot, address: str, problems: Sequence[str]) -> None:
         """Stop sending a stage's nodes to a worker whose code, libraries or tools differ."""
         stage = slot.task.node.stage.id
-        said = f"{address}: {'; '.join(problems)}"
+        message = f"{address}: {'; '.join(problems)}"
         if address not in self._refused.setdefault(stage, {}):
-            self._refused[stage][address] = said
-            warn(f"worker {said}; it gets no '{stage}' in this run")
+            self._refused[stage][address] = message
+            warn(f"worker {message}; it gets no '{stage}' in this run")
         self._looked = 0.0
 
     def supply(self, slot: ClusterSlot, digests: Sequence[str]) -> None:
@@ -150,8 +150,8 @@ class Cluster:
         }
         for state in task.prepared.sources.values():
             for name, digest in state.digests.items():
-                kept = self.workspace.store.path(digest)
-                needed[digest] = kept if kept.exists() else state.files[name]
+                object_path = self.workspace.store.path(digest)
+                needed[digest] = object_path if object_path.exists() else state.files[name]
         try:
             for digest in needed.keys() & digests:  # and nothing else, whatever a worker asks for
                 self._through().give(digest, needed[digest])
@@ -229,8 +229,8 @@ class Cluster:
                 raise PlanError(f"the scheduler {self._settings.scheduler} is gone; run again to resume")
             # It is busy, or connected again, or closed.
             with contextlib.suppress(TimeoutError, OSError, AttributeError):
-                said = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_SECONDS)
-                self._workers = said["workers"]
+                identity = client.sync(client.scheduler.identity, n_workers=-1, callback_timeout=LOOK_SECONDS)
+                self._workers = identity["workers"]
             self._looked = now
         return self._workers
 
@@ -257,14 +257,14 @@ class Cluster:
 
     def _arrived(self, event: tuple[float, Any]) -> None:
         """Take an event of a worker; called in Dask's thread."""
-        said = json.loads(event[1])
-        slot = self._slots.get(said["task"])
+        event_document = json.loads(event[1])
+        slot = self._slots.get(event_document["task"])
         if slot is not None:
-            slot.deliver(said)
+            slot.deliver(event_document)
 
     def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             warn(text)
 
 

@@ -161,15 +161,15 @@ class Site:
         """Return how this machine differs from a node's key; compared once for each stage, code and tools."""
         document = request["document"]
         parts = [document["code"], document.get("libraries", {}), document["tools"]]
-        asked = digest_json([origin, *parts, request["params"]])
+        comparison_id = digest_json([origin, *parts, request["params"]])
         with self._checking:
             if not self._read.is_unchanged():
                 return [STALE]
-            if asked not in self._checked:
-                self._checked[asked] = _mismatches(request, origin, codes)
+            if comparison_id not in self._checked:
+                self._checked[comparison_id] = _mismatches(request, origin, codes)
                 self._read = PartCode("", {**codes.files_read(), **self._read.files})
                 codes.save()
-            return self._checked[asked]
+            return self._checked[comparison_id]
 
     # -- run ---------------------------------------------------------------------------------------------------------
 
@@ -206,12 +206,12 @@ class Site:
             log = sandbox.open_log(self._workspace.log_path(request["key"]), ())
             stage = origin.make()
             say({"event": "began", "where": request["where"]})
-            told = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
+            paths = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
             maps = request["piece"] is None
             spreading = self._spreading(request, storage, say, cancelled)
             with self._worker(stage.profile, new=bool(request["memory"])) as worker:
-                asked = {**request, **told, "sources": sources, "origin": origin, "maps": maps}
-                worker.send(cast("Request", asked))
+                task_request = {**request, **paths, "sources": sources, "origin": origin, "maps": maps}
+                worker.send(cast("Request", task_request))
                 end = watch(worker, request, log, say, cancelled, spreading)
             if end["event"] == "made":
                 self._upload(storage, {entry["digest"] for entry in end["parts"].values()})

@@ -228,7 +228,7 @@ def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, la
                 last: T.let[T.int64] = T.min(T.Cast("int64", ends[vs]), rows - 1)
                 state = T.sblock_alloc_buffer((size, lanes), "float32", scope="local")
                 fade = T.sblock_alloc_buffer((rates,), "float32", scope="local")
-                held = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                recalled = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
                 total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
                 for n in T.serial(size):
                     for lane in T.serial(lanes):
@@ -237,18 +237,18 @@ def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, la
                     for rate in T.serial(rates):
                         fade[rate] = T.exp(decay[first + i, vh * rates + rate])
                     for lane in T.serial(lanes):
-                        held[lane] = T.float32(0)
+                        recalled[lane] = T.float32(0)
                         total[lane] = T.float32(0)
                     for n in T.serial(size):
                         for lane in T.serial(lanes):
                             state[n, lane] = state[n, lane] * fade[n % rates]
-                            held[lane] = held[lane] + state[n, lane] * k[first + i, vh // share * size + n]
+                            recalled[lane] = recalled[lane] + state[n, lane] * k[first + i, vh // share * size + n]
                     for lane in T.serial(lanes):
                         value: T.let[T.float32] = v[first + i, vh * width + vp * lanes + lane]
-                        held[lane] = (value - held[lane]) * beta[first + i, vh]
+                        recalled[lane] = (value - recalled[lane]) * beta[first + i, vh]
                     for n in T.serial(size):
                         for lane in T.serial(lanes):
-                            state[n, lane] = state[n, lane] + held[lane] * k[first + i, vh // share * size + n]
+                            state[n, lane] = state[n, lane] + recalled[lane] * k[first + i, vh // share * size + n]
                             total[lane] = total[lane] + state[n, lane] * q[first + i, vh // share * size + n]
                     for lane in T.serial(lanes):
                         y[first + i, vh * width + vp * lanes + lane] = total[lane]
