@@ -7,7 +7,7 @@ only a whole pipeline shows (cycles, unknown entries, values of references) is c
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stagegraph.registry import get_stage, names
 from stagegraph.spec import matrix, params, remotes, shell
@@ -18,11 +18,10 @@ from stagegraph.spec.scope import VARIABLE_NAME
 
 if TYPE_CHECKING:
     from stagegraph.spec.params import Param
-    from stagegraph.stage import Json
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-Schema = dict[str, Json]
+Schema = dict[str, Any]
 
 _REFERENCE: Schema = {"type": "string", "pattern": r"^.*\$\{.*$"}
 _IN_FILE = r"^[^:]*\.py:[A-Za-z_][A-Za-z0-9_]*$"
