@@ -14,7 +14,8 @@ from stagegraph.remote.signing import NEEDS
 
 BLOCK = 256 << 10  # bytes: what is lost of a transfer that breaks off
 CONNECT = timedelta(seconds=2)
-ANSWER, TRANSFER = timedelta(seconds=3), timedelta(minutes=1)  # the longest silence: of a record, of an object
+# The longest silence: of a record, after which a run goes on without the remote within three seconds, and of an object.
+ANSWER, TRANSFER = timedelta(seconds=2.5), timedelta(minutes=1)
 
 
 class Bucket:
