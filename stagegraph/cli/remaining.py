@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from stagegraph.cli.common import seconds_text
 
+MINUTE = 60.0
 Predictions = Mapping[str, float | None]  # node -> seconds, None where no node like it has ever run
 
 
@@ -68,7 +69,8 @@ class Remaining:
         if len(known) < len(seconds) or not (known or self._waits):
             return ""
         longest = max(known + [seconds for seconds, _ in self._longest[-1:]])
-        return f"about {seconds_text(max(longest, (sum(known) + self._sum) / self._jobs))} left"
+        left = max(longest, (sum(known) + self._sum) / self._jobs)
+        return f"about {seconds_text(left) if left >= MINUTE else f'{max(round(left), 1)} s'} left"
 
     def _of(self, node: str) -> float | None:
         """Return the seconds that a running node still needs: at least those of what it counts now, at its pace."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.execution.executor import AtWork, Executor, Options, Running, Slot, Task
-from stagegraph.execution.resources import Room
+from stagegraph.execution.resources import Room, memory_text
 
 if TYPE_CHECKING:
     from stagegraph.execution.sandbox import Workers
@@ -57,9 +57,12 @@ class Places:
     What is configured is read when the first node is to run: a run without news pays for none of it.
     """
 
-    def __init__(self, planner: Planner, workspace: Workspace, options: Options) -> None:
-        self._planner, self._workspace, self._options = planner, workspace, options
+    def __init__(
+        self, planner: Planner, workspace: Workspace, options: Options, waiting: Callable[[Node, str], None]
+    ) -> None:
+        self._planner, self._workspace, self._options, self._waiting = planner, workspace, options, waiting
         self._all: list[Executor] = []
+        self._told: set[str] = set()  # entries a node of which had to wait for room
 
     @property
     def all(self) -> list[Executor]:
@@ -92,9 +95,14 @@ class Places:
         return all(place.full(_there(place, running)) for place in self.all)
 
     def has(self, node: Node, running: Iterable[Running]) -> bool:
-        """Say whether there is room for a node where it should run."""
-        place = self.of(node)
-        return place.has(node, _there(place, running))
+        """Say whether there is room for a node where it should run; of the first of an entry tell if there is none."""
+        place, wanted = self.of(node), node.spec.resources
+        room = place.has(node, _there(place, running))
+        if not room and node.spec.entry not in self._told:
+            self._told.add(node.spec.entry)
+            memory = f"{memory_text(wanted.memory)} of memory" if wanted.memory else "memory that others declare"
+            self._waiting(node, "the machine, which it takes alone" if wanted.exclusive else memory)
+        return room
 
     def over(self, running: Iterable[Running]) -> Iterator[tuple[Any, str]]:
         """Yield the slots whose node takes more than it declares, and what to say of it."""

@@ -61,7 +61,7 @@ class Scheduler:
         self._workspace = workspace
         self._reporter = reporter
         self._options = options
-        self._places = Places(planner, workspace, options)
+        self._places = Places(planner, workspace, options, reporter.waiting)
         self.outcomes: dict[Node, Outcome] = {}
         self._waiting = Waiting(planner.dag.nodes)
         self._fetching: Fetching[Decision] = Fetching(workspace, planner.dag.pipeline.remotes, enabled=options.share)

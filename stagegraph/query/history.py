@@ -6,7 +6,7 @@ A run that had nothing to do is not recorded. A run's id is the digest of its jo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -145,22 +145,26 @@ def key_at(runs: Sequence[PastRun], position: int, node: str) -> tuple[str, str]
 
 
 class Durations:
-    """How long executions took, by node, by stage: the median of the last few in the journal."""
+    """How long executions took, by node, by entry, by stage: the median of the last few in the journal."""
 
     def __init__(self, journal: Journal) -> None:
         self._of_node: dict[tuple[str, str], list[float]] = {}
+        self._of_entry: dict[tuple[str, str], list[float]] = {}
         self._of_stage: dict[str, list[float]] = {}
         for entry in journal.entries():
             for node in entry["nodes"]:
                 if node["outcome"] in EXECUTED:
-                    self._of_node.setdefault((entry["pipeline"], node["node"]), []).append(node["seconds"])
+                    pipeline, name = entry["pipeline"], node["node"]
+                    self._of_node.setdefault((pipeline, name), []).append(node["seconds"])
+                    self._of_entry.setdefault((pipeline, name.partition("[")[0]), []).append(node["seconds"])
                     self._of_stage.setdefault(node.get("stage", ""), []).append(node["seconds"])
 
     def predict(self, pipeline: str, node: str, stage: str) -> float | None:
         """Return the seconds an execution is likely to take; None without a timing history."""
-        return _recent(self._of_node.get((pipeline, node), ())) or _recent(self._of_stage.get(stage, ()))
+        alike = (pipeline, node.partition("[")[0])
+        known = (self._of_node.get((pipeline, node)), self._of_entry.get(alike), self._of_stage.get(stage))
+        return next((_recent(seconds) for seconds in known if seconds), None)
 
 
-def _recent(seconds: Iterable[float]) -> float | None:
-    last = list(seconds)[-SAMPLES:]
-    return median(last) if last else None
+def _recent(seconds: Sequence[float]) -> float:
+    return median(seconds[-SAMPLES:])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from stagegraph.cli.remaining import Remaining
-from stagegraph.query.history import PastRun, find_run
+from stagegraph.query.history import Durations, PastRun, find_run
 from tests.support.demo import Demo
 
 
@@ -100,21 +102,34 @@ def test_the_time_left_is_what_is_predicted_less_what_is_done(monkeypatch: pytes
     left = Remaining(lambda: {"a": 10.0, "b": 20.0}, jobs=1)
     assert left.text() == ""
     left.started("a")
-    assert left.text() == "about 30.0 s left"
+    assert left.text() == "about 30 s left"
     now[0] += 5
-    assert left.text() == "about 25.0 s left"
+    assert left.text() == "about 25 s left"
     left.progress("a", 1, 4, "pages")  # at its own pace
-    assert left.text() == "about 35.0 s left"
+    assert left.text() == "about 35 s left"
     left.progress("a", 4, 4, "pages")  # and it goes on with something else
-    assert left.text() == "about 25.0 s left"
+    assert left.text() == "about 25 s left"
     left.progress("a", 0, 0, "words")
     now[0] += 2
     left.progress("a", 1, 3, "words")  # in these two seconds
-    assert left.text() == "about 24.0 s left"
+    assert left.text() == "about 24 s left"
     left.finished("a")
-    assert left.text() == "about 20.0 s left"
+    assert left.text() == "about 20 s left"
     unknown = Remaining(lambda: {"a": None, "b": 1.0}, jobs=2)
     unknown.started("b")
     assert unknown.text() == ""
     unknown.finished("a")
-    assert unknown.text() == "about 1.00 s left"
+    assert unknown.text() == "about 1 s left"
+
+
+def test_a_node_is_predicted_by_itself_by_its_entry_or_by_its_stage() -> None:
+    def node(name: str, seconds: float) -> dict[str, Any]:
+        return {"node": name, "stage": "shell", "seconds": seconds, "outcome": "BUILT"}
+
+    ran = [node("build[a]", 8.0), node("build[b]", 6.0), node("tidy", 1.0)]
+    journal: Any = SimpleNamespace(entries=lambda: [{"pipeline": "p", "nodes": ran}])
+    known = Durations(journal)
+    assert known.predict("p", "build[a]", "shell") == 8.0
+    assert known.predict("p", "build[c]", "shell") == 7.0
+    assert known.predict("p", "other", "shell") == 6.0
+    assert known.predict("p", "other", "none") is None

@@ -118,8 +118,10 @@ def test_what_does_not_fit_beside_others_waits(eater: Demo, monkeypatch) -> None
                 for i, n in enumerate(entries)
             ),
         )
-        assert eater.run("-j", "2", "--force").code == 0
+        done = eater.run("-j", "2", "--force")
+        assert done.code == 0
         assert stamps.read_text() == expected
+        assert ("waiting for 600 MiB of memory" in done.err) is (memory == "600 MiB")
 
 
 def test_what_undeclared_nodes_hold_counts_too(eater: Demo, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from tests.support.demo import Demo
 SCREENS = Path(__file__).parents[1] / "data" / "screens"
 # What no two runs share: times, of three digits each, and the spinner.
 VARYING = [
-    (re.compile(r"\d+\.\d+ s\b"), "0.00 s"),
+    (re.compile(r"\d+(\.\d+)? s\b"), "0.00 s"),
     (re.compile(r"\d:\d\d:\d\d"), "0:00:00"),
     (re.compile(r"[⠀-⣿]"), "*"),
 ]
@@ -87,7 +87,7 @@ def test_what_was_done_before_the_first_node_began_takes_no_time() -> None:
     left = Remaining(lambda: {"old": 100.0, "new": 4.0}, jobs=1)
     left.finished("old")
     left.started("new")
-    assert left.text() in {"about 4.00 s left", "about 3.99 s left"}
+    assert left.text() == "about 4 s left"
     left.finished("new")
     assert left.text() == ""
 
