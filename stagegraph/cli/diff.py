@@ -14,7 +14,7 @@ from stagegraph.cli.common import add_file, add_json, print_json
 from stagegraph.cli.layout import terminal_width
 from stagegraph.cli.pager import page
 from stagegraph.cli.verbs import SUFFIXES
-from stagegraph.errors import PlanError, nearest
+from stagegraph.errors import PlanError, listed, nearest
 from stagegraph.query.diff import KINDS
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _print_sets(found: Sets, args: argparse.Namespace) -> int:
         print_json(found.document())
         return 0
     sides = ((found.a, found.only_a), (found.b, found.only_b))
-    lines = [f"only in {side}: {', '.join(nodes)}" for side, nodes in sides if nodes]
+    lines = [f"only in {side}: {listed(nodes) if args.stat else ', '.join(nodes)}" for side, nodes in sides if nodes]
     for each in found.differing:
         lines += [*_lines(each, args), *([] if args.stat else [""])]
     page("\n".join([*lines, f"{len(found.differing)} differ, {found.same} are the same"]))

@@ -109,6 +109,8 @@ def _fetched(url: str, module: Any) -> tuple[str, Path]:
 
 def _check_new(folder: Path) -> None:
     file = folder / DEFAULT_FILE
+    if folder.exists() and not folder.is_dir():
+        raise PlanError(f"{shown(folder)}: is a file; expected the folder to write into")
     if file.exists():
         raise PlanError(f"{shown(file)} exists already; edit it, or name another folder: `pipeline init DIR`")
 

@@ -18,16 +18,19 @@ from stagegraph.cli.common import (
     seconds_text,
     size_text,
 )
-from stagegraph.cli.layout import Brief, table
+from stagegraph.cli.layout import Brief, prose, table, terminal_width
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PlanError
 from stagegraph.query.history import find_run
 from stagegraph.store.journal import EXECUTED, FAILED
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stagegraph.query.history import PastRun
 
 EXAMPLE = "pipeline runs --run @~0"
+WIDE = 100  # columns that a table with dates takes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +55,18 @@ def run(args: argparse.Namespace) -> int:
         elif not chosen:
             print("no run has executed anything yet")
         else:
-            header = ("run", "state", "command", "ran", "failed", "time", "started", "", "tag")
-            rows = [_row(run) for run in chosen]
-            columns = len(header) - (not any(run.tag for run in chosen))
-            print(table(header[:columns], [row[:columns] for row in rows], flexible=2))
+            _print(chosen)
     return 0
+
+
+def _print(runs: Sequence[PastRun]) -> None:
+    """Print a row for each run; its date goes where the command would have no room, its age stays."""
+    header = ["run", "state", "command", "ran", "failed", "time", "started", "", "tag"]
+    rows = [dict(zip(header, _row(run), strict=True)) for run in runs]
+    left_out = set() if any(run.tag for run in runs) else {"tag"}
+    left_out |= {"started"} if terminal_width() < WIDE else set()
+    columns = [name for name in header if name not in left_out]
+    print(table(columns, [[row[name] for name in columns] for row in rows], flexible=2))
 
 
 def _row(run: PastRun) -> tuple[str, ...]:
@@ -88,4 +98,6 @@ def _page(run: PastRun) -> str:
     ]
     head = f"run {run.id[:8]}  {run.state}  {run.started}  {seconds_text(run.seconds)}  pipeline {_command(run)}"
     problems = [f"error: {n['node']}: {hanging(problem)}" for n in run.nodes for problem in n["problems"]]
-    return "\n".join([head, table(("node", "outcome", "reason", "time", "size", "key"), rows, flexible=2), *problems])
+    return "\n".join(
+        [prose(head), table(("node", "outcome", "reason", "time", "size", "key"), rows, flexible=2), *problems]
+    )

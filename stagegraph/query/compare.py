@@ -26,7 +26,7 @@ def comparison(artifacts: Mapping[str, Artifact]) -> Comparison:
     if found is None or len(set(stages.values())) > 1:
         mixture = ", ".join(f"{label} of {stage}" for label, stage in stages.items())
         raise PlanError(
-            f"compared are results of one of these stages: {', '.join(names('comparisons'))}; found {mixture}"
+            f"only results of one stage can be compared, of {' or '.join(names('comparisons'))}; found {mixture}"
         )
     return found
 

@@ -93,7 +93,7 @@ class _Explainer:
         decision = self._decisions[node]
         self._explained = set()
         notes = []
-        if self._workspace.last(self._project.name, node.name).get("failed") == decision.key != "":
+        if self._has_failed(decision):
             notes.append(f"its last execution failed: pipeline log {typed(node.name)}")
         if decision.status == HIT:
             assert decision.record is not None
@@ -113,7 +113,13 @@ class _Explainer:
         above = self._project.dag.above([node])
         for d in self._decisions.values():
             if d.node in above and d.status not in {HIT, UNKNOWN}:
-                yield Cause("node", f"{d.node.name} is {d.status}", because=self._causes_of(d))
+                log = f" and failed when it last ran: pipeline log {typed(d.node.name)}" if self._has_failed(d) else ""
+                yield Cause("node", f"{d.node.name} is {d.status}{log}", because=self._causes_of(d))
+
+    def _has_failed(self, decision: Decision) -> bool:
+        """Say whether this is what the last execution failed at."""
+        last = self._workspace.last(self._project.name, decision.node.name)
+        return bool(decision.key) and last.get("failed") == decision.key
 
     def _causes_of(self, decision: Decision) -> list[Cause]:
         previous = decision.previous

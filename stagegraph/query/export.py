@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stagegraph.digest import digest_file
-from stagegraph.errors import PlanError, StoreError
+from stagegraph.errors import PlanError, StoreError, listed
 from stagegraph.files import remove_tree
 from stagegraph.store.objects import fsync_file
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
 MANIFEST, MANIFEST_SCHEMA = ".stagegraph-export.json", 1
-SHOWN = 20  # of the files in the way
 REPOSITORY = (".git", ".hg", ".svn")
 ELSEWHERE = "name a directory that can be written"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
@@ -107,11 +106,9 @@ def _replaceable(target: Path, *, replace: bool) -> Mapping[str, str]:
     written = _written(target)
     foreign = [name for name in found if name not in written and name != MANIFEST]
     edited = [name for name in found if name in written and _digest_or_none(target / name) != written[name]]
-    problems = [f"{target}: {name} was written by no export" for name in foreign[:SHOWN]]
-    problems += [f"{target}: {name} is no longer what was exported" for name in edited[: SHOWN - len(problems)]]
+    problems = [f"{target}: no export wrote {listed(foreign)}"] if foreign else []
+    problems += [f"{target}: no longer as exported: {listed(edited)}"] if edited else []
     if problems:
-        more = len(foreign) + len(edited) - len(problems)
-        problems[-1] += f", and so are {more} more" if more else ""
         raise PlanError(*problems, f"{target} is left as it is: name another directory, or move these files away")
     if not replace:
         raise PlanError(f"{target} exists already; name another directory, or --force to replace what was exported")

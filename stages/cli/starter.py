@@ -52,11 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(args: argparse.Namespace) -> JsonObject:
-    """Return the variables that the command line asks for; :class:`ValueError` for an unknown target."""
+    """Return the variables that the command line asks for; :class:`ValueError` for what no pipeline has."""
     targets = args.targets.split(",") if args.targets else None
     for target in targets or ():
         if target not in TARGETS:
             raise ValueError(f"--targets: unknown target '{target}'; known: {_listed(TARGETS)}")
+    if (args.context_window or 0) < 0:
+        raise ValueError(f"--context-window {args.context_window}: expected positions, or 0 for all there are")
     options = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
     return {name: value for name, value in options.items() if value is not None}
 

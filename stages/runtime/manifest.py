@@ -27,6 +27,7 @@ _NEEDED = ("model.so", "tensor-cache.json", "tokenizer_info.json")
 # Of what comes into messages, and commands to be copied from them: versions, processors, what these can do.
 _WORD = re.compile(r"[A-Za-z0-9_.+!-]{1,64}")
 _MOST = 20  # words of one message
+_NEAR = 4  # bundles of one message
 _VOCABULARIES = ("tokenizer.json", "rwkv_vocab.txt")  # one of them
 _MODEL_SIZES = ("context_window", "prefill_chunk", "max_batch", "vocab_size", "hidden_size")
 # Kinds of state -> the sizes that each needs beside those.
@@ -70,7 +71,7 @@ def read(path: Path, *, require_signature: Path | None = None) -> Manifest:
     """
     root = next((d for d in (path, path / "bundle") if (d / MANIFEST).is_file()), None)
     if root is None:
-        raise BundleError(f"{path}: no {MANIFEST} there, so it is not a bundle; give the directory that bundle wrote")
+        raise BundleError(f"{path}: {_not_there(path)}")
     document, data = read_document(root / MANIFEST)
     problems = _problems_of_form(document)
     if problems:
@@ -91,6 +92,15 @@ def read(path: Path, *, require_signature: Path | None = None) -> Manifest:
         sampling=document.get("sampling", {}),
         sha256=sha256,
     )
+
+
+def _not_there(path: Path) -> str:
+    """Say that there is no bundle at a path, and which there are near it."""
+    place, where = (path, "in it") if path.is_dir() else (path.parent, "beside it")
+    near = sorted(str(file.parent) for file in place.glob(f"*/{MANIFEST}"))[:_NEAR]
+    problem = f"no {MANIFEST} there, so it is not a bundle" if path.exists() else "no such folder"
+    advice = f"{where}: {', '.join(near)}" if near else "give the folder that `pipeline export` or stage bundle wrote"
+    return f"{problem}; {advice}"
 
 
 def check(manifest: Manifest, *, weights: bool = True, run: bool = True) -> list[str]:

@@ -121,7 +121,7 @@ def test_what_cannot_be_compared_is_said(weighed: Demo) -> None:
     weighed.run()
     said = compare(weighed, "read", "shape")
     assert said.code == 2
-    assert "compared are results of one of these stages: shape; found read of read, shape[line] of shape" in said.err
+    assert "only results of one stage can be compared, of shape; found read of read, shape[line] of shape" in said.err
     assert "beside the pipeline files" in compare(weighed).err
     assert "use .svg" in compare(weighed, "shape", "--plot", str(weighed.folder / "a.png")).err
     drawn = weighed.folder / "a.svg"

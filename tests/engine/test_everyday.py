@@ -18,7 +18,7 @@ def past(started: str, tag: str = "") -> PastRun:
     return PastRun("ab" * 32, "demo", started, 1.0, "ok", (), (), tag)
 
 
-def test_runs_are_named_by_tag_and_date(demo: Demo) -> None:
+def test_runs_are_named_by_tag_and_date(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.run("--tag", "before").code == 0
     assert demo.run("--set", "glue=+").code == 0
     assert demo.run("--set", "glue=+", "--tag", "same").code == 0  # it did nothing, and has its name all the same
@@ -28,6 +28,8 @@ def test_runs_are_named_by_tag_and_date(demo: Demo) -> None:
     table = demo("runs", file).out
     assert "before" in table
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d", table)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert re.search(r"(?m)^\w{8} +ok +run .* ago +before$", demo("runs", file).out)
     today = json.loads(demo("runs", file, "--json").out)["runs"][0]["started"][:10]
     assert demo("show", f"join@{today}:joined.txt", file).out == demo("show", "join@~0:joined.txt", file).out
     assert "no run is as old as 2001-01-01" in demo("show", "join@2001-01-01", file).err

@@ -116,6 +116,7 @@ def test_a_failure_and_a_lost_object_are_said(demo: Demo) -> None:
     demo.source.write_text("FAIL\n")
     assert demo.run().code == 1
     assert "its last execution failed: pipeline log read" in text(demo, "read")
+    assert " and failed when it last ran: pipeline log read because" in text(demo, "join")
 
 
 def test_what_early_cutoff_saved(demo: Demo) -> None:

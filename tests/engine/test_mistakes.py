@@ -16,6 +16,8 @@ NODE = "a node is named as in"
 LIST = "expected a list of at least one scalar"
 BOTH = "expected two results, runs or files"
 HELP = "`pipeline {} --help` lists its arguments"
+POSITIONS = "expected positions, or 0 for all there are"
+BUNDLE = "give the folder that `pipeline export` or stage bundle wrote"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-qwen"
 HUB = "if it is a name on the hub, write hf://some/Model-1B"
 TABLE = [
@@ -50,6 +52,10 @@ TABLE = [
     ("generate x", "x: no such file or directory, and no node is named 'x'; known: join, read, shape"),
     ("compare nope", "no node is named 'nope'; known: join, read, shape"),
     ("init {example}", "{example} is a checkpoint: `pipeline init --checkpoint {example}` is for it"),
+    ("init words/a.txt --checkpoint {example}", "words/a.txt: is a file; expected the folder to write into"),
+    ("init new --checkpoint {example} --context-window -1", f"--context-window -1: {POSITIONS}"),
+    ("chat words/nowhere", f"words/nowhere: no such folder; {BUNDLE}"),
+    ("chat words", f"words: no bundle.json there, so it is not a bundle; {BUNDLE}"),
     ("init new --checkpoint", "--checkpoint: has no value; expected --checkpoint PATH"),
     ("build words -o out more", "'more' is one argument too many; `pipeline build` takes one CHECKPOINT"),
     ("run words", "words: is a folder; expected a pipeline file"),

@@ -607,6 +607,7 @@ def test_sigterm_lets_what_streams_end(recorded) -> None:
         (["--name", "a", "--name", "b"], "--name was given 2 times for 1 bundles"),
         (["--api-key-file", "nowhere"], "nowhere: No such file"),
         (["--port", "99999"], "--port 99999: expected 0 to 65535"),
+        (["--timeout", "-5"], "--timeout -5: expected a number of at least 0"),
     ],
 )
 def test_what_cannot_be_served_is_said(recorded, options, said, monkeypatch) -> None:

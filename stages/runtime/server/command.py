@@ -89,6 +89,9 @@ def _run(args: argparse.Namespace, _out: TextIO, err: TextIO) -> int:
         raise RequestError(f"serving needs starlette and uvicorn ({error}): {INSTALL}") from None
     if not 0 <= args.port < 2**16:
         raise RequestError(f"--port {args.port}: expected 0 to 65535")
+    for option in ("queue", "timeout", "grace"):
+        if getattr(args, option) < 0:
+            raise RequestError(f"--{option} {getattr(args, option):g}: expected a number of at least 0")
     key = _key(args)
     local = _is_local(args.host)
     engines = _engines(args)
