@@ -62,7 +62,7 @@ class Places:
     ) -> None:
         self._planner, self._workspace, self._options, self._waiting = planner, workspace, options, waiting
         self._all: list[Executor] = []
-        self._told: set[str] = set()  # entries a node of which had to wait for room
+        self._announced: set[str] = set()  # entries a node of which had to wait for room
 
     @property
     def all(self) -> list[Executor]:
@@ -98,8 +98,8 @@ class Places:
         """Say whether there is room for a node where it should run; of the first of an entry tell if there is none."""
         place, wanted = self.of(node), node.spec.resources
         room = place.has(node, _there(place, running))
-        if not room and node.spec.entry not in self._told:
-            self._told.add(node.spec.entry)
+        if not room and node.spec.entry not in self._announced:
+            self._announced.add(node.spec.entry)
             memory = f"{memory_text(wanted.memory)} of memory" if wanted.memory else "memory that others declare"
             self._waiting(node, "the machine, which it takes alone" if wanted.exclusive else memory)
         return room
