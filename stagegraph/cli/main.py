@@ -28,7 +28,7 @@ NO_FILE = frozenset({errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL})
 def dispatch(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     if not argv or argv[0] in {"-h", "--help", "help"}:
-        if argv[1:]:
+        if argv[1:] and not argv[1].startswith("-") and argv[1] != "help":
             return dispatch([argv[1], "--help"])
         print(usage())
         return 0 if argv else EXIT_USAGE

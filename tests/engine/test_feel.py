@@ -53,6 +53,12 @@ def test_misspelt_verbs_and_options_get_a_suggestion(demo: Demo) -> None:
     assert extra == "error: 'extra' is one argument too many; `pipeline status` takes a pipeline file alone\n"
 
 
+def test_help_takes_a_verb_and_ends(demo: Demo) -> None:
+    assert demo("help", "run").out.startswith("usage: pipeline run [options] [FILE]")
+    for argv in (["--help", "--help"], ["help", "help"], ["-h", "--json"]):
+        assert (demo(*argv).code, demo(*argv).out) == (0, f"{verbs.usage()}\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
