@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ggml_types
+import multiplied
 import numpy as np
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ OURS = [
     *((name, "gptq", "") for name in ("q2k", "q3k", "q4s32", "q4a64", "q4a128", "q4k", "q5k")),
     ("q8f16_1", "max", ""),
 ]
+AWQ = ("q3k", "q4s32", "q4a64", "q4k")  # schemes whose columns are multiplied, too
 MIXTURES = ("Q2_K", "Q3_K_M", "Q4_0", "Q4_K_M")
 # Bits a weight, None: as many as the peer takes, and the peer that must cost more.
 BUDGETS = [
@@ -163,7 +165,7 @@ def allocated(rows: dict[str, str], label: str) -> Way:
     return stored(label, "gptq", row_of, 16)
 
 
-def ways() -> Iterator[Way]:
+def ways(measured: Measured) -> Iterator[Way]:
     """Yield every way."""
     for name in GGML:
         yield ggml(name, name)
@@ -176,6 +178,8 @@ def ways() -> Iterator[Way]:
                 yield mixture(name, padded=True)
     for name, scales, _ in OURS:
         yield ours(name, scales)
+    for name in AWQ:
+        yield multiplied.way(ours(name, "awq"), name, *measured.of_awq)
 
 
 def read(checkpoint: Path, tokens: int) -> list[list[int]]:
@@ -248,6 +252,7 @@ class Measured:
         self._request = OriginalRequest(checkpoint, files, self._described, calibration(checkpoint), 0, work)
         folder = calibrated or self._calibrate(work)
         self._importance, self._feedback = folder / "importance.npz", folder / "feedback"
+        self.of_awq = self._described, self._listed, files, self._importance
         found = Calibrated.read("gptq", self._importance, self._feedback)
         config, head = self._model.config, self._model.get_output_embeddings()
         names = moments.names_of(self._model, self._mapped.tensors)
@@ -357,7 +362,7 @@ def _table(measured: Measured, name: str, only: Sequence[str]) -> list[str]:
     costs: dict[str, float] = {}
     print(f"\n{name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
-    chosen = {way.label: way for way in ways() if not only or any(word in way.label for word in only)}
+    chosen = {way.label: way for way in ways(measured) if not only or any(word in way.label for word in only)}
     budgeted = [*budgets(measured, chosen)]
     for way in sorted([*chosen.values(), *(way for way, _ in budgeted)], key=measured.bits):
         found = measured.figures(way)

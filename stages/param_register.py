@@ -199,6 +199,8 @@ def _entries(
         "layout": layout,
         "stored": [tensor["name"] for tensor in stored],
     }
+    if parameter.reads:
+        entry["reads"] = parameter.reads
     return entry, stored
 
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from stagegraph.stage import In, JsonObject, Out, Piece, Source, Stage, StageError, dist_versions, param, source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
 
     from stagegraph.stage import Context
+    from stages.checkpoint.tensors import Weights
     from stages.conversion.model import Conversion
     from stages.conversion.plan import Plan
     from stages.documents.model import CheckpointTensors
@@ -48,10 +49,11 @@ class Quantize(Stage):
             "takes the largest value to the code that max leaves over, as ggml's Q4_0 does; mse searches the one of "
             "least squared error, which takes longer to quantize and no longer to run; importance does so too, and an "
             "error counts by what its column carries (stage calibrate); gptq does that, and lets later columns make up "
-            "for errors of earlier ones (calibrate with feedback: true), which loses least; auto is what the scheme's "
-            "row of docs/quantization.md says",
+            "for errors of earlier ones (calibrate with feedback: true); awq does what importance does, once columns "
+            "that carry much are multiplied and the norm before them is divided; auto is what the scheme's row of "
+            "docs/quantization.md says",
             default="auto",
-            choices=("auto", "max", "full", "mse", "importance", "gptq"),
+            choices=("auto", "max", "full", "mse", "importance", "gptq", "awq"),
         )
         threads: int = param("how many tensors at once; 0 takes one per processor", default=0, minimum=0, hashed=False)
         batch: int = param(
@@ -64,7 +66,7 @@ class Quantize(Stage):
     inputs = {
         "params": In("param-register", "params", "what to store, and what it is made of"),
         "tensors": In("config-parse", "tensors", "dtype, shape and file of the checkpoint's tensors"),
-        "importance": In("calibrate", "importance", "what each column carries, for scales: importance", optional=True),
+        "importance": In("calibrate", "importance", "what columns carry, for importance, gptq and awq", optional=True),
         "feedback": In("calibrate", "feedback", "how errors are made up for, for scales: gptq", optional=True),
     }
     outputs = {
@@ -103,7 +105,7 @@ class Quantize(Stage):
         from stages.targets import processor
 
         tools = dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))
-        if params.scales == "gptq":  # multiplies matrices, and how those are summed up is the processor's
+        if params.scales in ("gptq", "awq"):  # products and powers, whose last bits are the processor's
             tools["processor"] = processor.host_cpu()
         return tools
 
@@ -141,7 +143,8 @@ class Quantize(Stage):
                 f"for {scheme.name} on {ctx.params.target}: give param-register and quantize the same values"
             )
         plan = _plan(ctx, register, listed)
-        pieces = _pieces(plan, ctx.params.batch << 20)
+        # What awq multiplies follows from matrices together, of which a piece has not all.
+        pieces = _pieces(plan, ctx.params.batch << 20) if scales != "awq" else []
         made = ctx.map("tensor", pieces) if len(pieces) > 1 else None
         known = {name: digest for digests in made or () for name, digest in digests.items()}
         conversion = Conversion(plan, ctx, ctx.out / "weights", ctx.out / "parts", known=known)
@@ -163,9 +166,10 @@ class Quantize(Stage):
 
 
 def _plan(ctx: Context, register: Register, listed: CheckpointTensors) -> Plan:
+    from stages.checkpoint.tensors import Weights
     from stages.conversion.plan import Plan
 
-    files = ctx.source("checkpoint")
+    files, importance = ctx.source("checkpoint"), _importance(ctx)
     return Plan(
         register,
         listed["tensors"],
@@ -174,8 +178,9 @@ def _plan(ctx: Context, register: Register, listed: CheckpointTensors) -> Plan:
         ctx.params.scales,
         ctx.params.threads,
         dist_versions("apache-tvm", "apache-tvm-ffi"),
-        _importance(ctx),
+        importance,
         _feedback(ctx),
+        _factors(ctx, register, Weights(files.files, listed["tensors"]), importance),
     )
 
 
@@ -189,7 +194,9 @@ def _pieces(plan: Plan, size: int) -> list[Piece]:
 
 def _importance(ctx: Context) -> dict[str, np.ndarray]:
     """Return what calibration has found, where scales are chosen by it."""
-    if ctx.params.scales not in ("importance", "gptq"):
+    from stages.quantization.calibrated import BY_CALIBRATION
+
+    if ctx.params.scales not in BY_CALIBRATION:
         return {}
     if not ctx.has_input("importance"):
         raise StageError(
@@ -216,6 +223,20 @@ def _feedback(ctx: Context) -> dict[str, Path]:
             "(docs/quantization.md)"
         )
     return {name: folder / file for name, file in files.items()}
+
+
+def _factors(
+    ctx: Context, register: Register, weights: Weights, importance: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return what columns are multiplied by, and norms divided by, where that is asked for."""
+    if ctx.params.scales != "awq":
+        return {}
+    from stages.conversion import columns
+
+    try:
+        return columns.factors(register, weights, importance)
+    except columns.NothingFoldsError as error:
+        raise StageError(*error.problems) from None
 
 
 def _uncalibrated(plan: Plan) -> Iterator[str]:

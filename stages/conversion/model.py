@@ -43,9 +43,7 @@ if TYPE_CHECKING:
 
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
-KEPT_EVERY = (
-    64 * 2**20
-)  # bytes of sources: parts made of so many are saved together; unsaved ones are lost if the process is killed
+KEPT_EVERY = 64 * 2**20  # bytes of sources: parts of so many are saved together; a kill loses those that are not
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -179,6 +177,8 @@ class Conversion:
 
     def _dtype(self, entry: Parameter) -> np.dtype:
         """Return the dtype that a parameter is made in, before it is stored."""
+        if entry["name"] in self._plan.factors:
+            return np.dtype(np.float32)
         return working_dtype(self._plan.tensors[name]["dtype"] for name in entry["sources"])
 
     def _source_dtypes(self, entry: Parameter) -> list[str]:
@@ -194,6 +194,7 @@ class Conversion:
             "stacked_copy",
         )
         copied = 0 if as_it_is else 4 * values
+        copied += 4 * values if entry["name"] in self._plan.factors else 0
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         if self._plan.how(entry)[0] == "gptq":
             made += 8 * entry["shape"][-1] ** 2  # the feedback, as it is read and as it is used
@@ -251,6 +252,9 @@ class Conversion:
             how = {**entry["quantize"], "scales": scales, **counts}
             if scales == "gptq":  # multiplies matrices, and how those are summed up is the processor's
                 how |= {"feedback": self._feedback_digest(entry), "processor": processor.host_cpu()}
+        factor = self._plan.factors.get(entry["name"])
+        if factor is not None:
+            how["factors"] = blake3(factor.tobytes()).hexdigest()
         tensors = [self._plan.tensors[name] for name in entry["sources"]]
         sources = [[digest, found["dtype"], found["shape"]] for digest, found in zip(digests, tensors, strict=True)]
         made = {"transform": entry["transform"], "shape": entry["shape"], "sources": sources}
@@ -266,13 +270,15 @@ class Conversion:
         entry, target, plan = self._logical[index], self._targets[index], self._plan
         names, transform, dtype = entry["sources"], entry["transform"], self._dtype(entry)
 
-        row = entry["shape"][1:]
+        row, factor = entry["shape"][1:], plan.factors.get(entry["name"])
 
         def whole() -> np.ndarray:
-            return transforms.apply(transform, [as_dtype(digests.tensor(name), dtype) for name in names])
+            made = transforms.apply(transform, [as_dtype(digests.tensor(name), dtype) for name in names])
+            return made if factor is None else made * factor
 
         def rows() -> Iterator[np.ndarray]:
-            if transform in ("copy", "concat0", "stacked_copy"):  # nothing but the tensors, one under the other
+            # Nothing but the tensors, one under the other.
+            if factor is None and transform in ("copy", "concat0", "stacked_copy"):
                 for name in names:
                     yield from (as_dtype(block, dtype).reshape(-1, *row) for block in digests.blocks(name))
             else:

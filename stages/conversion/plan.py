@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Plan:
     """What to convert: the register's parameters, the checkpoint's tensors, files and their digests, and how.
 
-    ``scales`` is max, full, mse, importance or gptq, ``threads`` 0 takes one per processor; ``tools`` are versions of
-    what compiles kernels. ``importance`` is float32 [k] of tensors that are matrices reading k channels, ``feedback``
-    the file of what error feedback takes.
+    ``threads`` 0 takes one per processor; ``tools`` are versions of what compiles kernels. ``importance`` is float32
+    [k] of tensors that are matrices reading k channels, ``feedback`` the file of what error feedback takes; ``factors``
+    float32 [k], by parameter, is what awq multiplies columns by.
     """
 
     register: Register
@@ -36,6 +36,7 @@ class Plan:
     tools: Mapping[str, str]
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
     feedback: Mapping[str, Path] = field(default_factory=dict)
+    factors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def how(self, entry: Parameter) -> tuple[str, np.ndarray | None]:
         """Return how the scales of a parameter are chosen, and how much an error of each of its columns counts."""
@@ -50,7 +51,9 @@ class Plan:
         if row is None:
             return self.scales, None, None
         found = Calibrated(self.scales, self.importance, self.feedback)
-        return found.how(entry["sources"], row["bits"], entry["shape"][-1])
+        scales, counts, feedback = found.how(entry["sources"], row["bits"], entry["shape"][-1])
+        factor = self.factors.get(entry["name"])  # an error of a multiplied column is divided again
+        return scales, counts if counts is None or factor is None else counts / factor**2, feedback
 
     def batches(self, size: int) -> list[list[Parameter]]:
         """Split the parameters, in the checkpoint's order, into lists that are made of about ``size`` bytes each."""
@@ -79,5 +82,5 @@ class Plan:
             and entry["kind"] == "linear"
             and entry["quantize"]
             and entry["quantize"]["bits"] < KEPT_ANYWAY
-            and self.how(entry)[0] != self.scales
+            and self.how(entry)[0] != ("importance" if self.scales == "awq" else self.scales)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from stages.documents.model import CheckpointTensors
 
@@ -31,6 +31,7 @@ class Parameter(TypedDict):
     """A parameter of the graph: ``sources`` are the checkpoint's tensors that ``transform`` makes it of, of
     ``source_shapes``, and ``source_names`` the model's names of them. ``layout`` is how a matrix lies in memory;
     ``stored`` names the tensors that hold it; ``quantize`` is the row that they are of, null for floats of ``dtype``.
+    ``reads`` names the norm whose result a matrix reads, where such matrices alone do.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Parameter(TypedDict):
     dtype: str
     layout: str
     stored: list[str]
+    reads: NotRequired[str]
 
 
 class Register(TypedDict):

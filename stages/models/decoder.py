@@ -111,14 +111,15 @@ def params(config: DecoderConfig) -> tuple[Param, ...]:
         gate_up = [(f"{mlp}.gate_proj", ff), (f"{mlp}.up_proj", ff)]
         found += [
             copied(f"{block}.input_layernorm.weight", (h,), "norm"),
-            *_stacked(f"{attention}.qkv_proj", qkv, h, bias=config.qkv_bias),
+            *_stacked(f"{attention}.qkv_proj", qkv, h, bias=config.qkv_bias, reads=f"{block}.input_layernorm.weight"),
             *_stacked(f"{attention}.o_proj", [(f"{attention}.o_proj", h)], q, bias=config.out_bias),
         ]
         if config.qk_norm:
             found += [copied(f"{attention}.{name}_norm.weight", (d,), "norm") for name in ("q", "k")]
+        norm = f"{block}.post_attention_layernorm.weight"
         found += [
-            copied(f"{block}.post_attention_layernorm.weight", (h,), "norm"),
-            *_stacked(f"{mlp}.gate_up_proj", gate_up, h, bias=config.mlp_bias),
+            copied(norm, (h,), "norm"),
+            *_stacked(f"{mlp}.gate_up_proj", gate_up, h, bias=config.mlp_bias, reads=norm),
             *_stacked(f"{mlp}.down_proj", [(f"{mlp}.down_proj", h)], ff, bias=config.mlp_bias),
         ]
     found.append(copied("model.norm.weight", (h,), "norm"))
@@ -126,12 +127,12 @@ def params(config: DecoderConfig) -> tuple[Param, ...]:
     return (*found, *head)
 
 
-def _stacked(name: str, parts: list[tuple[str, int]], columns: int, *, bias: bool) -> list[Param]:
+def _stacked(name: str, parts: list[tuple[str, int]], columns: int, *, bias: bool, reads: str = "") -> list[Param]:
     """Return the weight, and the bias if there is one, of projections laid under one another."""
     rows, transform = sum(rows for _, rows in parts), "copy" if len(parts) == 1 else "concat0"
     weights, biases = (tuple(f"{part}.{leaf}" for part, _ in parts) for leaf in ("weight", "bias"))
     matrices, vectors = tuple((n, columns) for _, n in parts), tuple((n,) for _, n in parts)
-    found = [Param(f"{name}.weight", (rows, columns), "linear", weights, matrices, transform)]
+    found = [Param(f"{name}.weight", (rows, columns), "linear", weights, matrices, transform, reads=reads)]
     if bias:
         found.append(Param(f"{name}.bias", (rows,), "bias", biases, vectors, transform))
     return found

@@ -25,7 +25,8 @@ class Param:
 
     ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
     (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
-    ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme.
+    ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme. ``reads``
+    is the norm without a bias whose result a matrix reads, where that is read by such matrices alone.
     """
 
     name: str
@@ -35,11 +36,12 @@ class Param:
     source_shapes: tuple[tuple[int, ...], ...]
     transform: Transform = "copy"
     dtype: Literal["", "float32"] = ""
+    reads: str = ""
 
 
-def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform = "copy") -> Param:
+def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform = "copy", reads: str = "") -> Param:
     """Return the parameter that one checkpoint tensor of the same name and shape becomes."""
-    return Param(name, shape, kind, (name,), (shape,), transform)
+    return Param(name, shape, kind, (name,), (shape,), transform, reads=reads)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def params(config: QWenConfig) -> tuple[Param, ...]:
         block = f"transformer.h.{i}"
         found += [
             copied(f"{block}.ln_1.weight", (h,), "norm"),
-            copied(f"{block}.attn.c_attn.weight", (3 * h, h), "linear"),
+            copied(f"{block}.attn.c_attn.weight", (3 * h, h), "linear", reads=f"{block}.ln_1.weight"),
             copied(f"{block}.attn.c_attn.bias", (3 * h,), "bias"),
             copied(f"{block}.attn.c_proj.weight", (h, h), "linear"),
             copied(f"{block}.ln_2.weight", (h,), "norm"),
@@ -177,6 +177,7 @@ def params(config: QWenConfig) -> tuple[Param, ...]:
                 (f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"),  # w2 is the side that goes through SiLU
                 ((ff, h), (ff, h)),
                 "concat0",
+                reads=f"{block}.ln_2.weight",
             ),
             copied(f"{block}.mlp.c_proj.weight", (h, ff), "linear"),
         ]

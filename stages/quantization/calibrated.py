@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from stages.quantization.rows import Row
 
-BY_CALIBRATION = ("importance", "gptq")  # scales that are chosen by what calibrate has found
+BY_CALIBRATION = ("importance", "gptq", "awq")  # scales that are chosen by what calibrate has found
 KEPT_ANYWAY = 8  # bits of which nothing more can be had
 
 
@@ -47,7 +47,7 @@ class Calibrated:
         much an error of each column counts, and the file of its feedback.
 
         By plain squares (mse) where eight bits are kept, and where there is no importance; by importance alone where
-        its parts do not read the same.
+        its parts do not read the same, and of what awq multiplies.
         """
         if self.scales not in BY_CALIBRATION:
             return self.scales, None, None

@@ -189,17 +189,24 @@ def differences(
     Unquantized parameters must be the checkpoint's values cast to the storage dtype, bit for bit. A quantized value may
     be off by half a step, and the step is what the checkpoint's own group gives: the bundle's scales prove nothing. Of
     ``scales`` that were searched (mse, importance), a value may also be what the smallest scale tried cuts off.
-    Feedback (gptq) may have moved a value by two codes from there. ``progress`` is told how many tensors were compared.
+    Feedback (gptq) may have moved a value by two codes from there. Columns that awq multiplied are compared with the
+    checkpoint's times as much as the norm before them was divided by. ``progress`` is told how many tensors were
+    compared.
     """
     problems = []
+    factors = _factors(registry, records, checkpoint) if scales == "awq" else {}
     for number, bundled in enumerate(bundled_tensors(registry, records), start=1):
         tensor, original = _in_rows(bundled, checkpoint[bundled.source])
+        factor = factors.get(bundled.source)
         count, first = 0, ""
         for rows in row_blocks(tensor.shape):
             values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
             if tensor.row:
+                wanted = wanted if factor is None else wanted * factor
                 matrix = wanted.reshape(-1, wanted.shape[-1])
                 wrong = ~(np.abs(values - wanted) <= _allowed(matrix, tensor.row, scales).reshape(wanted.shape))
+            elif factor is not None:  # a norm: what reads it shows whether it was divided by the right numbers
+                wrong = ~((factor[rows] > 0) & np.isfinite(factor[rows]))
             else:
                 wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
                 wrong = values != wanted
@@ -216,6 +223,25 @@ def differences(
             )
         progress(number)
     return problems
+
+
+def _factors(
+    registry: Register, records: Mapping[str, Record], checkpoint: Mapping[str, np.ndarray] | Any
+) -> dict[str, np.ndarray]:
+    """Return by tensor what the columns of a matrix must have been multiplied by, as the norm that it reads tells: that
+    was divided by as much. The norm's tensor is there too; norms that are the checkpoint's are not.
+    """
+    by_name = {entry["name"]: entry for entry in registry["logical"]}
+    found: dict[str, np.ndarray] = {}
+    for entry in registry["logical"]:
+        if entry.get("reads"):
+            (norm,) = _of_parameter(by_name[entry["reads"]], records)
+            values, original = norm.values(), np.asarray(checkpoint[norm.source], np.float32)
+            if (values != original.astype(norm.stored[0].dtype).astype(np.float32)).any():
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    factor = np.where(original == 0, 1, original / values).astype(np.float32)
+                found |= dict.fromkeys([norm.source, *entry["sources"]], factor)
+    return found
 
 
 def _in_rows(tensor: BundledTensor, original: np.ndarray) -> tuple[BundledTensor, np.ndarray]:

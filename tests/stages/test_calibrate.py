@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from stagegraph.stage import StageError
 from stages.calibrate import Calibrate
 from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
+from stages.conversion import columns
 from stages.conversion.plan import Plan
 from stages.quantization.feedback import INDEX, load
 from stages.quantization.parameter import quantize, restored
@@ -226,6 +228,74 @@ def test_quantize_stores_what_feedback_chooses(tmp_path, monkeypatch):
         plain = quantize(weight, row, "importance", counts[name])
         assert (found[name].values() != restored(plain, row, weight.shape[1])).any()
     assert weights.differences(registry, records, tensors, "gptq") == []
+
+
+def test_awq_leaves_the_model_as_it_is_and_loses_less(tmp_path):
+    """Its norms times its matrices are the checkpoint's, and it finds again what a few columns were divided by."""
+    checkpoint, counts = tmp_path / "outliers", measured("tiny-llama", tmp_path)
+    shutil.copytree(EXAMPLES / "tiny-llama", checkpoint)
+    tensors = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    for name, tensor in tensors.items():  # the same model, whose norms have outliers
+        if name.endswith("layernorm.weight"):
+            tensor[7::40] *= 32
+        elif name.split(".")[-2] in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            tensor[:, 7::40] /= 32
+            counts[name][7::40] *= 32**2
+    safetensors.numpy.save_file(tensors, checkpoint / "model.safetensors")
+    np.savez(tmp_path / "importance.npz", **counts)
+    ports = family_models.parse_and_register(tmp_path / "stages", checkpoint, "q4s32")
+    inputs = {name: ports[name] for name in ("params", "tensors")} | {"importance": tmp_path / "importance.npz"}
+    choice = {"scheme": "q4s32", "target": "llvm", "checkpoint": str(checkpoint)}
+    registry, held = json.loads(ports["params"].read_text()), {}
+    for scales in ("awq", "importance", "mse"):
+        ctx = run_stage(Quantize(), tmp_path / scales, {**choice, "scales": scales}, inputs, tmp_path / "parts")
+        assert ctx.warnings == []
+        records = tensor_cache.records(Folder(tmp_path / scales / "weights"))
+        assert weights.differences(registry, records, tensors, scales) == []
+        held[scales] = {each.source: each.values() for each in weights.bundled_tensors(registry, records)}
+    lost, divided = defaultdict(float), 0
+    for entry in registry["logical"]:
+        if "reads" in entry:
+            norm = tensors[entry["reads"]].astype(np.float64)
+            factor = norm / held["awq"][entry["reads"]]
+            divided += int((np.abs(factor - 1) > 0.01).any())
+            for name in entry["sources"]:
+                weight = tensors[name].astype(np.float64)
+                for scales, values in held.items():
+                    found = values[name] * (values[entry["reads"]] / norm)
+                    lost[scales] += float((np.square(found - weight) @ counts[name]).sum())
+    assert divided > len([name for name in tensors if name.endswith("o_proj.weight")])  # of two norms a layer
+    assert lost["awq"] < 0.6 * lost["importance"] < 0.6 * lost["mse"], lost
+    swapped = registry["logical"][1]["name"], "model.norm.weight"
+    stored = tmp_path / "awq" / "weights"
+    records = tensor_cache.records(Folder(stored))
+    spoilt = {**records, swapped[0]: records[swapped[1]]}
+    assert any("q_proj" in problem for problem in weights.differences(registry, spoilt, tensors, "awq"))
+
+
+def test_factors_are_exact_for_the_norm_that_is_stored():
+    chance = np.random.default_rng(5)
+    norm = chance.standard_normal(64).astype(np.float32)
+    norm[:2] = 0, 1e-3
+    factor = np.exp(3 * chance.standard_normal(64)).astype(np.float32)
+    factor[1] = 1e4
+    exact = columns.effective(norm, factor, "float16")
+    held = (norm / exact).astype(np.float16).astype(np.float64)
+    assert np.allclose(held * exact, norm, rtol=2.0**-22, atol=0)
+    assert np.abs(exact[:2] - 1).max() < 2.0**-10  # nothing to divide, and what float16 would not hold
+    assert np.abs(exact[2:] / factor[2:] - 1).max() < 2.0**-10
+
+
+def test_nothing_is_multiplied_where_nothing_is_known():
+    weight, row = np.random.default_rng(6).standard_normal((8, 64)).astype(np.float32), SCHEMES["q4s32"].body
+    assert columns.searched([(weight, row)], np.zeros(64, np.float32)) is None
+    carried = np.where(np.arange(64) == 5, 1e4, 1).astype(np.float32)
+    factor = columns.searched([(weight, row)], carried)
+    assert factor.argmax() == 5
+    with pytest.raises(
+        columns.NothingFoldsError, match="scales: awq divides norms, and of no matrix of the family gpt"
+    ):
+        columns.factors({"logical": [], "family": "gpt_neox"}, {}, {})
 
 
 def test_importance_is_asked_for_by_what_lacks_it(tmp_path):

@@ -72,6 +72,7 @@ def test_quantized_weights_are_stored_as_words_and_scales_in_place(parsed: Path)
     logical = {entry["name"]: entry for entry in document["logical"]}
     assert logical[f"{block}.mlp.gate_up_proj.weight"] == {
         "name": f"{block}.mlp.gate_up_proj.weight", "shape": [192, 64], "kind": "linear", "transform": "concat0",
+        "reads": f"{block}.ln_2.weight",
         "sources": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"],
         "source_names": [f"{block}.mlp.w2.weight", f"{block}.mlp.w1.weight"], "source_shapes": [[96, 64], [96, 64]],
         "quantize": {
