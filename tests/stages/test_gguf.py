@@ -229,7 +229,10 @@ def test_what_no_file_may_claim_is_refused(copy: Path, tmp_path: Path) -> None:
         ({info + 4: struct.pack("<Q", 100)}, "which no tensor in Q4_0 has"),
         ({info + 20: struct.pack("<I", 4)}, "is of the type number 4, which is not read"),
         ({info + 24: struct.pack("<Q", 2**45)}, f"truncated: tensor '{name}'"),
-        ({info - len(name): b"../../../etc/passwd"}, "tensor '../../../etc/passwd' belongs to no supported llama model"),
+        (
+            {info - len(name): b"../../../etc/passwd"},
+            "tensor '../../../etc/passwd' belongs to no supported llama model",
+        ),
         ({info - len(name): b"blk.1.attn_q.weight"}, "tensor 'blk.1.attn_q.weight' is there twice"),
     ]
     data = copy.read_bytes()
