@@ -240,23 +240,26 @@ class Product:
         per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
         self.fetch(blocks, g * weight.words, weight.words)
         parts = [[_zeros() for _ in range(ways)] for _ in blocks]
-        words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
 
-        def add(w: Any) -> None:
+        def add(w: Any, left: Any, lanes: int) -> None:
+            at = span(left, lanes)
+            words = [lambda number, b=block: q_weight[b, g * weight.words + number, at] for block in blocks]
             for element in range(weight.per_word):
                 k = g * weight.group + w * weight.per_word + element
                 for word, parts_of_block in zip(words, parts, strict=True):
-                    x, part = splat(read.terms[k], BLOCK), parts_of_block[element // RUN % ways]
+                    x, part = splat(read.terms[k], lanes), parts_of_block[element // RUN % ways]
                     if read.offsets is not None and not element % RUN:
-                        put(part, get(part, BLOCK) + splat(read.offsets[k // RUN], BLOCK), span(0, BLOCK))
-                    put(part, get(part, BLOCK) + weight.code(word, w, element) * x, span(0, BLOCK))
+                        put(part, part[at] + splat(read.offsets[k // RUN], lanes), at)
+                    put(part, part[at] + weight.code(word, w, element, lanes) * x, at)
 
         if len(weight.planes) > 1:  # where an element lies differs from word to word, and must be known here
-            for number in range(per_group):
-                add(number)
+            lanes = self.arguments.linear.tile[1]  # words of both planes take twice as many registers
+            with T.serial(0, BLOCK // lanes) as run:
+                for number in range(per_group):
+                    add(number, run * lanes, lanes)
         else:
             with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
-                add(w)
+                add(w, 0, BLOCK)
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
     def _leveled_row(self, read: Read, blocks: Sequence[Any], products: Sequence[Any]) -> None:
@@ -270,9 +273,7 @@ class Product:
     def _outer_group(
         self, read: Read, blocks: Sequence[Any], products: Sequence[Any], floats: Sequence[Any], at: tuple[Any, int]
     ) -> None:
-        """Emit the products of groups that share two floats, ``at`` (number, groups), added to ``products``: their
-        scales and minima first, into ``floats``, where each has a place that is known here.
-        """
+        """Emit the products of the groups ``at`` (number, groups) that share two floats, scales to ``floats`` first."""
         outer, count = at
         for block, (scales, lows) in zip(blocks, floats, strict=True):
             for number in range(count):
@@ -283,8 +284,8 @@ class Product:
             g = outer * LEVELED + number
             values = self._group_values(read, blocks, g)
             for value, product, (scales, lows) in zip(values, products, floats, strict=True):
-                low = lows[number, span(0, BLOCK)] * splat(read.sums[g], BLOCK)
-                put(product, get(product, BLOCK) + value * scales[number, span(0, BLOCK)] - low, span(0, BLOCK))
+                scale, low = scales[number, span(0, BLOCK)], lows[number, span(0, BLOCK)]
+                put(product, get(product, BLOCK) + value * scale - low * splat(read.sums[g], BLOCK), span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4
@@ -304,8 +305,7 @@ class Product:
         for way in range(k % ways):
             add(k // ways * ways + way, way)
         for product, *others in parts:
-            for part in others:
-                put(product, get(product, BLOCK) + get(part, BLOCK), span(0, BLOCK))
+            put(product, sum((get(part, BLOCK) for part in others), get(product, BLOCK)), span(0, BLOCK))
 
     def rows(self, block: Any) -> None:
         """Emit all rows: tiles of them against one panel of unpacked weights after the other."""

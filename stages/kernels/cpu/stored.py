@@ -86,28 +86,30 @@ class Stored:
     def shift(self, element: int) -> int:
         """Return by how many bits :meth:`code` leaves an element of a word to the left."""
         place = self.place(element)
-        return place if len(self.planes) == 1 and place + self.bits < 32 else 0
+        return place if place + self.bits < 32 else 0
 
-    def code(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
-        """Return element * 2 ** shift(element) of each lane, float32: where it can, it stays at its place in the word.
+    def code(self, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
+        """Return element * 2 ** shift(element) of each of ``lanes``, float32: where it can, it stays at its place in
+        the word.
 
         It is an ``element`` of word ``number`` of a group, whose words ``word(number)`` gives.
         """
-        if not self.shift(element):
-            return self.element(word, number, element)
-        mask = ((1 << self.bits) - 1) << self.place(element)
-        return _whole(T.bitwise_and(word(number), constant(mask, BLOCK, "uint32")))
+        return self._at(self.shift(element), word, number, element, lanes)
 
     def element(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
-        """Return an element of each lane, float32; arguments are those of :meth:`code`, and where an element lies in
-        two planes, ``number`` is known when the kernel is made.
+        """Return an element of each lane of a block, float32; arguments are those of :meth:`code`, and where an element
+        lies in two planes, ``number`` is known when the kernel is made.
         """
-        kept = _bits(word(number), self.place(element), 0, self.planes[0])
-        if len(self.planes) > 1:
-            low, high = self.planes
+        return self._at(0, word, number, element, BLOCK)
+
+    def _at(self, to: int, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
+        """Return element * 2 ** ``to`` of each of ``lanes``, float32."""
+        low, *others = self.planes
+        bits = _bits(word(number), self.place(element), to, low, lanes)
+        for high in others:
             at = number * self.per_word * high + high * element
-            kept = T.bitwise_or(kept, _bits(word(self.group * low // 32 + at // 32), at % 32, low, high))
-        return _whole(kept)
+            bits = T.bitwise_or(bits, _bits(word(self.group * low // 32 + at // 32), at % 32, to + low, high, lanes))
+        return as_float(T.reinterpret(f"int32x{lanes}", bits), lanes)
 
     def scale(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
         """Return the scales of a group as float32, ``lanes`` of them from ``left`` on."""
@@ -155,16 +157,11 @@ class Stored:
         return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
 
 
-def _whole(kept: Any) -> Any:
-    """Return integers of a block's lanes, below 2 ** 31, as float32."""
-    return as_float(T.reinterpret(f"int32x{BLOCK}", kept), BLOCK)
-
-
-def _bits(word: Any, place: int, to: int, bits: int) -> Any:
+def _bits(word: Any, place: int, to: int, bits: int, lanes: int) -> Any:
     """Return the ``bits`` of each lane from ``place`` on, moved to bit ``to``, and nothing else."""
     shift = T.shift_right if place > to else T.shift_left
-    word = shift(word, constant(abs(place - to), BLOCK, "uint32")) if place != to else word
-    return T.bitwise_and(word, constant(((1 << bits) - 1) << to, BLOCK, "uint32"))
+    word = shift(word, constant(abs(place - to), lanes, "uint32")) if place != to else word
+    return T.bitwise_and(word, constant(((1 << bits) - 1) << to, lanes, "uint32"))
 
 
 def _last_level(words: Sequence[Any], lanes: int) -> Any:
