@@ -58,7 +58,7 @@ class Spreading:
         self._client: Any = None
         self._waiting: dict[Any, int] = {}  # future -> which piece
         self._refused: dict[str, str] = {}  # address -> why it makes none
-        self._lent: set[str] = set()
+        self._lent: dict[int, set[str]] = {}  # which piece -> what the remote was given for it
         self.cpu_seconds = 0.0
         self.peak_bytes = 0
 
@@ -77,7 +77,8 @@ class Spreading:
         results: list[Any] = [None] * len(pieces)
         parts: dict[str, PartEntry] = {}
         for index, piece in enumerate(pieces):
-            self._submit(index, piece)
+            if problem := self._submit(index, piece):
+                return problem
         while self._waiting:
             if self._cancelled():
                 return _piece_failed("cancelled")
@@ -107,9 +108,10 @@ class Spreading:
                 return _piece_failed(f"{piece['name']}: the remote does not have the parts that its worker gave it")
             return None
         if answer["event"] == "lacks":
-            if self._lent.intersection(answer["digests"]) or self._lend(answer["digests"]):
+            lent = self._lent.setdefault(index, set())
+            if lent.intersection(answer["digests"]) or self._lend(answer["digests"]):
                 return _piece_failed(f"{piece['name']}: its worker does not find its inputs in the remote")
-            self._lent.update(answer["digests"])
+            lent.update(answer["digests"])
         else:
             self._refused[answer["where"]] = f"{answer['where']}: {'; '.join(answer['problems'])}"
         return self._submit(index, piece)
@@ -125,7 +127,9 @@ class Spreading:
                 a for a, worker in workers.items() if a not in self._refused and wanted <= worker["resources"].keys()
             ]
             if not fit:
-                return _piece_failed(f"{piece['name']}: no worker can make it: {'; '.join(self._refused.values())}")
+                lacking = [f"others offer no {label}" for label in request["labels"]]
+                why = "; ".join([*self._refused.values(), *lacking])
+                return _piece_failed(f"{piece['name']}: no worker can make it: {why}")
         text, key = json.dumps(request), request["task"]
         future = self._client.submit(self._execute, text, key=key, pure=False, workers=fit, priority=1)
         self._waiting[future] = index

@@ -29,6 +29,7 @@ from stagegraph.execution.cluster import Cluster
 from stagegraph.execution.outcome import Run
 from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.site import DIRECTORY, PROTOCOL, STALE, Site, platform
+from stagegraph.execution.spreading import Spreading
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.planner import code_of, libraries_of
 from stagegraph.remote.settings import load_settings
@@ -562,6 +563,38 @@ def test_a_piece_that_fails_is_named_and_ends_the_others(client: Client) -> None
     assert outcome.log
     assert outcome.log.read_text() == "-1 is too small\n"
     assert len(client.starts()) < 7
+
+
+@pytest.fixture
+def spreading() -> Spreading:
+    """The pieces of a node that asks for a GPU, with a cluster that takes whatever it is given."""
+    request: Any = {"key": "0" * 64, "sources": {}, "sizes": {}, "labels": ["GPU"]}
+    found = Spreading(
+        request, str, fetch=lambda _: [], lend=lambda _: [], tell=lambda _done, _total: None, cancelled=lambda: False
+    )
+    workers = {"tcp://a:1": {"resources": {"big": 1}}, "tcp://b:1": {"resources": {"GPU": 1}}}
+    found._client = SimpleNamespace(
+        scheduler_info=lambda n_workers: {"workers": workers}, submit=lambda *_given, **how: how["key"]
+    )
+    return found
+
+
+PIECE: Any = {"kind": "square", "name": "file 1", "what": 1, "files": {}}
+
+
+def test_a_piece_that_no_worker_may_make_fails_by_name(spreading: Spreading) -> None:
+    spreading._refused["tcp://b:1"] = "tcp://b:1: its code differs: local.squares"
+    said: Any = spreading._made([PIECE])
+    (problem,) = said["problems"]
+    assert problem == "file 1: no worker can make it: tcp://b:1: its code differs: local.squares; others offer no GPU"
+
+
+def test_pieces_that_lack_the_same_are_each_asked_once_more(spreading: Spreading) -> None:
+    lacks: Any = {"event": "lacks", "digests": ["a" * 64]}
+    assert [spreading._again(index, PIECE, lacks) for index in (0, 1)] == [None, None]
+    again = spreading._again(0, PIECE, lacks)
+    assert again
+    assert again["problems"] == ["file 1: its worker does not find its inputs in the remote"]
 
 
 def test_an_interrupt_ends_pieces_that_are_made_elsewhere(client: Client) -> None:
