@@ -28,6 +28,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         workers = min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES)
         if workers > 1:
             config.option.numprocesses, config.option.dist = workers, "loadfile"
+            config.option.loadscopereorder = False  # in order: tests/e2e has few tests in a file, and the longest
             share_processors(workers)
             share_kernels(config)
 

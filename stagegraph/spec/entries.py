@@ -17,7 +17,7 @@ from stagegraph.spec.model import Place
 from stagegraph.spec.settings import parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from stagegraph.spec.item import Problems
     from stagegraph.spec.scope import Scope
@@ -118,7 +118,7 @@ class _Reader:
         if item.value is None:
             self._problems.unexpected(item, f"a mapping with keys of {', '.join(ENTRY_KEYS)}, or {{}}", name)
             return None
-        body = self._problems.mapping(item, name, ENTRY_KEYS, advice=partial(_as_parameter, parameters(name, item)))
+        body = self._problems.mapping(item, name, ENTRY_KEYS, advice=partial(_as_parameter, name, item))
         if body is None:
             return None
         body = self.defaults.keys(body)
@@ -242,9 +242,11 @@ class _Reader:
         return needs
 
 
-def _as_parameter(known: Iterable[str], key: str) -> str:
-    """Say of an entry's unknown key that it is a parameter, if it is one."""
-    return f"; it is a parameter: write it under 'with', as with: {{{key}: ...}}" if key in known else ""
+def _as_parameter(entry: str, item: Item, key: str) -> str:
+    """Say of an unknown key of an entry that it is a parameter, if it is one."""
+    if key not in parameters(entry, item):
+        return ""
+    return f"; it is a parameter: write it under 'with', as with: {{{key}: ...}}"
 
 
 def _check_cycles(entries: list[Entry], problems: Problems) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from stagegraph.errors import PipelineError, nearest, similar
+from stagegraph.errors import nearest, similar
 from stagegraph.registry import get_stage
 from stagegraph.spec.item import Item, Problems
 from stagegraph.spec.model import Place, fits
@@ -104,7 +104,7 @@ def parameters(entry: str, item: Item) -> Iterable[str]:
     body = item.value if isinstance(item.value, dict) else {}
     given, uses = body.get("with"), body.get("uses")
     found = dict.fromkeys(given.value if given and isinstance(given.value, dict) else ())
-    with contextlib.suppress(KeyError, PipelineError, ImportError):
+    with contextlib.suppress(Exception):  # whatever a module that does not load raises is said where it is used
         found |= dict.fromkeys(declared(get_stage(str(uses.value) if uses else entry)))
     return found
 

@@ -110,6 +110,7 @@ def test_a_checkpoint_becomes_a_verified_bundle(finished: Callable[[str], Projec
     assert said["decode_tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_bundle_that_forgets_what_goes_before_a_text_is_found(
     finished: Callable[[str], Project], tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def test_runs_are_named_by_tag_and_date(demo: Demo, monkeypatch: pytest.MonkeyPa
     file = str(demo.pipeline)
     assert demo("show", "join@before:joined.txt", file).out != demo("show", "join@same:joined.txt", file).out
     assert demo("show", "join@same:joined.txt", file).out == demo("show", "join@~0:joined.txt", file).out
+    monkeypatch.setenv("COLUMNS", "120")
     table = demo("runs", file).out
     assert "before" in table
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d", table)

@@ -98,7 +98,7 @@ def test_lineage_goes_back_to_sources_parameters_code_and_tools(demo: Demo) -> N
     assert by_label["read"]["key"] in by_label["join"]["from"]
     text = demo("lineage", "join", str(demo.pipeline)).out
     assert "source  text: a.txt" in text
-    assert "param  glue = -" in text
+    assert "param   glue = -" in text
     mermaid = demo("lineage", "join", str(demo.pipeline), "--format", "mermaid").out
     assert mermaid.startswith("flowchart LR\n")
     assert mermaid.count(" --> ") == 6

@@ -92,6 +92,7 @@ def test_a_cache_in_bytes_moves_logits_by_what_rounding_keys_and_values_does(tmp
     assert model["cache_bytes_per_token"] == 2 * 2 * 80  # 2 * (32 + 4) for keys, in fours of floats; floats take 256
 
 
+@pytest.mark.slow
 def test_a_target_of_the_processor_is_one_row(tmp_path, monkeypatch):
     """Here one that leaves every kernel to TVM."""
     row = dataclasses.replace(TARGETS["llvm"], name="plain", layout="nk", cpu_kernels=False, long_windows=False)

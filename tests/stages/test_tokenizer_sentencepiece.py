@@ -275,7 +275,7 @@ def both(folder, spec, data):
 
 def test_tokenizer_json_is_preferred_and_held_against_tokenizer_model(tmp_path):
     ctx = both(tmp_path / "a", tables(), trained("llama"))
-    assert "tokenizer.model: tokenizer.json is what transformers takes" in ctx.views["trace"]
+    assert "tokenizer.model: transformers uses tokenizer.json; the two are compared" in ctx.views["trace"]
     assert not [warning for warning in ctx.warnings if warning.startswith("T21")]
     ctx = both(tmp_path / "b", metaspace_first(), trained("llama"))
     (warning,) = [warning for warning in ctx.warnings if warning.startswith("T21")]

@@ -186,6 +186,7 @@ def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeyp
     assert said[-1][0] == said[-1][1]
 
 
+@pytest.mark.slow
 def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(quantized, tmp_path, monkeypatch):
     memo = tmp_path / "memo"
     first = bundles.verify(quantized, tmp_path / "first", memo=memo)
