@@ -3,7 +3,7 @@
 Usage: python benchmarks/coverage.py [TYPE ...] [--only-trace] [--scheme NAME] [--jobs N] [--results FILE]
 
 Every type's default config is shrunk by one rule (SMALL), a random checkpoint of it is written by transformers, built
-for llvm in q0f32 through the stages, and held against AutoModelForCausalLM on the same folder: prefills around a
+for llvm in q0f32 through the stages, and compared with AutoModelForCausalLM on the same folder: prefills around a
 chunk's length, 64 decode steps and batches, the largest difference within 2e-5 of the largest logit. With another
 ``--scheme`` transformers' model is given the values that the bundle stores. ``--results``
 keeps what was found, type by type, and compiled kernels in a folder beside it; types that are in it are not tried again

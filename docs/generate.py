@@ -79,7 +79,7 @@ def models_page() -> str:
     lines += ["", "## Traced from transformers' code", ""]
     lines += [
         "Needs the extra `trace`. Proven: a small random model of the type, written by transformers, built for llvm",
-        "in q0f32 and held against `AutoModelForCausalLM` on the same folder; the figure is the largest difference",
+        "in q0f32 and compared with `AutoModelForCausalLM` on the same folder; the figure is the largest difference",
         "over the largest logit. Refused: the reason is what config-parse or graph-build says. Unmade: transformers",
         "makes no small model of its default config.",
         "",

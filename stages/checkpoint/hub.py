@@ -1,7 +1,7 @@
 """Repositories of the Hugging Face hub as sources: ``hf://ORG/NAME@COMMIT``, or one file, with ``/FILE`` behind it.
 
 huggingface_hub transfers, resumes and keeps the files where it keeps all of them (``HF_HOME``), with the user's token
-if there is one; it is imported where something is missing. What came is held against what the hub says of the commit:
+if there is one; it is imported where something is missing. What came is compared with what the hub says of the commit:
 the SHA-256 of a large file, git's own digest of others. The interface is that of :mod:`stagegraph.planning.urls`.
 """
 

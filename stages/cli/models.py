@@ -31,7 +31,7 @@ CLASSES = {
 
 # What benchmarks/coverage.py says of a type -> what those are headed with.
 VERDICTS = {
-    "proven": "traced from transformers' code (the extra trace), and held against it on llvm",
+    "proven": "traced from transformers' code (the extra trace), and compared with it on llvm",
     "wrong": "traced, but further from transformers' logits than what is proven may be: verify decides on a checkpoint",
     "refused": "refused, with the reason that `pipeline models MODEL_TYPE` shows",
     "unmade": "not tried: transformers makes no small model of them",

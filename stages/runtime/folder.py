@@ -49,7 +49,7 @@ class Folder:
     def read(self, name: str, *, digest: bool = True) -> bytearray:
         """Return a file's content, of the size and digest that are listed; :class:`BundleError` where it is not.
 
-        Without ``digest`` the size alone is held against the list.
+        Without ``digest`` the size alone is compared with the list.
         """
         with self._opened(name) as file:
             data = bytearray(os.fstat(file.fileno()).st_size)

@@ -81,7 +81,7 @@ def test(bundle: Manifest, sealed: Sealed[Certificate], progress: Callable[[str]
         if certified["golden"] is None:
             raise BundleError(
                 "the certificate holds no golden vectors: none were made where it was verified, so that the files are "
-                "all that can be held against it"
+                "all that can be checked against it"
             )
         of_tokenizer, unchecked = wording.check(certified["tokenizer"], bundle.folder)
         checks += of_tokenizer

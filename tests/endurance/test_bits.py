@@ -1,7 +1,7 @@
 """Damage to any file under ``artifacts/``: found before it reaches a result, and healed, or refused with what to do.
 
 After each damage a run makes new results out of what is kept: it reads records, lays objects out for stages, recalls
-parts, digests a secret and restores what is shown. Those results are held against values computed here.
+parts, digests a secret and restores what is shown. Those results are compared with values computed here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sources by URL: single files pinned by their digest, fetched once, resumed, and held against what was asked for."""
+"""Sources by URL: single files pinned by their digest, fetched once, resumed, and compared with what was asked for."""
 
 from __future__ import annotations
 

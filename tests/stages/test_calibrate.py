@@ -177,7 +177,7 @@ def test_what_has_no_importance_is_named():
 
 @pytest.mark.parametrize("feedback", [False, True])
 def test_every_output_is_written_whatever_is_asked_for(tmp_path, feedback, monkeypatch):
-    """The model itself is left out: it is held against transformers elsewhere."""
+    """The model itself is left out: it is compared with transformers elsewhere."""
     monkeypatch.setattr(asking.Original, "ask", lambda *_: {"q": np.ones(4, np.float32)})
     checkpoint = EXAMPLES / "tiny-llama"
     parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)}).out

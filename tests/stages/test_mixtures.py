@@ -1,4 +1,4 @@
-"""Mixtures of experts, built through the stages and held against transformers on the same files."""
+"""Mixtures of experts, built through the stages and compared with transformers on the same files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoints that other tools quantized: read to the values that each tool's format says, and built like any other.
 
 The formats are written here by their descriptions, bit by bit, and the values computed from the codes themselves;
-compressed-tensors is held against its own library where it is installed.
+compressed-tensors is compared with its own library where it is installed.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def as_torch(array: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_quantized_checkpoint_has_the_values_that_its_format_says(form: str, tmp_path: Path) -> None:
-    """From the files to the weights of a bundle, and to the original that it is held against."""
+    """From the files to the weights of a bundle, and to the original that it is compared with."""
     values = write(tmp_path / "model", form)
     files = {path.name: path for path in (tmp_path / "model").iterdir()}
     table = read_headers(files).table()

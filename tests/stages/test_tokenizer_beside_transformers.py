@@ -1,4 +1,4 @@
-"""Vocabularies that readers of our own prove, held against what transformers' AutoTokenizer makes of the folder."""
+"""Vocabularies that readers of our own prove, compared with what transformers' AutoTokenizer makes of the folder."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_class_that_reads_the_pieces_as_another_kind_of_model_is_said_and_not_
 def test_a_reading_of_another_vocabulary_is_said(tmp_path):
     files = {"tokenizer.model": trained("llama"), "config.json": {"model_type": "qwen2"}}
     ctx, _ = build(tmp_path, files, "qwen2", 2)
-    assert any("are not held against transformers" in warning for warning in ctx.warnings), ctx.views["checks"]
+    assert any("are not compared with transformers" in warning for warning in ctx.warnings), ctx.views["checks"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models traced from transformers' code, built through the stages and held against transformers on the same files."""
+"""Models traced from transformers' code, built through the stages and compared with transformers on the same files."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Faults are put into the graph (the code or config that it is built by), into what a bundle holds, or into its
 tokenizer; the bundle is signed again after each, as a build that went wrong would have signed it. The table in
-docs/verification.md says which check saw which fault, and is held against what happens here.
+docs/verification.md says which check saw which fault, and is compared with what happens here.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Unread(Exception):  # noqa: N818 - it says what is so, and fails nothing
     """Why transformers' reading is not there to be compared with, as a finding."""
 
     def __init__(self, level: str, why: str) -> None:
-        self.finding = Finding("T22", level, f"texts and chats are not held against transformers: {why}")
+        self.finding = Finding("T22", level, f"texts and chats are not compared with transformers: {why}")
 
 
 def open_files(family: TokenizerFamily, resolution: Resolution) -> Automatic:
@@ -54,9 +54,8 @@ def compare(reference: ReferenceTokenizer, theirs: Automatic, texts: Sequence[tu
     unlike = [index for index, token in sorted(ours.items()) if named.get(index) != token]
     if unlike:
         index = unlike[0]
-        what = (
-            f"{len(unlike):,} of the {len(ours):,} ids are other tokens in transformers' {theirs.name}, such as {index}"
-        )
+        counts = f"{len(unlike):,} of the {len(ours):,} ids"
+        what = f"{counts} stand for other tokens in transformers' {theirs.name}, as {index} does"
         raise Unread(WARNING, f"{what}: {ours[index]!r} here and {named.get(index)!r} there")
     marks = {content[:2] for content in theirs.added}
     found = _tokens(theirs, named.keys() - ours.keys())

@@ -49,7 +49,7 @@ class CharacterLoop:
         self._lead, self._collapse, self._form = lead, collapse, form
         self._bytes = [vocab[f"<0x{byte:02X}>"] for byte in range(256)] if byte_fallback else []
         self._frozen = frozenset(frozen)
-        self._known: dict[tuple[str, bool], list[int]] = {}  # the same texts are held against several others
+        self._known: dict[tuple[str, bool], list[int]] = {}  # the same texts are compared with several others
         longest = sorted(frozen, key=len, reverse=True)
         self._symbols = re.compile("|".join([*map(re.escape, longest), "."]), re.DOTALL)
         self._specials = frozenset(entry["content"] for entry in added if entry.get("special"))
