@@ -25,7 +25,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.getoption("usepdb")
     if whole and config.getoption("numprocesses", 0) is None and not hasattr(config, "workerinput"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        workers = min(len(os.sched_getaffinity(0)), memory // WORKER_BYTES)
+        # One more than processors: tests that wait, for a process or a clock, leave theirs to others.
+        workers = min(len(os.sched_getaffinity(0)) + 1, memory // WORKER_BYTES)
         if workers > 1:
             config.option.numprocesses, config.option.dist = workers, "loadfile"
             config.option.loadscopereorder = False  # in order: tests/e2e has few tests in a file, and the longest

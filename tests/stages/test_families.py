@@ -32,8 +32,16 @@ IDS = [int(token) for token in np.random.default_rng(5).integers(3, ODD_VOCAB, L
 OTHER = [int(token) for token in np.random.default_rng(6).integers(3, ODD_VOCAB, LIMIT)]
 TOLERANCES = {"q0f32": 1e-3, "q4f32_1": 2e-3, "q4f16_1": 2e-2}
 STEPS = 32
-# What follows needs a library each; those that differ from others in the scheme alone wait for `-m slow`.
-QUICK = {("q4f32_1", "llama"), *(("q0f32", name) for name in CASES if name != "mistral-full")}
+# What follows needs a library each; those that differ little from others wait for `-m slow`.
+SLOW = ("mistral-full", "mistral-24", "llama-tied")
+QUICK = {("q4f32_1", "llama"), *(("q0f32", name) for name in CASES if name not in SLOW)}
+
+
+def quick(*values: Any) -> Any:
+    """Return a test's parameters, of which the first is a case: slow ones wait for ``-m slow``."""
+    return pytest.param(*values, marks=[pytest.mark.slow] if values[0] in SLOW else [])
+
+
 BUILDS = [
     pytest.param(name, scheme, marks=[] if (scheme, name) in QUICK else pytest.mark.slow, id=f"{name}-{scheme}")
     for scheme in TOLERANCES
@@ -97,7 +105,8 @@ def test_two_sequences_taken_back_and_read_on(built, expected, name, scheme):
     within(scheme, [session.prefill(b, OTHER[32:])], [second[-1]])
 
 
-WINDOWED = ("mistral", "mistral-24", "qwen2-window")  # windows of 20 tokens; pages have 16
+# Windows of 20 tokens, where pages have 16.
+WINDOWED = (quick("mistral"), quick("mistral-24"), quick("qwen2-window"))
 
 
 class Forks:
@@ -209,7 +218,7 @@ def test_the_context_to_its_last_token_and_not_one_more(built, expected, name):
         session.decode(sequence, IDS[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-24", "redpajama"])
+@pytest.mark.parametrize("name", ["llama", quick("mistral-24"), "redpajama"])
 def test_the_library_itself_refuses_a_position_outside_its_context(built, expected, name):
     """Whichever function reads it, with a bound of the context on any count of tokens out of the way."""
     logits = expected(name, "q0f32", tuple(IDS))
@@ -271,6 +280,7 @@ def test_a_cuda_library_holds_device_code(tmp_path, name):
     assert metadata["model"]["compute_dtype"] == "float16"
 
 
+@pytest.mark.slow
 def test_ids_and_embeddings_give_equal_logits(built, tmp_path):
     """``llama-tied`` embeds inside prefill and decode; the same model with embed apart."""
     inside = built("llama-tied", "q0f32")
@@ -334,7 +344,7 @@ def test_a_weight_out_of_place_is_seen(built, expected, name, mistake):
         ("llama", {"rope_parameters": {**family_models.LLAMA3, "factor": 4.0}}),
         ("qwen2", {"rope_parameters": {**family_models.YARN, "beta_slow": 0.1}}),
         ("qwen2", {"rope_parameters": {**family_models.YARN, "attention_factor": 1.0}}),
-        ("mistral-24", {"rope_parameters": {**family_models.YARN, "attention_factor": 1.31}}),
+        quick("mistral-24", {"rope_parameters": {**family_models.YARN, "attention_factor": 1.31}}),
         ("redpajama", {"rope_parameters": {**family_models.DYNAMIC, "factor": 4.5, "partial_rotary_factor": 1.0}}),
         (
             "mistral",
@@ -346,7 +356,7 @@ def test_a_weight_out_of_place_is_seen(built, expected, name, mistake):
             },
         ),
         ("mistral", {"rope_parameters": {**family_models.longrope(16), "factor": 8.0}}),
-        ("llama-tied", {"rope_parameters": family_models.theta(1000.0)}),
+        quick("llama-tied", {"rope_parameters": family_models.theta(1000.0)}),
         ("gpt_neox", {"rope_parameters": family_models.theta(1e4, partial_rotary_factor=0.5)}),
         ("gpt_neox", {"use_parallel_residual": False}),
         ("redpajama", {"hidden_act": "relu"}),

@@ -45,7 +45,11 @@ def case(tmp_path_factory):
     return lambda scheme="q0f32", rescale_every=2, *, sep_embed=True: build(scheme, rescale_every, sep_embed)
 
 
-BUILDS = [("q0f32", 2), ("q0f32", 0), ("q4f32_1", 2), ("q4f16_1", 2)]
+BUILDS = [
+    ("q0f32", 2),
+    ("q0f32", 0),
+    *(pytest.param(scheme, 2, marks=pytest.mark.slow) for scheme in ("q4f32_1", "q4f16_1")),
+]
 
 
 @pytest.mark.parametrize(("scheme", "rescale_every"), BUILDS)
