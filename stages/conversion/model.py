@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 KERNELS_FROM = 16 * 2**20  # bytes of weights; below, NumPy is done before a kernel is compiled
 KEPT = 128 * 2**20  # bytes of memory that all threads together keep for a use
 KEPT_EVERY = 64 * 2**20  # bytes of sources: parts of so many are saved together; a kill loses those that are not
+TELLING = 0.02  # of all bytes: before so many are done nothing tells how long the others will take
 SHARE = 3  # times the largest parameter as float32: what the conversions that run at once may take together
 
 
@@ -343,11 +344,11 @@ class Conversion:
                         file.write(self._targets[index].read_bytes())
 
     def _note(self) -> str:
+        note = f"{self._finished} of {len(self._logical)} tensors, {self._written / 1e6:,.0f} MB out"
+        if self.done < self.total * TELLING:
+            return note
         rate = self.done / max(time.monotonic() - self._began, 1e-6)
-        return (
-            f"{self._finished} of {len(self._logical)} tensors, {self._written / 1e6:,.0f} MB out, "
-            f"{rate / 1e6:,.0f} MB/s, {(self.total - self.done) / max(rate, 1):,.0f} s left"
-        )
+        return f"{note}, {rate / 1e6:,.0f} MB/s, {(self.total - self.done) / max(rate, 1):,.0f} s left"
 
 
 def _write(file: Any, data: memoryview) -> None:

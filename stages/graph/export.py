@@ -23,9 +23,8 @@ from stages.targets.table import Target
 
 VERIFY_CHUNK = 64  # see Build.verify_chunk
 tensor = nn.spec.Tensor
-FunctionInputs: TypeAlias = Mapping[
-    str, Any
-]  # of one function: name -> spec of a tensor, of a list of them or an object
+# Of one function: name -> spec of a tensor, of a list of them or an object.
+FunctionInputs: TypeAlias = Mapping[str, Any]
 Specs: TypeAlias = Mapping[str, FunctionInputs]  # by function
 
 

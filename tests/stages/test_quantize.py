@@ -358,6 +358,16 @@ def test_parts_are_kept_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(kept) > 3
 
 
+def test_the_time_left_is_told_once_enough_is_done_to_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checkpoint = write_qwen(tmp_path / "checkpoint")
+    inputs, told = register(checkpoint, tmp_path, "q4f16_1"), []
+    monkeypatch.setattr(LocalContext, "progress", lambda _, done, total, unit, note: told.append((done / total, note)))
+    monkeypatch.setattr(model, "TELLING", 0.5)  # the first tensor of so small a checkpoint is a quarter of it
+    quantize(checkpoint, tmp_path / "out", "q4f16_1", inputs, threads=1)
+    assert min(told)[0] < model.TELLING < max(told)[0]
+    assert [" s left" in note for _, note in told] == [part >= model.TELLING for part, _ in told]
+
+
 @pytest.mark.parametrize("scheme", ["q3f16_1", "q4f16_1"])
 def test_compiled_kernels_store_what_numpy_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str):
     checkpoint, memo = write_qwen(tmp_path / "checkpoint"), tmp_path / "memo"
