@@ -14,6 +14,7 @@ from stages.quantization.schemes import SCHEMES as TABLE
 from stages.targets import processor
 from stages.targets.table import TARGETS
 from tests.support import compiled_qwen
+from tests.support.bytes_cache import in_bytes
 
 CHUNK = 24
 BATCH = 3
@@ -66,18 +67,7 @@ def test_prefill_in_chunks_then_decode_equals_the_reference(built, scheme):
 def test_a_cache_in_bytes_moves_logits_by_what_rounding_keys_and_values_does(tmp_path, monkeypatch):
     """transformers with keys and values that torch rounds; read in chunks, alone or beside others, it is the same."""
     library = Built(tmp_path, "q4f32_1", kv_dtype="int8")
-    from transformers.models.qwen2 import modeling_qwen2
-
-    def rounded(x):
-        peak = x.abs().amax(-1, keepdim=True)
-        return (x / peak * 127).round() * peak / 127
-
-    attend = modeling_qwen2.ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attend_in_bytes(module, query, key, value, *rest, **keywords):
-        return attend(module, query, rounded(key), rounded(value), *rest, **keywords)
-
-    monkeypatch.setitem(modeling_qwen2.ALL_ATTENTION_FUNCTIONS, "sdpa", attend_in_bytes)
+    in_bytes(monkeypatch, "qwen2")
     wanted = compiled_qwen.reference_logits(library.registered, library.weights.meant, IDS)
     moved = compiled_qwen.relative(wanted, library.expected)
     runner = library.runner(BATCH)

@@ -23,6 +23,7 @@ from stages.targets import toolchain
 from stages.targets.cuda import fatbin
 from stages.targets.cuda.fatbin import FatbinEntry
 from tests.support import family_models
+from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graphs, compile_library
 from tests.support.family_models import BATCH, CASES, CHUNK, ODD_VOCAB, Built, error
 from tests.support.local_context import run_stage
@@ -141,6 +142,24 @@ class Forks:
     def wanted(self, ids: list[int]) -> np.ndarray:
         """Return what follows ``ids`` where they begin the longest sequence: longrope is of that one."""
         return self.built.reference([*ids, *[5] * (LIMIT - len(ids))])[len(ids) - 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral", "qwen2-window"])
+def test_a_cache_in_bytes_loses_what_rounding_keys_and_values_does(tmp_path, monkeypatch, name):
+    """In chunks, decoding beyond windows, and behind a fork; a code that falls between two may go either way."""
+    library = family_models.build(tmp_path, CASES[name], "q0f32", kv_dtype="int8")
+    exact = library.reference(IDS)
+    in_bytes(monkeypatch, json.loads((library.checkpoint / "config.json").read_text())["model_type"])
+    wanted = library.reference(IDS)
+    session = library.session(BATCH)
+    sequence = session.add()
+    found = [session.prefill(sequence, IDS[:17]), session.prefill(sequence, IDS[17:41])]
+    found += [session.decode(sequence, token) for token in IDS[41:]]
+    child = session.fork(sequence, 50)
+    found += [session.decode(child, token) for token in IDS[50:60]]
+    rows = [16, 40, *range(41, LIMIT), *range(50, 60)]
+    assert error(np.stack(found), wanted[rows]) < error(wanted[rows], exact[rows]) / 10
 
 
 @pytest.mark.parametrize("name", ["llama", *WINDOWED])
