@@ -22,8 +22,8 @@ class SourceRequest(TypedDict):
     digests: Mapping[str, str]
 
 
-class Asked(TypedDict):
-    """One piece (:class:`~stagegraph.stage.Piece`) of which a worker is asked for the parts of a kind."""
+class PieceRequest(TypedDict):
+    """A request for the parts of one kind that a piece (:class:`~stagegraph.stage.Piece`) needs."""
 
     kind: str
     name: str
@@ -46,7 +46,7 @@ class NodeRequest(TypedDict):
     sources: Mapping[str, SourceRequest]
     fresh: bool
     secrets: Sequence[str]
-    piece: Asked | None
+    piece: PieceRequest | None
 
 
 class Placed(TypedDict):
@@ -69,11 +69,11 @@ class Request(NodeRequest, Placed):
     """The whole request to run a node."""
 
 
-class Spread(TypedDict):
-    """A stage's wish that others make these pieces; it waits for a :class:`Mapped` or :class:`PieceFailed`."""
+class MapRequest(TypedDict):
+    """A stage asks that others make these pieces, and waits for a :class:`Mapped` or :class:`PieceFailed`."""
 
     event: Literal["map"]
-    pieces: list[Asked]
+    pieces: list[PieceRequest]
 
 
 class Made(Spent):
@@ -156,7 +156,7 @@ class Gone(TypedDict):
 
 
 Event: TypeAlias = Began | Progressed | Succeeded | Failure | Gone
-WorkerEvent: TypeAlias = Event | Spread | Made
+WorkerEvent: TypeAlias = Event | MapRequest | Made
 
 
 # -- of a cluster: what its workers are sent, and what they answer ---------------------------------------------------

@@ -18,12 +18,12 @@ from stagegraph.digest import digest_json
 
 if TYPE_CHECKING:
     from stagegraph.execution.messages import (
-        Asked,
         Failure,
         Lacks,
         Made,
         Mapped,
         PieceFailed,
+        PieceRequest,
         ReceivedTask,
         RefusedBy,
         SourceRequest,
@@ -62,7 +62,7 @@ class Spreading:
         self.cpu_seconds = 0.0
         self.peak_bytes = 0
 
-    def run(self, pieces: Sequence[Asked]) -> Mapped | PieceFailed:
+    def run(self, pieces: Sequence[PieceRequest]) -> Mapped | PieceFailed:
         """Have all pieces made; the first that fails ends the others."""
         from distributed import worker_client
 
@@ -73,7 +73,7 @@ class Spreading:
                 self._client.cancel(list(self._waiting))
                 self._waiting.clear()
 
-    def _made(self, pieces: Sequence[Asked]) -> Mapped | PieceFailed:
+    def _made(self, pieces: Sequence[PieceRequest]) -> Mapped | PieceFailed:
         results: list[Any] = [None] * len(pieces)
         parts: dict[str, PartEntry] = {}
         for index, piece in enumerate(pieces):
@@ -96,7 +96,7 @@ class Spreading:
             time.sleep(LOOK_SECONDS)
         return {"event": "mapped", "results": results, "parts": parts}
 
-    def _again(self, index: int, piece: Asked, answer: Answer) -> PieceFailed | None:
+    def _again(self, index: int, piece: PieceRequest, answer: Answer) -> PieceFailed | None:
         """Take what a worker answered: its parts, or why it is to be asked again; return what ends the node."""
         if answer["event"] == "end":
             problems = [f"{piece['name']}: {problem}" for problem in answer["problems"]]
@@ -116,7 +116,7 @@ class Spreading:
             self._refused[answer["where"]] = f"{answer['where']}: {'; '.join(answer['problems'])}"
         return self._submit(index, piece)
 
-    def _submit(self, index: int, piece: Asked) -> PieceFailed | None:
+    def _submit(self, index: int, piece: PieceRequest) -> PieceFailed | None:
         """Let Dask make a piece on a worker that offers what the node needs, before nodes that have not begun."""
         request = {**self._request, **request_of(self._request, piece), "task": f"piece-{uuid.uuid4().hex}"}
         fit = None
@@ -136,7 +136,7 @@ class Spreading:
         return None
 
 
-def request_of(request: ReceivedTask, piece: Asked) -> dict[str, Any]:
+def request_of(request: ReceivedTask, piece: PieceRequest) -> dict[str, Any]:
     """Return what of a node's request is different for a piece: it reads some of the source files, and tells nobody."""
     sources: dict[str, SourceRequest] = {}
     sizes: dict[str, dict[str, int]] = {}

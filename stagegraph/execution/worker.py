@@ -26,15 +26,15 @@ from typing import Any, TextIO
 from stagegraph.digest import digest_file
 from stagegraph.errors import StageError
 from stagegraph.execution.messages import (
-    Asked,
     Failed,
     Found,
     Made,
     Mapped,
+    MapRequest,
     PieceFailed,
+    PieceRequest,
     Progressed,
     Request,
-    Spread,
     Succeeded,
     WorkerEvent,
     Written,
@@ -52,7 +52,7 @@ VIEW_NAME = re.compile(r"[\w-][\w.-]*")
 
 
 class PieceError(Exception):
-    """A piece that failed elsewhere, as its worker said it."""
+    """A piece failed on another worker, which told how."""
 
     def __init__(self, failure: PieceFailed) -> None:
         super().__init__("; ".join(failure["problems"]))
@@ -60,7 +60,7 @@ class PieceError(Exception):
 
 
 class WorkerContext(Context):
-    """The stage author's context, backed by files and the event stream; ``answers`` come to what is asked there."""
+    """The stage author's context, backed by files and the event stream; ``answers`` to its requests come on another."""
 
     def __init__(self, request: Request, params: Any, events: TextIO, answers: TextIO | None = None) -> None:
         self.params = params
@@ -108,11 +108,11 @@ class WorkerContext(Context):
     def map(self, kind: str, pieces: Sequence[Piece]) -> list[Any] | None:
         if self._answers is None or not self._request["maps"]:
             return None
-        asked: list[Asked] = [
+        requests: list[PieceRequest] = [
             {"kind": kind, "name": name, "what": what, "files": files} for name, what, files in pieces
         ]
-        wish: Spread = {"event": "map", "pieces": asked}
-        send(self._events, wish)
+        event: MapRequest = {"event": "map", "pieces": requests}
+        send(self._events, event)
         answer: Mapped | PieceFailed = json.loads(self._answers.readline())
         if answer["event"] == "end":
             sys.stdout.write(answer["log"])
@@ -272,7 +272,7 @@ def run_one(request: Request, events: TextIO, answers: TextIO) -> Succeeded | Ma
         return failed([f"{type(error).__name__}: {error}"], usage.spent(), bug=True)
 
 
-def _made(stage: Stage, ctx: WorkerContext, piece: Asked, usage: _Usage) -> Made:
+def _made(stage: Stage, ctx: WorkerContext, piece: PieceRequest, usage: _Usage) -> Made:
     result = stage.make(ctx, piece["what"])
     json.dumps(result)
     ctx.settle()
