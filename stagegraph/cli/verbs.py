@@ -57,7 +57,7 @@ ELSEWHERE = {
 SUFFIXES = (".yaml", ".yml")
 NO_VALUE = "has no value"
 # What argparse says of an option -> what stands there instead.
-SAID = {
+REWORDED = {
     "invalid int value: (.*)": r"\1: found \2; expected a whole number",
     "invalid float value: (.*)": r"\1: found \2; expected a number",
     "expected one argument": rf"\1: {NO_VALUE}",
@@ -129,7 +129,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that reports mistakes like all other errors, and suggests the nearest name."""
 
     def error(self, message: str) -> NoReturn:
-        for text, instead in SAID.items():
+        for text, instead in REWORDED.items():
             message = re.sub(f"^argument (?:-./)?(\\S+?): {text}", instead, message)
         option = message.partition(":")[0]
         if message == f"{option}: {NO_VALUE}":
