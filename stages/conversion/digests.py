@@ -1,4 +1,8 @@
-"""Digests of checkpoint tensors, each taken once: those of a file are remembered under the file's own digest."""
+"""Digests of checkpoint tensors, each taken once: those of a file are remembered under the file's own digest.
+
+The values of a packed tensor follow from more than its file: from what config.json says of the format, and from files
+that hold its other parts. What config-parse made of these is in the document too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.checkpoint.tensors import Weights
-    from stages.documents.model import CheckpointTensor
+    from stages.documents.files import JsonObject
+    from stages.documents.model import CheckpointTensor, Packed
     from stages.memo import Memo
 
 KIND = "digests"
@@ -45,11 +50,16 @@ class Digests:
         self._scratch = scratch
         self._lock = Lock()
         self._known = dict(known)
+        self._packed: dict[str, dict[str, Packed]] = {}  # file -> its packed tensors
+        for name, entry in tensors.items():
+            if "packed" in entry:
+                self._packed.setdefault(entry["file"], {})[name] = entry["packed"]
         self._waiting: dict[str, set[str]] = {}  # file -> its tensors that are not known yet
         for name in names:
             self._waiting.setdefault(tensors[name]["file"], set()).add(name)
         for file, wanted in self._waiting.items():
-            part = memo.recall(KIND, {"file": files[file]}) if file in files else None
+            document = self._document(file)
+            part = memo.recall(KIND, document) if document else None
             if part is not None:
                 found = json.loads(part.path.read_bytes())
                 self._known |= found
@@ -89,11 +99,21 @@ class Digests:
         """Note that ``name`` is known; with the last one of its file, keep the file's."""
         waiting = self._waiting[file]
         waiting.discard(name)
-        if waiting or file not in self._files:
+        document = None if waiting else self._document(file)
+        if document is None:
             return
         self._weights.check_unchanged(name)
         known = {name: digest for name, digest in self._known.items() if self._tensors[name]["file"] == file}
         path = self._scratch / "digests.json"
         path.write_text(json.dumps(known, sort_keys=True), encoding="utf-8")
-        self._memo.remember(KIND, {"file": self._files[file]}, path)
+        self._memo.remember(KIND, document, path)
         path.unlink()
+
+    def _document(self, file: str) -> JsonObject | None:
+        """Return all that the values of a file's tensors depend on beside code; None where not all files are here."""
+        packed = self._packed.get(file, {})
+        read = {file, *(part["file"] for each in packed.values() for part in each["parts"].values())}
+        if not read <= self._files.keys():
+            return None
+        others = {name: self._files[name] for name in sorted(read - {file})}
+        return {"file": self._files[file], **({"packed": packed, "others": others} if packed else {})}

@@ -351,6 +351,56 @@ def test_what_a_format_does_not_say_is_refused(form: str, change: dict[str, Any]
     assert any(wanted in said for said in raised.value.problems), raised.value.problems
 
 
+def other_format(folder: Path) -> None:
+    """Say of the same weights that their zeros are stored otherwise."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    write_json(folder / "config.json", config)
+
+
+def other_scales(folder: Path) -> None:
+    """Change a file of scales, and not the one with their codes."""
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "scales.safetensors"
+    save_file({name: array * np.float16(2) for name, array in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("change", [other_format, other_scales])
+def test_a_tensor_is_made_again_when_what_it_is_dequantized_by_changes(
+    change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """The file that a packed tensor is listed in stays as it is."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    write(folder, "gptq asymmetric act-order")
+    tensors = load_file(folder / "model.safetensors")
+    scales = {name: tensors.pop(name) for name in [*tensors] if name.endswith(".scales")}
+    (folder / "model.safetensors").unlink()
+    files = {"codes.safetensors": tensors, "scales.safetensors": scales}
+    for file, found in files.items():
+        save_file(found, folder / file)
+    weight_map = {name: file for file, found in files.items() for name in found}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    choice = {"scheme": "q0f32", "target": "llvm", "checkpoint": str(folder)}
+
+    def shards(name: str, memo: Path | None = None) -> tuple[list[bytes], Any]:
+        ports = family_models.parse_and_register(tmp_path / f"{name} stages", folder, "q0f32")
+        inputs = {port: ports[port] for port in ("params", "tensors")}
+        ctx = run_stage(Quantize(), tmp_path / name, choice, inputs, memo)
+        return [path.read_bytes() for path in sorted((ctx.out / "weights").glob("*.bin"))], ctx.memo
+
+    first, _ = shards("first", tmp_path / "memo")
+    again, memo = shards("again", tmp_path / "memo")
+    assert again == first
+    assert not memo.counts["tensor"]["made"]
+    change(folder)
+    changed, memo = shards("changed", tmp_path / "memo")
+    assert memo.counts["tensor"]["reused"]  # what is not packed
+    assert changed == shards("fresh")[0] != first
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("compressed")])
 def test_compressed_tensors_dequantizes_the_same(form: str, tmp_path: Path) -> None:
