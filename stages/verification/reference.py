@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RECORD, TENSORS = "reference/reference.json", "reference/reference.safetensors"
-_CHECKPOINT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".tiktoken")
+_CHECKPOINT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".tiktoken", ".gguf")
 _CHECKPOINT_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 

@@ -26,6 +26,8 @@ from stages.tokenizers.formats.metaspace import SPACE
 from stages.tokenizers.formats.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, read_model
 from stages.verification import gguf_original
 from stages.verification.checks import PROBES
+from stages.verification.reference import checkpoint_digest
+from tests.endurance.hostile import gguf_documents
 from tests.support import family_models, gguf_models, sentencepiece_models, tokenizer_folders
 from tests.support.local_context import run_stage
 
@@ -338,6 +340,17 @@ def test_files_of_a_split_model_that_are_missing_or_anothers_are_named(split: li
     assert "of which 2 were found: fetch all of them" in problem(split[0], tmp_path / "missing")
     split[1].write_bytes(kept)
     run_stage(ConfigParse(), tmp_path / "again", {"checkpoint": str(split[0])})
+
+
+def test_two_files_are_two_checkpoints() -> None:
+    """Under this digest verify keeps what the original model says, and a certificate names the checkpoint."""
+    digests = [checkpoint_digest({"model.gguf": content * 64}) for content in "ab"]
+    assert len({*digests, checkpoint_digest({})}) == 3
+
+
+def test_what_draws_broken_files_makes_a_sound_one_of_a_sound_document(whole: Path) -> None:
+    data = whole.read_bytes()
+    assert gguf_documents.put_together(*gguf_documents.taken_apart(data)) == data
 
 
 def test_planning_reads_the_first_keys_and_imports_nothing_for_it(whole: Path) -> None:

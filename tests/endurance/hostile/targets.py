@@ -23,7 +23,8 @@ from stagegraph import Pipeline
 from stagegraph.cli.streams import hanging
 from stagegraph.errors import PipelineError
 from tests.endurance.hostile import templates
-from tests.endurance.hostile.mutants import ODD_TEXTS, documents, pieces, texts
+from tests.endurance.hostile.gguf_documents import put_together, taken_apart
+from tests.endurance.hostile.mutants import ODD_TEXTS, documents, pieces, texts, trees
 from tests.stages.test_config_fuzz import BASES, GENERATION, SIZES
 from tests.support import tokenizer_folders
 from tests.support.checkpoints import write_hollow
@@ -116,10 +117,10 @@ stages:
     foreach: {which: [a, b+c]}
     with: {cmd: "printf '${each.which}' > ${out.cut}", outputs: {cut: cut.txt}}
 """
-REFERENCES = (
-    "words", "words:deep/words.txt", "cut[a]:cut.txt", "cut[which=b+c]", "cut.a@~0", "cut[b+c]@~1:cut.txt", "cut",
-    "words:text", "@~0", "KEY", "KEY:deep", "cut*", "*", "words@2026-11-30",
-)  # fmt: skip
+# What a reference is put together of, each part at times an odd one, or missing.
+RESULTS = ("words", "cut[a]", "cut[which=b+c]", "cut.a", "cut[b+c]", "cut", "cut*", "*", "KEY", "")
+RUNS = ("", "", "", "@~0", "@~1", "@~2", "@2026-11-30")
+FILES = ("", "", ":deep/words.txt", ":deep", ":text", ":cut.txt", ":cut")
 
 
 @functools.cache
@@ -132,6 +133,16 @@ def _lab() -> Path:
         with Pipeline(folder / "pipeline.yaml") as pipeline:
             assert pipeline.run().ok
     return folder
+
+
+@st.composite
+def reference_words(draw: st.DrawFn) -> str:
+    """Draw a word for results: parts that fit or do not, at times with wrong bytes."""
+    word = "".join(draw(st.sampled_from(parts)) for parts in (RESULTS, RUNS, FILES))
+    shape = draw(st.sampled_from(("whole", "whole", "whole", "bytes", "odd")))
+    if shape == "bytes" and word:
+        return _word(draw(pieces(word.encode(), most=2)))
+    return draw(st.sampled_from(ODD_TEXTS)) if shape == "odd" else word
 
 
 def _references(words: list[str]) -> Files:
@@ -250,11 +261,14 @@ def _gguf() -> bytes:
 
 @st.composite
 def gguf_files(draw: st.DrawFn) -> Files:
-    """Draw a GGUF file that is wrong in what comes before the values of its tensors, at times in length."""
-    data = _gguf()
-    ends = data.rindex(b".weight") + 64
-    head = draw(pieces(data[: draw(st.sampled_from((64, 1000, ends, ends)))]))
-    return {"model.gguf": head + data[max(ends - 64, len(head)) :]}
+    """Draw a GGUF file that is wrong by its tree, at times in its bytes, or in length."""
+    document, rest = taken_apart(_gguf())
+    data = put_together(draw(trees(document)), rest)
+    shape = draw(st.sampled_from(("tree",) * 8 + ("bytes", "short")))
+    if shape == "bytes":
+        head = len(data) - len(rest)
+        data = draw(pieces(data[: draw(st.sampled_from((64, 1000, head)))])) + data[head:]
+    return {"model.gguf": data[: -draw(st.integers(1, len(rest)))] if shape == "short" else data}
 
 
 def parse_gguf(folder: Path) -> list[str]:
@@ -392,11 +406,7 @@ TARGETS: dict[str, Target] = {
         .map(_settings),
         read_pipeline,
     ),
-    "reference": Target(
-        st.lists(pieces(*(s.encode() for s in REFERENCES)).map(_word) | st.sampled_from((*REFERENCES, *ODD_TEXTS)),
-                 min_size=2, max_size=2).map(_references),
-        find_results,
-    ),
+    "reference": Target(st.lists(reference_words(), min_size=2, max_size=2).map(_references), find_results),
     "config.json": Target(one("config.json", documents(*FAMILIES)), parse_config),
     "generation_config.json": Target(one("generation_config.json", documents(GENERATION)), parse_config),
     "safetensors": Target(st.deferred(headers), parse_config),
