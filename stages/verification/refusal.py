@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from stages.quantization.calibrated import BY_CALIBRATION
 from stages.quantization.schemes import FLOAT_BITS, SCHEMES
 from stages.verification import advice, apart, gates, original
 from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, AdviceRequest
@@ -32,6 +33,7 @@ KIND = "advice"  # of part: the divergence by one tensor, the tensors there are,
 # Schemes to change to, the smallest first.
 CANDIDATES = ("q4s32", "q4a32", "q4f16_2", "q8f16_1", "q0f16", "q0f32")
 FLOAT = "float32"  # arithmetic of activations
+PLAIN = "mse"  # how scales are chosen here of what calibration has chosen: its results are no input of verify
 NAMED = 3  # of the worst tensors, in a message
 
 Candidate = tuple[str, str]  # scheme and arithmetic
@@ -56,7 +58,8 @@ def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[st
     if layers:
         sentences.append(f"layers whose int8 activations alone cost most {of}: {_worst(layers)}")
     if divergences:
-        sentences.append(f"tensors whose quantization alone costs most {of}: {_worst(divergences)}")
+        how = f", with scales: {PLAIN}" if case.scales in BY_CALIBRATION else ""
+        sentences.append(f"tensors whose quantization alone costs most {of}{how}: {_worst(divergences)}")
     for (name, arithmetic), found in figures.items():
         if advice.passes(name, arithmetic, found, case.limits):
             float_instead = case.arithmetic == INT8 and arithmetic != INT8
@@ -102,7 +105,7 @@ def _measured(
     unread = activations and not layers
     if names is None or divergences.keys() != set(names) or missing or unread:
         request = AdviceRequest(
-            shelf.original_request, scheme.name, case.scales, missing, case.limits, [*divergences], unread
+            shelf.original_request, scheme.name, shelf.scales, missing, case.limits, [*divergences], unread
         )
         found = apart.call(advice.__name__, asdict(request), progress)
         new = dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True))
@@ -122,7 +125,8 @@ class _Shelf:
         self.original_request = asdict(read)
         self._memo, self._folder = case.memo, case.scratch
         self._of = {"original": original.document(read, checkpoint_digest(case.digests))}
-        self._scheme = {**self._of, "scheme": asdict(scheme), "scales": case.scales}
+        self.scales = PLAIN if case.scales in BY_CALIBRATION else case.scales
+        self._scheme = {**self._of, "scheme": asdict(scheme), "scales": self.scales}
         self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8}
 
     def names(self) -> list[str] | None:

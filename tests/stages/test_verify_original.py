@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -371,12 +371,20 @@ def test_a_refusal_stands_where_nothing_better_could_be_measured(quantized, tmp_
         bundles.verify(quantized, tmp_path / "second", memo=tmp_path / "memo", reference="live", **limits)
 
 
-def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp_path):
+def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp_path, monkeypatch):
+    """Of scales that calibration has chosen, whose results verify does not read: by the nearest that need none."""
+    asked = []
+    monkeypatch.setattr(
+        apart, "call", lambda module, request, *rest: asked.append(request) or call(module, request, *rest)
+    )
+    report = json.loads(quantized.report.read_text())
+    (tmp_path / "report.json").write_text(json.dumps({**report, "scales": "gptq"}))
     limits = {"max_kl": None, "min_top1": None, "max_ppl_ratio": None}
     with pytest.raises(StageError) as refused:
-        bundles.verify(quantized, tmp_path, reference="live", **limits)
+        bundles.verify(replace(quantized, report=tmp_path / "report.json"), tmp_path, reference="live", **limits)
     said = str(refused.value)
-    assert "whose quantization alone costs most" in said
+    assert "whose quantization alone costs most (KL of 48 tokens), with scales: mse: " in said
+    assert asked[-1]["scales"] == "mse"
     assert "stays within the limits on 256 tokens (KL " in said
 
 
