@@ -23,7 +23,8 @@ from stagegraph.stage import Secret
 BLOCK = 1 << 20
 POLL_SECONDS = 0.1
 PIPE_BYTES = 1 << 20  # more than a pipe holds: what was printed before an execution ended is read by then
-SAID = ("problems", "warnings", "summary", "facts", "note", "meaning")  # what of a worker's events is text of its stage
+# What of a worker's events is text of its stage.
+SAID = ("problems", "warnings", "summary", "facts", "unit", "note", "meaning")
 
 
 def spread(params: Any, secrets: Iterable[str]) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stagegraph import registry
+from stagegraph.cli import live
 from stagegraph.planning.secrets import Mask
 from tests.support.demo import Demo
 
@@ -59,7 +60,7 @@ KEEP = '''
             ctx.warn(f"warned of {p.token}")
             ctx.fact("heard", {p.token: [p.token]})
             ctx.summary(f"summed up {p.token}")
-            ctx.progress(1, 1, "thing", p.token)
+            ctx.progress(1, 1, f"things of {p.token}", p.token)
             if p.kind == "fails":
                 raise StageError(f"refused {p.token}")
             if p.kind == "bug":
@@ -133,7 +134,9 @@ VERBS = [
 
 
 def test_a_secret_is_used_and_nowhere_to_be_seen(keeper: Demo, monkeypatch) -> None:
+    monkeypatch.setattr(live, "PLAIN_SECONDS", 0.0)  # so that progress is shown
     first = keeper.run()
+    assert "keep: 1 of 1 things of ***, ***" in first.err
     assert first.outcomes == {"keep": "BUILT", "read": "BUILT"}
     assert keeper.path("keep", "out.txt").read_text() == f"{len(WORDS)}False"
     log = keeper("log", "keep", str(keeper.pipeline)).out
