@@ -94,6 +94,25 @@ def test_clean_takes_what_is_shown_and_with_the_store_everything(demo: Demo) -> 
     assert "nothing to remove" in demo("clean", file).out
 
 
+def test_clean_leaves_what_no_run_put_there(demo: Demo) -> None:
+    file, notes = str(demo.pipeline), demo.path() / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    assert "is no store: nothing to remove" in demo("clean", file, "--store", "-y").out
+    demo.run()
+    assert "left there, as it is of no node: " in demo("clean", file).out
+    assert [*demo.path().iterdir()] == [notes]
+    demo.run()
+    result = demo("clean", file, "--store", "-y")
+    assert result.code == 0
+    assert "notes.txt" in result.out
+    assert [*demo.path().parent.rglob("*")] == [demo.path(), notes]
+    notes.unlink()
+    demo.run()
+    demo("clean", file, "--store", "-y")
+    assert not demo.path().parent.exists()
+
+
 def test_why_not_is_another_word_for_explain(demo: Demo) -> None:
     demo.run()
     file = str(demo.pipeline)
