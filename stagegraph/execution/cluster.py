@@ -349,7 +349,7 @@ class ClusterSlot:
 
     def _write_log(self, offset: int, text: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk; the node is none the worse for it
-            descriptor = os.open(self.task.log.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.task.log.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 if not offset:
                     os.ftruncate(descriptor, 0)

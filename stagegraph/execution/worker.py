@@ -351,7 +351,7 @@ def main() -> None:
     for line in requests:
         request: Request = json.loads(line)
         try:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o644)
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK, 0o666)
         except OSError as error:
             send(events, failed([_problem_of(error)]))
             continue

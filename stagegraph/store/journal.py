@@ -96,7 +96,7 @@ class Journal:
     def _append(self, entry: RunEntry) -> None:
         sealed = {**entry, "seal": digest_json(entry)[:SEAL_DIGITS]}
         line = json.dumps(sealed, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":

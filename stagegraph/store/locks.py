@@ -43,10 +43,10 @@ class Locks:
         path, flags = f"{self._root}/locks/{name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             try:
-                return os.open(path, flags, 0o644)
+                return os.open(path, flags, 0o666)
             except FileNotFoundError:
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-                return os.open(path, flags, 0o644)
+                return os.open(path, flags, 0o666)
         except OSError as error:
             if error.errno in {errno.EACCES, errno.EROFS} and Path(path).exists():
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # another user's: it can be locked all the same

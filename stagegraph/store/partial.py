@@ -21,7 +21,7 @@ def partial_file(root: Path, digest: str, target: Path) -> Iterator[Path]:
     """
     path = root / FOLDER / digest
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         if not _is_mine(descriptor, path):
             target.unlink(missing_ok=True)

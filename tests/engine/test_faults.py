@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -424,3 +425,16 @@ def test_an_optional_input_may_be_left_out(demo: Demo) -> None:
     demo.pipeline.write_text(demo.pipeline.read_text().replace("needs: [shape, read]", "needs: [shape]"))
     assert demo.run().code == 0
     assert demo.path("join", "joined.txt").read_text().endswith(" not counted")
+
+
+def test_a_group_that_shares_a_store_can_write_what_it_writes_again(demo: Demo) -> None:
+    """Under umask 002; objects and records are replaced, and the database is SQLite's, which grants no group."""
+    before = os.umask(0o002)
+    try:
+        demo.run()
+    finally:
+        os.umask(before)
+    root = demo.path().parent / ".stagegraph"
+    written = [path for name in ("logs", "locks", "running") for path in (root / name).rglob("*")]
+    assert len(written) > 5
+    assert [path for path in (*written, root, root / "journal.jsonl") if not path.stat().st_mode & stat.S_IWGRP] == []
