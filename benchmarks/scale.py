@@ -3,7 +3,8 @@
 Usage: python benchmarks/scale.py [--nodes N ...] [--shapes NAME ...]   (exit status 1 if a bound is missed)
 
 ``wide``: one node that all others read. ``chain``: each reads the one before. ``diamond``: one, two that read it, one
-that reads both, and so on. CPU seconds are those of the process itself (``run`` less its workers), a verb at a time.
+that reads both, and so on. CPU seconds are those of the process itself (``run`` less its workers), a verb at a time,
+and those of two imports tell how fast the processors are. What a disk adds shows against ``TMPDIR=/dev/shm``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(f"{used.ru_utime + used.ru_stime} {used.ru_maxrss / 1024}", file=open("used", "w"))
 """
+IMPORTS = """
+import resource, yaml, diskcache
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(used.ru_utime + used.ru_stime)
+"""
 NODE_MS, FLAT = 2.0, 1.2  # CPU of a node that runs; by how much more it may be in the largest pipeline
 NO_OP_SECONDS, NO_OP_MIB = 2.0, 150  # of 10,000 nodes
 LOOK_SECONDS = {"graph": 2.0, "explain": 5.0, "lineage": 5.0}
@@ -146,6 +152,9 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps its byte code
+    imports = [float(subprocess.check_output([sys.executable, "-c", IMPORTS])) for _ in range(5)]
+    print(f"import yaml, diskcache: {min(imports):.3f} CPU s; load {os.getloadavg()[0]:.1f}")
     missed = 0
     print(f"{'shape':8} {'nodes':>7} {'verb':14} {'CPU s':>8} {'ms a node':>10} {'MiB':>6}  bound")
     for shape in args.shapes:

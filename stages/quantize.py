@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import math
-import shutil
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -273,6 +272,8 @@ def _twice(register: Register, listed: CheckpointTensors, report: Iterable[Error
 @contextlib.contextmanager
 def _leaving_nothing(ctx: Context, conversion: Conversion) -> Iterator[None]:
     """Remove what a failure has left half written; say which failure it was in the stage's terms."""
+    import shutil  # with every archive format there is, which planning does without
+
     from stages.conversion.model import ConversionError
 
     try:
@@ -293,6 +294,8 @@ def _leaving_nothing(ctx: Context, conversion: Conversion) -> Iterator[None]:
 
 
 def _check_space(ctx: Context, size: int) -> None:
+    import shutil
+
     free = shutil.disk_usage(ctx.out).free
     if size + SLACK > free:
         raise StageError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,6 +177,8 @@ class Verify(Stage):
 
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
+        import tempfile  # with much else that planning does without
+
         with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
             _verify(ctx, Path(folder))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import TYPE_CHECKING
 
 from stagegraph.execution.outcome import Outcome, problem_of
@@ -30,16 +30,19 @@ class Results:
         self._pipeline = planner.dag.pipeline.name
         self._give = give
 
-    def hit(self, decision: Decision, reason: str = "") -> Outcome:
-        """Show the result that a key has; :class:`~stagegraph.store.objects.RottenError` if an object is damaged."""
-        with self._workspace.index.together():
-            return self._hit(decision, reason)
+    def hit(self, decision: Decision, reason: str = "", verified: Container[str] = ()) -> Outcome:
+        """Show the result that a key has; :class:`~stagegraph.store.objects.RottenError` if an object is damaged.
 
-    def _hit(self, decision: Decision, reason: str) -> Outcome:
+        ``verified``: digests of objects that were read just now.
+        """
+        with self._workspace.index.together():
+            return self._hit(decision, reason, verified)
+
+    def _hit(self, decision: Decision, reason: str, verified: Container[str]) -> Outcome:
         name = decision.node.name
         earlier = self._workspace.last(self._pipeline, name).get("key")
         outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
-        restored = self._show(outcome)
+        restored = self._show(outcome, verified)
         if restored:
             more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
             outcome.reason = f"restored {restored[0]}{more}"
@@ -63,7 +66,7 @@ class Results:
         if previous is not None and previous["key"] == decision.key and not same and not decision.node.stage.measures:
             record["warnings"].append(f"{NOT_DETERMINISTIC}; `pipeline show` names the earlier one, which is kept")
         for name, (digest, _) in record_files(record).items():
-            workspace.store.adopt(running.sandbox.out / name, digest)
+            workspace.store.adopt(f"{running.sandbox.out}/{name}", digest)
         if previous is not None and previous["key"] == decision.key and not same:
             workspace.keep_other(decision.key)
         workspace.index.set(f"rec:{decision.key}", record)
@@ -78,7 +81,7 @@ class Results:
         kind = UNCHANGED if same else BUILT
         outcome = Outcome(decision.node, kind, reason, decision.key, record, record["seconds"], running.began)
         outcome.log, outcome.reasons = running.log.path, decision.reasons
-        self._show(outcome, new=True)
+        self._show(outcome, {digest for digest, _ in record_files(record).values()})
         return outcome
 
     def fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> Outcome:
@@ -97,12 +100,12 @@ class Results:
         )
         return outcome
 
-    def _show(self, outcome: Outcome, *, new: bool = False) -> list[str]:
+    def _show(self, outcome: Outcome, verified: Container[str]) -> list[str]:
         """Materialise a result and remember it as the node's last; a full disk there fails the node, not the run."""
         assert outcome.record is not None
         name = outcome.node.name
         try:
-            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, new=new)
+            restored = self._workspace.materialise(self._pipeline, name, outcome.key, outcome.record, verified)
             self._workspace.set_last(self._pipeline, name, key=outcome.key)
         except (OSError, sqlite3.OperationalError) as error:
             outcome.status, outcome.record, outcome.problems = FAILED, None, (problem_of(error),)

@@ -75,15 +75,15 @@ class Sandbox:
     """
 
     folder: Path
+    out: Path = field(init=False)  # where the stage writes
     linked: dict[str, str] = field(default_factory=dict)  # path of a hard link -> digest of its object
     secret: bool = False  # whether what was written may hold a secret
     placed: list[str] = field(default_factory=list)  # inputs
     made: dict[str, None] = field(default_factory=dict)  # directories, each after those above it
 
-    @property
-    def out(self) -> Path:
-        """Where the stage writes."""
-        return self.folder / "out"
+    def __post_init__(self) -> None:
+        """Name what is asked for again and again."""
+        self.out = self.folder / "out"
 
     @classmethod
     def create(cls, workspace: Workspace, key: str) -> Sandbox:
@@ -92,10 +92,13 @@ class Sandbox:
         What a killed run left behind for this key goes now: the sweep passes over a key that is locked.
         """
         of_key = workspace.work / key
-        remove_tree(of_key)
+        try:
+            of_key.mkdir(parents=True)
+        except FileExistsError:
+            remove_tree(of_key)
+            of_key.mkdir()
         # Never the same directory twice: a compiler that outlived a killed run may still write into the old one.
         sandbox = cls(of_key / str(time.time_ns()))
-        of_key.mkdir(parents=True, exist_ok=True)
         sandbox._make(f"{sandbox.folder}/out")
         return sandbox
 
@@ -104,18 +107,18 @@ class Sandbox:
         inputs: dict[str, list[Any]] = {}
         for port, instances in layout.items():
             for i, (each, path, files) in enumerate(instances):
-                base = self.folder / "in" / f"{port}.{i}"  # nothing that is not in the key may be seen
+                base = f"{self.folder}/in/{port}.{i}"  # nothing that is not in the key may be seen
                 self.lay_out(store, base, {name: digest for name, (digest, _) in files.items()})
-                inputs.setdefault(port, []).append([each, str((base / path).absolute())])
+                inputs.setdefault(port, []).append([each, os.path.abspath(f"{base}/{path}")])  # noqa: PTH100 - a text
         return inputs
 
-    def lay_out(self, store: Store, base: Path, files: Mapping[str, str]) -> None:
+    def lay_out(self, store: Store, base: str | Path, files: Mapping[str, str]) -> None:
         """Put objects below a folder; ``files`` are relative names -> digests."""
         for name, digest in files.items():
             target = f"{base}/{name}"
             self._make(target.rpartition("/")[0])
             self.placed.append(target)
-            if store.place(digest, Path(target)):
+            if store.place(digest, target):
                 self.linked[os.path.abspath(target)] = digest  # noqa: PTH100 - a text all along
 
     def _make(self, folder: str) -> None:

@@ -193,7 +193,7 @@ class Scheduler:
             self._fetching.take(fetched)
             again = self._planner.decide(decision.node, self._record_of)
             if again.status == HIT:
-                self._finish_hit(again, f"from remote '{fetched.remote}'")
+                self._finish(self._results.hit(again, f"from remote '{fetched.remote}'", fetched.objects))
                 return True
         return False
 

@@ -3,10 +3,9 @@
 A module counts as its syntax tree without comments, docstrings and positions, so that cosmetic edits stay cosmetic.
 The closure follows imports wherever they stand: inside functions too, where code of a module runs that planning never
 imports, and under ``TYPE_CHECKING``, where a module names what it is handed and calls. A string that names a module of
-the package counts as an import of it, whoever imports or runs it by that name. A compiled module
-(``.so``) is its bytes, and so is a native library that the code names by its path from the module. Libraries of
-others that the code imports count as they are installed (:mod:`stagegraph.planning.libraries`). Two things are finer
-than a module:
+the package counts as an import of it. A compiled module (``.so``) is its bytes, and so is a native library that the
+code names by its path from the module. Libraries of others that the code imports count as they are installed
+(:mod:`stagegraph.planning.libraries`). Two things are finer than a module:
 
 - a *table*, an upper-case module-level dictionary literal with string keys, contributes only the rows that
   :meth:`Stage.rows` names (all rows if it names none), and the modules that the strings of those rows name;
@@ -105,7 +104,7 @@ class CodeDigests:
     def _reach(self, module: str, rows: Mapping[str, str | Sequence[str]]) -> tuple[dict[str, str], list[str]]:
         """Return the closure, and the top-level names of others that it imports."""
         chosen = {table: [names] if isinstance(names, str) else sorted(names) for table, names in rows.items()}
-        closure_id = (module, digest_json(chosen))
+        closure_id = (module, digest_json(chosen) if chosen else "")
         if closure_id not in self._closures:
             foreign: set[str] = set()
             found = dict(sorted(self._walk(module, chosen, foreign).items()))
@@ -170,11 +169,12 @@ class CodeDigests:
         found: dict[str, str] = {}
         if ENGINE in roots and (path := self._find(module, roots)):  # the rest of the engine is in no key
             return {module: self.summary(module, path)["digest"]}
-        queue = [module]
+        queue, seen = [module], set[str]()
         while queue:
-            for part in _with_parents(queue.pop()):
-                path = None if part in found else self._find(part, roots)
-                if path is None:
+            parts = [part for part in _with_parents(queue.pop()) if part not in seen]
+            seen.update(parts)
+            for part in parts:
+                if (path := self._find(part, roots)) is None:
                     continue
                 summary = self.summary(part, path)
                 found[part] = summary["digest"]
@@ -182,14 +182,14 @@ class CodeDigests:
                 if part.partition(".")[0] == LOCAL:
                     others = [name for name in others if not self._is_beside(part, name)]
                 foreign.update(others)
-                parts: list[RowSummary] = [summary]
+                reaching: list[RowSummary] = [summary]
                 for table, contents in summary["tables"].items():
                     rows = [row for row in chosen.get(f"{part}:{table}", contents) if row in contents]
                     found |= {f"{part}:{table}[{row}]": contents[row]["digest"] for row in rows}
-                    parts += [contents[row] for row in rows]
-                for reached in parts:
-                    queue += reached["imports"]
-                    found |= self._data(part, path, reached["data"])
+                    reaching += [contents[row] for row in rows]
+                for reached in reaching:
+                    queue += [name for name in reached["imports"] if name not in seen]
+                    found |= self._data(part, path, reached["data"]) if reached["data"] else {}
         return found
 
     def _is_beside(self, module: str, name: str) -> bool:
@@ -295,6 +295,7 @@ def summarise(module: str, path: Path) -> Summary:
     }
 
 
+@functools.cache
 @functools.cache
 def _with_parents(module: str) -> list[str]:
     parts = module.split(".")

@@ -1,4 +1,4 @@
-"""Files of a directory, of S3, Google Cloud Storage, Azure, or of a web server to read, by ``obstore``."""
+"""Files of S3, Google Cloud Storage, Azure, or of a web server to read, by ``obstore``."""
 
 from __future__ import annotations
 
@@ -78,13 +78,9 @@ def _chunks(bucket: Bucket, path: str, start: int) -> Iterator[bytes]:
 
 def _open(url: str, silence: timedelta) -> Any:
     try:
-        from obstore.store import LocalStore, from_url
+        from obstore.store import from_url
     except ImportError:
         raise PlanError(NEEDS) from None
-    if url.startswith("file://"):
-        from urllib.parse import unquote, urlsplit
-
-        return LocalStore(unquote(urlsplit(url).path), mkdir=True)
     options: Any = {"connect_timeout": CONNECT, "read_timeout": silence, "allow_http": True}
     retries: Any = {"max_retries": 1, "retry_timeout": silence}
     return from_url(url, client_options=options, retry_config=retries)

@@ -137,6 +137,10 @@ def _backend(url: str) -> Backend:
         from stagegraph.remote.sftp import Sftp
 
         return Sftp(url)
+    if url.startswith("file://"):
+        from stagegraph.remote.directory import Directory
+
+        return Directory(url)
     from stagegraph.remote.buckets import Bucket
 
     return Bucket(url)

@@ -109,7 +109,7 @@ class _Reader:
     ) -> None:
         self._settings, self.defaults = settings, defaults
         self._stages, self._folder, self._scope, self._problems = stages, folder, scope, problems
-        self._opened = False  # whether the files beside the pipeline are known as they are now
+        self._local: dict[tuple[Path, str], tuple[Stage, Origin]] = {}  # what many entries use is looked for once
 
     def entry(self, name: str, item: Item) -> Entry | None:
         if not ENTRY_NAME.fullmatch(name):
@@ -176,7 +176,7 @@ class _Reader:
             return None, Origin(SHELL)
         try:
             if uses is not None and _IN_FILE.fullmatch(name):
-                return self._local(named.base, name)
+                return self._beside(named.base, name)
             return get_stage(name), Origin(stage_reference(name))
         except KeyError:
             advice = nearest(name, [*names("stages"), SHELL])
@@ -193,17 +193,18 @@ class _Reader:
             self._problems.add(place, f"stage '{name}' cannot be loaded: {kind}{error}")
         return None, None
 
-    def _local(self, base: Path, text: str) -> tuple[Stage, Origin]:
+    def _beside(self, base: Path, text: str) -> tuple[Stage, Origin]:
         """Return a stage in a file beside the pipeline."""
         from stagegraph import local  # few pipelines have one
 
-        if not self._opened:
-            local.forget(self._folder)
-            self._opened = True
-        reference, made = local.find_stage(self._folder, base, text)
-        stage = made()
-        params.declared(stage)  # what it declares wrongly is said now
-        return stage, Origin(reference, self._folder)
+        if not self._local:
+            local.forget(self._folder)  # so that the files are known as they are now
+        if (base, text) not in self._local:
+            reference, made = local.find_stage(self._folder, base, text)
+            stage = made()
+            params.declared(stage)  # what it declares wrongly is said now
+            self._local[base, text] = stage, Origin(reference, self._folder)
+        return self._local[base, text]
 
     def _check_params(self, stage: Stage, given: Mapping[str, Item], place: Place) -> None:
         declared = params.declared(stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from stagegraph.digest import stat_id
@@ -30,29 +30,29 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def real_directories(base: Path, folder: Path) -> None:
-    """Make ``folder`` below ``base`` a real directory all the way; a link or file in its way is removed."""
+def real_directories(base: str, below: str) -> None:
+    """Make ``base/below`` a real directory from ``base`` on; a link or file in its way is removed."""
     path = base
-    for part in folder.relative_to(base).parts:
-        path /= part
+    for part in below.split("/"):
+        path = f"{path}/{part}"
         try:
-            path.mkdir()
+            os.mkdir(path)  # noqa: PTH102 - texts all along: every node is shown
         except FileExistsError:
-            if not stat.S_ISDIR(path.lstat().st_mode):
-                path.unlink()
-                path.mkdir()
+            if not stat.S_ISDIR(os.lstat(path).st_mode):
+                os.unlink(path)  # noqa: PTH108
+                os.mkdir(path)  # noqa: PTH102
 
 
-def remove_strays(folder: Path, wanted: set[str]) -> list[str]:
+def remove_strays(folder: str, wanted: Collection[str]) -> list[str]:
     """Remove files that are no output of the node, and directories left empty; return the files' names."""
     stray = []
     for current, _, names in os.walk(folder, topdown=False):
         for name in names:
-            path = Path(current, name)
-            relative = path.relative_to(folder).as_posix()
+            path = f"{current}/{name}"
+            relative = path[len(folder) + 1 :]
             if relative not in wanted:
-                path.unlink()
+                os.unlink(path)  # noqa: PTH108
                 stray.append(relative)
-        if current != str(folder) and not os.listdir(current):  # noqa: PTH208
-            Path(current).rmdir()
+        if current != folder and not os.listdir(current):  # noqa: PTH208
+            os.rmdir(current)  # noqa: PTH106
     return stray

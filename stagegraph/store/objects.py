@@ -56,7 +56,7 @@ class Store:
         """Return the same as a text: a run without news asks for every object."""
         return f"{self._root_of_objects}/{digest[:2]}/{digest}"
 
-    def adopt(self, file: Path, digest: str) -> None:
+    def adopt(self, file: str | Path, digest: str) -> None:
         """Move a finished, synced file with this digest into the store; a no-op if an intact object is there."""
         target, source = self.file(digest), os.fspath(file)
         if self.is_object(digest, file):
@@ -154,7 +154,7 @@ class Store:
             for folder in sorted(self.objects.iterdir()):
                 yield from sorted(name for name in os.listdir(folder) if not name.startswith("."))  # a copy under way
 
-    def is_object(self, digest: str, path: Path) -> bool:
+    def is_object(self, digest: str, path: str | Path) -> bool:
         """Say whether ``path`` is the object itself under another name."""
         try:
             return os.path.samefile(path, self.file(digest))
@@ -174,7 +174,7 @@ class Store:
         else:
             self.check(digest)
 
-    def place(self, digest: str, target: Path, *, known: bool = False) -> bool:
+    def place(self, digest: str, target: str | Path, *, known: bool = False) -> bool:
         """Put a read-only file with this content at ``target``, replacing what is there; True if it is a hard link.
 
         Reflink, copy or, for a large file, hard link. The directory must exist. What was placed is digested, as an
@@ -201,7 +201,7 @@ class Store:
             try:
                 os.replace(temporary, shown)
             except IsADirectoryError:
-                remove_tree(target)
+                remove_tree(Path(target))
                 os.replace(temporary, shown)
         except BaseException:
             _unlink(temporary)  # a half copy must not keep a full disk full

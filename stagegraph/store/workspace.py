@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
@@ -244,11 +244,13 @@ class Workspace(Locks):
         """Return the directory that shows a node's outputs."""
         return self.artifacts / pipeline / dotted(node)
 
-    def materialise(self, pipeline: str, node: str, key: str, record: Record, *, new: bool = False) -> list[str]:
+    def materialise(
+        self, pipeline: str, node: str, key: str, record: Record, verified: Container[str] = ()
+    ) -> list[str]:
         """Make the node's directory hold exactly this record's files; return the names that had to be restored.
 
-        :class:`~stagegraph.store.objects.RottenError` if an object turns out damaged; those of a ``new`` result are not
-        looked at.
+        :class:`~stagegraph.store.objects.RottenError` if an object turns out damaged; those ``verified`` just now, by
+        digest, are not looked at.
         """
         shown = f"{self._artifacts}/{pipeline}/{dotted(node)}"
         known = self._shown(pipeline, node)
@@ -262,7 +264,7 @@ class Workspace(Locks):
         files: dict[str, list[Any]] = {}
         for name, (digest, _) in wanted.items():
             now = stat_or_none(f"{shown}/{name}")
-            if have.get(name) == [digest, now] or self._is_in_place(have.get(name), digest, Path(shown, name)):
+            if have.get(name) == [digest, now] or self._is_in_place(have.get(name), digest, f"{shown}/{name}"):
                 files[name] = [digest, now]
             else:
                 restored.append(name)
@@ -273,13 +275,13 @@ class Workspace(Locks):
                 return []
             self._know(pipeline, node, {**known, "record": (stat, brief(record))})
             return []
-        folder = Path(shown)
         with self.locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
             for name in restored:
-                real_directories(self.artifacts, (folder / name).parent)
-                self.store.place(wanted[name][0], folder / name, known=new)
-                files[name] = [wanted[name][0], list(stat_id(folder / name))]
-            strays = remove_strays(folder, set(wanted))
+                file = f"{pipeline}/{dotted(node)}/{name}"
+                real_directories(self._artifacts, file.rpartition("/")[0])
+                self.store.place(wanted[name][0], f"{self._artifacts}/{file}", known=wanted[name][0] in verified)
+                files[name] = [wanted[name][0], list(stat_id(f"{self._artifacts}/{file}"))]
+            strays = remove_strays(shown, wanted)
             state: Materialised = {"key": key, "files": files, "folders": folder_times(shown, wanted)}
             state["objects"] = self._object_stats(wanted)
             if stat := self._record_stat(key):
@@ -334,7 +336,7 @@ class Workspace(Locks):
             finally:
                 remove_tree(target)
 
-    def _is_in_place(self, known: Any, digest: str, target: Path) -> bool:
+    def _is_in_place(self, known: Any, digest: str, target: str | Path) -> bool:
         """Say whether a file is as it was put there, or its object under another name: links to it come and go."""
         if known == [digest, stat_or_none(target)]:
             return True
@@ -344,7 +346,7 @@ class Workspace(Locks):
 
     def log_path(self, key: str) -> Path:
         """Return the file that captures what an execution of this key prints."""
-        return self.root / "logs" / key[:2] / f"{key}.log"
+        return Path(f"{self._root}/logs/{key[:2]}/{key}.log")
 
     def sweep(self) -> None:
         """Remove the work directories that killed runs left behind; those in use are locked and stay."""

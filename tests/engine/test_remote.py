@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import getpass
 import json
 import os
@@ -32,7 +33,7 @@ from stagegraph.execution.executor import Options
 from stagegraph.execution.outcome import Outcome, Run
 from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.scheduler import Scheduler
-from stagegraph.remote import buckets, web
+from stagegraph.remote import buckets, directory, web
 from stagegraph.remote.errors import MismatchError, RemoteError, StoppedError
 from stagegraph.remote.settings import load_settings
 from stagegraph.remote.shared import Fetched, Shared
@@ -155,6 +156,23 @@ def test_what_is_damaged_is_not_there(filled, machines, caplog, what: str, damag
     assert there.shown() == here.shown()
     said = [text for text in caplog.messages if "; ignored" in text]
     assert len(said) == (0 if (what, damage) == ("records", "remove") else NODES)
+
+
+def test_an_object_that_was_here_before_is_read_before_it_is_shown(filled, machines, caplog) -> None:
+    """It has rotted without a change of its stat: only what came just now is known to be right."""
+    remote, here, public = filled
+    there = machines("there")
+    there.configure(remote, "read", here=public)
+    digest = blake3(here.shown().encode()).hexdigest()
+    workspace = Workspace(there.folder / "artifacts")
+    workspace.create()
+    rotten = workspace.store.path(digest)
+    rotten.parent.mkdir(parents=True)
+    rotten.write_bytes(here.shown().encode()[::-1])
+    workspace.store.remember(digest)
+    workspace.close()
+    assert outcomes(there.run()) == ["HIT"] * (NODES - 1) + ["BUILT"]
+    assert there.shown() == here.shown()
 
 
 def test_a_record_of_another_key_and_files_that_leave_their_folder_are_refused(filled, machines, monkeypatch) -> None:
@@ -287,6 +305,24 @@ def test_a_remote_that_takes_nothing_costs_a_warning(tmp_path: Path, machines, c
     here.configure(tmp_path / "file" / "remote", "write")
     assert outcomes(here.run()) == ["BUILT"] * NODES
     assert len(caplog.messages) == 1
+
+
+def test_a_file_is_put_into_a_directory_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    def full(_path: Path) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    folder = directory.Directory((tmp_path / "remote").as_uri())
+    source = tmp_path / "source"
+    source.write_bytes(b"whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(directory, "fsync_file", full)
+        for data in (source, b"whole"):
+            with pytest.raises(RemoteError, match="disk is full"):
+                folder.put("objects/ab/abcd", data)
+    assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    folder.put("objects/ab/abcd", source)
+    assert (folder.size("objects/ab/abcd"), folder.size("objects/ab/other")) == (5, None)
+    assert b"".join(folder.read("objects/ab/abcd", 2, quick=False)) == b"ole"
 
 
 @pytest.fixture
