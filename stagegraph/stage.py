@@ -144,7 +144,8 @@ class Instance(NamedTuple):
 class Piece(NamedTuple):
     """A piece of a stage's work (:meth:`Context.map`): what messages call it, and what :meth:`Stage.make` is given.
 
-    ``files`` are those that it reads of each source parameter; it sees no others.
+    ``files`` are those that it reads of each source parameter, by its name, and it sees no others; of an input, by the
+    name of the port, it sees all unless some are named, as they are called below its path.
     """
 
     name: str
@@ -212,7 +213,8 @@ class Context(Protocol):
     def map(self, kind: str, pieces: Sequence[Piece]) -> list[Json] | None:
         """Let the workers of a cluster make the parts of one kind that ``pieces`` need, each by :meth:`Stage.make`.
 
-        Returns what that returned for each; :meth:`recall` then finds what was remembered, as if it had been here.
+        Returns what that returned for each, which may be all there is to it; :meth:`recall` then finds what was
+        remembered, as if it had been here.
         Returns None where there is no cluster: what is not remembered ``run`` makes itself, as ever. A piece that
         fails is named, and fails the node. Worth it for pieces of some seconds each.
         """

@@ -15,6 +15,7 @@ from stagegraph.stage import (
     In,
     JsonObject,
     Out,
+    Piece,
     Source,
     Stage,
     StageError,
@@ -26,6 +27,8 @@ from stagegraph.stage import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from stages.verification.case import Portion
 
 _LIVE = ("torch", "transformers")
 _FILES = (
@@ -107,6 +110,12 @@ class Verify(Stage):
             "largest mean KL divergence of int8 activations, and of an int8 KV cache, from floats; null: 0.03",
             default=None,
         )
+        batch: int = param(
+            "in a cluster, how many MiB of the checkpoint a worker compares at a time; a smaller model stays on one",
+            default=1024,
+            minimum=1,
+            hashed=False,
+        )
 
     inputs = {
         "bundle": In("bundle", "bundle", "the bundle"),
@@ -175,6 +184,12 @@ class Verify(Stage):
             rows["stages.verification.tolerances:TOLERANCES"] = facts["scheme"]
         return rows
 
+    def make(self, ctx: Context, what: JsonObject) -> list[str]:
+        """Compare a portion of the weights with the checkpoint's; return what differs."""
+        from stages.verification.portions import compare
+
+        return compare(what, ctx.input("bundle"), ctx.source("checkpoint").files)
+
     def run(self, ctx: Context) -> None:
         """Run every check; :class:`StageError` lists those that failed, with their numbers."""
         import tempfile  # with much else that planning does without
@@ -214,6 +229,8 @@ def _verify(ctx: Context, folder: Path) -> None:
         probe_tokens=ctx.params.probe_tokens,
         limits={name: value for name in gates.NAMES if (value := getattr(ctx.params, name)) is not None},
         scratch=ctx.out,
+        batch=ctx.params.batch << 20,
+        spread=lambda portions: ctx.map("weights", [_piece(portion) for portion in portions]),
         memo=ctx,
     )
     try:
@@ -237,6 +254,10 @@ def _verify(ctx: Context, folder: Path) -> None:
         ctx.fact(RESERVATION, findings.verdict)
     ctx.view("card", card)
     ctx.summary(findings.summary())
+
+
+def _piece(portion: Portion) -> Piece:
+    return Piece(portion.name, portion.what, {"checkpoint": portion.checkpoint, "bundle": portion.bundle})
 
 
 def _corpus(ctx: Context) -> Path:

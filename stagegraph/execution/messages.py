@@ -11,7 +11,8 @@ from stagegraph.store.memo import PartEntry
 from stagegraph.store.record import FileEntry, Report, Spent
 
 # Port -> its instances: ``foreach`` values, path of the output in its folder, files as a record has them.
-Layout: TypeAlias = dict[str, list[tuple[dict[str, str], str, Mapping[str, FileEntry]]]]
+LaidOut: TypeAlias = tuple[dict[str, str], str, Mapping[str, FileEntry]]
+Layout: TypeAlias = dict[str, list[LaidOut]]
 
 
 class SourceRequest(TypedDict):

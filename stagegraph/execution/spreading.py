@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stagegraph.execution.messages import (
         Failure,
         Lacks,
+        LaidOut,
         Made,
         Mapped,
         PieceFailed,
@@ -137,7 +138,7 @@ class Spreading:
 
 
 def request_of(request: ReceivedTask, piece: PieceRequest) -> dict[str, Any]:
-    """Return what of a node's request is different for a piece: it reads some of the source files, and tells nobody."""
+    """Return what of a node's request is different for a piece: it reads some of the files, and tells nobody."""
     sources: dict[str, SourceRequest] = {}
     sizes: dict[str, dict[str, int]] = {}
     for name, source in request["sources"].items():
@@ -145,8 +146,19 @@ def request_of(request: ReceivedTask, piece: PieceRequest) -> dict[str, Any]:
         files = {file: source["files"][file] for file in read}
         sources[name] = {**source, "files": files, "digests": {file: source["digests"][file] for file in read}}
         sizes[name] = {file: request["sizes"][name][file] for file in read}
+    layout = {
+        port: [_some(each, piece["files"].get(port)) for each in found] for port, found in request["layout"].items()
+    }
     key = digest_json([request["key"], piece])
-    return {"piece": piece, "key": key, "topic": "", "sources": sources, "sizes": sizes}
+    return {"piece": piece, "key": key, "topic": "", "sources": sources, "sizes": sizes, "layout": layout}
+
+
+def _some(instance: LaidOut, read: Sequence[str] | None) -> LaidOut:
+    """Return an input with those of its files that a piece reads, by their names below its path; None means all."""
+    each, path, files = instance
+    if read is None:
+        return instance
+    return each, path, {name: entry for name, entry in files.items() if name.removeprefix(f"{path}/") in read}
 
 
 def _piece_failed(*problems: str) -> PieceFailed:

@@ -117,7 +117,8 @@ class WorkerContext(Context):
         if answer["event"] == "end":
             sys.stdout.write(answer["log"])
             raise PieceError(answer)
-        self.memo.take(kind, answer["parts"])
+        if answer["parts"]:
+            self.memo.take(kind, answer["parts"])
         return answer["results"]
 
     @property

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stages.documents.model import CheckpointTensor, StoredPart
+    from stages.documents.params import Parameter
 
 BLOCK = 2**20  # bytes of a block, or a quarter more: what a core's second cache holds
 WINDOW = 2**24  # bytes: pages are released in batches of so many, which is faster than one by one
@@ -123,6 +124,18 @@ class Weights:
             info = self._header(part["file"]).get(part["name"])
             return part["file"], info.offset if info else 0
         return "", 0
+
+    def batches(self, entries: Iterable[Parameter], size: int) -> list[list[Parameter]]:
+        """Split parameters, in their order, into lists that are made of about ``size`` bytes each."""
+        batches: list[list[Parameter]] = []
+        taken = size
+        for entry in entries:
+            if taken >= size:
+                batches.append([])
+                taken = 0
+            batches[-1].append(entry)
+            taken += sum(self.nbytes(name) for name in entry["sources"])
+        return batches
 
     def files(self, name: str) -> set[str]:
         """Return the files that a tensor is read from."""

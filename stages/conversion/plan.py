@@ -57,16 +57,7 @@ class Plan:
 
     def batches(self, size: int) -> list[list[Parameter]]:
         """Split the parameters, in the checkpoint's order, into lists that are made of about ``size`` bytes each."""
-        weights = Weights(self.files, self.tensors)
-        batches: list[list[Parameter]] = []
-        taken = size
-        for entry in self.register["logical"]:
-            if taken >= size:
-                batches.append([])
-                taken = 0
-            batches[-1].append(entry)
-            taken += sum(weights.nbytes(name) for name in entry["sources"])
-        return batches
+        return Weights(self.files, self.tensors).batches(self.register["logical"], size)
 
     def files_of(self, entries: Iterable[Parameter]) -> set[str]:
         """Return the checkpoint's files that parameters are made of."""

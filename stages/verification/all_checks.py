@@ -10,6 +10,7 @@ from stages.runtime import backend, host, manifest
 from stages.runtime.errors import BundleError
 from stages.verification import checks, endings, running, weights
 from stages.verification.checks import Check
+from stages.verification.portions import portions
 from stages.verification.report import Findings
 
 if TYPE_CHECKING:
@@ -72,15 +73,19 @@ def _unusable(case: Case) -> str:
 
 def _check_weights(case: Case, findings: Findings, progress: Progress) -> None:
     scheme = SCHEMES[case.registry["scheme"]]
-    checkpoint = Weights(case.files, case.tensors)
     compared = sum(len(entry["sources"]) for entry in case.registry["logical"])
-    differing = weights.differences(
-        case.registry,
-        case.records,
-        checkpoint,
-        case.scales,
-        progress=lambda done: progress(done, compared, "tensors compared"),
-    )
+    apart = portions(case, case.batch)
+    found = case.spread(apart) if case.spread and len(apart) > 1 else None
+    if found is not None:
+        differing = [text for texts in found for text in texts]
+    else:
+        differing = weights.differences(
+            case.registry,
+            case.records,
+            Weights(case.files, case.tensors),
+            case.scales,
+            progress=lambda done: progress(done, compared, "tensors compared"),
+        )
     if differing:
         findings.checks += [Check("weights", ok=False, detail=text) for text in differing]
         return

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from stages.checkpoint.generation import CONFIG
 from stages.checkpoint.gguf.folder import file_of
@@ -19,7 +19,7 @@ from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import checkpoint_digest, recorded_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
 
@@ -29,6 +29,17 @@ if TYPE_CHECKING:
     from stages.memo import Memo
     from stages.tokenizers.resolution import Resolution
     from stages.tokenizers.tokenizer_family import ReferenceTokenizer as SourceReader
+
+
+class Portion(NamedTuple):
+    """Parameters that are compared together: their names in messages, what whoever compares them is given
+    (:mod:`stages.verification.portions`), and the files of the checkpoint and of the bundle that are read for it.
+    """
+
+    name: str
+    what: JsonObject
+    checkpoint: Sequence[str]
+    bundle: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,9 @@ class Case:
     probe_tokens: int = 2048
     limits: Mapping[str, float] = field(default_factory=dict)  # the user's own of gates.LossLimits
     scratch: Path = Path()  # where files may be made that are removed again
+    batch: int = 1 << 30  # bytes of the checkpoint in a portion of the weights
+    # Has the portions compared by other machines, and returns what they found; None where there are none.
+    spread: Callable[[Sequence[Portion]], list[list[str]] | None] | None = None
     memo: Memo | None = None  # where the original's answers are kept; without one they are computed anew
 
     @cached_property

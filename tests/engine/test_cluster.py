@@ -29,7 +29,7 @@ from stagegraph.execution.cluster import Cluster
 from stagegraph.execution.outcome import Run
 from stagegraph.execution.reporter import Reporter
 from stagegraph.execution.site import DIRECTORY, PROTOCOL, STALE, Site, platform
-from stagegraph.execution.spreading import Spreading
+from stagegraph.execution.spreading import Spreading, request_of
 from stagegraph.planning.code import CodeDigests
 from stagegraph.planning.planner import code_of, libraries_of
 from stagegraph.remote.settings import load_settings
@@ -105,7 +105,7 @@ class Versioned(Work):
 SQUARES = '''
 """A stage whose parts others may make."""
 from __future__ import annotations
-import json, os, time
+import json, os, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 from stagegraph.stage import Context, Piece, Out, Source, Stage, StageError, param, source
@@ -123,13 +123,16 @@ class Squares(Stage):
         notes: str = param("folder in which a start is noted", hashed=False)
         numbers: Source = source("a number in each", include=("*.txt",))
         seconds: float = param("for how long a square is made", default=0.0, hashed=False)
-        slow: str = param("a file whose square is made for ten minutes", default="", hashed=False)
+        slow: str = param("a file whose square is made for ten minutes, the first time", default="", hashed=False)
+        forget: str = param("a folder that is removed before pieces are made", default="", hashed=False)
 
     outputs = {"out": Out("out.json", "the squares")}
     parts = {"square": "local.squares"}
 
     def run(self, ctx: Context) -> None:
         names = sorted(ctx.source("numbers").files)
+        if ctx.params.forget:
+            shutil.rmtree(ctx.params.forget)
         made = ctx.map("square", [Piece(f"file {name}", name, {"numbers": [name]}) for name in names])
         assert made is None or made == [int(ctx.source("numbers").path(name).read_text()) for name in names]
         squares = [self._square(ctx, name) for name in names]
@@ -147,8 +150,9 @@ class Squares(Stage):
             if number < 0:
                 print(f"{number} is too small", flush=True)
                 raise StageError(f"{number} has no square here")
+            first = not any(Path(ctx.params.notes).glob(f"{number}-*"))
             (Path(ctx.params.notes) / f"{number}-{os.getppid()}-{os.getpid()}-{time.time_ns()}").touch()
-            time.sleep(600 if name == ctx.params.slow else ctx.params.seconds)
+            time.sleep(600 if name == ctx.params.slow and first else ctx.params.seconds)
             file = ctx.out / name
             file.write_text(str(number * number))
             part = ctx.remember("square", {"number": number}, file)
@@ -568,7 +572,7 @@ def test_a_piece_that_fails_is_named_and_ends_the_others(client: Client) -> None
 @pytest.fixture
 def spreading() -> Spreading:
     """The pieces of a node that asks for a GPU, with a cluster that takes whatever it is given."""
-    request: Any = {"key": "0" * 64, "sources": {}, "sizes": {}, "labels": ["GPU"]}
+    request: Any = {"key": "0" * 64, "sources": {}, "sizes": {}, "layout": {}, "labels": ["GPU"]}
     found = Spreading(
         request, str, fetch=lambda _: [], lend=lambda _: [], tell=lambda _done, _total: None, cancelled=lambda: False
     )
@@ -587,6 +591,15 @@ def test_a_piece_that_no_worker_may_make_fails_by_name(spreading: Spreading) -> 
     said: Any = spreading._made([PIECE])
     (problem,) = said["problems"]
     assert problem == "file 1: no worker can make it: tcp://b:1: its code differs: local.squares; others offer no GPU"
+
+
+def test_of_an_input_whose_files_a_piece_names_it_is_given_these() -> None:
+    files = {"bundle/a": ["a" * 64, 1], "bundle/b/c": ["b" * 64, 2]}
+    layout = {"bundle": [({}, "bundle", files)], "params": [({}, "params.json", {"params.json": ["c" * 64, 3]})]}
+    request: Any = {"key": "0" * 64, "sources": {}, "sizes": {}, "layout": layout}
+    assert request_of(request, PIECE)["layout"] == layout
+    some = request_of(request, {**PIECE, "files": {"bundle": ["b/c"]}})["layout"]
+    assert some == {**layout, "bundle": [({}, "bundle", {"bundle/b/c": files["bundle/b/c"]})]}
 
 
 def test_pieces_that_lack_the_same_are_each_asked_once_more(spreading: Spreading) -> None:
@@ -608,6 +621,68 @@ def test_an_interrupt_ends_pieces_that_are_made_elsewhere(client: Client) -> Non
         client.run(Watching(interrupt))
     (slow,) = [process for value, _, process in client.starts() if value == 103]
     until(lambda: not alive(slow))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_amid_a_piece_costs_that_piece(client: Client, grid: Grid) -> None:
+    """It may be the one that has the node, too: then pieces are sent out again, and those that are made are known."""
+    started = [grid.start(f"amid-{i}", "--resources", "amid=1").process for i in range(2)]
+    write_squares(client, range(300, 306), slow="3.txt")
+    document = json.loads((client.folder / "pipeline.yaml").read_text())
+    document["stages"]["n0"]["resources"] = {"labels": ["amid"]}  # so that it is one of these that dies
+    (client.folder / "pipeline.yaml").write_text(json.dumps(document))
+    for i in range(2):
+        until(lambda i=i: "Registered to" in (grid.workers[0].log.parent / f"amid-{i}.log").read_text())
+    killed: list[int] = []
+
+    def kill() -> None:
+        if not killed:
+            until(lambda: 303 in [value for value, _, _ in client.starts()])
+            killed.append(next(parent for value, parent, _ in client.starts() if value == 303))
+            os.kill(killed[0], signal.SIGKILL)
+
+    (there,) = client.run(Watching(kill)).outcomes
+    assert (there.status, squares(client)) == ("BUILT", [number * number for number in range(300, 306)])
+    assert {parent for _, parent, _ in client.starts()} == {process.pid for process in started}
+    (again,) = [parent for value, parent, _ in client.starts() if value == 303 and parent != killed[0]]
+    assert alive(again)
+    for process in started:
+        process.kill()
+    shutil.rmtree(client.folder / "artifacts")
+    shutil.rmtree(client.remote)
+    (here,) = client.run(executor="local").outcomes
+    assert here.record
+    assert there.record
+    assert (here.record["key"], here.record["outputs"]) == (there.record["key"], there.record["outputs"])
+
+
+@pytest.mark.slow
+def test_a_worker_with_other_code_makes_no_piece(client: Client, grid: Grid) -> None:
+    write_squares(client, range(400, 406), seconds=0.2)
+    text = SQUARES.replace("import json, os", "import stages.sizes\nimport json, os")
+    (client.folder / "squares.py").write_text(text)
+    (outcome,) = client.run().outcomes
+    assert (outcome.status, squares(client)) == ("BUILT", [number * number for number in range(400, 406)])
+    assert {parent for _, parent, _ in client.starts()} == {grid.workers[0].process.pid}
+    assert sorted(value for value, _, _ in client.starts()) == [*range(400, 406)]
+
+
+@pytest.mark.slow
+def test_a_worker_that_lacks_what_a_piece_reads_is_given_it(client: Client, grid: Grid, monkeypatch) -> None:
+    """The worker that has the node has the files too, and nobody else: the remote has lost them meanwhile."""
+    request = Cluster.request
+
+    def elsewhere(self: Cluster, task: Any) -> dict[str, Any]:
+        found = request(self, task)
+        for source in found["sources"].values():
+            source["files"] = {name: f"/nowhere/{name}" for name in source["files"]}
+        return found
+
+    monkeypatch.setattr(Cluster, "request", elsewhere)
+    write_squares(client, range(500, 508), seconds=0.3, forget=str(client.remote / "objects"))
+    (outcome,) = client.run().outcomes
+    assert (outcome.status, squares(client)) == ("BUILT", [number * number for number in range(500, 508)])
+    assert {parent for _, parent, _ in client.starts()} == {worker.process.pid for worker in grid.workers}
 
 
 @pytest.mark.slow

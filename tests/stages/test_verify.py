@@ -21,6 +21,7 @@ from stages.verification.tolerances import spread_bound
 from stages.verify import Verify
 from tests.support import bundles, family_models
 from tests.support.checkpoints import qwen_tensors, write_qwen, write_safetensors, write_shards
+from tests.support.local_context import Elsewhere
 
 LOGIT_CHECKS = {
     "every step",
@@ -280,6 +281,30 @@ def test_weights_of_exchanged_tensors_are_found(recorded, tmp_path):
     assert "transformer.h.1.mlp.w1.weight" in message
     assert "transformer.h.1.mlp.w2.weight" in message
     assert "every step" in message
+
+
+def test_weights_that_others_compare_are_found_the_same(quantized, tmp_path):
+    """In portions of one parameter each, which see the files of their tensors alone."""
+    how = {"reference": "none", "device": "none"}
+    alone = bundles.verify(quantized, tmp_path / "alone", **how)
+    others = Elsewhere(Verify(), tmp_path / "others")
+    together = bundles.verify(quantized, tmp_path / "together", batch=0, elsewhere=others, **how)
+    assert len(list((tmp_path / "others").iterdir())) == len(json.loads(quantized.params.read_text())["logical"])
+    for name in ("verify.json", "card.md"):
+        assert (together.out / name).read_bytes() == (alone.out / name).read_bytes()
+    assert "tensors compared" in alone.progressed.keys() - together.progressed.keys()
+    spoilt = quantized.copy(tmp_path)
+    for name in ("transformer.h.1.mlp.gate_up_proj.q_weight", "transformer.h.0.mlp.gate_up_proj.q_weight"):
+        swap_halves(spoilt, name)
+    spoilt.sign()
+    others = Elsewhere(Verify(), tmp_path / "spoilt")
+    messages = []
+    for name, given in {"one": {}, "several": {"batch": 0, "elsewhere": others}}.items():
+        with pytest.raises(StageError) as caught:
+            bundles.verify(spoilt, tmp_path / name, **how, **given)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert messages[0].count("are not the checkpoint's") == 4
 
 
 def test_a_wrong_mapping_that_agrees_with_itself_is_found_by_the_logits(recorded, tmp_path):

@@ -27,7 +27,7 @@ from stages.verification.reference import checkpoint_digest
 from stages.verify import Verify
 from tests.support.checkpoints import write_qwen, write_raw_safetensors
 from tests.support.compiled_qwen import Registered, build_graphs, compile_library
-from tests.support.local_context import LocalContext, run_stage, source_files
+from tests.support.local_context import Elsewhere, LocalContext, run_stage, source_files
 
 INCLUDE = Verify.Params.__dataclass_fields__["checkpoint"].metadata["include"]
 
@@ -107,10 +107,12 @@ def build(
 ANY_LOSS = {"max_kl": 100.0, "min_top1": 0.0, "max_ppl_ratio": 100.0}
 
 
-def verify(built: Built, out: Path, memo: Path | None = None, **params: Any) -> LocalContext:
+def verify(
+    built: Built, out: Path, memo: Path | None = None, elsewhere: Elsewhere | None = None, **params: Any
+) -> LocalContext:
     params = {"checkpoint": str(built.checkpoint), "target": "llvm", "probe_tokens": 256, **ANY_LOSS, **params}
     inputs = {"bundle": built.bundle, "params": built.params, "config": built.config, "report": built.report}
-    return run_stage(Verify(), out, params, inputs, memo)
+    return run_stage(Verify(), out, params, inputs, memo, elsewhere)
 
 
 def record(built: Built) -> None:

@@ -111,16 +111,28 @@ class Elsewhere:
                 )
                 for name, files in ctx.sources.items()
             }
-            there = LocalContext(ctx.params, folder / "out", ctx.connected, sources, memo)
+            there = LocalContext(ctx.params, folder / "out", self._inputs(ctx, piece, folder), sources, memo)
             results.append(json.loads(json.dumps(self.stage.make(there, json.loads(json.dumps(piece.what))))))
             parts = {name: entry for name, entry in memo.entries.items() if entry["kind"] == kind}
             for entry in parts.values():
                 shutil.copy(memo._store.path(entry["digest"]), folder / entry["digest"])
                 ctx.memo._store.adopt(folder / entry["digest"], entry["digest"])
-            ctx.memo.take(kind, parts)
+            if parts:
+                ctx.memo.take(kind, parts)
             self.made += parts.values()
             index.close()
         return results
+
+    @staticmethod
+    def _inputs(ctx: LocalContext, piece: Piece, folder: Path) -> Mapping[str, Path | list[Instance]]:
+        """Return the inputs; of those whose files the piece names, these alone."""
+        inputs = dict(ctx.connected)
+        for port in inputs.keys() & piece.files.keys():
+            inputs[port] = folder / "in" / port
+            for name in piece.files[port]:
+                (folder / "in" / port / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ctx.input(port) / name, folder / "in" / port / name)
+        return inputs
 
 
 def run_stage(
