@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.planning.code import strip_docstrings, table_name
+from stagegraph.planning.summary import strip_docstrings, table_name
 from stagegraph.planning.syntax import syntax_text
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ is read, and what differs from it counts by its content from then on, like a nat
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json, stat_id
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 SCHEMA = 2
 READ = "libraries:read"  # in the index: Python files that are younger than their RECORD, with stat and digest
 ABSENT, UNREADABLE = "absent", "unreadable"
-BY_NAME = {"import_module", "__import__", "find_spec"}  # what imports, or looks for, a module by its name
 DIGITS = 16  # of a digest, behind a version: people read it
 # What the index keeps: under a path, [its stat, what was made of it]; of "edited", {row of RECORD: the digest there}.
 SECTIONS = ("folders", "builds", "files", "edited")
@@ -189,28 +187,6 @@ class Libraries:
                     self._saved["edited"].pop(path, None)  # it was installed anew
             self._fresh[kind, path] = saved[1]
         return self._fresh[kind, path]
-
-
-def top_names(tree: ast.AST) -> Iterator[str]:
-    """Yield the top-level name of every absolute import, wherever it stands but under ``TYPE_CHECKING``.
-
-    A module that is imported or looked for by a name written there counts too.
-    """
-    if isinstance(tree, ast.If) and "TYPE_CHECKING" in ast.dump(tree.test):
-        for node in tree.orelse:
-            yield from top_names(node)
-        return
-    names: list[str] = []
-    if isinstance(tree, ast.Import):
-        names = [alias.name for alias in tree.names]
-    elif isinstance(tree, ast.ImportFrom) and not tree.level:
-        names = [tree.module or ""]
-    elif isinstance(tree, ast.Call) and tree.args and isinstance(tree.args[0], ast.Constant):
-        called = getattr(tree.func, "attr", getattr(tree.func, "id", ""))
-        names = [str(tree.args[0].value)] if called in BY_NAME else []
-    yield from (top for name in names if (top := name.partition(".")[0]).isidentifier())
-    for child in ast.iter_child_nodes(tree):
-        yield from top_names(child)
 
 
 def imported(names: Iterable[str], own: Iterable[str]) -> list[str]:

@@ -102,7 +102,7 @@ def test_which_edits_count(lib: Path, file: str, old: str, new: str, counts: boo
 
 def test_unchanged_files_are_not_parsed_again(lib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = closure(lib, {})
-    monkeypatch.setattr("stagegraph.planning.code.summarise", None)
+    monkeypatch.setattr("stagegraph.planning.summary.summarise", None)
     assert closure(lib, {}) == before
 
 

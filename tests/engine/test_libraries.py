@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from stagegraph.planning import installed, libraries
+from stagegraph.planning import installed
 from stagegraph.planning.code import CodeDigests
+from stagegraph.planning.summary import top_names
 from stagegraph.store.index import Index
 from tests.support.demo import Demo
 
@@ -194,7 +195,7 @@ def test_nothing_is_read_twice(identify: Identify, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_which_imports_are_found(source: str, found: set[str]) -> None:
-    assert set(libraries.top_names(ast.parse(source))) == found
+    assert set(top_names(ast.parse(source))) == found
 
 
 @pytest.mark.parametrize(
