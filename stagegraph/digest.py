@@ -16,7 +16,7 @@ from blake3 import blake3
 from stagegraph.files import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from threading import Event
 
 BLOCK = 8 << 20
@@ -27,6 +27,19 @@ def stat_id(path: str | Path) -> StatId:
     """Return (device, inode, size, mtime_ns, ctime_ns) of what ``path`` points to; :class:`OSError` if nothing."""
     s = os.stat(path)  # noqa: PTH116 - on the path of every no-op
     return s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+def is_unchanged(path: str | Path, stat: Sequence[int], holds: Callable[[], bool]) -> bool:
+    """Say whether a file is what it was when it had ``stat``, as :func:`stat_id` returns it.
+
+    Another name for a file (a hard link, as installers and backups make them) and other rights move its ctime alone:
+    ``holds`` then says whether the content is what it was, and is asked in no other case.
+    """
+    try:
+        now = stat_id(path)
+        return now == tuple(stat) or (now[:-1] == tuple(stat)[:-1] and holds())
+    except OSError:
+        return False
 
 
 def digest_bytes(data: bytes) -> str:

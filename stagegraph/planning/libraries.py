@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stagegraph.digest import digest_json, stat_id
+from stagegraph.digest import digest_json, is_unchanged, stat_id
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ SCHEMA = 2
 READ = "libraries:read"  # in the index: Python files that are younger than their RECORD, with stat and digest
 ABSENT, UNREADABLE = "absent", "unreadable"
 DIGITS = 16  # of a digest, behind a version: people read it
+Swept = tuple[list[int], str]  # the stat and the digest of a Python file
 # What the index keeps: under a path, [its stat, what was made of it]; of "edited", {row of RECORD: the digest there}.
 SECTIONS = ("folders", "builds", "files", "edited")
 
@@ -50,7 +51,7 @@ class Libraries:
         self._found: dict[str, dict[str, str]] = {}
         self._stats: dict[str, dict[str, list[int]]] = {}
         self._grown = False
-        self._swept: dict[str, dict[str, list[int]]] | None = None  # RECORD -> the Python files it lists, with stats
+        self._swept: dict[str, dict[str, Swept]] | None = None  # RECORD -> the Python files that it lists
 
     def of(self, modules: Iterable[str]) -> dict[str, str]:
         """Return distribution -> version and build of all that brings the top-level ``modules``, ``"absent"`` if none.
@@ -71,12 +72,17 @@ class Libraries:
 
     def files_read(self) -> dict[str, list[int]]:
         """Return the files behind the answers so far, with their stats: native libraries, and swept Python files."""
-        return self.stats(self._stats) | self._python(self._stats)
+        return self.stats(self._stats) | {path: stat for path, (stat, _) in self._python(self._stats).items()}
 
     def changed(self, modules: Iterable[str]) -> list[str]:
         """Return the files behind ``modules`` whose content is no longer what was digested or swept."""
-        stats = self.stats(modules) | self._python(modules)
-        return sorted(path for path, stat in stats.items() if _stat(path) != stat)
+        modules = list(modules)
+        natives = {path: (stat, self._saved["files"][path][1]) for path, stat in self.stats(modules).items()}
+        return sorted(
+            path
+            for path, (stat, digest) in (natives | self._python(modules)).items()
+            if not is_unchanged(path, stat, lambda p=path, d=digest: _digest(p) == d)
+        )
 
     def sweep(self) -> bool:
         """Examine every Python file of the libraries, now and in later answers; say whether an earlier answer changes.
@@ -127,32 +133,34 @@ class Libraries:
         contents = {row: self._content(module, f"{folder}/{row}") for row in listed}
         return {row: content for row, content in contents.items() if content != listed[row]}
 
-    def _sweep(self, record: str) -> tuple[dict[str, list[int]], dict[str, str]]:
-        """Return the stats of the Python files that ``RECORD`` lists, and rows with digests of those that differ."""
+    def _sweep(self, record: str) -> tuple[dict[str, Swept], dict[str, str]]:
+        """Return the Python files that ``RECORD`` lists, and rows with the digests there of those that differ."""
         from stagegraph.planning.installed import python_files
 
         folder, installed = _site(record), stat_id(record)[-1]
         read = self._index.get(READ) or {}
-        stats: dict[str, list[int]] = {}
+        swept: dict[str, Swept] = {}
         edited, grown = {}, False
         for row, digest in python_files(record):
             path = f"{folder}/{row}"
-            stats[path] = now = _stat(path)
-            if now and now[-1] < installed:
-                continue  # the list was written last
+            now = _stat(path)
+            if now and now[-1] < installed:  # the list was written last
+                swept[path] = now, digest
+                continue
             if path not in read or read[path][0] != now:
                 read[path], grown = [now, _digest(path)], True
+            swept[path] = now, read[path][1]
             if read[path][1] != digest:
                 edited[row] = digest
         if grown:
             self._index.set(READ, read)
-        return stats, edited
+        return swept, edited
 
-    def _python(self, modules: Iterable[str]) -> dict[str, list[int]]:
-        """Return the stats of the Python files behind ``modules``, as far as they were swept."""
+    def _python(self, modules: Iterable[str]) -> dict[str, Swept]:
+        """Return the Python files behind ``modules``, as far as they were swept."""
         swept = self._swept or {}
         records = {record for module in modules for record in self._records(module)}
-        return {path: stat for record in records for path, stat in swept.get(record, {}).items()}
+        return {path: found for record in records for path, found in swept.get(record, {}).items()}
 
     def _content(self, module: str, path: str) -> str:
         try:

@@ -7,6 +7,7 @@ linked, moved or chmodded.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stagegraph.digest import StatId, digest_file, stat_id
+from stagegraph.digest import StatId, digest_file, is_unchanged, stat_id
 from stagegraph.errors import PlanError, Progress
 from stagegraph.files import list_files
 from stagegraph.store.index import Index
@@ -37,15 +38,18 @@ class SourceState:
 
     def changed(self) -> list[str]:
         """Return the names whose file is no longer what was digested."""
-        names = []
-        for name, path in self.files.items():
-            try:
-                same = stat_id(path) == self.stats[name]
-            except OSError:
-                same = False
-            if not same:
-                names.append(name)
-        return names
+        return [
+            name
+            for name, path in self.files.items()
+            if not is_unchanged(path, self.stats[name], functools.partial(self._holds, name))
+        ]
+
+    def _holds(self, name: str) -> bool:
+        """Say whether a file, read again, is what it was; its stat is then the one that it has now."""
+        path = self.files[name]
+        stat, digest = _digest_stable(path, None, Progress(f"reading {path.name} again:", path.stat().st_size))
+        self.stats[name] = stat
+        return digest == self.digests[name]
 
 
 class Sources:

@@ -284,6 +284,13 @@ def test_a_source_that_changes_under_a_stage_fails_and_is_not_stored(demo: Demo)
     assert not demo.path("read").exists()
 
 
+def test_a_source_that_gets_other_rights_and_another_name_under_a_stage_is_what_it_was(demo: Demo) -> None:
+    touched = 'count("read"); path = next(iter(ctx.source("text").files.values())); '
+    demo.edit("read", 'count("read")', touched + 'path.chmod(0o600); path.with_name("linked").hardlink_to(path)')
+    assert demo.run().outcomes["read"] == "BUILT"
+    assert demo.run().outcomes["read"] == "HIT"
+
+
 def test_a_missing_source_is_a_plan_error_with_its_place(demo: Demo) -> None:
     result = demo.run("--set", "vars.text=nowhere")
     assert result.code == 2

@@ -309,6 +309,17 @@ def test_an_edit_of_a_library_while_a_stage_runs_is_kept_by_nobody(two: Demo, si
     assert "changed while it was being read; run again" in run.out
 
 
+@pytest.mark.parametrize("name", ["__init__.py", "fast.so"])
+def test_a_library_that_gets_another_name_while_a_stage_runs_is_what_it_was(two: Demo, site: Path, name: str) -> None:
+    """Installers link the files of a library into every environment."""
+    text = (two.folder / "first.py").read_text()
+    linked, at = str(site / "maths" / name), str(site.parent / "linked")
+    edit = f"        import maths, os\n        os.link({linked!r}, {at!r})\n"
+    (two.folder / "first.py").write_text(text.replace("        import maths\n", edit))
+    assert two.run("--stage", "first").outcomes == {"first": "BUILT"}
+    assert two.run("--stage", "first").outcomes == {"first": "HIT"}
+
+
 def test_what_makes_parts_is_of_libraries_too(site: Path) -> None:
     def digest() -> str:
         index = Index(site.parent / "index")
