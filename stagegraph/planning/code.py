@@ -262,7 +262,6 @@ def followed(module: str) -> frozenset[str]:
 
 
 @functools.cache
-@functools.cache
 def _with_parents(module: str) -> list[str]:
     parts = module.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
