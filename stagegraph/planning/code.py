@@ -33,8 +33,7 @@ from typing import TYPE_CHECKING, Any
 from stagegraph.digest import digest_file, digest_json, stat_id
 from stagegraph.errors import PlanError
 from stagegraph.local import LOCAL
-from stagegraph.planning.libraries import Libraries, imported
-from stagegraph.registry import SHIPPED
+from stagegraph.planning.libraries import Libraries, followed, imported
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
@@ -254,11 +253,6 @@ def _forget_bytecode(path: str) -> None:
     if path.endswith(".py"):
         with contextlib.suppress(OSError, NotImplementedError):
             os.unlink(importlib.util.cache_from_source(path))  # noqa: PTH108
-
-
-def followed(module: str) -> frozenset[str]:
-    """Return the packages whose modules count for a module: its own, and the one that comes with the engine."""
-    return frozenset({module.partition(".")[0], SHIPPED.partition(".")[0]})
 
 
 @functools.cache

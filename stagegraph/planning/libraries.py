@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_json, is_unchanged, stat_id
+from stagegraph.registry import SHIPPED
 from stagegraph.store.index import Index
 
 if TYPE_CHECKING:
@@ -195,6 +196,11 @@ class Libraries:
                     self._saved["edited"].pop(path, None)  # it was installed anew
             self._fresh[kind, path] = saved[1]
         return self._fresh[kind, path]
+
+
+def followed(module: str) -> frozenset[str]:
+    """Return the packages whose modules count for a module: its own, and the one that comes with the engine."""
+    return frozenset({module.partition(".")[0], SHIPPED.partition(".")[0]})
 
 
 def imported(names: Iterable[str], own: Iterable[str]) -> list[str]:

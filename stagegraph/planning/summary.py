@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from stagegraph.digest import digest_bytes, digest_file
 from stagegraph.local import LOCAL
-from stagegraph.planning.code import followed
+from stagegraph.planning.libraries import followed
 from stagegraph.planning.syntax import nodes, statements, syntax_text
 
 FILE_NAME = re.compile(r"([\w-]+/)*[\w-]+(\.[\w-]+)+")  # below the folder of its module
