@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, cast
 
 from stagegraph.digest import digest_json
 from stagegraph.errors import PipelineError
+from stagegraph.execution.budget import Budget
+from stagegraph.execution.resources import MEBIBYTE
 from stagegraph.execution.sandbox import Sandbox, Worker, Workers, placed
 from stagegraph.execution.spreading import Spreading, failed
 from stagegraph.execution.watching import Say, end_of, watch
@@ -81,7 +83,9 @@ def execute(text: str) -> str:
         state = worker.state.tasks.get(request["task"])
         return state is None or state.state not in ("executing", "long-running")
 
-    end = _site(os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph").run(request, say, cancelled)
+    folder = os.environ.get(DIRECTORY) or f"{worker.local_directory}/stagegraph"
+    offered = int(worker.state.total_resources.get("MEMORY", 0)) // MEBIBYTE
+    end = _site(folder, offered).run(request, say, cancelled)
     answer = json.dumps({"task": request["task"], **end, "where": worker.address})
     if request["topic"]:
         worker.log_event(request["topic"], answer)
@@ -91,23 +95,26 @@ def execute(text: str) -> str:
 _SITES = Lock()
 
 
-def _site(folder: str) -> Site:
+def _site(folder: str, offered: int) -> Site:
     with _SITES:  # threads of one worker share it
-        return _made(folder)
+        return _made(folder, offered)
 
 
 @functools.cache
-def _made(folder: str) -> Site:
-    return Site(Path(folder))
+def _made(folder: str, offered: int) -> Site:
+    return Site(Path(folder), offered)
 
 
 class Site:
-    """The store, the worker processes and the connections that the nodes of one Dask worker share."""
+    """The store, the worker processes and the connections that the nodes of one Dask worker share, and the memory that
+    it ``offers`` (MiB; 0 is any).
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, offers: int = 0) -> None:
         self._workspace = Workspace(folder.absolute())
         self._workspace.create()
         self._workers = Workers(())
+        self._budget = Budget(offers)
         self._storages: dict[str, Storage] = {}
         # A worker process ends with the thread that began it, so one that stays begins them all.
         self._starter = ThreadPoolExecutor(1, "starter")
@@ -205,11 +212,14 @@ class Site:
                 sources[name] = {"root": str(base), "files": files, "digests": digests}
             log = sandbox.open_log(self._workspace.log_path(request["key"]), ())
             stage = origin.make()
-            say({"event": "began", "where": request["where"]})
             paths = placed(sandbox, log, self._workspace.root, inputs, part_codes(codes, stage, request["rows"]))
             maps = request["piece"] is None
             spreading = self._spreading(request, storage, say, cancelled)
-            with self._worker(stage.profile, new=bool(request["memory"])) as worker:
+            with (
+                self._budget.taken(request["memory"], cancelled),
+                self._worker(stage.profile, new=bool(request["memory"])) as worker,
+            ):
+                say({"event": "began", "where": request["where"]})
                 task_request = {**request, **paths, "sources": sources, "origin": origin, "maps": maps}
                 worker.send(cast("Request", task_request))
                 end = watch(worker, request, log, say, cancelled, spreading)
@@ -252,6 +262,7 @@ class Site:
                 }
             ),
             cancelled=cancelled,
+            meanwhile=lambda: self._budget.lent(request["memory"], cancelled),
         )
 
     def _storage(self, request: ReceivedTask) -> Storage:

@@ -2,8 +2,8 @@
 
 Each piece is a task of its own, submitted by the node's worker: the node's request, with those source files alone that
 the piece reads. Its parts go through the remote like a node's outputs. Meanwhile the node's thread is free for pieces,
-so one worker with one thread is enough. Pieces reserve no resources: those of the node stay reserved, and where no
-other worker has as much, a piece would wait for them for ever.
+so one worker with one thread is enough. Pieces reserve nothing with Dask; their memory counts on the worker that makes
+them (:mod:`stagegraph.execution.budget`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from stagegraph.digest import digest_json
@@ -41,7 +42,7 @@ class Spreading:
     """The pieces of one node; ``execute`` is what Dask calls with the text of a request.
 
     ``fetch`` gets objects (digest -> size) and ``lend`` gives some to the remote; both return those that they cannot.
-    ``tell`` hears how many pieces are made, of how many.
+    ``tell`` hears how many pieces are made, of how many; ``meanwhile`` is entered while they are.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Spreading:
         lend: Callable[[Sequence[str]], Sequence[str]],
         tell: Callable[[int, int], None],
         cancelled: Callable[[], bool],
+        meanwhile: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._request, self._execute = request, execute
         self._fetch, self._lend, self._tell, self._cancelled = fetch, lend, tell, cancelled
+        self._meanwhile = meanwhile
         self._client: Any = None
         self._waiting: dict[Any, int] = {}  # future -> which piece
         self._refused: dict[str, str] = {}  # address -> why it makes none
@@ -67,7 +70,7 @@ class Spreading:
         """Have all pieces made; the first that fails ends the others."""
         from distributed import worker_client
 
-        with worker_client() as self._client:
+        with worker_client() as self._client, self._meanwhile():
             try:
                 return self._made(pieces)
             finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ import yaml
 import stages
 from stagegraph import Pipeline
 from stagegraph.errors import PlanError, SpecError
+from stagegraph.execution.budget import Budget
 from stagegraph.execution.cluster import Cluster
 from stagegraph.execution.outcome import Run
 from stagegraph.execution.reporter import Reporter
@@ -574,7 +577,13 @@ def spreading() -> Spreading:
     """The pieces of a node that asks for a GPU, with a cluster that takes whatever it is given."""
     request: Any = {"key": "0" * 64, "sources": {}, "sizes": {}, "layout": {}, "labels": ["GPU"]}
     found = Spreading(
-        request, str, fetch=lambda _: [], lend=lambda _: [], tell=lambda _done, _total: None, cancelled=lambda: False
+        request,
+        str,
+        fetch=lambda _: [],
+        lend=lambda _: [],
+        tell=lambda _done, _total: None,
+        cancelled=lambda: False,
+        meanwhile=contextlib.nullcontext,
     )
     workers = {"tcp://a:1": {"resources": {"big": 1}}, "tcp://b:1": {"resources": {"GPU": 1}}}
     found._client = SimpleNamespace(
@@ -654,6 +663,46 @@ def test_a_worker_that_is_killed_amid_a_piece_costs_that_piece(client: Client, g
     assert here.record
     assert there.record
     assert (here.record["key"], here.record["outputs"]) == (there.record["key"], there.record["outputs"])
+
+
+def test_what_a_worker_offers_is_taken_by_one_after_the_other() -> None:
+    budget, order, over = Budget(1000), list[str](), threading.Event()
+
+    def take(name: str, mebibytes: int) -> None:
+        with budget.taken(mebibytes, over.is_set):
+            order.append(name)
+
+    with budget.taken(600, over.is_set):
+        beside = threading.Thread(target=take, args=("beside", 400))
+        beside.start()
+        beside.join()
+        waits = threading.Thread(target=take, args=("waits", 600))
+        waits.start()
+        assert order == ["beside"]
+        with budget.lent(600, over.is_set):  # as while its pieces are made
+            waits.join()
+        ends = threading.Thread(target=take, args=("ends", 600))
+        ends.start()
+        over.set()  # whoever waits need not any more
+        ends.join()
+    take("all, and more", 2000)
+    assert order == ["beside", "waits", "ends", "all, and more"]
+
+
+@pytest.mark.slow
+def test_pieces_take_no_more_memory_than_their_worker_offers(client: Client, grid: Grid) -> None:
+    """Two threads, and room for one piece: each begins once the one before has ended."""
+    roomy = grid.start("roomy", "--nthreads", "2", "--resources", f"roomy=1 MEMORY={1 << 30}").process
+    write_squares(client, range(600, 604), seconds=0.5)
+    document = json.loads((client.folder / "pipeline.yaml").read_text())
+    document["stages"]["n0"]["resources"] = {"labels": ["roomy"], "memory": "600 MiB"}
+    (client.folder / "pipeline.yaml").write_text(json.dumps(document))
+    until(lambda: "Registered to" in (grid.workers[0].log.parent / "roomy.log").read_text())
+    (outcome,) = client.run().outcomes
+    roomy.kill()
+    assert (outcome.status, squares(client)) == ("BUILT", [number * number for number in range(600, 604)])
+    began = sorted(int(path.name.split("-")[3]) for path in client.notes.iterdir())
+    assert all(after - before >= 500_000_000 for before, after in itertools.pairwise(began))
 
 
 @pytest.mark.slow
