@@ -6,11 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from stagegraph.stage import Context, In, JsonObject, Out, Stage, StageError, dist_versions, param
+from stagegraph.stage import Context, In, JsonObject, Out, Piece, Stage, StageError, dist_versions, param
 
 if TYPE_CHECKING:
+    from stages.codegen.library import KernelText
     from stages.documents.graph import Graph
     from stages.documents.params import Register
 
@@ -112,6 +113,17 @@ class Compile(Stage):
         """Return the target, and the backend of its device."""
         return {"stages.targets.table:TARGETS": params.target, "stages.targets.backends:BACKENDS": params.target}
 
+    def make(self, ctx: Context, what: Sequence[Sequence[Any]]) -> None:
+        """Compile some of the library's kernels."""
+        from stages.codegen.build import BuildError, BuildOptions, compile_texts
+        from stages.codegen.library import KernelText
+
+        options = BuildOptions(**dataclasses.asdict(ctx.params))
+        try:
+            compile_texts([KernelText(*kernel) for kernel in what], options, dist_versions, ctx, ctx.out)
+        except BuildError as error:
+            raise StageError(*error.problems) from None
+
     def run(self, ctx: Context) -> None:
         """Build the library, and check its contents."""
         from stages.codegen import agreement, views
@@ -133,7 +145,9 @@ class Compile(Stage):
         modules = [instance.path.read_text("utf-8") for instance in ctx.inputs("module")]
         library = ctx.out / "model.so"
         try:
-            metadata, built = build(modules, graphs, registry, options, dist_versions, ctx, library)
+            metadata, built = build(
+                modules, graphs, registry, options, dist_versions, ctx, library, lambda lists: _elsewhere(ctx, lists)
+            )
         except BuildError as error:
             raise StageError(*error.problems) from None
         write_json(ctx.out / "metadata.json", metadata)
@@ -141,3 +155,9 @@ class Compile(Stage):
             ctx.view(name, text)
         ctx.summary(views.summary(metadata, library.stat().st_size))
         ctx.progress(STEPS, STEPS, "steps")
+
+
+def _elsewhere(ctx: Context, lists: Sequence[Sequence[KernelText]]) -> list[Any] | None:
+    """Have kernels compiled by other machines, which need none of the inputs; None where there are none."""
+    nothing: dict[str, Sequence[str]] = dict.fromkeys(Compile.inputs, ())
+    return ctx.map("kernel", [Piece(f"{len(kernels)} kernels", kernels, nothing) for kernels in lists])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from stages.codegen import library as libraries
 from stages.codegen.library import CodegenError, Compilers, build_library
 from stages.documents.graph import ModelSizes
 from stages.ir.compat import load_json
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from stages.codegen.library import Built
+    from stages.codegen.library import Built, KernelText, Spread
     from stages.documents.files import JsonObject
     from stages.documents.graph import Graph
     from stages.documents.library import Compiler, Described, DeviceContents, Metadata
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from stages.targets.backends import Backend
     from stages.targets.toolchain import Program
 
+TVM = ("apache-tvm", "apache-tvm-ffi")  # distributions
 STEPS = 6  # of progress beside kernels: five lowering phases, then all that follows code generation
 
 
@@ -68,11 +70,12 @@ def build(
     versions: Callable[..., dict[str, str]],
     memo: Memo,
     library: Path,
+    spread: Spread | None = None,
 ) -> tuple[Metadata, list[Built]]:
     """Write ``library``, of the exported ``modules`` (texts) with their ``graphs``; return its metadata and kernels.
 
-    ``versions`` returns the versions of installed distributions by name. :class:`BuildError` for what is missing or
-    cannot be compiled.
+    ``versions`` returns the versions of installed distributions by name, ``spread`` is that of
+    :func:`~stages.codegen.library.build_library`. :class:`BuildError` for what is missing or cannot be compiled.
     """
     tools = _find_tools(options)
     metadata = _described(graphs, registry, options, tools, versions)
@@ -83,7 +86,8 @@ def build(
         return {**metadata, "memory": dict(planned)}
 
     try:
-        built = _build(modules, options, metadata, tools, describe, memo, library)
+        compilers = _compilers(options, tools, versions)
+        built = _build(modules, options, compilers, describe, memo, library, spread)
         none: DeviceContents = {"device_code": [], "device_kernels": {}}
         contents = tools.backend.contents(library) if tools.backend else none
     except DeviceCodeError as error:
@@ -93,6 +97,22 @@ def build(
     on_device = [name for kernel in built for name in kernel.code.entry_points]
     names = sorted(on_device or [kernel.name for kernel in built])
     return {**metadata, **contents, "memory": memory, "kernels": names}, built
+
+
+def compile_texts(
+    kernels: Sequence[KernelText],
+    options: BuildOptions,
+    versions: Callable[..., dict[str, str]],
+    memo: Memo,
+    folder: Path,
+) -> None:
+    """Compile kernels of such a library, and keep them; :class:`BuildError` for what is missing or cannot be."""
+    try:
+        libraries.compile_texts(kernels, _compilers(options, _find_tools(options), versions), memo, folder)
+    except DeviceCodeError as error:
+        raise BuildError(str(error)) from None
+    except CodegenError as error:
+        raise BuildError(*error.problems) from None
 
 
 def _find_tools(options: BuildOptions) -> _Tools:
@@ -137,7 +157,7 @@ def _described(
             "activations": options.activations,
         },
         "toolchain": _toolchain(tools, versions),
-        "tools": versions("apache-tvm", "apache-tvm-ffi"),
+        "tools": versions(*TVM),
         "cpu": {"mcpu": mcpu, "features": list(processor.required_features(options.mcpu))},
         "functions": sorted(name for graph in graphs for name in graph["functions"]),
         "params": [{"name": p["name"], "shape": p["shape"], "dtype": p["dtype"]} for p in registry["params"]],
@@ -150,41 +170,47 @@ def _sizes(graph: Graph) -> ModelSizes:
     return cast("ModelSizes", {name: value for name, value in graph.items() if name in ModelSizes.__annotations__})
 
 
-def _build(
-    modules: Sequence[str],
-    options: BuildOptions,
-    metadata: Described,
-    tools: _Tools,
-    describe: Callable[[Mapping[str, int]], JsonObject],
-    memo: Memo,
-    library: Path,
-) -> list[Built]:
-    """Merge, lower and compile ``modules`` into ``library``; return its kernels."""
-    row = TARGETS[options.target]
+def _compilers(options: BuildOptions, tools: _Tools, versions: Callable[..., dict[str, str]]) -> Compilers:
+    """Return the compilers, and all that tells what they make."""
     mcpu, features = processor.parse(options.mcpu)
     attributes = tools.backend.attributes(options) if tools.backend else {}
     try:
-        target = build_target(row, mcpu, features, opt=options.opt, attributes=attributes)
+        target = build_target(TARGETS[options.target], mcpu, features, opt=options.opt, attributes=attributes)
     except ValueError as error:
         raise BuildError(str(error)) from None
-    module = merge([load_json(text) for text in modules])
-    flags = {name: getattr(options, name) for name in ("opt", "archs", "fast_math")}
-    how = {"target": str(target), "tools": metadata["tools"]}
-    document = {**how, **flags, "toolchain": {}}
+    document: dict[str, Any] = {
+        "target": str(target),
+        "tools": versions(*TVM),
+        **{name: getattr(options, name) for name in ("opt", "archs", "fast_math")},
+        "toolchain": {},  # an object of TVM's alone does not depend on it
+    }
     device = None
     if tools.backend and tools.toolkit:
         device = tools.backend.prepare(tools.toolkit, tools.cxx, options)
-        document["toolchain"] = metadata["toolchain"]  # an object of TVM's alone does not depend on it
+        document["toolchain"] = _toolchain(tools, versions)
+    return Compilers(target, device, document, tools.cxx.path, toolchain.environment())
+
+
+def _build(
+    modules: Sequence[str],
+    options: BuildOptions,
+    compilers: Compilers,
+    describe: Callable[[Mapping[str, int]], JsonObject],
+    memo: Memo,
+    file: Path,
+    spread: Spread | None,
+) -> list[Built]:
+    """Merge, lower and compile ``modules`` into the library ``file``; return its kernels."""
+    row, how = TARGETS[options.target], {name: compilers.document[name] for name in ("target", "tools")}
     lowered = lower(
-        module,
+        merge([load_json(text) for text in modules]),
         row,
-        target,
+        compilers.target,
         describe,
         lambda done, _: memo.progress(done, STEPS, "steps"),
         processor.required_features(options.mcpu),
         options.activations,
         cuda_graph=options.cuda_graph,
-        schedule=lambda module: scheduled(module, row.schedules, how, memo, library.parent),
+        schedule=lambda module: scheduled(module, row.schedules, how, memo, file.parent),
     )
-    compilers = Compilers(target, device, document, tools.cxx.path, toolchain.environment())
-    return build_library(lowered, compilers, memo, library)
+    return build_library(lowered, compilers, memo, file, spread)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import tvm
 from tvm import relax as rx
@@ -20,7 +20,7 @@ from stages.codegen.objects import Code
 from stages.ir.compat import load_json
 from stages.ir.content import content
 from stages.lowering.rewriter import bound_values
-from stages.memo import Memo
+from stages.memo import Memo, Part
 from stages.problems import ProblemsError
 from stages.targets.backends import DeviceCompiler
 
@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 
 
 KIND = "kernel"  # of what is kept
+TOGETHER = 8  # kernels that another machine is asked for at a time
+
+
+class KernelText(NamedTuple):
+    """A kernel as another machine gets it: the functions that call it, the document it is kept under, TVM's JSON."""
+
+    name: str
+    callers: Sequence[str]
+    document: JsonObject
+    text: str
+
+
+# Has each list compiled somewhere, and returns something once all are kept; nothing where that cannot be.
+Spread: TypeAlias = "Callable[[Sequence[Sequence[KernelText]]], object]"
 
 
 class CodegenError(ProblemsError):
@@ -60,15 +74,22 @@ class Built:
     reused: bool
 
 
-def build_library(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, library: Path) -> list[Built]:
-    """Write ``library``; return its kernels by name. :class:`CodegenError` names every kernel that failed."""
+def build_library(
+    lowered: tvm.IRModule, compilers: Compilers, memo: Memo, library: Path, spread: Spread | None = None
+) -> list[Built]:
+    """Write ``library``; return its kernels by name. :class:`CodegenError` names every kernel that failed.
+
+    ``spread`` has lists of kernels compiled by other machines, each by :func:`compile_texts`.
+    """
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        built = list(_kernels(lowered, compilers, memo, Path(scratch)))
+        built = list(_kernels(lowered, compilers, memo, Path(scratch), spread))
         _link(lowered, built, compilers, Path(scratch), library)
     return built
 
 
-def _kernels(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, scratch: Path) -> Iterator[Built]:
+def _kernels(
+    lowered: tvm.IRModule, compilers: Compilers, memo: Memo, scratch: Path, spread: Spread | None
+) -> Iterator[Built]:
     """Yield every kernel, by name, from what is kept or newly compiled and kept."""
     found = {var.name_hint: kernel for var, kernel in lowered.functions_items() if isinstance(kernel, tirx.PrimFunc)}
     callers = _callers(lowered)
@@ -78,24 +99,51 @@ def _kernels(lowered: tvm.IRModule, compilers: Compilers, memo: Memo, scratch: P
     # The largest first, so that no long one is left over for the end.
     texts = {name: tvm.ir.save_json(found[name]) for name in found if parts[name] is None}
     missing = sorted(texts, key=lambda name: (-len(texts[name]), name))
-    jobs = [
-        functools.partial(objects.compile_kernel, name, found[name], compilers.target, compilers.device, scratch / name)
-        for name in missing
-    ]
-    problems = []
-    for count, (number, seconds, problem) in enumerate(forked.run(jobs, scratch), start=1):
-        name = missing[number]
-        if problem:
-            problems.append(f"kernel {name} of {', '.join(callers[name])}: {problem}")
-        else:
-            parts[name] = memo.remember(KIND, documents[name], scratch / name, seconds=round(seconds, 3))
-        memo.progress(count, len(missing), "kernels", name)
-    if problems:
-        raise CodegenError(*sorted(problems))
+    if spread and len(missing) > TOGETHER:
+        count = -(-len(missing) // TOGETHER)  # lists, of which each has large kernels and small ones
+        kernels = [KernelText(name, callers[name], documents[name], texts[name]) for name in missing]
+        if spread([kernels[number::count] for number in range(count)]):
+            parts |= {name: memo.recall(KIND, documents[name]) for name in missing}
+    here = {name: (found[name], callers[name], documents[name]) for name in missing if parts[name] is None}
+    parts |= _compile(here, compilers, memo, scratch)
     for name in sorted(found):
         part = parts[name]
         assert part is not None
         yield Built(name, callers[name], Code.read(part.path), part.facts["seconds"], name not in missing)
+
+
+def compile_texts(kernels: Sequence[KernelText], compilers: Compilers, memo: Memo, folder: Path) -> None:
+    """Compile kernels that are not kept, and keep them. :class:`CodegenError` names every one that failed."""
+    missing = [kernel for kernel in kernels if memo.recall(KIND, kernel.document) is None]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        found = {name: (load_json(text), callers, document) for name, callers, document, text in missing}
+        _compile(found, compilers, memo, Path(scratch))
+
+
+def _compile(
+    kernels: Mapping[str, tuple[tirx.PrimFunc, Sequence[str], JsonObject]],
+    compilers: Compilers,
+    memo: Memo,
+    scratch: Path,
+) -> dict[str, Part]:
+    """Compile kernels (name -> kernel, callers, document), in this order, side by side, and keep them."""
+    names = list(kernels)
+    jobs = [
+        functools.partial(objects.compile_kernel, name, kernel, compilers.target, compilers.device, scratch / name)
+        for name, (kernel, _, _) in kernels.items()
+    ]
+    parts, problems = dict[str, Part](), []
+    for count, (number, seconds, problem) in enumerate(forked.run(jobs, scratch), start=1):
+        name = names[number]
+        _, callers, document = kernels[name]
+        if problem:
+            problems.append(f"kernel {name} of {', '.join(callers)}: {problem}")
+        else:
+            parts[name] = memo.remember(KIND, document, scratch / name, seconds=round(seconds, 3))
+        memo.progress(count, len(names), "kernels", name)
+    if problems:
+        raise CodegenError(*sorted(problems))
+    return parts
 
 
 def _callers(lowered: tvm.IRModule) -> dict[str, list[str]]:

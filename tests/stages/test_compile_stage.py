@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from stagegraph.errors import SpecError
 from stagegraph.planning.dag import Dag
 from stagegraph.spec.load import load
 from stagegraph.stage import Instance, StageError
+from stagegraph.store.index import Index
 from stages.codegen.agreement import takes_bytes
 from stages.compile import Compile
 from stages.targets import processor, toolchain
@@ -26,6 +28,7 @@ from stages.targets.toolchain import Program
 from stages.targets.tvm_target import build_target
 from tests.support import compiled_qwen, family_models
 from tests.support.checkpoints import write_qwen
+from tests.support.local_context import Elsewhere
 
 ROOT = Path(__file__).parents[2]
 ABI = ROOT / "docs" / "abi.md"
@@ -204,6 +207,25 @@ def built_files(ports, library):
 def test_two_processes_build_the_same_bytes(tmp_path, graphs, library):
     _, ports = graphs("llvm")
     same_elsewhere(tmp_path, "llvm", {}, built_files(ports, library.out))
+
+
+def test_kernels_that_others_compile_make_the_same_library(tmp_path, graphs, library):
+    """They see none of the inputs; what is left to compile here is what is not asked for."""
+    registered, ports = graphs("llvm")
+    memo = shutil.copytree(compiled_qwen.kernels_made(), tmp_path / "memo")
+    index = Index(memo / "index")
+    forgotten = [name for name, entry in library.memo.entries.items() if entry["kind"] == "kernel"][:10]
+    index.delete_all(forgotten)
+    index.close()
+    others = Elsewhere(Compile(), tmp_path / "others")
+    together = compiled_qwen.compile_library(
+        tmp_path / "together", ports, registered, target="llvm", memo=memo, elsewhere=others
+    )
+    assert [entry["kind"] for entry in others.made] == ["kernel"] * 10
+    assert len(list((tmp_path / "others").iterdir())) == 2
+    assert together.memo.counts["kernel"]["made"] == 10
+    for name in ("model.so", "metadata.json"):
+        assert (together.out / name).read_bytes() == (library.out / name).read_bytes()
 
 
 @pytest.mark.slow

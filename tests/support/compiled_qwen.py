@@ -26,7 +26,7 @@ from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.parameter import convert, restored
 from stages.quantization.rows import Row
 from tests.support.checkpoints import qwen_tensors, write_qwen
-from tests.support.local_context import LocalContext, run_stage
+from tests.support.local_context import Elsewhere, LocalContext, run_stage
 
 FUNCTIONS = ("embed", "prefill", "decode", "kv", "softmax")
 MODEL = {"hidden": 64, "layers": 2, "heads": 2, "ff": 96, "ranks": 300}
@@ -77,10 +77,17 @@ def kernels_made() -> Path:
 
 
 def compile_library(
-    folder: Path, ports: Mapping[str, Any], registered: Registered, *, memo: Path | None = None, **options: Any
+    folder: Path,
+    ports: Mapping[str, Any],
+    registered: Registered,
+    *,
+    memo: Path | None = None,
+    elsewhere: Elsewhere | None = None,
+    **options: Any,
 ) -> LocalContext:
     """Compile the graphs of ``ports``; kernels are taken from ``memo``, without one from those made before."""
-    return run_stage(Compile(), folder, options, {**ports, "params": registered.params}, memo or kernels_made())
+    inputs = {**ports, "params": registered.params}
+    return run_stage(Compile(), folder, options, inputs, memo or kernels_made(), elsewhere)
 
 
 @dataclass(frozen=True)
