@@ -17,6 +17,7 @@ is read, and what differs from it counts by its content from then on, like a nat
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -82,7 +83,7 @@ class Libraries:
         return sorted(
             path
             for path, (stat, digest) in (natives | self._python(modules)).items()
-            if not is_unchanged(path, stat, lambda p=path, d=digest: _digest(p) == d)
+            if not is_unchanged(path, stat, functools.partial(_is, path, digest))
         )
 
     def sweep(self) -> bool:
@@ -218,6 +219,10 @@ def _stat(path: str) -> list[int]:
         return list(stat_id(path))
     except OSError:
         return []
+
+
+def _is(path: str, digest: str) -> bool:
+    return _digest(path) == digest
 
 
 def _digest(path: str) -> str:
