@@ -41,15 +41,18 @@ OURS = {  # side -> scheme, activations
     "q4a64": ("q4a64", "float"),
     "q4k": ("q4k", "float"),
     "q6k": ("q6k", "float"),
+    "q4a32 int8": ("q4a32", "int8"),
+    "q4k int8": ("q4k", "int8"),
+    "q6k int8": ("q6k", "int8"),
 }
 GROUPS = {  # baseline -> our sides beside it, with the least ratios of prefill and decode; 0 asks for nothing
     "Q4_0": {"int4": (0.8, 1.0), "int4 int8": (1.8, 1.25)},
     "Q8_0": {"q8": (0, 1.0), "q8 int8": (0, 1.0)},
     "F16": {"f16": (0, 1.0)},
     "bfloat16": {"int4": (0, 0), "int4 int8": (1.8, 8.0)},
-    "Q4_1": {"q4a32": (0, 1.25)},
-    "Q4_K": {"q4k": (0, 1.25)},
-    "Q6_K": {"q6k": (0, 1.25)},
+    "Q4_1": {"q4a32": (0, 1.25), "q4a32 int8": (0, 1.25)},
+    "Q4_K": {"q4k": (0, 1.25), "q4k int8": (0, 1.25)},
+    "Q6_K": {"q6k": (0, 1.25), "q6k int8": (0, 1.25)},
     "int4": dict.fromkeys(("q4s32", "q4a32", "q4a64", "q4k"), (0, 0)),  # with a head of twice the bits
 }
 DEFAULT = ["Q4_0", "Q8_0", "F16", "bfloat16"]

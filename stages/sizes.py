@@ -9,4 +9,3 @@ LEVELED = 8  # groups whose scales and minima are integers of six bits and share
 N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stages/quantization/layouts.py)
 # Bits of an element of a row in two levels -> those of each of its planes, the lowest first: words of whole elements.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
-BYTE_BITS = (4, 8)  # of weights whose codes kernels multiply by int8 activations; others are read by floats

@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING
 
 from stages.documents.graph import ModelSizes
-from stages.sizes import BYTE_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +24,7 @@ def takes_bytes(registry: Register) -> tuple[list[str], list[str]]:
 
 
 def _takes_bytes(entry: Parameter) -> bool:
-    row = entry["quantize"]
-    return entry["layout"] == "n32" and row is not None and row["bits"] in BYTE_BITS
+    return entry["layout"] == "n32" and entry["quantize"] is not None
 
 
 def disagreements(graphs: Sequence[Graph], registry: Register, target: str, activations: str) -> list[str]:
@@ -45,7 +43,7 @@ def disagreements(graphs: Sequence[Graph], registry: Register, target: str, acti
     if activations == "int8" and not takes_bytes(registry)[0]:
         problems.append(
             f"activations: int8 has no effect: no layer of this model in {registry['scheme']} has a kernel for it, "
-            "which takes weights of 4 or 8 bits with float32 or float16 scales, in rows of whole groups; use float"
+            "which takes weights with float32 or float16 scales, in rows of whole groups; use float"
         )
     functions = [name for graph in graphs for name in graph["functions"]]
     return problems + [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]

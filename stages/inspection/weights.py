@@ -15,7 +15,7 @@ from stages.quantization.rows import Row
 from stages.sizes import N32_BLOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from stages.documents.weights import ErrorLine, ErrorReport
@@ -54,10 +54,10 @@ class _Weights:
         line, stored = self.lines[name], self.stored(name)
         rows = slice(rows.start, min(rows.stop, line["shape"][0]))  # the last block of a layout is filled up
         if not line["quantize"]:
-            return _rows(stored[0], rows, 0).astype(np.float32)
+            return _rows(stored[0], rows).astype(np.float32)
         row = Row(**line["quantize"])
         if line["layout"] == "kn":
-            stored = [layouts.restore("kn", tensor, rows.stop, 0) for tensor in stored]
+            stored = [layouts.restore("kn", tensor, rows.stop) for tensor in stored]
         if row.kind == "tensor":
             return restored([stored[0][rows], stored[1]], row, line["shape"][1])
         each = zip(stored, row.element_bits, strict=True)
@@ -68,7 +68,7 @@ class _Weights:
         return [x.ndim for x in self.stored(name)] != [x.ndim for x in other.stored(name)]
 
 
-def _rows(stored: np.ndarray, rows: slice, bits: int) -> np.ndarray:
+def _rows(stored: np.ndarray, rows: slice, bits: Sequence[int] = ()) -> np.ndarray:
     """Return rows of a stored tensor as layout nk has them; a matrix in blocks has a dimension more."""
     if stored.ndim < 3:
         return stored[rows]

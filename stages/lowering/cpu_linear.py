@@ -15,7 +15,6 @@ from stages.kernels.cpu.linear_float import LinearLayer, linear_kernel
 from stages.kernels.cpu.linear_int8 import int8_kernel, offset_factor, quantizer, with_bytes
 from stages.kernels.cpu.stored import Stored
 from stages.lowering.rewriter import KernelCall, Rewriter, bound_values, is_call, read_by, rows_of
-from stages.sizes import BYTE_BITS
 from stages.sizes import N32_BLOCK as BLOCK
 from stages.targets.processor import byte_product
 
@@ -99,7 +98,7 @@ class _Linears(Rewriter):
         tile, streams = register_tile(self.features), row_streams(self.features, stored.bits)
         layer = LinearLayer(stored, count, len(rows[0]) - 1, tile=tile, streams=streams)
         inputs = [x]
-        if self.dot and stored.bits in BYTE_BITS:
+        if self.dot and stored.bits:
             layer = with_bytes(layer, self.dot)
             inputs = self._quantized(x, layer)
         return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])

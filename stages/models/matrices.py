@@ -46,8 +46,7 @@ class Layout:
 
     def bit(self, element: Any, bits: int) -> Any:
         """Return the bit of a word at which an element of ``bits`` begins."""
-        spread = self.block > 1 and bits == 4
-        return 8 * (element % 4) + 4 * (element // 4) if spread else element * bits
+        return 8 * (element % 4) + bits * (element // 4) if self.block > 1 else element * bits
 
 
 class FloatMatrix(nn.Module):
@@ -155,7 +154,8 @@ class GroupMatrix(nn.Module):
         first, below, found = group * self.bits * self.group_size // 32, 0, tirx.const(0, "uint32")
         for bits in PLANES[self.bits]:
             word = words[self.layout.at(i, first + place * bits // 32)]
-            found = found | tirx.shift_left(_bits_of(word, place * bits % 32, bits), tirx.const(below, "uint32"))
+            bit = self.layout.bit(place % (32 // bits), bits)
+            found = found | tirx.shift_left(_bits_of(word, bit, bits), tirx.const(below, "uint32"))
             first, below = first + self.group_size * bits // 32, below + bits
         return found
 

@@ -185,7 +185,7 @@ class _Quantizing:
         last = np.zeros((len(part), row.group_size), part.dtype)
         last[:, : self._rest] = part[:, whole * row.group_size :]
         stats = self._run(last, first, whole, 1)
-        by_row = layouts.restore(layout, self._words, end, row.bits)  # a view: n32 has whole groups
+        by_row = layouts.restore(layout, self._words, end)  # a view: n32 has whole groups
         words = by_row[first:end, whole * (row.group_size // row.per_word) :]
         _clear_past_end(words, self._rest, row)
         return stats

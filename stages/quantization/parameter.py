@@ -105,7 +105,7 @@ def _by_kernels(
         return kernels.cast(parts, stored[0])
     rows = np.empty(shape, stored[0].dtype)
     sums = kernels.cast(parts, rows)
-    stored[0][...] = arrangement.arrange(layout, rows, 0)
+    stored[0][...] = arrangement.arrange(layout, rows)
     return sums
 
 
@@ -130,7 +130,7 @@ def _by_numpy(
     else:
         made = [cast(array, stored[0].dtype.name)]
         error = relative_error(array, lambda rows: made[0][rows].astype(np.float32))
-    for target, tensor, bits in zip(stored, made, row.element_bits if row else [0], strict=True):
+    for target, tensor, bits in zip(stored, made, row.element_bits if row else [()], strict=True):
         target[...] = arrangement.arrange(layout, tensor, bits)
     return error
 

@@ -69,9 +69,11 @@ class Row:
         return tuple(name for name, _, _ in self.stored(0, 0))
 
     @property
-    def element_bits(self) -> tuple[int, ...]:
-        """The bits of the packed elements of each stored tensor, 0 for what is none: see layouts.py."""
-        return (self.bits if self.bits == 4 else 0, *(0 for _ in self.parts[1:]))
+    def element_bits(self) -> tuple[tuple[int, ...], ...]:
+        """Of each stored tensor, the bits of an element in each word of a group; empty where layouts move none."""
+        moved = self.kind == "group" and all(bits in (1, 2, 4) for bits in self.planes)
+        words = [bits for bits in self.planes for _ in range(self.group_size * bits // 32)] if moved else []
+        return (tuple(words), *(() for _ in self.parts[1:]))
 
     def groups(self, k: int) -> int:
         """Return the number of groups in a row of ``k`` values, the last of which may be short."""

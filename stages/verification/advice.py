@@ -20,7 +20,6 @@ import numpy as np
 from stages.quantization import layouts
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
-from stages.sizes import BYTE_BITS
 from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
 
@@ -143,7 +142,7 @@ def byte_groups(model: Any, matrices: Mapping[str, tuple[str, list[Any]]], schem
             kind = kinds[id(module)]
             row = scheme.row(kind, k)
             direct = layouts.of("n32", kind, scheme, row, scheme.storage_dtype, k) == "n32"
-            if row and direct and row.bits in BYTE_BITS:
+            if row and direct:
                 found[name] = row.group_size
     return found
 

@@ -13,7 +13,7 @@ from stages.quantization import feedback, float8, group, layouts, minimum, two_l
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
-from stages.sizes import BYTE_BITS, LEVELED
+from stages.sizes import LEVELED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,7 +101,7 @@ def _of_parameter(entry: Parameter, records: Mapping[str, Record]) -> Iterator[B
     arrays = [records[name].load() for name in entry["stored"]]
     row = Row(**entry["quantize"]) if entry["quantize"] else None
     if entry["layout"] != "nk":
-        each = zip(arrays, row.element_bits if row else [0], strict=True)
+        each = zip(arrays, row.element_bits if row else [()], strict=True)
         arrays = [layouts.restore(entry["layout"], array, entry["shape"][0], bits) for array, bits in each]
     if entry["transform"] in ("transpose", "stacked_transpose"):
         (name,), (source,), ((*experts, k, n),) = entry["source_names"], entry["sources"], entry["source_shapes"]
@@ -174,7 +174,7 @@ def by_name(registry: Register, records: Mapping[str, Record]) -> dict[str, Rows
 def _byte_group(entry: Parameter) -> int:
     """Return :attr:`Rows.group` of a tensor of params.json: kernels that read bytes take matrices in blocks."""
     row, matrix = entry["quantize"], entry["layout"] == "n32" and len(entry["shape"]) == 2
-    return int(row["group_size"]) if row and matrix and row["bits"] in BYTE_BITS else 0
+    return int(row["group_size"]) if row and matrix else 0
 
 
 def differences(

@@ -30,13 +30,14 @@ def test_each_row_is_multiplied_by_the_weights_of_its_expert(scheme: str, tokens
     weight = random.standard_normal((COUNT * N, K), np.float32)
     x = random.standard_normal((tokens, K), np.float32)
     chosen = random.integers(0, COUNT, tokens * EACH).astype(np.int32)
-    stored, tensors = Stored(COUNT * N, K, "float32"), [weight]
+    stored, tensors, moved = Stored(COUNT * N, K, "float32"), [weight], ((),)
     if scheme != "q0f32":
         row = SCHEMES[scheme].row("linear")
         stored = Stored(COUNT * N, K, "float16", 4, 32)
-        tensors = [*group.quantize(weight, row)]
+        tensors, moved = [*group.quantize(weight, row)], row.element_bits
         weight = group.dequantize(*tensors, row, K)
-    packed = [np.ascontiguousarray(layouts.arrange("n32", tensor, 4)) for tensor in tensors]
+    each = zip(tensors, moved, strict=True)
+    packed = [np.ascontiguousarray(layouts.arrange("n32", tensor, bits)) for tensor, bits in each]
     rows = tokens * EACH
     y = np.full((rows, N), np.nan, np.float32)
     if tokens == 1:

@@ -53,7 +53,7 @@ def matrix(n, k, stored):
         options = {"bits": row.bits, "group_size": row.group_size, "compute_dtype": "float32"}
         found = GroupMatrix(**dict(zip(row.parts, parameters, strict=True)), shape=(n, k), layout=BLOCKS, **options)
         return found, arrays, restored(packed, row, k)
-    array = layouts.arrange("n32", weight.astype(stored), 0)
+    array = layouts.arrange("n32", weight.astype(stored))
     found = FloatMatrix(nn.Parameter(array.shape, stored), n, "float32", BLOCKS)
     return found, [array], weight.astype(stored).astype("float32")
 
@@ -159,9 +159,13 @@ def test_one_row_of_one_sign_keeps_its_digits(stored):
         ("q4f16_1", 96, 2 * BYTES_PANEL + 64),
         ("q8f16_1", 661, 64),
         ("q4k", 70, 2 * BYTES_PANEL + 96),
+        ("q6k", 45, 96),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in (
+                ("q2k", 45, 96),
+                ("q3k", 661, BYTES_PANEL + 32),
+                ("q5k", 70, 96),
                 ("q4f32_1", 45, 96),
                 ("q8f32_1", 70, BYTES_PANEL + 32),
                 ("q4s16", 45, 48),
@@ -239,6 +243,26 @@ def test_the_largest_codes_and_activations_do_not_saturate(bits, group, minimum)
         library["quantize"](tvm.runtime.tensor(x[:rows]), words, of_rows, offsets)
         library[name](words, of_rows, offsets, *tensors, y)
         assert relative(y.numpy(), x[:rows].sum(1, keepdims=True) * values) < 1e-6
+
+
+@pytest.mark.parametrize("stored", ["q6k", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q3k", "q5k"))])
+def test_the_largest_codes_of_planes_do_not_saturate(stored):
+    features, row, (n, k) = processor.required_features(V3), SCHEMES[stored].body, (32, 64)
+    held = np.ones((n, k), "float32")
+    held[:, :: row.group_size] = 0  # the minimum: all other codes are the largest
+    packed = quantize(held, row, "max")
+    tensors = [layouts.arrange("n32", t, bits) for t, bits in zip(packed, row.element_bits, strict=True)]
+    weight = Stored(n, k, row.scale_dtype, row.bits, row.group_size, row.minimum, row.levels)
+    layer = with_bytes(FloatLinear(weight, 1, 0), byte_product(features))
+    quantizes = quantizer(1, 0, k, row.group_size, offset_factor(layer))
+    library = compiled(V3, quantize=quantizes, one=int8_kernel(layer))
+    for sign in (1, -1):
+        shapes = (((1, k // 4), "int32"), ((1, 2), "float32"), ((1, 2), "int32"), ((1, n), "float32"))
+        *read, y = (tvm.runtime.tensor(np.zeros(shape, dtype)) for shape, dtype in shapes)
+        x = np.full((1, k), sign, "float32")
+        library["quantize"](tvm.runtime.tensor(x), *read)
+        library["one"](*read, *map(tvm.runtime.tensor, tensors), y)
+        assert relative(y.numpy(), x @ restored(packed, row, k).T) < 1e-6
 
 
 def test_every_way_to_multiply_bytes_has_instructions():

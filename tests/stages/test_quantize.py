@@ -98,7 +98,7 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
     for name, expected in source.items():
         stem = name.removesuffix("weight")
         row = Row(**rows[name]) if rows[name] else None
-        parts = dict(zip((f"{stem}{part}" for part in row.parts), row.element_bits, strict=True)) if row else {name: 0}
+        parts = dict(zip((f"{stem}{part}" for part in row.parts), row.element_bits, strict=True)) if row else {name: ()}
         for part, bits in parts.items():
             weights[part] = layouts.restore(layout[name], weights[part], len(expected), bits)
         if row:

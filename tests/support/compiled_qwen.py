@@ -113,7 +113,7 @@ def weights(registered: Registered) -> Weights:
             array = restored(packed, row, array.shape[1])
         else:
             array = np.ascontiguousarray(array.astype(numpy_dtype(entry["dtype"])))
-            stored.append(layouts.arrange(entry["layout"], array, 0))
+            stored.append(layouts.arrange(entry["layout"], array))
             array = array.astype(np.float32)
         parts = transforms.invert(entry["transform"], array, entry["source_shapes"])
         meant.update(zip(entry["sources"], parts, strict=True))

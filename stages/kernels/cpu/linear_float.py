@@ -200,7 +200,7 @@ class Product:
             put(sums, total(lanes, terms) * T.float32(times), at)
         return sums
 
-    def row(self, row: Any, blocks: Sequence[Any], read: Read | None) -> None:
+    def row(self, row: Any, blocks: Sequence[Any], read: Any) -> None:
         """Emit the products of one row and some blocks, weights unpacked for it alone."""
         products = [_zeros() for _ in blocks]
         self.row_products(row, blocks, read, products)
@@ -216,7 +216,7 @@ class Product:
                 for lane in range(0, BLOCK, LINE // size):
                     prefetch(stored, block, row + AHEAD // (BLOCK * size) + number, lane)
 
-    def row_products(self, row: Any, blocks: Sequence[Any], read: Read | None, products: Sequence[Any]) -> None:
+    def row_products(self, row: Any, blocks: Sequence[Any], read: Any, products: Sequence[Any]) -> None:
         """Emit the products of one row, added to ``products``, one of each block."""
         if read is None:
             self._float_row(row, blocks, products)
@@ -225,44 +225,40 @@ class Product:
         else:
             self._packed_row(read, blocks, products)
 
-    def _packed_row(self, read: Read, blocks: Sequence[Any], products: Sequence[Any]) -> None:
+    def _packed_row(self, read: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         weight, weights = self.weight, self.arguments.weights
         with T.serial(0, weight.k // weight.group) as g:
-            for block, value, product in zip(blocks, self._group_values(read, blocks, g), products, strict=True):
-                total_of_group = get(product, BLOCK) + value * weight.scale(weights, block, g)
+            for block, value, product in zip(blocks, self.group_values(read, blocks, g), products, strict=True):
+                found = get(product, BLOCK) + value * weight.scale(weights, block, g)
                 if weight.minimum:
-                    total_of_group = total_of_group + weight.least(weights, block, g) * splat(read.sums[g], BLOCK)
-                put(product, total_of_group, span(0, BLOCK))
+                    found = found + weight.least(weights, block, g) * splat(self.sum_of(read, g), BLOCK)
+                put(product, found, span(0, BLOCK))
 
-    def _group_values(self, read: Read, blocks: Sequence[Any], g: Any) -> list[Any]:
+    def sum_of(self, read: Any, group: Any) -> Any:
+        """Return the sum of the terms of a group, which minima are multiplied by."""
+        return read.sums[group]
+
+    def group_values(self, read: Any, blocks: Sequence[Any], g: Any) -> list[Any]:
         """Emit the products of a group's elements, and return their sums, one of each block."""
         weight, q_weight = self.weight, self.arguments.weights[0]
-        per_group, ways = weight.group // weight.per_word, 2 // len(blocks) or 1
+        ways = 2 // len(blocks) or 1 if len(weight.planes) == 1 else 1  # planes take registers
         self.fetch(blocks, g * weight.words, weight.words)
         parts = [[_zeros() for _ in range(ways)] for _ in blocks]
 
-        def add(w: Any, left: Any, lanes: int) -> None:
-            at = span(left, lanes)
-            words = [lambda number, b=block: q_weight[b, g * weight.words + number, at] for block in blocks]
+        def add(w: Any) -> None:
+            words = [lambda at, b=block: q_weight[b, g * weight.words + at, span(0, BLOCK)] for block in blocks]
             for element in range(weight.per_word):
                 k = g * weight.group + w * weight.per_word + element
                 for word, parts_of_block in zip(words, parts, strict=True):
-                    x, part = splat(read.terms[k], lanes), parts_of_block[element // RUN % ways]
+                    x, part = splat(read.terms[k], BLOCK), parts_of_block[element // RUN % ways]
                     if read.offsets is not None and not element % RUN:
-                        put(part, part[at] + splat(read.offsets[k // RUN], lanes), at)
-                    put(part, part[at] + weight.code(word, w, element, lanes) * x, at)
+                        put(part, get(part, BLOCK) + splat(read.offsets[k // RUN], BLOCK), span(0, BLOCK))
+                    put(part, get(part, BLOCK) + weight.code(word, w, element, BLOCK) * x, span(0, BLOCK))
 
-        if len(weight.planes) > 1:  # where an element lies differs from word to word, and must be known here
-            lanes = self.arguments.linear.tile[1]  # words of both planes take twice as many registers
-            with T.serial(0, BLOCK // lanes) as run:
-                for number in range(per_group):
-                    add(number, run * lanes, lanes)
-        else:
-            with T.unroll(0, per_group) as w:  # by TVM: a quarter of the IR
-                add(w, 0, BLOCK)
+        weight.each_word(T.unroll, weight.group // weight.per_word, add)  # by TVM: a quarter of the IR
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
-    def _leveled_row(self, read: Read, blocks: Sequence[Any], products: Sequence[Any]) -> None:
+    def _leveled_row(self, read: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         whole, rest = divmod(self.weight.k // self.weight.group, LEVELED)
         floats = [[T.alloc_buffer((LEVELED, BLOCK), "float32") for _ in range(2)] for _ in blocks]
         with T.serial(0, whole) as outer:
@@ -271,7 +267,7 @@ class Product:
             self._outer_group(read, blocks, products, floats, (whole, rest))
 
     def _outer_group(
-        self, read: Read, blocks: Sequence[Any], products: Sequence[Any], floats: Sequence[Any], at: tuple[Any, int]
+        self, read: Any, blocks: Sequence[Any], products: Sequence[Any], floats: Sequence[Any], at: tuple[Any, int]
     ) -> None:
         """Emit the products of the groups ``at`` (number, groups) that share two floats, scales to ``floats`` first."""
         outer, count = at
@@ -282,10 +278,14 @@ class Product:
                 put(lows, low, number, span(0, BLOCK))
         with T.serial(0, count) as number:
             g = outer * LEVELED + number
-            values = self._group_values(read, blocks, g)
+            values = self.group_values(read, blocks, g)
             for value, product, (scales, lows) in zip(values, products, floats, strict=True):
                 scale, low = scales[number, span(0, BLOCK)], lows[number, span(0, BLOCK)]
-                put(product, get(product, BLOCK) + value * scale - low * splat(read.sums[g], BLOCK), span(0, BLOCK))
+                put(
+                    product,
+                    get(product, BLOCK) + value * scale - low * splat(self.sum_of(read, g), BLOCK),
+                    span(0, BLOCK),
+                )
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4

@@ -9,7 +9,7 @@ activations is added where they end.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -107,15 +107,19 @@ class _ByteProduct(Product):
     arguments: _Bytes
     panel_terms = PANEL
 
-    def prepared(self, _row: Any) -> Any:
-        """All has been made with the bytes."""
+    def prepared(self, row: Any) -> Any:
+        """Return the row: all has been made with the bytes."""
+        return row
 
-    def _four(self, word: Any, part: int, lanes: int) -> Any:
-        """Return the bytes of elements 4 * part to 4 * part + 3 of a word, less the centre."""
-        if self.weight.bits == 8:
-            return T.bitwise_xor(word, constant(0x80808080, lanes, "uint32")) if self.dot.centre(8) else word
-        shifted = T.shift_right(word, constant(4 * part, lanes, "uint32")) if part else word
-        return T.bitwise_and(shifted, constant(0x0F0F0F0F, lanes, "uint32"))
+    def _fours(self, word: Callable[[Any], Any], number: Any, part: int, lanes: int) -> Any:
+        """Return the bytes of elements 4 * part to 4 * part + 3 of a word of a group, less the centre."""
+        codes = self.weight.fours(word, number, part, lanes)
+        return T.bitwise_xor(codes, constant(0x80808080, lanes, "uint32")) if self._centre else codes
+
+    @property
+    def _centre(self) -> int:
+        """What is taken off codes before they are multiplied."""
+        return int(self.dot.centre(self.weight.bits))
 
     @property
     def dot(self) -> Any:
@@ -124,50 +128,49 @@ class _ByteProduct(Product):
 
     def _sums(self, row: Any, group: Any) -> Any:
         """Return fresh sums of integers of a row and group."""
-        bits, lanes = self.weight.bits, self.dot.lanes
+        lanes = self.dot.lanes
         begin = splat(self.arguments.offsets[row, group], lanes)
         if self.weight.minimum:  # whose offsets are the sums of activations, and whose codes count from 0
-            begin = begin * constant(self.dot.centre(bits), lanes, "int32")
-        return self.dot.sums(begin, bits)
+            begin = begin * constant(self._centre, lanes, "int32")
+        return self.dot.sums(begin, self.weight.bits)
 
-    def _total(self, row: Any, group: Any) -> Any:
-        """Return the sum of the activations that minima are multiplied by."""
+    def sum_of(self, row: Any, group: Any) -> Any:
+        """Return the sum of the activations of a row and group, which minima are multiplied by."""
         return as_float(self.arguments.offsets[row, group], 1) * self.arguments.scales[row, group]
 
-    def row_products(self, row: Any, blocks: Sequence[Any], _read: Any, products: Sequence[Any]) -> None:
-        """Emit the products of one row, added to ``products``, one of each block."""
+    def group_values(self, row: Any, blocks: Sequence[Any], g: Any) -> list[Any]:
+        """Emit the products of a group's elements, and return their sums, one of each block."""
         arguments, weight, lanes = self.arguments, self.weight, self.dot.lanes
-        q_weight = arguments.weights[0]
+        q_weight, first = arguments.weights[0], g * weight.words
         per_group, fours = weight.group // weight.per_word, weight.per_word // 4
-        places = [
-            (block, product, left)
-            for block, product in zip(blocks, products, strict=True)
-            for left in range(0, BLOCK, lanes)
+        places = [(number, left) for number in range(len(blocks)) for left in range(0, BLOCK, lanes)]
+        self.fetch(blocks, first, weight.words)
+        sums = [self._sums(row, g) for _ in places]
+        run = min(sums[0].run // fours, per_group)
+        words = [
+            lambda at, b=blocks[number], left=left: q_weight[b, first + at, span(left, lanes)]
+            for number, left in places
         ]
-        with T.serial(0, weight.k // weight.group) as g:
-            self.fetch(blocks, g * per_group, per_group)
-            sums = [self._sums(row, g) for _ in places]
-            run = min(sums[0].run // fours, per_group)
-            with T.unroll(0, per_group // run) as number:  # by TVM: a quarter of the IR
-                for part in sums:
-                    part.start()
-                with T.unroll(0, run) as inner:
-                    w = g * per_group + number * run + inner
-                    words = [q_weight[block, w, span(left, lanes)] for block, _, left in places]
-                    for four in range(fours):
-                        x = arguments.words[row, w * fours + four]
-                        for word, part in zip(words, sums, strict=True):
-                            part.add(self._four(word, four, lanes), x)
-                for part in sums:
-                    part.end()
-            for (block, product, left), part in zip(places, sums, strict=True):
-                scale = weight.scale(arguments.weights, block, g, left, lanes)
-                scale = scale * splat(arguments.scales[row, g], lanes)
-                value = product[span(left, lanes)] + as_float(part.total(), lanes) * scale
-                if weight.minimum:
-                    least = weight.least(arguments.weights, block, g, left, lanes)
-                    value = value + least * splat(self._total(row, g), lanes)
-                put(product, value, span(left, lanes))
+
+        def add(number: Any) -> None:
+            for four in range(fours):
+                x = arguments.words[row, (g * per_group + number) * fours + four]
+                for word, part in zip(words, sums, strict=True):
+                    part.add(self._fours(word, number, four, lanes), x)
+
+        def add_run(number: Any) -> None:
+            for part in sums:
+                part.start()
+            weight.each_word(T.unroll, run, lambda inner: add(number * run + inner))
+            for part in sums:
+                part.end()
+
+        weight.each_word(T.unroll, per_group // run, add_run)
+        values = [vector(BLOCK) for _ in blocks]
+        for (number, left), part in zip(places, sums, strict=True):
+            value = as_float(part.total(), lanes) * splat(arguments.scales[row, g], lanes)
+            put(values[number], value, span(left, lanes))
+        return [get(value, BLOCK) for value in values]
 
     def panel(self) -> _Panel:
         """Make room for a panel."""
@@ -179,12 +182,16 @@ class _ByteProduct(Product):
     def unpack(self, panel: _Panel, block: Any, first: Any, terms: Any) -> None:
         """Fill the panel with the weights of k from ``first`` on."""
         weight, weights, fours = self.weight, self.arguments.weights, self.weight.per_word // 4
-        with T.serial(0, terms // weight.per_word) as w:
-            word = weights[0][block, first // weight.per_word + w, span(0, BLOCK)]
-            for part in range(fours):
-                put(panel.codes, self._four(word, part, BLOCK), w * fours + part, span(0, BLOCK))
+        per_group = weight.group // weight.per_word
         with T.serial(0, terms // weight.group) as g:
             group = first // weight.group + g
+
+            def unpack(number: Any, g: Any = g, before: Any = group * weight.words) -> None:
+                for part in range(fours):
+                    codes = self._fours(lambda at: weights[0][block, before + at, span(0, BLOCK)], number, part, BLOCK)
+                    put(panel.codes, codes, (g * per_group + number) * fours + part, span(0, BLOCK))
+
+            weight.each_word(T.serial, per_group, unpack)
             put(panel.scales, weight.scale(weights, block, group), g, span(0, BLOCK))
             if weight.minimum:
                 put(panel.least, weight.least(weights, block, group), g, span(0, BLOCK))
@@ -219,5 +226,5 @@ class _ByteProduct(Product):
             scale = panel.scales[place] * splat(arguments.scales[top + row, group], lanes)
             value = as_float(part.total(), lanes) * scale
             if weight.minimum:
-                value = value + panel.least[place] * splat(self._total(top + row, group), lanes)
+                value = value + panel.least[place] * splat(self.sum_of(top + row, group), lanes)
             put(products[row], products[row][span(start, lanes)] + value, span(start, lanes))

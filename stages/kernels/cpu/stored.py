@@ -76,40 +76,57 @@ class Stored:
         return 0 if self.minimum else (1 << (self.bits - 1)) - 1
 
     def place(self, element: int) -> int:
-        """Return the bit at which an element of a word begins: where it is whole, bytes hold every fourth element, low
-        bits first.
-        """
-        if self.bits == 4:
-            return 8 * (element % 4) + 4 * (element // 4)
-        return self.planes[0] * element
+        """Return the bit at which an element of a word of the lowest bits begins: bytes hold every fourth element."""
+        return 8 * (element % 4) + self.planes[0] * (element // 4)
 
     def shift(self, element: int) -> int:
-        """Return by how many bits :meth:`code` leaves an element of a word to the left."""
-        place = self.place(element)
+        """Return by how many bits :meth:`code` leaves an element to the left, where it is or in :meth:`fours`."""
+        place = self.place(element) if len(self.planes) == 1 else 8 * (element % 4)
         return place if place + self.bits < 32 else 0
 
     def code(self, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
-        """Return element * 2 ** shift(element) of each of ``lanes``, float32: where it can, it stays at its place in
-        the word.
+        """Return element * 2 ** shift(element) of each of ``lanes``, float32: where it can, it stays at its place.
 
-        It is an ``element`` of word ``number`` of a group, whose words ``word(number)`` gives.
+        It is an ``element`` of word ``number`` of a group, whose words ``word(number)`` gives; where elements lie in
+        several planes, ``number`` is known when the kernel is made.
         """
-        return self._at(self.shift(element), word, number, element, lanes)
+        return self._moved(self.shift(element), word, number, element, lanes)
 
     def element(self, word: Callable[[Any], Any], number: Any, element: int) -> Any:
-        """Return an element of each lane of a block, float32; arguments are those of :meth:`code`, and where an element
-        lies in two planes, ``number`` is known when the kernel is made.
-        """
-        return self._at(0, word, number, element, BLOCK)
+        """Return an element of each lane of a block, float32; arguments are those of :meth:`code`."""
+        return self._moved(0, word, number, element, BLOCK)
 
-    def _at(self, to: int, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
+    def _moved(self, to: int, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
         """Return element * 2 ** ``to`` of each of ``lanes``, float32."""
-        low, *others = self.planes
-        bits = _bits(word(number), self.place(element), to, low, lanes)
-        for high in others:
-            at = number * self.per_word * high + high * element
-            bits = T.bitwise_or(bits, _bits(word(self.group * low // 32 + at // 32), at % 32, to + low, high, lanes))
+        source, place = word(number), self.place(element)
+        if len(self.planes) > 1:
+            source, place = _once(self.fours(word, number, element // 4, lanes), lanes), 8 * (element % 4)
+        bits = _bits(source, place, to, (1 << self.bits) - 1, lanes)
         return as_float(T.reinterpret(f"int32x{lanes}", bits), lanes)
+
+    def fours(self, word: Callable[[Any], Any], number: Any, part: int, lanes: int) -> Any:
+        """Return elements 4 * part to 4 * part + 3 of a word as the bytes of each of ``lanes``, uint32; the other
+        arguments are those of :meth:`code`.
+        """
+        low, *others = self.planes
+        found = _bits(word(number), low * part, 0, _in_bytes(low), lanes)
+        first, below = self.group * low // 32, low
+        for bits in others:
+            at, place = divmod(number * self.per_word // 4 + part, 8 // bits)
+            more = _bits(word(first + at), bits * place, below, _in_bytes(bits), lanes)
+            found, first, below = T.bitwise_or(found, more), first + self.group * bits // 32, below + bits
+        return found
+
+    def each_word(self, loop: Any, count: int, body: Callable[[Any], None]) -> None:
+        """Emit ``body(number)`` for each of ``count`` words, or runs of words, of a group: in a ``loop`` of TVM's where
+        elements lie in one plane, else one after the other.
+        """
+        if len(self.planes) > 1:
+            for number in range(count):
+                body(number)
+        else:
+            with loop(0, count) as number:
+                body(number)
 
     def scale(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
         """Return the scales of a group as float32, ``lanes`` of them from ``left`` on."""
@@ -157,11 +174,23 @@ class Stored:
         return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
 
 
-def _bits(word: Any, place: int, to: int, bits: int, lanes: int) -> Any:
-    """Return the ``bits`` of each lane from ``place`` on, moved to bit ``to``, and nothing else."""
+def _bits(word: Any, place: int, to: int, mask: int, lanes: int) -> Any:
+    """Return the bits of ``mask`` of each lane, moved from bit ``place`` to bit ``to``, and nothing else."""
     shift = T.shift_right if place > to else T.shift_left
     word = shift(word, constant(abs(place - to), lanes, "uint32")) if place != to else word
-    return T.bitwise_and(word, constant(((1 << bits) - 1) << to, lanes, "uint32"))
+    return T.bitwise_and(word, constant(mask << to, lanes, "uint32"))
+
+
+def _once(words: Any, lanes: int) -> Any:
+    """Return ``words`` as they are, behind a fence: LLVM would put the bits of each byte together separately."""
+    dtype = f"float32x{lanes}"
+    fenced = T.call_llvm_pure_intrin(dtype, "llvm.arithmetic.fence", T.reinterpret(dtype, words))
+    return T.reinterpret(f"uint32x{lanes}", fenced)
+
+
+def _in_bytes(bits: int) -> int:
+    """Return the lowest ``bits`` of all four bytes of a word."""
+    return 0x01010101 * ((1 << bits) - 1)
 
 
 def _last_level(words: Sequence[Any], lanes: int) -> Any:
