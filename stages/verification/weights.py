@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from stages.sizes import LEVELED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     from stages.documents.model import CheckpointTensor
     from stages.documents.params import Parameter, Register
@@ -193,36 +197,63 @@ def differences(
     checkpoint's times as much as the norm before them was divided by. ``progress`` is told how many tensors were
     compared.
     """
-    problems = []
     factors = _factors(registry, records, checkpoint) if scales == "awq" else {}
-    for number, bundled in enumerate(bundled_tensors(registry, records), start=1):
-        tensor, original = _in_rows(bundled, checkpoint[bundled.source])
-        factor = factors.get(bundled.source)
-        count, first = 0, ""
-        for rows in row_blocks(tensor.shape):
-            values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
-            if tensor.row:
-                wanted = wanted if factor is None else wanted * factor
-                matrix = wanted.reshape(-1, wanted.shape[-1])
-                wrong = ~(np.abs(values - wanted) <= _allowed(matrix, tensor.row, scales).reshape(wanted.shape))
-            elif factor is not None:  # a norm: what reads it shows whether it was divided by the right numbers
-                wrong = ~((factor[rows] > 0) & np.isfinite(factor[rows]))
-            else:
-                wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
-                wrong = values != wanted
-            if wrong.any() and not first:
-                at = tuple(int(i) for i in np.argwhere(wrong)[0])
-                place = [at[0] + rows.start, *at[1:]]
-                place = [*place[:-2], place[-1], place[-2]] if tensor.turned else place
-                first = f"first at {place}: {values[at]:g} instead of {wanted[at]:g}"
-            count += int(wrong.sum())
-        if count:
-            problems.append(
-                f"{tensor.source}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
-                f"{tensor.row.name if tensor.row else tensor.stored[0].dtype} explains, {first}"
-            )
-        progress(number)
+
+    def compare(entry: Parameter) -> list[str]:
+        tensors = _of_parameter(entry, records)
+        found = [_difference(each, checkpoint[each.source], factors.get(each.source), scales) for each in tensors]
+        return [text for text in found if text]
+
+    problems, done = [], 0
+    for entry, found in zip(registry["logical"], _side_by_side(compare, registry["logical"]), strict=True):
+        problems += found
+        done += len(entry["sources"])
+        progress(done)
     return problems
+
+
+def _side_by_side(compare: Callable[[Parameter], list[str]], entries: Sequence[Parameter]) -> Iterator[list[str]]:
+    """Yield what is found in each of ``entries``, in their order; as many are compared at once as there are processors
+    for us, and no more wait to be yielded, so that memory is bounded.
+    """
+    threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[list[str]]] = deque()
+        for entry in entries:
+            waiting.append(pool.submit(compare, entry))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _difference(bundled: BundledTensor, whole: np.ndarray, factor: np.ndarray | None, scales: str) -> str:
+    """Return how many values of a tensor are not the checkpoint's, and the first of them; empty for none."""
+    tensor, original = _in_rows(bundled, whole)
+    count, first = 0, ""
+    for rows in row_blocks(tensor.shape):
+        values, wanted = tensor.rows(rows), np.asarray(original[rows], np.float32)
+        if tensor.row:
+            wanted = wanted if factor is None else wanted * factor
+            matrix = wanted.reshape(-1, wanted.shape[-1])
+            wrong = ~(np.abs(values - wanted) <= _allowed(matrix, tensor.row, scales).reshape(wanted.shape))
+        elif factor is not None:  # a norm: what reads it shows whether it was divided by the right numbers
+            wrong = ~((factor[rows] > 0) & np.isfinite(factor[rows]))
+        else:
+            wanted = wanted.astype(tensor.stored[0].dtype).astype(np.float32)
+            wrong = values != wanted
+        if wrong.any() and not first:
+            at = tuple(int(i) for i in np.argwhere(wrong)[0])
+            place = [at[0] + rows.start, *at[1:]]
+            place = [*place[:-2], place[-1], place[-2]] if tensor.turned else place
+            first = f"first at {place}: {values[at]:g} instead of {wanted[at]:g}"
+        count += int(wrong.sum())
+    if not count:
+        return ""
+    return (
+        f"{tensor.source}: {count:,} of {np.prod(tensor.shape):,} values are not the checkpoint's within what "
+        f"{tensor.row.name if tensor.row else tensor.stored[0].dtype} explains, {first}"
+    )
 
 
 def _factors(
