@@ -72,13 +72,19 @@ def _entry(value: Any) -> bytes:
 def _value(kind: Any, value: Any) -> bytes:
     if kind == ARRAY and isinstance(value, list) and len(value) == 2:
         items = value[1] if isinstance(value[1], list) else [value[1]]
-        return _number(4, value[0]) + _number(10, len(items)) + b"".join(_value(value[0], item) for item in items)
+        return _number(4, value[0]) + _number(10, len(items)) + _items(value[0], items)
     return _number(kind, value) if isinstance(kind, int) and kind in NUMBERS else _text(value)
+
+
+def _items(kind: Any, items: list[Any]) -> bytes:
+    with contextlib.suppress(struct.error, TypeError, OverflowError, KeyError):
+        return struct.pack(f"<{len(items)}{NUMBERS[kind]}", *items)
+    return b"".join(_value(kind, item) for item in items)
 
 
 def _text(value: Any) -> bytes:
     data = (value if isinstance(value, str) else str(value)[:100]).encode("utf-8", "surrogatepass")
-    return _number(10, len(data)) + data
+    return len(data).to_bytes(8, "little") + data
 
 
 def _number(kind: int, value: Any) -> bytes:

@@ -183,7 +183,7 @@ def prepare() -> None:
     for number in range(len(FAMILIES)):
         _hollow(number)
     _payload()
-    _gguf()
+    _gguf_document()
     _lab()
     for module in ("tokenizers", "stages.config_parse", "stages.models.matching", "stages.tokenizer_bundle"):
         importlib.import_module(module)
@@ -249,6 +249,11 @@ def _sharded() -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 @functools.cache
+def _gguf_document() -> tuple[Any, bytes]:
+    return taken_apart(_gguf())
+
+
+@functools.cache
 def _gguf() -> bytes:
     """A small model's file, written by another process: what writes it takes more memory than a case may."""
     path = Path(_kept().name) / "model.gguf"
@@ -262,7 +267,7 @@ def _gguf() -> bytes:
 @st.composite
 def gguf_files(draw: st.DrawFn) -> Files:
     """Draw a GGUF file that is wrong by its tree, at times in its bytes, or in length."""
-    document, rest = taken_apart(_gguf())
+    document, rest = _gguf_document()
     data = put_together(draw(trees(document)), rest)
     shape = draw(st.sampled_from(("tree",) * 8 + ("bytes", "short")))
     if shape == "bytes":
