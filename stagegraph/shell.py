@@ -80,6 +80,9 @@ class Shell(Stage):
 
     def resolve(self, params: Any) -> Any:
         """Find the programs, whose content counts."""
+        given = {"cmd": "".join(params.cmd), **{f"env.{n}": getattr(params, f"env_{n}") for n in self.declared.env}}
+        if odd := [name for name, text in given.items() if "\0" in text]:
+            raise StageError(*(f"{name}: has a NUL character, which no program can be given" for name in odd))
         path = getattr(params, "env_PATH", os.environ.get("PATH", os.defpath))
         wanted = {tool_field(name): name for name in self.declared.tools}
         first = "bash" if self.declared.script else next(iter(params.cmd), "")

@@ -242,6 +242,8 @@ stages:
         ("notes: notes}", "notes: notes}\n      tools: [no-such-program]", "6:3: count: there is no program 'no-"),
         ("notes: notes}", "notes: notes}\n      tools: jq", "17:14: count.tools: found the text 'jq'; expected a list"),
         ("notes: notes}", "notes: notes}\n      env: {A: 3}", "17:16: count.env_A: found the number 3; expected"),
+        ("notes: notes}", 'notes: notes}\n      env: {A: "a\\0b"}', "6:3: count: env.A: has a NUL character, which no"),
+        ('mark: "!"', 'mark: "\\0"', "6:3: count: cmd: has a NUL character, which no program can be given"),
         ("cmd: |", "cmds: |", "8:5: missing parameter 'cmd' of stage 'shell'; expected a list, each text"),
     ],
 )  # fmt: skip
