@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from stagegraph.api import Pipeline
 from stagegraph.cli.common import add_file, shown, size_text
 from stagegraph.errors import EXIT_OK, PlanError, listed
-from stagegraph.files import remove_tree
+from stagegraph.files import dotted, remove_tree
 from stagegraph.store.leftovers import disk_bytes
 
 EXAMPLE = "pipeline clean --store"
+NAME = re.compile(r"[^/\0]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
 def _remove(pipeline: Pipeline, *, store: bool) -> list[Path]:
     """Remove the folders of all nodes that are known, and the store if asked for; return what else is there."""
     workspace = pipeline.workspace
-    nodes = [*(name.split("/", 1) for name in workspace.lasts()), *([pipeline.name, node] for node in pipeline.nodes)]
+    known = (name.split("/", 1) for name in workspace.lasts())  # as the index says, which may be anybody's
+    nodes = [*filter(_is_inside, known), *([pipeline.name, node] for node in pipeline.nodes)]
     owners = {name for name, _ in nodes} if store else {pipeline.name}
     for name, node in nodes:
         if name in owners:
@@ -71,6 +75,12 @@ def _remove(pipeline: Pipeline, *, store: bool) -> list[Path]:
             folder.rmdir()
     found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
     return [path for path in found if path not in folders]
+
+
+def _is_inside(names: Sequence[str]) -> bool:
+    """Say whether the names of a pipeline and a node are those of one folder in another."""
+    folders = (names[0], dotted(names[-1]))
+    return len(names) == 2 and all(name not in {".", ".."} and NAME.fullmatch(name) for name in folders)
 
 
 def _agreed(question: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stagegraph import Pipeline
 from stagegraph.execution.waiting import depth_first
 from stagegraph.planning.dag import Dag
 from stagegraph.spec.load import load
@@ -103,9 +104,13 @@ def test_clean_leaves_what_no_run_put_there(demo: Demo) -> None:
     assert "left there, as it is of no node: " in demo("clean", file).out
     assert [*demo.path().iterdir()] == [notes]
     demo.run()
+    with Pipeline(demo.pipeline) as pipeline:  # a store that somebody else has filled
+        for odd in ("../words", "demo/..", "demo/.", "./words", "demo/a/../../.."):
+            pipeline.workspace.index.set(f"last:{odd}", {"key": "0" * 64})
     result = demo("clean", file, "--store", "-y")
     assert result.code == 0
     assert "notes.txt" in result.out
+    assert [*(demo.folder / "words").iterdir()]
     assert [*demo.path().parent.rglob("*")] == [demo.path(), notes]
     notes.unlink()
     demo.run()
