@@ -12,6 +12,7 @@ from stagegraph.cli.common import add_file, add_json, print_json, shown, size_te
 from stagegraph.errors import EXIT_OK, EXIT_STORE, PipelineError
 from stagegraph.store.folders import stat_or_none
 from stagegraph.store.journal import HIT
+from stagegraph.store.memo import is_part
 from stagegraph.store.record import record_files
 from stagegraph.store.workspace import Workspace
 
@@ -127,7 +128,7 @@ def _objects(workspace: Workspace, name: str) -> dict[str, str] | None:
         record = workspace.record(name.removeprefix("rec:"))
         return record and {digest: f"{record['stage']}: {file}" for file, (digest, _) in record_files(record).items()}
     part = workspace.index.get(name)
-    return {part["digest"]: f"memoised {part['kind']}"} if isinstance(part, dict) else None
+    return {part["digest"]: f"memoised {part['kind']}"} if is_part(part) else None
 
 
 def _suspects(workspace: Workspace) -> list[str]:

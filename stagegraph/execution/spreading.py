@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from stagegraph.digest import digest_json
+from stagegraph.store.memo import is_part
 
 if TYPE_CHECKING:
     from stagegraph.execution.messages import (
@@ -108,6 +109,8 @@ class Spreading:
         if answer["event"] == "made":
             self.cpu_seconds += answer["cpu_seconds"]
             self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
+            if not all(map(is_part, answer["parts"].values())):
+                return _piece_failed(f"{piece['name']}: its worker reports invalid parts")
             if self._fetch({entry["digest"]: entry["size"] for entry in answer["parts"].values()}):
                 return _piece_failed(f"{piece['name']}: the remote does not have the parts that its worker gave it")
             return None

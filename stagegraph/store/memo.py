@@ -20,6 +20,7 @@ from stagegraph.digest import digest_file, digest_json, stat_id
 from stagegraph.stage import JsonObject, NewPart, Part
 from stagegraph.store.index import Index
 from stagegraph.store.objects import Store, fsync_file
+from stagegraph.store.record import is_digest
 
 PART_SCHEMA = 1
 SHOWN = 3  # names of parts in a warning
@@ -47,6 +48,16 @@ class PartEntry(TypedDict):
     digest: str
     size: int
     facts: JsonObject
+
+
+PART_FIELDS = PartEntry.__required_keys__
+
+
+def is_part(entry: Any) -> bool:
+    """Say whether a document is the entry of a part, whose digest names an object and nothing else."""
+    if not isinstance(entry, dict) or entry.get("schema") != PART_SCHEMA or not entry.keys() >= PART_FIELDS:
+        return False
+    return is_digest(entry["digest"]) and type(entry["size"]) is int and isinstance(entry["facts"], dict)
 
 
 class Memo:
@@ -133,7 +144,7 @@ class Memo:
 
     def _entry(self, name: str) -> PartEntry | None:
         entry = self._store.index.get(name)
-        return cast("PartEntry", entry) if isinstance(entry, dict) and entry.get("schema") == PART_SCHEMA else None
+        return cast("PartEntry", entry) if is_part(entry) else None
 
     def warnings(self) -> list[str]:
         """Say which parts were made otherwise than those that are kept for the same code and document."""

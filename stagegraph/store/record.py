@@ -136,19 +136,30 @@ def is_record_of(record: Any, key: str) -> bool:
     try:
         outputs = record["outputs"].values()
         sound = all(output["digest"] == artifact_digest(output["files"]) for output in outputs)
-        return sound and record["key"] == key == key_of(record["document"])
+        return (
+            sound
+            and record["key"] == key == key_of(record["document"])
+            and are_storable(record_files(cast("Record", record)))
+        )
     except (AttributeError, KeyError, TypeError, IndexError):
         return False
 
 
 def are_storable(files: JsonObject) -> bool:
-    """Say whether files of a result that came from elsewhere stay below where they are put: name -> (digest, size)."""
+    """Say whether files of a result stay below where they are put, and their objects in the store: name -> (digest,
+    size).
+    """
     try:
         return all(
-            _is_below(name) and DIGEST.fullmatch(digest) and type(size) is int for name, (digest, size) in files.items()
+            _is_below(name) and is_digest(digest) and type(size) is int for name, (digest, size) in files.items()
         )
     except (TypeError, ValueError):
         return False
+
+
+def is_digest(text: Any) -> bool:
+    """Say whether a value is a digest, and so names an object of the store and no other file."""
+    return isinstance(text, str) and DIGEST.fullmatch(text) is not None
 
 
 def _is_below(name: str) -> bool:

@@ -233,10 +233,12 @@ class Workspace(Locks):
 
     def parts(self) -> Iterator[tuple[str, PartEntry]]:
         """Yield the index's name of every memoised part, and its entry: kind, digest of its object, size in bytes."""
+        from stagegraph.store.memo import is_part
+
         for name in self.index.names("part:"):
             entry: PartEntry | None = self.index.get(name)
-            if isinstance(entry, dict):
-                yield name, entry
+            if is_part(entry):
+                yield name, cast("PartEntry", entry)
 
     # -- materialised outputs --------------------------------------------------------------------------------------
 

@@ -611,6 +611,15 @@ def test_of_an_input_whose_files_a_piece_names_it_is_given_these() -> None:
     assert some == {**layout, "bundle": [({}, "bundle", {"bundle/b/c": files["bundle/b/c"]})]}
 
 
+def test_parts_whose_digests_name_no_object_are_not_fetched(spreading: Spreading, monkeypatch) -> None:
+    monkeypatch.setattr(spreading, "_fetch", lambda _: pytest.fail("it was fetched"))
+    entry = {"schema": 1, "kind": "square", "digest": "../../../x", "size": 1, "facts": {}}
+    made: Any = {"event": "made", "result": 0, "parts": {"part:x": entry}, "cpu_seconds": 0.0, "peak_bytes": 0}
+    again = spreading._again(0, PIECE, made)
+    assert again
+    assert again["problems"] == ["file 1: its worker reports invalid parts"]
+
+
 def test_pieces_that_lack_the_same_are_each_asked_once_more(spreading: Spreading) -> None:
     lacks: Any = {"event": "lacks", "digests": ["a" * 64]}
     assert [spreading._again(index, PIECE, lacks) for index in (0, 1)] == [None, None]

@@ -7,10 +7,11 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import diskcache
 import pytest
@@ -19,7 +20,7 @@ from stagegraph import Pipeline
 from stagegraph.store.documents import DamagedError, seal, unseal
 from stagegraph.store.index import Index
 from stagegraph.store.journal import Journal
-from stagegraph.store.record import is_record_of
+from stagegraph.store.record import artifact_digest, is_record_of
 from stagegraph.store.workspace import Workspace
 from tests.support.demo import Demo
 
@@ -68,6 +69,12 @@ def test_a_text_from_before_there_were_seals_is_read() -> None:
             unseal("last:a/b", odd)
 
 
+def leaving(digest: str, size: int) -> Iterator[dict[str, list[Any]]]:
+    """Files that are not below where they are put, and objects that are not in the store."""
+    yield from ({name: [digest, size]} for name in ("../x", "/x", "a/../../x", "a\0b"))
+    yield from ({"x": [odd, size]} for odd in ("../x", f"../../{digest}", digest.upper(), digest[:-1], ""))
+
+
 def test_a_record_that_is_not_what_its_key_says_is_not_believed(built: Demo) -> None:
     with store_of(built) as workspace:
         for record in list(workspace.records()):
@@ -82,6 +89,8 @@ def test_a_record_that_is_not_what_its_key_says_is_not_believed(built: Demo) -> 
                 {"outputs": record["outputs"] | {port: output | {"files": {name: [other, size]}}}},
                 {"outputs": {port: None}},
                 {"outputs": {port: {"files": {name: 5}, "digest": ""}}},
+                *({"outputs": {port: {"files": odd, "digest": artifact_digest(odd)}}} for odd in leaving(digest, size)),
+                {"views": {"../x": [digest, size]}},
                 {"outputs": 3},
                 {"schema": 2},
                 {"key": other},

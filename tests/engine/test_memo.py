@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -249,6 +250,21 @@ def test_a_part_on_another_file_system_is_copied(memo: Memo) -> None:
     assert found is not None
     assert found.path.read_text() == "some"
     assert list(found.path.parent.iterdir()) == [found.path]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"digest": "./../mine"}, {"digest": None}, {"size": "3"}, {"facts": []}, {"schema": 2}]
+)
+def test_an_entry_that_names_no_object_is_no_part(memo: Memo, tmp_path: Path, odd: dict[str, Any]) -> None:
+    """The file that it leads to would be moved to quarantine, as its content has another digest."""
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "part").write_text("part")
+    memo.remember("part", {"n": 1}, tmp_path / "part")
+    (name,) = memo._store.index.names("part:")
+    memo._store.index.set(name, memo._store.index.get(name) | odd)
+    assert memo.recall("part", {"n": 1}) is None
+    assert mine.read_text() == "mine"
 
 
 def test_several_parts_are_remembered_at_once(memo: Memo, tmp_path: Path) -> None:
