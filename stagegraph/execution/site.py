@@ -242,10 +242,12 @@ class Site:
         inputs = {d for instances in request["layout"].values() for *_, found in instances for d, _ in found.values()}
 
         def lend(digests: Sequence[str]) -> list[str]:
-            for digest in digests:
-                if digest in files or digest in inputs:  # and nothing else, whatever a worker asks for
-                    storage.give(digest, store.path(digest) if store.verify(digest) is None else files[digest])
-            return [digest for digest in digests if digest not in files and digest not in inputs]
+            own = [digest for digest in digests if digest in files or digest in inputs]  # and nothing else
+            here = {digest: store.path(digest) if store.verify(digest) is None else files.get(digest) for digest in own}
+            for digest, path in here.items():
+                if path is not None:
+                    storage.give(digest, path)
+            return [digest for digest in digests if here.get(digest) is None]
 
         return Spreading(
             request,

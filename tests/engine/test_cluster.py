@@ -26,6 +26,7 @@ import yaml
 
 import stages
 from stagegraph import Pipeline
+from stagegraph.digest import digest_file
 from stagegraph.errors import PlanError, SpecError
 from stagegraph.execution.budget import Budget
 from stagegraph.execution.cluster import Cluster
@@ -393,6 +394,19 @@ def test_a_worker_with_another_library_or_another_since_it_was_started_is_refuse
             request | {"document": document | {"libraries": libraries}}, lambda _event: None, lambda: False
         )
         assert ended == {"event": "refused", "problems": [STALE]}
+
+
+def test_a_worker_lends_what_it_has_of_a_node_s_own_inputs(tmp_path: Path) -> None:
+    site, given = Site(tmp_path / "store"), list[str]()
+    (tmp_path / "here").write_text("here")
+    here, lost, foreign = digest_file(tmp_path / "here"), "a" * 64, "b" * 64
+    site._workspace.store.adopt(tmp_path / "here", here)
+    layout = {"port": [({}, "x", {"x": [here, 4], "y": [lost, 4]})]}
+    request: Any = {"sources": {}, "layout": layout}
+    storage: Any = SimpleNamespace(give=lambda digest, _path: given.append(digest))
+    spreading = site._spreading(request, storage, lambda _event: None, lambda: False)
+    assert spreading._lend([here, lost, foreign]) == [lost, foreign]
+    assert given == [here]
 
 
 def test_where_no_worker_fits_the_node_fails_with_every_reason(client: Client, grid: Grid, monkeypatch) -> None:
