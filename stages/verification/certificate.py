@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from stages.runtime import certificate, seal
 from stages.runtime.wording import wording
-from stages.verification.reference import checkpoint_digest
+from stages.verification.reference import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,7 @@ def document(case: Case, verified: Verification, golden: Golden | None, source: 
             "sha256": bundle.sha256,
         },
         "checkpoint": {
-            "blake3": checkpoint_digest(case.digests),
+            "blake3": digest_of(case.digests),
             "files": dict(case.digests),
             "licence": licence(case.files),
             "source": source,

@@ -56,13 +56,18 @@ class RecordingError(ProblemsError):
 
 
 def checkpoint_digest(digests: Mapping[str, str]) -> str:
-    """Return the digest of a checkpoint from the BLAKE3 digests of its files (relative name -> hex)."""
+    """Return the digest of a checkpoint's model from the BLAKE3 digests of its files (relative name -> hex)."""
     named = {
         name: digest
         for name, digest in digests.items()
         if "/" not in name and (name in _CHECKPOINT_FILES or name.endswith(_CHECKPOINT_SUFFIXES))
     }
-    return blake3(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return digest_of(named)
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Return the digest of files together from the digest of each."""
+    return blake3(json.dumps(dict(digests), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def read_recorded(

@@ -13,6 +13,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file
 
 from stages.cli import attest, verify
@@ -68,7 +69,10 @@ def test_what_a_certificate_says_is_what_was_verified_byte_for_byte(certified, r
     assert document["verdict"] == "verified"
     assert document["verification"] == json.loads((context.out / "verify.json").read_text())
     assert document["bundle"]["sha256"] == manifest.read(folder).sha256
-    assert document["checkpoint"]["files"] == bundles.source_files(recorded.checkpoint, bundles.INCLUDE).digests
+    digests = bundles.source_files(recorded.checkpoint, bundles.INCLUDE).digests
+    assert document["checkpoint"]["files"] == digests
+    together = json.dumps(digests, sort_keys=True, separators=(",", ":")).encode()
+    assert document["checkpoint"]["blake3"] == blake3(together).hexdigest(), "of the tokenizer's files too"
     assert [row["after"] for row in document["golden"]["rows"]] == [20, 21, 31, 32, *range(63, 128)]
     assert all(row["logits"] == sorted(row["logits"], reverse=True) for row in document["golden"]["rows"])
     assert "recorded by" in document["golden"]["origin"]
