@@ -73,7 +73,7 @@ class Scheduler:
         self._repeats: dict[Node, int] = {}  # of nodes whose worker was lost
         self._selector: BaseSelector | None = None
         self._pin: Pin | None = None
-        self._remade: set[str] = set()
+        self._remade: set[tuple[Node, str]] = set()
         self._late = False
 
     def run(self, nodes: Sequence[Node]) -> None:
@@ -286,9 +286,9 @@ class Scheduler:
 
     def _remake(self, node: Node, digest: str) -> bool:
         """Settle a node again, and before it those above whose result has a damaged object; once for each object."""
-        if digest in self._remade:
+        if (node, digest) in self._remade:
             return False
-        self._remade.add(digest)
+        self._remade.add((node, digest))
         broken = [u for u in node.upstream if digest in {d for d, _ in record_files(self._record_of(u)).values()}]
         for upstream in broken:
             del self.outcomes[upstream]
@@ -360,7 +360,7 @@ class Scheduler:
         try:
             with self._workspace.sharing():
                 self._finish(self._results.commit(running, event))
-        except (OSError, sqlite3.OperationalError) as error:
+        except (OSError, RottenError, sqlite3.OperationalError) as error:
             self._fail(running, [problem_of(error)], bug=False)
 
     def _fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> None:

@@ -186,7 +186,11 @@ class Store:
         _unlink(temporary)
         linked = False
         try:
-            if (size := os.stat(source).st_size) < min(SMALL, HARDLINK_FROM):
+            try:
+                size = os.stat(source).st_size
+            except FileNotFoundError:  # it went to quarantine when another node read it
+                raise RottenError(digest) from None
+            if size < min(SMALL, HARDLINK_FROM):
                 content = _write_small(source, temporary)
                 right = len(content) == size and (known or digest_bytes(content) == digest)
             else:

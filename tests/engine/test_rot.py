@@ -61,6 +61,30 @@ def test_no_stage_reads_it_and_its_maker_runs_again(built: Demo) -> None:
     assert built("fsck", str(built.pipeline)).code == 0
 
 
+HANDED_ON = """\
+version: 1
+name: demo
+vars: {mark: a}
+stages:
+  first: {uses: shell, with: {cmd: "echo words > ${out.a}", outputs: {a: a.txt}}}
+  second: {uses: shell, with: {cmd: "cp ${in.a} ${out.b}", inputs: {a: first.a}, outputs: {b: b.txt}}}
+  third:
+    uses: shell
+    with: {cmd: "cat ${in.b} > ${out.c}; echo ${vars.mark} >> ${out.c}", inputs: {b: second.b}, outputs: {c: c.txt}}
+"""
+
+
+def test_the_node_that_an_object_was_handed_on_from_makes_it_again(demo: Demo) -> None:
+    """The one in between, which gave the same object away, cannot be made of it and need not be."""
+    demo.pipeline.write_text(HANDED_ON)
+    demo.run()
+    rot(demo, object_with(demo, "words\n"))
+    result = demo.run("--set", "mark=b")
+    assert result.outcomes == {"first": "UNCHANGED", "second": "HIT", "third": "BUILT"}, result.err
+    assert demo.path("third", "c.txt").read_text() == "words\nb\n"
+    assert demo("fsck", str(demo.pipeline)).code == 0
+
+
 def test_it_is_not_shown_as_an_output(built: Demo) -> None:
     before = shown(built)
     built.run("--set", "vars.glue=+")
