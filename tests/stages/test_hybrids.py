@@ -123,7 +123,7 @@ def check_against_float64(made: family_models.Built) -> None:
     more by rounding, within twice what transformers' own float32 is off on the same texts.
 
     Measured on Mamba in q4f16_1: transformers' float32 is off by up to 2.6e-5 (half of all tokens by less than 8e-7),
-    this by 2.2e-5 (9e-7). In q0f32 transformers' is off by 1.2e-4 for one token of 163 and this by 3.4e-5: where sums
+    this by 2.2e-5 (9e-7). In q0f32 transformers' is off by 1.2e-4 for one token of 320 and this by 3.4e-5: where sums
     cancel, single tokens say little, so nine in ten must be those of a sure reference.
     """
     moved = []
@@ -134,7 +134,7 @@ def check_against_float64(made: family_models.Built) -> None:
         return wanted
 
     errors = traced_models.differences(made, reference=exact)
-    assert np.quantile(moved, 0.9) < test_traced.BOUND, "float32 itself is not sure"
+    assert np.quantile(moved, 0.9) < test_traced.BOUND / 4, "float32 itself is not sure"
     assert max(errors) < max(test_traced.BOUND, 2 * max(moved)), (max(errors), max(moved))
 
 
