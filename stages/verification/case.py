@@ -16,7 +16,7 @@ from stages.runtime.tokenizer import BundleTokenizer
 from stages.verification import original, probes
 from stages.verification.checks import CACHE, PROBES
 from stages.verification.prompts import PARAGRAPH, PROMPTS
-from stages.verification.reference import checkpoint_digest, recorded_prompts
+from stages.verification.reference import recorded_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -181,12 +181,12 @@ class Case:
         """Return the memoised results of the original model on these probes, for any scheme and target."""
         if self.memo is None or not self.probes.count:
             return None
-        return original.known(self.memo, original.document(self.original, checkpoint_digest(self.digests)))
+        return original.known(self.memo, original.document(self.original, self.digests))
 
     def keep_original(self, found: Mapping[str, np.ndarray]) -> None:
         """Memoise the results of the original model, for other schemes and targets."""
         if self.memo is not None:
-            document = original.document(self.original, checkpoint_digest(self.digests))
+            document = original.document(self.original, self.digests)
             original.keep(self.memo, document, found, self.scratch)
 
     @cached_property

@@ -97,11 +97,11 @@ def keep(memo: Memo, document: JsonObject, found: Mapping[str, np.ndarray], fold
     file.unlink()
 
 
-def document(request: OriginalRequest, checkpoint: str) -> JsonObject:
-    """Return everything that an answer depends on beside the code; ``checkpoint`` is the digest of its files."""
+def document(request: OriginalRequest, digests: Mapping[str, str]) -> JsonObject:
+    """Return everything that an answer depends on beside the code; ``digests`` are those of the checkpoint's files."""
     probes = json.dumps([request.pieces, request.skipped], separators=(",", ":"))
     return {
-        "checkpoint": checkpoint,
+        "checkpoint": {name: digests[name] for name in sorted(request.files)},  # all that a model may be loaded from
         "config": blake3(Path(request.config).read_bytes()).hexdigest(),
         "probes": blake3(probes.encode()).hexdigest(),
         "tools": {name: version(name) for name in ("torch", "transformers", "numpy", "gguf")},

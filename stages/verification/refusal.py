@@ -18,7 +18,6 @@ from stages.quantization.schemes import FLOAT_BITS, SCHEMES
 from stages.verification import advice, apart, gates, original
 from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, AdviceRequest
 from stages.verification.loss import Loss
-from stages.verification.reference import checkpoint_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -124,7 +123,7 @@ class _Shelf:
         read = replace(case.original, pieces=[case.original.pieces[0][: SCHEME_TOKENS + 1]])
         self.original_request = asdict(read)
         self._memo, self._folder = case.memo, case.scratch
-        self._of = {"original": original.document(read, checkpoint_digest(case.digests))}
+        self._of = {"original": original.document(read, case.digests)}
         self.scales = PLAIN if case.scales in BY_CALIBRATION else case.scales
         self._scheme = {**self._of, "scheme": asdict(scheme), "scales": self.scales}
         self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8}

@@ -343,7 +343,7 @@ def test_files_of_a_split_model_that_are_missing_or_anothers_are_named(split: li
 
 
 def test_two_files_are_two_checkpoints() -> None:
-    """Under this digest verify keeps what the original model says, and a certificate names the checkpoint."""
+    """Under this digest a certificate names the checkpoint."""
     digests = [checkpoint_digest({"model.gguf": content * 64}) for content in "ab"]
     assert len({*digests, checkpoint_digest({})}) == 3
 

@@ -187,6 +187,19 @@ def test_the_original_is_what_transformers_computes_in_float32(tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_what_the_original_says_is_kept_for_the_files_that_it_is_loaded_from(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+
+    def kept(**changed: str) -> str:
+        digests = {"model.gguf": "1", "quantize_config.json": "1", "reference/reference.json": "1", **changed}
+        files = {name: tmp_path / name for name in digests if "/" not in name}
+        asked = original.OriginalRequest(tmp_path, files, tmp_path / "config.json", [[1, 2, 3]], skipped=0)
+        return json.dumps(original.document(asked, digests), sort_keys=True)
+
+    assert kept(**{"reference/reference.json": "2"}) == kept()
+    assert len({kept(), kept(**{"model.gguf": "2"}), kept(**{"quantize_config.json": "2"})}) == 3
+
+
 def test_the_original_is_computed_once_for_all_schemes_and_refuses_by_default(quantized, tmp_path, monkeypatch):
     memo = tmp_path / "memo"
     first = bundles.verify(quantized, tmp_path / "first", memo=memo)
