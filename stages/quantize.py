@@ -90,7 +90,7 @@ class Quantize(Stage):
             return replace(params, scales=scheme.scales)
         if params.scales != "max" and not any(row.kind == "group" for row in scheme.rows):
             raise StageError(
-                f"scales: {params.scales} chooses the scale of each group, and {scheme.name} has no groups; use auto"
+                f"scales: {params.scales} chooses scales of groups of integers, and {scheme.name} has none; use auto"
             )
         if params.scales == "full" and any(row.minimum for row in scheme.rows):
             raise StageError(

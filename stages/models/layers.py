@@ -248,11 +248,11 @@ class LayerFactory:
             return FloatMatrix(weight, rows, self.compute_dtype, layout)
         base = name.removesuffix("weight")
         row = logical["quantize"]
-        if row["kind"] == "tensor":
-            scale = self._parameter(f"{base}q_scale", (1,))
-            return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, self.compute_dtype)
         bits, size = row["bits"], row["group_size"]
-        groups = -(-columns // size)
+        groups = -(-columns // size) if size else 0
+        if row["kind"] != "group":
+            scale = self._parameter(f"{base}q_scale", (rows, groups) if size else (1,))
+            return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, size, self.compute_dtype)
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
         if row["levels"]:
             outer = -(-groups // LEVELED)

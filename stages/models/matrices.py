@@ -199,11 +199,14 @@ def _gather(
 
 
 class ScaledMatrix(nn.Module):
-    """A matrix [n, k] of float8_e4m3fn values ``q_weight`` with one float32 scale for all, ``q_scale`` [1]."""
+    """A matrix [n, k] of float8_e4m3fn values ``q_weight`` with float32 scales: one for each ``group_size`` values of a
+    row, ``q_scale`` [n, groups], or, where that is 0, one for all, [1].
+    """
 
-    def __init__(self, q_weight: nn.Parameter, q_scale: nn.Parameter, compute_dtype: str) -> None:
+    def __init__(self, q_weight: nn.Parameter, q_scale: nn.Parameter, group_size: int, compute_dtype: str) -> None:
         self.q_weight = q_weight
         self.q_scale = q_scale
+        self.group_size = group_size
         self.compute_dtype = compute_dtype
 
     def matrix(self) -> Tensor:
@@ -212,7 +215,8 @@ class ScaledMatrix(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` [s], [s, k]."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), self.q_scale])
+        scales = take(self.q_scale, ids) if self.group_size else self.q_scale
+        return op.tensor_expr_op(self._unpack, "dequantize", [take(self.q_weight, ids), scales])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,7 +235,8 @@ class ScaledMatrix(nn.Module):
         bits = tirx.reinterpret("uint8", values[i, j]).astype("uint32")
         moved = (bits & tirx.const(0x80, "uint32")) << 24 | (bits & tirx.const(0x7F, "uint32")) << 20
         exact = tirx.reinterpret("float32", moved) * tirx.const(2.0**120, "float32")
-        return (exact * scale[0]).astype(self.compute_dtype)
+        step = scale[i, j // self.group_size] if self.group_size else scale[0]
+        return (exact * step).astype(self.compute_dtype)
 
     def _unpack(self, values: te.Tensor, scale: te.Tensor) -> te.Tensor:
         return te.compute(values.shape, lambda i, j: self.value(values, scale, i, j), name="dequantize")

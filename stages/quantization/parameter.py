@@ -120,7 +120,7 @@ def _by_numpy(
 ) -> tuple[float, float]:
     if row:
         made = quantize(array, row, scales, importance, feedback)
-        scale_of_all = [] if row.kind == "group" else [*made[1:]]
+        scale_of_all = [*made[1:]] if row.kind == "tensor" else []
 
         def values(rows: slice) -> np.ndarray:
             by_row = made[: len(made) - len(scale_of_all)]
@@ -147,6 +147,8 @@ def quantize(
     """
     if row.kind == "tensor":
         return float8.quantize(array)
+    if row.kind == "float8":
+        return float8.quantize_groups(array, row)
     room = two_level if row.levels else minimum if row.minimum else group
     if feedback is None:
         made: Sequence[np.ndarray] = room.quantize(array, row, scales, importance)
@@ -159,6 +161,8 @@ def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:
     values, scale, *least = stored
     if row.kind == "tensor":
         return float8.dequantize(values, scale)
+    if row.kind == "float8":
+        return float8.dequantize_groups(values, scale, row)
     if row.levels:
         return two_level.dequantize(values, scale, least[0], row, k)
     if row.minimum:

@@ -22,10 +22,11 @@ class Row:
     """One way to store the values of a matrix [n, k].
 
     ``kind`` "group" stores each ``group_size`` values of a row as integers of ``bits``, packed into uint32 words, with
-    one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "tensor" stores
-    float8_e4m3fn with one float32 scale for the whole weight. The value of an integer c is ``(c - top) * scale``, or
-    ``c * scale + minimum``. With ``levels`` scale and minimum of a group are integers of six bits, and
-    :data:`~stages.sizes.LEVELED` groups share two floats, s and m, for them: ``c * (s * scale) - m * minimum``.
+    one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "float8" stores
+    float8_e4m3fn with one scale for each ``group_size`` values of a row, "tensor" with one for the whole weight. The
+    value of an integer c is ``(c - top) * scale``, or ``c * scale + minimum``. With ``levels`` scale and minimum of a
+    group are integers of six bits, and :data:`~stages.sizes.LEVELED` groups share two floats, s and m, for them:
+    ``c * (s * scale) - m * minimum``.
     """
 
     kind: str
@@ -38,8 +39,8 @@ class Row:
     @property
     def name(self) -> str:
         """A short name, for tables and messages."""
-        if self.kind == "tensor":
-            return "float8_e4m3fn"
+        if self.kind != "group":
+            return "float8_e4m3fn" + (f"/{self.group_size}" if self.group_size else "")
         more = " with minimum" if self.minimum else ""
         return f"{self.bits} bits/{self.group_size} {self.scale_dtype}{more}{' in two levels' if self.levels else ''}"
 
@@ -86,7 +87,9 @@ class Row:
     def stored(self, n: int, k: int) -> tuple[tuple[str, tuple[int, ...], str], ...]:
         """Return what a weight [n, k] is stored as: last part of the name, shape, dtype."""
         if self.kind == "tensor":
-            return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (1,), "float32")
+            return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (1,), self.scale_dtype)
+        if self.kind == "float8":
+            return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (n, self.groups(k)), self.scale_dtype)
         words, groups = ("q_weight", (n, self.words(k)), "uint32"), self.groups(k)
         if self.levels:
             outer = -(-groups // LEVELED)

@@ -84,6 +84,7 @@ SCHEMES: dict[str, Scheme] = {
     "q8f16_1": _same("q8f16_1", 8, 32, "float16"),
     "q8f32_1": _same("q8f32_1", 8, 32, "float32"),
     "e4m3_f16": Scheme("e4m3_f16", Row("tensor", 8, 0, "float32"), None, None, "float16", "float16"),
+    "e4m3_128": Scheme("e4m3_128", Row("float8", 8, 128, "float32"), None, None, "float16", "float16"),
     "q4s16": _mixed("q4s16", "mse", Row("group", 4, 16, "float16")),
     "q4s32": _mixed("q4s32", "mse", Row("group", 4, 32, "float16")),
     "q4s64": _mixed("q4s64", "mse", Row("group", 4, 64, "float16")),

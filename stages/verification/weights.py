@@ -53,7 +53,7 @@ class BundledTensor:
             return values
         first, *scales = self.stored
         first = first[rows]  # of several matrices, those of each: together they are the rows of one
-        if self.row.kind == "group":
+        if self.row.kind != "tensor":
             scales = [tensor[rows].reshape(-1, tensor.shape[-1]) for tensor in scales]
         found = restored([first.reshape(-1, first.shape[-1]), *scales], self.row, self.shape[-1])
         return found.reshape(*first.shape[:-1], -1)
@@ -284,6 +284,13 @@ def _in_rows(tensor: BundledTensor, original: np.ndarray) -> tuple[BundledTensor
 
 def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
     """Return how far a held value may be from each of ``wanted`` [n, k]."""
+    if row.kind == "float8":
+        # As below, of each group; a scale that others chose may be up to twice the plain one.
+        starts = np.arange(0, wanted.shape[1], row.group_size)
+        peaks = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
+        smallest = np.repeat(peaks, row.group_size, axis=1)[:, : wanted.shape[1]] * np.float32(2**-9 / float8.LARGEST)
+        in_groups: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest
+        return in_groups
     if row.kind == "tensor":
         # Half a unit of three bits; below the smallest normal number, half of the smallest there is.
         smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)

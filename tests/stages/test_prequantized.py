@@ -21,7 +21,10 @@ from stages.checkpoint.headers import read_headers
 from stages.checkpoint.tensors import Weights
 from stages.config_parse import ConfigParse
 from stages.quantize import Quantize
+from stages.runtime import tensor_cache
+from stages.runtime.folder import Folder
 from stages.verification import original
+from stages.verification.weights import bundled_tensors
 from tests.support import family_models
 from tests.support.checkpoints import write_json
 from tests.support.local_context import run_stage
@@ -173,6 +176,7 @@ FORMS: dict[str, tuple[Callable[..., Encoded], dict[str, Any], dict[str, Any]]] 
     "compressed int8": (int8, {}, of("compressed-tensors", format="int-quantized")),
     "compressed fp8": (fp8, {}, of("compressed-tensors", format="float-quantized")),
     "fp8 blocks": (blocks, {}, of("fp8", weight_block_size=[64, 64], activation_scheme="dynamic")),
+    "fp8 blocks of 128": (blocks, {"side": 128}, of("fp8", weight_block_size=[128, 128], activation_scheme="dynamic")),
     "bitsandbytes int8": (llm_int8, {}, of("bitsandbytes", load_in_8bit=True)),
     "nf4": (nf4, {}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "nf4 twice": (nf4, {"nested": True}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_use_double_quant=True)),
@@ -330,6 +334,21 @@ def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Pa
     ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
     (said,) = ctx.warnings
     assert said.startswith("8 matrices are quantized already (AWQ) and are quantized a second time as q4f16_1")
+
+
+@pytest.mark.parametrize("form", ["compressed fp8", "fp8 blocks of 128"])
+def test_float8_in_groups_holds_the_values_of_fp8_checkpoints(form: str, tmp_path: Path) -> None:
+    values = write(tmp_path / "model", form)
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "e4m3_128")
+    choice = {"scheme": "e4m3_128", "target": "llvm", "checkpoint": str(tmp_path / "model")}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    assert ctx.warnings == []
+    report = json.loads((tmp_path / "made" / "report.json").read_text())
+    assert {line["rmse"] for line in report["tensors"] if "_proj" in line["name"]} == {0.0}
+    records = tensor_cache.records(Folder(tmp_path / "made" / "weights"))
+    held = {tensor.source: tensor for tensor in bundled_tensors(json.loads(ports["params"].read_bytes()), records)}
+    for name in (name for name in values if "_proj" in name):
+        np.testing.assert_array_equal(held[name].values(), values[name], err_msg=name)
 
 
 @pytest.mark.parametrize(

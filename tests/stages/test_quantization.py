@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stages.quantization import compiled, float8, layouts, minimum, tensor_cache, two_level
-from stages.quantization.blocks import BLOCK_BYTES, cast, relative_error
+from stages.quantization.blocks import BLOCK_BYTES, UnfitError, cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import dequantize, quantize
 from stages.quantization.parameter import convert, kernel_names, restored
@@ -369,6 +369,27 @@ def test_float8_codes_and_scale_equal_the_plain_statement():
         assert abs(quotient - code) == nearest
     assert np.array_equal(float8.dequantize(codes, scale), codes.astype(np.float32) * np.float32(expected))
     assert float8.quantize(np.zeros((2, 3), np.float32))[1].tolist() == [float32(1 / (448 * 512))]
+
+
+def test_float8_in_groups_stores_what_is_such_codes_already_and_rounds_what_is_not():
+    """Every finite code by scales of blocks of rows and columns, as FP8 checkpoints have them, the last one short."""
+    row, rng = ROWS["e4m3_128"], np.random.default_rng(3)
+    every = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    codes = rng.choice(every[np.isfinite(every)], (256, 300))
+    codes[:, :128] *= np.float32(2) ** -rng.integers(0, 4, 256).astype(np.float32)[:, None]  # far from the largest code
+    codes = codes.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    codes[5] = 0
+    scales = np.exp(rng.uniform(-9, -2, (2, 3))).astype(np.float32).repeat(128, 0).repeat(128, 1)[:, :300]
+    stored = quantize_row(codes * scales, row, "max")
+    assert np.array_equal(restored(stored, row, 300), codes * scales)
+    weight = sample((11, 150), np.float32)
+    values, found = quantize_row(weight, row, "max")
+    peaks = np.maximum.reduceat(np.abs(weight), [0, 128], axis=1)
+    assert np.array_equal(found, peaks / np.float32(448))
+    steps = np.repeat(found, 128, axis=1)[:, :150]
+    assert np.array_equal(values, (weight / steps).astype(ml_dtypes.float8_e4m3fn))
+    with pytest.raises(UnfitError):
+        quantize_row(np.full((1, 3), np.nan, np.float32), row, "max")
 
 
 def test_blocks_of_rows_do_not_show():

@@ -106,7 +106,7 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
             searched = SCHEMES[scheme].scales == "mse"  # may cut off the largest value
             four = 1 - 31 / 50 * 8 / 7 if searched else 1 / 13
             three = 4 / 7 if searched else 1 / 5.9
-            eight = 1 / 15 if row.kind == "tensor" else 1 / 100
+            eight = 1 / 100 if row.kind == "group" else 1 / 15
             coarse = {2: 4 / 3, 3: three, 4: four, 5: 1 / 15, 6: 1 / 20, 8: eight}
             assert np.abs(found - expected).max() < np.abs(expected).max() * coarse[row.bits]
             error = np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())
@@ -395,7 +395,7 @@ def test_kernels_that_cannot_be_compiled_are_said_and_done_without(tmp_path: Pat
 
 
 def test_a_search_for_scales_needs_groups():
-    with pytest.raises(StageError, match="e4m3_f16 has no groups"):
+    with pytest.raises(StageError, match="groups of integers, and e4m3_f16 has none"):
         Quantize().resolve(Quantize.Params(checkpoint="x", scheme="e4m3_f16", target="llvm", scales="mse"))
 
 
