@@ -120,7 +120,10 @@ def _check_attention(build: Build) -> None:
         raise StageError(f"kv_dtype: int8 cannot be built for target {build.row.name}; target llvm can")
     if build.kv_dtype == "int8" and not build.own_attention:
         width = build.config.attention.head_dim
-        raise StageError(f"kv_dtype: int8 needs heads of a multiple of 16 channels, these have {width}; use auto")
+        raise StageError(
+            f"kv_dtype: int8 needs heads of a multiple of 16 channels, these have {width}: use auto, or frontend: "
+            "traced of config-parse, which fills heads up"
+        )
 
 
 def _build(params: Any, model: ModelDocument, registry: Register) -> tuple[Build, ModelSizes]:

@@ -17,6 +17,7 @@ from stages.checkpoint.errors import ConfigError
 from stages.models import transforms
 from stages.models.traced import parse, stored_as, to_reference
 from tests.support import family_models, traced_models
+from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graph
 
 BOUND = 2e-5  # of the largest |logit|
@@ -28,10 +29,10 @@ BUILDS = [
 ]
 
 
-def built(folder: Path, model_type: str, scheme: str) -> family_models.Built:
-    checkpoint = traced_models.write(folder / "checkpoint", model_type)
+def built(folder: Path, model_type: str, scheme: str, *, kv_dtype: str = "auto", **sizes: int) -> family_models.Built:
+    checkpoint = traced_models.write(folder / "checkpoint", model_type, **sizes)
     case = family_models.Case("", traced_models.SIZES)
-    return family_models.build(folder, case, scheme, checkpoint=checkpoint, frontend="traced")
+    return family_models.build(folder, case, scheme, checkpoint=checkpoint, frontend="traced", kv_dtype=kv_dtype)
 
 
 def check(made: family_models.Built) -> None:
@@ -42,6 +43,30 @@ def check(made: family_models.Built) -> None:
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
 def test_a_traced_model_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
     check(built(tmp_path, model_type, scheme))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("gpt_oss", {}), ("lfm2", {}), ("qwen3_next", {}), ("llama", {"head_dim": 20}), ("gemma3_text", {})],
+)
+def test_a_cache_in_bytes_loses_what_rounding_keys_and_values_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, sizes: dict[str, int]
+) -> None:
+    """Sinks, recurrent layers beside attention, heads that are filled up, windows with full layers between them."""
+    made = built(tmp_path, model_type, "q0f32", kv_dtype="int8", **sizes)
+    exact, texts = made.reference, []
+
+    def rounded(ids: list[int]) -> np.ndarray:
+        before = exact(ids)
+        with monkeypatch.context() as patch:
+            in_bytes(patch, model_type.removesuffix("_text"))
+            wanted = exact(ids)
+        texts.append(family_models.error(before, wanted))
+        return wanted
+
+    errors = traced_models.differences(made, reference=rounded)
+    assert max(errors) < max(texts) / 10, (max(errors), texts)
 
 
 def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
