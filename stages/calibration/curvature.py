@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 THREADS = 4  # that factors are computed by, whatever the machine has: how LAPACK adds up depends on their number
-DAMPING = 0.01  # of the mean of the diagonal, added to it: what few tokens say is not to be trusted to the end
+DAMPING = 0.01  # of the mean of the diagonal, added to it: a column that carries nothing has an inverse too
 
 
 class Curvatures:
@@ -51,16 +51,20 @@ class Curvatures:
 
 
 def feedback_of(rows: Any) -> Feedback:
-    """Return the feedback that inputs ``rows``, a float tensor [n, k], ask for, in memory for two of float64 [k, k]."""
+    """Return the feedback that inputs ``rows``, a float tensor [n, k], ask for, in memory for two of float64 [k, k].
+
+    How two columns go together counts n / (n + k) of what the rows say: the fewer they are, the more of it is chance.
+    """
     import torch
 
     rows = rows.float()
+    n, k = rows.shape
     second = rows.T @ rows
-    carried = second.diagonal().double() / len(rows)
+    carried = second.diagonal().double() / n
     order = torch.argsort(carried, descending=True, stable=True)
-    made = second[order][:, order].double().div_(len(rows))
+    made = second[order][:, order].double().div_(n + k)
     del second
-    made.diagonal().add_(DAMPING * float(carried.mean()) or 1.0)
+    made.diagonal().copy_(carried[order]).add_(DAMPING * float(carried.mean()) or 1.0)
     with _threads(THREADS):
         made = torch.linalg.cholesky(made)
         made = torch.cholesky_inverse(made)

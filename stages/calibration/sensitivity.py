@@ -1,9 +1,9 @@
 """Sensitivity: how much the original's output changes when a single matrix is quantized, for each of several rows.
 
-Measured is the divergence in one row with plain scales, as verify's advice does it (:mod:`stages.verification.advice`);
-that of another, whose scales are chosen as quantize will choose them, is taken to be in proportion to the squares by
-which what the matrix computes of the text moves, which is what a small change of it comes to. This runs in a process of
-its own, as ``python -m stages.calibration.sensitivity``.
+Measured is the divergence in one row, as verify's advice does it (:mod:`stages.verification.advice`), on pieces from
+all over the text; that in another is taken to be in proportion to the squares by which what the matrix computes of them
+moves, which is what a small change of it comes to. In both, scales are chosen as quantize will choose them. This runs
+in a process of its own, as ``python -m stages.calibration.sensitivity``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from stages.quantization.schemes import SCHEMES
 from stages.verification import advice, apart, original, streaming
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
 
 MEASURED = "q3k"  # the row that divergences are measured in: enough to stand out from the rounding of logits
-PLAIN = "max"  # how its scales are chosen: all there is to it is the size of the loss
-TOKENS = 64  # that a matrix is judged by
+TOKENS = 4096  # of the text, from all over which the pieces are taken
+PIECES, LENGTH = 4, 64  # that a matrix is judged by, and the tokens of each
+TOGETHER = 4  # matrices that are judged in one pass
 SAMPLED = 64  # rows of a matrix whose loss is compared
 
 
@@ -60,22 +61,20 @@ def compute(request: SensitivityRequest, progress: Progress) -> dict[str, np.nda
     tensors = {name: places[id(of[0].weight)] for name, (_, of) in matrices.items() if id(of[0].weight) in places}
     paths = [Path(path) if path else None for path in (request.importance, request.feedback)]
     calibrated = Calibrated.read(request.scales, *paths)
-    ids = torch.tensor(original_request.pieces[0][:TOKENS])[None]
+    ids = torch.tensor(spread(original_request.pieces))
     losses = Losses([SCHEMES[each] for each in request.schemes], calibrated)
     divergences: list[float] = []
     with torch.inference_mode():
         # Entered first, here and below, for it reads the weights while they are lent.
         with _compared(losses, matrices, tensors), streaming.weights_in_float32(model, mapped, progress):
-            wanted = advice.log_probs(model, ids)[0]
+            wanted = advice.log_probs(model, ids)
         names = [name for name in tensors if name in losses.found]  # the others have not run
-        groups = [names[start : start + advice.TOGETHER] for start in range(0, len(names), advice.TOGETHER)]
+        groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
         for done, chosen in enumerate(groups, start=1):
-            alone = advice.each_alone(
-                [advice.storing_one("linear", matrices[name][1], SCHEMES[MEASURED], PLAIN) for name in chosen]
-            )
-            with alone, streaming.weights_in_float32(model, mapped):
-                found = advice.log_probs(model, ids.expand(len(chosen), -1))
-            divergences += advice.divergence(wanted, found).mean(-1).tolist()
+            alone = [(matrices[name][1], _stored(calibrated, tensors[name])) for name in chosen]
+            with advice.each_alone(alone, len(ids)), streaming.weights_in_float32(model, mapped):
+                found = advice.log_probs(model, ids.repeat(len(chosen), 1))
+            divergences += advice.divergence(wanted, found.unflatten(0, (-1, len(ids)))).mean((1, 2)).tolist()
             progress(done, len(groups), "passes for sensitivities")
     found_by_tensor = dict[str, np.ndarray]()
     for name, kl in zip(names, divergences, strict=True):  # parts of a tensor cost together what each of them does
@@ -84,10 +83,34 @@ def compute(request: SensitivityRequest, progress: Progress) -> dict[str, np.nda
     return found_by_tensor
 
 
+def spread(pieces: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the first :data:`LENGTH` tokens of :data:`PIECES` of ``pieces``, far from each other, of those that have
+    so many; of the longest where none has.
+    """
+    long = [piece for piece in pieces if len(piece) >= LENGTH] or [max(pieces, key=len)]
+    count = min(PIECES, len(long))
+    return [[*long[number * len(long) // count][:LENGTH]] for number in range(count)]
+
+
+def _stored(calibrated: Calibrated, tensor: str) -> Callable[[Any, Any], Any]:
+    """Return what a module computes with its weight, some rows of ``tensor``, as :data:`MEASURED` stores it."""
+    import torch
+
+    body = SCHEMES[MEASURED].body
+    assert body
+
+    def compute(module: Any, x: Any) -> Any:
+        weight = module.weight.data.numpy()
+        left = torch.from_numpy(calibrated.left(weight, body.fitting(weight.shape[1]), tensor))
+        return left[x] if type(module) is torch.nn.Embedding else torch.nn.functional.linear(x, left, module.bias)
+
+    return compute
+
+
 @dataclass
 class Losses:
-    """Squares of what each row of ``schemes`` loses of matrices, as multiples of what is lost where it is measured;
-    ``found`` by name.
+    """Squares of what each row of ``schemes`` loses of matrices, as multiples of what :data:`MEASURED` does; ``found``
+    by name.
     """
 
     schemes: Sequence[Scheme]
@@ -98,14 +121,14 @@ class Losses:
         """Compare rows of a ``weight`` [n, k] by its outputs on ``read`` [tokens, k]; an embedding by its values."""
         some = np.ascontiguousarray(weight[:: max(1, len(weight) // SAMPLED)], np.float32)
 
-        def lost(scheme: Scheme, calibrated: Calibrated) -> float:
+        def lost(scheme: Scheme) -> float:
             assert scheme.body
-            error = calibrated.left(some, scheme.body.fitting(some.shape[1]), tensor) - some
+            error = self.calibrated.left(some, scheme.body.fitting(some.shape[1]), tensor) - some
             moved = error if read is None else read @ error.T
             return float(np.square(moved, dtype=np.float64).sum())
 
-        plain = max(lost(SCHEMES[MEASURED], Calibrated(PLAIN)), 1e-30)
-        self.found[name] = np.array([lost(each, self.calibrated) for each in self.schemes]) / plain
+        measured = max(lost(SCHEMES[MEASURED]), 1e-30)
+        self.found[name] = np.array([*map(lost, self.schemes)]) / measured
 
 
 @contextmanager

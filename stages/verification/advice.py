@@ -197,19 +197,19 @@ def _reading_bytes(modules: Sequence[Any], group: int) -> Alone:
 
 
 @contextmanager
-def each_alone(chosen: Sequence[Alone]) -> Iterator[None]:
-    """Let sequence i of a batch see what the modules of the i-th of ``chosen`` compute, and no other one."""
+def each_alone(chosen: Sequence[Alone], sequences: int = 1) -> Iterator[None]:
+    """Let the i-th ``sequences`` of a batch see what the modules of the i-th of ``chosen`` compute, and no others."""
 
-    def hook(row: int, compute: Callable[[Any, Any], Any]) -> Any:
+    def hook(rows: slice, compute: Callable[[Any, Any], Any]) -> Any:
         def after(module: Any, inputs: Any, output: Any) -> Any:
-            output[row] = compute(module, inputs[0][row])
+            output[rows] = compute(module, inputs[0][rows])
             return output
 
         return after
 
     hooks = [
-        module.register_forward_hook(hook(row, compute))
-        for row, (modules, compute) in enumerate(chosen)
+        module.register_forward_hook(hook(slice(sequences * i, sequences * (i + 1)), compute))
+        for i, (modules, compute) in enumerate(chosen)
         for module in modules
     ]
     try:

@@ -27,6 +27,7 @@ from tests.support.local_context import LocalContext, run_stage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOWN = "transformer.h.0.mlp.c_proj.weight"
+PIECES = [[*range(5, 70)], [7, 9, 11], [*range(150, 260)]]  # the second is too short to judge by
 
 
 def choices(seed: int) -> list[RowChoices]:
@@ -100,15 +101,15 @@ def sensitivities(work: Path, scales: str, **files: str) -> dict[str, np.ndarray
     folder = EXAMPLES / "tiny-llama"
     parsed = run_stage(ConfigParse(), work / scales, {"checkpoint": str(folder)}).out
     shards = {path.name: path for path in folder.glob("*.safetensors")}
-    asked = asdict(OriginalRequest(folder, shards, parsed / "model.json", [[*range(5, 70)]], 0, work))
+    asked = asdict(OriginalRequest(folder, shards, parsed / "model.json", PIECES, 0, work))
     return sensitivity.compute(sensitivity.SensitivityRequest(asked, ["q3k", "q4k"], scales, **files), lambda *_: None)
 
 
 def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
-    """The model as it is, with one matrix after the other replaced by what quantize makes of it: measured in one row
-    with plain scales, and foreseen to a factor of two in the other, and with error feedback.
+    """The model as it is, with one matrix after the other replaced by what quantize makes of it: measured in one row,
+    with scales of any kind, and foreseen to a factor of two in the other.
     """
-    folder, ids = EXAMPLES / "tiny-llama", torch.tensor([[*range(5, 69)]])
+    folder, ids = EXAMPLES / "tiny-llama", torch.tensor([[*range(5, 69)], [*range(150, 214)]])
     feedback, importance = tmp_path / "feedback", tmp_path / "importance.npz"
     feedback.mkdir()
     parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(folder)}).out
@@ -134,11 +135,16 @@ def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
                     lost = wanted - model(ids).logits.log_softmax(-1)
                     measured.append(float((wanted.exp() * lost).sum(-1).mean()))
             weight.data = kept
-            if scales == "max":
-                assert costs[name][0] == pytest.approx(measured[0], rel=0.02), name
+            assert costs[name][0] == pytest.approx(measured[0], rel=0.02), (scales, name)
             for foreseen, found_out in zip(costs[name], measured, strict=True):
                 assert found_out / 2 < foreseen < 2 * found_out, (scales, name)
     assert sum(found["gptq"].values())[0] < 0.8 * sum(found["max"].values())[0]
+
+
+def test_matrices_are_judged_by_text_from_all_over():
+    pieces = [[number] * 512 for number in range(8)]
+    assert sensitivity.spread(pieces) == [[number] * sensitivity.LENGTH for number in (0, 2, 4, 6)]
+    assert sensitivity.spread([[1, 2], [3, 4, 5]]) == [[3, 4, 5]]
 
 
 def test_scales_by_calibration_ask_for_it(tmp_path):
