@@ -19,9 +19,12 @@ from stages.quantization.words import pack_planes, unpack_planes
 from stages.sizes import LEVELED
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from stages.quantization.rows import Row
 
 TOP = 63  # the largest level
+TOPS = range(TOP, 55, -1)  # levels of the largest of eight that are tried where scales are searched
 PER_WORD, WIDTH = 5, 6  # levels in a word, and the bits of each; the last of 16 is in what three words have left
 
 
@@ -46,15 +49,19 @@ def quantize(
         with np.errstate(over="ignore", invalid="ignore"):
             least = np.minimum(by_group.min(axis=-1), np.float32(0))
             scale = (by_group.max(axis=-1) - least) / np.float32(row.most)
+        share, tops = shares(row, k, importance), TOPS if scales in SEARCHED else TOPS[:1]
         if scales in SEARCHED:
-            scale, least = best(by_group, shares(row, k, importance), (scale, least), row.most, highest=0)
-        wholes, integers = zip(*(_levels(each, outer[1] // 2, q_outer.dtype) for each in (scale, -least)), strict=True)
+            scale, least = best(by_group, share, (scale, least), row.most, highest=0)
+        of_scale = _levels(scale, outer[1] // 2, q_outer.dtype, tops)
+        if scales in SEARCHED:
+            least = _refitted(by_group, share, _worth(*of_scale)[:, :groups], least, row.most)
+        of_least = _levels(-least, outer[1] // 2, q_outer.dtype, tops)
+        wholes, integers = zip(of_scale, of_least, strict=True)
         q_outer[block] = np.stack(wholes, axis=-1).reshape(count, -1)
         if not np.isfinite(q_outer[block].astype(np.float32)).all():
             raise why_not_finite(values, block.start, row)
         q_scale[block] = pack_levels(np.concatenate(integers, axis=-1))
-        step, low = (w.astype(np.float32)[..., None] * i for w, i in zip(wholes, integers, strict=True))
-        step, low = (each.reshape(count, -1)[:, :groups, None] for each in (step, low))
+        step, low = (_worth(*each)[:, :groups, None] for each in (of_scale, of_least))
         codes = (by_group + low) / np.where(step > 0, step, np.float32(np.inf))
         codes = np.clip(np.rint(codes, out=codes), 0, row.most, out=codes).reshape(count, padded)
         codes[:, k:] = 0
@@ -80,18 +87,43 @@ def steps(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> tuple[n
     return step, low
 
 
-def _levels(values: np.ndarray, outer: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return the floats [n, outer] of ``dtype`` and the levels [n, outer, 8] that stand for ``values`` [n, groups]."""
+def _levels(values: np.ndarray, outer: int, dtype: np.dtype, tops: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the floats [n, outer] of ``dtype`` and the levels [n, outer, 8] that stand for ``values`` [n, groups]: the
+    largest of eight has the one of ``tops`` as its level with which all eight are off by the least squares.
+    """
     n, groups = values.shape
     filled = np.zeros((n, outer * LEVELED), np.float32)
     filled[:, :groups] = values
     by_outer = filled.reshape(n, outer, LEVELED)
-    with np.errstate(over="ignore"):
-        whole = (by_outer.max(axis=-1) / np.float32(TOP)).astype(dtype)
-    divisor = np.where(whole > 0, whole.astype(np.float32), np.float32(np.inf))
-    with np.errstate(invalid="ignore"):  # what is not finite is refused
-        levels = np.nan_to_num(np.rint(by_outer / divisor[..., None]))
-    return whole, np.clip(levels, 0, TOP)
+    most, least = by_outer.max(axis=-1), np.full(by_outer.shape[:2], np.inf, np.float32)
+    best, levels = np.empty(least.shape, dtype), np.zeros_like(by_outer)
+    for top in tops:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            whole = (most / np.float32(top)).astype(dtype)
+            divisor = np.where(whole > 0, whole.astype(np.float32), np.float32(np.inf))
+            found = np.clip(np.nan_to_num(np.rint(by_outer / divisor[..., None])), 0, TOP)
+            error = np.square(found * whole.astype(np.float32)[..., None] - by_outer).sum(axis=-1)
+        better = ~(error >= least)  # where it is no number, too
+        best[better], levels[better], least[better] = whole[better], found[better], error[better]
+    return best, levels
+
+
+def _worth(whole: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Return what ``levels`` [n, outer, 8] of floats ``whole`` [n, outer] stand for, float32 [n, outer * 8]."""
+    found: np.ndarray = whole.astype(np.float32)[..., None] * levels
+    return found.reshape(len(found), -1)
+
+
+def _refitted(groups: np.ndarray, share: np.ndarray, step: np.ndarray, least: np.ndarray, most: int) -> np.ndarray:
+    """Return the minimum of each of ``groups`` [n, g, size], none above 0, once its scale is ``step`` [n, g]: the least
+    squares, counted by ``share`` [g, size], through the codes that ``least`` [n, g] gives.
+    """
+    divisor = np.where(step > 0, step, np.float32(np.inf))[..., None]
+    codes = np.clip(np.rint((groups - least[..., None]) / divisor), 0, most)
+    with np.errstate(invalid="ignore"):
+        found = np.einsum("ngi,gi->ng", groups - codes * step[..., None], share) / share.sum(axis=-1)
+    fitted: np.ndarray = np.minimum(found, 0)
+    return fitted
 
 
 def pack_levels(levels: np.ndarray) -> np.ndarray:

@@ -328,7 +328,8 @@ def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndar
     low = np.minimum(np.minimum.reduceat(wanted, starts, axis=1), np.float32(0))
     step = (np.maximum.reduceat(wanted, starts, axis=1) - low) / np.float32(row.most)
     eights = np.arange(0, len(starts), LEVELED)
-    half = np.float32(0.5 / two_level.TOP + 2 * relative + 1e-5)  # of a level; what the shared float is off by
+    top = two_level.TOP if scales == "max" else two_level.TOPS[-1]
+    half = np.float32(0.5 / top + 2 * relative + 1e-5)  # of a level; what the shared float is off by
     off_step, off_low = (
         np.repeat(np.maximum.reduceat(each, eights, axis=1) * half, LEVELED, axis=1)[:, : len(starts)]
         for each in (step, -low)

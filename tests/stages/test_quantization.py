@@ -308,6 +308,20 @@ def test_planes_hold_every_code_where_the_table_says(name):
     assert codes.max() == 2**row.bits - 1
 
 
+def test_searched_levels_come_nearer_to_scales_that_no_level_is():
+    """Weights on the lattice of a row with floats, as those that Q4_1 held: all that is lost is by levels."""
+    rng = np.random.default_rng(7)
+    scales, least = rng.uniform(0.5, 1.5, (48, 18)), rng.uniform(-9, -6, (48, 18))
+    codes = rng.binomial(15, 0.5, (48, 18, 32))
+    codes[..., :2] = 0, 15
+    weight = ((codes + least[..., None]) * scales[..., None]).reshape(48, 576).astype(np.float32)
+    lost = []
+    for how in ("max", "mse"):
+        error = restored(quantize_row(weight, ROWS["q4k"], how), ROWS["q4k"], 576) - weight
+        lost.append(float(np.square(error).mean()))
+    assert lost[1] < lost[0] / 2
+
+
 @pytest.mark.parametrize("k", [256, 576, 77])
 def test_two_levels_cost_little_more_than_floats_for_each_group(k):
     weight = np.random.default_rng(4).standard_normal((40, k)).astype(np.float32)
