@@ -18,7 +18,7 @@ from tvm import relax as rx
 from tvm import tirx
 
 from stages.documents.files import json_text
-from stages.graph.views import operator_name, relax_functions, type_text
+from stages.graph.views import bindings, calls, operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
 FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})
@@ -58,7 +58,7 @@ def _cost(function: rx.Function) -> Cost:
     packed = function.params[-1]
     parameters: set[Any] = set()  # as they are stored
     derived: set[Any] = set()  # computed from parameters alone: fusion never writes them to memory
-    for binding in _bindings(function):
+    for binding in bindings(function):
         value = binding.value
         if isinstance(value, rx.TupleGetItem) and value.tuple_value.same_as(packed):
             parameters.add(binding.var)
@@ -106,17 +106,6 @@ def _work(call: rx.Call, name: str) -> Amount:
     return _scaled(size, call.args[0].ty.shape.values[-1], 2) if name == "matmul" else size
 
 
-def _bindings(function: rx.Function) -> Iterator[Any]:
-    for block in function.body.blocks:
-        yield from block.bindings
-
-
-def _calls(function: rx.Function) -> Iterator[rx.Call]:
-    for binding in _bindings(function):
-        if isinstance(binding.value, rx.Call):
-            yield binding.value
-
-
 def _operands(call: rx.Call) -> Iterator[Any]:
     for arg in call.args:
         for value in arg.fields if isinstance(arg, rx.Tuple) else [arg]:
@@ -157,7 +146,7 @@ def cost_table(module: tvm.IRModule) -> str:
 
 def structure(module: tvm.IRModule) -> str:
     """Return JSON for comparing two builds: function -> its calls with types, and kernel -> structural hash."""
-    functions = {name: [_line(call) for call in _calls(function)] for name, function in relax_functions(module)}
+    functions = {name: [_line(call) for call in calls(function)] for name, function in relax_functions(module)}
     kernels = {
         var.name_hint: f"{tvm_ffi.structural_hash(function, map_free_vars=True) & (1 << 64) - 1:016x}"
         for var, function in module.functions_items()
