@@ -33,6 +33,10 @@ _OPERATORS = {
     # q and k [b, n, key heads, size], v [b, n, heads, width], decay [b, n, heads] or [b, n, heads, size],
     # beta [b, n, heads] -> as v
     "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
+    # marks of stages.tracing.repeats: of an input and of a result of a traced layer, and what stands for another layer
+    "enter": "(Tensor x, int call, int place) -> Tensor",
+    "leave": "(Tensor x, int call, int place) -> Tensor",
+    "again": "(Tensor[] x, int[] like, int call, int layer) -> Tensor[]",
 }
 
 
@@ -66,7 +70,12 @@ def install() -> None:
     def _expert_linear(x: Any, weight: Any, chosen: Any, transposed: bool) -> Any:
         return x.new_empty(chosen.shape[0], weight.shape[2 if transposed else 1])
 
-    for name, at in (("causal_conv", 0), ("ssm_scan", 0), ("selective_scan", 0), ("delta_rule", 2)):
+    @torch.library.register_fake(f"{NAME}::again")
+    def _again(x: Any, like: Any, *_more: Any) -> Any:
+        return [torch.empty_like(x[at]) for at in like]
+
+    kept = (("enter", 0), ("leave", 0), ("causal_conv", 0), ("ssm_scan", 0), ("selective_scan", 0), ("delta_rule", 2))
+    for name, at in kept:
         torch.library.register_fake(f"{NAME}::{name}")(lambda *given, at=at: torch.empty_like(given[at]))
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -42,10 +42,11 @@ def export(
     names: Names,
     axes: Sequence[int],
     most: int = 0,
+    rewrite: Callable[[Any], None] = lambda _program: None,
 ) -> tuple[GraphPart, tuple[int, ...]]:
     """Return the graph of ``forward(*inputs)``, of which the number of tokens is at ``axes``, and its result's shape
-    without that; :class:`ConfigError` names the node and the operator that cannot be built. It is for at
-    most so many tokens (0: any number), for tables of positions may have no more rows.
+    without that; :class:`ConfigError` names the node and operator that cannot be built. It is for at most so many
+    tokens (0: any number): tables of positions may have no more rows. ``rewrite`` changes what torch exported.
     """
     import torch
 
@@ -74,6 +75,7 @@ def export(
         ) from None
     if any(getattr(node.target, "__name__", "").startswith("copy_.") for node in program.graph.nodes):
         program = program.run_decompositions({})  # what is written into a part of a tensor becomes a tensor of its own
+    rewrite(program)
     graph = _Graph(program, names)
     return graph.part, tuple(size for size in graph.shape if isinstance(size, int))
 

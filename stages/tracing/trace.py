@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
@@ -10,13 +11,14 @@ from stages.tracing import leaves, older
 from stages.tracing.export import EXAMPLE, GraphPart, export
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
+from stages.tracing.repeats import NotAlikeError, folded, unfold
 from stages.tracing.rotation import hoisted, packed
 from stages.tracing.routers import routers
 from stages.tracing.sequences import sequential
 from stages.tracing.source import open_source, positions_of, written
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from stages.documents.files import JsonObject
     from stages.tracing.source import TracedSource
@@ -106,7 +108,7 @@ def _parts(source: TracedSource, names: Names) -> tuple[dict[str, GraphPart], in
         kinds.append(type(found))
         return found.last_hidden_state
 
-    trunk, (_, size) = export(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, [1, 1], most)
+    trunk, size = _trunk(model, states, [torch.zeros(1, EXAMPLE, hidden), positions], names, most)
 
     class Given(torch.nn.Module):
         """Stands where the body was, whose states are given."""
@@ -130,6 +132,22 @@ def _parts(source: TracedSource, names: Names) -> tuple[dict[str, GraphPart], in
     names.in_head = True
     head, (_, vocab) = export(model, logits, [torch.zeros(1, EXAMPLE, size)], names, [1])
     return {"embed": embed, "body": trunk, "head": head}, hidden, vocab
+
+
+def _trunk(
+    model: Any, states: Callable[..., Any], inputs: Sequence[Any], names: Names, most: int
+) -> tuple[GraphPart, int]:
+    """Return the graph of the body, of which alike layers are traced once where they can be, and its width."""
+    with folded(model) as repeats:
+        try:
+            trunk, (_, size) = export(model, states, inputs, names, [1, 1], most, partial(unfold, repeats=repeats))
+        except (NotAlikeError, ConfigError):
+            if not repeats.names:
+                raise
+        else:
+            return trunk, size
+    trunk, (_, size) = export(model, states, inputs, names, [1, 1], most)
+    return trunk, size
 
 
 def _parameters(

@@ -221,3 +221,61 @@ def test_a_head_is_tied_where_the_wrapper_says_so() -> None:
     for tied in (True, False):
         raw = {"model_type": "moss_transcribe_diarize", "text_config": text, "tie_word_embeddings": tied}
         assert parse(raw).tied is tied
+
+
+# Layers that are alike and layers that are not: windows and experts of every other layer, the state of a layer that
+# others read, numbers that depend on the layer's own, attention in chunks in some layers.
+REPEATED = {
+    "llama": {},
+    "gemma2": {},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"] * 4},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "activation_sparsity_pattern": [0.9] * 4 + [0.0] * 4,
+        "num_kv_shared_layers": 4,
+    },
+    "qwen3_moe": {"decoder_sparse_step": 2},
+    "llama4_text": {"no_rope_layers": [1, 1, 1, 0] * 2, "moe_layers": [1, 3, 5, 7]},
+    "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"] * 2},
+    "diffllama": {},
+}
+APART = ("diffllama", "gemma3n_text")  # each layer has a number of its own; layers hand keys on in a dictionary
+
+
+def copied(raw: dict, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return how many layers are copied, and check that nothing is otherwise than where all are traced."""
+    from stages.tracing import repeats, trace
+
+    copies = []
+    copy = repeats._Marked.copy
+    monkeypatch.setattr(repeats._Marked, "copy", lambda self, node: (copies.append(node), copy(self, node)))
+    found, count = trace.trace(raw), len(copies)
+    monkeypatch.setattr(repeats, "FEWEST", 100)
+    assert found == trace.trace(raw)
+    assert len(copies) == count
+    return count
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=[] if name == "gemma2" else pytest.mark.slow) for name in REPEATED]
+)
+def test_layers_that_are_alike_are_traced_once_and_nothing_else_is_changed(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {**traced_models.FAMILIES, **traced_models.MIXTURES, **traced_models.HYBRIDS}.get(model_type, {})
+    raw = {**traced_models.SIZES, **own, "num_hidden_layers": 8, **REPEATED[model_type], "model_type": model_type}
+    assert (copied(raw, monkeypatch) == 0) == (model_type in APART)
+
+
+def test_layers_that_only_their_code_tells_apart_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
+
+    forward = Olmo2Attention.forward
+
+    def numbered(self, *arguments, **keywords):
+        states, weights = forward(self, *arguments, **keywords)
+        return states * (1.0 + self.layer_idx), weights
+
+    raw = {**traced_models.SIZES, "model_type": "olmo2", "num_hidden_layers": 4}
+    monkeypatch.setattr(Olmo2Attention, "forward", numbered)
+    assert copied(raw, monkeypatch) == 0
