@@ -109,17 +109,21 @@ def attention(
     if strange:
         raise ConfigError(f"{where}: attention with {', '.join(strange)} is not supported")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    reach = int(sliding_window or 0), _chunk(module)
+    reach = int(sliding_window or 0), module.attended_chunk
     made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), *reach)
     return made, None
 
 
-def _chunk(module: Any) -> int:
-    """Return how many tokens the chunks have that a layer attends within, 0 if it does not: its mask alone says so."""
-    config = getattr(module, "config", None)
-    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    chunked = kinds and number is not None and kinds[number] == "chunked_attention"
-    return int(config.attention_chunk_size or 0) if config is not None and chunked else 0
+def settle_chunks(model: Any) -> None:
+    """Note at each module how many tokens the chunks have that it attends within, 0 if it does not.
+
+    Its mask alone would say so, and its config says it by the number of its layer.
+    """
+    for module in model.modules():
+        config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
+        kinds = getattr(config, "layer_types", None)
+        chunked = kinds and isinstance(number, int) and kinds[number] == "chunked_attention"
+        module.attended_chunk = int(config.attention_chunk_size or 0) if config is not None and chunked else 0
 
 
 def experts(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:

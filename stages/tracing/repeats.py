@@ -18,12 +18,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
 FEWEST = 3  # alike layers that are worth it: two are traced
-# Attributes that number a layer: what they are used for in `forward`, caches, is not there when a model is traced.
-NUMBERS = ("layer_idx", "layer_id")
+NUMBERS = ("layer_idx", "layer_id")  # attributes that number a layer
+# What is done with a number.
+_USES = """add radd sub rsub mul rmul mod rmod floordiv rfloordiv truediv rtruediv pow rpow neg and or xor lshift rshift
+eq ne lt le gt ge bool int float index hash str format"""
 
 
 class NotAlikeError(Exception):
     """Layers that look alike are not, or do what cannot be copied."""
+
+
+def _used(*_: Any) -> Any:
+    raise NotAlikeError("a layer uses its number")
+
+
+# Stands for the number of a layer while alike ones are traced: one that uses its number, but for a cache, which is not
+# there then, may compute what others do not.
+_Number = type("_Number", (), {f"__{use}__": _used for use in _USES.split()})
 
 
 @dataclass(frozen=True)
@@ -39,13 +50,16 @@ class Template:
 
 @dataclass
 class Repeats:
-    """Which layers are alike: ``names`` of layers, the ``kinds`` they are of, and the last layer of each kind; what is
-    found while they are called: the layer of each call, the first of each kind, and ``proofs``, pairs of calls.
+    """Which layers are alike, and what is found while they are called.
+
+    ``names`` of layers and the ``kinds`` they are of; the layer of each of the ``calls`` that are traced; the ways in
+    which each kind is called, its first layer, and ``proofs``: pairs of calls, the first and the last of a kind.
     """
 
     names: list[str] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    ways: dict[Any, Sequence[str]] = field(default_factory=dict)
     first: dict[Any, Template] = field(default_factory=dict)
     proofs: list[tuple[int, int]] = field(default_factory=list)
 
@@ -55,11 +69,13 @@ class Repeats:
         from torch.utils import _pytree as trees
 
         if not all(map(_fixed, (*arguments, *keywords.values()))):
-            return forward(*arguments, **keywords)
+            raise NotAlikeError("a layer is handed what it could hand something on in")
         given, form = trees.tree_flatten((arguments, keywords))
         at = [n for n, value in enumerate(given) if isinstance(value, torch.Tensor)]
-        key = self.kinds[number], repr(form), tuple(_described(value) for value in given)
-        first, last = self.first.get(key), self.kinds[number] not in self.kinds[number + 1 :]
+        kind, way = self.kinds[number], (repr(form), *(_described(value) for value in given))
+        if self.ways.setdefault(kind, way) != way:
+            raise NotAlikeError("layers that look alike are called in several ways")
+        first, last = self.first.get(kind), kind not in self.kinds[number + 1 :]
         if first is not None and not last:
             read = [given[n] for n in at]
             return first.made(torch.ops.stagegraph.again(read, first.like, first.call, number))
@@ -69,7 +85,7 @@ class Repeats:
         read = [marked.get(n, value) for n, value in enumerate(given)]
         arguments, keywords = trees.tree_unflatten(read, form)
         results, shape = trees.tree_flatten(forward(*arguments, **keywords))
-        if kind_of(module)[:-1] != self.kinds[number][0][:-1]:  # its forward is this method
+        if kind_of(module)[:-1] != self.kinds[number][:-1]:  # its forward is this method
             return trees.tree_unflatten(results, shape)
         out = [n for n, value in enumerate(results) if isinstance(value, torch.Tensor)]
         kinds = [_described(given[n]) for n in at]
@@ -85,7 +101,7 @@ class Repeats:
                 own = iter(tensors)
                 return trees.tree_unflatten([next(own) if n in out else v for n, v in enumerate(others)], shape)
 
-            self.first[key] = Template(call, made, like)
+            self.first[kind] = Template(call, made, like)
         else:
             self.proofs.append((first.call, call))
         return trees.tree_unflatten(results, shape)
@@ -93,7 +109,7 @@ class Repeats:
 
 @contextmanager
 def folded(model: Any) -> Iterator[Repeats]:
-    """Let alike layers of ``model`` be called by way of what is returned."""
+    """Let alike layers of ``model`` be called by way of what is returned, and no layer know its number."""
     import torch
 
     repeats, before, inside = Repeats(), [], ""
@@ -101,7 +117,7 @@ def folded(model: Any) -> Iterator[Repeats]:
         if not isinstance(stack, torch.nn.ModuleList) or (inside and name.startswith(inside)):
             continue
         inside = f"{name}."
-        kinds = [(kind_of(layer), _numbered(layer, len(stack))) for layer in stack]
+        kinds = [kind_of(layer) for layer in stack]
         for at, layer in enumerate(stack):
             if kinds.count(kinds[at]) >= FEWEST:
                 before.append((layer, vars(layer).get("forward")))
@@ -109,9 +125,15 @@ def folded(model: Any) -> Iterator[Repeats]:
                 repeats.names.append(f"{name}.{at}.")
                 repeats.kinds.append(kinds[at])
                 layer.forward = call
+    modules = {id(module): module for layer, _ in before for module in layer.modules()}.values()
+    numbers = [(module, name, vars(module)[name]) for module in modules for name in NUMBERS if name in vars(module)]
+    for module, name, _ in numbers:
+        setattr(module, name, _Number())
     try:
         yield repeats
     finally:
+        for module, name, number in numbers:
+            setattr(module, name, number)
         for layer, forward in before:
             del layer.forward
             if forward is not None:
@@ -162,8 +184,16 @@ def _described(value: Any) -> str:
     import torch
 
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{[str(size) for size in value.shape]}"
+        return f"{value.dtype}{[_size(size) for size in value.shape]}"
     return f"{type(value).__name__} {repr(value) if _fixed(value) else id(value)}"
+
+
+def _size(size: Any) -> str:
+    """Return a size of a tensor; where it follows from the number of tokens, by that of the example.
+
+    Torch has two names for that number until a layer adds what has the one to what has the other.
+    """
+    return str(size) if isinstance(size, int) else f"~{size.node.hint}"
 
 
 def _contents(buffer: Any) -> str:
@@ -172,20 +202,6 @@ def _contents(buffer: Any) -> str:
     import hashlib
 
     return _described(buffer) + hashlib.sha256(buffer.contiguous().view(-1).numpy().tobytes()).hexdigest()
-
-
-def _numbered(layer: Any, layers: int) -> str:
-    """Return what lists of a config that have an entry for each of the layers say of this one."""
-    found = []
-    for module in layer.modules():
-        number = next((vars(module)[name] for name in NUMBERS if name in vars(module)), None)
-        config = getattr(module, "config", None)
-        if isinstance(number, int) and config is not None:
-            for name, value in vars(config).items():
-                if isinstance(value, list | tuple | dict) and len(value) >= layers > number:
-                    each = value.get(number, value.get(str(number))) if isinstance(value, dict) else value[number]
-                    found.append(f"{name}: {each}")
-    return repr(found)
 
 
 def unfold(program: Any, repeats: Repeats) -> None:

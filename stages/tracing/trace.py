@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
-from stages.tracing import leaves, older
+from stages.tracing import doors, leaves, older
 from stages.tracing.export import EXAMPLE, GraphPart, export
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
@@ -37,6 +37,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     model = source.model
     if model.get_input_embeddings() is None or not _body_name(model):
         raise ConfigError(f"{source.cls.__name__} has no body that reads embeddings: a family of its own is needed")
+    doors.settle_chunks(model)
     leaves.settle_rotation(model)
     leaves.replace_norms(model)
     leaves.replace_linear(model)
