@@ -190,7 +190,8 @@ def test_an_origin_is_what_the_folder_says(tmp_path):
 
 
 def test_a_bundle_passes_its_certificate_where_only_the_runtime_is(bundle, tmp_path):
-    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
+    sources = shutil.ignore_patterns("__pycache__")  # which come and go beside other tests
+    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime", ignore=sources)
     absent = "torch", "transformers", "stagegraph", "jinja2", "blake3", "stages.verification"
     code = (
         f"import sys, runpy; sys.modules.update(dict.fromkeys({absent}));"

@@ -227,7 +227,8 @@ print(code, tvm.base._RUNTIME_ONLY, sorted(foreign & set(sys.modules)), sorted(r
 
 
 def test_the_folder_alone_runs_a_bundle_without_compiler_or_torch(recorded, tmp_path):
-    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime")
+    sources = shutil.ignore_patterns("__pycache__")  # which come and go beside other tests
+    shutil.copytree(ROOT / "stages" / "runtime", tmp_path / "stages" / "runtime", ignore=sources)
     shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
     done = subprocess.run(
         [sys.executable, "-c", DEPLOYED, recorded.bundle, "--prompt", "every morning", "--max-tokens", "5"],
