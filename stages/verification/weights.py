@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # By how much the stored scale may be off, by its dtype: its rounding, and what it is off by below the normal range. A
 # code is worth up to `top` scales. The division and the product in float32 come on top.
 _SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
+SHARE = 3  # times the values of the largest parameter: what is compared at once may have together
 
 
 @dataclass(frozen=True)
@@ -213,18 +215,24 @@ def differences(
 
 
 def _side_by_side(compare: Callable[[Parameter], list[str]], entries: Sequence[Parameter]) -> Iterator[list[str]]:
-    """Yield what is found in each of ``entries``, in their order; as many are compared at once as there are processors
-    for us, and no more wait to be yielded, so that memory is bounded.
+    """Yield what is found in each of ``entries``, in their order, several of which are compared at once.
+
+    As many as there are processors for us, and no more values than :data:`SHARE` times those of the largest: each is in
+    memory whole, and a machine may have a hundred processors.
     """
-    threads = len(os.sched_getaffinity(0))
+    threads, sizes = len(os.sched_getaffinity(0)), [math.prod(entry["shape"]) for entry in entries]
+    most, taken = SHARE * max(sizes, default=0), 0
     with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[list[str]]] = deque()
-        for entry in entries:
-            waiting.append(pool.submit(compare, entry))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting: deque[tuple[Future[list[str]], int]] = deque()
+        for entry, size in zip(entries, sizes, strict=True):
+            while len(waiting) > threads or taken + size > most:
+                future, given = waiting.popleft()
+                taken -= given
+                yield future.result()
+            waiting.append((pool.submit(compare, entry), size))
+            taken += size
+        for future, _ in waiting:
+            yield future.result()
 
 
 def _difference(bundled: BundledTensor, whole: np.ndarray, factor: np.ndarray | None, scales: str) -> str:

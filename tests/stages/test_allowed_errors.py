@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
+from threading import Lock
+
 import numpy as np
 import pytest
 
@@ -9,6 +13,7 @@ from stages.quantization.feedback import Feedback
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
+from stages.verification import weights
 from stages.verification.weights import _allowed
 
 K, N = 512, 48
@@ -55,3 +60,24 @@ def test_weights_of_a_neighbouring_group_are_refused(name: str) -> None:
 def test_there_are_rows_of_every_form() -> None:
     assert {(row.minimum, row.levels) for row in ROWS.values()} == {(False, False), (True, False), (True, True)}
     assert isinstance(next(iter(ROWS.values())), Row)
+
+
+def test_what_is_compared_at_once_is_no_more_than_thrice_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a hundred processors does not hold a hundred matrices."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(100))
+    lock, held, most = Lock(), 0, 0
+
+    def compare(entry):
+        nonlocal held, most
+        with lock:
+            held += math.prod(entry["shape"])
+            most = max(most, held)
+        time.sleep(0.01)
+        with lock:
+            held -= math.prod(entry["shape"])
+        return [str(entry["shape"])]
+
+    entries = [{"shape": [size, 2]} for size in (1, 50, 3, 100, 7, *[20] * 40)]
+    found = list(weights._side_by_side(compare, entries))
+    assert found == [[str(entry["shape"])] for entry in entries]
+    assert most <= weights.SHARE * 200
