@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
-from stages.tracing.nodes import bases_of, dtype_of, encoded, needed_nodes, outside
+from stages.tracing.nodes import dtype_of, encoded, is_lost, needed_nodes, outside, result_of
 from stages.tracing.vocabulary import ALONG, OPERATORS, RESHAPES, SAME, SPLITS
 
 if TYPE_CHECKING:
@@ -73,8 +73,10 @@ def export(
             f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}; a family of its own is "
             "needed (docs/extending.md)"
         ) from None
-    if any(getattr(node.target, "__name__", "").startswith("copy_.") for node in program.graph.nodes):
-        program = program.run_decompositions({})  # what is written into a part of a tensor becomes a tensor of its own
+    nodes = list(program.graph.nodes)
+    needed = needed_nodes(nodes)
+    if any(is_lost(node, needed) or getattr(node.target, "__name__", "").startswith("copy_.") for node in nodes):
+        program = program.run_decompositions({})  # what is changed in place becomes a tensor of its own
     rewrite(program)
     graph = _Graph(program, names)
     return graph.part, tuple(size for size in graph.shape if isinstance(size, int))
@@ -101,21 +103,14 @@ class _Graph:
             if node.op == "placeholder" and (node in needed or node.name in self.signature.user_inputs):
                 self.values[node] = self._placeholder(node, given)
             elif node.op == "call_function":
-                self._check_change(node, needed)
+                if is_lost(node, needed):
+                    raise self._refusal(node, f"{node.target.__name__}, which changes a value in place,")
                 if node in needed:
                     self._node(node)
             elif node.op == "output":
-                (out,) = node.args[0]
+                out = result_of(node)
         self.shape = self._shape(out)
         self.part = GraphPart(self.inputs, self.nodes, self.values[out]["value"])
-
-    def _check_change(self, node: Any, needed: set[Any]) -> None:
-        """Refuse a change in place that others would not see: torch's tracing hands the changed value on in place of
-        the one that was changed, but not in that of what this is a view of.
-        """
-        value, *bases = [*bases_of(node)] or [None]
-        if any(base in needed for base in bases) or (value in needed and node not in needed):
-            raise self._refusal(node, f"{node.target.__name__}, which changes a value in place,")
 
     def _placeholder(self, node: Any, given: Any) -> Any:
         if node.name in self.signature.inputs_to_parameters:

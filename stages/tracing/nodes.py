@@ -23,15 +23,20 @@ def dtype_of(node: Any) -> str:
 
 
 def needed_nodes(nodes: Sequence[Any]) -> set[Any]:
-    """Return the nodes that the output is made of."""
+    """Return the nodes that the result is made of."""
     found: set[Any] = set()
-    waiting = [node for node in nodes if node.op == "output"]
+    waiting = [result_of(node) for node in nodes if node.op == "output"]
     while waiting:
         node = waiting.pop()
         if node not in found:
             found.add(node)
             waiting += node.all_input_nodes
     return found
+
+
+def result_of(output: Any) -> Any:
+    """Return the node that is the result: the last, behind inputs that were changed in place."""
+    return output.args[0][-1]
 
 
 def bases_of(node: Any) -> Iterator[Any]:
@@ -43,6 +48,14 @@ def bases_of(node: Any) -> Iterator[Any]:
         inner = getattr(node.target, "_schema", None)
         if inner is None or not any(argument.alias_info for argument in inner.arguments):
             return
+
+
+def is_lost(node: Any, needed: set[Any]) -> bool:
+    """Say whether a node changes a value in place that others would not see: torch's tracing hands the changed value on
+    in place of the one that was changed, but not in that of what this is a view of.
+    """
+    value, *bases = [*bases_of(node)] or [None]
+    return any(base in needed for base in bases) or (value in needed and node not in needed)
 
 
 def outside(shape: Sequence[Any]) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
+from benchmarks import coverage
 from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
@@ -20,6 +21,7 @@ from tests.support import family_models, traced_models
 from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graph
 
+RECORD = Path(__file__).parents[2] / "stages" / "cli" / "traced.json"
 BOUND = 2e-5  # of the largest |logit|
 QUICK = {("olmo2", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
@@ -293,3 +295,21 @@ def test_an_end_of_layers_that_does_something_else_is_noticed(monkeypatch: pytes
 
     monkeypatch.setattr(Olmo2MLP, "forward", counting)
     assert copied({**traced_models.SIZES, "model_type": "olmo2", "num_hidden_layers": 4}, monkeypatch) == 0
+
+
+def test_a_value_that_is_changed_in_place_where_it_is_a_part_of_another_is_traced_as_one_of_its_own() -> None:
+    """CTRL multiplies the embeddings that it is given, which are a part of what a body's graph reads."""
+    config = parse({**traced_models.GPT, **traced_models.FAMILIES["ctrl"], "model_type": "ctrl"})
+    found = [name for name, _ in config.parts["body"]["nodes"]]
+    assert "mul" in found
+    assert not [name for name in found if "scatter" in name or name.endswith("_")]
+
+
+PROVEN = [name for name, entry in json.loads(RECORD.read_text()).items() if entry["verdict"] == "proven"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", PROVEN)
+def test_what_is_recorded_as_proven_can_be_traced(model_type: str) -> None:
+    """benchmarks/coverage.py proves it anew; until then no type may be lost that no other test is about."""
+    assert coverage.attempt(model_type, Path(), only_trace=True) == ("traced", "")

@@ -42,6 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64},
     "gptj": {"n_embd": 64, "rotary_dim": 8},
     "gpt_bigcode": {"n_embd": 64, "multi_query": True},
+    "ctrl": {"n_embd": 64, "dff": 96},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
     "cohere2": {"sliding_window": 20, "layer_types": ["sliding_attention", "full_attention"]},
     "glm": {"head_dim": 16, "partial_rotary_factor": 0.5},
