@@ -121,9 +121,9 @@ def settle_chunks(model: Any) -> None:
     """
     for module in model.modules():
         config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
-        kinds = getattr(config, "layer_types", None)
-        listed = kinds and isinstance(number, int) and number < len(kinds)  # a part beside the layers may count on
-        chunked = listed and kinds[number] == "chunked_attention"
+        kinds = getattr(config, "layer_types", None) or []
+        # A part beside the layers may count on.
+        chunked = isinstance(number, int) and number < len(kinds) and kinds[number] == "chunked_attention"
         module.attended_chunk = int(config.attention_chunk_size or 0) if config is not None and chunked else 0
 
 

@@ -142,29 +142,29 @@ def folded(model: Any) -> Iterator[Repeats]:
 
 def kind_of(module: Any) -> Any:
     """Return, hashable, all that a module computes by but the values of its parameters and its own number."""
-    own = ((name, _plain(value, module)) for name, value in vars(module).items() if name not in (*NUMBERS, "forward"))
+    apart = (*NUMBERS, "forward", "_parameters", "_buffers", "_modules")
+    own = ((name, _plain(value, module)) for name, value in vars(module).items() if name not in apart)
     parameters = ((name, _described(value)) for name, value in module._parameters.items())  # noqa: SLF001
     buffers = ((name, _contents(value)) for name, value in module._buffers.items())  # noqa: SLF001
     children = ((name, kind_of(child)) for name, child in module._modules.items())  # noqa: SLF001
-    parts = (
-        tuple(sorted((n, v) for n, v in own if n not in ("_parameters", "_buffers", "_modules"))),
-        tuple(parameters),
-        tuple(buffers),
-        tuple(children),
-    )
-    return type(module).__qualname__, repr(parts), _plain(vars(module).get("forward"), module)
+    parts = sorted(own), [*parameters], [*buffers], [*children]
+    return id(type(module)), repr(parts), _plain(vars(module).get("forward"), module)
 
 
 def _plain(value: Any, module: Any) -> str:
     """Return a value as a text that others have which are the same for what a layer computes."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return _contents(value)
     if value is module:
         return "itself"
     if isinstance(value, functools.partial):
         return repr([id(value.func), *(_plain(each, module) for each in (*value.args, value.keywords))])
+    if isinstance(value, dict):
+        value = [*value.items()]
     if isinstance(value, list | tuple):
         return repr([_plain(each, module) for each in value])
-    if isinstance(value, dict):
-        return repr([(_plain(name, module), _plain(each, module)) for name, each in value.items()])
     if isinstance(value, set | frozenset):
         return repr(sorted(_plain(each, module) for each in value))
     return _described(value)
@@ -196,12 +196,17 @@ def _size(size: Any) -> str:
     return str(size) if isinstance(size, int) else f"~{size.node.hint}"
 
 
-def _contents(buffer: Any) -> str:
-    if buffer is None or buffer.device.type == "meta":
-        return _described(buffer)
+def _contents(tensor: Any) -> str:
+    """Return a tensor that is no parameter, or None, by its values too, where it has any: none while it is traced."""
     import hashlib
 
-    return _described(buffer) + hashlib.sha256(buffer.contiguous().view(-1).numpy().tobytes()).hexdigest()
+    import torch
+
+    if tensor is None or tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Buffer):
+        return _described(tensor)
+    once = tensor.detach()[tuple(slice(None) if stride else 0 for stride in tensor.stride())]  # what is repeated
+    values = once.contiguous().reshape(-1).view(torch.uint8).numpy()  # which has no bfloat16
+    return _described(tensor) + hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def unfold(program: Any, repeats: Repeats) -> None:

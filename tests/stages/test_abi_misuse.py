@@ -91,7 +91,7 @@ MISUSES = {
     "pages of 8": (lambda it: it.prefill(it.cache(page=8), IDS), "tir_kv_cache_transpose_append|page"),
     "pages of 17": (lambda it: it.prefill(it.cache(page=17), IDS), "tir_kv_cache_transpose_append|page"),
     "pages of 32": (lambda it: it.prefill(it.cache(page=32), IDS), "tir_kv_cache_transpose_append|page"),
-    "pages of less than nothing": (lambda it: it.cache(page=-16), ""),
+    "pages of less than nothing": (lambda it: it.cache(page=-16), "bad_alloc"),
     "a chunk beyond prefill_chunk": (too_many_in_a_chunk, "storage allocation failure"),
     "a chunk beyond the cache's": (lambda it: it.prefill(it.cache(chunk=8), IDS), "View with shape"),
     "rows of logits beyond max_batch": (too_many_rows_of_logits, "storage allocation failure"),

@@ -283,6 +283,29 @@ def test_layers_that_only_their_code_tells_apart_are_all_traced(monkeypatch: pyt
     assert copied(raw, monkeypatch) == 0
 
 
+def test_layers_that_hold_other_tensors_are_of_another_kind() -> None:
+    """Whether they are buffers or not, in a dtype that NumPy lacks, with no value to see, or below."""
+    import torch
+
+    from stages.tracing.repeats import kind_of
+
+    def layer(value: float, *, buffer: bool = True, device: str = "cpu") -> torch.nn.Module:
+        made, inner = torch.nn.Linear(2, 2, device="meta"), torch.nn.Identity()
+        tensor = torch.tensor(value, dtype=torch.bfloat16, device=device)
+        made.inner = inner
+        if buffer:
+            inner.register_buffer("scale", tensor)
+        else:
+            inner.scale = tensor
+        return made
+
+    for buffer in (True, False):
+        assert kind_of(layer(1.0, buffer=buffer)) == kind_of(layer(1.0, buffer=buffer))
+        assert kind_of(layer(1.0, buffer=buffer)) != kind_of(layer(2.0, buffer=buffer))
+        assert kind_of(layer(1.0, buffer=buffer, device="meta")) == kind_of(layer(2.0, buffer=buffer, device="meta"))
+    assert kind_of(layer(1.0)) != kind_of(layer(1.0, buffer=False))
+
+
 def test_an_end_of_layers_that_does_something_else_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What tells layers apart may be nowhere that is looked at: here how often a function was called."""
     from transformers.models.olmo2.modeling_olmo2 import Olmo2MLP
