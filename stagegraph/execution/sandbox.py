@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
 EXIT_GRACE_SECONDS = 2.0
+# Waits for the end of its input, and kills a group of processes.
+GUARD = ("/bin/sh", "-c", 'read -r line; kill -9 "-$1"', "sh")
 
 
 @dataclass
@@ -294,6 +296,7 @@ class Worker:
             start_new_session=True,
         )
         os.close(writer)
+        self._guard = _guard(self._process.pid)
         self._pending = b""
 
     @property
@@ -348,6 +351,26 @@ class Worker:
             if self._process.stdin:
                 self._process.stdin.close()
         self._events.close()
+        if self._guard:
+            self._guard.kill()
+            self._guard.communicate()
+
+
+def _guard(group: int) -> subprocess.Popen[bytes] | None:
+    """Start a process that kills the ``group`` if this process is killed; None where there is no shell to do it.
+
+    The worker ends by itself then, but what it has started (a command, a compiler) would work on.
+    """
+    with contextlib.suppress(OSError):
+        return subprocess.Popen(
+            [*GUARD, str(group)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,
+        )
+    return None
 
 
 def describe_exit(code: int) -> str:

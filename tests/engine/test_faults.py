@@ -166,9 +166,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_the_workers_of_a_killed_run_end_with_it(troubled: Demo) -> None:
-    process = start(troubled, "--set", "vars.kind=sleep")
+@pytest.mark.parametrize("kind", ["sleep", "command"])
+def test_the_workers_of_a_killed_run_and_what_they_started_end_with_it(troubled: Demo, kind: str) -> None:
+    process = start(troubled, "--set", f"vars.kind={kind}")
     wait_for(troubled, "trouble")
+    while kind == "command" and not troubled.folder.joinpath("started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
     workers = children(process.pid)
     assert workers
     assert all(map(alive, workers))

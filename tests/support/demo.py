@@ -158,6 +158,9 @@ STAGES = {
                 elif kind == "sleep":
                     (ctx.out / "half.txt").write_text("half")
                     time.sleep(60)
+                elif kind == "command":
+                    started = os.path.join(os.path.dirname(os.environ["COUNT_FILE"]), "started")
+                    subprocess.run(["sh", "-c", 'touch "$0"; sleep 60; true', started], check=True)
                 elif kind == "link":
                     os.symlink(os.environ["COUNT_FILE"], ctx.out / "out.txt")
                     return
