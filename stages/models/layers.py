@@ -13,7 +13,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.documents.params import Parameter, Register
 from stages.models.matrices import FloatMatrix, GroupMatrix, Layout, Matrix, ScaledMatrix
-from stages.sizes import LEVELED
+from stages.sizes import level_blocks, level_words
 
 
 class Linear(nn.Module):
@@ -255,8 +255,8 @@ class LayerFactory:
             return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, size, self.compute_dtype)
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
         if row["levels"]:
-            outer = -(-groups // LEVELED)
-            widths = {"q_weight": groups * size * bits // 32, "q_scale": 3 * outer, "q_outer": 2 * outer}
+            levels = {"q_scale": level_words(groups), "q_outer": 2 * level_blocks(groups)}
+            widths = {"q_weight": groups * size * bits // 32, **levels}
         elif row["minimum"]:
             widths |= {"q_min": groups}
         return GroupMatrix(

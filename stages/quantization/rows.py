@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stages.sizes import LEVELED, PLANES
+from stages.sizes import PLANES, level_blocks, level_words
 
 if TYPE_CHECKING:
     from stages.documents.params import StoredRow
@@ -92,8 +92,8 @@ class Row:
             return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (n, self.groups(k)), self.scale_dtype)
         words, groups = ("q_weight", (n, self.words(k)), "uint32"), self.groups(k)
         if self.levels:
-            outer = -(-groups // LEVELED)
-            return words, ("q_scale", (n, 3 * outer), "uint32"), ("q_outer", (n, 2 * outer), self.scale_dtype)
+            floats = "q_outer", (n, 2 * level_blocks(groups)), self.scale_dtype
+            return words, ("q_scale", (n, level_words(groups)), "uint32"), floats
         scale = "q_scale", (n, groups), self.scale_dtype
         return (words, scale, ("q_min", *scale[1:])) if self.minimum else (words, scale)
 

@@ -1,8 +1,8 @@
 """Group quantization in two levels in NumPy: scale and minimum of a group are integers that eight groups have a float
 each for.
 
-The form of ggml's Q4_K, in 2 to 6 bits, but for the last groups of a row, of which there may be fewer than eight: a
-value is ``code * (d * scale) - m * minimum``. docs/quantization.md states the bits.
+The form of ggml's Q4_K, in 2 to 6 bits, but for the last block of a row, of up to fifteen groups: a value is
+``code * (d * scale) - m * minimum``. docs/quantization.md states the bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stages.quantization.dtypes import numpy_dtype
 from stages.quantization.group import SEARCHED, shares, why_not_finite
 from stages.quantization.minimum import best
 from stages.quantization.words import pack_planes, unpack_planes
-from stages.sizes import LEVELED
+from stages.sizes import LEVELED, LEVELS_PER_WORD, level_blocks, level_words
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 TOP = 63  # the largest level
 TOPS = range(TOP, 55, -1)  # levels of the largest of eight that are tried where scales are searched
-PER_WORD, WIDTH = 5, 6  # levels in a word, and the bits of each; the last of 16 is in what three words have left
+WIDTH = 6  # bits of a level; the last of 16 is in what three words of five have left
 
 
 def quantize(
     weight: np.ndarray, row: Row, scales: str = "max", importance: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale uint32 [n, 3 * outer],
-    q_outer [n, 2 * outer]), outer being eighths of the groups, rounded up.
+    """Quantize ``weight`` [n, k] of a float dtype to (q_weight uint32 [n, words], q_scale uint32 [n, levels], q_outer
+    [n, 2 * blocks]), as ``row.stored`` has it.
 
     ``importance`` and :class:`UnfitError` as :func:`.group.quantize`.
     """
@@ -52,16 +52,16 @@ def quantize(
         share, tops = shares(row, k, importance), TOPS if scales in SEARCHED else TOPS[:1]
         if scales in SEARCHED:
             scale, least = best(by_group, share, (scale, least), row.most, highest=0)
-        of_scale = _levels(scale, outer[1] // 2, q_outer.dtype, tops)
+        of_scale = _levels(scale, q_outer.dtype, tops)
         if scales in SEARCHED:
-            least = _refitted(by_group, share, _worth(*of_scale)[:, :groups], least, row.most)
-        of_least = _levels(-least, outer[1] // 2, q_outer.dtype, tops)
+            least = _refitted(by_group, share, _worth(*of_scale), least, row.most)
+        of_least = _levels(-least, q_outer.dtype, tops)
         wholes, integers = zip(of_scale, of_least, strict=True)
         q_outer[block] = np.stack(wholes, axis=-1).reshape(count, -1)
         if not np.isfinite(q_outer[block].astype(np.float32)).all():
             raise why_not_finite(values, block.start, row)
-        q_scale[block] = pack_levels(np.concatenate(integers, axis=-1))
-        step, low = (_worth(*each)[:, :groups, None] for each in (of_scale, of_least))
+        q_scale[block] = pack_levels(*integers)
+        step, low = (_worth(*each)[..., None] for each in (of_scale, of_least))
         codes = (by_group + low) / np.where(step > 0, step, np.float32(np.inf))
         codes = np.clip(np.rint(codes, out=codes), 0, row.most, out=codes).reshape(count, padded)
         codes[:, k:] = 0
@@ -80,38 +80,46 @@ def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, q_outer: np.ndarray, r
 
 def steps(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what a code is worth in each place, and what is taken from it, float32 [n, k] each."""
-    n = len(q_scale)
-    levels = _unpack_levels(q_scale).reshape(n, -1, 2, LEVELED).astype(np.float32)
-    levels *= q_outer.astype(np.float32).reshape(n, -1, 2, 1)
-    step, low = (np.repeat(levels[:, :, which].reshape(n, -1), row.group_size, axis=1)[:, :k] for which in (0, 1))
+    floats = q_outer.astype(np.float32).reshape(len(q_outer), -1, 2)
+    levels = unpack_levels(q_scale, row.groups(k))
+    worth = (_worth(floats[..., which], levels[which].astype(np.float32)) for which in (0, 1))
+    step, low = (np.repeat(each, row.group_size, axis=1)[:, :k] for each in worth)
     return step, low
 
 
-def _levels(values: np.ndarray, outer: int, dtype: np.dtype, tops: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the floats [n, outer] of ``dtype`` and the levels [n, outer, 8] that stand for ``values`` [n, groups]: the
-    largest of eight has the one of ``tops`` as its level with which all eight are off by the least squares.
+def _place(groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return of each group the block that it is in, and its place there: what is left over from eights joins the last
+    of them.
     """
-    n, groups = values.shape
-    filled = np.zeros((n, outer * LEVELED), np.float32)
-    filled[:, :groups] = values
-    by_outer = filled.reshape(n, outer, LEVELED)
-    most, least = by_outer.max(axis=-1), np.full(by_outer.shape[:2], np.inf, np.float32)
-    best, levels = np.empty(least.shape, dtype), np.zeros_like(by_outer)
+    number = np.arange(groups)
+    block = np.minimum(number // LEVELED, level_blocks(groups) - 1)
+    return block, number - block * LEVELED
+
+
+def _levels(values: np.ndarray, dtype: np.dtype, tops: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the floats [n, blocks] of ``dtype`` and the levels [n, groups] that stand for ``values`` [n, groups]: the
+    largest of a block has the one of ``tops`` as its level with which the block is off by the least squares.
+    """
+    block, place = _place(values.shape[1])
+    by_block = np.zeros((len(values), block[-1] + 1, place.max() + 1), np.float32)
+    by_block[:, block, place] = values
+    most, least = by_block.max(axis=-1), np.full(by_block.shape[:2], np.inf, np.float32)
+    best, levels = np.empty(least.shape, dtype), np.zeros_like(by_block)
     for top in tops:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
             whole = (most / np.float32(top)).astype(dtype)
             divisor = np.where(whole > 0, whole.astype(np.float32), np.float32(np.inf))
-            found = np.clip(np.nan_to_num(np.rint(by_outer / divisor[..., None])), 0, TOP)
-            error = np.square(found * whole.astype(np.float32)[..., None] - by_outer).sum(axis=-1)
+            found = np.clip(np.nan_to_num(np.rint(by_block / divisor[..., None])), 0, TOP)
+            error = np.square(found * whole.astype(np.float32)[..., None] - by_block).sum(axis=-1)
         better = ~(error >= least)  # where it is no number, too
         best[better], levels[better], least[better] = whole[better], found[better], error[better]
-    return best, levels
+    return best, levels[:, block, place]
 
 
 def _worth(whole: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Return what ``levels`` [n, outer, 8] of floats ``whole`` [n, outer] stand for, float32 [n, outer * 8]."""
-    found: np.ndarray = whole.astype(np.float32)[..., None] * levels
-    return found.reshape(len(found), -1)
+    """Return what ``levels`` [n, groups] of floats ``whole`` [n, blocks] stand for, float32 [n, groups]."""
+    found: np.ndarray = whole.astype(np.float32)[:, _place(levels.shape[1])[0]] * levels
+    return found
 
 
 def _refitted(groups: np.ndarray, share: np.ndarray, step: np.ndarray, least: np.ndarray, most: int) -> np.ndarray:
@@ -126,23 +134,42 @@ def _refitted(groups: np.ndarray, share: np.ndarray, step: np.ndarray, least: np
     return fitted
 
 
-def pack_levels(levels: np.ndarray) -> np.ndarray:
-    """Pack levels [n, outer, 16] into uint32 [n, 3 * outer]: 5 to a word, 6 bits each from the lowest; of the last one
-    the bits 2 * i and 2 * i + 1 are the highest of word i.
+def pack_levels(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
+    """Pack levels [n, groups] into uint32 [n, words], five of 6 bits to a word from the lowest. Of eight groups, scales
+    first, three words hold the 16 levels: bits 2 * i and 2 * i + 1 of the last one are the highest of word i.
     """
-    each = levels.astype(np.uint32)
-    last = each[..., -1:]
-    words = np.zeros((*each.shape[:-1], 3), np.uint32)
-    for place in range(PER_WORD):
-        words |= each[..., place:-1:PER_WORD] << np.uint32(WIDTH * place)
-    words |= ((last >> np.arange(0, WIDTH, 2, dtype=np.uint32)) & np.uint32(3)) << np.uint32(30)
-    return words.reshape(len(each), -1)
+    n, groups = scales.shape
+    eights = groups // LEVELED * LEVELED
+    whole = [each[:, :eights].reshape(n, -1, LEVELED) for each in (scales, minima)]
+    levels = np.concatenate(whole, axis=-1).astype(np.uint32)
+    words = _in_words(levels[..., :-1])
+    words |= ((levels[..., -1:] >> np.arange(0, WIDTH, 2, dtype=np.uint32)) & np.uint32(3)) << np.uint32(30)
+    rest = _in_words(np.concatenate([scales[:, eights:], minima[:, eights:]], axis=-1).astype(np.uint32))
+    return np.concatenate([words.reshape(n, -1), rest], axis=-1)
 
 
-def _unpack_levels(words: np.ndarray) -> np.ndarray:
-    """Undo :func:`pack_levels`: uint32 [n, outer * 16]."""
-    words = words.reshape(len(words), -1, 3)
-    shifts = np.arange(PER_WORD, dtype=np.uint32) * np.uint32(WIDTH)
-    first = ((words[..., None] >> shifts) & np.uint32(TOP)).reshape(*words.shape[:-1], -1)
-    last = ((words >> np.uint32(30)) << np.arange(0, WIDTH, 2, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
-    return np.concatenate([first, last[..., None]], axis=-1).reshape(len(words), -1)
+def _in_words(levels: np.ndarray) -> np.ndarray:
+    """Return uint32 levels [..., m] in words, the first in the lowest bits."""
+    words = np.zeros((*levels.shape[:-1], -(-levels.shape[-1] // LEVELS_PER_WORD)), np.uint32)
+    for place in range(LEVELS_PER_WORD):
+        each = levels[..., place::LEVELS_PER_WORD]
+        words[..., : each.shape[-1]] |= each << np.uint32(WIDTH * place)
+    return words
+
+
+def _of_words(words: np.ndarray) -> np.ndarray:
+    """Undo :func:`_in_words`, for as many levels as words can hold."""
+    shifts = np.arange(LEVELS_PER_WORD, dtype=np.uint32) * np.uint32(WIDTH)
+    levels = (words[..., None] >> shifts) & np.uint32(TOP)
+    return levels.reshape(*words.shape[:-1], words.shape[-1] * LEVELS_PER_WORD)
+
+
+def unpack_levels(words: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Undo :func:`pack_levels`: the levels of scales and of minima, uint32 [n, groups] each."""
+    n, (whole, rest) = len(words), divmod(groups, LEVELED)
+    eights = words[:, : level_words(groups - rest)].reshape(n, whole, 3)
+    last = ((eights >> np.uint32(30)) << np.arange(0, WIDTH, 2, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    levels = np.concatenate([_of_words(eights), last[..., None]], axis=-1).reshape(n, whole, 2, LEVELED)
+    left = _of_words(words[:, level_words(groups - rest) :])[:, : 2 * rest].reshape(n, 2, rest)
+    scales, minima = (np.concatenate([levels[:, :, which].reshape(n, -1), left[:, which]], axis=-1) for which in (0, 1))
+    return scales, minima

@@ -259,7 +259,7 @@ class Product:
         return [sum((get(part, BLOCK) for part in others), get(first, BLOCK)) for first, *others in parts]
 
     def _leveled_row(self, read: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
-        whole, rest = divmod(self.weight.k // self.weight.group, LEVELED)
+        whole, rest = self.weight.eights
         floats = [[T.alloc_buffer((LEVELED, BLOCK), "float32") for _ in range(2)] for _ in blocks]
         with T.serial(0, whole) as outer:
             self._outer_group(read, blocks, products, floats, (outer, LEVELED))

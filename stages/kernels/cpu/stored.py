@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.vectors import as_float, constant, span, splat
-from stages.sizes import LEVELED, PLANES
+from stages.sizes import LEVELED, LEVELS_PER_WORD, PLANES, level_blocks, level_words
 from stages.sizes import N32_BLOCK as BLOCK
 
 
@@ -61,11 +61,10 @@ class Stored:
         groups = self.k // self.group
         words = groups * self.words
         if self.levels:
-            outer = -(-groups // LEVELED)
             return [
                 ("q_weight", (self.blocks, words, BLOCK), "uint32"),
-                ("q_scale", (self.blocks, 3 * outer, BLOCK), "uint32"),
-                ("q_outer", (self.blocks, 2 * outer, BLOCK), self.dtype),
+                ("q_scale", (self.blocks, level_words(groups), BLOCK), "uint32"),
+                ("q_outer", (self.blocks, 2 * level_blocks(groups), BLOCK), self.dtype),
             ]
         scales = [(name, (self.blocks, groups, BLOCK), self.dtype) for name in ("q_scale", "q_min")]
         return [("q_weight", (self.blocks, words, BLOCK), "uint32"), *scales[: 1 + self.minimum]]
@@ -140,38 +139,54 @@ class Stored:
             return -self._of_levels(weights, block, group, 1, left, lanes)
         return as_float(weights[2][block, group, span(left, lanes)], lanes)
 
+    @property
+    def eights(self) -> tuple[int, int]:
+        """How often there are eight groups that have three words of levels, and how many groups are left."""
+        return divmod(self.k // self.group, LEVELED)
+
     def of_levels(self, weights: Sequence[Any], block: Any, outer: Any, number: int) -> tuple[Any, Any]:
-        """Return the scales, and the minima to be taken off, of group ``number`` of those that share the
-        floats ``outer``.
+        """Return the scales, and the minima to be taken off, of group ``number`` of eight whose levels are the words
+        from ``3 * outer`` on; of fewer where ``outer`` is the number of eights.
         """
-        words = [weights[1][block, outer * 3 + i, span(0, BLOCK)] for i in range(3)]
+        whole, rest = self.eights
+        ends = isinstance(outer, int) and outer == whole
+        count = rest if ends else LEVELED
+        words = [weights[1][block, outer * 3 + i, span(0, BLOCK)] for i in range(level_words(count))]
+        shared = level_blocks(self.k // self.group) - 1 if ends else outer
         found = []
         for which in range(2):
-            level = number + LEVELED * which
+            level = number + count * which
             if level == 2 * LEVELED - 1:
                 bits = _last_level(words, BLOCK)
             else:
-                moved = T.shift_right(words[level // 5], constant(level % 5 * 6, BLOCK, "uint32"))
+                place = constant(level % LEVELS_PER_WORD * 6, BLOCK, "uint32")
+                moved = T.shift_right(words[level // LEVELS_PER_WORD], place)
                 bits = T.bitwise_and(moved, constant(63, BLOCK, "uint32"))
-            shared = as_float(weights[2][block, outer * 2 + which, span(0, BLOCK)], BLOCK)
-            found.append(as_float(T.Cast(f"int32x{BLOCK}", bits), BLOCK) * shared)
+            floats = as_float(weights[2][block, shared * 2 + which, span(0, BLOCK)], BLOCK)
+            found.append(as_float(T.Cast(f"int32x{BLOCK}", bits), BLOCK) * floats)
         return found[0], found[1]
 
     def _of_levels(self, weights: Sequence[Any], block: Any, group: Any, which: int, left: Any, lanes: int) -> Any:
         """Return the scales (``which`` is 0) or minima (1) of a group that is known at run time."""
-        outer, level = group // LEVELED, group % LEVELED + LEVELED * which
-        word, bit = level // 5, T.Cast("uint32", level % 5 * 6)
+        whole, rest = self.eights
+        outer, number = group // LEVELED, group % LEVELED
+        level, shared = number + LEVELED * which, outer
+        if rest:
+            level = T.Select(outer < whole, level, number + rest * which)
+            shared = T.min(outer, level_blocks(self.k // self.group) - 1)
+        word, bit = level // LEVELS_PER_WORD, T.Cast("uint32", level % LEVELS_PER_WORD * 6)
         levels = weights[1]
-        # The last level has no word: where it is asked for, bits of the first one are read and thrown away.
+        # The last level has no word: where it is asked for, bits of another one are read and thrown away.
         at = outer * 3 + T.min(word, 2) if which else outer * 3 + word
         found = T.bitwise_and(
             T.shift_right(levels[block, at, span(left, lanes)], splat(bit, lanes)), constant(63, lanes, "uint32")
         )
-        if which:
-            words = [levels[block, outer * 3 + i, span(left, lanes)] for i in range(3)]
+        if which and whole:
+            first = T.min(outer, whole - 1) * 3  # the words of what is left may be fewer
+            words = [levels[block, first + i, span(left, lanes)] for i in range(3)]
             found = T.Select(splat(level == 2 * LEVELED - 1, lanes), _last_level(words, lanes), found)
-        whole = as_float(weights[2][block, outer * 2 + which, span(left, lanes)], lanes)
-        return as_float(T.Cast(f"int32x{lanes}", found), lanes) * whole
+        floats = as_float(weights[2][block, shared * 2 + which, span(left, lanes)], lanes)
+        return as_float(T.Cast(f"int32x{lanes}", found), lanes) * floats
 
 
 def _bits(word: Any, place: int, to: int, mask: int, lanes: int) -> Any:
