@@ -290,26 +290,20 @@ class Measured:
         from stages import allocate
         from stages.calibration import sensitivity
 
-        files = str(self._importance), str(self._feedback)
-        asked = sensitivity.SensitivityRequest(asdict(self._request), allocate.ROWS, "gptq", *files)
+        described = self._model_json(), json.loads(self._listed.read_bytes())
+        files, joined = (str(self._importance), str(self._feedback)), [*allocate.sources_of(*described).values()]
+        asked = sensitivity.SensitivityRequest(asdict(self._request), allocate.ROWS, "gptq", *files, joined)
         costs = sensitivity.compute(asked, lambda *_: None)
-        return allocate.choices_of(self._model_json(), json.loads(self._listed.read_bytes()), costs)
+        return allocate.choices_of(*described, costs)
 
     def allocated(self, bits: float) -> dict[str, str]:
         """Return the scheme whose row each tensor has, as the stage allocate chooses for so many ``bits``."""
-        from stages.allocate import ROWS
-        from stages.models import described
+        from stages.allocate import ROWS, sources_of
         from stages.quantization.budget import allocate
 
-        family, config = described(self._model_json())
-        listed = json.loads(self._listed.read_bytes())["names"]
         taken = allocate(self._choices, bits)
-        return {
-            listed.get(source, source): ROWS[taken[parameter.name]]
-            for parameter in family.params(config)
-            if parameter.name in taken
-            for source in parameter.sources
-        }
+        sources = sources_of(self._model_json(), json.loads(self._listed.read_bytes()))
+        return {source: ROWS[taken[name]] for name in taken for source in sources[name]}
 
     def _model_json(self) -> Any:
         return json.loads(self._described.read_bytes())

@@ -41,6 +41,11 @@ class Allocate(Stage):
             default="max",
             choices=("max", "mse", "importance", "gptq"),
         )
+        corpus: Source = source(
+            "sample text that losses are measured on, as calibrate's; empty: the one that comes along",
+            include=("*.txt", "*.jsonl"),
+            optional=True,
+        )
 
     inputs = {
         "config": In("config-parse", "config", "the model's config"),
@@ -80,7 +85,7 @@ class Allocate(Stage):
 
         model: ModelDocument = json.loads(ctx.input("config").read_bytes())
         listed: CheckpointTensors = json.loads(ctx.input("tensors").read_bytes())
-        found = _measured(ctx)
+        found = _measured(ctx, model, listed)
         choices = choices_of(model, listed, found)
         try:
             taken = allocate(choices, ctx.params.bits)
@@ -99,32 +104,33 @@ class Allocate(Stage):
         ctx.summary(f"{len(rows)} matrices at {bits:.3f} bits a weight")
 
 
-def _measured(ctx: Context) -> dict[str, np.ndarray]:
+def _measured(ctx: Context, model: ModelDocument, listed: CheckpointTensors) -> dict[str, np.ndarray]:
     """Return what each matrix of the checkpoint costs in each of :data:`ROWS`."""
     import tempfile
     from pathlib import Path
 
     from stages.calibration import asking, sensitivity
+    from stages.verification.probes import CorpusError, one_file
 
-    checkpoint, question = ctx.source("checkpoint"), {"schemes": ROWS, "scales": ctx.params.scales, **_calibrated(ctx)}
+    checkpoint, own, joined = ctx.source("checkpoint"), ctx.params.corpus, [*sources_of(model, listed).values()]
+    question = {"schemes": ROWS, "scales": ctx.params.scales, "joined": joined, **_calibrated(ctx)}
     with tempfile.TemporaryDirectory(dir=ctx.out) as folder:
-        original = asking.Original(
-            checkpoint.root,
-            checkpoint.files,
-            ctx.input("config"),
-            ctx.input("tokenizer"),
-            asking.DEFAULT,
-            sensitivity.TOKENS,
-            Path(folder),
-        )
         try:
-            return original.ask(
+            return asking.Original(
+                checkpoint.root,
+                checkpoint.files,
+                ctx.input("config"),
+                ctx.input("tokenizer"),
+                one_file(own, ctx.source("corpus").files) if own else asking.DEFAULT,
+                sensitivity.TOKENS,
+                Path(folder),
+            ).ask(
                 sensitivity.__name__,
                 lambda request: {"original": asdict(request), **question},
                 ctx.progress,
                 "name rows yourself (param-register's rows)",
             )
-        except asking.AskingError as error:
+        except (asking.AskingError, CorpusError) as error:
             raise StageError(*error.problems) from None
 
 
@@ -147,6 +153,18 @@ def _calibrated(ctx: Context) -> dict[str, str]:
     return {port: str(ctx.input(port)) for port in ports}
 
 
+def sources_of(model: ModelDocument, listed: CheckpointTensors) -> dict[str, list[str]]:
+    """Return the tensors of the checkpoint that each matrix is made of, by the parameter's name."""
+    from stages.models import described
+
+    family, config = described(model)
+    return {
+        parameter.name: [listed["names"].get(name, name) for name in parameter.sources]
+        for parameter in family.params(config)
+        if parameter.kind in ("linear", "embedding", "head")
+    }
+
+
 def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[str, np.ndarray]) -> list[RowChoices]:
     """Return the rows that each matrix can have, with bits and loss; one that was not measured has the largest loss."""
     import numpy as np
@@ -156,14 +174,13 @@ def choices_of(model: ModelDocument, listed: CheckpointTensors, found: Mapping[s
     from stages.quantization.schemes import SCHEMES
 
     family, config = described(model)
-    dearest = np.max([*found.values()], axis=0)
+    sources, dearest = sources_of(model, listed), np.max([*found.values()], axis=0)
     choices = []
     for parameter in family.params(config):
-        if parameter.kind not in ("linear", "embedding", "head"):
+        if parameter.name not in sources:
             continue
         n, k = parameter.shape
-        names = [listed["names"].get(name, name) for name in parameter.sources]
-        loss = np.sum([found.get(name, dearest) for name in names], axis=0)
+        loss = np.sum([found.get(name, dearest) for name in sources[parameter.name]], axis=0)
         bodies = [body.fitting(k) for scheme in ROWS if (body := SCHEMES[scheme].body)]
         bits = [stored_bits(row, n, k) for row in bodies]
         choices.append(RowChoices(parameter.name, n * k, bits, [float(each) for each in loss]))

@@ -3,7 +3,8 @@
 Measured is the divergence in one row, as verify's advice does it (:mod:`stages.verification.advice`), on pieces from
 all over the text; that in another is taken to be in proportion to the squares by which what the matrix computes of them
 moves, which is what a small change of it comes to. In both, scales are chosen as quantize will choose them. This runs
-in a process of its own, as ``python -m stages.calibration.sensitivity``.
+in a process of its own, as ``python -m stages.calibration.sensitivity``. Tensors that are stored together are
+judged together, and a pass begins with the first layer that it changes (:mod:`stages.calibration.skipping`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stages.calibration import skipping
 from stages.calibration.moments import names_of
 from stages.quantization.calibrated import Calibrated
 from stages.quantization.schemes import SCHEMES
@@ -32,14 +34,15 @@ if TYPE_CHECKING:
 MEASURED = "q3k"  # the row that divergences are measured in: enough to stand out from the rounding of logits
 TOKENS = 4096  # of the text, from all over which the pieces are taken
 PIECES, LENGTH = 4, 64  # that a matrix is judged by, and the tokens of each
-TOGETHER = 4  # matrices that are judged in one pass
+TOGETHER = 4  # parameters that are judged in one pass: those of a layer
 SAMPLED = 64  # rows of a matrix whose loss is compared
 
 
 @dataclass(frozen=True)
 class SensitivityRequest:
     """The ``original``'s own request, the names of ``schemes`` whose rows of the body are compared, how ``scales`` are
-    chosen, and where calibrate's ``importance`` and ``feedback`` are, if they count.
+    chosen, where calibrate's ``importance`` and ``feedback`` are, if they count, and which tensors of the checkpoint
+    are ``joined`` to one parameter.
     """
 
     original: JsonObject
@@ -47,6 +50,7 @@ class SensitivityRequest:
     scales: str = "max"
     importance: str = ""
     feedback: str = ""
+    joined: Sequence[Sequence[str]] = ()
 
 
 def compute(request: SensitivityRequest, progress: Progress) -> dict[str, np.ndarray]:
@@ -63,24 +67,48 @@ def compute(request: SensitivityRequest, progress: Progress) -> dict[str, np.nda
     calibrated = Calibrated.read(request.scales, *paths)
     ids = torch.tensor(spread(original_request.pieces))
     losses = Losses([SCHEMES[each] for each in request.schemes], calibrated)
-    divergences: list[float] = []
+    head = model.get_output_embeddings()
+
+    def run() -> Any:
+        with streaming.weights_in_float32(model, mapped, progress):
+            return advice.log_probs(model, ids)
+
     with torch.inference_mode():
         # Entered first, here and below, for it reads the weights while they are lent.
-        with _compared(losses, matrices, tensors), streaming.weights_in_float32(model, mapped, progress):
-            wanted = advice.log_probs(model, ids)
-        names = [name for name in tensors if name in losses.found]  # the others have not run
-        groups = [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
+        with _compared(losses, matrices, tensors):
+            wanted, layers = skipping.recorded(model, run)
+        units = _units([name for name in tensors if name in losses.found], tensors, request.joined)
+        divergences: list[float] = []
+        groups = [units[start : start + TOGETHER] for start in range(0, len(units), TOGETHER)]
         for done, chosen in enumerate(groups, start=1):
-            alone = [(matrices[name][1], _stored(calibrated, tensors[name])) for name in chosen]
-            with advice.each_alone(alone, len(ids)), streaming.weights_in_float32(model, mapped):
+            modules = [[module for name in unit for module in matrices[name][1]] for unit in chosen]
+            alone = [(each, _stored(calibrated, places)) for each in modules]
+            count = layers.before([module for each in modules for module in each], last=head)
+            with (
+                advice.each_alone(alone, len(ids)),
+                layers.skipped(count, len(chosen)),
+                streaming.weights_in_float32(model, mapped),
+            ):
                 found = advice.log_probs(model, ids.repeat(len(chosen), 1))
             divergences += advice.divergence(wanted, found.unflatten(0, (-1, len(ids)))).mean((1, 2)).tolist()
             progress(done, len(groups), "passes for sensitivities")
     found_by_tensor = dict[str, np.ndarray]()
-    for name, kl in zip(names, divergences, strict=True):  # parts of a tensor cost together what each of them does
-        costs = (kl * losses.found[name]).astype(np.float32)
-        found_by_tensor[tensors[name]] = found_by_tensor.get(tensors[name], 0) + costs
+    for unit, kl in zip(units, divergences, strict=True):  # tensors that are judged together share alike
+        share = (kl * np.mean([losses.found[name] for name in unit], axis=0)).astype(np.float32)
+        owners = sorted({tensors[name] for name in unit})
+        for tensor in owners:
+            found_by_tensor[tensor] = found_by_tensor.get(tensor, 0) + share / np.float32(len(owners))
     return found_by_tensor
+
+
+def _units(names: Sequence[str], tensors: Mapping[str, str], joined: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return ``names`` of matrices in order, those together whose ``tensors`` are in one of ``joined``."""
+    first = {tensor: group[0] for group in joined for tensor in group}
+    units = dict[str, list[str]]()
+    for name in names:
+        tensor = tensors[name]
+        units.setdefault(first.get(tensor, name), []).append(name)
+    return [*units.values()]
 
 
 def spread(pieces: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -92,8 +120,10 @@ def spread(pieces: Sequence[Sequence[int]]) -> list[list[int]]:
     return [[*long[number * len(long) // count][:LENGTH]] for number in range(count)]
 
 
-def _stored(calibrated: Calibrated, tensor: str) -> Callable[[Any, Any], Any]:
-    """Return what a module computes with its weight, some rows of ``tensor``, as :data:`MEASURED` stores it."""
+def _stored(calibrated: Calibrated, places: Mapping[int, str]) -> Callable[[Any, Any], Any]:
+    """Return what a module computes with its weight, some rows of the tensor that ``places`` has by the weight's
+    identity, as :data:`MEASURED` stores it.
+    """
     import torch
 
     body = SCHEMES[MEASURED].body
@@ -101,8 +131,9 @@ def _stored(calibrated: Calibrated, tensor: str) -> Callable[[Any, Any], Any]:
 
     def compute(module: Any, x: Any) -> Any:
         weight = module.weight.data.numpy()
-        left = torch.from_numpy(calibrated.left(weight, body.fitting(weight.shape[1]), tensor))
-        return left[x] if type(module) is torch.nn.Embedding else torch.nn.functional.linear(x, left, module.bias)
+        left = calibrated.left(weight, body.fitting(weight.shape[1]), places[id(module.weight)])
+        made = torch.from_numpy(left)
+        return made[x] if type(module) is torch.nn.Embedding else torch.nn.functional.linear(x, made, module.bias)
 
     return compute
 
@@ -140,8 +171,10 @@ def _compared(
 
     def hook(name: str) -> Any:
         def after(module: Any, inputs: Any, _output: Any) -> None:
-            read = None if type(module) is torch.nn.Embedding else inputs[0].reshape(-1, inputs[0].shape[-1]).numpy()
-            losses.add(name, tensors[name], module.weight.data.numpy(), read)
+            if name not in losses.found:  # the first run is the one of the whole model
+                table = type(module) is torch.nn.Embedding
+                read = None if table else inputs[0].reshape(-1, inputs[0].shape[-1]).numpy()
+                losses.add(name, tensors[name], module.weight.data.numpy(), read)
 
         return after
 

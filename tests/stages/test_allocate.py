@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import transformers
 
 from stagegraph.stage import StageError
 from stages.allocate import ROWS, Allocate, _calibrated
-from stages.calibration import moments, sensitivity
+from stages.calibration import asking, moments, sensitivity, skipping
 from stages.config_parse import ConfigParse
 from stages.param_register import ParamRegister
 from stages.quantization.budget import RowChoices, allocate, stored_bits
@@ -97,12 +98,12 @@ def test_parameters_are_stored_in_the_rows_that_a_file_names(tmp_path):
         register({"rows": {DOWN: "q6k"}}, scheme="q4f16_1", target="cuda")
 
 
-def sensitivities(work: Path, scales: str, **files: str) -> dict[str, np.ndarray]:
+def sensitivities(work: Path, scales: str, **more: Any) -> dict[str, np.ndarray]:
     folder = EXAMPLES / "tiny-llama"
     parsed = run_stage(ConfigParse(), work / scales, {"checkpoint": str(folder)}).out
     shards = {path.name: path for path in folder.glob("*.safetensors")}
     asked = asdict(OriginalRequest(folder, shards, parsed / "model.json", PIECES, 0, work))
-    return sensitivity.compute(sensitivity.SensitivityRequest(asked, ["q3k", "q4k"], scales, **files), lambda *_: None)
+    return sensitivity.compute(sensitivity.SensitivityRequest(asked, ["q3k", "q4k"], scales, **more), lambda *_: None)
 
 
 def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
@@ -141,14 +142,98 @@ def test_what_a_row_costs_is_what_transformers_loses_by_it(tmp_path):
     assert sum(found["gptq"].values())[0] < 0.8 * sum(found["max"].values())[0]
 
 
+def test_tensors_that_are_stored_together_are_judged_together(tmp_path):
+    """What gate and up cost in one pass that begins with their layer, against transformers run on both."""
+    names = [f"model.layers.2.mlp.{each}_proj.weight" for each in ("gate", "up")]
+    costs = sensitivities(tmp_path, "max", joined=[names])
+    model = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny-llama", dtype=torch.float32)
+    ids = torch.tensor([[*range(5, 69)], [*range(150, 214)]])
+    with torch.inference_mode():
+        wanted = model(ids).logits.log_softmax(-1)
+        for name in names:
+            weight = model.get_parameter(name)
+            row = SCHEMES["q3k"].body.fitting(weight.shape[1])
+            weight.copy_(torch.from_numpy(Calibrated("max").left(weight.numpy(), row, name)))
+        lost = wanted - model(ids).logits.log_softmax(-1)
+    both = float((wanted.exp() * lost).sum(-1).mean())
+    assert [float(costs[name][0]) for name in names] == pytest.approx([both / 2] * 2, rel=1e-3)
+
+
+class Block(torch.nn.Module):
+    """A layer that counts its runs and, where ``keeps`` is a list, leaves what it read there for the last one."""
+
+    def __init__(self, keeps: list[torch.Tensor] | None) -> None:
+        super().__init__()
+        self.linear, self.keeps, self.runs = torch.nn.Linear(4, 4), keeps, 0
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        if self.keeps is not None:
+            self.keeps.append(hidden)
+            hidden = hidden + self.keeps[0]
+        return self.linear(hidden)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_layers_are_skipped_unless_a_later_one_reads_more_than_the_last_computed(shared):
+    torch.manual_seed(0)
+    keeps: list[torch.Tensor] | None = [] if shared else None
+    blocks = torch.nn.ModuleList(Block(keeps) for _ in range(4))
+    model, x = torch.nn.ModuleDict({"layers": blocks}), torch.randn(2, 3, 4)
+
+    def run(x: torch.Tensor = x) -> torch.Tensor:
+        if shared:
+            blocks[0].keeps.clear()
+        for block in blocks:
+            x = block(x)
+        return x
+
+    with torch.inference_mode():
+        found, layers = skipping.recorded(model, run)
+        count = layers.before([blocks[2].linear, blocks[3].linear], last=None)
+        assert count == (0 if shared else 2)
+        runs = [block.runs for block in blocks]
+        with layers.skipped(count, 3):
+            again = run(x.repeat(3, 1, 1))
+    assert torch.equal(again, found.repeat(3, 1, 1))
+    assert [block.runs - before for block, before in zip(blocks, runs, strict=True)] == [int(shared)] * 2 + [1, 1]
+
+
 def test_matrices_are_judged_by_text_from_all_over():
     pieces = [[number] * 512 for number in range(8)]
     assert sensitivity.spread(pieces) == [[number] * sensitivity.LENGTH for number in (0, 2, 4, 6)]
     assert sensitivity.spread([[1, 2], [3, 4, 5]]) == [[3, 4, 5]]
 
 
+def test_the_stage_asks_on_the_corpus_that_is_named(tmp_path, monkeypatch):
+    """The model itself is left out: what is asked of it is seen, and made up costs are answered."""
+    checkpoint, corpus, asked = EXAMPLES / "tiny-llama", tmp_path / "mine.txt", []
+    corpus.write_text("text")
+
+    def ask(self, _module, request, *_):
+        asked.append((self.corpus, request(OriginalRequest(tmp_path, {}, tmp_path, [], 0, tmp_path))["joined"]))
+        return {
+            name: np.array([2.0 ** -(bits + name.endswith("down_proj.weight")) for bits in range(len(ROWS))])
+            for group in asked[-1][1]
+            for name in group
+        }
+
+    monkeypatch.setattr(asking.Original, "ask", ask)
+    parsed = run_stage(ConfigParse(), tmp_path / "parsed", {"checkpoint": str(checkpoint)}).out
+    inputs = {"config": parsed / "model.json", "tensors": parsed / "tensors.json", "tokenizer": tmp_path}
+    for own in (str(corpus), ""):
+        params = {"checkpoint": str(checkpoint), "bits": 4.5, "corpus": own}
+        out = run_stage(Allocate(), tmp_path / "out", params, inputs).out
+    assert [used for used, _ in asked] == [corpus, asking.DEFAULT]
+    layer = "model.layers.0.self_attn"
+    assert [f"{layer}.{each}_proj.weight" for each in "qkv"] in asked[0][1]
+    rows = json.loads((out / "rows.json").read_text())
+    assert rows["bits"] <= 4.5
+    assert f"{layer}.qkv_proj.weight" in rows["rows"]
+
+
 def test_scales_by_calibration_ask_for_it(tmp_path):
-    params = Allocate().resolve(Allocate.Params(str(EXAMPLES / "tiny-llama"), 4.5, "gptq"))
+    params = Allocate().resolve(Allocate.Params(str(EXAMPLES / "tiny-llama"), bits=4.5, scales="gptq"))
     with pytest.raises(StageError, match="add the stage calibrate, and name it under needs of allocate"):
         _calibrated(LocalContext(params, tmp_path, {}, {}))
     (tmp_path / INDEX).write_text("{}")
@@ -158,4 +243,4 @@ def test_scales_by_calibration_ask_for_it(tmp_path):
 
 def test_bits_that_no_rows_come_to_are_refused():
     with pytest.raises(StageError, match=r"from 2\.5 to 8\.5"):
-        Allocate().resolve(Allocate.Params("x", 2.0))
+        Allocate().resolve(Allocate.Params("x", bits=2.0))
