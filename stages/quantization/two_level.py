@@ -161,7 +161,8 @@ def _of_words(words: np.ndarray) -> np.ndarray:
     """Undo :func:`_in_words`, for as many levels as words can hold."""
     shifts = np.arange(LEVELS_PER_WORD, dtype=np.uint32) * np.uint32(WIDTH)
     levels = (words[..., None] >> shifts) & np.uint32(TOP)
-    return levels.reshape(*words.shape[:-1], words.shape[-1] * LEVELS_PER_WORD)
+    flat: np.ndarray = levels.reshape(*words.shape[:-1], words.shape[-1] * LEVELS_PER_WORD)
+    return flat
 
 
 def unpack_levels(words: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
