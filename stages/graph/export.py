@@ -79,7 +79,7 @@ class Build:
         """Whether some layers forget: the context is longer than the model's sliding window."""
         attention = self.config.attention
         forgets: bool = 0 < attention.sliding_window < self.context_window
-        return forgets and len(attention.full_layers) < self.config.num_layers
+        return forgets and len(attention.full_layers) < attention.num_layers
 
     @property
     def special_attention(self) -> tuple[str, ...]:
@@ -97,11 +97,11 @@ class Build:
     @property
     def cache_kinds(self) -> list[str]:
         """TVM's name for the attention of each layer of the KV cache."""
-        full = self.config.attention.full_layers if self.sliding else ()
-        kinds = (
-            sliding_window.FULL if number in full else sliding_window.WITHIN for number in range(self.config.num_layers)
-        )
-        return list(kinds)
+        attention = self.config.attention
+        full = attention.full_layers if self.sliding else ()
+        return [
+            sliding_window.FULL if number in full else sliding_window.WITHIN for number in range(attention.num_layers)
+        ]
 
     @property
     def own_attention(self) -> bool:

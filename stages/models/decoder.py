@@ -47,6 +47,7 @@ class DecoderConfig(Rope):
     def attention(self) -> AttentionCache:
         """What the KV cache must know."""
         return AttentionCache(
+            self.num_layers,
             self.num_heads,
             self.num_kv_heads,
             self.head_dim,

@@ -46,7 +46,7 @@ def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform =
 
 @dataclass(frozen=True)
 class AttentionCache:
-    """What the paged KV cache and its kernels must know of a model's attention.
+    """What the paged KV cache and its kernels must know of a model's attention, which ``num_layers`` of it have.
 
     The first ``rotary_dim`` channels of a head are turned, the halves of that part against each other, each pair by the
     position times its own of the ``frequencies`` (radians, float32), and stretched by the ``attention_factor``.
@@ -59,6 +59,7 @@ class AttentionCache:
     nothing is turned here: the graph has done it.
     """
 
+    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

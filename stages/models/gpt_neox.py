@@ -70,7 +70,7 @@ class NeoXConfig(Rope):
     @property
     def attention(self) -> AttentionCache:
         """What the KV cache must know."""
-        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, **self.kernel_options())
+        return AttentionCache(self.num_layers, self.num_heads, self.num_heads, self.head_dim, **self.kernel_options())
 
 
 def parse(raw: JsonObject) -> NeoXConfig:

@@ -46,7 +46,7 @@ class QWenConfig:
         from stages.models.frequencies import frequencies
 
         found, _ = frequencies(self.rope_parameters, self.head_dim)
-        return AttentionCache(self.num_heads, self.num_heads, self.head_dim, found, log_n=self.log_n)
+        return AttentionCache(self.num_layers, self.num_heads, self.num_heads, self.head_dim, found, log_n=self.log_n)
 
     @property
     def rope_parameters(self) -> RopeParameters:

@@ -82,6 +82,7 @@ class TracedConfig:
         width = max(max(layer["width"], layer["value_width"]) for layer in layers)
         sinks = width if any("sinks" in layer for layer in layers) else 0
         return AttentionCache(
+            len(layers),
             layers[0]["heads"],
             math.lcm(*(layer["kv_heads"] for layer in layers)),
             -(-(width + (sinks > 0)) // LANES) * LANES,

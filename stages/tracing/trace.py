@@ -51,8 +51,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     parts["body"], rotation = hoisted(parts["body"], names.constants)
     parts["body"] = packed(parts["body"])
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
-    keeping = [name for name, _ in parts["body"].nodes if name == "causal_conv"]
-    if not attention and not keeping:
+    if not attention and not any(name == "causal_conv" for name, _ in parts["body"].nodes):
         raise ConfigError(f"{source.cls.__name__}: its attention does not use transformers' attention interface")
     return {
         "model_type": source.config.model_type,
@@ -61,7 +60,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
         "source": written({key: value for key, value in source.config.to_dict().items() if key not in SILENT}),
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "num_layers": len(attention) or len(keeping),
+        "num_layers": source.config.num_hidden_layers,
         "max_positions": positions_of(source.config),
         "frequencies": list(rotation.frequencies) if rotation else [],
         "attention_factor": rotation.factor if rotation else 1.0,

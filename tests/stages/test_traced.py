@@ -163,6 +163,14 @@ def test_the_cache_is_told_of_layers_that_attend_within_chunks_and_holds_the_hea
     assert mixed.hidden_size == 64 + 4 * 16
 
 
+def test_all_layers_are_counted_and_the_cache_has_those_that_attend() -> None:
+    kinds = ["conv", "conv", "full_attention"]
+    config = parse({**traced_models.SIZES, "model_type": "lfm2", "layer_types": kinds, "num_hidden_layers": len(kinds)})
+    assert config.num_layers == 3
+    assert config.attention is not None
+    assert config.attention.num_layers == 1
+
+
 def test_no_expert_is_read_that_a_matrix_does_not_have() -> None:
     """The last of LongCat's experts hand on what they are given: its second matrix has 6 experts of 8."""
     small = {
