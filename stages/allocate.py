@@ -58,8 +58,8 @@ class Allocate(Stage):
 
     def resolve(self, params: Params) -> Params:
         """Refuse a number of bits that no choice of rows comes to."""
-        if not 2.5 <= params.bits <= 16:
-            raise StageError(f"bits: {params.bits:g}: expected 2.5 to 16; rows take from 2.5 to 8.5 bits a weight")
+        if not 2.3 <= params.bits <= 16:
+            raise StageError(f"bits: {params.bits:g}: expected 2.3 to 16; rows take from 2.3 to 8.5 bits a weight")
         return params
 
     def tools(self, params: Params) -> Mapping[str, str]:

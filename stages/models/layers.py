@@ -255,7 +255,7 @@ class LayerFactory:
             return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, size, self.compute_dtype)
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}
         if row["levels"]:
-            levels = {"q_scale": level_words(groups), "q_outer": 2 * level_blocks(groups)}
+            levels = {"q_scale": level_words(groups, bits), "q_outer": 2 * level_blocks(groups, bits)}
             widths = {"q_weight": groups * size * bits // 32, **levels}
         elif row["minimum"]:
             widths |= {"q_min": groups}

@@ -14,7 +14,7 @@ from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from stages.sizes import LEVELED, LEVELS_PER_WORD, N32_BLOCK, PLANES, level_blocks
+from stages.sizes import LEVEL_BITS, LEVELED, LEVELS_PER_WORD, N32_BLOCK, PLANES, SHARING, level_blocks
 
 
 def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
@@ -161,21 +161,27 @@ class GroupMatrix(nn.Module):
 
     def _of_levels(self, levels: te.Tensor, outer: te.Tensor, i: Any, group: Any, which: int) -> tirx.PrimExpr:
         """Return the scale (``which`` is 0) or minimum (1) of a group in float32."""
-        groups = self.shape[1] // self.group_size
-        (whole, rest), block, number = divmod(groups, LEVELED), group // LEVELED, group % LEVELED
-        level, shared = number + LEVELED * which, block
-        if rest:
-            level = tirx.Select(block < whole, level, number + rest * which)
-            shared = tirx.min(block, level_blocks(groups) - 1)
-        mask = tirx.const(63, "uint32")
+        shared = tirx.min(group // SHARING[self.bits], level_blocks(self.shape[1] // self.group_size, self.bits) - 1)
+        if LEVEL_BITS[self.bits] == 4:  # a byte of a word holds those of a group
+            found = _bits_of(levels[self.layout.at(i, group // 4)], group % 4 * 8 + 4 * which, 4)
+        else:
+            found = self._level(levels, i, group, which)
+        return found.astype("float32") * outer[self.layout.at(i, shared * 2 + which)].astype("float32")
+
+    def _level(self, levels: te.Tensor, i: Any, group: Any, which: int) -> tirx.PrimExpr:
+        """Return a level of six bits, uint32."""
+        whole, rest = divmod(self.shape[1] // self.group_size, LEVELED)
+        block, number = group // LEVELED, group % LEVELED
+        level = number + LEVELED * which
+        level = tirx.Select(block < whole, level, number + rest * which) if rest else level
         word = levels[self.layout.at(i, block * 3 + tirx.min(level // LEVELS_PER_WORD, 2))]
-        found = tirx.bitwise_and(tirx.shift_right(word, (level % LEVELS_PER_WORD * 6).astype("uint32")), mask)
+        found = _bits_of(word, level % LEVELS_PER_WORD * 6, 6)
         if which and whole:  # the last level: two bits of each word
             words = [levels[self.layout.at(i, tirx.min(block, whole - 1) * 3 + n)] for n in range(3)]
             first, *more = (tirx.shift_right(each, tirx.const(30, "uint32")) for each in words)
             joined = sum((each * tirx.const(4**n, "uint32") for n, each in enumerate(more, start=1)), first)
             found = tirx.Select(level == 2 * LEVELED - 1, joined, found)
-        return found.astype("float32") * outer[self.layout.at(i, shared * 2 + which)].astype("float32")
+        return found
 
     def _unpack(self, words: te.Tensor, *scales: te.Tensor) -> te.Tensor:
         rows = words.shape[0] if self.layout.block == 1 else self.shape[0]

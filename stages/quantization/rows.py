@@ -25,7 +25,7 @@ class Row:
     one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "float8" stores
     float8_e4m3fn with one scale for each ``group_size`` values of a row, "tensor" with one for the whole weight. The
     value of an integer c is ``(c - top) * scale``, or ``c * scale + minimum``. With ``levels`` scale and minimum of a
-    group are integers of six bits, and :data:`~stages.sizes.LEVELED` groups share two floats, s and m, for them:
+    group are integers of :data:`~stages.sizes.LEVEL_BITS`, and several groups share two floats, s and m, for them:
     ``c * (s * scale) - m * minimum``.
     """
 
@@ -92,8 +92,8 @@ class Row:
             return ("q_weight", (n, k), "float8_e4m3fn"), ("q_scale", (n, self.groups(k)), self.scale_dtype)
         words, groups = ("q_weight", (n, self.words(k)), "uint32"), self.groups(k)
         if self.levels:
-            floats = "q_outer", (n, 2 * level_blocks(groups)), self.scale_dtype
-            return words, ("q_scale", (n, level_words(groups)), "uint32"), floats
+            floats = "q_outer", (n, 2 * level_blocks(groups, self.bits)), self.scale_dtype
+            return words, ("q_scale", (n, level_words(groups, self.bits)), "uint32"), floats
         scale = "q_scale", (n, groups), self.scale_dtype
         return (words, scale, ("q_min", *scale[1:])) if self.minimum else (words, scale)
 

@@ -17,7 +17,7 @@ from stages.quantization import feedback, float8, group, layouts, minimum, two_l
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
-from stages.sizes import LEVELED, level_blocks
+from stages.sizes import LEVEL_BITS, SHARING, level_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -326,7 +326,7 @@ def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
 
 
 def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
-    """As :func:`_allowed`, of groups whose scale and minimum are levels of what a block of eight groups or more shares.
+    """As :func:`_allowed`, of groups whose scale and minimum are levels of what a block of groups shares.
 
     A level is off by half of a part of the largest of the block, and a group whose scale came out small loses its
     largest values: those are off by as many steps as there are codes.
@@ -335,15 +335,16 @@ def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndar
     starts = np.arange(0, wanted.shape[1], size)
     low = np.minimum(np.minimum.reduceat(wanted, starts, axis=1), np.float32(0))
     step = (np.maximum.reduceat(wanted, starts, axis=1) - low) / np.float32(row.most)
-    blocks = np.arange(level_blocks(len(starts))) * LEVELED
+    blocks = np.arange(level_blocks(len(starts), row.bits)) * SHARING[row.bits]
     sizes = np.diff(blocks, append=len(starts))
-    top = two_level.TOP if scales == "max" else two_level.TOPS[-1]
+    tops = two_level.TOPS[LEVEL_BITS[row.bits]]
+    top = tops[0] if scales == "max" else tops[-1]
     half = np.float32(0.5 / top + 2 * relative + 1e-5)  # of a level; what the shared float is off by
     off_step, off_low = (
         np.repeat(np.maximum.reduceat(each, blocks, axis=1) * half, sizes, axis=1) for each in (step, -low)
     )
     steps = 0.5 if scales == "max" else minimum.FURTHEST
-    tiny = np.float32((1 + row.most) * two_level.TOP * absolute)
+    tiny = np.float32((1 + row.most) * tops[0] * absolute)
     allowed = (step * np.float32(steps) + off_step * np.float32(row.most + 1) + off_low + tiny) * np.float32(2 * steps)
     allowed += (step + off_step) * _moved(row, scales)
     return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]

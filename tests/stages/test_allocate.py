@@ -65,7 +65,7 @@ def test_the_choice_is_within_its_bits_and_hardly_worse_than_the_best_there_is(s
 def test_rows_take_the_bits_that_their_names_say():
     taken = {name: stored_bits(body, 64, 512) / (64 * 512) for name in ROWS if (body := SCHEMES[name].body)}
     four = {"q4a64": 4.5, "q4k": 4.5, "q4a32": 5.0}
-    assert taken == {"q2k": 2.5, "q3k": 3.5, **four, "q5k": 5.5, "q6k": 6.5, "q8f16_1": 8.5}
+    assert taken == {"q2k": 2.3125, "q3k": 3.3125, **four, "q5k": 5.5, "q6k": 6.5, "q8f16_1": 8.5}
 
 
 def test_parameters_are_stored_in_the_rows_that_a_file_names(tmp_path):
@@ -242,5 +242,5 @@ def test_scales_by_calibration_ask_for_it(tmp_path):
 
 
 def test_bits_that_no_rows_come_to_are_refused():
-    with pytest.raises(StageError, match=r"from 2\.5 to 8\.5"):
+    with pytest.raises(StageError, match=r"from 2\.3 to 8\.5"):
         Allocate().resolve(Allocate.Params("x", bits=2.0))

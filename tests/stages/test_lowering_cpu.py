@@ -114,7 +114,7 @@ class Block(nn.Module):
         ("q4a128", 661, 2 * PANEL + 128),
         ("q4a16", 70, 48),
         ("q4k", 70, 2 * PANEL + 96),
-        ("q3k", 70, 2 * PANEL + 96),
+        ("q3k", 70, 4 * PANEL + 96),
         ("q6k", 45, 96),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in (("q2k", 70, 96), ("q5k", 640, 2 * PANEL + 64))),
         ("float16", 70, 41),

@@ -273,7 +273,7 @@ def test_two_levels_carry_ggmls_q4_k_bit_for_bit():
     levels[:, 0, 4:], levels[:, 1, 4:] = q[:, 8:] & 15 | q[:, :4] >> 6 << 4, q[:, 8:] >> 4 | q[:, 4:8] >> 6 << 4
     nibbles = blocks[:, 16:].reshape(6, 4, 32)
     codes = np.stack([nibbles & 15, nibbles >> 4], axis=2).reshape(6, 256)
-    stored = pack(codes, 4), two_level.pack_levels(levels[:, 0], levels[:, 1]), floats
+    stored = pack(codes, 4), two_level.pack_levels(levels[:, 0], levels[:, 1], 4), floats
     assert [x.shape for x in stored] == [shape for _, shape, _ in row.stored(6, 256)]
     wanted = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q4_K)
     assert np.array_equal(restored(stored, row, 256), wanted)
@@ -308,30 +308,34 @@ def test_planes_hold_every_code_where_the_table_says(name):
     assert codes.max() == 2**row.bits - 1
 
 
-@pytest.mark.parametrize("groups", [1, 7, 8, 12, 18])
-def test_levels_lie_where_the_table_says(groups):
-    """Levels one by one, by the words of docs/quantization.md: groups that fill no eight have words of their own, and
-    the floats of the last eight there is.
+@pytest.mark.parametrize("groups", [1, 7, 8, 12, 18, 34])
+@pytest.mark.parametrize(("name", "bits"), [("q2k", {8: 2.375}), ("q4k", {8: 4.5, 18: 4.5})])
+def test_levels_lie_where_the_table_says(name, bits, groups):
+    """Levels one by one, by the words of docs/quantization.md: groups that fill no block have the floats of the last
+    one, and of six bits, those that fill no eight have words of their own.
     """
-    row, random = ROWS["q2k"], np.random.default_rng(8)
-    k, whole = 32 * groups, groups // 8
-    code = np.full((2, k), 0xFFFFFFFF, np.uint32)[:, : k * row.bits // 32]  # every code is 3
-    levels = random.integers(0, 64, (2, 2, groups))  # row, scale or minimum, group
-    floats = random.uniform(0.5, 1, (2, 2 * max(1, whole))).astype(np.float16)
-    words = two_level.pack_levels(levels[:, 0], levels[:, 1])
+    row, random = ROWS[name], np.random.default_rng(8)
+    k, whole, block, width = 32 * groups, groups // 8, (16, 8)[row.bits == 4], (4, 6)[row.bits == 4]
+    code = np.full((2, k * row.bits // 32), 0xFFFFFFFF, np.uint32)  # every code is the largest
+    levels = random.integers(0, 1 << width, (2, 2, groups))  # row, scale or minimum, group
+    floats = random.uniform(0.5, 1, (2, 2 * max(1, groups // block))).astype(np.float16)
+    words = two_level.pack_levels(levels[:, 0], levels[:, 1], row.bits)
     assert [x.shape for x in (code, words, floats)] == [shape for _, shape, _ in row.stored(2, k)]
-    bits = row.bits + (32 * words.shape[1] + 16 * floats.shape[1]) / k
-    assert bits == 2.5 if groups in (8, 18) else bits <= 4
+    if groups in bits:
+        assert round(row.bits + (32 * words.shape[1] + 16 * floats.shape[1]) / k, 3) == bits[groups]
     for n, which, g in np.ndindex(2, 2, groups):
         eight, number = divmod(g, 8)
-        level = number + which * (8 if eight < whole else groups % 8)
-        three = [int(words[n, at]) for at in range(3 * eight, min(3 * eight + 3, words.shape[1]))]
-        low = three[level // 5] >> 6 * (level % 5) & 63 if level < 15 else 0
-        last = sum((word >> 30) << 2 * j for j, word in enumerate(three))
-        assert levels[n, which, g] == (last if level == 15 else low)
-    scale, least = (floats[:, which::2][:, np.minimum(np.arange(groups) // 8, max(0, whole - 1))] for which in (0, 1))
-    wanted = 3 * (scale.astype(np.float32) * levels[:, 0]) - least.astype(np.float32) * levels[:, 1]
-    assert np.allclose(restored((code, words, floats), row, k), np.repeat(wanted, 32, axis=1), rtol=1e-6)
+        if width == 4:
+            found = int(words[n, g // 4]) >> 8 * (g % 4) + 4 * which & 15
+        elif (level := number + which * (8 if eight < whole else groups % 8)) < 15:
+            found = int(words[n, 3 * eight + level // 5]) >> 6 * (level % 5) & 63
+        else:
+            found = sum((int(words[n, 3 * eight + j]) >> 30) << 2 * j for j in range(3))
+        assert levels[n, which, g] == found
+    shared = np.minimum(np.arange(groups) // block, max(0, groups // block - 1))
+    scale, least = (floats[:, which::2][:, shared].astype(np.float32) * levels[:, which] for which in (0, 1))
+    wanted = np.repeat(row.most * scale - least, 32, axis=1)
+    assert np.allclose(restored((code, words, floats), row, k), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_searched_levels_come_nearer_to_scales_that_no_level_is():

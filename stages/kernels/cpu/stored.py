@@ -13,7 +13,7 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.vectors import as_float, constant, span, splat
-from stages.sizes import LEVELED, LEVELS_PER_WORD, PLANES, level_blocks, level_words
+from stages.sizes import LEVEL_BITS, LEVELED, LEVELS_PER_WORD, PLANES, SHARING, level_blocks, level_words
 from stages.sizes import N32_BLOCK as BLOCK
 
 
@@ -21,7 +21,7 @@ from stages.sizes import N32_BLOCK as BLOCK
 class Stored:
     """A matrix [n, k]: ``bits`` per element and ``group`` elements per scale of ``dtype``, or, where ``bits`` is 0,
     floats of ``dtype``. With ``minimum`` a group has one too, which is added to element * scale; without, the element
-    in the middle means zero. With ``levels`` both are integers, and eight groups share two floats for them; elements
+    in the middle means zero. With ``levels`` both are integers, and several groups share two floats for them; elements
     may then lie in two planes: the words of a group's lowest bits, and after them those of the others.
     """
 
@@ -63,8 +63,8 @@ class Stored:
         if self.levels:
             return [
                 ("q_weight", (self.blocks, words, BLOCK), "uint32"),
-                ("q_scale", (self.blocks, level_words(groups), BLOCK), "uint32"),
-                ("q_outer", (self.blocks, 2 * level_blocks(groups), BLOCK), self.dtype),
+                ("q_scale", (self.blocks, level_words(groups, self.bits), BLOCK), "uint32"),
+                ("q_outer", (self.blocks, 2 * level_blocks(groups, self.bits), BLOCK), self.dtype),
             ]
         scales = [(name, (self.blocks, groups, BLOCK), self.dtype) for name in ("q_scale", "q_min")]
         return [("q_weight", (self.blocks, words, BLOCK), "uint32"), *scales[: 1 + self.minimum]]
@@ -141,52 +141,70 @@ class Stored:
 
     @property
     def eights(self) -> tuple[int, int]:
-        """How often there are eight groups that have three words of levels, and how many groups are left."""
+        """How often there are eight groups, and how many are left."""
         return divmod(self.k // self.group, LEVELED)
 
     def of_levels(self, weights: Sequence[Any], block: Any, outer: Any, number: int) -> tuple[Any, Any]:
-        """Return the scales, and the minima to be taken off, of group ``number`` of eight whose levels are the words
-        from ``3 * outer`` on; of fewer where ``outer`` is the number of eights.
+        """Return the scales, and the minima to be taken off, of group ``number`` of the eight from ``8 * outer`` on, or
+        of those that are left where ``outer`` is the number of eights.
         """
-        whole, rest = self.eights
-        ends = isinstance(outer, int) and outer == whole
-        count = rest if ends else LEVELED
-        words = [weights[1][block, outer * 3 + i, span(0, BLOCK)] for i in range(level_words(count))]
-        shared = level_blocks(self.k // self.group) - 1 if ends else outer
-        found = []
-        for which in range(2):
-            level = number + count * which
-            if level == 2 * LEVELED - 1:
-                bits = _last_level(words, BLOCK)
-            else:
-                place = constant(level % LEVELS_PER_WORD * 6, BLOCK, "uint32")
-                moved = T.shift_right(words[level // LEVELS_PER_WORD], place)
-                bits = T.bitwise_and(moved, constant(63, BLOCK, "uint32"))
-            floats = as_float(weights[2][block, shared * 2 + which, span(0, BLOCK)], BLOCK)
-            found.append(as_float(T.Cast(f"int32x{BLOCK}", bits), BLOCK) * floats)
-        return found[0], found[1]
+        level = self._nibble if LEVEL_BITS[self.bits] == 4 else self._level
+        scale, least = (
+            as_float(T.Cast(f"int32x{BLOCK}", level(weights[1], block, outer, number, which)), BLOCK)
+            * self._shared(weights, block, outer, which, 0, BLOCK)
+            for which in range(2)
+        )
+        return scale, least
 
-    def _of_levels(self, weights: Sequence[Any], block: Any, group: Any, which: int, left: Any, lanes: int) -> Any:
-        """Return the scales (``which`` is 0) or minima (1) of a group that is known at run time."""
+    def _shared(self, weights: Sequence[Any], block: Any, outer: Any, which: int, left: Any, lanes: int) -> Any:
+        """Return the floats that levels of the groups from ``8 * outer`` on are multiplied by."""
+        last = level_blocks(self.k // self.group, self.bits) - 1
+        number = T.min(outer // (SHARING[self.bits] // LEVELED), last)
+        return as_float(weights[2][block, number * 2 + which, span(left, lanes)], lanes)
+
+    def _nibble(
+        self, levels: Any, block: Any, outer: Any, number: Any, which: int, left: Any = 0, lanes: int = BLOCK
+    ) -> Any:
+        """Return levels of four bits: a byte of a word holds those of a group, the scale's in its lower half."""
+        word = levels[block, outer * (LEVELED // 4) + number // 4, span(left, lanes)]
+        place = T.Cast("uint32", number % 4 * 8 + 4 * which)
+        return T.bitwise_and(T.shift_right(word, splat(place, lanes)), constant(15, lanes, "uint32"))
+
+    def _level(self, levels: Any, block: Any, outer: Any, number: int, which: int) -> Any:
+        """Return levels of six bits, of a group whose number in its eight is known."""
         whole, rest = self.eights
-        outer, number = group // LEVELED, group % LEVELED
-        level, shared = number + LEVELED * which, outer
-        if rest:
-            level = T.Select(outer < whole, level, number + rest * which)
-            shared = T.min(outer, level_blocks(self.k // self.group) - 1)
+        count = rest if isinstance(outer, int) and outer == whole else LEVELED
+        level = number + count * which
+        if level == 2 * LEVELED - 1:
+            return _last_level([levels[block, outer * 3 + i, span(0, BLOCK)] for i in range(3)], BLOCK)
+        word = levels[block, outer * 3 + level // LEVELS_PER_WORD, span(0, BLOCK)]
+        place = constant(level % LEVELS_PER_WORD * 6, BLOCK, "uint32")
+        return T.bitwise_and(T.shift_right(word, place), constant(63, BLOCK, "uint32"))
+
+    def _any_level(self, levels: Any, block: Any, outer: Any, number: Any, which: int, left: Any, lanes: int) -> Any:
+        """Return levels of six bits, of a group that is known at run time."""
+        whole, rest = self.eights
+        level = number + LEVELED * which
+        level = T.Select(outer < whole, level, number + rest * which) if rest else level
         word, bit = level // LEVELS_PER_WORD, T.Cast("uint32", level % LEVELS_PER_WORD * 6)
-        levels = weights[1]
         # The last level has no word: where it is asked for, bits of another one are read and thrown away.
         at = outer * 3 + T.min(word, 2) if which else outer * 3 + word
-        found = T.bitwise_and(
-            T.shift_right(levels[block, at, span(left, lanes)], splat(bit, lanes)), constant(63, lanes, "uint32")
-        )
+        moved = T.shift_right(levels[block, at, span(left, lanes)], splat(bit, lanes))
+        found = T.bitwise_and(moved, constant(63, lanes, "uint32"))
         if which and whole:
             first = T.min(outer, whole - 1) * 3  # the words of what is left may be fewer
             words = [levels[block, first + i, span(left, lanes)] for i in range(3)]
             found = T.Select(splat(level == 2 * LEVELED - 1, lanes), _last_level(words, lanes), found)
-        floats = as_float(weights[2][block, shared * 2 + which, span(left, lanes)], lanes)
-        return as_float(T.Cast(f"int32x{lanes}", found), lanes) * floats
+        return found
+
+    def _of_levels(self, weights: Sequence[Any], block: Any, group: Any, which: int, left: Any, lanes: int) -> Any:
+        """Return the scales (``which`` is 0) or minima (1) of a group that is known at run time."""
+        level = self._nibble if LEVEL_BITS[self.bits] == 4 else self._any_level
+        outer = group // LEVELED
+        found = level(weights[1], block, outer, group % LEVELED, which, left, lanes)
+        return as_float(T.Cast(f"int32x{lanes}", found), lanes) * self._shared(
+            weights, block, outer, which, left, lanes
+        )
 
 
 def _bits(word: Any, place: int, to: int, mask: int, lanes: int) -> Any:
