@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.checkpoint.tensors import as_dtype
+from stages.models.family import norm_bias
 from stages.problems import ProblemsError
 from stages.quantization.calibrated import KEPT_ANYWAY
 from stages.quantization.dtypes import numpy_dtype
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 POWERS = 10  # that are tried, from 0 on
 SAMPLED = 256  # rows of all matrices that read a norm: so many tell which power is best
 LEAST = 2.0**-12  # of a norm's value once it is divided: smaller ones lose digits in float16
-TRANSFORMS = ("copy", "concat0")  # whose columns are those of the tensors
+TRANSFORMS = ("copy", "concat0", "interleaved_qkv")  # whose columns are those of the tensors
 
 
 class NothingFoldsError(ProblemsError):
@@ -41,7 +42,7 @@ def factors(register: Register, weights: Weights, importance: Mapping[str, np.nd
     :class:`NothingFoldsError` if the family says of no matrix which norm it reads.
     """
     found: dict[str, np.ndarray] = {}
-    groups = [*_groups(register)]
+    groups, names = [*_groups(register)], {entry["name"] for entry in register["logical"]}
     if not groups:
         raise NothingFoldsError(
             f"scales: awq divides norms, and of no matrix of the family {register['family']} it is known that it alone "
@@ -59,7 +60,8 @@ def factors(register: Register, weights: Weights, importance: Mapping[str, np.nd
             own = as_dtype(weights[norm["sources"][0]], np.dtype(np.float32))
             with np.errstate(over="ignore"):  # of float16: not divided then
                 factor = effective(own, chosen, norm["dtype"])
-            found |= {entry["name"]: factor for entry in readers} | {norm["name"]: 1 / factor}
+            divided = [norm["name"], *(name for name in (norm_bias(norm["name"]),) if name in names)]
+            found |= {entry["name"]: factor for entry in readers} | dict.fromkeys(divided, 1 / factor)
     return found
 
 
@@ -101,7 +103,7 @@ def _groups(register: Register) -> Iterator[tuple[Parameter, list[Parameter]]]:
             readers.setdefault(entry["reads"], []).append(entry)
     for name, entries in readers.items():
         norm = by_name[name]
-        if norm["transform"] == "copy" and all(entry["transform"] in TRANSFORMS for entry in entries):
+        if norm["transform"] == "copy" and all(entry["transform"].split(":")[0] in TRANSFORMS for entry in entries):
             yield norm, entries
 
 

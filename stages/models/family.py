@@ -26,7 +26,7 @@ class Param:
     ``name`` is the attribute path in the graph's module, ``shape`` row-major with out features first. ``transform``
     (see :mod:`stages.models.transforms`) makes it from the checkpoint tensors ``sources`` of ``source_shapes``.
     ``dtype`` is what it is stored as where the scheme does not quantize it; empty leaves that to the scheme. ``reads``
-    is the norm without a bias whose result a matrix reads, where that is read by such matrices alone.
+    is the weight of the norm whose result a matrix reads, where that is read by such matrices alone.
     """
 
     name: str
@@ -42,6 +42,11 @@ class Param:
 def copied(name: str, shape: tuple[int, ...], kind: Kind, transform: Transform = "copy", reads: str = "") -> Param:
     """Return the parameter that one checkpoint tensor of the same name and shape becomes."""
     return Param(name, shape, kind, (name,), (shape,), transform, reads=reads)
+
+
+def norm_bias(weight: str) -> str:
+    """Return what the bias of a norm is called, if it has one, by the name of its weight."""
+    return f"{weight.removesuffix('weight')}bias"
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,16 @@ def params(config: NeoXConfig) -> tuple[Param, ...]:
         block = f"gpt_neox.layers.{i}"
         found += [
             *_norm(f"{block}.input_layernorm", h),
-            *_linear(f"{block}.attention.query_key_value", 3 * h, h, reorder, bias=config.attention_bias),
+            *_linear(
+                f"{block}.attention.query_key_value",
+                *(3 * h, h),
+                reorder,
+                bias=config.attention_bias,
+                reads=f"{block}.input_layernorm.weight",
+            ),
             *_linear(f"{block}.attention.dense", h, h, bias=config.attention_bias),
             *_norm(f"{block}.post_attention_layernorm", h),
-            *_linear(f"{block}.mlp.dense_h_to_4h", ff, h),
+            *_linear(f"{block}.mlp.dense_h_to_4h", ff, h, reads=f"{block}.post_attention_layernorm.weight"),
             *_linear(f"{block}.mlp.dense_4h_to_h", h, ff),
         ]
     found += _norm("gpt_neox.final_layer_norm", h)
@@ -125,8 +131,8 @@ def _norm(name: str, features: int) -> list[Param]:
     return [copied(f"{name}.weight", (features,), "norm"), copied(f"{name}.bias", (features,), "bias")]
 
 
-def _linear(name: str, n: int, k: int, transform: str = "copy", *, bias: bool = True) -> list[Param]:
-    found = [copied(f"{name}.weight", (n, k), "linear", transform)]
+def _linear(name: str, n: int, k: int, transform: str = "copy", *, bias: bool = True, reads: str = "") -> list[Param]:
+    found = [copied(f"{name}.weight", (n, k), "linear", transform, reads)]
     return [*found, copied(f"{name}.bias", (n,), "bias", transform)] if bias else found
 
 

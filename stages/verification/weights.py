@@ -13,6 +13,7 @@ import numpy as np
 
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
+from stages.models.family import norm_bias
 from stages.quantization import feedback, float8, group, layouts, minimum, two_level
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
@@ -199,11 +200,15 @@ def differences(
     checkpoint's times as much as the norm before them was divided by. ``progress`` is told how many tensors were
     compared.
     """
-    factors = _factors(registry, records, checkpoint) if scales == "awq" else {}
+    factors, biases = _factors(registry, records, checkpoint) if scales == "awq" else ({}, {})
 
     def compare(entry: Parameter) -> list[str]:
-        tensors = _of_parameter(entry, records)
-        found = [_difference(each, checkpoint[each.source], factors.get(each.source), scales) for each in tensors]
+        found = []
+        for each in _of_parameter(entry, records):
+            whole = checkpoint[each.source]
+            if each.source in biases:  # of a norm that was divided
+                whole = np.asarray(whole, np.float32) * (1 / biases[each.source])
+            found.append(_difference(each, whole, factors.get(each.source), scales))
         return [text for text in found if text]
 
     problems, done = [], 0
@@ -266,12 +271,14 @@ def _difference(bundled: BundledTensor, whole: np.ndarray, factor: np.ndarray | 
 
 def _factors(
     registry: Register, records: Mapping[str, Record], checkpoint: Mapping[str, np.ndarray] | Any
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return by tensor what the columns of a matrix must have been multiplied by, as the norm that it reads tells: that
-    was divided by as much. The norm's tensor is there too; norms that are the checkpoint's are not.
+    was divided by as much. The norm's tensor is there too; norms that are the checkpoint's are not. The second is what
+    the biases of these norms were divided by.
     """
     by_name = {entry["name"]: entry for entry in registry["logical"]}
     found: dict[str, np.ndarray] = {}
+    biases: dict[str, np.ndarray] = {}
     for entry in registry["logical"]:
         if entry.get("reads"):
             (norm,) = _of_parameter(by_name[entry["reads"]], records)
@@ -280,7 +287,8 @@ def _factors(
                 with np.errstate(divide="ignore", invalid="ignore"):
                     factor = np.where(original == 0, 1, original / values).astype(np.float32)
                 found |= dict.fromkeys([norm.source, *entry["sources"]], factor)
-    return found
+                biases[norm_bias(norm.source)] = factor
+    return found, biases
 
 
 def _in_rows(tensor: BundledTensor, original: np.ndarray) -> tuple[BundledTensor, np.ndarray]:

@@ -274,6 +274,46 @@ def test_awq_leaves_the_model_as_it_is_and_loses_less(tmp_path):
     assert any("q_proj" in problem for problem in weights.differences(registry, spoilt, tensors, "awq"))
 
 
+def test_awq_divides_the_bias_of_a_norm_too(tmp_path):
+    """What GPT-NeoX's matrices make of their norms' results, by plain products of what is stored."""
+    checkpoint = family_models.write(tmp_path / "checkpoint", family_models.CASES["gpt_neox"])
+    tensors, chance = {}, np.random.default_rng(9)
+    for file in checkpoint.glob("*.safetensors"):
+        held = safetensors.numpy.load_file(file)
+        for name, tensor in held.items():
+            if "layernorm" in name:
+                tensor[5::23] *= 24  # columns that carry most
+        safetensors.numpy.save_file(held, file, {"format": "pt"})
+        tensors |= held
+    ports = family_models.parse_and_register(tmp_path / "stages", checkpoint, "q4s32")
+    registry = json.loads(ports["params"].read_text())
+    reads = {entry["sources"][0]: entry["reads"] for entry in registry["logical"] if "reads" in entry}
+    assert len(reads) == 2 * family_models.NEOX["num_hidden_layers"]
+
+    def result(values, matrix: str) -> np.ndarray:
+        weight, bias = (values[f"{reads[matrix].removesuffix('weight')}{each}"] for each in ("weight", "bias"))
+        return (normed * weight + bias).astype(np.float64)
+
+    normed = chance.standard_normal((64, family_models.NEOX["hidden_size"])).astype(np.float32)
+    counts = {matrix: np.square(result(tensors, matrix)).mean(0).astype(np.float32) for matrix in reads}
+    np.savez(tmp_path / "importance.npz", **counts)
+    inputs = {name: ports[name] for name in ("params", "tensors")} | {"importance": tmp_path / "importance.npz"}
+    choice, lost = {"scheme": "q4s32", "target": "llvm", "checkpoint": str(checkpoint)}, defaultdict(float)
+    for scales in ("awq", "importance"):
+        run_stage(Quantize(), tmp_path / scales, {**choice, "scales": scales}, inputs, tmp_path / "parts")
+        records = tensor_cache.records(Folder(tmp_path / scales / "weights"))
+        assert weights.differences(registry, records, tensors, scales) == []
+        values = {each.source: each.values() for each in weights.bundled_tensors(registry, records)}
+        for matrix in reads:
+            error = result(values, matrix) @ values[matrix].T - result(tensors, matrix) @ tensors[matrix].T
+            lost[scales] += float(np.square(error).sum())
+    assert lost["awq"] < 0.6 * lost["importance"], lost
+    bias = reads[min(reads)].replace("weight", "bias")
+    spoilt = {**tensors, bias: tensors[bias] * 1.01}
+    records = tensor_cache.records(Folder(tmp_path / "awq" / "weights"))
+    assert [problem.split(":")[0] for problem in weights.differences(registry, records, spoilt, "awq")] == [bias]
+
+
 def test_factors_are_exact_for_the_norm_that_is_stored():
     chance = np.random.default_rng(5)
     norm = chance.standard_normal(64).astype(np.float32)
@@ -294,9 +334,9 @@ def test_nothing_is_multiplied_where_nothing_is_known():
     factor = columns.searched([(weight, row)], carried)
     assert factor.argmax() == 5
     with pytest.raises(
-        columns.NothingFoldsError, match="scales: awq divides norms, and of no matrix of the family gpt"
+        columns.NothingFoldsError, match="scales: awq divides norms, and of no matrix of the family rwkv"
     ):
-        columns.factors({"logical": [], "family": "gpt_neox"}, {}, {})
+        columns.factors({"logical": [], "family": "rwkv"}, {}, {})
 
 
 def test_importance_is_asked_for_by_what_lacks_it(tmp_path):
