@@ -228,6 +228,14 @@ class Joined:
     shape: tuple[int, ...]
     rows: tuple[int, ...] = ()
 
+    @property
+    def group(self) -> int:
+        """How many values of an activation share a scale where the parts, which say so, are read with int8 activations;
+        0 where they are not, or not in one way.
+        """
+        groups = {part.group for part in self.parts}
+        return groups.pop() if len(groups) == 1 else 0
+
     def values(self) -> np.ndarray:
         """Return all of it."""
         arrays = [part if isinstance(part, np.ndarray) else part.values() for part in self.parts]

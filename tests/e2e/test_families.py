@@ -16,7 +16,7 @@ import pytest
 from stagegraph.files import dotted
 from stagegraph.stage import StageError
 from stages import profiles
-from tests.support import bundles, family_models, rwkv_models
+from tests.support import bundles, family_models, rwkv_models, traced_models
 from tests.support.checkpoints import write_qwen
 from tests.support.edited_project import ROOT, Project
 from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
@@ -54,6 +54,24 @@ MODELS = {
     "redpajama": Model("neox"),
     "rwkv": Model("rwkv world"),
 }
+# Traced: experts that are stored one by one, or together; projections in one tensor, transposed, or shared by layers;
+# states beside the cache, or instead of it; sinks.
+TRACED = {
+    "qwen3_moe": "q8f16_1",
+    "mixtral": "q4f16_1",
+    "granitemoe": "q4f16_1",
+    "gpt_oss": "q0f32",
+    "deepseek_v3": "q0f32",
+    "phi3": "q4k",
+    "gpt2": "q8f16_1",
+    "falcon": "q4f16_1",
+    "gemma3n_text": "q0f32",
+    "lfm2": "q4k",
+    "qwen3_next": "q0f32",
+    "bamba": "q4f16_1",
+    "mamba2": "q0f32",
+}
+MODELS |= {name: Model("qwen2 tables", scheme) for name, scheme in TRACED.items()}
 QUICK = ("llama", "rwkv")  # a prefix before every text; a recurrent state
 
 
@@ -67,6 +85,8 @@ def write_checkpoint(folder: Path, name: str) -> None:
     write_folder(folder, files)
     if name == "rwkv":
         rwkv_models.write_checkpoint(folder, vocab_size=ROWS, context_length=128, **control)
+    elif name in TRACED:
+        traced_models.write(folder, name, vocab_size=ROWS, **control)
     else:
         case = family_models.CASES[name]
         family_models.write(folder, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
