@@ -279,9 +279,16 @@ def _headers(root: Path, files: Mapping[str, Path]) -> Headers:
 
 def _in_place(root: Path, otherwise: str) -> str:
     """Say what is in a folder in place of a checkpoint and what to do with it, ``otherwise`` if it is nothing known."""
-    from stages.checkpoint import foreign
+    from stages.checkpoint import foreign, misplaced
 
-    return (foreign.described(path.name for path in root.iterdir()) if root.is_dir() else "") or otherwise
+    if not root.is_dir():
+        return otherwise
+    return (
+        misplaced.broken_links(root)
+        or foreign.described(path.name for path in root.iterdir())
+        or misplaced.checkpoints_below(root)
+        or otherwise
+    )
 
 
 def _generation(ctx: Context, raw: JsonObject, files: Mapping[str, Path], vocab_size: int) -> GenerationDefaults:

@@ -147,7 +147,11 @@ class Planner:
                     sources[f.name] = self.sources.state(path, f.metadata["include"], f.metadata["alone"])
                 except OSError as error:
                     gone = isinstance(error, FileNotFoundError)
-                    text = f"there is no file or directory {path}{_offer(path)}" if gone else str(error)
+                    text = (
+                        f"there is no file or directory {path}{_offer(path)}"
+                        if gone
+                        else f"{error.filename or path}: {error.strerror}"
+                    )
                     problems.append((spec.places.get(f.name, spec.place), text, f"{spec.entry}.{f.name}"))
         if problems:
             raise _SourceError(problems)

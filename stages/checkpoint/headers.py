@@ -11,7 +11,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint import strict_json
+from stages.checkpoint import misplaced, strict_json
 from stages.checkpoint.errors import ConfigError
 from stages.checkpoint.gguf import weights as gguf
 from stages.checkpoint.gguf.folder import files_of
@@ -110,7 +110,8 @@ def listed(names: Collection[str]) -> str:
 
 def _shards(files: Mapping[str, Path], notes: list[str]) -> tuple[str, dict[str, str], list[str]]:
     """Return the index, its weight map (empty where none is used) and the files that belong to the checkpoint."""
-    present = sorted(name for name in files if name.endswith(".safetensors"))
+    # Hidden ones are no weights: ._NAME is what macOS keeps beside a file on other file systems.
+    present = sorted(name for name in files if name.endswith(".safetensors") and not name.startswith("."))
     indexes = sorted(name for name in files if name.endswith(".safetensors.index.json"))
     index = INDEX if INDEX in files or len(indexes) != 1 else indexes[0]
     if index not in files:
@@ -162,13 +163,18 @@ def _weight_map(path: Path, index: str, files: Mapping[str, Path]) -> dict[str, 
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ConfigError(f"{index}: weight_map must map tensor names to file names")
     problems = []
+    weight_map = {name: shard.removeprefix("./") for name, shard in weight_map.items()}
     for shard in sorted(set(weight_map.values())):
         if "/" in shard or "\\" in shard or shard in ("", ".", "..") or not shard.endswith(".safetensors"):
-            problems.append(f"{index}: {shard!r} is not the name of a safetensors file in the same folder")
+            problems.append(
+                f"{index}: {shard!r} is not the name of a safetensors file in the same folder; write the names of "
+                "shards into it without their folders"
+            )
         elif shard not in files:
             problems.append(f"{shard}: the shard is missing, although {index} names it")
     if problems:
-        raise ConfigError(*capped(problems))
+        broken = misplaced.broken_links(path.parent)
+        raise ConfigError(*capped(problems), *([broken] if broken else []))
     return weight_map
 
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stages.checkpoint import strict_json
+from stages.checkpoint import misplaced, strict_json
 from stages.checkpoint.strict_json import shown
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def read_header(path: Path, name: str) -> dict[str, TensorInfo]:
     """Return tensor name -> info, in file order; :class:`ValueError` calling the file ``name`` if it is damaged."""
     size = path.stat().st_size
     with path.open("rb") as file:
+        if instead := misplaced.pointer(file.read(misplaced.HEAD)):
+            raise ValueError(f"{name}: {instead}")
+        file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"{name}: truncated: a header of {length} bytes does not fit a file of {size} bytes")

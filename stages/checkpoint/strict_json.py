@@ -10,6 +10,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from stages.checkpoint import misplaced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
@@ -47,6 +49,8 @@ def read_object(path: Path, name: str) -> JsonObject:
     data = read_bounded(path, MAX_BYTES)
     if data is None:
         raise ValueError(f"{name}: more than {MAX_BYTES:,} bytes are too many for a config")
+    if instead := misplaced.no_text(data):
+        raise ValueError(f"{name}: {instead}")
     try:
         value = parse(data, _infinite)
     except (ValueError, RecursionError) as error:

@@ -11,9 +11,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.checkpoint import misplaced
 from stages.tokenizers import roles, templates
 from stages.tokenizers.errors import TokenizerError
-from stages.tokenizers.files import LFS_HEADER, read_json_text
+from stages.tokenizers.files import read_json_text
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
@@ -123,7 +124,7 @@ def resolve(root: Path, files: Mapping[str, Path]) -> Resolution:
     """
     every, files = files, {name: path for name, path in sorted(files.items()) if "/" not in name}
     if not files.keys() - {MODEL}:
-        raise TokenizerError(f"{root}: no tokenizer files there; {_known()}")
+        raise TokenizerError(f"{root}: no tokenizer files there; {_known(root)}")
     config, config_files = _config(files)
     chat_templates = templates.read(every, config, root / CONFIG)
     family, why = _family(root, files, config)
@@ -234,7 +235,7 @@ def _family(root: Path, files: Mapping[str, Path], config: JsonObject) -> tuple[
     if len(fitting) == 1:
         return fitting[0], f"{reason}, and only this family reads {' or '.join(RULES[fitting[0]].patterns)}"
     found = "the files fit several families" if fitting else f"no vocabulary of a known family among {', '.join(files)}"
-    raise TokenizerError(f"{root}: {reason} and {found}; {_known()}")
+    raise TokenizerError(f"{root}: {reason} and {found}; {_known(root)}")
 
 
 def _vocabulary(root: Path, files: Mapping[str, Path], family: str) -> tuple[str, str]:
@@ -268,7 +269,7 @@ def _shows(path: Path, evidence: bytes) -> bool:
     if not evidence or not size or size > MAX_EVIDENCE_BYTES:
         return not evidence or size > 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content[: len(LFS_HEADER)] == LFS_HEADER or re.search(evidence, content) is not None
+        return bool(misplaced.pointer(content[: misplaced.HEAD])) or re.search(evidence, content) is not None
 
 
 def _cut(text: Any) -> str:
@@ -321,7 +322,10 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _known() -> str:
+def _known(root: Path) -> str:
+    """Say what the user may have meant: what is in the place of a file, or which families there are."""
+    if instead := misplaced.broken_links(root):
+        return instead
     rules = (
         f"{name} ({''.join(f'{known}, vocabulary ' for known in rule.classes[:1])}{' or '.join(rule.patterns)})"
         for name, rule in RULES.items()

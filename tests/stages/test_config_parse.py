@@ -98,8 +98,17 @@ def test_no_config_and_no_weights(checkpoint: Path):
         "the weights are pickle files, which can run code when read (pytorch_model.bin); load it once with transformers"
     )
     (checkpoint / "pytorch_model.bin").unlink()
-    (checkpoint / "config.json").unlink()
+    (checkpoint / "config.json").rename(checkpoint / "kept.json")
     assert problems(checkpoint) == ["no config.json there; expected a checkpoint directory in Hugging Face format"]
+    snapshot = checkpoint / "snapshots" / "0a"
+    snapshot.mkdir(parents=True)
+    shutil.copy(checkpoint / "kept.json", snapshot / "config.json")
+    assert problems(checkpoint) == [f"no config.json there; name the folder in it that has one: {snapshot}"]
+    (checkpoint / "config.json").symlink_to("../../blobs/1")
+    (checkpoint / "model.safetensors").symlink_to("../../blobs/2")
+    assert problems(checkpoint)[0].startswith(
+        "no config.json there; config.json, model.safetensors are links to files that are not there; copy a folder"
+    )
 
 
 KNOWN = f"known: {', '.join(sorted(FAMILIES.keys() - {'traced'}))}"

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from stages.checkpoint import strict_json
 from stages.checkpoint.errors import ConfigError
+from stages.checkpoint.gguf import container
 from stages.checkpoint.headers import INDEX, SINGLE, read_headers
 from stages.checkpoint.safetensors import read_header
 from stages.checkpoint.tensors import BLOCK, Weights
@@ -176,7 +178,8 @@ def test_damaged_shards_are_all_listed(tmp_path: Path):
 def test_an_index_cannot_point_elsewhere(tmp_path: Path, shard):
     write_qwen(tmp_path)
     edit_index(tmp_path, **{"lm_head.weight": shard})
-    assert problems(tmp_path) == [f"{INDEX}: {shard!r} is not the name of a safetensors file in the same folder"]
+    (problem,) = problems(tmp_path)
+    assert problem.startswith(f"{INDEX}: {shard!r} is not the name of a safetensors file in the same folder; write")
 
 
 def test_what_shards_hold_counts_and_not_what_the_index_says(tmp_path: Path):
@@ -231,6 +234,62 @@ def test_shards_without_an_index_are_read_for_what_they_hold(tmp_path: Path):
     (tmp_path / SECOND).rename(tmp_path / "b.safetensors")
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "a.safetensors")
     assert {file for file, _ in read_headers(files(tmp_path)).tensors.values()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_names_of_shards_may_begin_with_the_folder_itself(tmp_path: Path):
+    write_qwen(tmp_path)
+    before = read_headers(files(tmp_path)).tensors
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"] = {name: f"./{shard}" for name, shard in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert read_headers(files(tmp_path)).tensors == before
+
+
+def test_what_macos_keeps_beside_files_is_not_read(tmp_path: Path):
+    write_qwen(tmp_path)
+    before = read_headers(files(tmp_path)).tensors
+    (tmp_path / INDEX).unlink()
+    (tmp_path / f"._{FIRST}").write_bytes(b"\0\5\x16\7")
+    assert read_headers(files(tmp_path)).tensors == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 4578760\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html>Not found</html>", "a web page and not the file itself"),
+        (b"\n<html>Not found</html>", "a web page and not the file itself"),
+    ],
+)
+def test_what_only_stands_for_a_file_is_named(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "x").write_bytes(content)
+    for read in (read_header, strict_json.read_object, container.read):
+        with pytest.raises(ValueError, match=f"^x.json: {message}"):
+            read(tmp_path / "x", "x.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b'\xef\xbb\xbf{"a": 1}', "begins with a byte order mark"),
+        ('{"a": 1}'.encode("utf-16"), "begins with a byte order mark"),
+    ],
+)
+def test_a_file_that_is_no_json_in_utf_8_is_described(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^x.json: {message}.*; "):
+        strict_json.read_object(tmp_path / "x", "x.json")
+
+
+def test_links_that_lead_nowhere_are_named_with_the_missing_shard(tmp_path: Path):
+    write_qwen(tmp_path)
+    (tmp_path / FIRST).unlink()
+    (tmp_path / FIRST).symlink_to("../../blobs/0")
+    with pytest.raises(ConfigError) as caught:
+        read_headers({name: path for name, path in files(tmp_path).items() if path.exists()})
+    assert f"{FIRST} is a link to a file that is not there; copy" in caught.value.problems[1]
 
 
 def test_a_damaged_index_is_described(tmp_path: Path):

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from stages.checkpoint import misplaced
 from stages.checkpoint.gguf import SUFFIX
 from stages.checkpoint.strict_json import shown
 
@@ -173,7 +174,11 @@ class _Cursor:
 def _begin(cursor: _Cursor) -> tuple[int, int]:
     """Return how many tensors and keys a file has."""
     name = cursor.name
-    if cursor.take(min(4, cursor.size), "a magic number") != MAGIC:
+    if (magic := cursor.take(min(4, cursor.size), "a magic number")) != MAGIC:
+        if instead := misplaced.pointer(
+            magic + cursor.take(min(misplaced.HEAD, cursor.size - cursor.at), "a first line")
+        ):
+            raise ValueError(f"{name}: {instead}")
         raise ValueError(f"{name}: not a GGUF file: it does not begin with the letters GGUF; fetch it again")
     version = cursor.number("I", "a version")
     if version and version % 2**16 == 0:
