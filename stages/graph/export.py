@@ -13,6 +13,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from stages.documents.params import Register
+from stages.ir.compat import exporting
 from stages.kernels.cpu import kv_cache, sliding_window
 from stages.kernels.cpu.kv_cache import Heads
 from stages.kernels.cpu.kv_cache_int8 import Int8Heads
@@ -225,7 +226,7 @@ def _export(
     # The exporter pops "$" out of what it is given.
     modes = {"param_mode": params, "effect_mode": "none"}
     raw = {name: {**arguments, "$": dict(modes)} for name, arguments in spec.items()}
-    with build.target:
+    with build.target, exporting():
         exported, named, _ = module.export_tvm(spec=nn.spec.ModuleSpec.from_raw(raw, module), allow_extern=True)
     # Memory is planned for these bounds; the names are those of the specs' symbolic dimensions.
     bounds = {"seq_len": build.prefill_chunk, "batch_size": build.max_batch, "verify_len": build.verify_chunk}

@@ -22,6 +22,24 @@ def take(table: Tensor, ids: Tensor, axis: int = 0) -> Tensor:
     return op.wrap_nested(rx.op.take(table._expr, ids._expr, axis=axis, mode="clip"), "take")  # noqa: SLF001
 
 
+def _unpacked(form: Any, compute: Callable[..., te.Tensor], stored: list[nn.Parameter]) -> Tensor:
+    """Return the matrix that ``compute`` rebuilds of what is ``stored``, which ``form`` and the dtypes determine.
+
+    Matrices of one form are calls of one kernel. It is made once in an export: that takes TVM longer than all else that
+    it does for a layer.
+    """
+    builder = rx.BlockBuilder.current()
+    key = form, tuple(each.dtype for each in stored)
+    calls = vars(builder).setdefault("calls_of_dequantize", {})
+    if key not in calls:
+        made = op.tensor_expr_op(compute, "dequantize", stored)
+        calls[key] = builder.lookup_binding(made._expr)  # noqa: SLF001 - the wrapped value has no other name
+        return made
+    arguments = [each._expr for each in stored]  # noqa: SLF001
+    call = rx.call_tir(calls[key].args[0], rx.Tuple(arguments), out_ty=calls[key].ty)
+    return op.wrap_nested(builder.emit(call), "dequantize")
+
+
 class Layout:
     """The position of a matrix element in the stored tensors; see stages/quantization/layouts.py.
 
@@ -64,7 +82,7 @@ class FloatMatrix(nn.Module):
             return self.weight
         # Named like the unpacking of a quantized weight, so that the same fusion keeps it inside the kernel: a
         # float32 copy of every float16 weight at every step would be the slowest thing in the model.
-        return op.tensor_expr_op(self._convert, "dequantize", [self.weight])
+        return _unpacked((self.shape, self.layout.block, self.compute_dtype), self._convert, self.stored)
 
     def _convert(self, weight: te.Tensor) -> te.Tensor:
         return te.compute(self.shape, lambda i, j: self.value(weight, i, j), name="dequantize")
@@ -123,7 +141,9 @@ class GroupMatrix(nn.Module):
 
     def matrix(self) -> Tensor:
         """Return all of it, dequantized, [n, k] in the compute dtype."""
-        return op.tensor_expr_op(self._unpack, "dequantize", self.stored)
+        parts = self.q_min is not None, self.q_outer is not None
+        form = self.shape, self.layout.block, self.compute_dtype, self.bits, self.group_size, parts
+        return _unpacked(form, self._unpack, self.stored)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` [s], dequantized, [s, k]: nothing but them is read."""
@@ -222,7 +242,7 @@ class ScaledMatrix(nn.Module):
 
     def matrix(self) -> Tensor:
         """Return all of it, [n, k] in the compute dtype."""
-        return op.tensor_expr_op(self._unpack, "dequantize", [self.q_weight, self.q_scale])
+        return _unpacked((self.shape, self.compute_dtype, self.group_size), self._unpack, self.stored)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the rows ``ids`` [s], [s, k]."""

@@ -89,18 +89,24 @@ class _Graph:
         self.names = names
         self.values: dict[Any, Any] = {}  # node of torch -> what stands for it
         self.nodes: list[Node] = []
-        self.signature = program.graph_signature
+        self.signature = signature = program.graph_signature
+        # torch makes these anew each time they are asked for.
+        self.read, self.parameters, self.buffers = (
+            frozenset(signature.user_inputs),
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+        )
         self.program = program
         nodes = list(program.graph.nodes)
-        read = [node.meta["val"] for node in nodes if node.name in self.signature.user_inputs]
+        read = [node.meta["val"] for node in nodes if node.name in self.read]
         sizes = [size for value in read for size in value.shape if not isinstance(size, int)]
         self.symbol = sizes[0].node.expr if sizes else None
-        self.inputs = len(self.signature.user_inputs)
+        self.inputs = len(signature.user_inputs)
         needed = needed_nodes(nodes)
         given = iter(range(self.inputs))
         self.positions = {"value": 1} if self.inputs > 1 else None
         for node in nodes:
-            if node.op == "placeholder" and (node in needed or node.name in self.signature.user_inputs):
+            if node.op == "placeholder" and (node in needed or node.name in self.read):
                 self.values[node] = self._placeholder(node, given)
             elif node.op == "call_function":
                 if is_lost(node, needed):
@@ -113,10 +119,10 @@ class _Graph:
         self.part = GraphPart(self.inputs, self.nodes, self.values[out]["value"])
 
     def _placeholder(self, node: Any, given: Any) -> Any:
-        if node.name in self.signature.inputs_to_parameters:
-            return self.names.parameter(self.signature.inputs_to_parameters[node.name].removeprefix("model."))
-        if node.name in self.signature.inputs_to_buffers:
-            name = self.signature.inputs_to_buffers[node.name]
+        if node.name in self.parameters:
+            return self.names.parameter(self.parameters[node.name].removeprefix("model."))
+        if node.name in self.buffers:
+            name = self.buffers[node.name]
             if name not in self.signature.non_persistent_buffers:
                 return self.names.parameter(name.removeprefix("model."))
             return self._constant(dict(self.program.named_buffers()) | dict(self.program.constants), name)

@@ -20,6 +20,7 @@ def parameters_without_memory() -> Iterator[None]:
     def on_meta(module: Any, name: str, parameter: Any) -> None:
         if parameter is not None and parameter.device.type != "meta":  # one that two modules share stays one
             parameter = torch.nn.Parameter(parameter.to("meta"))
+            parameter._is_hf_initialized = True  # noqa: SLF001 - so that no numbers are drawn for it
         register(module, name, parameter)
 
     module_class.register_parameter = on_meta
@@ -42,3 +43,23 @@ def spread(model: Any) -> None:
                 value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                 replaced = made.setdefault(id(parameter), torch.nn.Parameter(value, requires_grad=False))
                 module._parameters[name] = replaced  # noqa: SLF001
+
+
+@contextmanager
+def without_layers(model: Any) -> Iterator[None]:
+    """Leave the layers out of ``model``: torch handles each parameter of what it traces, also those never read."""
+    import torch
+
+    stacks = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module._modules.items()  # noqa: SLF001 - None there is a module that a model goes without
+        if isinstance(child, torch.nn.ModuleList)
+    ]
+    for module, name, _ in stacks:
+        module._modules[name] = None  # noqa: SLF001
+    try:
+        yield
+    finally:
+        for module, name, child in stacks:
+            module._modules[name] = child  # noqa: SLF001

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
-from stages.tracing import doors, leaves, older
+from stages.tracing import doors, hollow, leaves, older
 from stages.tracing.export import EXAMPLE, GraphPart, export
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
@@ -97,7 +97,8 @@ def _parts(source: TracedSource, names: Names) -> tuple[dict[str, GraphPart], in
 
     ids = torch.zeros(EXAMPLE, dtype=torch.long)
     width, each = table(ids).shape[-1], [*own(ids).shape[1:]] if own else []
-    embed, (hidden,) = export(model, embeddings, [ids], names, [0])
+    with hollow.without_layers(model):
+        embed, (hidden,) = export(model, embeddings, [ids], names, [0])
     positions = torch.arange(EXAMPLE)[None]
     most = max(positions_of(source.config), EXAMPLE + 1) if positions_of(source.config) else 0
     kinds: list[Any] = []
