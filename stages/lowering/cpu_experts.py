@@ -11,25 +11,31 @@ from tvm import tirx
 
 from stages.kernels.cpu.experts import Experts, experts_kernel, order_kernel
 from stages.kernels.cpu.linear_float import LinearLayer
-from stages.lowering.cpu_linear import register_tile, stored_as
+from stages.kernels.cpu.linear_int8 import with_bytes
+from stages.lowering.cpu_linear import quantized, register_tile, stored_as
 from stages.lowering.rewriter import KernelCall, Rewriter, is_call
 from stages.sizes import N32_BLOCK as BLOCK
+from stages.targets.processor import byte_product
 
 
-def cpu_experts(features: Collection[str]) -> tvm.transform.Pass:
-    """Return the pass, for a processor with ``features`` (LLVM's names). Activations stay floats."""
+def cpu_experts(features: Collection[str], activations: str = "float") -> tvm.transform.Pass:
+    """Return the pass, for a processor with ``features`` (LLVM's names); ``activations`` are as in
+    :func:`~stages.lowering.cpu_linear.cpu_linear`.
+    """
+    dot = byte_product(features) if activations == "int8" else ""
 
     @tvm.transform.module_pass(opt_level=0, name="CPUExperts")
     def run(module: tvm.IRModule, _context: tvm.transform.PassContext) -> tvm.IRModule:
-        return _Experts(module, features).rewritten()
+        return _Experts(module, features, dot).rewritten()
 
     return run
 
 
 class _Experts(Rewriter):
-    def __init__(self, module: tvm.IRModule, features: Collection[str]) -> None:
+    def __init__(self, module: tvm.IRModule, features: Collection[str], dot: str) -> None:
         super().__init__(module)
         self.features = features
+        self.dot = dot
         self.orders: dict[tuple[Any, int], list[Any]] = {}
 
     def enter(self, _function: rx.Function) -> bool:
@@ -50,10 +56,13 @@ class _Experts(Rewriter):
         if stored is None or int(features) % BLOCK or not isinstance(each, tirx.IntImm):
             return None
         count = int(rows) if isinstance(rows, tirx.IntImm) else None
-        linear = LinearLayer(stored, count, 0, tile=register_tile(self.features))
+        linear, read = LinearLayer(stored, count, 0, tile=register_tile(self.features)), [x]
+        if self.dot and stored.bits:
+            linear = with_bytes(linear, self.dot)
+            read = quantized(self, x, None if count is None else int(tokens), linear)
         layer = Experts(linear, stored.n // int(features), int(each))
         numbers = [chosen] if count is not None else self._order(chosen, layer.count)
-        return KernelCall(layer, lambda: experts_kernel(layer), "experts", [x, *numbers, *weight], [rows, features])
+        return KernelCall(layer, lambda: experts_kernel(layer), "experts", [*read, *numbers, *weight], [rows, features])
 
     def _order(self, chosen: Any, count: int) -> list[Any]:
         """Emit the order of rows by expert, once for all layers of a mixture."""

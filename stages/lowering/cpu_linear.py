@@ -100,19 +100,8 @@ class _Linears(Rewriter):
         inputs = [x]
         if self.dot and stored.bits:
             layer = with_bytes(layer, self.dot)
-            inputs = self._quantized(x, layer)
+            inputs = quantized(self, x, count, layer)
         return _call(layer, [*inputs, *weight.args[1].fields], [*x.ty.shape.values[:-1], stored.n])
-
-    def _quantized(self, x: Any, layer: LinearLayer) -> list[Any]:
-        """Emit the quantization of activations; return bytes, scales and offsets."""
-        weight = layer.weight
-        size = layer.rows, layer.outer, weight.k, weight.group, offset_factor(layer)
-        kernel = self.kernel(size, lambda: quantizer(*size), "quantize_rows")
-        rows, groups = x.ty.shape.values[-2], layer.weight.k // layer.weight.group
-        shapes = [((rows, layer.weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
-        types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
-        made = self.emit(rx.call_tir(kernel, rx.Tuple([x]), out_ty=types))
-        return [self.emit(rx.TupleGetItem(made, i)) for i in range(3)]
 
     def _join(self, product: Any, addend: Any) -> KernelCall | None:
         """Return the call that also adds ``addend`` to what the kernel behind ``product`` makes, or None."""
@@ -128,6 +117,20 @@ class _Linears(Rewriter):
             return None
         self.drop(product)
         return _call(layer, [*call.arguments, added], call.shape)
+
+
+def quantized(rewriter: Rewriter, x: Any, count: int | None, layer: LinearLayer) -> list[Any]:
+    """Emit the quantization of ``count`` rows (None: known at run time) that ``layer`` reads; return bytes, scales and
+    offsets.
+    """
+    weight = layer.weight
+    size = count, layer.outer, weight.k, weight.group, offset_factor(layer)
+    kernel = rewriter.kernel(size, lambda: quantizer(*size), "quantize_rows")
+    rows, groups = x.ty.shape.values[-2], weight.k // weight.group
+    shapes = [((rows, weight.k // 4), "int32"), ((rows, groups), "float32"), ((rows, groups), "int32")]
+    types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
+    made = rewriter.emit(rx.call_tir(kernel, rx.Tuple([x]), out_ty=types))
+    return [rewriter.emit(rx.TupleGetItem(made, i)) for i in range(3)]
 
 
 def _call(layer: LinearLayer, arguments: Sequence[Any], shape: Sequence[Any]) -> KernelCall:

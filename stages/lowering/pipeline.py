@@ -81,7 +81,7 @@ def phases(
 
 def _for_cpu(features: Collection[str], activations: str) -> list[Any]:
     """Return the passes that put our kernels in place of operators."""
-    return [cpu_linear(features, activations), cpu_experts(features), cpu_norm, cpu_gate, cpu_softmax]
+    return [cpu_linear(features, activations), cpu_experts(features, activations), cpu_norm, cpu_gate, cpu_softmax]
 
 
 def lower(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
+from stages.verification.rounding import in_bytes
 from tests.stages import test_traced
-from tests.support import traced_models
+from tests.support import family_models, traced_models
 
 QUICK = {("qwen3_moe", "q4f16_1")}  # the others wait for `-m slow`
 BUILDS = [
@@ -22,3 +24,34 @@ BUILDS = [
 @pytest.mark.parametrize(("model_type", "scheme"), BUILDS)
 def test_a_mixture_says_what_transformers_says(tmp_path: Path, model_type: str, scheme: str) -> None:
     test_traced.check(test_traced.built(tmp_path, model_type, scheme))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_experts_read_quantized_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    """Beside transformers with what quantized layers read rounded: within a tenth of what that rounding does."""
+    import torch
+    import transformers
+
+    made = test_traced.built(tmp_path, model_type, "q4f16_1", activations="int8")
+    exact, moved = made.reference, []
+    plain, load = torch.nn.functional.linear, transformers.AutoModelForCausalLM.from_pretrained
+    routers = traced_models.MIXTURES[model_type].get("num_experts", 8)  # which read floats
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return plain(x if len(weight) == routers else in_bytes(x, 32), weight, bias)
+
+    def rounded(ids: list[int]) -> np.ndarray:
+        before = exact(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", linear)
+            eager = {"experts_implementation": "eager"}  # whose products are those of torch.nn.functional
+            patch.setattr(
+                transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **more: load(*a, **more, **eager)
+            )
+            wanted = exact(ids)
+        moved.append(family_models.error(before, wanted))
+        return wanted
+
+    errors = traced_models.differences(made, reference=rounded)
+    assert max(errors) < max(moved) / 10, (max(errors), moved)

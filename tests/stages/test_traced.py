@@ -31,10 +31,13 @@ BUILDS = [
 ]
 
 
-def built(folder: Path, model_type: str, scheme: str, *, kv_dtype: str = "auto", **sizes: int) -> family_models.Built:
+def built(
+    folder: Path, model_type: str, scheme: str, *, kv_dtype: str = "auto", activations: str = "float", **sizes: int
+) -> family_models.Built:
     checkpoint = traced_models.write(folder / "checkpoint", model_type, **sizes)
     case = family_models.Case("", traced_models.SIZES)
-    return family_models.build(folder, case, scheme, checkpoint=checkpoint, frontend="traced", kv_dtype=kv_dtype)
+    options = {"kv_dtype": kv_dtype, "activations": activations}
+    return family_models.build(folder, case, scheme, checkpoint=checkpoint, frontend="traced", **options)
 
 
 def check(made: family_models.Built) -> None:

@@ -230,6 +230,7 @@ def build(
     *,
     checkpoint: Path | None = None,
     frontend: str = "auto",
+    activations: str = "float",
     **options: Any,
 ) -> Built:
     """Run every stage but the tokenizer's and verify."""
@@ -241,7 +242,7 @@ def build(
     registered = Registered(ports["config"], ports["params"])
     sizes = {"prefill_chunk": CHUNK, "max_batch": BATCH, **case.options, **options}
     graphs = build_graphs(folder, registered, "llvm", **sizes)
-    compile_library(folder / "compile", graphs, registered, target="llvm")
+    compile_library(folder / "compile", graphs, registered, target="llvm", activations=activations)
     inputs = {
         "library": folder / "compile" / "model.so",
         "metadata": folder / "compile" / "metadata.json",

@@ -13,6 +13,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
 from stages.kernels.cpu.linear_float import Arguments, LinearLayer, Product
+from stages.kernels.cpu.linear_int8 import ByteProduct, Bytes
 from stages.kernels.cpu.vectors import kernel, put
 from stages.sizes import N32_BLOCK as BLOCK
 
@@ -69,13 +70,17 @@ def _within(expert: Any, count: int) -> Any:
 @functools.cache
 def experts_kernel(experts: Experts) -> tirx.PrimFunc:
     """Return the kernel of (x, chosen, stored weight..., y), or, where the number of rows is known at run time, of (x,
-    order, starts, stored weight..., y).
+    order, starts, stored weight..., y). Where activations are bytes, x is bytes, scales and offsets.
     """
+    kinds: dict[tuple[bool, bool], tuple[Any, Any]] = {  # rows are known, activations are bytes
+        (True, False): (_Chosen, _RowByRow),
+        (True, True): (_ChosenBytes, _BytesByRow),
+        (False, False): (_Ordered, _Grouped),
+        (False, True): (_OrderedBytes, _GroupedBytes),
+    }
+    arguments, product = kinds[experts.linear.rows is not None, bool(experts.linear.dot)]
     with kernel() as made:
-        if experts.linear.rows is None:
-            _Grouped(_Ordered(made, experts)).emit()
-        else:
-            _RowByRow(_Chosen(made, experts)).emit()
+        product(arguments(made, experts)).emit()
     return made.function
 
 
@@ -86,7 +91,8 @@ class _Routed(Arguments):
         self.linear, self.experts = experts.linear, experts
         weight, rows = self.linear.weight, self.linear.rows
         tokens: Any = T.int64() if rows is None else rows // experts.each
-        self.x = made.argument("x", (tokens, weight.k), "float32")
+        self.outer = ()
+        self.inputs(made, (tokens,))
         self.numbers(made, tokens * experts.each)
         self.weights = [made.argument(*tensor) for tensor in weight.tensors]
         self.bias = self.residual = None
@@ -96,9 +102,9 @@ class _Routed(Arguments):
         """Declare which experts are chosen."""
         raise NotImplementedError
 
-    def term(self, row: Any, k: Any) -> Any:
-        """Return x[row of x, k] of a row."""
-        return self.x[T.floordiv(self.place(row)[0], self.experts.each), k]
+    def source(self, row: Any) -> Any:
+        """Return which row of the activations a row is the product of."""
+        return T.floordiv(self.place(row)[0], self.experts.each)
 
     def features(self, block: Any) -> Any:
         """Return which feature of its expert is the first of a block."""
@@ -110,7 +116,7 @@ class _Chosen(_Routed):
 
     def numbers(self, made: Any, rows: Any) -> None:
         """Declare the expert of each row."""
-        self.outer, self.rows = (), rows
+        self.rows = rows
         self.chosen = made.argument("chosen", (rows,), "int32")
 
 
@@ -121,13 +127,20 @@ class _Ordered(_Routed):
 
     def numbers(self, made: Any, rows: Any) -> None:
         """Declare what :func:`order_kernel` makes."""
-        self.outer = ()
         self.order = made.argument("order", (rows,), "int32")
         self.starts = made.argument("starts", (self.experts.count + 1,), "int32")
 
     def place(self, row: Any) -> tuple[Any, ...]:
         """Return where y has a row of the expert."""
         return (self.order[self.first + row],)
+
+
+class _ChosenBytes(_Chosen, Bytes):
+    """Rows in their own order, of quantized activations."""
+
+
+class _OrderedBytes(_Ordered, Bytes):
+    """Rows of one expert after another, of quantized activations."""
 
 
 class _RowByRow(Product):
@@ -158,3 +171,23 @@ class _Grouped(Product):
             arguments.rows = arguments.starts[expert + 1] - arguments.first
             with T.If(arguments.rows > 0), T.Then():
                 self.rows(expert * experts.blocks + block)
+
+
+class _BytesByRow(ByteProduct):
+    """A few rows of quantized activations, each of which reads its expert's weights."""
+
+    arguments: _ChosenBytes
+
+    def emit(self) -> None:
+        """Emit the kernel: blocks of features of all rows on all threads."""
+        experts = self.arguments.experts
+        with T.parallel(0, self.arguments.rows * experts.blocks) as at:
+            row = T.floordiv(at, experts.blocks)
+            first = _within(self.arguments.chosen[row], experts.count) * experts.blocks
+            self.row(row, [first + at % experts.blocks], self.prepared(row))
+
+
+class _GroupedBytes(_Grouped, ByteProduct):
+    """Rows of quantized activations, expert by expert."""
+
+    arguments: _OrderedBytes

@@ -43,8 +43,8 @@ class LinearLayer:
     ``rows`` is the number of rows of x, None where it is known at run time; ``outer`` the number of axes before it,
     all of size one. ``bias`` is the dtype of the bias, empty for none. ``tile`` is (rows, lanes) of the accumulators
     that fit the registers of the target. ``streams`` is how many blocks of features, far apart, one row is multiplied
-    by at the same time: that keeps several memory streams in flight. ``dot`` names
-    how bytes are multiplied (byte_products.py), where activations are quantized to them; empty where they stay floats.
+    by at the same time: that keeps several memory streams in flight. ``dot`` names how bytes are multiplied
+    (byte_products.py), where activations are quantized to them; empty where they stay floats.
     """
 
     weight: Stored
@@ -75,9 +75,13 @@ class Arguments:
         """Declare the activations, rows of ``shape``."""
         self.x = made.argument("x", (*shape, self.linear.weight.k), "float32")
 
+    def source(self, row: Any) -> Any:
+        """Return which row of the activations a row is the product of."""
+        return row
+
     def term(self, row: Any, k: Any) -> Any:
-        """Return x[row, k]."""
-        return self.x[(*self.outer, row, k)]
+        """Return x[source(row), k]."""
+        return self.x[(*self.outer, self.source(row), k)]
 
     def place(self, row: Any) -> tuple[Any, ...]:
         """Return where y has a row."""
@@ -168,8 +172,7 @@ class Product:
     def single_row(self) -> None:
         """Emit a kernel of one row: the blocks in streams of the same length, of which the last may end earlier."""
         read, blocks, streams = self.prepared(0), self.weight.blocks, self.arguments.linear.streams
-        if blocks < streams * MANY_STREAMS:
-            streams = 1
+        streams = streams if blocks >= streams * MANY_STREAMS else 1
         length = -(-blocks // streams)
         last = blocks - length * (streams - 1)
         with T.parallel(0, length) as at:
@@ -281,11 +284,8 @@ class Product:
             values = self.group_values(read, blocks, g)
             for value, product, (scales, lows) in zip(values, products, floats, strict=True):
                 scale, low = scales[number, span(0, BLOCK)], lows[number, span(0, BLOCK)]
-                put(
-                    product,
-                    get(product, BLOCK) + value * scale - low * splat(self.sum_of(read, g), BLOCK),
-                    span(0, BLOCK),
-                )
+                found = get(product, BLOCK) + value * scale - low * splat(self.sum_of(read, g), BLOCK)
+                put(product, found, span(0, BLOCK))
 
     def _float_row(self, row: Any, blocks: Sequence[Any], products: Sequence[Any]) -> None:
         (stored,), k, ways = self.arguments.weights, self.weight.k, 4

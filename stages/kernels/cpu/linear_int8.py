@@ -77,16 +77,16 @@ def quantizer(rows: int | None, outer: int, k: int, group: int, times: int) -> t
 def int8_kernel(linear: LinearLayer) -> tirx.PrimFunc:
     """Return the kernel of (bytes, scales, offsets, stored weight..., [bias], [residual], y)."""
     with kernel() as made:
-        _ByteProduct(_Bytes(made, linear)).emit()
+        ByteProduct(Bytes(made, linear)).emit()
     return made.function
 
 
-class _Bytes(Arguments):
+class Bytes(Arguments):
     """Arguments whose activations are quantized."""
 
-    def inputs(self, made: Any, _shape: tuple[Any, ...]) -> None:
+    def inputs(self, made: Any, shape: tuple[Any, ...]) -> None:
         """Declare what :func:`quantizer` makes."""
-        weight, rows = self.linear.weight, self.rows
+        weight, rows = self.linear.weight, shape[-1]
         groups = weight.k // weight.group
         self.words = made.argument("words", (rows, weight.k // 4), "int32")
         self.scales = made.argument("scales", (rows, groups), "float32")
@@ -101,10 +101,10 @@ class _Panel(NamedTuple):
     least: Any
 
 
-class _ByteProduct(Product):
+class ByteProduct(Product):
     """Products of bytes; the sums of a group become floats when it ends."""
 
-    arguments: _Bytes
+    arguments: Bytes
     panel_terms = PANEL
 
     def prepared(self, row: Any) -> Any:
@@ -129,14 +129,15 @@ class _ByteProduct(Product):
     def _sums(self, row: Any, group: Any) -> Any:
         """Return fresh sums of integers of a row and group."""
         lanes = self.dot.lanes
-        begin = splat(self.arguments.offsets[row, group], lanes)
+        begin = splat(self.arguments.offsets[self.arguments.source(row), group], lanes)
         if self.weight.minimum:  # whose offsets are the sums of activations, and whose codes count from 0
             begin = begin * constant(self._centre, lanes, "int32")
         return self.dot.sums(begin, self.weight.bits)
 
     def sum_of(self, row: Any, group: Any) -> Any:
         """Return the sum of the activations of a row and group, which minima are multiplied by."""
-        return as_float(self.arguments.offsets[row, group], 1) * self.arguments.scales[row, group]
+        at = self.arguments.source(row), group
+        return as_float(self.arguments.offsets[at], 1) * self.arguments.scales[at]
 
     def group_values(self, row: Any, blocks: Sequence[Any], g: Any) -> list[Any]:
         """Emit the products of a group's elements, and return their sums, one of each block."""
@@ -154,7 +155,7 @@ class _ByteProduct(Product):
 
         def add(number: Any) -> None:
             for four in range(fours):
-                x = arguments.words[row, (g * per_group + number) * fours + four]
+                x = arguments.words[arguments.source(row), (g * per_group + number) * fours + four]
                 for word, part in zip(words, sums, strict=True):
                     part.add(self._fours(word, number, four, lanes), x)
 
@@ -168,7 +169,7 @@ class _ByteProduct(Product):
         weight.each_word(T.unroll, per_group // run, add_run)
         values = [vector(BLOCK) for _ in blocks]
         for (number, left), part in zip(places, sums, strict=True):
-            value = as_float(part.total(), lanes) * splat(arguments.scales[row, g], lanes)
+            value = as_float(part.total(), lanes) * splat(arguments.scales[arguments.source(row), g], lanes)
             put(values[number], value, span(left, lanes))
         return [get(value, BLOCK) for value in values]
 
@@ -218,12 +219,12 @@ class _ByteProduct(Product):
                 word = number * run + inner
                 for (row, start), part in zip(parts, sums, strict=True):
                     codes = panel.codes[at[1] * words + word, span(left + start, lanes)]
-                    part.add(codes, arguments.words[top + row, group * words + word])
+                    part.add(codes, arguments.words[arguments.source(top + row), group * words + word])
             for part in sums:
                 part.end()
         for (row, start), part in zip(parts, sums, strict=True):
             place = at[1], span(left + start, lanes)
-            scale = panel.scales[place] * splat(arguments.scales[top + row, group], lanes)
+            scale = panel.scales[place] * splat(arguments.scales[arguments.source(top + row), group], lanes)
             value = as_float(part.total(), lanes) * scale
             if weight.minimum:
                 value = value + panel.least[place] * splat(self.sum_of(top + row, group), lanes)
