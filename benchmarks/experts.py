@@ -1,6 +1,7 @@
 """What a mixture of experts costs per token beside the dense model of its active size: ratios of medians of one run.
 
-Usage: python benchmarks/experts.py [--scheme SCHEME] [--layers N] [--experts N] [--rounds N] [--keep DIR]
+Usage: python benchmarks/experts.py [--scheme SCHEME] [--activations KIND] [--layers N] [--experts N] [--rounds N]
+                                    [--keep DIR]
 
 Two checkpoints of random weights, a mixture of which two experts are chosen for each token and a dense model with as
 many features as two of them, are built by the same front end. In each round each decodes 32 tokens after a prompt of
@@ -28,7 +29,7 @@ SIZES = {
 FEATURES, CHOSEN, PROMPT, STEPS = 1024, 2, 64, 32
 
 
-def build(folder: Path, model_type: str, scheme: str, config: dict[str, Any]) -> Any:
+def build(folder: Path, model_type: str, scheme: str, activations: str, config: dict[str, Any]) -> Any:
     """Write a checkpoint and build it; return a session of its bundle, and how many parameters it has."""
     import torch
     import transformers
@@ -45,7 +46,8 @@ def build(folder: Path, model_type: str, scheme: str, config: dict[str, Any]) ->
         model.save_pretrained(checkpoint)
     shutil.rmtree(folder / "built", ignore_errors=True)  # of --keep, the checkpoints are kept
     case = family_models.Case("", SIZES)
-    built = family_models.build(folder / "built", case, scheme, checkpoint=checkpoint, frontend="traced")
+    options = {"checkpoint": checkpoint, "frontend": "traced", "activations": activations}
+    built = family_models.build(folder / "built", case, scheme, **options)
     return built.session()
 
 
@@ -66,6 +68,7 @@ def main() -> None:
     """Print medians and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--scheme", default="q4f16_1")
+    parser.add_argument("--activations", choices=("float", "int8"), default="float")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -77,11 +80,11 @@ def main() -> None:
         routed = {
             "num_experts": options.experts, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": FEATURES,
         }  # fmt: skip
+        how = options.scheme, options.activations
+        active = {"intermediate_size": CHOSEN * FEATURES}
         sides = {
-            "mixture": build(folder / "mixture", "qwen3_moe", options.scheme, {**layers, **routed}),
-            "dense": build(
-                folder / "dense", "qwen3", options.scheme, {**layers, "intermediate_size": CHOSEN * FEATURES}
-            ),
+            "mixture": build(folder / "mixture", "qwen3_moe", *how, {**layers, **routed}),
+            "dense": build(folder / "dense", "qwen3", *how, {**layers, **active}),
         }
         rounds = [{name: measure(session) for name, session in sides.items()} for _ in range(options.rounds)]
     for number, what in enumerate((f"prefill of {PROMPT}", "decoding step")):

@@ -1,15 +1,16 @@
 """How fast CPU bundles run, against llama.cpp and transformers in the same run; every figure is a ratio of two medians.
 
-Usage: python benchmarks/inference.py --llama PYTHON [--torch PYTHON] [--size 125M|1.1B] [--only GROUP...]
+Usage: python benchmarks/inference.py --llama PYTHON [--torch PYTHON] [--size 125M|1.1B|400M] [--only GROUP...]
                                       [--threads N] [--rounds N] [--keep DIR [--build]]
 
 A Llama-shaped checkpoint of random weights goes through the pipeline in several schemes, with float and with int8
-activations. PYTHON of --llama is an interpreter with gguf, and with llama-cpp-python or xllamacpp, whose llama.cpp has
-the same shape in Q4_0, Q4_1, Q8_0 and F16 and, with libggml-python, in Q4_K and Q6_K (the head of Q4_1, Q4_K and Q6_K
-in Q8_0, as ours have it in eight bits); that of --torch one with torch and transformers, which has it in bfloat16. A
-group named after a side of ours compares others with that. In each round the sides run one after the other, each in a
-process of its own on the same processors: prefill of 128 and 512 tokens, 16 decoding steps at contexts of 128 and
-1,000. The memory of our runtime is the most that it holds beyond what it held when its libraries were imported. Exit
+activations; 400M is a Mixtral of 8 experts, of which each token has two, beside llama.cpp's of the same shape. PYTHON
+of --llama is an interpreter with gguf, and with llama-cpp-python or xllamacpp, whose llama.cpp has the same shape in
+Q4_0, Q4_1, Q8_0 and F16 and, with libggml-python, in Q4_K and Q6_K (the head of Q4_1, Q4_K and Q6_K in Q8_0, as ours
+have it in eight bits); that of --torch one with torch and transformers, which has it in bfloat16. A group named after a
+side of ours compares others with that. In each round the sides run one after the other, each in a process of its own on
+the same processors: prefill of 128 and 512 tokens, 16 decoding steps at contexts of 128 and 1,000.
+The memory of our runtime is the most that it holds beyond what it held when its libraries were imported. Exit
 status 1 if a figure is missed. With --keep a second run builds only what has changed, and --build only builds.
 """
 
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 
-from quantize import LLAMA, SHAPES, pinned, write_checkpoint  # noqa: E402
+from quantize import EXPERTS, LLAMA, SHAPES, pinned, write_checkpoint  # noqa: E402
 
 WORK = str(ROOT / "benchmarks" / "inference_work.py")
 SPARE = 150_000_000  # bytes that a running model may take beside weights and KV cache
@@ -55,6 +56,7 @@ GROUPS = {  # baseline -> our sides beside it, with the least ratios of prefill 
     "Q6_K": {"q6k": (0, 1.25), "q6k int8": (0, 1.25)},
     "int4": dict.fromkeys(("q4s32", "q4a32", "q4a64", "q4k"), (0, 0)),  # with a head of twice the bits
 }
+MIXTURE = {"Q4_0": {"int4": (0, 0), "int4 int8": (1.5, 1.25)}}  # of a mixture, what llama.cpp has of it
 DEFAULT = ["Q4_0", "Q8_0", "F16", "bfloat16"]
 OVERLAY = """\
 extends: {root}/pipeline.yaml
@@ -108,8 +110,8 @@ def gguf(setting: Setting, kind: str) -> str:
     file = setting.folder / f"{kind}.gguf"
     if not file.exists():
         head = kind if kind in DEFAULT else "Q8_0"
-        shape = map(str, SHAPES[setting.size])
-        pinned([setting.llama, LLAMA, "write", str(file), *shape, kind, head], setting.threads)
+        shape, experts = (map(str, table.get(setting.size, ())) for table in (SHAPES, EXPERTS))
+        pinned([setting.llama, LLAMA, "write", str(file), *shape, kind, head, *experts], setting.threads)
     return str(file)
 
 
@@ -180,13 +182,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--llama", metavar="PYTHON", help="interpreter that has gguf and a llama.cpp")
     parser.add_argument("--torch", metavar="PYTHON", default=sys.executable, help="one that has torch and transformers")
-    parser.add_argument("--size", choices=("125M", "1.1B"), default="125M")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=DEFAULT, help="baselines to compare with")
+    parser.add_argument("--size", choices=("125M", "1.1B", *EXPERTS), default="125M")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, help="baselines to compare with")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep", type=Path, help="work here and leave it; default: a temporary directory")
     parser.add_argument("--build", action="store_true", help="build what is measured and stop")
     args = parser.parse_args()
+    if args.size in EXPERTS:
+        GROUPS.clear()
+        GROUPS.update(MIXTURE)
+    args.only = args.only or [name for name in DEFAULT if name in GROUPS]
+    if {*args.only} - {*GROUPS}:
+        parser.error(f"--size {args.size} is compared with {', '.join(GROUPS)}")
     if not args.llama and {*args.only} - {"bfloat16", *OURS}:
         parser.error("--llama PYTHON is the baseline: an interpreter with gguf and llama-cpp-python or xllamacpp")
     folder = (args.keep or Path(tempfile.mkdtemp(prefix="stagegraph-bench-"))).absolute()

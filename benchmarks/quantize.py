@@ -45,7 +45,9 @@ SHAPES = {
     "125M": (768, 12, 12, 4, 2048, 32000),
     "1.1B": (2048, 22, 32, 4, 5632, 32000),
     "13B": (5120, 40, 40, 40, 13824, 32000),
+    "400M": (768, 12, 12, 4, 1536, 32000),
 }
+EXPERTS = {"400M": (8, 2)}  # of sizes that are mixtures: how many experts, and how many are chosen for each token
 SHARDS = 8
 CHANGED = 10  # tensors of one shard
 ALL_KINDS = "kernels,conversion,digests,tensor"
@@ -62,16 +64,21 @@ class Figure:
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
-    """Return the checkpoint tensors of a Llama of that size, in order."""
+    """Return the checkpoint tensors of a Llama of that size, or of a Mixtral, in order."""
     hidden, layers, heads, kv_heads, ff, vocab = SHAPES[name]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     kv = hidden * kv_heads // heads
+    feed_forward = {"mlp.gate_proj": (ff, hidden), "mlp.up_proj": (ff, hidden), "mlp.down_proj": (hidden, ff)}
+    if name in EXPERTS:
+        feed_forward = {"block_sparse_moe.gate": (EXPERTS[name][0], hidden)}
+        for expert in range(EXPERTS[name][0]):
+            for part, shape in (("w1", (ff, hidden)), ("w2", (hidden, ff)), ("w3", (ff, hidden))):
+                feed_forward[f"block_sparse_moe.experts.{expert}.{part}"] = shape
     for i in range(layers):
         found |= {f"model.layers.{i}.{part}.weight": shape for part, shape in {
             "input_layernorm": (hidden,), "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
             "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
-            "post_attention_layernorm": (hidden,), "mlp.gate_proj": (ff, hidden), "mlp.up_proj": (ff, hidden),
-            "mlp.down_proj": (hidden, ff),
+            "post_attention_layernorm": (hidden,), **feed_forward,
         }.items()}  # fmt: skip
     return found | {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
 
@@ -90,6 +97,10 @@ def write_checkpoint(name: str, folder: Path, *, sparse: bool = False) -> int:
         "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": 2048, "rope_theta": 10000.0,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
+    if name in EXPERTS:
+        experts, chosen = EXPERTS[name]
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+        config |= {"num_local_experts": experts, "num_experts_per_tok": chosen}
     (folder / "config.json").write_text(json.dumps(config))
     shapes = shapes_of(name)
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
