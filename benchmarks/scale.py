@@ -2,7 +2,7 @@
 
 Usage: python benchmarks/scale.py [--nodes N ...] [--shapes NAME ...]   (exit status 1 if a bound is missed)
 
-A pipeline file may have 100,000 values, which is some 9,000 of these nodes.
+A pipeline file may have 30,000 nodes.
 
 ``wide``: one node that all others read. ``chain``: each reads the one before. ``diamond``: one, two that read it, one
 that reads both, and so on. CPU seconds are those of the process itself (``run`` less its workers), a verb at a time,
@@ -151,7 +151,7 @@ def measured(shape: str, count: int) -> Iterator[tuple[str, float, float, float]
 def main() -> int:
     """Print a row for each verb, shape and size; return how many bounds were missed, at most one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 9_000])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     args = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps its byte code

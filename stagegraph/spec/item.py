@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stagegraph.spec.model import Place
 
 _OF_A_KIND = 20  # problems shown
+_PROBLEMS_LIMIT = 2_000  # each may take a comparison with all names there are
 
 
 class Item(NamedTuple):
@@ -105,7 +106,12 @@ class Problems:
         return bool(self._subjects)
 
     def add(self, place: Place, text: str, subject: str = "") -> None:
-        """Note that ``subject`` (a key path or ``entry.parameter``) is wrong in the way that ``text`` says."""
+        """Note that ``subject`` (a key path or ``entry.parameter``) is wrong in the way that ``text`` says.
+
+        Of a file with thousands of problems the first are raised at once.
+        """
+        if len(self._subjects) >= _PROBLEMS_LIMIT:
+            raise self.error()
         subjects = self._subjects.setdefault((place, text), [])
         if subject and subject not in subjects:
             subjects.append(subject)
@@ -146,6 +152,8 @@ class Problems:
                 lines.append(f"{place}: {f'{listed(subjects)}: ' if subjects else ''}{text}")
             elif shown[_kind(text)] == _OF_A_KIND + 1:
                 lines.append(f"{place}: and {kinds[_kind(text)] - _OF_A_KIND:,} more of this kind from here on")
+        if len(self._subjects) >= _PROBLEMS_LIMIT:
+            lines.append(f"reading ended after {_PROBLEMS_LIMIT:,} problems")
         return SpecError(*lines)
 
 

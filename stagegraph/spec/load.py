@@ -18,6 +18,7 @@ from stagegraph.files import path_name
 from stagegraph.spec.entries import read_entries
 from stagegraph.spec.item import Item, Problems, Reads
 from stagegraph.spec.layers import read_layers, shown
+from stagegraph.spec.matrix import NODES_LIMIT
 from stagegraph.spec.model import NodeSpec, PipelineSpec, Place
 from stagegraph.spec.nodes import expand
 from stagegraph.spec.remotes import read_remotes
@@ -38,7 +39,6 @@ _EXPECTED = {
     "name": "a name, under which the artifacts are stored",
     "stages": "a mapping of entries",
 }
-NODES_LIMIT = 10_000
 TOP_KEYS = ("version", "name", "extends", "vars", "defaults", "remotes", "stages")
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 NAME, RULES = "name", ("exclude", "include")
 _VALUE_NAME = re.compile(r"[\w.+-]+")  # becomes part of a directory's name and of patterns on the command line
-_INSTANCES_LIMIT = 10_000
+NODES_LIMIT = 30_000
+_EXCLUDED_LIMIT = 3_000_000  # combinations times rules that exclude some: each is compared with each
 
 
 class InstanceValues(NamedTuple):
@@ -56,8 +57,8 @@ def instances(entry: Entry, scope: Scope, problems: Problems) -> Iterator[Instan
     count = math.prod(map(len, sound))
     if not lists:
         problems.unexpected(entry.foreach, "a mapping of names to lists", subject)
-    elif count > _INSTANCES_LIMIT:
-        problems.add(entry.foreach.place, f"makes {count:,} nodes; expected at most {_INSTANCES_LIMIT:,}", subject)
+    elif count > NODES_LIMIT:
+        problems.add(entry.foreach.place, f"makes {count:,} nodes; expected at most {NODES_LIMIT:,}", subject)
     elif len(sound) < len(lists):
         bound = {key: values[0].item if values else None for key, values in lists.items()}
         yield InstanceValues({key: text_of(item.value) for key, item in bound.items() if item}, bound)
@@ -133,7 +134,12 @@ class _Reader:
         self, chosen: list[dict[str, _Value]], lists: Mapping[str, list[_Value]], rules: Mapping[str, Item]
     ) -> list[dict[str, _Value]]:
         """Return combinations without those that are excluded, then those that are included."""
-        for item in self._rules(rules, "exclude"):
+        excluding = self._rules(rules, "exclude")
+        if len(chosen) * len(excluding) > _EXCLUDED_LIMIT:
+            text = f"has {len(excluding):,} rules for {len(chosen):,} combinations, more than can be compared"
+            self._problems.add(rules["exclude"].place, text, f"{self._subject}.exclude")
+            return []
+        for item in excluding:
             wanted = {key: self._label(part) for key, part in self._known(item, lists).items()}
             remaining = [values for values in chosen if any(values[key].label != text for key, text in wanted.items())]
             if len(remaining) == len(chosen):
@@ -141,22 +147,24 @@ class _Reader:
                     item.place, "excludes nothing; expected values of a combination there is", self._subject
                 )
             chosen = remaining
+        known = {key: {value.label: value for value in values} for key, values in lists.items()}
+        present = {tuple(value.label for value in values.values()) for values in chosen}
         for item in self._rules(rules, "include"):
             given = self._known(item, lists)
             if missing := [key for key in lists if key not in given]:
                 self._problems.add(item.place, f"does not say {', '.join(missing)}; expected every key", self._subject)
                 continue
-            known = {key: {value.label: value for value in values} for key, values in lists.items()}
             added = {
                 key: known[key].get(self._label(given[key])) or self._value(given[key], f"{self._subject}.include")
                 for key in lists
             }
             values = {key: value for key, value in added.items() if value is not None}
-            labels = [value.label for value in values.values()]
-            if labels in [[value.label for value in each.values()] for each in chosen]:
+            labels = tuple(value.label for value in values.values())
+            if labels in present:
                 self._problems.add(item.place, "is there already; expected another combination", self._subject)
             elif len(values) == len(lists):
-                chosen = [*chosen, values]
+                chosen.append(values)
+                present.add(labels)
         if not chosen and not self._problems:
             self._problems.add(
                 rules["exclude"].place, "excludes every combination; expected some to be left", self._subject

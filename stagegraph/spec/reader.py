@@ -6,16 +6,16 @@ PyYAML only parses here; its own scalar rules are YAML 1.1's, where ``no`` is fa
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
 try:
-    from yaml import CSafeLoader as _BaseLoader
+    from yaml import CSafeLoader as _Parser
 except ImportError:  # PyYAML built without libyaml: slower, and the same
-    from yaml import SafeLoader as _BaseLoader  # type: ignore[assignment]
+    from yaml import SafeLoader as _Parser  # type: ignore[assignment]
 
-from stagegraph.spec.item import Item, Problems, Scalar, found
+from stagegraph.spec.item import Item, Problems, Scalar, Value, found
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
     from stagegraph.spec.model import Place
 
 DEPTH_LIMIT = 64
-# Values and keys as written, values after aliases are followed, keys that merges copy; a pipeline of 1,000 entries has
-# about 20,000. What these many take is measured in docs/guarantees.md.
-SIZE_LIMIT = 100_000
+# Values and keys, those that aliases stand for included, and keys that merges copy; a pipeline of 30,000 entries has
+# about 330,000. What these many take is measured in docs/guarantees.md.
+SIZE_LIMIT = 400_000
 
-_PLAIN = "plain"
-_STANDARD_TAGS = {_PLAIN, "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
+_STANDARD_TAGS = {None, "!", "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
 # What YAML 1.1 lets no document hold. The second takes ten milliseconds to compile, which ASCII files are spared.
 _UNREADABLE_ASCII = "[^\t\n\r\x20-\x7e]"
 _UNREADABLE = "[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
@@ -63,31 +62,6 @@ def core_scalar(text: str) -> Scalar:
     return int(digits, {"int": 10, "oct": 8, "hex": 16}[match.lastgroup or "int"])
 
 
-class _Loader(_BaseLoader):
-    """Composes nodes, marks plain scalars as such and refuses nesting that only an attack would write."""
-
-    depth = composed = 0
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:  # noqa: ARG002 - called by PyYAML
-        if kind is not yaml.ScalarNode:
-            return "tag:yaml.org,2002:seq" if kind is yaml.SequenceNode else "tag:yaml.org,2002:map"
-        return _PLAIN if implicit[0] else "tag:yaml.org,2002:str"
-
-    def descend_resolver(self, current_node: Any, current_index: Any) -> None:  # noqa: ARG002
-        self.depth += 1
-        self.composed += 1
-        if self.composed > SIZE_LIMIT:  # each takes 400 bytes, before any is looked at
-            raise yaml.MarkedYAMLError(
-                problem=f"it has more than {SIZE_LIMIT:,} values", problem_mark=current_node.start_mark
-            )
-        if self.depth > DEPTH_LIMIT:
-            mark = current_node.start_mark
-            raise yaml.MarkedYAMLError(problem=f"values are nested deeper than {DEPTH_LIMIT} levels", problem_mark=mark)
-
-    def ascend_resolver(self) -> None:
-        self.depth -= 1
-
-
 def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Problems) -> Item | None:
     """Read one YAML document, null if it is empty; ``None``, with a problem noted, if it is not YAML.
 
@@ -99,10 +73,9 @@ def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Prob
         place = at(text.count("\n", 0, line_start) + 1, unreadable.start() - line_start + 1)
         problems.add(place, f"character U+{ord(unreadable[0]):04X} is not allowed in YAML; expected printable text")
         return None
-    loader = _Loader(text)
+    parser = _Parser(text)
     try:
-        node = loader.get_single_node()
-        return _Reader(at, base, problems).read(node) if node else Item(None, at(1, 1), base)
+        return _Reader(parser.get_event, at, base, problems).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = at(mark.line + 1, mark.column + 1) if mark else at(1, 1)
@@ -114,7 +87,7 @@ def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Prob
         )
         return None
     finally:
-        loader.dispose()
+        parser.dispose()
 
 
 def _advice(text: str, mark: Any, problem: str) -> str:
@@ -129,53 +102,71 @@ def _advice(text: str, mark: Any, problem: str) -> str:
 
 
 class _Reader:
-    """Turns composed nodes into items. An alias shares its anchor's item, so following one costs nothing."""
+    """Turns a parser's events into items. An alias shares its anchor's item, so following one costs nothing."""
 
-    def __init__(self, at: Callable[[int, int], Place], base: Path, problems: Problems) -> None:
-        self._at, self._base, self._problems = at, base, problems
-        self._done: dict[int, Item] = {}
-        self._size: dict[int, int] = {}
-        self._open: set[int] = set()
-        self._copied = 0  # keys, by merges
+    def __init__(
+        self, event: Callable[[], Any], at: Callable[[int, int], Place], base: Path, problems: Problems
+    ) -> None:
+        self._event, self._at, self._base, self._problems = event, at, base, problems
+        self._anchors: dict[str, _Anchor] = {}
+        self._depth = self._values = self._copied = 0
 
-    def read(self, node: yaml.Node) -> Item:
-        if id(node) in self._done:
-            return self._done[id(node)]
-        if id(node) in self._open:
-            raise yaml.MarkedYAMLError(
-                problem="an alias stands inside the value it names", problem_mark=node.start_mark
-            )
-        if node.tag not in _STANDARD_TAGS:
-            self._problems.add(
-                self._place(node), f"tag '{node.tag}' is not allowed; expected a plain value without a tag"
-            )
-        self._open.add(id(node))
-        item = self._item(node)
-        self._open.discard(id(node))
-        self._done[id(node)] = item
+    def document(self) -> Item:
+        """Return the one document there is, null if there is none."""
+        self._event()  # the start of the stream
+        if isinstance(self._event(), yaml.StreamEndEvent):
+            return Item(None, self._at(1, 1), self._base)
+        first = self._event()
+        item = self._item(first)
+        self._event()  # the end of the document
+        more = self._event()
+        if not isinstance(more, yaml.StreamEndEvent):
+            context = "expected a single document in the stream"
+            raise yaml.MarkedYAMLError(context, first.start_mark, "but found another document", more.start_mark)
         return item
 
-    def _item(self, node: yaml.Node) -> Item:
-        place = self._place(node)
-        if isinstance(node, yaml.ScalarNode):
-            return Item(core_scalar(node.value) if node.tag == _PLAIN else node.value, place, self._base)
-        if isinstance(node, yaml.SequenceNode):
-            items = [self.read(child) for child in node.value]
-            self._measure(node, node.value)
-            return Item(items, place, self._base)
-        mapping = self._mapping(node)
-        self._measure(node, [value for _, value in node.value])
-        return Item(mapping, place, self._base)
+    def _item(self, event: Any, key: Place | None = None) -> Item:
+        if type(event) is yaml.AliasEvent:
+            return self._aliased(event)._replace(key=key)
+        mark, values = event.start_mark, self._values
+        place = self._at(mark.line + 1, mark.column + 1)
+        self._values += 1
+        if self._values > SIZE_LIMIT:
+            raise _refusal(f"it has more than {SIZE_LIMIT:,} values", event)
+        if event.tag not in _STANDARD_TAGS:
+            self._problems.add(place, f"tag '{event.tag}' is not allowed; expected a plain value without a tag")
+        if event.anchor is not None:
+            self._begin(event)
+        value: Value
+        if type(event) is yaml.ScalarEvent:
+            value = core_scalar(event.value) if _is_plain(event) else event.value
+        else:
+            self._depth += 1
+            if self._depth > DEPTH_LIMIT:
+                raise _refusal(f"values are nested deeper than {DEPTH_LIMIT} levels", event)
+            value = self._list() if type(event) is yaml.SequenceStartEvent else self._mapping()
+            self._depth -= 1
+        item = Item(value, place, self._base, key)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = _Anchor(event.start_mark, item, self._values - values)
+        return item
 
-    def _mapping(self, node: yaml.Node) -> dict[str, Item]:
+    def _list(self) -> list[Item]:
+        items = []
+        while type(event := self._event()) is not yaml.SequenceEndEvent:
+            items.append(self._item(event))
+        return items
+
+    def _mapping(self) -> dict[str, Item]:
         own: dict[str, Item] = {}
         inherited: dict[str, Item] = {}
-        for key_node, value_node in node.value:
-            place, item = self._place(key_node), self.read(value_node)
-            name = self.read(key_node).value
-            if name == "<<" and key_node.tag == _PLAIN:
+        while type(key := self._event()) is not yaml.MappingEndEvent:
+            name, place, *_ = self._item(key)
+            event = self._event()
+            item = self._item(event, place)
+            if name == "<<" and _is_plain(key):
                 self._copied += len(inherited)
-                inherited = {**self._merged(item, value_node.start_mark), **inherited}
+                inherited = {**self._merged(item, event), **inherited}
             elif not isinstance(name, str):
                 self._problems.add(
                     place, f"a key is {found(name)}; expected text, in quotes where it would not be read as such"
@@ -183,10 +174,10 @@ class _Reader:
             elif name in own:
                 self._problems.add(place, f"duplicate key '{name}'; it is already written at {own[name].key}")
             else:
-                own[name] = Item(item.value, item.place, item.base, place)
+                own[name] = item
         return {**inherited, **own} if inherited else own
 
-    def _merged(self, item: Item, mark: Any) -> dict[str, Item]:
+    def _merged(self, item: Item, event: Any) -> dict[str, Item]:
         """Return what a merge key brings in; of several mappings the first that has a key wins."""
         mappings = [part.value for part in (item.value if isinstance(item.value, list) else [item])]
         if not all(isinstance(mapping, dict) for mapping in mappings):
@@ -197,15 +188,39 @@ class _Reader:
             merged = {**mapping, **merged} if isinstance(mapping, dict) else merged
             self._copied += len(merged)
             if self._copied > SIZE_LIMIT:
-                raise yaml.MarkedYAMLError(problem=f"its merges copy more than {SIZE_LIMIT:,} keys", problem_mark=mark)
+                raise _refusal(f"its merges copy more than {SIZE_LIMIT:,} keys", event)
         return merged
 
-    def _measure(self, node: yaml.Node, children: list[yaml.Node]) -> None:
-        self._size[id(node)] = size = 1 + sum(self._size.get(id(child), 1) for child in children)
-        if size > SIZE_LIMIT:
-            raise yaml.MarkedYAMLError(
-                problem=f"its aliases stand for more than {SIZE_LIMIT:,} values", problem_mark=node.start_mark
-            )
+    def _aliased(self, event: Any) -> Item:
+        """Return the item that an alias names; what it stands for counts again."""
+        anchor = self._anchors.get(event.anchor)
+        if anchor is None:
+            raise _refusal("found undefined alias", event)
+        if anchor.item is None:
+            raise _refusal("an alias stands inside the value it names", event)
+        self._values += anchor.values
+        if self._values > SIZE_LIMIT:
+            raise _refusal(f"its aliases stand for more than {SIZE_LIMIT:,} values", event)
+        return anchor.item
 
-    def _place(self, node: yaml.Node) -> Place:
-        return self._at(node.start_mark.line + 1, node.start_mark.column + 1)
+    def _begin(self, event: Any) -> None:
+        if event.anchor in self._anchors:
+            context, first = "found duplicate anchor; first occurrence", self._anchors[event.anchor].mark
+            raise yaml.MarkedYAMLError(context, first, "second occurrence", event.start_mark)
+        self._anchors[event.anchor] = _Anchor(event.start_mark, None, 0)
+
+
+class _Anchor(NamedTuple):
+    """Where an anchor is, the item that it names (None until that is whole), and how many values that has."""
+
+    mark: Any
+    item: Item | None
+    values: int
+
+
+def _is_plain(event: Any) -> bool:
+    return type(event) is yaml.ScalarEvent and event.implicit[0] and event.tag in {None, "!"}
+
+
+def _refusal(problem: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

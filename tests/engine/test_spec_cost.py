@@ -12,7 +12,7 @@ import pytest
 from stagegraph import registry
 from stagegraph.errors import SpecError
 from stagegraph.spec import load as module
-from stagegraph.spec import reader, scope
+from stagegraph.spec import matrix, reader, scope
 from stagegraph.spec.load import load
 from tests.support.spec_files import SpecFiles
 
@@ -114,6 +114,31 @@ def test_what_reading_takes_is_bounded_by_what_is_counted(spec: SpecFiles, monke
             refused = str(error)
         assert said in refused, (said, refused)
         assert bool(said) == bool("more than" in refused), refused
+
+
+def test_a_long_file_of_small_values_is_no_attack(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(HEAD + "vars:\n  a: [" + ",".join(["1"] * 150_000) + "]\nstages: {x: {uses: y}}\n")
+    with pytest.raises(SpecError, match="unknown stage 'y'") as refused:
+        load(tmp_path / "p.yaml")
+    assert len(refused.value.problems) == 1
+
+
+def test_of_thousands_of_problems_the_first_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(HEAD + "stages:\n" + "".join(f"  e{i}: {{}}\n" for i in range(9_000)))
+    with pytest.raises(SpecError, match="reading ended after 2,000 problems"):
+        load(tmp_path / "p.yaml")
+
+
+def test_rules_that_are_compared_with_each_combination_are_bounded(
+    spec: SpecFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "_EXCLUDED_LIMIT", 12)
+    rules = ", ".join(f"{{x: {i}, y: 1}}" for i in range(3))
+    foreach = "{{x: [0, 1, 2], y: [1, {}], exclude: [{}]}}"
+    said = "3 rules for 6 combinations, more than can be compared"
+    assert said in "".join(spec.wrong(f"\nstages: {{plain: {{foreach: {foreach.format('2', rules)}}}}}"))
+    monkeypatch.setattr(matrix, "_EXCLUDED_LIMIT", 18)
+    spec.load(HEAD + f"\nstages: {{plain: {{foreach: {foreach.format('2', rules)}}}}}")
 
 
 def test_pipes_and_devices_are_no_pipelines(tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_foreach_that_is_wrong(spec: SpecFiles, foreach: str, problem: str) -> N
 def test_too_many_nodes_and_too_long_names(spec: SpecFiles) -> None:
     keys = ", ".join(f"k{i}: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]" for i in range(30))
     (problem,) = spec.wrong(plain(f"foreach: {{{keys}}}"))
-    assert problem == f"p.yaml:3:27: plain.foreach: makes {10**30:,} nodes; expected at most 10,000"
+    assert problem == f"p.yaml:3:27: plain.foreach: makes {10**30:,} nodes; expected at most 30,000"
     (problem,) = spec.wrong(plain(f"foreach: {{x: [{'长' * 70}]}}"))
     assert problem == f"p.yaml:3:10: 'plain[{'长' * 70}]' is too long a name; expected at most 200 bytes"
 

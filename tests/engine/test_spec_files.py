@@ -103,7 +103,7 @@ def test_files_that_cannot_be_read(spec: SpecFiles) -> None:
     assert problems("latin.yaml") == ["latin.yaml:2:10: byte 0xE9 is not UTF-8; expected a text file"]
     with (spec.root / "weights.bin").open("wb") as file:
         file.truncate(17 << 20)
-    assert problems("weights.bin") == ["weights.bin: is larger than 1 MiB; expected a pipeline file"]
+    assert problems("weights.bin") == ["weights.bin: is larger than 4 MiB; expected a pipeline file"]
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ quoted: {"<<": 7}
         ("true: a", "f.yaml:1:1: a key is true; expected text, in quotes where it would not be read as such"),
         ("? [x]\n: a", "f.yaml:1:3: a key is a list; expected text, in quotes where it would not be read as such"),
         ("a: b\n\x07", "f.yaml:2:1: character U+0007 is not allowed in YAML; expected printable text"),
-        ("a: &x [*x]", "f.yaml:1:4: cannot be read as YAML: an alias stands inside the value it names"),
-        ("[" * 65, "f.yaml:1:64: cannot be read as YAML: values are nested deeper than 64 levels"),
+        ("a: &x [*x]", "f.yaml:1:8: cannot be read as YAML: an alias stands inside the value it names"),
+        ("[" * 65, "f.yaml:1:65: cannot be read as YAML: values are nested deeper than 64 levels"),
     ],
 )
 def test_refused(text: str, problem: str) -> None:
@@ -172,7 +172,7 @@ def test_alias_bombs_are_refused_before_they_are_followed() -> None:
     levels = "\n".join(f"l{i + 1}: &l{i + 1} [{', '.join([f'*l{i}'] * 9)}]" for i in range(30))
     item, problems = read(f"l0: &l0 [x]\n{levels}")
     assert item is None
-    assert problems == [f"f.yaml:6:5: cannot be read as YAML: its aliases stand for more than {SIZE_LIMIT:,} values"]
+    assert problems == [f"f.yaml:7:20: cannot be read as YAML: its aliases stand for more than {SIZE_LIMIT:,} values"]
 
 
 def test_nesting_below_the_limit_is_read() -> None:
