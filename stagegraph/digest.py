@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from threading import Event
 
 BLOCK = 8 << 20
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 StatId = tuple[int, int, int, int, int]
 
 
@@ -68,9 +69,7 @@ def digest_file(path: str | Path, stop: Event | None = None, read: Callable[[int
 
 def canonical(document: Any) -> bytes:
     """Return the one JSON encoding of ``document`` that digests are taken over: sorted keys, no spaces, UTF-8."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
-        errors="surrogatepass"  # names that are not UTF-8 are text with lone surrogates
-    )
+    return _ENCODER.encode(document).encode(errors="surrogatepass")  # names that are not UTF-8 have lone surrogates
 
 
 def digest_json(document: Any) -> str:

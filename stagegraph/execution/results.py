@@ -35,14 +35,14 @@ class Results:
 
         ``verified``: digests of objects that were read just now.
         """
-        with self._workspace.index.together():
-            return self._hit(decision, reason, verified)
-
-    def _hit(self, decision: Decision, reason: str, verified: Container[str]) -> Outcome:
         name = decision.node.name
         earlier = self._workspace.last(self._pipeline, name).get("key")
         outcome = Outcome(decision.node, HIT, reason, decision.key, decision.record)
-        restored = self._show(outcome, verified)
+        if decision.shown:
+            self._workspace.set_last(self._pipeline, name, key=decision.key)
+            restored = []
+        else:
+            restored = self._show(outcome, verified)
         if restored:
             more = f" and {len(restored) - 1} more" if len(restored) > 1 else ""
             outcome.reason = f"restored {restored[0]}{more}"
@@ -52,10 +52,6 @@ class Results:
 
     def commit(self, running: Running, event: Succeeded) -> Outcome:
         """Adopt what a node made, write its record, and show it."""
-        with self._workspace.index.together():
-            return self._commit(running, event)
-
-    def _commit(self, running: Running, event: Succeeded) -> Outcome:
         decision, workspace = running.decision, self._workspace
         workspace.store.damaged += event["damaged"]
         seconds = time.monotonic() - running.began

@@ -108,7 +108,7 @@ class Scheduler:
     # -- 1, 2: settle whatever has its inputs ------------------------------------------------------------------------
 
     def _settle(self) -> None:
-        with self._workspace.sharing():
+        with self._workspace.sharing(), self._workspace.index.together():
             self._settle_all()
             if (self._ready or self._fetching) and self._pin is None:
                 self._claim()

@@ -52,7 +52,8 @@ class Prepared:
 class Decision:
     """A settled node: its key and, on a HIT, its record; otherwise the reasons why it must run.
 
-    ``previous`` is the result to compare with: that of the same key, else the last one of the node.
+    ``previous`` is the result to compare with: that of the same key, else the last one of the node. ``shown`` says that
+    the node's directory shows the result already.
     """
 
     node: Node
@@ -63,6 +64,7 @@ class Decision:
     record: Record | None = None
     previous: Record | None = None
     rows: Rows = field(default_factory=dict)
+    shown: bool = False
 
     @property
     def reason(self) -> str:
@@ -89,6 +91,7 @@ class Planner:
         self._code = CodeDigests(workspace.index, dag.pipeline.root)
         self._prepared: dict[Node, Prepared] = {}
         self._codes: dict[tuple[str, str, str], dict[str, str]] = {}
+        self._imported: dict[tuple[str, str, str], dict[str, str]] = {}
         self._stored_codes: set[str] = set()
 
     def prepare(self, nodes: Iterable[Node], *, fetch: bool = False) -> None:
@@ -175,7 +178,10 @@ class Planner:
                 facts |= record["facts"]
         rows_by_table = _asked(node, lambda: node.stage.rows(prepared.params, facts))
         rows = {plain(table): chosen for table, chosen in rows_by_table.items()}
-        code = self._code_of(node, rows)
+        code_id = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
+        code = self._code_of(node, rows, code_id)
+        if code_id not in self._imported:
+            self._imported[code_id] = libraries_of(self._code, code_id[0], node.stage, rows)
         document = key_document(
             node.stage,
             self._hashed(prepared),
@@ -183,7 +189,7 @@ class Planner:
             inputs,
             code,
             prepared.tools,
-            self._libraries(node, rows),
+            self._imported[code_id],
         )
         decision = self._look_up(node, key_of(document))
         decision.document, decision.rows = document, rows
@@ -201,9 +207,8 @@ class Planner:
         key = self.workspace.secret_key()
         return sealed(prepared.params, lambda secret: mac(key, secret))
 
-    def _code_of(self, node: Node, rows: Rows) -> dict[str, str]:
+    def _code_of(self, node: Node, rows: Rows, code_id: tuple[str, str, str]) -> dict[str, str]:
         """Return all the code that a node runs: what its stage reaches, and what prepares its worker."""
-        code_id = node.spec.origin.module, node.stage.id, repr(sorted(rows.items())) if rows else ""
         if code_id in self._codes:
             return self._codes[code_id]
         code = code_of(self._code, node.spec.origin.module, node.stage, rows)
@@ -215,14 +220,13 @@ class Planner:
         self._codes[code_id] = code
         return code
 
-    def _libraries(self, node: Node, rows: Rows) -> dict[str, str]:
-        """Return the libraries of others that the code of a node imports."""
-        return libraries_of(self._code, node.spec.origin.module, node.stage, rows)
-
     def _look_up(self, node: Node, key: str) -> Decision:
         workspace = self.workspace
         pipeline = self.dag.pipeline.name
-        record = workspace.known_record(pipeline, node.name, key) or workspace.record(key)
+        shown = workspace.shown_record(pipeline, node.name, key)
+        if shown is not None:
+            return Decision(node, HIT, [], key, record=shown, previous=shown, shown=True)
+        record = workspace.record(key)
         if record is None:
             previous = workspace.last_record(pipeline, node.name)
             damaged = ["its record was damaged"] if workspace.is_damaged(key) else []
@@ -285,7 +289,10 @@ class Planner:
 
     def sweep(self) -> bool:
         """Look for libraries that were edited in place, before anything runs; say whether that moves keys."""
-        return self._code.sweep_libraries()
+        moved = self._code.sweep_libraries()
+        if moved:
+            self._imported.clear()
+        return moved
 
     def _settled(self, nodes: Iterable[Node]) -> list[Decision]:
         settled: dict[Node, Decision] = {}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SEAL_DIGITS = 32
 LIMIT = 256 << 20  # bytes; no document comes near it
 FOLDERS = {"rec:": "records", "part:": "parts", "alt:": "others"}
+_PREFIXES = tuple(FOLDERS)
 SYNCED = ("rec:", "alt:")  # a part that a power cut takes is made again
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -66,7 +67,7 @@ class Documents:
 
     def owns(self, name: str) -> bool:
         """Say whether documents of this name are files."""
-        return name.startswith(tuple(FOLDERS))
+        return name.startswith(_PREFIXES)
 
     def path(self, name: str) -> Path | None:
         """Return where a document is, whether or not it exists; None if nothing can have this name."""

@@ -59,6 +59,7 @@ class Index:
         self._ahead: dict[str, str] = {}  # texts of documents that were read before they were asked for
         self._readonly = False
         self._pending: dict[str, Json] | None = None  # documents that wait for the end of together()
+        self._early: dict[str, Json] = {}  # documents from before there was a store, written with the next
         self._holder = 0  # the thread in it
         self._reader: sqlite3.Connection | None = None
         self._writer: diskcache.Cache | None = None
@@ -106,7 +107,10 @@ class Index:
                 cached[name] = document
         if self._pending is not None and get_ident() == self._holder:
             self._pending.update(cached)
+        elif cached and not self.directory.parent.is_dir():  # where nothing was ever run, nothing is kept
+            self._early.update(cached)
         elif cached:
+            cached, self._early = self._early | cached, {}
             rows = {_row_name(name): seal(name, document) for name, document in cached.items()}
             self._change(lambda cache: [cache.set(name, text) for name, text in rows.items()])
 

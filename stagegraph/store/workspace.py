@@ -131,18 +131,27 @@ class Workspace(Locks):
         self.index.damaged.add(name)
         return None
 
-    def known_record(self, pipeline: str, node: str, key: str) -> Record | None:
-        """Return the record of a key as it is kept with the node's directory, unless its file is another since then."""
+    def shown_record(self, pipeline: str, node: str, key: str) -> Record | None:
+        """Return the record of a key if the node's directory shows its result, and nothing has changed since: neither
+        the record's file, nor an object, nor what is shown. That is asked of every node of a run without news.
+        """
         known = self._shown(pipeline, node)
         if known.get("key") != key or "record" not in known:
             return None
-        stat, text = known["record"]
-        if stat != self._record_stat(key):
+        shown, (stat, text) = f"{self._artifacts}/{pipeline}/{dotted(node)}", known["record"]
+        try:
+            same = (
+                list(stat_id(f"{self._root}/records/{key[:2]}/{key}")) == stat
+                and all(list(stat_id(self.store.file(digest))) == was for digest, was in known["objects"].items())
+                and all(list(stat_id(f"{shown}/{name}")) == was for name, (_, was) in known["files"].items())
+                and all(stat_id(f"{shown}/{name}")[3] == was for name, was in known["folders"].items())
+            )
+        except OSError:
             return None
-        return cast("Record", KnownRecord(text, lambda: self.record(key)))
+        return cast("Record", KnownRecord(text, lambda: self.record(key))) if same else None
 
     def _record_stat(self, key: str) -> list[int] | None:
-        return stat_or_none(f"{self.root}/records/{key[:2]}/{key}")
+        return stat_or_none(f"{self._root}/records/{key[:2]}/{key}")
 
     def keep_other(self, key: str) -> None:
         """Keep the record of a key beside the one that will take its place: made from the same, and not the same."""
@@ -273,9 +282,8 @@ class Workspace(Locks):
         folders = folder_times(shown, wanted)
         objects = self._object_stats(wanted)
         if not restored and not fresh and (folders, objects) == (known.get("folders"), known.get("objects")):
-            if isinstance(record, KnownRecord) or not (stat := self._record_stat(key)):
-                return []
-            self._know(pipeline, node, {**known, "record": (stat, brief(record))})
+            if stat := self._record_stat(key):
+                self._know(pipeline, node, {**known, "record": (stat, brief(record))})
             return []
         with self.locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
             for name in restored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,13 @@ def test_it_is_read_once_and_the_same_after(folder: Path) -> None:
     first, second = look(folder), look(folder)
     assert (first["read"], second["read"]) == (True, False)
     assert first["nodes"] == second["nodes"]
+
+
+def test_what_the_first_run_read_the_second_need_not(folder: Path) -> None:
+    shutil.rmtree(folder / "artifacts")
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "LAST": "one"}
+    subprocess.run([sys.executable, "-m", "stagegraph.cli.main", "run"], cwd=folder, env=env, check=True)
+    assert look(folder)["read"] is False
 
 
 def relink(folder: Path) -> None:
