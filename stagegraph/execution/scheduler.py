@@ -208,25 +208,24 @@ class Scheduler:
     # -- 3, 4: start what may run ------------------------------------------------------------------------------------
 
     def _start_ready(self) -> None:
-        for ready in list(self._ready):
-            if self._places.full(self._running.values()):
-                return
+        at = 0  # counted, as thousands may be ready of which an event lets one begin
+        while at < len(self._ready) and not self._places.full(self._running.values()):
+            ready = self._ready[at]
             decision = ready.decision
             if any(u not in self.outcomes for u in decision.node.upstream):  # its input is made again
-                self._ready.remove(ready)
+                del self._ready[at]
                 self._waiting.add(decision.node)
                 continue
-            if not self._places.has(decision.node, self._running.values()):
-                continue
             try:
-                lock = self._lock(ready)
+                lock = self._lock(ready) if self._places.has(decision.node, self._running.values()) else None
             except OSError as error:
-                self._ready.remove(ready)
+                del self._ready[at]
                 self._finish(_not_started(decision, problem_of(error)))
                 continue
             if lock is None:
+                at += 1
                 continue
-            self._ready.remove(ready)
+            del self._ready[at]
             if "forced" not in decision.reasons and (ready.waited_for or self._workspace.record(decision.key)):
                 again = self._planner.decide(decision.node, self._record_of)
                 if again.status == HIT:
