@@ -157,13 +157,13 @@ def _without_index(present: Sequence[str], notes: list[str]) -> list[str]:
 def _weight_map(path: Path, index: str, files: Mapping[str, Path]) -> dict[str, str]:
     """Return tensor name -> shard of an index whose shards are all in ``files``."""
     try:
-        weight_map: Any = strict_json.read_object(path, index).get("weight_map")
+        named: Any = strict_json.read_object(path, index).get("weight_map")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(named, dict) or not named or not all(isinstance(v, str) for v in named.values()):
         raise ConfigError(f"{index}: weight_map must map tensor names to file names")
     problems = []
-    weight_map = {name: shard.removeprefix("./") for name, shard in weight_map.items()}
+    weight_map: dict[str, str] = {name: shard.removeprefix("./") for name, shard in named.items()}
     for shard in sorted(set(weight_map.values())):
         if "/" in shard or "\\" in shard or shard in ("", ".", "..") or not shard.endswith(".safetensors"):
             problems.append(
