@@ -7,6 +7,7 @@ every layer rotates the two halves of its heads by the same angles, the rotation
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,51 @@ def packed(part: GraphPart) -> GraphPart:
             others = {key: value for key, value in arguments.items() if key not in ("q", "k", "v")}
             nodes[number] = name, {**others, "qkv": taken["x"]}
     return pruned(replace(part, nodes=nodes))
+
+
+def by_part(part: GraphPart, apart: set[str]) -> tuple[GraphPart, dict[str, int]]:
+    """Return the body with attention on matrices whose rows go head by head, each with its q, k and v, as if they were
+    all q, all k, all v; and those matrices and biases, with how many heads they have, which are to be stored so. Those
+    ``apart`` are stored in another way already.
+    """
+    nodes, found = list(part.nodes), dict[str, int]()
+    readers = Counter(value for _, arguments in part.nodes for value in read_values(arguments))
+    uses = Counter(name for _, arguments in part.nodes for name in read(list(arguments.values()), "parameter"))
+
+    def behind(value: Any, name: str) -> Arguments:
+        """Return the arguments of the node that makes a value, nothing if it has another name."""
+        number = value["value"] - part.inputs if isinstance(value, Mapping) and "value" in value else -1
+        return part.nodes[number][1] if number >= 0 and part.nodes[number][0] == name else {}
+
+    for number, (name, arguments) in enumerate(part.nodes):
+        if name != "attention" or arguments["kv_heads"] != arguments["heads"]:
+            continue
+        heads, width = arguments["heads"], arguments["width"]
+        items = [behind(arguments.get(each), "item") for each in "qkv"]
+        parts = behind(items[0].get("x"), "split")
+        if (
+            not parts
+            or [each.get("index") for each in items] != [0, 1, 2]
+            or any(each["x"] != items[0]["x"] for each in items)
+        ):
+            continue
+        turned = behind(parts["x"], "transpose")
+        rows = behind(turned.get("x"), "reshape")
+        product = behind(rows.get("x"), "linear")
+        names = read([product.get("weight"), product.get("bias")], "parameter")
+        alone = [turned["x"]["value"], rows["x"]["value"]] if product else []
+        if (
+            parts["sizes"] == [width] * 3
+            and parts["dim"] == 3
+            and {turned.get("dim0"), turned.get("dim1")} == {1, 2}
+            and rows.get("shape", [])[2:] == [heads, 3 * width]
+            and all(readers[value] == 1 for value in alone)
+            and all(uses[each] == 1 and each not in apart for each in names)
+        ):
+            others = {key: value for key, value in arguments.items() if key not in ("q", "k", "v")}
+            nodes[number] = name, {**others, "qkv": rows["x"]}
+            found |= dict.fromkeys(names, heads)
+    return pruned(replace(part, nodes=nodes)), found
 
 
 def pruned(part: GraphPart) -> GraphPart:

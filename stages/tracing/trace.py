@@ -12,7 +12,7 @@ from stages.tracing.export import EXAMPLE, GraphPart, export
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
 from stages.tracing.repeats import NotAlikeError, folded, unfold
-from stages.tracing.rotation import hoisted, packed
+from stages.tracing.rotation import by_part, hoisted, packed
 from stages.tracing.routers import routers
 from stages.tracing.sequences import sequential
 from stages.tracing.source import open_source, positions_of, written
@@ -50,6 +50,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
     parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
     parts["body"] = packed(parts["body"])
+    parts["body"], by_head = by_part(parts["body"], names.turned)
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention and not any(name == "causal_conv" for name, _ in parts["body"].nodes):
         raise ConfigError(f"{source.cls.__name__}: its attention does not use transformers' attention interface")
@@ -70,7 +71,7 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
         "tie": names.tie,
         "embedding": next(iter(names.used)),
         "parts": {name: asdict(part) for name, part in parts.items()},
-        "parameters": _parameters(parts, names, merges, apart),
+        "parameters": _parameters(parts, names, merges, apart, by_head),
         "constants": names.constants,
         "unread": names.unused(),
         "older": known,
@@ -152,7 +153,11 @@ def _trunk(
 
 
 def _parameters(
-    parts: Mapping[str, GraphPart], names: Names, merges: Mapping[str, Sequence[str]], deciding: set[str]
+    parts: Mapping[str, GraphPart],
+    names: Names,
+    merges: Mapping[str, Sequence[str]],
+    deciding: set[str],
+    by_head: Mapping[str, int],
 ) -> list[JsonObject]:
     """Return the parameters in packed order, each with its kind and the tensors that it is made of."""
     uses: dict[str, set[str]] = {}
@@ -173,7 +178,7 @@ def _parameters(
         shapes = [names.shapes[source] for source in sources]
         stacked = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         turned = name in names.turned
-        plain = "copy" if stacked else "scalar"
+        plain = f"interleaved_qkv:{by_head[new]}" if new in by_head else "copy" if stacked else "scalar"
         found.append(
             {
                 "name": new,

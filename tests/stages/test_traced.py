@@ -100,7 +100,7 @@ def test_what_an_operator_does_not_compute_is_named_with_its_node(tmp_path: Path
 
 @pytest.mark.parametrize(
     "model_type",
-    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "mistral"))],
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "mistral", "gpt_neox"))],
 )
 def test_a_model_of_a_family_has_the_operators_of_the_family_when_it_is_traced(tmp_path: Path, model_type: str) -> None:
     """Rotation is the cache's, projections of one input are one: the same kernels, so the same logits and speed."""
