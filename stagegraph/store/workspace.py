@@ -146,7 +146,7 @@ class Workspace(Locks):
                 and all(list(stat_id(f"{shown}/{name}")) == was for name, (_, was) in known["files"].items())
                 and all(stat_id(f"{shown}/{name}")[3] == was for name, was in known["folders"].items())
             )
-        except OSError:
+        except (OSError, KeyError):  # an earlier version knew less of a directory
             return None
         return cast("Record", KnownRecord(text, lambda: self.record(key))) if same else None
 
