@@ -249,6 +249,7 @@ def test_what_no_file_may_claim_is_refused(copy: Path, tmp_path: Path) -> None:
         ({"split.count": 3}, "model.gguf: one of 3 files of a model, of which 1 were found: fetch all of them into"),
         ({"split.tensors.count": 9}, "21 tensors are in its files, and it says 9; fetch them again"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8: such a model is not supported"),
+        ({"llama.attention.causal": False}, "llama.attention.causal = false: its tokens attend to later ones"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0; expected a positive whole number"),
         ({"llama.attention.head_count_kv": [2, 1]}, "layers that differ are not supported"),

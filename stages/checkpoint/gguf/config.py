@@ -131,6 +131,11 @@ class _Metadata:
         for key in UNBUILT:
             if self.get(key):
                 self.problems.append(f"{self.named}.{key} = {shown(self.get(key))}: such a model is not supported")
+        if self.get("attention.causal") is False:
+            self.problems.append(
+                f"{self.named}.attention.causal = false: its tokens attend to later ones, as for embeddings; expected "
+                "a model that generates text"
+            )
         embedding = self.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             self.problems.append("tensor token_embd.weight [vocabulary, hidden] is missing")
