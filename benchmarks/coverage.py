@@ -111,6 +111,8 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {"qk_head_dim": 24, "num_layers": 1, "expert_ffn_hidden_size": 96, "zero_expert_num": 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 20, "lru_width": 64},
+    "hrm_text": {"H_cycles": 2, "L_cycles": 2, "num_layers_per_stack": 2, "num_hidden_layers": 12},
     # Loading one, transformers makes the row of its padding zeros, which a tied head reads; the published one has none.
     "youtu": {"pad_token_id": None},
 }

@@ -196,6 +196,44 @@ def selective_scan(size: int, channels: int, lanes: int) -> tirx.PrimFunc:
 
 
 @_once
+def linear_scan(channels: int, lanes: int) -> tirx.PrimFunc:
+    """(x, fade [r, channels], before [b, channels], ends) -> (y [r, channels], after): y is x and, times fade, the y
+    of the row before, which is the state.
+    """
+
+    @T.prim_func(s_tir=True)
+    def linear_scan(
+        var_x: T.handle, var_fade: T.handle, var_before: T.handle, var_ends: T.handle, var_y: T.handle,
+        var_after: T.handle,
+    ) -> None:  # fmt: skip
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        rows, batch = T.int64(), T.int64()
+        x = T.match_buffer(var_x, (rows, channels), "float32")
+        fade = T.match_buffer(var_fade, (rows, channels), "float32")
+        before = T.match_buffer(var_before, (batch, channels), "float32")
+        ends = T.match_buffer(var_ends, (batch,), "int32")
+        y = T.match_buffer(var_y, (rows, channels), "float32")
+        after = T.match_buffer(var_after, (batch, channels), "float32")
+        for s, part in T.grid(batch, channels // lanes):
+            with T.sblock("linear_scan"):
+                vs, vp = T.axis.remap("SS", [s, part])
+                first: T.let[T.int64] = T.max(T.if_then_else(vs == 0, 0, T.Cast("int64", ends[vs - 1]) + 1), 0)
+                last: T.let[T.int64] = T.min(T.Cast("int64", ends[vs]), rows - 1)
+                state = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+                for lane in T.serial(lanes):
+                    state[lane] = before[vs, vp * lanes + lane]
+                for i in T.serial(last + 1 - first):
+                    for lane in T.serial(lanes):
+                        c: T.let[T.int64] = T.Cast("int64", vp * lanes + lane)
+                        state[lane] = state[lane] * fade[first + i, c] + x[first + i, c]
+                        y[first + i, c] = state[lane]
+                for lane in T.serial(lanes):
+                    after[vs, vp * lanes + lane] = state[lane]
+
+    return scheduled(linear_scan)
+
+
+@_once
 def delta_rule(heads: int, key_heads: int, size: int, rates: int, width: int, lanes: int) -> tirx.PrimFunc:
     """(q, k [r, key_heads * size], v [r, heads * width], decay [r, heads * rates], beta [r, heads],
     before [b, heads * size * width], ends) -> (y [r, heads * width], after): the gated delta rule.

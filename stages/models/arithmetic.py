@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tvm import relax as rx
+from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
@@ -144,11 +145,32 @@ def power(values: Values, x: Any, exponent: Any) -> Tensor:
 
 
 def cast(values: Values, x: Any, dtype: str) -> Any:
-    """X in another dtype; between floats there is one, that of what is computed."""
+    """X in another dtype; between floats there is one, that of what is computed, in which x is rounded to the halves
+    that a modelling file asks for by name.
+    """
     x = computed(values, x)
     if dtype in (*FLOATS, "float64"):
-        return x if is_float(x) else x.astype("float32")
+        x = x if is_float(x) else x.astype("float32")
+        return halved(x) if (x.dtype, dtype) == ("float32", "bfloat16") else x
     return x.astype("int32" if dtype == "int64" else dtype)
+
+
+def halved(x: Tensor) -> Tensor:
+    """X float32, of which each number is the nearest that bfloat16 has: by its bits, because a cast there and back is
+    none once operators are fused.
+    """
+
+    def nearest(x: te.Tensor) -> te.Tensor:
+        def at(*place: Any) -> Any:
+            bits = tirx.reinterpret("uint32", x[place])
+            odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
+            upper = (bits + odd + tirx.const(0x7FFF, "uint32")) & tirx.const(0xFFFF0000, "uint32")
+            return tirx.reinterpret("float32", upper)
+
+        return te.compute(x.shape, at, "halved")
+
+    made: Tensor = op.tensor_expr_op(nearest, "halved", [x])
+    return made
 
 
 def gelu(values: Values, x: Any, approximate: str = "none") -> Tensor:

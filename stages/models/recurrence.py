@@ -57,6 +57,14 @@ def selective_scan(
     return op.permute_dims(op.reshape(y, (1, n, channels)), [0, 2, 1])
 
 
+def linear_scan(values: Values, x: Tensor, fade: Tensor, channels: int) -> Tensor:
+    """The linear recurrence of x and fade [1, s, channels]."""
+    n = x.shape[1]
+    operands = [op.reshape(each, (n, channels)) for each in (x, fade)]
+    y = _walked(values, "linear_scan", recurrences.linear_scan(channels), operands, channels)
+    return op.reshape(y, (1, n, channels))
+
+
 def delta_rule(
     values: Values,
     q: Tensor,
@@ -107,12 +115,14 @@ KEPT: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "causal_conv": lambda node: (node["taps"] - 1) * node["channels"],
     "ssm_scan": lambda node: node["heads"] * node["size"] * node["width"],
     "selective_scan": lambda node: node["channels"] * node["size"],
+    "linear_scan": lambda node: node["channels"],
     "delta_rule": lambda node: node["heads"] * node["size"] * node["width"],
 }
 RECURRENCE: dict[str, Callable[..., Any]] = {
     "causal_conv": causal_conv,
     "ssm_scan": ssm_scan,
     "selective_scan": selective_scan,
+    "linear_scan": linear_scan,
     "delta_rule": delta_rule,
 }
 

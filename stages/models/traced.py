@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stages.models.family import ReferenceModel, WeightValues
 
 # Operators of layers that keep a state of each sequence.
-KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "delta_rule")
+KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "linear_scan", "delta_rule")
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
 
@@ -137,27 +137,42 @@ def _check(config: TracedConfig) -> None:
 
 def context_window(config: TracedConfig, requested: int) -> int:
     """Return the positions to build for; :class:`ConfigError` for none, or for more than the model was made for."""
-    if requested > config.max_positions > 0:
+    most = config.max_positions
+    if requested > most > 0:
         raise ConfigError(
-            f"context_window = {requested} exceeds max_position_embeddings = {config.max_positions} of config.json, "
-            f"beyond which the model was not trained: choose context_window <= {config.max_positions}"
+            f"context_window = {requested} exceeds the {most} tokens that {config.architecture}'s attention reads all "
+            f"of (of more it chooses some, which is not supported): choose context_window <= {most}"
+            if _chooses(config)
+            else f"context_window = {requested} exceeds max_position_embeddings = {most} of config.json, beyond which "
+            f"the model was not trained: choose context_window <= {most}"
         )
     if not requested and not config.max_positions:
         raise ConfigError("config.json does not say for how many positions the model was made: set context_window")
     return requested or config.max_positions
 
 
+def _chooses(config: TracedConfig) -> bool:
+    """Say whether attention chooses among the tokens of contexts that the model was trained for."""
+    return bool((config.source.get("max_position_embeddings") or 0) > config.max_positions > 0)
+
+
 def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
     """Return the model with the rotary frequencies of so many positions, where they depend on it, and what to say."""
+    note = (
+        f"attention chooses among more than {config.max_positions} tokens, which is not supported: contexts end there"
+        if _chooses(config)
+        else ""
+    )
     if not config.settled:
-        return config, ""
+        return config, note
     if config.settled != window:
         again = parse(config.unsettled, window)
         config = replace(again, tied=config.tied, wrapper=config.wrapper, parameters=config.parameters)
-    return config, (
+    chosen = (
         f"rotary frequencies are chosen by length: all sequences use those for {window} positions, the "
         "context_window; transformers uses others for shorter sequences"
     )
+    return config, "; ".join(filter(None, (note, chosen)))
 
 
 def params(config: TracedConfig) -> tuple[Param, ...]:

@@ -30,6 +30,8 @@ _OPERATORS = {
     "ssm_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
     # x and dt [b, channels, n], a [channels, size], b and c [b, size, n] -> as x
     "selective_scan": "(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c) -> Tensor",
+    # x and fade [b, n, channels] -> as x
+    "linear_scan": "(Tensor x, Tensor fade) -> Tensor",
     # q and k [b, n, key heads, size], v [b, n, heads, width], decay [b, n, heads] or [b, n, heads, size],
     # beta [b, n, heads] -> as v
     "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
@@ -74,8 +76,8 @@ def install() -> None:
     def _again(x: Any, like: Any, *_more: Any) -> Any:
         return [torch.empty_like(x[at]) for at in like]
 
-    kept = (("enter", 0), ("leave", 0), ("causal_conv", 0), ("ssm_scan", 0), ("selective_scan", 0), ("delta_rule", 2))
-    for name, at in kept:
+    first = ("enter", "leave", "causal_conv", "ssm_scan", "selective_scan", "linear_scan")
+    for name, at in (*((name, 0) for name in first), ("delta_rule", 2)):
         torch.library.register_fake(f"{NAME}::{name}")(lambda *given, at=at: torch.empty_like(given[at]))
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

@@ -7,29 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages.tracing.export import GraphPart
+from stages.tracing.graph import GraphPart
 
 if TYPE_CHECKING:
+    from stages.documents.files import JsonObject
     from stages.tracing.nodes import Arguments, Node
 
 
 def merged(
-    part: GraphPart, shapes: Mapping[str, tuple[int, ...]], apart: set[str]
+    part: GraphPart, shapes: Mapping[str, tuple[int, ...]], apart: set[str], older: Mapping[str, JsonObject]
 ) -> tuple[GraphPart, dict[str, list[str]]]:
     """Return the graph with such linear layers merged, and what is merged: name of the new parameter -> names.
 
-    ``shapes`` are those of parameters; those ``apart`` stay as they are, as do any that are read more than once.
+    ``shapes`` are those of parameters; those ``apart`` stay as they are, as do any that are also read without the
+    others. Those that are one tensor of an ``older`` checkpoint lie in its order.
     """
-    uses = Counter(name for _, arguments in part.nodes for name in read(list(arguments.values()), "parameter"))
-    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
-    for number, (name, arguments) in enumerate(part.nodes):
-        if name == "linear" and "value" in arguments["x"]:
-            parameters = read([arguments["weight"], arguments.get("bias")], "parameter")
-            if all(uses[each] == 1 and each not in apart for each in parameters):
-                groups[arguments["x"]["value"], "bias" in arguments].append(number)
-    groups = {key: numbers for key, numbers in groups.items() if len(numbers) > 1}
-    first = {numbers[0]: numbers for numbers in groups.values()}
-    places = {number: (numbers[0], at) for numbers in groups.values() for at, number in enumerate(numbers)}
+    groups = _groups(part, apart)
+    for numbers in groups:
+        numbers.sort(key=lambda number: older.get(part.nodes[number][1]["weight"]["parameter"], {}).get("rows", []))
+    first = {min(numbers): numbers for numbers in groups}
+    places = {number: (leader, at) for leader, numbers in first.items() for at, number in enumerate(numbers)}
     made: dict[str, list[str]] = {}
     values: dict[int, int] = {number: number for number in range(part.inputs)}
     splits: dict[int, int] = {}
@@ -57,6 +54,26 @@ def merged(
         else:
             values[part.inputs + number] = add(name, renumbered(arguments, values))
     return replace(part, nodes=nodes, output=values[part.output]), made
+
+
+def _groups(part: GraphPart, apart: set[str]) -> list[list[int]]:
+    """Return the numbers of the linear layers that read one input, several each."""
+    uses = Counter(name for _, arguments in part.nodes for name in read(list(arguments.values()), "parameter"))
+    readers: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    names: dict[int, list[str]] = {}
+    for number, (name, arguments) in enumerate(part.nodes):
+        if name == "linear" and "value" in arguments["x"]:
+            names[number] = read([arguments["weight"], arguments.get("bias")], "parameter")
+            if not apart.intersection(names[number]):
+                readers[arguments["x"]["value"], "bias" in arguments].append(number)
+    together = Counter(tuple(names[number][0] for number in numbers) for numbers in readers.values())
+    found = []
+    for numbers in readers.values():
+        times = together[tuple(names[number][0] for number in numbers)]  # layers may be run several times
+        alone = [number for number in numbers if all(uses[each] == 1 for each in names[number])]
+        whole = all(uses[each] == times for number in numbers for each in names[number])
+        found.append(numbers if whole else alone)
+    return [numbers for numbers in found if len(numbers) > 1]
 
 
 def projected(part: GraphPart) -> GraphPart:

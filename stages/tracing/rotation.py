@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.tracing.export import GraphPart
+from stages.tracing.graph import GraphPart
 from stages.tracing.merge import read, renumbered
 
 if TYPE_CHECKING:

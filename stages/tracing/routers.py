@@ -9,7 +9,7 @@ from stages.tracing.merge import read
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from stages.tracing.export import GraphPart
+    from stages.tracing.graph import GraphPart
 
 
 def routers(part: GraphPart, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from stages.documents.files import JsonObject
 
 
+# Keys of configs: how many tokens attention reads, which it chooses where there are more.
+CHOSEN = ("keep_window_size",)
+
+
 @dataclass(frozen=True)
 class TracedSource:
     """``model`` of ``cls`` by ``config``, which is transformers' own reading; ``wrapper`` is the class of a model that
@@ -92,9 +96,9 @@ def _made(cls: Any, config: Any) -> Any:
 
 
 def positions_of(config: Any) -> int:
-    """Return how many positions a model was made for, 0 if its config does not say."""
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else 0
+    """Return how many positions a model can be built for, 0 if its config does not say."""
+    found = [getattr(config, key, None) for key in ("max_position_embeddings", *CHOSEN)]
+    return min((each for each in found if isinstance(each, int) and each > 0), default=0)
 
 
 def settle(config: Any, window: int) -> bool:

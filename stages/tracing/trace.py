@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
 from stages.tracing import doors, hollow, leaves, older
-from stages.tracing.export import EXAMPLE, GraphPart, export
+from stages.tracing.export import EXAMPLE, export
+from stages.tracing.graph import GraphPart
 from stages.tracing.merge import merged, projected, read
 from stages.tracing.names import Names
 from stages.tracing.repeats import NotAlikeError, folded, unfold
@@ -47,13 +49,17 @@ def trace(raw: JsonObject, window: int = 0) -> JsonObject:
         parts, hidden, vocab = _parts(source, names)
     parts["body"] = projected(parts["body"])
     apart = routers(parts["body"], names.shapes)
-    parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart)
+    parts["body"], merges = merged(parts["body"], names.shapes, names.turned | apart, known)
     parts["body"], rotation = hoisted(parts["body"], names.constants)
     parts["body"] = packed(parts["body"])
     parts["body"], by_head = by_part(parts["body"], names.turned)
     attention = [arguments for part in parts.values() for name, arguments in part.nodes if name == "attention"]
     if not attention and not any(name == "causal_conv" for name, _ in parts["body"].nodes):
         raise ConfigError(f"{source.cls.__name__}: its attention does not use transformers' attention interface")
+    if not attention and any(1 in read([*arguments.values()], "value") for _, arguments in parts["body"].nodes):
+        raise ConfigError(
+            f"{source.cls.__name__} reads positions, which the KV cache counts, and none of its layers has attention"
+        )
     return {
         "model_type": source.config.model_type,
         "architecture": source.cls.__name__,
@@ -97,9 +103,10 @@ def _parts(source: TracedSource, names: Names) -> tuple[dict[str, GraphPart], in
         return torch.cat([found, own(ids).flatten(1)], -1) if own else found
 
     ids = torch.zeros(EXAMPLE, dtype=torch.long)
-    width, each = table(ids).shape[-1], [*own(ids).shape[1:]] if own else []
     with hollow.without_layers(model):
         embed, (hidden,) = export(model, embeddings, [ids], names, [0])
+    each = [*own(ids).shape[1:]] if own else []
+    width = hidden - (math.prod(each) if own else 0)
     positions = torch.arange(EXAMPLE)[None]
     most = max(positions_of(source.config), EXAMPLE + 1) if positions_of(source.config) else 0
     kinds: list[Any] = []

@@ -30,9 +30,12 @@ def _heads(module: Any, q: Any, k: Any, v: Any, scale: float, window: int = 0) -
 
 
 def _biased(module: Any, q: Any, k: Any, v: Any, scale: float, bias: Any) -> Any:
-    """Return attention [b, n, heads, d] with ``bias`` [heads, n] of keys, scores being scale * q k + bias."""
+    """Return attention [b, n, heads, d] with ``bias`` [heads, n] of keys, scores being scale * q k + bias. Where it has
+    more heads than keys, they are there for each of its own.
+    """
     import torch
 
+    k, v = (each.repeat_interleave(len(bias) // k.shape[1], 1) if len(bias) > k.shape[1] else each for each in (k, v))
     q = torch.cat([q, torch.full_like(q[..., :1], 1 / scale)], -1)
     k = torch.cat([k, bias[None, :, :, None]], -1)
     return doors.attention(module, q, k, v, scaling=scale)[0]
@@ -122,6 +125,88 @@ def llama4(module: Any, hidden_states: Any) -> tuple[Any, None]:
     return module.shared_expert(x) + y.reshape(*chosen.shape, -1).sum(1), None
 
 
+def minimax(module: Any, hidden_states: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``MiniMaxLightningAttention.forward``: a state of k times v that fades by each head's rate."""
+    import torch
+
+    b, n, _ = hidden_states.shape
+    qkv = module.act_fn(module.qkv_proj(hidden_states)).reshape(b, n, module.num_attention_heads, -1)
+    q, k, v = qkv.split(module.head_dim, dim=3)
+    steps = torch.ones_like(v[..., 0])
+    y = torch.ops.stagegraph.ssm_scan(v, steps, -module.slope_rate.flatten(), k, q).reshape(b, n, -1)
+    return module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * module.norm(y)), None
+
+
+def recurrent_gemma(module: Any, input_states: Any, position_ids: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``RecurrentGemmaRecurrentBlock.forward``, which keeps states of its own."""
+    import torch
+
+    conv, x = module.conv_1d, module.linear_x(input_states).transpose(1, 2)
+    x = torch.ops.stagegraph.causal_conv(x, conv.weight.squeeze(1), conv.bias).transpose(1, 2)
+    return module.linear_out(module.rg_lru(x, position_ids) * module.act_fn(module.linear_y(input_states))), None
+
+
+def real_gated(_module: Any, hidden_states: Any, recurrent_gate: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``RecurrentGemmaRglru._rnn_scan``; the state at a position of zero is zero as it is."""
+    import torch
+
+    return torch.ops.stagegraph.linear_scan(hidden_states, recurrent_gate), None
+
+
+def doge(module: Any, hidden_states: Any, position_embeddings: Any, **_more: Any) -> tuple[Any, None]:
+    """Take the place of ``DogeAttention.forward``, which adds to scores what it makes of each value."""
+    import torch
+
+    b, n, _ = hidden_states.shape
+    names, rotate = ("q_proj", "k_proj", "v_proj"), sys.modules[type(module).__module__].apply_rotary_pos_emb
+    q, k, v = (getattr(module, name)(hidden_states).view(b, n, -1, module.head_dim) for name in names)
+    bias = torch.exp(module.A * torch.nn.functional.softplus(module.dt_proj(v.reshape(b, n, -1))))
+    q, k, v = (each.transpose(1, 2) for each in (module.q_norm(q), module.k_norm(k), v))
+    q, k = rotate(q, k, *position_embeddings)
+    y = _biased(module, q, k, v, module.scaling, bias[0].transpose(0, 1))
+    return module.o_proj(y.reshape(b, n, -1)), None
+
+
+def jetmoe_gates(module: Any, x: Any) -> tuple[Any, Any]:
+    """Take the place of ``JetMoeTopKGating.forward``; return the experts chosen for each token, and their weights."""
+    import torch
+
+    found, chosen = module.layer(x).float().topk(module.top_k, dim=1)
+    return chosen, torch.softmax(found, dim=1)
+
+
+def jetmoe(module: Any, layer_input: Any) -> Any:
+    """Take the place of ``JetMoeMoE.forward``."""
+    import torch
+
+    x, linear = layer_input.reshape(-1, module.input_size), torch.ops.stagegraph.expert_linear
+    chosen, gates = module.router(x)
+    gate, up = linear(x, module.input_linear.weight, chosen.reshape(-1), False).chunk(2, dim=-1)
+    y = linear(module.activation(gate) * up, module.output_linear.weight, chosen.reshape(-1), False)
+    return (y.view(*chosen.shape, -1) * gates[..., None]).sum(1).view(layer_input.shape) + module.bias
+
+
+def jetmoe_queries(module: Any, layer_input: Any) -> tuple[Any, None, tuple[Any, Any]]:
+    """Take the place of ``JetMoeMoA.map``: queries of each chosen expert."""
+    import torch
+
+    x = layer_input.reshape(-1, module.input_size)
+    chosen, gates = module.router(x)
+    q = torch.ops.stagegraph.expert_linear(x, module.input_linear.weight, chosen.reshape(-1), False)
+    return q.view(*layer_input.shape[:2], module.top_k, -1), None, (chosen, gates)
+
+
+def jetmoe_outputs(module: Any, layer_input: Any, routing: tuple[Any, Any]) -> Any:
+    """Take the place of ``JetMoeMoA.reduce``: what chosen experts make of the attention to their own queries."""
+    import torch
+
+    chosen, gates = routing
+    x = layer_input.reshape(-1, module.hidden_size)
+    y = torch.ops.stagegraph.expert_linear(x, module.output_linear.weight, chosen.reshape(-1), False)
+    y = (y.view(*chosen.shape, -1) * gates[..., None]).sum(1)
+    return y.view(*layer_input.shape[:2], -1) + module.bias
+
+
 def longcat(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     """Take the place of ``LongcatFlashExperts.forward``, of which the last experts hand on what they are given."""
     import torch
@@ -170,5 +255,12 @@ WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
     "MptModel": {"forward": without_mask},
     "Llama4TextMoe": {"forward": llama4},
     "LongcatFlashExperts": {"forward": longcat},
+    "MiniMaxLightningAttention": {"forward": minimax},
+    "RecurrentGemmaRecurrentBlock": {"forward": recurrent_gemma},
+    "RecurrentGemmaRglru": {"_rnn_scan": real_gated},
+    "DogeAttention": {"forward": doge},
+    "JetMoeTopKGating": {"forward": jetmoe_gates},
+    "JetMoeMoE": {"forward": jetmoe},
+    "JetMoeMoA": {"map": jetmoe_queries, "reduce": jetmoe_outputs},
     "Gemma3nTextMLP": {"_gaussian_topk": gemma3n},
 }

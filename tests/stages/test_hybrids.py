@@ -89,6 +89,18 @@ def test_a_selective_scan_fades_each_number_of_a_state_by_its_own_rate() -> None
     check(run(recurrences.selective_scan, (size, channels), [x, dt, a, b, c, before], channels), (y, after))
 
 
+def test_a_linear_recurrence_fades_each_channel_by_its_own_gate() -> None:
+    channels = 24
+    x, fade, before = drawn(8, channels), np.abs(drawn(8, channels)), drawn(3, channels)
+    y, after = np.empty_like(x), np.empty_like(before)
+    for number, rows in sequences():
+        state = before[number]
+        for row in rows:
+            y[row] = state = state * fade[row] + x[row]
+        after[number] = state
+    check(run(recurrences.linear_scan, (channels,), [x, fade, before], channels), (y, after))
+
+
 @pytest.mark.parametrize("rates", [1, 3])
 def test_the_delta_rule_moves_what_is_held_for_a_key(rates: int) -> None:
     """A head's state fades by one rate, or by one for each of its rows."""

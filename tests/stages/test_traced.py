@@ -16,7 +16,7 @@ from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.models import transforms
-from stages.models.traced import parse, stored_as, to_reference
+from stages.models.traced import context_window, for_context, parse, stored_as, to_reference
 from tests.support import family_models, traced_models
 from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graph
@@ -78,7 +78,8 @@ def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:
     from stages.models.operators import OPERATORS
     from stages.tracing import vocabulary
 
-    rewritten = {"addmm", "index", "copy"}  # into linear layers, rows of tables and casts
+    # Into linear layers, products and sums, rows of tables, casts, positions.
+    rewritten = {"addmm", "baddbmm", "index", "copy", "cumsum"}
     special = {"complex_mul"}  # of mul, where both are complex
     shapes = {"reshape", "split", "unbind", "item"}
     assert {*vocabulary.OPERATORS.values()} - rewritten | shapes | special == set(OPERATORS)
@@ -121,7 +122,8 @@ def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     refused = {
         "bert": r"'bert' is an encoder \(is_decoder is false\), whose tokens attend to later ones too",
-        "doge": "DogeAttention: attention with attention_mask is not supported",
+        "inkling_text": "InklingAttention: attention with position_bias is not supported",
+        "recurrent_gemma": "reads positions, which the KV cache counts, and none of its layers has attention",
         "t5": "'t5' is an encoder-decoder model",
         "vit": "'vit' is no causal language model",
         "xlm": "attentions.0: node cat: cat of a single number is not supported",
@@ -141,6 +143,39 @@ def test_what_cannot_be_built_is_refused_in_one_line_with_its_reason(monkeypatch
         ConfigError, match=r"needs torch: install the extra trace \(pip install 'stagegraph\[trace\]'\)"
     ):
         parse({"model_type": "olmo2", **small})
+
+
+@pytest.mark.parametrize("shared", ["multi_query", "new_decoder_architecture", ""])
+def test_a_bias_of_heads_is_read_with_the_keys_of_each(shared: str) -> None:
+    """Falcon's ALiBi counts positions by the sum of a mask, and is another for each of the heads that share keys."""
+    own = {"alibi": True, "multi_query": False, "new_decoder_architecture": False} | ({shared: True} if shared else {})
+    config = parse({**traced_models.SIZES, "model_type": "falcon", "num_kv_heads": 2, **own})
+    nodes = config.parts["body"]["nodes"]
+    assert config.attention.num_kv_heads == 4
+    assert [arguments["width"] for name, arguments in nodes if name == "attention"] == [17, 17]
+    assert "bfloat16" in [arguments["dtype"] for name, arguments in nodes if name == "cast"]
+
+
+def test_attention_that_chooses_among_tokens_is_built_for_as_many_as_it_reads_all_of() -> None:
+    config = parse({**traced_models.SIZES, "model_type": "doge", "keep_window_size": 40})
+    assert context_window(config, 0) == 40
+    assert "attention chooses among more than 40 tokens" in for_context(config, 40)[1]
+    with pytest.raises(ConfigError, match=r"exceeds the 40 tokens that \w+'s attention reads all of"):
+        context_window(config, 41)
+
+
+def test_projections_of_layers_that_run_several_times_are_one_in_the_order_of_the_checkpoint() -> None:
+    """HRM's stacks run once in each cycle; its files have the gate, q, k and v of a layer in one tensor."""
+    own = traced_models.FAMILIES["hrm_text"]
+    config = parse({**traced_models.SIZES, **own, "model_type": "hrm_text"})
+    old = "model.H_module.layers.0.attn.gqkv_proj.weight"
+    (entry,) = [each for each in stored_as(config, [old]).parameters if each["sources"] == [old]]
+    assert (entry["source_shapes"], entry["shape"], entry["transform"]) == ([[256, 64]], [256, 64], "copy")
+    assert entry["name"] == "model.H_module.layers.0.self_attn.gate_proj+q_proj+k_proj+v_proj.weight"
+    nodes = config.parts["body"]["nodes"]
+    assert [arguments["weight"] for name, arguments in nodes if name == "linear"].count(
+        {"parameter": entry["name"]}
+    ) == 2
 
 
 def test_rotation_goes_to_the_cache_only_where_every_layer_shares_it() -> None:

@@ -43,3 +43,21 @@ def test_results_have_all_their_digits(computed: tuple[np.ndarray, dict[str, np.
     x, found = computed
     exact = EXACT[name](x.astype(np.float64))
     assert (np.abs(found[name] - exact) <= 4e-7 * np.abs(exact)).all()
+
+
+def test_a_product_that_transformers_rounds_to_bfloat16_is_rounded_where_it_is_fused_too() -> None:
+    """Falcon's ALiBi: slopes times positions."""
+    torch = pytest.importorskip("torch")
+
+    class Product(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            values = Values("float32", None)
+            product = ARITHMETIC["mul"](values, x, y)
+            return ARITHMETIC["mul"](values, ARITHMETIC["cast"](values, product, "bfloat16"), 0.5)
+
+    x, y = (np.random.default_rng(seed).standard_normal(1000).astype(np.float32) * 100 for seed in (1, 2))
+    sizes = {name: spec.Tensor(x.shape, "float32") for name in "xy"}
+    module, _ = Product().export_tvm({"forward": sizes})
+    machine = rx.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    found = machine["forward"](tvm.runtime.tensor(x), tvm.runtime.tensor(y)).numpy()
+    assert np.array_equal(found, (torch.tensor(x * y).bfloat16().float() * 0.5).numpy())

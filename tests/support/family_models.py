@@ -179,7 +179,11 @@ class Built:
             described = json.loads(self.config.read_text())
             family = load_family(described["family"])
             _, _, state = family.to_reference(family.config(**described["config"]), tensors or self.held)
-            model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in state.items()})
+            held = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+            missing, beyond = model.load_state_dict(held, strict=False)
+            # What a model makes of its config may lie in its checkpoint too, and is in no bundle.
+            assert not beyond
+            assert not {*missing} & {name for name, _ in model.named_parameters()}
         file = vars(sys.modules[type(model).__module__])
         # In chunks its gated delta rule errs by up to 2e-5 in float32; token by token, as it decodes, by a third.
         exact = {name.replace("recurrent", "chunk"): file[name] for name in file if name in STEPPED}

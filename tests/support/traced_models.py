@@ -58,7 +58,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 64},
     "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 160, "expansion_ratio": 2, "n_embd": 64},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "falcon-alibi": {"alibi": True, "multi_query": False, "new_decoder_architecture": False},
+    # Slopes of 16 heads are no powers of two: transformers rounds them, and what they are multiplied by, to bfloat16.
+    "falcon-alibi": {"alibi": True, "multi_query": False, "new_decoder_architecture": False,
+                     "num_attention_heads": 16},
+    "falcon-alibi-shared": {"alibi": True, "multi_query": True, "new_decoder_architecture": False,
+                            "num_attention_heads": 16},
+    "doge": {},
+    "hrm_text": {"num_hidden_layers": 12, "num_layers_per_stack": 2, "H_cycles": 2, "L_cycles": 2, "head_dim": 16},
     "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
                 "window_size": 20},
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
@@ -100,6 +106,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size_mlp": 96,
                     "moe_layers": [1], "attention_chunk_size": 20, "floor_scale": 32, "no_rope_layers": [1, 0]},
     "sarvam_moe": {**ROUTED, "n_routed_experts": 8, "head_dim": 16},
+    "jetmoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "kv_channels": 16, "num_attention_heads": 4},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2, "attention_multiplier": 0.2,
                    "logits_scaling": 2.0},
@@ -117,6 +124,10 @@ HYBRIDS: dict[str, dict[str, Any]] = {
                          "num_experts_per_tok": 2, "shared_intermediate_size": 32},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "mamba": {"intermediate_size": 128, "time_step_rank": 4},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "num_local_experts": 8,
+                "num_experts_per_tok": 2, "block_size": 32},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "head_dim": 16, "lru_width": 64,
+                        "attention_window_size": 20, "intermediate_size": 192},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
 }  # fmt: skip
 
@@ -149,6 +160,8 @@ def scramble(model: Any) -> None:
             else:
                 near = 0.0 if name.endswith("bias") or "gemma" in type(model).__name__.lower() else 1.0
                 parameter.normal_(near, 0.25)
+            if "recurrent_gate" in name:  # one minus the square of what is nearly one has few digits in float32
+                parameter.mul_(0.1)
 
 
 def differences(
