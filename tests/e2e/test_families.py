@@ -71,7 +71,10 @@ TRACED = {
     "bamba": "q4f16_1",
     "mamba2": "q0f32",
 }
-MODELS |= {name: Model("qwen2 tables", scheme) for name, scheme in TRACED.items()}
+MODELS |= {
+    name: Model("sentencepiece" if name.startswith("gemma") else "qwen2 tables", scheme)
+    for name, scheme in TRACED.items()
+}
 QUICK = ("llama", "rwkv")  # a prefix before every text; a recurrent state
 
 
@@ -86,7 +89,8 @@ def write_checkpoint(folder: Path, name: str) -> None:
     if name == "rwkv":
         rwkv_models.write_checkpoint(folder, vocab_size=ROWS, context_length=128, **control)
     elif name in TRACED:
-        traced_models.write(folder, name, vocab_size=ROWS, **control)
+        tables = {"vocab_size_per_layer_input": ROWS} if name == "gemma3n_text" else {}
+        traced_models.write(folder, name, vocab_size=ROWS, **control, **tables)
     else:
         case = family_models.CASES[name]
         family_models.write(folder, dataclasses.replace(case, config={**case.config, "vocab_size": ROWS, **control}))
