@@ -143,7 +143,7 @@ def loaded(
     name, keywords, state = family.to_reference(config, weights.by_name(registry, records))
     cls = getattr(transformers, name)
     with hollow.parameters_without_memory():
-        model = cls(cls.config_class(**keywords, attn_implementation="eager")).eval()
+        model = cls(cls.config_class(**keywords, attn_implementation="eager", experts_implementation="eager")).eval()
     model.tie_weights()
     hollow.spread(model)
     divisors = _rescaled(model)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stages.verification.apart import LiveError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 _INT8_TOP = 127
 _ATTENTION = "eager_attention_forward"  # of a module of transformers: what its layers attend with
@@ -29,7 +29,8 @@ def rounded(model: Any, arithmetic: str, groups: Mapping[str, int]) -> Iterator[
     ``float32``: sums of K products in another order differ by about 2^-24 sqrt(K / 2) of the result, which independent
     relative errors of that size in the K activations cause as well. ``float16``, ``bfloat16``: activations are stored
     in that dtype. ``int8``: groups of values become integers of -127 to 127 times a scale, of as many values as
-    ``groups`` says of a layer's weight by its name; 0, or nothing, is for layers that read floats.
+    ``groups`` says of a layer's weight by its name; 0, or nothing, is for layers that read floats. Experts in one
+    parameter are layers too, of a model that was made with ``experts_implementation="eager"``.
     """
     import torch
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
@@ -38,16 +39,59 @@ def rounded(model: Any, arithmetic: str, groups: Mapping[str, int]) -> Iterator[
     random = torch.Generator().manual_seed(24)
 
     def change(name: str) -> Any:
-        group = groups.get(f"{name}.weight", 0) if arithmetic == "int8" else 0
-        return lambda _module, inputs: (_changed(inputs[0], arithmetic, group, random), *inputs[1:])
+        group = groups.get(name, 0) if arithmetic == "int8" else 0
+        return lambda x: _changed(x, arithmetic, group, random)
+
+    def before(name: str) -> Any:
+        read = change(f"{name}.weight")
+        return lambda _module, inputs: (read(inputs[0]), *inputs[1:])
 
     hooks = [
-        module.register_forward_pre_hook(change(name))
+        module.register_forward_pre_hook(before(name))
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D)
     ]
     try:
-        yield
+        with _experts_reading(model, change):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _experts_reading(model: Any, change: Callable[[str], Callable[[Any], Any]]) -> Iterator[None]:
+    """Let products with experts, which are matrices of one parameter [experts, .., ..], read what ``change`` of the
+    parameter's name makes of activations.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    products = {torch.nn.functional.linear, torch.matmul, torch.bmm}
+    products |= {getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "bmm")}
+    reading: dict[int, Callable[[Any], Any]] = {}  # by where the parameters of the module that computes are in memory
+
+    class Changing(TorchFunctionMode):
+        def __torch_function__(self, function: Any, _types: Any, given: Any = (), keywords: Any = None) -> Any:
+            if reading and function in products and len(given) > 1:
+                x, matrix, *more = given
+                read = reading.get(matrix.untyped_storage().data_ptr())
+                given = (read(x) if read else x, matrix, *more)
+            return function(*given, **(keywords or {}))
+
+    def enter(module: Any, readers: Mapping[str, Callable[[Any], Any]]) -> None:
+        reading.update((getattr(module, name).untyped_storage().data_ptr(), read) for name, read in readers.items())
+
+    hooks = []
+    for name, module in model.named_modules():
+        stacked = [each for each, parameter in module.named_parameters(recurse=False) if parameter.dim() == 3]
+        readers = {each: change(f"{name}.{each}") for each in stacked}
+        if readers:
+            hooks.append(module.register_forward_pre_hook(lambda owner, _given, readers=readers: enter(owner, readers)))
+            hooks.append(module.register_forward_hook(lambda *_: reading.clear()))
+    try:
+        with Changing():
+            yield
     finally:
         for hook in hooks:
             hook.remove()

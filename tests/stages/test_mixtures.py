@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from stages.verification.rounding import in_bytes
+from stages.verification.rounding import in_bytes, rounded
 from tests.stages import test_traced
 from tests.support import family_models, traced_models
 
@@ -41,7 +41,7 @@ def test_experts_read_quantized_activations(tmp_path: Path, monkeypatch: pytest.
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return plain(x if len(weight) == routers else in_bytes(x, 32), weight, bias)
 
-    def rounded(ids: list[int]) -> np.ndarray:
+    def in_turn(ids: list[int]) -> np.ndarray:
         before = exact(ids)
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "linear", linear)
@@ -53,5 +53,41 @@ def test_experts_read_quantized_activations(tmp_path: Path, monkeypatch: pytest.
         moved.append(family_models.error(before, wanted))
         return wanted
 
-    errors = traced_models.differences(made, reference=rounded)
+    errors = traced_models.differences(made, reference=in_turn)
     assert max(errors) < max(moved) / 10, (max(errors), moved)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_what_experts_read_is_rounded_where_a_bound_is_measured(model_type: str) -> None:
+    """By their own formula; GPT-OSS has its matrices turned, and limits what they give."""
+    import torch
+    import transformers
+
+    sizes = {**traced_models.SIZES, **traced_models.MIXTURES[model_type]}
+    config = transformers.AutoConfig.for_model(model_type, **sizes, experts_implementation="eager")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    name = "model.layers.1.mlp.experts"
+    experts = model.get_submodule(name)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x, chosen, share = torch.randn(5, 64), torch.tensor([[0, 3]] * 5), torch.rand(5, 2)
+    groups = {f"{name}.gate_up_proj": 32, f"{name}.down_proj": 16}
+    with torch.inference_mode(), rounded(model, "int8", groups):
+        found = experts(x, chosen, share)
+    exact = experts(x, chosen, share)
+
+    wanted = torch.zeros_like(x)
+    for place in range(2):
+        for row in range(5):
+            number = int(chosen[row, place])
+            if model_type == "gpt_oss":
+                inner = in_bytes(x[row], 32) @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number]
+                inner = experts._apply_gate(inner)
+                y = in_bytes(inner, 16) @ experts.down_proj[number] + experts.down_proj_bias[number]
+            else:
+                gate, up = (experts.gate_up_proj[number] @ in_bytes(x[row], 32)).chunk(2)
+                y = experts.down_proj[number] @ in_bytes(experts.act_fn(gate) * up, 16)
+            wanted[row] += share[row, place] * y
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)
+    assert (found - exact).abs().max() > 20 * (found - wanted).abs().max()
