@@ -14,7 +14,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
+
 from stages.provider import PROVIDER
+from tests.support.long_tail import GONE
 
 ROOT = Path(__file__).parents[1]
 STAGE_MODULES = {reference.partition(":")[0] for reference in PROVIDER.stages.values()}
@@ -269,3 +272,9 @@ def test_looking_verbs_load_nothing_heavy() -> None:
     heavy = HEAVY | {"numpy", "tokenizers", "rich"}
     problems = [f"{verb} loads {name}" for verb, names in loaded.items() for name in heavy & {root(n) for n in names}]
     assert not problems, "\n".join(problems)
+
+
+def test_the_long_tail_names_tests_that_are_there(request: pytest.FixtureRequest) -> None:
+    """A name that is none would let its test run whenever it is called otherwise; known in a run of all tests alone."""
+    gone = request.config.stash[GONE]
+    assert not gone, f"tests/support/long_tail.py names tests that are gone: {sorted(gone)}"
