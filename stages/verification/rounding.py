@@ -67,7 +67,7 @@ def _experts_reading(model: Any, change: Callable[[str], Callable[[Any], Any]]) 
     import torch
     from torch.overrides import TorchFunctionMode
 
-    products = {torch.nn.functional.linear, torch.matmul, torch.bmm}
+    products: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.bmm}
     products |= {getattr(torch.Tensor, name) for name in ("matmul", "__matmul__", "bmm")}
     reading: dict[int, Callable[[Any], Any]] = {}  # by where the parameters of the module that computes are in memory
 
