@@ -83,7 +83,9 @@ def _format_of(output: Path | None) -> str:
 def _folded(args: argparse.Namespace, dag: Dag) -> frozenset[str]:
     """Return the entries whose instances are one box; that some are although nobody asked for it is said."""
     expanded = {node.spec.entry for name in args.expand for node in dag.select(name)}
-    several = frozenset(entry for entry in entries_of(dag) if entry not in expanded and len(entries_of(dag)[entry]) > 1)
+    several = frozenset(
+        entry for entry, instances in entries_of(dag).items() if entry not in expanded and len(instances) > 1
+    )
     if args.entries or args.expand:
         return several
     if args.format != "svg" or args.instances or args.json or len(dag.nodes) <= MOST_BOXES:
@@ -117,9 +119,9 @@ def folded_boxes(dag: Dag, folded: Collection[str], states: Mapping[str, str]) -
     """Return the labels of entries whose instances are one box: how many there are, and the most urgent of the
     ``states`` of nodes, with how many are in it.
     """
-    boxes = {}
+    boxes, instances = {}, entries_of(dag)
     for entry in folded:
-        nodes = entries_of(dag)[entry]
+        nodes = instances[entry]
         worst = max((states[node.name] for node in nodes), key=[*STATES].index) if states else ""
         count = sum(states.get(node.name) == worst for node in nodes)
         status = f", {count if count < len(nodes) else 'all'} {MEANINGS.get(worst, worst.lower())}" if worst else ""

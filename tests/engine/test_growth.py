@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks import scale
 from stagegraph import Pipeline
-from stagegraph.cli.graph import _implied
+from stagegraph.cli.graph import _implied, entries_of
+from stagegraph.cli.main import dispatch
 from stagegraph.query.explain import DEEP
 from stagegraph.query.lineage import Ancestor, _nearest_first
 from stagegraph.store.documents import Documents
@@ -87,6 +88,31 @@ def test_a_run_without_news_asks_the_database_for_all_nodes_at_once_and_opens_no
         (found,) = [outcome.record for outcome in pipeline.run().outcomes if outcome.key == key]
         assert found is not None
         assert found["summary"] == "of another run"
+
+
+@pytest.mark.parametrize("options", [["--format", "ascii"], ["--format", "svg", "--entries"]])
+def test_a_picture_puts_the_nodes_of_entries_together_a_few_times_whatever_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    scale.write(tmp_path, "wide", 1)  # its stages
+    (tmp_path / "pipeline.yaml").write_text(
+        "version: 1\nname: wide\nstages:\n"
+        + "".join(
+            f"  n{n}: {{uses: './trivial.py:Step', foreach: {{i: [1, 2]}}, with: {{value: '${{each.i}}'}}}}\n"
+            for n in range(40)
+        )
+    )
+    calls = 0
+
+    def counted(dag: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return entries_of(dag)
+
+    monkeypatch.setattr("stagegraph.cli.graph.entries_of", counted)
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(["graph", *options]) == 0
+    assert 1 <= calls < 5
 
 
 def test_executions_are_walked_back_beyond_the_depth_of_calls() -> None:
