@@ -113,7 +113,8 @@ def params(config: NeoXConfig) -> tuple[Param, ...]:
             *_norm(f"{block}.input_layernorm", h),
             *_linear(
                 f"{block}.attention.query_key_value",
-                *(3 * h, h),
+                3 * h,
+                h,
                 reorder,
                 bias=config.attention_bias,
                 reads=f"{block}.input_layernorm.weight",

@@ -35,7 +35,7 @@ def read_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
 def read_json_text(path: Path, limit: int = MAX_FILE_BYTES) -> str:
     """Return the content as text to be parsed as JSON; :class:`TokenizerError` if that would fill the memory, too."""
     text = read_text(path, limit)
-    if instead := misplaced.no_text(text[: misplaced.HEAD].encode()):
+    if instead := misplaced.no_text(text.lstrip()[: misplaced.HEAD].encode()):
         raise TokenizerError(f"{path}: {instead}")
     values = text.count(",") + text.count("[") + text.count("{")
     if values > MAX_VALUES:

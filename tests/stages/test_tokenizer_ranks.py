@@ -7,6 +7,7 @@ import base64
 import pytest
 
 from stages.problems import MAX_SHOWN
+from stages.tokenizers import files
 from stages.tokenizers.errors import TokenizerError
 from stages.tokenizers.formats.byte_level import BYTES, CHARACTERS, spell, unspell
 from stages.tokenizers.formats.ranks import MAX_TOKEN_BYTES, derive_merges, read_ranks
@@ -33,6 +34,15 @@ def test_crlf_and_blank_lines_are_harmless(tmp_path):
     path = tmp_path / "v.tiktoken"
     path.write_bytes(tiktoken_text(tiny_ranks()).replace(b"\n", b"\r\n") + b"\r\n\r\n")
     assert list(read_ranks(path)) == list(tiny_ranks())
+
+
+def test_json_after_blank_lines_is_no_empty_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("\n" * 200 + "{}")
+    assert files.read_json_text(path).endswith("{}")
+    path.write_text("\n" * 200)
+    with pytest.raises(TokenizerError, match="is empty"):
+        files.read_json_text(path)
 
 
 def test_git_lfs_pointer_is_named_as_such(tmp_path):
