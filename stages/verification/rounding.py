@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from stages.verification.apart import LiveError
@@ -90,7 +90,7 @@ def _experts_reading(model: Any, change: Callable[[str], Callable[[Any], Any]]) 
             hooks.append(module.register_forward_pre_hook(lambda owner, _given, readers=readers: enter(owner, readers)))
             hooks.append(module.register_forward_hook(lambda *_: reading.clear()))
     try:
-        with Changing():
+        with Changing() if hooks else nullcontext():  # every call of torch's passes there
             yield
     finally:
         for hook in hooks:

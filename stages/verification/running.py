@@ -18,7 +18,14 @@ from stages.verification import checks, gates, live, quality, weights
 from stages.verification.apart import LiveError
 from stages.verification.checks import Check
 from stages.verification.reference import RECORD, Continuation, RecordingError, Reference, read_recorded
-from stages.verification.tolerances import INT8_ACTIVATIONS, LOSS_RATIO, PERPLEXITY, TOLERANCES, spread_bound
+from stages.verification.tolerances import (
+    INT8_ACTIVATIONS,
+    LOSS_RATIO,
+    PERPLEXITY,
+    TELLS_LITTLE,
+    TOLERANCES,
+    spread_bound,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,6 +97,11 @@ def check(case: Case, findings: Findings, progress: Progress) -> None:
             answer = _ask(case, tokens, drafts, progress, with_original=original is None)
             original = original or answer.original
             reference, bound = _live(case, answer, tokens, prompt, drafts)
+            if bound >= TELLS_LITTLE:
+                findings.warnings.append(
+                    f"rounding alone moves logits by {answer.spread:.0%} of the largest: that those of the bundle are "
+                    f"within {bound:g} of it proves little; the KL divergence from the original says more"
+                )
     _say_what_there_is(case, reference, findings)
     _check_logits(case, session, tokens, prompt, decoded, reference, bound, findings)
     if reference is not None:

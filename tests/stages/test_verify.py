@@ -16,7 +16,7 @@ from stages.runtime.errors import BundleError
 from stages.targets import processor
 from stages.tokenizer_bundle import TokenizerBundle
 from stages.verification import checks as checks_of
-from stages.verification import live
+from stages.verification import live, running
 from stages.verification.tolerances import spread_bound
 from stages.verify import Verify
 from tests.support import bundles, family_models
@@ -72,6 +72,14 @@ def test_a_live_reference_is_met_by_quantized_weights(quantized, tmp_path):
     assert "verified" in card
     assert "batches: the library was built for one sequence" in card
     assert any("mean loss" in warning for warning in context.warnings)  # the weights are random, and it shows
+    assert not any("proves little" in warning for warning in context.warnings)
+
+
+@pytest.mark.slow
+def test_a_comparison_that_no_difference_could_fail_is_said_to_prove_little(quantized, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "spread_bound", lambda *_: 0.5)
+    context = bundles.verify(quantized, tmp_path)
+    assert any("within 0.5 of it proves little" in warning for warning in context.warnings)
 
 
 @pytest.mark.skipif(
