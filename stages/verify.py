@@ -219,6 +219,7 @@ def _verify(ctx: Context, folder: Path) -> None:
         config=ctx.input("config"),
         files=files,
         digests=checkpoint.digests,
+        made=[name for name, path in files.items() if path != checkpoint.files.get(name)],
         root=root,
         target=ctx.params.target,
         reference=ctx.params.reference,

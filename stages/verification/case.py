@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from blake3 import blake3
+
 from stages.checkpoint.generation import CONFIG
 from stages.checkpoint.gguf.folder import file_of
 from stages.checkpoint.headers import read_headers
@@ -19,7 +21,7 @@ from stages.verification.prompts import PARAGRAPH, PROMPTS
 from stages.verification.reference import recorded_prompts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     import numpy as np
 
@@ -44,7 +46,11 @@ class Portion(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What is verified: a bundle, the artifacts that describe it, and the files and digests of its checkpoint."""
+    """What is verified: a bundle, the artifacts that describe it, and the files and digests of its checkpoint.
+
+    ``files`` may have more than ``digests``: those ``made`` of a GGUF file, which may also have the name of another
+    file of the checkpoint.
+    """
 
     bundle: Path
     params: Path
@@ -65,6 +71,7 @@ class Case:
     # Has the portions compared by other machines, and returns what they found; None where there are none.
     spread: Callable[[Sequence[Portion]], list[list[str]] | None] | None = None
     memo: Memo | None = None  # where the original's answers are kept; without one they are computed anew
+    made: Collection[str] = ()
 
     @cached_property
     def registry(self) -> Register:
@@ -177,16 +184,24 @@ class Case:
         probes = self.probes
         return original.OriginalRequest(self.root, weights, self.config, probes.pieces, probes.skipped, self.scratch)
 
+    @cached_property
+    def digests_read(self) -> dict[str, str]:
+        """The digest of each of the ``files`` as it is read."""
+        return {
+            name: blake3(path.read_bytes()).hexdigest() if name in self.made else self.digests[name]
+            for name, path in self.files.items()
+        }
+
     def known_original(self) -> Mapping[str, np.ndarray] | None:
         """Return the memoised results of the original model on these probes, for any scheme and target."""
         if self.memo is None or not self.probes.count:
             return None
-        return original.known(self.memo, original.document(self.original, self.digests))
+        return original.known(self.memo, original.document(self.original, self.digests_read))
 
     def keep_original(self, found: Mapping[str, np.ndarray]) -> None:
         """Memoise the results of the original model, for other schemes and targets."""
         if self.memo is not None:
-            document = original.document(self.original, self.digests)
+            document = original.document(self.original, self.digests_read)
             original.keep(self.memo, document, found, self.scratch)
 
     @cached_property

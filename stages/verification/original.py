@@ -98,7 +98,7 @@ def keep(memo: Memo, document: JsonObject, found: Mapping[str, np.ndarray], fold
 
 
 def document(request: OriginalRequest, digests: Mapping[str, str]) -> JsonObject:
-    """Return everything that an answer depends on beside the code; ``digests`` are those of the checkpoint's files."""
+    """Return everything that an answer depends on beside the code; ``digests`` are those of the request's files."""
     probes = json.dumps([request.pieces, request.skipped], separators=(",", ":"))
     return {
         "checkpoint": {name: digests[name] for name in sorted(request.files)},  # all that a model may be loaded from

@@ -123,7 +123,7 @@ class _Shelf:
         read = replace(case.original, pieces=[case.original.pieces[0][: SCHEME_TOKENS + 1]])
         self.original_request = asdict(read)
         self._memo, self._folder = case.memo, case.scratch
-        self._of = {"original": original.document(read, case.digests)}
+        self._of = {"original": original.document(read, case.digests_read)}
         self.scales = PLAIN if case.scales in BY_CALIBRATION else case.scales
         self._scheme = {**self._of, "scheme": asdict(scheme), "scales": self.scales}
         self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8}

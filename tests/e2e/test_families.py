@@ -16,7 +16,7 @@ import pytest
 from stagegraph.files import dotted
 from stagegraph.stage import StageError
 from stages import profiles
-from tests.support import bundles, family_models, rwkv_models, traced_models
+from tests.support import bundles, family_models, gguf_models, rwkv_models, traced_models
 from tests.support.checkpoints import write_qwen
 from tests.support.edited_project import ROOT, Project
 from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
@@ -24,7 +24,7 @@ from tests.support.tokenizer_folders import FOLDERS, SIZE, write_folder
 OVERLAY = f"""\
 extends: {ROOT}/pipeline.yaml
 name: tiny-qwen
-vars: {{targets: [llvm], checkpoint: checkpoint, context_window: 0, scheme: %(scheme)s}}
+vars: {{targets: [llvm], checkpoint: %(checkpoint)s, context_window: 0, scheme: %(scheme)s}}
 stages:
   graph-build: {{with: {{prefill_chunk: 48, sep_embed: %(sep_embed)s}}}}
   verify: {{with: {{reference: live, probe_tokens: 256, max_kl: 100, min_top1: 0, max_ppl_ratio: 100}}}}
@@ -40,6 +40,7 @@ class Model:
     tokenizer: str
     scheme: str = "q4f32_1"
     sep_embed: str = "true"
+    checkpoint: str = "checkpoint"
 
 
 MODELS = {
@@ -53,6 +54,7 @@ MODELS = {
     "gpt_neox": Model("neox", "q0f32"),
     "redpajama": Model("neox"),
     "rwkv": Model("rwkv world"),
+    "gguf": Model("its own", "q4a32", checkpoint="checkpoint/model.gguf"),
 }
 # Traced: experts that are stored one by one, or together; projections in one tensor, transposed, or shared by layers;
 # states beside the cache, or instead of it; sinks.
@@ -75,13 +77,17 @@ MODELS |= {
     name: Model("sentencepiece" if name.startswith("gemma") else "qwen2 tables", scheme)
     for name, scheme in TRACED.items()
 }
-QUICK = ("llama", "rwkv")  # a prefix before every text; a recurrent state
+QUICK = ("llama", "rwkv", "gguf")  # a prefix before every text; a recurrent state; files that are made of one
 
 
 def write_checkpoint(folder: Path, name: str) -> None:
     """Write model and tokenizer of :data:`MODELS`; transformers lacks Qwen's first generation alone."""
     if name == "qwen":
         write_qwen(folder)
+        return
+    if name == "gguf":
+        folder.mkdir()
+        gguf_models.write(folder / "model.gguf", "llama", "Q4_1")
         return
     files, _, eos = FOLDERS[MODELS[name].tokenizer]
     control = {"bos_token_id": SIZE if "llama3" in MODELS[name].tokenizer else eos, "eos_token_id": eos}
