@@ -121,6 +121,7 @@ def test_a_gpu_gives_the_tables_their_memory():
     assert "tables" not in views.memory({**metadata, "target": {"target": "llvm"}})
 
 
+@pytest.mark.slow
 def test_the_state_of_a_recurrent_model_is_what_its_session_takes(tmp_path):
     assert views.STEPS_KEPT == state.HISTORY
     built = rwkv_models.build(tmp_path, rwkv_models.write_checkpoint(tmp_path / "checkpoint"), "q4f32_1")

@@ -319,6 +319,7 @@ def test_the_published_vocabulary_equals_tiktoken_on_the_whole_nasty_corpus(real
 
 
 @needs_shared
+@pytest.mark.slow
 def test_the_published_vocabulary_of_another_model_is_refused(tmp_path):
     config = {"tokenizer_class": "GPTNeoXTokenizer"}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", REAL, tokenizer_config=config)
