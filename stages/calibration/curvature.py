@@ -70,8 +70,9 @@ def feedback_of(rows: Any) -> Feedback:
         made = torch.cholesky_inverse(made)
         made = torch.linalg.cholesky(made, upper=True)
     # An error e in column i, in units of the factor's diagonal, takes e times its row from the columns behind.
-    shares = made.div_(made.diagonal().clone()[:, None]).triu_(1).neg_()
-    return Feedback(order.numpy(), shares.float().numpy())
+    units = made.diagonal().clone()
+    shares = made.div_(units[:, None]).triu_(1).neg_()
+    return Feedback(order.numpy(), shares.float().numpy(), units.pow(-2).float().numpy())
 
 
 @contextmanager

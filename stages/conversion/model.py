@@ -198,7 +198,7 @@ class Conversion:
         copied += 4 * values if entry["name"] in self._plan.factors else 0
         made = sum(tensor.nbytes for tensor in self._stored[index]) * (1 if entry["layout"] == "nk" else 2)
         if self._plan.how(entry)[0] == "gptq":
-            made += 8 * entry["shape"][-1] ** 2  # the feedback, as it is read and as it is used
+            made += 24 * entry["shape"][-1] ** 2  # the feedback, and what errors cost together while that is computed
         with memory.reserved(self._sizes[index] + copied + made):
             try:
                 part = self._recall(entry, digests)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,4 +65,7 @@ class Calibrated:
         """Return what is left of a float32 ``weight`` [n, k], some rows of ``tensor``, once ``row`` has stored it."""
         k = weight.shape[1]
         scales, counts, file = self.how([tensor], row.bits, k)
-        return restored(quantize(weight, row, scales, counts, load(file) if file else None), row, k)
+        return restored(quantize(weight, row, scales, counts, _loaded(file) if file else None), row, k)
+
+
+_loaded = functools.lru_cache(maxsize=1)(load)  # one matrix is stored in several rows, one after the other

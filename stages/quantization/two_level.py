@@ -86,7 +86,7 @@ def steps(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> tuple[n
     return step, low
 
 
-def _place(groups: int, row: Row) -> tuple[np.ndarray, np.ndarray]:
+def place(groups: int, row: Row) -> tuple[np.ndarray, np.ndarray]:
     """Return of each group the block that it is in, and its place there: groups that fill none join the last one."""
     number = np.arange(groups)
     block = np.minimum(number // SHARING[row.bits], level_blocks(groups, row.bits) - 1)
@@ -98,9 +98,9 @@ def _levels(values: np.ndarray, dtype: np.dtype, row: Row, scales: str) -> tuple
     largest of a block has the one of :data:`TOPS` as its level with which the block is off by the least squares.
     """
     tops = TOPS[LEVEL_BITS[row.bits]]
-    block, place = _place(values.shape[1], row)
-    by_block = np.zeros((len(values), block[-1] + 1, place.max() + 1), np.float32)
-    by_block[:, block, place] = values
+    block, within = place(values.shape[1], row)
+    by_block = np.zeros((len(values), block[-1] + 1, within.max() + 1), np.float32)
+    by_block[:, block, within] = values
     most, least = by_block.max(axis=-1), np.full(by_block.shape[:2], np.inf, np.float32)
     best, levels = np.empty(least.shape, dtype), np.zeros_like(by_block)
     for top in tops if scales in SEARCHED else tops[:1]:
@@ -111,12 +111,12 @@ def _levels(values: np.ndarray, dtype: np.dtype, row: Row, scales: str) -> tuple
             error = np.square(found * whole.astype(np.float32)[..., None] - by_block).sum(axis=-1)
         better = ~(error >= least)  # where it is no number, too
         best[better], levels[better], least[better] = whole[better], found[better], error[better]
-    return best, levels[:, block, place]
+    return best, levels[:, block, within]
 
 
 def _worth(whole: np.ndarray, levels: np.ndarray, row: Row) -> np.ndarray:
     """Return what ``levels`` [n, groups] of floats ``whole`` [n, blocks] stand for, float32 [n, groups]."""
-    found: np.ndarray = whole.astype(np.float32)[:, _place(levels.shape[1], row)[0]] * levels
+    found: np.ndarray = whole.astype(np.float32)[:, place(levels.shape[1], row)[0]] * levels
     return found
 
 

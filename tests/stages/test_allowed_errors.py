@@ -43,7 +43,8 @@ def test_right_weights_are_never_refused(name: str, scales: str, kind: str) -> N
     row, weight = ROWS[name], values(kind)
     importance = np.exp(4 * np.random.default_rng(1).standard_normal(K)).astype(np.float32)
     # More feedback than any real one: every error goes on whole to the next column.
-    feedback = Feedback(np.arange(K), np.eye(K, k=1, dtype=np.float32)) if scales == "gptq" else None
+    passed_on, costs = np.eye(K, k=1, dtype=np.float32), np.ones(K, np.float32)
+    feedback = Feedback(np.arange(K), passed_on, costs) if scales == "gptq" else None
     held = restored(quantize(weight, row, scales, importance, feedback), row, K)
     assert (np.abs(held - weight) <= _allowed(weight, row, scales)).all()
 

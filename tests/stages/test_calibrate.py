@@ -20,6 +20,7 @@ from stages.calibration import asking, curvature, moments
 from stages.config_parse import ConfigParse
 from stages.conversion import columns
 from stages.conversion.plan import Plan
+from stages.quantization import refinement
 from stages.quantization.feedback import INDEX, load
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.schemes import SCHEMES
@@ -102,8 +103,8 @@ def test_errors_count_by_importance(name):
 
 
 @pytest.mark.parametrize("name", ["q4f16_1", "q4a64", "q3k"])
-def test_feedback_costs_less_on_what_is_read(tmp_path, name):
-    """Of inputs that go together the outputs are nearer; scales and all but codes are those of importance."""
+def test_feedback_costs_less_on_what_is_read(tmp_path, name, monkeypatch):
+    """Of inputs that go together the outputs are nearer, nearer still once refined; scales move with levels only."""
     rng = np.random.default_rng(3)
     inputs = (rng.standard_normal((600, 40)) @ rng.standard_normal((40, 256))).astype(np.float32)
     inputs += 0.1 * rng.standard_normal(inputs.shape).astype(np.float32)
@@ -119,13 +120,20 @@ def test_feedback_costs_less_on_what_is_read(tmp_path, name):
     assert files.keys() == {"q", "k"}
     assert files["q"] == files["k"]
     importance = np.square(inputs).mean(0)
-    plain, fed = (quantize(weight, row, "importance", importance, each) for each in (None, load(tmp_path / files["q"])))
-    assert all((one == other).all() for one, other in zip(plain[1:], fed[1:], strict=True))
+    feedback = load(tmp_path / files["q"])
+    plain, fed = (quantize(weight, row, "importance", importance, each) for each in (None, feedback))
+    monkeypatch.setattr(refinement, "PASSES", 0)
+    unrefined = quantize(weight, row, "importance", importance, feedback)
+    assert all((one == other).all() for one, other in zip(plain[1:], unrefined[1:], strict=True))
+    assert [(one != other).any() for one, other in zip(plain[1:], fed[1:], strict=True)] == [row.levels] * (
+        len(fed) - 1
+    )
 
     def cost(stored) -> float:
         return float(np.square(inputs @ (restored(stored, row, 256) - weight).T).sum())
 
-    assert cost(fed) < 0.5 * cost(plain)
+    assert cost(unrefined) < 0.5 * cost(plain)
+    assert cost(fed) < 0.97 * cost(unrefined)
 
 
 def test_feedback_solves_for_the_columns_behind():
@@ -140,6 +148,7 @@ def test_feedback_solves_for_the_columns_behind():
     square += curvature.DAMPING * np.trace(square) / 6 * np.eye(6)
     wanted = np.linalg.solve(square[np.ix_(rest, rest)], square[rest, first])
     assert np.allclose(found.shares[0, 1:], wanted, rtol=2e-3, atol=1e-5)
+    assert np.allclose(found.curvature, square[np.ix_(found.order, found.order)], rtol=1e-4, atol=1e-5)
 
 
 def test_feedback_is_the_same_whatever_threads_the_machine_has():
