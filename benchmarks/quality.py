@@ -1,6 +1,6 @@
 """What schemes cost and take, beside llama.cpp's on the same weights: bits, KL divergence, top-1 agreement, perplexity.
 
-Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...] [--calibrated DIR]
+Usage: python benchmarks/quality.py [CHECKPOINT...] [--tokens N] [--only WORD...] [--keep DIR]
 Default: the two trained examples.
 
 Nothing is built: transformers runs the checkpoint in float32, once as it is and once for each way of storing its
@@ -12,8 +12,8 @@ ggml's types are quantized by the package gguf, those that it can; ``e8``: the e
 importance matrix that ``importance`` has too, of calibrate's samples (the examples: text they were trained on);
 ``filled``: as if whole blocks filled every row, where llama.cpp takes wider types. ``bits N``: rows that the stage
 allocate chooses for N bits, scales gptq. Needs the extra verify. Exit status 1 if a scheme costs more than ggml's type
-of the same form and groups, or bits more than the peer of :data:`BUDGETS`. ``--calibrated`` takes what the stage
-calibrate wrote of the checkpoint with feedback, instead of reading its samples again.
+of the same form and groups, or bits more than the peer of :data:`BUDGETS`. A row takes one to three CPU minutes for
+135M parameters: ``--keep`` keeps what was measured, so that a run that ends early, or another choice of rows, goes on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ggml_types
+import kept
 import multiplied
 import numpy as np
 
@@ -234,7 +235,7 @@ def ids_of(checkpoint: Path, corpus: Path, tokens: int, window: int) -> list[lis
 class Measured:
     """A checkpoint that is run as it is and in every way."""
 
-    def __init__(self, checkpoint: Path, tokens: int, work: Path, calibrated: Path | None) -> None:
+    def __init__(self, checkpoint: Path, tokens: int, work: Path, keep: kept.Kept) -> None:
         import torch
 
         from stages.calibration import moments
@@ -250,7 +251,8 @@ class Measured:
         self._mapped, self._model, _ = streaming.load(checkpoint, files, self._described, work)
         self._matrices = advice.matrices_of(self._model)
         self._request = OriginalRequest(checkpoint, files, self._described, calibration(checkpoint), 0, work)
-        folder = calibrated or self._calibrate(work)
+        self._keep = keep
+        folder = keep.calibrated(self._calibrate)
         self._importance, self._feedback = folder / "importance.npz", folder / "feedback"
         self.of_awq = self._described, self._listed, files, self._importance
         found = Calibrated.read("gptq", self._importance, self._feedback)
@@ -276,14 +278,13 @@ class Measured:
         self._valid = torch.tensor([[at < len(piece) - 1 for at in range(longest - 1)] for piece in pieces])
         self._wanted = self._run(None)
 
-    def _calibrate(self, work: Path) -> Path:
-        """Write what the stage calibrate does into ``work``, and return it."""
+    def _calibrate(self, folder: Path) -> None:
+        """Write what the stage calibrate does into ``folder``."""
         from stages.calibration import moments
 
-        (work / "feedback").mkdir()
-        found = moments.compute(self._request, lambda *_: None, work / "feedback")
-        np.savez(work / "importance.npz", **found)  # type: ignore[arg-type]
-        return work
+        (folder / "feedback").mkdir(exist_ok=True)
+        found = moments.compute(self._request, lambda *_: None, folder / "feedback")
+        np.savez(folder / "importance.npz", **found)  # type: ignore[arg-type]
 
     @functools.cached_property
     def _choices(self) -> list[Any]:
@@ -293,7 +294,7 @@ class Measured:
         described = self._model_json(), json.loads(self._listed.read_bytes())
         files, joined = (str(self._importance), str(self._feedback)), [*allocate.sources_of(*described).values()]
         asked = sensitivity.SensitivityRequest(asdict(self._request), allocate.ROWS, "gptq", *files, joined)
-        costs = sensitivity.compute(asked, lambda *_: None)
+        costs = self._keep.costs(lambda: sensitivity.compute(asked, lambda *_: None))
         return allocate.choices_of(*described, costs)
 
     def allocated(self, bits: float) -> dict[str, str]:
@@ -329,7 +330,8 @@ class Measured:
         """Return what a way costs."""
         from stages.verification import advice
 
-        return advice.figures_of(self._wanted, self._run(way), self._following[self._valid])
+        following = self._following[self._valid]
+        return self._keep.figures(way.label, lambda: advice.figures_of(self._wanted, self._run(way), following))
 
     def bits(self, way: Way) -> float:
         """Return how many bits a value of a matrix takes."""
@@ -338,10 +340,11 @@ class Measured:
         )
 
 
-def table(checkpoint: Path, tokens: int, only: Sequence[str], calibrated: Path | None) -> list[str]:
+def table(checkpoint: Path, tokens: int, only: Sequence[str], keep: Path | None) -> list[str]:
     """Print the table of a checkpoint; return what costs more than it may."""
     with tempfile.TemporaryDirectory() as work:
-        return _table(Measured(checkpoint, tokens, Path(work), calibrated), checkpoint.name, only)
+        known = kept.Kept(keep or Path(work), checkpoint, tokens)
+        return _table(Measured(checkpoint, tokens, Path(work), known), checkpoint.name, only)
 
 
 def budgets(measured: Measured, by_label: dict[str, Way]) -> Iterator[tuple[Way, str]]:
@@ -379,13 +382,9 @@ def main() -> int:
     parser.add_argument("checkpoints", nargs="*", default=EXAMPLES)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--calibrated", type=Path, metavar="DIR", help="what calibrate found of the one checkpoint")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="where figures are kept for the next run")
     asked = parser.parse_args()
-    if asked.calibrated and len(asked.checkpoints) != 1:
-        parser.error("--calibrated is of one checkpoint: name it alone")
-    missed = [
-        line for each in asked.checkpoints for line in table(Path(each), asked.tokens, asked.only, asked.calibrated)
-    ]
+    missed = [line for each in asked.checkpoints for line in table(Path(each), asked.tokens, asked.only, asked.keep)]
     print(*(f"missed: {line}" for line in missed), sep="\n")
     return bool(missed)
 
