@@ -292,6 +292,10 @@ class Index:
 
     def _give_up(self, why: str, *, quietly: bool = False) -> None:
         self._readonly = True
+        if self._writer is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._writer.close()  # a transaction whose commit failed would keep everybody else from writing
+            self._writer = None
         if not quietly:
             warn(f"the index {self.directory} could not be written ({why}); no result is lost by that")
 

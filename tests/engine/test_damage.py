@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -235,6 +236,29 @@ def test_a_locked_index_costs_no_result(tmp_path: Path, monkeypatch, caplog) -> 
     assert (index.get("memo:a"), index.get(part)) == (1, 3)
     locker.close()
     index.close()
+
+
+def test_a_commit_that_fails_locks_nobody_else_out(tmp_path: Path, monkeypatch, caplog) -> None:
+    class Failing(sqlite3.Connection):
+        def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+            if sql == "COMMIT":
+                error = sqlite3.OperationalError("disk I/O error")
+                error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+                raise error
+            return super().execute(sql, *args)
+
+    monkeypatch.setattr("stagegraph.store.index.BUSY_SECONDS", 0.1)
+    index, other = Index(tmp_path / "index"), Index(tmp_path / "index")
+    other.set("memo:a", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+        index.set("memo:a", 2)
+    assert "could not be written (disk I/O error)" in caplog.text
+    other.set("memo:a", 3)
+    assert "locked" not in caplog.text
+    assert index.get("memo:a") == other.get("memo:a") == 3
+    for each in (index, other):
+        each.close()
 
 
 LINE = {
