@@ -237,6 +237,24 @@ def test_modules_are_small_say_what_they_own_and_print_only_as_command_lines() -
     assert not problems, "\n".join(problems)
 
 
+def test_no_value_of_a_list_is_searched_for_in_it() -> None:
+    """Of the million values that a stranger may write, that takes hours."""
+    problems = []
+    for name, path in modules("stagegraph", "stages").items():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+                lists = {ast.unparse(each.iter) for each in node.generators}
+                asked = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)]
+                problems += [
+                    f"{name}:{node.lineno}: {ast.unparse(func)} for each value of it"
+                    for func in asked
+                    if isinstance(func, ast.Attribute)
+                    and func.attr in {"count", "index"}
+                    and ast.unparse(func.value) in lists
+                ]
+    assert not problems, "\n".join(problems)
+
+
 def given_name(node: ast.AST) -> str:
     """Return the name that a node gives to a function, class, parameter, variable or attribute, if any."""
     if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):

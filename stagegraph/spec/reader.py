@@ -27,6 +27,7 @@ DEPTH_LIMIT = 64
 # Values and keys, those that aliases stand for included, and keys that merges copy; a pipeline of 30,000 entries has
 # about 330,000. What these many take is measured in docs/guarantees.md.
 SIZE_LIMIT = 400_000
+DIRECTIVES_LIMIT = 100  # of %TAG, each of which the parser compares with all before it
 
 _STANDARD_TAGS = {None, "!", "tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
 # What YAML 1.1 lets no document hold. The second takes ten milliseconds to compile, which ASCII files are spared.
@@ -72,6 +73,9 @@ def parse(text: str, at: Callable[[int, int], Place], base: Path, problems: Prob
         line_start = text.rfind("\n", 0, unreadable.start()) + 1
         place = at(text.count("\n", 0, line_start) + 1, unreadable.start() - line_start + 1)
         problems.add(place, f"character U+{ord(unreadable[0]):04X} is not allowed in YAML; expected printable text")
+        return None
+    if (directives := text.count("%TAG")) > DIRECTIVES_LIMIT:
+        problems.add(at(1, 1), f"{directives:,} %TAG directives; expected none, for values have no tags here")
         return None
     parser = _Parser(text)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from stages.documents.graph import ModelSizes
@@ -46,4 +47,4 @@ def disagreements(graphs: Sequence[Graph], registry: Register, target: str, acti
             "which takes weights with float32 or float16 scales, in rows of whole groups; use float"
         )
     functions = [name for graph in graphs for name in graph["functions"]]
-    return problems + [f"two graphs export {name}" for name in sorted({n for n in functions if functions.count(n) > 1})]
+    return problems + [f"two graphs export {name}" for name, count in sorted(Counter(functions).items()) if count > 1]

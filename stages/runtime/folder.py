@@ -149,10 +149,11 @@ def parse(data: bytes | bytearray, where: str, *, strict: bool = False) -> Any:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is given twice")
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r:.60} is given twice")
+        found[name] = value
     return found
 
 

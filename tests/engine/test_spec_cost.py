@@ -70,6 +70,7 @@ BOMBS = {
     + ", ".join(["{<<: *a}"] * 20_000) + "]\nstages: {x: {uses: y}}\n",
     "merged twice": HEAD + "vars:\n  a: &a {" + ", ".join(f"k{i}: 1" for i in range(20_000)) + "}\n  s: &s {z: 1}\n"
     + "  b: {<<: *a, " + ", ".join(["<<: *s"] * 20_000) + "}\nstages: {x: {uses: y}}\n",
+    "tagged": "".join(f"%TAG !a{i}! b\n" for i in range(250_000)) + "---\n" + HEAD + "stages: {x: {uses: y}}\n",
 }  # fmt: skip
 
 

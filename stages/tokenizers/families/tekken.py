@@ -106,8 +106,7 @@ def _special_tokens(entries: Any, count: int, version: str) -> list[str]:
         stated[rank] = text
     tokens = [stated.get(rank, f"<SPECIAL_{rank}>") for rank in range(count)]
     if len(set(tokens)) != len(tokens):
-        twice = next(text for text in tokens if tokens.count(text) > 1)
-        raise ValueError(f"T03: special token {twice!r} is there twice")
+        raise ValueError(f"T03: special token {json_tables.first_twice(tokens)!r} is there twice")
     return tokens
 
 

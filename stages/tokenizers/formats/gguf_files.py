@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stages.checkpoint.gguf import container
 from stages.checkpoint.strict_json import shown
 from stages.tokenizers.errors import TokenizerError
+from stages.tokenizers.formats.json_tables import first_twice
 from stages.tokenizers.formats.metaspace import SPACE
 from stages.tokenizers.formats.patterns import GPT2, LLAMA3, QWEN, TEKKEN
 from stages.tokenizers.formats.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -185,8 +186,9 @@ def _byte_level(read: _Metadata) -> JsonObject:
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     if len(set(read.tokens)) != len(read.tokens):
-        twice = next(token for token in read.tokens if read.tokens.count(token) > 1)
-        raise ValueError(f"T05: the token {shown(twice)} is there more than once in tokenizer.ggml.tokens")
+        raise ValueError(
+            f"T05: the token {shown(first_twice(read.tokens))} is there more than once in tokenizer.ggml.tokens"
+        )
     pairs = [merge.split(" ") for merge in read.list("merges", str)]
     wrong = next((pair for pair in pairs if len(pair) != 2), None)
     if wrong:

@@ -27,7 +27,7 @@ def read_object(path: Path) -> JsonObject:
         value = dict(pairs)
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"{len(pairs) - len(value)} keys twice, such as {_first_twice(keys)!r}")
+            raise ValueError(f"{len(pairs) - len(value)} keys twice, such as {first_twice(keys)!r}")
         return value
 
     try:
@@ -52,7 +52,7 @@ def table(value: Any, where: str) -> dict[str, int]:
     if long:
         raise TokenizerError(f"{where}: token {long[0][:40]!r}... of {len(long[0]):,} characters is no token")
     if len(set(value.values())) != len(value):
-        twice = _first_twice(value.values())
+        twice = first_twice(value.values())
         raise TokenizerError(f"{where}: id {twice} has the tokens {[t for t, i in value.items() if i == twice][:3]}")
     return value
 
@@ -120,7 +120,7 @@ def added_tokens(value: Any, where: str) -> tuple[Added, ...]:
     for what in ("content", "id"):
         values = [getattr(token, what) for token in tokens]
         if len(set(values)) != len(values):
-            raise TokenizerError(f"{where}: T03: two added tokens have the {what} {_first_twice(values)!r}")
+            raise TokenizerError(f"{where}: T03: two added tokens have the {what} {first_twice(values)!r}")
     return tuple(tokens)
 
 
@@ -138,7 +138,8 @@ def types(part: Any) -> list[Any]:
     return [step.get("type") for step in flat(part)]
 
 
-def _first_twice(values: Iterable[Any]) -> Any:
+def first_twice(values: Iterable[Any]) -> Any:
+    """Return the first value that is there a second time, None if none is."""
     seen = set()
     for value in values:
         if value in seen:
