@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 GRAPHS = ("parts", "parameters", "constants", "older")  # of a traced model's config, too long to be shown
 SHOWN = 80  # characters of a key or a value in the view
 
@@ -34,7 +35,7 @@ class ConfigParse(Stage):
 
         checkpoint: Source = source(
             "checkpoint directory in Hugging Face format, or a GGUF file",
-            include=(CONFIG, GENERATION, "*.safetensors", "*.safetensors.index.json"),
+            include=(CONFIG, GENERATION, *WEIGHTS),
             alone=("*.gguf",),
         )
         context_window: int = param("positions to build for; 0: all the model was made for", default=0, minimum=0)
@@ -284,7 +285,7 @@ def _in_place(root: Path, otherwise: str) -> str:
     if not root.is_dir():
         return otherwise
     return (
-        misplaced.broken_links(root)
+        misplaced.broken_links(root, (CONFIG, *WEIGHTS))
         or foreign.described(path.name for path in root.iterdir())
         or misplaced.checkpoints_below(root)
         or otherwise

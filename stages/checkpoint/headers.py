@@ -173,7 +173,7 @@ def _weight_map(path: Path, index: str, files: Mapping[str, Path]) -> dict[str, 
         elif shard not in files:
             problems.append(f"{shard}: the shard is missing, although {index} names it")
     if problems:
-        broken = misplaced.broken_links(path.parent)
+        broken = misplaced.broken_links(path.parent, ("*.safetensors",))
         raise ConfigError(*capped(problems), *([broken] if broken else []))
     return weight_map
 

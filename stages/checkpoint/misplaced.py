@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
 CONFIG = "config.json"
@@ -30,9 +32,12 @@ def no_text(data: bytes) -> str:
     return pointer(data) if data.strip() else "is empty; fetch it again"
 
 
-def broken_links(root: Path) -> str:
-    """Name the links in a folder that lead to no file, as those of a hub cache that was copied; empty if none does."""
-    broken = sorted(path.name for path in root.iterdir() if path.is_symlink() and not path.exists())
+def broken_links(root: Path, patterns: Collection[str]) -> str:
+    """Name the links in a folder, of the names that are wanted by ``patterns``, that lead to no file, as those of a hub
+    cache that was copied; empty if none does.
+    """
+    links = sorted(path.name for path in root.iterdir() if path.is_symlink() and not path.exists())
+    broken = [name for name in links if any(fnmatchcase(name, pattern) for pattern in patterns)]
     more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
     are = "is a link to a file that is" if len(broken) == 1 else "are links to files that are"
     if not broken:

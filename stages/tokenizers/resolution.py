@@ -324,7 +324,7 @@ def _shown(value: Any) -> str:
 
 def _known(root: Path) -> str:
     """Say what the user may have meant: what is in the place of a file, or which families there are."""
-    if instead := misplaced.broken_links(root):
+    if instead := misplaced.broken_links(root, {each for rule in RULES.values() for each in (*rule.patterns, CONFIG)}):
         return instead
     rules = (
         f"{name} ({''.join(f'{known}, vocabulary ' for known in rule.classes[:1])}{' or '.join(rule.patterns)})"

@@ -287,6 +287,7 @@ def test_links_that_lead_nowhere_are_named_with_the_missing_shard(tmp_path: Path
     write_qwen(tmp_path)
     (tmp_path / FIRST).unlink()
     (tmp_path / FIRST).symlink_to("../../blobs/0")
+    (tmp_path / "README.md").symlink_to("../../blobs/1")  # nothing of it is missed
     with pytest.raises(ConfigError) as caught:
         read_headers({name: path for name, path in files(tmp_path).items() if path.exists()})
     assert f"{FIRST} is a link to a file that is not there; copy" in caught.value.problems[1]

@@ -89,6 +89,10 @@ def test_a_class_that_is_not_known_leaves_it_to_the_files_and_is_said(tmp_path, 
 
 def test_no_files_no_vocabulary_and_ambiguity_are_each_said(tmp_path):
     assert "no tokenizer files there; known families" in error_of(tmp_path)
+    (tmp_path / "README.md").symlink_to("../../blobs/1")  # nothing of it is missed
+    assert "no tokenizer files there; known families" in error_of(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to("../../blobs/2")
+    assert "no tokenizer files there; tokenizer.json is a link to a file that is not there" in error_of(tmp_path)
     assert "no vocabulary of a known family among tokenizer.model" in error_of(tmp_path, tokenizer__model=b"x")
     config = {"tokenizer_config__json": QWEN_CONFIG}
     assert "needs its vocabulary, *.tiktoken; it is not among" in error_of(tmp_path, **config)
