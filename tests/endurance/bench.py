@@ -17,6 +17,7 @@ import pytest
 
 from stagegraph import registry
 from stagegraph.cli.main import main
+from tests.endurance import forks
 
 ROOT = Path(__file__).parents[2]
 LIB = Path(__file__).parent / "lib"
@@ -72,6 +73,12 @@ class Bench:
         assert code in {None, process.returncode}, f"{argv}: exit {process.returncode}\n{out[-2000:]}\n{err[-2000:]}"
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
+    def forked(self, *argv: str, **extra: object) -> subprocess.CompletedProcess[str]:
+        """Run a command, without a traceback, in a process that need not import what it runs."""
+        done = forks.run([*argv], self.folder, self.env(**extra))
+        assert "Traceback" not in done.stdout + done.stderr, f"{argv}: {done.stderr[-3000:]}"
+        return done
+
     def here(self, verb: str, *argv: str) -> str:
         """Run a command that executes nothing in this process, which takes a tenth of the time; return what it said."""
         out = io.StringIO()
@@ -88,7 +95,9 @@ class Bench:
 
     def run(self, *argv: str, **extra: Any) -> dict[str, dict[str, Any]]:
         """Run the pipeline; return what the run says of each node."""
-        return {n["node"]: n for n in json.loads(self("run", "--json", *argv, **extra).stdout)["nodes"]}
+        done = self.forked("run", "--json", *argv, **extra)
+        assert not done.returncode, f"{argv}: exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return {n["node"]: n for n in json.loads(done.stdout)["nodes"]}
 
     def shown(self) -> dict[str, str]:
         """Every file that ``artifacts/`` shows, by name, with its digest."""
