@@ -208,6 +208,11 @@ def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> JsonObje
         raw = strict_json.read_object(files[CONFIG], CONFIG)
     except ValueError as error:
         raise StageError(f"{root}: {error}") from None
+    if raw.get("configuration_files") not in (None, [], [CONFIG]):
+        raise StageError(
+            f"{root}: {CONFIG}: configuration_files names others, of which transformers reads one by its own version; "
+            f"save the one that is meant as {CONFIG}, without this key"
+        )
     _check_type(raw, root, params.frontend)
     return raw
 

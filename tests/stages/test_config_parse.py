@@ -89,6 +89,21 @@ def test_rows_name_the_family_and_tolerate_what_is_not_there(checkpoint: Path, t
         assert rows(checkpoint) == {}
 
 
+def test_a_config_in_whose_place_transformers_reads_another_is_refused(checkpoint: Path):
+    from transformers import AutoConfig
+
+    values = json.loads((checkpoint / "config.json").read_text()) | {"model_type": "llama"}
+    write_json(checkpoint / "config.4.0.0.json", {**values, "rope_theta": 5.0})
+    write_json(checkpoint / "config.json", {**values, "configuration_files": ["config.4.0.0.json"]})
+    assert AutoConfig.from_pretrained(checkpoint).to_dict()["rope_parameters"]["rope_theta"] == 5
+    (problem,) = problems(checkpoint)
+    assert problem.startswith(
+        "config.json: configuration_files names others, of which transformers reads one by its own"
+    )
+    change(checkpoint, "config.json", configuration_files=["config.json"], model_type="qwen")
+    parse(checkpoint, checkpoint.parent / "out")
+
+
 def test_no_config_and_no_weights(checkpoint: Path):
     for path in checkpoint.glob("*.safetensors*"):
         path.unlink()
