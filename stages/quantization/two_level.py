@@ -79,10 +79,16 @@ def dequantize(q_weight: np.ndarray, q_scale: np.ndarray, q_outer: np.ndarray, r
 
 def steps(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what a code is worth in each place, and what is taken from it, float32 [n, k] each."""
+    of_groups = steps_of_groups(q_scale, q_outer, row, row.groups(k))
+    step, low = (np.repeat(each, row.group_size, axis=1)[:, :k] for each in of_groups)
+    return step, low
+
+
+def steps_of_groups(q_scale: np.ndarray, q_outer: np.ndarray, row: Row, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a code of each group is worth, and what is taken from it, float32 [n, groups] each."""
     floats = q_outer.astype(np.float32).reshape(len(q_outer), -1, 2)
-    levels = unpack_levels(q_scale, row.groups(k), row.bits)
-    worth = (_worth(floats[..., which], levels[which].astype(np.float32), row) for which in (0, 1))
-    step, low = (np.repeat(each, row.group_size, axis=1)[:, :k] for each in worth)
+    levels = unpack_levels(q_scale, groups, row.bits)
+    step, low = (_worth(floats[..., which], levels[which].astype(np.float32), row) for which in (0, 1))
     return step, low
 
 

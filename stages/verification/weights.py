@@ -14,11 +14,11 @@ import numpy as np
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.models import transforms
 from stages.models.family import norm_bias
-from stages.quantization import feedback, float8, group, layouts, minimum, two_level
+from stages.quantization import layouts
 from stages.quantization.blocks import row_blocks
 from stages.quantization.parameter import restored
 from stages.quantization.rows import Row
-from stages.sizes import LEVEL_BITS, SHARING, level_blocks
+from stages.verification import allowed, tiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from stages.documents.params import Parameter, Register
     from stages.runtime.tensor_cache import Record
 
-# By how much the stored scale may be off, by its dtype: its rounding, and what it is off by below the normal range. A
-# code is worth up to `top` scales. The division and the product in float32 come on top.
-_SCALE_ERROR = {"float32": (2.0**-24, 2.0**-149), "float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 2.0**-134)}
 SHARE = 3  # times the values of the largest parameter: what is compared at once may have together
 
 
@@ -203,9 +200,14 @@ def differences(
     factors, biases = _factors(registry, records, checkpoint) if scales == "awq" else ({}, {})
 
     def compare(entry: Parameter) -> list[str]:
+        originals = {source: checkpoint[source] for source in entry["sources"]}
+        if scales != "awq" and tiles.agree(
+            entry, [records[name].load() for name in entry["stored"]], [*originals.values()], scales
+        ):
+            return []
         found = []
         for each in _of_parameter(entry, records):
-            whole = checkpoint[each.source]
+            whole = originals[each.source]
             if each.source in biases:  # of a norm that was divided
                 whole = np.asarray(whole, np.float32) * (1 / biases[each.source])
             found.append(_difference(each, whole, factors.get(each.source), scales))
@@ -249,7 +251,7 @@ def _difference(bundled: BundledTensor, whole: np.ndarray, factor: np.ndarray | 
         if tensor.row:
             wanted = wanted if factor is None else wanted * factor
             matrix = wanted.reshape(-1, wanted.shape[-1])
-            wrong = ~(np.abs(values - wanted) <= _allowed(matrix, tensor.row, scales).reshape(wanted.shape))
+            wrong = ~(np.abs(values - wanted) <= allowed.of_values(matrix, tensor.row, scales).reshape(wanted.shape))
         elif factor is not None:  # a norm: what reads it shows whether it was divided by the right numbers
             wrong = ~((factor[rows] > 0) & np.isfinite(factor[rows]))
         else:
@@ -296,71 +298,3 @@ def _in_rows(tensor: BundledTensor, original: np.ndarray) -> tuple[BundledTensor
     if not tensor.shape:
         return replace(tensor, shape=(1,), stored=[tensor.stored[0].reshape(1)]), original.reshape(1)
     return tensor, original.swapaxes(-1, -2) if tensor.turned else original
-
-
-def _allowed(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
-    """Return how far a held value may be from each of ``wanted`` [n, k]."""
-    if row.kind == "float8":
-        # As below, of each group; a scale that others chose may be up to twice the plain one.
-        starts = np.arange(0, wanted.shape[1], row.group_size)
-        peaks = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
-        smallest = np.repeat(peaks, row.group_size, axis=1)[:, : wanted.shape[1]] * np.float32(2**-9 / float8.LARGEST)
-        in_groups: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest
-        return in_groups
-    if row.kind == "tensor":
-        # Half a unit of three bits; below the smallest normal number, half of the smallest there is.
-        smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)
-        allowed: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest + np.float32(float8.LEAST_SCALE)
-        return allowed
-    if row.levels:
-        return _allowed_in_two_levels(wanted, row, scales)
-    size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
-    moved = _moved(row, scales)
-    starts = np.arange(0, wanted.shape[1], size)
-    peak = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
-    if row.minimum:
-        step = np.maximum.reduceat(wanted, starts, axis=1) - np.minimum.reduceat(wanted, starts, axis=1)
-        step /= np.float32(row.most)
-        steps = 0.5 if scales == "max" else minimum.FURTHEST
-        rounding = peak * np.float32(relative + 1e-6) + np.float32((1 + row.most) * absolute)
-        allowed = step * np.float32(steps + 2 * row.most * relative + 1e-5) + rounding * np.float32(2 * steps)
-        allowed += step * moved
-    else:
-        step = peak / np.float32(row.top)
-        steps = {"max": 0.5, "full": 1}.get(scales, max(0.5, row.top * (1 - group.TRIED[-1] / group.PARTS)))
-        allowed = step * np.float32(steps + row.top * relative + 1e-5) + np.float32(row.top * absolute)
-        allowed += step * moved
-    return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
-
-
-def _allowed_in_two_levels(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
-    """As :func:`_allowed`, of groups whose scale and minimum are levels of what a block of groups shares.
-
-    A level is off by half of a part of the largest of the block, and a group whose scale came out small loses its
-    largest values: those are off by as many steps as there are codes.
-    """
-    size, (relative, absolute) = row.group_size, _SCALE_ERROR[row.scale_dtype]
-    starts = np.arange(0, wanted.shape[1], size)
-    low = np.minimum(np.minimum.reduceat(wanted, starts, axis=1), np.float32(0))
-    step = (np.maximum.reduceat(wanted, starts, axis=1) - low) / np.float32(row.most)
-    blocks = np.arange(level_blocks(len(starts), row.bits)) * SHARING[row.bits]
-    sizes = np.diff(blocks, append=len(starts))
-    tops = two_level.TOPS[LEVEL_BITS[row.bits]]
-    top = tops[0] if scales == "max" else tops[-1]
-    half = np.float32(0.5 / top + 2 * relative + 1e-5)  # of a level; what the shared float is off by
-    off_step, off_low = (
-        np.repeat(np.maximum.reduceat(each, blocks, axis=1) * half, sizes, axis=1) for each in (step, -low)
-    )
-    steps = 0.5 if scales == "max" else minimum.FURTHEST
-    tiny = np.float32((1 + row.most) * tops[0] * absolute)
-    allowed = (step * np.float32(steps) + off_step * np.float32(row.most + 1) + off_low + tiny) * np.float32(2 * steps)
-    allowed += (step + off_step) * _moved(row, scales)
-    return np.repeat(allowed, size, axis=1)[:, : wanted.shape[1]]
-
-
-def _moved(row: Row, scales: str) -> np.float32:
-    """Return by how many steps of the plain scale feedback may have moved a value: a searched step is longer at most
-    by what the ends of the range may be off.
-    """
-    longest = 1 + 2 * minimum.FURTHEST / row.most if row.minimum else 1.5
-    return np.float32(feedback.FURTHEST * longest if scales == "gptq" else 0)

@@ -13,8 +13,7 @@ from stages.quantization.feedback import Feedback
 from stages.quantization.parameter import quantize, restored
 from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
-from stages.verification import weights
-from stages.verification.weights import _allowed
+from stages.verification import allowed, weights
 
 K, N = 512, 48
 ROWS = {row.name: row for scheme in SCHEMES.values() for row in scheme.rows if row.kind == "group"}
@@ -46,7 +45,7 @@ def test_right_weights_are_never_refused(name: str, scales: str, kind: str) -> N
     passed_on, costs = np.eye(K, k=1, dtype=np.float32), np.ones(K, np.float32)
     feedback = Feedback(np.arange(K), passed_on, costs) if scales == "gptq" else None
     held = restored(quantize(weight, row, scales, importance, feedback), row, K)
-    assert (np.abs(held - weight) <= _allowed(weight, row, scales)).all()
+    assert (np.abs(held - weight) <= allowed.of_values(weight, row, scales)).all()
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -54,7 +53,7 @@ def test_weights_of_a_neighbouring_group_are_refused(name: str) -> None:
     row, weight = ROWS[name], values("outliers")
     size: int = row.group_size
     held = np.roll(restored(quantize(weight, row, "max"), row, K), size, axis=1)
-    wrong = np.abs(held - weight) > _allowed(weight, row, "max")
+    wrong = np.abs(held - weight) > allowed.of_values(weight, row, "max")
     assert wrong.any(axis=1).all()
 
 
