@@ -286,11 +286,13 @@ class Workspace(Locks):
                 self._know(pipeline, node, {**known, "record": (stat, brief(record))})
             return []
         with self.locked(f"node-{digest_json([pipeline, node])}", wait=True):  # one run at a time in one directory
+            for parent in dict.fromkeys(f"{dotted(node)}/{name}".rpartition("/")[0] for name in wanted):
+                real_directories(self._artifacts, f"{pipeline}/{parent}")
+            # What was in place behind a link to a folder is not any more, and nothing behind it is touched.
+            restored += [name for name in files if not os.path.lexists(f"{shown}/{name}")]
             for name in restored:
-                file = f"{pipeline}/{dotted(node)}/{name}"
-                real_directories(self._artifacts, file.rpartition("/")[0])
-                self.store.place(wanted[name][0], f"{self._artifacts}/{file}", known=wanted[name][0] in verified)
-                files[name] = [wanted[name][0], list(stat_id(f"{self._artifacts}/{file}"))]
+                self.store.place(wanted[name][0], f"{shown}/{name}", known=wanted[name][0] in verified)
+                files[name] = [wanted[name][0], list(stat_id(f"{shown}/{name}"))]
             strays = remove_strays(shown, wanted)
             state: Materialised = {"key": key, "files": files, "folders": folder_times(shown, wanted)}
             state["objects"] = self._object_stats(wanted)

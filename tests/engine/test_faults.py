@@ -369,6 +369,20 @@ def test_links_and_files_in_the_way_are_replaced_never_followed(demo: Demo) -> N
     assert demo("status", str(demo.pipeline), "--check").code == 0
 
 
+def test_a_folder_that_was_moved_and_linked_back_loses_nothing(demo: Demo) -> None:
+    demo.run()
+    moved = demo.folder / "moved"
+    demo.path("shape.line").rename(moved)
+    demo.path("shape.line").symlink_to(moved)
+    (moved / "mine").write_text("mine")
+    before = {path.relative_to(moved) for path in moved.rglob("*")}
+    assert demo.run().code == 0
+    assert {path.relative_to(moved) for path in moved.rglob("*")} == before
+    shown = demo.path("shape.line")
+    assert not shown.is_symlink()
+    assert {path.relative_to(shown) for path in shown.rglob("*")} == before - {Path("mine")}
+
+
 def test_nodes_with_one_key_run_once(demo: Demo) -> None:
     demo.pipeline.write_text(
         demo.pipeline.read_text().replace("  join:", "  again: {uses: read, with: {text: words}}\n  join:")
