@@ -212,6 +212,7 @@ def test_a_truncated_file_is_named(share: float, copy: Path, tmp_path: Path) -> 
     put(copy, length=int(share * copy.stat().st_size))
     said = problem(copy, tmp_path / "out")
     assert "model.gguf: truncated" in said or "model.gguf: not a GGUF file" in said
+    assert "fetch it again" in said
 
 
 def test_what_no_file_may_claim_is_refused(copy: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ class _Cursor:
         if len(data) != count:
             raise ValueError(
                 f"{self.name}: truncated: {what} of {count:,} bytes at byte {self.at:,} does not fit a file of "
-                f"{self.size:,} bytes"
+                f"{self.size:,} bytes; fetch it again"
             )
         self.at += count
         return data
