@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = [str(ROOT / "examples" / name) for name in ("tiny-qwen", "tiny-llama")]
 PAD = 0
-CALIBRATED = 4096  # tokens that calibrate reads
+CALIBRATED = 8192  # tokens that calibrate reads
 sys.path += [str(ROOT), str(ROOT / "examples" / "tiny-qwen")]
 
 # Schemes with how scales are chosen, and ggml's type that each must not cost more than.

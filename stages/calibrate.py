@@ -33,7 +33,7 @@ class Calibrate(Stage):
             include=("*.txt", "*.jsonl"),
             optional=True,
         )
-        tokens: int = param("how many tokens of the corpus are read", default=4096, minimum=256)
+        tokens: int = param("how many tokens of the corpus are read", default=8192, minimum=256)
         feedback: bool = param(
             "also keep how errors of some columns are made up for by others, for scales: gptq of quantize: k * k bytes "
             "for each input of k channels",
