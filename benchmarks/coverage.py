@@ -62,6 +62,9 @@ SMALL: dict[str, Any] = {
     "linear_head_dim": 16,
     "laurel_rank": 8,
     "vocab_size_per_layer_input": 131,
+    "index_topk": 40,
+    "index_n_heads": 16,  # a score of zero, at which tokens are equal, is that of all heads
+    "index_head_dim": 16,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
@@ -113,6 +116,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "attention_window_size": 20, "lru_width": 64},
     "hrm_text": {"H_cycles": 2, "L_cycles": 2, "num_layers_per_stack": 2, "num_hidden_layers": 12},
+    **{name: {"indexer_types": ["full", "shared"]} for name in ("glm_moe_dsa", "hy_v4")},
     # Loading one, transformers makes the row of its padding zeros, which a tied head reads; the published one has none.
     "youtu": {"pad_token_id": None},
 }

@@ -98,11 +98,12 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
     config: Any = None
     headers = Headers({}, ())
     generation: GenerationDefaults | None = None
-    window = 0
+    window, note = 0, ""
     try:
         config = family.parse(raw)
-        family = family.of(family, config)
         window = family.context_window(config, ctx.params.context_window)
+        config, note = family.for_context(config, window)
+        family = family.of(family, config)
     except ConfigError as error:
         problems += error.problems
     try:
@@ -124,7 +125,7 @@ def _parse(ctx: Context, checkpoint: SourceFiles, folder: Path) -> None:
     if problems or found is None or generation is None:
         raise StageError(*(f"{given}: {problem}" for problem in problems))
 
-    config, note = family.for_context(found.config, window)
+    config = found.config
     for text in [*found.notes, *([note] if note else [])]:
         ctx.warn(text)
     tensors, model = headers.tensors, _model(row, family, config, window)

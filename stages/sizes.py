@@ -15,6 +15,13 @@ N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stage
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 
 
+def words_of(context: int) -> int:
+    """Return how many words say which of ``context`` tokens are attended to, one bit each and PAGE_SIZE in a word, and
+    one word more: any PAGE_SIZE tokens in a row are then in two words.
+    """
+    return -(-context // PAGE_SIZE) + 1
+
+
 def level_words(groups: int, bits: int) -> int:
     """Return the words of the levels of a row of ``groups`` with elements of ``bits``: of four bits, those of four
     groups are a word; of six, those of eight are three, and as few as hold the rest.

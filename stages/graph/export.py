@@ -92,6 +92,7 @@ class Build:
             "scores with a soft cap": attention.softcap,
             "with sinks": attention.sinks,
             "within chunks": attention.chunk,
+            "to tokens that an indexer chooses": attention.words,
         }
         return tuple(what for what, value in kinds.items() if value)
 

@@ -105,7 +105,10 @@ def _replacements(build: Build) -> dict[str, tirx.PrimFunc]:
             else {}
         )
         return made | {name: kernel(*numbers, seen) for name, kernel in kernels.items()}
-    layers, own = len(build.cache_kinds), cpu_attention.Options(attention.softcap, attention.sinks, attention.chunk)
+    layers, own = (
+        len(build.cache_kinds),
+        cpu_attention.Options(attention.softcap, attention.sinks, attention.chunk, attention.chosen, attention.words),
+    )
     made |= {
         "tir_kv_cache_transpose_append": kv_cache.append(heads),
         "copy_single_page_cpu": kv_cache.copy_page(heads),

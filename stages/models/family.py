@@ -60,7 +60,9 @@ class AttentionCache:
     alone. With a ``chunk`` c > 0, layers that ask with a negative scale see those tokens alone whose position divided
     by c is the query's: the runtime tells kernels nothing else of their layer. A score x of attention becomes
     ``softcap`` * tanh(x / softcap), where there is one. In the channel ``sinks`` of queries, if it is not 0, is the
-    score of a sink, which takes its part of a softmax and has no value; it is 0 in keys. Without ``frequencies``
+    score of a sink, which takes its part of a softmax and has no value; it is 0 in keys. With ``words`` w > 0, the w
+    channels from ``chosen`` on of all heads of a query, one head after the other, are words of PAGE_SIZE bits as
+    integers: it sees the tokens alone at whose positions there is a 1; they are 0 in keys too. Without ``frequencies``
     nothing is turned here: the graph has done it.
     """
 
@@ -76,6 +78,8 @@ class AttentionCache:
     chunk: int = 0
     softcap: float = 0.0
     sinks: int = 0
+    chosen: int = 0
+    words: int = 0
 
     @property
     def rotary_dim(self) -> int:

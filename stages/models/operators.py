@@ -17,6 +17,7 @@ from stages.models.choosing import CHOOSING
 from stages.models.layers import Linear
 from stages.models.matrices import take
 from stages.models.recurrence import RECURRENCE
+from stages.sizes import PAGE_SIZE
 
 NO_WEIGHT = -3e4  # a score whose power is 0, in half precision too
 
@@ -230,19 +231,21 @@ def attention(
     by_token: str = "",
     sinks: Any = None,
     chunk: int = 0,
+    chosen: Tensor | None = None,
     **_of_the_cache: Any,
 ) -> Tensor:
     """Attention of q [1, heads, s, d], k and v [1, kv heads, s, d] over the cache, or of ``qkv`` [1, s, all of them one
     after the other]: [1, s, heads, d of v]. Those named in ``by_token`` are [1, s, heads, d].
 
     Heads are widened by zeros to what the cache has, which add nothing to any product, and those of k and v are there
-    several times where it has more of them. Of ``sinks`` [heads] each query has its own in a channel of its own. With a
-    ``chunk`` the scale is negative (:class:`~stages.models.family.AttentionCache`).
+    several times where it has more of them. Of ``sinks`` [heads] each query has its own in a channel of its own, and in
+    others the words that say which tokens were ``chosen`` [1, s, words]. With a ``chunk`` the scale is negative
+    (:class:`~stages.models.family.AttentionCache`).
     """
     assert values.cache is not None
     assert values.attention is not None
     own = values.attention
-    wide, times = own.sinks or own.head_dim, own.num_kv_heads // kv_heads
+    wide, times = own.sinks or own.chosen or own.head_dim, own.num_kv_heads // kv_heads
     if qkv is not None:
         qkv = reshape(values, qkv, (1, qkv.shape[1], heads + 2 * kv_heads, width))
         if times > 1:
@@ -260,7 +263,10 @@ def attention(
     else:
         qkv = _widened(qkv, wide)
     if own.sinks:
-        qkv = _widened(_with_sinks(values, qkv, heads, sinks), own.head_dim)
+        qkv = _with_sinks(values, qkv, heads, sinks)
+    if own.words:
+        qkv = _with_chosen(values, qkv, heads, chosen)
+    qkv = _widened(qkv, own.head_dim)
     y = values.cache.attention_with_fused_qkv(values.layers, qkv, heads, sm_scale=-scale if chunk else scale)
     values.layers += 1
     return y if value_width == own.head_dim else cut(values, y, 3, 0, value_width, 1)
@@ -274,6 +280,18 @@ def _with_sinks(values: Values, qkv: Tensor, heads: int, sinks: Any) -> Tensor:
     else:
         of_queries = broadcast(values, reshape(values, sinks.astype(qkv.dtype), (1, 1, heads, 1)), shape)
     others = full(values, 0.0, qkv.dtype, (*qkv.shape[:2], qkv.shape[2] - heads, 1))
+    return op.concat([qkv, op.concat([of_queries, others], dim=2)], dim=3)
+
+
+def _with_chosen(values: Values, qkv: Tensor, heads: int, chosen: Tensor | None) -> Tensor:
+    """Return qkv [1, s, h, d] with channels more: the words of queries (all tokens where ``chosen`` is None)."""
+    assert values.attention is not None
+    words, tokens = values.attention.words, qkv.shape[1]
+    if chosen is None:
+        of_queries = full(values, float((1 << PAGE_SIZE) - 1), qkv.dtype, (1, tokens, heads, words))
+    else:
+        of_queries = op.reshape(_widened(chosen.astype(qkv.dtype), heads * words), (1, tokens, heads, words))
+    others = full(values, 0.0, qkv.dtype, (1, tokens, qkv.shape[2] - heads, words))
     return op.concat([qkv, op.concat([of_queries, others], dim=2)], dim=3)
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from tvm.relax.frontend.nn import Tensor, op
 
 from stages.kernels import recurrences
+from stages.kernels.cpu.choose import choose_tokens, kept_keys
 from stages.models.arithmetic import Values, computed
 from stages.models.rwkv_layers import StateTensor
+from stages.sizes import words_of
 
 
 def causal_conv(values: Values, x: Tensor, weight: Any, channels: int, taps: int, bias: Any = None) -> Tensor:
@@ -93,6 +95,28 @@ def delta_rule(
     return op.reshape(y, (1, n, heads, width)).astype(values.compute_dtype)
 
 
+def choose(
+    values: Values,
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    positions: Tensor,
+    heads: int,
+    size: int,
+    count: int,
+    context: int,
+) -> Tensor:
+    """The tokens that score most with each query of q [1, s, heads, size], of k [1, s, size] and those before, as
+    words [1, s, words]; heads count as ``weights`` [1, s, heads] say.
+    """
+    n = k.shape[1]
+    sizes = ((q, heads * size), (k, size), (weights, heads), (positions, 1))
+    operands = [op.reshape(each, (n, width)) for each, width in sizes]
+    words = words_of(context)
+    y = _walked(values, "choose", choose_tokens(heads, size, count, context), operands, words)
+    return op.reshape(y, (1, n, words))
+
+
 def _walked(values: Values, name: str, kernel: Any, operands: Sequence[Tensor], width: int) -> Tensor:
     """Return [s, width] of what ``kernel`` makes of the operands and of the next tensor of the state."""
     states = values.states
@@ -117,6 +141,7 @@ KEPT: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "selective_scan": lambda node: node["channels"] * node["size"],
     "linear_scan": lambda node: node["channels"],
     "delta_rule": lambda node: node["heads"] * node["size"] * node["width"],
+    "choose": lambda node: kept_keys(node["size"], node["context"]),
 }
 RECURRENCE: dict[str, Callable[..., Any]] = {
     "causal_conv": causal_conv,
@@ -124,6 +149,7 @@ RECURRENCE: dict[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "linear_scan": linear_scan,
     "delta_rule": delta_rule,
+    "choose": choose,
 }
 
 

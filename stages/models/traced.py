@@ -16,13 +16,14 @@ import numpy as np
 from stages.checkpoint.errors import ConfigError
 from stages.models.family import AttentionCache, Family, Param
 from stages.models.naming import suffixes, unwrapped
+from stages.sizes import words_of
 
 if TYPE_CHECKING:
     from stages.documents.files import JsonObject
     from stages.models.family import ReferenceModel, WeightValues
 
 # Operators of layers that keep a state of each sequence.
-KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "linear_scan", "delta_rule")
+KEEPING = ("causal_conv", "ssm_scan", "selective_scan", "linear_scan", "delta_rule", "choose")
 LANES = 16  # channels of a head come in multiples of so many, where kernels are ours
 
 
@@ -37,8 +38,8 @@ class TracedConfig:
     embedding, which are one where it is ``tied``; ``embedding`` is that of the tokens; ``unread`` are names of the
     state dict that nothing reads; ``older`` are those that a checkpoint of an earlier transformers may have otherwise
     (:func:`stages.tracing.older.forms`). ``frequencies`` and ``attention_factor`` are what the cache turns heads by, as
-    in :class:`~stages.models.family.AttentionCache`. ``settled`` is the context that rotary frequencies were chosen
-    for, 0 if they do not depend on it; then ``unsettled`` is config.json as it was read.
+    in :class:`~stages.models.family.AttentionCache`. ``settled`` is the context that it was traced for, 0 if
+    it does not depend on it; then ``unsettled`` is config.json as it was read.
     """
 
     model_type: str
@@ -81,11 +82,14 @@ class TracedConfig:
         windows = [layer["window"] for layer in layers]
         width = max(max(layer["width"], layer["value_width"]) for layer in layers)
         sinks = width if any("sinks" in layer for layer in layers) else 0
+        chosen = width + (sinks > 0)
+        contexts = [node["context"] for name, node in self.parts["body"]["nodes"] if name == "choose"]
+        words = -(-words_of(contexts[0]) // layers[0]["heads"]) if contexts else 0
         return AttentionCache(
             len(layers),
             layers[0]["heads"],
             math.lcm(*(layer["kv_heads"] for layer in layers)),
-            -(-(width + (sinks > 0)) // LANES) * LANES,
+            -(-(chosen + words) // LANES) * LANES,
             frequencies=tuple(self.frequencies),
             attention_factor=self.attention_factor,
             sliding_window=max(windows),
@@ -93,6 +97,8 @@ class TracedConfig:
             chunk=max(layer["chunk"] for layer in layers),
             softcap=layers[0]["softcap"],
             sinks=sinks,
+            chosen=chosen if words else 0,
+            words=words,
         )
 
 
@@ -157,7 +163,7 @@ def _chooses(config: TracedConfig) -> bool:
 
 
 def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
-    """Return the model with the rotary frequencies of so many positions, where they depend on it, and what to say."""
+    """Return the model as it is for so many positions, where it depends on them, and what to say."""
     note = (
         f"attention chooses among more than {config.max_positions} tokens, which is not supported: contexts end there"
         if _chooses(config)
@@ -166,8 +172,9 @@ def for_context(config: TracedConfig, window: int) -> tuple[TracedConfig, str]:
     if not config.settled:
         return config, note
     if config.settled != window:
-        again = parse(config.unsettled, window)
-        config = replace(again, tied=config.tied, wrapper=config.wrapper, parameters=config.parameters)
+        config = parse(config.unsettled, window)
+    if config.source.get("index_topk"):
+        return config, note
     chosen = (
         f"rotary frequencies are chosen by length: all sequences use those for {window} positions, the "
         "context_window; transformers uses others for shorter sequences"

@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 from stages.checkpoint.errors import ConfigError
+from stages.sizes import words_of
 
 NAME = "stagegraph"
 # What attention is handed that changes nothing for one whole sequence after another.
@@ -18,8 +19,8 @@ HARMLESS = {
     *("is_causal", "return_dict", "target_dtype", "position_embeddings", "past_key_values"),
 }
 _OPERATORS = {
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, float softcap, int window, int chunk)"
-    " -> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? chosen, float scale, float softcap, int window,"
+    " int chunk) -> Tensor",
     "linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "rms_norm": "(Tensor x, Tensor weight, float eps, float offset) -> Tensor",
     # x [t, k], weight [experts, n, k], or [experts, k, n] if it is transposed, chosen [t * c] -> [t * c, n]
@@ -35,6 +36,9 @@ _OPERATORS = {
     # q and k [b, n, key heads, size], v [b, n, heads, width], decay [b, n, heads] or [b, n, heads, size],
     # beta [b, n, heads] -> as v
     "delta_rule": "(Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta) -> Tensor",
+    # q [b, n, heads, size], k [b, n, size], weights [b, n, heads], positions [b, n] -> [b, n, words]: which tokens a
+    # query attends to, stages.kernels.cpu.choose
+    "choose": "(Tensor q, Tensor k, Tensor weights, Tensor positions, int count, int context) -> Tensor",
     # marks of stages.tracing.repeats: of an input and of a result of a traced layer, and what stands for another layer
     "enter": "(Tensor x, int call, int place) -> Tensor",
     "leave": "(Tensor x, int call, int place) -> Tensor",
@@ -76,6 +80,10 @@ def install() -> None:
     def _again(x: Any, like: Any, *_more: Any) -> Any:
         return [torch.empty_like(x[at]) for at in like]
 
+    @torch.library.register_fake(f"{NAME}::choose")
+    def _choose(q: Any, _k: Any, _weights: Any, _positions: Any, _count: int, context: int) -> Any:
+        return q.new_empty(q.shape[0], q.shape[1], words_of(context))
+
     first = ("enter", "leave", "causal_conv", "ssm_scan", "selective_scan", "linear_scan")
     for name, at in (*((name, 0) for name in first), ("delta_rule", 2)):
         torch.library.register_fake(f"{NAME}::{name}")(lambda *given, at=at: torch.empty_like(given[at]))
@@ -96,9 +104,12 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Any = None,
+    indices: Any = None,
     **more: Any,
 ) -> tuple[Any, None]:
-    """Take the place of attention: q [b, heads, n, d], k and v [b, kv heads, n, d] -> [b, n, heads, d]."""
+    """Take the place of attention: q [b, heads, n, d], k and v [b, kv heads, n, d] -> [b, n, heads, d]. ``indices`` are
+    what ``choose`` made; a mask of one number hides nothing.
+    """
     import torch
 
     where = type(module).__name__
@@ -106,13 +117,13 @@ def attention(
     if not causal:
         raise ConfigError(f"{where} attends to later tokens too: this is no decoder")
     strange = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.numel() > 1:
         strange.append("attention_mask")
     if strange:
         raise ConfigError(f"{where}: attention with {', '.join(strange)} is not supported")
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     reach = int(sliding_window or 0), module.attended_chunk
-    made = torch.ops.stagegraph.attention(q, k, v, s_aux, scale, float(softcap or 0), *reach)
+    made = torch.ops.stagegraph.attention(q, k, v, s_aux, indices, scale, float(softcap or 0), *reach)
     return made, None
 
 

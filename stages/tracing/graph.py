@@ -166,6 +166,7 @@ class GraphWriter:
             "selective_scan": self._kept,
             "linear_scan": self._kept,
             "delta_rule": self._kept,
+            "choose": self._kept,
         }
         if ours == "slice":
             self._slice(node, arguments)

@@ -13,16 +13,19 @@ if TYPE_CHECKING:
 
 
 def routers(part: GraphPart, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Return the weights of linear layers whose results choose experts, and of those with a single result, a gate."""
+    """Return the weights of linear layers whose results choose experts, of those that weight the heads of an
+    indexer, and of those with a single result, a gate.
+    """
     linear = [
         name for kind, arguments in part.nodes if kind == "linear" for name in read(arguments["weight"], "parameter")
     ]
     found = {name for name in linear if shapes[name][0] == 1}
+    deciding = {"expert_linear": "chosen", "choose": "weights"}
     waiting = [
         value
         for kind, arguments in part.nodes
-        if kind == "expert_linear"
-        for value in read(arguments["chosen"], "value")
+        if kind in deciding
+        for value in read(arguments[deciding[kind]], "value")
     ]
     seen: set[int] = set()
     while waiting:

@@ -30,5 +30,6 @@ def state_sizes(name: str, shapes: Sequence[Sequence[Any]]) -> dict[str, Any] | 
             **dict(zip(("heads", "width", "key_heads", "size"), (*shapes[2][2:], *first[2:]), strict=True)),
             "rates": shapes[3][3] if len(shapes[3]) == 4 else 1,
         },
+        "choose": lambda: {"heads": first[2], "size": first[3]},
     }
     return sizes[name]()

@@ -23,8 +23,8 @@ CHOSEN = ("keep_window_size",)
 @dataclass(frozen=True)
 class TracedSource:
     """``model`` of ``cls`` by ``config``, which is transformers' own reading; ``wrapper`` is the class of a model that
-    has it for its text part, empty if it stands alone. ``settled`` is the context that its rotary frequencies were
-    chosen for, 0 where they do not depend on it.
+    has it for its text part, empty if it stands alone. ``settled`` is the context that it was made for, 0 where
+    it does not depend on it: rotary frequencies may, and what attention chooses.
     """
 
     cls: Any
@@ -61,7 +61,7 @@ def open_source(raw: JsonObject, window: int) -> TracedSource:
     if getattr(config, "tie_word_embeddings", False):
         text.tie_word_embeddings = True  # the head is the wrapper's, whose word on it counts
     window = window or positions_of(text)
-    settled = window if settle(text, window) else 0
+    settled = window if settle(text, window) or getattr(text, "index_topk", None) else 0
     doors.install()
     try:
         model = _made(cls, text)
@@ -72,7 +72,7 @@ def open_source(raw: JsonObject, window: int) -> TracedSource:
             f"config.json: transformers' {cls.__name__} cannot be constructed from it: {_first(error)}"
         ) from None
     hollow.spread(model)
-    replace_written_out(model)
+    replace_written_out(model, window)
     wrapper = "" if text is config else type(config).__name__.removesuffix("Config")
     return TracedSource(cls, text, model, wrapper, settled)
 

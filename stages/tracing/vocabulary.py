@@ -32,7 +32,7 @@ ALIKE = (
     "slice select cat stack repeat_interleave mean sum softmax amax matmul linear layer_norm embedding index gather "
     "attention rms_norm linalg_vector_norm var addmm arange full topk scatter logical_or "
     "max argmax repeat expm1 log1p expert_linear reciprocal polar copy slice_scatter select_scatter "
-    "causal_conv ssm_scan selective_scan linear_scan delta_rule cumsum baddbmm"
+    "causal_conv ssm_scan selective_scan linear_scan delta_rule choose cumsum baddbmm"
 )
 # Without their overload where all of one name mean the same of what they are given.
 OPERATORS: dict[str, str] = {

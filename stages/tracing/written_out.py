@@ -17,9 +17,10 @@ from typing import Any
 from stages.tracing import doors
 
 
-def replace_written_out(model: Any) -> None:
-    """Let every module of :data:`WRITTEN_OUT` call the doors."""
+def replace_written_out(model: Any, window: int) -> None:
+    """Let every module of :data:`WRITTEN_OUT` call the doors, in contexts of ``window`` tokens."""
     for module in model.modules():
+        module.built_for = window
         for method, function in WRITTEN_OUT.get(type(module).__name__, {}).items():
             setattr(module, method, functools.partial(function, module))
 
@@ -230,6 +231,36 @@ def gemma3n(module: Any, inputs: Any) -> Any:
     return torch.relu(inputs - (inputs.mean(dim=-1, keepdim=True) + spread * deviations))
 
 
+def indexer(
+    module: Any,
+    hidden_states: Any,
+    q_resid: Any,
+    position_embeddings: Any,
+    _mask: Any,
+    position_ids: Any,
+    *,
+    rotation: str = "apply_rotary_pos_emb",
+    turned_last: bool = False,
+    **_more: Any,
+) -> Any:
+    """Take the place of an indexer's ``forward``, which chooses the tokens that a query attends to."""
+    import torch
+
+    turned, rotate = module.qk_rope_head_dim, vars(sys.modules[type(module).__module__])[rotation]
+    q = module.wq_b(q_resid).view(*hidden_states.shape[:2], module.n_heads, module.head_dim)
+    k = module.k_norm(module.wk(hidden_states)).unsqueeze(2)
+    sizes = [module.head_dim - turned, turned] if turned_last else [turned, module.head_dim - turned]
+    parts = [list(each.split(sizes, dim=-1)) for each in (q, k)]
+    at = 1 if turned_last else 0
+    both = rotate(parts[0][at], parts[1][at], *position_embeddings, unsqueeze_dim=2)
+    for part, found in zip(parts, both, strict=True):
+        part[at] = found
+    q, k = (torch.cat(part, -1) for part in parts)
+    weights = module.weights_proj(hidden_states) * (module.n_heads**-0.5 * module.softmax_scale)
+    count, context = int(module.index_topk), int(module.built_for)
+    return torch.ops.stagegraph.choose(q, k.squeeze(2), weights, position_ids, count, context)
+
+
 def without_mask(module: Any, *arguments: Any, **keywords: Any) -> Any:
     """Take the place of a ``forward`` that goes on with the mask it made, and give it one that says nothing."""
     import torch
@@ -237,12 +268,19 @@ def without_mask(module: Any, *arguments: Any, **keywords: Any) -> Any:
     forward = type(module).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__
-    names = {**forward.__globals__, "create_causal_mask": lambda **_keywords: torch.zeros(())}
+    names = {**forward.__globals__, "create_causal_mask": lambda **_keywords: torch.zeros(1, 1, 1, 1)}
     made = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made(module, *arguments, **keywords)
 
 
+# Families whose attention reads the tokens that an indexer chooses -> how theirs differs.
+INDEXED: dict[str, dict[str, Any]] = {
+    "DeepseekV32": {},
+    "AXK2": {},
+    "GlmMoeDsa": {"rotation": "apply_rotary_pos_emb_interleave"},
+    "HYV4": {"turned_last": True},
+}
 # Class of transformers -> method -> what takes its place.
 WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
     "GPTNeoSelfAttention": {"_attn": gpt_neo},
@@ -262,5 +300,7 @@ WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
     "JetMoeTopKGating": {"forward": jetmoe_gates},
     "JetMoeMoE": {"forward": jetmoe},
     "JetMoeMoA": {"map": jetmoe_queries, "reduce": jetmoe_outputs},
+    **{f"{name}Model": {"forward": without_mask} for name in INDEXED},
+    **{f"{name}Indexer": {"forward": functools.partial(indexer, **how)} for name, how in INDEXED.items()},
     "Gemma3nTextMLP": {"_gaussian_topk": gemma3n},
 }

@@ -11,6 +11,7 @@ import tvm
 pytest.importorskip("torch")
 
 from stages.kernels import recurrences
+from stages.kernels.cpu.choose import choose_tokens
 from stages.runtime.errors import RequestError
 from tests.stages import test_traced
 from tests.support import family_models, traced_models
@@ -87,6 +88,32 @@ def test_a_selective_scan_fades_each_number_of_a_state_by_its_own_rate() -> None
             y[row] = c[row] @ state
         after[number] = state.reshape(-1)
     check(run(recurrences.selective_scan, (size, channels), [x, dt, a, b, c, before], channels), (y, after))
+
+
+def test_an_indexer_chooses_the_tokens_that_score_most() -> None:
+    """After 20, 30 and no tokens before; equal scores count by position, and all tokens are read up to the count."""
+    heads, size, count, context = 3, 8, 10, 40
+    blocks = -(-context // 16)
+    q, k, weights = drawn(8, heads * size), drawn(8, size), drawn(8, heads)
+    k[:, 1:] = 0  # so that many tokens score zero
+    keys = np.zeros((3, blocks * 16, size), np.float32)
+    positions, wanted = np.empty((8, 1), np.float32), np.zeros((8, blocks + 1, 16), bool)
+    for number, start in enumerate((20, 30, 0)):
+        keys[number, :start, 0] = drawn(start)
+    before = keys.reshape(3, blocks, 16, size).transpose(0, 1, 3, 2).reshape(3, -1)
+    for (number, rows), start in zip(sequences(), (20, 30, 0), strict=True):
+        keys[number, start : start + len(rows)] = k[rows]
+        for row in rows:
+            positions[row] = end = start + row - rows.start
+            products = np.maximum(q[row].reshape(heads, size) @ keys[number, : end + 1].T, 0)
+            order = np.argsort(-(weights[row] @ products), kind="stable")[:count]
+            wanted[row].reshape(-1)[order] = True
+    after = keys.reshape(3, blocks, 16, size).transpose(0, 1, 3, 2).reshape(3, -1)
+    operands = [q, k, weights, positions, before]
+    words, kept = run(choose_tokens, (heads, size, count, context), operands, blocks + 1)
+    assert np.array_equal(kept, after)
+    found = (words.astype(np.int64)[..., None] >> np.arange(16) & 1).reshape(8, -1)
+    assert np.array_equal(found * (np.arange(found.shape[1]) <= positions), wanted.reshape(8, -1))
 
 
 def test_a_linear_recurrence_fades_each_channel_by_its_own_gate() -> None:

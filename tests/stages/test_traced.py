@@ -16,7 +16,7 @@ from stagegraph.stage import StageError
 from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.models import transforms
-from stages.models.traced import context_window, for_context, parse, stored_as, to_reference
+from stages.models.traced import FAMILY, context_window, family_of, for_context, parse, stored_as, to_reference
 from tests.support import family_models, traced_models
 from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graph
@@ -162,6 +162,19 @@ def test_attention_that_chooses_among_tokens_is_built_for_as_many_as_it_reads_al
     assert "attention chooses among more than 40 tokens" in for_context(config, 40)[1]
     with pytest.raises(ConfigError, match=r"exceeds the 40 tokens that \w+'s attention reads all of"):
         context_window(config, 41)
+
+
+def test_an_indexer_is_built_for_the_context_that_is_asked_for() -> None:
+    own = traced_models.MIXTURES["deepseek_v32"]
+    config = parse({**traced_models.SIZES, **own, "model_type": "deepseek_v32", "num_hidden_layers": 1})
+    (choose,) = [arguments for name, arguments in config.parts["body"]["nodes"] if name == "choose"]
+    assert (choose["count"], choose["context"], config.unread) == (40, 160, [])
+    assert (config.attention.chosen, config.attention.words) == (32, 3)  # of 11 words of 16 tokens, in 4 heads
+    kinds = {entry["name"].rpartition("indexer.")[2]: entry["kind"] for entry in config.parameters}
+    assert (kinds["weights_proj.weight"], kinds["wk.weight"]) == ("router", "linear")
+    short, note = for_context(config, 40)
+    assert (short.settled, short.attention.words, note) == (40, 1, "")
+    assert family_of(FAMILY, short).state == "hybrid"
 
 
 def test_projections_of_layers_that_run_several_times_are_one_in_the_order_of_the_checkpoint() -> None:

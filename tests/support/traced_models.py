@@ -91,6 +91,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 LATENT = {**ROUTED, "n_routed_experts": 8, "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32,
           "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32, "first_k_dense_replace": 1}  # fmt: skip
+INDEXED = {"index_head_dim": 32, "index_n_heads": 16}
 MIXTURES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**ROUTED, "num_experts": 8, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {**ROUTED, "num_experts": 8, "head_dim": 16, "norm_topk_prob": True},
@@ -101,6 +102,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_intermediate_size": 32, "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1},
     "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "deepseek_v3": {**LATENT, "n_group": 4, "topk_group": 2},
+    # All heads of the indexer score zero for few tokens: equal scores say nothing of which are chosen.
+    "deepseek_v32": {**LATENT, **INDEXED, "n_group": 4, "topk_group": 2, "index_topk": 40},
+    "deepseek_v32-whole": {**LATENT, **INDEXED, "n_group": 4, "topk_group": 2, "index_topk": 160},
+    "glm_moe_dsa": {**LATENT, **INDEXED, "n_group": 4, "topk_group": 2, "index_topk": 40,
+                    "indexer_types": ["full", "shared"]},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 20,
                 "layer_types": ["sliding_attention", "full_attention"]},
     "llama4_text": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 16, "intermediate_size_mlp": 96,

@@ -31,24 +31,28 @@ LOG2E = math.log2(math.e)
 class Source:
     """Where the keys and values of one sequence are: ``key(block, channel)`` of 16 tokens in lanes, ``value(token,
     start, lanes)`` of one token; tokens of a ``block`` number are its 16. ``begins`` says whether the first token of
-    the sequence is among them: a sink belongs to those.
+    the sequence is among them: a sink belongs to those. ``first`` is the position of the first of them.
     """
 
     key: Callable[[Any, Any], Any]
     value: Callable[[Any, Any, int], Any]
     begins: Any
+    first: Any
 
 
 @dataclass(frozen=True)
 class Options:
     """What a model asks of attention. A score x becomes ``cap`` * tanh(x / cap) where there is one. In the channel
     ``sink`` of queries, if it is one, is the score of what is attended to and has no value. With a ``chunk``, layers
-    whose scale is negative see the tokens of the query's chunk of positions alone.
+    whose scale is negative see the tokens of the query's chunk of positions alone. With ``words``, those are seen whose
+    bits are 1 in so many channels from ``chosen`` on of the heads of the query, one head after the other.
     """
 
     cap: float = 0.0
     sink: int = 0
     chunk: int = 0
+    chosen: int = 0
+    words: int = 0
 
 
 PLAIN = Options()
@@ -79,6 +83,7 @@ class _Kernel:
         self.heads = heads
         self.width = width
         self.cap, self.sink, self.chunk = options.cap, options.sink, options.chunk
+        self.chosen, self.words = options.chosen, options.words
         self.q: Any = None
         self.output: Any = None
         self.lse: Any = None
@@ -174,9 +179,22 @@ class _Kernel:
             visible = tokens < splat(high, PAGE)
             if not _is_zero(low):
                 visible = T.And(visible, tokens >= splat(low, PAGE))
+            if self.words:
+                bits = self._bits(rows[number][0], source.first + block * PAGE)
+                visible = T.And(visible, (splat(bits, PAGE) >> T.ramp(0, 1, PAGE)) % constant(2, PAGE, "int32") == 1)
             put(ways_of_row[0], T.Select(visible, score, constant(HIDDEN, PAGE)), span(0, PAGE))
             put(self.scores, get(ways_of_row[0], PAGE), number, span(block * PAGE, PAGE))
             put(peak, T.max(get(peak, PAGE), get(ways_of_row[0], PAGE)), span(0, PAGE))
+
+    def _bits(self, query: Any, position: Any) -> Any:
+        """Return which of the tokens from a position on a query sees, from the lowest bit on: PAGE of them."""
+
+        def word(number: Any) -> Any:
+            channel = self.chosen + number % self.words
+            return T.Cast("int32", self.q[query, T.min(number // self.words, self.heads.queries - 1), channel])
+
+        both = word(position // PAGE) + word(position // PAGE + 1) * (1 << PAGE)
+        return T.bind(T.shift_right(T.Cast("int64", both), T.Cast("int64", position % PAGE)))
 
     def _values(
         self, rows: Sequence[Any], start: int, width: int, seen: Range, source: Source, scores: Any, inverse: Any
@@ -226,6 +244,7 @@ class _Pages:
                 self.pages, page(token // PAGE), head, token % PAGE, start, lanes
             ),
             T.And(first == 0, end > 0),
+            first,
         )
 
 
@@ -331,6 +350,7 @@ def prefill_ragged(heads: Heads, width: int, options: Options = PLAIN) -> tirx.P
                     lambda block, channel: turned[block, channel, span(0, PAGE)],
                     lambda token, start, lanes: heads.given(v, first + token, head, start, lanes),
                     T.And(k_positions[s] == 0, length > 0),
+                    k_positions[s],
                 )
                 _queries(attention, head, bounds, seen, source)
 
