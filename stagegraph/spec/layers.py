@@ -91,7 +91,7 @@ def _text(path: Path, name: str, named_at: Place, problems: Problems) -> str | N
 
 def _unreadable(path: Path, error: OSError, named_at: Place) -> str:
     """Say why a file cannot be read and what may have been meant."""
-    if isinstance(error, IsADirectoryError) or path.is_dir():
+    if isinstance(error, IsADirectoryError) or os.path.isdir(path):  # noqa: PTH112 - False for a name no file can have
         return "is a folder; expected a pipeline file"
     if not isinstance(error, FileNotFoundError):
         return f"{error.strerror}; expected a pipeline file"

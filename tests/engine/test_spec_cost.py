@@ -158,3 +158,9 @@ def test_the_nodes_of_all_entries_are_bounded(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SpecError, match="makes more than 2 nodes"):
         load(tmp_path / "p.yaml")
     assert len(list(made)) == 6
+
+
+def test_a_base_whose_name_no_file_can_have_is_a_problem_of_its_place(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(HEAD + f"extends: {'a' * 5_000}.yaml\nstages: {{x: {{uses: y}}}}\n")
+    with pytest.raises(SpecError, match=r"p\.yaml:3:10: .*File name too long"):
+        load(tmp_path / "p.yaml")
