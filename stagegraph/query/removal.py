@@ -21,6 +21,7 @@ from stagegraph.store.pins import pinned
 from stagegraph.store.workspace import Workspace
 
 BATCH_SECONDS = 0.1
+AT_ONCE = 64  # documents that are removed between two looks at the clock: each is a file
 PAUSE_SECONDS = 0.005  # in which those who wait for the lock get it
 NAMED = ("records", "parts", "others")
 TRIES = 3
@@ -162,6 +163,9 @@ def _batch(workspace: Workspace, steps: Iterator[tuple[str, Any]], spared: _Spar
                 spared.gone(what)
         elif kind == "object":
             spared.kept(what)
+        if len(names) >= AT_ONCE:
+            workspace.index.delete_all(names)
+            names = []
         if time.monotonic() >= until:
             break
     else:

@@ -224,6 +224,18 @@ def test_what_comes_into_use_between_two_batches_stays(demo: Demo, monkeypatch) 
     assert demo.counts == ["join"]
 
 
+def test_few_documents_are_removed_between_two_looks_at_the_clock(demo: Demo, monkeypatch) -> None:
+    """Each is a file: all that a batch lists in its time, removed at its end, kept runs waiting for seconds."""
+    glue(demo, "a", "b", "c", "d")
+    together, delete_all = [], Index.delete_all
+    monkeypatch.setattr(
+        Index, "delete_all", lambda self, names: (together.append(len(names)), delete_all(self, names))[1]
+    )
+    monkeypatch.setattr(removal, "AT_ONCE", 1)
+    assert len(gc(demo, "--keep-runs", "0")["removed"]) >= 3
+    assert max(together) == 1
+
+
 def test_what_is_written_together_is_one_commit_and_can_be_taken_back(tmp_path) -> None:
     (tmp_path / "index").mkdir()
     index, other = Index(tmp_path / "index"), Index(tmp_path / "index")
