@@ -130,7 +130,7 @@ class Quantize(Stage):
     def run(self, ctx: Context) -> None:
         """Quantize in the checkpoint's order; report each parameter's error as read back from what is stored."""
         from stages.conversion.model import Conversion
-        from stages.quantization.schemes import SCHEMES
+        from stages.quantization.schemes import SCHEMES, own_rows
         from stages.quantization.tensor_cache import listing, write_index
 
         register: Register = json.loads(ctx.input("params").read_bytes())
@@ -161,7 +161,8 @@ class Quantize(Stage):
             ctx.warn(warning)
         ctx.view("errors", _view(report))
         read = f"{conversion.total / 1e6:,.1f} MB -> {size / 1e6:,.1f} MB"
-        ctx.summary(f"{scheme.name}: {read}, {bits:.2f} bits per parameter")
+        rows = " and rows of their own" if own_rows(register) else ""
+        ctx.summary(f"{scheme.name}{rows}: {read}, {bits:.2f} bits per parameter")
 
 
 def _plan(ctx: Context, register: Register, listed: CheckpointTensors) -> Plan:

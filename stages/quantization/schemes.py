@@ -7,9 +7,12 @@ model most, keep eight bits, and every group is whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from stages.quantization.rows import Row
+
+if TYPE_CHECKING:
+    from stages.documents.params import Parameter, Register
 
 FloatType = Literal["float16", "bfloat16", "float32"]
 FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -99,3 +102,14 @@ SCHEMES: dict[str, Scheme] = {
     "q6k": _mixed("q6k", "max", Row("group", 6, 32, "float16", minimum=True, levels=True)),
     "q4a128": _mixed("q4a128", "max", Row("group", 4, 128, "float16", minimum=True)),
 }
+
+
+def own_rows(register: Register) -> list[Parameter]:
+    """Return the parameters that are stored in other rows than the register's scheme says."""
+    scheme = SCHEMES[register["scheme"]]
+
+    def is_own(entry: Parameter) -> bool:
+        row = Row(**entry["quantize"]) if entry["quantize"] else None
+        return row != scheme.row(entry["kind"], entry["shape"][-1])
+
+    return [entry for entry in register["logical"] if is_own(entry)]

@@ -11,14 +11,16 @@ import json
 import sys
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from stages.quantization import layouts
 from stages.quantization.parameter import quantize, restored
+from stages.quantization.rows import Row
 from stages.quantization.schemes import SCHEMES
 from stages.verification import apart, gates, original, rounding, streaming
 from stages.verification.loss import Loss, Places
@@ -27,20 +29,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from stages.documents.files import JsonObject
+    from stages.documents.params import StoredRow
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
 
 TENSOR_TOKENS, SCHEME_TOKENS = 48, 256  # that a tensor, and a scheme, is judged by
 TOGETHER = 16  # tensors that are judged in one pass, each in a sequence of its own
 INT8 = "int8"  # arithmetic of activations
+Matrices = dict[
+    str, tuple[str, list[Any]]
+]  # name -> what it is (linear, embedding, head), and the modules that have it
 
 
 @dataclass(frozen=True)
 class AdviceRequest:
-    """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged and how its ``scales`` are
-    chosen, the ``candidates`` among other schemes, each with the arithmetic of activations, of which the first within
-    the user's ``limits`` is the last that is tried, and the tensors that need not be judged because they are ``known``.
-    With ``activations``, layers are judged as well, by what int8 activations cost where one alone reads them.
+    """What is asked: the ``original``'s own request, the ``scheme`` whose tensors are judged, in the ``rows`` in which
+    they are stored (null: as floats) and by how their ``scales`` are chosen, the ``candidates`` among other schemes,
+    each with the arithmetic of activations, of which the first within the user's ``limits`` is the last that is tried,
+    and the tensors that need not be judged because they are ``known``. With ``activations``, layers are judged as well,
+    by what int8 activations cost where one alone reads them.
     """
 
     original: JsonObject
@@ -50,6 +57,7 @@ class AdviceRequest:
     limits: Mapping[str, float]
     known: Sequence[str] = ()
     activations: bool = False
+    rows: Mapping[str, StoredRow | None] = field(default_factory=dict)
 
 
 def compute(request: AdviceRequest, progress: Progress) -> JsonObject:
@@ -64,9 +72,10 @@ def compute(request: AdviceRequest, progress: Progress) -> JsonObject:
     )
     piece = torch.tensor(original_request.pieces[0][: SCHEME_TOKENS + 1])
     scheme, matrices = SCHEMES[request.scheme], matrices_of(model)
-    names = [name for name, (kind, _) in matrices.items() if scheme.row(kind) and name not in request.known]
-    groups = byte_groups(model, matrices, scheme) if request.activations else {}
-    alone = [storing_one(*matrices[name], scheme, request.scales) for name in names]
+    rows = rows_of(matrices, scheme, request.rows)
+    judged = {name: row for name, row in rows.items() if row and name not in request.known}
+    groups = byte_groups(model, matrices, rows, scheme) if request.activations else {}
+    alone = [storing_one(matrices[name][1], row, request.scales) for name, row in judged.items()]
     alone += [_reading_bytes([model.get_submodule(name)], group) for name, group in groups.items()]
     batches = [alone[start : start + TOGETHER] for start in range(0, len(alone), TOGETHER)]
     total = 1 + len(batches) + len(request.candidates)
@@ -86,7 +95,7 @@ def compute(request: AdviceRequest, progress: Progress) -> JsonObject:
             with (
                 streaming.weights_in_float32(model, mapped),
                 changed(matrices, _storing(SCHEMES[name], matrices)),
-                rounding.rounded(model, INT8, _weights(byte_groups(model, matrices, SCHEMES[name])))
+                rounding.rounded(model, INT8, _byte_weights(model, matrices, SCHEMES[name]))
                 if arithmetic == INT8
                 else nullcontext(),
             ):
@@ -96,10 +105,10 @@ def compute(request: AdviceRequest, progress: Progress) -> JsonObject:
             if passes(name, arithmetic, tried[-1], request.limits):
                 break
     return {
-        "names": np.array(names),
-        "kl": np.array(divergences[: len(names)]),
+        "names": np.array([*judged]),
+        "kl": np.array(divergences[: len(judged)]),
         "layers": np.array([*groups]),
-        "layer_kl": np.array(divergences[len(names) :]),
+        "layer_kl": np.array(divergences[len(judged) :]),
         "tried": json.dumps([vars(each) for each in tried]),
     }
 
@@ -110,7 +119,7 @@ def passes(scheme: str, arithmetic: str, figures: Loss, own: Mapping[str, float]
     return all(check.ok for check in gates.check(figures, limits))
 
 
-def matrices_of(model: Any) -> dict[str, tuple[str, list[Any]]]:
+def matrices_of(model: Any) -> Matrices:
     """Return what every matrix is (linear, embedding, head) and the modules that have it; a tied one has two."""
     import torch
 
@@ -128,26 +137,37 @@ def matrices_of(model: Any) -> dict[str, tuple[str, list[Any]]]:
     return found
 
 
-def byte_groups(model: Any, matrices: Mapping[str, tuple[str, list[Any]]], scheme: Scheme) -> dict[str, int]:
-    """Return in groups of how many values each layer, by name, reads int8 activations once ``scheme`` has stored it;
+def rows_of(
+    matrices: Matrices, scheme: Scheme, own: Mapping[str, StoredRow | None] = MappingProxyType({})
+) -> dict[str, Row | None]:
+    """Return the row of each matrix by ``scheme``, but of those that are in ``own`` the one there; None for floats."""
+    found = {}
+    for name, (kind, modules) in matrices.items():
+        row = own.get(name)
+        found[name] = (Row(**row) if row else None) if name in own else scheme.row(kind, modules[0].weight.shape[1])
+    return found
+
+
+def byte_groups(model: Any, matrices: Matrices, rows: Mapping[str, Row | None], scheme: Scheme) -> dict[str, int]:
+    """Return in groups of how many values each layer, by name, reads int8 activations once it is stored in its row;
     layers that read floats are left out.
     """
     import torch
 
-    kinds = {id(module): kind for kind, modules in matrices.values() for module in modules}
+    places = {id(module): (kind, rows[name]) for name, (kind, modules) in matrices.items() for module in modules}
     found = {}
     for name, module in model.named_modules():
-        if type(module) is torch.nn.Linear and id(module) in kinds:
+        if type(module) is torch.nn.Linear and id(module) in places:
             k = module.weight.shape[1]
-            kind = kinds[id(module)]
-            row = scheme.row(kind, k)
+            kind, row = places[id(module)]
             direct = layouts.of("n32", kind, scheme, row, scheme.storage_dtype, k) == "n32"
             if row and direct:
                 found[name] = row.group_size
     return found
 
 
-def _weights(groups: Mapping[str, int]) -> dict[str, int]:
+def _byte_weights(model: Any, matrices: Matrices, scheme: Scheme) -> dict[str, int]:
+    groups = byte_groups(model, matrices, rows_of(matrices, scheme), scheme)
     return {f"{name}.weight": group for name, group in groups.items()}
 
 
@@ -156,30 +176,35 @@ def log_probs(model: Any, ids: Any) -> Any:
     return model(ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def stored(weight: Any, scheme: Scheme, kind: str, scales: str) -> Any:
-    """Return the float32 values of ``weight`` [n, k] after quantization by ``scheme``."""
+def stored(weight: Any, row: Row, scales: str) -> Any:
+    """Return the float32 values of ``weight`` [n, k] after quantization in ``row``."""
     import torch
 
-    row = scheme.row(kind, weight.shape[1])
-    if row is None:
-        return weight.to(getattr(torch, scheme.storage_dtype)).float()
     array = weight.numpy()
     return torch.from_numpy(restored(quantize(array, row, scales), row, array.shape[1]))
 
 
-def _storing(scheme: Scheme, matrices: Mapping[str, tuple[str, list[Any]]]) -> Callable[[Any, str], Any]:
-    return lambda weight, name: stored(weight, scheme, matrices[name][0], scheme.scales)
+def _storing(scheme: Scheme, matrices: Matrices) -> Callable[[Any, str], Any]:
+    import torch
+
+    rows, dtype = rows_of(matrices, scheme), getattr(torch, scheme.storage_dtype)
+
+    def change(weight: Any, name: str) -> Any:
+        row = rows[name]
+        return stored(weight, row, scheme.scales) if row else weight.to(dtype).float()
+
+    return change
 
 
 Alone = tuple["Sequence[Any]", "Callable[[Any, Any], Any]"]  # modules, and what one of them makes of its inputs
 
 
-def storing_one(kind: str, modules: Sequence[Any], scheme: Scheme, scales: str) -> Alone:
-    """Return what modules of ``kind`` do with a weight that ``scheme`` has stored."""
+def storing_one(modules: Sequence[Any], row: Row, scales: str) -> Alone:
+    """Return what modules do with a weight that is stored in ``row``."""
     import torch
 
     def compute(module: Any, x: Any) -> Any:
-        weight = stored(module.weight.data, scheme, kind, scales)
+        weight = stored(module.weight.data, row, scales)
         is_table = type(module) is torch.nn.Embedding
         return weight[x] if is_table else torch.nn.functional.linear(x, weight, module.bias)
 
@@ -220,7 +245,7 @@ def each_alone(chosen: Sequence[Alone], sequences: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def changed(matrices: Mapping[str, tuple[str, list[Any]]], change: Callable[[Any, str], Any]) -> Iterator[None]:
+def changed(matrices: Matrices, change: Callable[[Any, str], Any]) -> Iterator[None]:
     """Let every matrix be ``change(weight, name)``, float32 [n, k], while it is used."""
 
     def hook(name: str) -> Any:

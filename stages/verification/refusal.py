@@ -7,6 +7,7 @@ memoised. So verify with other limits, or again, measures only what is not known
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from stages.quantization.calibrated import BY_CALIBRATION
-from stages.quantization.schemes import FLOAT_BITS, SCHEMES
+from stages.quantization.schemes import FLOAT_BITS, SCHEMES, own_rows
 from stages.verification import advice, apart, gates, original
 from stages.verification.advice import INT8, SCHEME_TOKENS, TENSOR_TOKENS, AdviceRequest
 from stages.verification.loss import Loss
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stages.documents.files import JsonObject
+    from stages.documents.params import Parameter, Register
     from stages.memo import NewPart
     from stages.quantization.schemes import Scheme
     from stages.verification.apart import Progress
@@ -43,10 +45,14 @@ def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[st
 
     With ``activations``, int8 ones are what cost too much: layers are named, and nothing with such is proposed.
     """
-    scheme = SCHEMES[case.registry["scheme"]]
+    scheme, mixed = SCHEMES[case.registry["scheme"]], bool(own_rows(case.registry))
     arithmetic = FLOAT if activations else case.arithmetic
-    candidates = [(name, arithmetic) for name in CANDIDATES if _keeps_more(SCHEMES[name], scheme)]
-    if case.arithmetic == INT8:
+    if mixed:
+        bits = _bits_of_matrices(case.registry)
+        candidates = [(name, arithmetic) for name in CANDIDATES if _kept(SCHEMES[name])[0] > bits]
+    else:
+        candidates = [(name, arithmetic) for name in CANDIDATES if _kept(SCHEMES[name]) > _kept(scheme)]
+    if case.arithmetic == INT8 and not mixed:
         candidates.insert(0, (scheme.name, FLOAT))
     try:
         divergences, layers, figures = _measured(case, scheme, candidates, progress, activations)
@@ -63,9 +69,10 @@ def ask(case: Case, progress: Progress, *, activations: bool = False) -> list[st
         if advice.passes(name, arithmetic, found, case.limits):
             float_instead = case.arithmetic == INT8 and arithmetic != INT8
             label = f"{name} with activations: float" if float_instead else name
+            use = "give the rows of their own more bits, or use it without them" if mixed else "use it"
             sentences.append(
                 f"{label} stays within the limits on {SCHEME_TOKENS} tokens (KL {found.kl_mean:.2g}, {found.top1:.0%} "
-                f"top-1 agreement): use it, or set higher limits with verify's {', '.join(gates.NAMES)}"
+                f"top-1 agreement): {use}, or set higher limits with verify's {', '.join(gates.NAMES)}"
             )
             break
     return sentences
@@ -76,15 +83,18 @@ def _worst(divergences: Mapping[str, float]) -> str:
     return ", ".join(f"{name} ({divergences[name]:.2g})" for name in names)
 
 
-def _keeps_more(one: Scheme, other: Scheme) -> bool:
-    def kept(scheme: Scheme) -> tuple[int, int, bool]:
-        """Bits of the body, of the table, and what is closer at as many bits."""
-        body, table = (
-            (row.bits if row else FLOAT_BITS[scheme.storage_dtype]) for row in (scheme.body, scheme.embedding)
-        )
-        return body, table, bool(scheme.body and scheme.body.minimum)
+def _kept(scheme: Scheme) -> tuple[int, int, bool]:
+    """Return the bits of the body, of the table, and what is closer at as many bits."""
+    body, table = ((row.bits if row else FLOAT_BITS[scheme.storage_dtype]) for row in (scheme.body, scheme.embedding))
+    return body, table, bool(scheme.body and scheme.body.minimum)
 
-    return kept(one) > kept(other)
+
+def _bits_of_matrices(register: Register) -> float:
+    """Return the mean of the bits that the values of quantized matrices are stored in."""
+    counts = [
+        (math.prod(entry["shape"]), entry["quantize"]["bits"]) for entry in register["logical"] if entry["quantize"]
+    ]
+    return sum(count * bits for count, bits in counts) / sum(count for count, _ in counts)
 
 
 def _measured(
@@ -104,7 +114,7 @@ def _measured(
     unread = activations and not layers
     if names is None or divergences.keys() != set(names) or missing or unread:
         request = AdviceRequest(
-            shelf.original_request, scheme.name, shelf.scales, missing, case.limits, [*divergences], unread
+            shelf.original_request, scheme.name, shelf.scales, missing, case.limits, [*divergences], unread, shelf.rows
         )
         found = apart.call(advice.__name__, asdict(request), progress)
         new = dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True))
@@ -125,17 +135,19 @@ class _Shelf:
         self._memo, self._folder = case.memo, case.scratch
         self._of = {"original": original.document(read, case.digests_read)}
         self.scales = PLAIN if case.scales in BY_CALIBRATION else case.scales
-        self._scheme = {**self._of, "scheme": asdict(scheme), "scales": self.scales}
-        self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8}
+        entries: list[Parameter] = case.registry["logical"]
+        self.rows = {name: entry["quantize"] for entry in entries for name in entry["source_names"]}
+        self._tensors = {**self._of, "scheme": asdict(scheme), "scales": self.scales}
+        self._layers = {**self._of, "scheme": asdict(scheme), "activations": INT8, "rows": self.rows}
 
     def names(self) -> list[str] | None:
         """Return which tensors the scheme quantizes, None where that was not seen yet."""
-        found: list[str] | None = self._recall(self._scheme)
+        found: list[str] | None = self._recall(self._names())
         return found
 
     def tensor(self, name: str) -> float | None:
         """Return the divergence where this tensor alone is quantized."""
-        found: float | None = self._recall({**self._scheme, "tensor": name})
+        found: float | None = self._recall(self._tensor(name))
         return found
 
     def layers(self) -> dict[str, float] | None:
@@ -158,8 +170,8 @@ class _Shelf:
         """Keep what was measured, each by itself."""
         if self._memo is None:
             return
-        values: list[tuple[JsonObject, Any]] = [(self._scheme, names)]
-        values += [({**self._scheme, "tensor": name}, kl) for name, kl in divergences.items()]
+        values: list[tuple[JsonObject, Any]] = [(self._names(), names)]
+        values += [(self._tensor(name), kl) for name, kl in divergences.items()]
         values += [(self._document(candidate), vars(found)) for candidate, found in figures.items()]
         values += [(self._layers, layers)] if layers is not None else []
         folder = self._folder / KIND
@@ -171,6 +183,12 @@ class _Shelf:
             parts.append((document, file, blake3(data).hexdigest(), {}))
         self._memo.remember_all(KIND, parts)
         shutil.rmtree(folder)
+
+    def _names(self) -> JsonObject:
+        return {**self._tensors, "rows": self.rows}
+
+    def _tensor(self, name: str) -> JsonObject:
+        return {**self._tensors, "tensor": name, "row": self.rows.get(name)}
 
     def _document(self, candidate: Candidate) -> JsonObject:
         scheme, arithmetic = candidate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from stagegraph.stage import StageError
 from stages.checkpoint.headers import read_headers
 from stages.config_parse import ConfigParse
-from stages.quantization.schemes import SCHEMES
-from stages.verification import advice, apart, gates, lending, loss, original, probes, rounding, streaming
+from stages.quantization.rows import Row
+from stages.quantization.schemes import SCHEMES, own_rows
+from stages.verification import advice, apart, gates, lending, loss, original, probes, refusal, rounding, streaming
 from stages.verification.apart import LiveError, call
 from stages.verification.case import Case
 from stages.verification.checks import Check
@@ -287,14 +289,19 @@ def test_any_class_of_transformers_is_an_original(tmp_path, kind, sizes):
 
 
 def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
-    """The worst tensors and the scheme that would pass, against a model whose weights are quantized by hand."""
+    """The worst tensors and the scheme that would pass, against a model whose weights are quantized by hand, one in a
+    row of its own, one not at all.
+    """
     model = checkpoint(tmp_path, torch.bfloat16, tie_word_embeddings=True)
+    coarse, whole_one = "model.layers.1.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    row = Row("group", 3, 40, "float16")
     piece = np.random.default_rng(3).integers(0, VOCAB, 40).tolist()
     files = {path.name: path for path in tmp_path.iterdir()}
     asked = asdict(original.OriginalRequest(tmp_path, files, tmp_path / "none", [piece], skipped=0))
     limits = {"max_kl": 1e-4, "min_top1": 0.0, "max_ppl_ratio": 2.0}
     names = [(name, "float32") for name in ("q4f16_2", "q8f16_1", "q0f16")]
-    found = advice.compute(advice.AdviceRequest(asked, "q4f32_1", "max", names, limits), lambda *_: None)
+    rows = {coarse: asdict(row), whole_one: None}
+    found = advice.compute(advice.AdviceRequest(asked, "q4f32_1", "max", names, limits, rows=rows), lambda *_: None)
 
     def log_probs():
         with torch.inference_mode():
@@ -303,13 +310,14 @@ def test_advice_is_what_transformers_says_of_the_same_changes(tmp_path):
     wanted = log_probs()
     expected = {}
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
+        if parameter.ndim == 2 and name != whole_one:
             whole = parameter.data
-            parameter.data = advice.stored(whole, SCHEMES["q4f32_1"], "linear", "max")
+            parameter.data = advice.stored(whole, row if name == coarse else SCHEMES["q4f32_1"].body, "max")
             expected[name] = float((wanted.exp() * (wanted - log_probs())).sum(-1).mean())
             parameter.data = whole
     assert dict(zip(found["names"].tolist(), found["kl"].tolist(), strict=True)) == pytest.approx(expected, rel=1e-2)
     assert "model.embed_tokens.weight" in expected
+    assert expected[coarse] > 2 * expected[coarse.replace("1", "0")]
     four, eight = json.loads(found["tried"])  # and no further
     assert 0 < eight["kl_mean"] < 1e-4 < four["kl_mean"]
 
@@ -399,6 +407,31 @@ def test_a_refused_bundle_says_what_cost_most_and_what_would_pass(quantized, tmp
     assert "whose quantization alone costs most (KL of 48 tokens), with scales: mse: " in said
     assert asked[-1]["scales"] == "mse"
     assert "stays within the limits on 256 tokens (KL " in said
+
+
+def test_a_bundle_with_rows_of_its_own_is_told_of_schemes_with_more_bits_than_these_have(monkeypatch):
+    def entry(kind, row):
+        return {"kind": kind, "shape": [64, 64], "quantize": row and asdict(row)}
+
+    kept = SCHEMES["q4k"]
+    plain = [entry("linear", kept.body), entry("embedding", kept.embedding), entry("norm", None)]
+    case = SimpleNamespace(arithmetic="float32", scales="gptq", limits={})
+    good, asked = loss.Loss(256, *(0.01,) * 6, 0.99, *(1.0,) * 4), []
+
+    def measured(_case, _scheme, candidates, *_):
+        asked[:] = [name for name, _ in candidates]
+        return {}, {}, dict.fromkeys(candidates, good)
+
+    monkeypatch.setattr(refusal, "_measured", measured)
+    case.registry = {"scheme": "q4k", "logical": plain}
+    assert not own_rows(case.registry)
+    assert "use it, or set higher limits" in refusal.ask(case, lambda *_: None)[0]
+    assert asked == ["q4f16_2", "q8f16_1", "q0f16", "q0f32"]
+    mixed = [*plain, *[entry("linear", SCHEMES["q2k"].body)] * 3, entry("linear", None)]
+    case.registry = {"scheme": "q4k", "logical": mixed}  # (4 + 8 + 3 * 2) / 5 bits
+    assert len(own_rows(case.registry)) == 4
+    assert "q4s32 stays within the limits" in (said := refusal.ask(case, lambda *_: None)[0])
+    assert "give the rows of their own more bits, or use it without them, or set" in said
 
 
 @pytest.mark.slow
