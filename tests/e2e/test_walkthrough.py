@@ -62,6 +62,7 @@ NOT_HERE = {
     "examples/smollm2": "test_real_model",
     "artifacts/smollm2.yaml": "test_real_model",
     "printf": "test_real_model",
+    "mixed.yaml": "test_real_model",
     "import openai": "test_serve_clients",
     "import tvm": "a part of a program; test_codegen and others call the library so",
     "vm.builtin": "as above",

@@ -101,7 +101,7 @@ TABLE = [
     ("init --checkpoint words/a.txt", "words/a.txt: is a file; expected a checkpoint's folder, or a .gguf file"),
     ("run --debug ''", "no node is named ''; known: join, read, shape"),
     ("remote add", "WHAT: unknown value 'add'; known: key, status"),
-    (f"run {'a' * 256}.yaml", f"{'a' * 256}.yaml: File name too long"),
+    (f"run {'a' * 256}.yaml", f"{'a' * 256}.yaml: File name too long; expected a pipeline file"),
     ("build nowhere", "nowhere: no such file or folder; expected a checkpoint's folder, or a GGUF file"),
 ]  # fmt: skip
 
