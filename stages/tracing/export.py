@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.checkpoint.errors import ConfigError
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = 16  # tokens of the inputs that torch traces with
 MOST = 1 << 20  # tokens of what it may be called with
+MODELS = "/transformers/models/"  # in the path of the code of its models
 
 
 def export(
@@ -49,10 +52,9 @@ def export(
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - torch raises what a modelling file made it stumble over
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
-            f"{type(model).__name__} cannot be traced: {type(error).__name__}: {first[:300]}; a family of its own is "
-            "needed (docs/extending.md)"
+            f"{type(model).__name__} cannot be traced{_place(error)}: {_reason(error)}; a family of its own is needed "
+            "(docs/extending.md)"
         ) from None
     nodes = list(program.graph.nodes)
     needed = needed_nodes(nodes)
@@ -61,3 +63,20 @@ def export(
     rewrite(program)
     graph = GraphWriter(program, names)
     return graph.part, tuple(size for size in graph.shape if isinstance(size, int))
+
+
+def _place(error: BaseException) -> str:
+    """Say where in transformers' own code of a model an error was raised; empty if it was elsewhere."""
+    places = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    for code, line in reversed(places):
+        if MODELS in code.co_filename:
+            return f" ({Path(code.co_filename).name}:{line}, {code.co_qualname})"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """Return what an error says, in a line; torch's own on the number of tokens needs its whole report."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if first.startswith("Constraints violated"):
+        return "its code depends on how many tokens there are"
+    return f"{type(error).__name__}: {first[:300]}"

@@ -63,8 +63,10 @@ def _groups(part: GraphPart, apart: set[str]) -> list[list[int]]:
     names: dict[int, list[str]] = {}
     for number, (name, arguments) in enumerate(part.nodes):
         if name == "linear" and "value" in arguments["x"]:
-            names[number] = read([arguments["weight"], arguments.get("bias")], "parameter")
-            if not apart.intersection(names[number]):
+            leaves = [arguments[leaf] for leaf in ("weight", "bias") if leaf in arguments]
+            names[number] = read(leaves, "parameter")
+            computed = len(names[number]) < len(leaves)  # of parameters, or of what was read
+            if not computed and not apart.intersection(names[number]):
                 readers[arguments["x"]["value"], "bias" in arguments].append(number)
     together = Counter(tuple(names[number][0] for number in numbers) for numbers in readers.values())
     found = []

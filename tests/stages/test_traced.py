@@ -17,6 +17,8 @@ from stages import profiles
 from stages.checkpoint.errors import ConfigError
 from stages.models import transforms
 from stages.models.traced import FAMILY, context_window, family_of, for_context, parse, stored_as, to_reference
+from stages.tracing.graph import GraphPart
+from stages.tracing.merge import merged
 from tests.support import family_models, traced_models
 from tests.support.bytes_cache import in_bytes
 from tests.support.compiled_qwen import Registered, build_graph
@@ -162,6 +164,15 @@ def test_attention_that_chooses_among_tokens_is_built_for_as_many_as_it_reads_al
     assert "attention chooses among more than 40 tokens" in for_context(config, 40)[1]
     with pytest.raises(ConfigError, match=r"exceeds the 40 tokens that \w+'s attention reads all of"):
         context_window(config, 41)
+
+
+def test_a_matrix_that_is_computed_is_merged_with_no_other() -> None:
+    """Two projections of a value are one; what multiplies it by another value is no parameter."""
+    linear = [("linear", {"x": {"value": 0}, "weight": {"parameter": name}}) for name in ("q", "k")]
+    computed = ("linear", {"x": {"value": 0}, "weight": {"value": 1}})
+    part, made = merged(GraphPart(2, [*linear, computed], 4), {"q": (8, 4), "k": (8, 4)}, set(), {})
+    assert list(made.values()) == [["q", "k"]]
+    assert part.nodes[part.output - part.inputs] == computed
 
 
 def test_an_indexer_is_built_for_the_context_that_is_asked_for() -> None:
