@@ -231,10 +231,13 @@ def _factors(
     """Return what columns are multiplied by, and norms divided by, where that is asked for."""
     if ctx.params.scales != "awq":
         return {}
+    from threadpoolctl import threadpool_limits
+
     from stages.conversion import columns
 
     try:
-        return columns.factors(register, weights, importance)
+        with threadpool_limits(1, user_api="blas"):  # sums depend on their number, which is in no key
+            return columns.factors(register, weights, importance)
     except columns.NothingFoldsError as error:
         raise StageError(*error.problems) from None
 

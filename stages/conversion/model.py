@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
+from threadpoolctl import threadpool_limits
 
 from stages.checkpoint.stored import NUMPY_DTYPES
 from stages.checkpoint.tensors import Weights, as_dtype, working_dtype
@@ -127,7 +128,8 @@ class Conversion:
         digests = Digests(memo, self._weights, plan.tensors, names, plan.digests, self._scratch, self._known)
         memory = Memory(SHARE * max(4 * math.prod(entry["shape"]) for entry in self._logical))
         try:
-            with ThreadPoolExecutor(self._threads) as pool:
+            # A thread a parameter, and one within: NumPy's sums depend on how many it has, which is in no key.
+            with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(self._threads) as pool:
                 jobs = {index: pool.submit(self._make, index, library, digests, memory) for index in self._order()}
                 wait(jobs.values(), return_when=FIRST_EXCEPTION)
                 pool.shutdown(cancel_futures=True)

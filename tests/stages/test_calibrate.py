@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from stagegraph.stage import StageError
 from stages.calibrate import Calibrate
@@ -219,7 +220,16 @@ def test_quantize_stores_what_feedback_chooses(tmp_path, monkeypatch):
     (tmp_path / curvature.INDEX).write_text("{}")
     with pytest.raises(StageError, match="give calibrate feedback: true"):
         run_stage(Quantize(), tmp_path / "refused", choice, {**inputs, "feedback": tmp_path})
-    ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback}, tmp_path / "parts")
+    threads, refined = set(), refinement.codes
+
+    def noting(*given):
+        threads.update(each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas")
+        return refined(*given)
+
+    with threadpool_limits(3, user_api="blas"), monkeypatch.context() as patch:
+        patch.setattr(refinement, "codes", noting)
+        ctx = run_stage(Quantize(), tmp_path / "made", choice, {**inputs, "feedback": feedback}, tmp_path / "parts")
+    assert threads == {1}, "sums depend on the number of threads"
     assert ctx.warnings == []
     logical = json.loads(ports["params"].read_text())["logical"]
     read = [entry for entry in logical if entry["quantize"] and {*entry["sources"]} & files.keys()]
