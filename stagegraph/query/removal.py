@@ -155,17 +155,17 @@ class _Spared:
 
 def _batch(workspace: Workspace, steps: Iterator[tuple[str, Any]], spared: _Spared) -> bool:
     """Take steps for a moment; return whether there may be more."""
-    until, names = time.monotonic() + BATCH_SECONDS, []
+    until, names, before = time.monotonic() + BATCH_SECONDS, list[str](), ""
     for kind, what in steps:
+        if len(names) >= AT_ONCE or kind != before:  # records are gone before the first of their objects goes
+            workspace.index.delete_all(names)
+            names, before = [], kind
         if not spared.leaves(kind, what):
             names += _remove(workspace, kind, what)
             if kind == "item":
                 spared.gone(what)
         elif kind == "object":
             spared.kept(what)
-        if len(names) >= AT_ONCE:
-            workspace.index.delete_all(names)
-            names = []
         if time.monotonic() >= until:
             break
     else:

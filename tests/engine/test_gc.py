@@ -236,6 +236,26 @@ def test_few_documents_are_removed_between_two_looks_at_the_clock(demo: Demo, mo
     assert max(together) == 1
 
 
+def test_records_are_gone_before_the_first_of_their_objects_goes(demo: Demo, monkeypatch) -> None:
+    glue(demo, "a", "b")
+    order, delete_all, unlink = [], Index.delete_all, removal._unlink
+
+    def noted_delete(self, names):
+        order.extend(name.partition(":")[0] for name in names)
+        delete_all(self, names)
+
+    def noted_unlink(path):
+        order.extend(["object"] if "/objects/" in str(path) else [])
+        unlink(path)
+
+    monkeypatch.setattr(Index, "delete_all", noted_delete)
+    monkeypatch.setattr(removal, "_unlink", noted_unlink)
+    assert gc(demo, "--keep-runs", "0")["removed"]
+    assert "object" in order
+    assert "rec" in order
+    assert "rec" not in order[order.index("object") :]
+
+
 def test_what_is_written_together_is_one_commit_and_can_be_taken_back(tmp_path) -> None:
     (tmp_path / "index").mkdir()
     index, other = Index(tmp_path / "index"), Index(tmp_path / "index")
