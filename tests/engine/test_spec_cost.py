@@ -160,6 +160,14 @@ def test_the_nodes_of_all_entries_are_bounded(tmp_path: Path, monkeypatch: pytes
     assert len(list(made)) == 6
 
 
+def test_what_looks_like_directives_in_texts_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(HEAD + "# %TAG\n" * 500 + "stages: {x: {uses: y, with: {text: '%TAG'}}}\n")
+    with pytest.raises(SpecError) as error:
+        load(tmp_path / "p.yaml")
+    assert "%TAG" not in str(error.value)
+    assert "y" in str(error.value)  # no stage has this name
+
+
 def test_a_base_whose_name_no_file_can_have_is_a_problem_of_its_place(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(HEAD + f"extends: {'a' * 5_000}.yaml\nstages: {{x: {{uses: y}}}}\n")
     with pytest.raises(SpecError, match=r"p\.yaml:3:10: .*File name too long"):
