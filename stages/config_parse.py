@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+OTHER_CONFIG = re.compile(r"config\..+\.json")  # what transformers reads of a version in its place
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 GRAPHS = ("parts", "parameters", "constants", "older")  # of a traced model's config, too long to be shown
 SHOWN = 80  # characters of a key or a value in the view
@@ -209,10 +211,13 @@ def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> JsonObje
         raw = strict_json.read_object(files[CONFIG], CONFIG)
     except ValueError as error:
         raise StageError(f"{root}: {error}") from None
-    if raw.get("configuration_files") not in (None, [], [CONFIG]):
+    named = raw.get("configuration_files")
+    others = [name for name in named if OTHER_CONFIG.fullmatch(str(name))] if isinstance(named, list) else []
+    if others:
+        shown = ", ".join(repr(name[:60]) for name in others[:3])
         raise StageError(
-            f"{root}: {CONFIG}: configuration_files names others, of which transformers reads one by its own version; "
-            f"save the one that is meant as {CONFIG}, without this key"
+            f"{root}: {CONFIG}: configuration_files names {shown}, of which transformers may read one, by its own "
+            f"version; save the one that is meant as {CONFIG}, without this key"
         )
     _check_type(raw, root, params.frontend)
     return raw

@@ -98,10 +98,11 @@ def test_a_config_in_whose_place_transformers_reads_another_is_refused(checkpoin
     assert AutoConfig.from_pretrained(checkpoint).to_dict()["rope_parameters"]["rope_theta"] == 5
     (problem,) = problems(checkpoint)
     assert problem.startswith(
-        "config.json: configuration_files names others, of which transformers reads one by its own"
+        "config.json: configuration_files names 'config.4.0.0.json', of which transformers may read one, by its own"
     )
-    change(checkpoint, "config.json", configuration_files=["config.json"], model_type="qwen")
-    parse(checkpoint, checkpoint.parent / "out")
+    for number, harmless in enumerate((["config.json", "generation_config.json", "config.txt"], [], None)):
+        change(checkpoint, "config.json", configuration_files=harmless, model_type="qwen")
+        parse(checkpoint, checkpoint.parent / f"out{number}")
 
 
 def test_no_config_and_no_weights(checkpoint: Path):
