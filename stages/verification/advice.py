@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 TENSOR_TOKENS, SCHEME_TOKENS = 48, 256  # that a tensor, and a scheme, is judged by
 TOGETHER = 16  # tensors that are judged in one pass, each in a sequence of its own
 INT8 = "int8"  # arithmetic of activations
-Matrices = dict[
-    str, tuple[str, list[Any]]
-]  # name -> what it is (linear, embedding, head), and the modules that have it
+Matrices = dict[str, tuple[str, list[Any]]]  # name -> linear, embedding or head, and the modules that have it
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,12 @@ def _kept(scheme: Scheme) -> tuple[int, int, bool]:
 
 
 def _bits_of_matrices(register: Register) -> float:
-    """Return the mean of the bits that the values of quantized matrices are stored in."""
+    """Return the mean of the bits that the values of matrices are stored in."""
+    floats = FLOAT_BITS[SCHEMES[register["scheme"]].storage_dtype]
     counts = [
-        (math.prod(entry["shape"]), entry["quantize"]["bits"]) for entry in register["logical"] if entry["quantize"]
+        (math.prod(entry["shape"]), entry["quantize"]["bits"] if entry["quantize"] else floats)
+        for entry in register["logical"]
+        if entry["kind"] in ("linear", "embedding", "head")
     ]
     return sum(count * bits for count, bits in counts) / sum(count for count, _ in counts)
 

@@ -428,10 +428,14 @@ def test_a_bundle_with_rows_of_its_own_is_told_of_schemes_with_more_bits_than_th
     assert "use it, or set higher limits" in refusal.ask(case, lambda *_: None)[0]
     assert asked == ["q4f16_2", "q8f16_1", "q0f16", "q0f32"]
     mixed = [*plain, *[entry("linear", SCHEMES["q2k"].body)] * 3, entry("linear", None)]
-    case.registry = {"scheme": "q4k", "logical": mixed}  # (4 + 8 + 3 * 2) / 5 bits
+    case.registry = {"scheme": "q4k", "logical": mixed}  # (4 + 8 + 3 * 2 + 16) / 6 bits
     assert len(own_rows(case.registry)) == 4
-    assert "q4s32 stays within the limits" in (said := refusal.ask(case, lambda *_: None)[0])
+    assert "q8f16_1 stays within the limits" in (said := refusal.ask(case, lambda *_: None)[0])
     assert "give the rows of their own more bits, or use it without them, or set" in said
+    mixed[-1] = entry("linear", SCHEMES["q2k"].body)
+    assert "q4s32 stays within the limits" in refusal.ask(case, lambda *_: None)[0]
+    case.registry = {"scheme": "q4k", "logical": [entry("linear", None)]}
+    assert "q0f32 stays within the limits" in refusal.ask(case, lambda *_: None)[0]
 
 
 @pytest.mark.slow
