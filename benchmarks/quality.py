@@ -356,11 +356,14 @@ def budgets(measured: Measured, by_label: dict[str, Way]) -> Iterator[tuple[Way,
 
 
 def _table(measured: Measured, name: str, only: Sequence[str]) -> list[str]:
+    known = {way.label: way for way in ways(measured)}
+    chosen = {label: way for label, way in known.items() if not only or any(word in label for word in only)}
+    if not chosen:
+        raise SystemExit(f"quality.py: no way is called as --only says ({' '.join(only)}): {', '.join(known)}")
+    budgeted = [*budgets(measured, chosen)]
     costs: dict[str, float] = {}
     print(f"\n{name}\n\n| stored as | bits | KL mean | KL 99 % | top-1 | perplexity |")
     print("|---|---:|---:|---:|---:|---:|")
-    chosen = {way.label: way for way in ways(measured) if not only or any(word in way.label for word in only)}
-    budgeted = [*budgets(measured, chosen)]
     for way in sorted([*chosen.values(), *(way for way, _ in budgeted)], key=measured.bits):
         found = measured.figures(way)
         costs[way.label] = found.kl_mean

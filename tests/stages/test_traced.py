@@ -55,12 +55,17 @@ def test_a_traced_model_says_what_transformers_says(tmp_path: Path, model_type: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
-    [("gpt_oss", {}), ("lfm2", {}), ("qwen3_next", {}), ("llama", {"head_dim": 20}), ("gemma3_text", {})],
+    [
+        *(("gpt_oss", {}), ("lfm2", {}), ("qwen3_next", {}), ("llama", {"head_dim": 20}), ("gemma3_text", {})),
+        *(("deepseek_v3", {}), ("deepseek_v32", {})),
+    ],
 )
 def test_a_cache_in_bytes_loses_what_rounding_keys_and_values_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, sizes: dict[str, int]
 ) -> None:
-    """Sinks, recurrent layers beside attention, heads that are filled up, windows with full layers between them."""
+    """Sinks, recurrent layers beside attention, heads that are filled up, windows with full layers between them,
+    keys wider than values, sparse attention.
+    """
     made = built(tmp_path, model_type, "q0f32", kv_dtype="int8", **sizes)
     exact, texts = made.reference, []
 
