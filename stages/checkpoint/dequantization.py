@@ -1,6 +1,7 @@
 """The arithmetic of quantized tensors that other tools store: some rows at a time, as each tool's library makes them.
 
-A product is taken in float32 and rounded once to the dtype of the scales, which is what a product in that dtype is.
+A product is taken in float32 and rounded once to the dtype of the settings: in most forms that of the scales, which is
+what a product in that dtype is.
 """
 
 from __future__ import annotations

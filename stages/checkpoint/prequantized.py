@@ -221,7 +221,9 @@ def _weights_of(fold: Fold, key: str) -> Any:
     return values[0] if values and all(value == values[0] for value in values) else None
 
 
-def _scaled(part: str) -> Callable[[Fold, Module], FoldedTensor | None]:
+def _scaled(part: str, dtype: str | None = None) -> Callable[[Fold, Module], FoldedTensor | None]:
+    """Return what makes a matrix of codes and scales; ``dtype``: of its values, that of the scales if None."""
+
     def make(fold: Fold, module: Module) -> FoldedTensor | None:
         weight = module["weight"][1]
         if weight.dtype not in ("I8", "F8_E4M3", "F8_E5M2"):
@@ -242,7 +244,8 @@ def _scaled(part: str) -> Callable[[Fold, Module], FoldedTensor | None]:
             _expect(module, "weight_zero_point", ("I8",), scale.shape)
             parts["weight_zero_point"] = "weight_zero_point"
         exponents = scale.dtype not in FLOATS
-        settings = {"block": sizes, "exponents": exponents, "dtype": "BF16" if exponents else scale.dtype}
+        values = dtype or ("BF16" if exponents else scale.dtype)
+        settings = {"block": sizes, "exponents": exponents, "dtype": values}
         kind = "int8" if weight.dtype == "I8" else "fp8"
         return "scaled", f"{kind} with scales", parts, weight.shape, settings
 
@@ -314,6 +317,7 @@ FORMS: tuple[tuple[tuple[str, ...], Callable[[Fold, Module], FoldedTensor | None
     (("weight_packed", "weight_scale"), _packed),
     ((NF4, "weight"), _nf4),
     (("weight", "SCB"), _llm_int8),
-    (("weight", "weight_scale_inv"), _scaled("weight_scale_inv")),
+    # transformers makes values of the model's dtype of it: float32, which holds products with bfloat16 scales exactly.
+    (("weight", "weight_scale_inv"), _scaled("weight_scale_inv", "F32")),
     (("weight", "weight_scale"), _scaled("weight_scale")),
 )

@@ -114,12 +114,12 @@ def fp8(weight: np.ndarray, *, name: str = "weight_scale", shape: tuple[int, ...
     return {"weight": codes, name: scales}, codes.astype(np.float32) * scales
 
 
-def blocks(weight: np.ndarray, side: int = 64) -> Encoded:
-    """Blocks that do not divide the matrix, as the last of DeepSeek's."""
+def blocks(weight: np.ndarray, side: int = 64, dtype: Any = np.float32) -> Encoded:
+    """Blocks that do not divide the matrix, as the last of DeepSeek's; scales of ``dtype``, as Qwen's of bfloat16."""
     codes = weight.astype(ml_dtypes.float8_e4m3fn)
     grid = tuple(-(-size // side) for size in weight.shape)
-    scales = random(*grid).uniform(0.5, 1.5, grid).astype(np.float32)
-    wide = scales.repeat(side, 0).repeat(side, 1)[: weight.shape[0], : weight.shape[1]]
+    scales = random(*grid).uniform(0.5, 1.5, grid).astype(dtype)
+    wide = scales.astype(np.float32).repeat(side, 0).repeat(side, 1)[: weight.shape[0], : weight.shape[1]]
     return {"weight": codes, "weight_scale_inv": scales}, codes.astype(np.float32) * wide
 
 
@@ -161,6 +161,10 @@ def of(method: str, **more: Any) -> dict[str, Any]:
     return {"quant_method": method, **more}
 
 
+def fp8_of(side: int) -> dict[str, Any]:
+    return of("fp8", weight_block_size=[side, side], activation_scheme="dynamic")
+
+
 FORMS: dict[str, tuple[Callable[..., Encoded], dict[str, Any], dict[str, Any]]] = {
     "gptq": (gptq, {}, of("gptq", bits=4, group_size=32, sym=True, desc_act=False)),
     "gptq 2 bits": (gptq, {"bits": 2, "sym": False}, of("gptq", bits=2, group_size=32, sym=False)),
@@ -175,8 +179,9 @@ FORMS: dict[str, tuple[Callable[..., Encoded], dict[str, Any], dict[str, Any]]] 
     "compressed 3 bits by row": (compressed, {"bits": 3, "groups": 1}, of("compressed-tensors", **group_of(3, True))),
     "compressed int8": (int8, {}, of("compressed-tensors", format="int-quantized")),
     "compressed fp8": (fp8, {}, of("compressed-tensors", format="float-quantized")),
-    "fp8 blocks": (blocks, {}, of("fp8", weight_block_size=[64, 64], activation_scheme="dynamic")),
-    "fp8 blocks of 128": (blocks, {"side": 128}, of("fp8", weight_block_size=[128, 128], activation_scheme="dynamic")),
+    "fp8 blocks": (blocks, {}, fp8_of(64)),
+    "fp8 blocks of 128": (blocks, {"side": 128}, fp8_of(128)),
+    "fp8 blocks, scales in bfloat16": (blocks, {"side": 128, "dtype": ml_dtypes.bfloat16}, fp8_of(128)),
     "bitsandbytes int8": (llm_int8, {}, of("bitsandbytes", load_in_8bit=True)),
     "nf4": (nf4, {}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "nf4 twice": (nf4, {"nested": True}, of("bitsandbytes", load_in_4bit=True, bnb_4bit_use_double_quant=True)),
@@ -336,7 +341,7 @@ def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Pa
     assert said.startswith("8 matrices are quantized already (AWQ) and are quantized a second time as q4f16_1")
 
 
-@pytest.mark.parametrize("form", ["compressed fp8", "fp8 blocks of 128"])
+@pytest.mark.parametrize("form", ["compressed fp8", "fp8 blocks of 128", "fp8 blocks, scales in bfloat16"])
 def test_float8_in_groups_holds_the_values_of_fp8_checkpoints(form: str, tmp_path: Path) -> None:
     values = write(tmp_path / "model", form)
     ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "e4m3_128")
@@ -349,6 +354,17 @@ def test_float8_in_groups_holds_the_values_of_fp8_checkpoints(form: str, tmp_pat
     held = {tensor.source: tensor for tensor in bundled_tensors(json.loads(ports["params"].read_bytes()), records)}
     for name in (name for name in values if "_proj" in name):
         np.testing.assert_array_equal(held[name].values(), values[name], err_msg=name)
+
+
+def test_transformers_makes_the_same_of_blocks_with_scales_in_bfloat16(tmp_path: Path) -> None:
+    """In float32, where products are exact; of blocks that divide the matrix, others it spreads evenly."""
+    import torch
+    import transformers
+
+    values = write(tmp_path, "fp8 blocks, scales in bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
+    for name in (name for name in values if "self_attn" in name):
+        np.testing.assert_array_equal(theirs[name].numpy(), values[name], err_msg=name)
 
 
 @pytest.mark.parametrize(
