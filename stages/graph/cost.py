@@ -18,14 +18,22 @@ from tvm import relax as rx
 from tvm import tirx
 
 from stages.documents.files import json_text
-from stages.graph.views import bindings, calls, operator_name, relax_functions, type_text
+from stages.graph.views import bindings, calls, dim_text, operator_name, relax_functions, type_text
 
 # Operators that yield a view of what they are given.
 FREE = frozenset({"reshape", "permute_dims", "split", "squeeze", "expand_dims"})
 
 
+Term = tuple[tuple[str, ...], int]  # names of symbolic sizes, and what their product is multiplied by
+
+
 class Amount(Counter[tuple[str, ...]]):
     """A number that may depend on symbolic sizes: names of sizes -> factor; ``()`` is the constant part."""
+
+    def plus(self, term: Term) -> None:
+        """Add a term."""
+        names, factor = term
+        self[names] += factor
 
     def text(self, bounds: Mapping[str, int]) -> str:
         """Return it in full, with its value where every symbolic size is at its bound."""
@@ -73,37 +81,37 @@ def _cost(function: rx.Function) -> Cost:
         if name in FREE:
             (parameters if known and operands[0] in parameters else derived if known else set()).add(binding.var)
             continue
-        cost.flops.update(_work(value, name))
+        cost.flops.plus(_work(value, name))
         if known:
             derived.add(binding.var)
         else:
-            cost.moved.update(_bytes(value.ty))
+            cost.moved.plus(_bytes(value.ty))
         rows, operands = _rows_taken(value, name, operands, parameters)
-        cost.weights.update(rows)
+        for row in rows:
+            cost.weights.plus(row)
         for operand in operands:
             if operand in parameters:
-                cost.weights.update(_bytes(operand.ty))
+                cost.weights.plus(_bytes(operand.ty))
             elif operand not in derived:
-                cost.moved.update(_bytes(operand.ty))
+                cost.moved.plus(_bytes(operand.ty))
     return cost
 
 
-def _rows_taken(call: rx.Call, name: str, operands: list[Any], parameters: set[Any]) -> tuple[Amount, list[Any]]:
+def _rows_taken(call: rx.Call, name: str, operands: list[Any], parameters: set[Any]) -> tuple[list[Term], list[Any]]:
     """Return the bytes of the rows that ``call`` takes of tables, and its operands without those."""
     if name == "take" and operands[0] in parameters:
-        return _bytes(call.ty), operands[1:]
-    read = Amount()
+        return [_bytes(call.ty)], operands[1:]
     if name == "rows":  # of a table in blocks of features: all columns that are stored of each row
-        for table in operands[1:]:
-            shape = [call.ty.shape.values[0], table.ty.shape.values[1]]
-            read.update(_bytes(rx.TensorType(shape, table.ty.dtype)))
-        return read, operands[:1]
-    return read, operands
+        count = call.ty.shape.values[0]
+        return [_product([count, table.ty.shape.values[1]], _itemsize(table.ty)) for table in operands[1:]], operands[
+            :1
+        ]
+    return [], operands
 
 
-def _work(call: rx.Call, name: str) -> Amount:
-    size = _size(call.ty)
-    return _scaled(size, call.args[0].ty.shape.values[-1], 2) if name == "matmul" else size
+def _work(call: rx.Call, name: str) -> Term:
+    sizes = call.ty.shape.values[:]
+    return _product([*sizes, call.args[0].ty.shape.values[-1]], 2) if name == "matmul" else _product(sizes, 1)
 
 
 def _operands(call: rx.Call) -> Iterator[Any]:
@@ -113,21 +121,22 @@ def _operands(call: rx.Call) -> Iterator[Any]:
                 yield value
 
 
-def _size(ty: rx.TensorType) -> Amount:
-    size = Amount({(): 1})
-    for dim in ty.shape.values[:]:
-        size = _scaled(size, dim, 1)
-    return size
+def _bytes(ty: rx.TensorType) -> Term:
+    return _product(ty.shape.values[:], _itemsize(ty))
 
 
-def _bytes(ty: rx.TensorType) -> Amount:
-    return _scaled(_size(ty), tirx.IntImm("int64", tvm.DataType(str(ty.dtype)).itemsize), 1)
+def _itemsize(ty: rx.TensorType) -> int:
+    return int(tvm.DataType(str(ty.dtype)).itemsize)
 
 
-def _scaled(amount: Amount, dim: Any, factor: int) -> Amount:
-    if isinstance(dim, tirx.IntImm):
-        return Amount({names: count * int(dim) * factor for names, count in amount.items()})
-    return Amount({tuple(sorted([*names, str(dim)])): count * factor for names, count in amount.items()})
+def _product(sizes: list[Any], factor: int) -> Term:
+    names = []
+    for size in sizes:
+        if isinstance(size, tirx.IntImm):
+            factor *= size.value
+        else:
+            names.append(dim_text(size))
+    return tuple(sorted(names)), factor
 
 
 def cost_table(module: tvm.IRModule) -> str:
@@ -146,7 +155,7 @@ def cost_table(module: tvm.IRModule) -> str:
 
 def structure(module: tvm.IRModule) -> str:
     """Return JSON for comparing two builds: function -> its calls with types, and kernel -> structural hash."""
-    functions = {name: [_line(call) for call in calls(function)] for name, function in relax_functions(module)}
+    functions = {name: _lines(function) for name, function in relax_functions(module)}
     kernels = {
         var.name_hint: f"{tvm_ffi.structural_hash(function, map_free_vars=True) & (1 << 64) - 1:016x}"
         for var, function in module.functions_items()
@@ -155,6 +164,12 @@ def structure(module: tvm.IRModule) -> str:
     return json_text({"schema": 1, "functions": functions, "kernels": kernels})
 
 
-def _line(call: rx.Call) -> str:
-    operands = ", ".join(type_text(operand.ty) for operand in _operands(call))
-    return f"{operator_name(call)}({operands}) -> {type_text(call.ty)}"
+def _lines(function: rx.Function) -> list[str]:
+    types: dict[Any, str] = {}  # of what is read several times
+    found = []
+    for call in calls(function):
+        operands = list(_operands(call))
+        types.update((operand, type_text(operand.ty)) for operand in operands if operand not in types)
+        texts = ", ".join(types[operand] for operand in operands)
+        found.append(f"{operator_name(call)}({texts}) -> {type_text(call.ty)}")
+    return found

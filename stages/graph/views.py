@@ -37,7 +37,14 @@ def type_text(ty: Any) -> str:
 
 
 def _dims(dims: Any) -> str:
-    return ", ".join(str(int(dim)) if isinstance(dim, tirx.IntImm) else str(dim) for dim in dims)
+    return ", ".join(map(dim_text, dims))
+
+
+def dim_text(dim: Any) -> str:
+    """Return a size as people read it; what TVM prints of a name takes a hundred times as long as the name."""
+    if isinstance(dim, tirx.IntImm):
+        return str(dim.value)
+    return str(dim.name if isinstance(dim, tirx.Var) else dim)
 
 
 def operators(module: tvm.IRModule) -> dict[str, dict[str, int]]:
