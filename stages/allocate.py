@@ -58,8 +58,10 @@ class Allocate(Stage):
 
     def resolve(self, params: Params) -> Params:
         """Refuse a number of bits that no choice of rows comes to."""
-        if not 2.3 <= params.bits <= 16:
-            raise StageError(f"bits: {params.bits:g}: expected 2.3 to 16; rows take from 2.3 to 8.5 bits a weight")
+        from stages.quantization.schemes import why_no_budget
+
+        if why := why_no_budget(params.bits):
+            raise StageError(f"bits: {why}")
         return params
 
     def tools(self, params: Params) -> Mapping[str, str]:

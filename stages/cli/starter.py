@@ -15,7 +15,7 @@ from stages.checkpoint.gguf import folder, is_named
 from stages.checkpoint.headers import read_headers
 from stages.checkpoint.strict_json import read_object
 from stages.models import load_family, native
-from stages.quantization.schemes import SCHEMES
+from stages.quantization.schemes import SCHEMES, why_no_budget
 from stages.sizes import DTYPE_BYTES
 from stages.targets.table import TARGETS
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 STAGES = Path(__file__).with_name("pipeline.yaml")  # the part that is the same for every checkpoint
+WITHIN_BITS = Path(__file__).with_name("pipeline_bits.yaml")  # the same where rows are chosen within a budget of bits
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 READ, ALONE = ("config.json", *WEIGHTS), ("*.gguf",)  # what is read of a checkpoint that a URL names, and alone
 PAGE = re.compile(r"https?://huggingface\.co/(?P<name>[\w.-]+/[\w.-]+)(?:/tree/(?P<revision>[\w.-]+))?/?")
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; without an option, an existing pipeline file keeps its value."""
     parser.add_argument("--targets", metavar="NAMES", help=f"separated by commas, of {_listed(TARGETS)}")
     parser.add_argument("--scheme", choices=list(SCHEMES), metavar="NAME", help="how weights are stored, as q4f16_1")
+    parser.add_argument("--bits", type=float, metavar="N", help="choose rows by measured loss: N bits a weight, as 4.5")
     parser.add_argument("--context-window", type=int, metavar="N", help="positions to build for; 0: all there are")
 
 
@@ -59,8 +61,24 @@ def settings(args: argparse.Namespace) -> JsonObject:
             raise ValueError(f"--targets: unknown target '{target}'; known: {_listed(TARGETS)}")
     if (args.context_window or 0) < 0:
         raise ValueError(f"--context-window {args.context_window}: expected positions, or 0 for all there are")
-    options = {"targets": targets, "scheme": args.scheme, "context_window": args.context_window}
+    if args.bits is not None:
+        _check_bits(args.bits, args.scheme, targets or ())
+    options = {"targets": targets, "scheme": args.scheme, "bits": args.bits, "context_window": args.context_window}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_bits(bits: float, scheme: str | None, targets: Sequence[str]) -> None:
+    """Raise :class:`ValueError` for a number of bits, or what is asked for with it, that no choice of rows comes to."""
+    if why := why_no_budget(bits):
+        raise ValueError(f"--bits {why}")
+    if scheme:
+        raise ValueError(f"--scheme {scheme}, --bits {bits:g}: each says how matrices are stored; leave one out")
+    for target in targets:
+        if TARGETS[target].layout == "nk":
+            raise ValueError(
+                f"--bits {bits:g}: takes rows with scales in two levels, for which target {target} has no schedule; "
+                "leave it out, or take --scheme q4a64"
+            )
 
 
 def named(text: str) -> str:
@@ -124,6 +142,7 @@ def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, wh
     scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
     window = chosen.get("context_window", min(model.positions or POSITIONS, POSITIONS))
     made_for = f" (the model was made for {model.positions:,})" if model.positions else ""
+    bits = chosen.get("bits")
     lines = [
         "# yaml-language-server: $schema=pipeline.schema.json",
         "# A checkpoint to one verified bundle per target. `pipeline run` does the work whose inputs changed,",
@@ -133,14 +152,30 @@ def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, wh
         "",
         "vars:",
         f"  checkpoint: {_quoted(_written(source, where))}",
-        f"  # How weights are stored. About, of {_memory() / 2**30:.1f} GiB memory in this machine:",
-        *(f"  #   {line}" for line in _choices(model.tensors)),
-        f"  scheme: {scheme}",
+        *(_within(bits, scheme, model.tensors) if bits else _of_scheme(scheme, model.tensors)),
         f"  context_window: {window} # positions, prompt and answer together{made_for}",
         f"  targets: [{', '.join(targets)}] # of {_listed(TARGETS)}",
         "",
     ]
-    return "\n".join(lines) + "\n" + STAGES.read_text("utf-8")
+    return "\n".join(lines) + "\n" + (WITHIN_BITS if bits else STAGES).read_text("utf-8")
+
+
+def _of_scheme(scheme: str, tensors: TensorTable) -> Iterator[str]:
+    """Yield the lines that choose a scheme."""
+    yield f"  # How weights are stored. About, of {_memory() / 2**30:.1f} GiB memory in this machine:"
+    yield from (f"  #   {line}" for line in _choices(tensors))
+    yield f"  scheme: {scheme}"
+
+
+def _within(bits: float, scheme: str, tensors: TensorTable) -> Iterator[str]:
+    """Yield the lines that choose bits, of which matrices get what saves most."""
+    values = sum(math.prod(info.shape) for _, info in tensors.values() if len(info.shape) > 1)
+    size, memory = bits * values / 8, _memory()
+    fits = "" if size + BESIDE <= memory else ", which does not fit"
+    yield "  # Bits that a weight takes on the average, scales included; allocate chooses how each matrix is stored:"
+    yield f"  # about {size / 2**20:,.0f} MiB in all, of {memory / 2**30:.1f} GiB memory in this machine{fits}."
+    yield f"  bits: {bits:g}"
+    yield f"  scheme: {scheme} # how the rest is stored, as norms and biases"
 
 
 def _written(path: Path | str, where: Path) -> str:

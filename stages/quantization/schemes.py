@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FloatType = Literal["float16", "bfloat16", "float32"]
 FLOAT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+LEAST, MOST = 2.3, 16  # bits a weight that one can ask for: the fewest of a row, and as many as a float has
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,9 @@ def own_rows(register: Register) -> list[Parameter]:
         return row != scheme.row(entry["kind"], entry["shape"][-1])
 
     return [entry for entry in register["logical"] if is_own(entry)]
+
+
+def why_no_budget(bits: float) -> str:
+    """Say why no choice of rows comes to ``bits`` a weight; nothing if one may."""
+    known = LEAST <= bits <= MOST
+    return "" if known else f"{bits:g}: expected {LEAST} to {MOST}; rows take from 2.3 to 8.5 bits a weight"

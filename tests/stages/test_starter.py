@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
@@ -36,6 +37,44 @@ def test_the_file_says_what_was_found_and_chosen(tmp_path: Path) -> None:
         assert (
             yaml.safe_load(starter.compose(EXAMPLE, model, {"targets": targets}, tmp_path))["vars"]["scheme"] == scheme
         )
+
+
+def test_with_a_budget_the_stages_are_the_same_and_those_that_choose_rows(tmp_path: Path) -> None:
+    text = starter.compose(EXAMPLE, starter.examine(EXAMPLE), {"bits": 4.5}, tmp_path)
+    read, ours = yaml.safe_load(text), yaml.safe_load(starter.STAGES.read_text())["stages"]
+    assert [read["vars"][name] for name in ("bits", "scheme")] == [4.5, "q4k"]
+    stages = read["stages"]
+    checkpoint = {"checkpoint": "${vars.checkpoint}"}
+    assert stages.pop("calibrate") == {
+        "needs": ["config-parse", "tokenizer-bundle"], "with": {**checkpoint, "feedback": True},
+    }  # fmt: skip
+    assert stages.pop("allocate") == {
+        "needs": ["config-parse", "tokenizer-bundle", "calibrate"],
+        "with": {**checkpoint, "bits": "${vars.bits}", "scales": "gptq"},
+    }
+    ours["param-register"]["needs"] += ["allocate"]
+    ours["quantize"]["needs"] += ["calibrate"]
+    ours["quantize"]["with"]["scales"] = "gptq"
+    assert stages == ours
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--bits", "1"], "--bits 1: expected 2.3 to 16"),
+        (["--bits", "nan"], "--bits nan: expected 2.3 to 16"),
+        (["--bits", "4", "--scheme", "q4k"], "--scheme q4k, --bits 4: each says how matrices are stored"),
+        (["--bits", "4", "--targets", "llvm,cuda"], "for which target cuda has no schedule"),
+    ],
+)
+def test_a_budget_that_nothing_comes_to_is_refused(argv: list[str], said: str) -> None:
+    parser = argparse.ArgumentParser()
+    starter.add_arguments(parser)
+    assert starter.settings(parser.parse_args(["--bits", "2.3", "--targets", "llvm"])) == {
+        "bits": 2.3, "targets": ["llvm"],
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=re.escape(said)):
+        starter.settings(parser.parse_args(argv))
 
 
 def test_the_page_of_a_model_is_the_model() -> None:
