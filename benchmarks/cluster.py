@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import yardstick
 from scale import measure
 
 STAGE = '''
@@ -128,7 +129,8 @@ class Bench:
         added = nodes - nodes // 4
         here, there = (1000 * (cpu[where, nodes] - cpu[where, nodes // 4]) / added for where in (False, True))
         yield "CPU ms a node, here", here, "", True
-        yield "CPU ms a node beyond that", there - here, f"<= {OVERHEAD_MS}", there - here <= OVERHEAD_MS
+        text, met = yardstick.judge(there - here, OVERHEAD_MS, yardstick.import_seconds(), "ms")
+        yield "CPU ms a node beyond that", there - here, text, met
 
     def parallel(self, nodes: int) -> Iterator[tuple[str, float, str, bool]]:
         """Yield the same of nodes that sleep, after every worker has loaded what it needs."""
@@ -192,7 +194,7 @@ def main() -> int:
             grid.add()
         grid.wait(args.workers)
         bench = Bench(Path(name), grid)
-        print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}; {yardstick.HEAD}", flush=True)
         for each in args.only:
             for what, figure, bound, met in getattr(bench, each)(args.nodes):
                 missed += not met

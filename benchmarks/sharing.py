@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import yardstick
 from scale import measure
 
 STAGE = '''
@@ -179,7 +180,7 @@ def no_op(folder: Path, mib: int) -> Iterator[Row]:  # noqa: ARG001 - of small f
         [sys.executable, "-c", code], cwd=machine.folder, capture_output=True, text=True, check=True
     )
     foreign = len(OF_REMOTES.intersection(loaded.stdout.split()))
-    yield "run without news, CPU s", cpu, f"<= {NO_OP_SECONDS}", cpu <= NO_OP_SECONDS
+    yield "run without news, CPU s", cpu, *yardstick.judge(cpu, NO_OP_SECONDS, yardstick.import_seconds())
     yield "modules of remotes and clusters in it", foreign, "0", foreign == 0
 
 

@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import yardstick
 from quantize import checkpoint_bytes, pinned, write_checkpoint
 
 from stages.checkpoint.tensors import Weights
@@ -89,9 +90,10 @@ def main() -> int:
             cpu = statistics.median(each["cpu"] for each in found[1]) / size
             one, two = (statistics.median(each["seconds"] for each in found[threads]) for threads in (1, 2))
             digests = statistics.median(each["digests"] for each in found[1]) / size
-            bounds = {f"<= {CPU_SECONDS} CPU s": cpu <= CPU_SECONDS, f">= {FASTER} x": one / two >= FASTER}
-            missed += not all(bounds.values())
-            told = ", ".join(text if ok else f"{text} MISSED" for text, ok in bounds.items())
+            seconds = yardstick.judge(cpu, CPU_SECONDS, yardstick.import_seconds())
+            judged = [seconds, (f">= {FASTER} x", one / two >= FASTER)]
+            missed += not all(met for _, met in judged)
+            told = ", ".join(text if met else f"{text} MISSED" for text, met in judged)
             print(
                 f"{scheme:10} {cpu:5.2f} CPU s a GB (digests before: {digests:.2f}), two processors "
                 f"{one / two:.2f} x  {told}",
