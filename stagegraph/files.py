@@ -17,6 +17,7 @@ from stagegraph.errors import PlanError
 if TYPE_CHECKING:
     from io import FileIO
 
+READING = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # no pipe is waited for
 WILDCARD = frozenset("*?[")
 FIRST = re.compile(r"(.+-)00001-of-(\d{5})(\.[^.]+)")  # of the files of one that was split
 
@@ -108,17 +109,39 @@ def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
 
 def open_regular(path: str | Path) -> FileIO:
     """Open a file for reading; :class:`OSError` for a pipe or a device, which might never end, and for a directory."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, READING)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+        _check_regular(descriptor, path)
         return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_regular(path: str, limit: int) -> bytes:
+    """Return what is in a small file: as :func:`open_regular`, for one of very many; :class:`OSError` beyond ``limit``
+    bytes.
+    """
+    descriptor = os.open(path, READING)
+    try:
+        size = _check_regular(descriptor, path).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        content = os.read(descriptor, size + 1)
+        while len(content) < size and (more := os.read(descriptor, size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _check_regular(descriptor: int, path: str | Path) -> os.stat_result:
+    found = os.fstat(descriptor)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
+    return found
 
 
 def remove_tree(path: Path) -> None:

@@ -6,6 +6,7 @@ way has settled on.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -101,7 +102,7 @@ def look(workspace: Workspace) -> Contents:
             found = os.stat(workspace.store.file(digest))  # noqa: PTH116 - one of many
         except OSError:  # gone meanwhile
             continue
-        sizes[digest], times[digest] = found.st_size, found.st_mtime
+        sizes[digest], times[digest] = found.st_size, int(found.st_mtime)
     nodes = workspace.journal.node_of_key()
     others = [
         Removable("other", name, f"{nodes.get(r['key'], r['stage'])}, made otherwise", r["started"], objects_of(r))
@@ -109,7 +110,7 @@ def look(workspace: Workspace) -> Contents:
     ]
     for name, part in workspace.parts():
         digest = part["digest"]
-        others.append(Removable("part", name, part["kind"], _stamp(times.get(digest, 0.0)), (digest,)))
+        others.append(Removable("part", name, part["kind"], _stamp(times.get(digest, 0)), (digest,)))
     return Contents(
         sizes,
         {record["key"]: record for record in workspace.records()},
@@ -152,5 +153,6 @@ def objects_of(record: Record) -> tuple[str, ...]:
     return tuple({digest for digest, _ in record_files(record).values()})
 
 
-def _stamp(seconds: float) -> str:
+@functools.lru_cache
+def _stamp(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)) if seconds else ""

@@ -90,7 +90,7 @@ def remove(workspace: Workspace, sweep: Sweep, watch: Watch, sizes: Mapping[str,
     """
     steps = chain(
         zip(repeat("item"), sweep.items, strict=False),
-        zip(repeat("object"), sweep.digests, strict=False),
+        zip(repeat("object"), sorted(sweep.digests), strict=False),
         zip(repeat("text"), texts, strict=False),
     )
     spared, tries, more = _Spared(watch, sweep, sizes), 0, True

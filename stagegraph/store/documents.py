@@ -12,12 +12,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.digest import digest_bytes
-from stagegraph.files import open_regular, remove_tree
+from stagegraph.files import read_regular, remove_tree
 
 if TYPE_CHECKING:
     from io import FileIO
@@ -28,6 +28,7 @@ FOLDERS = {"rec:": "records", "part:": "parts", "alt:": "others"}
 _PREFIXES = tuple(FOLDERS)
 SYNCED = ("rec:", "alt:")  # a part that a power cut takes is made again
 DIGEST = re.compile(r"[0-9a-f]{64}")
+_decode = json.JSONDecoder().raw_decode  # of what json.dumps wrote: no blanks are looked for
 
 
 class DamagedError(Exception):
@@ -42,16 +43,26 @@ def seal(name: str, document: Any) -> str:
 
 def unseal(name: str, text: Any) -> Any:
     """Return the document of a sealed text, or of one from before there were seals; :class:`DamagedError` otherwise."""
+    body = intact(name, text)
+    try:
+        return _decode(body)[0] if body is not text else json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedError(name) from None
+
+
+def intact(name: str, text: Any) -> str:
+    """Return a sealed text without its seal, which is right, so that it is what :func:`seal` was given.
+
+    A text from before there were seals is returned as it is; :class:`DamagedError` for any other.
+    """
     if not isinstance(text, str):
         raise DamagedError(name)
     body, mark, found = text.rpartition("#")
-    sealed = bool(mark) and len(found) == SEAL_DIGITS
-    if sealed and found != _seal(name, body):
+    if not mark or len(found) != SEAL_DIGITS:
+        return text
+    if found != _seal(name, body):
         raise DamagedError(name)
-    try:
-        return json.loads(body if sealed else text)
-    except (ValueError, RecursionError):
-        raise DamagedError(name) from None
+    return body
 
 
 def _seal(name: str, text: str) -> str:
@@ -86,10 +97,7 @@ class Documents:
         if path is None:
             return None
         try:
-            with open_regular(path) as file:
-                if os.fstat(file.fileno()).st_size > LIMIT:
-                    raise DamagedError(name)
-                return unseal(name, file.readall().decode(errors="replace"))
+            return unseal(name, read_regular(path, LIMIT).decode(errors="replace"))
         except FileNotFoundError:
             return None
         except (OSError, DamagedError):
@@ -123,16 +131,17 @@ class Documents:
             raise
         self.damaged.discard(name)
 
-    def delete(self, name: str) -> None:
-        """Remove a document; no error if there is none."""
-        path = self._file(name)
-        if path is not None:
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Remove documents, and folders that have none then; no error for those that are not there."""
+        paths = [path for name in names if (path := self._file(name)) is not None]
+        for path in paths:
             try:
                 os.unlink(path)  # noqa: PTH108 - one of many
             except OSError:
                 _clear(Path(path))
+        for folder in {os.path.dirname(path) for path in paths}:  # noqa: PTH120
             with contextlib.suppress(OSError):
-                os.rmdir(os.path.dirname(path))  # noqa: PTH106, PTH120
+                os.rmdir(folder)  # noqa: PTH106
 
     def names(self, prefix: str) -> Iterator[str]:
         """Yield the names that begin with ``prefix``, sorted; damaged ones too."""

@@ -33,7 +33,7 @@ from threading import RLock, Timer, get_ident
 from typing import TYPE_CHECKING, Any
 
 from stagegraph.errors import warn
-from stagegraph.store.documents import DamagedError, Documents, seal, unseal
+from stagegraph.store.documents import DamagedError, Documents, intact, seal, unseal
 
 if TYPE_CHECKING:
     import diskcache
@@ -136,15 +136,18 @@ class Index:
         self.delete_all([name])
 
     def delete_all(self, names: Sequence[str]) -> None:
-        """Forget documents, in one commit; no error for those that are not there."""
+        """Forget some hundred documents at most, in one commit; no error for those that are not there."""
         for name in names:
             self._ahead.pop(name, None)
             if self._pending is not None:
                 self._pending.pop(name, None)
-            if self.files.owns(name):
-                self.files.delete(name)
-        if names:
-            self._change(lambda cache: [cache.delete(_row_name(name)) for name in names])
+        self.files.delete_all([name for name in names if self.files.owns(name)])
+        rows = [_row_name(name) for name in names]
+        # Most of many are no rows: documents that are files, objects that were never verified.
+        query = f"SELECT key FROM Cache WHERE raw = 1 AND key IN ({', '.join('?' * len(rows))})"  # noqa: S608 - marks
+        known = [row for (row,) in self._rows(query, *rows)]
+        if known:
+            self._change(lambda cache: [cache.delete(row) for row in known])
 
     def version(self) -> int:
         """Return a number that is another one whenever something was written to the database since it was asked."""
@@ -182,7 +185,7 @@ class Index:
                 ((verdict, *_), *_) = self._reading().execute("PRAGMA quick_check(1)").fetchall()
                 for name, text in self._reading().execute("SELECT key, value FROM Cache WHERE raw = 1"):
                     try:
-                        if NO_UTF8 not in str(name):  # such a row is nobody's
+                        if NO_UTF8 not in str(name) and intact(str(name), text) is text:  # such a row is nobody's
                             unseal(str(name), text)
                     except DamagedError:
                         self.damaged.add(str(name))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stagegraph.store.workspace import Workspace
 
 STORE_LOCK = "store"
+BLOCK = 512  # bytes, in stats
 
 
 def leftovers(workspace: Workspace) -> Iterator[Path]:
@@ -26,7 +27,9 @@ def leftovers(workspace: Workspace) -> Iterator[Path]:
     yield from (path for path in _entries(workspace.work) if _is_free(root / "locks" / path.name))
     yield from (path for path in _entries(root / FOLDER) if _is_free(path))
     for folder in ("objects", "records", "parts", "others"):  # copies that a kill cut short
-        yield from sorted(path for path in root.glob(f"{folder}/*/.*"))
+        for shard in _entries(root / folder):
+            names = os.listdir(shard) if shard.is_dir() else ()  # noqa: PTH208 - of very many the few are taken
+            yield from (shard / name for name in sorted(names) if name.startswith("."))
     failed = [name.partition("/") for name, last in workspace.lasts().items() if last.get("failed")]
     looked_at = {(pipeline, dotted(node)) for pipeline, _, node in failed}
     for pipeline in _entries(workspace.failed):
@@ -77,16 +80,26 @@ def _blocks(top: str, seen: set[tuple[int, int]], without: str) -> int:
     while queue:
         folder = queue.pop()
         with contextlib.suppress(OSError):  # gone meanwhile
-            found = [os.lstat(folder)]
+            total += os.lstat(folder).st_blocks
             for entry in os.scandir(folder):
                 if entry.is_dir(follow_symlinks=False):
                     queue += [entry.path] if entry.path != without else []
                 else:
-                    found.append(entry.stat(follow_symlinks=False))
-            new = {(stat.st_dev, stat.st_ino): stat.st_blocks * 512 for stat in found}
-            total += sum(size for inode, size in new.items() if inode not in seen)
-            seen |= new.keys()
-    return total
+                    total += _new_blocks(entry, seen)
+    return total * BLOCK
+
+
+def _new_blocks(entry: os.DirEntry[str], seen: set[tuple[int, int]]) -> int:
+    try:
+        found = entry.stat(follow_symlinks=False)
+    except OSError:  # gone meanwhile
+        return 0
+    if found.st_nlink > 1:  # it may have been counted by another of its names
+        inode = found.st_dev, found.st_ino
+        if inode in seen:
+            return 0
+        seen.add(inode)
+    return found.st_blocks
 
 
 def tree_size(path: Path) -> int:
