@@ -71,7 +71,7 @@ class Allocate(Stage):
 
         names = ["torch", "transformers", "numpy", "tokenizers", "jinja2"]
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
-        return {**dist_versions(*names), "processor": processor.host_cpu()}
+        return {**dist_versions(*names), "processor": processor.exact_cpu()}
 
     def rows(self, params: Params, facts: JsonObject) -> Mapping[str, str | Sequence[str]]:  # noqa: ARG002
         """Return the rows there are to choose from, and the model's family."""

@@ -58,7 +58,7 @@ class Calibrate(Stage):
 
         names = ["torch", "transformers", "numpy", "tokenizers", "jinja2"]
         names += ["gguf"] if gguf.is_named(params.checkpoint) else []
-        return {**dist_versions(*names), "processor": processor.host_cpu()}
+        return {**dist_versions(*names), "processor": processor.exact_cpu()}
 
     def run(self, ctx: Context) -> None:
         """Run the model in a process of its own on the corpus."""

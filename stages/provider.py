@@ -20,11 +20,15 @@ PROVIDER = Provider(
     },
     # What is loaded before a compiler differs from what is loaded before a bundle runs.
     profiles={"compiler": "stages.profiles:compiler", "runtime": "stages.runtime.backend:tvm"},
-    # What compilers and TVM read beside their arguments.
+    # What compilers and TVM read beside their arguments; and by what NumPy and torch take other instructions, which
+    # add up in another order, or keep fewer digits.
     hidden_variables=frozenset({
         "CPATH", "CPLUS_INCLUDE_PATH", "C_INCLUDE_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LIBRARY_PATH",
         "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "SOURCE_DATE_EPOCH", "TVM_USE_RUNTIME_LIB",
         "TVM_CUDA_COMPILE_MODE", "TVM_CUDA_NVCC_NO_FAST_MATH", "TVM_LIBRARY_PATH",
+        "ATEN_CPU_CAPABILITY", "BLIS_ARCH_TYPE", "DNNL_DEFAULT_FPMATH_MODE", "DNNL_MAX_CPU_ISA", "MKL_CBWR",
+        "MKL_DEBUG_CPU_TYPE", "MKL_ENABLE_INSTRUCTIONS", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES",
+        "ONEDNN_DEFAULT_FPMATH_MODE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     }),
     verbs={
         "generate": Verb("stages.cli.generate", "generate text from a bundle"),

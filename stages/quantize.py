@@ -105,7 +105,7 @@ class Quantize(Stage):
 
         tools = dist_versions("numpy", "ml-dtypes", *(["gguf"] if gguf.is_named(params.checkpoint) else []))
         if params.scales in ("gptq", "awq"):  # products and powers, whose last bits are the processor's
-            tools["processor"] = processor.host_cpu()
+            tools["processor"] = processor.exact_cpu()
         return tools
 
     def rows(self, params: Params, facts: JsonObject) -> dict[str, str | Sequence[str]]:  # noqa: ARG002

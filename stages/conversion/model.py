@@ -254,7 +254,7 @@ class Conversion:
             counts = {} if importance is None else {"importance": blake3(importance.tobytes()).hexdigest()}
             how = {**entry["quantize"], "scales": scales, **counts}
             if scales == "gptq":  # multiplies matrices, and how those are summed up is the processor's
-                how |= {"feedback": self._feedback_digest(entry), "processor": processor.host_cpu()}
+                how |= {"feedback": self._feedback_digest(entry), "processor": processor.exact_cpu()}
         factor = self._plan.factors.get(entry["name"])
         if factor is not None:
             how["factors"] = blake3(factor.tobytes()).hexdigest()

@@ -64,6 +64,9 @@ FLAGS = {
     "sse4.1": "sse4_1",
     "sse4.2": "sse4_2",
 }
+CPUINFO = Path("/proc/cpuinfo")
+# What it says of who made a processor: of x86-64, and of Arm.
+MAKER = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU architecture", "CPU variant", "CPU part")
 
 
 @functools.cache
@@ -71,7 +74,25 @@ def host_cpu() -> str:
     """Return this machine's processor as one literal, such as ``x86-64-v4+avx512vnni+gfni``; ``generic`` if unknown."""
     if os.uname().machine != "x86_64":
         return "generic"
-    return describe(_flags(Path("/proc/cpuinfo")))
+    return describe(_flags(CPUINFO))
+
+
+@functools.cache
+def exact_cpu() -> str:
+    """Return :func:`host_cpu` and which processor it is, such as ``x86-64-v3 of AuthenticAMD 25 1``: libraries that
+    multiply matrices choose by that, too, in which order they add up.
+    """
+    return f"{host_cpu()} of {maker(CPUINFO)}"
+
+
+def maker(cpuinfo: Path) -> str:
+    """Return who made the processor that ``cpuinfo`` describes, its family and its model; ``unknown`` if it does not.
+
+    Of several kinds of cores in a machine it is the first one's.
+    """
+    lines = (line.partition(":") for line in _text(cpuinfo).partition("\n\n")[0].splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    return " ".join(found[name] for name in MAKER if name in found) or "unknown"
 
 
 def describe(flags: frozenset[str]) -> str:
@@ -133,10 +154,14 @@ def _has(feature: str, flags: frozenset[str]) -> bool:
 
 
 def _flags(cpuinfo: Path) -> frozenset[str]:
-    try:
-        text = cpuinfo.read_text("utf-8", errors="replace")
-    except OSError:
-        return frozenset()
+    text = _text(cpuinfo)
     start = text.find("\nflags")
     line = text[start + 1 : text.find("\n", start + 1)] if start >= 0 else ""
     return frozenset(line.partition(":")[2].split())
+
+
+def _text(cpuinfo: Path) -> str:
+    try:
+        return cpuinfo.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

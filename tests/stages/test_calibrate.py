@@ -234,7 +234,7 @@ def test_quantize_stores_what_feedback_chooses(tmp_path, monkeypatch):
     logical = json.loads(ports["params"].read_text())["logical"]
     read = [entry for entry in logical if entry["quantize"] and {*entry["sources"]} & files.keys()]
     fed = [entry for entry in read if entry["quantize"]["bits"] < 8]
-    monkeypatch.setattr(processor, "host_cpu", lambda: "another")
+    monkeypatch.setattr(processor, "exact_cpu", lambda: "another")
     there = run_stage(Quantize(), tmp_path / "there", choice, {**inputs, "feedback": feedback}, tmp_path / "parts")
     assert there.memo.counts["tensor"] == {"made": len(fed), "reused": len(logical) - len(fed)}
     registry = json.loads(ports["params"].read_text())

@@ -41,6 +41,38 @@ def test_a_processor_is_its_highest_full_level_and_the_extras(flags, literal):
     assert processor.describe(frozenset(f"sse sse2 {flags}".split())) == literal
 
 
+X86 = """\
+processor\t: 0
+vendor_id\t: {vendor}
+cpu family\t: 25
+model\t\t: {model}
+model name\t: {name}
+
+processor\t: 1
+vendor_id\t: another
+"""
+ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU architecture: 8\nCPU part\t: 0xd40\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "maker"),
+    [
+        (X86.format(vendor="AuthenticAMD", model=1, name="A"), "AuthenticAMD 25 1"),
+        (X86.format(vendor="AuthenticAMD", model=1, name="B, at 3 GHz"), "AuthenticAMD 25 1"),
+        (X86.format(vendor="AuthenticAMD", model=17, name="A"), "AuthenticAMD 25 17"),
+        (X86.format(vendor="GenuineIntel", model=1, name="A"), "GenuineIntel 25 1"),
+        (ARM, "0x41 8 0xd40"),
+        ("", "unknown"),
+    ],
+)
+def test_who_made_a_processor_is_told_beside_its_instructions(tmp_path, text, maker):
+    """Two of the same instructions: by the maker libraries choose how they add up."""
+    (tmp_path / "cpuinfo").write_text(text)
+    assert processor.maker(tmp_path / "cpuinfo") == maker
+    assert processor.maker(tmp_path / "none") == "unknown"
+    assert processor.exact_cpu().startswith(f"{processor.host_cpu()} of ")
+
+
 def test_required_features_spell_out_the_levels():
     assert set(processor.required_features("x86-64-v4+avx512vnni")) >= {"sse2", "avx2", "avx512f", "avx512vnni"}
     assert "avx512f" not in processor.required_features("x86-64-v3")
