@@ -63,6 +63,20 @@ def test_no_file_of_a_stranger_breaks_a_promise(name: str, tmp_path: Path, capsy
     assert not found, found.keys()
 
 
+def test_a_case_that_waits_for_ever_is_a_finding_and_the_next_one_is_judged(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tests.endurance.hostile.judge.STILL", 1.0)
+
+    def read(folder: Path) -> list[str]:
+        return [(folder / "file").read_text()]
+
+    waiting = Judge(read, tmp_path)
+    folder = waiting.folder()
+    os.mkfifo(folder / "file")
+    assert waiting.judge(folder).fault == "nothing has run for 1 seconds"
+    assert waiting.judge(written(waiting.folder(), {"file": b"refused"})).problems == ("refused",)
+    waiting.close()
+
+
 def _size(files: Files) -> int:
     return sum(map(len, files.values()))
 

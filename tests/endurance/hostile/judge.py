@@ -1,8 +1,8 @@
 """A forked process that is given hostile cases one after another, and what it did in each, seen from outside.
 
 A case must be taken, or refused with problems that a person can read: no other exception, no signal, no more than
-:data:`CPU_SECONDS` or :data:`MEMORY`, no file opened for writing, renamed or removed outside its own folder, no pickle
-and no code of the folder run.
+:data:`CPU_SECONDS` or :data:`MEMORY`, no waiting for what never comes (a FIFO, a lock), no file opened for writing,
+renamed or removed outside its own folder, no pickle and no code of the folder run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 10.0
+STILL = 20.0  # seconds in which all sleep: a process that a busy machine keeps waiting is ready to run instead
+TICK = 0.2  # seconds between two looks
 MEMORY = 1 << 30  # bytes of one process
 CEILING = 6 << 30  # of a process: the machine's protection, far above the limit that is tested
 LONGEST = 4400  # characters of one problem
@@ -73,9 +75,9 @@ class Judge:
             self._start()
         before = _cpu(self._pid)
         os.write(self._requests, (json.dumps(str(folder)) + "\n").encode())
-        answer, fault = b"", ""
+        answer, fault, still = b"", "", 0.0
         while not answer.endswith(b"\n"):
-            ready, _, _ = select.select([self._answers], [], [], 0.2)
+            ready, _, _ = select.select([self._answers], [], [], TICK)
             if ready:
                 piece = os.read(self._answers, 1 << 20)
                 if not piece:
@@ -85,6 +87,11 @@ class Judge:
             elif _cpu(self._pid) - before > CPU_SECONDS:
                 fault = f"more than {CPU_SECONDS:.0f} CPU seconds"
                 break
+            else:
+                still = still + TICK if all(map(_sleeps, _family(self._pid))) else 0.0
+                if still > STILL:
+                    fault = f"nothing has run for {STILL:.0f} seconds"
+                    break
         spent, peak = _cpu(self._pid) - before, max(map(_peak, _family(self._pid)), default=0)
         self.cpu += spent
         if fault:
@@ -224,6 +231,12 @@ def _cpu(pid: int) -> float:
             fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
             total += sum(map(int, fields[11:15]))
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def _sleeps(pid: int) -> bool:
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return False
 
 
 def _peak(pid: int) -> int:
