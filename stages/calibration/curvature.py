@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-THREADS = 4  # that products and factors are computed by, whatever the machine has: sums depend on their number
+THREADS = 4  # that factors are computed by, whatever the machine has: how LAPACK adds up depends on their number
 DAMPING = 0.01  # of the mean of the diagonal, added to it: a column that carries nothing has an inverse too
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from stages.calibration import skipping
-from stages.calibration.curvature import THREADS
 from stages.calibration.moments import names_of
 from stages.quantization.calibrated import Calibrated
 from stages.quantization.schemes import SCHEMES
@@ -133,7 +132,7 @@ def _stored(calibrated: Calibrated, places: Mapping[int, str]) -> Callable[[Any,
 
     def compute(module: Any, x: Any) -> Any:
         weight = module.weight.data.numpy()
-        with threadpool_limits(THREADS, user_api="blas"):
+        with threadpool_limits(1, user_api="blas"):
             left = calibrated.left(weight, body.fitting(weight.shape[1]), places[id(module.weight)])
         made = torch.from_numpy(left)
         return made[x] if type(module) is torch.nn.Embedding else torch.nn.functional.linear(x, made, module.bias)
@@ -161,7 +160,7 @@ class Losses:
             moved = error if read is None else read @ error.T
             return float(np.square(moved, dtype=np.float64).sum())
 
-        with threadpool_limits(THREADS, user_api="blas"):  # sums depend on their number, and choices on sums
+        with threadpool_limits(1, user_api="blas"):  # sums depend on their number, and choices on sums
             measured = max(lost(SCHEMES[MEASURED]), 1e-30)
             self.found[name] = np.array([*map(lost, self.schemes)]) / measured
 
