@@ -338,7 +338,7 @@ class Scheduler:
 
     def _stop(self, running: Running, why: str) -> None:
         self._release(running, keep_worker=False)
-        self._fail(running, [why], bug=False)
+        self._fail(running, [*self._changed(running), why], bug=False)
 
     def _release(self, running: Running, *, keep_worker: bool) -> None:
         assert self._selector is not None
@@ -348,19 +348,20 @@ class Scheduler:
         running.log.close()
 
     def _end(self, running: Running, event: Succeeded | Failure) -> None:
-        decision = running.decision
-        if event["ok"] is False:
-            self._fail(running, event["problems"], bug=event["bug"])
-            return
-        changed = self._planner.changed(decision)
-        if changed:
-            self._fail(running, [f"{name}: changed while it was being read; run again" for name in changed], bug=False)
+        problems, bug = ([], False) if event["ok"] else (event["problems"], event["bug"])
+        changed = self._changed(running) if event["ok"] or bug else []  # by which a stage may have been surprised
+        if event["ok"] is False or changed:
+            self._fail(running, [*changed, *problems], bug=bug and not changed)
             return
         try:
             with self._workspace.sharing():
                 self._finish(self._results.commit(running, event))
         except (OSError, RottenError, sqlite3.OperationalError) as error:
             self._fail(running, [problem_of(error)], bug=False)
+
+    def _changed(self, running: Running) -> list[str]:
+        changed = self._planner.changed(running.decision)
+        return [f"{name}: changed while it was being read; run again" for name in changed]
 
     def _fail(self, running: Running, problems: Sequence[str], *, bug: bool) -> None:
         decision = running.decision

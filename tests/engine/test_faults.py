@@ -288,6 +288,19 @@ def test_a_source_that_changes_under_a_stage_fails_and_is_not_stored(demo: Demo)
     assert not demo.path("read").exists()
 
 
+@pytest.mark.parametrize("then", ["raise ValueError('odd')", "import os; os.kill(os.getpid(), 7)"])
+def test_a_stage_that_fails_of_a_source_that_changed_is_no_bug(demo: Demo, then: str) -> None:
+    """Such as a file that is truncated under a mapping (SIGBUS), or no longer what an earlier stage has accepted."""
+    change = 'next(iter(ctx.source("text").files.values())).write_text("new text")'
+    demo.edit("read", 'count("read")', f'count("read"); {change}; {then}')
+    result = demo.run()
+    assert result.code == 1
+    (read,) = [node for node in result.json["nodes"] if node["node"] == "read"]
+    assert "a.txt: changed while it was being read; run again" in read["problems"][0]
+    assert read["problems"][1:]
+    assert "bug" not in result.err
+
+
 def test_a_source_that_gets_other_rights_and_another_name_under_a_stage_is_what_it_was(demo: Demo) -> None:
     touched = 'count("read"); path = next(iter(ctx.source("text").files.values())); '
     demo.edit("read", 'count("read")', touched + 'path.chmod(0o600); path.with_name("linked").hardlink_to(path)')
