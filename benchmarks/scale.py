@@ -85,7 +85,7 @@ finally:
 """
 NODE_MS, FLAT = 2.0, 1.2  # CPU of a node that runs; by how much more it may be in the largest pipeline
 NO_OP_SECONDS, NO_OP_MIB = 2.0, 150  # of 10,000 nodes
-LOOK_SECONDS = {"graph": 2.0, "explain": 5.0, "lineage": 5.0}
+LOOK_SECONDS = {"graph": 2.0, "explain": 5.0, "lineage": 5.0}  # of 10,000 nodes at most
 
 
 def wide(count: int) -> Iterator[tuple[str, list[int]]]:
@@ -137,10 +137,11 @@ def measured(shape: str, count: int) -> Iterator[tuple[str, float, float, float]
         yield "run", *measure(folder, "run", "-j2"), NODE_MS * count / 1000
         yield "no-op", *measure(folder, "run"), NO_OP_SECONDS * count / 10_000
         yield "status", *measure(folder, "status"), NO_OP_SECONDS * count / 10_000
+        share = max(1.0, count / 10_000)
         for style in ("ascii", "dot", "svg", "mermaid"):
-            yield f"graph {style}", *measure(folder, "graph", "--format", style), LOOK_SECONDS["graph"]
-        yield "explain", *measure(folder, "explain", last), LOOK_SECONDS["explain"]
-        yield "lineage", *measure(folder, "lineage", last), LOOK_SECONDS["lineage"]
+            yield f"graph {style}", *measure(folder, "graph", "--format", style), share * LOOK_SECONDS["graph"]
+        for verb in ("explain", "lineage"):
+            yield verb, *measure(folder, verb, last), share * LOOK_SECONDS[verb]
 
 
 def main() -> int:

@@ -69,4 +69,5 @@ def _failures() -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RemoteError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+        at = error.filename2 or error.filename  # of a copy that failed the target: it is what may be full
+        raise RemoteError(f"{at}: {error.strerror}" if at else str(error)) from None

@@ -46,6 +46,7 @@ class Storage:
         self.remote = remote
         self._stop = stop
         self._backend = _backend(remote.url)
+        self._wrong: set[str] = set()  # objects that were not what their names say
 
     def read(self, path: str) -> bytes | None:
         """Return a small document, or None if there is none."""
@@ -82,6 +83,7 @@ class Storage:
             if not right:
                 file.truncate(0)
         if not right:
+            self._wrong.add(digest)
             raise MismatchError(f"{object_path(digest)} does not match its digest")
         fsync_file(target)
 
@@ -119,11 +121,12 @@ class Storage:
         return done == size and hasher.hexdigest() == digest
 
     def give(self, digest: str, source: Path) -> bool:
-        """Put an object, and return True, unless it is there."""
+        """Put an object, and return True, unless it is there: one of another size, or found wrong before, is not."""
         path = object_path(digest)
-        if self.has(path):
+        if digest not in self._wrong and self._backend.size(path) == source.stat().st_size:
             return False
         self._backend.put(path, source)
+        self._wrong.discard(digest)
         return True
 
 

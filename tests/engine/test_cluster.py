@@ -758,8 +758,10 @@ def test_a_worker_that_lacks_what_a_piece_reads_is_given_it(client: Client, grid
 
 
 @pytest.mark.slow
-def test_weights_quantized_by_several_workers_are_those_quantized_here(client: Client, grid: Grid) -> None:
-    second = grid.start("second").process
+@pytest.mark.parametrize("dies", [False, True])
+def test_weights_quantized_by_several_workers_are_those_quantized_here(client: Client, grid: Grid, dies: bool) -> None:
+    """Also where one of them is killed while it converts some."""
+    second = grid.start(f"second-{dies}").process
     write_qwen(client.folder / "model", hidden=256, ff=256, layers=3)
     needs = ["config-parse", "param-register"]
     scheme = {"scheme": "q4f32_1", "target": "llvm"}
@@ -769,11 +771,20 @@ def test_weights_quantized_by_several_workers_are_those_quantized_here(client: C
         "quantize": {"needs": needs, "with": {"checkpoint": "model", "batch": 1, **scheme}},
     }
     (client.folder / "pipeline.yaml").write_text(json.dumps({"version": 1, "name": "adding", "stages": entries}))
-    until(lambda: "Registered to" in (grid.workers[0].log.parent / "second.log").read_text())
-    watching = Watching()
+    until(lambda: "Registered to" in (grid.workers[0].log.parent / f"second-{dies}.log").read_text())
+    left: list[int] = []  # of the pieces, when it was killed
+
+    def kill() -> None:
+        made = re.fullmatch(r"quantize (\d+)/(\d+) pieces", watching.heard[-1])
+        if dies and made and not left:
+            left.append(int(made[2]) - int(made[1]))
+            second.kill()
+
+    watching = Watching(kill)
     there = client.run(watching)
     assert outcomes(there) == ["BUILT"] * 3
     assert [text for text in watching.heard if re.fullmatch(r"quantize (\d)/\1 pieces", text) and "1/1" not in text]
+    assert not dies or left[0] > 1
     second.terminate()
     shutil.rmtree(client.folder / "artifacts")
     shutil.rmtree(client.remote)
@@ -787,7 +798,7 @@ def test_weights_quantized_by_several_workers_are_those_quantized_here(client: C
             b.record["outputs"],
             b.record["views"],
         )
-        assert a.record["parts"].get("tensor") == b.record["parts"].get("tensor")
+        assert dies or a.record["parts"].get("tensor") == b.record["parts"].get("tensor")
 
 
 # -- the files for SLURM and Kubernetes ------------------------------------------------------------------------------

@@ -206,6 +206,83 @@ def limited(machine: Machine, memory: str) -> None:
     file.write_text(file.read_text().replace("with: {", f"resources: {{memory: {memory}}}, with: {{"))
 
 
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_an_object_that_was_found_damaged_is_mended_by_whoever_makes_it_again(filled, machines, damage: str) -> None:
+    remote, _, public = filled
+    whole = {path: path.read_bytes() for path in remote.glob("objects/*/*")}
+    for path, content in whole.items():
+        path.chmod(0o644)
+        path.write_bytes(content[:-1] if damage == "truncate" else bytes([content[0] ^ 1]) + content[1:])
+    there = machines("there")
+    there.configure(remote, "both", here=public)
+    assert outcomes(there.run()) == ["BUILT"] * NODES
+    assert {path: path.read_bytes() for path in remote.glob("objects/*/*")} == whole
+    third = machines("third")
+    third.configure(remote, "read", here=public)
+    assert reasons(third.run()) == {"from remote 'team'"}
+
+
+def pushing(machine: Machine, before: str = "") -> subprocess.Popen[str]:
+    """Push from a process of its own, which does something before."""
+    code = f"{before}\nfrom stagegraph.cli.main import main; import sys; sys.argv[1:] = ['push']; main()"
+    environment = os.environ | {"STAGEGRAPH_CONFIG": str(machine.config)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=machine.folder, env=environment, text=True, **pipes)
+
+
+KILLED = """
+import os, shutil, signal
+from stagegraph.remote import directory
+copied, copy = [], shutil.copyfile
+def half(source, target):
+    copied.append(target)
+    if len(copied) == 3:
+        target.write_bytes(source.read_bytes()[:1])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return copy(source, target)
+directory.shutil.copyfile = half
+"""
+
+
+@pytest.mark.parametrize("after", ["again", "at once"])
+def test_a_push_that_is_killed_goes_on_and_nobody_takes_half_of_it(
+    tmp_path: Path, machines, capsys, after: str
+) -> None:
+    here, there = machines("here"), machines("there")
+    here.configure(tmp_path / "empty", "none")
+    assert outcomes(here.run()) == ["BUILT"] * NODES
+    here.configure(tmp_path / "remote", "write")
+    first = pushing(here, KILLED)
+    first.communicate()
+    assert first.returncode < 0
+    there.configure(tmp_path / "remote", "read", here=here.key(capsys))
+    taken = there.run()
+    assert set(outcomes(taken)) == {"HIT", "BUILT"} or outcomes(taken) == ["BUILT"] * NODES
+    assert there.shown() == here.shown()
+    pushes = [pushing(here) for _ in range(1 if after == "again" else 2)]
+    for push in pushes:
+        said, _ = push.communicate()
+        assert push.returncode == 0, said
+    third = machines("third")
+    third.configure(tmp_path / "remote", "read", here=here.key(capsys))
+    assert reasons(third.run()) == {"from remote 'team'"}
+    assert third.shown() == here.shown()
+
+
+@pytest.mark.parametrize("days", [-400, 400])
+def test_whose_clock_is_wrong_is_believed_all_the_same(filled, machines, monkeypatch, days: int) -> None:
+    remote, here, public = filled
+    there, now, clock = machines("there"), time.time, time.gmtime
+    there.configure(remote, "read", here=public)
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86_400)
+    monkeypatch.setattr(time, "gmtime", lambda at=None: clock(time.time() if at is None else at))
+    assert reasons(there.run()) == {"from remote 'team'"}
+    with Pipeline(there.folder / "pipeline.yaml") as pipeline:
+        swept = pipeline.gc(keep_runs=1)
+    assert not [item for item in swept.items if item.kind in {"result", "object"}]
+    assert (reasons(there.run()), there.shown()) == ({""}, here.shown())
+
+
 def test_memory_is_asked_for_only_where_a_node_runs(filled, machines) -> None:
     remote, here, public = filled
     there = machines("there")
@@ -308,7 +385,7 @@ def test_a_remote_that_takes_nothing_costs_a_warning(tmp_path: Path, machines, c
 
 
 def test_a_file_is_put_into_a_directory_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
-    def full(_path: Path) -> None:
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "the disk is full")
 
     folder = directory.Directory((tmp_path / "remote").as_uri())
@@ -319,6 +396,10 @@ def test_a_file_is_put_into_a_directory_whole_or_not_at_all(tmp_path: Path, monk
         for data in (source, b"whole"):
             with pytest.raises(RemoteError, match="disk is full"):
                 folder.put("objects/ab/abcd", data)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sendfile", full)
+        with pytest.raises(RemoteError, match=rf"{tmp_path}/remote/objects/.*full"):  # not the source's disk
+            folder.put("objects/ab/abcd", source)
     assert not [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
     folder.put("objects/ab/abcd", source)
     assert (folder.size("objects/ab/abcd"), folder.size("objects/ab/other")) == (5, None)
