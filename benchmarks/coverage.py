@@ -78,7 +78,32 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 8, "moe_top_k": 2},
     },
+    "dory": {
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "initializer_range": 1.0,  # factors are stored as multiples of it: of one like the others, scores are thousands
+    },
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "head_dim": 24,
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        "num_key_value_heads": 4,
+        "per_layer_config": {
+            1: {
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "q_lora_rank": 24,
+                "kv_lora_rank": 48,
+                "head_dim": 32,
+                "qk_nope_head_dim": 24,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+            }
+        },
+    },
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_state": 16, "mamba_n_groups": 2},
     **{
         name: {
@@ -104,6 +129,20 @@ OWN: dict[str, dict[str, Any]] = {
     **{name: {"intermediate_size": 128, "time_step_rank": 4} for name in ("mamba", "falcon_mamba")},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_dt_rank": 4},
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding"],
+        "router_hidden_size": 32,
+        "sliding_window": 20,
+    },
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "num_hidden_layers": 3,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "mamba_dt_rank": 4,
+    },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
         "hybrid_layer_ids": [1],

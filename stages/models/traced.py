@@ -204,23 +204,32 @@ def _is_tied_head(config: TracedConfig, name: str) -> bool:
 
 def stored_as(config: TracedConfig, names: Collection[str]) -> TracedConfig:
     """Return the config of a checkpoint with tensors of these ``names``, some of which may be of an older form."""
-    ends = {end for name in names for end in suffixes(unwrapped(name))}
+    plain = {unwrapped(name) for name in names}
+    ends = {end for name in plain for end in suffixes(name)}
     own = config.embedding.partition(".")[0] + "."
+    config = replace(config, older={name: _named(form, plain) for name, form in config.older.items()})
+
+    def form(name: str, shape: Sequence[int]) -> JsonObject:
+        known = config.older.get(name)
+        renamed = known is not None and name not in plain and plain.issuperset(known["sources"])
+        if known is not None and (renamed or name.removeprefix(own) not in ends):
+            return known
+        return {"sources": [name], "shapes": [shape], "rows": []}
+
     entries = []
     for entry in config.parameters:
-        forms = _whole(
-            [
-                {"sources": [name], "shapes": [shape], "rows": []}
-                if name not in config.older or name.removeprefix(own) in ends
-                else config.older[name]
-                for name, shape in zip(entry["sources"], entry["source_shapes"], strict=True)
-            ]
-        )
+        forms = _whole([*map(form, entry["sources"], entry["source_shapes"])])
         sources, shapes = ([each for form in forms for each in form[part]] for part in ("sources", "shapes"))
         transform = "copy" if len(forms) < len(entry["sources"]) else entry["transform"]
         transform = "concat0" if len(sources) > len(forms) else transform
         entries.append({**entry, "sources": sources, "source_shapes": shapes, "transform": transform})
     return replace(config, parameters=entries)
+
+
+def _named(form: JsonObject, names: Collection[str]) -> JsonObject:
+    """Return an older form by the names of its sources that a checkpoint has."""
+    others = form.get("others", [])
+    return {**form, "sources": others} if others and all(name in names for name in others) else form
 
 
 def _whole(forms: Sequence[JsonObject]) -> Sequence[JsonObject]:

@@ -8,6 +8,7 @@ numbered rows: where they come out says all.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
     from stages.documents.files import JsonObject
 
 
+# Part of a layer -> in which of its two layers an older checkpoint has it, and under which name.
+PAIRS = {"self_attn": (0, "mixer"), "mlp": (1, "mixer"), "lambda_1": (0, "attn_alpha"), "lambda_2": (1, "mlp_alpha")}
+
+
 def forms(model: Any, names: Iterable[str]) -> dict[str, JsonObject]:
     """Return those of the ``names`` of the state dict that an older checkpoint has otherwise -> ``sources``, the names
     of its tensors, and their ``shapes``; ``shape``, which they have when they lie one under the other; ``rows``, from
-    one to another, where they are only those of a tensor that several share.
+    one to another, where they are only those of a tensor that several share; ``others``, the names of the sources in
+    another older form, where there are two.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
+    from transformers.core_model_loading import LayerPairCollapse, PrefixChange
 
     conversions = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [each for each in conversions if not isinstance(each, PrefixChange)]  # noqa: SLF001
@@ -40,7 +46,21 @@ def forms(model: Any, names: Iterable[str]) -> dict[str, JsonObject]:
         if len(shared) > 1:  # each had all of it to itself
             found = {name: form for name, form in found.items() if name not in shared}
             found |= _parts(model, source, {name: shapes[name] for name in shared})
+    if any(isinstance(each, LayerPairCollapse) for each in conversions):
+        found = {name: {**form, "others": [*map(_in_pairs, form["sources"])]} for name, form in found.items()}
     return found
+
+
+def _in_pairs(name: str) -> str:
+    """Return the name of a tensor where attention and MLP of a layer are two layers, which transformers reads and does
+    not write.
+    """
+
+    def pair(match: re.Match[str]) -> str:
+        after, part = PAIRS[match[2]]
+        return f"layers.{2 * int(match[1]) + after}.{part}"
+
+    return re.sub(rf"\blayers\.(\d+)\.({'|'.join(PAIRS)})(?=\.|$)", pair, name)
 
 
 def _form(model: Any, name: str, shape: tuple[int, ...]) -> JsonObject | None:

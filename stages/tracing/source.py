@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Keys of configs: how many tokens attention reads, which it chooses where there are more.
 CHOSEN = ("keep_window_size",)
+# Settings with which what a token yields depends on where a text is divided into calls of the model.
+DIVIDED = {"recurrent_kv_cache_mode": "last_loop"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ def open_source(raw: JsonObject, window: int) -> TracedSource:
             "too; only decoders are supported"
         )
     every: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    for key, value in DIVIDED.items():
+        if getattr(text, key, None) == value:
+            raise ConfigError(
+                f"config.json: {key} is '{value}', with which what a model says depends on how a text is divided into "
+                "chunks; that is not supported"
+            )
     known = next((kind for kind in (type(text), type(config)) if kind in every), None)
     if known is None:
         raise ConfigError(f"config.json: model_type {named} is no causal language model of transformers")

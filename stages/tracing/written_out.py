@@ -222,6 +222,47 @@ def longcat(module: Any, x: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     return (y * top_k_weights[..., None]).sum(1)
 
 
+def zaya(module: Any, hidden_states: Any, *_more: Any) -> tuple[Any, Any, Any]:
+    """Take the place of ``ZayaCCAProjection.forward``: q, k and v [b, n, heads, d], of which convolutions mix the first
+    two, and half of each value is the token's before.
+    """
+    import torch
+
+    shape, taps = (*hidden_states.shape[:2], -1, module.head_dim), module.conv_qk_depthwise
+    q, k = module.q_proj(hidden_states), module.k_proj(hidden_states)
+    mixed = torch.ops.stagegraph.causal_conv(torch.cat([q, k], -1).transpose(1, 2), taps.weight.squeeze(1), None)
+    q_mixed, k_mixed = _grouped(module.conv_qk_grouped, mixed, taps.bias).split([q.shape[-1], k.shape[-1]], -1)
+    shared = k.view(shape).repeat_interleave(module.num_key_value_groups, 2)
+    residual = (q.view(shape) + shared) * 0.5
+    mean = residual.unflatten(2, (-1, module.num_key_value_groups)).mean(3)
+    v, late = module.v_proj_current(hidden_states), module.v_proj_delayed
+    delayed = _before(torch.ops.stagegraph.linear(hidden_states, late.weight, None).transpose(1, 2), 1).transpose(1, 2)
+    delayed = delayed if late.bias is None else delayed + late.bias
+    return q_mixed.view(shape) + residual, k_mixed.view(shape) + mean, torch.cat([v, delayed], -1).view(shape)
+
+
+def _grouped(conv: Any, x: Any, before: Any) -> Any:
+    """Return [b, n, channels]: the convolution ``conv`` in groups of x [b, channels, n] + ``before`` [channels], which
+    is also what stands before the first token.
+    """
+    weight = conv.weight.unflatten(0, (conv.groups, -1))  # [groups, out, in, taps]
+    last, shifted = conv.kernel_size[0] - 1, before[:, None]
+    made = [
+        weight[..., tap] @ (_before(x, last - tap) + shifted).unflatten(1, (conv.groups, -1)) for tap in range(last + 1)
+    ]
+    return sum(made).flatten(1, 2).transpose(1, 2) + conv.bias
+
+
+def _before(x: Any, steps: int) -> Any:
+    """Return x [b, channels, n] of so many tokens before, zeros where there are none."""
+    import torch
+
+    if not steps:
+        return x
+    taps = torch.cat([torch.ones(x.shape[1], 1), torch.zeros(x.shape[1], steps)], 1)
+    return torch.ops.stagegraph.causal_conv(x, taps, None)
+
+
 def gemma3n(module: Any, inputs: Any) -> Any:
     """Take the place of ``Gemma3nTextMLP._gaussian_topk``, which computes from a distribution what is one number."""
     import torch
@@ -302,5 +343,6 @@ WRITTEN_OUT: dict[str, dict[str, Callable[..., Any]]] = {
     "JetMoeMoA": {"map": jetmoe_queries, "reduce": jetmoe_outputs},
     **{f"{name}Model": {"forward": without_mask} for name in INDEXED},
     **{f"{name}Indexer": {"forward": functools.partial(indexer, **how)} for name, how in INDEXED.items()},
+    "ZayaCCAProjection": {"forward": zaya},
     "Gemma3nTextMLP": {"_gaussian_topk": gemma3n},
 }

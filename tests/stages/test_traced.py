@@ -281,6 +281,57 @@ def test_projections_that_a_checkpoint_has_in_one_tensor_are_read_from_it() -> N
     assert old not in state
 
 
+DORY = {
+    **traced_models.SIZES,
+    "model_type": "dory",
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+    "num_hidden_layers": 6,
+    "n_input_layers": 2,
+    "n_recurrent_layers": 2,
+    "n_output_layers": 2,
+}
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["as published", "as transformers writes it"])
+def test_a_layer_may_be_stored_as_two(tmp_path: Path, pairs: bool) -> None:
+    """Dory's attention and MLP are layers of their own in the published checkpoint, and everything has other names."""
+    import torch
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**DORY)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "backbone.layers.2.self_attn.g_proj.weight" in tensors
+    if pairs:
+        parts = {".self_attn.": (0, ".mixer."), ".mlp.": (1, ".mixer."), ".lambda_1": (0, ".attn_alpha"),
+                 ".lambda_2": (1, ".mlp_alpha")}  # fmt: skip
+        for name in [name for name in tensors if ".layers." in name]:
+            number, rest = name.removeprefix("backbone.layers.").split(".", 1)
+            (part,) = [each for each in parts if each in f".{rest}"]
+            after, new = parts[part]
+            moved = f"backbone.layers.{2 * int(number) + after}{f'.{rest}'.replace(part, new)}"
+            tensors[moved] = tensors.pop(name)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    model, loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["missing_keys"]
+    assert not loaded["unexpected_keys"]
+    found = stored_as(parse(json.loads((tmp_path / "config.json").read_text())), tensors)
+    assert {source for entry in found.parameters for source in entry["sources"]} == {*tensors}
+    _, _, state = to_reference(found, tensors)
+    assert {name: array.shape for name, array in state.items()} == {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+    }
+    assert all(np.array_equal(array, model.state_dict()[name].numpy()) for name, array in state.items())
+
+
+def test_a_model_that_depends_on_how_a_text_is_divided_is_refused() -> None:
+    with pytest.raises(ConfigError, match="recurrent_kv_cache_mode is 'last_loop'"):
+        parse({**DORY, "recurrent_kv_cache_mode": "last_loop"})
+
+
 def test_a_number_of_a_checkpoint_is_a_parameter_of_one_value() -> None:
     """Apertus's activations have two, beside two vectors of one value."""
     config = parse({**traced_models.SIZES, "model_type": "apertus", "num_hidden_layers": 1})

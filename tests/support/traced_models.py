@@ -134,6 +134,8 @@ HYBRIDS: dict[str, dict[str, Any]] = {
                 "num_experts_per_tok": 2, "block_size": 32},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "head_dim": 16, "lru_width": 64,
                         "attention_window_size": 20, "intermediate_size": 192},
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "head_dim": 16, "num_experts": 8, "moe_intermediate_size": 32,
+             "router_hidden_size": 32, "sliding_window": 20},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2},
 }  # fmt: skip
 
