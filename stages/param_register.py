@@ -72,6 +72,11 @@ class ParamRegister(Stage):
             raise StageError(*(problem for kind in kinds for problem in capped(kind)))
 
         layout, own = TARGETS[ctx.params.target].layout, _own_rows(ctx, params)
+        exact = {
+            name
+            for name, tensor in checkpoint["tensors"].items()
+            if scheme.holds and tensor.get("packed", {}).get("called") == scheme.holds
+        }
         leveled = [f"scheme: {scheme.name}"] if any(row.levels for row in scheme.rows) else []
         leveled += [f"rows: {name}" for name, row in own.items() if row and row.levels]
         if layout == "nk" and leveled:
@@ -82,7 +87,7 @@ class ParamRegister(Stage):
         stored: list[StoredTensor] = []
         logical: list[Parameter] = []
         for parameter in params:
-            row = own.get(parameter.name, scheme.row(parameter.kind, parameter.shape[-1]))
+            row = own.get(parameter.name, scheme.row(_kind(parameter, checkpoint["names"], exact), parameter.shape[-1]))
             entry, parts = _entries(parameter, scheme, row, layout, checkpoint["names"])
             stored += parts
             logical.append(entry)
@@ -101,6 +106,16 @@ class ParamRegister(Stage):
         ctx.view("params", _view(logical, stored))
         count = sum(math.prod(entry["shape"]) for entry in logical)
         ctx.summary(f"{count:,} parameters in {len(stored)} tensors as {scheme.name}")
+
+
+def _kind(parameter: Param, names: Mapping[str, str], exact: set[str]) -> str:
+    """Return the kind whose row a parameter takes: of a checkpoint that has some tensors in the form that the scheme
+    stores exactly, ``exact``, other linear layers take the embedding's.
+    """
+    other = (
+        exact and parameter.kind == "linear" and not all(names.get(name, name) in exact for name in parameter.sources)
+    )
+    return "embedding" if other else parameter.kind
 
 
 def _own_rows(ctx: Context, params: Iterable[Param]) -> dict[str, Row | None]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 # Of all dtypes that weights and caches are stored as, by TVM's names.
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint32": 4}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "uint8": 1, "uint32": 4}
 PAGE_SIZE = 16  # tokens of a page of the KV cache: all of TVM's kernels for it, CPU and GPU, are written for this one
 LEVELED = 8  # groups whose scales and minima are integers, levels, that lie in whole words
 LEVELS_PER_WORD = 5  # of six bits
 # Bits of an element of a row in two levels -> those of a level, and how many groups share two floats; the last more.
 LEVEL_BITS = {2: 4, 3: 4, 4: 6, 5: 6, 6: 6}
 SHARING = {2: 16, 3: 16, 4: 8, 5: 8, 6: 8}
+FLOAT4_MOST = 12  # the largest float of four bits (e2m1), 6, in halves
 N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stages/quantization/layouts.py)
 # Bits of an element of a row in two levels -> those of each of its planes, the lowest first: words of whole elements.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}

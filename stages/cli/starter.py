@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
-    from stages.checkpoint.headers import TensorTable
+    from stages.checkpoint.headers import Headers, TensorTable
     from stages.documents.files import JsonObject
     from stages.quantization.schemes import Scheme
 
@@ -36,13 +37,18 @@ POSITIONS = 4096  # a context that conversations fit, of models made for more: i
 OFFERED = ("q0f32", "q0f16", "q8f16_1", "q4a32", "q4k", "q4f16_1")  # the schemes shown to choose from, best first
 BESIDE = 1 << 30  # bytes that running a model takes beside its weights
 DEFAULTS = {True: "q4k", False: "q4f16_1"}  # whether all targets compute on the processor -> scheme
+# How weights are quantized already -> the scheme whose rows store them as they are.
+EXACT = {"Q4_1": "q4a32", "Q8_0": "q8f16_1", **{each.holds: name for name, each in SCHEMES.items() if each.holds}}
 
 
 class CheckpointSummary(NamedTuple):
-    """The tensors of a checkpoint by its headers, and the number of positions it was trained for."""
+    """The tensors of a checkpoint by its headers, the number of positions it was trained for, and the form that most
+    of its weights are quantized in, empty if they are not.
+    """
 
     tensors: TensorTable
     positions: int
+    form: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +112,8 @@ def examine(path: Path) -> CheckpointSummary:
             if parts := folder.files_of(files):
                 files = {**folder.write(parts, Path(place)), **parts}
             config = read_object(files["config.json"], "config.json")
-            return CheckpointSummary(read_headers(files).tensors, _positions(config))
+            headers = read_headers(files)
+            return CheckpointSummary(headers.tensors, _positions(config), _form(headers))
     except ConfigError as error:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in error.problems)) from None
 
@@ -121,6 +128,15 @@ def _missing(path: Path) -> str:
     if text.startswith("~"):
         return f"{path}: no such folder; `~` is read by the shell alone: write {Path(text).expanduser()}"
     return f"{path}: no such file or folder; expected a checkpoint's folder, or a GGUF file"
+
+
+def _form(headers: Headers) -> str:
+    """Return the form of most values, empty where they are floats."""
+    counts = Counter[str]()
+    for name, (_, info) in headers.tensors.items():
+        packed = headers.packed.get(name)
+        counts[packed["called"] if packed else ""] += math.prod(info.shape)
+    return max(counts, key=lambda form: counts[form], default="")
 
 
 def _positions(config: JsonObject) -> int:
@@ -139,10 +155,11 @@ def _positions(config: JsonObject) -> int:
 def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, where: Path) -> str:
     """Return the text of a pipeline file in the folder ``where``, for a checkpoint at a path or a pinned URL."""
     targets: Sequence[str] = chosen.get("targets", ["llvm"])
-    scheme = chosen.get("scheme") or DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
+    default = DEFAULTS[all(TARGETS[target].cpu_kernels for target in targets)]
     window = chosen.get("context_window", min(model.positions or POSITIONS, POSITIONS))
     made_for = f" (the model was made for {model.positions:,})" if model.positions else ""
     bits = chosen.get("bits")
+    scheme = chosen.get("scheme") or (default if bits else EXACT.get(model.form, default))
     lines = [
         "# yaml-language-server: $schema=pipeline.schema.json",
         "# A checkpoint to one verified bundle per target. `pipeline run` does the work whose inputs changed,",
@@ -152,7 +169,7 @@ def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, wh
         "",
         "vars:",
         f"  checkpoint: {_quoted(_written(source, where))}",
-        *(_within(bits, scheme, model.tensors) if bits else _of_scheme(scheme, model.tensors)),
+        *(_within(bits, scheme, model.tensors) if bits else _of_scheme(scheme, model)),
         f"  context_window: {window} # positions, prompt and answer together{made_for}",
         f"  targets: [{', '.join(targets)}] # of {_listed(TARGETS)}",
         "",
@@ -160,11 +177,12 @@ def compose(source: Path | str, model: CheckpointSummary, chosen: JsonObject, wh
     return "\n".join(lines) + "\n" + (WITHIN_BITS if bits else STAGES).read_text("utf-8")
 
 
-def _of_scheme(scheme: str, tensors: TensorTable) -> Iterator[str]:
+def _of_scheme(scheme: str, model: CheckpointSummary) -> Iterator[str]:
     """Yield the lines that choose a scheme."""
+    kept = f" # as this checkpoint's weights are stored: {model.form}" if EXACT.get(model.form) == scheme else ""
     yield f"  # How weights are stored. About, of {_memory() / 2**30:.1f} GiB memory in this machine:"
-    yield from (f"  #   {line}" for line in _choices(tensors))
-    yield f"  scheme: {scheme}"
+    yield from (f"  #   {line}" for line in _choices(model))
+    yield f"  scheme: {scheme}{kept}"
 
 
 def _within(bits: float, scheme: str, tensors: TensorTable) -> Iterator[str]:
@@ -200,10 +218,10 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _choices(tensors: TensorTable) -> Iterator[str]:
+def _choices(model: CheckpointSummary) -> Iterator[str]:
     """Yield a line for each scheme: what it takes, and whether that fits this machine."""
-    for name in OFFERED:
-        size = stored_bytes(SCHEMES[name], tensors)
+    for name in dict.fromkeys([*OFFERED, *([EXACT[model.form]] if model.form in EXACT else [])]):
+        size = stored_bytes(SCHEMES[name], model.tensors)
         fits = "" if size + BESIDE <= _memory() else "  does not fit"
         yield f"{name:<8} {size / 2**20:>9,.0f} MiB{fits}"
 

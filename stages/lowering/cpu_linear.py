@@ -159,4 +159,6 @@ def stored_as(tensors: Sequence[rx.TensorType], k: int, n: int = 0) -> Stored | 
     if least and str(tensors[1].dtype) == "uint32":
         return Stored(n, k, dtype, 32 * words // k, 32, minimum=True, levels=True)
     bits, group = 32 * words // k, k // groups
+    if dtype == "uint8":
+        return Stored(n, k, dtype, bits, group, mxfp4=True)
     return Stored(n, k, dtype, bits, group, minimum=bool(least)) if bits in (4, 8) else None

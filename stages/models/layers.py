@@ -250,7 +250,7 @@ class LayerFactory:
         row = logical["quantize"]
         bits, size = row["bits"], row["group_size"]
         groups = -(-columns // size) if size else 0
-        if row["kind"] != "group":
+        if row["kind"] not in ("group", "mxfp4"):
             scale = self._parameter(f"{base}q_scale", (rows, groups) if size else (1,))
             return ScaledMatrix(self._parameter(f"{base}q_weight", shape), scale, size, self.compute_dtype)
         widths = {"q_weight": groups * (size // (32 // bits)), "q_scale": groups}

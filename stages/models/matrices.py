@@ -107,8 +107,9 @@ class GroupMatrix(nn.Module):
     """A matrix [n, k] in groups of ``group_size`` along k. ``q_weight`` is uint32 [n, k / per word], ``q_scale``
     [n, k / group_size], value = (element - (2 ** (bits - 1) - 1)) * scale; with ``q_min`` of the scale's shape, value =
     element * scale + minimum. With ``q_outer`` there, ``q_scale`` has levels: eight groups share two floats that their
-    scales and minima, integers of six bits, are multiplied by, and the minimum is taken off. All are in the layout; a
-    last group that is short takes the words of a full one.
+    scales and minima, integers of six bits, are multiplied by, and the minimum is taken off. Elements with ``q_scale``
+    of uint8 are MXFP4's (stages/quantization/float4.py). All are in the layout; a last group that is short takes the
+    words of a full one.
     """
 
     def __init__(
@@ -155,8 +156,10 @@ class GroupMatrix(nn.Module):
         """Return the value at ``rest``: row and column, after minima or what levels are of where there are such."""
         *least, i, j = rest
         middle, dtype = (1 << (self.bits - 1)) - 1, self.compute_dtype
-        element = self._element(words, i, j).astype(dtype)
         group = self.layout.at(i, j // self.group_size)
+        if scale.dtype == "uint8":
+            return _float4(self._element(words, i, j), scale[group]).astype(dtype)
+        element = self._element(words, i, j).astype(dtype)
         if self.q_outer is not None:
             step, low = (self._of_levels(scale, least[0], i, j // self.group_size, which) for which in (0, 1))
             return element * step.astype(dtype) - low.astype(dtype)
@@ -212,6 +215,19 @@ def _bits_of(word: Any, bit: Any, bits: int) -> tirx.PrimExpr:
     """Return so many bits of a word from ``bit`` on."""
     shifted = tirx.shift_right(word, bit.astype("uint32"))
     return tirx.bitwise_and(shifted, tirx.const((1 << bits) - 1, "uint32"))
+
+
+def _float4(code: Any, exponent: Any) -> tirx.PrimExpr:
+    """Return the value of a code of MXFP4, uint32, with its group's exponent, uint8, as float32."""
+    one = tirx.const(1, "uint32")
+    bits = [tirx.bitwise_and(tirx.shift_right(code, tirx.const(place, "uint32")), one) for place in range(4)]
+    above_four = tirx.bitwise_and(code, bits[2] * tirx.const(3, "uint32"))
+    halves = tirx.bitwise_and(code, tirx.const(7, "uint32")) + above_four + bits[0] * bits[1] * bits[2] * 2
+    signed = tirx.bitwise_or(
+        tirx.reinterpret("uint32", halves.astype("float32")), tirx.shift_left(bits[3], tirx.const(31, "uint32"))
+    )
+    power = tirx.shift_left(exponent.astype("uint32"), tirx.const(23, "uint32"))
+    return tirx.reinterpret("float32", signed) * (tirx.reinterpret("float32", power) * tirx.const(0.5, "float32"))
 
 
 def _gather(

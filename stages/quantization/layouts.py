@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stages.quantization.schemes import Scheme
 
 _MATRICES = ("linear", "embedding", "head", "router")  # kinds of parameters that are matrices
-_FLOATS = ("float32", "float16")
+_SCALES = ("float32", "float16", "uint8")  # dtypes of scales, and of floats, that its kernels read
 
 
 def of(target: str, kind: str, scheme: Scheme, row: Row | None, dtype: str, k: int) -> str:
@@ -34,11 +34,11 @@ def of(target: str, kind: str, scheme: Scheme, row: Row | None, dtype: str, k: i
     None for floats of ``dtype``.
     """
     if row:
-        direct = row.kind == "group" and (row.levels or row.bits in (4, 8)) and k % row.group_size == 0
+        direct = row.packed and (row.levels or row.bits in (4, 8)) and k % row.group_size == 0
         dtype = row.scale_dtype
     else:
         direct = kind in _MATRICES
-    return target if target != "nk" and direct and dtype in _FLOATS else of_scheme(kind, scheme)
+    return target if target != "nk" and direct and dtype in _SCALES else of_scheme(kind, scheme)
 
 
 def of_scheme(kind: str, scheme: Scheme) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.quantization import feedback as error_feedback
-from stages.quantization import float8, group, minimum, two_level
+from stages.quantization import float4, float8, group, minimum, two_level
 from stages.quantization import layouts as arrangement
 from stages.quantization.blocks import cast, relative_error
 from stages.quantization.dtypes import numpy_dtype
@@ -149,6 +149,8 @@ def quantize(
         return float8.quantize(array)
     if row.kind == "float8":
         return float8.quantize_groups(array, row)
+    if row.kind == "mxfp4":
+        return float4.quantize(array, row)
     room = two_level if row.levels else minimum if row.minimum else group
     if feedback is None:
         made: Sequence[np.ndarray] = room.quantize(array, row, scales, importance)
@@ -163,6 +165,8 @@ def restored(stored: Sequence[np.ndarray], row: Row, k: int) -> np.ndarray:
         return float8.dequantize(values, scale)
     if row.kind == "float8":
         return float8.dequantize_groups(values, scale, row)
+    if row.kind == "mxfp4":
+        return float4.dequantize(values, scale, row, k)
     if row.levels:
         return two_level.dequantize(values, scale, least[0], row, k)
     if row.minimum:

@@ -22,7 +22,8 @@ class Row:
     """One way to store the values of a matrix [n, k].
 
     ``kind`` "group" stores each ``group_size`` values of a row as integers of ``bits``, packed into uint32 words, with
-    one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "float8" stores
+    one scale of ``scale_dtype``; where there is a ``minimum``, with a minimum of that dtype too. "mxfp4" stores them as
+    floats of four bits, packed likewise, with the exponent of a power of two (:mod:`.float4`). "float8" stores
     float8_e4m3fn with one scale for each ``group_size`` values of a row, "tensor" with one for the whole weight. The
     value of an integer c is ``(c - top) * scale``, or ``c * scale + minimum``. With ``levels`` scale and minimum of a
     group are integers of :data:`~stages.sizes.LEVEL_BITS`, and several groups share two floats, s and m, for them:
@@ -39,10 +40,17 @@ class Row:
     @property
     def name(self) -> str:
         """A short name, for tables and messages."""
-        if self.kind != "group":
+        if self.kind == "mxfp4":
+            return f"MXFP4/{self.group_size}"
+        if not self.packed:
             return "float8_e4m3fn" + (f"/{self.group_size}" if self.group_size else "")
         more = " with minimum" if self.minimum else ""
         return f"{self.bits} bits/{self.group_size} {self.scale_dtype}{more}{' in two levels' if self.levels else ''}"
+
+    @property
+    def packed(self) -> bool:
+        """Whether codes are packed into words."""
+        return self.kind in ("group", "mxfp4")
 
     @property
     def top(self) -> int:
@@ -72,7 +80,7 @@ class Row:
     @property
     def element_bits(self) -> tuple[tuple[int, ...], ...]:
         """Of each stored tensor, the bits of an element in each word of a group; empty where layouts move none."""
-        moved = self.kind == "group" and all(bits in (1, 2, 4) for bits in self.planes)
+        moved = self.packed and all(bits in (1, 2, 4) for bits in self.planes)
         words = [bits for bits in self.planes for _ in range(self.group_size * bits // 32)] if moved else []
         return (tuple(words), *(() for _ in self.parts[1:]))
 

@@ -27,8 +27,9 @@ class Scheme:
     and of a head of its own; None stores floats of ``storage_dtype``, as are all other parameters. ``model_dtype`` is
     the dtype of activations where the target computes in it. ``scales`` is how scales are chosen unless the user says
     otherwise. ``whole`` makes groups smaller where a row's length asks for it, so that all are full.
-    ``linear_layout`` is how the tensors of linear layers and the head lie in memory (layouts.py) unless a target's
-    kernels read them in a layout of their own.
+    ``holds`` names a form that ``body`` stores exactly: where some matrices of a checkpoint have it, the other linear
+    layers take the embedding's row. ``linear_layout`` is how the tensors of linear layers and the head lie in memory
+    (layouts.py) unless a target's kernels read them in a layout of their own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Scheme:
     scales: str = "max"
     whole: bool = False
     linear_layout: Literal["nk", "kn"] = "nk"
+    holds: str = ""
 
     def row(self, kind: str, k: int = 0) -> Row | None:
         """Return the row of parameters of ``kind`` (linear, embedding, head, norm, bias) with rows of ``k`` values;
@@ -69,10 +71,10 @@ def _same(name: str, bits: int, group: int, dtype: FloatType, layout: Literal["n
     return Scheme(name, row, row, row, dtype, dtype, linear_layout=layout)
 
 
-def _mixed(name: str, scales: str, body: Row) -> Scheme:
+def _mixed(name: str, scales: str, body: Row, *, holds: str = "") -> Scheme:
     """Return a scheme whose embedding and head keep eight bits."""
     eight = Row("group", 8, 32, "float16")
-    return Scheme(name, body, eight, eight, "float16", "float16", scales, whole=True)
+    return Scheme(name, body, eight, eight, "float16", "float16", scales, whole=True, holds=holds)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -88,7 +90,10 @@ SCHEMES: dict[str, Scheme] = {
     "q8f16_1": _same("q8f16_1", 8, 32, "float16"),
     "q8f32_1": _same("q8f32_1", 8, 32, "float32"),
     "e4m3_f16": Scheme("e4m3_f16", Row("tensor", 8, 0, "float32"), None, None, "float16", "float16"),
-    "e4m3_128": Scheme("e4m3_128", Row("float8", 8, 128, "float32"), None, None, "float16", "float16"),
+    "e4m3_128": Scheme(
+        "e4m3_128", Row("float8", 8, 128, "float32"), None, None, "float16", "float16", holds="fp8 with scales"
+    ),
+    "mxfp4": _mixed("mxfp4", "max", Row("mxfp4", 4, 32, "uint8"), holds="MXFP4"),
     "q4s16": _mixed("q4s16", "mse", Row("group", 4, 16, "float16")),
     "q4s32": _mixed("q4s32", "mse", Row("group", 4, 32, "float16")),
     "q4s64": _mixed("q4s64", "mse", Row("group", 4, 64, "float16")),

@@ -29,6 +29,15 @@ def of_values(wanted: np.ndarray, row: Row, scales: str) -> np.ndarray:
         smallest = np.repeat(peaks, row.group_size, axis=1)[:, : wanted.shape[1]] * np.float32(2**-9 / float8.LARGEST)
         in_groups: np.ndarray = np.abs(wanted) * np.float32(2**-4 + 1e-5) + smallest
         return in_groups
+    if row.kind == "mxfp4":
+        # One bit of fraction, and half the smallest code; the largest value may be up to a quarter above its code.
+        starts = np.arange(0, wanted.shape[1], row.group_size)
+        peaks = np.maximum.reduceat(np.abs(wanted), starts, axis=1)
+        peaks = np.repeat(peaks, row.group_size, axis=1)[:, : wanted.shape[1]]
+        floats: np.ndarray = (
+            np.abs(wanted) * np.float32(0.25 + 1e-5) + peaks * np.float32(2**-3) + np.float32(2.0**-117)
+        )
+        return floats
     if row.kind == "tensor":
         # Half a unit of three bits; below the smallest normal number, half of the smallest there is.
         smallest = np.abs(wanted).max(initial=0) / np.float32(float8.LARGEST) * np.float32(2**-10)

@@ -30,6 +30,7 @@ TOLERANCES: dict[str, float] = {
     "q8f16_1": 2e-2,
     "e4m3_f16": 2e-2,
     "e4m3_128": 2e-2,
+    "mxfp4": 2e-2,
     "q2k": 2e-2,
     "q3k": 2e-2,
     "q4k": 2e-2,

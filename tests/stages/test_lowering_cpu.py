@@ -116,6 +116,7 @@ class Block(nn.Module):
         ("q4k", 70, 2 * PANEL + 96),
         ("q3k", 70, 4 * PANEL + 96),
         ("q6k", 45, 96),
+        ("mxfp4", 70, PANEL + 96),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in (("q2k", 70, 96), ("q5k", 640, 2 * PANEL + 64))),
         ("float16", 70, 41),
         ("float32", 20, PANEL + 3),
@@ -160,6 +161,7 @@ def test_one_row_of_one_sign_keeps_its_digits(stored):
         ("q8f16_1", 661, 64),
         ("q4k", 70, 2 * BYTES_PANEL + 96),
         ("q6k", 45, 96),
+        ("mxfp4", 70, BYTES_PANEL + 96),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in (

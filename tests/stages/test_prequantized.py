@@ -332,6 +332,31 @@ def test_experts_in_mxfp4_are_what_transformers_makes_of_them(tmp_path: Path) ->
     assert sum("BF16" in line["source_dtype"] or "bfloat16" in line["source_dtype"] for line in report["tensors"]) == 4
 
 
+def test_a_scheme_of_mxfp4_keeps_experts_as_they_are_and_other_layers_in_eight_bits(tmp_path: Path) -> None:
+    write_mxfp4(tmp_path / "model")
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "mxfp4", frontend="traced")
+    choice = {"scheme": "mxfp4", "target": "llvm", "checkpoint": str(tmp_path / "model")}
+    ctx = run_stage(Quantize(), tmp_path / "made", choice, {name: ports[name] for name in ("params", "tensors")})
+    assert ctx.warnings == []
+    rows = {each["name"]: each["quantize"] for each in json.loads(ports["params"].read_bytes())["logical"]}
+    kinds = {name: (row["kind"], row["bits"]) for name, row in rows.items() if row}
+    report = {line["name"]: line for line in json.loads((tmp_path / "made" / "report.json").read_text())["tensors"]}
+    exact = {name for name in kinds if report[name]["rmse"] == 0}
+    assert len(exact) == 4
+    assert {kinds[name] for name in exact} == {("mxfp4", 4)}
+    assert {kinds[name] for name in kinds.keys() - exact} == {("group", 8)}
+
+
+@pytest.mark.slow
+def test_a_bundle_of_experts_in_mxfp4_says_what_transformers_says(tmp_path: Path) -> None:
+    from tests.support import traced_models
+
+    write_mxfp4(tmp_path / "model")
+    options = {"checkpoint": tmp_path / "model", "frontend": "traced"}
+    made = family_models.build(tmp_path, family_models.Case("", traced_models.SIZES), "mxfp4", **options)
+    assert max(traced_models.differences(made)) < 2e-5
+
+
 def test_a_scheme_on_quantized_weights_says_that_it_quantizes_twice(tmp_path: Path) -> None:
     write(tmp_path / "model", "awq")
     ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "q4f16_1")

@@ -104,7 +104,7 @@ def test_stored_weights_are_the_checkpoints(tmp_path: Path, scheme, dtype):
         if row:
             found = restored([weights[f"{stem}{part}"] for part in row.parts], row, expected.shape[1])
             searched = SCHEMES[scheme].scales == "mse"  # may cut off the largest value
-            four = 1 - 31 / 50 * 8 / 7 if searched else 1 / 13
+            four = 1 / 4 if row.kind == "mxfp4" else 1 - 31 / 50 * 8 / 7 if searched else 1 / 13
             three = 4 / 7 if searched else 1 / 5.9
             eight = 1 / 100 if row.kind == "group" else 1 / 15
             coarse = {2: 4 / 3, 3: three, 4: four, 5: 1 / 15, 6: 1 / 20, 8: eight}

@@ -77,6 +77,21 @@ def test_a_budget_that_nothing_comes_to_is_refused(argv: list[str], said: str) -
         starter.settings(parser.parse_args(argv))
 
 
+def test_weights_that_are_quantized_already_are_stored_as_they_are(tmp_path: Path) -> None:
+    from tests.stages import test_prequantized
+
+    test_prequantized.write(tmp_path / "fp8", "fp8 blocks of 128")
+    test_prequantized.write_mxfp4(tmp_path / "mxfp4")
+    for form, scheme in (("fp8", "e4m3_128"), ("mxfp4", "mxfp4")):
+        model = starter.examine(tmp_path / form)
+        text = starter.compose(tmp_path / form, model, {}, tmp_path)
+        assert yaml.safe_load(text)["vars"]["scheme"] == scheme
+        assert f"scheme: {scheme} # as this checkpoint's weights are stored: {model.form}" in text
+        assert re.search(rf"#   {scheme} +\d+ MiB", text)
+        chosen = starter.compose(tmp_path / form, model, {"scheme": "q4k"}, tmp_path)
+        assert "scheme: q4k\n" in chosen
+
+
 def test_the_page_of_a_model_is_the_model() -> None:
     page = "https://huggingface.co/some/Model-1B"
     assert starter.named(page) == starter.named(f"{page}/") == "hf://some/Model-1B"

@@ -220,6 +220,7 @@ extern "C" void run(void** arrays, int64_t rows) {{
         ("q4bf16_1", 70, 1),
         ("q4a32", 70, 1),
         *(pytest.param(*case, 5, marks=pytest.mark.slow) for case in (("q0f16", 70), ("q0bf16", 70), ("q4f16_1", 1))),
+        pytest.param("mxfp4", 70, 1, marks=pytest.mark.slow),
     ],
 )
 def test_the_source_of_a_kernel_computes_the_layer(scheme, rows, kernels, tmp_path, monkeypatch):
@@ -231,9 +232,10 @@ def test_the_source_of_a_kernel_computes_the_layer(scheme, rows, kernels, tmp_pa
     for number, name in enumerate(sorted(found.prefill - found.decode)[:kernels]):
         params = [param for param in found.before[name].params if isinstance(param, tirx.Buffer)]
         shapes = [[int(size) if isinstance(size, tirx.IntImm) else rows for size in param.shape] for param in params]
+        integers = {"uint32": (0, 2**32), "uint8": (118, 124)}  # codes; exponents of powers of two
         arrays = [
-            draw.integers(0, 2**32, shape, "uint32")
-            if param.dtype == "uint32"
+            draw.integers(*integers[param.dtype], shape, param.dtype)
+            if param.dtype in integers
             else draw.standard_normal(shape).astype(param.dtype)
             for param, shape in zip(params, shapes, strict=True)
         ]

@@ -36,7 +36,7 @@ def offset_factor(layer: LinearLayer) -> int:
     minimum is multiplied by are the sums themselves.
     """
     weight = layer.weight
-    return 1 if weight.minimum else DOTS[layer.dot].centre(weight.bits) - weight.middle
+    return 1 if weight.minimum else DOTS[layer.dot].centre(weight.width) - weight.middle
 
 
 @functools.cache
@@ -119,7 +119,7 @@ class ByteProduct(Product):
     @property
     def _centre(self) -> int:
         """What is taken off codes before they are multiplied."""
-        return int(self.dot.centre(self.weight.bits))
+        return int(self.dot.centre(self.weight.width))
 
     @property
     def dot(self) -> Any:
@@ -132,7 +132,7 @@ class ByteProduct(Product):
         begin = splat(self.arguments.offsets[self.arguments.source(row), group], lanes)
         if self.weight.minimum:  # whose offsets are the sums of activations, and whose codes count from 0
             begin = begin * constant(self._centre, lanes, "int32")
-        return self.dot.sums(begin, self.weight.bits)
+        return self.dot.sums(begin, self.weight.width)
 
     def sum_of(self, row: Any, group: Any) -> Any:
         """Return the sum of the activations of a row and group, which minima are multiplied by."""

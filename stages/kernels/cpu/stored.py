@@ -12,8 +12,8 @@ from typing import Any
 
 from tvm.script.ir_builder import tirx as T  # noqa: N812
 
-from stages.kernels.cpu.vectors import as_float, constant, span, splat
-from stages.sizes import LEVEL_BITS, LEVELED, LEVELS_PER_WORD, PLANES, SHARING, level_blocks, level_words
+from stages.kernels.cpu.vectors import as_float, constant, lanes_of, span, splat
+from stages.sizes import FLOAT4_MOST, LEVEL_BITS, LEVELED, LEVELS_PER_WORD, PLANES, SHARING, level_blocks, level_words
 from stages.sizes import N32_BLOCK as BLOCK
 
 
@@ -22,7 +22,9 @@ class Stored:
     """A matrix [n, k]: ``bits`` per element and ``group`` elements per scale of ``dtype``, or, where ``bits`` is 0,
     floats of ``dtype``. With ``minimum`` a group has one too, which is added to element * scale; without, the element
     in the middle means zero. With ``levels`` both are integers, and several groups share two floats for them; elements
-    may then lie in two planes: the words of a group's lowest bits, and after them those of the others.
+    may then lie in two planes: the words of a group's lowest bits, and after them those of the others. Of ``mxfp4``
+    elements are floats of four bits and scales powers of two (stages/quantization/float4.py): kernels get integers of
+    five bits, as of symmetric groups.
     """
 
     n: int
@@ -32,6 +34,7 @@ class Stored:
     group: int = 0
     minimum: bool = False
     levels: bool = False
+    mxfp4: bool = False
 
     @property
     def blocks(self) -> int:
@@ -70,8 +73,15 @@ class Stored:
         return [("q_weight", (self.blocks, words, BLOCK), "uint32"), *scales[: 1 + self.minimum]]
 
     @property
+    def width(self) -> int:
+        """Bits of an element that kernels multiply."""
+        return 5 if self.mxfp4 else self.bits
+
+    @property
     def middle(self) -> int:
         """The element that is worth nothing."""
+        if self.mxfp4:
+            return FLOAT4_MOST
         return 0 if self.minimum else (1 << (self.bits - 1)) - 1
 
     def place(self, element: int) -> int:
@@ -80,8 +90,13 @@ class Stored:
 
     def shift(self, element: int) -> int:
         """Return by how many bits :meth:`code` leaves an element to the left, where it is or in :meth:`fours`."""
-        place = self.place(element) if len(self.planes) == 1 else 8 * (element % 4)
-        return place if place + self.bits < 32 else 0
+        place = 8 * (element % 4) if self._joined else self.place(element)
+        return place if place + self.width < 32 else 0
+
+    @property
+    def _joined(self) -> bool:
+        """Whether elements are made of more than some bits of a word: four at once, as bytes."""
+        return len(self.planes) > 1 or self.mxfp4
 
     def code(self, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
         """Return element * 2 ** shift(element) of each of ``lanes``, float32: where it can, it stays at its place.
@@ -98,9 +113,9 @@ class Stored:
     def _moved(self, to: int, word: Callable[[Any], Any], number: Any, element: int, lanes: int) -> Any:
         """Return element * 2 ** ``to`` of each of ``lanes``, float32."""
         source, place = word(number), self.place(element)
-        if len(self.planes) > 1:
+        if self._joined:
             source, place = _once(self.fours(word, number, element // 4, lanes), lanes), 8 * (element % 4)
-        bits = _bits(source, place, to, (1 << self.bits) - 1, lanes)
+        bits = _bits(source, place, to, (1 << self.width) - 1, lanes)
         return as_float(T.reinterpret(f"int32x{lanes}", bits), lanes)
 
     def fours(self, word: Callable[[Any], Any], number: Any, part: int, lanes: int) -> Any:
@@ -114,7 +129,7 @@ class Stored:
             at, place = divmod(number * self.per_word // 4 + part, 8 // bits)
             more = _bits(word(first + at), bits * place, below, _in_bytes(bits), lanes)
             found, first, below = T.bitwise_or(found, more), first + self.group * bits // 32, below + bits
-        return found
+        return _integers(found, lanes) if self.mxfp4 else found
 
     def each_word(self, loop: Any, count: int, body: Callable[[Any], None]) -> None:
         """Emit ``body(number)`` for each of ``count`` words, or runs of words, of a group: in a ``loop`` of TVM's where
@@ -131,7 +146,11 @@ class Stored:
         """Return the scales of a group as float32, ``lanes`` of them from ``left`` on."""
         if self.levels:
             return self._of_levels(weights, block, group, 0, left, lanes)
-        return as_float(weights[1][block, group, span(left, lanes)], lanes)
+        stored = weights[1][block, group, span(left, lanes)]
+        if self.mxfp4:  # the exponent where a float32 has it; integers count halves
+            power = T.shift_left(T.Cast(lanes_of("uint32", lanes), stored), constant(23, lanes, "uint32"))
+            return T.reinterpret(lanes_of("float32", lanes), power) * constant(0.5, lanes)
+        return as_float(stored, lanes)
 
     def least(self, weights: Sequence[Any], block: Any, group: Any, left: Any = 0, lanes: int = BLOCK) -> Any:
         """Return the minima of a group as float32, ``lanes`` of them from ``left`` on."""
@@ -219,6 +238,26 @@ def _once(words: Any, lanes: int) -> Any:
     dtype = f"float32x{lanes}"
     fenced = T.call_llvm_pure_intrin(dtype, "llvm.arithmetic.fence", T.reinterpret(dtype, words))
     return T.reinterpret(f"uint32x{lanes}", fenced)
+
+
+def _integers(floats: Any, lanes: int) -> Any:
+    """Return what floats of four bits, each in a byte, are worth in halves, and :data:`FLOAT4_MOST` more: 0 to 24.
+
+    The lower three bits are 0, 1, 2, 3, 4, 6, 8, 12 halves: themselves, what they are above 4, and twice what they are
+    above 6. Nothing is carried from byte to byte.
+    """
+
+    def word(number: int) -> Any:
+        return constant(0x01010101 * number, lanes, "uint32")
+
+    def bit(place: int) -> Any:
+        return T.bitwise_and(T.shift_right(floats, constant(place, lanes, "uint32")), word(1))
+
+    above_four = T.bitwise_and(floats, bit(2) * constant(3, lanes, "uint32"))
+    above_six = T.bitwise_and(T.bitwise_and(bit(0), bit(1)), bit(2))
+    halves = T.bitwise_and(floats, word(7)) + above_four + above_six * constant(2, lanes, "uint32")
+    negative = T.bitwise_and(halves, bit(3) * constant(255, lanes, "uint32"))
+    return word(FLOAT4_MOST) + halves - negative * constant(2, lanes, "uint32")
 
 
 def _in_bytes(bits: int) -> int:
