@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from stages.models.family import Family
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-OTHER_CONFIG = re.compile(r"config\..+\.json")  # what transformers reads of a version in its place
+OTHER_CONFIG = re.compile(r"config\.(.+)\.json")  # what transformers of such a version reads in its place
+RELEASE = re.compile(r"(\d+(?:\.\d+)*?)(?:\.0)*(?:\.dev.*|rc.*)?")  # of a version, without zeros at its end
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 GRAPHS = ("parts", "parameters", "constants", "older")  # of a traced model's config, too long to be shown
 SHOWN = 80  # characters of a key or a value in the view
@@ -193,6 +194,24 @@ def _model_types(params: Any) -> list[Any]:
     return [] if named is None else [named]
 
 
+def _read_instead(named: Any, installed: str) -> list[Any]:
+    """Return those of ``configuration_files`` that transformers, of the version ``installed``, may read in the place of
+    config.json: of its own version and earlier ones; of any where versions cannot be compared.
+    """
+
+    def release(version: str) -> list[int] | None:
+        found = RELEASE.fullmatch(version)
+        return [*map(int, found[1].split("."))] if found else None
+
+    here, others = release(installed), []
+    for name in named if isinstance(named, list) else ():
+        if found := OTHER_CONFIG.fullmatch(str(name)):
+            there = release(found[1])
+            if here is None or there is None or there <= here:
+                others.append(name)
+    return others
+
+
 def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> JsonObject:
     """Return config.json, of a model_type and architecture that are known."""
     from stages.checkpoint import foreign, strict_json
@@ -211,9 +230,7 @@ def _read_config(params: Any, root: Path, files: Mapping[str, Path]) -> JsonObje
         raw = strict_json.read_object(files[CONFIG], CONFIG)
     except ValueError as error:
         raise StageError(f"{root}: {error}") from None
-    named = raw.get("configuration_files")
-    others = [name for name in named if OTHER_CONFIG.fullmatch(str(name))] if isinstance(named, list) else []
-    if others:
+    if others := _read_instead(raw.get("configuration_files"), dist_versions("transformers")["transformers"]):
         shown = ", ".join(repr(name[:60]) for name in others[:3])
         raise StageError(
             f"{root}: {CONFIG}: configuration_files names {shown}, of which transformers may read one, by its own "

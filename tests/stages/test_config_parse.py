@@ -100,9 +100,27 @@ def test_a_config_in_whose_place_transformers_reads_another_is_refused(checkpoin
     assert problem.startswith(
         "config.json: configuration_files names 'config.4.0.0.json', of which transformers may read one, by its own"
     )
-    for number, harmless in enumerate((["config.json", "generation_config.json", "config.txt"], [], None)):
+    later, plain = ["config.99.0.0.json", "config.99.1.json"], ["config.json", "generation_config.json", "config.txt"]
+    change(checkpoint, "config.json", configuration_files=later)
+    assert AutoConfig.from_pretrained(checkpoint).to_dict()["rope_parameters"]["rope_theta"] != 5
+    for number, harmless in enumerate((later, plain, [], None)):
         change(checkpoint, "config.json", configuration_files=harmless, model_type="qwen")
         parse(checkpoint, checkpoint.parent / f"out{number}")
+
+
+@pytest.mark.parametrize(
+    ("version", "installed", "read"),
+    [
+        ("4.57.0", "5.3.0", True), ("5.3.0", "5.3.0", True), ("5.3", "5.3.0", True), ("5.3.0", "5.3", True),
+        ("5.3.1", "5.3.0", False), ("5.10.0", "5.9.0", False), ("5.9.0", "5.10.0", True), ("99", "5.3.0", False),
+        ("5.0.0", "5.0.0.dev0", True), ("99", "absent", True), ("latest", "5.3.0", True), ("4.0.0-x", "5.3.0", True),
+    ],
+)  # fmt: skip
+def test_another_config_is_one_of_no_later_version(version: str, installed: str, read: bool):
+    from stages.config_parse import _read_instead
+
+    name = f"config.{version}.json"
+    assert _read_instead(["config.json", name, 5], installed) == ([name] if read else [])
 
 
 def test_no_config_and_no_weights(checkpoint: Path):
