@@ -43,6 +43,8 @@ OURS = {  # side -> scheme, activations
     "q4k": ("q4k", "float"),
     "q6k": ("q6k", "float"),
     "fp8": ("e4m3_128", "float"),
+    "mxfp4": ("mxfp4", "float"),
+    "mxfp4 int8": ("mxfp4", "int8"),
     "q4a32 int8": ("q4a32", "int8"),
     "q4k int8": ("q4k", "int8"),
     "q6k int8": ("q6k", "int8"),
@@ -56,7 +58,8 @@ GROUPS = {  # baseline -> our sides beside it, with the least ratios of prefill 
     "Q4_K": {"q4k": (0, 1.25), "q4k int8": (0, 1.25)},
     "Q6_K": {"q6k": (0, 1.25), "q6k int8": (0, 1.25)},
     "q8": {"fp8": (0, 0)},
-    "int4": dict.fromkeys(("q4s32", "q4a32", "q4a64", "q4k"), (0, 0)),  # with a head of twice the bits
+    # With a head of twice the bits.
+    "int4": dict.fromkeys(("q4s32", "q4a32", "q4a64", "q4k", "mxfp4", "mxfp4 int8"), (0, 0)),
 }
 MIXTURE = {"Q4_0": {"int4": (0, 0), "int4 int8": (1.5, 1.25)}}  # of a mixture, what llama.cpp has of it
 DEFAULT = ["Q4_0", "Q8_0", "F16", "bfloat16"]
