@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,14 @@ from stagegraph.store.index import Index
 from stagegraph.store.journal import SEAL_DIGITS, Journal
 from stagegraph.store.record import RECORD_SCHEMA
 from tests.endurance.bench import Bench
+from tests.support.archives import unpack
 
 STORES = Path(__file__).parent / "data" / "stores"
 
 
 def unpacked(archive: Path, folder: Path) -> Bench:
     bench = Bench(folder)
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+    unpack(archive, folder)
     return bench
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from stagegraph.cli.common import print_json
 from stagegraph.cli.layout import prose
-from stagegraph.cli.streams import for_people, hanging
+from stagegraph.cli.streams import exactly, for_people, hanging
 from stagegraph.cli.verbs import find_verb, parse, usage
 from stagegraph.errors import EXIT_INTERRUPTED, EXIT_PIPE, EXIT_STORE, EXIT_USAGE, REMOVE, PipelineError
 
@@ -90,6 +90,10 @@ def _run(arguments: list[str]) -> int:
             print(f"error: standard output: {error.strerror}", file=sys.stderr)
             code = code or EXIT_STORE
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        exactly(sys.stderr).flush()
+    except OSError:  # nobody can be told, and Python would end with a status of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     return code
 
 

@@ -153,16 +153,13 @@ def test_a_scheme_that_loses_too_much_is_refused_with_one_that_would_pass(projec
 
 
 def test_a_budget_of_bits_ends_verified_or_is_refused_for_its_own_rows(folder, tmp_path):
-    """The pipeline file and the commands of docs/quantization.md, and the same with fewer bits than the model bears."""
-    page = (ROOT / "docs" / "quantization.md").read_text()
-    (overlay,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "allocate:" in block]
-    run(tmp_path, "init", "--checkpoint", str(folder))
-    (tmp_path / "mixed.yaml").write_text(overlay)
-    assert "q4k and rows of their own" in run(tmp_path, "run", "mixed.yaml", "--set", "vars.scheme=q4k")
-    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("artifacts/mixed-4.5/verify.llvm/verify.json"))
+    """The commands of docs/quantization.md, and the same with fewer bits than the model bears."""
+    run(tmp_path, "init", "--checkpoint", str(folder), "--bits", "4.5")
+    assert "q4k and rows of their own" in run(tmp_path, "run")
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("artifacts/*/verify.llvm/verify.json"))
     assert report["verdict"] == "verified", report
-    assert "down_proj" in run(tmp_path, "show", "allocate", "mixed.yaml")
-    done = started(tmp_path, "run", "mixed.yaml", "--set", "vars.scheme=q4k", "--set", "allocate.bits=3.5")
+    assert "down_proj" in run(tmp_path, "show", "allocate")
+    done = started(tmp_path, "run", "--set", "bits=3.5")
     assert done.returncode == 1
     assert "give the rows of their own more bits" in done.stderr, done.stderr
     named = re.findall(r"\S+\.weight \((\d[\d.e-]*)\)", done.stderr)

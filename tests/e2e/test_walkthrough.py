@@ -62,14 +62,13 @@ NOT_HERE = {
     "examples/smollm2": "test_real_model",
     "artifacts/smollm2.yaml": "test_real_model",
     "printf": "test_real_model",
-    "mixed.yaml": "test_real_model",
     "import openai": "test_serve_clients",
     "import tvm": "a part of a program; test_codegen and others call the library so",
     "vm.builtin": "as above",
 }
 PAGES = ["tutorial.md", "certificate.md", "tokenizers.md", "python.md", "install.md", "deploy.md"]
 PAGES += ["everyday.md", "../README.md"]  # each builds several times
-OTHERS = ["extending.md", "real-model.md", "../CONTRIBUTING.md", "verbs.md"]
+OTHERS = ["extending.md", "quantization.md", "real-model.md", "../CONTRIBUTING.md", "verbs.md"]
 
 
 def lines(page: str) -> Iterator[str]:

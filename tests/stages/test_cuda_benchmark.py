@@ -6,13 +6,13 @@ import json
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support import bundles
+from tests.support.archives import unpack
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "cuda.py"
 PACK = SCRIPT.with_name("cuda_pack.py")
@@ -26,8 +26,7 @@ def packed(recorded, tmp_path_factory):
     command = [sys.executable, str(PACK), str(recorded.bundle), str(folder / "out.tar")]
     command += ["--reference", str(recorded.checkpoint / "reference")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    with tarfile.open(folder / "out.tar") as tar:
-        tar.extractall(folder / "there", filter="data")
+    unpack(folder / "out.tar", folder / "there")
     numpy = Path(np.__file__).parent
     (folder / "python").mkdir()
     for part in (numpy, numpy.with_name("numpy.libs")):

@@ -56,6 +56,12 @@ def test_with_a_budget_the_stages_are_the_same_and_those_that_choose_rows(tmp_pa
     ours["quantize"]["needs"] += ["calibrate"]
     ours["quantize"]["with"]["scales"] = "gptq"
     assert stages == ours
+    page = (ROOT / "docs" / "quantization.md").read_text()
+    (beside,) = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "allocate:" in block]
+    for name, entry in yaml.safe_load(beside)["stages"].items():
+        whole = yaml.safe_load(text.replace('"${vars.bits}"', "4.5"))["stages"][name]
+        assert entry["needs"] == whole["needs"], name
+        assert entry.get("with", {}).items() <= whole["with"].items()
 
 
 @pytest.mark.parametrize(
