@@ -38,9 +38,12 @@ def quantize(weight: np.ndarray, row: Row) -> tuple[np.ndarray, np.ndarray]:
         exponents = np.frexp(np.abs(by_group).max(axis=-1))[1] - 3
         kept = exponents >= LEAST
         by_group[~kept] = 0
-        tried = [_coded(by_group, each) for each in (exponents, exponents + 1)]
-        larger = 4 * tried[1][1] < tried[0][1]  # each in squares of its own unit
-        codes = np.where(larger[..., None], tried[1][0], tried[0][0])
+        codes, error = _coded(by_group, exponents)
+        larger = np.zeros(error.shape, bool)
+        if error.any():
+            others, more = _coded(by_group, exponents + 1)
+            larger = 4 * more < error  # each in squares of its own unit
+            codes = np.where(larger[..., None], others, codes)
         q_scale[block] = np.where(kept, exponents + larger + BIAS, 0)
         q_weight[block] = pack(codes.reshape(len(values), -1), row.bits)
     return q_weight, q_scale
