@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 
@@ -26,6 +27,13 @@ def test_what_was_mxfp4_is_stored_exactly(most: int) -> None:
     scales = np.ldexp(np.float32(1), draw.integers(-110, 110, (64, 3))).repeat(32, axis=1)
     weight = (GRID[codes] * signs * scales).astype(np.float32)
     np.testing.assert_array_equal(stored(weight), weight)
+
+
+def test_what_ggml_makes_mxfp4_is_stored_exactly() -> None:
+    kind = gguf.GGMLQuantizationType.MXFP4
+    weight = np.random.default_rng(0).normal(0, 0.02, (64, 256)).astype(np.float32)
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+    np.testing.assert_array_equal(stored(theirs), theirs)
 
 
 def test_a_group_has_the_better_of_two_exponents_and_each_value_the_nearest_code() -> None:
