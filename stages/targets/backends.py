@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from stages.documents.library import DeviceContents
-from stages.targets.toolchain import Program
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stages.documents.library import DeviceContents
+    from stages.targets.toolchain import Program
 
 # Target -> its backend. Targets that run on the processor alone have none.
 BACKENDS: dict[str, str] = {"cuda": "stages.targets.cuda.backend"}
