@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import traceback
@@ -236,7 +237,13 @@ def compare(folder: Path, scheme: str) -> tuple[str, str]:
     except StageError as error:
         return "refused", "; ".join(error.problems)[:300]
     worst = max(traced_models.differences(made, CONTEXT))
-    return ("proven" if worst < BOUND else "wrong"), f"within {worst:.1e} of the largest logit"
+    if worst < BOUND:
+        return "proven", f"within {worst:.1e} of the largest logit"
+    # Rounding may move logits of random weights by as much: where float32 is sure of half of all tokens, float64 tells.
+    errors, moved = traced_models.beside_float64(made, CONTEXT)
+    told = f"within {max(errors):.1e} of the largest logit in float64, transformers' float32 within {max(moved):.1e}"
+    right = max(errors) < 2 * max(moved) and statistics.median(moved) < BOUND / 4
+    return ("proven" if right else "wrong"), told
 
 
 def begin(model_type: str, folder: Path, scheme: str, *, only_trace: bool) -> int:

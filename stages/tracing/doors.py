@@ -135,8 +135,8 @@ def settle_chunks(model: Any) -> None:
     for module in model.modules():
         config, number = getattr(module, "config", None), getattr(module, "layer_idx", None)
         kinds = getattr(config, "layer_types", None) or []
-        # A part beside the layers may count on.
-        chunked = isinstance(number, int) and number < len(kinds) and kinds[number] == "chunked_attention"
+        # A part beside the layers may count on, or from below zero.
+        chunked = isinstance(number, int) and 0 <= number < len(kinds) and kinds[number] == "chunked_attention"
         module.attended_chunk = int(config.attention_chunk_size or 0) if config is not None and chunked else 0
 
 

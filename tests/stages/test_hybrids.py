@@ -165,14 +165,7 @@ def check_against_float64(made: family_models.Built) -> None:
     this by 2.2e-5 (9e-7). In q0f32 transformers' is off by 1.2e-4 for one token of 320 and this by 3.4e-5: where sums
     cancel, single tokens say little, so nine in ten must be those of a sure reference.
     """
-    moved = []
-
-    def exact(ids: list[int]) -> np.ndarray:
-        wanted = made.reference(ids, double=True)
-        moved.extend(map(family_models.error, made.reference(ids), wanted))
-        return wanted
-
-    errors = traced_models.differences(made, reference=exact)
+    errors, moved = traced_models.beside_float64(made)
     assert np.quantile(moved, 0.9) < test_traced.BOUND / 4, "float32 itself is not sure"
     assert max(errors) < max(test_traced.BOUND, 2 * max(moved)), (max(errors), max(moved))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,6 +80,19 @@ def test_a_cache_in_bytes_loses_what_rounding_keys_and_values_does(
 
     errors = traced_models.differences(made, reference=rounded)
     assert max(errors) < max(texts) / 10, (max(errors), texts)
+
+
+@pytest.mark.parametrize("number", [-2, 0, 7, None])
+def test_a_part_beside_the_layers_attends_to_no_chunks(number: int | None) -> None:
+    """Its number may be below zero, as in Phi-4 multimodal's encoders, or beyond those of the layers."""
+    import torch
+
+    from stages.tracing.doors import settle_chunks
+
+    part = torch.nn.Identity()
+    part.config, part.layer_idx = SimpleNamespace(layer_types=[], attention_chunk_size=8), number
+    settle_chunks(torch.nn.Sequential(part))
+    assert part.attended_chunk == 0
 
 
 def test_every_operator_of_the_vocabulary_can_be_replayed() -> None:

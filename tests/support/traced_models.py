@@ -198,3 +198,15 @@ def differences(
     found.append(session.prefill(b, others[13:]))
     wanted.append(second[-1])
     return [family_models.error(have, want) for have, want in zip(found, wanted, strict=True)]
+
+
+def beside_float64(made: family_models.Built, length: int = 160) -> tuple[list[float], list[float]]:
+    """Return :func:`differences` from transformers' logits in float64, and those of its float32 in the same texts."""
+    moved: list[float] = []
+
+    def exact(ids: list[int]) -> np.ndarray:
+        wanted = made.reference(ids, double=True)
+        moved.extend(map(family_models.error, made.reference(ids), wanted))
+        return wanted
+
+    return differences(made, length, exact), moved
