@@ -10,7 +10,8 @@ LEVELS_PER_WORD = 5  # of six bits
 # Bits of an element of a row in two levels -> those of a level, and how many groups share two floats; the last more.
 LEVEL_BITS = {2: 4, 3: 4, 4: 6, 5: 6, 6: 6}
 SHARING = {2: 16, 3: 16, 4: 8, 5: 8, 6: 8}
-FLOAT4_MOST = 12  # the largest float of four bits (e2m1), 6, in halves
+FLOAT4 = (0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6)  # floats of four bits (e2m1), sign last
+FLOAT4_MOST = 12  # the largest of them in halves
 N32_BLOCK = 32  # output features that lie side by side in the layout n32 (stages/quantization/layouts.py)
 # Bits of an element of a row in two levels -> those of each of its planes, the lowest first: words of whole elements.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.checkpoint.stored import NUMPY_DTYPES
+from stages.sizes import FLOAT4
 
 if TYPE_CHECKING:
     from stages.checkpoint.stored import StoredParts
     from stages.documents.files import JsonObject
 
 INT8_STEP = np.float32(7.874015718698502e-3)  # a 127th, as bitsandbytes multiplies by it
-FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # e2m1, sign last
+FP4 = np.array(FLOAT4, np.float32)
 AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's nibbles each of its eight columns is
 
 

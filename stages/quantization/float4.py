@@ -10,11 +10,12 @@ import numpy as np
 from stages.quantization.blocks import row_blocks
 from stages.quantization.group import why_not_finite
 from stages.quantization.words import pack, unpack
+from stages.sizes import FLOAT4
 
 if TYPE_CHECKING:
     from stages.quantization.rows import Row
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # of each code
+VALUES = np.array(FLOAT4, np.float32)  # of each code
 BIAS = 127  # of the exponents that are stored
 LEAST = -120  # exponent of the smallest values that are kept: kernels compute with normal float32 numbers
 

@@ -347,6 +347,20 @@ def test_a_scheme_of_mxfp4_keeps_experts_as_they_are_and_other_layers_in_eight_b
     assert {kinds[name] for name in kinds.keys() - exact} == {("group", 8)}
 
 
+def test_a_layer_that_is_no_fp8_among_others_that_are_stays_floats(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    values = write(tmp_path / "model", "fp8 blocks of 128")
+    stored, other = load_file(tmp_path / "model" / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    stored[other] = as_torch(values[other])
+    del stored[f"{other}_scale_inv"]
+    save_file(stored, tmp_path / "model" / "model.safetensors")
+    ports = family_models.parse_and_register(tmp_path / "stages", tmp_path / "model", "e4m3_128")
+    entries = [each for each in json.loads(ports["params"].read_bytes())["logical"] if each["kind"] == "linear"]
+    assert [each["name"] for each in entries if not each["quantize"]] == [other]
+    assert {each["quantize"]["kind"] for each in entries if each["quantize"]} == {"float8"}
+
+
 @pytest.mark.slow
 def test_a_bundle_of_experts_in_mxfp4_says_what_transformers_says(tmp_path: Path) -> None:
     from tests.support import traced_models
